@@ -1,0 +1,70 @@
+"""FeatureBatch: the one contract between the loader (or the live encoder) and the model.
+
+Letters: B observations, L vision tokens of all views, D feature width, Lt text tokens, T action steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+UNIFIED_DIM = 128
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """One training or inference batch. `tokens` and `text` are fp16 (or the live encoder's dtype); the rest float32/bool/int64.
+
+    Actions and proprio are normalised. A False in a mask means: the model must not see it (tokens, text) or the loss
+    must not count it (action dims, steps past the episode's end).
+    """
+
+    tokens: torch.Tensor        # [B, L, D] vision features, all views concatenated
+    token_mask: torch.Tensor    # [B, L] bool
+    view_id: torch.Tensor       # [B, L] int64, index of the camera of each token
+    frame_id: torch.Tensor      # [B, L] int64, 0 = current frame
+    text: torch.Tensor          # [B, Lt, D] instruction embeddings
+    text_mask: torch.Tensor     # [B, Lt] bool
+    proprio: torch.Tensor       # [B, 128] normalised, 0 where inactive
+    action: torch.Tensor        # [B, T, 128] normalised, 0 where inactive or past the end
+    action_mask: torch.Tensor   # [B, 128] bool, active slots
+    step_mask: torch.Tensor     # [B, T] bool, False past the episode's end
+    embodiment: torch.Tensor    # [B] int64
+    control_hz: torch.Tensor    # [B] float32
+    dataset: torch.Tensor       # [B] int64, index into the cache's dataset list
+    frame_index: torch.Tensor   # [B] int64, row on the dataset's flat time axis
+
+    def check(self) -> "FeatureBatch":
+        """Raise `ValueError` naming the first field whose shape or dtype breaks the contract; return self."""
+        b, l, d = self.tokens.shape
+        lt, t = self.text.shape[1], self.action.shape[1]
+        integer, boolean, real = torch.int64, torch.bool, torch.float32
+        expected = {
+            "token_mask": ((b, l), boolean), "view_id": ((b, l), integer), "frame_id": ((b, l), integer),
+            "text": ((b, lt, d), self.tokens.dtype), "text_mask": ((b, lt), boolean),
+            "proprio": ((b, UNIFIED_DIM), real), "action": ((b, t, UNIFIED_DIM), real),
+            "action_mask": ((b, UNIFIED_DIM), boolean), "step_mask": ((b, t), boolean),
+            "embodiment": ((b,), integer), "control_hz": ((b,), real), "dataset": ((b,), integer),
+            "frame_index": ((b,), integer),
+        }
+        if not self.tokens.is_floating_point():
+            raise ValueError(f"FeatureBatch.tokens: expected a floating dtype, got {self.tokens.dtype}")
+        for name, (shape, dtype) in expected.items():
+            value = getattr(self, name)
+            if tuple(value.shape) != shape or value.dtype != dtype:
+                raise ValueError(f"FeatureBatch.{name}: expected {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
+        return self
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "FeatureBatch":
+        """The same batch on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in dataclasses.fields(self)}
+        return FeatureBatch(**moved)
+
+    def replace(self, **changes: torch.Tensor) -> "FeatureBatch":
+        """A copy with some fields replaced, checked again."""
+        return dataclasses.replace(self, **changes).check()
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]

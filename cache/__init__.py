@@ -1,0 +1,1 @@
+"""Stage-one material: corpus readers, unified actions, the VLM encoder, the store, the loader. Imports neither drifting nor stages."""

@@ -1,0 +1,50 @@
+"""What a cache's content depends on, as one JSON document: its canonical text, its hash, and the fields that differ.
+
+In a fingerprint: everything that changes the bytes (weights, processor, resolution, prompt, schema versions, source
+hashes). Never in it: output paths, host, worker count, date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+_ABSENT = object()
+
+
+def canonical(document: dict[str, Any]) -> str:
+    """The one JSON text of a document: sorted keys, no spaces, tuples as lists. `ValueError` for NaN or infinity."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(document: dict[str, Any]) -> str:
+    """sha256 (hex) of the canonical text."""
+    return hashlib.sha256(canonical(document).encode()).hexdigest()
+
+
+def diff(cached: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """One line per differing field, sorted by name; empty when equal.
+
+    >>> diff({"encoder": {"resolution": 448}}, {"encoder": {"resolution": 224}})
+    ['encoder.resolution: cache has 448, this run asks 224']
+    """
+    return _diff(json.loads(canonical(cached)), json.loads(canonical(asked)), "")
+
+
+def _diff(a: Any, b: Any, where: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [line for key in sorted(a.keys() | b.keys())
+                for line in _diff(a.get(key, _ABSENT), b.get(key, _ABSENT), f"{where}.{key}" if where else key)]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [line for i, (x, y) in enumerate(zip(a, b)) for line in _diff(x, y, f"{where}[{i}]")]
+    if type(a) is type(b) and a == b:
+        return []
+    return [f"{where}: cache has {_short(a)}, this run asks {_short(b)}"]
+
+
+def _short(value: Any) -> str:
+    if value is _ABSENT:
+        return "no such field"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return text if len(text) <= 60 else f"{text[:57]}…"

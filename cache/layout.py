@@ -1,0 +1,229 @@
+"""What lies where in a cache folder: the plan of a build, the Zarr v3 documents, and the small tables.
+
+Every array is uncompressed and sharded, so a shard is contiguous bytes (see shard.py) and any Zarr library opens it:
+
+    zarr.json                                  root group, with consolidated metadata
+    fingerprint.json  manifest.json  quarantine.jsonl
+    <dataset>/features/<view>/c/<shard>/0/0    [frames, tokens, width] float16; one inner chunk = one frame
+    <dataset>/{action,proprio,timestamp}       [frames, 128] or [frames]; a table is one shard
+    <dataset>/{action_mask,proprio_mask}       [128] bool
+    <dataset>/episodes/{start,length,id,instruction}     [episodes] int64
+    <dataset>/text/{embedding,length}          [instructions, Lt, width] float16, [instructions] int64
+    <dataset>/null/<view>, <dataset>/null_text           features of a black frame and of an empty instruction
+    .commits/<dataset>/tables.json, .commits/<dataset>/<view>/<shard>.json    what a builder has finished
+    .lock                                      held by the one builder
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .shard import ShardWriter, write_file
+
+FORMAT = 1                          # version of everything in this file
+TABLE_CHUNK_NBYTES = 1 << 20        # inner chunk of a table: about 1 MiB of rows
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DTYPES = {"float16": 0.0, "float32": 0.0, "float64": 0.0, "int64": 0, "bool": False}   # name → fill value
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """One episode that gets rows in the cache."""
+
+    episode_id: int
+    length: int             # frames, ≥ 1
+    instruction: str        # may be empty
+    source_hash: str        # changes when the episode's source bytes change
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """One dataset: its episodes in row order, its cameras, and the episodes left out because they cannot be loaded."""
+
+    name: str                                       # letters, digits, . _ -
+    views: tuple[str, ...]                          # camera names; their order is the order in a batch
+    episodes: tuple[EpisodePlan, ...]
+    quarantined: tuple[tuple[int, str], ...] = ()   # (episode id, reason): no rows, only a line in the ledger
+
+    @cached_property
+    def frames(self) -> int:
+        """Rows of the dataset's flat time axis."""
+        return sum(e.length for e in self.episodes)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """`[episodes]` int64: first row of each episode."""
+        return np.cumsum([0, *(e.length for e in self.episodes[:-1])], dtype=np.int64)
+
+    @cached_property
+    def instructions(self) -> tuple[str, ...]:
+        """The distinct instructions in order of first use: rows of the text table."""
+        return tuple(dict.fromkeys(e.instruction for e in self.episodes))
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """The whole content's shape. It is part of the fingerprint, so a resumed build must be given the same plan."""
+
+    datasets: tuple[DatasetPlan, ...]
+    tokens: int             # vision tokens per frame and view
+    width: int              # feature width
+    shard_frames: int       # S, frames in one shard = one unit of work
+
+    def check(self) -> None:
+        """Raise `UserError` for what the layout cannot hold."""
+        if not self.datasets or min(self.tokens, self.width, self.shard_frames) < 1:
+            raise UserError("a cache needs at least one dataset, and tokens, width and shard frames of at least 1")
+        names = [d.name for d in self.datasets]
+        for name in [*names, *(v for d in self.datasets for v in d.views)]:
+            if not _NAME.fullmatch(name) or name.endswith(".json"):
+                raise UserError(f"'{name}' cannot name a dataset or view in a cache; use letters, digits, . _ and -")
+        for kind, given in [("dataset", names)] + [(f"view of {d.name}", list(d.views)) for d in self.datasets]:
+            for name in given:
+                if given.count(name) > 1:
+                    raise UserError(f"{kind} '{name}' is given twice; names must differ")
+        for dataset in self.datasets:
+            if not dataset.views or not dataset.episodes or min(e.length for e in dataset.episodes) < 1:
+                raise UserError(f"dataset '{dataset.name}' has no view, no readable episode, or an empty episode")
+            if len({e.episode_id for e in dataset.episodes}) != len(dataset.episodes):
+                raise UserError(f"dataset '{dataset.name}' lists an episode id twice")
+
+    def document(self) -> dict[str, Any]:
+        """The plan's part of the fingerprint (key "store")."""
+        return {"format": FORMAT, "tokens": self.tokens, "width": self.width, "shard_frames": self.shard_frames,
+                "order": [d.name for d in self.datasets],
+                "datasets": {d.name: {"views": d.views, "quarantined": [list(q) for q in d.quarantined],
+                                      "episodes": {str(e.episode_id): {"length": e.length, "instruction": e.instruction,
+                                                                       "source_hash": e.source_hash}
+                                                   for e in d.episodes},
+                                      "episode_order": [e.episode_id for e in d.episodes]} for d in self.datasets}}
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One unit of building: frames `start … stop-1` of one view of one dataset, written to shard `index`."""
+
+    dataset: str
+    view: str
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class DatasetTables:
+    """Everything of a dataset but its vision features. N frames, n distinct instructions, Lt text tokens, D width.
+
+    Actions and proprio are unified but NOT normalised; `*_stats` are `Statistics` of normalize.py and `*_rotation`
+    marks the slots that normalisation leaves alone.
+    """
+
+    action: np.ndarray                      # [N, 128] float32
+    action_mask: np.ndarray                 # [128] bool
+    action_rotation: np.ndarray             # [128] bool
+    action_stats: Any                       # Statistics
+    proprio: np.ndarray                     # [N, 128] float32
+    proprio_mask: np.ndarray                # [128] bool
+    proprio_rotation: np.ndarray            # [128] bool
+    proprio_stats: Any                      # Statistics
+    timestamp: np.ndarray                   # [N] float64 seconds
+    text: np.ndarray                        # [n, Lt, D] float16, rows as `DatasetPlan.instructions`
+    text_length: np.ndarray                 # [n] int64, tokens in use
+    null_text: np.ndarray                   # [Lt0, D] float16, the empty instruction
+    null_features: dict[str, np.ndarray]    # view → [tokens, D] float16, a black frame
+    embodiment: int                         # embodiment id
+    control_hz: float
+    attributes: dict[str, Any] = field(default_factory=dict)    # JSON: action map, view sizes, licence, …
+
+
+def features_folder(root: Path, dataset: str, view: str) -> Path:
+    """The array folder of one view's features."""
+    return root / dataset / "features" / view
+
+
+def commit_file(root: Path, dataset: str, view: str | None = None, index: int = 0) -> Path:
+    """The commit record of one shard, or of a dataset's tables when `view` is None."""
+    folder = root / ".commits" / dataset
+    return folder / "tables.json" if view is None else folder / view / f"{index}.json"
+
+
+def json_bytes(document: dict[str, Any]) -> bytes:
+    """Readable JSON with a fixed byte form."""
+    return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One of a cache's JSON files; `UserError` when it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; is this a whole cache? run `dvla cache verify` on it") from None
+
+
+def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A Zarr v3 group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
+
+
+def array_document(shape: tuple[int, ...], dtype: str, shard: tuple[int, ...], chunk: tuple[int, ...],
+                   dimensions: tuple[str, ...]) -> dict[str, Any]:
+    """A Zarr v3 array: uncompressed, little endian, sharded, index with crc32c at the end of each shard."""
+    raw = {"name": "bytes", "configuration": {"endian": "little"}}
+    inner = {"name": "bytes"} if dtype == "bool" else raw
+    sharding = {"chunk_shape": list(chunk), "codecs": [inner], "index_codecs": [raw, {"name": "crc32c"}],
+                "index_location": "end"}
+    return {"zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype,
+            "fill_value": _DTYPES[dtype], "attributes": {}, "dimension_names": list(dimensions),
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}], "storage_transformers": []}
+
+
+def features_document(frames: int, plan: BuildPlan) -> dict[str, Any]:
+    """The array of one view's features."""
+    tail = (plan.tokens, plan.width)
+    return array_document((frames, *tail), "float16", (plan.shard_frames, *tail), (1, *tail),
+                          ("frame", "token", "channel"))
+
+
+def write_table(folder: Path, values: np.ndarray, dimensions: tuple[str, ...]) -> dict[Path, tuple[int, int]]:
+    """Write a small array as one shard; returns path → (nbytes, crc32c) of its two files."""
+    dtype = str(values.dtype)
+    if dtype not in _DTYPES or values.ndim != len(dimensions) or values.size == 0:
+        raise ValueError(f"{folder.name}: cannot store {values.shape} {dtype} with dimensions {dimensions}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise UserError(f"table {folder} holds a value that is not finite at {where}; check the source data")
+    rows = max(1, min(len(values), TABLE_CHUNK_NBYTES // (values.nbytes // len(values))))
+    chunks = -(-len(values) // rows)
+    tail = values.shape[1:]
+    whole = len(values) // rows * rows
+    shard = folder.joinpath("c", *["0"] * values.ndim)
+    with ShardWriter(shard, (rows, *tail), dtype, chunks) as writer:
+        writer.append(values[:whole])
+        if whole < len(values):     # an edge chunk is stored full size
+            last = np.zeros((rows, *tail), dtype)
+            last[:len(values) - whole] = values[whole:]
+            writer.append(last)
+        written = {shard: writer.commit()}
+    document = array_document(values.shape, dtype, (chunks * rows, *tail), (rows, *tail), dimensions)
+    written[folder / "zarr.json"] = write_file(folder / "zarr.json", json_bytes(document))
+    return written
+
+
+def open_table(folder: Path) -> np.ndarray:
+    """The array `write_table` wrote, memory-mapped read-only; `UserError` when it is missing or too short."""
+    try:
+        document = json.loads((folder / "zarr.json").read_bytes())
+        return np.memmap(folder.joinpath("c", *["0"] * len(document["shape"])), document["data_type"], "r",
+                         shape=tuple(document["shape"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read table {folder}: {error}; run `dvla cache verify` on the cache") from None

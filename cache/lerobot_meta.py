@@ -1,0 +1,186 @@
+"""What a LeRobot dataset (v2.0, v2.1, v3.0) says about itself: info.json, tasks, the episodes and the file templates.
+
+Nothing but `meta/` is read here. A dataset is a folder, or a hub id "owner/name" or "owner/name@revision" whose files
+are downloaded when asked for, all from the one commit found when it was opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+from .episode import CorruptEpisode
+
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class EpisodeEntry:
+    """One listed episode: where its rows and its pictures are (paths relative to the dataset)."""
+
+    length: int
+    tasks: tuple[str, ...]
+    data_path: str
+    video_paths: Mapping[str, str]     # video key → file
+    video_starts: Mapping[str, float]  # video key → seconds into that file at which the episode begins
+
+
+class Metadata:
+    """`meta/` of one dataset. `UserError` when the path is not a LeRobot dataset or its description cannot be used."""
+
+    def __init__(self, path_or_repo: str) -> None:
+        self.repo = path_or_repo
+        self.root = Path(path_or_repo).expanduser()
+        hub_id = None if self.root.exists() else _HUB_ID.fullmatch(path_or_repo)
+        self._hub = hub_id is not None
+        if hub_id:
+            self.repo = hub_id[1]
+            self.root = _download_meta(hub_id[1], hub_id[2])  # the snapshot folder; its name is the commit
+        elif not self.root.exists():
+            raise UserError(f"{path_or_repo} does not exist; give a LeRobot dataset folder or a hub id like owner/name")
+        self.name = re.sub(r"[^\w.-]+", "_", self.repo.rsplit("/", 1)[-1] if hub_id else self.root.resolve().name)
+        info_path = self.root / "meta" / "info.json"
+        if not info_path.is_file():
+            raise UserError(f"{path_or_repo} is not a LeRobot dataset: it has no meta/info.json")
+        self.info: dict[str, Any] = _json(info_path)
+        self.version = str(self.info.get("codebase_version"))
+        if self.version not in VERSIONS:
+            raise UserError(f"{path_or_repo}: LeRobot version {self.version} is not readable; "
+                            f"convert it to one of {', '.join(VERSIONS)}")
+        for key in ("fps", "features", "data_path"):
+            if not self.info.get(key):
+                raise UserError(f"{info_path}: '{key}' is missing")
+        self.features: dict[str, Any] = self.info["features"]
+        self.video_keys = tuple(k for k, f in self.features.items() if f.get("dtype") == "video")
+        if self.video_keys and not self.info.get("video_path"):
+            raise UserError(f"{info_path}: there are video features ({', '.join(self.video_keys)}) but no 'video_path'")
+        self.tasks, self.episodes = self._read_v3() if self.version == "v3.0" else self._read_v2()
+
+    def locate(self, relative: str, where: str) -> Path:
+        """Local path of a file of the dataset, downloaded first when it is on the hub. `CorruptEpisode`, beginning with
+        `where`, when the dataset does not have it; `UserError` when the hub cannot be reached."""
+        path = self.root / relative
+        if self._hub and not path.is_file():
+            _download_file(self.repo, self.root.name, relative, where)
+        if not path.is_file():
+            raise CorruptEpisode(f"{where}: {relative} is missing")
+        return path
+
+    def revision_hash(self) -> str:
+        """sha256 hex over names and bytes of every file in `meta/`."""
+        digest = hashlib.sha256()
+        for path in sorted(p for p in (self.root / "meta").rglob("*") if p.is_file()):
+            digest.update(f"{path.relative_to(self.root).as_posix()}:{path.stat().st_size};".encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def _read_v2(self) -> tuple[dict[int, str], dict[int, EpisodeEntry]]:
+        tasks = {int(t["task_index"]): str(t["task"]) for t in _json_lines(self.root / "meta" / "tasks.jsonl")}
+        episodes = {}
+        for row in _json_lines(self.root / "meta" / "episodes.jsonl"):
+            number = int(row["episode_index"])
+            values = {"episode_index": number, "episode_chunk": number // int(self.info.get("chunks_size") or 1000)}
+            videos = {k: self._fill("video_path", video_key=k, **values) for k in self.video_keys}
+            episodes[number] = EpisodeEntry(int(row["length"]), tuple(row.get("tasks") or ()),
+                                            self._fill("data_path", **values),
+                                            videos, dict.fromkeys(videos, 0.0))
+        return tasks, episodes
+
+    def _read_v3(self) -> tuple[dict[int, str], dict[int, EpisodeEntry]]:
+        files = sorted((self.root / "meta" / "episodes").glob("*/*.parquet"))
+        if not files:
+            raise UserError(f"{self.repo}: meta/episodes holds no parquet file; was the recording finalised?")
+        table = pa.concat_tables([_table(f, skip="stats/") for f in files], promote_options="default")
+        texts = _table(self.root / "meta" / "tasks.parquet").to_pydict()
+        # pandas keeps the text in its index
+        text_column = next((c for c in ("__index_level_0__", "task") if c in texts), None)
+        if text_column is None or "task_index" not in texts:
+            raise UserError(f"{self.repo}: meta/tasks.parquet has no task text (columns: {', '.join(texts)})")
+        tasks = dict(zip(texts["task_index"], texts[text_column], strict=True))
+        episodes = {}
+        for row in table.to_pylist():
+            try:
+                videos = {k: self._fill("video_path", video_key=k, chunk_index=row[f"videos/{k}/chunk_index"],
+                                        file_index=row[f"videos/{k}/file_index"]) for k in self.video_keys}
+                starts = {k: float(row[f"videos/{k}/from_timestamp"]) for k in self.video_keys}
+                data = self._fill("data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+                tasks_of = tuple(row.get("tasks") or ())
+                episodes[row["episode_index"]] = EpisodeEntry(row["length"], tasks_of, data, videos, starts)
+            except KeyError as error:
+                raise UserError(f"{self.repo}: meta/episodes has no column {error}") from None
+        return tasks, episodes
+
+    def _fill(self, template: str, **values: Any) -> str:
+        try:
+            path = Path(self.info[template].format(**values))
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(f"{self.repo}: {template} '{self.info[template]}' of meta/info.json does not fit "
+                            f"{self.version} (known: {', '.join(values)}; {type(error).__name__}: {error})") from None
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{self.repo}: {template} '{self.info[template]}' of meta/info.json leaves its folder")
+        return path.as_posix()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON lines: {error}") from None
+
+
+def _table(path: Path, skip: str | None = None) -> pa.Table:
+    """A whole parquet file of `meta/`, without the columns that begin with `skip`."""
+    try:
+        with pq.ParquetFile(path) as file:
+            names = [n for n in file.schema_arrow.names if skip is None or not n.startswith(skip)]
+            return file.read(columns=names)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as parquet: {_first_line(error)}") from None
+
+
+def _download_meta(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download  # imported late: slow, and not needed for a local dataset
+
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=["meta/**"]))
+    except Exception as error:  # the client raises many types (HTTP, offline, validation): "could not be fetched"
+        reason = _first_line(error)
+        raise UserError(f"'{repo}' is not a folder here and could not be fetched from the hub: {reason}") from None
+
+
+def _download_file(repo: str, commit: str, relative: str, where: str) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(repo, relative, repo_type="dataset", revision=commit)
+    except LocalEntryNotFoundError as error:  # offline; a subclass of EntryNotFoundError, hence first
+        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {_first_line(error)}") from None
+    except EntryNotFoundError:
+        raise CorruptEpisode(f"{where}: {relative} is missing from '{repo}'") from None
+    except Exception as error:  # see _download_meta
+        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,143 @@
+"""LoRA on the vision tower of an encoder, through peft: add, save, load, merge.
+
+Qwen3-VL's tower computes queries, keys and values with one fused layer `qkv`, so LoRA on "q and v only" does not
+exist here: the target "attention" is `qkv` and `proj` of each block. "all-linear" adds both MLP layers of each block
+and both layers of the merger; the patch convolution and the position embedding are never adapted. At the start the
+product B A is zero (B = 0): features equal the base model's exactly.
+
+An adapter on disk is peft's own format (adapter_config.json, adapter_model.safetensors), so peft loads it without
+this package.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from .encoder import VisionLanguageEncoder, adapter_identity
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Size and place of the adapter."""
+
+    r: int = 16                                                 # rank
+    alpha: float = 32.0                                         # the update is scaled by alpha / r
+    dropout: float = 0.0                                        # on the adapter's input, in training
+    targets: Literal["attention", "all-linear"] = "attention"   # see above
+    last_n_blocks: int | None = None                            # only the last n (and a targeted merger); None = all
+    seed: int = 0                                               # of the random matrices A
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"LoRA rank r is {self.r}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA dropout is {self.dropout}; it must be in [0, 1)")
+
+
+def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
+    """Put a fresh adapter into `encoder.vision`, in place. Only its matrices require gradients afterwards.
+
+    `UserError` when `last_n_blocks` does not fit the tower; `ValueError` when there is an adapter already.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _require_none(encoder)
+    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, bias="none",
+                        target_modules=_target_pattern(spec, len(encoder.vision.blocks)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        encoder.set_adapter(get_peft_model(encoder.vision, config))
+
+
+def lora_parameters(encoder: VisionLanguageEncoder) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the adapter's trainable matrices, in a fixed order; empty without an adapter."""
+    return ((name, p) for name, p in encoder.vision.named_parameters() if "lora_" in name)
+
+
+def save_lora(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
+    """Write the adapter into `folder`, which appears only when complete.
+
+    `UserError` when it exists; `ValueError` without an adapter.
+    """
+    folder = Path(folder)
+    adapter = _require_adapter(encoder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another folder or remove it")
+    part = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        adapter.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)    # peft's model card template: nothing in it is filled in
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: bool = True) -> None:
+    """Put the adapter stored in `folder` into `encoder.vision`.
+
+    `UserError` when it is missing, damaged or made for other layers.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError, safe_open
+
+    _require_none(encoder)
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no LoRA adapter: {name} is missing")
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
+            stored = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from None
+    modules = dict(encoder.vision.named_modules())
+    for name, shape in stored.items():
+        layer, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
+        linear = modules.get(layer)
+        wanted = getattr(linear, "in_features", None) if kind == "A.weight" else getattr(linear, "out_features", None)
+        if wanted is None or wanted != shape[1 if kind == "A.weight" else 0]:
+            raise UserError(f"the adapter in {folder} does not fit this model: {name} {list(shape)}; "
+                            f"give the checkpoint that it was trained on")
+    encoder.set_adapter(PeftModel.from_pretrained(encoder.vision, str(folder), is_trainable=trainable))
+
+
+def merge_lora(encoder: VisionLanguageEncoder) -> None:
+    """Add the adapter to the weights it adapts and remove it; features stay equal up to rounding."""
+    adapter = _require_adapter(encoder)
+    encoder.merged_adapter = adapter_identity(adapter)      # so the fingerprint stays as it was
+    encoder.vision = adapter.merge_and_unload().requires_grad_(False)
+    encoder.set_adapter(None)
+
+
+def _target_pattern(spec: LoraSpec, depth: int) -> str:
+    """A regular expression over module names of the tower (peft matches it in full)."""
+    last = depth if spec.last_n_blocks is None else spec.last_n_blocks
+    if not 1 <= last <= depth:
+        raise UserError(f"last_n_blocks is {last}, but the vision tower has {depth} blocks; give 1 to {depth}")
+    blocks = "|".join(str(i) for i in range(depth - last, depth))
+    if spec.targets == "attention":
+        return rf"blocks\.({blocks})\.attn\.(qkv|proj)"
+    return rf"blocks\.({blocks})\.(attn\.(qkv|proj)|mlp\.linear_fc[12])|merger\.linear_fc[12]"
+
+
+def _require_adapter(encoder: VisionLanguageEncoder) -> PeftModel:
+    if encoder.adapter is None:
+        raise ValueError("the encoder has no LoRA adapter; call add_lora or load_lora first")
+    return encoder.adapter
+
+
+def _require_none(encoder: VisionLanguageEncoder) -> None:
+    if encoder.adapter is not None or encoder.merged_adapter is not None:
+        raise ValueError("the encoder has a LoRA adapter already")

@@ -1,0 +1,155 @@
+"""Which sample comes at which position: pure functions of (seed, position), integer arithmetic only, no state, no I/O.
+
+Positions count samples over the whole run and all ranks. They are cut into blocks of `BLOCK`; every block holds the
+same number of samples of each dataset (its quota), in an order drawn from (seed, block). The k-th sample of a dataset
+then is entry k mod N of a keyed permutation of its N samples, keyed anew each epoch. So any position is found without
+walking to it, every sample comes once per epoch of its dataset, and ranks, threads and restarts change nothing.
+Letters: D datasets, N samples of one dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from ..errors import UserError, unknown
+
+BLOCK = 4096        # positions in a block; mixture weights are rounded to multiples of 1/BLOCK
+ROUNDS = 6          # Feistel rounds
+
+
+def mix(*words: np.ndarray | int) -> np.ndarray:
+    """Hash integers (arrays broadcast) to uint64: splitmix64's finaliser (Steele, Lea, Flood 2014), once per word."""
+    with np.errstate(over="ignore"):
+        h = np.uint64(0)
+        for word in words:
+            h = (h ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            h = h ^ (h >> np.uint64(31))
+    return h
+
+
+def uniform(*words: np.ndarray | int) -> np.ndarray:
+    """Float64 in [0, 1) as a hash of integers."""
+    return (mix(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
+    """Image of `index` [n] (0 ≤ index < size) under a permutation of `size` items chosen by `key`; int64 [n].
+
+    A Feistel network over the next power of four, walked until it lands below `size` (cycle walking; Black and Rogaway
+    2002). `size` and `key` may differ per element. Memory is that of the arguments.
+    """
+    index, size, key = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(size, np.uint64),
+                                           np.asarray(key, np.uint64))
+    length = np.frexp((size - np.uint64(1)).astype(np.float64))[1]                  # bit length of the largest index
+    bits = np.maximum(1, (length + 1) // 2).astype(np.uint64)                       # of each half
+    low = (np.uint64(1) << bits) - np.uint64(1)
+    out, todo = np.zeros(index.shape, np.uint64), np.arange(index.size)
+    value = index.copy()
+    while todo.size:
+        v, b, m, k = value[todo], bits[todo], low[todo], key[todo]
+        left, right = v >> b, v & m
+        for i in range(ROUNDS):
+            left, right = right, left ^ (mix(k, i, right) & m)
+        value[todo] = out[todo] = (left << b) | right
+        todo = todo[out[todo] >= size[todo]]
+    return out.astype(np.int64)
+
+
+def mixture(sizes: Sequence[int], temperature: float = 0.5) -> np.ndarray:
+    """`[D]` float64 shares ∝ N^temperature (1: by size, 0: all alike), summing to 1; an empty dataset gets 0."""
+    n = np.asarray(sizes, np.float64)
+    shares = np.where(n > 0, np.maximum(n, 1) ** temperature, 0.0)
+    return shares / max(shares.sum(), 1e-300)
+
+
+def override(shares: np.ndarray, names: Sequence[str], given: Mapping[str, float]) -> np.ndarray:
+    """Fix the shares named in `given` (each in [0, 1]); the other datasets divide the rest as before.
+
+    When every non-empty dataset is named, the given shares are scaled to sum to 1. `UserError` for an unknown name, an
+    impossible share, or a share asked of a dataset without samples.
+    """
+    out, fixed = shares.copy(), np.zeros(len(names), bool)
+    for name, share in given.items():
+        if name not in names:
+            raise unknown("dataset in weights", name, names)
+        i = list(names).index(name)
+        if not 0 <= share <= 1 or (share > 0 and shares[i] == 0):
+            raise UserError(f"weight {share} of dataset '{name}' must lie in 0…1, and be 0 when it has no samples")
+        out[i], fixed[i] = share, True
+    taken, rest = out[fixed].sum(), out[~fixed].sum()
+    if taken > 1 + 1e-9 or (rest == 0 and taken == 0):
+        raise UserError(f"the weights given sum to {taken:g}; they must not exceed 1, nor all be 0")
+    if rest == 0:
+        return out / taken
+    out[~fixed] *= (1 - taken) / rest
+    return out
+
+
+def quotas(shares: np.ndarray) -> np.ndarray:
+    """`[D]` int64 samples per block, summing to BLOCK (largest remainders), at least 1 where the share is above 0."""
+    if (shares > 0).sum() > BLOCK:
+        raise UserError(f"{(shares > 0).sum()} datasets in one mixture; at most {BLOCK} are supported")
+    exact = shares / shares.sum() * BLOCK
+    out = np.where(shares > 0, np.maximum(np.floor(exact).astype(np.int64), 1), 0)
+    while (gap := BLOCK - int(out.sum())) != 0:
+        error = np.where(shares > 0, exact - out, -np.inf if gap > 0 else np.inf)
+        if gap < 0:
+            error[out <= 1] = np.inf
+        out[int(error.argmax() if gap > 0 else error.argmin())] += 1 if gap > 0 else -1
+    return out
+
+
+class SampleOrder:
+    """The order of samples of D datasets of the given sizes, drawn with the given shares (any scale), for one seed."""
+
+    def __init__(self, sizes: Sequence[int], shares: np.ndarray, seed: int) -> None:
+        self.sizes, self.seed = np.asarray(sizes, np.int64), seed
+        shares = np.asarray(shares, np.float64)
+        if len(self.sizes) != len(shares) or ((shares > 0) & (self.sizes < 1)).any() or not shares.sum() > 0:
+            raise ValueError(f"sizes {sizes} and shares {shares} do not match, or ask an empty dataset for samples")
+        self.quotas = quotas(shares)
+        self._pattern = np.repeat(np.arange(len(sizes)), self.quotas)       # [BLOCK] dataset of each draw, unshuffled
+        self._draw = np.concatenate([np.arange(q) for q in self.quotas])    # [BLOCK] which draw of its dataset it is
+        self._block = lru_cache(maxsize=8)(self._make_block)
+
+    def batch(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(dataset, index) of positions `offset … offset+count-1`, int64 [count] each; index < size of the dataset."""
+        position = np.arange(offset, offset + count, dtype=np.int64)
+        block, inside = np.divmod(position, BLOCK)
+        dataset, rank = np.empty(count, np.int64), np.empty(count, np.int64)
+        for b in np.unique(block):
+            here = block == b
+            datasets, draws = self._block(int(b))
+            dataset[here], rank[here] = datasets[inside[here]], draws[inside[here]]
+        rank += block * self.quotas[dataset]
+        epoch, index = np.divmod(rank, self.sizes[dataset])
+        return dataset, permute(index, self.sizes[dataset], mix(self.seed, 1, dataset, epoch))
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """([BLOCK] dataset, [BLOCK] how many draws of that dataset come before it in the block)."""
+        datasets = self._pattern[np.argsort(mix(self.seed, 2, block, np.arange(BLOCK)), kind="stable")]
+        draws = np.empty(BLOCK, np.int64)
+        draws[np.argsort(datasets, kind="stable")] = self._draw
+        return datasets, draws
+
+
+def held_out(dataset: str, episode_ids: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """`[E]` bool: the episodes kept for evaluation, by a hash of (seed, dataset, episode id).
+
+    About `fraction` of them; at least one and never all when 0 < fraction < 1 and E ≥ 2, so that a small dataset has
+    both parts; an only episode is never held out. `UserError` for a fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"the held-out fraction is {fraction}; it must be at least 0 and below 1")
+    name = int.from_bytes(hashlib.sha256(dataset.encode()).digest()[:8], "little")
+    draw = uniform(seed, 3, np.uint64(name), np.asarray(episode_ids, np.int64))
+    out = draw < fraction
+    if fraction > 0 and len(draw):
+        out[draw.argmin()], out[draw.argmax()] = True, False    # in this order: one episode stays in training
+    return out

@@ -1,0 +1,154 @@
+"""A finished feature cache: `Cache` reads it, `verify_checksums` looks for damage. Layout: layout.py; writer: writer.py
+
+Any Zarr library opens the same folder; this reader goes to the bytes itself, because that is several times faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError, unknown
+from .actions import UNIFIED_DIM
+from .layout import FORMAT, features_folder, open_table, read_json
+from .normalize import Normalizer, Statistics
+from .shard import ShardFiles, file_crc32c, read_records
+
+
+class CacheDataset:
+    """One dataset of a finished cache. E episodes, N frames, n instructions; arrays are read-only memory maps.
+
+    `episode_start`, `episode_length`, `episode_id`, `episode_instruction` [E] int64; `quarantined` [E] bool; `action`,
+    `proprio` [N, 128] float32 unified, not normalised; `action_mask`, `proprio_mask` [128] bool; `timestamp` [N]
+    float64 s; `text` [n, Lt, D] float16; `text_length` [n] int64; `null_text` [Lt0, D] float16; `null_features` [views,
+    tokens, D] float16; `attributes` all that the build recorded, such as the action map.
+    """
+
+    def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
+        self.name, self.path, self._files = name, root / name, files
+        self.attributes: dict[str, Any] = read_json(self.path / "zarr.json")["attributes"]
+        a = self.attributes
+        self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
+        self.tokens, self.width = a["tokens"], a["width"]
+        self.frames, self.shard_frames = a["frames"], a["shard_frames"]
+        self.embodiment_id, self.control_hz = a["embodiment"], a["control_hz"]
+        for field in ("start", "length", "id", "instruction"):
+            setattr(self, f"episode_{field}", np.array(open_table(self.path / "episodes" / field)))
+        for field in ("action", "proprio", "timestamp", "null_text"):
+            setattr(self, field, open_table(self.path / field))
+        self.action_mask = np.array(open_table(self.path / "action_mask"))
+        self.proprio_mask = np.array(open_table(self.path / "proprio_mask"))
+        self.text = open_table(self.path / "text" / "embedding")
+        self.text_length = open_table(self.path / "text" / "length")
+        self.quarantined = np.isin(self.episode_id, a["quarantined"])
+
+    @cached_property
+    def null_features(self) -> np.ndarray:
+        return np.stack([open_table(self.path / "null" / view) for view in self.views])
+
+    @cached_property
+    def action_normalizer(self) -> Normalizer:
+        """Unified actions ↔ the [-1, 1] the model sees."""
+        return self._normalizer("action")
+
+    @cached_property
+    def proprio_normalizer(self) -> Normalizer:
+        """Unified state ↔ the [-1, 1] the model sees."""
+        return self._normalizer("proprio")
+
+    def _normalizer(self, kind: str) -> Normalizer:
+        rotation = np.isin(np.arange(UNIFIED_DIM), self.attributes[f"{kind}_rotation"])
+        stats = Statistics.from_dict(self.attributes[f"{kind}_stats"])
+        return Normalizer(stats, getattr(self, f"{kind}_mask"), rotation)
+
+    def episode_of(self, rows: np.ndarray) -> np.ndarray:
+        """Positions in the episode table of rows on the flat time axis, int64; `ValueError` for a row out of range."""
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.frames):
+            raise ValueError(f"{self.name}: rows {rows.min()}…{rows.max()} are not all in 0…{self.frames - 1}")
+        return np.searchsorted(self.episode_start, rows, side="right") - 1
+
+    def shard_path(self, view: str, index: int) -> Path:
+        """The file of shard `index` of a view's features."""
+        if view not in self.views:
+            raise unknown(f"view of dataset {self.name}", view, self.views)
+        return features_folder(self.path.parent, self.name, view) / "c" / str(index) / "0" / "0"
+
+    def read_features(self, view: str, rows: np.ndarray, targets: Sequence[memoryview],
+                      files: ShardFiles | None = None) -> None:
+        """Read the features of `rows` [n] int64 into `targets`, n writable buffers of tokens · width · 2 bytes."""
+        folder = self.shard_path(view, 0).parents[2]
+        read_records(files or self._files, folder, rows, targets, self.shard_frames)
+
+    def feature(self, view: str, row: int) -> np.ndarray:
+        """`[tokens, width]` float16 of one frame; convenient, not fast."""
+        out = np.empty((self.tokens, self.width), np.float16)
+        self.read_features(view, np.array([row], np.int64), [memoryview(out).cast("B")])
+        return out
+
+
+class Cache:
+    """A finished cache, opened for reading; thread-safe; the folder may be read-only. Make it with `Cache.open`."""
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any], manifest: dict[str, Any]) -> None:
+        self.path, self.fingerprint, self.manifest = path, fingerprint, manifest
+        files = ShardFiles()
+        self.datasets = tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"])
+        self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Cache:
+        """`UserError` when there is no cache, or an incomplete one, at `path`."""
+        path = Path(path)
+        manifest = _read_manifest(path)
+        return cls(path, read_json(path / "fingerprint.json"), manifest)
+
+    def dataset(self, name: str) -> CacheDataset:
+        """The dataset of that name; `UserError` with the nearest name otherwise."""
+        for dataset in self.datasets:
+            if dataset.name == name:
+                return dataset
+        raise unknown("dataset", name, [d.name for d in self.datasets])
+
+
+def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """Re-read every file of a finished cache; one line per file that is missing, truncated or altered.
+
+    `progress(done bytes, all bytes)` is called after each file. `UserError` as `Cache.open`.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    problems, done = [], 0
+    for name, entry in sorted(manifest["files"].items()):
+        try:
+            nbytes, crc = file_crc32c(path / name)
+        except OSError as error:
+            problems.append(f"{name}: cannot be read ({error.strerror})")
+        else:
+            if nbytes != entry["bytes"]:
+                problems.append(f"{name}: {nbytes} bytes, {entry['bytes']} were written")
+            elif crc != entry["crc32c"]:
+                problems.append(f"{name}: altered (crc32c {crc:08x}, {entry['crc32c']:08x} was written)")
+        done += entry["bytes"]
+        if progress:
+            progress(done, manifest["bytes"])
+    return problems
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"no cache at {path}; build one with `dvla cache build … --out {path}`")
+    if not (path / "fingerprint.json").exists():
+        raise UserError(f"{path} is not a dvla cache (it has no fingerprint.json)")
+    if not (path / "manifest.json").exists():
+        shards = sum(1 for _ in (path / ".commits").glob("*/*/*.json"))
+        raise UserError(f"cache {path} is incomplete ({shards} shards are finished); "
+                        f"re-run the same `dvla cache build` command to resume it")
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT or manifest.get("complete") is not True:
+        raise UserError(f"cache {path} has format {manifest.get('format')}, this version reads {FORMAT}; rebuild it")
+    return manifest

@@ -1,0 +1,262 @@
+"""Building a feature cache, shard by shard, resumable after anything.
+
+The file system is the truth. A shard is written under a temporary name, synced, renamed, and then recorded in
+`.commits/`; the manifest with `"complete": true` comes last. So a build may be killed at any moment and run again, and
+the finished bytes depend neither on the order of the work nor on restarts. Layout: see layout.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from . import fingerprint as fp
+from .actions import UNIFIED_DIM
+from .layout import (FORMAT, BuildPlan, DatasetPlan, DatasetTables, ShardTask, commit_file, features_document,
+                     features_folder, group_document, json_bytes, read_json, write_table)
+from .shard import ShardWriter, file_crc32c, write_file
+
+
+class CacheWriter:
+    """The one builder of a cache. Use as a context manager; make it with `create_or_resume`.
+
+    Work: `write_shard` for every task of `missing()`, `write_tables` for every name of `tables_missing()`, `finish()`.
+    """
+
+    def __init__(self, path: Path, plan: BuildPlan, lock: Any) -> None:
+        self.path, self.plan, self._lock = path, plan, lock
+        self._datasets = {d.name: d for d in plan.datasets}
+
+    @classmethod
+    def create_or_resume(cls, path: Path | str, fingerprint: dict[str, Any], plan: BuildPlan) -> CacheWriter:
+        """Start a cache at `path`, or take up the build that was started there with the same fingerprint and plan.
+
+        `fingerprint` is JSON; the plan is added under "store". `UserError` when `path` holds something else, was built
+        from other settings (the differing fields are named) or is being built by another process. Nothing of value is
+        deleted: only temporary files of a killed builder, and the manifest when a listed shard has disappeared.
+        """
+        path = Path(path)
+        plan.check()
+        if "store" in fingerprint:
+            raise ValueError('the fingerprint key "store" is the plan\'s own')
+        asked = {**fingerprint, "store": plan.document()}
+        writer = cls(path, plan, None)
+        if writer.complete:
+            _require_same(path, asked)
+            if writer._nothing_missing():
+                return writer       # needs no lock, and may be read-only
+        others = [n for n in os.listdir(path) if n != ".lock" and ".tmp-" not in n] if path.is_dir() else []
+        if others and not (path / "fingerprint.json").exists():
+            raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}); choose another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            writer._lock = open(path / ".lock", "ab")
+        except OSError as error:
+            raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
+        try:
+            fcntl.flock(writer._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            writer.close()
+            raise UserError(f"another process is building {path}; wait for it or stop it, then run again") from None
+        try:
+            writer._prepare(asked)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    @property
+    def complete(self) -> bool:
+        """True when the cache was finished: nothing is left to do."""
+        return (self.path / "manifest.json").exists()
+
+    def missing(self) -> list[ShardTask]:
+        """The shards still to be written, in dataset, view and row order."""
+        size = self.plan.shard_frames
+        tasks = [ShardTask(d.name, view, i, start, min(start + size, d.frames)) for d in self.plan.datasets
+                 for view in d.views for i, start in enumerate(range(0, d.frames, size))]
+        return [t for t in tasks if not self._committed(commit_file(self.path, t.dataset, t.view, t.index))]
+
+    def tables_missing(self) -> list[str]:
+        """The datasets whose tables are still to be written."""
+        return [d.name for d in self.plan.datasets if not self._committed(commit_file(self.path, d.name))]
+
+    def write_shard(self, task: ShardTask, chunks: Iterable[np.ndarray],
+                    quarantined: Sequence[tuple[int, str]] = ()) -> None:
+        """Write one shard from features of frames `task.start … task.stop-1`, in order, and commit it.
+
+        `chunks`: float16 arrays [tokens, width] (one frame) or [k, tokens, width]. `quarantined`: (episode id, reason)
+        of episodes that failed to decode, whose rows the caller fills with zeros; it is read after the last chunk, so
+        the caller may append while producing them. `UserError` naming the frame for a value that is not finite.
+        """
+        dataset, tail = self._datasets[task.dataset], (self.plan.tokens, self.plan.width)
+        path = features_folder(self.path, task.dataset, task.view) / "c" / str(task.index) / "0" / "0"
+        with ShardWriter(path, (1, *tail), "float16", self.plan.shard_frames) as shard:
+            for chunk in chunks:
+                block = chunk[None] if chunk.ndim == 2 else chunk
+                _check_finite(block, task, task.start + shard.count)
+                shard.append(block)
+            if shard.count != task.stop - task.start:
+                raise ValueError(f"{task}: got {shard.count} frames, expected {task.stop - task.start}")
+            known = {e.episode_id for e in dataset.episodes}
+            if any(episode not in known for episode, _ in quarantined):
+                raise ValueError(f"{task}: quarantined episodes {quarantined} are not all in the plan")
+            written = {path: shard.commit()}
+        self._commit(commit_file(self.path, task.dataset, task.view, task.index), written,
+                     quarantined=sorted([int(episode), reason] for episode, reason in quarantined))
+
+    def write_tables(self, dataset: str, tables: DatasetTables) -> None:
+        """Write all of a dataset but its vision features, and commit it. `ValueError` for wrong shapes or dtypes."""
+        plan, root = self._datasets[dataset], self.path / dataset
+        arrays, frame = _checked_arrays(plan, self.plan, tables), ("frame",)
+        dimensions = {"action": ("frame", "slot"), "proprio": ("frame", "slot"), "timestamp": frame,
+                      "action_mask": ("slot",), "proprio_mask": ("slot",), "text/length": ("instruction",),
+                      "text/embedding": ("instruction", "text_token", "channel"),
+                      "null_text": ("text_token", "channel")}
+        written: dict[Path, tuple[int, int]] = {}
+        for name, values in arrays.items():
+            default = ("episode",) if name.startswith("episodes/") else ("token", "channel")
+            written |= write_table(root / name, values, dimensions.get(name, default))
+        own = {"format": FORMAT, "views": list(plan.views), "tokens": self.plan.tokens, "width": self.plan.width,
+               "shard_frames": self.plan.shard_frames, "frames": plan.frames, "embodiment": int(tables.embodiment),
+               "control_hz": float(tables.control_hz), "instructions": list(plan.instructions),
+               "source_hashes": [e.source_hash for e in plan.episodes],
+               "action_stats": tables.action_stats.to_dict(), "proprio_stats": tables.proprio_stats.to_dict(),
+               "action_rotation": np.flatnonzero(tables.action_rotation).tolist(),
+               "proprio_rotation": np.flatnonzero(tables.proprio_rotation).tolist()}
+        if clash := (own.keys() | {"quarantined"}) & tables.attributes.keys():
+            raise ValueError(f"attributes {sorted(clash)} belong to the store")
+        self._commit(commit_file(self.path, dataset), written, attributes={**tables.attributes, **own})
+
+    def finish(self) -> dict[str, Any]:
+        """Write the metadata, the quarantine ledger and, last, the manifest; returns the manifest.
+
+        `ValueError` while shards or tables are missing.
+        """
+        if self.missing() or self.tables_missing():
+            raise ValueError(f"{self.path}: {len(self.missing())} shards are missing, and tables of "
+                             f"{self.tables_missing()}")
+        if self.complete:
+            return json.loads((self.path / "manifest.json").read_bytes())
+        files: dict[str, dict[str, int]] = {}
+        ledger, nodes, datasets = [], {}, []
+        for d in self.plan.datasets:
+            tables = json.loads(commit_file(self.path, d.name).read_bytes())
+            lines = {(episode, reason) for episode, reason in d.quarantined}
+            files |= tables["files"]
+            for record in sorted((self.path / ".commits" / d.name).glob("*/*.json")):
+                commit = json.loads(record.read_bytes())
+                files |= commit["files"]
+                lines |= {(episode, reason) for episode, reason in commit["quarantined"]}
+            ledger += [{"dataset": d.name, "episode_id": e, "reason": r} for e, r in sorted(lines)]
+            bad = sorted({e for e, _ in lines})
+            nodes[d.name] = group_document({**tables["attributes"], "quarantined": bad})
+            nodes |= {f"{d.name}/{group}": group_document() for group in ("features", "episodes", "text", "null")}
+            nodes |= {f"{d.name}/features/{view}": features_document(d.frames, self.plan) for view in d.views}
+            datasets.append({"name": d.name, "frames": d.frames, "episodes": len(d.episodes), "views": list(d.views),
+                             "quarantined": len(bad)})
+        quarantine = "".join(fp.canonical(line) + "\n" for line in ledger).encode()
+        contents = {"quarantine.jsonl": quarantine} | {f"{n}/zarr.json": json_bytes(doc) for n, doc in nodes.items()}
+        nodes |= {name.removesuffix("/zarr.json"): json.loads((self.path / name).read_bytes())
+                  for name in files if name.endswith("/zarr.json")}
+        root = {**group_document({"dvla": {"format": FORMAT}}), "consolidated_metadata":
+                {"kind": "inline", "must_understand": False, "metadata": nodes}}
+        contents["zarr.json"] = json_bytes(root)
+        for name, data in contents.items():
+            files[name] = _entry(write_file(self.path / name, data))
+        files["fingerprint.json"] = _entry(file_crc32c(self.path / "fingerprint.json"))
+        manifest = {"complete": True, "format": FORMAT, "datasets": datasets, "files": files,
+                    "bytes": sum(f["bytes"] for f in files.values()), "frames": sum(d["frames"] for d in datasets),
+                    "fingerprint": fp.digest(read_json(self.path / "fingerprint.json")),
+                    "quarantine_count": sum(d["quarantined"] for d in datasets),
+                    "tokens": self.plan.tokens, "width": self.plan.width, "shard_frames": self.plan.shard_frames}
+        write_file(self.path / "manifest.json", json_bytes(manifest))
+        return manifest
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _prepare(self, asked: dict[str, Any]) -> None:
+        """Under the lock: check or write the fingerprint, and remove what a killed builder left."""
+        if (self.path / "fingerprint.json").exists():
+            _require_same(self.path, asked)
+        for left in self.path.rglob(".*.tmp-*"):
+            left.unlink()
+        if not (self.path / "fingerprint.json").exists():
+            write_file(self.path / "fingerprint.json", json_bytes(asked))
+        if self.complete and not self._nothing_missing():
+            (self.path / "manifest.json").unlink()
+
+    def _nothing_missing(self) -> bool:
+        return not self.missing() and not self.tables_missing()
+
+    def _committed(self, record: Path) -> bool:
+        try:
+            files = json.loads(record.read_bytes())["files"]
+            return all((self.path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+        except FileNotFoundError:
+            return False
+
+    def _commit(self, record: Path, written: dict[Path, tuple[int, int]], **extra: Any) -> None:
+        files = {path.relative_to(self.path).as_posix(): _entry(entry) for path, entry in written.items()}
+        write_file(record, json_bytes({"files": files, **extra}))
+
+
+def _entry(written: tuple[int, int]) -> dict[str, int]:
+    return {"bytes": written[0], "crc32c": written[1]}
+
+
+def _require_same(path: Path, asked: dict[str, Any]) -> None:
+    lines = fp.diff(read_json(path / "fingerprint.json"), asked)
+    if lines:
+        more = f"; … {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise UserError(f"cache {path} was built from other settings: {'; '.join(lines[:8])}{more}. "
+                        f"Choose another --out, or run with the cache's settings")
+
+
+def _check_finite(block: np.ndarray, task: ShardTask, first: int) -> None:
+    """fp16 values whose exponent bits are all ones are infinite or NaN; testing the bits is faster than isfinite."""
+    if block.dtype != np.float16 or block.ndim != 3:
+        raise ValueError(f"{task}: expected float16 [k, tokens, width], got {block.dtype} {list(block.shape)}")
+    if block.size and (block.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
+        bad = first + int(np.flatnonzero(~np.isfinite(block).all(axis=(1, 2)))[0])
+        raise UserError(f"{task.dataset}/{task.view}: the feature of frame {bad} is not finite in float16; "
+                        f"check the weights, or encode in another dtype")
+
+
+def _checked_arrays(plan: DatasetPlan, build: BuildPlan, t: DatasetTables) -> dict[str, np.ndarray]:
+    """The arrays of a dataset's tables by their path, each of the contract's shape and dtype."""
+    frames, n, width, slots = plan.frames, len(plan.instructions), build.width, UNIFIED_DIM
+    row = {text: i for i, text in enumerate(plan.instructions)}
+    expected = {"action": (t.action, (frames, slots), "f4"), "proprio": (t.proprio, (frames, slots), "f4"),
+                "action_mask": (t.action_mask, (slots,), "?"), "proprio_mask": (t.proprio_mask, (slots,), "?"),
+                "timestamp": (t.timestamp, (frames,), "f8"),
+                "text/embedding": (t.text, (n, t.text.shape[1], width), "f2"),
+                "text/length": (t.text_length, (n,), "i8"), "null_text": (t.null_text, (len(t.null_text), width), "f2"),
+                **{f"null/{view}": (t.null_features[view], (build.tokens, width), "f2") for view in plan.views}}
+    for name, (values, shape, dtype) in expected.items():
+        if values.shape != shape or values.dtype != np.dtype(dtype):
+            raise ValueError(f"{plan.name}/{name}: expected {shape} {np.dtype(dtype)}, "
+                             f"got {values.shape} {values.dtype}")
+    arrays = {name: values for name, (values, _, _) in expected.items()}
+    used = np.arange(t.text.shape[1]) < t.text_length[:, None]
+    arrays["text/embedding"] = np.where(used[..., None], t.text, np.float16(0))     # no bytes depend on padding
+    episodes = {"start": plan.starts.tolist(), "length": [e.length for e in plan.episodes],
+                "id": [e.episode_id for e in plan.episodes], "instruction": [row[e.instruction] for e in plan.episodes]}
+    return arrays | {f"episodes/{name}": np.array(values, np.int64) for name, values in episodes.items()}

@@ -1,0 +1,408 @@
+"""The `dvla` command: parse, build a config, call one stage. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ._version import __version__
+from .errors import UserError
+
+console = Console(stderr=False, highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+app = typer.Typer(name="dvla", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Run the frozen VLM **once** into a feature cache, train a one-step Drifting DiT from it, bring the VLM back with LoRA.")
+data_app = typer.Typer(no_args_is_help=True, help="Record and look at demonstrations.")
+vlm_app = typer.Typer(no_args_is_help=True, help="Vision-language checkpoints.")
+cache_app = typer.Typer(no_args_is_help=True, help="Stage one: the feature cache.")
+app.add_typer(data_app, name="data")
+app.add_typer(vlm_app, name="vlm")
+app.add_typer(cache_app, name="cache")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+VlmPath = Annotated[Optional[str], typer.Option("--vlm-path", help="Checkpoint folder or hub id; default: the model's own.")]
+
+
+def main() -> None:
+    """Entry point: `UserError` is one line and exit code 2; Ctrl-C is exit code 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        errors.print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to go on", style="yellow")
+        sys.exit(130)
+
+
+def run(arguments: list[str]) -> None:
+    """Run one command line in this process. Raises `UserError`; usage errors exit 2 by themselves."""
+    click_error = typer.BadParameter.__mro__[2]     # ClickException: of click, or of the copy inside newer typers
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="dvla", standalone_mode=False)
+    except click_error as error:    # wrong options: click's own message names them
+        error.show()
+        code = error.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    if code:
+        sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False) -> None:
+    if version:
+        console.print(f"dvla {__version__}")
+        raise typer.Exit()
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """`show(name, done, total)`: one rich bar per name; on a pipe or in a log file, nothing but the closing lines."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield show
+
+
+# --- data --------------------------------------------------------------------------------------------------------------
+
+@data_app.command("record")
+def data_record(
+    env: Annotated[str, typer.Option("--env", help="Simulated task, e.g. metaworld/push-v3.")],
+    out: Out,
+    episodes: Annotated[int, typer.Option("--episodes", help="Demonstrations to keep.")] = 50,
+    image_size: Annotated[int, typer.Option("--image-size", help="Side of the square pictures, pixels (even).")] = 128,
+    noise: Annotated[float, typer.Option("--noise", help="Standard deviation of noise on executed actions; labels stay clean.")] = 0.1,
+    extra_steps: Annotated[int, typer.Option("--extra-steps", help="Steps recorded after success.")] = 10,
+    max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Step limit of an attempt; default: the task's own.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Chooses the starts and the noise.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Simulating processes; the dataset does not depend on it.")] = 1,
+) -> None:
+    """Record a scripted expert as a LeRobot v3.0 dataset (mp4, two cameras).
+
+    Example: dvla data record --env metaworld/push-v3 --episodes 50 --out data/push
+    """
+    from .stages.record import RecordConfig, record
+
+    config = RecordConfig(env, episodes, out, image_size, seed, noise=noise, max_steps=max_steps, extra_steps=extra_steps, workers=workers)
+    with progress_bars() as show:
+        result = record(config, lambda done, total: show(f"recording {env}", done, total))
+    console.print(f"{result.out}: {result.episodes} episodes, {result.frames} frames; the expert solved {result.succeeded} of "
+                  f"{result.attempted} starts tried, failures were left out")
+
+
+# --- vlm ---------------------------------------------------------------------------------------------------------------
+
+@vlm_app.command("tiny")
+def vlm_tiny(
+    out: Out,
+    arch: Annotated[str, typer.Option("--arch", help="Architecture: qwen3vl.")] = "qwen3vl",
+    pretrain: Annotated[Optional[list[str]], typer.Option("--pretrain", help="Dataset folder on whose frames the vision tower is trained; "
+                                                          "may be given several times. Default: random weights.")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of that training.")] = 300,
+    resolution: Annotated[int, typer.Option("--resolution", help="Picture side for that training, pixels.")] = 128,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Make a checkpoint of the real architecture at toy width, offline: for demos and tests, not for robots.
+
+    Example: dvla vlm tiny --arch qwen3vl --out vlm --pretrain data/push --pretrain data/button
+    """
+    from .cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
+    from .errors import unknown
+
+    if arch != "qwen3vl":
+        raise unknown("architecture", arch, ["qwen3vl"])
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    if not pretrain:
+        make_tiny_qwen3vl(out, TinySpec(seed=seed))
+        console.print(f"{out}: Qwen3-VL at toy width with random weights")
+        return
+    from .stages.tiny_pretrain import PretrainConfig, make_pretrained
+
+    with progress_bars() as show:
+        report = make_pretrained(out, TinySpec(seed=seed), PretrainConfig(tuple(pretrain), steps=steps, resolution=resolution, seed=seed), show)
+    console.print(f"{out}: Qwen3-VL at toy width. Its vision tower was trained {report.steps} steps ({report.seconds:.0f} s) on "
+                  f"{report.pictures} recorded pictures by {report.method}: loss {report.first_loss:.4f} → {report.last_loss:.4f}; "
+                  f"the language side is random")
+
+
+# --- cache -------------------------------------------------------------------------------------------------------------
+
+@cache_app.command("build")
+def cache_build(
+    sources: Annotated[list[str], typer.Argument(help="LeRobot dataset folders or hub ids.", show_default=False)],
+    out: Out,
+    vlm: Annotated[str, typer.Option("--vlm", help="Model: qwen3vl or tiny_qwen3vl (configs/models).")] = "qwen3vl",
+    vlm_path: VlmPath = None,
+    resolution: Annotated[Optional[int], typer.Option("--resolution", help="Side of the padded, resized picture; default: the model's own.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures per encoder call.")] = 64,
+    shard_frames: Annotated[Optional[int], typer.Option("--shard-frames", help="Frames per shard file; default: about 256 MiB.")] = None,
+    dataset_config: Annotated[Optional[str], typer.Option("--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Run the frozen VLM once over every frame and write features, actions and tables. Run again to resume.
+
+    Example: dvla cache build data/push data/button --vlm qwen3vl --out cache
+    """
+    from .cache.encoder import encoder_spec
+    from .stages.build import BuildConfig, build
+
+    config = BuildConfig(tuple(sources), encoder_spec(vlm, path=vlm_path, resolution=resolution), out, batch_size, shard_frames, device, dataset_config)
+    with progress_bars() as show:
+        report = build(config, show)
+    rate = f"{report.images / report.seconds:.0f} pictures/s, {report.binds} binds" if report.images else "nothing was missing"
+    console.print(f"{out}: {report.frames} frames, {_size(report.bytes)}, {report.quarantined} episodes in quarantine, "
+                  f"{report.resumed_shards} shards found finished; {report.seconds:.1f} s, {rate}")
+    if report.quarantined:
+        console.print(f"see {out}/quarantine.jsonl for the reasons")
+
+
+@cache_app.command("verify")
+def cache_verify(
+    path: Annotated[Path, typer.Argument(help="Cache folder.", show_default=False)],
+    live: Annotated[int, typer.Option("--live", help="Frames to recompute with the live encoder.")] = 0,
+    source: Annotated[Optional[list[str]], typer.Option("--source", help="Dataset folders, if moved since the build; may be given several times.")] = None,
+    vlm_path: VlmPath = None,
+    device: Device = "auto",
+) -> None:
+    """Check every byte against its checksum, and random features against the live encoder. Exit code 1 when something differs.
+
+    Example: dvla cache verify cache --live 32
+    """
+    from .stages.verify import verify
+
+    with progress_bars() as show:
+        problems, check = verify(path, live, tuple(source or ()), vlm_path, device, progress=lambda done, total: show("checksums", done, total))
+    for line in problems:
+        errors.print(line, style="red", markup=False)
+    if check is not None:
+        console.print(f"{check.count} frames recomputed: largest difference {check.largest:.2g}, RMS of the difference "
+                      f"{check.relative:.2g} of the features' ({check.scale:.2g})")
+    if problems:
+        raise typer.Exit(1)
+    console.print(f"{path}: all files are as they were written")
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+Recipe = Annotated[Optional[str], typer.Option("--recipe", help="YAML file or a shipped recipe (configs/train).")]
+Set = Annotated[Optional[list[str]], typer.Option("--set", help="Any setting, e.g. --set optimizer.warmup=100; may be given several times.")]
+Steps = Annotated[Optional[int], typer.Option("--steps", "--max-steps", help="Optimiser steps of the run.")]
+BatchSize = Annotated[Optional[int], typer.Option("--batch-size", help="Observations per step.")]
+LearningRate = Annotated[Optional[float], typer.Option("--lr", help="Peak learning rate.")]
+MaskProb = Annotated[Optional[float], typer.Option("--cond-mask-prob", help="Probability of dropping text, pictures or state, each.")]
+Seed = Annotated[Optional[int], typer.Option("--seed", help="Order of samples, noise, initialisation.")]
+StopAfter = Annotated[Optional[int], typer.Option("--stop-after", help="Save and stop at this step of the run; run again to go on.")]
+
+
+@app.command("train")
+def train_command(
+    from_cache: Annotated[Path, typer.Option("--from-cache", help="Cache folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder; one with the same settings is resumed.")],
+    recipe: Recipe = None,
+    model_size: Annotated[Optional[str], typer.Option("--model-size", help="tiny, small, base or large.")] = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    accumulate: Annotated[Optional[int], typer.Option("--grad-accumulation", help="Batches per optimiser step.")] = None,
+    draws: Annotated[Optional[int], typer.Option("--draws", help="Noise draws per observation.")] = None,
+    lr: LearningRate = None,
+    loss_type: Annotated[Optional[str], typer.Option("--loss-type", help="mse, pure_drift or hybrid.")] = None,
+    mask: MaskProb = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Train the proprioception-only baseline.")] = False,
+    seed: Seed = None,
+    set_: Set = None,
+    stop_after: StopAfter = None,
+    device: Device = "auto",
+) -> None:
+    """Stage two: train the Drifting DiT from a cache. Ctrl-C saves; run again to resume.
+
+    Example: dvla train --from-cache cache --out runs/base --model-size base --steps 100000
+    """
+    from .stages.train import train
+    from .stages.train_config import train_config
+
+    config = train_config(recipe, {
+        "cache": str(from_cache), "out": str(out), "model_size": model_size, "steps": steps, "batch_size": batch_size,
+        "accumulate": accumulate, "draws": draws, "optimizer.lr": lr, "loss.kind": loss_type, "masking.text": mask,
+        "masking.images": mask, "masking.proprio": mask, "blind": blind or None, "seed": seed, "device": device, **_settings(set_)})
+    with progress_bars() as show:
+        report = train(config, _on_log(show, config.steps), console.print, stop_after)
+    _closing(report)
+
+
+@app.command("finetune")
+def finetune_command(
+    start: Annotated[Path, typer.Argument(help="Run or checkpoint of stage two.", show_default=False)],
+    source: Annotated[list[str], typer.Option("--source", help="Dataset folder or hub id behind the cache; may be given several times.")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder; one with the same settings is resumed.")],
+    lora: Annotated[bool, typer.Option("--lora/--frozen", help="Train LoRA in the vision tower, or keep it frozen but live.")] = True,
+    lora_r: Annotated[int, typer.Option("--lora-r", help="Rank.")] = 16,
+    lora_alpha: Annotated[float, typer.Option("--lora-alpha", help="The update is scaled by alpha / r.")] = 32.0,
+    lora_targets: Annotated[str, typer.Option("--lora-targets", help="attention or all-linear.")] = "attention",
+    last_blocks: Annotated[Optional[int], typer.Option("--lora-last-blocks", help="Only the last n vision blocks; default: all.")] = None,
+    vlm_lr_scale: Annotated[Optional[float], typer.Option("--vlm-lr-scale", help="LoRA's learning rate as a share of --lr.")] = None,
+    from_cache: Annotated[Optional[Path], typer.Option("--from-cache", help="The run's cache, if it moved.")] = None,
+    vlm_path: VlmPath = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    mask: MaskProb = None,
+    seed: Seed = None,
+    set_: Set = None,
+    stop_after: StopAfter = None,
+    device: Device = "auto",
+) -> None:
+    """Stage three: continue with the live VLM and LoRA, starting at the same loss.
+
+    Settings that are not given are those of the stage-two run. Example:
+    dvla finetune --lora runs/base --source data/push --source data/button --out runs/lora --steps 2000 --lr 1e-4
+    """
+    from .cache.lora import LoraSpec
+    from .errors import unknown
+    from .stages.finetune import finetune, finetune_config
+
+    if lora_targets not in ("attention", "all-linear"):
+        raise unknown("LoRA target", lora_targets, ["attention", "all-linear"])
+    spec = LoraSpec(r=lora_r, alpha=lora_alpha, targets=lora_targets, last_n_blocks=last_blocks) if lora else None
+    config = finetune_config(start, tuple(source), spec, {
+        "out": str(out), "cache": str(from_cache) if from_cache else None, "steps": steps, "batch_size": batch_size, "optimizer.lr": lr,
+        "optimizer.vlm_lr_scale": vlm_lr_scale, "masking.text": mask, "masking.images": mask, "masking.proprio": mask, "seed": seed,
+        "device": device, **_settings(set_)}, vlm_path)
+    with progress_bars() as show:
+        report, _ = finetune(config, _on_log(show, config.train.steps), console.print, stop_after)
+    _closing(report)
+
+
+@app.command("eval")
+def eval_command(
+    policy: Annotated[Path, typer.Argument(help="Run or checkpoint folder.", show_default=False)],
+    env: Annotated[list[str], typer.Option("--env", help="Simulated task; may be given several times.")],
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder to create with summary.json and videos.")] = None,
+    episodes: Annotated[int, typer.Option("--episodes", help="Unseen starts per task.")] = 20,
+    blind: Annotated[Optional[str], typer.Option("--blind", help="Run trained with --blind; default: this policy shown black pictures.")] = None,
+    replan: Annotated[int, typer.Option("--replan", help="Steps of each chunk to execute.")] = 4,
+    max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Step limit; default: the task's own.")] = None,
+    image_size: Annotated[int, typer.Option("--image-size", help="Side of the rendered pictures, as recorded.")] = 128,
+    seed: Annotated[int, typer.Option("--seed", help="Chooses the starts.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Simulating processes.")] = 1,
+    videos: Annotated[int, typer.Option("--videos", help="Episodes filmed per task.")] = 10,
+    vlm_path: VlmPath = None,
+) -> None:
+    """Closed-loop success on unseen starts, beside the expert, a random and a blind policy.
+
+    Example: dvla eval runs/base --env metaworld/push-v3 --episodes 50 --out eval/base
+    """
+    from .stages.evaluate import EvalConfig, evaluate_policy
+
+    config = EvalConfig(str(policy), tuple(env), episodes, out, blind, seed, replan, max_steps, image_size, workers, videos, vlm_path)
+    with progress_bars() as show:
+        summary = evaluate_policy(config, show)
+    console.print(success_table({"policy": summary}))
+    console.print(f"blind: {summary['blind_is']}. Expert, random and blind ran on the same {episodes} starts, none of which was trained on.")
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted demo is resumed.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes, every command, no claim of success.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of recording, model and training.")] = 0,
+) -> None:
+    """The whole road on this machine: record, cache, train, fine-tune with LoRA, and measure success. Prints every command.
+
+    Example: dvla demo
+    """
+    from .stages.demo import demo
+
+    demo(out, quick, seed, run, console.print, success_table)
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """What is installed, what each missing piece costs, how to get it. Exit code 1 when something necessary is missing."""
+    from .stages.doctor import examine
+
+    table = Table("piece", "found", "without it", "to get it")
+    findings = examine()
+    for f in findings:
+        table.add_row(f.name, f.found or "[red]missing[/red]", *(("", "") if f.found else (escape(f.costs), escape(f.install))))
+    console.print(table)
+    if any(f.required and f.found is None for f in findings):
+        raise typer.Exit(1)
+
+
+# --- shared ------------------------------------------------------------------------------------------------------------
+
+def success_table(summaries: dict[str, dict[str, Any]]) -> Table:
+    """One row per task and policy: success with interval, beside expert, random and blind."""
+    table = Table("task", "policy", "success", "95 % interval", "expert", "random", "blind", "ms/action")
+    for name, summary in summaries.items():
+        for task, row in summary["tasks"].items():
+            low, high = row["ci95"]
+            table.add_row(task, name, f"{row['success']:.0%} of {row['episodes']}", f"{low:.0%} – {high:.0%}",
+                          *(f"{row[b]:.0%}" for b in ("expert", "random", "blind")), f"{row['ms_per_action']:.1f}")
+    return table
+
+
+def _settings(given: list[str] | None) -> dict[str, Any]:
+    """`["optimizer.warmup=100"]` → {"optimizer.warmup": 100}; values are YAML."""
+    import yaml
+
+    out = {}
+    for item in given or []:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise UserError(f"--set {item}: expected name=value, e.g. --set optimizer.warmup=100")
+        out[key] = yaml.safe_load(value)
+    return out
+
+
+def _on_log(show: Callable[[str, int, int], None], steps: int) -> Callable[[dict[str, Any]], None]:
+    def on_log(line: dict[str, Any]) -> None:
+        show("training", line["step"], steps)
+        held_out = f"  held-out mse {line['eval/mse']:.4f}" if "eval/mse" in line else ""
+        console.print(f"step {line['step']:>6}/{steps}  loss {line['loss']:.4f}  mse {line['mse']:.4f}{held_out}  "
+                      f"{line['samples_per_second']:.0f} samples/s  waiting for data {line['wait_share']:.1%}")
+    return on_log
+
+
+def _closing(report: Any) -> None:
+    if report.interrupted:
+        console.print(f"{report.run}: saved at step {report.step}; run the same command again to go on")
+        return
+    loss = f", loss {report.first_loss:.4f} → {report.loss:.4f}" if report.first_loss is not None else ""
+    console.print(f"{report.run}: step {report.step}{loss}")
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The Drifting DiT: noise and an observation's context in, an action chunk out, in one forward pass.
+
+Letters: B observations, G noise draws per observation, T action steps (horizon), L context tokens, W width, H heads,
+h = W/H head width. An observation's context, its keys and values and its modulation are computed once and shared by its
+G draws: for cross-attention the G·T action tokens of one observation are one longer query sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError, unknown
+
+FOURIER_FEATURES = 64   # features of the control frequency and of the guidance scale
+FRONT_LAYERS = 2        # blocks with cross-attention in the "front" variant
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of the generator; `dit_config(size)` gives the named sizes."""
+
+    width: int = 768                                     # W
+    blocks: int = 12                                     # transformer blocks
+    heads: int = 12                                      # attention heads; W/heads must be even (RoPE)
+    mlp_ratio: int = 4                                   # SwiGLU hidden width / W
+    cross_attention: Literal["all", "front"] = "all"     # in every block, or only in the first two
+    horizon: int = 16                                    # T, action steps of a chunk
+    noise_dim: int = 64                                  # noise entries per action step
+    action_dim: int = 128                                # unified action entries
+    proprio_dim: int = 128                               # unified proprioception entries
+    embodiments: int = 7                                 # distinct robot types
+    skip_std: float = 0.2                                # std of the initial samples (normalised actions have std 0.2)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise UserError(f"DiT width {self.width} with {self.heads} heads: width/heads must be an even whole number")
+        if self.cross_attention not in ("all", "front"):
+            raise unknown("cross_attention", str(self.cross_attention), ("all", "front"))
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 192, "blocks": 4, "heads": 4, "mlp_ratio": 2},
+    "small": {"width": 512, "blocks": 8, "heads": 8},
+    "base": {"width": 768, "blocks": 12, "heads": 12},
+    "large": {"width": 1024, "blocks": 24, "heads": 16},
+}
+
+
+def dit_config(size: str, **overrides: Any) -> DiTConfig:
+    """The config of a named size with some fields replaced; `UserError` for an unknown size or field."""
+    if size not in SIZES:
+        raise unknown("DiT size", size, SIZES)
+    for name in overrides:
+        if name not in DiTConfig.__dataclass_fields__:
+            raise unknown("DiT setting", name, DiTConfig.__dataclass_fields__)
+    return DiTConfig(**{**SIZES[size], **overrides})
+
+
+def build_dit(size: str, **overrides: Any) -> "DriftingDiT":
+    """A freshly initialised model of a named size: tiny, small, base (147 M parameters) or large."""
+    return DriftingDiT(dit_config(size, **overrides))
+
+
+class Context(NamedTuple):
+    """What the generator knows of B observations, computed once and shared by all noise draws."""
+
+    sequence: Tensor     # [B,L,W] projected vision and text tokens
+    mask: Tensor         # [B,L] bool, False: invisible
+    pooled: Tensor       # [B,W] global feature
+    embodiment: Tensor   # [B] int64
+    proprio: Tensor      # [B,128] float, normalised
+    control_hz: Tensor   # [B] float, Hz
+
+
+class SelfAttention(nn.Module):
+    """Attention among the T steps of each chunk, with QK-norm and RoPE."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_scale, self.k_scale = nn.Parameter(torch.ones(width // heads)), nn.Parameter(torch.ones(width // heads))
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)   # [n,H,T,h] each
+        q = rotate(rms(q, self.q_scale), rotation).to(v.dtype)                  # [n,H,T,h]
+        k = rotate(rms(k, self.k_scale), rotation).to(v.dtype)                  # [n,H,T,h]
+        y = F.scaled_dot_product_attention(q, k, v)                             # [n,H,T,h]
+        return self.out(y.transpose(1, 2).flatten(2))                           # [n,T,W]
+
+
+class CrossAttention(nn.Module):
+    """Attention of the action tokens to the context, with QK-norm; no positions (the context tokens carry theirs)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.q_scale, self.k_scale = nn.Parameter(torch.ones(width // heads)), nn.Parameter(torch.ones(width // heads))
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)           # [B,H,G·T,h]
+        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)   # [B,H,L,h] each
+        q, k = rms(q, self.q_scale).to(v.dtype), rms(k, self.k_scale).to(v.dtype)   # [B,H,G·T,h], [B,H,L,h]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)             # [B,H,G·T,h]
+        return self.out(y.transpose(1, 2).flatten(2))                           # [B,G·T,W]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                             # [B,G·T,hidden] each
+        return self.down(F.silu(gate) * up)                                     # [B,G·T,W]
+
+
+class Block(nn.Module):
+    """Self-attention, optional cross-attention, feed-forward; each behind an adaLN-Zero gate (identity at the start).
+
+    The modulation is one projection shared by all blocks plus this block's own table (as in PixArt-α).
+    """
+
+    def __init__(self, config: DiTConfig, cross: bool) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config.width, config.heads)
+        self.cross_attention = CrossAttention(config.width, config.heads) if cross else None
+        self.feed_forward = FeedForward(config.width, config.mlp_ratio * config.width)
+        self.modulation = nn.Parameter(torch.zeros(7 if cross else 6, config.width))
+
+    def forward(self, x: Tensor, shared: Tensor, context: Tensor, mask: Tensor,
+                rotation: tuple[Tensor, Tensor]) -> Tensor:
+        table = (shared[:, :len(self.modulation)] + self.modulation).unsqueeze(2).unbind(1)   # 6 or 7 of [B,1,W]
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:6]          # [B,1,W] each
+        t = rotation[0].shape[0]
+        y = normed(x) * (1 + scale_a) + shift_a                                 # [B,G·T,W]
+        y = self.self_attention(y.reshape(-1, t, y.shape[-1]), rotation)        # [B·G,T,W]
+        x = x + gate_a * y.reshape(x.shape)                                     # [B,G·T,W]
+        if self.cross_attention is not None:
+            x = x + table[6] * self.cross_attention(normed(x), context, mask)   # [B,G·T,W]
+        y = normed(x) * (1 + scale_f) + shift_f                                 # [B,G·T,W]
+        return x + gate_f * self.feed_forward(y)                                # [B,G·T,W]
+
+
+class DriftingDiT(nn.Module):
+    """noise [B,G,T,64] → actions [B,G,T,128], given a `Context`; α [B] is the guidance scale as an input.
+
+    At initialisation the output is exactly the linear skip of the noise: the G samples of an observation spread with
+    `skip_std`. (Drifting starts from spread samples; a collapsed set separates only like 1/(G−1).)
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        w = config.width
+        self.noise_in = nn.Linear(config.noise_dim, w)
+        self.null_token = nn.Parameter(torch.zeros(1, 1, w))   # always visible: a fully masked observation is defined
+        self.conditioning = nn.ModuleDict({
+            "embodiment": nn.Embedding(config.embodiments, w),
+            "proprio": nn.Sequential(nn.Linear(config.proprio_dim, w // 2), nn.SiLU(), nn.Linear(w // 2, w)),
+            "control_hz": nn.Linear(FOURIER_FEATURES, w),
+            "alpha": nn.Linear(FOURIER_FEATURES, w),
+        })
+        self.modulation = nn.Linear(w, 7 * w)
+        cross = config.blocks if config.cross_attention == "all" else FRONT_LAYERS
+        self.blocks = nn.ModuleList(Block(config, cross=i < cross) for i in range(config.blocks))
+        self.action_head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, w), nn.SiLU(), nn.Linear(w, config.action_dim))
+        self.skip = nn.Linear(config.noise_dim, config.action_dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier linears, embeddings of std 0.02, zero modulation (adaLN-Zero) and zero last layer of the head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.null_token, std=0.02)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.action_head[-1].weight)
+        nn.init.normal_(self.skip.weight, std=self.config.skip_std / math.sqrt(self.config.noise_dim))
+
+    def condition(self, context: Context, alpha: Tensor) -> Tensor:
+        """Global condition [B,W]: pooled features + embodiment + proprioception + control frequency + α."""
+        part, dtype = self.conditioning, self.skip.weight.dtype
+        return (context.pooled + part["embodiment"](context.embodiment)         # [B,W]
+                + part["proprio"](context.proprio.to(dtype))                    # [B,W]
+                + part["control_hz"](fourier(context.control_hz.clamp(min=1e-3).log2()).to(dtype))   # [B,W]
+                + part["alpha"](fourier(alpha).to(dtype)))                      # [B,W]
+
+    def forward(self, noise: Tensor, context: Context, alpha: Tensor) -> Tensor:
+        b, g, t, n = noise.shape
+        if (t, n) != (self.config.horizon, self.config.noise_dim) or b != context.sequence.shape[0]:
+            raise ValueError(f"noise: expected [B,G,{self.config.horizon},{self.config.noise_dim}] for "
+                             f"{context.sequence.shape[0]} observations, got {tuple(noise.shape)}")
+        noise = noise.to(self.skip.weight.dtype).reshape(b, g * t, n)           # [B,G·T,64]
+        shared = self.modulation(F.silu(self.condition(context, alpha))).unflatten(1, (7, -1))   # [B,7,W]
+        sequence = torch.cat([self.null_token.expand(b, -1, -1).to(context.sequence.dtype), context.sequence], dim=1)
+        mask = F.pad(context.mask, (1, 0), value=True)[:, None, None, :]        # [B,1,1,1+L]
+        rotation = rope(t, self.config.width // self.config.heads, noise.device)    # [T,h/2] each
+        x = self.noise_in(noise)                                                # [B,G·T,W]
+        for block in self.blocks:
+            x = block(x, shared, sequence, mask, rotation)                      # [B,G·T,W]
+        y = self.action_head(x) + self.skip(noise)                              # [B,G·T,128]
+        return y.to(self.skip.weight.dtype).reshape(b, g, t, -1)                # [B,G,T,128]
+
+
+def normed(x: Tensor) -> Tensor:
+    """LayerNorm without parameters (the modulation has them)."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def rms(x: Tensor, scale: Tensor) -> Tensor:
+    """x over its root mean square along the last axis, times `scale`: the QK-norm."""
+    return F.rms_norm(x, x.shape[-1:], scale.to(x.dtype))
+
+
+def rope(steps: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, h/2] of the rotary positions 0..T−1, base 10000 (arXiv:2104.09864)."""
+    frequency = 10000.0 ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)   # [h/2]
+    angle = torch.arange(steps, device=device, dtype=torch.float32)[:, None] * frequency   # [T,h/2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """x [n,H,T,h] with its halves rotated as pairs."""
+    cos, sin = rotation[0].to(x.dtype), rotation[1].to(x.dtype)                 # [T,h/2]
+    a, b = x.chunk(2, dim=-1)                                                   # [n,H,T,h/2]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)            # [n,H,T,h]
+
+
+def fourier(x: Tensor) -> Tensor:
+    """sin and cos features [..., 64] of a real number of size about 1 to 10; wavelengths from 0.5 to 64."""
+    octave = torch.linspace(1.0, -6.0, FOURIER_FEATURES // 2, device=x.device)  # [32]
+    phase = 2 * math.pi * x.float()[..., None] * octave.exp2()                  # [...,32]
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)                        # [...,64]
+
+
+def parameter_counts(module: nn.Module) -> dict[str, int]:
+    """Number of parameters by part (self_attention, cross_attention, feed_forward, modulation, …) and "total"."""
+    counts: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        part = next(p for p in name.split(".") if p not in ("dit", "blocks") and not p.isdigit())
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return {**counts, "total": sum(counts.values())}

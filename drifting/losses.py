@@ -1,0 +1,132 @@
+"""Losses of the generator: the drifting loss, and the policy's masked, per-embodiment mixture of it with regression.
+
+Letters: B observations, G draws per observation, T action steps, P positives, M extra negatives, D entries,
+K temperatures, E embodiments, C conditions of the drift (B whole chunks, or B·T steps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..batch import UNIFIED_DIM, FeatureBatch
+from .field import (AFFINITY_FLOOR, MIN_SCALE, TEMPERATURES, DriftField, Reduce, drifting_field,
+                    grouped_drifting_field)
+
+
+@dataclass(frozen=True)
+class DriftLoss:
+    """`per_condition` [B] carries the gradient; its value hovers around mean(force²) and is no measure of convergence:
+    `field.mean_square` is."""
+
+    per_condition: Tensor
+    field: DriftField
+
+
+def drifting_loss(gen: Tensor, pos: Tensor, neg: Tensor | None = None, *, w_gen: Tensor | None = None,
+                  w_pos: Tensor | None = None, w_neg: Tensor | None = None,
+                  temperatures: Sequence[float] = TEMPERATURES, floor: float | None = AFFINITY_FLOOR,
+                  reduce: Reduce | None = None) -> DriftLoss:
+    """mean over [G,D] of (gen/s − sg(gen/s + force))², s = max(scale/sqrt(D), 1e-3); arguments as in `drifting_field`.
+
+    Minus its gradient at `gen` points along the force. Positives and negatives get no gradient.
+    """
+    field = drifting_field(gen, pos, neg, w_gen=w_gen, w_pos=w_pos, w_neg=w_neg, temperatures=temperatures,
+                           floor=floor, reduce=reduce)
+    unit = (field.scale / math.sqrt(gen.shape[-1])).clamp(min=MIN_SCALE)        # []
+    return DriftLoss(_towards(gen, field.force, unit).square().mean((1, 2)), field)
+
+
+def _towards(gen: Tensor, force: Tensor, unit: Tensor) -> Tensor:
+    """gen/unit − sg(gen/unit + force), in force's dtype, without the rounding of the large common part."""
+    with torch.autocast(gen.device.type, enabled=False):
+        gen = gen.to(force.dtype)
+        return (gen - gen.detach()) / unit - force
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What stage two and three minimise."""
+
+    kind: Literal["mse", "pure_drift", "hybrid"] = "hybrid"   # hybrid = mse + drift_weight · drift
+    drift_weight: float = 1.0                                 # λ of the hybrid; at 0.1 regression merges two modes
+    temperatures: tuple[float, ...] = TEMPERATURES            # kernel widths, in units of the mean distance
+    floor: float = AFFINITY_FLOOR                             # floor under the product of the two softmaxes
+    distance: Literal["chunk", "step"] = "chunk"              # compare whole [T·d] chunks, or each step on its own
+    embodiments: int = 7                                      # E, groups with a distance scale of their own
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """`total` [] has the gradient. `mse` [] and `drift` [] are its parts, both reported (detached) for every kind.
+
+    `mean_square` [K] and `scale` [] pool the embodiments by number of conditions; `mean_square_of` [K,E] and
+    `scale_of` [E] are per embodiment, 0 where the batch has none. log(mean_square) is the convergence metric.
+    """
+
+    total: Tensor
+    mse: Tensor
+    drift: Tensor
+    mean_square: Tensor
+    scale: Tensor
+    mean_square_of: Tensor
+    scale_of: Tensor
+
+
+def policy_loss(pred: Tensor, batch: FeatureBatch, config: LossConfig = LossConfig(), *,
+                positives: Tensor | None = None, negatives: Tensor | None = None, w_neg: Tensor | None = None,
+                reduce: Reduce | None = None) -> PolicyLoss:
+    """Loss of the G chunks `pred` [B,G,T,128] generated for each observation of `batch`.
+
+    An entry counts where its slot is active for the dataset and its step lies before the episode's end; other entries
+    of `pred` get no gradient. MSE: mean of (pred − action)² over the counting entries of all draws. Drift: the G chunks
+    of an observation against its own expert chunk, and against further chunks of the same action space if given:
+    `positives` [B,P,T,128] (for example nearest neighbours), `negatives` [B,M,T,128] with weights `w_neg` [B,M] (for
+    example `guidance.batch_negatives`), both already normalised and complete wherever the observation's own chunk is.
+    Entries that do not count are zeroed in generated and expert chunks alike, so they add nothing to a distance, and D
+    of the algorithm is the number that do count. The distance scale and mean(F²) are taken per embodiment.
+    `distance="step"` makes each (observation, step) a condition of its own.
+    `reduce`: see `drifting_field`; it makes scale and mean(F²) those of all ranks. Never compares two observations.
+    """
+    b, g, t, d = pred.shape
+    if d != UNIFIED_DIM or batch.action.shape != (b, t, d):
+        raise ValueError(f"pred: expected [B,G,T,{UNIFIED_DIM}] for action {tuple(batch.action.shape)}, "
+                         f"got {tuple(pred.shape)}")
+    if config.kind not in ("mse", "pure_drift", "hybrid"):
+        raise ValueError(f"LossConfig.kind: expected mse, pure_drift or hybrid, got {config.kind!r}")
+    pred = pred if pred.dtype == torch.float64 else pred.float()                # [B,G,T,128]
+    active = batch.step_mask[:, :, None] & batch.action_mask[:, None, :]        # [B,T,128]
+    with torch.autocast(pred.device.type, enabled=False):
+        error = (pred - batch.action[:, None]).masked_fill(~active[:, None], 0.0)   # [B,G,T,128]
+        mse = error.square().sum() / (g * active.sum()).clamp(min=1)            # []
+
+    per_step = config.distance == "step"
+
+    def conditions(chunks: Tensor) -> Tensor:                                   # [B,n,T,128] → [C,n,D]
+        return chunks.transpose(1, 2).flatten(0, 1) if per_step else chunks.flatten(2)
+
+    def each(values: Tensor) -> Tensor:                                         # per observation → per condition
+        return values.repeat_interleave(t, 0) if per_step else values
+
+    gen = conditions(pred)                                                      # [C,G,D], D = T·128 or 128
+    pos = batch.action[:, None] if positives is None else torch.cat([batch.action[:, None], positives], dim=1)
+    mask = active.flatten(0, 1) if per_step else active.flatten(1)              # [C,D]
+    group = each(batch.embodiment)                                              # [C]
+    field = grouped_drifting_field(
+        gen, conditions(pos), None if negatives is None else conditions(negatives), active=mask, group=group,
+        groups=config.embodiments, w_neg=None if w_neg is None else each(w_neg), temperatures=config.temperatures,
+        floor=config.floor, reduce=reduce)
+    live = (field.entries > 0).to(gen.dtype)                                    # [C]
+    diff = _towards(gen.masked_fill(~mask[:, None], 0.0), field.force, field.unit[:, None, None])   # [C,G,D]
+    per_condition = diff.square().sum((1, 2)) / (g * field.entries).clamp(min=1)    # [C]
+    drift = (per_condition * live).sum() / live.sum().clamp(min=1)              # []
+
+    total = {"mse": mse, "pure_drift": drift, "hybrid": mse + config.drift_weight * drift}[config.kind]
+    share = live / live.sum().clamp(min=1)                                      # [C]
+    return PolicyLoss(total, mse.detach(), drift.detach(), (field.mean_square[:, group] * share).sum(1),
+                      (field.scale[group] * share).sum(), field.mean_square, field.scale)

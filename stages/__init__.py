@@ -1,0 +1,1 @@
+"""The commands behind the CLI: build, train, finetune, evaluate, record, demo. Imports cache and drifting."""

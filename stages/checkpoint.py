@@ -1,0 +1,139 @@
+"""Runs and checkpoints on disk: safetensors + JSON, no pickle. A checkpoint is a policy directory.
+
+    RUN/config.json                     settings of the run
+    RUN/log.jsonl                       one line per logged step
+    RUN/checkpoints/step-00000400/      written under a temporary name, synced, renamed
+        policy.json                     network shape, datasets (field maps, statistics, starts), encoder, training conditions
+        model.safetensors ema.safetensors optimizer.safetensors
+        adapter/                        LoRA weights, when the vision tower was adapted
+        state.json                      step, sample offset, content hashes of the other files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..cache.shard import file_crc32c, write_file
+from ..errors import UserError
+
+_STEP = re.compile(r"step-(\d{8})")
+POLICY_FORMAT = 1
+
+
+def json_bytes(document: Any) -> bytes:
+    """Readable JSON."""
+    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found)
+
+
+def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any],
+                    keep_last: int, adapter: Any = None) -> Path:
+    """Write `RUN/checkpoints/step-<step>` and drop all but the newest `keep_last`.
+
+    `tensors`: file stem → named tensors; `documents`: JSON files but state.json's hashes, with "state" among them;
+    `adapter(folder)` writes LoRA weights. The checkpoint appears under its name only when all of it is on disk.
+    """
+    final = run / "checkpoints" / f"step-{step:08d}"
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(".step-*.tmp-*"):
+        shutil.rmtree(left)
+    temporary.mkdir()
+    try:
+        for stem, named in tensors.items():
+            save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, temporary / f"{stem}.safetensors")
+        if adapter is not None:
+            adapter(temporary / "adapter")
+        for stem, document in documents.items():
+            if stem != "state":
+                write_file(temporary / f"{stem}.json", json_bytes(document))
+        files = {p.relative_to(temporary).as_posix(): list(file_crc32c(p)) for p in sorted(temporary.rglob("*")) if p.is_file()}
+        for name in files:
+            with open(temporary / name, "rb") as handle:
+                os.fsync(handle.fileno())
+        write_file(temporary / "state.json", json_bytes({**documents["state"], "files": files}))
+        if final.exists():      # the same step again: a resumed run that was stopped before it went on
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write checkpoint {final}: {error.strerror or error}; the checkpoints before it are whole. "
+                        "Make room and run the same command again") from None
+    for old in checkpoints(run)[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint after checking every file's size and crc32c; `UserError` naming the damaged one."""
+    state = read_json(folder / "state.json")
+    for name, (nbytes, crc) in state["files"].items():
+        try:
+            found = file_crc32c(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name}: {error.strerror}") from None
+        if found != (nbytes, crc):
+            raise UserError(f"{folder / name} is damaged ({found[0]} bytes, {nbytes} were written)")
+    return state
+
+
+def load_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors file of a checkpoint."""
+    try:
+        return load_file(folder / f"{stem}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {folder / stem}.safetensors: {error}") from None
+
+
+def policy_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    """The policy network's tensors of "model" or "ema", without those of the adapter."""
+    return {n: t for n, t in load_tensors(folder, stem).items() if not n.startswith("adapter.")}
+
+
+def latest_whole(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """(folder, state, complaints): the newest undamaged checkpoint and a line for each damaged one passed over; None without any."""
+    complaints: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            return folder, load_state(folder), complaints
+        except UserError as error:
+            complaints.append(f"{error}; falling back to the checkpoint before")
+    if complaints:
+        raise UserError(f"{run}: no checkpoint is whole ({complaints[0]})")
+    return None
+
+
+def resolve(path: str | Path) -> Path:
+    """The policy directory of a run (its newest checkpoint) or of a checkpoint folder; `UserError` when it is neither."""
+    path = Path(path)
+    if (path / "policy.json").is_file():
+        return path
+    found = checkpoints(path)
+    if found:
+        return found[-1]
+    if not path.exists():
+        raise UserError(f"no run or checkpoint at {path}; train one with `dvla train --from-cache CACHE --out {path}`")
+    raise UserError(f"{path} holds no checkpoint yet; give a run folder of `dvla train` or `dvla finetune`, or wait for its first checkpoint")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file; `UserError` when it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None

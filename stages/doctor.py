@@ -1,0 +1,59 @@
+"""`dvla doctor`: what is installed, what each missing piece costs, how to get it."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    found: str | None       # version or description; None = missing
+    costs: str = ""         # what does not work without it
+    install: str = ""       # how to get it
+    required: bool = False  # without it nothing works
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def examine() -> list[Finding]:
+    """Look at this machine. Imports nothing but torch."""
+    findings = [Finding("python", platform.python_version(), required=True)]
+    for package in ("torch", "transformers", "peft", "zarr", "av", "pyarrow"):
+        findings.append(Finding(package, _version(package), "nothing runs", "pip install dvla", required=True))
+    findings.append(Finding("CUDA", _cuda(), "the 2 B VLM and the base model are slow on a CPU; the tiny sizes run",
+                            "a CUDA GPU with its driver, and a torch build for it"))
+    findings += [
+        Finding("flash-attn", _version("flash-attn"), "nothing: torch's own attention is used", "pip install 'dvla[gpu]' on a CUDA machine"),
+        Finding("ffmpeg", shutil.which("ffmpeg") or (f"libraries inside av {_version('av')}" if _version("av") else None),
+                "no video can be decoded", "pip install av"),
+        Finding("lerobot", _version("lerobot"), "`dvla data record` cannot write datasets (reading needs only av and pyarrow)",
+                "pip install 'dvla[lerobot]'"),
+        Finding("metaworld", _version("metaworld"), "`dvla data record`, `dvla eval` and `dvla demo` have no simulator", "pip install 'dvla[sim]'"),
+        Finding("headless OpenGL", _opengl(), "simulators cannot render pictures", "apt-get install libosmesa6 (or libegl1)"),
+    ]
+    return findings
+
+
+def _cuda() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else None
+
+
+def _opengl() -> str | None:
+    return next((f"{name} ({found})" for name in ("OSMesa", "EGL") if (found := ctypes.util.find_library(name))), None)

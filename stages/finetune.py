@@ -1,0 +1,128 @@
+"""Stage three: the VLM comes back. Continues a stage-two policy on live features, with LoRA in the vision tower.
+
+The loop, the step and the checkpoints are stage two's (train.py); only the features differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..batch import FeatureBatch
+from ..cache import fingerprint as fp
+from ..cache.loader import gather
+from ..cache.lora import LoraSpec, add_lora, lora_parameters, save_lora
+from ..cache.store import Cache
+from ..drifting.policy_net import PolicyNet, PolicyNetConfig
+from ..errors import UserError
+from ..settings import from_mapping
+from . import checkpoint as ck
+from .build import open_sources, pick_device
+from .encode import LiveFeatures
+from .policy import load_policy_encoder, require_encoder
+from .train import Session, TrainReport, noise_generator, parameter_groups, policy_document, run, training_step
+from .train_config import FinetuneConfig, TrainConfig, apply
+
+MAX_JUMP = 0.02     # relative difference of the first cached and live loss beyond which the features are not the same
+
+
+@dataclass(frozen=True)
+class Continuity:
+    """The same batch, noise and weights through cached and through live features, before the first step."""
+
+    cached_loss: float
+    live_loss: float
+    feature_error: float    # largest absolute difference of a feature
+    feature_scale: float    # root mean square of the cached features
+
+    @property
+    def jump(self) -> float:
+        """Relative difference of the losses."""
+        return abs(self.live_loss - self.cached_loss) / max(abs(self.cached_loss), 1e-12)
+
+
+def finetune_config(start: str | Path, sources: tuple[str, ...], lora: LoraSpec | None, overrides: dict[str, Any],
+                    vlm_path: str | None = None) -> FinetuneConfig:
+    """Settings of the run that `start` belongs to, with dotted `overrides` (None = keep)."""
+    folder = ck.resolve(start)
+    run_folder = folder.parent.parent
+    if not (run_folder / "config.json").is_file():
+        raise UserError(f"{folder} is not inside a run folder of `dvla train` (no config.json two levels up)")
+    values = apply(ck.read_json(run_folder / "config.json"), overrides)
+    return FinetuneConfig(str(start), sources, from_mapping(TrainConfig, values, "training settings"), lora, vlm_path)
+
+
+def finetune(config: FinetuneConfig, on_log: Callable[[dict[str, Any]], None] = lambda _: None,
+             say: Callable[[str], None] = print, stop_after: int | None = None) -> tuple[TrainReport, Continuity]:
+    """Continue the policy at `config.start`. `UserError` when VLM, cache and sources do not belong together, or when the
+    loss would jump."""
+    start = ck.resolve(config.start)
+    ck.load_state(start)
+    document = ck.read_json(start / "policy.json")
+    if document["conditions"]["blind"]:
+        raise UserError(f"{start} is a blind policy (it never saw a picture); fine-tuning starts from one that does")
+    cache = Cache.open(config.train.cache)
+    device = pick_device(config.train.device)
+    torch.manual_seed(config.train.seed)
+    encoder = load_policy_encoder(start, document, device, config.vlm_path)
+    require_encoder(encoder, cache.fingerprint["encoder"], f"cache {cache.path}")
+    sources = open_sources(config.sources)
+    live = LiveFeatures(encoder, cache, sources, config.memory_gib)
+    require_sources(cache, sources)
+    net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
+    net.load_state_dict(ck.policy_tensors(start, "ema"))
+    net.to(device)
+    if config.lora is not None:
+        add_lora(encoder, config.lora)
+    continuity = compare(net, cache, live, config.train)
+    say(f"loss on one batch before the first step: {continuity.cached_loss:.6f} from the cache, {continuity.live_loss:.6f} live "
+        f"(features differ by at most {continuity.feature_error:.2g}, their RMS is {continuity.feature_scale:.2g})")
+    if continuity.jump > MAX_JUMP:
+        raise UserError(f"the loss would jump from {continuity.cached_loss:.6f} to {continuity.live_loss:.6f}: the live features are "
+                        f"not those of cache {cache.path}; run `dvla cache verify {cache.path} --live 32`")
+    documents = policy_document(net, cache, config.train)
+    documents["encoder"]["spec"] = dataclasses.asdict(encoder.spec)
+    session = Session(config.train, cache, net, documents, parameter_groups(net, config.train.optimizer), features=live, live=True,
+                      on_log=on_log, say=say)
+    if config.lora is not None:
+        session.adapter = dict(lora_parameters(encoder))
+        session.groups.append({"params": list(session.adapter.values()), "lr_scale": config.train.optimizer.vlm_lr_scale,
+                               "weight_decay": 0.0})
+        session.save_adapter = lambda folder: save_lora(encoder, folder)
+        say(f"training {sum(p.numel() for p in net.parameters()):,} parameters of the policy and "
+            f"{sum(p.numel() for p in session.adapter.values()):,} of LoRA in {sum(p.numel() for p in encoder.vision.parameters()):,} of the vision tower")
+    return run(session, stop_after), continuity
+
+
+@torch.no_grad()
+def compare(net: PolicyNet, cache: Cache, live: LiveFeatures, config: TrainConfig, count: int = 32) -> Continuity:
+    """Loss of `count` samples spread evenly over the datasets, from the cache and live; same weights, same noise."""
+    pairs = [(d, row) for d, table in enumerate(cache.datasets)
+             for row in torch.linspace(0, table.frames - 1, max(1, count // len(cache.datasets))).long().tolist()
+             if not table.quarantined[table.episode_of(torch.tensor([row]).numpy())[0]]]
+    ids, rows = (torch.tensor(column).numpy() for column in zip(*pairs))
+    horizon, device = net.config.dit.horizon, next(net.parameters()).device
+    cached = gather(cache, ids, rows, horizon).to(device)
+    again = live(gather(cache, ids, rows, horizon, features=False).to(device), torch.zeros(len(rows), dtype=torch.bool).numpy())
+
+    def loss(batch: FeatureBatch) -> float:
+        return training_step(net, batch, config, noise_generator(config.seed, 0, 2)).total.item()
+
+    seen = cached.token_mask[..., None]
+    error = (cached.tokens.float() - again.tokens.float()).masked_fill(~seen, 0).abs().max().item()
+    scale = cached.tokens.float().square().mean().sqrt().item()
+    return Continuity(loss(cached), loss(again), error, scale)
+
+
+def require_sources(cache: Cache, sources: list[Any]) -> None:
+    """`UserError` naming what differs when a source's `meta/` or field map is not the one the cache was built from."""
+    for source in sources:
+        entry = cache.fingerprint["sources"].get(source.name)
+        if entry is not None and entry["revision"] != source.revision_hash:
+            lines = fp.diff({"revision": entry["revision"]}, {"revision": source.revision_hash})
+            raise UserError(f"source {source.path} is not the one cache {cache.path} was built from ({lines[0]})")

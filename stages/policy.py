@@ -1,0 +1,197 @@
+"""Policy: pictures, instruction and state in, native actions out, in one forward pass.
+
+Letters: N observations, T action steps, d native action width, V views, H, W picture size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..batch import UNIFIED_DIM, FeatureBatch
+from ..cache import fingerprint as fp
+from ..cache.actions import ActionMap
+from ..cache.encoder import EncoderSpec, VisionLanguageEncoder, load_encoder
+from ..cache.lora import load_lora
+from ..cache.normalize import Normalizer, Statistics
+from ..cache.sampling import mix
+from ..cache.store import CacheDataset
+from ..drifting.policy_net import PolicyNet, PolicyNetConfig
+from ..errors import UserError, unknown
+from ..settings import from_mapping
+from . import checkpoint as ck
+from .envs import Observation
+
+
+def describe_dataset(dataset: CacheDataset) -> dict[str, Any]:
+    """What a policy must know of a dataset to act in its robot's units, as JSON."""
+    a = dataset.attributes
+    keys = ("action_map", "state_map", "action_stats", "proprio_stats", "environment", "starts", "embodiment", "control_hz",
+            "license", "dataset_config")
+    return {"name": dataset.name, "views": list(dataset.views), **{key: a[key] for key in keys}}
+
+
+class RobotInterface:
+    """One dataset's maps both ways: native state → proprio, model output → native actions."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.name, self.views, self.environment = values["name"], tuple(values["views"]), values["environment"]
+        self.starts: list[list[float]] = values["starts"]       # start vectors of the training episodes, where simulated
+        self.embodiment, self.control_hz = int(values["embodiment"]), float(values["control_hz"])
+        self.action_map, self.state_map = (ActionMap.from_dict(values[k]) for k in ("action_map", "state_map"))
+        self._action = Normalizer(Statistics.from_dict(values["action_stats"]), self.action_map.mask, self.action_map.rotation_slots)
+        self._state = Normalizer(Statistics.from_dict(values["proprio_stats"]), self.state_map.mask, self.state_map.rotation_slots)
+
+    def proprio(self, state: np.ndarray) -> np.ndarray:
+        """Native state [N,ds] → [N,128] normalised."""
+        return self._state.normalize(self.state_map.to_unified(state))
+
+    def actions(self, normalised: np.ndarray) -> np.ndarray:
+        """Model output [N,T,128] → native [N,T,d] float32."""
+        return self.action_map.to_native(self._action.denormalize(normalised))
+
+
+class Policy:
+    """A trained policy. Make it with `from_pretrained`; call `act`, or `act_batch` for several robots at once."""
+
+    def __init__(self, net: PolicyNet, encoder: VisionLanguageEncoder | None, robot: RobotInterface, *, sees: bool = True,
+                 seed: int = 0) -> None:
+        self.net, self.encoder, self.robot, self.needs_images, self.seed = net, encoder, robot, sees, seed
+        self._text: dict[str, tuple[torch.Tensor, int]] = {}
+        self._null = None if encoder is None else encoder.null_image_features()     # [K,D]
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dataset: str | None = None, environment: str | None = None,
+                        device: torch.device | str = "cpu", weights: str = "ema", blind: bool = False, seed: int = 0,
+                        vlm_path: str | None = None) -> Policy:
+        """Load a run's newest checkpoint or a checkpoint folder.
+
+        `dataset` or `environment` chooses the robot where the policy was trained on several. `blind=True` shows it black
+        pictures only. `UserError` for a missing or damaged folder, an ambiguous robot, or a VLM that is not the one the
+        features came from (differing fields named).
+        """
+        folder = ck.resolve(path)
+        ck.load_state(folder)
+        document = ck.read_json(folder / "policy.json")
+        if document.get("format") != ck.POLICY_FORMAT:
+            raise UserError(f"{folder} has policy format {document.get('format')}, this version reads {ck.POLICY_FORMAT}")
+        robot = RobotInterface(choose_dataset(document["datasets"], dataset, environment))
+        net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
+        net.load_state_dict(ck.policy_tensors(folder, weights))
+        encoder = load_policy_encoder(folder, document, device, vlm_path)
+        blind = blind or document["conditions"]["blind"]
+        return cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed)
+
+    def act(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> np.ndarray:
+        """Pictures by view name (uint8 [H,W,3]), text, native state [ds] → native action chunk [T,d] float32."""
+        return self.act_batch([Observation(dict(images), instruction, np.asarray(state, np.float32))])[0]
+
+    @torch.inference_mode()
+    def act_batch(self, observations: Sequence[Observation]) -> np.ndarray:
+        """N observations → native action chunks [N,T,d] float32. Noise depends on (seed, start, step) only."""
+        batch = self._batch(observations)
+        config = self.net.config.dit
+        noise = torch.stack([self._noise(o, (config.horizon, config.noise_dim)) for o in observations])   # [N,T,64]
+        device = batch.tokens.device
+        out = self.net(batch, noise[:, None].to(device), torch.ones(len(observations), device=device))    # [N,1,T,128]
+        return self.robot.actions(out[:, 0].float().cpu().numpy())                                         # [N,T,d]
+
+    def _noise(self, observation: Observation, shape: tuple[int, int]) -> torch.Tensor:
+        key = int(mix(self.seed, 5, observation.start, observation.step)) >> 1
+        return torch.randn(shape, generator=torch.Generator().manual_seed(key))
+
+    def _batch(self, observations: Sequence[Observation]) -> FeatureBatch:
+        n, encoder, robot = len(observations), self.encoder, self.robot
+        device, k, d, v = encoder.device, encoder.tokens, encoder.width, len(robot.views)
+        if self.needs_images:
+            pictures = [picture for o in observations for picture in self._pictures(o)]
+            tokens = _encode_grouped(encoder, pictures).reshape(n, v * k, d)                               # [N,V·K,D]
+        else:
+            tokens = self._null.expand(n, v, k, d).reshape(n, v * k, d)                                    # [N,V·K,D]
+        texts = [self._embed(o.instruction) for o in observations]
+        longest = max(length for _, length in texts)
+        text = torch.stack([e[:longest] if len(e) >= longest else torch.nn.functional.pad(e, (0, 0, 0, longest - len(e)))
+                            for e, _ in texts])                                                            # [N,Lt,D]
+        text_mask = torch.arange(longest, device=device) < torch.tensor([[length] for _, length in texts], device=device)
+        proprio = robot.proprio(np.stack([o.state for o in observations]))                                 # [N,128]
+        horizon = self.net.config.dit.horizon
+        full, zero = torch.ones(n, dtype=torch.bool, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+        view_id = torch.arange(v, device=device).repeat_interleave(k).expand(n, -1).contiguous()           # [N,V·K]
+        return FeatureBatch(
+            tokens=tokens, token_mask=torch.ones_like(view_id, dtype=torch.bool), view_id=view_id,
+            frame_id=torch.zeros_like(view_id), text=text.to(tokens.dtype), text_mask=text_mask,
+            proprio=torch.from_numpy(proprio).to(device), action=torch.zeros(n, horizon, UNIFIED_DIM, device=device),
+            action_mask=torch.from_numpy(robot.action_map.mask).to(device).expand(n, -1).contiguous(),
+            step_mask=full[:, None].expand(-1, horizon).contiguous(), embodiment=zero + robot.embodiment,
+            control_hz=torch.full((n,), robot.control_hz, device=device), dataset=zero, frame_index=zero).check()
+
+    def _pictures(self, observation: Observation) -> list[np.ndarray]:
+        for view in self.robot.views:
+            if view not in observation.images:
+                raise unknown("view", view, observation.images) if observation.images else UserError(
+                    f"the policy needs pictures of {', '.join(self.robot.views)}; the observation has none")
+        return [observation.images[view] for view in self.robot.views]
+
+    def _embed(self, instruction: str) -> tuple[torch.Tensor, int]:
+        if instruction not in self._text:
+            embedding, length = self.encoder.encode_text([instruction])
+            self._text[instruction] = embedding[0].to(torch.float16).to(embedding.dtype), int(length[0])    # as in the cache
+        return self._text[instruction]
+
+
+def _encode_grouped(encoder: VisionLanguageEncoder, pictures: list[np.ndarray]) -> torch.Tensor:
+    """Features [n,K,D] of pictures of any sizes, rounded to float16 as cached ones are; equal sizes share one call."""
+    out: list[Any] = [None] * len(pictures)
+    for shape in dict.fromkeys(p.shape for p in pictures):
+        where = [i for i, p in enumerate(pictures) if p.shape == shape]
+        for i, feature in zip(where, encoder.encode_images(np.stack([pictures[i] for i in where]))):
+            out[i] = feature
+    return torch.stack(out).to(torch.float16).to(encoder.dtype)
+
+
+def choose_dataset(datasets: Sequence[Mapping[str, Any]], name: str | None, environment: str | None) -> Mapping[str, Any]:
+    """The dataset entry whose robot the policy shall drive."""
+    names = [d["name"] for d in datasets]
+    if name is not None:
+        if name not in names:
+            raise unknown("dataset of this policy", name, names)
+        return datasets[names.index(name)]
+    if environment is not None:
+        fitting = [d for d in datasets if d["environment"] == environment]
+        if len(fitting) == 1:
+            return fitting[0]
+        trained = sorted({d["environment"] for d in datasets if d["environment"]})
+        raise UserError(f"this policy has {len(fitting)} datasets recorded in '{environment}' (trained environments: "
+                        f"{', '.join(trained) or 'none'}); name the dataset whose robot it shall drive: {', '.join(names)}")
+    if len(datasets) == 1:
+        return datasets[0]
+    raise UserError(f"this policy was trained on {', '.join(names)}; say which with dataset=…")
+
+
+def load_policy_encoder(folder: Path, document: Mapping[str, Any], device: torch.device | str = "cpu",
+                        vlm_path: str | None = None) -> VisionLanguageEncoder:
+    """The encoder a checkpoint belongs to, with its adapter; refuses other weights, naming the differing fields."""
+    spec = from_mapping(EncoderSpec, document["encoder"]["spec"], "policy.json")
+    spec = dataclasses.replace(spec, path=vlm_path) if vlm_path else spec
+    encoder = load_encoder(spec, device)
+    require_encoder(encoder, document["encoder"]["fingerprint"], f"checkpoint {folder}")
+    if (folder / "adapter").is_dir():
+        load_lora(encoder, folder / "adapter", trainable=False)
+    return encoder
+
+
+def require_encoder(encoder: VisionLanguageEncoder, fingerprint: Mapping[str, Any], what: str) -> None:
+    """`UserError` naming the differing fields unless the encoder (without adapter) is the one the features came from.
+
+    The dtype of the computation may differ: it changes rounding, not what is computed.
+    """
+    ignore = {"dtype"}
+    lines = fp.diff({k: v for k, v in fingerprint.items() if k not in ignore},
+                    {k: v for k, v in encoder.fingerprint().items() if k not in ignore})
+    if lines:
+        raise UserError(f"{what} belongs to another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; give the folder of the right one")

@@ -1,0 +1,75 @@
+"""`dvla cache verify`: checksums, and the features of random frames recomputed with the live encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..cache.encoder import EncoderSpec, load_encoder
+from ..cache.loader import gather
+from ..cache.store import Cache, verify_checksums
+from ..errors import UserError
+from ..settings import from_mapping
+from .build import open_sources, pick_device
+from .encode import LiveFeatures
+from .finetune import require_sources
+from .policy import require_encoder
+
+TOLERANCE = 2e-3    # of the features' RMS: float16 rounds at 5e-4 relative; batches of another size add their own rounding
+
+
+@dataclass(frozen=True)
+class LiveCheck:
+    """Cached against recomputed features of `count` frames (all views of each)."""
+
+    count: int
+    largest: float      # largest absolute difference
+    scale: float        # RMS of the cached features
+    relative: float     # RMS of the difference / scale
+
+
+def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: str | None = None, device: str = "auto",
+           seed: int = 0, progress: Callable[[int, int], None] | None = None) -> tuple[list[str], LiveCheck | None]:
+    """(problems, live check). Problems: a line per damaged file, and one when live features differ by more than `TOLERANCE`.
+
+    `sources` defaults to the folders the cache was built from. `UserError` when VLM or sources are missing or others.
+    """
+    cache = Cache.open(path)
+    problems = verify_checksums(path, progress)
+    if live < 1 or problems:
+        return problems, None
+    spec = from_mapping(EncoderSpec, cache.datasets[0].attributes["encoder"], "cache")
+    encoder = load_encoder(dataclasses.replace(spec, path=vlm_path) if vlm_path else spec, pick_device(device))
+    require_encoder(encoder, cache.fingerprint["encoder"], f"cache {path}")
+    given = open_sources(sources or tuple(d.attributes["source"] for d in cache.datasets))
+    require_sources(cache, given)
+    features = LiveFeatures(encoder, cache, given, memory_gib=0.0)
+    rng = np.random.default_rng(seed)
+    sizes = np.array([d.frames for d in cache.datasets])
+    ids = rng.choice(len(sizes), live, p=sizes / sizes.sum())
+    rows = (rng.random(live) * sizes[ids]).astype(np.int64)
+    usable = np.array([not cache.datasets[d].quarantined[cache.datasets[d].episode_of(rows[i:i + 1])[0]] for i, d in enumerate(ids)])
+    if not usable.any():
+        raise UserError(f"all of the {live} frames drawn are in quarantine; ask for more, or see {path}/quarantine.jsonl")
+    ids, rows = ids[usable], rows[usable]
+    square, scale, largest = 0.0, 0.0, 0.0
+    for begin in range(0, len(rows), 16):
+        part = slice(begin, begin + 16)
+        cached = gather(cache, ids[part], rows[part], 1)
+        with torch.inference_mode():
+            again = features(gather(cache, ids[part], rows[part], 1, features=False), np.zeros(len(rows[part]), bool)).tokens.cpu()
+        seen = cached.token_mask
+        difference = (cached.tokens.float() - again.float())[seen]
+        square, scale = square + float(difference.square().sum()), scale + float(cached.tokens.float()[seen].square().sum())
+        largest = max(largest, float(difference.abs().max()))
+    count = len(rows)
+    check = LiveCheck(count, largest, (scale / max(1, count * cache.width)) ** 0.5, (square / max(scale, 1e-30)) ** 0.5)
+    if check.relative > TOLERANCE:
+        problems.append(f"live features of {count} frames differ by {check.relative:.2g} of their RMS, more than {TOLERANCE}; "
+                        "the cache was built with other weights, preprocessing or hardware")
+    return problems, check

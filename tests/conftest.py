@@ -1,0 +1,30 @@
+"""Fixtures shared by the tests."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Optional material (facts, goldens, real recordings) in a folder `shared` beside the repository."""
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip("no shared material beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory) -> dict[str, Path]:
+    """Kind → dataset written by lerobot: h264 (episodes in one file), hevc (a file each), image (PNG in parquet)."""
+    from .lerobot_samples import KINDS, record
+
+    base = tmp_path_factory.mktemp("lerobot")
+    return {kind: record(base / kind, *how) for kind, how in KINDS.items()}
+
+
+@pytest.fixture
+def copy_of(recorded, tmp_path):
+    """`copy_of(kind)` → a copy of that dataset that the test may damage."""
+    return lambda kind: shutil.copytree(recorded[kind], tmp_path / kind)

@@ -1,0 +1,92 @@
+"""A small cache with random features, no encoder. As a script, `python synthetic_cache.py OUT [seconds per frame]`."""
+
+from __future__ import annotations
+
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from dvla.cache.layout import BuildPlan, DatasetPlan, DatasetTables, EpisodePlan, ShardTask
+from dvla.cache.normalize import RunningStatistics
+from dvla.cache.writer import CacheWriter
+
+TOKENS, WIDTH, SHARD = 3, 8, 16
+FINGERPRINT = {"encoder": {"resolution": 448, "weights": "abc"}, "prompt": "do {instruction}"}
+BROKEN = ("alpha", "wrist", 13)     # (dataset, view, episode id): decoding fails at its third frame
+
+
+def make_plan(shard_frames: int = SHARD) -> BuildPlan:
+    def dataset(name: str, views: tuple[str, ...], lengths: tuple[int, ...], **kw: object) -> DatasetPlan:
+        episodes = (EpisodePlan(10 + i, n, f"{name} task {i % 3}", f"hash{i}") for i, n in enumerate(lengths))
+        return DatasetPlan(name, views, tuple(episodes), **kw)
+    return BuildPlan((dataset("alpha", ("front", "wrist"), (5, 23, 1, 17, 9, 30, 12), quarantined=((99, "no video"),)),
+                      dataset("beta", ("top",), (8, 40, 3, 21))), TOKENS, WIDTH, shard_frames)
+
+
+def generator(*key: object) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(key).encode()))
+
+
+def feature(dataset: str, view: str, row: int) -> np.ndarray:
+    """The [tokens, width] float16 feature of one frame."""
+    return generator(dataset, view, int(row)).standard_normal((TOKENS, WIDTH)).astype(np.float16)
+
+
+def make_tables(plan: BuildPlan, name: str) -> DatasetTables:
+    dataset = next(d for d in plan.datasets if d.name == name)
+    rng, n = generator(name), len(dataset.instructions)
+    tables = {}
+    for kind, active in (("action", slice(30, 45)), ("proprio", slice(30, 50))):
+        mask = np.zeros(128, bool)
+        mask[active] = True
+        values = (rng.standard_normal((dataset.frames, 128)) * mask).astype(np.float32)
+        stats = RunningStatistics()
+        stats.update(values)
+        rotation = np.zeros(128, bool)
+        rotation[33:39] = True
+        tables |= {kind: values, f"{kind}_mask": mask, f"{kind}_rotation": rotation, f"{kind}_stats": stats.result()}
+    text_tokens = 4 if name == "alpha" else 6
+    half = lambda *shape: rng.standard_normal(shape).astype(np.float16)     # noqa: E731
+    return DatasetTables(**tables, timestamp=np.arange(dataset.frames) / 30.0, text=half(n, text_tokens, WIDTH),
+                         text_length=np.arange(1, n + 1), null_text=half(2, WIDTH),
+                         null_features={view: half(TOKENS, WIDTH) for view in dataset.views},
+                         embodiment=1 if name == "alpha" else 4, control_hz=30.0 if name == "alpha" else 15.0,
+                         attributes={"licence": "mit", "action_map": {"name": name}})
+
+
+def produce(plan: BuildPlan, task: ShardTask, failed: list[tuple[int, str]],
+            delay: float = 0.0) -> Iterator[np.ndarray]:
+    """The frames of one shard, as a decoder and encoder would give them."""
+    dataset = next(d for d in plan.datasets if d.name == task.dataset)
+    for row in range(task.start, task.stop):
+        time.sleep(delay)
+        i = int(np.searchsorted(dataset.starts, row, side="right")) - 1
+        episode = dataset.episodes[i].episode_id
+        if (task.dataset, task.view, episode) == BROKEN and row - dataset.starts[i] >= 2:
+            if not failed or failed[-1][0] != episode:
+                failed.append((episode, "video ends at frame 2"))
+            yield np.zeros((TOKENS, WIDTH), np.float16)
+        else:
+            yield feature(task.dataset, task.view, row)
+
+
+def build(path: Path, *, delay: float = 0.0, stop_after: int | None = None, plan: BuildPlan | None = None,
+          arrange: Callable[[list[ShardTask]], list[ShardTask]] = list) -> None:
+    """Build or resume; after `stop_after` shards it gives up without finishing."""
+    plan = plan or make_plan()
+    with CacheWriter.create_or_resume(path, FINGERPRINT, plan) as writer:
+        for done, task in enumerate(arrange(writer.missing())):
+            if done == stop_after:
+                return
+            failed: list[tuple[int, str]] = []
+            writer.write_shard(task, produce(plan, task, failed, delay), failed)
+        for name in writer.tables_missing():
+            writer.write_tables(name, make_tables(plan, name))
+        writer.finish()
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), delay=float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
