@@ -18,7 +18,7 @@ from rich.table import Table
 from ._version import __version__
 from .errors import UserError
 
-console = Console(stderr=False, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 app = typer.Typer(name="dvla", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -55,8 +55,11 @@ def run(arguments: list[str]) -> None:
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="dvla", standalone_mode=False)
     except click_error as error:    # wrong options: click's own message names them
-        error.show()
-        code = error.exit_code
+        if type(error).__name__ == "NoArgsIsHelpError":     # a group without a command: its help
+            error.show()
+            sys.exit(error.exit_code)
+        message, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
+        raise UserError(f"{message}; see `{context.command_path if context else 'dvla'} --help`") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
     if code:
@@ -340,7 +343,10 @@ def demo_command(
 
 @app.command("doctor")
 def doctor_command() -> None:
-    """What is installed, what each missing piece costs, how to get it. Exit code 1 when something necessary is missing."""
+    """What is installed, what each missing piece costs, how to get it. Exit code 1 when something necessary is missing.
+
+    Example: dvla doctor
+    """
     from .stages.doctor import examine
 
     table = Table("piece", "found", "without it", "to get it")

@@ -254,6 +254,11 @@ class Loader:
             row[here] = end - (self._ends[d][k] - index[here])
         return dataset, row
 
+    def masked(self, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(text, images, proprio) bool [batch_size]: the conditions replaced by nulls in this rank's batch at `offset`."""
+        position = offset + self._rank * self._batch_size + np.arange(self._batch_size)
+        return (self.masking or ConditionMasking(0.0, 0.0, 0.0)).draw(self.seed, position)
+
     def close(self) -> None:
         """Stop the threads and close the files. Batches already handed out stay valid."""
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -271,9 +276,7 @@ class Loader:
         self._submitted += self._global_batch
 
     def _make(self, offset: int) -> FeatureBatch:
-        dataset, row = self.samples(offset)
-        position = offset + self._rank * self._batch_size + np.arange(self._batch_size)
-        return self._assemble(dataset, row, self.masking.draw(self.seed, position) if self.masking else None)
+        return self._assemble(*self.samples(offset), self.masked(offset))
 
 
 def _episodes(source: CacheDataset, split: str, holdout: float, seed: int) -> np.ndarray:

@@ -22,6 +22,17 @@ from .episode import CorruptEpisode
 DECODER_THREADS = 2  # per open file; a build decodes several files at once
 
 
+def quiet_libav() -> None:
+    """Let FFmpeg's libraries print errors only, and never through Python.
+
+    PyAV's own log callback takes the interpreter lock in FFmpeg's threads: closing a file that is still decoding (the lock is
+    held while those threads are joined) then waits for ever. Other libraries put that callback back when they are
+    imported (torchvision does), so this is called at every opening.
+    """
+    av.logging.restore_default_callback()
+    av.logging.set_libav_level(av.logging.FATAL)    # what is wrong with a file is said by `CorruptEpisode`
+
+
 @dataclass(frozen=True)
 class VideoExtent:
     """The part of one video file that belongs to one episode."""
@@ -109,6 +120,7 @@ def _seek(container: av.container.InputContainer, stream: av.VideoStream, pts: i
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Open `path`; any FFmpeg or file error inside the block becomes `CorruptEpisode`."""
+    quiet_libav()
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:

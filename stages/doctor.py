@@ -31,7 +31,7 @@ def _version(package: str) -> str | None:
 def examine() -> list[Finding]:
     """Look at this machine. Imports nothing but torch."""
     findings = [Finding("python", platform.python_version(), required=True)]
-    for package in ("torch", "transformers", "peft", "zarr", "av", "pyarrow"):
+    for package in ("torch", "transformers", "peft", "av", "pyarrow", "google-crc32c"):
         findings.append(Finding(package, _version(package), "nothing runs", "pip install dvla", required=True))
     findings.append(Finding("CUDA", _cuda(), "the 2 B VLM and the base model are slow on a CPU; the tiny sizes run",
                             "a CUDA GPU with its driver, and a torch build for it"))

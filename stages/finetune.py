@@ -53,7 +53,11 @@ def finetune_config(start: str | Path, sources: tuple[str, ...], lora: LoraSpec 
     run_folder = folder.parent.parent
     if not (run_folder / "config.json").is_file():
         raise UserError(f"{folder} is not inside a run folder of `dvla train` (no config.json two levels up)")
-    values = apply(ck.read_json(run_folder / "config.json"), overrides)
+    values = ck.read_json(run_folder / "config.json")
+    if "stage_three" in values:
+        raise UserError(f"{run_folder} is a stage-three run; start from its stage-two run {values['stage_three']['start']}, or repeat the "
+                        "command that began it to go on with it")
+    values = apply(values, overrides)
     return FinetuneConfig(str(start), sources, from_mapping(TrainConfig, values, "training settings"), lora, vlm_path)
 
 
@@ -88,7 +92,7 @@ def finetune(config: FinetuneConfig, on_log: Callable[[dict[str, Any]], None] = 
     documents = policy_document(net, cache, config.train)
     documents["encoder"]["spec"] = dataclasses.asdict(encoder.spec)
     session = Session(config.train, cache, net, documents, parameter_groups(net, config.train.optimizer), features=live, live=True,
-                      on_log=on_log, say=say)
+                      stage_three={"start": config.start, "lora": config.lora and dataclasses.asdict(config.lora)}, on_log=on_log, say=say)
     if config.lora is not None:
         session.adapter = dict(lora_parameters(encoder))
         session.groups.append({"params": list(session.adapter.values()), "lr_scale": config.train.optimizer.vlm_lr_scale,

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from ..cache.video import quiet_libav
 from ..errors import UserError
 from .envs import Environment, Split, check_environment, make_environment
-from .video_out import quiet_libav
 
 MARKER = "dvla-recording.lock"   # a partial folder holding this file is ours to remove
 VIDEO_CRF = 14                   # h264 constant quality: about 2 kB per 128 px frame, mean error 3 of 255

@@ -27,7 +27,7 @@ from ..cache.sampling import mix
 from ..cache.shard import write_file
 from ..cache.store import Cache
 from ..drifting.dit import dit_config
-from ..drifting.guidance import sample_alpha
+from ..drifting.guidance import batch_negatives, sample_alpha
 from ..drifting.losses import PolicyLoss, policy_loss
 from ..drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..errors import UserError
@@ -61,6 +61,7 @@ class Session:
     groups: list[dict[str, Any]]                            # parameter groups: params, lr_scale, weight_decay
     features: Features = cached_features
     live: bool = False                                      # `features` computes them, so the loader skips them
+    stage_three: dict[str, Any] | None = None               # settings besides `config` that must not change on resume
     save_adapter: Callable[[Path], None] | None = None
     adapter: dict[str, torch.nn.Parameter] = field(default_factory=dict)    # trained VLM parameters by name
     on_log: Callable[[dict[str, Any]], None] = lambda _: None
@@ -94,11 +95,15 @@ def training_step(net: PolicyNet, batch: FeatureBatch, config: TrainConfig, gene
     """One forward pass and its loss; the same for both stages. Noise and guidance scales come from `generator` (CPU)."""
     dit, device, b = net.config.dit, batch.tokens.device, len(batch)
     noise = torch.randn(b, config.draws, dit.horizon, dit.noise_dim, generator=generator).to(device)    # [B,G,T,64]
-    alpha = sample_alpha(b, high=config.alpha_max, generator=generator).to(device)                      # [B]
+    alpha, negatives, weights = torch.ones(b, device=device), None, None
+    if config.alpha_max > 1:
+        alpha = sample_alpha(b, high=config.alpha_max, generator=generator).to(device)                  # [B]
+        on_device = generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
+        negatives, weights = batch_negatives(batch, alpha, config.draws, config.negatives, on_device)   # [B,M,T,128], [B,M]
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
     with autocast:
         pred = net(batch, noise, alpha)                                                                  # [B,G,T,128]
-    return policy_loss(pred.float(), batch, config.loss)
+    return policy_loss(pred.float(), batch, config.loss, negatives=negatives, w_neg=weights)
 
 
 @torch.no_grad()
@@ -177,11 +182,11 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
     state = _begin(session, optimizer, named, ema)
     step, first_loss, metrics, loss = state["step"], state["first_loss"], state["metrics"], state["loss"]
     last = config.steps if stop_after is None else min(stop_after, config.steps)
-    seen, began = 0, time.perf_counter()
+    seen, began, ending = 0, time.perf_counter(), False
     session.net.train()
     with _loader(session, split="train", start=state["offset"]) as loader, _signals() as stopped, \
             open(folder / "log.jsonl", "a") as log:
-        while step < last and not stopped:
+        while step < last and not ending:
             rate = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
@@ -194,11 +199,11 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
                 (result.total / config.accumulate).backward()
                 total += result.total.item() / config.accumulate
                 seen += len(batch)
-            if not math.isfinite(total):
-                raise UserError(f"the loss at step {step} is {total}; training stopped before the optimiser step. Its batch began with "
+            norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip)
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                raise UserError(f"the loss at step {step} is {total}, its gradient's norm {norm:g}; training stopped before the optimiser step. Its batch began with "
                                 f"datasets {batch.dataset[:4].tolist()}, rows {batch.frame_index[:4].tolist()}. Lower the learning "
                                 f"rate, or run `dvla cache verify {config.cache}`")
-            norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip)
             optimizer.step()
             step += 1
             decay = min(config.optimizer.ema, (1 + step) / (10 + step))
@@ -216,18 +221,21 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 session.on_log(line)
-            if step % config.save_every == 0 or step == last or stopped:
+            ending = step == last or bool(stopped)      # read once: a signal after this line ends the next step
+            if step % config.save_every == 0 or ending:
                 progress = {"step": step, "offset": loader.state_dict()["offset"], "first_loss": first_loss, "loss": loss,
                             "metrics": metrics}
                 _save(session, optimizer, named, ema, progress)
         elapsed, waited = max(time.perf_counter() - began, 1e-9), loader.wait_seconds
-    return TrainReport(folder, step, first_loss, loss, metrics.get("mse"), seen / elapsed, waited / elapsed, bool(stopped))
+    return TrainReport(folder, step, first_loss, loss, metrics.get("mse"), seen / elapsed, waited / elapsed, bool(stopped) and step < last)
 
 
 def _begin(session: Session, optimizer: torch.optim.Optimizer, named: dict[str, torch.Tensor],
            ema: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Create the run folder, or load the newest whole checkpoint of the same run into all arguments."""
     folder, settings = Path(session.config.out), json.loads(json.dumps(dataclasses.asdict(session.config)))
+    if session.stage_three is not None:
+        settings["stage_three"] = json.loads(json.dumps(session.stage_three))
     fresh = {"step": 0, "offset": 0, "first_loss": None, "loss": None, "metrics": {}}
     if not (folder / "config.json").exists():
         if folder.exists() and any(folder.iterdir()):

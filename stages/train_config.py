@@ -42,7 +42,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: ConditionMasking = field(default_factory=ConditionMasking)
     blind: bool = False                     # pictures always replaced by black frames: the proprioception-only baseline
-    alpha_max: float = 4.0                  # guidance scales are drawn from [1, this]; 1 = no guidance input variation
+    alpha_max: float = 1.0                  # guidance scales are drawn from [1, this]; 1 = no guidance
+    negatives: int = 8                      # unconditional negatives per observation when alpha_max > 1
     holdout: float = 0.05                   # fraction of episodes kept for evaluation
     eval_every: int = 1000                  # steps between evaluations on the held-out episodes; 0 = never
     eval_batches: int = 50                  # batches of one evaluation

@@ -13,16 +13,12 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..cache.video import quiet_libav
 from ..errors import UserError
 
 SUCCESS, FAILURE, EMPTY = (46, 160, 67), (207, 34, 46), (32, 32, 32)
 BORDER = 4          # pixels
 LABEL_HEIGHT = 14   # pixels, above a cell when labels are given
-
-
-def quiet_libav() -> None:
-    """Let FFmpeg's libraries print errors only."""
-    av.logging.set_libav_level(av.logging.ERROR)
 
 
 def write_grid(episodes: Sequence[np.ndarray], successes: Sequence[bool], path: Path,

@@ -15,6 +15,8 @@ from dvla.cache.writer import CacheWriter
 
 TOKENS, WIDTH, SHARD = 3, 8, 16
 FINGERPRINT = {"encoder": {"resolution": 448, "weights": "abc"}, "prompt": "do {instruction}"}
+DESCRIPTION = {"state_map": {}, "environment": None, "starts": [], "license": "mit", "dataset_config": "synthetic",
+               "encoder": {"vlm": "qwen3vl", "path": "nowhere"}}    # what training copies into a policy
 BROKEN = ("alpha", "wrist", 13)     # (dataset, view, episode id): decoding fails at its third frame
 
 
@@ -54,7 +56,7 @@ def make_tables(plan: BuildPlan, name: str) -> DatasetTables:
                          text_length=np.arange(1, n + 1), null_text=half(2, WIDTH),
                          null_features={view: half(TOKENS, WIDTH) for view in dataset.views},
                          embodiment=1 if name == "alpha" else 4, control_hz=30.0 if name == "alpha" else 15.0,
-                         attributes={"licence": "mit", "action_map": {"name": name}})
+                         attributes={"licence": "mit", "action_map": {"name": name}, **DESCRIPTION})
 
 
 def produce(plan: BuildPlan, task: ShardTask, failed: list[tuple[int, str]],

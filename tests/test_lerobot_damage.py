@@ -5,7 +5,6 @@ import shutil
 
 import av
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from dvla.cache.episode import CorruptEpisode
 from dvla.cache.lerobot import open_source

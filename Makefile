@@ -1,0 +1,88 @@
+# `make demo` and `make test` do all the set-up by themselves; `make` alone lists the targets.
+# Options: ARGS='…' for dvla demo or pytest, PYTHON=/path/to/python3.11 for the interpreter of .venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help venv system demo test lint wheel clean-venv
+
+VENV := .venv
+STAMP := $(VENV)/.dvla-installed
+IS_311 := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(IS_311)' 2>/dev/null && echo $$p && break; done)
+UV = $(shell if uv --version >/dev/null 2>&1; then echo uv; else echo $(VENV)/bin/uv; fi)
+
+define NEED_PYTHON
+[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer found; install python3.11, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+endef
+
+# apt WHY PACKAGE [FALLBACK]: installs as root or through sudo, or says in one line what to type
+define APT
+apt() {
+  local why=$$1 sudo=; shift
+  if [ "$$(id -u)" != 0 ]; then sudo=sudo; fi
+  if command -v apt-get >/dev/null && { [ -z "$$sudo" ] || command -v sudo >/dev/null; }; then
+    echo "$$why: installing $$1"
+    $$sudo apt-get update -qq || true
+    for package in "$$@"; do
+      if $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$$package" >/dev/null; then return 0; fi
+    done
+  fi
+  echo "error: $$why; install it as root and run again: apt-get install $$1" >&2
+  exit 1
+}
+endef
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+venv: $(STAMP)  ## make or refresh .venv (pinned by constraints.txt)
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(NEED_PYTHON)
+	$(APT)
+	uv=$(UV)
+	if ! $(VENV)/bin/python -c '$(IS_311)' 2>/dev/null; then
+	  rm -rf $(VENV)
+	  if [ "$$uv" = uv ]; then
+	    uv venv --quiet --python "$(PYTHON)" $(VENV)
+	  else
+	    if ! "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null; then
+	      apt "$(PYTHON) cannot make a virtual environment" "$$("$(PYTHON)" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
+	    fi
+	    "$(PYTHON)" -m venv $(VENV)
+	  fi
+	fi
+	if [ "$$uv" != uv ] && ! "$$uv" --version >/dev/null 2>&1; then
+	  $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip >/dev/null
+	  $(VENV)/bin/python -m pip install --quiet uv
+	fi
+	echo "installing dvla and what it needs into $(VENV) (about 8 GB with torch's CUDA libraries)"
+	"$$uv" pip install --python $(VENV)/bin/python -e ".[lerobot,sim,dev]" -c constraints.txt
+	touch $@
+
+system:  ## the library that simulators render with (OSMesa or EGL), by apt-get where it is missing
+	@if [ "$$(uname -s)" != Linux ] || [ -n "$${MUJOCO_GL:-}" ]; then exit 0; fi
+	$(NEED_PYTHON)
+	$(APT)
+	found='import sys, ctypes.util as c; sys.exit(not (c.find_library("OSMesa") or c.find_library("EGL")))'
+	if ! "$(PYTHON)" -c "$$found"; then apt "no libOSMesa or libEGL for headless rendering" libosmesa6 libegl1; fi
+
+demo: system $(STAMP)  ## all three stages on recorded robot data, on a CPU, in about a quarter of an hour
+	@$(VENV)/bin/dvla demo $(ARGS)
+
+test: system $(STAMP)  ## every test
+	@env -u OMP_NUM_THREADS HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff
+	@$(VENV)/bin/ruff check .
+
+wheel: $(STAMP)  ## dist/dvla-*.whl
+	@rm -rf build
+	$(UV) build --quiet --wheel --python $(VENV)/bin/python --out-dir dist
+	rm -rf build
+	ls dist/*.whl
+
+clean-venv:  ## remove .venv
+	@rm -rf $(VENV)

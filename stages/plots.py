@@ -1,0 +1,45 @@
+"""Pictures of a run: loss curves, success beside its baselines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"stage two": "#0072B2", "stage three": "#D55E00", "expert": "#009E73", "blind": "#999999", "random": "#CC79A7"}   # Okabe-Ito
+
+
+def loss_figure(logs: dict[str, Path], path: Path) -> None:
+    """Training MSE and held-out MSE over steps, one panel per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(logs), 3.5), layout="constrained")
+    for axis, (name, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        axis.plot([e["step"] for e in lines], [e["mse"] for e in lines], label="training batch")
+        held_out = [(e["step"], e["eval/mse"]) for e in lines if "eval/mse" in e]
+        if held_out:
+            axis.plot(*zip(*held_out), marker="o", label="held-out episodes (averaged weights)")
+        axis.set(title=f"{name}: MSE {lines[0]['mse']:.4f} → {lines[-1]['mse']:.4f}", xlabel="step",
+                 ylabel="action MSE (normalised units)", yscale="log")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def success_figure(stages: dict[str, dict[str, Any]], path: Path) -> None:
+    """Success with its 95 % interval per task: expert, each stage, blind, random. `stages`: name → summary of `dvla eval`."""
+    from matplotlib.figure import Figure
+
+    tasks = list(next(iter(stages.values()))["tasks"])
+    figure = Figure(figsize=(4.5 * len(tasks), 3.5), layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        rows = {name: summary["tasks"][task] for name, summary in stages.items()}
+        last = next(reversed(rows.values()))
+        bars = {"expert": (last["expert"], last["expert_ci95"]), **{n: (r["success"], r["ci95"]) for n, r in rows.items()},
+                "blind": (last["blind"], last["blind_ci95"]), "random": (last["random"], last["random_ci95"])}
+        for i, (name, (rate, (low, high))) in enumerate(bars.items()):
+            axis.bar(i, rate, color=COLOURS.get(name, "#0072B2"))
+            axis.errorbar(i, rate, [[max(0, rate - low)], [max(0, high - rate)]], color="black", capsize=4)
+        axis.set(title=f"{task}\n{last['episodes']} unseen starts", ylabel="success rate", ylim=(0, 1.05),
+                 xticks=range(len(bars)), xticklabels=list(bars))
+    figure.savefig(path, dpi=120)
