@@ -62,6 +62,8 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"{message}; see `{context.command_path if context else 'dvla'} --help`") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
+    if code == 130:     # how newer typers report Ctrl-C
+        raise KeyboardInterrupt
     if code:
         sys.exit(code)
 
@@ -380,7 +382,10 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
         key, separator, value = item.partition("=")
         if not separator:
             raise UserError(f"--set {item}: expected name=value, e.g. --set optimizer.warmup=100")
-        out[key] = yaml.safe_load(value)
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {item}: the value is not valid YAML") from None
     return out
 
 

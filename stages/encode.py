@@ -28,7 +28,7 @@ def batches(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def to_float16(features: torch.Tensor, what: str) -> np.ndarray:
     """Features [..., K, D] as float16 numpy, rounded once. `UserError` when a value does not fit, naming the largest."""
     largest = features.abs().max().item() if features.numel() else 0.0
-    if not np.isfinite(largest) or largest > np.finfo(np.float16).max:
+    if not np.isfinite(largest) or largest > float(np.finfo(np.float16).max):
         raise UserError(f"{what}: the encoder gave {largest:g}, which float16 cannot hold; check the weights and their dtype")
     return features.detach().to("cpu", torch.float16).numpy()
 

@@ -29,6 +29,7 @@ from .train import Session, TrainReport, noise_generator, parameter_groups, poli
 from .train_config import FinetuneConfig, TrainConfig, apply
 
 MAX_JUMP = 0.02     # relative difference of the first cached and live loss beyond which the features are not the same
+MAX_DIFFERENCE = 0.1    # of the features' RMS; bfloat16 against float32 stays well below. A young policy's loss hardly depends on them
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Continuity:
     live_loss: float
     feature_error: float    # largest absolute difference of a feature
     feature_scale: float    # root mean square of the cached features
+    difference: float       # root mean square of the features' difference / feature_scale
 
     @property
     def jump(self) -> float:
@@ -86,9 +88,10 @@ def finetune(config: FinetuneConfig, on_log: Callable[[dict[str, Any]], None] = 
     continuity = compare(net, cache, live, config.train)
     say(f"loss on one batch before the first step: {continuity.cached_loss:.6f} from the cache, {continuity.live_loss:.6f} live "
         f"(features differ by at most {continuity.feature_error:.2g}, their RMS is {continuity.feature_scale:.2g})")
-    if continuity.jump > MAX_JUMP:
-        raise UserError(f"the loss would jump from {continuity.cached_loss:.6f} to {continuity.live_loss:.6f}: the live features are "
-                        f"not those of cache {cache.path}; run `dvla cache verify {cache.path} --live 32`")
+    if continuity.jump > MAX_JUMP or continuity.difference > MAX_DIFFERENCE:
+        raise UserError(f"the loss would jump from {continuity.cached_loss:.6f} to {continuity.live_loss:.6f}, and live features differ "
+                        f"by {continuity.difference:.2g} of their RMS: they are not those of cache {cache.path}; run "
+                        f"`dvla cache verify {cache.path} --live 32`")
     documents = policy_document(net, cache, config.train)
     documents["encoder"]["spec"] = dataclasses.asdict(encoder.spec)
     session = Session(config.train, cache, net, documents, parameter_groups(net, config.train.optimizer), features=live, live=True,
@@ -118,9 +121,9 @@ def compare(net: PolicyNet, cache: Cache, live: LiveFeatures, config: TrainConfi
         return training_step(net, batch, config, noise_generator(config.seed, 0, 2)).total.item()
 
     seen = cached.token_mask[..., None]
-    error = (cached.tokens.float() - again.tokens.float()).masked_fill(~seen, 0).abs().max().item()
-    scale = cached.tokens.float().square().mean().sqrt().item()
-    return Continuity(loss(cached), loss(again), error, scale)
+    error = (cached.tokens.float() - again.tokens.float()).masked_fill(~seen, 0)            # [B,L,D]
+    scale, rms = (x.masked_fill(~seen, 0).float().square().mean().sqrt().item() for x in (cached.tokens, error))
+    return Continuity(loss(cached), loss(again), error.abs().max().item(), scale, rms / max(scale, 1e-12))
 
 
 def require_sources(cache: Cache, sources: list[Any]) -> None:

@@ -36,9 +36,10 @@ from safetensors.torch import load_file
 
 from .lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 
+Recorded = dict[str, Path]      # kind of recording → folder
 SHARD, FRAMES = 8, sum(LENGTHS)
-TINY = TinySpec(vision_depth=2, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512,
-                init_std=0.1)
+TINY = TinySpec(vision_depth=2, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1,
+                vocabulary=512, init_std=0.1)
 LORA = LoraSpec(r=2, alpha=4.0)
 
 
@@ -54,12 +55,12 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configure(source: Path, vlm: Path, out: Path, **changes: Any) -> BuildConfig:
     resolution = changes.pop("resolution", 64)
     spec = EncoderSpec(str(vlm), resolution=resolution, dtype="float32")
-    return BuildConfig(**{"sources": (str(source),), "encoder": spec, "out": out, "batch_size": 5, "shard_frames": SHARD,
-                          "device": "cpu", **changes})
+    return BuildConfig(**{"sources": (str(source),), "encoder": spec, "out": out, "batch_size": 5,
+                          "shard_frames": SHARD, "device": "cpu", **changes})
 
 
 @pytest.fixture(scope="module")
-def cache(recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(recorded: Recorded, vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole cache of the h264 recording, built without a stop."""
     out = tmp_path_factory.mktemp("build") / "cache"
     report = build(configure(recorded["h264"], vlm, out))
@@ -68,12 +69,13 @@ def cache(recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPat
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*"))
+            if p.is_file() and p.name != ".lock"}
 
 
-# --- stage one ---------------------------------------------------------------------------------------------------------
+# --- stage one ----------------------------------------------------------------------------------------------------
 
-def test_the_cache_is_what_was_recorded(recorded: dict[str, Path], vlm: Path, cache: Path) -> None:
+def test_the_cache_is_what_was_recorded(recorded: Recorded, vlm: Path, cache: Path) -> None:
     opened, source = Cache.open(cache), open_source(str(recorded["h264"]))
     dataset = opened.datasets[0]
     assert (opened.frames, opened.tokens, opened.width) == (FRAMES, 4, 32)
@@ -102,7 +104,7 @@ def test_verify_sees_other_features_and_damage(cache: Path, tmp_path: Path, monk
     for view in VIEWS:
         for shard in copy.glob(f"*/features/{view}/c/*/0/0"):
             content = bytearray(shard.read_bytes())
-            nbytes = SHARD * 4 * 32 * 2
+            nbytes = min(SHARD, FRAMES - SHARD * int(shard.parts[-3])) * 256
             content[:nbytes] = content[256:nbytes] + content[:256]      # every frame shows its successor
             shard.write_bytes(content)
     problems, check = verify(copy, live=4, device="cpu")
@@ -112,7 +114,7 @@ def test_verify_sees_other_features_and_damage(cache: Path, tmp_path: Path, monk
     assert check.relative > TOLERANCE and "live features of 12 frames differ" in problems[0]
 
 
-def test_verify_refuses_another_vlm_or_source(recorded: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+def test_verify_refuses_another_vlm_or_source(recorded: Recorded, cache: Path, tmp_path: Path) -> None:
     other = make_tiny_qwen3vl(tmp_path / "other", dataclasses.replace(TINY, seed=1))
     with pytest.raises(UserError, match="belongs to another VLM than .*other: .*weights"):
         verify(cache, live=2, vlm_path=str(other), device="cpu")
@@ -120,7 +122,7 @@ def test_verify_refuses_another_vlm_or_source(recorded: dict[str, Path], cache: 
         verify(cache, live=2, sources=(str(recorded["hevc"]),), device="cpu")
 
 
-def test_running_a_finished_build_again_changes_nothing(recorded: dict[str, Path], vlm: Path, cache: Path) -> None:
+def test_running_a_finished_build_again_changes_nothing(recorded: Recorded, vlm: Path, cache: Path) -> None:
     before = tree(cache)
     report = build(configure(recorded["h264"], vlm, cache))
     assert (report.images, report.resumed_shards) == (0, 2 * -(-FRAMES // SHARD)) and tree(cache) == before
@@ -129,7 +131,8 @@ def test_running_a_finished_build_again_changes_nothing(recorded: dict[str, Path
 KILL_SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-import transformers, peft, pyarrow.parquet, av
+import peft, pyarrow.parquet, av, transformers.models.qwen3_vl.modeling_qwen3_vl
+from transformers import AutoConfig, AutoTokenizer
 from dvla.cache.encoder import EncoderSpec
 from dvla.stages.build import BuildConfig, build
 
@@ -153,7 +156,7 @@ for out, target, when in moments:
 """
 
 
-def test_killed_and_resumed_equals_uninterrupted(recorded: dict[str, Path], vlm: Path, cache: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(recorded: Recorded, vlm: Path, cache: Path, tmp_path: Path) -> None:
     moments = [(str(tmp_path / "tables"), "/proprio/zarr.json", "before"),              # among the tables
                (str(tmp_path / "shard"), "/features/front/c/2/0/0", "before"),          # a shard written, not renamed
                (str(tmp_path / "record"), "/features/wrist/c/1/0/0", "after"),          # renamed, not committed
@@ -170,7 +173,7 @@ def test_killed_and_resumed_equals_uninterrupted(recorded: dict[str, Path], vlm:
         assert tree(out) == expected
 
 
-def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(recorded: dict[str, Path], copy_of: Any, vlm: Path,
+def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(recorded: Recorded, copy_of: Any, vlm: Path,
                                                                    tmp_path: Path) -> None:
     root = copy_of("image")
 
@@ -185,7 +188,8 @@ def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(recorded: dic
     report = build(configure(root, vlm, tmp_path / "damaged"))
     ledger = [json.loads(line) for line in (tmp_path / "damaged" / "quarantine.jsonl").read_text().splitlines()]
     assert report.quarantined == 2 and [(x["dataset"], x["episode_id"]) for x in ledger] == [("image", 1), ("image", 2)]
-    assert "picture 5 of 'observation.images.front'" in ledger[0]["reason"] and "NaN" in ledger[1]["reason"]
+    assert "picture 5 of 'observation.images.front'" in ledger[0]["reason"]
+    assert "column 'action' is nan" in ledger[1]["reason"]
 
     build(configure(recorded["image"], vlm, tmp_path / "whole"))
     damaged, whole = (Cache.open(tmp_path / name).datasets[0] for name in ("damaged", "whole"))
@@ -213,21 +217,22 @@ def test_a_dataset_without_a_usable_episode(copy_of: Any, vlm: Path, tmp_path: P
 @pytest.mark.parametrize("changes, field", [({"resolution": 96}, "resolution: cache has 64, this run asks 96"),
                                             ({"shard_frames": 4}, "shard_frames: cache has 8, this run asks 4"),
                                             ({"batch_size": 6}, "batch_size: cache has 5, this run asks 6")])
-def test_other_settings_are_refused(recorded: dict[str, Path], vlm: Path, cache: Path, changes: dict[str, Any], field: str) -> None:
+def test_other_settings_are_refused(recorded: Recorded, vlm: Path, cache: Path, changes: dict[str, Any],
+                                    field: str) -> None:
     before = tree(cache)
     with pytest.raises(UserError, match=f"built from other settings: .*{field}"):
         build(configure(recorded["h264"], vlm, cache, **changes))
     assert tree(cache) == before
 
 
-def test_two_sources_of_one_name_are_refused(recorded: dict[str, Path], copy_of: Any, vlm: Path, tmp_path: Path) -> None:
+def test_two_sources_of_one_name_are_refused(recorded: Recorded, copy_of: Any, vlm: Path, tmp_path: Path) -> None:
     sources = (str(recorded["h264"]), str(copy_of("h264")))
     with pytest.raises(UserError, match="two sources are named 'h264'; rename one"):
         build(configure(recorded["h264"], vlm, tmp_path / "cache", sources=sources))
     assert not (tmp_path / "cache").exists()
 
 
-def test_features_beyond_float16_are_refused(recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
+def test_features_beyond_float16_are_refused(recorded: Recorded, vlm: Path, tmp_path: Path) -> None:
     loud = shutil.copytree(vlm, tmp_path / "loud")
     encoder = load_encoder(EncoderSpec(str(vlm), resolution=64, dtype="float32"))
     with torch.no_grad():
@@ -239,14 +244,15 @@ def test_features_beyond_float16_are_refused(recorded: dict[str, Path], vlm: Pat
         Cache.open(tmp_path / "cache")
 
 
-# --- stage three -------------------------------------------------------------------------------------------------------
+# --- stage three --------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def stage_two(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two") / "run"
     train(from_mapping(TrainConfig, {
-        "cache": str(cache), "out": str(out), "model_size": "tiny", "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
-        "steps": 3, "batch_size": 4, "draws": 2, "holdout": 0.0, "eval_every": 0, "save_every": 2, "log_every": 1, "threads": 1,
+        "cache": str(cache), "out": str(out), "model_size": "tiny",
+        "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}, "steps": 3, "batch_size": 4, "draws": 2,
+        "holdout": 0.0, "eval_every": 0, "save_every": 2, "log_every": 1, "threads": 1,
         "device": "cpu", "optimizer": {"lr": 1e-2, "vlm_lr_scale": 1.0, "warmup": 1, "ema": 0.5}}), say=quiet)
     return out
 
@@ -260,7 +266,7 @@ class StageThree:
 
 
 @pytest.fixture(scope="module")
-def stage_three(recorded: dict[str, Path], stage_two: Path, tmp_path_factory: pytest.TempPathFactory) -> StageThree:
+def stage_three(recorded: Recorded, stage_two: Path, tmp_path_factory: pytest.TempPathFactory) -> StageThree:
     """Four steps with LoRA without a stop."""
     out, said, encoders = tmp_path_factory.mktemp("three") / "run", [], []
     load = finetune_module.load_policy_encoder
@@ -271,7 +277,7 @@ def stage_three(recorded: dict[str, Path], stage_two: Path, tmp_path_factory: py
     return StageThree(out, continuity, encoders[0], said)
 
 
-def again(recorded: dict[str, Path], start: Path, out: Path, lora: LoraSpec | None = LORA, **overrides: Any) -> Any:
+def again(recorded: Recorded, start: Path, out: Path, lora: LoraSpec | None = LORA, **overrides: Any) -> Any:
     return finetune_config(start, (str(recorded["h264"]),), lora, {"out": str(out), "steps": 4, **overrides})
 
 
@@ -280,7 +286,7 @@ def all_tensors(run: Path) -> dict[str, torch.Tensor]:
             for n, t in load_file(p).items()}
 
 
-def observation(recorded: dict[str, Path], step: int = 2) -> Observation:
+def observation(recorded: Recorded, step: int = 2) -> Observation:
     episode = open_source(str(recorded["h264"])).load(1)
     images = {view.name: next(view.frames(step, step + 1)) for view in episode.views}
     return Observation(images, episode.instruction, episode.state[step])
@@ -288,7 +294,7 @@ def observation(recorded: dict[str, Path], step: int = 2) -> Observation:
 
 def test_fine_tuning_starts_at_the_same_loss(stage_three: StageThree) -> None:
     c = stage_three.continuity
-    assert c.jump < 1e-3 and 0 < c.feature_error < 2e-2 * c.feature_scale
+    assert c.jump < 1e-3 and 0 < c.difference <= TOLERANCE and 0 < c.feature_error < 2e-2 * c.feature_scale
     assert c.cached_loss > 0 and "loss on one batch before the first step" in stage_three.said[0]
 
 
@@ -298,13 +304,15 @@ def test_lora_learns_and_the_base_does_not(vlm: Path, stage_three: StageThree) -
     assert len(adapter) == 2 * 2 * TINY.vision_depth and all("lora_" in n for n in adapter)
     assert all(t.abs().max() > 0 for t in adapter.values())     # B began at zero
     tower = stage_three.encoder.vision
-    assert {n for n, p in tower.named_parameters() if p.requires_grad} == {n for n, _ in lora_parameters(stage_three.encoder)}
+    trained = {n for n, p in tower.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in lora_parameters(stage_three.encoder)}
     base = {n.replace(".base_layer", ""): t for n, t in tower.state_dict().items() if "lora_" not in n}
     fresh = load_encoder(EncoderSpec(str(vlm), resolution=64, dtype="float32")).vision.state_dict()
     assert base.keys() == fresh.keys() and all(torch.equal(base[n], fresh[n]) for n in fresh)
 
 
-def test_fine_tuning_resumes_exactly(recorded: dict[str, Path], stage_two: Path, stage_three: StageThree, tmp_path: Path) -> None:
+def test_fine_tuning_resumes_exactly(recorded: Recorded, stage_two: Path, stage_three: StageThree,
+                                     tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = again(recorded, stage_two, out)
     assert finetune(config, say=quiet, stop_after=2)[0].step == 2
@@ -315,18 +323,19 @@ def test_fine_tuning_resumes_exactly(recorded: dict[str, Path], stage_two: Path,
 
 
 @pytest.mark.parametrize("lora, field", [(LoraSpec(r=4, alpha=4.0), "stage_three.lora.r"), (None, "stage_three.lora")])
-def test_another_adapter_is_refused(recorded: dict[str, Path], stage_two: Path, stage_three: StageThree, lora: LoraSpec | None,
+def test_another_adapter_is_refused(recorded: Recorded, stage_two: Path, stage_three: StageThree, lora: LoraSpec | None,
                                     field: str) -> None:
     with pytest.raises(UserError, match=f"begun with other settings: {field}"):
         finetune(again(recorded, stage_two, stage_three.run, lora), say=quiet)
 
 
-def test_fine_tuning_does_not_start_from_what_it_cannot(recorded: dict[str, Path], cache: Path, stage_two: Path,
+def test_fine_tuning_does_not_start_from_what_it_cannot(recorded: Recorded, cache: Path, stage_two: Path,
                                                         stage_three: StageThree, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a stage-three run; start from its stage-two run"):
         again(recorded, stage_three.run, tmp_path / "run")
     with pytest.raises(UserError, match="holds dataset 'h264', for which no source was given"):
-        finetune(dataclasses.replace(again(recorded, stage_two, tmp_path / "run"), sources=(str(recorded["hevc"]),)), say=quiet)
+        config = again(recorded, stage_two, tmp_path / "run")
+        finetune(dataclasses.replace(config, sources=(str(recorded["hevc"]),)), say=quiet)
     blind = dataclasses.replace(again(recorded, stage_two, tmp_path / "blind").train, blind=True, steps=1)
     train(blind, say=quiet)
     with pytest.raises(UserError, match="is a blind policy"):
@@ -334,27 +343,27 @@ def test_fine_tuning_does_not_start_from_what_it_cannot(recorded: dict[str, Path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_jump_of_the_loss_stops_before_training(recorded: dict[str, Path], stage_two: Path, tmp_path: Path,
+def test_a_jump_of_the_loss_stops_before_training(recorded: Recorded, stage_two: Path, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     load = finetune_module.load_policy_encoder
 
     def wrong(*arguments: Any) -> Any:
         encoder = load(*arguments)
         encode = encoder.encode_images
-        monkeypatch.setattr(encoder, "encode_images", lambda pictures: -3 * encode(pictures))
+        monkeypatch.setattr(encoder, "encode_images", lambda pictures: 0.8 * encode(pictures))
         return encoder
 
     monkeypatch.setattr(finetune_module, "load_policy_encoder", wrong)
-    with pytest.raises(UserError, match="the loss would jump from"):
+    with pytest.raises(UserError, match="the loss would jump from .* features differ by 0.2 of their RMS"):
         finetune(again(recorded, stage_two, tmp_path / "run"), say=quiet)
     assert not (tmp_path / "run").exists()
 
 
-# --- the policy --------------------------------------------------------------------------------------------------------
+# --- the policy ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", ["two", "three"])
-def test_policy_acts_the_same_after_loading(recorded: dict[str, Path], stage_two: Path, stage_three: StageThree, tmp_path: Path,
-                                            stage: str) -> None:
+def test_policy_acts_the_same_after_loading(recorded: Recorded, stage_two: Path, stage_three: StageThree,
+                                            tmp_path: Path, stage: str) -> None:
     run, seen = stage_two if stage == "two" else stage_three.run, observation(recorded)
     first = Policy.from_pretrained(run).act(seen.images, seen.instruction, seen.state)
     assert first.shape == (4, 4) and first.dtype == np.float32 and np.isfinite(first).all()
@@ -368,7 +377,7 @@ def test_policy_acts_the_same_after_loading(recorded: dict[str, Path], stage_two
     assert not np.allclose(both[0], both[1], atol=1e-4)
 
 
-def test_the_saved_adapter_is_the_averaged_one(recorded: dict[str, Path], vlm: Path, stage_three: StageThree) -> None:
+def test_the_saved_adapter_is_the_averaged_one(recorded: Recorded, vlm: Path, stage_three: StageThree) -> None:
     """A policy assembled by hand from `ema.safetensors` acts as the loaded one; without the adapter it does not."""
     loaded, seen = Policy.from_pretrained(stage_three.run), observation(recorded)
     bare = load_encoder(EncoderSpec(str(vlm), resolution=64, dtype="float32"))
@@ -384,7 +393,7 @@ def test_the_saved_adapter_is_the_averaged_one(recorded: dict[str, Path], vlm: P
     assert not np.array_equal(without, by_hand)
 
 
-def test_the_policy_sees_what_training_saw(recorded: dict[str, Path], cache: Path, stage_two: Path) -> None:
+def test_the_policy_sees_what_training_saw(recorded: Recorded, cache: Path, stage_two: Path) -> None:
     """The batch of one recorded frame at inference equals the loader's, but for actions that are not known then."""
     policy, step = Policy.from_pretrained(stage_two), 2
     live = policy._batch([observation(recorded, step)])
@@ -398,7 +407,7 @@ def test_the_policy_sees_what_training_saw(recorded: dict[str, Path], cache: Pat
     torch.testing.assert_close(live.text[:, :words], cached.text[:, :words].float())
 
 
-def test_policy_refusals(recorded: dict[str, Path], stage_two: Path, tmp_path: Path) -> None:
+def test_policy_refusals(recorded: Recorded, stage_two: Path, tmp_path: Path) -> None:
     seen = observation(recorded)
     with pytest.raises(UserError, match="unknown view 'front'"):
         Policy.from_pretrained(stage_two).act({"wrist": seen.images["wrist"]}, seen.instruction, seen.state)

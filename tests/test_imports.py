@@ -38,8 +38,8 @@ FENCES = {
 }
 UNUSED = {"lerobot", "datasets", "mujoco"}  # fenced before use: entries that need no user
 # Modules through which pure mathematics could reach a file, the network or another process.
-IO_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "yaml", "mmap", "glob", "subprocess", "socket",
-              "urllib", "requests", "safetensors", "huggingface_hub", "pyarrow", "PIL", "av", "zarr"}
+IO_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "yaml", "mmap", "glob", "subprocess",
+              "socket", "urllib", "requests", "safetensors", "huggingface_hub", "pyarrow", "PIL", "av", "zarr"}
 IO_CALLS = {"open", "load", "save", "memmap", "fromfile", "tofile", "loadtxt", "savetxt", "print"}
 HEAVY = ("torch", "transformers", "peft", "av", "pyarrow", "lerobot", "metaworld", "mujoco", "matplotlib")
 
@@ -58,7 +58,7 @@ def name_of(file: Path) -> str:
 
 @cache
 def imports(file: Path) -> tuple[tuple[str, int, str], ...]:
-    """(module, relative level, first part inside the package or "") of every import statement, also inside functions."""
+    """(module, relative level, first part inside the package or "") of every import, also inside functions."""
     here, found = file.relative_to(ROOT).parent.parts, []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -69,7 +69,7 @@ def imports(file: Path) -> tuple[tuple[str, int, str], ...]:
             assert node.level <= len(here) + 1, f"{name_of(file)}:{node.lineno} leaves the package"
             base = here[:len(here) + 1 - node.level]
             named = (*base, *(node.module or "").split(".")) if node.module else base
-            for path in ([named] if node.module else [(*base, a.name) for a in node.names]):
+            for path in [named] if node.module else [(*base, a.name) for a in node.names]:
                 found.append((".".join(path), node.level, path[0]))
     return tuple(found)
 

@@ -185,9 +185,9 @@ def test_revision_hash_and_starts(copy_of):
     source = open_source(root)
     before = source.revision_hash
     assert source.starts is None and open_source(root).revision_hash == before
-    (root / "meta/dvla.json").write_text(json.dumps({"starts": {"0": [0.5, 1], "2": [2.0]}}))
+    (root / "meta/dvla.json").write_text(json.dumps({"environment": "metaworld/push-v3", "starts": {"0": [0.5, 1], "2": [2.0]}}))
     again = open_source(root)
-    assert again.starts == {0: [0.5, 1.0], 2: [2.0]} and again.revision_hash != before
+    assert again.starts == {0: [0.5, 1.0], 2: [2.0]} and again.revision_hash != before and again.environment == "metaworld/push-v3"
     (root / "meta/dvla.json").write_text("{}")
     with pytest.raises(UserError, match="dvla.json is damaged"):
         open_source(root).starts

@@ -27,9 +27,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 import synthetic_cache as synthetic  # noqa: E402
 
 STEMS = ("model", "ema", "optimizer")
-SETTINGS = {"model_size": "tiny", "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}, "steps": 4, "batch_size": 4,
-            "draws": 2, "holdout": 0.3, "eval_every": 2, "eval_batches": 2, "save_every": 1, "log_every": 1, "threads": 1,
-            "device": "cpu", "optimizer": {"lr": 1e-3, "warmup": 2}}
+SETTINGS = {
+    "model_size": "tiny",
+    "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
+    "steps": 4,
+    "batch_size": 4,
+    "draws": 2,
+    "holdout": 0.3,
+    "eval_every": 2,
+    "eval_batches": 2,
+    "save_every": 1,
+    "log_every": 1,
+    "threads": 1,
+    "device": "cpu",
+    "optimizer": {"lr": 1e-3, "warmup": 2},
+}
 
 
 def quiet(*_: Any) -> None:
@@ -66,7 +78,7 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert first.keys() == second.keys() and ck.resolve(a).name == ck.resolve(b).name
     assert [n for n in first if not torch.equal(first[n], second[n])] == []
     states = [ck.read_json(ck.resolve(run) / "state.json") for run in (a, b)]
-    assert states[0] == states[1]       # step, offset, losses, held-out metrics, hashes of all files
+    assert states[0] == states[1]  # step, offset, losses, held-out metrics, hashes of all files
 
 
 def change_weights(folder: Path, name: str, value: float) -> None:
@@ -84,11 +96,11 @@ def test_resume_equals_straight(cache: Path, straight: Path, tmp_path: Path) -> 
     out, said = tmp_path / "run", []
     report = train(configure(cache, out), say=quiet, stop_after=2)
     assert (report.step, ck.resolve(out).name) == (2, "step-00000002")
-    torch.manual_seed(123)      # nothing may hang on the global generator
+    torch.manual_seed(123)  # nothing may hang on the global generator
     report = train(configure(cache, out, threads=2, log_every=3), say=said.append)
     assert said == [f"resuming {out} at step 2 of 4"] and report.step == 4
     assert_equal_runs(out, straight)
-    again = train(configure(cache, out), say=quiet)     # a finished run: nothing happens
+    again = train(configure(cache, out), say=quiet)  # a finished run: nothing happens
     assert (again.step, again.first_loss, again.loss) == (4, report.first_loss, report.loss)
     assert_equal_runs(out, straight)
 
@@ -101,7 +113,7 @@ def test_accumulated_run_resumes(cache: Path, tmp_path: Path) -> None:
 
 
 def test_the_run_learns_and_is_whole(cache: Path, straight: Path) -> None:
-    assert [p.name for p in ck.checkpoints(straight)] == ["step-00000003", "step-00000004"]     # keep_last = 2
+    assert [p.name for p in ck.checkpoints(straight)] == ["step-00000003", "step-00000004"]  # keep_last = 2
     before, after = tensors(straight, 3), tensors(straight, 4)
     moved = [n for n in after if n.startswith("model/") and not torch.equal(before[n], after[n])]
     assert len(moved) > 0.7 * sum(n.startswith("model/") for n in after)
@@ -115,9 +127,17 @@ def test_the_run_learns_and_is_whole(cache: Path, straight: Path) -> None:
     assert learning_rate(0, config) == 0.5e-3 and learning_rate(config.steps, config) < 1e-12
 
 
-@pytest.mark.parametrize("changes, field", [
-    ({"batch_size": 8}, "batch_size"), ({"seed": 1}, "seed"), ({"dit": {"horizon": 8}}, "dit.horizon"),
-    ({"optimizer": {"lr": 2e-3, "warmup": 2}}, "optimizer.lr"), ({"steps": 5}, "steps"), ({"blind": True}, "blind")])
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"batch_size": 8}, "batch_size"),
+        ({"seed": 1}, "seed"),
+        ({"dit": {"horizon": 8}}, "dit.horizon"),
+        ({"optimizer": {"lr": 2e-3, "warmup": 2}}, "optimizer.lr"),
+        ({"steps": 5}, "steps"),
+        ({"blind": True}, "blind"),
+    ],
+)
 def test_other_settings_are_refused(cache: Path, straight: Path, changes: dict[str, Any], field: str) -> None:
     with pytest.raises(UserError, match=rf"begun with other settings: .*\b{field}\b") as error:
         train(configure(cache, straight, **changes), say=quiet)
@@ -165,8 +185,9 @@ def test_no_whole_checkpoint_is_said(cache: Path, straight: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_non_finite_loss_stops_before_the_step(cache: Path, straight: Path, tmp_path: Path, value: float,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_loss_stops_before_the_step(
+    cache: Path, straight: Path, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = shutil.copytree(straight, tmp_path / "run")
     shutil.rmtree(out / "checkpoints" / "step-00000004")
     folder = ck.resolve(out)
@@ -181,12 +202,14 @@ def test_non_finite_loss_stops_before_the_step(cache: Path, straight: Path, tmp_
     assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before)
 
 
-def test_non_finite_gradient_stops_before_the_step(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_gradient_stops_before_the_step(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, step = configure(cache, tmp_path / "run"), train_module.training_step
     train(config, say=quiet, stop_after=1)
     before = tensors(tmp_path / "run")
 
-    def cliff(net: Any, *rest: Any) -> Any:     # finite, but without a derivative
+    def cliff(net: Any, *rest: Any) -> Any:  # finite, but without a derivative
         result = step(net, *rest)
         return dataclasses.replace(result, total=result.total + (0 * net.proj_seq[0].weight).sqrt().sum())
 
@@ -229,8 +252,12 @@ print("report", report.step, report.interrupted)
 def test_sigterm_saves_and_the_run_goes_on(cache: Path, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     values = {"cache": str(cache), "out": str(out), **SETTINGS}
-    done = subprocess.run([sys.executable, "-c", SIGTERM_SCRIPT, json.dumps({**values, "save_every": 1000})],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", SIGTERM_SCRIPT, json.dumps({**values, "save_every": 1000})],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout.split()) == (0, ["report", "2", "True"]), done.stderr
     assert [p.name for p in ck.checkpoints(out)] == ["step-00000002"]
     assert train(from_mapping(TrainConfig, {**values, "save_every": 1000}), say=quiet).step == 4
@@ -247,7 +274,7 @@ def test_signal_during_a_save(cache: Path, tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(ck, "save_checkpoint", and_signal)
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)      # the second signal, of the last save, does nothing
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second signal, of the last save, does nothing
         try:
             report = train(config, say=quiet)
         finally:
@@ -269,12 +296,19 @@ def test_blind_run_does_not_see_features(cache: Path, tmp_path: Path, monkeypatc
     assert document["conditions"]["blind"] is True
 
 
-@pytest.mark.parametrize("overrides, message", [
-    ({"batchsize": 4}, "unknown setting 'batchsize'; did you mean 'batch_size'"),
-    ({"optimizer.learning": 1.0}, "training settings.optimizer: unknown setting 'learning'"),
-    ({"loss.kind": "hybrd"}, "hybrd.*did you mean 'hybrid'"), ({"steps": "many"}, "steps: expected int, got 'many'"),
-    ({"steps": 0}, "steps is 0; it must be at least 1"), ({"masking.text": 1.5}, "masking of text is 1.5"),
-    ({"precision": "fp16"}, "precision.*fp16"), ({"steps.of": 1}, "'steps' is a value, not a group")])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"batchsize": 4}, "unknown setting 'batchsize'; did you mean 'batch_size'"),
+        ({"optimizer.learning": 1.0}, "training settings.optimizer: unknown setting 'learning'"),
+        ({"loss.kind": "hybrd"}, "hybrd.*did you mean 'hybrid'"),
+        ({"steps": "many"}, "steps: expected int, got 'many'"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"masking.text": 1.5}, "masking of text is 1.5"),
+        ({"precision": "fp16"}, "precision.*fp16"),
+        ({"steps.of": 1}, "'steps' is a value, not a group"),
+    ],
+)
 def test_bad_settings(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         train_config(None, {"cache": "c", "out": "o", "steps": 3, **overrides})
@@ -292,7 +326,9 @@ def test_bad_model_settings(cache: Path, tmp_path: Path) -> None:
 
 
 def test_rate_at_the_end_of_warmup() -> None:
-    config = from_mapping(TrainConfig, {"cache": "c", "out": "o", "steps": 1000, "optimizer": {"lr": 1.0, "warmup": 100}})
+    config = from_mapping(
+        TrainConfig, {"cache": "c", "out": "o", "steps": 1000, "optimizer": {"lr": 1.0, "warmup": 100}}
+    )
     rates = np.array([learning_rate(i, config) for i in range(1000)])
     assert rates.argmax() in range(95, 101) and rates.max() > 0.97
     assert (np.diff(rates[100:]) < 0).all() and (np.diff(rates[:95]) > 0).all()
