@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ._version import __version__
 from .errors import UserError
-
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+from .stages.console import (closing_line, console, doctor_table, errors, progress_bars, size, success_table,
+                             training_lines)
 
 app = typer.Typer(name="dvla", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -75,21 +68,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit()
 
 
-@contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """`show(name, done, total)`: one rich bar per name; on a pipe or in a log file, nothing but the closing lines."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done, total=total)
-
-        yield show
-
-
 # --- data --------------------------------------------------------------------------------------------------------------
 
 @data_app.command("record")
@@ -123,15 +101,11 @@ def data_record(
 def vlm_tiny(
     out: Out,
     arch: Annotated[str, typer.Option("--arch", help="Architecture: qwen3vl.")] = "qwen3vl",
-    pretrain: Annotated[Optional[list[str]], typer.Option("--pretrain", help="Dataset folder on whose frames the vision tower is trained; "
-                                                          "may be given several times. Default: random weights.")] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of that training.")] = 300,
-    resolution: Annotated[int, typer.Option("--resolution", help="Picture side for that training, pixels.")] = 128,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random weights.")] = 0,
 ) -> None:
-    """Make a checkpoint of the real architecture at toy width, offline: for demos and tests, not for robots.
+    """Make a checkpoint of the real architecture at toy width with random weights, offline: for demos and tests, not for robots.
 
-    Example: dvla vlm tiny --arch qwen3vl --out vlm --pretrain data/push --pretrain data/button
+    Example: dvla vlm tiny --arch qwen3vl --out vlm
     """
     from .cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
     from .errors import unknown
@@ -140,17 +114,8 @@ def vlm_tiny(
         raise unknown("architecture", arch, ["qwen3vl"])
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
-    if not pretrain:
-        make_tiny_qwen3vl(out, TinySpec(seed=seed))
-        console.print(f"{out}: Qwen3-VL at toy width with random weights")
-        return
-    from .stages.tiny_pretrain import PretrainConfig, make_pretrained
-
-    with progress_bars() as show:
-        report = make_pretrained(out, TinySpec(seed=seed), PretrainConfig(tuple(pretrain), steps=steps, resolution=resolution, seed=seed), show)
-    console.print(f"{out}: Qwen3-VL at toy width. Its vision tower was trained {report.steps} steps ({report.seconds:.0f} s) on "
-                  f"{report.pictures} recorded pictures by {report.method}: loss {report.first_loss:.4f} → {report.last_loss:.4f}; "
-                  f"the language side is random")
+    make_tiny_qwen3vl(out, TinySpec(seed=seed))
+    console.print(f"{out}: Qwen3-VL at toy width with random weights")
 
 
 # --- cache -------------------------------------------------------------------------------------------------------------
@@ -178,7 +143,7 @@ def cache_build(
     with progress_bars() as show:
         report = build(config, show)
     rate = f"{report.images / report.seconds:.0f} pictures/s, {report.binds} binds" if report.images else "nothing was missing"
-    console.print(f"{out}: {report.frames} frames, {_size(report.bytes)}, {report.quarantined} episodes in quarantine, "
+    console.print(f"{out}: {report.frames} frames, {size(report.bytes)}, {report.quarantined} episodes in quarantine, "
                   f"{report.resumed_shards} shards found finished; {report.seconds:.1f} s, {rate}")
     if report.quarantined:
         console.print(f"see {out}/quarantine.jsonl for the reasons")
@@ -253,8 +218,8 @@ def train_command(
         "accumulate": accumulate, "draws": draws, "optimizer.lr": lr, "loss.kind": loss_type, "masking.text": mask,
         "masking.images": mask, "masking.proprio": mask, "blind": blind or None, "seed": seed, "device": device, **_settings(set_)})
     with progress_bars() as show:
-        report = train(config, _on_log(show, config.steps), console.print, stop_after)
-    _closing(report)
+        report = train(config, training_lines(show, config.steps), console.print, stop_after)
+    _finish(report)
 
 
 @app.command("finetune")
@@ -296,8 +261,8 @@ def finetune_command(
         "optimizer.vlm_lr_scale": vlm_lr_scale, "masking.text": mask, "masking.images": mask, "masking.proprio": mask, "seed": seed,
         "device": device, **_settings(set_)}, vlm_path)
     with progress_bars() as show:
-        report, _ = finetune(config, _on_log(show, config.train.steps), console.print, stop_after)
-    _closing(report)
+        report, _ = finetune(config, training_lines(show, config.train.steps), console.print, stop_after)
+    _finish(report)
 
 
 @app.command("eval")
@@ -351,26 +316,19 @@ def doctor_command() -> None:
     """
     from .stages.doctor import examine
 
-    table = Table("piece", "found", "without it", "to get it")
     findings = examine()
-    for f in findings:
-        table.add_row(f.name, f.found or "[red]missing[/red]", *(("", "") if f.found else (escape(f.costs), escape(f.install))))
-    console.print(table)
+    console.print(doctor_table(findings))
     if any(f.required and f.found is None for f in findings):
         raise typer.Exit(1)
 
 
 # --- shared ------------------------------------------------------------------------------------------------------------
 
-def success_table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """One row per task and policy: success with interval, beside expert, random and blind."""
-    table = Table("task", "policy", "success", "95 % interval", "expert", "random", "blind", "ms/action")
-    for name, summary in summaries.items():
-        for task, row in summary["tasks"].items():
-            low, high = row["ci95"]
-            table.add_row(task, name, f"{row['success']:.0%} of {row['episodes']}", f"{low:.0%} – {high:.0%}",
-                          *(f"{row[b]:.0%}" for b in ("expert", "random", "blind")), f"{row['ms_per_action']:.1f}")
-    return table
+def _finish(report: Any) -> None:
+    """Closing line of a training run; a run that a signal stopped ends like any interrupted command."""
+    closing_line(report)
+    if report.interrupted:
+        raise typer.Exit(130)
 
 
 def _settings(given: list[str] | None) -> dict[str, Any]:
@@ -387,32 +345,6 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"--set {item}: the value is not valid YAML") from None
     return out
-
-
-def _on_log(show: Callable[[str, int, int], None], steps: int) -> Callable[[dict[str, Any]], None]:
-    def on_log(line: dict[str, Any]) -> None:
-        show("training", line["step"], steps)
-        held_out = f"  held-out mse {line['eval/mse']:.4f}" if "eval/mse" in line else ""
-        console.print(f"step {line['step']:>6}/{steps}  loss {line['loss']:.4f}  mse {line['mse']:.4f}{held_out}  "
-                      f"{line['samples_per_second']:.0f} samples/s  waiting for data {line['wait_share']:.1%}")
-    return on_log
-
-
-def _closing(report: Any) -> None:
-    if report.interrupted:
-        console.print(f"{report.run}: saved at step {report.step}; run the same command again to go on")
-        return
-    loss = f", loss {report.first_loss:.4f} → {report.loss:.4f}" if report.first_loss is not None else ""
-    console.print(f"{report.run}: step {report.step}{loss}")
-
-
-def _size(nbytes: int) -> str:
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.1f} {unit}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Weights are random, the tokenizer is a real byte-level BPE trained on the instructions below, and the layout is that
 of `Qwen/Qwen3-VL-2B-Instruct`: sharded safetensors with an index, tokenizer, chat template and processor files. The
-same spec gives the same bytes. `write_vision_weights` puts a trained vision tower back into such a checkpoint.
+same spec gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import UserError
-from .encoder import VISION_PREFIX
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -106,32 +104,6 @@ def make_tiny_qwen3vl(out: Path | str, spec: TinySpec = TinySpec()) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
-
-
-def write_vision_weights(checkpoint: Path | str, vision: nn.Module) -> None:
-    """Replace the vision tensors of `checkpoint` by those of `vision` (an encoder's `vision`, without LoRA), each
-    file atomically.
-
-    Tensors that `vision` does not have (DeepStack mergers) stay. `ValueError` when a name or shape does not fit.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    checkpoint = Path(checkpoint)
-    new = {VISION_PREFIX + name: t.detach().cpu().contiguous() for name, t in vision.state_dict().items()}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            metadata, old = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
-        found = {name: new.pop(name) for name in old if name in new}
-        for name, tensor in found.items():
-            if tensor.shape != old[name].shape:
-                raise ValueError(f"{name}: {tuple(tensor.shape)} does not fit {tuple(old[name].shape)}")
-        if found:
-            part = file.with_name(f".{file.name}.tmp-{os.getpid()}")
-            save_file(old | {name: t.to(old[name].dtype) for name, t in found.items()}, part, metadata=metadata)
-            os.replace(part, file)
-    if new:
-        raise ValueError(f"{checkpoint} has no tensors {', '.join(sorted(new)[:3])}")
 
 
 def _config(spec: TinySpec, tokenizer: Any) -> Any:

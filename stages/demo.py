@@ -7,8 +7,11 @@ Everything lies under one folder: `data/`, `vlm/`, `cache/`, `stage2/`, `blind/`
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +30,6 @@ class DemoScale:
     """How much of everything. The full size is chosen for two CPU cores and 15 minutes."""
 
     tasks: dict[str, int]               # environment → demonstrations
-    pretrain_steps: int                 # of the toy vision tower; 0 = random weights
     train: tuple[str, ...]              # options of both stage-two runs
     finetune: tuple[str, ...]           # options of stage three
     episodes: int                       # evaluation starts per task
@@ -35,66 +37,75 @@ class DemoScale:
 
 
 SHAPE = ("--model-size", "tiny", "--draws", "2", "--cond-mask-prob", "0", "--set", "dit.horizon=8", "--set", "dit.width=128",
-         "--set", "loss.drift_weight=0.005", "--set", "optimizer.warmup=50", "--set", "optimizer.projector_lr_scale=1.0")
+         "--set", "loss.drift_weight=0.005", "--set", "optimizer.warmup=50", "--set", "optimizer.projector_lr_scale=1.0",
+         "--set", "cpu_threads=1")
 FULL = DemoScale(
-    tasks={"metaworld/button-press-topdown-v3": 40, "metaworld/drawer-open-v3": 40}, pretrain_steps=0,
-    train=(*SHAPE, "--batch-size", "64", "--lr", "1e-3", "--steps", "1200", "--set", "eval_every=400", "--set", "save_every=400",
+    tasks={"metaworld/button-press-topdown-v3": 40, "metaworld/drawer-open-v3": 40},
+    train=(*SHAPE, "--batch-size", "64", "--lr", "1e-3", "--steps", "800", "--set", "eval_every=400", "--set", "save_every=200",
            "--set", "log_every=100"),
-    finetune=("--batch-size", "32", "--lr", "4e-4", "--vlm-lr-scale", "1.0", "--steps", "200", "--set", "log_every=50",
-              "--set", "eval_every=100", "--set", "save_every=100"),
+    finetune=("--batch-size", "16", "--lr", "2e-4", "--vlm-lr-scale", "1.0", "--steps", "100", "--set", "log_every=25",
+              "--set", "eval_every=50", "--set", "eval_batches=20", "--set", "save_every=50"),
     episodes=20)
 QUICK = DemoScale(
-    tasks={"metaworld/button-press-topdown-v3": 2, "metaworld/drawer-open-v3": 2}, pretrain_steps=2,
+    tasks={"metaworld/button-press-topdown-v3": 2, "metaworld/drawer-open-v3": 2},
     train=(*SHAPE, "--batch-size", "8", "--lr", "1e-3", "--steps", "6", "--set", "eval_every=3", "--set", "save_every=3",
            "--set", "log_every=2", "--set", "eval_batches=2"),
-    finetune=("--batch-size", "4", "--lr", "4e-4", "--vlm-lr-scale", "1.0", "--steps", "3", "--set", "log_every=1",
+    finetune=("--batch-size", "4", "--lr", "2e-4", "--vlm-lr-scale", "1.0", "--steps", "3", "--set", "log_every=1",
               "--set", "eval_every=3", "--set", "save_every=3"),
     episodes=2)
 
 
-def commands(out: Path, scale: DemoScale, seed: int) -> list[tuple[str, list[str]]]:
-    """(name, arguments of `dvla`) of every step, in order."""
+@dataclass(frozen=True)
+class Step:
+    """One or more `dvla` commands that run at the same time, each on a core of its own."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+
+
+def steps(out: Path, scale: DemoScale, seed: int) -> list[Step]:
+    """The road, in order."""
     data = {env: str(out / "data" / env.split("/")[1]) for env in scale.tasks}
-    sources, number = list(data.values()), str(seed)
-    tiny = ["vlm", "tiny", "--arch", "qwen3vl", "--out", str(out / "vlm"), "--seed", number]
-    if scale.pretrain_steps:
-        tiny += [x for source in sources for x in ("--pretrain", source)] + ["--steps", str(scale.pretrain_steps)]
+    sources, vlm, number = tuple(data.values()), str(out / "vlm"), ("--seed", str(seed))
     cache, stage2, stage3, blind = (str(out / name) for name in ("cache", "stage2", "stage3", "blind"))
-    training = ["train", "--from-cache", cache, "--seed", number, *scale.train]
-    sourced = [x for source in sources for x in ("--source", source)]
-    evaluation = [x for env in scale.tasks for x in ("--env", env)] + ["--episodes", str(scale.episodes), "--blind", blind, "--seed", number]
+    training = ("train", "--from-cache", cache, *number, *scale.train)
+    evaluation = (*(x for env in scale.tasks for x in ("--env", env)), "--episodes", str(scale.episodes), "--blind", blind, *number)
+    finetune = ("finetune", "--lora", stage2, *(x for source in sources for x in ("--source", source)), *number, *scale.finetune)
     return [
-        *((f"record {env.split('/')[1]}", ["data", "record", "--env", env, "--episodes", str(n), "--noise", str(scale.noise),
-                                           "--seed", number, "--out", data[env], "--workers", "2"]) for env, n in scale.tasks.items()),
-        ("vlm", tiny),
-        ("cache build", ["cache", "build", *sources, "--vlm", "tiny_qwen3vl", "--vlm-path", str(out / "vlm"), "--out", cache,
-                         "--shard-frames", "1024"]),
-        ("cache verify", ["cache", "verify", cache, "--live", "32"]),
-        ("train", [*training, "--out", stage2]),
-        ("train blind", [*training, "--blind", "--out", blind]),
-        ("eval stage two", ["eval", stage2, *evaluation, "--out", str(out / "eval2")]),
-        ("finetune", ["finetune", "--lora", stage2, *sourced, "--seed", number, *scale.finetune, "--out", stage3]),
-        ("eval stage three", ["eval", stage3, *evaluation, "--out", str(out / "eval3")]),
+        *(Step(f"record {env.split('/')[1]}", (("data", "record", "--env", env, "--episodes", str(n), "--noise", str(scale.noise),
+                                                *number, "--workers", "2", "--out", data[env]),)) for env, n in scale.tasks.items()),
+        Step("vlm tiny", (("vlm", "tiny", "--arch", "qwen3vl", *number, "--out", vlm),)),
+        Step("cache build", (("cache", "build", *sources, "--vlm", "tiny_qwen3vl", "--vlm-path", vlm, "--shard-frames", "1024",
+                              "--out", cache),)),
+        Step("cache verify", (("cache", "verify", cache, "--live", "32"),)),
+        Step("train", ((*training, "--out", stage2), (*training, "--blind", "--out", blind))),
+        Step("finetune, eval stage two", ((*finetune, "--out", stage3), ("eval", stage2, *evaluation, "--out", str(out / "eval2")))),
+        Step("eval stage three", (("eval", stage3, *evaluation, "--out", str(out / "eval3")),)),
     ]
 
 
 def demo(out: Path, quick: bool, seed: int, run: Callable[[list[str]], None], say: Callable[..., None],
          table: Callable[[dict[str, dict[str, Any]]], Any]) -> dict[str, Any]:
-    """Run every command with `run`, then print the table and write `summary.json`. `UserError` when `out` holds another demo."""
+    """Run every command (`run` runs one in this process), then print the table and write `summary.json`.
+
+    `UserError` when `out` holds something else, another demo, or when a command beside another one fails.
+    """
     scale = QUICK if quick else FULL
     for env in scale.tasks:
         check_environment(env)
-    steps = commands(out, scale, seed)
-    done = _progress(out, steps)
-    for name, arguments in steps:
-        say(f"\n[bold]$ dvla {shlex.join(arguments)}[/bold]")
-        if name in done:
-            say(f"done before, in {done[name]:.0f} s")
+    road = steps(out, scale, seed)
+    done = _progress(out, road)
+    for step in road:
+        say("")
+        for i, command in enumerate(step.commands):
+            say(f"[bold]$ dvla {shlex.join(command)}{' &' if i < len(step.commands) - 1 else ''}[/bold]")
+        if step.name in done:
+            say(f"done before, in {done[step.name]:.0f} s")
             continue
         began = time.perf_counter()
-        run(arguments)
-        done[name] = time.perf_counter() - began
-        write_file(out / "progress.json", ck.json_bytes({"commands": [a for _, a in steps], "seconds": done}))
+        _run(step, out, run)
+        done[step.name] = time.perf_counter() - began
+        _note(out, road, done)
     summary = summarise(out, done, seed)
     write_file(out / "summary.json", ck.json_bytes(summary))
     stages = {"stage two": ck.read_json(out / "eval2" / "summary.json"), "stage three": ck.read_json(out / "eval3" / "summary.json")}
@@ -108,10 +119,32 @@ def demo(out: Path, quick: bool, seed: int, run: Callable[[list[str]], None], sa
     say(f"{summary['wall_s']:.0f} s in all; {summary['frames']} frames, cache {summary['cache_bytes'] / 2**20:.0f} MiB, "
         f"{summary['samples_per_second']:.0f} samples/s in stage two; loss {_arrow(summary['loss']['stage_two'])}, then with LoRA "
         f"{_arrow(summary['loss']['stage_three'])}")
-    say("Every rate is over the same unseen starts; blind is a policy trained the same way that never saw a picture."
-        + (" A quick demo shows that the road is whole, not that a policy learns." if quick else ""))
+    say("Every rate is over the same unseen starts; blind is a policy trained the same way that never saw a picture. "
+        "The toy VLM has random weights." + (" A quick demo shows that the road is whole, not that a policy learns." if quick else ""))
     say(f"pictures and numbers: {out}/summary.json, loss.png, success.png, eval2_*.mp4, eval3_*.mp4")
     return summary
+
+
+def _run(step: Step, out: Path, run: Callable[[list[str]], None]) -> None:
+    """The step's first command in this process, the others in processes beside it; their output goes to `<out>/<name>.log`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}    # two commands, two cores
+    logs = [out / f"{Path(command[-1]).name}.log" for command in step.commands[1:]]
+    beside = []
+    try:
+        for command, log in zip(step.commands[1:], logs):
+            with open(log, "w") as output:
+                beside.append(subprocess.Popen([sys.executable, "-m", "dvla.cli", *command], env=environment, stdout=output,
+                                               stderr=subprocess.STDOUT))
+        run(list(step.commands[0]))
+        for command, process, log in zip(step.commands[1:], beside, logs):
+            if code := process.wait():
+                last = log.read_text().strip().splitlines()[-1:]
+                raise UserError(f"dvla {command[0]} beside it stopped with exit code {code} ({''.join(last)}); see {log}, then run the demo again")
+    finally:
+        for process in beside:
+            if process.poll() is None:
+                process.terminate()     # training saves; run again to go on
+                process.wait()
 
 
 def summarise(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]:
@@ -126,19 +159,27 @@ def summarise(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]
             "tasks": stages["stage_three"], "stages": stages}
 
 
-def _progress(out: Path, steps: list[tuple[str, list[str]]]) -> dict[str, float]:
-    """Seconds of the commands finished before; makes the folder."""
+def _progress(out: Path, road: list[Step]) -> dict[str, float]:
+    """Seconds of the steps finished before; makes the folder."""
     path = out / "progress.json"
     if path.exists():
         before = ck.read_json(path)
-        if before["commands"] != [a for _, a in steps]:
+        if before["road"] != _road(road):
             raise UserError(f"{out} holds a demo with other settings; choose another --out")
         return before["seconds"]
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} holds other files; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_file(path, ck.json_bytes({"commands": [a for _, a in steps], "seconds": {}}))
+    _note(out, road, {})
     return {}
+
+
+def _note(out: Path, road: list[Step], seconds: dict[str, float]) -> None:
+    write_file(out / "progress.json", ck.json_bytes({"road": _road(road), "seconds": seconds}))
+
+
+def _road(road: list[Step]) -> list[list[list[str]]]:
+    return [[list(command) for command in step.commands] for step in road]
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

@@ -185,7 +185,7 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
     seen, began, ending = 0, time.perf_counter(), False
     session.net.train()
     with _loader(session, split="train", start=state["offset"]) as loader, _signals() as stopped, \
-            open(folder / "log.jsonl", "a") as log:
+            _kernel_threads(config.cpu_threads), open(folder / "log.jsonl", "a") as log:
         while step < last and not ending:
             rate = learning_rate(step, config)
             for group in optimizer.param_groups:
@@ -306,6 +306,17 @@ def _loader(session: Session, split: Literal["train", "eval"], start: int = 0) -
     return Loader(session.cache, batch_size=config.batch_size, horizon=session.net.config.dit.horizon, seed=config.seed,
                   threads=config.threads, start=start, masking=masking, split=split, holdout=config.holdout,
                   features=not session.live)
+
+
+@contextlib.contextmanager
+def _kernel_threads(count: int) -> Iterator[None]:
+    """Torch's CPU kernels use `count` threads inside; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ class TrainConfig:
     log_every: int = 50                     # steps between log lines
     seed: int = 0                           # order of samples, noise, initialisation
     threads: int = 2                        # loader threads
+    cpu_threads: int = 0                    # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
     device: str = "auto"                    # auto, cpu, cuda
     precision: Literal["fp32", "bf16"] = "fp32"   # autocast of the forward pass
 
@@ -59,6 +60,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "draws", "eval_batches", "save_every", "keep_last", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.cpu_threads < 0:
+            raise UserError(f"cpu_threads is {self.cpu_threads}; it must be 0 (torch's choice) or more")
         if self.eval_every < 0 or not 0 <= self.optimizer.ema < 1 or self.alpha_max < 1:
             raise UserError("eval_every must be 0 or more, ema in [0, 1), alpha_max at least 1")
 

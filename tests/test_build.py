@@ -19,7 +19,7 @@ from dvla.cache.lerobot import open_source
 from dvla.cache.loader import gather
 from dvla.cache.lora import LoraSpec, add_lora, lora_parameters
 from dvla.cache.store import Cache
-from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl, write_vision_weights
+from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.settings import from_mapping
 from dvla.stages import checkpoint as ck
@@ -32,7 +32,7 @@ from dvla.stages.policy import Policy
 from dvla.stages.train import train
 from dvla.stages.train_config import TrainConfig
 from dvla.stages.verify import TOLERANCE, verify
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from .lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 
@@ -234,10 +234,10 @@ def test_two_sources_of_one_name_are_refused(recorded: Recorded, copy_of: Any, v
 
 def test_features_beyond_float16_are_refused(recorded: Recorded, vlm: Path, tmp_path: Path) -> None:
     loud = shutil.copytree(vlm, tmp_path / "loud")
-    encoder = load_encoder(EncoderSpec(str(vlm), resolution=64, dtype="float32"))
-    with torch.no_grad():
-        encoder.vision.merger.linear_fc2.weight.mul_(1e7)
-    write_vision_weights(loud, encoder.vision)
+    name = "model.visual.merger.linear_fc2.weight"
+    file = loud / json.loads((loud / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name] * 1e7}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="which float16 cannot hold; check the weights"):
         build(configure(recorded["h264"], loud, tmp_path / "cache"))
     with pytest.raises(UserError, match="is incomplete"):

@@ -16,7 +16,7 @@ from dvla.cache import encoder as encoder_module
 from dvla.cache.encoder import EMBEDDING_NAME, EncoderSpec, encoder_spec, load_encoder
 from dvla.cache.lora import LoraSpec, add_lora, load_lora, lora_parameters, merge_lora, save_lora
 from dvla.cache.preprocess import ImageSpec, pad_to_square, preprocess
-from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl, write_vision_weights
+from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 
 R = 64      # resolution of most tests: 16 patches, 4 tokens
@@ -343,21 +343,6 @@ def test_fingerprint_follows_what_features_depend_on(copied, encoder):
     save_file(tensors, file, metadata={"format": "pt"})
     changed = load_encoder(EncoderSpec(path=str(copied), resolution=R)).fingerprint()
     assert [k for k in base if base[k] != changed[k]] == ["weights_sha256"]
-
-
-def test_trained_vision_weights_return_into_the_checkpoint(copied, model):
-    spec = EncoderSpec(path=str(copied), resolution=R)
-    trained = load_encoder(spec)
-    with torch.no_grad():
-        for p in trained.vision.parameters():
-            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    before = load_encoder(spec)
-    write_vision_weights(copied, trained.vision)
-    after = load_encoder(spec)
-    assert torch.equal(after.encode_images(pictures(2)), trained.encode_images(pictures(2)))
-    assert not torch.allclose(after.encode_images(pictures(2)), before.encode_images(pictures(2)))
-    assert torch.equal(after.embedding, before.embedding)
-    assert type(model).from_pretrained(copied, output_loading_info=True)[1]["missing_keys"] in ([], set())
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------

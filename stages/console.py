@@ -1,0 +1,80 @@
+"""What the commands show: consoles, progress bars, tables, closing lines."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .doctor import Finding
+    from .train import TrainReport
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """`show(name, done, total)`: one rich bar per name; on a pipe or in a log file, nothing but the closing lines."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield show
+
+
+def success_table(summaries: dict[str, dict[str, Any]]) -> Table:
+    """One row per task and policy: success with interval, beside expert, random and blind."""
+    table = Table("task", "policy", "success", "95 % interval", "expert", "random", "blind", "ms/action")
+    for name, summary in summaries.items():
+        for task, row in summary["tasks"].items():
+            low, high = row["ci95"]
+            table.add_row(task, name, f"{row['success']:.0%} of {row['episodes']}", f"{low:.0%} – {high:.0%}",
+                          *(f"{row[b]:.0%}" for b in ("expert", "random", "blind")), f"{row['ms_per_action']:.1f}")
+    return table
+
+
+def doctor_table(findings: list[Finding]) -> Table:
+    """One row per piece: version, or what its absence costs and how to get it."""
+    table = Table("piece", "found", "without it", "to get it")
+    for f in findings:
+        table.add_row(f.name, f.found or "[red]missing[/red]", *(("", "") if f.found else (escape(f.costs), escape(f.install))))
+    return table
+
+
+def training_lines(show: Callable[[str, int, int], None], steps: int) -> Callable[[dict[str, Any]], None]:
+    """A callback that shows a line of log.jsonl."""
+    def on_log(line: dict[str, Any]) -> None:
+        show("training", line["step"], steps)
+        held_out = f"  held-out mse {line['eval/mse']:.4f}" if "eval/mse" in line else ""
+        console.print(f"step {line['step']:>6}/{steps}  loss {line['loss']:.4f}  mse {line['mse']:.4f}{held_out}  "
+                      f"{line['samples_per_second']:.0f} samples/s  waiting for data {line['wait_share']:.1%}")
+    return on_log
+
+
+def closing_line(report: TrainReport) -> None:
+    """Where the run stands."""
+    loss = f", loss {report.first_loss:.4f} → {report.loss:.4f}" if report.first_loss is not None else ""
+    console.print(f"{report.run}: {'saved at ' if report.interrupted else ''}step {report.step}{loss}")
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"
