@@ -43,7 +43,6 @@ class EvalConfig:
     workers: int = 1                    # processes
     videos: int = 10                    # episodes filmed per task
     vlm_path: str | None = None         # where the VLM is now
-    weights: str = "ema"                # ema or model
 
 
 def evaluate_policy(config: EvalConfig, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def make_policy(config: EvalConfig, environment: str, who: str) -> Any:
     if config.workers > 1:
         _one_thread()
     return Policy.from_pretrained(config.blind if blind and config.blind else config.policy, environment=environment,
-                                  weights=config.weights, blind=blind, seed=config.seed, vlm_path=config.vlm_path)
+                                  blind=blind, seed=config.seed, vlm_path=config.vlm_path)
 
 
 def _one_thread() -> None:

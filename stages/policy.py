@@ -59,15 +59,15 @@ class RobotInterface:
 class Policy:
     """A trained policy. Make it with `from_pretrained`; call `act`, or `act_batch` for several robots at once."""
 
-    def __init__(self, net: PolicyNet, encoder: VisionLanguageEncoder | None, robot: RobotInterface, *, sees: bool = True,
+    def __init__(self, net: PolicyNet, encoder: VisionLanguageEncoder, robot: RobotInterface, *, sees: bool = True,
                  seed: int = 0) -> None:
         self.net, self.encoder, self.robot, self.needs_images, self.seed = net, encoder, robot, sees, seed
         self._text: dict[str, tuple[torch.Tensor, int]] = {}
-        self._null = None if encoder is None else encoder.null_image_features()     # [K,D]
+        self._null = encoder.null_image_features()      # [K,D]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dataset: str | None = None, environment: str | None = None,
-                        device: torch.device | str = "cpu", weights: str = "ema", blind: bool = False, seed: int = 0,
+                        device: torch.device | str = "cpu", blind: bool = False, seed: int = 0,
                         vlm_path: str | None = None) -> Policy:
         """Load a run's newest checkpoint or a checkpoint folder.
 
@@ -82,7 +82,7 @@ class Policy:
             raise UserError(f"{folder} has policy format {document.get('format')}, this version reads {ck.POLICY_FORMAT}")
         robot = RobotInterface(choose_dataset(document["datasets"], dataset, environment))
         net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
-        net.load_state_dict(ck.policy_tensors(folder, weights))
+        net.load_state_dict(ck.policy_tensors(folder, "ema"))
         encoder = load_policy_encoder(folder, document, device, vlm_path)
         blind = blind or document["conditions"]["blind"]
         return cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed)
