@@ -44,7 +44,7 @@ FULL = DemoScale(
     train=(*SHAPE, "--batch-size", "64", "--lr", "1e-3", "--steps", "800", "--set", "eval_every=400", "--set", "save_every=200",
            "--set", "log_every=100"),
     finetune=("--batch-size", "16", "--lr", "2e-4", "--vlm-lr-scale", "1.0", "--steps", "100", "--set", "log_every=25",
-              "--set", "eval_every=50", "--set", "eval_batches=20", "--set", "save_every=50"),
+              "--set", "eval_every=50", "--set", "save_every=50"),
     episodes=20)
 QUICK = DemoScale(
     tasks={"metaworld/button-press-topdown-v3": 2, "metaworld/drawer-open-v3": 2},

@@ -31,7 +31,7 @@ def success_figure(stages: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(next(iter(stages.values()))["tasks"])
-    figure = Figure(figsize=(4.5 * len(tasks), 3.5), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(tasks), 3.5), layout="constrained")
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
         rows = {name: summary["tasks"][task] for name, summary in stages.items()}
         last = next(reversed(rows.values()))

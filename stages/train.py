@@ -209,15 +209,16 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
             decay = min(config.optimizer.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in named.values()], 1 - decay)
             loss, first_loss = total, total if first_loss is None else first_loss
-            if config.eval_every and config.holdout and (step % config.eval_every == 0 or step == config.steps):
+            due = bool(config.eval_every and config.holdout) and (step % config.eval_every == 0 or step == config.steps)
+            if due:
                 with _swapped(named, ema):
                     metrics = evaluate(session)
-            if step % config.log_every == 0 or step in (1, config.steps):
+            if due or step % config.log_every == 0 or step in (1, config.steps):
                 elapsed = time.perf_counter() - began
                 line = {"step": step, "loss": loss, "mse": result.mse.item(), "drift": result.drift.item(), "lr": rate,
                         "mean_square": result.mean_square.tolist(), "grad_norm": norm.item(),
                         "samples_per_second": seen / elapsed, "wait_share": loader.wait_seconds / elapsed,
-                        **{f"eval/{k}": v for k, v in metrics.items()}}
+                        **({f"eval/{k}": v for k, v in metrics.items()} if due else {})}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 session.on_log(line)

@@ -244,6 +244,23 @@ def test_features_beyond_float16_are_refused(recorded: Recorded, vlm: Path, tmp_
         Cache.open(tmp_path / "cache")
 
 
+def test_real_robot_recordings_go_the_whole_way(shared_dir: Path, vlm: Path, tmp_path: Path) -> None:
+    """LeRobot v2.1 with AV1 video of a Unitree G1; 5 of the 100 listed episodes are present."""
+    source = str(shared_dir / "data" / "unitree_g1_inspire_v21")
+    report = build(configure(Path(source), vlm, tmp_path / "cache", batch_size=64, shard_frames=1024))
+    assert report.quarantined == 95 and report.images == report.frames > 1000
+    problems, check = verify(tmp_path / "cache", live=4, device="cpu")
+    assert not problems and check is not None and check.relative < TOLERANCE
+    settings = {"cache": str(tmp_path / "cache"), "out": str(tmp_path / "run"), "model_size": "tiny", "steps": 2, "batch_size": 4,
+                "draws": 2, "eval_every": 0, "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}, "device": "cpu"}
+    assert train(from_mapping(TrainConfig, settings), say=lambda _: None).step == 2
+    config = finetune_config(tmp_path / "run", (source,), LoraSpec(r=2), {"out": str(tmp_path / "lora"), "steps": 1})
+    done, continuity = finetune(config, say=lambda _: None)
+    assert done.step == 1 and continuity.jump < 1e-3
+    chunk = Policy.from_pretrained(tmp_path / "lora").act({"cam_high": np.zeros((480, 640, 3), np.uint8)}, "pick", np.zeros(26, np.float32))
+    assert chunk.shape == (4, 26) and np.isfinite(chunk).all()
+
+
 # --- stage three --------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

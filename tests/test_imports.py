@@ -24,7 +24,7 @@ ARROWS = {
 # Third party → files, or folders ending in "/", that may import it. An entry without a user is refused too.
 FENCES = {
     "typer": {"cli.py"},
-    "rich": {"cli.py", "stages/"},
+    "rich": {"stages/"},
     "transformers": {"cache/encoder.py", "cache/tiny_vlm.py"},
     "peft": {"cache/encoder.py", "cache/lora.py"},
     "lerobot": {"stages/record.py"},
