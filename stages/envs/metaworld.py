@@ -124,6 +124,7 @@ def _modules() -> tuple[Any, Any, Any]:
     except (ImportError, AttributeError) as error:  # PyOpenGL raises AttributeError when the chosen library is absent
         raise UserError(f"metaworld cannot be imported with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; "
                         "install libosmesa6 (or libegl1) or unset MUJOCO_GL") from error
+    atexit.register(_close_renderers)  # now, because MuJoCo's own EGL shutdown, registered by its import, must come after
     return mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
 
 
@@ -302,8 +303,7 @@ def _renderer(task: str, size: int) -> _Renderer:
     return found
 
 
-@atexit.register
 def _close_renderers() -> None:
-    """GL contexts cannot be freed any more once the interpreter takes its modules apart."""
+    """At exit: GL contexts cannot be freed any more once the display is shut down or modules are taken apart."""
     while _renderers:
         _renderers.popitem()[1].close()
