@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ._version import __version__
+from .cli_data import data_app
 from .errors import UserError
 from .stages.console import (closing_line, console, doctor_table, errors, progress_bars, size, success_table,
                              training_lines)
@@ -17,7 +18,6 @@ from .stages.console import (closing_line, console, doctor_table, errors, progre
 app = typer.Typer(name="dvla", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Run the frozen VLM **once** into a feature cache, train a one-step Drifting DiT from it, bring the VLM back with LoRA.")
-data_app = typer.Typer(no_args_is_help=True, help="Record and look at demonstrations.")
 vlm_app = typer.Typer(no_args_is_help=True, help="Vision-language checkpoints.")
 cache_app = typer.Typer(no_args_is_help=True, help="Stage one: the feature cache.")
 app.add_typer(data_app, name="data")
@@ -66,33 +66,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         console.print(f"dvla {__version__}")
         raise typer.Exit()
-
-
-# --- data --------------------------------------------------------------------------------------------------------------
-
-@data_app.command("record")
-def data_record(
-    env: Annotated[str, typer.Option("--env", help="Simulated task, e.g. metaworld/push-v3.")],
-    out: Out,
-    episodes: Annotated[int, typer.Option("--episodes", help="Demonstrations to keep.")] = 50,
-    image_size: Annotated[int, typer.Option("--image-size", help="Side of the square pictures, pixels (even).")] = 128,
-    noise: Annotated[float, typer.Option("--noise", help="Standard deviation of noise on executed actions; labels stay clean.")] = 0.1,
-    extra_steps: Annotated[int, typer.Option("--extra-steps", help="Steps recorded after success.")] = 10,
-    max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Step limit of an attempt; default: the task's own.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Chooses the starts and the noise.")] = 0,
-    workers: Annotated[int, typer.Option("--workers", help="Simulating processes; the dataset does not depend on it.")] = 1,
-) -> None:
-    """Record a scripted expert as a LeRobot v3.0 dataset (mp4, two cameras).
-
-    Example: dvla data record --env metaworld/push-v3 --episodes 50 --out data/push
-    """
-    from .stages.record import RecordConfig, record
-
-    config = RecordConfig(env, episodes, out, image_size, seed, noise=noise, max_steps=max_steps, extra_steps=extra_steps, workers=workers)
-    with progress_bars() as show:
-        result = record(config, lambda done, total: show(f"recording {env}", done, total))
-    console.print(f"{result.out}: {result.episodes} episodes, {result.frames} frames; the expert solved {result.succeeded} of "
-                  f"{result.attempted} starts tried, failures were left out")
 
 
 # --- vlm ---------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError, unknown
 from ..settings import configs_dir, from_mapping, load_yaml
 from .actions import EMBODIMENTS, ActionMap, FieldSpec
+
+FORMATS = {     # format → what it is, in one phrase; the reader is cache/readers/<format>.py
+    "lerobot": "LeRobot v2.0, v2.1 or v3.0 (parquet with video or pictures)",
+    "rlds": "RLDS: TFRecord shards with features.json",
+    "rlbench": "RLBench demonstrations: PNG folders with low_dim_obs.pkl, zipped or not",
+    "dexgraspnet": "DexGraspNet 2.0: grasps and scenes, rendered from the point cloud",
+    "dexwild": "DexWild: one HDF5 of episodes with JPEG image groups",
+    "episode_hdf5": "one HDF5 file per episode, actions already unified to 128 slots",
+    "robomimic": "robomimic HDF5: data/demo_N with actions and obs",
+    "replay_buffer": "Diffusion Policy's Zarr replay buffer: data and meta/episode_ends",
+}
 
 
 @dataclass(frozen=True)
@@ -18,21 +28,30 @@ class DatasetConfig:
     """How one dataset family maps into the unified space."""
 
     name: str                               # family name, equal to the file name
-    match: tuple[str, ...]                  # patterns of the robot type or repository/folder name, e.g. "*droid*"
+    match: tuple[str, ...]                  # patterns of the robot type or repository/folder name, e.g. "*droid*"; () = only by name
     embodiment: str                         # one of EMBODIMENTS
     action: tuple[FieldSpec, ...]           # meaning of the native action, dimension by dimension
     state: tuple[FieldSpec, ...]            # meaning of the native state; empty = the dataset has none
+    format: str = "lerobot"                 # one of FORMATS: which reader understands the files
+    source: tuple[str, ...] = ()            # where the data is: hub ids, or the address of its page
     control_hz: float | None = None         # rows per second; None = the dataset's own fps
     views: tuple[str, ...] | None = None    # cameras to use, by full key or short name, in order; None = all
     instruction: str = ""                   # used where an episode has no task text
     license: str = ""                       # of the data
     note: str = ""                          # traps, units, what was checked
-    action_key: str = "action"              # column of the native action
-    state_key: str = "observation.state"    # column of the native state
+    action_columns: tuple[str, ...] = ("action",)               # columns that make the native action, side by side
+    state_columns: tuple[str, ...] = ("observation.state",)     # columns that make the native state, side by side
+    action_shift: int = 0                   # rows by which the action's columns are read ahead: 1 = the next measured pose
+    sampling_weight: float = 1.0            # factor on the dataset's share of the mixture, which goes as N^temperature
 
     def __post_init__(self) -> None:
         if self.embodiment not in EMBODIMENTS:
             raise unknown("embodiment", self.embodiment, EMBODIMENTS)
+        if self.format not in FORMATS:
+            raise unknown("dataset format", self.format, FORMATS)
+        if self.action_shift < 0 or not self.sampling_weight > 0:
+            raise UserError(f"dataset config '{self.name}': action_shift {self.action_shift} must be 0 or more, "
+                            f"sampling_weight {self.sampling_weight} positive")
         if not self.action:
             raise UserError(f"dataset config '{self.name}': the action field map is empty")
         for specs in (self.action, self.state):
@@ -63,20 +82,24 @@ def config_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in (configs_dir() / "datasets").glob("*.yaml")))
 
 
-def find_config(info: Mapping[str, Any], repo: str, explicit: Path | str | None = None) -> DatasetConfig:
+def find_config(format: str, names: Iterable[str], explicit: Path | str | None = None) -> DatasetConfig:
     """The config of a dataset: `explicit` (a YAML file or a shipped name), else the one whose `match` fits.
 
-    `info` is the dataset's info.json, `repo` its hub id or folder name. `UserError` unless exactly one family fits.
+    `format` is the files' own, `names` what the dataset goes by: robot type, repository or folder name. `UserError`
+    unless exactly one family fits, or when the explicit one is for another format.
     """
     if explicit is not None:
-        return load_config(explicit)
-    robot = str(info.get("robot_type") or "")
-    names = {robot.lower(), repo.rsplit("/", 1)[-1].lower()} - {""}
-    configs = [load_config(name) for name in config_names()]
-    fitting = [c for c in configs if any(fnmatch.fnmatchcase(n, p.lower()) for p in c.match for n in names)]
+        config = load_config(explicit)
+        if config.format != format:
+            raise UserError(f"dataset config '{config.name}' is for the format {config.format}, the files are {format}")
+        return config
+    known = [n.lower().rsplit("/", 1)[-1] for n in dict.fromkeys(names) if n]
+    configs = [c for c in map(load_config, config_names()) if c.format == format]
+    fitting = [c for c in configs if any(fnmatch.fnmatchcase(n, p.lower()) for p in c.match for n in known)]
     if len(fitting) == 1:
         return fitting[0]
     fit = ", ".join(c.name for c in fitting)
     found = f"{len(fitting)} dataset configs ({fit}) fit" if fitting else "no dataset config fits"
-    raise UserError(f"{found} '{repo}' with robot type '{robot}'; name one of {', '.join(config_names())}, "
-                    "or give a YAML file that describes its action and state like those in configs/datasets/")
+    raise UserError(f"{found} a {format} dataset called {' or '.join(repr(n) for n in known) or 'nothing'}; give --dataset-config "
+                    f"with one of {', '.join(c.name for c in configs) or 'no shipped one'}, or a YAML file that describes its action "
+                    "and state like those in configs/datasets/ (`dvla data add` writes one for a LeRobot dataset)")

@@ -22,7 +22,7 @@ from ..cache.actions import ACTION_SCHEMA_VERSION
 from ..cache.encoder import EncoderSpec, VisionLanguageEncoder, load_encoder
 from ..cache.episode import CorruptEpisode
 from ..cache.layout import BuildPlan, DatasetPlan, DatasetTables, EpisodePlan, ShardTask
-from ..cache.lerobot import LeRobotSource, open_source
+from ..cache.readers import Source, open_source
 from ..cache.normalize import RunningStatistics
 from ..cache.writer import CacheWriter
 from ..errors import UserError
@@ -74,7 +74,7 @@ class BuildReport:
 class _Corpus:
     """One source, read once: its plan and its tables."""
 
-    source: LeRobotSource
+    source: Source
     plan: DatasetPlan
     action: np.ndarray          # [N,128] float32 unified
     proprio: np.ndarray         # [N,128] float32 unified
@@ -137,7 +137,7 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
     return report
 
 
-def open_sources(paths: tuple[str, ...] | list[str], dataset_config: str | None = None) -> list[LeRobotSource]:
+def open_sources(paths: tuple[str, ...] | list[str], dataset_config: str | None = None) -> list[Source]:
     """Open every source; `UserError` when two have one name, since a cache names its datasets after them."""
     from ..cache.dataset_config import load_config
 
@@ -156,7 +156,7 @@ def encoder_location(spec: EncoderSpec) -> dict[str, Any]:
     return dataclasses.asdict(dataclasses.replace(spec, path=str(folder.resolve()) if folder.is_dir() else spec.path))
 
 
-def _read(source: LeRobotSource, progress: Progress) -> _Corpus:
+def _read(source: Source, progress: Progress) -> _Corpus:
     """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost."""
     episodes, quarantined, actions, states, times, sizes = [], [], [], [], [], {}
     for i, number in enumerate(source.episode_ids):

@@ -14,7 +14,7 @@ import torch
 from ..batch import FeatureBatch
 from ..cache.encoder import VisionLanguageEncoder
 from ..cache.episode import Episode
-from ..cache.lerobot import LeRobotSource
+from ..cache.readers import Source
 from ..cache.store import Cache
 from ..errors import UserError
 
@@ -39,7 +39,7 @@ class LiveFeatures:
     Decoded episodes are kept in memory while they fit in `memory_gib`; beyond it single frames are decoded when needed.
     """
 
-    def __init__(self, encoder: VisionLanguageEncoder, cache: Cache, sources: Sequence[LeRobotSource],
+    def __init__(self, encoder: VisionLanguageEncoder, cache: Cache, sources: Sequence[Source],
                  memory_gib: float = 2.0) -> None:
         self.encoder, self._cache = encoder, cache
         self._sources = match_sources(cache, sources)
@@ -102,7 +102,7 @@ class LiveFeatures:
         return episode
 
 
-def match_sources(cache: Cache, sources: Sequence[LeRobotSource]) -> list[LeRobotSource]:
+def match_sources(cache: Cache, sources: Sequence[Source]) -> list[Source]:
     """The source of every dataset of the cache, in the cache's order. `UserError` naming a dataset without a source."""
     given = {s.name: s for s in sources}
     missing = [d.name for d in cache.datasets if d.name not in given]

@@ -224,23 +224,23 @@ def test_wrong_maps_are_refused():
     (None, "berkeley_autolab_ur5", "bc_z"),
 ])
 def test_config_detection(robot, repo, expected):
-    assert find_config({"robot_type": robot}, repo).name == expected
+    assert find_config("lerobot", (robot, repo)).name == expected
 
 
 def test_config_errors(tmp_path):
-    with pytest.raises(UserError, match="no dataset config fits 'x' with robot type 'y'"):
-        find_config({"robot_type": "y"}, "x")
+    with pytest.raises(UserError, match="no dataset config fits a lerobot dataset called 'y' or 'x'"):
+        find_config("lerobot", ("y", "x"))
     with pytest.raises(UserError, match="did you mean 'metaworld'"):
-        find_config({}, "x", "metawrld")
+        find_config("lerobot", ("x",), "metawrld")
     path = tmp_path / "mine.yaml"
     path.write_text("match: [a]\nembodiment: bimanul\naction: [{field: gripper_open}]\nstate: []\n")
     with pytest.raises(UserError, match="mine.yaml: .*did you mean 'bimanual'"):
         load_config(path)
     path.write_text(path.read_text().replace("bimanul", "bimanual").replace("gripper_open", "gripper_opn"))
     with pytest.raises(UserError, match="mine.yaml: .*did you mean 'gripper_open'"):
-        find_config({}, "x", path)
+        find_config("lerobot", ("x",), path)
     path.write_text(path.read_text().replace("gripper_opn", "gripper_open"))
-    config = find_config({}, "x", path)
+    config = find_config("lerobot", ("x",), path)
     assert isinstance(config, DatasetConfig) and config.name == "mine" and config.embodiment_id == 2
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from dvla.cache.encoder import EncoderSpec, load_encoder
-from dvla.cache.lerobot import open_source
+from dvla.cache.readers import open_source
 from dvla.cache.loader import gather
 from dvla.cache.lora import LoraSpec, add_lora, lora_parameters
 from dvla.cache.store import Cache

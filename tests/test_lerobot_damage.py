@@ -7,7 +7,7 @@ import av
 import pyarrow as pa
 import pytest
 from dvla.cache.episode import CorruptEpisode
-from dvla.cache.lerobot import open_source
+from dvla.cache.readers import open_source
 from dvla.errors import UserError
 
 from .lerobot_samples import FPS, LENGTHS, config_for, rewrite, the_file, with_column
@@ -155,7 +155,7 @@ def edit_info(root, **changes):
 
 
 @pytest.mark.parametrize(("harm", "message"), [
-    (lambda r: (r / "meta/info.json").unlink(), "is not a LeRobot dataset"),
+    (lambda r: (r / "meta/info.json").unlink(), "holds none of the formats that can be read"),
     (lambda r: (r / "meta/info.json").write_text("{"), "cannot be read as JSON"),
     (lambda r: edit_info(r, codebase_version="v1.6"), "version v1.6 is not readable"),
     (lambda r: edit_info(r, fps=None), "'fps' is missing"),
@@ -200,6 +200,7 @@ def test_hub_dataset_is_fetched_file_by_file(recorded, tmp_path, monkeypatch):
         (commit / filename).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(remote / filename, commit / filename)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, repo_type, revision: ["meta/info.json"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     monkeypatch.chdir(tmp_path)
@@ -219,7 +220,7 @@ def test_unreachable_hub_is_one_line(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route to host\nand a long story")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'owner/push' is not a folder here and could not be .*: no route to host$"):
         open_source("owner/push")

@@ -12,7 +12,7 @@ import pytest
 from dvla.cache import video
 from dvla.cache.dataset_config import load_config
 from dvla.cache.episode import CorruptEpisode
-from dvla.cache.lerobot import open_source
+from dvla.cache.readers import open_source
 from dvla.errors import UserError
 
 from .lerobot_samples import (
@@ -209,7 +209,7 @@ def test_config_that_does_not_describe_the_dataset(recorded):
     with pytest.raises(UserError, match="'action' has 4 dimensions, dataset config 'aloha' describes 14"):
         open_source(recorded["image"], load_config("aloha"))
     with pytest.raises(UserError, match="did you mean 'action'"):
-        open_source(recorded["image"], config_for(action_key="actoin"))
+        open_source(recorded["image"], config_for(action_columns=("actoin",)))
 
 
 def test_cameras_with_the_same_last_name(copy_of):

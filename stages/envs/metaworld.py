@@ -124,7 +124,6 @@ def _modules() -> tuple[Any, Any, Any]:
     except (ImportError, AttributeError) as error:  # PyOpenGL raises AttributeError when the chosen library is absent
         raise UserError(f"metaworld cannot be imported with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; "
                         "install libosmesa6 (or libegl1) or unset MUJOCO_GL") from error
-    atexit.register(_close_renderers)  # now, because MuJoCo's own EGL shutdown, registered by its import, must come after
     return mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
 
 
@@ -299,6 +298,8 @@ def _renderer(task: str, size: int) -> _Renderer:
         while len(_renderers) >= MAX_RENDERERS:
             _renderers.pop(next(iter(_renderers))).close()
         found = _Renderer(task, size)
+        if not _renderers:
+            atexit.register(_close_renderers)   # after the first context: MuJoCo's shutdown of EGL, set up with it, runs later
     _renderers[task, size] = found
     return found
 

@@ -1,14 +1,12 @@
 """What a LeRobot dataset (v2.0, v2.1, v3.0) says about itself: info.json, tasks, the episodes and the file templates.
 
-Nothing but `meta/` is read here. A dataset is a folder, or a hub id "owner/name" or "owner/name@revision" whose files
-are downloaded when asked for, all from the one commit found when it was opened.
+Nothing but `meta/` is read here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError
-from .episode import CorruptEpisode
+from ...errors import UserError
+from ..hub import Location
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,8 @@ class Metadata:
     """`meta/` of one dataset. `UserError` when the path is not a LeRobot dataset or its description cannot be used."""
 
     def __init__(self, path_or_repo: str) -> None:
-        self.repo = path_or_repo
-        self.root = Path(path_or_repo).expanduser()
-        hub_id = None if self.root.exists() else _HUB_ID.fullmatch(path_or_repo)
-        self._hub = hub_id is not None
-        if hub_id:
-            self.repo = hub_id[1]
-            self.root = _download_meta(hub_id[1], hub_id[2])  # the snapshot folder; its name is the commit
-        elif not self.root.exists():
-            raise UserError(f"{path_or_repo} does not exist; give a LeRobot dataset folder or a hub id like owner/name")
-        self.name = re.sub(r"[^\w.-]+", "_", self.repo.rsplit("/", 1)[-1] if hub_id else self.root.resolve().name)
+        files = Location(path_or_repo, ["meta/**"])
+        self.locate, self.root, self.name, self.repo = files.locate, files.root, files.name, files.hub_id or path_or_repo
         info_path = self.root / "meta" / "info.json"
         if not info_path.is_file():
             raise UserError(f"{path_or_repo} is not a LeRobot dataset: it has no meta/info.json")
@@ -65,16 +54,6 @@ class Metadata:
         if self.video_keys and not self.info.get("video_path"):
             raise UserError(f"{info_path}: there are video features ({', '.join(self.video_keys)}) but no 'video_path'")
         self.tasks, self.episodes = self._read_v3() if self.version == "v3.0" else self._read_v2()
-
-    def locate(self, relative: str, where: str) -> Path:
-        """Local path of a file of the dataset, downloaded first when it is on the hub. `CorruptEpisode`, beginning with
-        `where`, when the dataset does not have it; `UserError` when the hub cannot be reached."""
-        path = self.root / relative
-        if self._hub and not path.is_file():
-            _download_file(self.repo, self.root.name, relative, where)
-        if not path.is_file():
-            raise CorruptEpisode(f"{where}: {relative} is missing")
-        return path
 
     def revision_hash(self) -> str:
         """sha256 hex over names and bytes of every file in `meta/`."""
@@ -156,30 +135,6 @@ def _table(path: Path, skip: str | None = None) -> pa.Table:
             return file.read(columns=names)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read as parquet: {_first_line(error)}") from None
-
-
-def _download_meta(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download  # imported late: slow, and not needed for a local dataset
-
-    try:
-        return Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=["meta/**"]))
-    except Exception as error:  # the client raises many types (HTTP, offline, validation): "could not be fetched"
-        reason = _first_line(error)
-        raise UserError(f"'{repo}' is not a folder here and could not be fetched from the hub: {reason}") from None
-
-
-def _download_file(repo: str, commit: str, relative: str, where: str) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(repo, relative, repo_type="dataset", revision=commit)
-    except LocalEntryNotFoundError as error:  # offline; a subclass of EntryNotFoundError, hence first
-        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {_first_line(error)}") from None
-    except EntryNotFoundError:
-        raise CorruptEpisode(f"{where}: {relative} is missing from '{repo}'") from None
-    except Exception as error:  # see _download_meta
-        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

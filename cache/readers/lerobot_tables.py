@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from .episode import CorruptEpisode
+from ..episode import CorruptEpisode
 
 _BATCH_ROWS = 32  # pictures read at a time
 

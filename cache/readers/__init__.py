@@ -1,0 +1,63 @@
+"""Corpus readers: `open_source(path)` finds the format of a dataset and gives its `Source`."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from ...errors import UserError
+from ..dataset_config import FORMATS, DatasetConfig, load_config
+from ..hub import hub_files
+from .base import EpisodeTable, Source
+
+__all__ = ["EpisodeTable", "Source", "detect_format", "open_source"]
+
+
+def open_source(path_or_repo: str | Path, config: DatasetConfig | str | None = None) -> Source:
+    """Open a dataset: a folder (or file) here, or a hub id "owner/name[/folder][@revision]".
+
+    `config` (or a YAML file, or the name of a shipped one) says what its numbers mean and, with that, its format; None
+    finds the format by the files and the config by the dataset's name. `UserError` when the path is missing, holds no
+    format we read, or the config does not describe it.
+    """
+    given = str(path_or_repo)
+    if isinstance(config, str):
+        config = load_config(config)
+    format = config.format if config else detect_format(given)
+    return _reader(format)(given, config)
+
+
+def _reader(format: str) -> type[Source]:
+    """The reader class; its module is imported only now, since each needs libraries of its own."""
+    module = importlib.import_module(f".{format}", __package__)
+    return getattr(module, "READER")
+
+
+def detect_format(path_or_repo: str | Path) -> str:
+    """Name (a key of FORMATS) of the format of a dataset, by its file names alone. `UserError` when it is none of them."""
+    given = str(path_or_repo)
+    root = Path(given).expanduser()
+    if root.is_file():
+        names, look = [root.name], root.parent
+    elif root.is_dir():
+        names, look = _names(root), root
+    else:
+        names, look = hub_files(given), None
+    for format in FORMATS:
+        if _reader(format).matches(names, look):
+            return format
+    inside = sorted({n.split("/")[0] for n in names if n.endswith("/meta/info.json") and n.count("/") == 2})
+    if inside:
+        raise UserError(f"{given} is not itself a dataset but holds {len(inside)}: give one of them, e.g. {given}/{inside[0]}")
+    kinds = "; ".join(FORMATS.values())
+    raise UserError(f"{given} holds none of the formats that can be read ({kinds}); give the dataset's own folder")
+
+
+def _names(root: Path, depth: int = 3) -> list[str]:
+    """Paths under `root`, relative, at most `depth` parts deep."""
+    found, folders = [], [root]
+    for _ in range(depth):
+        entries = [e for folder in folders for e in sorted(folder.iterdir())]
+        found += [e.relative_to(root).as_posix() for e in entries]
+        folders = [e for e in entries if e.is_dir()]
+    return found
