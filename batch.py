@@ -17,6 +17,9 @@ UNIFIED_DIM = 128
 class FeatureBatch:
     """One training or inference batch. `tokens` and `text` are fp16 (or the live encoder's dtype); the rest float32/bool/int64.
 
+    A loader on an 8-bit cache gives codes as `tokens` with both scales; they are decoded on the model's device, so that the
+    bus carries bytes only. The model takes decoded batches alone.
+
     Actions and proprio are normalised. A False in a mask means: the model must not see it (tokens, text) or the loss
     must not count it (action dims, steps past the episode's end).
     """
@@ -35,6 +38,8 @@ class FeatureBatch:
     control_hz: torch.Tensor    # [B] float32
     dataset: torch.Tensor       # [B] int64, index into the cache's dataset list
     frame_index: torch.Tensor   # [B] int64, row on the dataset's flat time axis
+    token_scale: torch.Tensor | None = None     # [B, L] float32, of 8-bit tokens only
+    channel_scale: torch.Tensor | None = None   # [D] float32, of 8-bit tokens only
 
     def check(self) -> "FeatureBatch":
         """Raise `ValueError` naming the first field whose shape or dtype breaks the contract; return self."""
@@ -43,26 +48,29 @@ class FeatureBatch:
         integer, boolean, real = torch.int64, torch.bool, torch.float32
         expected = {
             "token_mask": ((b, l), boolean), "view_id": ((b, l), integer), "frame_id": ((b, l), integer),
-            "text": ((b, lt, d), self.tokens.dtype), "text_mask": ((b, lt), boolean),
+            "text": ((b, lt, d), self.tokens.dtype if self.token_scale is None else torch.float16), "text_mask": ((b, lt), boolean),
             "proprio": ((b, UNIFIED_DIM), real), "action": ((b, t, UNIFIED_DIM), real),
             "action_mask": ((b, UNIFIED_DIM), boolean), "step_mask": ((b, t), boolean),
             "embodiment": ((b,), integer), "control_hz": ((b,), real), "dataset": ((b,), integer),
             "frame_index": ((b,), integer),
         }
-        if not self.tokens.is_floating_point():
-            raise ValueError(f"FeatureBatch.tokens: expected a floating dtype, got {self.tokens.dtype}")
+        if self.token_scale is not None:
+            expected |= {"token_scale": ((b, l), real), "channel_scale": ((d,), real)}
+        if self.tokens.is_floating_point() != (self.token_scale is None):
+            raise ValueError(f"FeatureBatch.tokens: expected a floating dtype, or 8-bit codes with scales, got {self.tokens.dtype}")
         for name, (shape, dtype) in expected.items():
             value = getattr(self, name)
-            if tuple(value.shape) != shape or value.dtype != dtype:
-                raise ValueError(f"FeatureBatch.{name}: expected {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
+            if value is None or tuple(value.shape) != shape or value.dtype != dtype:
+                raise ValueError(f"FeatureBatch.{name}: expected {shape} {dtype}, got "
+                                 + ("None" if value is None else f"{tuple(value.shape)} {value.dtype}"))
         return self
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "FeatureBatch":
         """The same batch on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in dataclasses.fields(self)}
-        return FeatureBatch(**moved)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return FeatureBatch(**{n: None if v is None else v.to(device, non_blocking=non_blocking) for n, v in values.items()})
 
-    def replace(self, **changes: torch.Tensor) -> "FeatureBatch":
+    def replace(self, **changes: torch.Tensor | None) -> "FeatureBatch":
         """A copy with some fields replaced, checked again."""
         return dataclasses.replace(self, **changes).check()
 

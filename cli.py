@@ -10,23 +10,21 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ._version import __version__
+from .cli_cache import Device, VlmPath, cache_app
 from .cli_data import data_app
 from .errors import UserError
-from .stages.console import (closing_line, console, doctor_table, errors, progress_bars, size, success_table,
+from .stages.console import (closing_line, console, doctor_table, errors, progress_bars, success_table,
                              training_lines)
 
 app = typer.Typer(name="dvla", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Run the frozen VLM **once** into a feature cache, train a one-step Drifting DiT from it, bring the VLM back with LoRA.")
 vlm_app = typer.Typer(no_args_is_help=True, help="Vision-language checkpoints.")
-cache_app = typer.Typer(no_args_is_help=True, help="Stage one: the feature cache.")
 app.add_typer(data_app, name="data")
 app.add_typer(vlm_app, name="vlm")
 app.add_typer(cache_app, name="cache")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-VlmPath = Annotated[Optional[str], typer.Option("--vlm-path", help="Checkpoint folder or hub id; default: the model's own.")]
 
 
 def main() -> None:
@@ -91,63 +89,6 @@ def vlm_tiny(
     console.print(f"{out}: Qwen3-VL at toy width with random weights")
 
 
-# --- cache -------------------------------------------------------------------------------------------------------------
-
-@cache_app.command("build")
-def cache_build(
-    sources: Annotated[list[str], typer.Argument(help="LeRobot dataset folders or hub ids.", show_default=False)],
-    out: Out,
-    vlm: Annotated[str, typer.Option("--vlm", help="Model: qwen3vl or tiny_qwen3vl (configs/models).")] = "qwen3vl",
-    vlm_path: VlmPath = None,
-    resolution: Annotated[Optional[int], typer.Option("--resolution", help="Side of the padded, resized picture; default: the model's own.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures per encoder call.")] = 64,
-    shard_frames: Annotated[Optional[int], typer.Option("--shard-frames", help="Frames per shard file; default: about 256 MiB.")] = None,
-    dataset_config: Annotated[Optional[str], typer.Option("--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type.")] = None,
-    device: Device = "auto",
-) -> None:
-    """Run the frozen VLM once over every frame and write features, actions and tables. Run again to resume.
-
-    Example: dvla cache build data/push data/button --vlm qwen3vl --out cache
-    """
-    from .cache.encoder import encoder_spec
-    from .stages.build import BuildConfig, build
-
-    config = BuildConfig(tuple(sources), encoder_spec(vlm, path=vlm_path, resolution=resolution), out, batch_size, shard_frames, device, dataset_config)
-    with progress_bars() as show:
-        report = build(config, show)
-    rate = f"{report.images / report.seconds:.0f} pictures/s, {report.binds} binds" if report.images else "nothing was missing"
-    console.print(f"{out}: {report.frames} frames, {size(report.bytes)}, {report.quarantined} episodes in quarantine, "
-                  f"{report.resumed_shards} shards found finished; {report.seconds:.1f} s, {rate}")
-    if report.quarantined:
-        console.print(f"see {out}/quarantine.jsonl for the reasons")
-
-
-@cache_app.command("verify")
-def cache_verify(
-    path: Annotated[Path, typer.Argument(help="Cache folder.", show_default=False)],
-    live: Annotated[int, typer.Option("--live", help="Frames to recompute with the live encoder.")] = 0,
-    source: Annotated[Optional[list[str]], typer.Option("--source", help="Dataset folders, if moved since the build; may be given several times.")] = None,
-    vlm_path: VlmPath = None,
-    device: Device = "auto",
-) -> None:
-    """Check every byte against its checksum, and random features against the live encoder. Exit code 1 when something differs.
-
-    Example: dvla cache verify cache --live 32
-    """
-    from .stages.verify import verify
-
-    with progress_bars() as show:
-        problems, check = verify(path, live, tuple(source or ()), vlm_path, device, progress=lambda done, total: show("checksums", done, total))
-    for line in problems:
-        errors.print(line, style="red", markup=False)
-    if check is not None:
-        console.print(f"{check.count} frames recomputed: largest difference {check.largest:.2g}, RMS of the difference "
-                      f"{check.relative:.2g} of the features' ({check.scale:.2g})")
-    if problems:
-        raise typer.Exit(1)
-    console.print(f"{path}: all files are as they were written")
-
-
 # --- training ----------------------------------------------------------------------------------------------------------
 
 Recipe = Annotated[Optional[str], typer.Option("--recipe", help="YAML file or a shipped recipe (configs/train).")]
@@ -173,6 +114,7 @@ def train_command(
     lr: LearningRate = None,
     loss_type: Annotated[Optional[str], typer.Option("--loss-type", help="mse, pure_drift or hybrid.")] = None,
     mask: MaskProb = None,
+    image_aug: Annotated[bool, typer.Option("--image-aug", help="Draw pictures among the augmented variants of the cache.")] = False,
     blind: Annotated[bool, typer.Option("--blind", help="Train the proprioception-only baseline.")] = False,
     seed: Seed = None,
     set_: Set = None,
@@ -189,7 +131,8 @@ def train_command(
     config = train_config(recipe, {
         "cache": str(from_cache), "out": str(out), "model_size": model_size, "steps": steps, "batch_size": batch_size,
         "accumulate": accumulate, "draws": draws, "optimizer.lr": lr, "loss.kind": loss_type, "masking.text": mask,
-        "masking.images": mask, "masking.proprio": mask, "blind": blind or None, "seed": seed, "device": device, **_settings(set_)})
+        "masking.images": mask, "masking.proprio": mask, "blind": blind or None, "image_aug": image_aug or None,
+        "seed": seed, "device": device, **_settings(set_)})
     with progress_bars() as show:
         report = train(config, training_lines(show, config.steps), console.print, stop_after)
     _finish(report)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import UserError, unknown
 from ..settings import from_mapping
-from .rotations import WIDTH, from_rot6d, to_rot6d
+from .rotations import WIDTH, from_quaternion, from_rot6d, require_rotations, to_quaternion, to_rot6d
 
 UNIFIED_DIM = 128
 ACTION_SCHEMA_VERSION = 1  # raised when a slot or a conversion changes; part of the cache fingerprint
@@ -62,13 +62,16 @@ class FieldSpec:
 
     field: str | None = None                # one named slot; consumes one dimension
     fields: tuple[str, ...] | None = None   # several named slots in order, each consuming one dimension
-    rotation: Literal["quat_xyzw", "euler_xyz", "axis_angle", "rot6d"] | None = None  # consumes 4 / 3 / 3 / 6
+    rotation: Literal["quat_xyzw", "euler_xyz", "axis_angle", "rot6d", "matrix"] | None = None  # consumes 4 / 3 / 3 / 6 / 9
     prefix: str = "eef_angle"               # with `rotation`: the six slots it fills, eef_angle or left_eef_angle
     drop: int | None = None                 # this many dimensions are dropped
     fill: float = 0.0                       # with `drop`: the value they get on the way back
     scale: float = 1.0                      # with `field(s)`: unit and sign, never 0
     offset: float = 0.0                     # with `field(s)`: in unified units, before the × control_hz
     delta: bool = False                     # with `field(s)`: native is a displacement per step, the slot is a velocity
+    # layouts of the past, whose 6D slots count as plain scaled slots: with `field(s)` they hold raw numbers, with `rotation`
+    # a quaternion xyzw (w ≥ 0) in the first four
+    legacy: bool = False
 
     def __post_init__(self) -> None:
         given = [n for n in ("field", "fields", "rotation", "drop") if getattr(self, n) is not None]
@@ -77,7 +80,7 @@ class FieldSpec:
         for name in self.names:
             if name not in SLOTS:
                 raise unknown("action field", name, SLOTS)
-            if SLOTS[name] in _SIX_D:
+            if SLOTS[name] in _SIX_D and not self.legacy:
                 raise UserError(f"'{name}' is part of a 6D rotation; use 'rotation:' {', '.join(WIDTH)}")
             if self.delta and "_vel" not in name:
                 raise UserError(f"'{name}' with 'delta: true': a displacement per step belongs in a velocity slot")
@@ -87,8 +90,8 @@ class FieldSpec:
             raise UserError(f"'drop: {self.drop}': give the number of dimensions to drop, at least 1")
         if self.scale == 0 or not np.isfinite([self.scale, self.offset, self.fill]).all():
             raise UserError(f"scale {self.scale}, offset {self.offset}, fill {self.fill}: must be finite, scale not 0")
-        if not self.names and (self.scale, self.offset, self.delta) != (1.0, 0.0, False):
-            raise UserError("scale, offset and delta apply to 'field' and 'fields' entries only")
+        if not self.names and (self.scale, self.offset, self.delta) != (1.0, 0.0, False) or self.drop and self.legacy:
+            raise UserError("scale, offset and delta apply to 'field' and 'fields' entries only, legacy not to 'drop'")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,13 +114,13 @@ class ActionMap:
             raise UserError(f"control frequency {control_hz} Hz: must be positive")
         self.specs, self.control_hz = tuple(specs), float(control_hz)
         columns, slots, gains, offsets, names = [], [], [], [], []
-        self._rotations: list[tuple[str, slice, slice]] = []   # (form, native columns, unified slots)
+        self._rotations: list[tuple[FieldSpec, slice, slice]] = []   # (spec, native columns, unified slots)
         self._dropped: list[tuple[slice, float]] = []          # (native columns, fill)
         for spec in self.specs:
             start, span = len(names), slice(len(names), len(names) + spec.width)
             if spec.rotation:
                 first = SLOTS[f"{spec.prefix}_0"]
-                self._rotations.append((spec.rotation, span, slice(first, first + 6)))
+                self._rotations.append((spec, span, slice(first, first + (4 if spec.legacy else 6))))
                 names += [f"{spec.prefix}.{spec.rotation}[{i}]" for i in range(spec.width)]
             elif spec.drop:
                 self._dropped.append((span, spec.fill))
@@ -141,32 +144,45 @@ class ActionMap:
         self.mask = np.zeros(UNIFIED_DIM, dtype=bool)            # [128] slots this dataset fills
         self.mask[filled] = True
         self.rotation_slots = np.zeros(UNIFIED_DIM, dtype=bool)  # [128] of those, the 6D rotation slots
-        for _, _, target in self._rotations:
-            self.rotation_slots[target] = True
+        for spec, _, target in self._rotations:
+            self.rotation_slots[target] = not spec.legacy
+
+    def check(self, native: np.ndarray) -> None:
+        """`NotARotation` (a `UserError`) naming the first row of `native [..., d]` whose rotation is none."""
+        for spec, source, _ in self._rotations:
+            require_rotations(spec.rotation, native[..., source])
 
     def to_unified(self, native: np.ndarray) -> np.ndarray:
-        """`native [..., d]` → float32 [..., 128], 0 in inactive slots. `UserError` when d is not `native_dim`."""
+        """`native [..., d]` → float32 [..., 128], 0 in inactive slots. `UserError` when d is not `native_dim`, or as `check`."""
         native = np.asarray(native, dtype=np.float64)
         if native.shape[-1] != self.native_dim:
             raise UserError(f"the field map describes {self.native_dim} dimensions, the data has {native.shape[-1]}")
         unified = np.zeros((*native.shape[:-1], UNIFIED_DIM))
         unified[..., self._slots] = native[..., self._columns] * self._gain + self._offset
-        for form, source, target in self._rotations:
-            unified[..., target] = to_rot6d(form, native[..., source])
+        for spec, source, target in self._rotations:
+            unified[..., target] = (to_quaternion if spec.legacy else to_rot6d)(spec.rotation, native[..., source])
         return unified.astype(np.float32)
 
     def to_native(self, unified: np.ndarray) -> np.ndarray:
-        """`unified [..., 128]` → float32 [..., d]; dropped dimensions get `fill`, 6D is made orthonormal first."""
+        """`unified [..., 128]` → float32 [..., d]; dropped dimensions get `fill`, rotations are made one first."""
         unified = np.asarray(unified, dtype=np.float64)
         if unified.shape[-1] != UNIFIED_DIM:
             raise ValueError(f"unified vectors have {UNIFIED_DIM} slots, got {unified.shape[-1]}")
         native = np.zeros((*unified.shape[:-1], self.native_dim))
         native[..., self._columns] = (unified[..., self._slots] - self._offset) / self._gain
-        for form, source, target in self._rotations:
-            native[..., source] = from_rot6d(form, unified[..., target])
+        for spec, source, target in self._rotations:
+            native[..., source] = (from_quaternion if spec.legacy else from_rot6d)(spec.rotation, unified[..., target])
         for source, fill in self._dropped:
             native[..., source] = fill
         return native.astype(np.float32)
+
+    def hand_pose(self, native: np.ndarray) -> np.ndarray:
+        """`native [..., d]` → pose [..., 7] of the one (or right) hand, float64: x y z in m, quaternion xyzw. Only for a map
+        that fills the slots eef_pos and eef_angle."""
+        unified = self.to_unified(native).astype(np.float64)
+        position, angle = SLOTS["eef_pos_x"], SLOTS["eef_angle_0"]
+        return np.concatenate([unified[..., position:position + 3],
+                               from_rot6d("quat_xyzw", unified[..., angle:angle + 6])], axis=-1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description; `from_dict` gives an equal map back."""

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..errors import UserError, unknown
 from ..settings import configs_dir, from_mapping, load_yaml
-from .actions import EMBODIMENTS, ActionMap, FieldSpec
+from .actions import EMBODIMENTS, SLOTS, ActionMap, FieldSpec
+from .deltas import POSE, Integration
 
 FORMATS = {     # format → what it is, in one phrase; the reader is cache/readers/<format>.py
     "lerobot": "LeRobot v2.0, v2.1 or v3.0 (parquet with video or pictures)",
@@ -21,13 +22,15 @@ FORMATS = {     # format → what it is, in one phrase; the reader is cache/read
     "robomimic": "robomimic HDF5: data/demo_N with actions and obs",
     "replay_buffer": "Diffusion Policy's Zarr replay buffer: data and meta/episode_ends",
 }
+_POSE_FIELDS = ("eef_pos_x", "eef_pos_y", "eef_pos_z", *(f"eef_angle.quat_xyzw[{i}]" for i in range(4)))
+_POSE_SLOTS = [SLOTS[n] for n in ("eef_pos_x", "eef_pos_y", "eef_pos_z", *(f"eef_angle_{i}" for i in range(6)))]
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
     """How one dataset family maps into the unified space."""
 
-    name: str                               # family name, equal to the file name
+    name: str                               # family name, equal to the file name (for a shipped one with its folder)
     match: tuple[str, ...]                  # patterns of the robot type or repository/folder name, e.g. "*droid*"; () = only by name
     embodiment: str                         # one of EMBODIMENTS
     action: tuple[FieldSpec, ...]           # meaning of the native action, dimension by dimension
@@ -42,6 +45,7 @@ class DatasetConfig:
     action_columns: tuple[str, ...] = ("action",)               # columns that make the native action, side by side
     state_columns: tuple[str, ...] = ("observation.state",)     # columns that make the native state, side by side
     action_shift: int = 0                   # rows by which the action's columns are read ahead: 1 = the next measured pose
+    integrate: Integration | None = None    # the action begins with displacements per step: make them absolute poses
     sampling_weight: float = 1.0            # factor on the dataset's share of the mixture, which goes as N^temperature
 
     def __post_init__(self) -> None:
@@ -56,6 +60,28 @@ class DatasetConfig:
             raise UserError(f"dataset config '{self.name}': the action field map is empty")
         for specs in (self.action, self.state):
             ActionMap(specs, self.control_hz or 1.0)  # refuses two entries in one slot and a frequency ≤ 0
+        if self.integrate:
+            self._check_integration()
+
+    def _check_integration(self) -> None:
+        """The integrated action begins with a pose, and the pose it starts from is measured."""
+        if self.action_shift:
+            raise UserError(f"dataset config '{self.name}': integrate makes poses of displacements, action_shift reads measured "
+                            "poses ahead; give one of them")
+        described = ActionMap(self.action, 1.0).field_names[:POSE]
+        if described != _POSE_FIELDS:
+            raise UserError(f"dataset config '{self.name}': with integrate the action begins with {', '.join(_POSE_FIELDS)}; the "
+                            f"field map says {', '.join(described)}")
+        measured = ActionMap(self.state, 1.0)
+        if not measured.mask[_POSE_SLOTS].all() or not measured.rotation_slots[_POSE_SLOTS[3:]].all():
+            raise UserError(f"dataset config '{self.name}': integrate starts from the measured pose, so the state needs "
+                            "eef_pos_x, eef_pos_y, eef_pos_z and a rotation in eef_angle")
+
+    @property
+    def action_width(self) -> int:
+        """Numbers of the stored action, before `integrate`."""
+        width = sum(spec.width for spec in self.action)
+        return width if self.integrate is None else width - POSE + self.integrate.width
 
     @property
     def embodiment_id(self) -> int:
@@ -65,21 +91,23 @@ class DatasetConfig:
 
 def load_config(path_or_name: Path | str) -> DatasetConfig:
     """Read a dataset config from a YAML file, or a shipped one by name; `UserError` names the file and the entry."""
-    path = Path(path_or_name)
+    path, name = Path(path_or_name), Path(path_or_name).stem
     if path.suffix not in (".yaml", ".yml"):
-        if str(path_or_name) not in config_names():
-            raise unknown("dataset config", str(path_or_name), config_names())
-        path = configs_dir() / "datasets" / f"{path_or_name}.yaml"
+        name = str(path_or_name)
+        if name not in config_names():
+            raise unknown("dataset config", name, config_names())
+        path = configs_dir() / "datasets" / f"{name}.yaml"
     values = load_yaml(path)
     try:
-        return from_mapping(DatasetConfig, {"name": path.stem, **values}, "dataset config")
+        return from_mapping(DatasetConfig, {"name": name, **values}, "dataset config")
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
 
 
 def config_names() -> tuple[str, ...]:
-    """Names of the shipped dataset configs, sorted."""
-    return tuple(sorted(p.stem for p in (configs_dir() / "datasets").glob("*.yaml")))
+    """Names of the shipped dataset configs, sorted. Those in a folder, like "legacy/droid", are loaded by name only."""
+    root = configs_dir() / "datasets"
+    return tuple(sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml")))
 
 
 def find_config(format: str, names: Iterable[str], explicit: Path | str | None = None) -> DatasetConfig:
@@ -94,7 +122,7 @@ def find_config(format: str, names: Iterable[str], explicit: Path | str | None =
             raise UserError(f"dataset config '{config.name}' is for the format {config.format}, the files are {format}")
         return config
     known = [n.lower().rsplit("/", 1)[-1] for n in dict.fromkeys(names) if n]
-    configs = [c for c in map(load_config, config_names()) if c.format == format]
+    configs = [c for c in (load_config(n) for n in config_names() if "/" not in n) if c.format == format]
     fitting = [c for c in configs if any(fnmatch.fnmatchcase(n, p.lower()) for p in c.match for n in known)]
     if len(fitting) == 1:
         return fitting[0]

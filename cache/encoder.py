@@ -29,6 +29,7 @@ from torch import nn
 
 from ..errors import UserError, unknown
 from ..settings import configs_dir, from_mapping, load_yaml
+from .codec import average_pool, check_pooling
 from .preprocess import PADDING_RULE, ImageSpec, preprocess
 from .vision_tower import PositionTables, embed_patches, position_tables, rotary_frequencies, run_blocks
 
@@ -52,6 +53,7 @@ class EncoderSpec:
     revision: str | None = None                                 # hub commit or tag
     resolution: int = 448                                       # side of the square input, pixels
     features: Literal["merged"] = "merged"                      # merger output
+    tokens: int | None = None                                   # averaged on the grid down to this many; None = all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # computation; auto: bfloat16 on CUDA, else float32
 
 
@@ -96,8 +98,8 @@ class VisionLanguageEncoder(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """K, merged tokens of one image."""
-        return self.image.tokens
+        """K, tokens of one image: the merger's, or fewer when they are pooled."""
+        return self.spec.tokens or self.image.tokens
 
     @property
     def width(self) -> int:
@@ -129,7 +131,8 @@ class VisionLanguageEncoder(nn.Module):
         hidden = embed_patches(self.vision, patches, self.tables)                   # [N,S,C]
         hidden = run_blocks(self.vision, hidden, self.tables)                       # [N,S,C]
         merged = self.vision.merger(hidden.flatten(0, 1))                           # [N*K,D]
-        return merged.reshape(len(patches), self.tokens, -1)                        # [N,K,D]
+        merged = merged.reshape(len(patches), self.image.tokens, -1)                # [N,K',D]
+        return average_pool(merged, self.tokens)                                    # [N,K,D]
 
     def encode_text(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Instructions -> (embeddings [n,Lt,D] padded with zeros, lengths [n] int64), on the encoder's device.
@@ -156,7 +159,7 @@ class VisionLanguageEncoder(nn.Module):
         adapter = adapter_identity(self.adapter) if self.adapter is not None else self.merged_adapter
         return {
             "code_version": ENCODER_CODE_VERSION, "vlm": self.spec.vlm, "features": self.spec.features,
-            "weights_sha256": self.weights["sha256"], "vision_config": self.weights["config"],
+            "tokens": self.tokens, "weights_sha256": self.weights["sha256"], "vision_config": self.weights["config"],
             "resolution": image.resolution, "padding": PADDING_RULE, "resize": "bicubic-antialias",
             "image_mean": list(image.mean), "image_std": list(image.std),
             "dtype": str(self.dtype).removeprefix("torch."), "adapter": adapter,
@@ -184,6 +187,7 @@ def load_encoder(spec: EncoderSpec, device: torch.device | str = "cpu",
         raise UserError(f"{spec.path} is a '{model_type}' checkpoint; --vlm {spec.vlm} needs model_type 'qwen3_vl'")
     config = copy.deepcopy(AutoConfig.from_pretrained(folder).vision_config)
     image = _image_spec(folder, config, spec.resolution)
+    check_pooling(spec.tokens or image.tokens, image.tokens)
     tensors = _read_tensors(folder)
     weights = {"sha256": tensors_sha256(tensors), "config": _config_identity(config)}
     embedding = tensors.pop(EMBEDDING_NAME)

@@ -24,6 +24,7 @@ class View:
     width: int     # W in pixels
     length: int    # T, equal to the episode's
     open: Callable[[int, int], Iterator[np.ndarray]]  # (start, stop) → uint8 [H, W, 3] RGB of frames start..stop-1
+    sha256: str = ""  # hex over the stored picture bytes: changes when they do
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Yield uint8 [H, W, 3] RGB of frames start..stop-1 in order; `CorruptEpisode` where one cannot be decoded."""

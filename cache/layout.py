@@ -1,16 +1,21 @@
 """What lies where in a cache folder: the plan of a build, the Zarr v3 documents, and the small tables.
 
-Every array is uncompressed and sharded, so a shard is contiguous bytes (see shard.py) and any Zarr library opens it:
+Every array is sharded and, but for an option of the features, uncompressed, so a shard is contiguous bytes (see shard.py) and any
+Zarr library opens it:
 
     zarr.json                                  root group, with consolidated metadata
     fingerprint.json  manifest.json  quarantine.jsonl
-    <dataset>/features/<view>/c/<shard>/0/0    [frames, tokens, width] float16; one inner chunk = one frame
+    <dataset>/features/<view>/c/<shard>/0/0    [observations, tokens, width] float16, int8, or uint8 holding float8_e4m3fn;
+                                               one inner chunk = one observation = one frame in `frame_stride`
+    <dataset>/features/<view>.aug<k>/…         the same pictures in their k-th augmented variant, k = 1 … variants
+    <dataset>/scales/<view>[.aug<k>]/c/<shard>/0    [observations, tokens] float32, of 8-bit features
+    channel_scale                              [width] float32, of 8-bit features
     <dataset>/{action,proprio,timestamp}       [frames, 128] or [frames]; a table is one shard
     <dataset>/{action_mask,proprio_mask}       [128] bool
     <dataset>/episodes/{start,length,id,instruction}     [episodes] int64
     <dataset>/text/{embedding,length}          [instructions, Lt, width] float16, [instructions] int64
     <dataset>/null/<view>, <dataset>/null_text           features of a black frame and of an empty instruction
-    .commits/<dataset>/tables.json, .commits/<dataset>/<view>/<shard>.json    what a builder has finished
+    .commits/<dataset>/tables.json, .commits/<dataset>/<array>/<shard>.json    what a builder has finished (array: view or variant)
     .lock                                      held by the one builder
 """
 
@@ -26,12 +31,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .codec import Compression, FeatureFormat
 from .shard import ShardWriter, write_file
 
-FORMAT = 1                          # version of everything in this file
+FORMAT = 2                          # version of everything in this file
 TABLE_CHUNK_NBYTES = 1 << 20        # inner chunk of a table: about 1 MiB of rows
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_DTYPES = {"float16": 0.0, "float32": 0.0, "float64": 0.0, "int64": 0, "bool": False}   # name → fill value
+_VARIANT = re.compile(r".*\.aug\d+")
+_DTYPES = {"float16": 0.0, "float32": 0.0, "float64": 0.0, "int64": 0, "int8": 0, "uint8": 0, "bool": False}   # name → fill value
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class EpisodePlan:
     length: int             # frames, ≥ 1
     instruction: str        # may be empty
     source_hash: str        # changes when the episode's source bytes change
+    view_hashes: tuple[str, ...] = ()   # per view: changes when its stored pictures change, and only then
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,10 @@ class DatasetPlan:
         """`[episodes]` int64: first row of each episode."""
         return np.cumsum([0, *(e.length for e in self.episodes[:-1])], dtype=np.int64)
 
+    def observations(self, stride: int) -> np.ndarray:
+        """`[episodes]` int64: rows of each episode that have features, every `stride`-th from its first."""
+        return -(-np.array([e.length for e in self.episodes], np.int64) // stride)
+
     @cached_property
     def instructions(self) -> tuple[str, ...]:
         """The distinct instructions in order of first use: rows of the text table."""
@@ -76,16 +88,30 @@ class BuildPlan:
     datasets: tuple[DatasetPlan, ...]
     tokens: int             # vision tokens per frame and view
     width: int              # feature width
-    shard_frames: int       # S, frames in one shard = one unit of work
+    shard_frames: int       # S, observations in one shard = one unit of work
+    format: FeatureFormat = field(default_factory=FeatureFormat)
+    frame_stride: int = 1   # every n-th frame of an episode gets features; actions and proprio are kept for all
+    variants: int = 0       # augmented variants of every picture besides the picture itself
+
+    def tasks(self) -> list[ShardTask]:
+        """All units of work, in dataset, view, variant and row order."""
+        size, out = self.shard_frames, []
+        for d in self.datasets:
+            rows = int(d.observations(self.frame_stride).sum())
+            out += [ShardTask(d.name, view, i, start, min(start + size, rows), variant) for view in d.views
+                    for variant in range(self.variants + 1) for i, start in enumerate(range(0, rows, size))]
+        return out
 
     def check(self) -> None:
         """Raise `UserError` for what the layout cannot hold."""
-        if not self.datasets or min(self.tokens, self.width, self.shard_frames) < 1:
-            raise UserError("a cache needs at least one dataset, and tokens, width and shard frames of at least 1")
+        if not self.datasets or min(self.tokens, self.width, self.shard_frames, self.frame_stride) < 1 or self.variants < 0:
+            raise UserError("a cache needs at least one dataset, tokens, width, shard frames and frame stride of at least 1, and "
+                            "0 or more augmented variants")
         names = [d.name for d in self.datasets]
         for name in [*names, *(v for d in self.datasets for v in d.views)]:
-            if not _NAME.fullmatch(name) or name.endswith(".json"):
-                raise UserError(f"'{name}' cannot name a dataset or view in a cache; use letters, digits, . _ and -")
+            if not _NAME.fullmatch(name) or name.endswith(".json") or _VARIANT.fullmatch(name):
+                raise UserError(f"'{name}' cannot name a dataset or view in a cache; use letters, digits, . _ and - (and no "
+                                "ending like .json or .aug1)")
         for kind, given in [("dataset", names)] + [(f"view of {d.name}", list(d.views)) for d in self.datasets]:
             for name in given:
                 if given.count(name) > 1:
@@ -99,23 +125,31 @@ class BuildPlan:
     def document(self) -> dict[str, Any]:
         """The plan's part of the fingerprint (key "store")."""
         return {"format": FORMAT, "tokens": self.tokens, "width": self.width, "shard_frames": self.shard_frames,
-                "order": [d.name for d in self.datasets],
+                "dtype": self.format.dtype, "compression": self.format.compression, "frame_stride": self.frame_stride,
+                "variants": self.variants, "order": [d.name for d in self.datasets],
                 "datasets": {d.name: {"views": d.views, "quarantined": [list(q) for q in d.quarantined],
                                       "episodes": {str(e.episode_id): {"length": e.length, "instruction": e.instruction,
-                                                                       "source_hash": e.source_hash}
+                                                                       "source_hash": e.source_hash,
+                                                                       "view_hashes": list(e.view_hashes)}
                                                    for e in d.episodes},
                                       "episode_order": [e.episode_id for e in d.episodes]} for d in self.datasets}}
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One unit of building: frames `start … stop-1` of one view of one dataset, written to shard `index`."""
+    """One unit of building: observations `start … stop-1` of one view of one dataset, written to shard `index`."""
 
     dataset: str
     view: str
     index: int
     start: int
     stop: int
+    variant: int = 0    # 0: the pictures themselves; k: their k-th augmented variant
+
+    @property
+    def array(self) -> str:
+        """Name of the array it belongs to."""
+        return array_name(self.view, self.variant)
 
 
 @dataclass(frozen=True)
@@ -144,15 +178,25 @@ class DatasetTables:
     attributes: dict[str, Any] = field(default_factory=dict)    # JSON: action map, view sizes, licence, …
 
 
-def features_folder(root: Path, dataset: str, view: str) -> Path:
-    """The array folder of one view's features."""
-    return root / dataset / "features" / view
+def array_name(view: str, variant: int) -> str:
+    """Name of the array of a view's pictures (variant 0) or of their k-th augmented variant."""
+    return f"{view}.aug{variant}" if variant else view
 
 
-def commit_file(root: Path, dataset: str, view: str | None = None, index: int = 0) -> Path:
-    """The commit record of one shard, or of a dataset's tables when `view` is None."""
+def features_folder(root: Path, dataset: str, array: str) -> Path:
+    """The array folder of one view's features, or of a variant of it."""
+    return root / dataset / "features" / array
+
+
+def scales_folder(root: Path, dataset: str, array: str) -> Path:
+    """The array folder of the token scales that belong to 8-bit features."""
+    return root / dataset / "scales" / array
+
+
+def commit_file(root: Path, dataset: str, array: str | None = None, index: int = 0) -> Path:
+    """The commit record of one shard, or of a dataset's tables when `array` is None."""
     folder = root / ".commits" / dataset
-    return folder / "tables.json" if view is None else folder / view / f"{index}.json"
+    return folder / "tables.json" if array is None else folder / array / f"{index}.json"
 
 
 def json_bytes(document: dict[str, Any]) -> bytes:
@@ -174,24 +218,37 @@ def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def array_document(shape: tuple[int, ...], dtype: str, shard: tuple[int, ...], chunk: tuple[int, ...],
-                   dimensions: tuple[str, ...]) -> dict[str, Any]:
-    """A Zarr v3 array: uncompressed, little endian, sharded, index with crc32c at the end of each shard."""
+                   dimensions: tuple[str, ...], compression: Compression | None = None,
+                   attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A Zarr v3 array: little endian, sharded, index with crc32c at the end of each shard; chunks compressed or not."""
     raw = {"name": "bytes", "configuration": {"endian": "little"}}
-    inner = {"name": "bytes"} if dtype == "bool" else raw
-    sharding = {"chunk_shape": list(chunk), "codecs": [inner], "index_codecs": [raw, {"name": "crc32c"}],
+    inner = {"name": "bytes"} if dtype in ("bool", "int8", "uint8") else raw
+    codecs = [inner, *(compression.document() if compression else [])]
+    sharding = {"chunk_shape": list(chunk), "codecs": codecs, "index_codecs": [raw, {"name": "crc32c"}],
                 "index_location": "end"}
     return {"zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype,
-            "fill_value": _DTYPES[dtype], "attributes": {}, "dimension_names": list(dimensions),
+            "fill_value": _DTYPES[dtype], "attributes": attributes or {}, "dimension_names": list(dimensions),
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}], "storage_transformers": []}
 
 
-def features_document(frames: int, plan: BuildPlan) -> dict[str, Any]:
+def features_document(rows: int, plan: BuildPlan) -> dict[str, Any]:
     """The array of one view's features."""
-    tail = (plan.tokens, plan.width)
-    return array_document((frames, *tail), "float16", (plan.shard_frames, *tail), (1, *tail),
-                          ("frame", "token", "channel"))
+    tail, format = (plan.tokens, plan.width), plan.format
+    attributes = {"encoding": format.dtype} if format.zarr_dtype != format.dtype else {}
+    return array_document((rows, *tail), format.zarr_dtype, (plan.shard_frames, *tail), (1, *tail),
+                          ("observation", "token", "channel"), record_compression(format), attributes)
+
+
+def scales_document(rows: int, plan: BuildPlan) -> dict[str, Any]:
+    """The array of the token scales of one view's 8-bit features."""
+    return array_document((rows, plan.tokens), "float32", (plan.shard_frames, plan.tokens), (1, plan.tokens), ("observation", "token"))
+
+
+def record_compression(format: FeatureFormat) -> Compression | None:
+    """The compression of feature records; None where they are stored as they are."""
+    return None if format.compression == "none" else Compression(format.compression, format.itemsize)
 
 
 def write_table(folder: Path, values: np.ndarray, dimensions: tuple[str, ...]) -> dict[Path, tuple[int, int]]:

@@ -28,7 +28,9 @@ from .sampling import SampleOrder, held_out, mixture, override, uniform
 from .shard import ShardFiles
 from .store import Cache, CacheDataset
 
-_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
+LIVE_VARIANTS = 1 << 16     # a live encoder makes any variant; so many differ
+_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_, torch.int8: np.int8,
+           torch.uint8: np.uint8}
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,10 @@ class ConditionMasking:
 class _Storage:
     """One batch's memory: a flat buffer, seen as numpy arrays to fill and handed out as tensors.
 
-    `arrays`: the fields by name; `records` [B·V]: where each frame's features of each view go.
+    `arrays`: the fields by name; `records`, `scales` [B·V]: where each frame's features of each view, and their token scales, go.
     """
 
-    def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]], record_nbytes: int,
-                 pinned: bool) -> None:
+    def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]], slots: int, pinned: bool) -> None:
         self._fields, self._offsets, size = fields, {}, 0
         for name, (shape, dtype) in fields.items():
             self._offsets[name] = size, size + int(np.prod(shape)) * dtype.itemsize
@@ -70,8 +71,13 @@ class _Storage:
         self._event = torch.cuda.Event() if pinned else None
         self.arrays = {n: self._memory[slice(*self._offsets[n])].view(_DTYPES[dtype]).reshape(shape)
                        for n, (shape, dtype) in fields.items()}
-        begin, end = self._offsets["tokens"]
-        self.records = [memoryview(self._memory[at:at + record_nbytes]) for at in range(begin, end, record_nbytes)]
+        self.records = self._parts("tokens", slots)
+        self.scales = self._parts("token_scale", slots) if "token_scale" in fields else []
+
+    def _parts(self, name: str, slots: int) -> list[memoryview]:
+        begin, end = self._offsets[name]
+        step = (end - begin) // max(slots, 1)
+        return [memoryview(self._memory[at:at + step]) for at in range(begin, end, step)] if step else []
 
     def lease(self, pool: queue.SimpleQueue[_Storage]) -> FeatureBatch:
         """The filled batch. When the last tensor that shares its memory is gone, this storage returns to `pool`."""
@@ -101,34 +107,41 @@ class _Assembler:
         b, length, width = batch_size, self.views * cache.tokens, cache.width
         text = max(max(d.text.shape[1], len(d.null_text)) for d in cache.datasets)
         half, real, integer, boolean = torch.float16, torch.float32, torch.int64, torch.bool
+        stored = getattr(torch, cache.format.zarr_dtype) if features else half
+        self.slots, self.quantised = b * self.views, features and cache.format.quantised
         self.fields = {
-            "tokens": ((b, length, width), half), "token_mask": ((b, length), boolean),
+            "tokens": ((b, length, width), stored), "token_mask": ((b, length), boolean),
             "view_id": ((b, length), integer), "frame_id": ((b, length), integer),
             "text": ((b, text, width), half), "text_mask": ((b, text), boolean),
             "proprio": ((b, UNIFIED_DIM), real), "action": ((b, horizon, UNIFIED_DIM), real),
             "action_mask": ((b, UNIFIED_DIM), boolean), "step_mask": ((b, horizon), boolean),
             "embodiment": ((b,), integer), "control_hz": ((b,), real),
             "dataset": ((b,), integer), "frame_index": ((b,), integer)}
+        if self.quantised:
+            self.fields |= {"token_scale": ((b, length), real), "channel_scale": ((width,), real)}
         self.pool: queue.SimpleQueue[_Storage] = queue.SimpleQueue()
         self.files = ShardFiles()
 
-    def __call__(self, dataset: np.ndarray, row: np.ndarray,
-                 masked: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None) -> FeatureBatch:
-        """The batch of the samples (dataset [B], row [B]) with the conditions `masked` ([B] bool each) replaced."""
+    def __call__(self, dataset: np.ndarray, row: np.ndarray, masked: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+                 variant: np.ndarray | None = None) -> FeatureBatch:
+        """The batch of the samples (dataset [B], row [B]) with the conditions `masked` ([B] bool each) replaced, each seen in its
+        augmented `variant` [B] (0: as it is)."""
         try:
             storage = self.pool.get_nowait()
             storage.wait()
         except queue.Empty:
-            storage = _Storage(self.fields, self.cache.tokens * self.cache.width * 2, self.pinned)
-        none = np.zeros(len(row), bool)
+            storage = _Storage(self.fields, self.slots, self.pinned)
+            if self.quantised:
+                storage.arrays["channel_scale"][:] = self.cache.datasets[0].channel_scale
+        none, variant = np.zeros(len(row), bool), np.zeros(len(row), np.int64) if variant is None else variant
         storage.arrays["dataset"][:], storage.arrays["frame_index"][:] = dataset, row
         for d in np.unique(dataset):
             where = np.flatnonzero(dataset == d)
-            self._fill(storage, self.cache.datasets[d], where, row[where], *(m[where] for m in masked or (none,) * 3))
+            self._fill(storage, self.cache.datasets[d], where, row[where], variant[where], *(m[where] for m in masked or (none,) * 3))
         return storage.lease(self.pool).check()
 
-    def _fill(self, storage: _Storage, source: CacheDataset, where: np.ndarray, row: np.ndarray, no_text: np.ndarray,
-              no_images: np.ndarray, no_proprio: np.ndarray) -> None:
+    def _fill(self, storage: _Storage, source: CacheDataset, where: np.ndarray, row: np.ndarray, variant: np.ndarray,
+              no_text: np.ndarray, no_images: np.ndarray, no_proprio: np.ndarray) -> None:
         out = storage.arrays
         episode = source.episode_of(row)
         if source.quarantined[episode].any():
@@ -154,23 +167,29 @@ class _Assembler:
         text[no_text, :len(source.null_text)] = source.null_text
         out["text"][where] = text
         if self.views:
-            self._fill_tokens(storage, source, where, row, no_images)
+            self._fill_tokens(storage, source, where, row, variant, no_images)
 
-    def _fill_tokens(self, storage: _Storage, source: CacheDataset, where: np.ndarray, row: np.ndarray,
+    def _fill_tokens(self, storage: _Storage, source: CacheDataset, where: np.ndarray, row: np.ndarray, variant: np.ndarray,
                      no_images: np.ndarray) -> None:
         views, p = self.views, self.cache.tokens
         view_of_token = np.repeat(np.arange(views), p)                                          # [L]
         storage.arrays["view_id"][where], storage.arrays["frame_id"][where] = view_of_token, 0
         storage.arrays["token_mask"][where] = view_of_token < len(source.views)
-        tokens = storage.arrays["tokens"].reshape(-1, views, p, self.cache.width)               # [B, V, P, D]
-        if len(source.views) < views:
-            tokens[where, len(source.views):] = 0       # padding, masked: but no remains of another batch
-        if no_images.any():
-            tokens[where[no_images], :len(source.views)] = source.null_features
-        seen = where[~no_images]
-        for v, view in enumerate(source.views):
-            targets = [storage.records[i] for i in (seen * views + v).tolist()]
-            source.read_features(view, row[~no_images], targets, self.files)
+        null, null_scale = source.null_records if no_images.any() else (None, None)
+        fields = [(storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null)]    # [B, V, P, D]
+        if self.quantised:
+            fields.append((storage.arrays["token_scale"].reshape(-1, views, p), null_scale))    # [B, V, P]
+        for array, nulls in fields:
+            if len(source.views) < views:
+                array[where, len(source.views):] = 0    # padding, masked: but no remains of another batch
+            if nulls is not None:
+                array[where[no_images], :len(source.views)] = nulls
+        for k in np.unique(variant[~no_images]).tolist():
+            mine = ~no_images & (variant == k)
+            for v, view in enumerate(source.views):
+                at = (where[mine] * views + v).tolist()
+                source.read_features(view, row[mine], [storage.records[i] for i in at], self.files,
+                                     scales=[storage.scales[i] for i in at] if self.quantised else (), variant=k)
 
 
 def gather(cache: Cache, dataset_ids: np.ndarray, frame_rows: np.ndarray, horizon: int = 16, *,
@@ -195,9 +214,13 @@ class Loader:
     is `world_size · batch_size` consecutive positions, of which rank r takes the r-th part. To resume, pass
     `start=state_dict()["offset"]`, on any number of ranks.
 
+    Only observations are sampled: every `frame_stride`-th frame of an episode. `augment` draws each sample's pictures among
+    themselves and the cache's augmented variants (`UserError` when it has none; without `features` any variant goes).
+
     `split` "train" or "eval" leaves out or keeps the `holdout` fraction of each dataset's episodes, chosen by
     (`holdout_seed`, episode id); "all" takes every one. Quarantined episodes are never sampled. `temperature` and
-    `weights` (dataset → share): see sampling.py. `features=False` gives tokens [B, 0, D], for a live encoder.
+    `weights` (dataset → share, in place of what its `sampling_weight` gives): see sampling.py. `features=False` gives
+    tokens [B, 0, D], for a live encoder.
     """
 
     def __init__(self, cache: Cache, *, batch_size: int, horizon: int = 16, seed: int = 0, threads: int = 2,
@@ -205,18 +228,22 @@ class Loader:
                  masking: ConditionMasking | None = None, split: Literal["train", "eval", "all"] = "train",
                  holdout: float = 0.0, holdout_seed: int = 0, temperature: float = 0.5,
                  weights: Mapping[str, float] | None = None, features: bool = True,
-                 pinned: bool | None = None) -> None:
+                 pinned: bool | None = None, augment: bool = False) -> None:
         if min(batch_size, horizon, threads, prefetch, world_size) < 1 or not 0 <= rank < world_size or start < 0:
             raise UserError(f"batch size {batch_size}, horizon {horizon}, threads {threads}, prefetch {prefetch} must "
                             f"be at least 1, rank {rank} below world size {world_size}, start {start} at least 0")
+        if augment and features and not cache.variants:
+            raise UserError(f"cache {cache.path} holds no augmented pictures; build it with --augment 4, or train without augmentation")
         self.cache, self.masking, self.seed, self.wait_seconds = cache, masking, seed, 0.0
+        self._variants = 1 + (0 if not augment else cache.variants if features else LIVE_VARIANTS)
         self._batch_size, self._global_batch, self._rank = batch_size, batch_size * world_size, rank
         self._episodes = [_episodes(d, split, holdout, holdout_seed) for d in cache.datasets]
-        self._ends = [np.cumsum(d.episode_length[e]) for d, e in zip(cache.datasets, self._episodes)]
+        self._ends = [np.cumsum(d.episode_observations[e]) for d, e in zip(cache.datasets, self._episodes)]
         self.sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]     # samples of each dataset
         if not any(self.sizes):
             raise UserError(f"no episode of {cache.path} is in split {split} with holdout {holdout}; change it")
-        shares = override(mixture(self.sizes, temperature), [d.name for d in cache.datasets], weights or {})
+        factors = [float(d.attributes.get("sampling_weight", 1.0)) for d in cache.datasets]    # absent in older caches
+        shares = override(mixture(self.sizes, temperature, factors), [d.name for d in cache.datasets], weights or {})
         self.order = SampleOrder(self.sizes, shares, seed)
         pinned = torch.cuda.is_available() if pinned is None else pinned
         self._assemble = _Assembler(cache, batch_size, horizon, features, pinned)
@@ -250,14 +277,19 @@ class Loader:
             here, source = dataset == d, self.cache.datasets[d]
             k = np.searchsorted(self._ends[d], index[here], side="right")       # which of the split's episodes
             episode = self._episodes[d][k]
-            end = source.episode_start[episode] + source.episode_length[episode]
-            row[here] = end - (self._ends[d][k] - index[here])
+            step = index[here] - (self._ends[d][k] - source.episode_observations[episode])
+            row[here] = source.episode_start[episode] + step * source.frame_stride
         return dataset, row
 
     def masked(self, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(text, images, proprio) bool [batch_size]: the conditions replaced by nulls in this rank's batch at `offset`."""
         position = offset + self._rank * self._batch_size + np.arange(self._batch_size)
         return (self.masking or ConditionMasking(0.0, 0.0, 0.0)).draw(self.seed, position)
+
+    def variants(self, offset: int) -> np.ndarray:
+        """int64 [batch_size]: the augmented variant of each sample of this rank's batch at `offset`; 0 is the picture itself."""
+        position = offset + self._rank * self._batch_size + np.arange(self._batch_size)
+        return (uniform(self.seed, 7, position) * self._variants).astype(np.int64)
 
     def close(self) -> None:
         """Stop the threads and close the files. Batches already handed out stay valid."""
@@ -276,7 +308,7 @@ class Loader:
         self._submitted += self._global_batch
 
     def _make(self, offset: int) -> FeatureBatch:
-        return self._assemble(*self.samples(offset), self.masked(offset))
+        return self._assemble(*self.samples(offset), self.masked(offset), self.variants(offset))
 
 
 def _episodes(source: CacheDataset, split: str, holdout: float, seed: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Rotation forms ↔ 6D: the first two columns of the rotation matrix (Zhou et al. 2019, arXiv:1812.07035), in float64.
 
 Conventions: quaternions are (x, y, z, w); Euler "xyz" are angles about the fixed x, then y, then z axis, R = Rz·Ry·Rx
-(scipy's lower-case "xyz"); an axis-angle is the unit axis times the angle in radians. 6D is
-(r00, r10, r20, r01, r11, r21).
+(scipy's lower-case "xyz"); an axis-angle is the unit axis times the angle in radians; a matrix is its nine numbers row by
+row. 6D is (r00, r10, r20, r01, r11, r21).
 """
 
 from __future__ import annotations
@@ -11,18 +11,52 @@ import numpy as np
 
 from ..errors import UserError
 
-WIDTH = {"quat_xyzw": 4, "euler_xyz": 3, "axis_angle": 3, "rot6d": 6}  # native width of each form
+WIDTH = {"quat_xyzw": 4, "euler_xyz": 3, "axis_angle": 3, "rot6d": 6, "matrix": 9}  # native width of each form
+QUATERNION_LENGTH = 0.5, 2.0    # accepted, and made 1: interpolated or rounded ones are near 1, other columns are not
+ORTHONORMAL = 0.01              # how far columns may be from orthonormal: float16 storage passes, a wrong column does not
+_LIMITS = {"quat_xyzw": "a quaternion's length must lie in 0.5 to 2",
+           "rot6d": "the two columns must be orthonormal to 0.01",
+           "matrix": "its columns must be orthonormal to 0.01 and right-handed: no reflection, no zeros"}
+
+
+class NotARotation(UserError):
+    """Numbers that are no rotation; the message names the first such row, the numbers and what is accepted."""
+
+
+def require_rotations(form: str, values: np.ndarray) -> None:
+    """`NotARotation` unless every row of `values [..., WIDTH[form]]` is a rotation. Any finite Euler angles or axis-angle are."""
+    if form not in _LIMITS:
+        return
+    rows = np.asarray(values, dtype=np.float64).reshape(-1, WIDTH[form])
+    if form == "quat_xyzw":
+        length = np.linalg.norm(rows, axis=-1)
+        good = (length >= QUATERNION_LENGTH[0]) & (length <= QUATERNION_LENGTH[1])
+    else:
+        columns = rows.reshape(-1, 2, 3) if form == "rot6d" else rows.reshape(-1, 3, 3).swapaxes(1, 2)   # [n, column, 3]
+        error = np.abs(columns @ columns.swapaxes(1, 2) - np.eye(columns.shape[1])).max((1, 2))
+        good = error <= ORTHONORMAL
+        if form == "matrix":
+            good &= np.linalg.det(columns) > 0
+    if not good.all():
+        row = int(good.argmin())
+        numbers = ", ".join(f"{v:.4g}" for v in rows[row])
+        raise NotARotation(f"row {row}: ({numbers}) is not a rotation as {form}; {_LIMITS[form]}, check the field map "
+                           "and the data")
 
 
 def to_rot6d(form: str, values: np.ndarray) -> np.ndarray:
-    """`values [..., WIDTH[form]]` → 6D [..., 6]. Quaternions of any length but 0 are accepted (`UserError` for 0)."""
+    """`values [..., WIDTH[form]]` → 6D [..., 6]; `NotARotation` (a `UserError`) where they are none."""
     values = np.asarray(values, dtype=np.float64)
+    require_rotations(form, values)
     if form == "rot6d":
         return values
-    if form == "euler_xyz":
+    if form == "matrix":
+        given = values.reshape(*values.shape[:-1], 3, 3)
+        matrix = matrix_from_rot6d(np.concatenate([given[..., :, 0], given[..., :, 1]], axis=-1))
+    elif form == "euler_xyz":
         matrix = _from_euler(values)
     else:
-        matrix = _from_quaternion(_quaternion_from_axis_angle(values) if form == "axis_angle" else _unit(values))
+        matrix = _from_quaternion(_quaternion_from_axis_angle(values) if form == "axis_angle" else _canonical(values))
     return np.concatenate([matrix[..., :, 0], matrix[..., :, 1]], axis=-1)
 
 
@@ -34,10 +68,59 @@ def from_rot6d(form: str, values: np.ndarray) -> np.ndarray:
     matrix = matrix_from_rot6d(values)
     if form == "rot6d":
         return np.concatenate([matrix[..., :, 0], matrix[..., :, 1]], axis=-1)
+    if form == "matrix":
+        return matrix.reshape(*matrix.shape[:-2], 9)
     if form == "euler_xyz":
         return _to_euler(matrix)
     quaternion = _to_quaternion(matrix)
     return _axis_angle_from_quaternion(quaternion) if form == "axis_angle" else quaternion
+
+
+def to_quaternion(form: str, values: np.ndarray) -> np.ndarray:
+    """`values [..., WIDTH[form]]` → unit quaternions xyzw [..., 4] with w ≥ 0; `NotARotation` where they are none."""
+    values = np.asarray(values, dtype=np.float64)
+    require_rotations(form, values)
+    if form == "quat_xyzw":
+        return _canonical(values)
+    if form == "axis_angle":
+        return _canonical(_quaternion_from_axis_angle(values))
+    if form == "euler_xyz":
+        half = np.eye(3) * values[..., None] / 2    # [..., axis, 3]: R = Rz·Ry·Rx, one turn per axis
+        x, y, z = np.moveaxis(np.concatenate([np.sin(half), np.cos(values / 2)[..., None]], axis=-1), -2, 0)
+        return _canonical(multiply(z, multiply(y, x)))
+    return _to_quaternion(matrix_from_rot6d(to_rot6d(form, values)))
+
+
+def from_quaternion(form: str, quaternion: np.ndarray) -> np.ndarray:
+    """Quaternions xyzw [..., 4], made unit first (zeros: no turn), → `form` [..., WIDTH[form]], canonical as in `from_rot6d`."""
+    quaternion = _canonical(np.asarray(quaternion, dtype=np.float64))
+    if form == "quat_xyzw":
+        return quaternion
+    if form == "axis_angle":
+        return _axis_angle_from_quaternion(quaternion)
+    matrix = _from_quaternion(quaternion)
+    return from_rot6d(form, np.concatenate([matrix[..., :, 0], matrix[..., :, 1]], axis=-1))
+
+
+def _canonical(quaternion: np.ndarray) -> np.ndarray:
+    unit = _normalise(quaternion, np.array([0.0, 0.0, 0.0, 1.0]))
+    return np.where(unit[..., 3:] < 0, -unit, unit)
+
+
+def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Quaternion product a·b, xyzw [..., 4]: the rotation that does b first, then a."""
+    av, aw, bv, bw = a[..., :3], a[..., 3:], b[..., :3], b[..., 3:]
+    return np.concatenate([aw * bv + bw * av + np.cross(av, bv), aw * bw - (av * bv).sum(-1, keepdims=True)], axis=-1)
+
+
+def conjugate(quaternion: np.ndarray) -> np.ndarray:
+    """The inverse of unit quaternions xyzw [..., 4]."""
+    return quaternion * np.array([-1.0, -1.0, -1.0, 1.0])
+
+
+def rotate(quaternion: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Vectors [..., 3] turned by unit quaternions xyzw [..., 4]."""
+    return (_from_quaternion(quaternion) @ vector[..., None])[..., 0]
 
 
 def matrix_from_rot6d(values: np.ndarray) -> np.ndarray:
@@ -55,13 +138,6 @@ def matrix_from_rot6d(values: np.ndarray) -> np.ndarray:
 def _normalise(vector: np.ndarray, fallback: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(vector, axis=-1, keepdims=True)
     return np.where(length > 1e-8, vector / np.maximum(length, 1e-8), fallback)
-
-
-def _unit(quaternion: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    if (length < 1e-6).any():
-        raise UserError("a quaternion of length 0 is not a rotation; check the field map and the data")
-    return quaternion / length
 
 
 def _from_quaternion(quaternion: np.ndarray) -> np.ndarray:

@@ -61,10 +61,11 @@ def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) ->
     return out.astype(np.int64)
 
 
-def mixture(sizes: Sequence[int], temperature: float = 0.5) -> np.ndarray:
-    """`[D]` float64 shares ∝ N^temperature (1: by size, 0: all alike), summing to 1; an empty dataset gets 0."""
+def mixture(sizes: Sequence[int], temperature: float = 0.5, factors: Sequence[float] | None = None) -> np.ndarray:
+    """`[D]` float64 shares ∝ factor · N^temperature (1: by size, 0: all alike), summing to 1; an empty dataset gets 0.
+    `factors` are the datasets' `sampling_weight`s, each positive; None: all 1."""
     n = np.asarray(sizes, np.float64)
-    shares = np.where(n > 0, np.maximum(n, 1) ** temperature, 0.0)
+    shares = np.where(n > 0, np.maximum(n, 1) ** temperature, 0.0) * (1.0 if factors is None else np.asarray(factors, np.float64))
     return shares / max(shares.sum(), 1e-300)
 
 

@@ -1,7 +1,7 @@
 """The bytes of one Zarr v3 shard: written once by one writer, read by `preadv` straight into the caller's buffers.
 
-A shard of an uncompressed sharded array is its inner chunks one after another, then an index of (offset, nbytes)
-little-endian uint64 pairs in C order of the chunks, then the index's crc32c. A record is one inner chunk.
+A shard of a sharded array is its inner chunks one after another (each compressed for itself, or not at all), then an index of
+(offset, nbytes) little-endian uint64 pairs in C order of the chunks, then the index's crc32c. A record is one inner chunk.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import google_crc32c
 import numpy as np
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .codec import Compression
 
 MISSING = np.uint64(2**64 - 1)      # offset and nbytes of a chunk that was never written
 MAX_BUFFERS = 512                   # buffers in one preadv; the kernel's limit (IOV_MAX) is 1024
@@ -51,11 +55,13 @@ class ShardWriter:
     """Writes one shard: `append` in order, then `commit`. Without `commit` (an error, a kill) no final name appears.
 
     `chunk_shape` is the inner chunk; `chunks_per_shard` the inner chunks a full shard holds (fewer may be written: the
-    rest is marked missing in the index). Use as a context manager.
+    rest is marked missing in the index). `compression` None stores the bytes as they are. Use as a context manager.
     """
 
-    def __init__(self, path: Path, chunk_shape: tuple[int, ...], dtype: np.dtype | str, chunks_per_shard: int) -> None:
+    def __init__(self, path: Path, chunk_shape: tuple[int, ...], dtype: np.dtype | str, chunks_per_shard: int,
+                 compression: Compression | None = None) -> None:
         self.path, self.chunks_per_shard, self.count = Path(path), chunks_per_shard, 0
+        self._compression, self._sizes = compression, []
         self._tail, self._dtype = tuple(chunk_shape[1:]), np.dtype(dtype).newbyteorder("<")
         self._rows = chunk_shape[0]
         self._chunk_nbytes = int(np.prod(chunk_shape)) * self._dtype.itemsize
@@ -71,14 +77,22 @@ class ShardWriter:
         chunks = block.shape[0] // self._rows
         if self.count + chunks > self.chunks_per_shard:
             raise ValueError(f"{self.path}: more than {self.chunks_per_shard} chunks")
-        self._write(np.ascontiguousarray(block))
+        block = np.ascontiguousarray(block)
+        if self._compression is None:
+            self._write(block)
+            self._sizes += [self._chunk_nbytes] * chunks
+        else:
+            for record in block.reshape(chunks, self._rows, *self._tail):
+                data = np.frombuffer(self._compression.encode(record), np.uint8)
+                self._write(data)
+                self._sizes.append(len(data))
         self.count += chunks
 
     def commit(self) -> tuple[int, int]:
         """Write the index, sync, rename to the final name; returns (nbytes, crc32c) of the whole file."""
         index = np.full((self.chunks_per_shard, 2), MISSING, dtype="<u8")
-        index[:self.count, 0] = np.arange(self.count, dtype=np.uint64) * np.uint64(self._chunk_nbytes)
-        index[:self.count, 1] = self._chunk_nbytes
+        index[:self.count, 1] = self._sizes
+        index[:self.count, 0] = np.cumsum([0, *self._sizes[:-1]])[:self.count]
         self._write(index)
         self._write(np.array([crc32c(index)], dtype="<u4"))
         os.fsync(self._file.fileno())
@@ -161,7 +175,7 @@ class ShardFiles:
         self._finalizer = weakref.finalize(self, _close_all, self._all)
 
     def get(self, path: Path, chunks_per_shard: int) -> tuple[int, np.ndarray]:
-        """(file descriptor, `[chunks_per_shard]` int64 byte offsets, −1 where missing), opened when needed."""
+        """(file descriptor, `[chunks_per_shard, 2]` int64 byte offset and size, −1 where missing), opened when needed."""
         mine = getattr(self._local, "open", None)
         if mine is None:
             mine = self._local.open = OrderedDict()
@@ -171,12 +185,12 @@ class ShardFiles:
             return mine[path]
         handle = _open(path)
         try:
-            offsets = _read_index(handle, path, chunks_per_shard)[:, 0].astype(np.int64)    # 2**64-1 becomes -1
+            index = _read_index(handle, path, chunks_per_shard).astype(np.int64)    # 2**64-1 becomes -1
         except BaseException:
             os.close(handle)
             raise
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-        mine[path] = handle, offsets
+        mine[path] = handle, index
         if len(mine) > self._limit:
             os.close(mine.popitem(last=False)[1][0])
         return mine[path]
@@ -192,22 +206,29 @@ def _close_all(tables: list[OrderedDict[Path, tuple[int, np.ndarray]]]) -> None:
             os.close(table.popitem()[1][0])
 
 
-def read_records(files: ShardFiles, folder: Path, rows: np.ndarray, targets: Sequence[memoryview],
-                 records_per_shard: int) -> None:
+def read_records(files: ShardFiles, folder: Path, rows: np.ndarray, targets: Sequence[memoryview], records_per_shard: int,
+                 tail: str = "0/0", compression: Compression | None = None) -> None:
     """Read record `rows[i]` of the array's shards in `folder` into `targets[i]`, adjacent records in one `preadv`.
 
-    `rows` int64 [n], any order, repeats allowed; `folder` holds the shards `<number>/0/0`; each target is writable,
+    `rows` int64 [n], any order, repeats allowed; `folder` holds the shards `<number>/<tail>`; each target is writable,
     contiguous and exactly one record long. `UserError` naming the shard when a record cannot be read.
     """
     order = np.argsort(rows, kind="stable")
     shard, inner = np.divmod(rows[order], records_per_shard)
     record = len(targets[0]) if len(rows) else 0
     for begin, end in _runs(np.diff(shard) != 0, len(rows)):
-        path = folder / str(shard[begin]) / "0" / "0"
-        handle, offsets = files.get(path, records_per_shard)
-        at = offsets[inner[begin:end]]
+        path = folder / str(shard[begin]) / tail
+        handle, index = files.get(path, records_per_shard)
+        at, size = index[inner[begin:end]].T
         if at.min() < 0:
             raise UserError(f"shard {path} does not hold row {rows[order[begin + int(at.argmin())]]}")
+        if compression is not None:
+            for i, offset, nbytes in zip(order[begin:end], at.tolist(), size.tolist()):
+                try:
+                    compression.decode(os.pread(handle, nbytes, offset), targets[i])
+                except ValueError:
+                    raise _damaged(path) from None
+            continue
         for first, last in _runs(np.diff(at) != record, end - begin):
             for low in range(first, last, MAX_BUFFERS):
                 picked = order[begin + low:begin + min(low + MAX_BUFFERS, last)]

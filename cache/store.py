@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import UserError, unknown
 from .actions import UNIFIED_DIM
-from .layout import FORMAT, features_folder, open_table, read_json
+from .codec import FeatureFormat, dequantise, quantise
+from .layout import FORMAT, array_name, features_folder, open_table, read_json, record_compression, scales_folder
 from .normalize import Normalizer, Statistics
 from .shard import ShardFiles, file_crc32c, read_records
 
 
 class CacheDataset:
     """One dataset of a finished cache. E episodes, N frames, n instructions; arrays are read-only memory maps.
+
+    Every `frame_stride`-th frame of an episode is an observation: only those have features.
 
     `episode_start`, `episode_length`, `episode_id`, `episode_instruction` [E] int64; `quarantined` [E] bool; `action`,
     `proprio` [N, 128] float32 unified, not normalised; `action_mask`, `proprio_mask` [128] bool; `timestamp` [N]
@@ -35,6 +39,9 @@ class CacheDataset:
         self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
         self.tokens, self.width = a["tokens"], a["width"]
         self.frames, self.shard_frames = a["frames"], a["shard_frames"]
+        self.frame_stride, self.variants = a["frame_stride"], a["variants"]
+        self.format = FeatureFormat(a["dtype"], a["compression"])
+        self._compression = record_compression(self.format)
         self.embodiment_id, self.control_hz = a["embodiment"], a["control_hz"]
         for field in ("start", "length", "id", "instruction"):
             setattr(self, f"episode_{field}", np.array(open_table(self.path / "episodes" / field)))
@@ -44,11 +51,22 @@ class CacheDataset:
         self.proprio_mask = np.array(open_table(self.path / "proprio_mask"))
         self.text = open_table(self.path / "text" / "embedding")
         self.text_length = open_table(self.path / "text" / "length")
+        self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantised else None     # [D] float32
         self.quarantined = np.isin(self.episode_id, a["quarantined"])
+        self.episode_observations = -(-self.episode_length // self.frame_stride)    # [E] int64
+        self._observation_start = np.cumsum(self.episode_observations) - self.episode_observations
 
     @cached_property
     def null_features(self) -> np.ndarray:
         return np.stack([open_table(self.path / "null" / view) for view in self.views])
+
+    @cached_property
+    def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The null features as they would be stored: (float16 or codes [views, tokens, D], token scales [views, tokens])."""
+        if not self.format.quantised:
+            return self.null_features, None
+        codes, scale = quantise(torch.from_numpy(self.null_features), torch.from_numpy(self.channel_scale), self.format.dtype)
+        return codes.numpy(), scale.numpy()
 
     @cached_property
     def action_normalizer(self) -> Normalizer:
@@ -72,23 +90,69 @@ class CacheDataset:
             raise ValueError(f"{self.name}: rows {rows.min()}…{rows.max()} are not all in 0…{self.frames - 1}")
         return np.searchsorted(self.episode_start, rows, side="right") - 1
 
-    def shard_path(self, view: str, index: int) -> Path:
-        """The file of shard `index` of a view's features."""
-        if view not in self.views:
-            raise unknown(f"view of dataset {self.name}", view, self.views)
-        return features_folder(self.path.parent, self.name, view) / "c" / str(index) / "0" / "0"
+    def observation_of(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of the feature arrays that belong to frames `rows`, int64; `ValueError` for a frame without features."""
+        rows = np.asarray(rows, np.int64)
+        if self.frame_stride == 1:
+            return rows
+        episode = self.episode_of(rows)
+        step, off = np.divmod(rows - self.episode_start[episode], self.frame_stride)
+        if off.any():
+            raise ValueError(f"{self.name}: frame {rows[off.argmax()]} has no features; the cache holds every {self.frame_stride}th")
+        return self._observation_start[episode] + step
 
-    def read_features(self, view: str, rows: np.ndarray, targets: Sequence[memoryview],
-                      files: ShardFiles | None = None) -> None:
-        """Read the features of `rows` [n] int64 into `targets`, n writable buffers of tokens · width · 2 bytes."""
-        folder = self.shard_path(view, 0).parents[2]
-        read_records(files or self._files, folder, rows, targets, self.shard_frames)
+    @property
+    def observations(self) -> int:
+        """Rows of the feature arrays."""
+        return int(self.episode_observations.sum())
+
+    def frame_of(self, observations: np.ndarray) -> np.ndarray:
+        """Inverse of `observation_of`: the frames of rows of the feature arrays, int64."""
+        at = np.asarray(observations, np.int64)
+        episode = np.searchsorted(self._observation_start, at, side="right") - 1
+        return self.episode_start[episode] + (at - self._observation_start[episode]) * self.frame_stride
+
+    def shard_path(self, view: str, index: int, variant: int = 0) -> Path:
+        """The file of shard `index` of a view's features, or of an augmented variant of them."""
+        return self._array(view, variant, features_folder) / "c" / str(index) / "0" / "0"
+
+    def read_features(self, view: str, rows: np.ndarray, targets: Sequence[memoryview], files: ShardFiles | None = None, *,
+                      scales: Sequence[memoryview] = (), variant: int = 0) -> None:
+        """Read the stored features of frames `rows` [n] int64 into `targets`, n writable buffers of tokens · width · itemsize bytes,
+        and, of an 8-bit cache, their token scales into `scales`, n buffers of tokens · 4 bytes."""
+        at, files = self.observation_of(rows), files or self._files
+        folder = self._array(view, variant, features_folder) / "c"
+        read_records(files, folder, at, targets, self.shard_frames, compression=self._compression)
+        if self.format.quantised:
+            read_records(files, self._array(view, variant, scales_folder) / "c", at, scales, self.shard_frames, tail="0")
+
+    def features(self, view: str, rows: np.ndarray, variant: int = 0) -> np.ndarray:
+        """float16 [n, tokens, width] of frames `rows`, 8-bit ones decoded; convenient, not fast."""
+        codes, scale = self.records(view, rows, variant)
+        if scale is None:
+            return codes
+        return dequantise(torch.from_numpy(codes), torch.from_numpy(scale), torch.from_numpy(self.channel_scale), torch.float16).numpy()
+
+    def records(self, view: str, rows: np.ndarray, variant: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+        """As stored, of frames `rows`: (float16 or codes [n, tokens, width], token scales float32 [n, tokens] or None)."""
+        n, format = len(rows), self.format
+        codes = np.empty((n, self.tokens, self.width), format.zarr_dtype)
+        scale = np.empty((n, self.tokens), np.float32) if format.quantised else None
+        self.read_features(view, rows, [memoryview(c).cast("B") for c in codes], variant=variant,
+                           scales=() if scale is None else [memoryview(x).cast("B") for x in scale])
+        return codes, scale
 
     def feature(self, view: str, row: int) -> np.ndarray:
-        """`[tokens, width]` float16 of one frame; convenient, not fast."""
-        out = np.empty((self.tokens, self.width), np.float16)
-        self.read_features(view, np.array([row], np.int64), [memoryview(out).cast("B")])
-        return out
+        """`[tokens, width]` float16 of one frame."""
+        return self.features(view, np.array([row], np.int64))[0]
+
+    def _array(self, view: str, variant: int, folder: Callable[[Path, str, str], Path]) -> Path:
+        if view not in self.views:
+            raise unknown(f"view of dataset {self.name}", view, self.views)
+        if not 0 <= variant <= self.variants:
+            raise UserError(f"dataset {self.name} of the cache has {self.variants} augmented variants, asked for number {variant}; "
+                            "build it with --augment")
+        return folder(self.path.parent, self.name, array_name(view, variant))
 
 
 class Cache:
@@ -99,6 +163,7 @@ class Cache:
         files = ShardFiles()
         self.datasets = tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"])
         self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
+        self.variants, self.format = manifest["variants"], self.datasets[0].format
 
     @classmethod
     def open(cls, path: Path | str) -> Cache:

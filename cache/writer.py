@@ -7,10 +7,12 @@ the finished bytes depend neither on the order of the work nor on restarts. Layo
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,13 @@ import numpy as np
 from ..errors import UserError
 from . import fingerprint as fp
 from .actions import UNIFIED_DIM
-from .layout import (FORMAT, BuildPlan, DatasetPlan, DatasetTables, ShardTask, commit_file, features_document,
-                     features_folder, group_document, json_bytes, read_json, write_table)
-from .shard import ShardWriter, file_crc32c, write_file
+from .layout import (FORMAT, BuildPlan, DatasetPlan, DatasetTables, ShardTask, array_name, commit_file, features_document,
+                     features_folder, group_document, json_bytes, open_table, read_json, record_compression, scales_document, scales_folder,
+                     write_table)
+from .shard import ShardWriter, file_crc32c, publish, temporary_name, write_file
+
+
+Features = np.ndarray | tuple[np.ndarray, np.ndarray]   # float16, or (codes, token scales)
 
 
 class CacheWriter:
@@ -78,39 +84,66 @@ class CacheWriter:
         return (self.path / "manifest.json").exists()
 
     def missing(self) -> list[ShardTask]:
-        """The shards still to be written, in dataset, view and row order."""
-        size = self.plan.shard_frames
-        tasks = [ShardTask(d.name, view, i, start, min(start + size, d.frames)) for d in self.plan.datasets
-                 for view in d.views for i, start in enumerate(range(0, d.frames, size))]
-        return [t for t in tasks if not self._committed(commit_file(self.path, t.dataset, t.view, t.index))]
+        """The shards still to be written, in dataset, view, variant and row order."""
+        return [t for t in self.plan.tasks() if not self._committed(commit_file(self.path, t.dataset, t.array, t.index))]
 
     def tables_missing(self) -> list[str]:
         """The datasets whose tables are still to be written."""
         return [d.name for d in self.plan.datasets if not self._committed(commit_file(self.path, d.name))]
 
-    def write_shard(self, task: ShardTask, chunks: Iterable[np.ndarray],
-                    quarantined: Sequence[tuple[int, str]] = ()) -> None:
-        """Write one shard from features of frames `task.start … task.stop-1`, in order, and commit it.
+    def write_shard(self, task: ShardTask, chunks: Iterable[Features], quarantined: Sequence[tuple[int, str]] = ()) -> None:
+        """Write one shard from features of observations `task.start … task.stop-1`, in order, and commit it.
 
-        `chunks`: float16 arrays [tokens, width] (one frame) or [k, tokens, width]. `quarantined`: (episode id, reason)
-        of episodes that failed to decode, whose rows the caller fills with zeros; it is read after the last chunk, so
-        the caller may append while producing them. `UserError` naming the frame for a value that is not finite.
+        `chunks`: float16 [tokens, width] (one picture) or [k, tokens, width]; of an 8-bit cache (codes [k, tokens, width],
+        token scales float32 [k, tokens]). `quarantined`: (episode id, reason) of episodes that failed to decode, whose rows the
+        caller fills with zeros; it is read after the last chunk, so the caller may append while producing them. `UserError`
+        naming the row for a value that is not finite.
         """
-        dataset, tail = self._datasets[task.dataset], (self.plan.tokens, self.plan.width)
-        path = features_folder(self.path, task.dataset, task.view) / "c" / str(task.index) / "0" / "0"
-        with ShardWriter(path, (1, *tail), "float16", self.plan.shard_frames) as shard:
+        plan, tail = self.plan, (self.plan.tokens, self.plan.width)
+        path = features_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0" / "0"
+        scales = scales_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0"
+        with contextlib.ExitStack() as stack:
+            shard = stack.enter_context(ShardWriter(path, (1, *tail), plan.format.zarr_dtype, plan.shard_frames,
+                                                    record_compression(plan.format)))
+            beside = stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames)) if plan.format.quantised else None
             for chunk in chunks:
-                block = chunk[None] if chunk.ndim == 2 else chunk
-                _check_finite(block, task, task.start + shard.count)
+                block, scale = chunk if isinstance(chunk, tuple) else (chunk[None] if chunk.ndim == 2 else chunk, None)
+                _check_features(block, scale, task, task.start + shard.count, plan)
                 shard.append(block)
+                if beside is not None and scale is not None:
+                    beside.append(scale)
             if shard.count != task.stop - task.start:
-                raise ValueError(f"{task}: got {shard.count} frames, expected {task.stop - task.start}")
-            known = {e.episode_id for e in dataset.episodes}
+                raise ValueError(f"{task}: got {shard.count} observations, expected {task.stop - task.start}")
+            known = {e.episode_id for e in self._datasets[task.dataset].episodes}
             if any(episode not in known for episode, _ in quarantined):
                 raise ValueError(f"{task}: quarantined episodes {quarantined} are not all in the plan")
-            written = {path: shard.commit()}
-        self._commit(commit_file(self.path, task.dataset, task.view, task.index), written,
+            written = {path: shard.commit()} | ({scales: beside.commit()} if beside is not None else {})
+        self._commit(commit_file(self.path, task.dataset, task.array, task.index), written,
                      quarantined=sorted([int(episode), reason] for episode, reason in quarantined))
+
+    def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:
+        """float32 [D] of an 8-bit cache, measured and stored on the first call of a build, None of a 16-bit one. Before any shard."""
+        if not self.plan.format.quantised:
+            return None
+        folder, record = self.path / "channel_scale", self.path / ".commits" / "channel_scale.json"
+        if not self._committed(record):
+            self._commit(record, write_table(folder, measure().astype(np.float32), ("channel",)))
+        return np.array(open_table(folder))
+
+    def adopt(self, task: ShardTask, other: Path) -> None:
+        """Commit a shard that is, byte for byte, the one of the same name in the finished cache `other`: hard links where the
+        file system has them."""
+        record = commit_file(other, task.dataset, task.array, task.index)
+        for name in json.loads(record.read_bytes())["files"]:
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_name(target)
+            try:
+                os.link(other / name, temporary)
+            except OSError:     # another file system, or none that links
+                shutil.copyfile(other / name, temporary)
+            publish(temporary, target)
+        write_file(commit_file(self.path, task.dataset, task.array, task.index), record.read_bytes())
 
     def write_tables(self, dataset: str, tables: DatasetTables) -> None:
         """Write all of a dataset but its vision features, and commit it. `ValueError` for wrong shapes or dtypes."""
@@ -125,7 +158,10 @@ class CacheWriter:
             default = ("episode",) if name.startswith("episodes/") else ("token", "channel")
             written |= write_table(root / name, values, dimensions.get(name, default))
         own = {"format": FORMAT, "views": list(plan.views), "tokens": self.plan.tokens, "width": self.plan.width,
-               "shard_frames": self.plan.shard_frames, "frames": plan.frames, "embodiment": int(tables.embodiment),
+               "shard_frames": self.plan.shard_frames, "frames": plan.frames, "frame_stride": self.plan.frame_stride,
+               "variants": self.plan.variants, "dtype": self.plan.format.dtype, "compression": self.plan.format.compression,
+               "view_hashes": {view: [e.view_hashes[i] for e in plan.episodes if e.view_hashes] for i, view in enumerate(plan.views)},
+               "embodiment": int(tables.embodiment),
                "control_hz": float(tables.control_hz), "instructions": list(plan.instructions),
                "source_hashes": [e.source_hash for e in plan.episodes],
                "action_stats": tables.action_stats.to_dict(), "proprio_stats": tables.proprio_stats.to_dict(),
@@ -146,6 +182,8 @@ class CacheWriter:
         if self.complete:
             return json.loads((self.path / "manifest.json").read_bytes())
         files: dict[str, dict[str, int]] = {}
+        if self.plan.format.quantised:
+            files |= json.loads((self.path / ".commits" / "channel_scale.json").read_bytes())["files"]
         ledger, nodes, datasets = [], {}, []
         for d in self.plan.datasets:
             tables = json.loads(commit_file(self.path, d.name).read_bytes())
@@ -158,8 +196,13 @@ class CacheWriter:
             ledger += [{"dataset": d.name, "episode_id": e, "reason": r} for e, r in sorted(lines)]
             bad = sorted({e for e, _ in lines})
             nodes[d.name] = group_document({**tables["attributes"], "quarantined": bad})
-            nodes |= {f"{d.name}/{group}": group_document() for group in ("features", "episodes", "text", "null")}
-            nodes |= {f"{d.name}/features/{view}": features_document(d.frames, self.plan) for view in d.views}
+            quantised = ("scales",) if self.plan.format.quantised else ()
+            nodes |= {f"{d.name}/{group}": group_document() for group in ("features", "episodes", "text", "null", *quantised)}
+            rows = int(d.observations(self.plan.frame_stride).sum())
+            for array in (array_name(view, k) for view in d.views for k in range(self.plan.variants + 1)):
+                nodes[f"{d.name}/features/{array}"] = features_document(rows, self.plan)
+                if quantised:
+                    nodes[f"{d.name}/scales/{array}"] = scales_document(rows, self.plan)
             datasets.append({"name": d.name, "frames": d.frames, "episodes": len(d.episodes), "views": list(d.views),
                              "quarantined": len(bad)})
         quarantine = "".join(fp.canonical(line) + "\n" for line in ledger).encode()
@@ -176,7 +219,8 @@ class CacheWriter:
                     "bytes": sum(f["bytes"] for f in files.values()), "frames": sum(d["frames"] for d in datasets),
                     "fingerprint": fp.digest(read_json(self.path / "fingerprint.json")),
                     "quarantine_count": sum(d["quarantined"] for d in datasets),
-                    "tokens": self.plan.tokens, "width": self.plan.width, "shard_frames": self.plan.shard_frames}
+                    "tokens": self.plan.tokens, "width": self.plan.width, "shard_frames": self.plan.shard_frames,
+                    "dtype": self.plan.format.dtype, "frame_stride": self.plan.frame_stride, "variants": self.plan.variants}
         write_file(self.path / "manifest.json", json_bytes(manifest))
         return manifest
 
@@ -230,13 +274,21 @@ def _require_same(path: Path, asked: dict[str, Any]) -> None:
                         f"Choose another --out, or run with the cache's settings")
 
 
-def _check_finite(block: np.ndarray, task: ShardTask, first: int) -> None:
-    """fp16 values whose exponent bits are all ones are infinite or NaN; testing the bits is faster than isfinite."""
-    if block.dtype != np.float16 or block.ndim != 3:
-        raise ValueError(f"{task}: expected float16 [k, tokens, width], got {block.dtype} {list(block.shape)}")
-    if block.size and (block.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
-        bad = first + int(np.flatnonzero(~np.isfinite(block).all(axis=(1, 2)))[0])
-        raise UserError(f"{task.dataset}/{task.view}: the feature of frame {bad} is not finite in float16; "
+def _check_features(block: np.ndarray, scale: np.ndarray | None, task: ShardTask, first: int, plan: BuildPlan) -> None:
+    """Shapes and dtypes of the contract (`ValueError`), and finite values (`UserError`)."""
+    format, dtype = plan.format, np.dtype(plan.format.zarr_dtype)
+    if block.dtype != dtype or block.ndim != 3 or (scale is None) == format.quantised:
+        raise ValueError(f"{task}: expected {dtype} [k, tokens, width]{' and scales' if format.quantised else ''}, got {block.dtype} "
+                         f"{list(block.shape)}{'' if scale is None else ' and scales'}")
+    if format.quantised:
+        if scale.shape != block.shape[:2] or scale.dtype != np.float32:
+            raise ValueError(f"{task}: expected scales float32 {block.shape[:2]}, got {scale.dtype} {scale.shape}")
+        bad = ~np.isfinite(scale).all(axis=1)
+    else:   # fp16 values whose exponent bits are all ones are infinite or NaN; testing the bits is faster than isfinite
+        suspect = block.size and (block.view(np.uint16) & 0x7FFF).max() >= 0x7C00
+        bad = ~np.isfinite(block).all(axis=(1, 2)) if suspect else np.zeros(len(block), bool)
+    if bad.any():
+        raise UserError(f"{task.dataset}/{task.array}: the feature of row {first + int(bad.argmax())} is not finite in {format.dtype}; "
                         f"check the weights, or encode in another dtype")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..batch import FeatureBatch
@@ -22,8 +23,9 @@ from ..drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..errors import UserError
 from ..settings import from_mapping
 from . import checkpoint as ck
-from .build import open_sources, pick_device
-from .encode import LiveFeatures
+from .build import pick_device
+from .corpus import sources_of
+from .encode import LiveFeatures, decoded
 from .policy import load_policy_encoder, require_encoder
 from .train import Session, TrainReport, noise_generator, parameter_groups, policy_document, run, training_step
 from .train_config import FinetuneConfig, TrainConfig, apply
@@ -77,7 +79,7 @@ def finetune(config: FinetuneConfig, on_log: Callable[[dict[str, Any]], None] = 
     torch.manual_seed(config.train.seed)
     encoder = load_policy_encoder(start, document, device, config.vlm_path)
     require_encoder(encoder, cache.fingerprint["encoder"], f"cache {cache.path}")
-    sources = open_sources(config.sources)
+    sources = sources_of(cache, config.sources)
     live = LiveFeatures(encoder, cache, sources, config.memory_gib)
     require_sources(cache, sources)
     net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
@@ -110,11 +112,11 @@ def finetune(config: FinetuneConfig, on_log: Callable[[dict[str, Any]], None] = 
 def compare(net: PolicyNet, cache: Cache, live: LiveFeatures, config: TrainConfig, count: int = 32) -> Continuity:
     """Loss of `count` samples spread evenly over the datasets, from the cache and live; same weights, same noise."""
     pairs = [(d, row) for d, table in enumerate(cache.datasets)
-             for row in torch.linspace(0, table.frames - 1, max(1, count // len(cache.datasets))).long().tolist()
+             for row in table.frame_of(np.linspace(0, table.observations - 1, max(1, count // len(cache.datasets))).astype(int)).tolist()
              if not table.quarantined[table.episode_of(torch.tensor([row]).numpy())[0]]]
     ids, rows = (torch.tensor(column).numpy() for column in zip(*pairs))
     horizon, device = net.config.dit.horizon, next(net.parameters()).device
-    cached = gather(cache, ids, rows, horizon).to(device)
+    cached = decoded(gather(cache, ids, rows, horizon).to(device))
     again = live(gather(cache, ids, rows, horizon, features=False).to(device), torch.zeros(len(rows), dtype=torch.bool).numpy())
 
     def loss(batch: FeatureBatch) -> float:

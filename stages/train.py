@@ -33,6 +33,7 @@ from ..drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..errors import UserError
 from . import checkpoint as ck
 from .build import pick_device
+from .encode import decoded
 from .policy import describe_dataset
 from .train_config import OptimizerConfig, TrainConfig
 
@@ -40,14 +41,15 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")   # AdamW's state of one parameter
 
 
 class Features(Protocol):
-    """Turns a loader's batch into one with features: `masked` [B] bool says whose pictures are hidden."""
+    """Turns a loader's batch into one with features: `masked` [B] bool says whose pictures are hidden, `variant` [B] int64 which
+    augmented variant of them is seen."""
 
-    def __call__(self, batch: FeatureBatch, masked: np.ndarray) -> FeatureBatch: ...
+    def __call__(self, batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray) -> FeatureBatch: ...
 
 
-def cached_features(batch: FeatureBatch, masked: np.ndarray) -> FeatureBatch:
-    """Stage two: the loader has put the features, or the null ones, in already."""
-    return batch
+def cached_features(batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray) -> FeatureBatch:
+    """Stage two: the loader has put the features, or the null ones, in already; 8-bit ones are decoded on the device."""
+    return decoded(batch)
 
 
 @dataclass
@@ -116,8 +118,8 @@ def evaluate(session: Session) -> dict[str, float]:
     with _loader(session, split="eval") as loader:
         count = min(config.eval_batches, math.ceil(sum(loader.sizes) / config.batch_size))
         for i in range(count):
-            masked = loader.masked(loader.state_dict()["offset"])[1]
-            batch = session.features(next(loader).to(device), masked)
+            at = loader.state_dict()["offset"]
+            batch = session.features(next(loader).to(device), loader.masked(at)[1], loader.variants(at))
             noise = torch.randn(len(batch), 1, dit.horizon, dit.noise_dim, generator=noise_generator(config.seed, i, 1)).to(device)
             pred = net(batch, noise, torch.ones(len(batch), device=device))[:, 0].float()               # [B,T,128]
             active = batch.step_mask[..., None] & batch.action_mask[:, None]                            # [B,T,128]
@@ -193,8 +195,8 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
             optimizer.zero_grad(set_to_none=True)
             total = 0.0
             for part in range(step * config.accumulate, (step + 1) * config.accumulate):
-                masked = loader.masked(loader.state_dict()["offset"])[1]                        # [B] pictures to hide
-                batch = session.features(next(loader).to(device, non_blocking=True), masked)    # FeatureBatch of B
+                at = loader.state_dict()["offset"]
+                batch = session.features(next(loader).to(device, non_blocking=True), loader.masked(at)[1], loader.variants(at))
                 result = training_step(session.net, batch, config, noise_generator(config.seed, part, 0))
                 (result.total / config.accumulate).backward()
                 total += result.total.item() / config.accumulate
@@ -306,7 +308,7 @@ def _loader(session: Session, split: Literal["train", "eval"], start: int = 0) -
         masking = dataclasses.replace(masking, images=1.0)
     return Loader(session.cache, batch_size=config.batch_size, horizon=session.net.config.dit.horizon, seed=config.seed,
                   threads=config.threads, start=start, masking=masking, split=split, holdout=config.holdout,
-                  features=not session.live)
+                  features=not session.live, augment=config.image_aug and split == "train")
 
 
 @contextlib.contextmanager

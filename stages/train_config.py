@@ -41,6 +41,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: ConditionMasking = field(default_factory=ConditionMasking)
+    image_aug: bool = False                 # draw pictures among the cache's augmented variants (--augment of the build)
     blind: bool = False                     # pictures always replaced by black frames: the proprioception-only baseline
     alpha_max: float = 1.0                  # guidance scales are drawn from [1, this]; 1 = no guidance
     negatives: int = 8                      # unconditional negatives per observation when alpha_max > 1

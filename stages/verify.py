@@ -15,12 +15,15 @@ from ..cache.loader import gather
 from ..cache.store import Cache, verify_checksums
 from ..errors import UserError
 from ..settings import from_mapping
-from .build import open_sources, pick_device
-from .encode import LiveFeatures
+from .build import pick_device
+from .corpus import sources_of
+from .encode import LiveFeatures, decoded
 from .finetune import require_sources
 from .policy import require_encoder
 
-TOLERANCE = 2e-3    # of the features' RMS: float16 rounds at 5e-4 relative; batches of another size add their own rounding
+# Of the features' RMS. float16 rounds at 5e-4 relative, int8 with channel and token scales at 8e-3, fp8 at 2.6e-2; batches of another
+# size add their own rounding.
+TOLERANCE = {"float16": 2e-3, "int8": 2e-2, "float8_e4m3fn": 6e-2}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class LiveCheck:
 
 def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: str | None = None, device: str = "auto",
            seed: int = 0, progress: Callable[[int, int], None] | None = None) -> tuple[list[str], LiveCheck | None]:
-    """(problems, live check). Problems: a line per damaged file, and one when live features differ by more than `TOLERANCE`.
+    """(problems, live check). Problems: a line per damaged file, and one when live features differ by more than `TOLERANCE` allows.
 
     `sources` defaults to the folders the cache was built from. `UserError` when VLM or sources are missing or others.
     """
@@ -46,13 +49,14 @@ def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: s
     spec = from_mapping(EncoderSpec, cache.datasets[0].attributes["encoder"], "cache")
     encoder = load_encoder(dataclasses.replace(spec, path=vlm_path) if vlm_path else spec, pick_device(device))
     require_encoder(encoder, cache.fingerprint["encoder"], f"cache {path}")
-    given = open_sources(sources or tuple(d.attributes["source"] for d in cache.datasets))
+    given = sources_of(cache, sources)
     require_sources(cache, given)
     features = LiveFeatures(encoder, cache, given, memory_gib=0.0)
     rng = np.random.default_rng(seed)
-    sizes = np.array([d.frames for d in cache.datasets])
+    sizes = np.array([d.observations for d in cache.datasets])
     ids = rng.choice(len(sizes), live, p=sizes / sizes.sum())
-    rows = (rng.random(live) * sizes[ids]).astype(np.int64)
+    at = (rng.random(live) * sizes[ids]).astype(np.int64)
+    rows = np.array([int(cache.datasets[d].frame_of(at[i:i + 1])[0]) for i, d in enumerate(ids)], np.int64)
     usable = np.array([not cache.datasets[d].quarantined[cache.datasets[d].episode_of(rows[i:i + 1])[0]] for i, d in enumerate(ids)])
     if not usable.any():
         raise UserError(f"all of the {live} frames drawn are in quarantine; ask for more, or see {path}/quarantine.jsonl")
@@ -60,7 +64,7 @@ def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: s
     square, scale, largest = 0.0, 0.0, 0.0
     for begin in range(0, len(rows), 16):
         part = slice(begin, begin + 16)
-        cached = gather(cache, ids[part], rows[part], 1)
+        cached = decoded(gather(cache, ids[part], rows[part], 1))
         with torch.inference_mode():
             again = features(gather(cache, ids[part], rows[part], 1, features=False), np.zeros(len(rows[part]), bool)).tokens.cpu()
         seen = cached.token_mask
@@ -69,7 +73,8 @@ def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: s
         largest = max(largest, float(difference.abs().max()))
     count = len(rows)
     check = LiveCheck(count, largest, (scale / max(1, count * cache.width)) ** 0.5, (square / max(scale, 1e-30)) ** 0.5)
-    if check.relative > TOLERANCE:
-        problems.append(f"live features of {count} frames differ by {check.relative:.2g} of their RMS, more than {TOLERANCE}; "
+    if check.relative > TOLERANCE[cache.format.dtype]:
+        problems.append(f"live features of {count} frames differ by {check.relative:.2g} of their RMS, more than "
+                        f"{TOLERANCE[cache.format.dtype]} that {cache.format.dtype} allows; "
                         "the cache was built with other weights, preprocessing or hardware")
     return problems, check

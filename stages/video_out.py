@@ -1,12 +1,14 @@
-"""Pictures of rollouts: one mp4 grid that plays all episodes side by side, one png of first and last frames.
+"""Writing videos; pictures of rollouts: one mp4 grid that plays all episodes side by side, one png of first and last frames.
 
 Letters: E episodes, F frames of one episode, H, W picture size. A green border means success, a red one failure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -21,6 +23,34 @@ BORDER = 4          # pixels
 LABEL_HEIGHT = 14   # pixels, above a cell when labels are given
 
 
+@contextlib.contextmanager
+def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that adds one picture, uint8 `[H, W, 3]` with even sides, all of one size, to an mp4 (h264, yuv420p).
+
+    The file appears under its name, or replaces the one there, when the block ends well; otherwise nothing is left.
+    """
+    quiet_libav()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "20"})
+            begun = False
+
+            def write(picture: np.ndarray) -> None:
+                nonlocal begun
+                if not begun:
+                    stream.height, stream.width, stream.pix_fmt, begun = picture.shape[0], picture.shape[1], "yuv420p", True
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+
+            yield write
+            container.mux(stream.encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_grid(episodes: Sequence[np.ndarray], successes: Sequence[bool], path: Path,
                labels: Sequence[str] | None = None, columns: int = 5, fps: float = 20.0) -> None:
     """Write E episodes as one mp4 (h264, yuv420p), `columns` side by side; ended episodes hold their last frame.
@@ -29,25 +59,11 @@ def write_grid(episodes: Sequence[np.ndarray], successes: Sequence[bool], path: 
     `UserError` when there is nothing to show. The file appears under its name only when complete.
     """
     _check(episodes, successes, labels)
-    quiet_libav()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    length = max(len(frames) for frames in episodes)
-    try:
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("h264", rate=round(fps), options={"crf": "20"})
-            for t in range(length):
-                colours = [EMPTY if t < len(frames) - 1 else SUCCESS if won else FAILURE
-                           for frames, won in zip(episodes, successes)]
-                picture = _grid([frames[min(t, len(frames) - 1)] for frames in episodes], colours, labels, columns)
-                if t == 0:
-                    stream.height, stream.width, stream.pix_fmt = picture.shape[0], picture.shape[1], "yuv420p"
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with mp4_writer(path, round(fps)) as write:
+        for t in range(max(len(frames) for frames in episodes)):
+            colours = [EMPTY if t < len(frames) - 1 else SUCCESS if won else FAILURE
+                       for frames, won in zip(episodes, successes)]
+            write(_grid([frames[min(t, len(frames) - 1)] for frames in episodes], colours, labels, columns))
 
 
 def write_grid_image(episodes: Sequence[np.ndarray], successes: Sequence[bool], path: Path,

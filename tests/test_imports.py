@@ -23,7 +23,7 @@ ARROWS = {
 }
 # Third party → files, or folders ending in "/", that may import it. An entry without a user is refused too.
 FENCES = {
-    "typer": {"cli.py", "cli_data.py"},
+    "typer": {"cli.py", "cli_cache.py", "cli_data.py"},
     "rich": {"stages/"},
     "transformers": {"cache/encoder.py", "cache/tiny_vlm.py"},
     "peft": {"cache/encoder.py", "cache/lora.py"},
@@ -34,10 +34,16 @@ FENCES = {
     "av": {"cache/video.py", "stages/video_out.py"},
     "zarr": {"cache/readers/replay_buffer.py"},
     "h5py": {"cache/readers/"},
-    "dask": set(),
+    "dask": {"stages/workers.py"},
+    "distributed": {"stages/workers.py"},
+    "dask_jobqueue": {"stages/workers.py"},
+    "numcodecs": {"cache/codec.py"},
     "webdataset": set(),
+    "pyvista": {"cache/readers/point_render.py"},
+    "vtkmodules": {"cache/readers/point_render.py"},
+    "scipy": {"cache/readers/dexgraspnet_scene.py"},
 }
-UNUSED = {"lerobot", "datasets", "mujoco"}  # fenced before use: entries that need no user
+UNUSED = {"lerobot", "datasets", "mujoco", "pyvista", "vtkmodules"}  # fenced before use: entries that need no user
 # Modules through which pure mathematics could reach a file, the network or another process.
 IO_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "yaml", "mmap", "glob", "subprocess",
               "socket", "urllib", "requests", "safetensors", "huggingface_hub", "pyarrow", "PIL", "av", "zarr"}

@@ -244,7 +244,7 @@ def test_features_that_are_not_finite_name_their_frame(tmp_path: Path, bad: floa
         task = writer.missing()[1]
         block = np.stack([synthetic.feature(task.dataset, task.view, row) for row in range(task.start, task.stop)])
         block[9, 1, 4] = bad
-        with pytest.raises(UserError, match=f"alpha/front: the feature of frame {task.start + 9} "):
+        with pytest.raises(UserError, match=f"alpha/front: the feature of row {task.start + 9} "):
             writer.write_shard(task, [block[:8], block[8:]])
         assert task in writer.missing()
 

@@ -24,7 +24,10 @@ def open_source(path_or_repo: str | Path, config: DatasetConfig | str | None = N
     if isinstance(config, str):
         config = load_config(config)
     format = config.format if config else detect_format(given)
-    return _reader(format)(given, config)
+    source = _reader(format)(given, config)
+    folder = Path(given).expanduser()
+    source.location = str(folder.resolve()) if folder.exists() else given
+    return source
 
 
 def _reader(format: str) -> type[Source]:

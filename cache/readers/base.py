@@ -6,10 +6,11 @@ Letters: T frames of an episode, ds/da native state and action width.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +21,8 @@ from ...errors import UserError
 from ..actions import ActionMap
 from ..dataset_config import DatasetConfig
 from ..episode import CorruptEpisode, Episode, View
+from ..rotations import NotARotation
+from .table_blocks import TableBlock, as_blocks, attempt
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Source(ABC):
 
     format: ClassVar[str]               # as in DatasetConfig.format
     environment: str | None = None      # simulated task it was recorded in, e.g. "metaworld/push-v3"
+    location: str = ""                  # where to open it again: its absolute path, or its hub id
     starts: dict[int, list[float]] | None = None    # start vector of each recorded simulator episode
 
     def __init__(self, path: Path, name: str, config: DatasetConfig, *, fps: float | None, view_names: Sequence[str],
@@ -101,8 +105,25 @@ class Source(ABC):
         """State, action, time and task of one episode, no picture; `CorruptEpisode` for rows that cannot be used,
         `UserError` for an episode that is not listed."""
         where = self.where(episode_id)
+        return self._checked(self._rows(episode_id, self._columns, where), where)
+
+    def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
+        """The tables of every listed episode once, in blocks of at least `batch_rows` rows (the last may be shorter), in
+        memory bounded by one block and the longest episode. An episode that `table` refuses adds no row; it is named
+        in `refused`. A reader whose files hold many episodes overrides it to read each file once."""
+        return self._blocks(((e, attempt(self.table, e)) for e in self.episode_ids), batch_rows)
+
+    def _blocks(self, tables: Iterable[tuple[int, EpisodeTable | CorruptEpisode]], batch_rows: int) -> Iterator[TableBlock]:
+        return as_blocks(tables, batch_rows, self.state_map.native_dim, self.action_map.native_dim)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """Columns that make the action and the state, each once."""
+        return tuple(dict.fromkeys((*self.config.action_columns, *self.config.state_columns)))
+
+    def _checked(self, rows: Rows, where: str) -> EpisodeTable:
+        """The raw rows of one episode as its table; `CorruptEpisode` for rows that cannot be used."""
         config = self.config
-        rows = self._rows(episode_id, tuple(dict.fromkeys((*config.action_columns, *config.state_columns))), where)
         action = join_columns(rows.columns, config.action_columns, where)
         length = len(action)
         if not length:
@@ -112,12 +133,21 @@ class Source(ABC):
         state = np.zeros((length, 0))
         if config.state:
             state = join_columns(rows.columns, config.state_columns, where)
-        for what, values, width in (("action", action, self.action_map.native_dim), ("state", state, self.state_map.native_dim)):
+        for what, values, width in (("action", action, config.action_width), ("state", state, self.state_map.native_dim)):
             if values.shape[1] != width:
                 raise CorruptEpisode(f"{where}: its {what} has {values.shape[1]} dimensions, dataset config '{config.name}' "
                                      f"describes {width}")
         if len(state) != length:
             raise CorruptEpisode(f"{where}: {length} rows of action, {len(state)} of state")
+        what = "state"
+        try:
+            self.state_map.check(state)
+            what = "action"
+            if config.integrate:
+                action = config.integrate.apply(self.state_map.hand_pose(state[0]), action)
+            self.action_map.check(action)
+        except NotARotation as error:
+            raise CorruptEpisode(f"{where}: {what}, {error}") from None
         times = np.arange(length) / self.fps if rows.timestamps is None else np.asarray(rows.timestamps, np.float64)
         if len(times) != length:
             raise CorruptEpisode(f"{where}: {length} rows of action, {len(times)} timestamps")
@@ -140,7 +170,7 @@ class Source(ABC):
                 raise CorruptEpisode(f"{where}: {view.length} pictures of '{view.name}' for {len(table.action)} rows")
             digest.update(f"{view.name}:{found};".encode())
         return Episode(self.name, episode_id, digest.hexdigest(), table.instruction, self.control_hz, len(table.action),
-                       tuple(view for view, _ in views), table.state, table.action, table.timestamps)
+                       tuple(dataclasses.replace(view, sha256=found) for view, found in views), table.state, table.action, table.timestamps)
 
     def where(self, episode_id: int) -> str:
         """How messages begin that concern this episode; `UserError` when it is not listed."""

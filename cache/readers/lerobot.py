@@ -11,20 +11,24 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ...errors import UserError, unknown
-from ..actions import ActionMap
 from ..dataset_config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..video import decode, find_extent
 from .base import EpisodeTable, Rows, Source
 from .lerobot_meta import EpisodeEntry, Metadata
+from .lerobot_stream import stream_rows
 from .lerobot_tables import decode_images, find_images, read_rows, to_matrix
+from .table_blocks import TableBlock, attempt
+
+_CHECKED = ("timestamp", "frame_index", "task_index")     # columns of every LeRobot table that tell whether rows are whole
 
 
 class LeRobotSource(Source):
@@ -37,15 +41,15 @@ class LeRobotSource(Source):
 
         `UserError` when it is missing, is not a LeRobot dataset, or the config does not describe it.
         """
-        self._meta = meta = Metadata(path_or_repo)
+        self.meta = meta = Metadata(path_or_repo)
         if not isinstance(config, DatasetConfig):
             config = find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name), config)
-        self._cameras = choose_cameras(meta.features, config)  # short name → feature key
+        self._cameras = choose_cameras(meta.features, config.views)  # short name → feature key
         super().__init__(meta.root, meta.name, config, fps=float(meta.info["fps"]), view_names=tuple(self._cameras),
                          episode_ids=tuple(meta.episodes))  # as listed; a missing file shows when the episode is loaded
-        self._check_width(config.action_columns, self.action_map)
+        self._check_width(config.action_columns, config.action_width)
         if config.state:
-            self._check_width(config.state_columns, self.state_map)
+            self._check_width(config.state_columns, self.state_map.native_dim)
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -55,7 +59,7 @@ class LeRobotSource(Source):
     @functools.cached_property
     def revision_hash(self) -> str:
         """sha256 hex over every file of `meta/`."""
-        return self._meta.revision_hash()
+        return self.meta.revision_hash()
 
     @functools.cached_property
     def _recording(self) -> dict[str, Any]:
@@ -92,10 +96,37 @@ class LeRobotSource(Source):
             return self.table(episode_id).instruction
         return (tasks[0] if tasks else "") or self.config.instruction
 
+    def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
+        """As in `Source`; a file of many episodes is read once, front to back, and its blocks come in that order."""
+        return self._blocks(self._each_table(batch_rows), batch_rows)
+
+    def _each_table(self, batch_rows: int) -> Iterator[tuple[int, EpisodeTable | CorruptEpisode]]:
+        files: dict[str, set[int]] = {}
+        for number in self.episode_ids:
+            files.setdefault(self._entry(number).data_path, set()).add(number)
+        for data_path, left in files.items():
+            try:
+                if len(left) > 1:
+                    path = self.meta.locate(data_path, self.name)
+                    for number, rows in stream_rows(path, [*self._columns, *_CHECKED], batch_rows, self.name):
+                        if number in left:
+                            left.remove(number)
+                            yield number, attempt(self._table_of, number, rows)
+            except CorruptEpisode:
+                pass    # the file is missing or damaged: what is left is read one by one, each with its own reason
+            for number in sorted(left):
+                yield number, attempt(self.table, number)
+
+    def _table_of(self, episode_id: int, rows: pa.Table) -> EpisodeTable:
+        where = self.where(episode_id)
+        return self._checked(self._rows_of(self._entry(episode_id), rows, self._columns, where), where)
+
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         entry = self._entry(episode_id)
-        rows = read_rows(self._meta.locate(entry.data_path, where), episode_id,
-                         [*columns, "timestamp", "frame_index", "task_index"], where)
+        rows = read_rows(self.meta.locate(entry.data_path, where), episode_id, [*columns, *_CHECKED], where)
+        return self._rows_of(entry, rows, columns, where)
+
+    def _rows_of(self, entry: EpisodeEntry, rows: pa.Table, columns: Sequence[str], where: str) -> Rows:
         length = rows.num_rows
         if length != entry.length or not length:
             raise CorruptEpisode(f"{where}: {entry.data_path} has {length} rows, meta/ lists {entry.length}")
@@ -109,12 +140,12 @@ class LeRobotSource(Source):
     def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
         entry, length, views = self._entry(episode_id), len(table.action), []
         for name, key in self._cameras.items():
-            if key in self._meta.video_keys:
-                path = self._meta.locate(entry.video_paths[key], where)
+            if key in self.meta.video_keys:
+                path = self.meta.locate(entry.video_paths[key], where)
                 found = find_extent(path, entry.video_starts[key] + table.timestamps, where)
                 opener = functools.partial(decode, found, where)
             else:
-                path = self._meta.locate(entry.data_path, where)
+                path = self.meta.locate(entry.data_path, where)
                 found = find_images(path, episode_id, key, length, where)
                 opener = functools.partial(decode_images, found, where)
             views.append((View(name, found.height, found.width, length, opener), found.sha256))
@@ -122,36 +153,37 @@ class LeRobotSource(Source):
 
     def _entry(self, episode_id: int) -> EpisodeEntry:
         self.where(episode_id)
-        return self._meta.episodes[episode_id]
+        return self.meta.episodes[episode_id]
 
     def _instruction(self, entry: EpisodeEntry, numbers: np.ndarray | None, where: str) -> str:
         """Text of the rows' `task_index` values; refuses rows that contradict `meta/`."""
         if numbers is None:
             return "; ".join(entry.tasks) or self.config.instruction
         used = list(dict.fromkeys(numbers.tolist()))
-        missing = [n for n in used if n not in self._meta.tasks]
-        if missing and self._meta.tasks:
-            raise CorruptEpisode(f"{where}: task_index {missing[0]} is none of meta/'s {len(self._meta.tasks)} tasks")
-        texts = [self._meta.tasks[n] for n in used if n in self._meta.tasks]
+        missing = [n for n in used if n not in self.meta.tasks]
+        if missing and self.meta.tasks:
+            raise CorruptEpisode(f"{where}: task_index {missing[0]} is none of meta/'s {len(self.meta.tasks)} tasks")
+        texts = [self.meta.tasks[n] for n in used if n in self.meta.tasks]
         if entry.tasks and set(texts) != set(entry.tasks):
             raise CorruptEpisode(f"{where}: the rows' task is {texts}, meta/ says {list(entry.tasks)}")
         return "; ".join(texts) or self.config.instruction
 
-    def _check_width(self, columns: Sequence[str], mapping: ActionMap) -> None:
+    def _check_width(self, columns: Sequence[str], described: int) -> None:
         width = 0
         for key in columns:
-            feature = self._meta.features.get(key)
+            feature = self.meta.features.get(key)
             if feature is None:
-                raise UserError(f"{self.name}: {unknown('column', key, self._meta.features)}; dataset config "
+                raise UserError(f"{self.name}: {unknown('column', key, self.meta.features)}; dataset config "
                                 f"'{self.config.name}' asks for it")
             width += math.prod(feature.get("shape") or [1])
-        if width != mapping.native_dim:
+        if width != described:
             raise UserError(f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
-                            f"describes {mapping.native_dim}; choose or write another dataset config")
+                            f"describes {described}; choose or write another dataset config")
 
 
-def choose_cameras(features: Mapping[str, dict], config: DatasetConfig) -> dict[str, str]:
-    """Short view name → feature key. Depth maps are no pictures and are left out unless a config names them."""
+def choose_cameras(features: Mapping[str, dict], views: Sequence[str] | None) -> dict[str, str]:
+    """Short view name → feature key of `views` (full keys or short names; None = all). Depth maps are no pictures and are
+    left out unless named."""
     def is_depth(feature: dict) -> bool:
         details = feature.get("info") or feature.get("video_info") or {}
         return bool(details.get("video.is_depth_map"))
@@ -163,13 +195,13 @@ def choose_cameras(features: Mapping[str, dict], config: DatasetConfig) -> dict[
     short = {k: re.sub(r"[^\w-]+", "_", v) for k, v in short.items()}
     if len(set(short.values())) < len(keys):
         raise UserError(f"two cameras get the same short name: {', '.join(keys)}; rename one of them in meta/info.json")
-    if config.views is None:
+    if views is None:
         return {short[k]: k for k in keys if not is_depth(features[k])}
     by_name = {v: k for k, v in short.items()} | {k: k for k in keys}
-    for wanted in config.views:
+    for wanted in views:
         if wanted not in by_name:
             raise unknown("view", wanted, by_name)
-    return {short[by_name[w]]: by_name[w] for w in config.views}
+    return {short[by_name[w]]: by_name[w] for w in views}
 
 
 READER = LeRobotSource

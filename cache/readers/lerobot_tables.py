@@ -28,7 +28,7 @@ def read_rows(path: Path, episode_id: int, columns: Sequence[str], where: str) -
 
     `CorruptEpisode`, beginning with `where`, when the file cannot be read or lacks `episode_index`.
     """
-    with _opened(path, where) as file:
+    with opened(path, where) as file:
         names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in file.schema_arrow.names]
         table = file.read_row_groups(_row_groups(file, episode_id, where), columns=names)
         return table.filter(pc.equal(table["episode_index"], episode_id))
@@ -110,7 +110,7 @@ def _image(data: bytes, where: str, index: int, column: str) -> Image.Image:
 
 
 def _encoded(path: Path, episode_id: int, column: str, where: str) -> Iterator[bytes]:
-    with _opened(path, where) as file:
+    with opened(path, where) as file:
         if column not in file.schema_arrow.names:
             raise CorruptEpisode(f"{where}: column '{column}' is missing from {path.name}")
         groups = _row_groups(file, episode_id, where)
@@ -137,10 +137,10 @@ def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
 
 
 @contextmanager
-def _opened(path: Path, where: str) -> Iterator[pq.ParquetFile]:
-    """Open `path`; a damaged file (no footer, cut off, flipped bytes) is a `CorruptEpisode`, now or while read."""
+def opened(path: Path, where: str, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
+    """Open `path`, reading whole row groups or, with `buffer_size`, that many bytes at a time; a damaged file (no footer, cut off, flipped bytes) is a `CorruptEpisode`, now or while read."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=not buffer_size) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,229 @@
+"""HDF5 files as the readers use them: opened and closed per call, links followed only inside the file, damage in one line.
+
+What HDF5 fills in silently is refused: chunks that were never written, datasets whose values lie in other files. Letters:
+T rows or frames of an episode, H × W picture size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ...errors import UserError
+from ..episode import CorruptEpisode, View
+from ..hub import Location, hub_files
+from ..shard import publish, temporary_name
+
+SUFFIXES = (".hdf5", ".h5")
+_BLOCK_NBYTES = 8 << 20     # of a picture array read at once where its chunks do not say
+_MAX_HOPS = 16              # soft links followed in a row; more is a loop
+_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)   # what h5py raises for damaged files
+
+
+@contextlib.contextmanager
+def opened(path: Path, where: str) -> Iterator[h5py.File]:
+    """The file, open for reading inside the `with`. `CorruptEpisode`, beginning with `where`, when it is no HDF5 file, is
+    cut short, or something of it that is read inside the block cannot be."""
+    if not path.is_file():
+        raise CorruptEpisode(f"{where}: {path.name} is missing")
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            yield file
+    except _DAMAGE as error:
+        raise CorruptEpisode(f"{where}: {path.name} cannot be read as HDF5 ({first_line(error)})") from None
+
+
+def one_file(given: str) -> Path:
+    """The one HDF5 file that `given` means: itself, or the only one of a folder, here or on the hub, where "owner/name/x.hdf5"
+    names one too. `UserError` when there is none, or several."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    folder, _, file = given.partition("@")[0].rpartition("/")
+    if path.is_dir():
+        names = sorted(p.name for p in path.iterdir() if p.is_file())
+    elif file.endswith(SUFFIXES) and folder.count("/") and not path.is_absolute():
+        names, given = [file], given.replace(f"/{file}", "", 1)
+    else:
+        names = hub_files(given)
+    found = [n for n in names if n.endswith(SUFFIXES) and "/" not in n]
+    if len(found) != 1:
+        several = f"{len(found)} HDF5 files ({', '.join(found[:4])}); give one of them, e.g. {given}/{found[-1]}" if found else ""
+        raise UserError(f"{given} holds {several or 'no HDF5 file'}")
+    try:
+        return Location(given, (found[0],)).locate(found[0], given)
+    except CorruptEpisode as error:
+        raise UserError(str(error)) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def has(group: h5py.Group, name: str) -> bool:
+    """Whether `group` has a member of that name, followed or not."""
+    return group.get(name, getlink=True) is not None
+
+
+def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
+    """The member `name` ("a/b") of `group`. `CorruptEpisode` when it is absent or a link leads out of the file."""
+    parts, here, hops = [p for p in name.split("/") if p], group, 0
+    while parts:
+        part = parts.pop(0)
+        link = here.get(part, getlink=True) if isinstance(here, h5py.Group) else None
+        if link is None:
+            raise CorruptEpisode(f"{where}: '{name}' is missing")
+        if isinstance(link, h5py.ExternalLink):
+            raise CorruptEpisode(f"{where}: '{name}' is a link into another file ({link.filename}); copy the data into one file")
+        if isinstance(link, h5py.SoftLink):
+            hops += 1
+            if hops > _MAX_HOPS:
+                raise CorruptEpisode(f"{where}: '{name}' is a link that leads in a circle")
+            here = here.file if link.path.startswith("/") else here
+            parts = [p for p in link.path.split("/") if p not in ("", ".")] + parts
+            continue
+        here = here[part]
+    return here
+
+
+def find_array(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
+    """The dataset `name` of `group`, all of whose values are stored in this file. `CorruptEpisode` when it is absent, is
+    virtual, lies in other files, or has parts that were never written; `UserError` for a compression that is not
+    installed."""
+    array = find(group, name, where)
+    if not isinstance(array, h5py.Dataset):
+        raise CorruptEpisode(f"{where}: '{name}' is a group, not a dataset")
+    if array.is_virtual or array.external:
+        raise CorruptEpisode(f"{where}: the values of '{name}' lie in other files; copy the data into one file")
+    if array.shape is None:
+        raise CorruptEpisode(f"{where}: '{name}' is empty")
+    filters = array.id.get_create_plist()
+    for i in range(filters.get_nfilters()):
+        number, _, _, label = filters.get_filter(i)
+        if not h5py.h5z.filter_avail(number):
+            label = (label or b"").decode(errors="replace") or f"filter {number}"
+            raise UserError(f"{where}: '{name}' is compressed with '{label}', for which HDF5 has no decoder here; rewrite the "
+                            f"file with gzip or without compression, e.g. h5repack -f GZIP=4")
+    if array.size and array.chunks:
+        expected = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks))
+        written = array.id.get_num_chunks()
+        if written < expected:
+            raise CorruptEpisode(f"{where}: {expected - written} of {expected} chunks of '{name}' were never written; HDF5 would "
+                                 f"read them as {array.fillvalue}")
+    elif array.size and array.id.get_space_status() == h5py.h5d.SPACE_STATUS_NOT_ALLOCATED:
+        raise CorruptEpisode(f"{where}: the values of '{name}' were never written; HDF5 would read them as {array.fillvalue}")
+    return array
+
+
+def numbers(group: h5py.Group, name: str, where: str) -> np.ndarray:
+    """All values of a numeric dataset; `CorruptEpisode` for another kind, otherwise as `find_array`."""
+    array = find_array(group, name, where)
+    if array.dtype.kind not in "fiub":
+        raise CorruptEpisode(f"{where}: '{name}' is not numeric ({array.dtype})")
+    return array[()]
+
+
+def text(value: Any, where: str) -> str:
+    """A string as h5py gives it (bytes, str, or an array of one); `CorruptEpisode` when it is none or not UTF-8."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.reshape(-1)[0]
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise CorruptEpisode(f"{where} is not UTF-8 text") from None
+    if not isinstance(value, str):
+        raise CorruptEpisode(f"{where} is not text but {type(value).__name__}")
+    return str(value)
+
+
+def check_pictures(array: h5py.Dataset, where: str) -> h5py.Dataset:
+    """`array`; `CorruptEpisode` unless it is uint8 [T, H, W, 3]."""
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
+        raise CorruptEpisode(f"{where}: '{array.name}' is {array.dtype} {list(array.shape)}, pictures are uint8 [T, H, W, 3]")
+    return array
+
+
+def stored_hash(array: h5py.Dataset) -> str:
+    """sha256 hex over shape, type and the bytes of `array` as stored (compressed chunks are not decoded)."""
+    digest = hashlib.sha256(f"{array.shape}{array.dtype.str}{array.chunks};".encode())
+    if array.chunks:
+        for corner in itertools.product(*(range(0, n, c) for n, c in zip(array.shape, array.chunks))):
+            digest.update(array.id.read_direct_chunk(corner)[1])
+    else:
+        for start, stop in _blocks(array, 0, len(array)):
+            digest.update(array[start:stop].tobytes())
+    return digest.hexdigest()
+
+
+def read_pictures(path: Path, name: str, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Yield uint8 [H, W, 3] of frames start..stop-1 of the dataset `name`. Each chunk is decoded once; memory holds one
+    block of chunks. `CorruptEpisode` where a frame cannot be read."""
+    with opened(path, where) as file:
+        array = check_pictures(find_array(file, name, where), where)
+        if stop > len(array):
+            raise CorruptEpisode(f"{where}: '{name}' has {len(array)} pictures, {stop} were expected")
+        for first, last in _blocks(array, start, stop):
+            try:
+                block = array[first:last]
+            except _DAMAGE as error:
+                raise CorruptEpisode(f"{where}: pictures {first} to {last - 1} of '{name}' cannot be decoded "
+                                     f"({first_line(error)})") from None
+            yield from block
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
+    """A new file to write into, of about `nbytes`; it gets its name when the block ends without an error, synced, and never
+    in part. `UserError` when it cannot be written, and before that when the disk is too small for it."""
+    temporary = temporary_name(path)
+    free = shutil.disk_usage(path.parent).free
+    if free < nbytes:   # asked first, because HDF5 can crash the process when a disk fills up
+        raise UserError(f"cannot write {path}: it needs {nbytes >> 20} MiB, the disk has {free >> 20} MiB left")
+    try:
+        with h5py.File(temporary, "w") as file:
+            yield file
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        publish(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_pictures(group: h5py.Group, name: str, view: View, compression: str | None, where: str) -> None:
+    """Store the frames of `view` one by one as the dataset `name`, uint8 [T, H, W, 3] with one frame per chunk.
+    `CorruptEpisode` when one cannot be decoded, or their number or size is not what the view says."""
+    size, count = (view.height, view.width, 3), 0
+    array = group.create_dataset(name, (view.length, *size), np.uint8, chunks=(1, *size), compression=compression)
+    for frame in view.frames():
+        if count == view.length or frame.shape != size:
+            raise CorruptEpisode(f"{where}: picture {count} of '{view.name}' is {list(frame.shape)}, expected were {view.length} "
+                                 f"of {list(size)}")
+        array[count] = frame
+        count += 1
+    if count < view.length:
+        raise CorruptEpisode(f"{where}: {count} pictures of '{view.name}' for {view.length} rows")
+
+
+def _blocks(array: h5py.Dataset, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Consecutive row ranges that cover start..stop-1, cut only where chunks end."""
+    row_nbytes = max(1, math.prod(array.shape[1:]) * array.dtype.itemsize)
+    chunk = array.chunks[0] if array.chunks else 1
+    rows = chunk * max(1, _BLOCK_NBYTES // (row_nbytes * chunk))
+    while start < stop:
+        end = min(stop, (start // rows + 1) * rows)
+        yield start, end
+        start = end
