@@ -39,6 +39,7 @@ class DatasetConfig:
     source: tuple[str, ...] = ()            # where the data is: hub ids, or the address of its page
     control_hz: float | None = None         # rows per second; None = the dataset's own fps
     views: tuple[str, ...] | None = None    # cameras to use, by full key or short name, in order; None = all
+    bgr_views: tuple[str, ...] = ()         # cameras, by short name, whose red and blue are stored in each other's place
     instruction: str = ""                   # used where an episode has no task text
     license: str = ""                       # of the data
     note: str = ""                          # traps, units, what was checked

@@ -138,7 +138,7 @@ def test_without_a_command_there_is_help(dvla: Dvla) -> None:
         ("train --from-cache x --out y --steps ten", ["--steps"]),
         ("cache biuld x --out y", ["biuld", "dvla cache --help"]),
         ("nothing", ["nothing"]),
-        ("cache build --out y", ["Missing argument", "dvla cache build --help"]),
+        ("cache build --out y", ["no source given", "at least one dataset folder or hub id"]),
     ],
 )
 def test_wrong_usage(dvla: Dvla, arguments: str, words: list[str]) -> None:

@@ -205,6 +205,18 @@ def test_view_choice_and_state_free_config(recorded):
         open_source(recorded["image"], config_for(("wrst",)))
 
 
+def test_swapped_colours_are_put_right(recorded):
+    plain, turned = (open_source(recorded["image"], config_for(bgr_views=names)).load(0) for names in ((), ("wrist",)))
+    for before, after, order in zip(plain.views, turned.views, (slice(None), slice(None, None, -1)), strict=True):
+        frames = list(before.frames())
+        assert all(np.array_equal(a, b[..., order]) for a, b in zip(after.frames(), frames, strict=True))
+        assert np.array_equal(next(after.frames(4, 5)), frames[4][..., order])
+    assert [a.sha256 == b.sha256 for a, b in zip(plain.views, turned.views)] == [True, False]
+    assert plain.source_hash != turned.source_hash
+    with pytest.raises(UserError, match="unknown view in bgr_views 'wirst'; did you mean 'wrist'"):
+        open_source(recorded["image"], config_for(bgr_views=("wirst",)))
+
+
 def test_config_that_does_not_describe_the_dataset(recorded):
     with pytest.raises(UserError, match="'action' has 4 dimensions, dataset config 'aloha' describes 14"):
         open_source(recorded["image"], load_config("aloha"))

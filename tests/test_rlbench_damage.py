@@ -165,6 +165,7 @@ def test_five_of_a_hundred_episodes_are_there(tree, tmp_path):
             shutil.copytree(tree / "close_jar/all_variations/episodes/episode4", folder)
         else:
             folder.mkdir(parents=True)
+    shutil.copytree(tmp_path / inner / "episode7" / "wrist_rgb", tmp_path / inner / "episode7" / "extra_rgb")   # in one alone
     source = open_source(tmp_path / "rlbench", CONFIG)
     assert len(source.episode_ids) == 100 and source.view_names == CAMERAS
     bad = [n for n in source.episode_ids if n % 20 != 7]

@@ -233,6 +233,6 @@ def _reading(name: str, where: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise CorruptEpisode(f"{where}: {name} is missing") from None
-    except (OSError, ValueError, zlib.error) as error:
+    except (OSError, ValueError, struct.error, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CorruptEpisode(f"{where}: {name} is damaged ({reason})") from None

@@ -10,14 +10,14 @@ import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, unknown
 from ..actions import ActionMap
 from ..dataset_config import DatasetConfig
 from ..episode import CorruptEpisode, Episode, View
@@ -68,6 +68,9 @@ class Source(ABC):
         self._numbers = frozenset(self.episode_ids)
         if not self.view_names:
             raise UserError(f"{name} has no camera; a cache needs pictures")
+        for wanted in config.bgr_views if config.views is None else ():
+            if wanted not in self.view_names:
+                raise UserError(f"{name}: {unknown('view in bgr_views', wanted, self.view_names)}")
 
     # --- what a reader says ---
 
@@ -164,13 +167,16 @@ class Source(ABC):
         for values in (text, table.state, table.action, table.timestamps):
             part = values.tobytes()
             digest.update(f"{len(part)};".encode() + part)
-        views = self._views(episode_id, table, where)
-        for view, found in views:
+        views = []
+        for view, found in self._views(episode_id, table, where):
             if view.length != len(table.action):
                 raise CorruptEpisode(f"{where}: {view.length} pictures of '{view.name}' for {len(table.action)} rows")
+            if view.name in self.config.bgr_views:
+                view, found = dataclasses.replace(view, open=_swapped(view.open)), hashlib.sha256(f"bgr:{found}".encode()).hexdigest()
             digest.update(f"{view.name}:{found};".encode())
+            views.append(dataclasses.replace(view, sha256=found))
         return Episode(self.name, episode_id, digest.hexdigest(), table.instruction, self.control_hz, len(table.action),
-                       tuple(dataclasses.replace(view, sha256=found) for view, found in views), table.state, table.action, table.timestamps)
+                       tuple(views), table.state, table.action, table.timestamps)
 
     def where(self, episode_id: int) -> str:
         """How messages begin that concern this episode; `UserError` when it is not listed."""
@@ -178,6 +184,11 @@ class Source(ABC):
             listed = f"{len(self.episode_ids)}, {self.episode_ids[0]} to {self.episode_ids[-1]}" if self.episode_ids else "none"
             raise UserError(f"{self.name} has no episode {episode_id}; it lists {listed}")
         return f"{self.name} episode {episode_id}"
+
+
+def _swapped(open: Callable[[int, int], Iterator[np.ndarray]]) -> Callable[[int, int], Iterator[np.ndarray]]:
+    """Pictures whose red and blue were stored in each other's place, put right."""
+    return lambda start, stop: (np.ascontiguousarray(frame[..., ::-1]) for frame in open(start, stop))
 
 
 def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: str) -> np.ndarray:
@@ -212,8 +223,6 @@ def listing_hash(root: Path, files: Sequence[Path]) -> str:
 
 def choose_views(names: Sequence[str], config: DatasetConfig, dataset: str) -> tuple[str, ...]:
     """The cameras to use among `names`: the config's, in its order, or all. `UserError` names the nearest valid one."""
-    from ...errors import unknown
-
     for wanted in config.views or ():
         if wanted not in names:
             raise UserError(f"{dataset}: {unknown('view', wanted, names)}")

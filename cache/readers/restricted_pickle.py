@@ -142,7 +142,7 @@ class _Machine:
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is Record:
-            if type(state) is not dict or target.fields :
+            if type(state) is not dict or target.fields or any(k.startswith("__") for k in state):
                 raise Refused(f"sets more than the attributes of {target.kind}")
             target.fields = state   # not a copy: a thousand records may share one large state
         elif type(target) is PickledArray:
