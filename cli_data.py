@@ -243,3 +243,26 @@ def data_add(
     console.print(text, markup=False)
     console.print(f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then: "
                   f"dvla data show {source} --dataset-config {path} --episode N, dvla cache build {source} --dataset-config {path} …", markup=False)
+
+
+@data_app.command("export")
+def data_export(
+    source: Source,
+    out: Annotated[Path, typer.Option("--out", help="Folder to create, or to go on with.")],
+    to: Annotated[str, typer.Option("--to", help="Format: episode_hdf5 (one HDF5 file per episode, unified 128-d actions).")] = "episode_hdf5",
+    compression: Annotated[str, typer.Option("--compression", help="Of the pictures: none or gzip.")] = "none",
+    dataset_config: Config = None,
+) -> None:
+    """Write every episode of a dataset, in the unified action space, to files of another format. Resumable.
+
+    Example: dvla data export data/push --to episode_hdf5 --out data/push_hdf5
+    """
+    from .cache.readers import open_source
+    from .stages.console import size
+    from .stages.export import check_options, export
+
+    check_options(to, compression)
+    with progress_bars() as show:
+        report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
+    console.print(f"{report.path}: {report.episodes} episodes ({report.kept} of them already there), {report.frames} frames, "
+                  f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,16 @@ def load_config(path_or_name: Path | str) -> DatasetConfig:
         name = str(path_or_name)
         if name not in config_names():
             raise unknown("dataset config", name, config_names())
-        path = configs_dir() / "datasets" / f"{name}.yaml"
+        return _shipped(name)
+    return _read(path, name)
+
+
+@functools.cache
+def _shipped(name: str) -> DatasetConfig:
+    return _read(configs_dir() / "datasets" / f"{name}.yaml", name)
+
+
+def _read(path: Path, name: str) -> DatasetConfig:
     values = load_yaml(path)
     try:
         return from_mapping(DatasetConfig, {"name": name, **values}, "dataset config")

@@ -232,8 +232,8 @@ class Loader:
         if min(batch_size, horizon, threads, prefetch, world_size) < 1 or not 0 <= rank < world_size or start < 0:
             raise UserError(f"batch size {batch_size}, horizon {horizon}, threads {threads}, prefetch {prefetch} must "
                             f"be at least 1, rank {rank} below world size {world_size}, start {start} at least 0")
-        if augment and features and not cache.variants:
-            raise UserError(f"cache {cache.path} holds no augmented pictures; build it with --augment 4, or train without augmentation")
+        if augment and features:
+            require_variants(cache)
         self.cache, self.masking, self.seed, self.wait_seconds = cache, masking, seed, 0.0
         self._variants = 1 + (0 if not augment else cache.variants if features else LIVE_VARIANTS)
         self._batch_size, self._global_batch, self._rank = batch_size, batch_size * world_size, rank
@@ -309,6 +309,12 @@ class Loader:
 
     def _make(self, offset: int) -> FeatureBatch:
         return self._assemble(*self.samples(offset), self.masked(offset), self.variants(offset))
+
+
+def require_variants(cache: Cache) -> None:
+    """`UserError` for a cache that cannot honour training on augmented pictures."""
+    if not cache.variants:
+        raise UserError(f"cache {cache.path} holds no augmented pictures; build it with --augment 4, or train without augmentation")
 
 
 def _episodes(source: CacheDataset, split: str, holdout: float, seed: int) -> np.ndarray:

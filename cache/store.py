@@ -186,21 +186,25 @@ def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | No
     `progress(done bytes, all bytes)` is called after each file. `UserError` as `Cache.open`.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
-    problems, done = [], 0
-    for name, entry in sorted(manifest["files"].items()):
+    return [f"{name}: {problem}" for name, problem in damaged_files(path, _read_manifest(path)["files"], progress).items()]
+
+
+def damaged_files(path: Path, files: dict[str, dict[str, int]], progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+    """Name → what is wrong, of those of `files` (name → what was written: {"bytes", "crc32c"}) that are not as they were written."""
+    problems, done, total = {}, 0, sum(entry["bytes"] for entry in files.values())
+    for name, entry in sorted(files.items()):
         try:
             nbytes, crc = file_crc32c(path / name)
         except OSError as error:
-            problems.append(f"{name}: cannot be read ({error.strerror})")
+            problems[name] = f"cannot be read ({error.strerror})"
         else:
             if nbytes != entry["bytes"]:
-                problems.append(f"{name}: {nbytes} bytes, {entry['bytes']} were written")
+                problems[name] = f"{nbytes} bytes, {entry['bytes']} were written"
             elif crc != entry["crc32c"]:
-                problems.append(f"{name}: altered (crc32c {crc:08x}, {entry['crc32c']:08x} was written)")
+                problems[name] = f"altered (crc32c {crc:08x}, {entry['crc32c']:08x} was written)"
         done += entry["bytes"]
         if progress:
-            progress(done, manifest["bytes"])
+            progress(done, total)
     return problems
 
 

@@ -254,7 +254,7 @@ class CacheWriter:
         try:
             files = json.loads(record.read_bytes())["files"]
             return all((self.path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):    # not there, or a damaged record
             return False
 
     def _commit(self, record: Path, written: dict[Path, tuple[int, int]], **extra: Any) -> None:

@@ -30,6 +30,7 @@ from ..cache.store import Cache
 from ..cache.writer import CacheWriter
 from ..errors import UserError
 from .corpus import Corpus, Progress, located, make_tables, open_sources, read_corpus, sources_to_append
+from .plan import require_room
 from .shard_job import Earlier, Timing, run_shard
 from .workers import WorkerSpec, run_with_workers
 
@@ -109,13 +110,15 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
                 _require_only_new(earlier, corpora, fingerprint, plan)
             target = config.out.with_name(f"{config.out.name}.next")
     report = BuildReport(config.out)
+    reused = Earlier(earlier if earlier is not None and _same_features(earlier, fingerprint, plan) else None)
+    by_name = {c.plan.name: c for c in corpora}
+    begun = CacheWriter(target, plan, None)
+    require_room(plan, target, [t for t in begun.missing() if not reused.whole(t, by_name[t.dataset].plan, plan)], begun.tables_missing())
     with CacheWriter.create_or_resume(target, fingerprint, plan) as writer:
-        reused = Earlier(earlier if earlier is not None and _same_features(earlier, fingerprint, plan) else None)
         pilot = pilot_features(corpora, plan, encoder) if config.format.quantised and writer.missing() else None
         channels = writer.channel_scale(lambda: channel_scale(pilot) if reused.channels is None else reused.channels)
         if pilot is not None and channels is not None:
             report.error = relative_error(pilot, config.format, channels)
-        by_name = {c.plan.name: c for c in corpora}
         for name in writer.tables_missing():
             writer.write_tables(name, make_tables(by_name[name], encoder))
         missing = writer.missing()

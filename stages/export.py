@@ -43,6 +43,13 @@ class ExportReport:
     seconds: float = 0.0
 
 
+def check_options(to: str, compression: str) -> None:
+    """`UserError` for a format or compression that there is not; to ask before a source is opened or fetched."""
+    for kind, given, allowed in (("export format", to, FORMATS), ("compression", compression, COMPRESSIONS)):
+        if given not in allowed:
+            raise unknown(kind, given, allowed)
+
+
 def export(source: Source, out: Path, progress: Progress = lambda *_: None, *, to: str = "episode_hdf5",
            compression: str = "none") -> ExportReport:
     """Write every episode of `source` into the folder `out`, or finish an export that was begun there.
@@ -52,9 +59,7 @@ def export(source: Source, out: Path, progress: Progress = lambda *_: None, *, t
     other data or settings (the differing fields are named), and when no episode can be used.
     """
     began = time.perf_counter()
-    for kind, given, allowed in (("export format", to, FORMATS), ("compression", compression, COMPRESSIONS)):
-        if given not in allowed:
-            raise unknown(kind, given, allowed)
+    check_options(to, compression)
     out = Path(out)
     settings = _settings(source, compression)
     report, ledger = ExportReport(out), []

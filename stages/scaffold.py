@@ -125,6 +125,8 @@ def _given(fields: Sequence[str]) -> dict[str, dict[int, tuple[int, str]]]:
             raise UserError(f"--field '{text}': expected e.g. action.6=gripper_open, state.0-5='arm_joint_{{0..5}}_pos', "
                             "action.3-6=rotation:quat_xyzw or action.7=drop")
         first = int(parts[2])
+        if first in found[parts[1]]:
+            raise UserError(f"--field '{text}': {parts[1]}.{first} was named before")
         found[parts[1]][first] = int(parts[3] or first), parts[4]
     return found
 
@@ -180,7 +182,7 @@ def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
         slots = [f"{side}eef_angular_vel_{axis}" for axis in ("roll", "pitch", "yaw")]
     else:
         slots = [_velocity(target.slot, what, target.native[0]) if moving else target.slot]
-    scale, offset = _scale(slots[0], what, kind, ask)
+    scale, offset = _scale(slots[0], what, ask)
     entry: dict[str, Any] = {"field": slots[0]} if len(slots) == 1 else {"fields": slots}
     entry |= {"scale": scale} if scale != 1 else {}
     entry |= {"offset": offset} if offset else {}
@@ -197,7 +199,7 @@ def _velocity(slot: str, what: str, native: str) -> str:
     return found
 
 
-def _scale(slot: str, what: str, kind: str, ask: _Asker) -> tuple[float, float]:
+def _scale(slot: str, what: str, ask: _Asker) -> tuple[float, float]:
     """(scale, offset) from the files' unit to the slot's; (1, 0) while the answer is missing."""
     turns = "angular" in slot
     if "gripper_open" in slot:
@@ -206,7 +208,7 @@ def _scale(slot: str, what: str, kind: str, ask: _Asker) -> tuple[float, float]:
         return 1 / (opened - closed), -closed / (opened - closed)
     if slot.startswith("base"):
         return (ask("--base-unit") or (1.0, 1.0))[turns], 0.0
-    if "eef" in slot and kind != "absolute":
+    if "eef" in slot and "_vel" in slot:
         return (ask("--delta-scale") or (1.0, 1.0))[turns], 0.0
     option = "--position-unit" if "eef" in slot else "--finger-unit" if "finger" in slot else "--joint-unit"
     return ask(option) or 1.0, 0.0
@@ -233,7 +235,7 @@ def _text(meta: Metadata, request: Request, ask: _Asker, columns: Mapping[str, S
     head = [
         f"# {meta.name}: LeRobot {meta.version}, {float(meta.info['fps']):g} Hz. Written by `dvla data add`: look at every line marked \"guessed\".",
         f"name: {json.dumps(request.name or meta.name)}",
-        f"match: [{json.dumps(robot or meta.name)}]  # guessed from " + (f'robot_type "{robot}"' if robot else "the dataset's name"),
+        f"match: [{json.dumps(robot or meta.name)}]  # guessed from " + (f"robot_type {json.dumps(robot)}" if robot else "the dataset's name"),
         f"embodiment: {ask.used.get('--embodiment')}",
         f"license: {json.dumps(request.license)}" + ("" if request.license else "  # info.json does not say"),
         f"source: [{json.dumps(meta.repo)}]",

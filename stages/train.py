@@ -22,7 +22,7 @@ import torch
 
 from ..batch import FeatureBatch
 from ..cache import fingerprint as fp
-from ..cache.loader import ConditionMasking, Loader
+from ..cache.loader import ConditionMasking, Loader, require_variants
 from ..cache.sampling import mix
 from ..cache.shard import write_file
 from ..cache.store import Cache
@@ -139,6 +139,8 @@ def train(config: TrainConfig, on_log: Callable[[dict[str, Any]], None] = lambda
           say: Callable[[str], None] = print, stop_after: int | None = None) -> TrainReport:
     """Stage two: train from a cache, or go on with the run in `config.out` if it was begun with the same settings."""
     cache = Cache.open(config.cache)
+    if config.image_aug:
+        require_variants(cache)     # before a run folder is made
     torch.manual_seed(config.seed)
     net = PolicyNet(PolicyNetConfig(feature_width=cache.width, dit=dit_config(config.model_size, **config.dit)))
     net.to(pick_device(config.device))

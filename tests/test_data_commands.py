@@ -477,6 +477,20 @@ def test_add_displacements_of_the_hand(dvla: Dvla, tmp_path: Path) -> None:
     assert source.state_map.rotation_slots.sum() == 6
 
 
+def test_add_keeps_to_what_fields_say(dvla: Dvla, tmp_path: Path) -> None:
+    """An absolute position in an action of displacements keeps its own unit; a rotation given with its form is not asked for."""
+    root = write_dataset(tmp_path / "d", action=9, state=("lever",), robot="new\"\nembodiment: bimanual")
+    out = tmp_path / "o.yaml"
+    result = dvla("add", root, "--out", out, "--embodiment", "gripper_eef", "--action-kind", "delta", "--delta-scale", "0.5,1", "--position-unit", "cm",
+                  "--gripper", "1,0", "--field", "action.0-8=eef_pos_z,eef_vel_x,rotation:quat_xyzw:left_eef_angle,left_gripper_open,drop:2",
+                  "--field", "state.0=drop")
+    assert result.code == 0, result
+    config = load_config(out)
+    assert [s.width for s in config.action] == [1, 1, 4, 1, 2] and config.embodiment == "gripper_eef"
+    unified = open_source(root, config).action_map.to_unified(np.array([50, 1, 0, 0, 0, 1, 0.5, 9, 9.0]))
+    np.testing.assert_allclose(unified[[32, 39, 83, 87, 60]], [0.5, 0.5 * HZ, 1, 1, 0.5], atol=1e-6)
+
+
 def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
     """Nothing that info.json does not say is assumed: without a terminal each missing option is named, and no file appears."""
     root, out = write_dataset(tmp_path / "d", action=HAND, state=("motor_0", "motor_1"), robot="new"), tmp_path / "o.yaml"
@@ -500,6 +514,7 @@ def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
     (("--field", "action.6=gripper_opne"), ("unknown action field 'gripper_opne'", "did you mean 'gripper_open'")),
     (("--field", "action.6-7=drop"), ("the action has dimensions 0 to 6",)),
     (("--field", "action.3-5=rotation:quat_xyzw"), ("it describes 4 dimensions, action.3-5 are 3",)),
+    (("--field", "action.6=drop", "--field", "action.6=drop"), ("action.6 was named before",)),
     (("--field", "6=drop"), ("expected e.g. action.6=gripper_open",)),
     (("--field", "action.0=eef_pos_y"), ("fill 'eef_pos_y'",)),
     (("--action-column", "actoin"), ("unknown column 'actoin'", "did you mean 'action'")),
@@ -509,8 +524,8 @@ def test_add_refusals(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     root = write_dataset(tmp_path / "d", action=HAND, state=HAND, robot="new")
     given = {"--embodiment": "gripper_eef", "--action-kind": "absolute", "--position-unit": "m", "--gripper": "1,0", "--rotation": "euler_xyz"}
-    given |= dict([options])
-    refused(dvla("add", root, *(x for pair in given.items() for x in pair)), *words)
+    given.pop(options[0], None)
+    refused(dvla("add", root, *(x for pair in given.items() for x in pair), *options), *words)
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -139,3 +140,23 @@ def test_export_refuses_what_is_not_its_own(demos, folder, tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
         export(source, tmp_path / "file")
+
+
+@pytest.mark.parametrize("how, message", [
+    (lambda pictures: pictures[:-1], "4 pictures of 'robot0_eye_in_hand' for 5 rows"),
+    (lambda pictures: [*pictures, pictures[0]], r"picture 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected were 5 of"),
+    (lambda pictures: [pictures[0][:4], *pictures[1:]], r"picture 0 of 'robot0_eye_in_hand' is \[4, 8, 3\], expected were 5 of")])
+def test_pictures_that_are_not_what_their_view_says(demos, tmp_path, monkeypatch, how, message):
+    source, load = open_source(demos, CAN), RobomimicSource.load
+
+    def changed(self, number):
+        episode = load(self, number)
+        first, last = episode.views
+        if number != 2:
+            return episode
+        return replace(episode, views=(first, replace(last, open=lambda *span: iter(how(list(last.open(*span)))))))
+
+    monkeypatch.setattr(RobomimicSource, "load", changed)
+    assert export(source, tmp_path / "out").quarantined == 1
+    assert re.search(message, (tmp_path / "out" / "quarantine.jsonl").read_text())
+    assert open_source(tmp_path / "out").episode_ids == (0, 10)

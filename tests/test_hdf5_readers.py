@@ -349,7 +349,7 @@ def test_damaged_file_is_one_clear_line(demos, damage):
 
 
 def test_pictures_are_decoded_chunk_by_chunk(tmp_path, monkeypatch):
-    """However the chunks lie, any span of frames is right, and no block is larger than asked."""
+    """However the chunks lie, any span of frames is right, and no block ends inside a chunk."""
     path, whole = tmp_path / "x.hdf5", pictures(0, 23)
     for chunks in ((1, 6, 8, 3), (4, 6, 8, 3), (7, 3, 5, 2), (23, 6, 8, 3), None):
         with h5py.File(path, "w") as file:
@@ -358,6 +358,9 @@ def test_pictures_are_decoded_chunk_by_chunk(tmp_path, monkeypatch):
             monkeypatch.setattr(hdf5, "_BLOCK_NBYTES", nbytes)
             for start, stop in ((0, 23), (3, 4), (5, 17), (22, 23)):
                 assert np.array_equal(np.stack(list(hdf5.read_pictures(path, "a/x", "e", start, stop))), whole[start:stop])
+                with h5py.File(path) as file:
+                    ends = [last for _, last in hdf5._blocks(file["a/x"], start, stop)]
+                    assert ends[-1] == stop and all(last % (chunks or (1,))[0] == 0 for last in ends[:-1])
 
 
 def test_single_file_is_a_source_of_one_episode(folder):

@@ -7,6 +7,7 @@ Letters: T frames of an episode, ds/da native state and action width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -172,7 +173,7 @@ class Source(ABC):
             if view.length != len(table.action):
                 raise CorruptEpisode(f"{where}: {view.length} pictures of '{view.name}' for {len(table.action)} rows")
             if view.name in self.config.bgr_views:
-                view, found = dataclasses.replace(view, open=_swapped(view.open)), hashlib.sha256(f"bgr:{found}".encode()).hexdigest()
+                view, found = dataclasses.replace(view, open=functools.partial(_swapped, view.open)), hashlib.sha256(f"bgr:{found}".encode()).hexdigest()
             digest.update(f"{view.name}:{found};".encode())
             views.append(dataclasses.replace(view, sha256=found))
         return Episode(self.name, episode_id, digest.hexdigest(), table.instruction, self.control_hz, len(table.action),
@@ -186,9 +187,9 @@ class Source(ABC):
         return f"{self.name} episode {episode_id}"
 
 
-def _swapped(open: Callable[[int, int], Iterator[np.ndarray]]) -> Callable[[int, int], Iterator[np.ndarray]]:
+def _swapped(open: Callable[[int, int], Iterator[np.ndarray]], start: int, stop: int) -> Iterator[np.ndarray]:
     """Pictures whose red and blue were stored in each other's place, put right."""
-    return lambda start, stop: (np.ascontiguousarray(frame[..., ::-1]) for frame in open(start, stop))
+    return (np.ascontiguousarray(frame[..., ::-1]) for frame in open(start, stop))
 
 
 def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: str) -> np.ndarray:

@@ -92,7 +92,7 @@ def find_episodes(path: Path) -> list[Place]:
 def looks_like_rlbench(names: Sequence[str], root: Path | None) -> bool:
     """`Source.matches`: by `low_dim_obs.pkl` or the folders around it, zips called like PerAct's tasks, or what the first
     zip holds."""
-    packed = [n for n in names if n.lower().endswith(SUFFIXES)]
+    packed = [n for n in names if n.lower().endswith(SUFFIXES) and not n.lower().endswith(".zarr.zip")]
     if any(_SIGNS.search(n) for n in names) or any(Path(n).stem in TASKS for n in packed):
         return True
     if root is None:
