@@ -4,8 +4,10 @@ import json
 import shutil
 
 import av
+import numpy as np
 import pyarrow as pa
 import pytest
+from dvla.cache import video
 from dvla.cache.episode import CorruptEpisode
 from dvla.cache.readers import open_source
 from dvla.errors import UserError
@@ -224,3 +226,18 @@ def test_unreachable_hub_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'owner/push' is not a folder here and could not be .*: no route to host$"):
         open_source("owner/push")
+
+
+def test_libav_never_logs_through_python(copy_of):
+    """Its threads would need the interpreter lock, which is held while a codec's threads are joined: a deadlock."""
+    path = the_file(copy_of("h264"), "videos/*front/*/*.mp4")
+    cut(path, 0.1)
+
+    def logged(opening):
+        with av.logging.Capture() as lines, pytest.raises((CorruptEpisode, av.FFmpegError)):
+            opening()
+        return lines
+
+    av.logging.set_level(av.logging.DEBUG)      # as other libraries leave it
+    assert logged(lambda: av.open(str(path)))
+    assert not logged(lambda: video.find_extent(path, np.arange(3) / 20, "here"))
