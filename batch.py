@@ -1,6 +1,7 @@
 """FeatureBatch: the one contract between the loader (or the live encoder) and the model.
 
-Letters: B observations, L vision tokens of all views, D feature width, Lt text tokens, T action steps.
+Letters: B observations, L vision tokens of all views, D feature width, Lt text tokens, Dt their width (D, unless features are taken
+before the VLM's projection into its language model), T action steps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class FeatureBatch:
     token_mask: torch.Tensor    # [B, L] bool
     view_id: torch.Tensor       # [B, L] int64, index of the camera of each token
     frame_id: torch.Tensor      # [B, L] int64, 0 = current frame
-    text: torch.Tensor          # [B, Lt, D] instruction embeddings
+    text: torch.Tensor          # [B, Lt, Dt] instruction embeddings
     text_mask: torch.Tensor     # [B, Lt] bool
     proprio: torch.Tensor       # [B, 128] normalised, 0 where inactive
     action: torch.Tensor        # [B, T, 128] normalised, 0 where inactive or past the end
@@ -44,11 +45,11 @@ class FeatureBatch:
     def check(self) -> "FeatureBatch":
         """Raise `ValueError` naming the first field whose shape or dtype breaks the contract; return self."""
         b, l, d = self.tokens.shape
-        lt, t = self.text.shape[1], self.action.shape[1]
+        (_, lt, dt), t = self.text.shape, self.action.shape[1]
         integer, boolean, real = torch.int64, torch.bool, torch.float32
         expected = {
             "token_mask": ((b, l), boolean), "view_id": ((b, l), integer), "frame_id": ((b, l), integer),
-            "text": ((b, lt, d), self.tokens.dtype if self.token_scale is None else torch.float16), "text_mask": ((b, lt), boolean),
+            "text": ((b, lt, dt), self.tokens.dtype if self.token_scale is None else torch.float16), "text_mask": ((b, lt), boolean),
             "proprio": ((b, UNIFIED_DIM), real), "action": ((b, t, UNIFIED_DIM), real),
             "action_mask": ((b, UNIFIED_DIM), boolean), "step_mask": ((b, t), boolean),
             "embodiment": ((b,), integer), "control_hz": ((b,), real), "dataset": ((b,), integer),

@@ -71,22 +71,27 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @vlm_app.command("tiny")
 def vlm_tiny(
     out: Out,
-    arch: Annotated[str, typer.Option("--arch", help="Architecture: qwen3vl.")] = "qwen3vl",
+    arch: Annotated[str, typer.Option("--arch", help="Architecture: qwen3vl or paligemma2.")] = "qwen3vl",
     seed: Annotated[int, typer.Option("--seed", help="Of the random weights.")] = 0,
 ) -> None:
     """Make a checkpoint of the real architecture at toy width with random weights, offline: for demos and tests, not for robots.
 
     Example: dvla vlm tiny --arch qwen3vl --out vlm
     """
+    from .cache.tiny_paligemma import TinyPaliGemmaSpec, make_tiny_paligemma2
     from .cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
     from .errors import unknown
 
-    if arch != "qwen3vl":
-        raise unknown("architecture", arch, ["qwen3vl"])
+    if arch not in ("qwen3vl", "paligemma2"):
+        raise unknown("architecture", arch, ["qwen3vl", "paligemma2"])
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
-    make_tiny_qwen3vl(out, TinySpec(seed=seed))
-    console.print(f"{out}: Qwen3-VL at toy width with random weights")
+    if arch == "qwen3vl":
+        make_tiny_qwen3vl(out, TinySpec(seed=seed))
+    else:
+        make_tiny_paligemma2(out, TinyPaliGemmaSpec(seed=seed))
+    name = {"qwen3vl": "Qwen3-VL", "paligemma2": "PaliGemma 2"}[arch]
+    console.print(f"{out}: {name} at toy width with random weights")
 
 
 # --- training ----------------------------------------------------------------------------------------------------------

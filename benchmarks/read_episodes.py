@@ -77,6 +77,7 @@ def read_lerobot(root: Path) -> tuple[float, dict[tuple, int]]:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset, sums = LeRobotDataset("dvla/bench", root=root, video_backend="pyav"), {}
+    dataset[0]      # the clock starts when libraries are loaded
     begin = time.perf_counter()
     for i in range(len(dataset)):
         item = dataset[i]
@@ -90,6 +91,7 @@ def read_lerobot(root: Path) -> tuple[float, dict[tuple, int]]:
 def read_dvla(root: Path, config: DatasetConfig) -> tuple[float, dict[tuple, int]]:
     """The same through `Source.load` and its views."""
     source, sums, first = open_source(root, config), {}, 0
+    source.table(source.episode_ids[0])
     begin = time.perf_counter()
     for number in source.episode_ids:
         episode = source.load(number)
@@ -127,7 +129,7 @@ def describe_files(source: Source) -> str:
         stream = container.streams.video[0]
         keys = sum(p.is_keyframe for p in container.demux(video=0) if p.pts is not None)
         return (f"{stream.codec_context.name} {stream.width}×{stream.height}, {len(files)} files, a key frame every "
-                f"{stream.frames / max(keys, 1):.0f} frames, {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB")
+                f"{stream.frames / max(keys, 1):.1f} frames, {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB")
 
 
 def main() -> None:

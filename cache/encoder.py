@@ -1,27 +1,22 @@
-"""The vision-language model as a frozen feature encoder: pictures to merged tokens, instructions to embeddings.
+"""The vision-language model as a frozen feature encoder: pictures to tokens, instructions to embeddings.
 
-One module serves the cache build (frozen), fine-tuning (live, with LoRA from `cache.lora`) and inference.
+One module serves the cache build (frozen), fine-tuning (live, with LoRA from `cache.lora`) and inference. What all families share is
+here; `cache.qwen3vl` and `cache.paligemma2` hold the rest.
 
-Letters: N images, S patches of one image, F values of one patch, C vision width, K merged tokens of one image
-(S / merge^2), D width of the language model (= width of the features), V vocabulary, n texts, Lt text tokens.
+Letters: N images, V views, S patches of one image, F values of one patch, C vision width, K tokens of one image, D width of the
+features, Dt width of the language model (= of text features; D = Dt but for `features: patch`), n texts, Lt text tokens.
 
-Features are the output of the model's own pretrained merger. Qwen3-VL also feeds three DeepStack features from inner
-blocks into its first language layers; these are not cached, and their mergers are neither read nor computed. Text
-features are rows of the language model's embedding table. Nothing else of the checkpoint is read: a file that holds
-only language layers may be missing.
-
-All images of a batch have the same size, which `cache.vision_tower` uses to make one attention call per block.
+Features are what the language model would be given: image tokens after the model's own projection into its width (`features: merged`),
+text as rows of its embedding table, both on the scale of the hidden state that enters its first layer. `features: patch` are the tokens
+before that projection: more of them and narrower. Nothing else of a checkpoint is read: a file that holds only language layers may be
+missing. All images of a batch have the same size, so that every block makes one attention call.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,30 +26,32 @@ from ..errors import UserError, unknown
 from ..settings import configs_dir, from_mapping, load_yaml
 from .codec import average_pool, check_pooling
 from .preprocess import PADDING_RULE, ImageSpec, preprocess
-from .vision_tower import PositionTables, embed_patches, position_tables, rotary_frequencies, run_blocks
+from .vlm_files import tensors_sha256
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Raise it when this file, vision_tower.py or preprocess.py computes other features from the same weights.
+# Raise it when this file, a family's, vision_tower.py or preprocess.py computes other features from the same weights.
 ENCODER_CODE_VERSION = 1
-VISION_PREFIX = "model.visual."
-DEEPSTACK_PREFIX = "model.visual.deepstack_merger_list."
-EMBEDDING_NAME = "model.language_model.embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Which model encodes, and how its pictures are prepared."""
+    """Which model encodes, and how its pictures are prepared. `UserError` for settings that exclude each other."""
 
     path: str                                                   # checkpoint folder or hub id
-    vlm: Literal["qwen3vl"] = "qwen3vl"                         # architecture
+    vlm: Literal["qwen3vl", "paligemma2"] = "qwen3vl"           # architecture
     revision: str | None = None                                 # hub commit or tag
     resolution: int = 448                                       # side of the square input, pixels
-    features: Literal["merged"] = "merged"                      # merger output
+    features: Literal["merged", "patch"] = "merged"             # after the model's merger or projector; or before it
     tokens: int | None = None                                   # averaged on the grid down to this many; None = all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # computation; auto: bfloat16 on CUDA, else float32
+    depth: Literal["vision", "language"] = "vision"             # language: the language model's last hidden state
+
+    def __post_init__(self) -> None:
+        if self.depth == "language" and (self.vlm != "paligemma2" or self.features != "merged"):
+            raise UserError(f"depth language is of paligemma2 with features merged; given: {self.vlm} with features {self.features}")
 
 
 def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
@@ -72,55 +69,88 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
     return from_mapping(EncoderSpec, values, where=f"model {model}")
 
 
-class VisionLanguageEncoder(nn.Module):
-    """The vision tower and the embedding table of one checkpoint. Made by `load_encoder`; all weights frozen.
+@dataclass(frozen=True)
+class LoraLayers:
+    """Where LoRA may go in a family's `vision`, as regular expressions over module names."""
 
-    `vision` is transformers' own tower (LoRA goes there). `adapter` is peft's wrapper of it once LoRA was added, else
+    block: str          # prefix of a block's layers, "{n}" for its number
+    attention: str      # linear layers of its attention
+    mlp: str            # and of its MLP
+    projection: str     # after the blocks
+
+
+class VisionLanguageEncoder(nn.Module):
+    """The vision part and the embedding table of one checkpoint. Made by `load_encoder`; all weights frozen.
+
+    `vision` is everything between pixels and features (LoRA goes there). `adapter` is peft's wrapper of it once LoRA was added, else
     None; it is set by `cache.lora` and is not a submodule, since its modules are those of `vision`.
     """
 
     adapter: PeftModel | None
+    lora_layers: ClassVar[LoraLayers]
+    text_scale: float = 1.0     # between the embedding table and the language model's first layer
 
     def __init__(self, spec: EncoderSpec, image: ImageSpec, vision: nn.Module, embedding: torch.Tensor, tokenizer: Any,
                  weights: dict[str, Any]) -> None:
         super().__init__()
         self.spec, self.image, self.tokenizer = spec, image, tokenizer
         self.vision = vision
-        self.embedding = embedding      # [V,D] in the checkpoint's dtype; stays on the CPU: read once per instruction
+        self.embedding = embedding      # [V,Dt] in the checkpoint's dtype; stays on the CPU: read once per instruction
         self.weights = weights          # {"sha256", "config"} for the fingerprint
         self.merged_adapter: dict[str, Any] | None = None     # of an adapter that was merged into the weights
         self.set_adapter(None)
-        self._tables: dict[torch.device, PositionTables] = {}
+        check_pooling(self.tokens, self.native_tokens)
+
+    # --- what a family adds -------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks of the vision tower."""
+        raise NotImplementedError
+
+    @property
+    def vision_width(self) -> int:
+        """C, width of the tokens before the projection."""
+        raise NotImplementedError
+
+    def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
+        """Normalised patch rows [N,S,F] -> features before pooling [N,K,D], row by row."""
+        raise NotImplementedError
+
+    # --- what all share -----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter: PeftModel | None) -> None:
         """Remember peft's wrapper without registering it: its modules are those of `vision`."""
         object.__setattr__(self, "adapter", adapter)
 
     @property
+    def native_tokens(self) -> int:
+        """Tokens of one image before pooling."""
+        return self.image.grid**2 if self.spec.features == "patch" else self.image.tokens
+
+    @property
     def tokens(self) -> int:
-        """K, tokens of one image: the merger's, or fewer when they are pooled."""
-        return self.spec.tokens or self.image.tokens
+        """K, tokens of one image: the model's own, or fewer when they are pooled."""
+        return self.native_tokens if self.spec.tokens is None else self.spec.tokens
 
     @property
     def width(self) -> int:
-        """D, width of image and text features."""
+        """D, width of image features."""
+        return self.vision_width if self.spec.features == "patch" else self.text_width
+
+    @property
+    def text_width(self) -> int:
+        """Dt, width of text features: the language model's."""
         return self.embedding.shape[1]
 
     @property
     def device(self) -> torch.device:
-        return self.vision.pos_embed.weight.device
+        return next(self.vision.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the computation and of all features returned."""
-        return self.vision.pos_embed.weight.dtype
-
-    @property
-    def tables(self) -> PositionTables:
-        """Position tables of this resolution on the current device, computed once."""
-        if self.device not in self._tables:
-            self._tables[self.device] = position_tables(self.vision, self.image.grid, self.device)
-        return self._tables[self.device]
+        return next(self.vision.parameters()).dtype
 
     def encode_images(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
         """uint8 RGB [N,H,W,3] -> features [N,K,D]. Builds a graph only for weights that require gradients."""
@@ -128,24 +158,24 @@ class VisionLanguageEncoder(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Normalised patch rows [N,S,F] (from `preprocess`) -> features [N,K,D]."""
-        hidden = embed_patches(self.vision, patches, self.tables)                   # [N,S,C]
-        hidden = run_blocks(self.vision, hidden, self.tables)                       # [N,S,C]
-        merged = self.vision.merger(hidden.flatten(0, 1))                           # [N*K,D]
-        merged = merged.reshape(len(patches), self.image.tokens, -1)                # [N,K',D]
-        return average_pool(merged, self.tokens)                                    # [N,K,D]
+        return average_pool(self.vision_features(patches), self.tokens)             # [N,K,D]
 
     def encode_text(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Instructions -> (embeddings [n,Lt,D] padded with zeros, lengths [n] int64), on the encoder's device.
+        """Instructions -> (embeddings [n,Lt,Dt] padded with zeros, lengths [n] int64), on the encoder's device.
 
         No special tokens are added; an empty instruction is the one pad token, so that every length is at least 1.
         """
         tokenizer = self.tokenizer
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] or [tokenizer.pad_token_id] for text in texts]
         lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)           # [n]
-        out = torch.zeros(len(rows), int(lengths.max()) if rows else 0, self.width, dtype=self.dtype)   # [n,Lt,D]
+        out = torch.zeros(len(rows), int(lengths.max()) if rows else 0, self.text_width, dtype=self.dtype)      # [n,Lt,Dt]
         for i, row in enumerate(rows):
-            out[i, :len(row)] = self.embedding[row].to(self.dtype)
+            out[i, :len(row)] = self.embed(row)
         return out.to(self.device), lengths.to(self.device)
+
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Token ids [Lt] -> what enters the language model's first layer [Lt,Dt], on the CPU; rounded as transformers does."""
+        return self.embedding[list(ids)].to(self.dtype) * torch.tensor(self.text_scale, dtype=self.dtype)
 
     @torch.no_grad()
     def null_image_features(self) -> torch.Tensor:
@@ -166,136 +196,22 @@ class VisionLanguageEncoder(nn.Module):
         }
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
 def load_encoder(spec: EncoderSpec, device: torch.device | str = "cpu",
                  dtype: torch.dtype | None = None) -> VisionLanguageEncoder:
-    """Read the vision tower, the embedding table and the tokenizer of `spec.path`; frozen, in eval mode, on `device`.
+    """Read the vision part, the embedding table and the tokenizer of `spec.path`; frozen, in eval mode, on `device`.
 
     `dtype` overrides `spec.dtype`. `UserError` when the checkpoint is missing, incomplete, damaged or of another
-    architecture, or when the resolution does not fit its patches.
+    architecture, or when resolution or tokens do not fit its patches.
     """
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+    from . import paligemma2, qwen3vl   # they import this module
 
+    families = {"qwen3vl": qwen3vl.load, "paligemma2": paligemma2.load}
+    if spec.vlm not in families:
+        raise unknown("vlm", spec.vlm, families)
     device = torch.device(device)
     if dtype is None:
         dtype = DTYPES.get(spec.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    folder = _checkpoint_folder(spec)
-    model_type = _read_json(folder / "config.json").get("model_type")
-    if model_type != "qwen3_vl":
-        raise UserError(f"{spec.path} is a '{model_type}' checkpoint; --vlm {spec.vlm} needs model_type 'qwen3_vl'")
-    config = copy.deepcopy(AutoConfig.from_pretrained(folder).vision_config)
-    image = _image_spec(folder, config, spec.resolution)
-    check_pooling(spec.tokens or image.tokens, image.tokens)
-    tensors = _read_tensors(folder)
-    weights = {"sha256": tensors_sha256(tensors), "config": _config_identity(config)}
-    embedding = tensors.pop(EMBEDDING_NAME)
-
-    config.deepstack_visual_indexes = []
-    with torch.device("meta"):
-        vision = Qwen3VLVisionModel(config)
-    state = {name.removeprefix(VISION_PREFIX): t.to(device=device, dtype=dtype) for name, t in tensors.items()}
-    try:
-        vision.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{spec.path}: its vision weights do not fit its config: {reason}") from None
-    for name, _ in list(vision.rotary_pos_emb.named_buffers()):     # the only buffers; a state dict does not hold them
-        setattr(vision.rotary_pos_emb, name, rotary_frequencies(config).to(device))
-    left = [name for name, t in (*vision.named_parameters(), *vision.named_buffers()) if t.is_meta]
-    if left:
-        raise ValueError(f"this transformers version has vision tensors neither stored nor rebuilt: {', '.join(left)}")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{spec.path} has no tokenizer: neither tokenizer.json nor vocab.json is there")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    vision.requires_grad_(False)
-    return VisionLanguageEncoder(spec, image, vision, embedding, tokenizer, weights).eval()
-
-
-def _checkpoint_folder(spec: EncoderSpec) -> Path:
-    """The local folder of the checkpoint; of a hub id, only the needed files are downloaded, unless there already."""
-    folder = Path(spec.path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{spec.path} is no checkpoint folder: config.json is missing")
-        return folder
-    if folder.is_absolute() or spec.path.startswith(".") or spec.path.count("/") != 1:
-        raise UserError(f"checkpoint folder {spec.path} does not exist (and it is no hub id of the form owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    try:
-        small = ["*.json", "*.txt", "*.jinja"]
-        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=small))
-        files = sorted(set(_tensor_files(folder).values())) or ["model.safetensors"]
-        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=small + files))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot get {spec.path} from the hub: give a local checkpoint folder, or go online, check the "
-                        f"name and log in if it is gated ({type(error).__name__}: {reason})") from None
-
-
-def _tensor_files(folder: Path) -> dict[str, str]:
-    """{needed tensor: file name} from the index; empty for a checkpoint in one file."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return {}
-    return {name: file for name, file in _read_json(index)["weight_map"].items() if _needed(name)}
-
-
-def _needed(name: str) -> bool:
-    return name == EMBEDDING_NAME or (name.startswith(VISION_PREFIX) and not name.startswith(DEEPSTACK_PREFIX))
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The needed tensors, sorted by name, in the stored dtype."""
-    from safetensors import SafetensorError, safe_open
-
-    wanted = _tensor_files(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(set(wanted.values())) or ["model.safetensors"]:
-        if not (folder / file).is_file():
-            raise UserError(f"{folder} is incomplete: {file}, which holds vision or embedding weights, is missing")
-        try:
-            with safe_open(folder / file, framework="pt") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys() if _needed(name)}
-        except SafetensorError as error:
-            raise UserError(f"{folder / file} is damaged: {error}") from None
-    absent = sorted(set(wanted) - set(tensors)) or [n for n in (EMBEDDING_NAME,) if n not in tensors]
-    if absent or len(tensors) < 2:
-        raise UserError(f"{folder} lacks weights of a Qwen3-VL model: {', '.join(absent[:3]) or VISION_PREFIX + '*'}")
-    return dict(sorted(tensors.items()))
-
-
-def _image_spec(folder: Path, config: Any, resolution: int) -> ImageSpec:
-    """Mean and std from the processor's file (transformers 5: in processor_config.json), the rest from the model."""
-    file = folder / "preprocessor_config.json"
-    newer = folder / "processor_config.json"
-    values = _read_json(file) if file.is_file() else _read_json(newer).get("image_processor", {})
-    if "image_mean" not in values or "image_std" not in values:
-        raise UserError(f"{folder}: the processor config gives no image_mean and image_std")
-    return ImageSpec(resolution, config.patch_size, config.spatial_merge_size, config.temporal_patch_size,
-                     tuple(values["image_mean"]), tuple(values["image_std"]))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
-
-
-# --- identity --------------------------------------------------------------------------------------------------------
-
-CONFIG_FIELDS = ("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "in_channels", "patch_size",
-                 "spatial_merge_size", "temporal_patch_size", "out_hidden_size", "num_position_embeddings")
-
-
-def _config_identity(config: Any) -> dict[str, Any]:
-    """The fields of the vision config that features depend on, by name: the same in every transformers version."""
-    return {name: getattr(config, name) for name in CONFIG_FIELDS}
+    return families[spec.vlm](spec, device, dtype).requires_grad_(False).eval()
 
 
 def adapter_identity(adapter: PeftModel) -> dict[str, Any]:
@@ -303,12 +219,3 @@ def adapter_identity(adapter: PeftModel) -> dict[str, Any]:
     lora = {name: p for name, p in adapter.named_parameters() if "lora_" in name}
     config = adapter.peft_config["default"]
     return {"sha256": tensors_sha256(lora), "scaling": config.lora_alpha / config.r}
-
-
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of the tensors, in order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ Zarr library opens it:
     <dataset>/{action,proprio,timestamp}       [frames, 128] or [frames]; a table is one shard
     <dataset>/{action_mask,proprio_mask}       [128] bool
     <dataset>/episodes/{start,length,id,instruction}     [episodes] int64
-    <dataset>/text/{embedding,length}          [instructions, Lt, width] float16, [instructions] int64
+    <dataset>/text/{embedding,length}          [instructions, Lt, text width] float16, [instructions] int64
     <dataset>/null/<view>, <dataset>/null_text           features of a black frame and of an empty instruction
     .commits/<dataset>/tables.json, .commits/<dataset>/<array>/<shard>.json    what a builder has finished (array: view or variant)
     .lock                                      held by the one builder
@@ -134,6 +134,18 @@ class BuildPlan:
                                                    for e in d.episodes},
                                       "episode_order": [e.episode_id for e in d.episodes]} for d in self.datasets}}
 
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> BuildPlan:
+        """Inverse of `document`, also after a round trip through JSON: the plan of the cache whose fingerprint holds it."""
+        def dataset(name: str) -> DatasetPlan:
+            d = document["datasets"][name]
+            episodes = ((number, d["episodes"][str(number)]) for number in d["episode_order"])
+            return DatasetPlan(name, tuple(d["views"]), tuple(EpisodePlan(n, e["length"], e["instruction"], e["source_hash"],
+                                                                          tuple(e["view_hashes"])) for n, e in episodes),
+                               tuple((number, reason) for number, reason in d["quarantined"]))
+        return cls(tuple(map(dataset, document["order"])), document["tokens"], document["width"], document["shard_frames"],
+                   FeatureFormat(document["dtype"], document["compression"]), document["frame_stride"], document["variants"])
+
 
 @dataclass(frozen=True)
 class ShardTask:
@@ -154,7 +166,8 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class DatasetTables:
-    """Everything of a dataset but its vision features. N frames, n distinct instructions, Lt text tokens, D width.
+    """Everything of a dataset but its vision features. N frames, n distinct instructions, Lt text tokens, D width,
+    Dt width of text (D, unless features are taken before the projection into the language model).
 
     Actions and proprio are unified but NOT normalised; `*_stats` are `Statistics` of normalize.py and `*_rotation`
     marks the slots that normalisation leaves alone.
@@ -169,9 +182,9 @@ class DatasetTables:
     proprio_rotation: np.ndarray            # [128] bool
     proprio_stats: Any                      # Statistics
     timestamp: np.ndarray                   # [N] float64 seconds
-    text: np.ndarray                        # [n, Lt, D] float16, rows as `DatasetPlan.instructions`
+    text: np.ndarray                        # [n, Lt, Dt] float16, rows as `DatasetPlan.instructions`
     text_length: np.ndarray                 # [n] int64, tokens in use
-    null_text: np.ndarray                   # [Lt0, D] float16, the empty instruction
+    null_text: np.ndarray                   # [Lt0, Dt] float16, the empty instruction
     null_features: dict[str, np.ndarray]    # view → [tokens, D] float16, a black frame
     embodiment: int                         # embodiment id
     control_hz: float

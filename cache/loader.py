@@ -5,7 +5,7 @@ it any more. So a batch, or any view of one of its fields, may be kept as long a
 a loop that drops each batch runs in `prefetch` + 2 storages. (With CUDA the storages are pinned, and an event recorded
 when a batch is dropped is awaited before refilling: copy with `non_blocking=True` on the stream that is current then.)
 
-Letters: B batch, V views, P tokens per view, L = V·P, D width, Lt text tokens, T horizon, E episodes.
+Letters: B batch, V views, P tokens per view, L = V·P, D width, Lt text tokens, Dt their width, T horizon, E episodes.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ class _Assembler:
         self.cache, self.horizon, self.pinned = cache, horizon, pinned
         self.views = max(len(d.views) for d in cache.datasets) if features else 0
         b, length, width = batch_size, self.views * cache.tokens, cache.width
-        text = max(max(d.text.shape[1], len(d.null_text)) for d in cache.datasets)
+        text = max(max(d.text.shape[1], len(d.null_text)) for d in cache.datasets), cache.text_width
         half, real, integer, boolean = torch.float16, torch.float32, torch.int64, torch.bool
         stored = getattr(torch, cache.format.zarr_dtype) if features else half
         self.slots, self.quantised = b * self.views, features and cache.format.quantised
         self.fields = {
             "tokens": ((b, length, width), stored), "token_mask": ((b, length), boolean),
             "view_id": ((b, length), integer), "frame_id": ((b, length), integer),
-            "text": ((b, text, width), half), "text_mask": ((b, text), boolean),
+            "text": ((b, *text), half), "text_mask": ((b, text[0]), boolean),
             "proprio": ((b, UNIFIED_DIM), real), "action": ((b, horizon, UNIFIED_DIM), real),
             "action_mask": ((b, UNIFIED_DIM), boolean), "step_mask": ((b, horizon), boolean),
             "embodiment": ((b,), integer), "control_hz": ((b,), real),
@@ -161,7 +161,7 @@ class _Assembler:
         instruction = source.episode_instruction[episode]
         length = np.where(no_text, len(source.null_text), source.text_length[instruction])
         out["text_mask"][where] = np.arange(out["text"].shape[1]) < length[:, None]
-        text = np.zeros((len(row), *out["text"].shape[1:]), np.float16)         # [n, Lt, D]
+        text = np.zeros((len(row), *out["text"].shape[1:]), np.float16)         # [n, Lt, Dt]
         text[:, :source.text.shape[1]] = source.text[instruction]
         text[no_text] = 0
         text[no_text, :len(source.null_text)] = source.null_text

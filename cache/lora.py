@@ -1,9 +1,10 @@
-"""LoRA on the vision tower of an encoder, through peft: add, save, load, merge.
+"""LoRA on the vision part of an encoder, through peft: add, save, load, merge.
 
-Qwen3-VL's tower computes queries, keys and values with one fused layer `qkv`, so LoRA on "q and v only" does not
-exist here: the target "attention" is `qkv` and `proj` of each block. "all-linear" adds both MLP layers of each block
-and both layers of the merger; the patch convolution and the position embedding are never adapted. At the start the
-product B A is zero (B = 0): features equal the base model's exactly.
+The target "attention" is every linear layer of each block's attention: `qkv` and `proj` in Qwen3-VL, whose queries, keys and values are
+one fused layer (so that LoRA on "q and v only" does not exist there); `q_proj`, `k_proj`, `v_proj` and `out_proj` in PaliGemma 2.
+"all-linear" adds both MLP layers of each block and the merger's or projector's, unless features are taken before it; the patch
+convolution and the position embedding are never adapted. At the start the product B A is zero (B = 0): features equal the base
+model's exactly.
 
 An adapter on disk is peft's own format (adapter_config.json, adapter_model.safetensors), so peft loads it without
 this package.
@@ -36,7 +37,7 @@ class LoraSpec:
     alpha: float = 32.0                                         # the update is scaled by alpha / r
     dropout: float = 0.0                                        # on the adapter's input, in training
     targets: Literal["attention", "all-linear"] = "attention"   # see above
-    last_n_blocks: int | None = None                            # only the last n (and a targeted merger); None = all
+    last_n_blocks: int | None = None                            # only the last n (and the projection); None = all
     seed: int = 0                                               # of the random matrices A
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
 
     _require_none(encoder)
     config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, bias="none",
-                        target_modules=_target_pattern(spec, len(encoder.vision.blocks)))
+                        target_modules=_target_pattern(spec, encoder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         encoder.set_adapter(get_peft_model(encoder.vision, config))
@@ -121,15 +122,17 @@ def merge_lora(encoder: VisionLanguageEncoder) -> None:
     encoder.set_adapter(None)
 
 
-def _target_pattern(spec: LoraSpec, depth: int) -> str:
-    """A regular expression over module names of the tower (peft matches it in full)."""
+def _target_pattern(spec: LoraSpec, encoder: VisionLanguageEncoder) -> str:
+    """A regular expression over module names of `encoder.vision` (peft matches it in full)."""
+    depth, layers = encoder.blocks, encoder.lora_layers
     last = depth if spec.last_n_blocks is None else spec.last_n_blocks
     if not 1 <= last <= depth:
         raise UserError(f"last_n_blocks is {last}, but the vision tower has {depth} blocks; give 1 to {depth}")
-    blocks = "|".join(str(i) for i in range(depth - last, depth))
+    block = layers.block.replace("{n}", "|".join(str(i) for i in range(depth - last, depth)))
     if spec.targets == "attention":
-        return rf"blocks\.({blocks})\.attn\.(qkv|proj)"
-    return rf"blocks\.({blocks})\.(attn\.(qkv|proj)|mlp\.linear_fc[12])|merger\.linear_fc[12]"
+        return f"{block}{layers.attention}"
+    inside = f"{block}({layers.attention}|{layers.mlp})"
+    return inside if encoder.spec.features == "patch" else f"{inside}|{layers.projection}"
 
 
 def _require_adapter(encoder: VisionLanguageEncoder) -> PeftModel:

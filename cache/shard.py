@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -37,8 +38,12 @@ def index_nbytes(chunks_per_shard: int) -> int:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name a file carries until it is whole; `CacheWriter` removes the ones a killed builder left."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    """The name a file carries until it is whole: this process's own, on whatever host it runs. `CacheWriter` removes the ones that a
+    killed builder left."""
+    return path.with_name(f".{path.name}.tmp-{_own_names.setdefault(os.getpid(), uuid.uuid4().hex[:16])}")
+
+
+_own_names: dict[int, str] = {}     # process id → its part of temporary names; a forked process gets another
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -120,11 +125,14 @@ def write_file(path: Path, data: bytes) -> tuple[int, int]:
     """Write a small file whole or not at all; returns (nbytes, crc32c)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)   # already renamed unless something went wrong
     return len(data), crc32c(data)
 
 

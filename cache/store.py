@@ -28,7 +28,7 @@ class CacheDataset:
 
     `episode_start`, `episode_length`, `episode_id`, `episode_instruction` [E] int64; `quarantined` [E] bool; `action`,
     `proprio` [N, 128] float32 unified, not normalised; `action_mask`, `proprio_mask` [128] bool; `timestamp` [N]
-    float64 s; `text` [n, Lt, D] float16; `text_length` [n] int64; `null_text` [Lt0, D] float16; `null_features` [views,
+    float64 s; `text` [n, Lt, Dt] float16; `text_length` [n] int64; `null_text` [Lt0, Dt] float16; `null_features` [views,
     tokens, D] float16; `attributes` all that the build recorded, such as the action map.
     """
 
@@ -164,6 +164,7 @@ class Cache:
         self.datasets = tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"])
         self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
         self.variants, self.format = manifest["variants"], self.datasets[0].format
+        self.text_width = self.datasets[0].text.shape[2]    # one encoder made all of them
 
     @classmethod
     def open(cls, path: Path | str) -> Cache:

@@ -7,9 +7,11 @@ same spec gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,13 +84,7 @@ def make_tiny_qwen3vl(out: Path | str, spec: TinySpec = TinySpec()) -> Path:
     """Write the checkpoint folder `out` (under a temporary name first) and return it. `UserError` when `out` exists."""
     from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another folder or remove it")
-    part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(Path(out)) as part:
         tokenizer = _write_tokenizer(part, spec)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
@@ -100,10 +96,28 @@ def make_tiny_qwen3vl(out: Path | str, spec: TinySpec = TinySpec()) -> Path:
         limit = sum(p.numel() * p.element_size() for p in model.model.language_model.layers.parameters())
         model.save_pretrained(part, max_shard_size=limit)
         _write_processors(part, spec)
+    return Path(out)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` when the block ends well. `UserError` when `out` exists."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another folder or remove it")
+    part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
         os.replace(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return out
+
+
+def instructions() -> list[str]:
+    """The corpus of the tokenizers."""
+    corpus = [f"{verb} {thing} {place}." for verb in VERBS for thing in OBJECTS for place in PLACES]
+    return corpus + [line.capitalize() for line in corpus]
 
 
 def _config(spec: TinySpec, tokenizer: Any) -> Any:
@@ -142,12 +156,10 @@ def _write_tokenizer(folder: Path, spec: TinySpec) -> Any:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
-    corpus = [f"{verb} {thing} {place}." for verb in VERBS for thing in OBJECTS for place in PLACES]
-    corpus += [line.capitalize() for line in corpus]
     learned = spec.vocabulary - len(SPECIAL_TOKENS) - len(PLAIN_TOKENS)
     trainer = trainers.BpeTrainer(vocab_size=learned, show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.train_from_iterator(instructions(), trainer)
     tokenizer.model.save(str(folder))                                   # vocab.json, merges.txt
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN_TOKENS])
@@ -155,7 +167,7 @@ def _write_tokenizer(folder: Path, spec: TinySpec) -> Any:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     added = {str(tokenizer.token_to_id(t)): {"content": t, **flags, "special": t in SPECIAL_TOKENS}
              for t in SPECIAL_TOKENS + PLAIN_TOKENS}
-    _write_json(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]), "bos_token": None, "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 4096, "pad_token": "<|endoftext|>",
@@ -169,9 +181,10 @@ def _write_processors(folder: Path, spec: TinySpec) -> None:
     common = {"patch_size": spec.patch_size, "temporal_patch_size": 2, "merge_size": spec.merge_size,
               "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": "Qwen3VLProcessor",
               "size": {"shortest_edge": (spec.patch_size * spec.merge_size) ** 2, "longest_edge": 16777216}}
-    _write_json(folder / "preprocessor_config.json", common | {"image_processor_type": "Qwen2VLImageProcessorFast"})
-    _write_json(folder / "video_preprocessor_config.json", common | {"video_processor_type": "Qwen3VLVideoProcessor"})
+    write_json(folder / "preprocessor_config.json", common | {"image_processor_type": "Qwen2VLImageProcessorFast"})
+    write_json(folder / "video_preprocessor_config.json", common | {"video_processor_type": "Qwen3VLVideoProcessor"})
 
 
-def _write_json(file: Path, values: dict[str, Any]) -> None:
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Readable JSON with a fixed byte form."""
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .attention import attention
+
 
 @dataclass(frozen=True)
 class PositionTables:
@@ -26,6 +28,7 @@ class PositionTables:
     weight: torch.Tensor    # [4,S,1] float32, bilinear weights of the corners
     cos: torch.Tensor       # [S,E] float32, rotary
     sin: torch.Tensor       # [S,E] float32
+    row_major: torch.Tensor  # [S] int64, where in merge order the patches of the image lie, row by row
 
 
 def rotary_frequencies(config: Any) -> torch.Tensor:
@@ -55,7 +58,7 @@ def position_tables(vision: nn.Module, grid: int, device: torch.device) -> Posit
     blocks = torch.arange(grid * grid).reshape(grid // merge, merge, grid // merge, merge)
     order = blocks.permute(0, 2, 1, 3).flatten()    # [S], row-major index of the s-th patch in merge order
     return PositionTables(index.reshape(4, -1)[:, order].to(device), weight.reshape(4, -1, 1)[:, order].to(device),
-                          angle.cos()[order].to(device), angle.sin()[order].to(device))
+                          angle.cos()[order].to(device), angle.sin()[order].to(device), order.argsort().to(device))
 
 
 def embed_patches(vision: nn.Module, patches: torch.Tensor, tables: PositionTables) -> torch.Tensor:
@@ -77,7 +80,7 @@ def run_blocks(vision: nn.Module, hidden: torch.Tensor, tables: PositionTables) 
 def _attention(attn: nn.Module, x: torch.Tensor, tables: PositionTables) -> torch.Tensor:
     n, s, c = x.shape
     q, k, v = attn.qkv(x).view(n, s, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)                  # each [N,A,S,E]
-    mixed = F.scaled_dot_product_attention(_rotate(q, tables), _rotate(k, tables), v)               # [N,A,S,E]
+    mixed = attention(_rotate(q, tables), _rotate(k, tables), v)                                    # [N,A,S,E]
     return attn.proj(mixed.transpose(1, 2).reshape(n, s, c))                                        # [N,S,C]
 
 

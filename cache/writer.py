@@ -8,26 +8,61 @@ the finished bytes depend neither on the order of the work nor on restarts. Layo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from ..errors import UserError
 from . import fingerprint as fp
-from .actions import UNIFIED_DIM
-from .layout import (FORMAT, BuildPlan, DatasetPlan, DatasetTables, ShardTask, array_name, commit_file, features_document,
+from .contents import check_features, checked_arrays
+from .layout import (FORMAT, BuildPlan, DatasetTables, ShardTask, array_name, commit_file, features_document,
                      features_folder, group_document, json_bytes, open_table, read_json, record_compression, scales_document, scales_folder,
                      write_table)
 from .shard import ShardWriter, file_crc32c, publish, temporary_name, write_file
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)     # full disk, used-up quota, limit of one file's size
 Features = np.ndarray | tuple[np.ndarray, np.ndarray]   # float16, or (codes, token scales)
+
+
+def lock_folder(path: Path) -> BinaryIO:
+    """The lock of the cache at `path`: a file that is held until it is closed; `UserError` when another process has it."""
+    try:
+        file = open(path / ".lock", "ab")
+    except OSError as error:
+        raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock")):  # or another generation took its place meanwhile
+            return file
+    except OSError:
+        pass
+    file.close()
+    raise UserError(f"another process is building {path}; wait for it or stop it, then run again")
+
+
+def _names_full_disk(method: Method) -> Method:
+    """A full disk is a `UserError`: nothing is lost, and the same command goes on once there is room."""
+    @functools.wraps(method)
+    def guarded(self: CacheWriter, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            free = shutil.disk_usage(self.path).free / 2**30
+            raise UserError(f"cannot go on writing {self.path}: {error.strerror} ({free:.2f} GiB are free); what is finished is kept: "
+                            "make room and run the same command again") from None
+    return guarded  # type: ignore[return-value]
 
 
 class CacheWriter:
@@ -63,14 +98,9 @@ class CacheWriter:
             raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}); choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            writer._lock = open(path / ".lock", "ab")
         except OSError as error:
             raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
-        try:
-            fcntl.flock(writer._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            writer.close()
-            raise UserError(f"another process is building {path}; wait for it or stop it, then run again") from None
+        writer._lock = lock_folder(path)
         try:
             writer._prepare(asked)
         except BaseException:
@@ -91,6 +121,7 @@ class CacheWriter:
         """The datasets whose tables are still to be written."""
         return [d.name for d in self.plan.datasets if not self._committed(commit_file(self.path, d.name))]
 
+    @_names_full_disk
     def write_shard(self, task: ShardTask, chunks: Iterable[Features], quarantined: Sequence[tuple[int, str]] = ()) -> None:
         """Write one shard from features of observations `task.start … task.stop-1`, in order, and commit it.
 
@@ -108,7 +139,7 @@ class CacheWriter:
             beside = stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames)) if plan.format.quantised else None
             for chunk in chunks:
                 block, scale = chunk if isinstance(chunk, tuple) else (chunk[None] if chunk.ndim == 2 else chunk, None)
-                _check_features(block, scale, task, task.start + shard.count, plan)
+                check_features(block, scale, task, task.start + shard.count, plan)
                 shard.append(block)
                 if beside is not None and scale is not None:
                     beside.append(scale)
@@ -121,6 +152,7 @@ class CacheWriter:
         self._commit(commit_file(self.path, task.dataset, task.array, task.index), written,
                      quarantined=sorted([int(episode), reason] for episode, reason in quarantined))
 
+    @_names_full_disk
     def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:
         """float32 [D] of an 8-bit cache, measured and stored on the first call of a build, None of a 16-bit one. Before any shard."""
         if not self.plan.format.quantised:
@@ -130,6 +162,7 @@ class CacheWriter:
             self._commit(record, write_table(folder, measure().astype(np.float32), ("channel",)))
         return np.array(open_table(folder))
 
+    @_names_full_disk
     def adopt(self, task: ShardTask, other: Path) -> None:
         """Commit a shard that is, byte for byte, the one of the same name in the finished cache `other`: hard links where the
         file system has them."""
@@ -145,14 +178,15 @@ class CacheWriter:
             publish(temporary, target)
         write_file(commit_file(self.path, task.dataset, task.array, task.index), record.read_bytes())
 
+    @_names_full_disk
     def write_tables(self, dataset: str, tables: DatasetTables) -> None:
         """Write all of a dataset but its vision features, and commit it. `ValueError` for wrong shapes or dtypes."""
         plan, root = self._datasets[dataset], self.path / dataset
-        arrays, frame = _checked_arrays(plan, self.plan, tables), ("frame",)
+        arrays, frame = checked_arrays(plan, self.plan, tables), ("frame",)
         dimensions = {"action": ("frame", "slot"), "proprio": ("frame", "slot"), "timestamp": frame,
                       "action_mask": ("slot",), "proprio_mask": ("slot",), "text/length": ("instruction",),
-                      "text/embedding": ("instruction", "text_token", "channel"),
-                      "null_text": ("text_token", "channel")}
+                      "text/embedding": ("instruction", "text_token", "text_channel"),
+                      "null_text": ("null_text_token", "text_channel")}
         written: dict[Path, tuple[int, int]] = {}
         for name, values in arrays.items():
             default = ("episode",) if name.startswith("episodes/") else ("token", "channel")
@@ -171,6 +205,7 @@ class CacheWriter:
             raise ValueError(f"attributes {sorted(clash)} belong to the store")
         self._commit(commit_file(self.path, dataset), written, attributes={**tables.attributes, **own})
 
+    @_names_full_disk
     def finish(self) -> dict[str, Any]:
         """Write the metadata, the quarantine ledger and, last, the manifest; returns the manifest.
 
@@ -236,12 +271,13 @@ class CacheWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @_names_full_disk
     def _prepare(self, asked: dict[str, Any]) -> None:
         """Under the lock: check or write the fingerprint, and remove what a killed builder left."""
         if (self.path / "fingerprint.json").exists():
             _require_same(self.path, asked)
         for left in self.path.rglob(".*.tmp-*"):
-            left.unlink()
+            left.unlink(missing_ok=True)    # a worker that outlived its builder may be renaming it
         if not (self.path / "fingerprint.json").exists():
             write_file(self.path / "fingerprint.json", json_bytes(asked))
         if self.complete and not self._nothing_missing():
@@ -272,43 +308,3 @@ def _require_same(path: Path, asked: dict[str, Any]) -> None:
         more = f"; … {len(lines) - 8} more" if len(lines) > 8 else ""
         raise UserError(f"cache {path} was built from other settings: {'; '.join(lines[:8])}{more}. "
                         f"Choose another --out, or run with the cache's settings")
-
-
-def _check_features(block: np.ndarray, scale: np.ndarray | None, task: ShardTask, first: int, plan: BuildPlan) -> None:
-    """Shapes and dtypes of the contract (`ValueError`), and finite values (`UserError`)."""
-    format, dtype = plan.format, np.dtype(plan.format.zarr_dtype)
-    if block.dtype != dtype or block.ndim != 3 or (scale is None) == format.quantised:
-        raise ValueError(f"{task}: expected {dtype} [k, tokens, width]{' and scales' if format.quantised else ''}, got {block.dtype} "
-                         f"{list(block.shape)}{'' if scale is None else ' and scales'}")
-    if format.quantised:
-        if scale.shape != block.shape[:2] or scale.dtype != np.float32:
-            raise ValueError(f"{task}: expected scales float32 {block.shape[:2]}, got {scale.dtype} {scale.shape}")
-        bad = ~np.isfinite(scale).all(axis=1)
-    else:   # fp16 values whose exponent bits are all ones are infinite or NaN; testing the bits is faster than isfinite
-        suspect = block.size and (block.view(np.uint16) & 0x7FFF).max() >= 0x7C00
-        bad = ~np.isfinite(block).all(axis=(1, 2)) if suspect else np.zeros(len(block), bool)
-    if bad.any():
-        raise UserError(f"{task.dataset}/{task.array}: the feature of row {first + int(bad.argmax())} is not finite in {format.dtype}; "
-                        f"check the weights, or encode in another dtype")
-
-
-def _checked_arrays(plan: DatasetPlan, build: BuildPlan, t: DatasetTables) -> dict[str, np.ndarray]:
-    """The arrays of a dataset's tables by their path, each of the contract's shape and dtype."""
-    frames, n, width, slots = plan.frames, len(plan.instructions), build.width, UNIFIED_DIM
-    row = {text: i for i, text in enumerate(plan.instructions)}
-    expected = {"action": (t.action, (frames, slots), "f4"), "proprio": (t.proprio, (frames, slots), "f4"),
-                "action_mask": (t.action_mask, (slots,), "?"), "proprio_mask": (t.proprio_mask, (slots,), "?"),
-                "timestamp": (t.timestamp, (frames,), "f8"),
-                "text/embedding": (t.text, (n, t.text.shape[1], width), "f2"),
-                "text/length": (t.text_length, (n,), "i8"), "null_text": (t.null_text, (len(t.null_text), width), "f2"),
-                **{f"null/{view}": (t.null_features[view], (build.tokens, width), "f2") for view in plan.views}}
-    for name, (values, shape, dtype) in expected.items():
-        if values.shape != shape or values.dtype != np.dtype(dtype):
-            raise ValueError(f"{plan.name}/{name}: expected {shape} {np.dtype(dtype)}, "
-                             f"got {values.shape} {values.dtype}")
-    arrays = {name: values for name, (values, _, _) in expected.items()}
-    used = np.arange(t.text.shape[1]) < t.text_length[:, None]
-    arrays["text/embedding"] = np.where(used[..., None], t.text, np.float16(0))     # no bytes depend on padding
-    episodes = {"start": plan.starts.tolist(), "length": [e.length for e in plan.episodes],
-                "id": [e.episode_id for e in plan.episodes], "instruction": [row[e.instruction] for e in plan.episodes]}
-    return arrays | {f"episodes/{name}": np.array(values, np.int64) for name, values in episodes.items()}

@@ -1,7 +1,7 @@
 """PolicyNet: the trained part of the policy: projects cached or live VLM features to the DiT's width, generates.
 
-Letters: B observations, L vision tokens, Lt text tokens, S = L+Lt, D feature width of the VLM, W width of the DiT,
-G draws, T action steps.
+Letters: B observations, L vision tokens, Lt text tokens, S = L+Lt, D feature width of the VLM, Dt width of its text features, W width of
+the DiT, G draws, T action steps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class PolicyNetConfig:
     """Shape of the projector; the generator's is nested."""
 
     feature_width: int = 2048                            # D, width of the VLM features
+    text_width: int | None = None                        # Dt, of text features; None: D, and both share one projection
     dit: DiTConfig = field(default_factory=DiTConfig)    # the generator
     max_views: int = 8                                   # distinct cameras (view_id < max_views)
     max_frames: int = 8                                  # distinct frame offsets (frame_id < max_frames)
@@ -36,14 +37,16 @@ class PolicyNet(nn.Module):
         self.config = config
         d, w = config.feature_width, config.dit.width
         self.proj_seq = nn.Sequential(nn.Linear(d, w), nn.LayerNorm(w))
-        self.proj_pool = nn.Sequential(nn.Linear(d, w), nn.LayerNorm(w))
+        self.proj_text = nn.Sequential(nn.Linear(config.text_width, w), nn.LayerNorm(w)) if config.text_width else None
+        self.proj_pool = nn.Sequential(nn.Linear(d + (config.text_width or 0), w), nn.LayerNorm(w))
         self.camera_embed = nn.Embedding(config.max_views, w)
         self.time_embed = nn.Embedding(config.max_frames, w)
         self.text_position = nn.Linear(FOURIER_FEATURES, w, bias=False)   # embedded words have no order of their own
         self.dit = DriftingDiT(config.dit)
-        for linear in (self.proj_seq[0], self.proj_pool[0], self.text_position):
+        projections = [p[0] for p in (self.proj_seq, self.proj_text, self.proj_pool) if p is not None]
+        for linear in (*projections, self.text_position):
             nn.init.xavier_uniform_(linear.weight)
-        for linear in (self.proj_seq[0], self.proj_pool[0]):
+        for linear in projections:
             nn.init.zeros_(linear.bias)
         for embedding in (self.camera_embed, self.time_embed):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -53,11 +56,15 @@ class PolicyNet(nn.Module):
         device, l = batch.tokens.device.type, batch.tokens.shape[1]
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.proj_seq[0].weight.dtype
         mask = torch.cat([batch.token_mask, batch.text_mask], dim=1)            # [B,S]
-        features = torch.cat([batch.tokens.to(dtype), batch.text.to(dtype)], dim=1)   # [B,S,D]
-        features = features.masked_fill(~mask[..., None], 0)                    # [B,S,D]
-        mean = features.sum(1, dtype=torch.float32) / mask.sum(1, keepdim=True).clamp(min=1)   # [B,D]
-        pooled = self.proj_pool(mean.to(dtype))                                 # [B,W]
-        sequence = self.proj_seq(features)                                      # [B,S,W]
+        parts = [batch.tokens.to(dtype), batch.text.to(dtype)]                  # [B,L,D], [B,Lt,Dt]
+        if self.proj_text is None:
+            parts = [torch.cat(parts, dim=1).masked_fill(~mask[..., None], 0)]  # [B,S,D]
+            sequence = self.proj_seq(parts[0])                                  # [B,S,W]
+        else:
+            parts = [p.masked_fill(~m[..., None], 0) for p, m in zip(parts, (batch.token_mask, batch.text_mask))]
+            sequence = torch.cat([self.proj_seq(parts[0]), self.proj_text(parts[1])], dim=1)    # [B,S,W]
+        total = torch.cat([p.sum(1, dtype=torch.float32) for p in parts], dim=-1)               # [B,D] or [B,D+Dt]
+        pooled = self.proj_pool((total / mask.sum(1, keepdim=True).clamp(min=1)).to(dtype))     # [B,W]
         place = self.camera_embed(batch.view_id) + self.time_embed(batch.frame_id)    # [B,L,W]
         index = torch.arange(batch.text.shape[1], device=batch.text.device)     # [Lt]
         order = self.text_position(fourier(index.float()).to(dtype))            # [Lt,W]

@@ -7,11 +7,11 @@ is OUT.gen-1, OUT.gen-2, … until `dvla cache gc` is asked to remove it. Letter
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,20 @@ from ..cache.augment import AUGMENTATION_VERSION
 from ..cache.codec import FeatureFormat, channel_scale, relative_error
 from ..cache.encoder import EncoderSpec, VisionLanguageEncoder, load_encoder
 from ..cache.episode import CorruptEpisode
-from ..cache.layout import BuildPlan, ShardTask
+from ..cache.layout import BuildPlan, DatasetPlan, ShardTask
 from ..cache.store import Cache
-from ..cache.writer import CacheWriter
+from ..cache.writer import CacheWriter, lock_folder
 from ..errors import UserError
 from .corpus import Corpus, Progress, located, make_tables, open_sources, read_corpus, sources_to_append
 from .plan import require_room
-from .shard_job import Earlier, Timing, run_shard
-from .workers import WorkerSpec, run_with_workers
+from .generations import (Earlier, exchange, finish_exchange, next_generation, require_only_new, require_same_start, require_whole,
+                          same_features)
+from .shard_job import Timing, run_shard
+from .workers import WorkerSpec, run_with_workers, terminable
 
 TRANSFORM_VERSION = 2       # raised when the build writes other content from the same inputs
 SHARD_NBYTES = 256 << 20    # default size of a shard: large enough to stream, small enough to redo
+SHARD_ROWS = 1 << 14        # and at most so many records, however small: each costs 16 bytes of index, in the last shard too
 PILOT_PICTURES = 64         # looked at for the channel scales of an 8-bit cache
 
 
@@ -92,65 +95,79 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
     began = time.perf_counter()
     check_settings(config)
     device = pick_device(config.device)
-    _finish_exchange(config.out)
-    sources = open_sources(config.sources, config.dataset_config, config.views)
-    earlier = Cache.open(config.out) if config.mode != "new" else None
-    if earlier is not None and config.mode == "append":
-        sources = sources_to_append(earlier, sources)
-    encoder = load_encoder(config.encoder, device)
-    corpora = [read_corpus(source, progress) for source in sources]
-    plan = make_plan(config, corpora, encoder)
-    fingerprint = make_fingerprint(encoder, corpora, config)
-    target = config.out
-    if earlier is not None:
-        if not fp.diff(earlier.fingerprint, {**fingerprint, "store": plan.document()}):
-            earlier = None      # nothing changed: the finished cache is what was asked for
-        else:
-            if config.mode == "append":
-                _require_only_new(earlier, corpora, fingerprint, plan)
-            target = config.out.with_name(f"{config.out.name}.next")
     report = BuildReport(config.out)
-    reused = Earlier(earlier if earlier is not None and _same_features(earlier, fingerprint, plan) else None)
-    by_name = {c.plan.name: c for c in corpora}
-    begun = CacheWriter(target, plan, None)
-    require_room(plan, target, [t for t in begun.missing() if not reused.whole(t, by_name[t.dataset].plan, plan)], begun.tables_missing())
-    with CacheWriter.create_or_resume(target, fingerprint, plan) as writer:
-        pilot = pilot_features(corpora, plan, encoder) if config.format.quantised and writer.missing() else None
-        channels = writer.channel_scale(lambda: channel_scale(pilot) if reused.channels is None else reused.channels)
-        if pilot is not None and channels is not None:
-            report.error = relative_error(pilot, config.format, channels)
-        for name in writer.tables_missing():
-            writer.write_tables(name, make_tables(by_name[name], encoder))
-        missing = writer.missing()
-        report.resumed_shards = len(plan.tasks()) - len(missing)
-        todo = []
-        for task in missing:
-            if reused.whole(task, by_name[task.dataset].plan, plan):
-                writer.adopt(task, config.out)
-                report.adopted_shards += 1
-            else:
-                todo.append(task)
-        total, done = sum(t.stop - t.start for t in todo), 0
+    with terminable(), contextlib.ExitStack() as stack:
+        finish_exchange(config.out)
+        earlier = None
+        if config.mode != "new":
+            earlier, held = Cache.open(config.out), stack.enter_context(lock_folder(config.out))
+        sources = open_sources(config.sources, config.dataset_config, config.views)
+        if earlier is not None and config.mode == "append":
+            sources = sources_to_append(earlier, sources)
+        encoder = load_encoder(config.encoder, device)
+        corpora = [read_corpus(source, progress) for source in sources]
+        plan = make_plan(config, [c.plan for c in corpora], encoder)
+        fingerprint = make_fingerprint(encoder, corpora, config)
+        if earlier is not None and not fp.diff(earlier.fingerprint, asked := {**fingerprint, "store": plan.document()}):
+            held.close()
+            earlier = None      # nothing changed: the finished cache is what was asked for
+        if earlier is not None:
+            if config.mode == "append":
+                require_only_new(earlier, fingerprint, plan)
+            require_whole(earlier)
+            require_same_start(next_generation(config.out), asked)
+        target = config.out if earlier is None else next_generation(config.out)
+        reused = Earlier(earlier if earlier is not None and same_features(earlier, fingerprint, plan) else None)
+        by_name = {c.plan.name: c for c in corpora}
+        begun = CacheWriter(target, plan, None)
+        require_room(plan, target, [t for t in begun.missing() if not reused.whole(t, by_name[t.dataset].plan, plan)], begun.tables_missing())
+        writer = stack.enter_context(CacheWriter.create_or_resume(target, fingerprint, plan))
+        manifest = _fill(config, writer, encoder, by_name, reused, report, progress)
+        if earlier is not None:
+            report.previous = exchange(config.out)
+    report.frames, report.bytes = manifest["frames"], manifest["bytes"]
+    report.quarantined, report.seconds = manifest["quarantine_count"], time.perf_counter() - began
+    return report
 
-        def shown(task: ShardTask, rows: int) -> None:
-            progress(f"{task.dataset}/{task.array}", done + rows, total)
 
-        if config.workers.active and todo:
-            finished: Iterable[tuple[ShardTask, Timing]] = run_with_workers(config, located(encoder.spec), sources, target, plan, todo, channels,
-                                                                                  reused.path)
+def _fill(config: BuildConfig, writer: CacheWriter, encoder: VisionLanguageEncoder, corpora: dict[str, Corpus], reused: Earlier,
+          report: BuildReport, progress: Progress) -> dict[str, Any]:
+    """Write whatever is missing, tell `report`, and finish; returns the manifest."""
+    plan = writer.plan
+    pilot = pilot_features(list(corpora.values()), plan, encoder) if config.format.quantised and writer.missing() else None
+    channels = writer.channel_scale(lambda: channel_scale(pilot) if reused.channels is None else reused.channels)
+    if pilot is not None and channels is not None:
+        report.error = relative_error(pilot, config.format, channels)
+    for name in writer.tables_missing():
+        writer.write_tables(name, make_tables(corpora[name], encoder))
+    missing = writer.missing()
+    report.resumed_shards = len(plan.tasks()) - len(missing)
+    todo = []
+    for task in missing:
+        if reused.whole(task, corpora[task.dataset].plan, plan):
+            writer.adopt(task, reused.path)
+            report.adopted_shards += 1
         else:
-            finished = ((t, run_shard(writer, t, by_name[t.dataset].source, encoder, config.batch_size, channels, reused,
-                                      functools.partial(shown, t))) for t in todo)
+            todo.append(task)
+    total, done = sum(t.stop - t.start for t in todo), 0
+
+    def shown(task: ShardTask, rows: int) -> None:
+        progress(f"{task.dataset}/{task.array}", done + rows, total)
+
+    def here() -> Iterator[tuple[ShardTask, Timing]]:
+        for task in todo:
+            yield task, run_shard(writer, task, corpora[task.dataset].source, encoder, config.batch_size, channels, reused,
+                                  functools.partial(shown, task))
+
+    sources = [c.source for c in corpora.values()]
+    elsewhere = config.workers.active and todo
+    finished = run_with_workers(config, located(encoder.spec), sources, writer.path, todo, channels, reused.path) if elsewhere else here()
+    with contextlib.closing(finished):
         for task, timing in finished:
             report.timing.add(timing)
             done += task.stop - task.start
             shown(task, 0)
-        manifest = writer.finish()
-    if target != config.out:
-        report.previous = _exchange(config.out, target)
-    report.frames, report.bytes = manifest["frames"], manifest["bytes"]
-    report.quarantined, report.seconds = manifest["quarantine_count"], time.perf_counter() - began
-    return report
+    return writer.finish()
 
 
 def check_settings(config: BuildConfig) -> None:
@@ -162,15 +179,18 @@ def check_settings(config: BuildConfig) -> None:
     if min(config.batch_size, config.shard_frames or 1, config.frame_stride) < 1:
         raise UserError(f"batch size {config.batch_size}, shard frames {config.shard_frames} and frame stride {config.frame_stride} must be "
                         "at least 1")
+    if config.encoder.depth != "vision":
+        raise UserError(f"depth {config.encoder.depth} makes features of all views of a frame together with the instruction, which a cache "
+                        "of single pictures cannot hold; build with depth vision")
     if not 0 <= config.augment <= 64:
         raise UserError(f"--augment {config.augment}: give the number of augmented variants of each picture, 0 to 64")
 
 
-def make_plan(config: BuildConfig, corpora: Sequence[Corpus], encoder: VisionLanguageEncoder) -> BuildPlan:
+def make_plan(config: BuildConfig, datasets: Sequence[DatasetPlan], encoder: VisionLanguageEncoder) -> BuildPlan:
     """What the cache will hold."""
     record = config.format.record_nbytes(encoder.tokens, encoder.width)
-    return BuildPlan(tuple(c.plan for c in corpora), encoder.tokens, encoder.width, config.shard_frames or max(1, SHARD_NBYTES // record),
-                     config.format, config.frame_stride, config.augment)
+    return BuildPlan(tuple(datasets), encoder.tokens, encoder.width,
+                     config.shard_frames or max(1, min(SHARD_ROWS, SHARD_NBYTES // record)), config.format, config.frame_stride, config.augment)
 
 
 def make_fingerprint(encoder: VisionLanguageEncoder, corpora: Sequence[Corpus], config: BuildConfig) -> dict[str, Any]:
@@ -208,56 +228,3 @@ def pilot_features(corpora: Sequence[Corpus], plan: BuildPlan, encoder: VisionLa
     if not features:
         raise UserError("no picture could be decoded to measure the channel scales; run `dvla data check` on the sources")
     return torch.stack(features)
-
-
-# --- generations -----------------------------------------------------------------------------------------------------
-
-def generations(out: Path) -> list[Path]:
-    """Earlier generations of the cache at `out` that are still there, oldest first."""
-    found = {int(m[1]): p for p in out.parent.glob(f"{out.name}.gen-*") if (m := re.fullmatch(r".*\.gen-(\d+)", p.name))}
-    return [found[n] for n in sorted(found)]
-
-
-def _same_features(earlier: Cache, fingerprint: dict[str, Any], plan: BuildPlan) -> bool:
-    """Whether features of the earlier generation are those this build would compute from the same pictures."""
-    same = all(fp.canonical(earlier.fingerprint[key]) == fp.canonical(fingerprint[key])
-               for key in ("encoder", "transform_version", "augmentation"))
-    store = plan.document()
-    return same and all(earlier.fingerprint["store"][key] == store[key] for key in ("format", "dtype", "frame_stride", "variants"))
-
-
-def _require_only_new(earlier: Cache, corpora: Sequence[Corpus], fingerprint: dict[str, Any], plan: BuildPlan) -> None:
-    """`UserError` unless the only differences are episodes that the cache does not have."""
-    before, now = earlier.fingerprint, {**fingerprint, "store": plan.document()}
-    kept = {key: value for key, value in now.items() if key not in ("store", "sources")}
-    lines = fp.diff({key: before[key] for key in kept}, kept)
-    for key in ("format", "tokens", "width", "dtype", "compression", "frame_stride", "variants", "shard_frames"):
-        lines += fp.diff({key: before["store"][key]}, {key: now["store"][key]})
-    for dataset in earlier.datasets:
-        old, new = before["store"]["datasets"][dataset.name], now["store"]["datasets"].get(dataset.name)
-        if new is None:
-            lines.append(f"dataset {dataset.name} is gone")
-            continue
-        lines += fp.diff({"views": old["views"]}, {"views": list(new["views"])})
-        changed = [e for e, entry in old["episodes"].items() if new["episodes"].get(e) != entry]
-        lines += [f"episode {e} of {dataset.name} changed or is gone" for e in changed]
-        config = {k: v for k, v in before["sources"][dataset.name].items() if k != "revision"}
-        lines += fp.diff({dataset.name: config}, {dataset.name: {k: now["sources"][dataset.name][k] for k in config}})
-    if lines:
-        raise UserError(f"--append adds new episodes only, but {'; '.join(lines[:6])}{'; …' if len(lines) > 6 else ''}; use --update")
-
-
-def _exchange(out: Path, ready: Path) -> Path:
-    """Put the finished generation `ready` in the place of `out`; returns where the earlier one is now."""
-    last = generations(out)[-1:]
-    number = int(last[0].name.rsplit("-", 1)[1]) + 1 if last else 1
-    previous = out.with_name(f"{out.name}.gen-{number}")
-    os.rename(out, previous)
-    os.rename(ready, out)       # a crash in between is mended by the next build
-    return previous
-
-
-def _finish_exchange(out: Path) -> None:
-    ready = out.with_name(f"{out.name}.next")
-    if not out.exists() and (ready / "manifest.json").exists() and generations(out):
-        os.rename(ready, out)

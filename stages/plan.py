@@ -1,12 +1,15 @@
-"""What a build will hold, counted from its plan alone, and whether the disk can: nothing is measured here (see pilot.py).
+"""What a build will hold, counted from its plan; whether the disk can hold it; and, from what a pilot measured, what it will take.
 
-A build that would end with a full disk is refused before its first byte. Letters: K tokens, D width, n distinct instructions.
+Arithmetic alone: pilot.py measures. A build that would end with a full disk is refused before its first byte. Letters: Lt text
+tokens, D width, n distinct instructions.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..cache.actions import UNIFIED_DIM
@@ -17,6 +20,7 @@ from .console import size
 
 ROOM_MARGIN = 1.02              # over the bytes counted: folders, blocks that are not full, JSON
 BEST_COMPRESSION = 1.5          # no lossless compression of features was seen to reach it; the pilot of `dvla cache plan` measures it
+MEMORY_SHARE = 0.8              # of a machine's memory that may hold pages of a cache
 CHARACTERS_PER_TOKEN = 3        # of an instruction: few words are cut into more tokens
 
 
@@ -65,3 +69,114 @@ def require_room(plan: BuildPlan, out: Path, tasks: Sequence[ShardTask] | None =
     if needed > free:
         raise UserError(f"building {out} takes {size(needed)} more, and its disk has {size(free)} free; choose a smaller --dtype (int8), fewer "
                         f"--tokens or a larger --frame-stride (`dvla cache plan` shows what each costs), or another --out")
+
+
+# --- from what was measured to what it will take -----------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ViewCost:
+    """Decoding one camera of one dataset, in seconds."""
+
+    dataset: str
+    view: str
+    load: float             # to open an episode: its tables, and the hash over its stored pictures
+    first: float            # to the first picture of an episode
+    following: float        # to each further observation of it, skipped frames included
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the pilot measured. Bytes are stored bytes: codes with their scales, after compression."""
+
+    views: tuple[ViewCost, ...]
+    encode: float                       # seconds per picture, augmentation and quantisation included
+    compression: float                  # uncompressed over stored bytes
+    write: float                        # bytes/s
+    read: float                         # bytes/s of records in random order, not in memory before
+    read_warm: float                    # bytes/s of records in random order, from memory
+    model: float | None                 # observations/s of a training step of the policy alone
+    storing_error: tuple[float, float]  # RMS of the storing error over the features' RMS: over all, in the worst channel
+    pooling_error: float | None         # RMS of what `--tokens` discards over the RMS of all tokens; None: nothing is pooled
+    stride_change: float | None         # RMS of the change from an observation to the last skipped frame behind it; None: no stride
+
+
+@dataclass(frozen=True)
+class PlannedView:
+    """One camera of one dataset in the cache to be. `bytes`: of its features, augmented variants included, before compression."""
+
+    dataset: str
+    view: str
+    frames: int
+    observations: int
+    bytes: int
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a build will take and what stage two will get. Seconds of decode, encode and write are those of one process."""
+
+    views: tuple[PlannedView, ...]
+    measured: Measured
+    frames: int
+    observations: int
+    pictures: int                   # to encode: all views and augmented variants of every observation
+    quarantined: int                # episodes whose length cannot be told
+    bytes: int                      # of the cache
+    bytes_per_sample: int           # features of one observation, all its views
+    free_bytes: int                 # in the file system of the cache
+    seconds: dict[str, float]       # tables, decode, encode, write
+    binds: str                      # decode, encode or write
+    hours: float
+    cost: float | None              # USD at the price given
+    fits_in_memory: bool            # so that it is read from the disk in the first epoch only
+    read_samples: float             # observations/s by reading alone
+    train_samples: float            # observations/s of stage two, each shared by `draws` draws
+    draws: int
+    train_binds: str                # reading or model
+    break_even_epoch: int | None    # the first after which the cache has cost no more than a live encoder; None: never
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk can hold it."""
+        return self.bytes * ROOM_MARGIN <= self.free_bytes
+
+
+def forecast(plan: BuildPlan, m: Measured, *, free: int, memory: int, parallel: int = 1, overlap: bool = True, draws: int = 1,
+             price: float | None = None) -> Forecast:
+    """`free`, `memory`: bytes on the disk and of this machine. `parallel`: processes that decode and encode, each with a device of its own.
+    `overlap`: decoding and encoding do not share processors. `price`: USD per hour for all of it."""
+    views, seconds = [], {"tables": 0.0, "decode": 0.0}
+    record = plan.format.record_nbytes(plan.tokens, plan.width)
+    for cost in m.views:
+        dataset = next(d for d in plan.datasets if d.name == cost.dataset)
+        episodes, rows = len(dataset.episodes), int(dataset.observations(plan.frame_stride).sum())
+        decode = (plan.variants + 1) * (episodes * (cost.load + cost.first) + (rows - episodes) * cost.following)
+        views.append(PlannedView(cost.dataset, cost.view, dataset.frames, rows, rows * (plan.variants + 1) * record, decode))
+        seconds["tables"] += episodes * cost.load / len(dataset.views)
+        seconds["decode"] += decode
+    observations = sum(int(d.observations(plan.frame_stride).sum()) for d in plan.datasets)
+    each_variant = sum(v.observations for v in views)
+    pictures, sample = each_variant * (plan.variants + 1), each_variant / observations * record / m.compression
+    stored = sum(v.bytes for v in views)
+    nbytes = plan_nbytes(plan) - stored + int(stored / m.compression)
+    seconds |= {"encode": pictures * m.encode, "write": nbytes / m.write}
+    work = elapsed(seconds["decode"] / parallel, seconds["encode"] / parallel, seconds["write"], overlap)
+    total = seconds["tables"] + work
+
+    in_memory = nbytes < MEMORY_SHARE * memory
+    read_samples = (m.read_warm if in_memory else m.read) / sample
+    step = observations / m.model if m.model else 0.0
+    live = elapsed(seconds["decode"] / (plan.variants + 1), each_variant * m.encode + step, 0.0, overlap)
+    saved = live - max(observations / read_samples, step)
+    hours = total / 3600
+    return Forecast(
+        tuple(views), m, sum(d.frames for d in plan.datasets), observations, pictures, sum(len(d.quarantined) for d in plan.datasets), nbytes,
+        round(sample), free, seconds, max(("decode", "encode", "write"), key=lambda name: seconds[name]), hours,
+        None if price is None else hours * price, in_memory, read_samples, min(read_samples, m.model or math.inf), draws,
+        "model" if m.model and m.model < read_samples else "reading", math.ceil(total / saved) if saved > 0 else None)
+
+
+def elapsed(decode: float, encode: float, write: float, overlap: bool) -> float:
+    """Seconds of the three together: the longest where each has a resource of its own, their sum where processors are shared."""
+    return max(decode, encode, write) if overlap else decode + encode + write

@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,10 +22,11 @@ from ..cache.encoder import VisionLanguageEncoder
 from ..cache.episode import CorruptEpisode
 from ..cache.layout import BuildPlan, DatasetPlan, EpisodePlan, ShardTask
 from ..cache.readers import Source
-from ..cache.store import Cache, CacheDataset
+from ..cache.store import CacheDataset
 from ..cache.writer import CacheWriter, Features
 from ..errors import UserError
 from .encode import to_float16
+from .generations import Earlier
 
 QUEUED_BATCHES = 4          # decoded batches that may wait for the encoder, and encoded ones for the disk
 
@@ -52,100 +52,83 @@ class Timing:
         return max(parts, key=lambda name: parts[name])
 
 
-class Earlier:
-    """The finished generation a new one may copy features from: an episode's, as long as its pictures are the same."""
-
-    def __init__(self, cache: Cache | None) -> None:
-        self.path = cache.path if cache else None
-        self._cache, self._datasets = cache, {d.name: d for d in cache.datasets} if cache else {}
-
-    @property
-    def channels(self) -> np.ndarray | None:
-        """Channel scales of its 8-bit features: codes can be copied only together with them."""
-        return self._cache.datasets[0].channel_scale if self._cache else None
-
-    def whole(self, task: ShardTask, plan: DatasetPlan, build: BuildPlan) -> bool:
-        """Whether it has the very shard: the same rows of the same pictures, stored the same way."""
-        dataset = self._datasets.get(task.dataset)
-        if dataset is None or task.view not in dataset.views or dataset.shard_frames != build.shard_frames \
-                or dataset.attributes["compression"] != build.format.compression:
-            return False
-        counts = plan.observations(build.frame_stride)
-        starts, view = np.cumsum(counts) - counts, plan.views.index(task.view)
-        last = int(np.searchsorted(starts, task.stop, side="left"))             # episodes before the shard's end
-        total = int(dataset.episode_observations.sum())
-        if task.stop > total or (task.stop < task.start + build.shard_frames and task.stop != total):
-            return False
-        old = dataset.attributes["view_hashes"][task.view][:last]
-        entries = plan.episodes[:last]
-        return (dataset.episode_id[:last].tolist() == [e.episode_id for e in entries]
-                and dataset.episode_length[:last].tolist() == [e.length for e in entries]
-                and old == [e.view_hashes[view] for e in entries] and not dataset.quarantined[:last].any())
-
-    def find(self, task: ShardTask, entry: EpisodePlan, view_hash: str) -> tuple[CacheDataset, int] | None:
-        """(dataset, its first row of the episode), or None when its pictures changed, are new, or could not be read then."""
-        dataset = self._datasets.get(task.dataset)
-        if dataset is None or task.view not in dataset.views or not view_hash:
-            return None
-        at = np.flatnonzero(dataset.episode_id == entry.episode_id)
-        if not len(at) or dataset.quarantined[at[0]] or dataset.episode_length[at[0]] != entry.length:
-            return None
-        same = dataset.attributes["view_hashes"][task.view][int(at[0])] == view_hash
-        return (dataset, int(dataset.episode_start[at[0]])) if same else None
-
-
 def run_shard(writer: CacheWriter, task: ShardTask, source: Source, encoder: VisionLanguageEncoder, batch_size: int,
               channels: np.ndarray | None, earlier: Earlier, on_rows: Callable[[int], None] = lambda n: None) -> Timing:
     """Make and commit one shard. `on_rows(n)`: rows encoded so far. `UserError` for what stops the whole build."""
     timing, quarantined = Timing(), []
     plan = next(d for d in writer.plan.datasets if d.name == task.dataset)
     decoder = _Decoder(source, plan, writer.plan, task, batch_size, quarantined, earlier)
-    encoded: queue.Queue[Features | None] = queue.Queue(QUEUED_BATCHES)
     scales = None if channels is None else torch.from_numpy(channels).to(encoder.device)
-    with ThreadPoolExecutor(1, thread_name_prefix="dvla-write") as pool:
-        writing = pool.submit(writer.write_shard, task, _drain(encoded), quarantined)
-        rows = 0
-        try:
-            for features in _encode(decoder, encoder, task, plan, writer.plan, scales, timing):
-                began = time.perf_counter()
-                _hand_over(encoded, features, writing)
-                timing.write_wait += time.perf_counter() - began
-                rows += len(features[0]) if isinstance(features, tuple) else len(features)
-                on_rows(rows)
-            _hand_over(encoded, None, writing)
-        except BaseException:
-            _hand_over(encoded, _ABORT, writing)
-            writing.exception()
-            raise
-        finally:
-            decoder.close()
+    writing, rows = _Writing(writer, task, quarantined), 0
+    try:
+        for features in _encode(decoder, encoder, task, plan, writer.plan, scales, timing):
+            began = time.perf_counter()
+            writing.put(features)
+            timing.write_wait += time.perf_counter() - began
+            rows += len(features[0]) if isinstance(features, tuple) else len(features)
+            on_rows(rows)
         began = time.perf_counter()
-        writing.result()
+        writing.finish()
         timing.write_wait += time.perf_counter() - began
+    finally:
+        writing.close()
+        decoder.close()
     return timing
 
 
 class _Abort(Exception):
-    """Raised inside the writing thread, so that it drops its temporary file."""
+    """Raised inside the writing thread, so that it drops its temporary files."""
 
 
-_ABORT: Any = _Abort()
+class _Writing:
+    """`CacheWriter.write_shard` in a thread, fed batch by batch. The thread dies with the process, so a Ctrl-C never waits for it."""
 
+    def __init__(self, writer: CacheWriter, task: ShardTask, quarantined: list[tuple[int, str]]) -> None:
+        self._queue: queue.Queue[Features | None] = queue.Queue(QUEUED_BATCHES)
+        self._stop, self._error = threading.Event(), None
+        self._thread = threading.Thread(target=self._run, args=(writer, task, quarantined), name="dvla-write", daemon=True)
+        self._thread.start()
 
-def _drain(encoded: queue.Queue) -> Iterator[Features]:
-    while (item := encoded.get()) is not None:
-        if item is _ABORT:
-            raise item
-        yield item
+    def put(self, item: Features | None) -> None:
+        """Queue a batch, None after the last. Raises what stopped the thread."""
+        while self._thread.is_alive():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        self._raise()
 
+    def finish(self) -> None:
+        """Wait until the shard is committed."""
+        self.put(None)
+        self._thread.join()
+        self._raise()
 
-def _hand_over(encoded: queue.Queue, item: Any, writing: Any) -> None:
-    """Put `item` in the queue unless the writer is gone (its error shows when its result is asked for)."""
-    while not writing.done():
+    def close(self) -> None:
+        """Drop the shard unless it is committed, and wait for the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self, writer: CacheWriter, task: ShardTask, quarantined: list[tuple[int, str]]) -> None:
         try:
-            return encoded.put(item, timeout=0.1)
-        except queue.Full:
-            continue
+            writer.write_shard(task, self._drain(), quarantined)
+        except BaseException as error:  # raised by the next put or finish
+            self._error = error
+
+    def _drain(self) -> Iterator[Features]:
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            yield item
+        raise _Abort
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 def _encode(decoder: _Decoder, encoder: VisionLanguageEncoder, task: ShardTask, plan: DatasetPlan, build: BuildPlan,
@@ -285,4 +268,4 @@ class _Decoder:
 
     def _copied(self, dataset: CacheDataset, start: int, frames: np.ndarray) -> Iterator[_Copied]:
         for at in range(0, len(frames), self._size):
-            yield _Copied(*dataset.records(self._task.view, start + frames[at:at + self._size], self._task.variant))
+            yield _Copied(*self._earlier.records(dataset, self._task, start + frames[at:at + self._size]))

@@ -142,7 +142,8 @@ def train(config: TrainConfig, on_log: Callable[[dict[str, Any]], None] = lambda
     if config.image_aug:
         require_variants(cache)     # before a run folder is made
     torch.manual_seed(config.seed)
-    net = PolicyNet(PolicyNetConfig(feature_width=cache.width, dit=dit_config(config.model_size, **config.dit)))
+    net = PolicyNet(PolicyNetConfig(feature_width=cache.width, text_width=cache.text_width if cache.text_width != cache.width else None,
+                                    dit=dit_config(config.model_size, **config.dit)))
     net.to(pick_device(config.device))
     session = Session(config, cache, net, policy_document(net, cache, config), parameter_groups(net, config.optimizer),
                       on_log=on_log, say=say)

@@ -1,25 +1,33 @@
 """Building with many processes: dask hands one shard at a time to workers that load the model once.
 
-Only this module imports dask. The file system is the truth: a worker commits its shards itself, so a lost worker, scheduler or parent
-loses nothing but the shards it was in the middle of. Letters: D feature width.
+Only this module imports dask. The file system is the truth: a worker reads the plan from the cache's fingerprint and commits its shards
+itself, so a lost worker, scheduler or parent loses nothing but the shards it was in the middle of. Letters: D feature width.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
+import signal
+import socket
+import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cache.layout import BuildPlan, ShardTask
+from ..cache import fingerprint as fp
+from ..cache.layout import BuildPlan, ShardTask, read_json
 from ..errors import UserError
 from ..settings import load_yaml
-from .shard_job import Earlier, Timing, run_shard
+from .generations import Earlier
+from .shard_job import Timing, run_shard
 
 if TYPE_CHECKING:
     from ..cache.dataset_config import DatasetConfig
@@ -27,7 +35,8 @@ if TYPE_CHECKING:
     from ..cache.readers import Source
     from .build import BuildConfig
 
-AHEAD = 2       # shards handed to each worker at a time: one in work, one waiting
+DEATHS = 3          # workers that one shard may kill before the build gives up on it
+WAIT_SECONDS = 60   # for the first worker of a scheduler that is said to run
 
 
 @dataclass(frozen=True)
@@ -52,67 +61,126 @@ class WorkerSpec:
         return bool(self.count or self.scheduler or self.slurm)
 
 
-def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequence[Source], path: Path, plan: BuildPlan,
-                     tasks: Sequence[ShardTask], channels: np.ndarray | None, earlier: Path | None) -> Iterator[tuple[ShardTask, Timing]]:
-    """(task, timing) of each shard as it is committed under `path`, which every worker must see under the same name."""
-    from distributed import Client, as_completed
-
-    with contextlib.ExitStack() as stack:
-        cluster = _cluster(config.workers, stack)
-        try:
-            client = stack.enter_context(Client(cluster, timeout=30, set_as_default=False))
-        except OSError as error:
-            raise UserError(f"no dask scheduler answers at {config.workers.scheduler} ({error}); start one with `dask scheduler`") from None
-        opened = {s.name: (s.location, dataclasses.replace(s.config, views=s.view_names)) for s in sources}
-        job = client.scatter(Job(encoder, config.device, config.batch_size, opened, path.absolute(), plan, channels,
-                                 earlier.absolute() if earlier else None), broadcast=True)
-        waiting = list(reversed(tasks))
-        width = max(1, config.workers.count, len(client.scheduler_info()["workers"]))
-        running = as_completed([client.submit(make_shard, job, waiting.pop(), pure=False) for _ in range(min(len(waiting), AHEAD * width))],
-                               loop=client.loop)
-        for future in running:
-            yield future.result()       # raises what the worker raised: UserError for what stops the build
-            if waiting:
-                running.add(client.submit(make_shard, job, waiting.pop(), pure=False))
-
-
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know once, whatever the number of its shards."""
+    """What a worker needs to know besides the plan, which lies in the cache. Small: it travels with every shard."""
 
+    key: str                                        # of this run of the build; workers load model and sources once per key
     encoder: EncoderSpec
     device: str
     batch_size: int
     sources: dict[str, tuple[str, DatasetConfig]]   # dataset → where it is, how it is read
     path: Path
-    plan: BuildPlan
-    channels: np.ndarray | None
+    channels: np.ndarray | None                     # [D] float32, of an 8-bit cache
     earlier: Path | None
 
 
-def make_shard(job: Job, task: ShardTask) -> tuple[ShardTask, Timing]:
-    """Runs in a worker: make and commit one shard. The model and the sources are loaded on the worker's first shard."""
+def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequence[Source], path: Path, tasks: Sequence[ShardTask],
+                     channels: np.ndarray | None, earlier: Path | None) -> Iterator[tuple[ShardTask, Timing]]:
+    """(task, timing) of each shard as it is committed under `path`, which every worker must see under the same name.
+
+    Close it (`contextlib.closing`) to stop early. `UserError`: as inline, and for a shard that no worker survives.
+    """
+    from distributed import as_completed
+
+    opened = {s.name: (s.location, dataclasses.replace(s.config, views=s.view_names)) for s in sources}
+    job = Job(uuid.uuid4().hex, encoder, config.device, config.batch_size, opened, path.absolute(), channels,
+              earlier.absolute() if earlier else None)
+    with _client(config.workers) as client:
+        waiting, handed, running = list(reversed(tasks)), {}, as_completed([], loop=client.loop)
+
+        def hand_out() -> None:
+            """One shard a worker, those among them that have joined since. More would share the blame when a worker dies."""
+            workers = max(1, config.workers.count, len(client.nthreads()))
+            while waiting and len(handed) < workers:
+                future = client.submit(make_shard, job, waiting[-1], pure=False)
+                handed[future.key] = waiting.pop()
+                running.add(future)
+
+        try:
+            hand_out()
+            for future in running:
+                task = handed.pop(future.key)
+                timing = _result(future, task)
+                hand_out()
+                yield task, timing
+        finally:
+            if handed:      # an error or an interruption: shards in work are dropped at their next batch
+                with contextlib.suppress(Exception):    # of a worker that is gone: so is its shard
+                    client.run(_drop, job.key, wait=False)
+
+
+def _result(future: Any, task: ShardTask) -> Timing:
+    from concurrent.futures import CancelledError
+
+    from distributed import KilledWorker
+
+    where = f"shard {task.index} of {task.dataset}/{task.array}"
+    try:
+        result = future.result()
+    except KilledWorker as error:
+        raise UserError(f"{where} killed {error.allowed_failures + 1} workers one after another (out of memory? see the system's log); "
+                        "give a smaller --batch-size or more memory, and run the same command again") from None
+    except CancelledError:
+        raise UserError(f"the dask scheduler went away during {where}; run the same command again to go on") from None
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+# --- in a worker ---------------------------------------------------------------------------------------------------------
+
+class _Dropped(Exception):
+    """The build that asked for the shard has ended."""
+
+
+_loaded: list[tuple[str, Any]] = []     # the newest (job key, what it needs), in each worker process
+_loading = threading.Lock()
+_dropped: set[str] = set()              # keys of builds that have ended
+
+
+def make_shard(job: Job, task: ShardTask) -> Timing | UserError:
+    """Make and commit one shard. The model and the sources are loaded on the worker's first shard. A `UserError` is returned, since
+    dask would print the traceback of a raised one."""
     from ..cache.writer import CacheWriter
 
-    encoder, sources, earlier = _load(job)
-    writer = CacheWriter(job.path, job.plan, None)      # the parent holds the lock
-    return task, run_shard(writer, task, sources[task.dataset], encoder, job.batch_size, job.channels, earlier)
+    def go_on(rows: int) -> None:
+        if job.key in _dropped:
+            raise _Dropped
+
+    try:
+        go_on(0)
+        with _loading:
+            plan, encoder, sources, earlier = _load(job)
+        writer = CacheWriter(job.path, plan, None)      # the parent holds the lock
+        return run_shard(writer, task, sources[task.dataset], encoder, job.batch_size, job.channels, earlier, go_on)
+    except UserError as error:
+        return error
+    except _Dropped:
+        return Timing()
 
 
-_loaded: list[tuple[Any, Any]] = []     # the newest (key, value), in each worker process
+async def _drop(key: str) -> None:     # in the worker's event loop, beside the shard
+    _dropped.add(key)
 
 
-def _load(job: Job) -> tuple[VisionLanguageEncoder, dict[str, Source], Earlier]:
+def _load(job: Job) -> tuple[BuildPlan, VisionLanguageEncoder, dict[str, Source], Earlier]:
     from ..cache.encoder import load_encoder
     from ..cache.readers import open_source
     from ..cache.store import Cache
     from .build import pick_device
 
-    key = job.encoder, job.device, job.path, job.earlier, tuple(job.sources)
-    if not _loaded or _loaded[0][0] != key:
+    if not (job.path / "fingerprint.json").exists():
+        raise UserError(f"worker on {socket.gethostname()} does not see {job.path}; give an --out that all workers share")
+    if not _loaded or _loaded[0][0] != job.key:
+        fingerprint = read_json(job.path / "fingerprint.json")
+        encoder = load_encoder(job.encoder, pick_device(_device(job.device)))
+        if lines := fp.diff(fingerprint["encoder"], encoder.fingerprint()):
+            raise UserError(f"worker on {socket.gethostname()} has another encoder than the build: {'; '.join(lines[:6])}; give all of "
+                            "them the same checkpoint, dvla and kind of device")
         sources = {name: open_source(location, config) for name, (location, config) in job.sources.items()}
         earlier = Earlier(Cache.open(job.earlier) if job.earlier else None)
-        _loaded[:] = [(key, (load_encoder(job.encoder, pick_device(_device(job.device))), sources, earlier))]
+        _loaded[:] = [(job.key, (BuildPlan.from_document(fingerprint["store"]), encoder, sources, earlier))]
     return _loaded[0][1]
 
 
@@ -127,11 +195,41 @@ def _device(asked: str) -> str:
     return f"cuda:{name % torch.cuda.device_count()}" if isinstance(name, int) else "cuda:0"
 
 
-def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
-    import dask
+# --- the cluster ---------------------------------------------------------------------------------------------------------
 
-    # a lost worker's shard is tried again, but a shard that kills every worker must not go on for ever
-    stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 5, "distributed.worker.daemon": True}))
+@contextlib.contextmanager
+def _client(spec: WorkerSpec) -> Iterator[Any]:
+    """A client of the workers asked for. What dask would log on the terminal is raised as an error instead."""
+    import dask
+    from distributed import Client
+
+    settings = {"distributed.scheduler.allowed-failures": DEATHS - 1, "distributed.worker.daemon": True,
+                "distributed.comm.timeouts.connect": 30,
+                "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // max(1, spec.count)),
+                                                        "DASK_LOGGING__DISTRIBUTED": "critical"}}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(settings))
+        stack.enter_context(_same_environment())
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        stack.enter_context(_quiet())
+        with _interrupts_for_this_thread_only():
+            cluster = _cluster(spec, stack)
+            try:
+                client = stack.enter_context(Client(cluster, timeout=30, set_as_default=False))
+            except OSError as error:
+                raise UserError(f"no dask scheduler answers at {spec.scheduler} ({error}); start one with `dask scheduler`") from None
+        if spec.scheduler:
+            try:
+                client.wait_for_workers(1, timeout=WAIT_SECONDS)
+            except TimeoutError:
+                raise UserError(f"the dask scheduler at {spec.scheduler} has no worker; start some with `dask worker {spec.scheduler} "
+                                "--nthreads 1`") from None
+        # on the way out: a second Ctrl-C waits until everything is closed
+        stack.callback(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        yield client
+
+
+def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
     if spec.scheduler:
         return spec.scheduler
     if spec.slurm:
@@ -143,11 +241,64 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
             cluster = stack.enter_context(SLURMCluster(**{"processes": 1, **load_yaml(Path(spec.slurm))}))
         except (TypeError, ValueError) as error:
             raise UserError(f"{spec.slurm} does not describe a Slurm cluster: {error}; see configs/launch/slurm.yaml") from None
-        cluster.scale(jobs=max(1, spec.count))
+        jobs = max(1, spec.count)
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)     # unlike scale(), it asks again for a job that a walltime ended
         return cluster
     from distributed import LocalCluster
 
-    cores = max(1, (os.cpu_count() or 1) // spec.count)
-    environment = {"OMP_NUM_THREADS": str(cores)}
     return stack.enter_context(LocalCluster(n_workers=spec.count, threads_per_worker=1, processes=True, dashboard_address=None,
-                                            memory_limit=0, silence_logs=40, env=environment))
+                                            memory_limit=0, silence_logs=logging.CRITICAL))
+
+
+@contextlib.contextmanager
+def _interrupts_for_this_thread_only() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal's foreground group. Threads started in here, and the workers that they start at
+    any time, never see it, so that only the main thread acts on it; one that comes meanwhile is delivered at the end."""
+    resource_tracker.ensure_running()   # it unblocks signals when it starts by itself
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _same_environment() -> Iterator[None]:
+    """Takes back what dask sets in this process's environment for the workers' sake."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, the warning of a walltime, acts like Ctrl-C: `KeyboardInterrupt`, so that everything is closed on the way out."""
+    if threading.current_thread() is not threading.main_thread():   # handlers belong to the main thread
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

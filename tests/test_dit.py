@@ -79,7 +79,7 @@ def test_sharing_an_observation_equals_repeating_it(cross_attention: str) -> Non
     shared = net(batch, NOISE, ALPHA)                                           # [B,G,T,128]
     assert shared.shape == (B, G, T, 128) and shared.dtype == torch.float32
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    repeated = FeatureBatch(**{name: value.repeat_interleave(G, 0) for name, value in fields.items()})
+    repeated = FeatureBatch(**{name: value.repeat_interleave(G, 0) for name, value in fields.items() if value is not None})
     single = net(repeated, NOISE.flatten(0, 1).unsqueeze(1), ALPHA.repeat_interleave(G))   # [B·G,1,T,128]
     torch.testing.assert_close(shared, single.reshape(shared.shape), rtol=1e-4, atol=1e-5)
 
@@ -207,3 +207,33 @@ def test_bfloat16_autocast(cross_attention: str) -> None:
     out.square().mean().backward()
     assert 0 < (out - exact).abs().max() < 0.05 * exact.abs().max()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_text_of_a_width_of_its_own_is_the_same_function_of_the_same_weights() -> None:
+    """Features before the VLM's projection are narrower than its text: then text has its own projection."""
+    shared, batch = make_net(), make_batch()
+    own = PolicyNet(PolicyNetConfig(feature_width=D, text_width=D, dit=shared.config.dit))
+    weights = shared.state_dict()
+    weights |= {f"proj_text.{name}": tensor for name, tensor in shared.proj_seq.state_dict().items()}
+    weights["proj_pool.0.weight"] = shared.proj_pool[0].weight.repeat(1, 2)     # on [sum of tokens, sum of text] / count
+    own.load_state_dict(weights)
+    torch.testing.assert_close(own(batch, NOISE, ALPHA), shared(batch, NOISE, ALPHA), rtol=1e-4, atol=1e-5)
+
+
+def test_narrow_tokens_beside_wide_text() -> None:
+    torch.manual_seed(0)
+    net = PolicyNet(PolicyNetConfig(feature_width=10, text_width=D, dit=dit_config("tiny", **SMALL)))
+    batch = make_batch()
+    batch = batch.replace(tokens=batch.tokens[..., :10].contiguous())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    out = net(batch, NOISE, ALPHA)
+    out.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in net.named_parameters() if name.startswith("proj_"))
+    hidden = batch.replace(tokens=batch.tokens.masked_fill(~batch.token_mask[..., None], 7.0),
+                           text=batch.text.masked_fill(~batch.text_mask[..., None], torch.inf))
+    assert torch.equal(net(hidden, NOISE, ALPHA), out)
+    other = batch.text.clone()
+    other[:, 0] += 1
+    assert not torch.allclose(net(batch.replace(text=other), NOISE, ALPHA), out, atol=1e-4)

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dvla.cache import attention as attention_module
 from dvla.cache import encoder as encoder_module
-from dvla.cache.encoder import EMBEDDING_NAME, EncoderSpec, encoder_spec, load_encoder
+from dvla.cache.encoder import EncoderSpec, encoder_spec, load_encoder
 from dvla.cache.lora import LoraSpec, add_lora, load_lora, lora_parameters, merge_lora, save_lora
 from dvla.cache.preprocess import ImageSpec, pad_to_square, preprocess
+from dvla.cache.qwen3vl import EMBEDDING_NAME
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 
@@ -167,6 +169,82 @@ def test_features_equal_transformers_forward(checkpoint, model, resolution):
     assert wanted.std() > 0.1
     torch.testing.assert_close(features, wanted, rtol=0, atol=2e-5)
     torch.testing.assert_close(own, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("resolution", [64, 160])
+def test_patch_features_are_the_last_blocks_output_row_by_row(checkpoint, model, resolution):
+    encoder = load_encoder(EncoderSpec(path=str(checkpoint), resolution=resolution, features="patch"))
+    pixels, side = pictures(3, resolution, resolution), resolution // 16
+    rows, grid = official(pixels, encoder.image)
+    seen = []
+    hook = model.model.visual.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        model.model.visual(rows, grid)
+    hook.remove()
+    blocks = seen[0].reshape(3, side // 2, side // 2, 2, 2, -1)                 # merge order: 2 x 2 neighbours together
+    wanted = blocks.transpose(2, 3).reshape(3, side * side, -1)                 # row by row
+    features = encoder.encode_images(pixels)
+    assert features.shape == (3, encoder.tokens, encoder.width) == (3, side * side, SMALL.vision_width)
+    assert encoder.text_width == SMALL.out_width == encoder.encode_text(["push"])[0].shape[2]
+    torch.testing.assert_close(features, wanted, rtol=0, atol=2e-5)
+    whole = load_encoder(EncoderSpec(path=str(checkpoint), resolution=resolution))
+    changed = encoder.fingerprint()
+    assert [k for k, v in whole.fingerprint().items() if changed[k] != v] == ["features", "tokens"]
+    merged = whole.vision.merger(blocks.reshape(-1, SMALL.vision_width))        # the merger finishes what patch features begin
+    torch.testing.assert_close(merged.reshape(3, -1, SMALL.out_width), whole.encode_images(pixels), rtol=0, atol=2e-5)
+
+
+def test_pooling_196_tokens_to_49_is_the_mean_of_2_by_2_cells(checkpoint):
+    whole, pooled = (load_encoder(EncoderSpec(path=str(checkpoint), resolution=448, tokens=t)) for t in (None, 49))
+    features = whole.encode_images(pictures(1))                                 # [1,196,D], row by row
+    assert (whole.tokens, pooled.tokens) == (196, 49) == (features.shape[1], pooled.null_image_features().shape[0])
+    cells = features.reshape(1, 7, 2, 7, 2, -1).mean((2, 4)).flatten(1, 2)
+    torch.testing.assert_close(pooled.encode_images(pictures(1)), cells)
+    assert pooled.fingerprint() == whole.fingerprint() | {"tokens": 49}
+
+
+@pytest.mark.parametrize("tokens", [0, -4, 5, 25])
+def test_counts_that_cannot_be_pooled_are_refused_in_one_line(checkpoint, tokens):
+    with pytest.raises(UserError, match=f"--tokens {tokens}: this model gives 16 tokens.*choose one of 1, 4, 9, 16$") as caught:
+        load_encoder(EncoderSpec(path=str(checkpoint), resolution=128, tokens=tokens))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_flash_attn_or_on_the_cpu_torchs_attention_is_used(monkeypatch):
+    q, k, v = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
+    called = []
+    monkeypatch.setattr(attention_module, "flash_kernel", lambda: called.append(1))
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [x.to(dtype) for x in (q, k, v)]
+        assert torch.equal(attention_module.attention(*given), F.scaled_dot_product_attention(*given))
+    assert not called                                                           # CPU tensors never ask for it
+    weights = (q @ k.transpose(2, 3) / 4).softmax(-1)
+    torch.testing.assert_close(attention_module.attention(q, k, v), weights @ v)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or attention_module.flash_kernel() is None, reason="needs CUDA and flash-attn")
+@pytest.mark.parametrize("width", [64, 72])
+def test_flash_attn_equals_torchs_attention_up_to_rounding(width):
+    q, k, v = torch.randn(3, 2, 4, 100, width, generator=torch.Generator().manual_seed(0)).cuda().to(torch.bfloat16)
+    flash = attention_module.attention(q, k, v)
+    assert flash.shape == q.shape
+    torch.testing.assert_close(flash, F.scaled_dot_product_attention(q, k, v), rtol=2e-2, atol=2e-2)
+
+
+def test_flash_attn_is_called_with_heads_after_tokens(monkeypatch):
+    """Its layout is [N,S,A,E]; shown with a stand-in, on tensors that say they are on CUDA."""
+    class Cuda(torch.Tensor):
+        is_cuda = True
+
+    q, k, v = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+    def kernel(*given):
+        assert all(x.shape == (2, 9, 4, 16) for x in given)
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in given)).transpose(1, 2)
+
+    monkeypatch.setattr(attention_module, "flash_kernel", lambda: kernel)
+    out = attention_module.attention(*(x.as_subclass(Cuda) for x in (q, k, v))).as_subclass(torch.Tensor)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
 
 
 def test_bfloat16_features_are_close(checkpoint, encoder):
@@ -333,7 +411,7 @@ def test_fingerprint_follows_what_features_depend_on(copied, encoder):
     base = encoder.fingerprint()
     assert json.loads(json.dumps(base)) == base
     wide = load_encoder(EncoderSpec(path=str(copied), resolution=96)).fingerprint()
-    assert wide == base | {"resolution": 96}
+    assert wide == base | {"resolution": 96, "tokens": 9}
     for file in sorted(copied.glob("*.safetensors")):
         with safe_open(file, framework="pt") as f:
             if "model.visual.merger.linear_fc2.bias" in f.keys():

@@ -1,0 +1,252 @@
+"""What is in finished caches: `dvla cache inspect` and `dvla cache diff`.
+
+Letters: n frames, K tokens of one picture, D feature width, S side of a square grid of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache import fingerprint as fp
+from ..cache.actions import SLOTS
+from ..cache.normalize import Statistics
+from ..cache.store import Cache, CacheDataset
+from ..errors import UserError
+from .cache_tools import summary
+
+CELL = 16               # pixels of one token in a picture of norms
+GAP = 4                 # pixels between frames
+SHOWN_FRAMES = 8
+BLOCK = 256 << 20       # bytes of features compared at a time
+
+
+# --- inspect -------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SlotRow:
+    """One active entry of the unified vector, in the robot's units (velocity slots per second)."""
+
+    slot: int
+    name: str
+    mean: float
+    std: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset of a cache."""
+
+    name: str
+    views: tuple[str, ...]
+    episodes: int
+    quarantined: int
+    frames: int
+    observations: int
+    lengths: tuple[int, int, int]       # shortest, median, longest episode, frames
+    control_hz: float
+    embodiment: str
+    source: str
+    instructions: tuple[tuple[str, int], ...]   # (text, episodes), most frequent first
+    action: tuple[SlotRow, ...]
+    proprio: tuple[SlotRow, ...]
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a finished cache was built with, and its tables."""
+
+    path: str
+    bytes: int
+    files: int
+    encoder: dict[str, Any]             # the encoder's settings
+    fingerprint: dict[str, Any]         # the fingerprint in short
+    datasets: tuple[DatasetFacts, ...]
+
+
+def inspect(path: Path) -> CacheFacts:
+    """Read the tables of a finished cache; no features. `UserError` as `Cache.open`."""
+    cache = Cache.open(path)
+    return CacheFacts(str(path), cache.manifest["bytes"], len(cache.manifest["files"]), cache.datasets[0].attributes.get("encoder", {}),
+                      summary(cache.fingerprint), tuple(_facts(d) for d in cache.datasets))
+
+
+def _facts(d: CacheDataset) -> DatasetFacts:
+    counts = np.bincount(d.episode_instruction, minlength=len(d.instructions))
+    order = np.argsort(-counts, kind="stable")
+    lengths = d.episode_length
+    return DatasetFacts(
+        d.name, d.views, len(d.episode_id), int(d.quarantined.sum()), d.frames, d.observations,
+        (int(lengths.min()), int(np.median(lengths)), int(lengths.max())), d.control_hz, str(d.attributes.get("embodiment_name", d.embodiment_id)),
+        str(d.attributes.get("source", "")), tuple((d.instructions[i], int(counts[i])) for i in order), _slots(d, "action"), _slots(d, "proprio"))
+
+
+def _slots(d: CacheDataset, kind: str) -> tuple[SlotRow, ...]:
+    names: dict[int, str] = {}
+    for name, slot in SLOTS.items():
+        names.setdefault(slot, name)
+    stats = Statistics.from_dict(d.attributes[f"{kind}_stats"])
+    rows = np.flatnonzero(d.action_mask if kind == "action" else d.proprio_mask).tolist()
+    return tuple(SlotRow(i, names.get(i, "-"), *(float(getattr(stats, field)[i]) for field in ("mean", "std", "min", "max"))) for i in rows)
+
+
+def norm_pictures(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
+    """Write one PNG per dataset and view: the norms of the token grid of up to `SHOWN_FRAMES` observations side by side, dark to
+    bright. Returns file → (smallest, largest norm). `UserError` when one of them is there already: nothing is overwritten."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    cache = Cache.open(path)
+    files = {(d.name, view): out / f"{d.name}.{view}.png" for d in cache.datasets for view in d.views}
+    for file in files.values():
+        if file.exists():
+            raise UserError(f"{file} exists; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    ranges = {}
+    for d in cache.datasets:
+        usable = np.flatnonzero(~d.quarantined[d.episode_of(d.frame_of(np.arange(d.observations)))])
+        rows = d.frame_of(usable[np.unique(np.linspace(0, len(usable) - 1, SHOWN_FRAMES).astype(int))] if len(usable) else usable)
+        for view in d.views:
+            norms = np.linalg.norm(d.features(view, rows).astype(np.float32), axis=-1)              # [n,K]
+            low, high = (float(norms.min()), float(norms.max())) if norms.size else (0.0, 0.0)
+            side = math.isqrt(d.tokens)
+            grid = norms.reshape(len(rows), *((side, side) if side * side == d.tokens else (1, d.tokens)))   # [n,S,S]
+            scaled = (grid - low) / max(high - low, 1e-12)
+            tiles = [np.kron(frame, np.ones((CELL, CELL))) for frame in scaled]
+            strips = [(colormaps["viridis"](tile)[..., :3] * 255).astype(np.uint8) for tile in tiles]
+            strips = [np.pad(strip, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for strip in strips]
+            picture = np.concatenate(strips, axis=1)[:, :-GAP] if strips else np.full((CELL, CELL, 3), 255, np.uint8)
+            Image.fromarray(picture).save(files[d.name, view])
+            ranges[files[d.name, view]] = (low, high)
+    return ranges
+
+
+# --- diff ----------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ArrayDiff:
+    """Features of one view (or action, proprio) of the episodes both caches hold."""
+
+    dataset: str
+    array: str
+    compared: int           # frames
+    equal: bool             # as stored, byte for byte, in all frames compared
+    relative: float | None  # RMS of the difference over the RMS in the first cache; None: of other shape
+
+
+@dataclass(frozen=True)
+class CacheDiff:
+    """How two finished caches differ; `same` when they do not."""
+
+    fingerprint: tuple[str, ...]        # differing fields, episodes not among them
+    only: tuple[str, ...]               # datasets, views and episodes in one of them, and episodes whose source differs
+    arrays: tuple[ArrayDiff, ...]
+    same_files: bool                    # features and tables were written with the same checksums, all of them
+
+    @property
+    def same(self) -> bool:
+        """Nothing differs, in what was compared and by the checksums of what was not."""
+        return self.same_files and not self.fingerprint and not self.only and all(a.equal for a in self.arrays)
+
+
+def diff(a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None) -> CacheDiff:
+    """Compare two finished caches: actions, proprio and instructions of all common episodes, features of up to `samples` random frames
+    of each view, and the checksums of everything. `UserError` as `Cache.open`."""
+    first, second = Cache.open(a), Cache.open(b)
+    if samples < 1:
+        raise UserError(f"--samples {samples}: give at least 1 frame to compare")
+    lines = [line.replace("cache has", "A has", 1).replace(", this run asks", ", B has", 1)
+             for line in fp.diff(_settings(first), _settings(second))]
+    names = {d.name: d for d in second.datasets}
+    only = [f"dataset {d.name} only in A" for d in first.datasets if d.name not in names]
+    only += [f"dataset {name} only in B" for name in names if name not in {d.name for d in first.datasets}]
+    arrays: list[ArrayDiff] = []
+    common = [(d, names[d.name]) for d in first.datasets if d.name in names]
+    for i, (x, y) in enumerate(common):
+        only += _only(x, y)
+        arrays += _compare(x, y, samples, np.random.default_rng(seed))
+        progress("comparing", i + 1, len(common))
+    files = [{name: entry for name, entry in c.manifest["files"].items() if not name.endswith("zarr.json")} for c in (first, second)]
+    return CacheDiff(tuple(lines), tuple(only), tuple(arrays), files[0] == files[1])
+
+
+def _settings(cache: Cache) -> dict[str, Any]:
+    """The fingerprint without what is said of single episodes."""
+    store = {k: v for k, v in cache.fingerprint["store"].items() if k not in ("datasets", "order")}
+    return {**cache.fingerprint, "store": store}
+
+
+def _only(x: CacheDataset, y: CacheDataset) -> list[str]:
+    lines = [f"view {x.name}/{v} only in {'A' if v in x.views else 'B'}" for v in sorted(set(x.views) ^ set(y.views))]
+    one, two = (dict(zip(d.episode_id.tolist(), zip(d.attributes["source_hashes"], d.quarantined.tolist()))) for d in (x, y))
+    for name, mine, other in (("A", one, two), ("B", two, one)):
+        alone = sorted(mine.keys() - other.keys())
+        if alone:
+            lines.append(f"{len(alone)} episodes of {x.name} only in {name}: {_few(alone)}")
+    changed = sorted(e for e in one.keys() & two.keys() if one[e][0] != two[e][0])
+    if changed:
+        lines.append(f"{len(changed)} episodes of {x.name} were recorded otherwise: {_few(changed)}")
+    lines += [f"episode {e} of {x.name} is in quarantine only in {'A' if one[e][1] else 'B'}"
+              for e in sorted(one.keys() & two.keys()) if one[e][1] != two[e][1]]
+    return lines
+
+
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+
+
+def _compare(x: CacheDataset, y: CacheDataset, samples: int, rng: np.random.Generator) -> list[ArrayDiff]:
+    """Tables of all frames of common episodes of the same length; features of some of those that are observations in both."""
+    positions = {e: i for i, e in enumerate(y.episode_id.tolist())}
+    pairs = [(i, positions[e]) for i, e in enumerate(x.episode_id.tolist()) if e in positions]
+    pairs = [(i, j) for i, j in pairs if x.episode_length[i] == y.episode_length[j] and not x.quarantined[i] and not y.quarantined[j]]
+    if not pairs:
+        return []
+    step = np.concatenate([np.arange(x.episode_length[i]) for i, _ in pairs])
+    counts = [x.episode_length[i] for i, _ in pairs]
+    rows = [np.repeat([d.episode_start[pair[k]] for pair in pairs], counts) + step for k, d in ((0, x), (1, y))]
+    out = [_table(x.name, kind, getattr(x, kind), getattr(y, kind), *rows) for kind in ("action", "proprio")]
+    texts = [(x.instructions[x.episode_instruction[i]], y.instructions[y.episode_instruction[j]]) for i, j in pairs]
+    words = sum(s != t for s, t in texts)
+    out += [ArrayDiff(x.name, "instruction", len(pairs), words == 0, words / len(pairs))]
+    seen = np.flatnonzero(step % math.lcm(x.frame_stride, y.frame_stride) == 0)
+    chosen = np.sort(rng.choice(seen, min(samples, len(seen)), replace=False))
+    arrays = [(view, k) for view in x.views if view in y.views for k in range(min(x.variants, y.variants) + 1)]
+    return out + [_features(x, y, view, k, rows[0][chosen], rows[1][chosen]) for view, k in arrays]
+
+
+def _table(dataset: str, kind: str, a: np.ndarray, b: np.ndarray, rows: np.ndarray, others: np.ndarray) -> ArrayDiff:
+    equal, square, scale = True, 0.0, 0.0
+    for at in range(0, len(rows), 65536):
+        one, two = a[rows[at:at + 65536]], b[others[at:at + 65536]]
+        equal &= one.tobytes() == two.tobytes()
+        square, scale = square + float(((one - two).astype(np.float64) ** 2).sum()), scale + float((one.astype(np.float64) ** 2).sum())
+    return ArrayDiff(dataset, kind, len(rows), equal, (square / max(scale, 1e-30)) ** 0.5)
+
+
+def _features(x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: np.ndarray, others: np.ndarray) -> ArrayDiff:
+    array = f"{view}.aug{variant}" if variant else view
+    if (x.tokens, x.width) != (y.tokens, y.width):
+        return ArrayDiff(x.name, array, len(rows), False, None)
+    equal, square, scale = x.format.dtype == y.format.dtype, 0.0, 0.0
+    if equal and x.channel_scale is not None:
+        equal = bool(np.array_equal(x.channel_scale, y.channel_scale))
+    size = max(1, BLOCK // (x.tokens * x.width * 4))
+    for at in range(0, len(rows), size):
+        part = slice(at, at + size)
+        if equal:
+            stored = zip(x.records(view, rows[part], variant), y.records(view, others[part], variant))
+            equal = all(u is None or u.tobytes() == v.tobytes() for u, v in stored)
+        one, two = (d.features(view, r[part], variant).astype(np.float32) for d, r in ((x, rows), (y, others)))
+        square, scale = square + float(np.square(one - two).sum(dtype=np.float64)), scale + float(np.square(one).sum(dtype=np.float64))
+    return ArrayDiff(x.name, array, len(rows), equal, (square / max(scale, 1e-30)) ** 0.5)

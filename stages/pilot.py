@@ -1,0 +1,238 @@
+"""`dvla cache plan`: a few pictures are decoded, encoded, written and read back, and from that the whole build is foretold (plan.py).
+
+Decoding is timed as the build does it (an episode opened, then its pictures in order), encoding with the real encoder in the build's
+batches, writing and reading with a temporary shard in the file system of the cache. Letters: n pictures, H × W their size, K tokens
+as stored, P tokens before pooling, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ..cache.augment import augment
+from ..cache.codec import average_pool, channel_scale, quantise, relative_error
+from ..cache.encoder import VisionLanguageEncoder, load_encoder
+from ..cache.episode import CorruptEpisode, View
+from ..cache.layout import BuildPlan, DatasetPlan, EpisodePlan
+from ..cache.readers import Source
+from ..errors import UserError
+from .build import BuildConfig, check_settings, make_plan, pick_device
+from .corpus import Progress, open_sources
+from .pilot_rates import disk_rates, model_rate
+from .plan import Forecast, Measured, ViewCost, forecast, free_nbytes
+from .workers import WorkerSpec
+
+Result = TypeVar("Result")
+RUNS = 2                # episodes of each dataset that are looked into
+PAIRS = 8               # pictures encoded once more, to see what pooling and strides lose
+
+
+@dataclass(frozen=True)
+class PilotConfig:
+    """What `plan` needs besides the build's own settings."""
+
+    pictures: int = 64                  # to measure with, over all datasets and views
+    price: float | None = None          # USD per hour of all that builds
+    train_rate: float | None = None     # observations/s of the policy alone; None = unknown
+    measure_model: bool = False         # measure it here
+    model_size: str = "base"            # of the policy measured
+    draws: int = 4                      # noise draws that share one observation
+    disk_rate: float | None = None      # bytes/s of the disk that will be trained from; None = measured here
+
+    def __post_init__(self) -> None:
+        if self.pictures < 2 or self.draws < 1:
+            raise UserError(f"--pilot {self.pictures} and --draws {self.draws}: give at least 2 pictures to measure with, and 1 draw")
+        for option, value in (("--price", self.price), ("--train-samples-per-second", self.train_rate), ("--disk-rate", self.disk_rate)):
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{option}: {value:g} is not above 0")
+
+
+@dataclass
+class _Look:
+    """What was seen of one camera of one dataset: pictures uint8 [H,W,3] of observations, and (observation, last skipped frame)."""
+
+    dataset: str
+    view: str
+    pictures: list[np.ndarray] = field(default_factory=list)
+    pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    load: list[float] = field(default_factory=list)         # seconds, per episode
+    first: list[float] = field(default_factory=list)        # seconds, per episode
+    following: list[float] = field(default_factory=list)    # seconds per further observation, per episode
+
+    def cost(self) -> ViewCost:
+        first = float(np.mean(self.first))
+        return ViewCost(self.dataset, self.view, float(np.mean(self.load)), first, float(np.mean(self.following or [first])))
+
+
+def plan_build(config: BuildConfig, pilot: PilotConfig = PilotConfig(), progress: Progress = lambda *_: None) -> Forecast:
+    """Measure, and foretell the build of `config`; nothing stays on the disk. `UserError` for what `build` refuses."""
+    check_settings(config)
+    device = pick_device(config.device)
+    sources = open_sources(config.sources, config.dataset_config, config.views)
+    datasets = [glance(source, progress) for source in sources]
+    encoder = load_encoder(config.encoder, device)
+    plan = make_plan(config, datasets, encoder)
+    plan.check()
+    each = max(2, pilot.pictures // sum(len(d.views) for d in datasets))
+    with contextlib.suppress(CorruptEpisode):
+        sources[0].load(datasets[0].episodes[-1].episode_id)    # imports what reads the format; not timed
+    looks = [look for source, dataset in zip(sources, datasets) for look in look_into(source, dataset, plan.frame_stride, each)]
+    progress("pilot: decoded", 1, 4)
+    features, encode = _encode(looks, encoder, config.batch_size, plan)
+    progress("pilot: encoded", 2, 4)
+    channels = channel_scale(features)
+    codes, scales = features.half().numpy(), None
+    if plan.format.quantised:
+        codes, scales = (x.numpy() for x in quantise(features, torch.from_numpy(channels), plan.format.dtype))
+    disk = disk_rates(config.out, plan, codes, scales)
+    progress("pilot: written and read", 3, 4)
+    views = max(len(d.views) for d in datasets)
+    model = model_rate(pilot.model_size, pilot.draws, views, plan, device) if pilot.measure_model else pilot.train_rate
+    measured = Measured(
+        tuple(look.cost() for look in looks), encode, disk.compression, disk.write, pilot.disk_rate or disk.read,
+        min(disk.read_warm, pilot.disk_rate or math.inf), model, relative_error(features, plan.format, channels),
+        pooling_error(looks, encoder) if encoder.tokens < encoder.native_tokens else None,
+        stride_change(looks, encoder) if plan.frame_stride > 1 else None)
+    progress("pilot: done", 4, 4)
+    return forecast(plan, measured, free=free_nbytes(config.out), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+                    parallel=_parallel(config.workers, device), overlap=device.type == "cuda", draws=pilot.draws, price=pilot.price)
+
+
+def glance(source: Source, progress: Progress) -> DatasetPlan:
+    """The source's episodes as far as metadata or a cheap look tell: lengths and instructions, no hashes."""
+    episodes, quarantined = [], []
+    for i, number in enumerate(source.episode_ids):
+        try:
+            episodes.append(EpisodePlan(number, source.length_of(number), source.instruction_of(number), ""))
+        except CorruptEpisode as error:
+            quarantined.append((number, str(error)))
+        progress(f"{source.name}: lengths", i + 1, len(source.episode_ids))
+    if not episodes:
+        reason = quarantined[0][1] if quarantined else "it lists no episodes"
+        raise UserError(f"{source.path} has no usable episode ({reason}); run on a whole copy of the dataset")
+    return DatasetPlan(source.name, source.view_names, tuple(episodes), tuple(quarantined))
+
+
+def look_into(source: Source, dataset: DatasetPlan, stride: int, each: int) -> list[_Look]:
+    """Decode about `each` observations of every view, in order from the start of `RUNS` episodes. `UserError` when none can be decoded."""
+    looks = {view: _Look(dataset.name, view) for view in dataset.views}
+    count, runs, reason = len(dataset.episodes), 0, ""
+    for number in dict.fromkeys([0, count // 2, *range(count)]):     # the first, the middle, and others where these are corrupt
+        entry = dataset.episodes[number]
+        try:
+            began = time.perf_counter()
+            episode = source.load(entry.episode_id)
+            loaded = time.perf_counter() - began
+            for view in episode.views:
+                _decode(looks[view.name], view, stride, -(-each // RUNS), loaded)
+        except CorruptEpisode as error:
+            reason = str(error)
+            continue
+        runs += 1
+        if runs == RUNS:
+            break
+    if not runs:
+        raise UserError(f"no episode of {source.path} can be decoded ({reason}); run `dvla data check` on it")
+    return list(looks.values())
+
+
+def _decode(look: _Look, view: View, stride: int, count: int, loaded: float) -> None:
+    rows = min(count, -(-view.length // stride))
+    frames = islice(view.frames(0, (rows - 1) * stride + 1), 0, None, stride)
+    began = time.perf_counter()
+    pictures = [next(frames)]
+    first = time.perf_counter()
+    pictures += frames
+    ended = time.perf_counter()
+    if stride > 1 and view.length >= stride:
+        look.pairs.append((pictures[0], next(view.frames(stride - 1, stride))))
+    look.pictures += pictures
+    look.load.append(loaded)
+    look.first.append(first - began)
+    if rows > 1:
+        look.following.append((ended - first) / (rows - 1))
+
+
+def _encode(looks: Sequence[_Look], encoder: VisionLanguageEncoder, batch_size: int, plan: BuildPlan) -> tuple[torch.Tensor, float]:
+    """(features float32 [n,K,D] of all pictures, seconds per picture of the build: encoding, a share of it augmented, quantised)."""
+    batches = _batches([p for look in looks for p in look.pictures], batch_size)
+    _synchronised(encoder, lambda: encoder.encode_images(batches[0] if encoder.device.type == "cuda" else batches[0][:1]))    # warms up
+    features, seconds = [], 0.0
+    for pictures in batches:
+        began = time.perf_counter()
+        features.append(_synchronised(encoder, lambda: encoder.encode_images(pictures).float().cpu()))
+        seconds += time.perf_counter() - began
+        if plan.variants:
+            began = time.perf_counter()
+            _synchronised(encoder, lambda: augment(torch.from_numpy(pictures).to(encoder.device), np.arange(1, 1 + len(pictures), dtype=np.uint64)))
+            seconds += (time.perf_counter() - began) * plan.variants / (plan.variants + 1)
+    found = torch.cat(features)                                                                         # [n,K,D]
+    if not torch.isfinite(found).all():
+        raise UserError("the encoder gave a value that is not finite; check the weights and their dtype")
+    if plan.format.quantised:
+        on_device = found.to(encoder.device)
+        scales = torch.from_numpy(channel_scale(found)).to(encoder.device)
+        began = time.perf_counter()
+        _synchronised(encoder, lambda: quantise(on_device, scales, plan.format.dtype))
+        seconds += time.perf_counter() - began
+    return found, seconds / len(found)
+
+
+def pooling_error(looks: Sequence[_Look], encoder: VisionLanguageEncoder) -> float:
+    """RMS of what pooling discards (the tokens less their best reconstruction from the pooled ones) over the RMS of the tokens."""
+    whole = copy.copy(encoder)          # shares the weights
+    whole.spec = dataclasses.replace(encoder.spec, tokens=None)
+    features = _features([look.pictures[0] for look in looks][:PAIRS], whole)                           # [n,P,D]
+    pool = average_pool(torch.eye(features.shape[1])[None], encoder.tokens)[0]                          # [K,P]: pooled = pool @ tokens
+    kept = torch.linalg.pinv(pool) @ (pool @ features)                                                  # [n,P,D]
+    return float((features - kept).square().mean().sqrt() / features.square().mean().sqrt())
+
+
+def stride_change(looks: Sequence[_Look], encoder: VisionLanguageEncoder) -> float | None:
+    """RMS of the features' change from an observation to the last skipped frame behind it, over their RMS; None: episodes too short."""
+    pairs = [pair for look in looks for pair in look.pairs][:PAIRS]
+    if not pairs:
+        return None
+    before, after = (_features([pair[i] for pair in pairs], encoder) for i in (0, 1))                   # [n,K,D]
+    return float((after - before).square().mean().sqrt() / before.square().mean().sqrt())
+
+
+def _features(pictures: Sequence[np.ndarray], encoder: VisionLanguageEncoder) -> torch.Tensor:
+    """float32 [n,K,D] on the CPU, one picture at a time since sizes may differ."""
+    with torch.inference_mode():
+        return torch.cat([encoder.encode_images(p[None]).float().cpu() for p in pictures])
+
+
+def _batches(pictures: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
+    """uint8 [≤ size,H,W,3]: pictures of one size side by side."""
+    shapes: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for picture in pictures:
+        shapes.setdefault(picture.shape, []).append(picture)
+    return [np.stack(group[at:at + size]) for group in shapes.values() for at in range(0, len(group), size)]
+
+
+def _synchronised(encoder: VisionLanguageEncoder, work: Callable[[], Result]) -> Result:
+    with torch.inference_mode():
+        result = work()
+    if encoder.device.type == "cuda":
+        torch.cuda.synchronize(encoder.device)
+    return result
+
+
+def _parallel(workers: WorkerSpec, device: torch.device) -> int:
+    """Processes that gain: those of a cluster, and those here that have a GPU each. Others share this machine's processors."""
+    if workers.scheduler or workers.slurm:
+        return max(1, workers.count)
+    return max(1, min(workers.count, torch.cuda.device_count())) if device.type == "cuda" else 1

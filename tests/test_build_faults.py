@@ -1,0 +1,364 @@
+"""Builds that are killed, interrupted, starved of disk and contended: what is left, what is said, and that going on gives the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvla.cache.layout import BuildPlan
+from dvla.cache.store import Cache, verify_checksums
+from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
+from dvla.errors import UserError
+
+from . import synthetic_cache as synthetic
+from .lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
+
+SHARD, FRAMES = 4, sum(LENGTHS)
+SHARDS = len(VIEWS) * -(-FRAMES // SHARD)
+TINY = TinySpec(vision_depth=1, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
+
+# What a shard does to whoever makes it, read from the file OUT.fault: {"front/2": "kill" | "sleep" | "break"}.
+HOOKS = """
+import json, os, signal, time
+from dvla.cache.writer import CacheWriter
+from dvla.errors import UserError
+real = CacheWriter.write_shard
+def write_shard(self, task, chunks, quarantined=()):
+    file = self.path.with_name(self.path.name + ".fault")
+    what = json.loads(file.read_text()).get(f"{task.array}/{task.index}") if file.exists() else None
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "sleep":
+        time.sleep(60)
+    if what == "break":
+        raise UserError("the shard is broken")
+    return real(self, task, chunks, quarantined)
+CacheWriter.write_shard = write_shard
+"""
+# Imports everything once, and forks a process for every command: `dvla` itself, or a synthetic build that stops after two shards.
+# Workers are forked by a second process that has imported everything as well, so they start in no time.
+ZYGOTE = """
+import json, os, resource, signal, sys
+from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
+modules = ["hooks", "distributed", "distributed.nanny", "peft", "pyarrow.parquet", "av", "transformers.models.qwen3_vl.modeling_qwen3_vl", "dvla.stages.build"]
+set_forkserver_preload(modules)
+forkserver.ensure_running()
+resource_tracker.ensure_running()
+for name in modules:
+    __import__(name)
+import distributed.utils, dvla.cli, synthetic_cache
+from transformers import AutoConfig, AutoTokenizer
+distributed.utils._forkserver_preload_set = True
+forkserver._forkserver.ensure_running = lambda: None    # it is, but not as a child of the forked process
+print(forkserver._forkserver._forkserver_pid, flush=True)
+for line in sys.stdin:
+    ask = json.loads(line)
+    if "wait" in ask:
+        status = os.waitpid(ask["wait"], 0)[1]
+        print(os.waitstatus_to_exitcode(status), flush=True)
+        continue
+    if (pid := os.fork()) == 0:
+        os.setsid()
+        handle = os.open(ask["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(handle, stream)
+        os.environ |= ask.get("env", {})
+        if ask.get("room"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ask["room"], resource.RLIM_INFINITY))
+        try:
+            if "synthetic" in ask:
+                synthetic_cache.build(ask["synthetic"], delay=0.002, stop_after=2, plan=synthetic_cache.make_plan(2))
+            else:
+                sys.argv = ["dvla", *ask["arguments"]]
+                dvla.cli.main()
+            code = 0
+        except SystemExit as ending:
+            code = ending.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+"""
+
+
+class Zygote:
+    """Starts builds quickly, each in a session of its own, as a terminal would."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "hooks.py").write_text(HOOKS)
+        paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                       "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"}
+        self._process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self._worker_parent, self._folder = 0, folder
+        self.said = ""
+
+    def start(self, **ask: Any) -> int:
+        """Process id of a new build."""
+        if not self._worker_parent:
+            self._worker_parent = int(self._process.stdout.readline())
+        return self._ask(log=str(self._folder / "log"), **ask)
+
+    def wait(self, pid: int) -> int:
+        """Exit code, negative for a signal; what it said is in `said`."""
+        code = self._ask(wait=pid)
+        self.said = (self._folder / "log").read_text()
+        return code
+
+    def run(self, **ask: Any) -> int:
+        return self.wait(self.start(**ask))
+
+    def workers(self) -> list[int]:
+        """Process ids of dask workers that are alive."""
+        children = Path(f"/proc/{self._worker_parent}/task/{self._worker_parent}/children").read_text()
+        return [int(pid) for pid in children.split() if "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, **ask: Any) -> int:
+        self._process.stdin.write(json.dumps(ask) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def vlm(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen3vl(tmp_path_factory.mktemp("vlm") / "tiny", TINY)
+
+
+def command(source: Path, vlm: Path, out: Path, *more: str) -> list[str]:
+    return ["cache", "build", str(source), "--vlm", "tiny_qwen3vl", "--vlm-path", str(vlm), "--resolution", "64", "--out", str(out),
+            "--batch-size", "3", "--shard-frames", str(SHARD), "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an uninterrupted build."""
+    out = tmp_path_factory.mktemp("whole") / "cache"
+    assert zygote.run(arguments=command(recorded["image"], vlm, out)) == 0, zygote.said
+    return tree(out)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def finished(out: Path) -> int:
+    return len(list(out.glob(".commits/*/*/*.json")))
+
+
+def until(condition: Any, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
+
+
+def require_sound(out: Path) -> None:
+    """Every file under a final name is whole: its size and checksum are those of its commit record."""
+    from dvla.cache.shard import file_crc32c
+
+    for record in out.glob(".commits/**/*.json"):
+        for name, entry in json.loads(record.read_text())["files"].items():
+            assert file_crc32c(out / name) == (entry["bytes"], entry["crc32c"])
+
+
+# --- kill -9 -------------------------------------------------------------------------------------------------------------
+
+def test_fifty_kills_in_one_build(zygote: Zygote, tmp_path: Path) -> None:
+    """Killed wherever it happens to be, fifty times: no run makes more than two of the 133 shards."""
+    rng, out, kills = random.Random(4), tmp_path / "cache", 0
+    synthetic.build(tmp_path / "whole", plan=synthetic.make_plan(2))
+    while kills < 50:
+        pid = zygote.start(synthetic=str(out))
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        kills += zygote.wait(pid) == -signal.SIGKILL
+    assert 0 < finished(out) and not (out / "manifest.json").exists()
+    synthetic.build(out, plan=synthetic.make_plan(2), arrange=lambda tasks: random.Random(5).sample(tasks, len(tasks)))
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """The parent, then a worker, then the parent without workers, at random moments of one build."""
+    rng, out = random.Random(1), tmp_path / "cache"
+    for workers in ("2", "0", "1"):
+        before = finished(out)
+        pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", workers))
+        until(lambda: finished(out) > before)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        assert zygote.wait(pid) == -signal.SIGKILL
+        until(lambda: not zygote.workers())                     # they go with their parent
+        assert before < finished(out) < SHARDS
+        require_sound(out)
+    (tmp_path / "cache.fault").write_text(json.dumps({"wrist/9": "sleep"}))
+    pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", "2"))
+    until(lambda: finished(out) == SHARDS - 1)
+    (tmp_path / "cache.fault").unlink()
+    for worker in zygote.workers():                             # one of them is asleep over the last shard
+        os.kill(worker, signal.SIGKILL)
+    assert zygote.wait(pid) == 0, zygote.said                   # dask replaces them
+    assert tree(out) == whole and not zygote.workers()
+
+
+def test_a_shard_that_kills_every_worker_ends_the_build(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache.fault").write_text(json.dumps({"front/1": "kill"}))
+    assert zygote.run(arguments=command(recorded["image"], vlm, tmp_path / "cache", "--workers", "1")) == 2
+    assert re.fullmatch(r"error: shard 1 of image/front killed 3 workers one after another .*run the same command again\n", zygote.said)
+    assert finished(tmp_path / "cache") == 1 and not zygote.workers()
+
+
+# --- what a worker has to say ----------------------------------------------------------------------------------------------
+
+def test_an_error_in_a_worker_arrives_as_its_line(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes],
+                                                  tmp_path: Path) -> None:
+    (tmp_path / "cache.fault").write_text(json.dumps({"front/3": "break"}))
+    arguments = command(recorded["image"], vlm, tmp_path / "cache", "--workers", "1")
+    assert zygote.run(arguments=arguments) == 2
+    assert zygote.said == "error: the shard is broken\n" and finished(tmp_path / "cache") == 3 and not zygote.workers()
+    (tmp_path / "cache.fault").unlink()
+    assert zygote.run(arguments=arguments) == 0 and tree(tmp_path / "cache") == whole
+
+
+def test_workers_quarantine_as_one_process_does(zygote: Zygote, copy_of: Any, vlm: Path, tmp_path: Path) -> None:
+    root = copy_of("image")
+
+    def cut(table: Any) -> Any:
+        pictures = table["observation.images.front"].to_pylist()
+        pictures[15]["bytes"] = pictures[15]["bytes"][:60]
+        return with_column(table, "observation.images.front", pictures)
+
+    rewrite(the_file(root, "data/*/*.parquet"), cut)
+    assert zygote.run(arguments=command(root, vlm, tmp_path / "one")) == 0, zygote.said
+    assert zygote.run(arguments=command(root, vlm, tmp_path / "two", "--workers", "2")) == 0, zygote.said
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert "1 episodes in quarantine" in zygote.said and Cache.open(tmp_path / "two").datasets[0].quarantined.tolist() == [False, True, False]
+
+
+# --- Ctrl-C and walltimes --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("workers, number", [("0", signal.SIGINT), ("0", signal.SIGTERM), ("2", signal.SIGINT), ("2", signal.SIGTERM)])
+def test_interrupted_builds_end_quietly(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path,
+                                        workers: str, number: int) -> None:
+    out = tmp_path / "cache"
+    arguments = command(recorded["image"], vlm, out, "--workers", workers)
+    pid = zygote.start(arguments=arguments)
+    until(lambda: finished(out) >= 2)
+    os.killpg(pid, number)
+    assert zygote.wait(pid) == 130
+    assert zygote.said == "interrupted; run the same command again to go on\n"
+    assert not zygote.workers() and 2 <= finished(out) < SHARDS
+    require_sound(out)
+    if workers == "0":
+        assert zygote.run(arguments=arguments) == 0 and tree(out) == whole
+
+
+def test_workers_do_not_see_ctrl_c(tmp_path: Path) -> None:
+    """In a terminal the whole foreground group gets it. The worker that replaces a lost one does not see it either."""
+    script = """
+import os, signal, sys
+from dvla.stages.workers import WorkerSpec, _client
+if __name__ == "__main__":
+    with _client(WorkerSpec(1)) as client:
+        mask = lambda: client.submit(signal.pthread_sigmask, signal.SIG_BLOCK, (), pure=False).result()
+        first = client.submit(os.getpid, pure=False).result()
+        print(signal.SIGINT in mask(), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        os.kill(first, signal.SIGKILL)
+        print(signal.SIGINT in mask(), client.submit(os.getpid, pure=False).result() != first)
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "False", "True", "True"], done.stderr
+
+
+# --- no room ---------------------------------------------------------------------------------------------------------------
+
+def test_a_file_too_large_for_the_disk(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """A real short write, by a limit on the size of one file: the tables fit, a shard does not."""
+    out, shard = tmp_path / "cache", SHARD * 4 * 32 * 2
+    arguments = command(recorded["image"], vlm, out)
+    first = zygote.run(arguments=arguments, room=max(len(v) for k, v in whole.items() if "/features/" not in k and "zarr" not in k))
+    assert (first, finished(out)) == (0, SHARDS) or first == 2      # tables of 39 frames may be larger than a shard
+    for workers in ("0", "1"):
+        out = tmp_path / f"cache{workers}"
+        arguments = command(recorded["image"], vlm, out, "--workers", workers)
+        assert zygote.run(arguments=arguments, room=shard - 100) == 2
+        assert zygote.said.count("\n") == 1 and re.search(r"cannot go on writing \S+cache\d: File too large .*run the same command again", zygote.said)
+        assert not list(out.rglob(".*.tmp-*"))
+        require_sound(out)
+        assert zygote.run(arguments=arguments) == 0 and tree(out) == whole
+
+
+def test_the_disk_fills_up_at_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC from the n-th sync, for every n: nothing half-written has a name, and the same call goes on."""
+    plan = synthetic.make_plan(40)
+    synthetic.build(tmp_path / "whole", plan=plan)
+    expected, fsync, out, failures = tree(tmp_path / "whole"), os.fsync, tmp_path / "cache", 0
+    left = 0
+
+    def full(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for room in range(0, 400, 4):
+        left = room
+        try:
+            synthetic.build(out, plan=plan)
+            break
+        except UserError as error:
+            failures += 1
+            assert re.search(r"cannot go on writing \S+: No space left on device \([\d.]+ GiB are free\); .*run the same command again", str(error))
+            assert not list(out.rglob(".*.tmp-*"))
+            for name, content in tree(out).items():
+                assert expected[name] == content, name
+    assert failures > 10 and tree(out) == expected and verify_checksums(out) == []
+
+
+# --- two at once, and a plan that travels ----------------------------------------------------------------------------------
+
+def test_a_second_builder_is_refused_whatever_its_workers(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    (tmp_path / "cache.fault").write_text(json.dumps({"front/2": "sleep"}))
+    first = zygote.start(arguments=command(recorded["image"], vlm, out))
+    until(lambda: finished(out) == 2)
+    log = (Path(zygote._folder) / "log")
+    log.rename(tmp_path / "log")        # the first goes on writing there
+    for workers in ("0", "1"):
+        assert zygote.run(arguments=command(recorded["image"], vlm, out, "--workers", workers)) == 2
+        assert zygote.said == f"error: another process is building {out}; wait for it or stop it, then run again\n"
+    os.kill(first, signal.SIGKILL)
+    assert zygote.wait(first) == -signal.SIGKILL
+
+
+def test_workers_read_the_plan_from_the_fingerprint() -> None:
+    plan = synthetic.make_plan()
+    assert BuildPlan.from_document(json.loads(json.dumps(plan.document()))) == plan
