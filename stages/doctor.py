@@ -31,7 +31,7 @@ def _version(package: str) -> str | None:
 def examine() -> list[Finding]:
     """Look at this machine. Imports nothing but torch."""
     findings = [Finding("python", platform.python_version(), required=True)]
-    for package in ("torch", "transformers", "peft", "av", "pyarrow", "google-crc32c"):
+    for package in ("torch", "transformers", "peft", "av", "pyarrow", "google-crc32c", "distributed", "webdataset"):
         findings.append(Finding(package, _version(package), "nothing runs", "pip install dvla", required=True))
     findings.append(Finding("CUDA", _cuda(), "the 2 B VLM and the base model are slow on a CPU; the tiny sizes run",
                             "a CUDA GPU with its driver, and a torch build for it"))
@@ -42,6 +42,8 @@ def examine() -> list[Finding]:
         Finding("lerobot", _version("lerobot"), "`dvla data record` cannot write datasets (reading needs only av and pyarrow)",
                 "pip install 'dvla[lerobot]'"),
         Finding("metaworld", _version("metaworld"), "`dvla data record`, `dvla eval` and `dvla demo` have no simulator", "pip install 'dvla[sim]'"),
+        Finding("pyvista", _version("pyvista"), "DexGraspNet's scenes cannot be rendered", "pip install 'dvla[render]'"),
+        Finding("dask-jobqueue", _version("dask-jobqueue"), "no --slurm; --workers and --scheduler work", "pip install 'dvla[slurm]'"),
         Finding("headless OpenGL", _opengl(), "simulators cannot render pictures", "apt-get install libosmesa6 (or libegl1)"),
     ]
     return findings

@@ -51,7 +51,8 @@ CacheWriter.write_shard = write_shard
 ZYGOTE = """
 import json, os, resource, signal, sys
 from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
-modules = ["hooks", "distributed", "distributed.nanny", "peft", "pyarrow.parquet", "av", "transformers.models.qwen3_vl.modeling_qwen3_vl", "dvla.stages.build"]
+modules = ["hooks", "distributed.nanny", "pyarrow.parquet", "pandas", "av", "PIL.PngImagePlugin", "pydantic.fields",
+           "transformers.models.qwen3_vl.modeling_qwen3_vl", "dvla.stages.build", "dvla.cache.readers.lerobot"]
 set_forkserver_preload(modules)
 forkserver.ensure_running()
 resource_tracker.ensure_running()
