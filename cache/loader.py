@@ -25,7 +25,6 @@ import torch
 from ..batch import UNIFIED_DIM, FeatureBatch
 from ..errors import UserError
 from .sampling import SampleOrder, held_out, mixture, override, uniform
-from .shard import ShardFiles
 from .store import Cache, CacheDataset
 
 LIVE_VARIANTS = 1 << 16     # a live encoder makes any variant; so many differ
@@ -120,7 +119,7 @@ class _Assembler:
         if self.quantised:
             self.fields |= {"token_scale": ((b, length), real), "channel_scale": ((width,), real)}
         self.pool: queue.SimpleQueue[_Storage] = queue.SimpleQueue()
-        self.files = ShardFiles()
+        self.files = cache.shard_files()
 
     def __call__(self, dataset: np.ndarray, row: np.ndarray, masked: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
                  variant: np.ndarray | None = None) -> FeatureBatch:

@@ -154,8 +154,25 @@ def read_index(path: Path, chunks_per_shard: int) -> np.ndarray:
         os.close(handle)
 
 
-def _open(path: Path) -> int:
+class Folder:
+    """A directory held open: files are found in it by the name it had, also after it was renamed and another took that name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.handle = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._finalizer = weakref.finalize(self, os.close, self.handle)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` names it now."""
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.stat(path))
+        except FileNotFoundError:
+            return False
+
+
+def _open(path: Path, folder: Folder | None = None) -> int:
     try:
+        if folder is not None:
+            return os.open(path.relative_to(folder.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder.handle)
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}") from None
@@ -175,10 +192,12 @@ def _damaged(path: Path) -> UserError:
 
 
 class ShardFiles:
-    """Open shard files, per thread and at most `limit` of each thread's, so no thread closes what another one reads."""
+    """Open shard files, per thread and at most `limit` of each thread's, so no thread closes what another one reads.
 
-    def __init__(self, limit: int = 128) -> None:
-        self._limit, self._local = limit, threading.local()
+    With a `folder`, paths are below it."""
+
+    def __init__(self, limit: int = 128, folder: Folder | None = None) -> None:
+        self._limit, self._folder, self._local = limit, folder, threading.local()
         self._all: list[OrderedDict[Path, tuple[int, np.ndarray]]] = []
         self._finalizer = weakref.finalize(self, _close_all, self._all)
 
@@ -191,7 +210,7 @@ class ShardFiles:
         if path in mine:
             mine.move_to_end(path)
             return mine[path]
-        handle = _open(path)
+        handle = _open(path, self._folder)
         try:
             index = _read_index(handle, path, chunks_per_shard).astype(np.int64)    # 2**64-1 becomes -1
         except BaseException:

@@ -5,6 +5,7 @@ Any Zarr library opens the same folder; this reader goes to the bytes itself, be
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from .actions import UNIFIED_DIM
 from .codec import FeatureFormat, dequantise, quantise
 from .layout import FORMAT, array_name, features_folder, open_table, read_json, record_compression, scales_folder
 from .normalize import Normalizer, Statistics
-from .shard import ShardFiles, file_crc32c, read_records
+from .shard import Folder, ShardFiles, file_crc32c, read_records
 
 
 class CacheDataset:
@@ -52,13 +53,10 @@ class CacheDataset:
         self.text = open_table(self.path / "text" / "embedding")
         self.text_length = open_table(self.path / "text" / "length")
         self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantised else None     # [D] float32
+        self.null_features = np.stack([open_table(self.path / "null" / view) for view in self.views])
         self.quarantined = np.isin(self.episode_id, a["quarantined"])
         self.episode_observations = -(-self.episode_length // self.frame_stride)    # [E] int64
         self._observation_start = np.cumsum(self.episode_observations) - self.episode_observations
-
-    @cached_property
-    def null_features(self) -> np.ndarray:
-        return np.stack([open_table(self.path / "null" / view) for view in self.views])
 
     @cached_property
     def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -158,9 +156,11 @@ class CacheDataset:
 class Cache:
     """A finished cache, opened for reading; thread-safe; the folder may be read-only. Make it with `Cache.open`."""
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], manifest: dict[str, Any]) -> None:
-        self.path, self.fingerprint, self.manifest = path, fingerprint, manifest
-        files = ShardFiles()
+    folder: Folder | None = None    # so that a reader stays with its generation when the next one takes its place
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any], manifest: dict[str, Any], folder: Folder | None = None) -> None:
+        self.path, self.fingerprint, self.manifest, self.folder = path, fingerprint, manifest, folder
+        files = self.shard_files()
         self.datasets = tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"])
         self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
         self.variants, self.format = manifest["variants"], self.datasets[0].format
@@ -170,8 +170,22 @@ class Cache:
     def open(cls, path: Path | str) -> Cache:
         """`UserError` when there is no cache, or an incomplete one, at `path`."""
         path = Path(path)
-        manifest = _read_manifest(path)
-        return cls(path, read_json(path / "fingerprint.json"), manifest)
+        for last in [False] * 20 + [True]:
+            try:
+                manifest = _read_manifest(path)
+                folder = Folder(path)
+                cache = cls(path, read_json(path / "fingerprint.json"), manifest, folder)
+                if folder.is_at(path) and _read_manifest(path) == manifest:
+                    return cache
+            except (UserError, OSError):    # no folder, or half of this and half of the next generation
+                if last or not beside(path, "next").exists():
+                    raise
+            time.sleep(0.01)                # generations are changing places
+        raise UserError(f"cache {path} changes faster than it can be opened; wait until its builds have ended")
+
+    def shard_files(self) -> ShardFiles:
+        """Files of this generation's shards, to be closed by whoever asks for them."""
+        return ShardFiles(folder=self.folder)
 
     def dataset(self, name: str) -> CacheDataset:
         """The dataset of that name; `UserError` with the nearest name otherwise."""
@@ -179,6 +193,12 @@ class Cache:
             if dataset.name == name:
                 return dataset
         raise unknown("dataset", name, [d.name for d in self.datasets])
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """The folder of another generation of the cache at `path`, which may be "."."""
+    whole = Path(path).absolute()
+    return whole.with_name(f"{whole.name}.{suffix}")
 
 
 def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | None = None) -> list[str]:

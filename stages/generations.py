@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..cache import fingerprint as fp
-from ..cache.layout import BuildPlan, DatasetPlan, EpisodePlan, ShardTask, read_json
+from ..cache.layout import BuildPlan, DatasetPlan, EpisodePlan, ShardTask, read_json, scales_folder
 from ..cache.shard import file_crc32c
-from ..cache.store import Cache, CacheDataset
+from ..cache.store import Cache, CacheDataset, beside
 from ..cache.writer import lock_folder
 from ..errors import UserError
 
@@ -67,12 +67,11 @@ class Earlier:
     def records(self, dataset: CacheDataset, task: ShardTask, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Stored features of `frames` [n], as `CacheDataset.records`, from shards whose checksum was looked at once: a copy of a
         damaged feature would pass every later check."""
-        first = dataset.shard_path(task.view, 0, task.variant)
+        scales = scales_folder(self.path, task.dataset, task.array) / "c"
         for index in np.unique(dataset.observation_of(frames) // dataset.shard_frames).tolist():
             self._require_sound(dataset.shard_path(task.view, index, task.variant))
             if dataset.format.quantised:
-                scales = first.parents[4] / "scales" / first.parents[3].name / "c" / str(index) / "0"
-                self._require_sound(scales)
+                self._require_sound(scales / str(index) / "0")
         return dataset.records(task.view, frames, task.variant)
 
     def _require_sound(self, file: Path) -> None:
@@ -134,12 +133,13 @@ def require_same_start(ready: Path, asked: Mapping[str, Any]) -> None:
 
 def next_generation(out: Path) -> Path:
     """Where the generation after the one at `out` is made."""
-    return out.with_name(f"{out.name}.next")
+    return beside(out, "next")
 
 
 def generations(out: Path) -> list[Path]:
     """Earlier generations of the cache at `out` that are still there, oldest first."""
-    found = {int(m[1]): p for p in out.parent.glob(f"{out.name}.gen-*") if (m := re.fullmatch(r".*\.gen-(\d+)", p.name))}
+    any_of = beside(out, "gen-*")
+    found = {int(m[1]): p for p in any_of.parent.glob(any_of.name) if (m := re.fullmatch(r".*\.gen-(\d+)", p.name))}
     return [found[n] for n in sorted(found)]
 
 
@@ -147,7 +147,7 @@ def exchange(out: Path) -> Path:
     """Put the finished next generation in the place of `out`; returns where the earlier one is now. The caller holds `out`'s lock."""
     last = generations(out)[-1:]
     number = int(last[0].name.rsplit("-", 1)[1]) + 1 if last else 1
-    previous = out.with_name(f"{out.name}.gen-{number}")
+    previous = beside(out, f"gen-{number}")
     os.rename(out, previous)
     os.rename(next_generation(out), out)    # a crash in between is mended by the next build
     _sync(out.parent)

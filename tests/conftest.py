@@ -28,3 +28,11 @@ def recorded(tmp_path_factory) -> dict[str, Path]:
 def copy_of(recorded, tmp_path):
     """`copy_of(kind)` → a copy of that dataset that the test may damage."""
     return lambda kind: shutil.copytree(recorded[kind], tmp_path / kind)
+
+
+@pytest.fixture
+def dvla(monkeypatch, capsys):
+    """`dvla(*arguments)` → `cli_runner.Result` of one command line."""
+    from .cli_runner import runner
+
+    return runner(monkeypatch, capsys)

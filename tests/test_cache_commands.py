@@ -1,5 +1,4 @@
 """`dvla cache plan | status | inspect | diff | repair | gc`, through the command line: what they say is so, and what they mend is whole."""
-# ruff: noqa: F811  (the fixture `dvla` is test_cli's)
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from PIL import Image
 
 from . import synthetic_cache as synthetic
 from .lerobot_samples import LENGTHS, VIEWS
-from .test_cli import Dvla, dvla, refused  # noqa: F401
+from .cli_runner import Dvla, refused
 
 FRAMES = sum(LENGTHS)
 TINY = TinySpec(vision_depth=1, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
@@ -18,6 +18,8 @@ from dvla.stages.train_config import recipe_names
 
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic_cache as synthetic  # noqa: E402
+
+from .cli_runner import Dvla, Result, refused  # noqa: E402
 
 TINY = TinySpec(
     vision_depth=2, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512
@@ -38,42 +40,6 @@ SMALL = [
     "--set",
     "dit={width: 32, blocks: 1, heads: 2, horizon: 4}",
 ]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Dvla = Callable[..., Result]
-
-
-@pytest.fixture
-def dvla(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dvla:
-    """`dvla(*arguments)` runs one command line in this process as the installed script would."""
-
-    def run(*arguments: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dvla", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        return Result(code, *capsys.readouterr())
-
-    return run
-
-
-def refused(result: Result, *words: str) -> None:
-    """Exit code 2, one line on standard error that holds all `words`, nothing on standard output."""
-    assert result.code == 2, result
-    lines = result.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
-    assert result.out == "" and "Traceback" not in result.err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from dvla import cli
 from dvla.cache.actions import EMBODIMENTS, SLOTS
 from dvla.cache.dataset_config import DatasetConfig, config_names, load_config
 from dvla.cache.episode import CorruptEpisode
@@ -23,6 +22,7 @@ from dvla.cache.readers import Source, open_source
 from dvla.stages import statistics
 from dvla.stages.field_guesses import guess
 
+from .cli_runner import Dvla, refused
 from .hdf5_samples import write_replay_buffer, write_robomimic
 from .lerobot_samples import convert_to_v2
 
@@ -190,35 +190,10 @@ def test_a_file_of_many_episodes_is_opened_once(tmp_path: Path, monkeypatch: pyt
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Dvla = Callable[..., Result]
-
-
 @pytest.fixture
-def dvla(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dvla:
-    """`dvla(*arguments)` runs one `dvla data` command in this process as the installed script would."""
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dvla", "data", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        return Result(code, *capsys.readouterr())
-    return run
-
-
-def refused(result: Result, *words: str) -> None:
-    """Exit code 2, one line on standard error that holds all `words`."""
-    assert result.code == 2 and len(result.err.splitlines()) == 1 and result.err.startswith("error: "), result
-    for word in words:
-        assert word in result.err, result.err
+def dvla(dvla: Dvla) -> Dvla:
+    """`dvla(*arguments)` runs one `dvla data` command."""
+    return functools.partial(dvla, "data")
 
 
 def squeezed(text: str) -> str:

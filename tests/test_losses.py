@@ -41,7 +41,8 @@ def make_batch(cut: bool = True) -> FeatureBatch:
 
 
 def rows(batch: FeatureBatch, chosen: slice) -> FeatureBatch:
-    return FeatureBatch(**{f.name: getattr(batch, f.name)[chosen] for f in dataclasses.fields(batch)})
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return FeatureBatch(**{name: value if value is None else value[chosen] for name, value in values.items()})
 
 
 def counting(batch: FeatureBatch) -> torch.Tensor:

@@ -1,0 +1,45 @@
+"""Running command lines in this process, as the installed script would; the fixture `dvla` is in conftest.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Dvla = Callable[..., Result]
+
+
+def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dvla:
+    """`run(*arguments)` runs one command line."""
+    from dvla import cli
+
+    def run(*arguments: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dvla", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2, one line on standard error that holds all `words`, nothing on standard output."""
+    assert result.code == 2, result
+    lines = result.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    assert result.out == "" and "Traceback" not in result.err
+    for word in words:
+        assert word in lines[0], lines[0]
