@@ -8,61 +8,27 @@ the finished bytes depend neither on the order of the work nor on restarts. Layo
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
 from . import fingerprint as fp
 from .contents import check_features, checked_arrays
+from .guard import lock_folder, names_full_disk
 from .layout import (FORMAT, BuildPlan, DatasetTables, ShardTask, array_name, commit_file, features_document,
                      features_folder, group_document, json_bytes, open_table, read_json, record_compression, scales_document, scales_folder,
                      write_table)
 from .shard import ShardWriter, file_crc32c, publish, temporary_name, write_file
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)     # full disk, used-up quota, limit of one file's size
+PIECE_NBYTES = 1 << 20  # written at a time
 Features = np.ndarray | tuple[np.ndarray, np.ndarray]   # float16, or (codes, token scales)
-
-
-def lock_folder(path: Path) -> BinaryIO:
-    """The lock of the cache at `path`: a file that is held until it is closed; `UserError` when another process has it."""
-    try:
-        file = open(path / ".lock", "ab")
-    except OSError as error:
-        raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock")):  # or another generation took its place meanwhile
-            return file
-    except OSError:
-        pass
-    file.close()
-    raise UserError(f"another process is building {path}; wait for it or stop it, then run again")
-
-
-def _names_full_disk(method: Method) -> Method:
-    """A full disk is a `UserError`: nothing is lost, and the same command goes on once there is room."""
-    @functools.wraps(method)
-    def guarded(self: CacheWriter, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(self, *args, **kwargs)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            free = shutil.disk_usage(self.path).free / 2**30
-            raise UserError(f"cannot go on writing {self.path}: {error.strerror} ({free:.2f} GiB are free); what is finished is kept: "
-                            "make room and run the same command again") from None
-    return guarded  # type: ignore[return-value]
 
 
 class CacheWriter:
@@ -121,7 +87,7 @@ class CacheWriter:
         """The datasets whose tables are still to be written."""
         return [d.name for d in self.plan.datasets if not self._committed(commit_file(self.path, d.name))]
 
-    @_names_full_disk
+    @names_full_disk
     def write_shard(self, task: ShardTask, chunks: Iterable[Features], quarantined: Sequence[tuple[int, str]] = ()) -> None:
         """Write one shard from features of observations `task.start … task.stop-1`, in order, and commit it.
 
@@ -131,6 +97,7 @@ class CacheWriter:
         naming the row for a value that is not finite.
         """
         plan, tail = self.plan, (self.plan.tokens, self.plan.width)
+        step = max(1, PIECE_NBYTES // plan.format.record_nbytes(*tail))
         path = features_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0" / "0"
         scales = scales_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0"
         with contextlib.ExitStack() as stack:
@@ -139,10 +106,14 @@ class CacheWriter:
             beside = stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames)) if plan.format.quantised else None
             for chunk in chunks:
                 block, scale = chunk if isinstance(chunk, tuple) else (chunk[None] if chunk.ndim == 2 else chunk, None)
-                check_features(block, scale, task, task.start + shard.count, plan)
-                shard.append(block)
-                if beside is not None and scale is not None:
-                    beside.append(scale)
+                if scale is not None and len(scale) != len(block):
+                    raise ValueError(f"{task}: {len(block)} records came with {len(scale)} rows of scales")
+                for at in range(0, len(block), step):   # checked, summed and written while it is in the processor's cache
+                    part, scales_part = block[at:at + step], None if scale is None else scale[at:at + step]
+                    check_features(part, scales_part, task, task.start + shard.count, plan)
+                    shard.append(part)
+                    if beside is not None and scales_part is not None:
+                        beside.append(scales_part)
             if shard.count != task.stop - task.start:
                 raise ValueError(f"{task}: got {shard.count} observations, expected {task.stop - task.start}")
             known = {e.episode_id for e in self._datasets[task.dataset].episodes}
@@ -152,7 +123,7 @@ class CacheWriter:
         self._commit(commit_file(self.path, task.dataset, task.array, task.index), written,
                      quarantined=sorted([int(episode), reason] for episode, reason in quarantined))
 
-    @_names_full_disk
+    @names_full_disk
     def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:
         """float32 [D] of an 8-bit cache, measured and stored on the first call of a build, None of a 16-bit one. Before any shard."""
         if not self.plan.format.quantised:
@@ -162,7 +133,7 @@ class CacheWriter:
             self._commit(record, write_table(folder, measure().astype(np.float32), ("channel",)))
         return np.array(open_table(folder))
 
-    @_names_full_disk
+    @names_full_disk
     def adopt(self, task: ShardTask, other: Path) -> None:
         """Commit a shard that is, byte for byte, the one of the same name in the finished cache `other`: hard links where the
         file system has them."""
@@ -178,7 +149,7 @@ class CacheWriter:
             publish(temporary, target)
         write_file(commit_file(self.path, task.dataset, task.array, task.index), record.read_bytes())
 
-    @_names_full_disk
+    @names_full_disk
     def write_tables(self, dataset: str, tables: DatasetTables) -> None:
         """Write all of a dataset but its vision features, and commit it. `ValueError` for wrong shapes or dtypes."""
         plan, root = self._datasets[dataset], self.path / dataset
@@ -205,7 +176,7 @@ class CacheWriter:
             raise ValueError(f"attributes {sorted(clash)} belong to the store")
         self._commit(commit_file(self.path, dataset), written, attributes={**tables.attributes, **own})
 
-    @_names_full_disk
+    @names_full_disk
     def finish(self) -> dict[str, Any]:
         """Write the metadata, the quarantine ledger and, last, the manifest; returns the manifest.
 
@@ -271,7 +242,7 @@ class CacheWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @_names_full_disk
+    @names_full_disk
     def _prepare(self, asked: dict[str, Any]) -> None:
         """Under the lock: check or write the fingerprint, and remove what a killed builder left."""
         if (self.path / "fingerprint.json").exists():

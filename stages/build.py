@@ -25,9 +25,10 @@ from ..cache.augment import AUGMENTATION_VERSION
 from ..cache.codec import FeatureFormat, channel_scale, relative_error
 from ..cache.encoder import EncoderSpec, VisionLanguageEncoder, load_encoder
 from ..cache.episode import CorruptEpisode
+from ..cache.guard import lock_folder
 from ..cache.layout import BuildPlan, DatasetPlan, ShardTask
 from ..cache.store import Cache
-from ..cache.writer import CacheWriter, lock_folder
+from ..cache.writer import CacheWriter
 from ..errors import UserError
 from .corpus import Corpus, Progress, located, make_tables, open_sources, read_corpus, sources_to_append
 from .plan import require_room
@@ -100,7 +101,9 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
         finish_exchange(config.out)
         earlier = None
         if config.mode != "new":
-            earlier, held = Cache.open(config.out), stack.enter_context(lock_folder(config.out))
+            Cache.open(config.out)      # says what is wrong before there is anything to lock
+            held = stack.enter_context(lock_folder(config.out))
+            earlier = Cache.open(config.out)
         sources = open_sources(config.sources, config.dataset_config, config.views)
         if earlier is not None and config.mode == "append":
             sources = sources_to_append(earlier, sources)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..cache import fingerprint as fp
+from ..cache.guard import lock_folder
 from ..cache.layout import BuildPlan, DatasetPlan, EpisodePlan, ShardTask, read_json, scales_folder
 from ..cache.shard import file_crc32c
 from ..cache.store import Cache, CacheDataset, beside
-from ..cache.writer import lock_folder
 from ..errors import UserError
 
 

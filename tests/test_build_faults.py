@@ -307,6 +307,7 @@ def test_a_file_too_large_for_the_disk(zygote: Zygote, recorded: dict[str, Path]
     out, shard = tmp_path / "cache", SHARD * 4 * 32 * 2
     arguments = command(recorded["image"], vlm, out)
     for done in ({"all": "break"}, {}):
+        (tmp_path / "cache.fault").write_text("{}")
         assert zygote.run(arguments=arguments, room=shard - 100) == 2
         assert re.fullmatch(r"error: cannot go on writing \S+cache: File too large .*run the same command again\n", zygote.said)
         assert (out / ".commits" / "image" / "tables.json").exists() == (not done) and finished(out) == 0

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from dvla.cache.codec import FeatureFormat
 from dvla.cache.encoder import EncoderSpec
+from dvla.cache.guard import lock_folder
 from dvla.cache.store import Cache, verify_checksums
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
-from dvla.cache.writer import CacheWriter, lock_folder
+from dvla.cache.writer import CacheWriter
 from dvla.errors import UserError
 from dvla.stages import build as build_module
 from dvla.stages import generations as generations_module

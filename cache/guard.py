@@ -1,0 +1,48 @@
+"""What guards a cache that is being written: one builder at a time, and a full disk that is named and loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from ..errors import UserError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)     # full disk, used-up quota, limit of one file's size
+
+
+def lock_folder(path: Path) -> BinaryIO:
+    """The lock of the cache at `path`: a file that is held until it is closed; `UserError` when another process has it."""
+    try:
+        file = open(path / ".lock", "ab")
+    except OSError as error:
+        raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock")):  # or another generation took its place meanwhile
+            return file
+    except OSError:
+        pass
+    file.close()
+    raise UserError(f"another process is building {path}; wait for it or stop it, then run again")
+
+
+def names_full_disk(method: Method) -> Method:
+    """Of a writer with a `path`: a full disk is a `UserError`. Nothing is lost, and the same command goes on once there is room."""
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            free = shutil.disk_usage(self.path).free / 2**30
+            raise UserError(f"cannot go on writing {self.path}: {error.strerror} ({free:.2f} GiB are free); what is finished is kept: "
+                            "make room and run the same command again") from None
+    return guarded  # type: ignore[return-value]
