@@ -187,6 +187,7 @@ class CacheWriter:
                              f"{self.tables_missing()}")
         if self.complete:
             return json.loads((self.path / "manifest.json").read_bytes())
+        self._clear()       # of workers that were lost on the way
         files: dict[str, dict[str, int]] = {}
         if self.plan.format.quantised:
             files |= json.loads((self.path / ".commits" / "channel_scale.json").read_bytes())["files"]
@@ -247,12 +248,15 @@ class CacheWriter:
         """Under the lock: check or write the fingerprint, and remove what a killed builder left."""
         if (self.path / "fingerprint.json").exists():
             _require_same(self.path, asked)
-        for left in self.path.rglob(".*.tmp-*"):
-            left.unlink(missing_ok=True)    # a worker that outlived its builder may be renaming it
+        self._clear()
         if not (self.path / "fingerprint.json").exists():
             write_file(self.path / "fingerprint.json", json_bytes(asked))
         if self.complete and not self._nothing_missing():
             (self.path / "manifest.json").unlink()
+
+    def _clear(self) -> None:
+        for left in self.path.rglob(".*.tmp-*"):
+            left.unlink(missing_ok=True)    # a worker that outlived its builder may be renaming it
 
     def _nothing_missing(self) -> bool:
         return not self.missing() and not self.tables_missing()

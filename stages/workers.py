@@ -246,8 +246,9 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
         return cluster
     from distributed import LocalCluster
 
-    return stack.enter_context(LocalCluster(n_workers=spec.count, threads_per_worker=1, processes=True, dashboard_address=None,
-                                            memory_limit=0, silence_logs=logging.CRITICAL))
+    return stack.enter_context(LocalCluster(n_workers=spec.count, threads_per_worker=1, processes=True, memory_limit=0,
+                                            dashboard_address=":0",     # any free port; a fixed one warns when it is taken
+                                            silence_logs=logging.CRITICAL))
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from dvla.cache.layout import BuildPlan
 from dvla.cache.store import Cache, verify_checksums
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
+from dvla.settings import configs_dir, load_yaml
 
 from . import synthetic_cache as synthetic
 from .lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
@@ -40,11 +41,14 @@ def write_shard(self, task, chunks, quarantined=()):
     what = faults.get(f"{task.array}/{task.index}", faults.get("all"))
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if what in ("sleep", "slow"):
-        time.sleep(60 if what == "sleep" else 0.1)
+    if what == "slow":
+        time.sleep(0.1)
     if what == "break":
         raise UserError("the shard is broken")
-    return real(self, task, chunks, quarantined)
+    return real(self, task, asleep(chunks) if what == "sleep" else chunks, quarantined)
+def asleep(chunks):
+    yield next(iter(chunks))
+    time.sleep(60)
 CacheWriter.write_shard = write_shard
 """
 # Imports everything once, and forks a process for every command: `dvla` itself, or a synthetic build that stops after two shards.
@@ -72,6 +76,7 @@ for line in sys.stdin:
         continue
     if (pid := os.fork()) == 0:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts what is in the background with it ignored
         handle = os.open(ask["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(handle, stream)
@@ -108,14 +113,16 @@ class Zygote:
         paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                        "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"}
-        self._process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        with open(folder / "errors", "w") as errors:    # among them what a resource tracker says of processes that were killed
+            self._process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                             text=True, env=environment)
         self._worker_parent, self._folder = 0, folder
         self.said = ""
 
     def start(self, **ask: Any) -> int:
         """Process id of a new build."""
         if not self._worker_parent:
-            self._worker_parent = int(self._process.stdout.readline())
+            self._worker_parent = self._number()
         return self._ask(log=str(self._folder / "log"), **ask)
 
     def wait(self, pid: int) -> int:
@@ -139,7 +146,12 @@ class Zygote:
     def _ask(self, **ask: Any) -> int:
         self._process.stdin.write(json.dumps(ask) + "\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        return self._number()
+
+    def _number(self) -> int:
+        line = self._process.stdout.readline()
+        assert line, (self._folder / "errors").read_text()
+        return int(line)
 
 
 @pytest.fixture(scope="module")
@@ -193,20 +205,6 @@ def require_sound(out: Path) -> None:
 
 # --- kill -9 -------------------------------------------------------------------------------------------------------------
 
-def test_fifty_kills_in_one_build(zygote: Zygote, tmp_path: Path) -> None:
-    """Killed wherever it happens to be, fifty times: no run makes more than two of the 133 shards."""
-    rng, out, kills = random.Random(4), tmp_path / "cache", 0
-    synthetic.build(tmp_path / "whole", plan=synthetic.make_plan(2))
-    while kills < 50:
-        pid = zygote.start(synthetic=str(out))
-        time.sleep(rng.uniform(0, 0.05))
-        os.kill(pid, signal.SIGKILL)
-        kills += zygote.wait(pid) == -signal.SIGKILL
-    assert 0 < finished(out) and not (out / "manifest.json").exists()
-    synthetic.build(out, plan=synthetic.make_plan(2), arrange=lambda tasks: random.Random(5).sample(tasks, len(tasks)))
-    assert tree(out) == tree(tmp_path / "whole")
-
-
 def test_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """The parent, then a worker, then the parent without workers, at random moments of one build."""
     rng, out = random.Random(1), tmp_path / "cache"
@@ -223,12 +221,26 @@ def test_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Pat
         require_sound(out)
     (tmp_path / "cache.fault").write_text(json.dumps({"wrist/9": "sleep"}))
     pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", "2"))
-    until(lambda: finished(out) == SHARDS - 1)
+    until(lambda: finished(out) == SHARDS - 1 and list(out.glob("image/features/wrist/c/9/0/.0.tmp-*")))
     (tmp_path / "cache.fault").unlink()
-    for worker in zygote.workers():                             # one of them is asleep over the last shard
+    for worker in zygote.workers():                             # one of them is asleep amid the last shard
         os.kill(worker, signal.SIGKILL)
     assert zygote.wait(pid) == 0, zygote.said                   # dask replaces them
     assert tree(out) == whole and not zygote.workers()
+
+
+def test_fifty_kills_in_one_build(zygote: Zygote, tmp_path: Path) -> None:
+    """Killed wherever it happens to be, fifty times: no run makes more than two of the 133 shards."""
+    rng, out, kills = random.Random(4), tmp_path / "cache", 0
+    synthetic.build(tmp_path / "whole", plan=synthetic.make_plan(2))
+    while kills < 50:
+        pid = zygote.start(synthetic=str(out))
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        kills += zygote.wait(pid) == -signal.SIGKILL
+    assert 0 < finished(out) and not (out / "manifest.json").exists()
+    synthetic.build(out, plan=synthetic.make_plan(2), arrange=lambda tasks: random.Random(5).sample(tasks, len(tasks)))
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_a_shard_that_kills_every_worker_ends_the_build(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
@@ -361,6 +373,14 @@ def test_a_second_builder_is_refused_whatever_its_workers(zygote: Zygote, record
         assert zygote.said == f"error: another process is building {out}; wait for it or stop it, then run again\n"
     os.kill(first, signal.SIGKILL)
     assert zygote.wait(first) == -signal.SIGKILL
+
+
+def test_the_shipped_slurm_recipe_describes_a_job() -> None:
+    jobqueue = pytest.importorskip("dask_jobqueue")
+    with jobqueue.SLURMCluster(processes=1, **load_yaml(configs_dir() / "launch" / "slurm.yaml")) as cluster:
+        script = cluster.job_script()
+    for line in ("#SBATCH --cpus-per-task=8", "#SBATCH --gres=gpu:1", "#SBATCH -t 04:00:00", "--nthreads 1", "--lifetime 3h50m"):
+        assert line in script
 
 
 def test_workers_read_the_plan_from_the_fingerprint() -> None:

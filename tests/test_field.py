@@ -233,6 +233,7 @@ gen, pos = torch.load(f"{folder}/in.pt")
 mine = slice(0, 2) if rank == 0 else slice(2, 5)       # ranks need not have equally many conditions
 loss = drifting_loss(gen[mine], pos[mine], reduce=reduce)
 torch.save((loss.per_condition, loss.field.force, loss.field.scale, loss.field.mean_square), f"{folder}/out{rank}.pt")
+dist.destroy_process_group()    # or gloo's threads may outlive the interpreter
 """
 
 
