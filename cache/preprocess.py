@@ -87,7 +87,7 @@ def patchify(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
 
 def preprocess(images: torch.Tensor | np.ndarray, spec: ImageSpec, device: torch.device | str = "cpu") -> torch.Tensor:
     """uint8 RGB [N,H,W,3] -> float32 patch rows [N,S,F] on `device`. `ValueError` for another shape or dtype."""
-    x = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
+    x = torch.from_numpy(np.require(images, requirements=("C", "W"))) if isinstance(images, np.ndarray) else images
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
         raise ValueError(f"expected uint8 images [N,H,W,3], got {x.dtype} {tuple(x.shape)}")
     x = pad_to_square(x.to(device))                                     # [N,Q,Q,3] uint8

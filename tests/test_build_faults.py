@@ -8,151 +8,27 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dvla.cache.encoder import EncoderSpec
 from dvla.cache.layout import BuildPlan
 from dvla.cache.store import Cache, verify_checksums
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.settings import configs_dir, load_yaml
+from dvla.stages.workers import Job, make_shard
 
 from . import synthetic_cache as synthetic
+from .build_zygote import Zygote
 from .lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 
 SHARD, FRAMES = 4, sum(LENGTHS)
 SHARDS = len(VIEWS) * -(-FRAMES // SHARD)
 TINY = TinySpec(vision_depth=1, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
-
-# What a shard does to whoever makes it, read from the file OUT.fault: {"front/2" or "all": "kill" | "sleep" | "slow" | "break"}.
-HOOKS = """
-import json, os, signal, time
-from dvla.cache.writer import CacheWriter
-from dvla.errors import UserError
-real = CacheWriter.write_shard
-def write_shard(self, task, chunks, quarantined=()):
-    file = self.path.with_name(self.path.name + ".fault")
-    faults = json.loads(file.read_text()) if file.exists() else {}
-    what = faults.get(f"{task.array}/{task.index}", faults.get("all"))
-    if what == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "slow":
-        time.sleep(0.1)
-    if what == "break":
-        raise UserError("the shard is broken")
-    return real(self, task, asleep(chunks) if what == "sleep" else chunks, quarantined)
-def asleep(chunks):
-    yield next(iter(chunks))
-    time.sleep(60)
-CacheWriter.write_shard = write_shard
-"""
-# Imports everything once, and forks a process for every command: `dvla` itself, or a synthetic build that stops after two shards.
-# Workers are forked by a second process that has imported everything as well, so they start in no time.
-ZYGOTE = """
-import json, os, resource, signal, sys
-from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
-modules = ["hooks", "distributed.nanny", "pyarrow.parquet", "pandas", "av", "PIL.PngImagePlugin", "pydantic.fields",
-           "transformers.models.qwen3_vl.modeling_qwen3_vl", "dvla.stages.build", "dvla.cache.readers.lerobot"]
-set_forkserver_preload(modules)
-forkserver.ensure_running()
-resource_tracker.ensure_running()
-for name in modules:
-    __import__(name)
-import distributed.utils, dvla.cli, synthetic_cache
-from transformers import AutoConfig, AutoTokenizer
-distributed.utils._forkserver_preload_set = True
-forkserver._forkserver.ensure_running = lambda: None    # it is, but not as a child of the forked process
-print(forkserver._forkserver._forkserver_pid, flush=True)
-for line in sys.stdin:
-    ask = json.loads(line)
-    if "wait" in ask:
-        status = os.waitpid(ask["wait"], 0)[1]
-        print(os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    if (pid := os.fork()) == 0:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts what is in the background with it ignored
-        handle = os.open(ask["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
-        os.environ |= ask.get("env", {})
-        if ask.get("room"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (ask["room"], resource.RLIM_INFINITY))
-        try:
-            if "synthetic" in ask:
-                synthetic_cache.build(ask["synthetic"], delay=0.002, stop_after=2, plan=synthetic_cache.make_plan(2))
-            elif "script" in ask:
-                exec(ask["script"], {})
-            else:
-                sys.argv = ["dvla", *ask["arguments"]]
-                dvla.cli.main()
-            code = 0
-        except SystemExit as ending:
-            code = ending.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 99
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
-"""
-
-
-class Zygote:
-    """Starts builds quickly, each in a session of its own, as a terminal would."""
-
-    def __init__(self, folder: Path) -> None:
-        (folder / "hooks.py").write_text(HOOKS)
-        paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                       "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"}
-        with open(folder / "errors", "w") as errors:    # among them what a resource tracker says of processes that were killed
-            self._process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                             text=True, env=environment)
-        self._worker_parent, self._folder = 0, folder
-        self.said = ""
-
-    def start(self, **ask: Any) -> int:
-        """Process id of a new build."""
-        if not self._worker_parent:
-            self._worker_parent = self._number()
-        return self._ask(log=str(self._folder / "log"), **ask)
-
-    def wait(self, pid: int) -> int:
-        """Exit code, negative for a signal; what it said is in `said`."""
-        code = self._ask(wait=pid)
-        self.said = (self._folder / "log").read_text()
-        return code
-
-    def run(self, **ask: Any) -> int:
-        return self.wait(self.start(**ask))
-
-    def workers(self) -> list[int]:
-        """Process ids of dask workers that are alive."""
-        children = Path(f"/proc/{self._worker_parent}/task/{self._worker_parent}/children").read_text()
-        return [int(pid) for pid in children.split() if "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()]
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _ask(self, **ask: Any) -> int:
-        self._process.stdin.write(json.dumps(ask) + "\n")
-        self._process.stdin.flush()
-        return self._number()
-
-    def _number(self) -> int:
-        line = self._process.stdout.readline()
-        assert line, (self._folder / "errors").read_text()
-        return int(line)
-
 
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
@@ -231,13 +107,13 @@ def test_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Pat
 
 def test_fifty_kills_in_one_build(zygote: Zygote, tmp_path: Path) -> None:
     """Killed wherever it happens to be, fifty times: no run makes more than two of the 133 shards."""
-    rng, out, kills = random.Random(4), tmp_path / "cache", 0
+    rng, out = random.Random(4), tmp_path / "cache"
     synthetic.build(tmp_path / "whole", plan=synthetic.make_plan(2))
-    while kills < 50:
+    for _ in range(50):
         pid = zygote.start(synthetic=str(out))
         time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
-        kills += zygote.wait(pid) == -signal.SIGKILL
+        assert zygote.wait(pid) == -signal.SIGKILL
     assert 0 < finished(out) and not (out / "manifest.json").exists()
     synthetic.build(out, plan=synthetic.make_plan(2), arrange=lambda tasks: random.Random(5).sample(tasks, len(tasks)))
     assert tree(out) == tree(tmp_path / "whole")
@@ -275,6 +151,18 @@ def test_workers_quarantine_as_one_process_does(zygote: Zygote, copy_of: Any, vl
     assert zygote.run(arguments=command(root, vlm, tmp_path / "two", "--workers", "2")) == 0, zygote.said
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert "1 episodes in quarantine" in zygote.said and Cache.open(tmp_path / "two").datasets[0].quarantined.tolist() == [False, True, False]
+
+
+def test_workers_that_cannot_help_say_so(whole: dict[str, bytes], vlm: Path, tmp_path: Path) -> None:
+    """On a host without the shared folder, or with another checkpoint."""
+    plan = BuildPlan.from_document(json.loads(whole["fingerprint.json"])["store"])
+    job = Job("key", EncoderSpec(str(vlm), resolution=96), "cpu", 3, {}, tmp_path, None, None)
+    missing = make_shard(job, plan.tasks()[0])
+    assert isinstance(missing, UserError) and f"does not see {tmp_path}; give an --out that all workers share" in str(missing)
+    (tmp_path / "fingerprint.json").write_bytes(whole["fingerprint.json"])
+    other = make_shard(job, plan.tasks()[0])
+    assert isinstance(other, UserError) and "has another encoder than the build: resolution: cache has 64, this run asks 96" in str(other)
+    assert [p.name for p in tmp_path.iterdir()] == ["fingerprint.json"]
 
 
 # --- Ctrl-C and walltimes --------------------------------------------------------------------------------------------------
