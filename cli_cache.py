@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from .errors import UserError
-from .stages.console import console, errors, progress_bars, size
+from .stages.console import console, duration, errors, progress_bars, size
 
 if TYPE_CHECKING:
     from .stages.build import BuildConfig
@@ -22,6 +22,9 @@ VlmPath = Annotated[Optional[str], typer.Option("--vlm-path", help="Checkpoint f
 Resolution = Annotated[Optional[int], typer.Option("--resolution", help="Side of the padded, resized picture; default: the model's own.")]
 Tokens = Annotated[Optional[int], typer.Option("--tokens", help="Tokens per picture, averaged on the grid (196, 49, 16 …); default: all.")]
 FeatureKind = Annotated[Optional[str], typer.Option("--features", help="merged: after the model's own projection; patch: before it, more and narrower.")]
+Depth = Annotated[Optional[str], typer.Option("--depth", help="vision: each picture for itself. language (paligemma2): the language model's last hidden "
+                                             "state, of all views of a frame together with the instruction; it stays in the features where "
+                                             "training masks the text.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp16, int8 or fp8 (with channel and token scales).")]
 Compression = Annotated[str, typer.Option("--compression", help="none, zstd or lz4: lossless, for slow disks.")]
 FrameStride = Annotated[int, typer.Option("--frame-stride", help="Features of every n-th frame; actions of all.")]
@@ -34,20 +37,26 @@ BatchSize = Annotated[int, typer.Option("--batch-size", help="Pictures per encod
 ShardFrames = Annotated[Optional[int], typer.Option("--shard-frames", help="Frames per shard file; default: about 256 MiB.")]
 DatasetConfig = Annotated[Optional[str], typer.Option("--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Append = Annotated[bool, typer.Option("--append", help="Add new episodes to a finished cache, in a new generation.")]
+Update = Annotated[bool, typer.Option("--update", help="Bring a finished cache up to its sources and settings, in a new generation.")]
 
 Moved = Annotated[Optional[list[str]], typer.Option("--source", help="Dataset folders, if moved since the build; may be given several times.")]
 CachePath = Annotated[Path, typer.Argument(help="Cache folder.", show_default=False)]
 Json = Annotated[Optional[Path], typer.Option("--json", help="File to write the same as JSON to.")]
 
 
-def _build_config(o: dict[str, Any], mode: str = "new") -> BuildConfig:
+def _build_config(o: dict[str, Any]) -> BuildConfig:
     """From the parameters of `build` or `plan` by name."""
     from .cache.codec import feature_format
     from .cache.encoder import encoder_spec
     from .stages.build import BuildConfig
     from .stages.workers import WorkerSpec
 
-    spec = encoder_spec(o["vlm"], path=o["vlm_path"], resolution=o["resolution"], tokens=o["tokens"], features=o["features"])
+    if o["append"] and o["update"]:
+        raise UserError("--append and --update exclude each other: --update also adds new episodes")
+    mode = "append" if o["append"] else "update" if o["update"] else "new"
+    spec = encoder_spec(o["vlm"], path=o["vlm_path"], resolution=o["resolution"], tokens=o["tokens"], features=o["features"],
+                        depth=o["depth"])
     return BuildConfig(tuple(o["sources"] or ()), spec, o["out"], o["batch_size"], o["shard_frames"], o["device"], o["dataset_config"],
                        feature_format(o["dtype"], o["compression"]), o["frame_stride"], tuple(o["views"] or ()), o["augment"], mode,
                        WorkerSpec(o["workers"], o["scheduler"], o["slurm"]))
@@ -58,10 +67,9 @@ def cache_build(
     out: Annotated[Path, typer.Option("--out", help="Cache folder; an unfinished one is resumed.")],
     sources: Sources = None, vlm: Vlm = "qwen3vl", vlm_path: VlmPath = None, resolution: Resolution = None, tokens: Tokens = None,
     dtype: Dtype = "fp16", compression: Compression = "none", frame_stride: FrameStride = 1, views: Views = None, augment: Augment = 0,
-    append: Annotated[bool, typer.Option("--append", help="Add new episodes to a finished cache, in a new generation.")] = False,
-    update: Annotated[bool, typer.Option("--update", help="Bring a finished cache up to its sources and settings, in a new generation.")] = False,
+    append: Append = False, update: Update = False,
     workers: Workers = 0, scheduler: Scheduler = None, slurm: Slurm = None, batch_size: BatchSize = 64, shard_frames: ShardFrames = None,
-    dataset_config: DatasetConfig = None, device: Device = "auto", features: FeatureKind = None,
+    dataset_config: DatasetConfig = None, device: Device = "auto", features: FeatureKind = None, depth: Depth = None,
 ) -> None:
     """Run the frozen VLM once over every frame and write features, actions and tables. Run again to resume.
 
@@ -70,9 +78,7 @@ def cache_build(
     options = dict(locals())
     from .stages.build import build
 
-    if append and update:
-        raise UserError("--append and --update exclude each other: --update also adds new episodes")
-    config = _build_config(options, "append" if append else "update" if update else "new")
+    config = _build_config(options)
     with progress_bars() as show:
         report = build(config, show)
     timing = report.timing
@@ -84,6 +90,8 @@ def cache_build(
                   f"{report.seconds:.1f} s, {rate}")
     if report.error:
         console.print(f"stored as {dtype}: relative error {report.error[0]:.2g} over all, {report.error[1]:.2g} in the worst channel")
+    if report.pooled is not None:
+        console.print(f"pooled to {tokens} tokens: relative error {report.pooled:.2g}")
     if report.quarantined:
         console.print(f"see {out}/quarantine.jsonl for the reasons")
 
@@ -95,7 +103,7 @@ def cache_plan(
     vlm: Vlm = "qwen3vl", vlm_path: VlmPath = None, resolution: Resolution = None, tokens: Tokens = None,
     dtype: Dtype = "fp16", compression: Compression = "none", frame_stride: FrameStride = 1, views: Views = None, augment: Augment = 0,
     workers: Workers = 0, scheduler: Scheduler = None, slurm: Slurm = None, batch_size: BatchSize = 64, shard_frames: ShardFrames = None,
-    dataset_config: DatasetConfig = None, device: Device = "auto", features: FeatureKind = None,
+    dataset_config: DatasetConfig = None, device: Device = "auto", features: FeatureKind = None, depth: Depth = None, append: Append = False, update: Update = False,
     pilot: Annotated[int, typer.Option("--pilot", help="Pictures to measure with, over all datasets and views.")] = 64,
     price: Annotated[Optional[float], typer.Option("--price", help="USD per hour of all that builds.")] = None,
     train_rate: Annotated[Optional[str], typer.Option("--train-samples-per-second",
@@ -105,7 +113,8 @@ def cache_plan(
     disk_rate: Annotated[Optional[float], typer.Option("--disk-rate", help="GB/s of the disk to train from; default: measured at --out.")] = None,
     json: Json = None,
 ) -> None:
-    """Measure a few pictures, then tell bytes, hours, cost, errors, and the speed of training from the cache. Takes the options of build.
+    """Measure a few pictures, then tell bytes, hours, cost, errors, and the speed of training from the cache. Takes the options of build;
+    with --append or --update it tells what of the finished cache at --out stays, and what has to be encoded.
 
     Example: dvla cache plan data/push data/button --out cache --tokens 49 --dtype int8 --price 3.5 --train-samples-per-second measured
     """
@@ -122,6 +131,9 @@ def cache_plan(
         found = plan_build(_build_config(options), settings, show)
     write_json(json, found)
     show_forecast(found)
+    names = {"new": "new", "again": "encoded again", "copied": "copied", "adopted": "in shards that stay whole"}
+    for share in found.shares:
+        console.print(f"against the finished cache, {names[share.kind]}: {share.pictures} pictures, {size(share.bytes)}, {duration(share.hours * 3600)}")
 
 
 @cache_app.command("verify")
@@ -217,7 +229,7 @@ def cache_repair(path: CachePath, source: Moved = None, vlm_path: VlmPath = None
     if report.whole:
         console.print(f"{path}: all files are as they were written")
         return
-    console.print(f"{path}: whole again; {report.shards} shards, tables of {len(report.tables)} datasets and the metadata were written again")
+    console.print(f"{path}: whole again; {report.parts} were written again")
     if report.other_bytes:
         console.print(f"{len(report.other_bytes)} files have other bytes than before, as encoding on other hardware or in other batches gives: "
                       f"{', '.join(report.other_bytes[:3])}{', …' if len(report.other_bytes) > 3 else ''}", style="yellow", markup=False)

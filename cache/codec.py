@@ -158,6 +158,14 @@ def average_pool(features: torch.Tensor, tokens: int) -> torch.Tensor:
     return pooled.flatten(2).transpose(1, 2)                                        # [n,tokens,D]
 
 
+def pooling_error(features: torch.Tensor, tokens: int) -> float:
+    """RMS of what pooling `features` [n,P,D] to `tokens` discards (the features less their best reconstruction from the pooled ones) over
+    the RMS of the features."""
+    pool = average_pool(torch.eye(features.shape[1])[None], tokens)[0]              # [K,P]: pooled = pool @ features
+    kept = torch.linalg.pinv(pool) @ (pool @ features)                              # [n,P,D]
+    return float((features - kept).square().mean().sqrt() / features.square().mean().sqrt().clamp(min=1e-30))
+
+
 def check_pooling(tokens: int, available: int) -> None:
     """`UserError` unless `available` tokens (a square grid) can be pooled to `tokens` (a smaller square grid)."""
     squares: Sequence[int] = [i * i for i in range(1, int(available**0.5) + 1)]

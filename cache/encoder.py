@@ -3,17 +3,23 @@
 One module serves the cache build (frozen), fine-tuning (live, with LoRA from `cache.lora`) and inference. What all families share is
 here; `cache.qwen3vl` and `cache.paligemma2` hold the rest.
 
-Letters: N images, V views, S patches of one image, F values of one patch, C vision width, K tokens of one image, D width of the
-features, Dt width of the language model (= of text features; D = Dt but for `features: patch`), n texts, Lt text tokens.
+Letters: N images or observations, V views, S patches of one image, F values of one patch, C vision width, K tokens of one image, D width
+of the features, Dt width of the language model (= of text features; D = Dt but for `features: patch`), n texts, Lt text tokens.
 
 Features are what the language model would be given: image tokens after the model's own projection into its width (`features: merged`),
 text as rows of its embedding table, both on the scale of the hidden state that enters its first layer. `features: patch` are the tokens
 before that projection: more of them and narrower. Nothing else of a checkpoint is read: a file that holds only language layers may be
 missing. All images of a batch have the same size, so that every block makes one attention call.
+
+An observation is what a robot sees at one moment: a picture of each view, and the instruction. With `depth: vision` its views are encoded
+apart and the text has no part in it; with `depth: language` features of a view depend on the other views and on the instruction, so that
+an observation can only be encoded as a whole (`by_observation`).
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -117,6 +123,9 @@ class VisionLanguageEncoder(nn.Module):
         """Normalised patch rows [N,S,F] -> features before pooling [N,K,D], row by row."""
         raise NotImplementedError
 
+    def require_fits(self, views: int, instructions: Sequence[str]) -> None:
+        """`UserError` when an observation of so many views and one of these instructions is more than the model reads at once."""
+
     # --- what all share -----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter: PeftModel | None) -> None:
@@ -124,9 +133,20 @@ class VisionLanguageEncoder(nn.Module):
         object.__setattr__(self, "adapter", adapter)
 
     @property
+    def by_observation(self) -> bool:
+        """Whether features of a view depend on the other views and on the instruction."""
+        return self.spec.depth == "language"
+
+    @property
     def native_tokens(self) -> int:
         """Tokens of one image before pooling."""
         return self.image.grid**2 if self.spec.features == "patch" else self.image.tokens
+
+    def unpooled(self) -> VisionLanguageEncoder:
+        """The same encoder, on the same weights, with all tokens of an image."""
+        whole = copy.copy(self)
+        whole.spec = dataclasses.replace(self.spec, tokens=None)
+        return whole
 
     @property
     def tokens(self) -> int:
@@ -156,6 +176,11 @@ class VisionLanguageEncoder(nn.Module):
         """uint8 RGB [N,H,W,3] -> features [N,K,D]. Builds a graph only for weights that require gradients."""
         return self(preprocess(images, self.image, self.device))
 
+    def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
+        """Pictures of each view, uint8 RGB [N,H,W,3] (sizes may differ between views), and the one instruction of these N observations
+        -> features [N,V,K,D]."""
+        return torch.stack([self.encode_images(view) for view in views], 1)
+
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Normalised patch rows [N,S,F] (from `preprocess`) -> features [N,K,D]."""
         return average_pool(self.vision_features(patches), self.tokens)             # [N,K,D]
@@ -178,10 +203,10 @@ class VisionLanguageEncoder(nn.Module):
         return self.embedding[list(ids)].to(self.dtype) * torch.tensor(self.text_scale, dtype=self.dtype)
 
     @torch.no_grad()
-    def null_image_features(self) -> torch.Tensor:
-        """Features [K,D] of a black picture: the stand-in for a masked view."""
+    def null_image_features(self, views: int) -> torch.Tensor:
+        """Features [V,K,D] of black pictures of all views, and of no instruction where features depend on it: the stand-in for masked ones."""
         side = self.image.resolution
-        return self.encode_images(torch.zeros(1, side, side, 3, dtype=torch.uint8))[0]
+        return self.encode_observation([torch.zeros(1, side, side, 3, dtype=torch.uint8)] * views, "")[0]
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything the features depend on, as JSON values: equal fingerprints, equal features (up to rounding)."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +50,7 @@ class EpisodePlan:
     length: int             # frames, ≥ 1
     instruction: str        # may be empty
     source_hash: str        # changes when the episode's source bytes change
-    view_hashes: tuple[str, ...] = ()   # per view: changes when its stored pictures change, and only then
+    view_hashes: tuple[str, ...] = ()   # per view: changes when that of which its features are made changes, and only then
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ class BuildPlan:
     datasets: tuple[DatasetPlan, ...]
     tokens: int             # vision tokens per frame and view
     width: int              # feature width
-    shard_frames: int       # S, observations in one shard = one unit of work
+    shard_frames: int       # S, observations in one shard
     format: FeatureFormat = field(default_factory=FeatureFormat)
     frame_stride: int = 1   # every n-th frame of an episode gets features; actions and proprio are kept for all
     variants: int = 0       # augmented variants of every picture besides the picture itself
 
     def tasks(self) -> list[ShardTask]:
-        """All units of work, in dataset, view, variant and row order."""
+        """All shards, in dataset, view, variant and row order."""
         size, out = self.shard_frames, []
         for d in self.datasets:
             rows = int(d.observations(self.frame_stride).sum())
@@ -149,7 +150,7 @@ class BuildPlan:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One unit of building: observations `start … stop-1` of one view of one dataset, written to shard `index`."""
+    """One shard file to write: observations `start … stop-1` of one view of one dataset, in shard `index`."""
 
     dataset: str
     view: str
@@ -162,6 +163,37 @@ class ShardTask:
     def array(self) -> str:
         """Name of the array it belongs to."""
         return array_name(self.view, self.variant)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit of building: the shards that one pass of the encoder makes. Each of them is written and committed for itself."""
+
+    tasks: tuple[ShardTask, ...]    # one; of the same observations of several views where these are encoded together
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset that all its shards are of."""
+        return self.tasks[0].dataset
+
+    @property
+    def name(self) -> str:
+        """For people: the dataset and its arrays."""
+        return f"{self.dataset}/{'+'.join(task.array for task in self.tasks)}"
+
+    @property
+    def records(self) -> int:
+        """Features it writes: observations times views."""
+        return sum(task.stop - task.start for task in self.tasks)
+
+
+def units(tasks: Iterable[ShardTask], by_observation: bool) -> list[Unit]:
+    """The units of work that make `tasks`, in their order. `by_observation`: all views of an observation are encoded together
+    (`VisionLanguageEncoder.by_observation`), so that shards of the same dataset, variant and index belong together."""
+    groups: dict[tuple[str, int, int, str], list[ShardTask]] = {}
+    for task in tasks:
+        groups.setdefault((task.dataset, task.variant, task.index, "" if by_observation else task.view), []).append(task)
+    return [Unit(tuple(group)) for group in groups.values()]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ positions are interpolated as transformers does.
 
 `depth: language`: the last hidden state of Gemma 2 (after its final norm) over the image tokens of all views, with the instruction
 appended once: <image>·V·K <bos> instruction \\n, every token attending to every other, as in PaliGemma's prefix. Features of one view
-then depend on the other views and on the instruction, so they are encoded by observation (`encode_observation`), not by picture.
+then depend on the other views and on the instruction, so they are encoded by observation (`encode_observation`), not by picture. LoRA
+goes into SigLIP (and the projector) all the same; its gradient comes through Gemma's layers, which stay frozen.
 """
 
 from __future__ import annotations
@@ -124,20 +125,21 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
 
     def encode_images(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
         if self.language is not None:
-            raise UserError("depth language makes features of all views of a frame together with the instruction, which a cache of "
-                            "single pictures cannot hold; use depth vision")
+            raise UserError("depth language makes features of all views of a frame together with the instruction, not of single pictures; "
+                            "use encode_observation, or depth vision")
         return super().encode_images(images)
 
-    def encode_observation(self, images: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
-        """Each view's pictures uint8 RGB [N,H,W,3] (sizes may differ between views), one instruction -> features [N,V,K,D].
-
-        Needs `depth: language`. `UserError` when the prompt is longer than the language model allows.
-        """
+    def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
+        """As `VisionLanguageEncoder`. `UserError` when views and prompt are more than the language model reads."""
         if self.language is None:
-            raise UserError("encode_observation needs depth language; this encoder was loaded with depth vision")
-        views = [self.vision_features(preprocess(view, self.image, self.device)) for view in images]            # V times [N,S,D]
-        seen = self._read(torch.cat(views, 1), self.embed(self.prompt(instruction)))                            # [N,V*S,D]
-        return torch.stack([average_pool(part, self.tokens) for part in seen.chunk(len(views), 1)], 1)          # [N,V,K,D]
+            return super().encode_observation(views, instruction)
+        images = [self.vision_features(preprocess(view, self.image, self.device)) for view in views]            # V times [N,S,D]
+        seen = self._read(torch.cat(images, 1), self.embed(self.prompt(instruction)))                           # [N,V*S,D]
+        return torch.stack([average_pool(part, self.tokens) for part in seen.chunk(len(images), 1)], 1)         # [N,V,K,D]
+
+    def require_fits(self, views: int, instructions: Sequence[str]) -> None:
+        if self.language is not None:
+            self._require_length(views * self.native_tokens, max(len(self.prompt(text)) for text in instructions))
 
     def prompt(self, instruction: str) -> list[int]:
         """Token ids after the image tokens, as PaliGemmaProcessor makes them."""
@@ -145,17 +147,20 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
 
     def _read(self, images: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Image tokens [N,V*S,D] and one prompt [Lt,D] through Gemma 2 -> [N,V*S,D]."""
+        self._require_length(images.shape[1], len(text))
         hidden = torch.cat([images, text.to(images.device).expand(len(images), -1, -1)], 1)         # [N,V*S+Lt,D]
-        length, longest = hidden.shape[1], self.language.config.max_position_embeddings
-        if length > longest:
-            raise UserError(f"{images.shape[1]} image tokens and a prompt of {len(text)} are more than the {longest} that this language "
-                            "model reads; use fewer views or a smaller resolution")
-        positions = torch.arange(1, length + 1, device=hidden.device)[None]                         # counted from 1
+        positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[None]                # counted from 1
         rotary = self.language.rotary_emb(hidden, positions)
         for layer in self.language.layers:      # no mask: every token sees every other
             out = layer(hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
             hidden = out[0] if isinstance(out, tuple) else out                                      # [N,V*S+Lt,D]
         return self.language.norm(hidden)[:, :images.shape[1]]                                      # [N,V*S,D]
+
+    def _require_length(self, images: int, prompt: int) -> None:
+        longest = self.language.config.max_position_embeddings
+        if images + prompt > longest:
+            raise UserError(f"{images} image tokens and a prompt of {prompt} are more than the {longest} that this language "
+                            "model reads; use fewer views or a smaller resolution")
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"depth": self.spec.depth}

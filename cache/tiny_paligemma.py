@@ -31,7 +31,7 @@ class TinyPaliGemmaSpec:
     vision_depth: int = 4       # transformer blocks of SigLIP
     vision_width: int = 128     # its hidden size, a multiple of its heads
     vision_heads: int = 4       # its attention heads
-    vision_mlp: int = 4         # its MLP width over its hidden size
+    vision_mlp: float = 4       # its MLP width over its hidden size, rounded
     patch_size: int = 14        # pixels per patch side
     image_size: int = 112       # its own resolution: a multiple of the patch side
     out_width: int = 128        # features' width = hidden size of Gemma; a multiple of 32
@@ -74,7 +74,7 @@ def _config(spec: TinyPaliGemmaSpec, tokenizer: Any) -> Any:
     from transformers import PaliGemmaConfig
 
     vision = dict(
-        model_type="siglip_vision_model", hidden_size=spec.vision_width, intermediate_size=spec.vision_width * spec.vision_mlp,
+        model_type="siglip_vision_model", hidden_size=spec.vision_width, intermediate_size=round(spec.vision_width * spec.vision_mlp),
         num_hidden_layers=spec.vision_depth, num_attention_heads=spec.vision_heads, patch_size=spec.patch_size,
         image_size=spec.image_size, vision_use_head=False)
     heads = spec.out_width // HEAD_WIDTH

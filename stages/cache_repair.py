@@ -19,7 +19,7 @@ import numpy as np
 from ..cache import fingerprint as fp
 from ..cache.codec import channel_scale
 from ..cache.encoder import EncoderSpec, VisionLanguageEncoder, load_encoder
-from ..cache.layout import FORMAT, BuildPlan, commit_file, open_table, read_json, write_table
+from ..cache.layout import FORMAT, BuildPlan, commit_file, open_table, read_json, units, write_table
 from ..cache.shard import file_crc32c
 from ..cache.store import damaged_files
 from ..cache.writer import CacheWriter
@@ -29,7 +29,7 @@ from .build import BuildConfig, make_fingerprint, make_plan, pick_device, pilot_
 from .cache_tools import no_builder, plan_of
 from .corpus import Corpus, Progress, make_tables, read_corpus, sources_of
 from .generations import Earlier, generations
-from .shard_job import run_shard
+from .shard_job import run_unit
 
 Files = dict[str, dict[str, int]]       # name → {"bytes", "crc32c"} as written
 CHANNELS = "channel_scale"              # the channel scales of an 8-bit cache
@@ -46,6 +46,11 @@ class RepairReport:
     tables: tuple[str, ...]             # datasets whose tables were written again
     other_bytes: tuple[str, ...]        # files whose new bytes are not the old ones, though the settings are
     whole: bool = False                 # nothing had to be done
+
+    @property
+    def parts(self) -> str:
+        """For people: what was written again."""
+        return parts(self.shards, self.tables)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def repair(path: Path, sources: Sequence[str] = (), vlm_path: str | None = None,
         job = None
         if found.shards or found.tables or found.channels:
             job = _Job.prepare(path, plan, cached, found, sources, vlm_path, device, progress)
-        say(f"building again: {found.shards} shards, tables of {', '.join(found.tables) or 'no dataset'}, metadata")
+        say(f"building again: {parts(found.shards, found.tables)}")
         try:
             for record in found.drop:
                 record.unlink()
@@ -91,6 +96,12 @@ def repair(path: Path, sources: Sequence[str] = (), vlm_path: str | None = None,
         manifest = writer.finish()
     other = tuple(name for name, entry in sorted(manifest["files"].items()) if found.written.get(name, entry) != entry)
     return RepairReport(found.damaged, found.shards, found.tables, other)
+
+
+def parts(shards: int, tables: Sequence[str]) -> str:
+    """For people: so many shards, the tables of these datasets, and the metadata, which is always written again."""
+    named = [f"{shards} shard{'s' * (shards != 1)}"] if shards else []
+    return ", ".join([*named, *([f"the tables of {', '.join(tables)}"] if tables else []), "the metadata"])
 
 
 # --- finding -------------------------------------------------------------------------------------------------------------
@@ -191,7 +202,7 @@ class _Job:
         spec = from_mapping(EncoderSpec, described.datasets[0].attributes["encoder"], "cache")
         opened = sources_of(described, tuple(sources))      # type: ignore[arg-type]
         encoder = load_encoder(dataclasses.replace(spec, path=vlm_path) if vlm_path else spec, pick_device(device))
-        corpora = tuple(read_corpus(source, progress) for source in opened)
+        corpora = tuple(read_corpus(source, encoder.by_observation, progress) for source in opened)
         config = BuildConfig(tuple(sources), encoder.spec, path, cached["batch_size"], plan.shard_frames, device, format=plan.format,
                              frame_stride=plan.frame_stride, augment=plan.variants)
         now = {**make_fingerprint(encoder, corpora, config), "store": make_plan(config, [c.plan for c in corpora], encoder).document()}
@@ -210,12 +221,12 @@ class _Job:
             tables = make_tables(by_name[name], self.encoder)
             before = {key: self.attributes[name][key] for key in PLACES}
             writer.write_tables(name, dataclasses.replace(tables, attributes={**tables.attributes, **before}))
-        missing = writer.missing()
-        total, done = sum(t.stop - t.start for t in missing), 0
-        for task in missing:
-            run_shard(writer, task, by_name[task.dataset].source, self.encoder, self.batch_size, channels, Earlier(None),
-                      lambda rows: progress("repair", done + rows, total))
-            done += task.stop - task.start
+        todo, done = units(writer.missing(), self.encoder.by_observation), 0
+        total = sum(unit.records for unit in todo)
+        for unit in todo:
+            run_unit(writer, unit, by_name[unit.dataset].source, self.encoder, self.batch_size, channels, Earlier(None),
+                     lambda records: progress("repair", done + records, total))
+            done += unit.records
 
 
 def _attributes(path: Path, dataset: str, found: _Findings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ..errors import UserError
-from .console import console, size
+from .console import console, duration, size
 
 if TYPE_CHECKING:
     from .cache_content import CacheDiff, CacheFacts, DatasetFacts, SlotRow
@@ -133,13 +133,6 @@ def show_garbage(items: Sequence[Garbage]) -> None:
     for g in items:
         table.add_row(escape(str(g.path)), g.kind, size(g.bytes), size(g.frees))
     console.print(table)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _right(*names: str) -> list[Column]:

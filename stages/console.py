@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,12 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """`show(name, done, total)`: one rich bar per name; on a pipe or in a log file, nothing but the closing lines."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=900) as bars:
         tasks: dict[str, Any] = {}
 
         def show(name: str, done: int, total: int) -> None:
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
+                tasks[name] = bars.add_task(name, total=total, completed=done)   # a resumed run does not start at 0
             bars.update(tasks[name], completed=done, total=total)
 
         yield show
@@ -55,12 +56,20 @@ def doctor_table(findings: list[Finding]) -> Table:
 
 
 def training_lines(show: Callable[[str, int, int], None], steps: int) -> Callable[[dict[str, Any]], None]:
-    """A callback that shows a line of log.jsonl."""
+    """A callback that shows a line of log.jsonl: a bar where there is a terminal, and one line of text, which a log file keeps."""
+    first: list[tuple[int, float]] = []     # (step, time) of the first line: the rate to come is that since then
+
     def on_log(line: dict[str, Any]) -> None:
-        show("training", line["step"], steps)
+        step, now = line["step"], time.perf_counter()
+        show("training", step, steps)
+        first[:] = first or [(step, now)]
+        (begin, began), = first
+        done = step - begin
+        left = f"  {duration((now - began) / done * (steps - step))} left" if done and step < steps else ""
         held_out = f"  held-out mse {line['eval/mse']:.4f}" if "eval/mse" in line else ""
-        console.print(f"step {line['step']:>6}/{steps}  loss {line['loss']:.4f}  mse {line['mse']:.4f}{held_out}  "
-                      f"{line['samples_per_second']:.0f} samples/s  waiting for data {line['wait_share']:.1%}")
+        binds = f", {line['binds']} binds" if "binds" in line else ""
+        console.print(f"step {step:>6}/{steps}  loss {line['loss']:.4f}  mse {line['mse']:.4f}{held_out}  "
+                      f"{line['samples_per_second']:.0f} samples/s  waiting for data {line['wait_share']:.1%}{binds}{left}", markup=False)
     return on_log
 
 
@@ -68,6 +77,15 @@ def closing_line(report: TrainReport) -> None:
     """Where the run stands."""
     loss = f", loss {report.first_loss:.4f} → {report.loss:.4f}" if report.first_loss is not None else ""
     console.print(f"{report.run}: {'saved at ' if report.interrupted else ''}step {report.step}{loss}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def size(nbytes: int) -> str:

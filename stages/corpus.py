@@ -6,6 +6,8 @@ Letters: N frames of a dataset, D feature width.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 
 from ..cache.dataset_config import DatasetConfig, load_config
 from ..cache.encoder import EncoderSpec, VisionLanguageEncoder
-from ..cache.episode import CorruptEpisode
+from ..cache.episode import CorruptEpisode, Episode
 from ..cache.layout import DatasetPlan, DatasetTables, EpisodePlan
 from ..cache.normalize import RunningStatistics
 from ..cache.readers import Source, open_source
@@ -95,8 +97,9 @@ def config_of(attributes: dict[str, Any]) -> DatasetConfig:
     return dataclasses.replace(config, views=tuple(attributes["views"]))
 
 
-def read_corpus(source: Source, progress: Progress) -> Corpus:
-    """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost."""
+def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Corpus:
+    """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost. `by_observation`: the encoder's,
+    which says what a view's features depend on, and so when they have to be made again."""
     episodes, quarantined, actions, states, times, sizes = [], [], [], [], [], {}
     for i, number in enumerate(source.episode_ids):
         try:
@@ -105,7 +108,7 @@ def read_corpus(source: Source, progress: Progress) -> Corpus:
         except CorruptEpisode as error:
             quarantined.append((number, str(error)))
         else:
-            hashes = tuple(v.sha256 for v in episode.views)
+            hashes = (_observation_hash(episode),) * len(episode.views) if by_observation else tuple(v.sha256 for v in episode.views)
             episodes.append(EpisodePlan(number, episode.length, episode.instruction, episode.source_hash, hashes))
             actions.append(action)
             states.append(state)
@@ -119,6 +122,12 @@ def read_corpus(source: Source, progress: Progress) -> Corpus:
     return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes)
 
 
+def _observation_hash(episode: Episode) -> str:
+    """sha256 hex over what whole observations are made of: the views in their order, with their pictures, and the instruction."""
+    views = [[view.name, view.sha256] for view in episode.views]
+    return hashlib.sha256(json.dumps([views, episode.instruction]).encode()).hexdigest()
+
+
 def located(spec: EncoderSpec) -> EncoderSpec:
     """The spec with a folder by its absolute path, so that training, evaluation and workers find it from anywhere."""
     folder = Path(spec.path).expanduser()
@@ -130,7 +139,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
     source, plan, what = corpus.source, corpus.plan, f"{corpus.plan.name}: text"
     text, length = encoder.encode_text(plan.instructions)           # [n,Lt,D], [n]
     null_text, _ = encoder.encode_text([""])                        # [1,1,D]
-    null_image = to_float16(encoder.null_image_features(), f"{plan.name}: black frame")     # [K,D]
+    null_image = to_float16(encoder.null_image_features(len(plan.views)), f"{plan.name}: black frame")      # [V,K,D]
     stats = []
     for table in (corpus.action, corpus.proprio):
         running = RunningStatistics()
@@ -148,7 +157,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
         action_stats=stats[0], proprio=corpus.proprio, proprio_mask=source.state_map.mask,
         proprio_rotation=source.state_map.rotation_slots, proprio_stats=stats[1], timestamp=corpus.timestamp,
         text=to_float16(text, what), text_length=length.cpu().numpy(), null_text=to_float16(null_text, what)[0],
-        null_features={view: null_image for view in plan.views}, embodiment=source.config.embodiment_id,
+        null_features=dict(zip(plan.views, null_image)), embodiment=source.config.embodiment_id,
         control_hz=source.control_hz, attributes=attributes)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Earlier:
         """Whether it has the very shard: the same rows of the same pictures, stored the same way."""
         dataset = self._datasets.get(task.dataset)
         if dataset is None or task.view not in dataset.views or dataset.shard_frames != build.shard_frames \
-                or dataset.attributes["compression"] != build.format.compression:
+                or dataset.frame_stride != build.frame_stride or dataset.attributes["compression"] != build.format.compression:
             return False
         counts = plan.observations(build.frame_stride)
         starts, view = np.cumsum(counts) - counts, plan.views.index(task.view)
@@ -53,15 +54,16 @@ class Earlier:
                 and dataset.episode_length[:last].tolist() == [e.length for e in entries]
                 and old == [e.view_hashes[view] for e in entries] and not dataset.quarantined[:last].any())
 
-    def find(self, task: ShardTask, entry: EpisodePlan, view_hash: str) -> tuple[CacheDataset, int] | None:
-        """(dataset, its first row of the episode), or None when its pictures changed, are new, or could not be read then."""
-        dataset = self._datasets.get(task.dataset)
-        if dataset is None or task.view not in dataset.views or not view_hash:
+    def find(self, name: str, view: str, number: int, entry: EpisodePlan) -> tuple[CacheDataset, int] | None:
+        """(dataset, its first row of the episode), or None when what the features of this view (the plan's `number`-th) are made of
+        changed, is new, or could not be read then."""
+        dataset = self._datasets.get(name)
+        if dataset is None or view not in dataset.views or not entry.view_hashes:
             return None
         at = np.flatnonzero(dataset.episode_id == entry.episode_id)
         if not len(at) or dataset.quarantined[at[0]] or dataset.episode_length[at[0]] != entry.length:
             return None
-        same = dataset.attributes["view_hashes"][task.view][int(at[0])] == view_hash
+        same = dataset.attributes["view_hashes"][view][int(at[0])] == entry.view_hashes[number]
         return (dataset, int(dataset.episode_start[at[0]])) if same else None
 
     def records(self, dataset: CacheDataset, task: ShardTask, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -83,14 +85,55 @@ class Earlier:
         self._sound.add(file)
 
 
+# --- what it comes to ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ViewChange:
+    """What becomes of the features of one view of a dataset, in observations; of every augmented variant as many."""
+
+    dataset: str
+    view: str
+    new: int            # encoded: of an episode, view or dataset that the earlier generation does not have
+    again: int          # encoded: what they are made of, or how, changed
+    copied: int         # one by one, out of shards that do not stay whole
+    adopted: int        # in shards that stay whole
+    episodes: int       # to be decoded, for those that are encoded
+
+
+def changes(earlier: Cache, plan: BuildPlan, reused: Earlier, unchanged: bool) -> list[ViewChange]:
+    """Per dataset and view of `plan`, against the finished cache `earlier`; `reused`, `unchanged`: as `build.decide` found."""
+    old, out = {d.name: d for d in earlier.datasets}, []
+    tasks = [task for task in plan.tasks() if not task.variant]
+    for dataset in plan.datasets:
+        counts = dataset.observations(plan.frame_stride)
+        starts = np.cumsum(counts) - counts
+        before = old.get(dataset.name)
+        for number, view in enumerate(dataset.views):
+            whole, sums = np.zeros(int(counts.sum()), bool), dict.fromkeys(("new", "again", "copied", "episodes"), 0)
+            known = set(before.episode_id.tolist()) if before is not None and view in before.views else set()
+            for task in tasks:
+                if (task.dataset, task.view) == (dataset.name, view) and (unchanged or reused.whole(task, dataset, plan)):
+                    whole[task.start:task.stop] = True
+            for entry, start, count in zip(dataset.episodes, starts.tolist(), counts.tolist()):
+                rest = count - int(whole[start:start + count].sum())
+                if not rest:
+                    continue
+                found = reused.find(dataset.name, view, number, entry)
+                sums["copied" if found else "again" if entry.episode_id in known else "new"] += rest
+                sums["episodes"] += not found
+            out.append(ViewChange(dataset.name, view, adopted=int(whole.sum()), **sums))
+    return out
+
+
 # --- what may change -----------------------------------------------------------------------------------------------------
 
 def same_features(earlier: Cache, fingerprint: Mapping[str, Any], plan: BuildPlan) -> bool:
-    """Whether features of the earlier generation are those this build would compute from the same pictures."""
-    same = all(fp.canonical(earlier.fingerprint[key]) == fp.canonical(fingerprint[key])
-               for key in ("encoder", "transform_version", "augmentation"))
-    store = plan.document()
-    return same and all(earlier.fingerprint["store"][key] == store[key] for key in ("format", "dtype", "frame_stride", "variants"))
+    """Whether the earlier generation has all features that this build would compute from the same pictures."""
+    keys = ("encoder", "transform_version", *(("augmentation",) if plan.variants else ()))
+    before, store = earlier.fingerprint["store"], plan.document()
+    return (all(fp.canonical(earlier.fingerprint[key]) == fp.canonical(fingerprint[key]) for key in keys)
+            and all(before[key] == store[key] for key in ("format", "dtype"))
+            and not store["frame_stride"] % before["frame_stride"] and store["variants"] <= before["variants"])
 
 
 def require_only_new(earlier: Cache, fingerprint: Mapping[str, Any], plan: BuildPlan) -> None:

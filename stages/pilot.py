@@ -1,14 +1,14 @@
 """`dvla cache plan`: a few pictures are decoded, encoded, written and read back, and from that the whole build is foretold (plan.py).
 
 Decoding is timed as the build does it (an episode opened, then its pictures in order), encoding with the real encoder in the build's
-batches, writing and reading with a temporary shard in the file system of the cache. Letters: n pictures, H × W their size, K tokens
-as stored, P tokens before pooling, D width.
+batches, writing and reading with a temporary shard in the file system of the cache. For `--append` and `--update` the sources are read
+as the build reads them, hashes and all, and compared with the finished cache. Letters: n pictures, H × W their size, V views, K tokens as
+stored, P tokens before pooling, D width.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import os
@@ -22,14 +22,17 @@ import numpy as np
 import torch
 
 from ..cache.augment import augment
-from ..cache.codec import average_pool, channel_scale, quantise, relative_error
+from ..cache.codec import channel_scale, pooling_error, quantise, relative_error
 from ..cache.encoder import VisionLanguageEncoder, load_encoder
 from ..cache.episode import CorruptEpisode, View
 from ..cache.layout import BuildPlan, DatasetPlan, EpisodePlan
 from ..cache.readers import Source
+from ..cache.store import Cache
 from ..errors import UserError
-from .build import BuildConfig, check_settings, make_plan, pick_device
-from .corpus import Progress, open_sources
+from .build import BuildConfig, check_settings, decide, make_plan, pick_device
+from .corpus import Progress, open_sources, sources_to_append
+from .encode import encoder_calls
+from .generations import changes
 from .pilot_rates import disk_rates, model_rate
 from .plan import Forecast, Measured, ViewCost, forecast, free_nbytes
 from .workers import WorkerSpec
@@ -61,12 +64,15 @@ class PilotConfig:
 
 @dataclass
 class _Look:
-    """What was seen of one camera of one dataset: pictures uint8 [H,W,3] of observations, and (observation, last skipped frame)."""
+    """What was seen of one camera of one dataset: pictures uint8 [H,W,3] of observations, and (observation, last skipped frame). Those of
+    the dataset's other cameras are of the same observations."""
 
     dataset: str
     view: str
     pictures: list[np.ndarray] = field(default_factory=list)
+    instructions: list[str] = field(default_factory=list)   # of the pictures
     pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    pair_instructions: list[str] = field(default_factory=list)
     load: list[float] = field(default_factory=list)         # seconds, per episode
     first: list[float] = field(default_factory=list)        # seconds, per episode
     following: list[float] = field(default_factory=list)    # seconds per further observation, per episode
@@ -80,11 +86,18 @@ def plan_build(config: BuildConfig, pilot: PilotConfig = PilotConfig(), progress
     """Measure, and foretell the build of `config`; nothing stays on the disk. `UserError` for what `build` refuses."""
     check_settings(config)
     device = pick_device(config.device)
+    earlier = Cache.open(config.out) if config.mode != "new" else None
     sources = open_sources(config.sources, config.dataset_config, config.views)
-    datasets = [glance(source, progress) for source in sources]
-    encoder = load_encoder(config.encoder, device)
-    plan = make_plan(config, datasets, encoder)
+    if earlier is not None and config.mode == "append":
+        sources = sources_to_append(earlier, sources)
+    encoder, changed = load_encoder(config.encoder, device), None
+    if earlier is None:
+        plan = make_plan(config, [glance(source, progress) for source in sources], encoder)
+    else:
+        found = decide(config, sources, encoder, earlier, progress)
+        plan, changed = found.plan, changes(earlier, found.plan, found.reused, found.unchanged)
     plan.check()
+    datasets = plan.datasets
     each = max(2, pilot.pictures // sum(len(d.views) for d in datasets))
     with contextlib.suppress(CorruptEpisode):
         sources[0].load(datasets[0].episodes[-1].episode_id)    # imports what reads the format; not timed
@@ -103,11 +116,11 @@ def plan_build(config: BuildConfig, pilot: PilotConfig = PilotConfig(), progress
     measured = Measured(
         tuple(look.cost() for look in looks), encode, disk.compression, disk.write, pilot.disk_rate or disk.read,
         min(disk.read_warm, pilot.disk_rate or math.inf), model, relative_error(features, plan.format, channels),
-        pooling_error(looks, encoder) if encoder.tokens < encoder.native_tokens else None,
+        pooled_away(looks, encoder) if encoder.tokens < encoder.native_tokens else None,
         stride_change(looks, encoder) if plan.frame_stride > 1 else None)
     progress("pilot: done", 4, 4)
     return forecast(plan, measured, free=free_nbytes(config.out), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-                    parallel=_parallel(config.workers, device), overlap=device.type == "cuda", draws=pilot.draws, price=pilot.price)
+                    parallel=_parallel(config.workers, device), overlap=device.type == "cuda", draws=pilot.draws, price=pilot.price, changed=changed)
 
 
 def glance(source: Source, progress: Progress) -> DatasetPlan:
@@ -135,11 +148,19 @@ def look_into(source: Source, dataset: DatasetPlan, stride: int, each: int) -> l
             began = time.perf_counter()
             episode = source.load(entry.episode_id)
             loaded = time.perf_counter() - began
-            for view in episode.views:
-                _decode(looks[view.name], view, stride, -(-each // RUNS), loaded)
+            seen = [_decode(view, stride, -(-each // RUNS)) for view in episode.views]
         except CorruptEpisode as error:
             reason = str(error)
             continue
+        for view, (pictures, pairs, first, following) in zip(episode.views, seen):
+            look = looks[view.name]
+            look.pictures += pictures
+            look.pairs += pairs
+            look.instructions += [entry.instruction] * len(pictures)
+            look.pair_instructions += [entry.instruction] * len(pairs)
+            look.load.append(loaded)
+            look.first.append(first)
+            look.following += following
         runs += 1
         if runs == RUNS:
             break
@@ -148,7 +169,8 @@ def look_into(source: Source, dataset: DatasetPlan, stride: int, each: int) -> l
     return list(looks.values())
 
 
-def _decode(look: _Look, view: View, stride: int, count: int, loaded: float) -> None:
+def _decode(view: View, stride: int, count: int) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]], float, list[float]]:
+    """(pictures of the first `count` observations, a pair over a stride, seconds to the first picture, seconds to each following one)."""
     rows = min(count, -(-view.length // stride))
     frames = islice(view.frames(0, (rows - 1) * stride + 1), 0, None, stride)
     began = time.perf_counter()
@@ -156,27 +178,23 @@ def _decode(look: _Look, view: View, stride: int, count: int, loaded: float) -> 
     first = time.perf_counter()
     pictures += frames
     ended = time.perf_counter()
-    if stride > 1 and view.length >= stride:
-        look.pairs.append((pictures[0], next(view.frames(stride - 1, stride))))
-    look.pictures += pictures
-    look.load.append(loaded)
-    look.first.append(first - began)
-    if rows > 1:
-        look.following.append((ended - first) / (rows - 1))
+    pairs = [(pictures[0], next(view.frames(stride - 1, stride)))] if stride > 1 and view.length >= stride else []
+    return pictures, pairs, first - began, [(ended - first) / (rows - 1)] if rows > 1 else []
 
 
 def _encode(looks: Sequence[_Look], encoder: VisionLanguageEncoder, batch_size: int, plan: BuildPlan) -> tuple[torch.Tensor, float]:
     """(features float32 [n,K,D] of all pictures, seconds per picture of the build: encoding, a share of it augmented, quantised)."""
-    batches = _batches([p for look in looks for p in look.pictures], batch_size)
-    _synchronised(encoder, lambda: encoder.encode_images(batches[0] if encoder.device.type == "cuda" else batches[0][:1]))    # warms up
+    calls = encoder_calls(encoder, *_observations(looks), batch_size)
+    few = calls[0].views if encoder.device.type == "cuda" else [images[:1] for images in calls[0].views]
+    _synchronised(encoder, lambda: encoder.encode_observation(few, calls[0].instruction))               # warms up
     features, seconds = [], 0.0
-    for pictures in batches:
+    for call in calls:
         began = time.perf_counter()
-        features.append(_synchronised(encoder, lambda: encoder.encode_images(pictures).float().cpu()))
+        features.append(_synchronised(encoder, lambda: encoder.encode_observation(call.views, call.instruction).float().cpu()).flatten(0, 1))
         seconds += time.perf_counter() - began
-        if plan.variants:
+        for images in call.views if plan.variants else ():
             began = time.perf_counter()
-            _synchronised(encoder, lambda: augment(torch.from_numpy(pictures).to(encoder.device), np.arange(1, 1 + len(pictures), dtype=np.uint64)))
+            _synchronised(encoder, lambda: augment(torch.from_numpy(images).to(encoder.device), np.arange(1, 1 + len(images), dtype=np.uint64)))
             seconds += (time.perf_counter() - began) * plan.variants / (plan.variants + 1)
     found = torch.cat(features)                                                                         # [n,K,D]
     if not torch.isfinite(found).all():
@@ -190,37 +208,38 @@ def _encode(looks: Sequence[_Look], encoder: VisionLanguageEncoder, batch_size: 
     return found, seconds / len(found)
 
 
-def pooling_error(looks: Sequence[_Look], encoder: VisionLanguageEncoder) -> float:
-    """RMS of what pooling discards (the tokens less their best reconstruction from the pooled ones) over the RMS of the tokens."""
-    whole = copy.copy(encoder)          # shares the weights
-    whole.spec = dataclasses.replace(encoder.spec, tokens=None)
-    features = _features([look.pictures[0] for look in looks][:PAIRS], whole)                           # [n,P,D]
-    pool = average_pool(torch.eye(features.shape[1])[None], encoder.tokens)[0]                          # [K,P]: pooled = pool @ tokens
-    kept = torch.linalg.pinv(pool) @ (pool @ features)                                                  # [n,P,D]
-    return float((features - kept).square().mean().sqrt() / features.square().mean().sqrt())
+def _observations(looks: Sequence[_Look]) -> tuple[list[tuple[np.ndarray, ...]], list[str]]:
+    """Pictures of every view of all observations, and their instructions."""
+    pictures, instructions = [], []
+    for name in dict.fromkeys(look.dataset for look in looks):
+        views = [look for look in looks if look.dataset == name]
+        pictures += zip(*(look.pictures for look in views))
+        instructions += views[0].instructions
+    return pictures, instructions
+
+
+def pooled_away(looks: Sequence[_Look], encoder: VisionLanguageEncoder) -> float:
+    """`codec.pooling_error` of a few pictures."""
+    first = [dataclasses.replace(look, pictures=look.pictures[:1], instructions=look.instructions[:1]) for look in looks]
+    return pooling_error(_features(*_observations(first), encoder.unpooled()), encoder.tokens)
 
 
 def stride_change(looks: Sequence[_Look], encoder: VisionLanguageEncoder) -> float | None:
     """RMS of the features' change from an observation to the last skipped frame behind it, over their RMS; None: episodes too short."""
-    pairs = [pair for look in looks for pair in look.pairs][:PAIRS]
-    if not pairs:
+    if not any(look.pairs for look in looks):
         return None
-    before, after = (_features([pair[i] for pair in pairs], encoder) for i in (0, 1))                   # [n,K,D]
+    ends = ([dataclasses.replace(look, pictures=[pair[i] for pair in look.pairs], instructions=look.pair_instructions) for look in looks]
+            for i in (0, 1))
+    before, after = (_features(*_observations(end), encoder) for end in ends)                           # [n,K,D]
     return float((after - before).square().mean().sqrt() / before.square().mean().sqrt())
 
 
-def _features(pictures: Sequence[np.ndarray], encoder: VisionLanguageEncoder) -> torch.Tensor:
-    """float32 [n,K,D] on the CPU, one picture at a time since sizes may differ."""
+def _features(pictures: Sequence[Sequence[np.ndarray]], instructions: Sequence[str], encoder: VisionLanguageEncoder) -> torch.Tensor:
+    """float32 [n,K,D] on the CPU, of the pictures of about `PAIRS` / V observations, one at a time since sizes may differ."""
+    few = max(1, PAIRS // len(pictures[0]))
     with torch.inference_mode():
-        return torch.cat([encoder.encode_images(p[None]).float().cpu() for p in pictures])
-
-
-def _batches(pictures: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
-    """uint8 [≤ size,H,W,3]: pictures of one size side by side."""
-    shapes: dict[tuple[int, ...], list[np.ndarray]] = {}
-    for picture in pictures:
-        shapes.setdefault(picture.shape, []).append(picture)
-    return [np.stack(group[at:at + size]) for group in shapes.values() for at in range(0, len(group), size)]
+        return torch.cat([encoder.encode_observation([p[None] for p in views], text)[0].float().cpu()
+                          for views, text in zip(pictures[:few], instructions)])
 
 
 def _synchronised(encoder: VisionLanguageEncoder, work: Callable[[], Result]) -> Result:

@@ -1,4 +1,4 @@
-"""Building with many processes: dask hands one shard at a time to workers that load the model once.
+"""Building with many processes: dask hands one unit of work (`layout.Unit`) at a time to workers that load the model once.
 
 Only this module imports dask. The file system is the truth: a worker reads the plan from the cache's fingerprint and commits its shards
 itself, so a lost worker, scheduler or parent loses nothing but the shards it was in the middle of. Letters: D feature width.
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache import fingerprint as fp
-from ..cache.layout import BuildPlan, ShardTask, read_json
+from ..cache.layout import BuildPlan, Unit, read_json
 from ..errors import UserError
 from ..settings import load_yaml
 from .generations import Earlier
-from .shard_job import Timing, run_shard
+from .shard_job import Timing, run_unit
 
 if TYPE_CHECKING:
     from ..cache.dataset_config import DatasetConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..cache.readers import Source
     from .build import BuildConfig
 
-DEATHS = 3          # workers that one shard may kill before the build gives up on it
+DEATHS = 3          # workers that one unit may kill, twice, before the build gives up on it
 WAIT_SECONDS = 60   # for the first worker of a scheduler that is said to run
 
 
@@ -63,7 +63,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know besides the plan, which lies in the cache. Small: it travels with every shard."""
+    """What a worker needs to know besides the plan, which lies in the cache. Small: it travels with every unit."""
 
     key: str                                        # of this run of the build; workers load model and sources once per key
     encoder: EncoderSpec
@@ -75,11 +75,11 @@ class Job:
     earlier: Path | None
 
 
-def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequence[Source], path: Path, tasks: Sequence[ShardTask],
-                     channels: np.ndarray | None, earlier: Path | None) -> Iterator[tuple[ShardTask, Timing]]:
-    """(task, timing) of each shard as it is committed under `path`, which every worker must see under the same name.
+def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequence[Source], path: Path, units: Sequence[Unit],
+                     channels: np.ndarray | None, earlier: Path | None) -> Iterator[tuple[Unit, Timing]]:
+    """(unit, timing) of each as its shards are committed under `path`, which every worker must see under the same name.
 
-    Close it (`contextlib.closing`) to stop early. `UserError`: as inline, and for a shard that no worker survives.
+    Close it (`contextlib.closing`) to stop early. `UserError`: as inline, and for a unit that no worker survives.
     """
     from distributed import as_completed
 
@@ -87,39 +87,51 @@ def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequenc
     job = Job(uuid.uuid4().hex, encoder, config.device, config.batch_size, opened, path.absolute(), channels,
               earlier.absolute() if earlier else None)
     with _client(config.workers) as client:
-        waiting, handed, running = list(reversed(tasks)), {}, as_completed([], loop=client.loop)
+        waiting, handed, running = list(reversed(units)), {}, as_completed([], loop=client.loop)
+        again: set[Unit] = set()    # blamed once for dead workers: several that die at once pass a unit on, which then is blamed for all
 
         def hand_out() -> None:
-            """One shard a worker, those among them that have joined since. More would share the blame when a worker dies."""
+            """One unit a worker, those among them that have joined since. More would share the blame when a worker dies."""
             workers = max(1, config.workers.count, len(client.nthreads()))
             while waiting and len(handed) < workers:
-                future = client.submit(make_shard, job, waiting[-1], pure=False)
+                future = client.submit(make_unit, job, waiting[-1], pure=False)
                 handed[future.key] = waiting.pop()
                 running.add(future)
 
         try:
             hand_out()
             for future in running:
-                task = handed.pop(future.key)
-                timing = _result(future, task)
+                unit = handed.pop(future.key)
+                if (unit not in again) and _killed(future):
+                    again.add(unit)
+                    waiting.append(unit)
+                    hand_out()
+                    continue
+                timing = _result(future, unit)
                 hand_out()
-                yield task, timing
+                yield unit, timing
         finally:
             if handed:      # an error or an interruption: shards in work are dropped at their next batch
                 with contextlib.suppress(Exception):    # of a worker that is gone: so is its shard
                     client.run(_drop, job.key, wait=False)
 
 
-def _result(future: Any, task: ShardTask) -> Timing:
+def _killed(future: Any) -> bool:
+    from distributed import KilledWorker
+
+    return isinstance(future.exception(), KilledWorker) if future.status == "error" else False
+
+
+def _result(future: Any, unit: Unit) -> Timing:
     from concurrent.futures import CancelledError
 
     from distributed import KilledWorker
 
-    where = f"shard {task.index} of {task.dataset}/{task.array}"
+    where = f"shard {unit.tasks[0].index} of {unit.name}"
     try:
         result = future.result()
     except KilledWorker as error:
-        raise UserError(f"{where} killed {error.allowed_failures + 1} workers one after another (out of memory? see the system's log); "
+        raise UserError(f"{where} killed {error.allowed_failures + 1} workers one after another, twice (out of memory? see the system's log); "
                         "give a smaller --batch-size or more memory, and run the same command again") from None
     except CancelledError:
         raise UserError(f"the dask scheduler went away during {where}; run the same command again to go on") from None
@@ -131,7 +143,7 @@ def _result(future: Any, task: ShardTask) -> Timing:
 # --- in a worker ---------------------------------------------------------------------------------------------------------
 
 class _Dropped(Exception):
-    """The build that asked for the shard has ended."""
+    """The build that asked for the unit has ended."""
 
 
 _loaded: list[tuple[str, Any]] = []     # the newest (job key, what it needs), in each worker process
@@ -139,12 +151,12 @@ _loading = threading.Lock()
 _dropped: set[str] = set()              # keys of builds that have ended
 
 
-def make_shard(job: Job, task: ShardTask) -> Timing | UserError:
-    """Make and commit one shard. The model and the sources are loaded on the worker's first shard. A `UserError` is returned, since
-    dask would print the traceback of a raised one."""
+def make_unit(job: Job, unit: Unit) -> Timing | UserError:
+    """Make and commit the shards of one unit. The model and the sources are loaded on the worker's first one. A `UserError` is returned,
+    since dask would print the traceback of a raised one."""
     from ..cache.writer import CacheWriter
 
-    def go_on(rows: int) -> None:
+    def go_on(records: int) -> None:
         if job.key in _dropped:
             raise _Dropped
 
@@ -153,14 +165,14 @@ def make_shard(job: Job, task: ShardTask) -> Timing | UserError:
         with _loading:
             plan, encoder, sources, earlier = _load(job)
         writer = CacheWriter(job.path, plan, None)      # the parent holds the lock
-        return run_shard(writer, task, sources[task.dataset], encoder, job.batch_size, job.channels, earlier, go_on)
+        return run_unit(writer, unit, sources[unit.dataset], encoder, job.batch_size, job.channels, earlier, go_on)
     except UserError as error:
         return error
     except _Dropped:
         return Timing()
 
 
-async def _drop(key: str) -> None:     # in the worker's event loop, beside the shard
+async def _drop(key: str) -> None:     # in the worker's event loop, beside the unit's threads
     _dropped.add(key)
 
 

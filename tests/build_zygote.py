@@ -74,7 +74,8 @@ from multiprocessing import forkserver, get_context, resource_tracker
 fork = get_context("forkserver")
 fork.set_forkserver_preload([
     "builds", "hooks", "distributed.nanny", "pyarrow.parquet", "pandas", "av", "PIL.PngImagePlugin", "pydantic.fields", "transformers",
-    "transformers.models.auto.tokenization_auto", "transformers.models.qwen3_vl.modeling_qwen3_vl", "dvla.stages.build", "dvla.cli",
+    "transformers.models.auto.tokenization_auto", "transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.siglip.modeling_siglip",
+    "transformers.models.gemma2.modeling_gemma2", "dvla.stages.build", "dvla.cli",
     "dvla.cache.readers.lerobot", "synthetic_cache"])
 forkserver.ensure_running()
 resource_tracker.ensure_running()

@@ -31,6 +31,36 @@ def copy_of(recorded, tmp_path):
 
 
 @pytest.fixture
+def episode_folder(tmp_path):
+    """A folder of Episode-HDF5 files."""
+    from .hdf5_samples import write_episode_folder
+
+    return write_episode_folder(tmp_path / "sample")
+
+
+@pytest.fixture
+def demos(tmp_path):
+    """A robomimic file."""
+    from .hdf5_samples import write_robomimic
+
+    return write_robomimic(tmp_path / "can" / "image.hdf5")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder of RLDS episodes with every kind of feature; not to be changed."""
+    from .rlds_samples import write_toy
+
+    return write_toy(tmp_path_factory.mktemp("rlds"))
+
+
+@pytest.fixture
+def toy_copy(toy, tmp_path):
+    """A copy of `toy` that the test may damage."""
+    return shutil.copytree(toy.parent, tmp_path / "toy") / toy.name
+
+
+@pytest.fixture
 def dvla(monkeypatch, capsys):
     """`dvla(*arguments)` → `cli_runner.Result` of one command line."""
     from .cli_runner import runner

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from dvla.cache.dataset_config import load_config
 
+CAN = load_config("robomimic")
 LENGTHS = (7, 5, 9)
 HZ = 20
 OSC_POSE = {"type": "OSC_POSE", "input_max": 1, "input_min": -1, "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],

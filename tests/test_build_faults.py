@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 from dvla.cache.encoder import EncoderSpec
-from dvla.cache.layout import BuildPlan
+from dvla.cache.layout import BuildPlan, units
 from dvla.cache.store import Cache, verify_checksums
+from dvla.cache.tiny_paligemma import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.settings import configs_dir, load_yaml
-from dvla.stages.workers import Job, make_shard
+from dvla.stages.workers import Job, make_unit
 
 from . import synthetic_cache as synthetic
 from .build_zygote import Zygote
@@ -63,6 +64,10 @@ def finished(out: Path) -> int:
     return len(list(out.glob(".commits/*/*/*.json")))
 
 
+def open_files(pid: int) -> list[str]:
+    return [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+
+
 def until(condition: Any, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -82,13 +87,15 @@ def require_sound(out: Path) -> None:
 # --- kill -9 -------------------------------------------------------------------------------------------------------------
 
 def test_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """The parent, then a worker, then the parent without workers, at random moments of one build."""
+    """Two of four workers and the parent, the parent without workers, then with one, the worker of the last shard: one build."""
     rng, out = random.Random(1), tmp_path / "cache"
     (tmp_path / "cache.fault").write_text(json.dumps({"all": "slow"}))
-    for workers in ("2", "0", "1"):
+    for workers in (4, 0, 1):
         before = finished(out)
-        pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", workers))
+        pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", str(workers)))
         until(lambda: finished(out) > before)
+        for worker in rng.sample(zygote.workers(), workers // 2):
+            os.kill(worker, signal.SIGKILL)
         time.sleep(rng.uniform(0, 0.15))
         os.kill(pid, signal.SIGKILL)
         assert zygote.wait(pid) == -signal.SIGKILL
@@ -96,13 +103,54 @@ def test_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Pat
         assert before < finished(out) < SHARDS
         require_sound(out)
     (tmp_path / "cache.fault").write_text(json.dumps({"wrist/9": "sleep"}))
-    pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", "2"))
+    pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", "4"))
     until(lambda: finished(out) == SHARDS - 1 and list(out.glob("image/features/wrist/c/9/0/.0.tmp-*")))
     (tmp_path / "cache.fault").unlink()
-    for worker in zygote.workers():                             # one of them is asleep amid the last shard
+    asleep = [worker for worker in zygote.workers() if any("wrist/c/9/0/.0.tmp-" in name for name in open_files(worker))]
+    others = [worker for worker in zygote.workers() if worker not in asleep]
+    assert len(asleep) == 1 and len(others) == 3
+    for worker in (*asleep, *others):                           # all at once: the shard is handed from one to the next and blamed for each
         os.kill(worker, signal.SIGKILL)
     assert zygote.wait(pid) == 0, zygote.said                   # dask replaces them
     assert tree(out) == whole and not zygote.workers()
+
+
+def test_four_workers_finish_shards_in_another_order(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes],
+                                                     tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    (tmp_path / "cache.fault").write_text(json.dumps({f"front/{i}": "slow" for i in (0, 3, 4, 7)}))
+    assert zygote.run(arguments=command(recorded["image"], vlm, out, "--workers", "4")) == 0, zygote.said
+    records = sorted(out.glob(".commits/*/*/*.json"), key=lambda record: record.stat().st_mtime_ns)
+    planned = [f"{task.array}/{task.index}.json" for task in BuildPlan.from_document(json.loads(whole["fingerprint.json"])["store"]).tasks()]
+    order = ["/".join(record.parts[-2:]) for record in records]
+    assert sorted(order) == sorted(planned) and order != planned
+    assert tree(out) == whole
+
+
+def test_units_of_several_shards_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Path], tmp_path: Path) -> None:
+    """At depth language one pass makes the shards of both views. Killed while one of a unit's shards is there and the other is not."""
+    sizes = TinyPaliGemmaSpec(vision_depth=1, vision_width=32, vision_heads=2, image_size=28, out_width=32, text_layers=1, vocabulary=512)
+    vlm, whole, out = make_tiny_paligemma2(tmp_path / "vlm", sizes), tmp_path / "whole", tmp_path / "cache"
+
+    def arguments(folder: Path, workers: int) -> list[str]:
+        return ["cache", "build", str(recorded["image"]), "--vlm", "tiny_paligemma2", "--vlm-path", str(vlm), "--depth", "language", "--resolution", "28",
+                "--out", str(folder), "--batch-size", "6", "--shard-frames", str(SHARD), "--device", "cpu", "--workers", str(workers)]
+
+    assert zygote.run(arguments=arguments(whole, 0)) == 0, zygote.said
+    for workers, fault in ((0, "wrist/2"), (2, "front/5")):
+        (tmp_path / "cache.fault").write_text(json.dumps({fault: "sleep", "wrist/9": "sleep"}))     # the unit's other shard is committed alone
+        pid = zygote.start(arguments=arguments(out, workers))
+        array, index = fault.split("/")
+        other = "front" if array == "wrist" else "wrist"
+        until(lambda: (out / f".commits/image/{other}/{index}.json").exists())
+        os.kill(pid, signal.SIGKILL)
+        assert zygote.wait(pid) == -signal.SIGKILL
+        until(lambda: not zygote.workers())
+        assert not (out / f".commits/image/{fault}.json").exists() and 0 < finished(out) < SHARDS
+        require_sound(out)
+    (tmp_path / "cache.fault").unlink()
+    assert zygote.run(arguments=arguments(out, 2)) == 0, zygote.said
+    assert tree(out) == tree(whole)
 
 
 def test_fifty_kills_in_one_build(zygote: Zygote, tmp_path: Path) -> None:
@@ -122,7 +170,7 @@ def test_fifty_kills_in_one_build(zygote: Zygote, tmp_path: Path) -> None:
 def test_a_shard_that_kills_every_worker_ends_the_build(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
     (tmp_path / "cache.fault").write_text(json.dumps({"front/1": "kill"}))
     assert zygote.run(arguments=command(recorded["image"], vlm, tmp_path / "cache", "--workers", "1")) == 2
-    assert re.fullmatch(r"error: shard 1 of image/front killed 3 workers one after another .*run the same command again\n", zygote.said)
+    assert re.fullmatch(r"error: shard 1 of image/front killed 3 workers one after another, twice .*run the same command again\n", zygote.said)
     assert finished(tmp_path / "cache") == 1 and not zygote.workers()
 
 
@@ -157,10 +205,11 @@ def test_workers_that_cannot_help_say_so(whole: dict[str, bytes], vlm: Path, tmp
     """On a host without the shared folder, or with another checkpoint."""
     plan = BuildPlan.from_document(json.loads(whole["fingerprint.json"])["store"])
     job = Job("key", EncoderSpec(str(vlm), resolution=96), "cpu", 3, {}, tmp_path, None, None)
-    missing = make_shard(job, plan.tasks()[0])
+    unit = units(plan.tasks(), by_observation=False)[0]
+    missing = make_unit(job, unit)
     assert isinstance(missing, UserError) and f"does not see {tmp_path}; give an --out that all workers share" in str(missing)
     (tmp_path / "fingerprint.json").write_bytes(whole["fingerprint.json"])
-    other = make_shard(job, plan.tasks()[0])
+    other = make_unit(job, unit)
     assert isinstance(other, UserError) and "has another encoder than the build: resolution: cache has 64, this run asks 96" in str(other)
     assert [p.name for p in tmp_path.iterdir()] == ["fingerprint.json"]
 
@@ -245,6 +294,58 @@ def test_the_disk_fills_up_at_every_file(tmp_path: Path, monkeypatch: pytest.Mon
             for name, content in tree(out).items():
                 assert expected[name] == content, name
     assert failures > 10 and tree(out) == expected and verify_checksums(out) == []
+
+
+# In a mount namespace of its own: a build into a tmpfs of a megabyte, of which something else takes all but one page before the second shard.
+SMALL_DISK = """
+import ctypes, os, shutil, sys
+import dvla.cli
+from dvla.cache.writer import CacheWriter
+root, whole, *arguments = sys.argv[1:]
+NEWNS, RECURSIVE_PRIVATE = 0x20000, 0x4000 | 0x40000
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.unshare(NEWNS) or libc.mount(b"none", b"/", None, RECURSIVE_PRIVATE, None) or libc.mount(b"tmpfs", root.encode(), b"tmpfs", 0, b"size=1m"):
+    print(os.strerror(ctypes.get_errno()))
+    sys.exit(77)
+write_shard, filler = CacheWriter.write_shard, root + "/filler"
+def fill(self, task, *more):
+    if (task.array, task.index) == ("front", 1):
+        with open(filler, "wb") as file:
+            file.write(bytes((os.statvfs(root).f_bavail - 1) * os.statvfs(root).f_frsize))
+    return write_shard(self, task, *more)
+def run(out):
+    sys.argv = ["dvla", *arguments, "--out", out]
+    try:
+        dvla.cli.main()
+        return 0
+    except SystemExit as ending:
+        return ending.code or 0
+CacheWriter.write_shard = fill
+print("code", run(root + "/cache"), flush=True)
+shutil.copytree(root + "/cache", whole + "/first")
+os.remove(filler)
+CacheWriter.write_shard = write_shard
+print("code", run(root + "/cache"), run(whole + "/whole"), flush=True)
+shutil.copytree(root + "/cache", whole + "/second")
+"""
+
+
+def test_a_small_disk_that_fills_up_amid_a_shard(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
+    """A real tmpfs, checked for room while there is some: one line, nothing half-written, and the same command goes on."""
+    (tmp_path / "disk").mkdir()
+    arguments = [*command(recorded["image"], vlm, tmp_path / "unused"), "--shard-frames", "20"]     # 5 KiB a shard: two pages
+    script = f"import sys; sys.argv = {['', str(tmp_path / 'disk'), str(tmp_path), *arguments]!r}\n{SMALL_DISK}"
+    code = zygote.run(script=script)
+    if code == 77:
+        pytest.skip(f"may not mount a tmpfs here: {zygote.said.strip()}")
+    assert code == 0, zygote.said
+    lines = [line for line in zygote.said.splitlines() if line.startswith(("error", "code"))]
+    assert len(lines) == 3 and lines[1:] == ["code 2", "code 0 0"], zygote.said
+    assert re.fullmatch(r"error: cannot go on writing \S+disk/cache: No space left on device \(.*run the same command again", lines[0])
+    first, second, whole = (tree(tmp_path / name) for name in ("first", "second", "whole"))
+    assert "image/features/front/c/0/0/0" in first and "manifest.json" not in first and first.items() < whole.items()
+    assert not list((tmp_path / "first").rglob(".*.tmp-*"))
+    assert second == whole
 
 
 # --- two at once, and a plan that travels ----------------------------------------------------------------------------------

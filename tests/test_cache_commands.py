@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dvla.errors import UserError
 from dvla.stages import cache_repair
 from dvla.stages import plan as plan_module
 from dvla.stages.build import BuildConfig, build
-from dvla.stages.generations import generations
+from dvla.stages.generations import ViewChange, generations
 from dvla.stages.plan import Measured, ViewCost, forecast, plan_nbytes, require_room
 from PIL import Image
 
@@ -253,7 +254,7 @@ def test_metadata_is_repaired_without_a_vlm(dvla: Dvla, copy: Path, damage: str)
     else:
         flip(copy / ("alpha" if "/" in damage else ".") / damage, 0)
     result = dvla("cache", "repair", copy)
-    assert result.code == 0 and result.err == "" and "0 shards" in result.out and tree(copy) == before
+    assert result.code == 0 and result.err == "" and ": whole again; the metadata were written again" in result.out and tree(copy) == before
 
 
 def test_repair_of_a_whole_cache_changes_nothing(dvla: Dvla, copy: Path) -> None:
@@ -295,7 +296,7 @@ def test_repair_gives_the_undamaged_bytes_and_only_those(dvla: Dvla, built: Path
     result = dvla("cache", "repair", cache, "--device", "cpu")
     assert result.code == 0, result
     assert tree(cache) == tree(built) and verify_checksums(cache) == []
-    assert "4 shards, tables of 1 datasets" in result.out and "source/features/front/c/2/0/0: altered" in result.out and "other bytes" not in result.out
+    assert "whole again; 4 shards, the tables of source, the metadata were written again" in result.out and "source/features/front/c/2/0/0: altered" in result.out and "other bytes" not in result.out
     after = times(cache)
     shards = {name for name in before if "/features/" in name and "/c/" in name}
     assert {n for n in shards if before[n] != after[n]} == {f"source/features/{n}/0/0" for n in ("front/c/2", "front/c/4", "wrist/c/3", "wrist.aug1/c/1")}
@@ -305,7 +306,7 @@ def test_an_interrupted_repair_leaves_an_unfinished_cache(dvla: Dvla, built: Pat
     cache = shutil.copytree(built, tmp_path / "cache")
     flip(cache / "source/features/front/c/2/0/0")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(cache_repair, "run_shard", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(cache_repair, "run_unit", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("killed")))
         cache_repair.repair(cache, device="cpu", say=lambda _: None)
     with pytest.raises(UserError, match="is incomplete"):
         Cache.open(cache)
@@ -351,7 +352,9 @@ def test_plan_counts_what_a_build_writes(dvla: Dvla, recorded: dict[str, Path], 
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]        # the temporary shard is gone
     found = json.loads((tmp_path / "plan.json").read_text())
     measured = found["measured"]
-    assert dvla("cache", "build", *options).code == 0
+    told = dvla("cache", "build", *options)
+    assert told.code == 0 and "stored as int8: relative error 0.0" in told.out
+    assert float(re.search(r"pooled to 4 tokens: relative error (\S+)", told.out)[1]) == pytest.approx(measured["pooling_error"], rel=0.5)
     cache = Cache.open(tmp_path / "cache")
     dataset = cache.datasets[0]
     assert (found["frames"], found["observations"], found["pictures"]) == (FRAMES, dataset.observations, 4 * dataset.observations)
@@ -373,7 +376,7 @@ def test_plan_without_pooling_or_stride(dvla: Dvla, recorded: dict[str, Path], v
     assert result.code == 0 and found["measured"]["pooling_error"] is None and found["measured"]["stride_change"] is None and found["cost"] is None
     assert found["train_binds"] == "reading" and found["read_samples"] == pytest.approx(1e3 / (2 * 4 * 32 * 2)) and "tables" in result.out
     for wrong, words in ((("--pilot", 1), "--pilot 1"), (("--price", -1), "--price"), (("--train-samples-per-second", "fast"), "a number, or 'measured'"),
-                         (("--frame-stride", 0), "frame stride 0"), (("--json", tmp_path / "none" / "p.json"), "cannot write"),
+                         (("--frame-stride", 0), "--frame-stride 0"), (("--json", tmp_path / "none" / "p.json"), "cannot write"),
                          (("--dtype", "int4"), "unknown --dtype"), (("--model-size", "huge", "--train-samples-per-second", "measured"), "DiT size")):
         refused(dvla("cache", "plan", *options, "--pilot", 4, *wrong), words)
     refused(dvla("cache", "plan", "--vlm-path", vlm), "no source given")
@@ -409,6 +412,21 @@ def test_forecast_is_the_arithmetic_it_says() -> None:
     assert forecast(plan, measured(compression=2.0), free=0, memory=0).bytes_per_sample == f.bytes_per_sample / 2
     bound = forecast(plan, measured(model=5.0), free=0, memory=0)
     assert bound.train_samples == 5.0 and bound.train_binds == "model"
+    assert f.shares == () and f.bytes_to_write == f.bytes
+
+
+def test_forecast_of_an_update_counts_what_stays() -> None:
+    """Of the first episode's 10 observations 8 lie in a shard that stays whole and 2 are copied; the 5 of the second are encoded."""
+    plan, record = one_dataset((10, 5), variants=1), 4 * 32 * 2
+    changed = [ViewChange("d", "a", 0, 5, 2, 8, 1), ViewChange("d", "b", 5, 0, 2, 8, 1)]
+    f = forecast(plan, measured(), free=10**9, memory=0, changed=changed)
+    whole = forecast(plan, measured(), free=10**9, memory=0)
+    assert [(s.kind, s.pictures, s.bytes) for s in f.shares] == [("new", 10, 10 * record), ("again", 10, 10 * record), ("copied", 8, 8 * record),
+                                                                ("adopted", 32, 32 * record)]
+    assert [s.hours * 3600 for s in f.shares] == pytest.approx([10.0, 10.0, 8 * record / 1e9, 0.0])
+    assert f.seconds["decode"] == pytest.approx(2 * 2 * (0.75 + 4 * 0.125)) and f.seconds["encode"] == f.pictures == 20
+    assert f.seconds["tables"] == whole.seconds["tables"] and f.bytes == whole.bytes and f.bytes_to_write == f.bytes - 32 * record
+    assert f.hours * 3600 == pytest.approx(1.0 + 20.0) and f.fits and not forecast(plan, measured(), free=f.bytes_to_write, memory=0, changed=changed).fits
 
 
 # --- room --------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from dvla.cache.qwen3vl import EMBEDDING_NAME
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 
+from .vlm_samples import smooth_pictures, weight_files
+
 R = 64      # resolution of most tests: 16 patches, 4 tokens
 SMALL = TinySpec(vision_depth=3, vision_width=32, vision_heads=2, out_width=64, init_std=0.1)
 
@@ -51,9 +53,7 @@ def encoder(checkpoint):
 
 
 def pictures(n, h=R, w=R, seed=0):
-    """Smooth random pictures, uint8 [n,h,w,3]."""
-    coarse = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    return (F.interpolate(coarse, (h, w), mode="bilinear").permute(0, 2, 3, 1) * 255).to(torch.uint8).contiguous()
+    return smooth_pictures(n, h, w, seed)
 
 
 def tower_output(output):
@@ -197,7 +197,7 @@ def test_patch_features_are_the_last_blocks_output_row_by_row(checkpoint, model,
 def test_pooling_196_tokens_to_49_is_the_mean_of_2_by_2_cells(checkpoint):
     whole, pooled = (load_encoder(EncoderSpec(path=str(checkpoint), resolution=448, tokens=t)) for t in (None, 49))
     features = whole.encode_images(pictures(1))                                 # [1,196,D], row by row
-    assert (whole.tokens, pooled.tokens) == (196, 49) == (features.shape[1], pooled.null_image_features().shape[0])
+    assert (whole.tokens, pooled.tokens) == (196, 49) == (features.shape[1], pooled.null_image_features(1).shape[1])
     cells = features.reshape(1, 7, 2, 7, 2, -1).mean((2, 4)).flatten(1, 2)
     torch.testing.assert_close(pooled.encode_images(pictures(1)), cells)
     assert pooled.fingerprint() == whole.fingerprint() | {"tokens": 49}
@@ -287,21 +287,18 @@ def test_text_is_the_embedding_rows(encoder, model):
 
 def test_null_features_are_those_of_any_black_picture(encoder):
     black = encoder.encode_images(np.zeros((1, 40, 120, 3), np.uint8))[0]
-    assert torch.equal(encoder.null_image_features(), black)
+    assert torch.equal(encoder.null_image_features(2), torch.stack([black, black]))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
-def language_only_shards(folder):
-    files = {}
-    for name, file in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].items():
-        files.setdefault(file, []).append(name)
-    needed = {f for f, names in files.items() if any(n == EMBEDDING_NAME or "visual" in n for n in names)}
-    return sorted(set(files) - needed), sorted(files)
+def files_of(folder):
+    """(files without a vision or embedding tensor, all files)."""
+    return weight_files(folder, lambda name: name == EMBEDDING_NAME or "visual" in name)
 
 
 def test_language_shards_may_be_missing(copied, encoder):
-    spare, _ = language_only_shards(copied)
+    spare, _ = files_of(copied)
     assert spare
     for file in spare:
         (copied / file).unlink()
@@ -334,7 +331,7 @@ def test_the_processor_file_of_transformers_5_is_understood(copied, encoder):
 
 
 def damage(folder, kind):
-    spare, files = language_only_shards(folder)
+    spare, files = files_of(folder)
     needed = next(f for f in files if f not in spare)
     if kind == "missing shard":
         (folder / needed).unlink()
@@ -402,7 +399,7 @@ def test_from_the_hub_only_the_needed_files_are_asked_for(checkpoint, encoder, m
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     other = load_encoder(EncoderSpec(path="owner/name", revision="v1", resolution=R))
     assert set(asked) == {("owner/name", "v1")}
-    spare, files = language_only_shards(checkpoint)
+    spare, files = files_of(checkpoint)
     assert {f.name for f in tmp_path.glob("*.safetensors")} == set(files) - set(spare)
     assert other.fingerprint() == encoder.fingerprint()
 

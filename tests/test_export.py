@@ -10,26 +10,12 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from dvla.cache.dataset_config import load_config
 from dvla.cache.readers import open_source
 from dvla.cache.readers.robomimic import RobomimicSource
 from dvla.errors import UserError
 from dvla.stages.export import export
 
-from .hdf5_samples import LENGTHS, edit, same_unified, write_episode_folder, write_robomimic
-
-
-CAN = load_config("robomimic")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_episode_folder(tmp_path / "sample")
-
-
-@pytest.fixture
-def demos(tmp_path):
-    return write_robomimic(tmp_path / "can" / "image.hdf5")
+from .hdf5_samples import CAN, LENGTHS, edit, same_unified, write_robomimic
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip"])
@@ -50,11 +36,11 @@ def test_export_and_read_back(demos, tmp_path, compression):
             "dataset_name": "PickPlaceCan_image", "embodiment_id": 4, "episode_length": 5, "n_views": 2, "action_dim": 7}
 
 
-def test_export_of_an_export_is_the_same(folder, tmp_path):
+def test_export_of_an_export_is_the_same(episode_folder, tmp_path):
     """Also from files without the additions: what was derived is then written down."""
-    export(open_source(folder), tmp_path / "one")
+    export(open_source(episode_folder), tmp_path / "one")
     export(open_source(tmp_path / "one"), tmp_path / "two")
-    same_unified(open_source(folder), open_source(tmp_path / "two"))
+    same_unified(open_source(episode_folder), open_source(tmp_path / "two"))
     assert "no proprio_mask" not in open_source(tmp_path / "two").config.note
 
 
@@ -108,7 +94,7 @@ def test_export_quarantines_what_cannot_be_used(tmp_path):
         export(open_source(path, CAN), tmp_path / "other")
 
 
-def test_export_refuses_what_is_not_its_own(demos, folder, tmp_path, monkeypatch):
+def test_export_refuses_what_is_not_its_own(demos, episode_folder, tmp_path, monkeypatch):
     source, out = open_source(demos, CAN), tmp_path / "out"
     export(source, out)
     with pytest.raises(UserError, match="exported with another compression; choose another --out"):
@@ -117,7 +103,7 @@ def test_export_refuses_what_is_not_its_own(demos, folder, tmp_path, monkeypatch
     with pytest.raises(UserError, match="exported with another state_map"):
         export(open_source(demos, scaled), out)
     with pytest.raises(UserError, match="holds episodes that the source does not have .ep_000010.hdf5"):
-        export(open_source(folder), out)
+        export(open_source(episode_folder), out)
     edit(demos, lambda f: f["data/demo_0/actions"].__setitem__((0, 0), 0.5))
     with pytest.raises(UserError, match="ep_000000.hdf5 was exported from other data"):
         export(open_source(demos, CAN), out)
@@ -128,7 +114,7 @@ def test_export_refuses_what_is_not_its_own(demos, folder, tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"holds other files \(notes.txt\)"):
         export(source, out)
     with pytest.raises(UserError, match="holds the source itself"):
-        export(open_source(folder), folder)
+        export(open_source(episode_folder), episode_folder)
     with pytest.raises(UserError, match="unknown compression 'gzp'; did you mean 'gzip'"):
         export(source, tmp_path / "new", compression="gzp")
     with pytest.raises(UserError, match="unknown export format 'hdf5'; did you mean 'episode_hdf5'"):

@@ -17,21 +17,10 @@ from dvla.errors import UserError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .hdf5_samples import (ARM, HZ, IN_BODY_PARTS, LENGTHS, OSC_POSE, QUATERNION, edit, exchange, frames, outside, pictures, serve, values,
+from .hdf5_samples import (ARM, CAN, HZ, IN_BODY_PARTS, LENGTHS, OSC_POSE, QUATERNION, edit, exchange, frames, outside, pictures, serve, values,
                            write_episode_file, write_episode_folder, write_robomimic)
 
-CAN = load_config("robomimic")
 NAMED = sorted(set(SLOTS.values()))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_episode_folder(tmp_path / "sample")
-
-
-@pytest.fixture
-def demos(tmp_path):
-    return write_robomimic(tmp_path / "can" / "image.hdf5")
 
 
 # --- the field map of masks ------------------------------------------------------------------------------------------
@@ -70,8 +59,8 @@ def test_every_family_can_be_exported(name):
 # --- Episode-HDF5, as described --------------------------------------------------------------------------------------
 
 
-def test_layout_as_described(folder):
-    source = open_source(folder)
+def test_layout_as_described(episode_folder):
+    source = open_source(episode_folder)
     assert isinstance(source, EpisodeHDF5Source) and source.name == "sample" and source.episode_ids == (0, 1, 2)
     assert source.control_hz == HZ and source.view_names == ("view_0", "view_1")
     assert source.config.embodiment == EMBODIMENTS[1] and "no proprio_mask" in source.config.note
@@ -120,16 +109,16 @@ def test_rate_must_come_from_somewhere(tmp_path):
     assert np.allclose(source.load(0).timestamps[:3], np.arange(3) / 7)
 
 
-def test_a_config_that_does_not_fit(folder):
+def test_a_config_that_does_not_fit(episode_folder):
     def config(**changes):
         return DatasetConfig(**{"name": "mine", "match": (), "format": "episode_hdf5", "embodiment": "gripper_joint", "state": (),
                                 "action": field_map(ARM), "action_columns": ("actions",), **changes})
     with pytest.raises(UserError, match="'actions' has 7 active slots, dataset config 'mine' describes 6"):
-        open_source(folder, config(action=field_map(ARM[:6])))
+        open_source(episode_folder, config(action=field_map(ARM[:6])))
     with pytest.raises(UserError, match="unknown column 'action'; did you mean 'actions'"):
-        open_source(folder, config(action_columns=("action",)))
+        open_source(episode_folder, config(action_columns=("action",)))
     with pytest.raises(UserError, match="unknown view 'view_3'; did you mean 'view_"):
-        open_source(folder, config(views=("view_3",)))
+        open_source(episode_folder, config(views=("view_3",)))
 
 
 EPISODE_DAMAGE = {  # name: (change to ep_000001.hdf5, message)
@@ -157,11 +146,11 @@ EPISODE_DAMAGE = {  # name: (change to ep_000001.hdf5, message)
 
 
 @pytest.mark.parametrize("name", EPISODE_DAMAGE)
-def test_damaged_episode_is_one_clear_line(folder, name):
+def test_damaged_episode_is_one_clear_line(episode_folder, name):
     change, message = EPISODE_DAMAGE[name]
-    before = {n: open_source(folder).load(n).source_hash for n in (0, 2)}
-    edit(folder / "ep_000001.hdf5", change)
-    source = open_source(folder)
+    before = {n: open_source(episode_folder).load(n).source_hash for n in (0, 2)}
+    edit(episode_folder / "ep_000001.hdf5", change)
+    source = open_source(episode_folder)
     with pytest.raises(CorruptEpisode, match=message) as caught:
         source.load(1)
     assert str(caught.value).startswith("sample episode 1") and "\n" not in str(caught.value)
@@ -170,45 +159,45 @@ def test_damaged_episode_is_one_clear_line(folder, name):
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("data", [b"", b"not a file of this kind" * 50, "half"])
-def test_file_that_is_no_hdf5(folder, data, first):
-    path = folder / f"ep_00000{0 if first else 1}.hdf5"
+def test_file_that_is_no_hdf5(episode_folder, data, first):
+    path = episode_folder / f"ep_00000{0 if first else 1}.hdf5"
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2] if data == "half" else data)
-    source = open_source(folder)
+    source = open_source(episode_folder)
     with pytest.raises(CorruptEpisode, match=f"{path.name} cannot be read as HDF5"):
         source.load(0 if first else 1)
     assert source.load(2).length == LENGTHS[2]
 
 
-def test_no_file_can_be_read(folder):
-    for path in folder.iterdir():
+def test_no_file_can_be_read(episode_folder):
+    for path in episode_folder.iterdir():
         path.write_bytes(b"broken")
     with pytest.raises(UserError, match="none of the 3 ep_.*can be read: ep_000000.hdf5: .*cannot be read as HDF5"):
-        open_source(folder)
+        open_source(episode_folder)
 
 
-def test_values_kept_in_other_files_are_refused(folder, tmp_path):
+def test_values_kept_in_other_files_are_refused(episode_folder, tmp_path):
     """A virtual dataset, and one with external storage, can name any file of the reader's machine."""
     (tmp_path / "secret").write_bytes(bytes(range(256)) * 20)
     layout = h5py.VirtualLayout((LENGTHS[1], 128), np.float32)
     layout[:] = h5py.VirtualSource(tmp_path / "elsewhere.hdf5", "x", (LENGTHS[1], 128))
     for change in (lambda f: (f.pop("actions"), f.create_virtual_dataset("actions", layout)),
                    exchange("actions", None, shape=(LENGTHS[1], 128), dtype="f4", external=[(str(tmp_path / "secret"), 0, 2560)])):
-        edit(folder / "ep_000001.hdf5", change)
+        edit(episode_folder / "ep_000001.hdf5", change)
         with pytest.raises(CorruptEpisode, match="values of 'actions' lie in other files"):
-            open_source(folder).load(1)
+            open_source(episode_folder).load(1)
 
 
 @pytest.mark.parametrize("how", [{"chunks": (1, 4, 4, 3)}, {}])
-def test_pictures_never_written_are_refused(folder, how):
+def test_pictures_never_written_are_refused(episode_folder, how):
     """HDF5 would show them black."""
     def change(file):
         del file["images/view_1"]
         array = file.create_dataset("images/view_1", (5, 4, 4, 3), np.uint8, **how)
         if how:
             array[:3] = 7
-    edit(folder / "ep_000001.hdf5", change)
+    edit(episode_folder / "ep_000001.hdf5", change)
     with pytest.raises(CorruptEpisode, match="2 of 5 chunks of .*never written" if how else "were never written"):
-        open_source(folder).load(1)
+        open_source(episode_folder).load(1)
 
 
 def test_unknown_compression_is_named(tmp_path):
@@ -223,16 +212,16 @@ def test_unknown_compression_is_named(tmp_path):
         hdf5.find_array(file, "x", "e")
 
 
-def test_two_files_of_one_number(folder):
-    shutil.copy(folder / "ep_000001.hdf5", folder / "ep_1.hdf5")
+def test_two_files_of_one_number(episode_folder):
+    shutil.copy(episode_folder / "ep_000001.hdf5", episode_folder / "ep_1.hdf5")
     with pytest.raises(UserError, match="ep_000001.hdf5 and ep_1.hdf5 are both episode 1"):
-        open_source(folder)
+        open_source(episode_folder)
 
 
-def test_soft_links_inside_a_file_are_followed(folder):
-    before = open_source(folder).load(1)
-    edit(folder / "ep_000001.hdf5", lambda f: (f.move("images", "store/pictures"), f.__setitem__("images", h5py.SoftLink("/store/pictures"))))
-    assert open_source(folder).load(1).source_hash == before.source_hash
+def test_soft_links_inside_a_file_are_followed(episode_folder):
+    before = open_source(episode_folder).load(1)
+    edit(episode_folder / "ep_000001.hdf5", lambda f: (f.move("images", "store/pictures"), f.__setitem__("images", h5py.SoftLink("/store/pictures"))))
+    assert open_source(episode_folder).load(1).source_hash == before.source_hash
 
 
 # --- robomimic -------------------------------------------------------------------------------------------------------
@@ -363,9 +352,9 @@ def test_pictures_are_decoded_chunk_by_chunk(tmp_path, monkeypatch):
                     assert ends[-1] == stop and all(last % (chunks or (1,))[0] == 0 for last in ends[:-1])
 
 
-def test_single_file_is_a_source_of_one_episode(folder):
-    write_episode_file(folder / "ep_000007.hdf5", 7, 4, control_hz=5.0)
-    source = open_source(folder / "ep_000007.hdf5")
+def test_single_file_is_a_source_of_one_episode(episode_folder):
+    write_episode_file(episode_folder / "ep_000007.hdf5", 7, 4, control_hz=5.0)
+    source = open_source(episode_folder / "ep_000007.hdf5")
     assert source.episode_ids == (7,) and source.load(7).length == 4 and source.control_hz == 5
     assert len(source.revision_hash) == 64
 

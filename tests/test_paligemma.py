@@ -23,6 +23,7 @@ from dvla.cache.tiny_paligemma import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.errors import UserError
 
 from .lerobot_samples import LENGTHS
+from .vlm_samples import smooth_pictures, weight_files
 
 R = 56      # resolution of most tests: 16 patches of 14 pixels
 SMALL = TinyPaliGemmaSpec(vision_depth=3, vision_width=32, vision_heads=2, image_size=R, out_width=96, vocabulary=600)   # sqrt(96) rounds
@@ -59,9 +60,7 @@ def encoder(checkpoint):
 
 
 def pictures(n, h=R, w=R, seed=0):
-    """Smooth random pictures, uint8 [n,h,w,3]."""
-    coarse = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    return (F.interpolate(coarse, (h, w), mode="bilinear").permute(0, 2, 3, 1) * 255).to(torch.uint8).contiguous()
+    return smooth_pictures(n, h, w, seed)
 
 
 def official(pixels, resolution, mean=0.5, std=0.5):
@@ -191,10 +190,15 @@ def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_pictu
     torch.testing.assert_close(pooled.encode_observation(views, "push"), wanted)
     with pytest.raises(UserError, match="depth vision"):
         whole.encode_images(views[0])
-    with pytest.raises(UserError, match="needs depth language"):
-        load_encoder(spec_of(checkpoint)).encode_observation(views, "push")
+    plain = load_encoder(spec_of(checkpoint))
+    apart = torch.stack([plain.encode_images(v) for v in views], 1)
+    assert torch.equal(plain.encode_observation(views, "push"), apart) and not plain.by_observation and whole.by_observation
     with pytest.raises(UserError, match="more than the 8192"):
         whole.encode_observation([views[0]] * 512, "push")
+    with pytest.raises(UserError, match="8176 image tokens and a prompt of .* are more than the 8192"):
+        whole.require_fits(511, ["push", "push " * 20])
+    whole.require_fits(500, ["push", "push " * 20])
+    plain.require_fits(5000, ["push"])
     for bad in ({"vlm": "qwen3vl"}, {"features": "patch"}):
         with pytest.raises(UserError, match="depth language is of paligemma2"):
             spec_of(checkpoint, depth="language", **bad)
@@ -212,7 +216,7 @@ def test_pooling_averages_cells_of_the_grid(checkpoint, encoder):
 
 def test_null_features_frozen_weights_and_the_batch(encoder):
     black = encoder.encode_images(np.zeros((1, 40, 120, 3), np.uint8))[0]
-    assert torch.equal(encoder.null_image_features(), black)
+    assert torch.equal(encoder.null_image_features(2), torch.stack([black, black]))
     assert not black.requires_grad and not any(p.requires_grad for p in encoder.parameters())
     alone = torch.cat([encoder.encode_images(p[None]) for p in pictures(4)])
     torch.testing.assert_close(encoder.encode_images(pictures(4)), alone, rtol=0, atol=1e-5)
@@ -225,9 +229,7 @@ def test_null_features_frozen_weights_and_the_batch(encoder):
 
 def files_of(folder):
     """(files without a vision or embedding tensor, all files)."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    needed = {file for name, file in index.items() if canonical(name)}
-    return sorted(set(index.values()) - needed), sorted(set(index.values()))
+    return weight_files(folder, canonical)
 
 
 def test_language_shards_may_be_missing_unless_they_are_asked_for(copied, encoder):
@@ -340,6 +342,23 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(checkpoint, feat
     assert [k for k in before if before[k] != changed[k]] == ["adapter"]
 
 
+def test_at_language_depth_the_gradient_reaches_the_adapter_through_a_frozen_gemma(checkpoint):
+    encoder, views = load_encoder(spec_of(checkpoint, depth="language")), [pictures(2, seed=1), pictures(2, 40, 70, seed=2)]
+    base = encoder.encode_observation(views, "push")
+    add_lora(encoder, LoraSpec(r=4, targets="all-linear"))
+    out = encoder.encode_observation(views, "push")                             # [2,2,16,96]
+    assert torch.equal(out, base)
+    (out[:, 0] * torch.randn(out[:, 0].shape, generator=torch.Generator().manual_seed(0))).sum().backward()     # of one view alone
+    named = dict(lora_parameters(encoder))
+    assert all(p.grad.abs().sum() > 0 for n, p in named.items() if "lora_B" in n)
+    assert {n for n, p in encoder.named_parameters() if p.grad is not None} == {"vision." + n for n in named}
+    before = encoder.fingerprint()
+    with torch.no_grad():
+        next(p for n, p in named.items() if "lora_B" in n).add_(0.05)
+    assert not torch.equal(encoder.encode_observation(views, "push"), base)
+    assert [k for k, v in encoder.fingerprint().items() if before[k] != v] == ["adapter"]
+
+
 def test_adapter_round_trip_merge_and_learning(checkpoint, encoder, tmp_path):
     add_lora(encoder, LoraSpec(r=4, alpha=8, targets="all-linear"))
     target = load_encoder(encoder.spec).encode_images(pictures(3, seed=3))
@@ -373,13 +392,6 @@ def first_observation(source):
     from dvla.stages.envs import Observation
     episode = open_source(str(source)).load(0)
     return Observation({v.name: next(v.frames(0, 1)) for v in episode.views}, episode.instruction, episode.state[0])
-
-
-def test_a_build_at_language_depth_is_refused_before_anything_is_read(tmp_path):
-    from dvla.stages.build import BuildConfig, build
-    with pytest.raises(UserError, match="depth language.*; build with depth vision"):
-        build(BuildConfig((str(tmp_path / "nothing"),), spec_of(tmp_path, depth="language"), tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("vlm", ["paligemma2", "qwen3vl"])

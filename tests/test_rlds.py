@@ -19,16 +19,6 @@ from PIL import Image
 from .rlds_samples import EPISODES, RT1_WIDTHS, VIEWS, fields, hashes, shard, toy_config, toy_values, write_rt1, write_toy
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return write_toy(tmp_path_factory.mktemp("rlds"))
-
-
-@pytest.fixture
-def copy(toy, tmp_path):
-    return shutil.copytree(toy.parent, tmp_path / "toy") / toy.name
-
-
 # --- what was written ----------------------------------------------------------------------------------------------
 
 
@@ -157,12 +147,12 @@ def test_a_config_that_does_not_fit_is_one_line(toy, changes, message):
         open_source(toy, toy_config(**changes))
 
 
-def test_revision_follows_the_description(copy):
-    before = open_source(copy, toy_config()).revision_hash
-    shard(copy).unlink()
-    assert open_source(copy, toy_config()).revision_hash == before
-    (copy / "features.json").write_text((copy / "features.json").read_text() + " ")
-    assert open_source(copy, toy_config()).revision_hash != before
+def test_revision_follows_the_description(toy_copy):
+    before = open_source(toy_copy, toy_config()).revision_hash
+    shard(toy_copy).unlink()
+    assert open_source(toy_copy, toy_config()).revision_hash == before
+    (toy_copy / "features.json").write_text((toy_copy / "features.json").read_text() + " ")
+    assert open_source(toy_copy, toy_config()).revision_hash != before
 
 
 # --- shipped configs -----------------------------------------------------------------------------------------------

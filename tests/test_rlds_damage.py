@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import tracemalloc
 import zlib
 
@@ -14,16 +13,6 @@ from dvla.cache.readers.tfrecord import index_records, read_record
 from dvla.errors import UserError
 
 from .rlds_samples import encoded, frame, hashes, shard, toy_config, toy_record, write_toy
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return write_toy(tmp_path_factory.mktemp("rlds"))
-
-
-@pytest.fixture
-def copy(toy, tmp_path):
-    return shutil.copytree(toy.parent, tmp_path / "toy") / toy.name
 
 
 # --- descriptions ---------------------------------------------------------------------------------------------------
@@ -62,10 +51,10 @@ def spoil(name, text):
     (spoil("features.json", '{"type": "tensorflow_datasets.core.features.FeaturesDict", "content": {}}'), "no episodes"),
     (lambda folder: (folder / "features.json").unlink(), "holds no RLDS dataset"),
 ])
-def test_a_description_that_cannot_be_used_is_one_line(copy, change, message):
-    change(copy)
+def test_a_description_that_cannot_be_used_is_one_line(toy_copy, change, message):
+    change(toy_copy)
     with pytest.raises(UserError, match=message) as error:
-        open_source(copy, toy_config())
+        open_source(toy_copy, toy_config())
     assert "\n" not in str(error.value)
 
 
@@ -112,12 +101,12 @@ def bogus_length(folder):
     (lambda f: rewritten(shard(f, "val"), lambda d: frame(b"\xff\xff") + frame(toy_record(6))), {5}, "no tf.train.Example"),
     (lambda f: (shard(f, "val").unlink(), shard(f, "val").mkdir()), {5, 6}, "shard toy-val.* is missing"),
 ])
-def test_damaged_files_lose_only_what_is_damaged(toy, copy, damage, refused, message):
+def test_damaged_files_lose_only_what_is_damaged(toy, toy_copy, damage, refused, message):
     whole = hashes(open_source(toy, toy_config()))
-    source = open_source(copy, toy_config())    # opened before: a file that changes later is noticed too
+    source = open_source(toy_copy, toy_config())    # opened before: a file that changes later is noticed too
     assert hashes(source) == whole
-    damage(copy)
-    for found in (hashes(source), hashes(open_source(copy, toy_config()))):
+    damage(toy_copy)
+    for found in (hashes(source), hashes(open_source(toy_copy, toy_config()))):
         assert {n for n, v in found.items() if isinstance(v, CorruptEpisode)} == refused
         assert all(found[n] == whole[n] for n in set(found) - refused)
         for number in refused:
@@ -168,12 +157,12 @@ def test_a_record_that_contradicts_its_description(tmp_path, change, message):
         raise found[1]
 
 
-def test_any_flipped_byte_is_noticed(toy, copy):
+def test_any_flipped_byte_is_noticed(toy, toy_copy):
     """Each damaged episode is refused by name; no other is touched, except those behind a length that is lost."""
-    path, rng = shard(copy), random.Random(0)
+    path, rng = shard(toy_copy), random.Random(0)
     data, starts = path.read_bytes(), offsets(path)
     whole = {n: open_source(toy, toy_config()).table(n) for n in range(3)}
-    source = open_source(copy, toy_config())
+    source = open_source(toy_copy, toy_config())
     for position in (*range(12), *range(starts[1] - 4, starts[1] + 13), *rng.sample(range(len(data)), 60)):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1:])
         record = sum(position >= s for s in starts[1:])
