@@ -1,5 +1,8 @@
 """The Drifting DiT: noise and an observation's context in, an action chunk out, in one forward pass.
 
+The same trunk carries the denoising heads it is compared with (`heads.py`): they read noisy actions in the place of the noise,
+and the time of each draw as one more condition.
+
 Letters: B observations, G noise draws per observation, T action steps (horizon), L context tokens, W width, H heads,
 h = W/H head width. An observation's context, its keys and values and its modulation are computed once and shared by its
 G draws: for cross-attention the G·T action tokens of one observation are one longer query sequence.
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, unknown
+from .attention import Attend, Kernel, kernel, sdpa
 
 FOURIER_FEATURES = 64   # features of the control frequency and of the guidance scale
 FRONT_LAYERS = 2        # blocks with cross-attention in the "front" variant
@@ -31,17 +35,20 @@ class DiTConfig:
     mlp_ratio: int = 4                                   # SwiGLU hidden width / W
     cross_attention: Literal["all", "front"] = "all"     # in every block, or only in the first two
     horizon: int = 16                                    # T, action steps of a chunk
-    noise_dim: int = 64                                  # noise entries per action step
+    noise_dim: int = 64                                  # noise entries per action step (denoising: action_dim)
     action_dim: int = 128                                # unified action entries
     proprio_dim: int = 128                               # unified proprioception entries
     embodiments: int = 7                                 # distinct robot types
     skip_std: float = 0.2                                # std of the initial samples (normalised actions have std 0.2)
+    denoising: bool = False                              # input is noisy actions at a time of their own (heads.head_dit)
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise UserError(f"DiT width {self.width} with {self.heads} heads: width/heads must be an even whole number")
         if self.cross_attention not in ("all", "front"):
             raise unknown("cross_attention", str(self.cross_attention), ("all", "front"))
+        if self.denoising and self.noise_dim != self.action_dim:
+            raise UserError(f"DiT noise_dim is {self.noise_dim}; a denoising head reads actions, so it must be {self.action_dim}")
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -76,6 +83,7 @@ class Context(NamedTuple):
     embodiment: Tensor   # [B] int64
     proprio: Tensor      # [B,128] float, normalised
     control_hz: Tensor   # [B] float, Hz
+    action_mask: Tensor  # [B,128] bool, active action slots: denoising heads see zeros in the others
 
 
 class SelfAttention(nn.Module):
@@ -88,11 +96,11 @@ class SelfAttention(nn.Module):
         self.q_scale, self.k_scale = nn.Parameter(torch.ones(width // heads)), nn.Parameter(torch.ones(width // heads))
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)   # [n,H,T,h] each
         q = rotate(rms(q, self.q_scale), rotation).to(v.dtype)                  # [n,H,T,h]
         k = rotate(rms(k, self.k_scale), rotation).to(v.dtype)                  # [n,H,T,h]
-        y = F.scaled_dot_product_attention(q, k, v)                             # [n,H,T,h]
+        y = attend(q, k, v)                                                     # [n,H,T,h]
         return self.out(y.transpose(1, 2).flatten(2))                           # [n,T,W]
 
 
@@ -107,11 +115,18 @@ class CrossAttention(nn.Module):
         self.q_scale, self.k_scale = nn.Parameter(torch.ones(width // heads)), nn.Parameter(torch.ones(width // heads))
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, attend: Attend, kept: list[Tensor] | None = None) -> Tensor:
+        """`kept`, if given, is filled with the keys and values by the first call and read by the later ones."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)           # [B,H,G·T,h]
-        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)   # [B,H,L,h] each
-        q, k = rms(q, self.q_scale).to(v.dtype), rms(k, self.k_scale).to(v.dtype)   # [B,H,G·T,h], [B,H,L,h]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)             # [B,H,G·T,h]
+        if kept:
+            k, v = kept                                                         # [B,H,L,h] each
+        else:
+            k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)   # [B,H,L,h] each
+            k = rms(k, self.k_scale).to(v.dtype)                                # [B,H,L,h]
+            if kept is not None:
+                kept += (k, v)
+        q = rms(q, self.q_scale).to(v.dtype)                                    # [B,H,G·T,h]
+        y = attend(q, k, v)                                                     # [B,H,G·T,h]
         return self.out(y.transpose(1, 2).flatten(2))                           # [B,G·T,W]
 
 
@@ -124,8 +139,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)                             # [B,G·T,hidden] each
-        return self.down(F.silu(gate) * up)                                     # [B,G·T,W]
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                             # [B,G,T,hidden] each
+        return self.down(F.silu(gate) * up)                                     # [B,G,T,W]
 
 
 class Block(nn.Module):
@@ -141,18 +156,20 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config.width, config.mlp_ratio * config.width)
         self.modulation = nn.Parameter(torch.zeros(7 if cross else 6, config.width))
 
-    def forward(self, x: Tensor, shared: Tensor, context: Tensor, mask: Tensor,
-                rotation: tuple[Tensor, Tensor]) -> Tensor:
-        table = (shared[:, :len(self.modulation)] + self.modulation).unsqueeze(2).unbind(1)   # 6 or 7 of [B,1,W]
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:6]          # [B,1,W] each
-        t = rotation[0].shape[0]
-        y = normed(x) * (1 + scale_a) + shift_a                                 # [B,G·T,W]
-        y = self.self_attention(y.reshape(-1, t, y.shape[-1]), rotation)        # [B·G,T,W]
-        x = x + gate_a * y.reshape(x.shape)                                     # [B,G·T,W]
+    def forward(self, x: Tensor, shared: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor],
+                attend: tuple[Attend, Attend], kept: list[Tensor] | None = None) -> Tensor:
+        """x [B,G,T,W]; `shared` [B,g,7,W] with g = 1 where the draws of an observation share their modulation, else G; `attend`
+        within a chunk and to the context."""
+        table = (shared[:, :, :len(self.modulation)] + self.modulation).unsqueeze(3).unbind(2)   # 6 or 7 of [B,g,1,W]
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:6]          # [B,g,1,W] each
+        y = normed(x) * (1 + scale_a) + shift_a                                 # [B,G,T,W]
+        y = self.self_attention(y.flatten(0, 1), rotation, attend[0])           # [B·G,T,W]
+        x = x + gate_a * y.reshape(x.shape)                                     # [B,G,T,W]
         if self.cross_attention is not None:
-            x = x + table[6] * self.cross_attention(normed(x), context, mask)   # [B,G·T,W]
-        y = normed(x) * (1 + scale_f) + shift_f                                 # [B,G·T,W]
-        return x + gate_f * self.feed_forward(y)                                # [B,G·T,W]
+            y = self.cross_attention(normed(x).flatten(1, 2), context, attend[1], kept)   # [B,G·T,W]
+            x = x + table[6] * y.reshape(x.shape)                               # [B,G,T,W]
+        y = normed(x) * (1 + scale_f) + shift_f                                 # [B,G,T,W]
+        return x + gate_f * self.feed_forward(y)                                # [B,G,T,W]
 
 
 class DriftingDiT(nn.Module):
@@ -165,6 +182,7 @@ class DriftingDiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.attention: Kernel = sdpa                          # `set_attention` replaces it
         w = config.width
         self.noise_in = nn.Linear(config.noise_dim, w)
         self.null_token = nn.Parameter(torch.zeros(1, 1, w))   # always visible: a fully masked observation is defined
@@ -174,6 +192,8 @@ class DriftingDiT(nn.Module):
             "control_hz": nn.Linear(FOURIER_FEATURES, w),
             "alpha": nn.Linear(FOURIER_FEATURES, w),
         })
+        if config.denoising:
+            self.conditioning["time"] = nn.Linear(FOURIER_FEATURES, w)
         self.modulation = nn.Linear(w, 7 * w)
         cross = config.blocks if config.cross_attention == "all" else FRONT_LAYERS
         self.blocks = nn.ModuleList(Block(config, cross=i < cross) for i in range(config.blocks))
@@ -195,29 +215,48 @@ class DriftingDiT(nn.Module):
         nn.init.zeros_(self.action_head[-1].weight)
         nn.init.normal_(self.skip.weight, std=self.config.skip_std / math.sqrt(self.config.noise_dim))
 
-    def condition(self, context: Context, alpha: Tensor) -> Tensor:
-        """Global condition [B,W]: pooled features + embodiment + proprioception + control frequency + α."""
+    def condition(self, context: Context, alpha: Tensor, time: Tensor | None = None) -> Tensor:
+        """Global condition [B,1,W]: pooled features + embodiment + proprioception + control frequency + α; with the time
+        [B,G] of each draw added [B,G,W]."""
         part, dtype = self.conditioning, self.skip.weight.dtype
-        return (context.pooled + part["embodiment"](context.embodiment)         # [B,W]
-                + part["proprio"](context.proprio.to(dtype))                    # [B,W]
-                + part["control_hz"](fourier(context.control_hz.clamp(min=1e-3).log2()).to(dtype))   # [B,W]
-                + part["alpha"](fourier(alpha).to(dtype)))                      # [B,W]
+        shared = (context.pooled + part["embodiment"](context.embodiment)       # [B,W]
+                  + part["proprio"](context.proprio.to(dtype))                  # [B,W]
+                  + part["control_hz"](fourier(context.control_hz.clamp(min=1e-3).log2()).to(dtype))   # [B,W]
+                  + part["alpha"](fourier(alpha).to(dtype))).unsqueeze(1)       # [B,1,W]
+        return shared if time is None else shared + part["time"](fourier(10 * time).to(dtype))   # [B,1,W] or [B,G,W]
 
-    def forward(self, noise: Tensor, context: Context, alpha: Tensor) -> Tensor:
+    def forward(self, noise: Tensor, context: Context, alpha: Tensor, time: Tensor | None = None,
+                kept: list[list[Tensor]] | None = None) -> Tensor:
+        """A denoising head needs `time` [B,G] in [0, 1] and takes noisy actions as `noise` [B,G,T,128]. `kept`: one empty list
+        per block, where several calls share one context: its keys and values are computed by the first alone."""
         b, g, t, n = noise.shape
         if (t, n) != (self.config.horizon, self.config.noise_dim) or b != context.sequence.shape[0]:
             raise ValueError(f"noise: expected [B,G,{self.config.horizon},{self.config.noise_dim}] for "
                              f"{context.sequence.shape[0]} observations, got {tuple(noise.shape)}")
-        noise = noise.to(self.skip.weight.dtype).reshape(b, g * t, n)           # [B,G·T,64]
-        shared = self.modulation(F.silu(self.condition(context, alpha))).unflatten(1, (7, -1))   # [B,7,W]
+        if (time is not None) != self.config.denoising or (time is not None and time.shape != (b, g)):
+            raise ValueError(f"time: expected {(b, g) if self.config.denoising else None}, "
+                             f"got {None if time is None else tuple(time.shape)}")
+        noise = noise.to(self.skip.weight.dtype)                                # [B,G,T,64]
+        shared = self.modulation(F.silu(self.condition(context, alpha, time))).unflatten(2, (7, -1))   # [B,1 or G,7,W]
         sequence = torch.cat([self.null_token.expand(b, -1, -1).to(context.sequence.dtype), context.sequence], dim=1)
-        mask = F.pad(context.mask, (1, 0), value=True)[:, None, None, :]        # [B,1,1,1+L]
+        mask = F.pad(context.mask, (1, 0), value=True)                          # [B,1+L]
+        attend = self.attention(None, t), self.attention(mask, g * t)
         rotation = rope(t, self.config.width // self.config.heads, noise.device)    # [T,h/2] each
-        x = self.noise_in(noise)                                                # [B,G·T,W]
-        for block in self.blocks:
-            x = block(x, shared, sequence, mask, rotation)                      # [B,G·T,W]
-        y = self.action_head(x) + self.skip(noise)                              # [B,G·T,128]
-        return y.to(self.skip.weight.dtype).reshape(b, g, t, -1)                # [B,G,T,128]
+        x = self.noise_in(noise)                                                # [B,G,T,W]
+        for i, block in enumerate(self.blocks):
+            x = block(x, shared, sequence, rotation, attend, None if kept is None else kept[i])   # [B,G,T,W]
+        y = self.action_head(x) + self.skip(noise)                              # [B,G,T,128]
+        return y.to(self.skip.weight.dtype)                                     # [B,G,T,128]
+
+
+def set_attention(net: nn.Module, kind: str) -> None:
+    """Switch every DiT inside `net` to a kernel: auto (= sdpa), sdpa, flex or flash; weights and configs stay as they are.
+
+    Call it when the net is on its device. `UserError` for an unknown name, or where the kernel's library or device is missing.
+    """
+    for module in net.modules():
+        if isinstance(module, DriftingDiT):
+            module.attention = kernel(kind, module.skip.weight.device, module.config.width // module.config.heads)
 
 
 def normed(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Source: "Generative Modeling via Drifting" (arXiv:2602.04770) and its released `
 Letters: B conditions (observations; samples of different conditions are never compared), G generated samples,
 P positives, M extra negatives, N = G+M+P (M+P in Algorithm 2), D entries of a sample, K temperatures,
 E groups that share one scale.
-Memory is O(B·(G·N + N·D)); pairwise differences [G, N, D] are never built.
+Memory is O(B·(K·G·N + N·D + K·G·D)); pairwise differences [G, N, D] are never built.
 """
 
 from __future__ import annotations
@@ -86,13 +86,14 @@ def grouped_drifting_field(gen: Tensor, pos: Tensor, neg: Tensor | None = None, 
                            group: Tensor | None = None, groups: int = 1, w_gen: Tensor | None = None,
                            w_pos: Tensor | None = None, w_neg: Tensor | None = None,
                            temperatures: Sequence[float] = TEMPERATURES, floor: float = AFFINITY_FLOOR,
-                           reduce: Reduce | None = None) -> GroupedField:
+                           zero_is_absent: bool = False, reduce: Reduce | None = None) -> GroupedField:
     """The released field over the entries `active` [B,D] bool of each condition, one scale and one mean(F²) per group.
 
     `group` [B] int64 in [0, groups). Distances are measured per sqrt(active entries), so a group may hold conditions of
     different entry counts (chunks cut by the episode's end); with equal counts this is the released algorithm, exactly.
-    A condition without an active entry gets no force and counts nowhere. Shapes and collectives do not depend on
-    the data.
+    A condition without an active entry gets no force and counts nowhere. In the release a sample of weight 0 still takes its
+    share of the softmaxes; with `zero_is_absent` the field is that of the other samples alone, so sets of different sizes fit
+    into one tensor. Shapes and collectives do not depend on the data.
     """
     with torch.autocast(gen.device.type, enabled=False):
         x, others, weight = _prepare(gen, pos, neg, w_gen, w_pos, w_neg)        # [B,G,D], [B,M+P,D], [B,N]
@@ -118,12 +119,12 @@ def grouped_drifting_field(gen: Tensor, pos: Tensor, neg: Tensor | None = None, 
         scaled[:, :, :g].diagonal(dim1=1, dim2=2).add_(SELF_DISTANCE)           # a sample is not its own negative
 
         negatives = y.shape[1] - pos.shape[1]
-        forces = torch.stack([_pull(x, y, scaled / -tau, weight, negatives, floor) for tau in temperatures])
-        forces = forces / unit[:, None, None]                                   # [K,B,G,D]
+        absent = weight == 0 if zero_is_absent else None                        # [B,N]
+        forces = _pull(x, y, _logits(scaled, temperatures), weight, negatives, floor, absent) / unit[:, None, None, None]   # [B,K,G,D]
         counts = (g * entries).expand(len(temperatures), b)                     # [K,B]
-        mean_square = _ratio(torch.stack([forces.square().sum((2, 3)), counts]), member, reduce)   # [K,E]
-        rms = (mean_square[:, None] * member).sum(2).clamp(min=MIN_MEAN_SQUARE).sqrt()      # [K,B]
-        force = (forces / rms[:, :, None, None]).sum(0) * live[:, None, None]   # [B,G,D]
+        mean_square = _ratio(torch.stack([forces.square().sum((2, 3)).T, counts]), member, reduce)   # [K,E]
+        rms = (member[:, None] * mean_square).sum(2).clamp(min=MIN_MEAN_SQUARE).sqrt()      # [B,K]
+        force = (forces / rms[:, :, None, None]).sum(1) * live[:, None, None]   # [B,G,D]
     return GroupedField(force, unit, scale, mean_square, entries)
 
 
@@ -143,26 +144,35 @@ def _algorithm_2(gen: Tensor, pos: Tensor, neg: Tensor | None, w_gen: Tensor | N
         if own:
             distance[:, :, :g].diagonal(dim1=1, dim2=2).add_(1e6)
         negatives = y.shape[1] - pos.shape[1]
-        forces = torch.stack([_pull(x, y, distance / -tau, weight, negatives, None) for tau in temperatures])
-        counts = torch.full(forces.shape[:2], float(g * d), dtype=x.dtype, device=x.device)     # [K,B], of [K,B,G,D]
+        forces = _pull(x, y, _logits(distance, temperatures), weight, negatives, None)      # [B,K,G,D]
+        counts = torch.full((len(temperatures), b), float(g * d), dtype=x.dtype, device=x.device)   # [K,B]
         every = _members(None, 1, counts[0])                                    # [B,1]
-        mean_square = _ratio(torch.stack([forces.square().sum((2, 3)), counts]), every, reduce)[:, 0]      # [K]
-    return DriftField(forces.sum(0), x.new_tensor(math.sqrt(d)), mean_square)
+        mean_square = _ratio(torch.stack([forces.square().sum((2, 3)).T, counts]), every, reduce)[:, 0]     # [K]
+    return DriftField(forces.sum(1), x.new_tensor(math.sqrt(d)), mean_square)
 
 
-def _pull(x: Tensor, y: Tensor, logits: Tensor, weight: Tensor, negatives: int, floor: float | None) -> Tensor:
-    """Attraction to the positives minus repulsion from the negatives (the first `negatives` of y): [B,G,D], x-centred.
+def _logits(distance: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """−distance/τ [B,K,G,N] of distances [B,G,N]."""
+    return torch.stack([distance / -tau for tau in temperatures], dim=1)
 
-    Doubly normalised affinities A [B,G,N]; coefficients A_pos·ΣA_neg and −A_neg·ΣA_pos sum to zero over y in every row.
+
+def _pull(x: Tensor, y: Tensor, logits: Tensor, weight: Tensor, negatives: int, floor: float | None,
+          absent: Tensor | None = None) -> Tensor:
+    """Attraction to the positives minus repulsion from the negatives (the first `negatives` of y) for logits [B,K,G,N]:
+    [B,K,G,D], for x [B,G,D] and y [B,N,D].
+
+    Doubly normalised affinities A [B,K,G,N]; coefficients A_pos·ΣA_neg and −A_neg·ΣA_pos sum to zero over y in every row.
     """
-    affinity = ((logits.log_softmax(2) + logits.log_softmax(1)) / 2).exp()      # [B,G,N] sqrt(product of softmaxes)
+    present = logits if absent is None else logits.masked_fill(absent[:, None, None, :], -math.inf)     # [B,K,G,N]
+    affinity = ((present.log_softmax(3) + logits.log_softmax(2)) / 2).exp()     # [B,K,G,N] sqrt(product of softmaxes)
     if floor is not None:
         affinity = affinity.clamp(min=math.sqrt(floor))
-    affinity = affinity * weight[:, None, :]                                    # [B,G,N]
-    near, far = affinity[:, :, negatives:], affinity[:, :, :negatives]          # [B,G,P], [B,G,N-P]
-    coefficient = torch.cat([-far * near.sum(2, keepdim=True), near * far.sum(2, keepdim=True)], dim=2)   # [B,G,N]
-    pulled = (coefficient.double() @ y.double()).to(x.dtype)                    # [B,G,D] float64: TF32 cannot touch it
-    return pulled - coefficient.sum(2, keepdim=True) * x                        # [B,G,D]
+    affinity = affinity * weight[:, None, None, :]                              # [B,K,G,N]
+    near, far = affinity[..., negatives:], affinity[..., :negatives]            # [B,K,G,P], [B,K,G,N-P]
+    coefficient = torch.cat([-far * near.sum(3, keepdim=True), near * far.sum(3, keepdim=True)], dim=3)   # [B,K,G,N]
+    pulled = coefficient.double().flatten(1, 2) @ y.double()                    # [B,K·G,D] float64: TF32 cannot touch it
+    pulled = pulled.to(x.dtype).unflatten(1, logits.shape[1:3])                 # [B,K,G,D]
+    return pulled - coefficient.sum(3, keepdim=True) * x[:, None]               # [B,K,G,D]
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:

@@ -12,11 +12,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import UNIFIED_DIM, FeatureBatch
+from ..errors import UserError, unknown
 from .field import (AFFINITY_FLOOR, MIN_SCALE, TEMPERATURES, DriftField, Reduce, drifting_field,
                     grouped_drifting_field)
+
+ONE_STEP = ("mse", "pure_drift", "hybrid")
+"""Kinds of head that act in one forward pass."""
+DENOISING = ("flow", "diffusion")
+"""Kinds that act in several, on the same trunk: what drifting is compared with (`heads.py`)."""
+DIFFUSION_STEPS = 100
+"""Noise levels of the diffusion head, as in Diffusion Policy."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,30 @@ def _towards(gen: Tensor, force: Tensor, unit: Tensor) -> Tensor:
 class LossConfig:
     """What stage two and three minimise."""
 
-    kind: Literal["mse", "pure_drift", "hybrid"] = "hybrid"   # hybrid = mse + drift_weight · drift
+    kind: Literal["mse", "pure_drift", "hybrid", "flow", "diffusion"] = "hybrid"   # hybrid = mse + drift_weight · drift
+    sample_steps: int = 0                                     # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
     drift_weight: float = 1.0                                 # λ of the hybrid; at 0.1 regression merges two modes
     temperatures: tuple[float, ...] = TEMPERATURES            # kernel widths, in units of the mean distance
     floor: float = AFFINITY_FLOOR                             # floor under the product of the two softmaxes
     distance: Literal["chunk", "step"] = "chunk"              # compare whole [T·d] chunks, or each step on its own
     embodiments: int = 7                                      # E, groups with a distance scale of their own
+    neighbours: int = 0                                       # P, further positives: expert chunks of the nearest observations
+    queue: Literal["none", "task", "global"] = "none"         # ablation: earlier chunks of the same task, or of any, compared too
+    queue_size: int = 64                                      # chunks kept per queue, expert and generated each
+
+    def __post_init__(self) -> None:
+        if self.kind not in ONE_STEP + DENOISING:
+            raise unknown("loss kind", str(self.kind), ONE_STEP + DENOISING)
+        most = {"flow": None, "diffusion": DIFFUSION_STEPS}.get(self.kind, 1)
+        if self.sample_steps < 0 or most is not None and self.sample_steps > most:
+            allowed = "0 (the kind's own) or more" if most is None else f"0 (the kind's own) to {most}"
+            raise UserError(f"sample_steps is {self.sample_steps}; of a {self.kind} head it must be {allowed}")
+        if self.queue not in ("none", "task", "global"):
+            raise unknown("queue", str(self.queue), ("none", "task", "global"))
+        if self.neighbours < 0 or self.queue_size < 1:
+            raise UserError(f"neighbours is {self.neighbours} and queue_size {self.queue_size}; they must be at least 0 and 1")
+        if (self.neighbours or self.queue != "none") and self.kind not in ("pure_drift", "hybrid"):
+            raise UserError(f"neighbours and queue are for losses with a drift (pure_drift, hybrid); a {self.kind} head has none")
 
 
 @dataclass(frozen=True)
@@ -78,32 +105,52 @@ class PolicyLoss:
     scale_of: Tensor
 
 
+def counting(batch: FeatureBatch) -> Tensor:
+    """[B,T,128] bool: the entries of the action that count: an active slot at a step before the episode's end."""
+    return batch.step_mask[:, :, None] & batch.action_mask[:, None, :]
+
+
+def per_rank(count: Tensor, reduce: Reduce | None) -> Tensor:
+    """`count` [], or with several ranks its mean over them: sums divided by it average over the ranks to the mean over all."""
+    if reduce is None:
+        return count
+    total, ranks = reduce(torch.stack([count.double(), torch.ones_like(count, dtype=torch.float64)]))
+    return (total / ranks).float()
+
+
+def masked_mean_square(error: Tensor, active: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """Mean [] of error² [B,G,T,128] over the entries `active` [B,T,128] of all draws, 0 where there are none. `reduce`: see `per_rank`."""
+    error = error.masked_fill(~active[:, None], 0.0)                            # [B,G,T,128]
+    return error.square().sum() / (error.shape[1] * per_rank(active.sum(), reduce)).clamp(min=1)
+
+
 def policy_loss(pred: Tensor, batch: FeatureBatch, config: LossConfig = LossConfig(), *,
-                positives: Tensor | None = None, negatives: Tensor | None = None, w_neg: Tensor | None = None,
-                reduce: Reduce | None = None) -> PolicyLoss:
+                positives: Tensor | None = None, w_pos: Tensor | None = None, negatives: Tensor | None = None,
+                w_neg: Tensor | None = None, reduce: Reduce | None = None) -> PolicyLoss:
     """Loss of the G chunks `pred` [B,G,T,128] generated for each observation of `batch`.
 
     An entry counts where its slot is active for the dataset and its step lies before the episode's end; other entries
     of `pred` get no gradient. MSE: mean of (pred − action)² over the counting entries of all draws. Drift: the G chunks
-    of an observation against its own expert chunk, and against further chunks of the same action space if given:
-    `positives` [B,P,T,128] (for example nearest neighbours), `negatives` [B,M,T,128] with weights `w_neg` [B,M] (for
-    example `guidance.batch_negatives`), both already normalised and complete wherever the observation's own chunk is.
+    of an observation against its own expert chunk (weight 1), and against further chunks of the same action space if given:
+    `positives` [B,P,T,128] with weights `w_pos` [B,P] (`neighbours`, `queues`), `negatives` [B,M,T,128] with weights
+    `w_neg` [B,M] (`guidance.batch_negatives`, `queues`), both already normalised and complete wherever the observation's
+    own chunk is; weights not given are 1, and a chunk of weight 0 is as if it were not there.
     Entries that do not count are zeroed in generated and expert chunks alike, so they add nothing to a distance, and D
     of the algorithm is the number that do count. The distance scale and mean(F²) are taken per embodiment.
     `distance="step"` makes each (observation, step) a condition of its own.
-    `reduce`: see `drifting_field`; it makes scale and mean(F²) those of all ranks. Never compares two observations.
+    `reduce`: see `drifting_field`; it makes scale and mean(F²) those of all ranks, and mse, drift and total such that
+    their means over the ranks are those over all. Never compares two observations.
     """
     b, g, t, d = pred.shape
     if d != UNIFIED_DIM or batch.action.shape != (b, t, d):
         raise ValueError(f"pred: expected [B,G,T,{UNIFIED_DIM}] for action {tuple(batch.action.shape)}, "
                          f"got {tuple(pred.shape)}")
-    if config.kind not in ("mse", "pure_drift", "hybrid"):
-        raise ValueError(f"LossConfig.kind: expected mse, pure_drift or hybrid, got {config.kind!r}")
+    if config.kind not in ONE_STEP:
+        raise ValueError(f"LossConfig.kind: expected one of {', '.join(ONE_STEP)}, got {config.kind!r}")
     pred = pred if pred.dtype == torch.float64 else pred.float()                # [B,G,T,128]
-    active = batch.step_mask[:, :, None] & batch.action_mask[:, None, :]        # [B,T,128]
+    active = counting(batch)                                                    # [B,T,128]
     with torch.autocast(pred.device.type, enabled=False):
-        error = (pred - batch.action[:, None]).masked_fill(~active[:, None], 0.0)   # [B,G,T,128]
-        mse = error.square().sum() / (g * active.sum()).clamp(min=1)            # []
+        mse = masked_mean_square(pred - batch.action[:, None], active, reduce)          # []
 
     per_step = config.distance == "step"
 
@@ -115,16 +162,17 @@ def policy_loss(pred: Tensor, batch: FeatureBatch, config: LossConfig = LossConf
 
     gen = conditions(pred)                                                      # [C,G,D], D = T·128 or 128
     pos = batch.action[:, None] if positives is None else torch.cat([batch.action[:, None], positives], dim=1)
+    w_pos = None if positives is None or w_pos is None else F.pad(w_pos, (1, 0), value=1.0)     # [B,1+P]
     mask = active.flatten(0, 1) if per_step else active.flatten(1)              # [C,D]
     group = each(batch.embodiment)                                              # [C]
     field = grouped_drifting_field(
         gen, conditions(pos), None if negatives is None else conditions(negatives), active=mask, group=group,
-        groups=config.embodiments, w_neg=None if w_neg is None else each(w_neg), temperatures=config.temperatures,
-        floor=config.floor, reduce=reduce)
+        groups=config.embodiments, w_pos=None if w_pos is None else each(w_pos), w_neg=None if w_neg is None else each(w_neg),
+        temperatures=config.temperatures, floor=config.floor, zero_is_absent=True, reduce=reduce)
     live = (field.entries > 0).to(gen.dtype)                                    # [C]
     diff = _towards(gen.masked_fill(~mask[:, None], 0.0), field.force, field.unit[:, None, None])   # [C,G,D]
     per_condition = diff.square().sum((1, 2)) / (g * field.entries).clamp(min=1)    # [C]
-    drift = (per_condition * live).sum() / live.sum().clamp(min=1)              # []
+    drift = (per_condition * live).sum() / per_rank(live.sum(), reduce).clamp(min=1)              # []
 
     total = {"mse": mse, "pure_drift": drift, "hybrid": mse + config.drift_weight * drift}[config.kind]
     share = live / live.sum().clamp(min=1)                                      # [C]

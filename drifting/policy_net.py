@@ -69,12 +69,16 @@ class PolicyNet(nn.Module):
         index = torch.arange(batch.text.shape[1], device=batch.text.device)     # [Lt]
         order = self.text_position(fourier(index.float()).to(dtype))            # [Lt,W]
         sequence = torch.cat([sequence[:, :l] + place, sequence[:, l:] + order], dim=1)   # [B,S,W]
-        return Context(sequence, mask, pooled, batch.embodiment, batch.proprio, batch.control_hz)
+        return Context(sequence, mask, pooled, batch.embodiment, batch.proprio, batch.control_hz, batch.action_mask)
 
-    def decode(self, context: Context, noise: Tensor, alpha: Tensor) -> Tensor:
-        """Chunks [B,G,T,128] in the parameters' dtype, for `noise` [B,G,T,64] and scales α `alpha` [B]."""
-        return self.dit(noise, context, alpha)
+    def decode(self, context: Context, noise: Tensor, alpha: Tensor, time: Tensor | None = None,
+               kept: list[list[Tensor]] | None = None) -> Tensor:
+        """Chunks [B,G,T,128] in the parameters' dtype, for `noise` [B,G,T,64] and scales α `alpha` [B].
 
-    def forward(self, batch: FeatureBatch, noise: Tensor, alpha: Tensor) -> Tensor:
-        """`decode(encode(batch), noise, alpha)`: noise [B,G,T,64], alpha [B] → [B,G,T,128]."""
-        return self.decode(self.encode(batch), noise, alpha)
+        Of a denoising head: its prediction for noisy actions `noise` [B,G,T,128] at `time` [B,G]; `kept` as in `DriftingDiT`.
+        """
+        return self.dit(noise, context, alpha, time, kept)
+
+    def forward(self, batch: FeatureBatch, noise: Tensor, alpha: Tensor, time: Tensor | None = None) -> Tensor:
+        """`decode(encode(batch), noise, alpha, time)`: noise [B,G,T,64], alpha [B] → [B,G,T,128]."""
+        return self.decode(self.encode(batch), noise, alpha, time)

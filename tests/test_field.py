@@ -123,7 +123,7 @@ def test_translation_scale_and_permutation() -> None:
 @pytest.mark.parametrize("floor", [None, 1e-6])
 def test_attraction_and_repulsion_carry_equal_weight(floor: float | None) -> None:
     """ΣW_pos = ΣW_neg in every row, read off with marker coordinates: (1,0) for negatives, (0,1) for positives."""
-    logits, weight = samples(2, 5, 9), samples(2, 9, seed=1).exp()
+    logits, weight = samples(2, 3, 5, 9), samples(2, 9, seed=1).exp()           # [B,K,G,N], [B,N]
     y = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 3, dtype=torch.float64).expand(2, 9, 2)
     sums = _pull(torch.zeros(2, 5, 2, dtype=torch.float64), y, logits, weight, negatives=6, floor=floor)
     assert (sums[..., 1] > 1e-3).all()

@@ -14,6 +14,8 @@ from dvla.drifting.losses import LossConfig, drifting_loss, policy_loss
 from dvla.errors import UserError
 from dvla.settings import from_mapping
 
+from .policy_samples import one_thread
+
 B, G, T = 5, 4, 6
 SLOTS = {1: [0, 3, 10], 4: [39, 40, 41, 10, 42]}    # active slots of two embodiments
 EMBODIMENT = torch.tensor([1, 1, 4, 4, 4])
@@ -78,7 +80,9 @@ def test_kinds_add_up() -> None:
     assert torch.equal(mse.total, hybrid.mse) and torch.equal(drift.total, hybrid.drift)
     torch.testing.assert_close(hybrid.total, mse.total + 0.3 * drift.total)
     with pytest.raises(ValueError, match="kind"):
-        policy_loss(pred, batch, LossConfig(kind="drift"))  # type: ignore[arg-type]
+        policy_loss(pred, batch, LossConfig(kind="flow"))                       # not a loss of generated chunks
+    with pytest.raises(UserError, match="did you mean 'pure_drift'"):
+        LossConfig(kind="drift")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="did you mean 'drift_weight'"):
         from_mapping(LossConfig, {"drift_wieght": 1.0})
 
@@ -129,21 +133,25 @@ def test_float32_in_autocast() -> None:
 @pytest.mark.parametrize("distance", ["chunk", "step"])
 def test_ranks_with_different_embodiments_agree(distance: str) -> None:
     """The shapes given to `reduce` do not depend on which embodiments a rank holds, and the result is the joint one."""
-    batch, pred, config = make_batch(), random(B, G, T, 128), LossConfig(kind="pure_drift", distance=distance)
-    sides = [slice(0, 2), slice(2, 5)]
+    batch, pred, config = make_batch(), random(B, G, T, 128), LossConfig(kind="hybrid", distance=distance)
+    sides = [slice(0, 2), slice(2, 5)]                                          # unequal numbers of counting entries
     calls: list[list[torch.Tensor]] = [[], []]
     totals: list[torch.Tensor] = []
+    losses = {}
     for _ in range(3):                       # both ranks in turn; each pass learns one more collective's total
         for side, log in zip(sides, calls):
             log.clear()
             def reduce(sums: torch.Tensor) -> torch.Tensor:
                 log.append(sums)
                 return totals[len(log) - 1] if len(log) <= len(totals) else sums
-            last = policy_loss(pred[side], rows(batch, side), config, reduce=reduce)
+            losses[side.start] = policy_loss(pred[side], rows(batch, side), config, reduce=reduce)
         totals = [a + b for a, b in zip(*calls)]
-    joint = policy_loss(pred, batch, config)
-    torch.testing.assert_close(last.scale_of, joint.scale_of)
-    torch.testing.assert_close(last.mean_square_of, joint.mean_square_of)
+    joint, last = policy_loss(pred, batch, config), list(losses.values())
+    for name in ("total", "mse", "drift"):                                      # what averaging gradients over ranks needs
+        torch.testing.assert_close((getattr(last[0], name) + getattr(last[1], name)) / 2, getattr(joint, name))
+    for loss in last:
+        torch.testing.assert_close(loss.scale_of, joint.scale_of)
+        torch.testing.assert_close(loss.mean_square_of, joint.mean_square_of)
 
 
 def test_extra_positives_and_negatives() -> None:
@@ -201,6 +209,7 @@ def spread_to_modes(kind: str) -> torch.Tensor:
     return pred.detach()[0][..., SLOTS[1]].mean((1, 2))
 
 
+@one_thread()
 def test_drift_keeps_both_modes_where_regression_averages_them() -> None:
     drifted, averaged = spread_to_modes("pure_drift"), spread_to_modes("mse")
     assert averaged.abs().max() < 0.3
