@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DEATHS = 3          # workers that one unit may kill, twice, before the build gives up on it
 WAIT_SECONDS = 60   # for the first worker of a scheduler that is said to run
+KEEP_SECONDS = 1    # between looks for workers that are lost for good
 
 
 @dataclass(frozen=True)
@@ -256,11 +257,37 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
         jobs = max(1, spec.count)
         cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)     # unlike scale(), it asks again for a job that a walltime ended
         return cluster
-    from distributed import LocalCluster
+    return _local_cluster(spec.count, stack)
 
-    return stack.enter_context(LocalCluster(n_workers=spec.count, threads_per_worker=1, processes=True, memory_limit=0,
-                                            dashboard_address=":0",     # any free port; a fixed one warns when it is taken
-                                            silence_logs=logging.CRITICAL))
+
+def _local_cluster(count: int, stack: contextlib.ExitStack) -> Any:
+    """Workers on this machine. dask replaces one that dies, but gives up where its successor dies while it starts: such a one is
+    started anew."""
+    from distributed import LocalCluster
+    from distributed.core import Status
+    from tornado.ioloop import PeriodicCallback
+
+    for _ in range(DEATHS):
+        with contextlib.suppress(RuntimeError):     # a first worker died while it started; dask has closed the others
+            cluster = stack.enter_context(LocalCluster(n_workers=count, threads_per_worker=1, processes=True, memory_limit=0,
+                                                       dashboard_address=":0",     # any free port; a fixed one warns when it is taken
+                                                       silence_logs=logging.CRITICAL))
+            break
+    else:
+        raise UserError(f"workers end while they start ({DEATHS} times; out of memory? see the system's log); give fewer --workers, and run "
+                        "the same command again")
+
+    def replace_lost() -> None:
+        if cluster.status == Status.running:
+            for name, nanny in list(cluster.workers.items()):
+                if nanny.status in (Status.closed, Status.failed):
+                    del cluster.workers[name]
+            cluster.scale(count)
+
+    keeper = PeriodicCallback(replace_lost, KEEP_SECONDS * 1000)
+    cluster.loop.add_callback(keeper.start)
+    stack.callback(cluster.loop.add_callback, keeper.stop)
+    return cluster
 
 
 @contextlib.contextmanager

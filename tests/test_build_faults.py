@@ -86,22 +86,27 @@ def require_sound(out: Path) -> None:
 
 # --- kill -9 -------------------------------------------------------------------------------------------------------------
 
-def test_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Two of four workers and the parent, the parent without workers, then with one, the worker of the last shard: one build."""
-    rng, out = random.Random(1), tmp_path / "cache"
-    (tmp_path / "cache.fault").write_text(json.dumps({"all": "slow"}))
-    for workers in (4, 0, 1):
+def test_fifty_kills_of_workers_and_parents_in_one_build(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes],
+                                                         tmp_path: Path) -> None:
+    """With four workers, one and none, each killed at random moments and then the parent; last all four workers at once."""
+    rng, out, kills = random.Random(1), tmp_path / "cache", 0
+    (tmp_path / "cache.fault").write_text(json.dumps({"all": "slow", "wrist/9": "sleep"}))      # never whole
+    for i, workers in enumerate([4, 0, 1, 4, 4, 1, 4, 4, 0, 1, 4, 1, 4, 4]):
         before = finished(out)
         pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", str(workers)))
-        until(lambda: finished(out) > before)
-        for worker in rng.sample(zygote.workers(), workers // 2):
-            os.kill(worker, signal.SIGKILL)
-        time.sleep(rng.uniform(0, 0.15))
+        for _ in range(workers):
+            time.sleep(rng.uniform(0, 0.4))
+            until(zygote.workers)                               # dask may be replacing one
+            os.kill(rng.choice(zygote.workers()), signal.SIGKILL)
+        if i % 3 == 0:
+            until(lambda: before < finished(out) or finished(out) == SHARDS - 1)
+        time.sleep(rng.uniform(0, 0.8))
         os.kill(pid, signal.SIGKILL)
-        assert zygote.wait(pid) == -signal.SIGKILL
+        assert zygote.wait(pid) == -signal.SIGKILL, zygote.said
         until(lambda: not zygote.workers())                     # they go with their parent
-        assert before < finished(out) < SHARDS
         require_sound(out)
+        kills += workers + 1
+    assert kills == 50 and 0 < finished(out) < SHARDS
     (tmp_path / "cache.fault").write_text(json.dumps({"wrist/9": "sleep"}))
     pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", "4"))
     until(lambda: finished(out) == SHARDS - 1 and list(out.glob("image/features/wrist/c/9/0/.0.tmp-*")))
@@ -153,7 +158,7 @@ def test_units_of_several_shards_killed_with_and_without_workers(zygote: Zygote,
     assert tree(out) == tree(whole)
 
 
-def test_fifty_kills_in_one_build(zygote: Zygote, tmp_path: Path) -> None:
+def test_fifty_kills_of_a_build_without_workers(zygote: Zygote, tmp_path: Path) -> None:
     """Killed wherever it happens to be, fifty times: no run makes more than two of the 133 shards."""
     rng, out = random.Random(4), tmp_path / "cache"
     synthetic.build(tmp_path / "whole", plan=synthetic.make_plan(2))
