@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help venv system demo test lint wheel clean-venv
+.PHONY: help venv system vulkan demo test lint wheel clean-venv
 
 VENV := .venv
 STAMP := $(VENV)/.dvla-installed
@@ -68,6 +68,21 @@ system:  ## the library that simulators render with (OSMesa or EGL), by apt-get 
 	$(APT)
 	found='import sys, ctypes.util as c; sys.exit(not (c.find_library("OSMesa") or c.find_library("EGL")))'
 	if ! "$(PYTHON)" -c "$$found"; then apt "no libOSMesa or libEGL for headless rendering" libosmesa6 libegl1; fi
+
+vulkan:  ## the software Vulkan driver that ManiSkill draws with, by apt-get (Debian 12: from its backports; its own is too old)
+	@if [ "$$(uname -s)" != Linux ] || [ -n "$${VK_ICD_FILENAMES:-}" ]; then exit 0; fi
+	$(APT)
+	package=mesa-vulkan-drivers
+	if grep -q '^VERSION_CODENAME=bookworm' /etc/os-release; then
+	  package=mesa-vulkan-drivers/bookworm-backports
+	  list=/etc/apt/sources.list.d/bookworm-backports.list
+	  mirror=$$(apt-get indextargets --format '$$(REPO_URI)' 'Codename: bookworm' 'Created-By: Packages' | sort -u | head -n 1)
+	  line="deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $$mirror bookworm-backports main"
+	  if [ ! -e $$list ]; then
+	    if [ "$$(id -u)" = 0 ]; then echo "$$line" > $$list; else echo "$$line" | sudo tee $$list > /dev/null; fi
+	  fi
+	fi
+	apt "a Vulkan driver for ManiSkill" $$package
 
 demo: system $(STAMP)  ## all three stages on recorded robot data, on a CPU, in about a quarter of an hour
 	@$(VENV)/bin/dvla demo $(ARGS)

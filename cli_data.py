@@ -23,7 +23,7 @@ def data_record(
     out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
     episodes: Annotated[int, typer.Option("--episodes", help="Demonstrations to keep.")] = 50,
     image_size: Annotated[int, typer.Option("--image-size", help="Side of the square pictures, pixels (even).")] = 128,
-    noise: Annotated[float, typer.Option("--noise", help="Standard deviation of noise on executed actions; labels stay clean.")] = 0.1,
+    noise: Annotated[float, typer.Option("--noise", help="Standard deviation of noise on executed actions, × the environment's own scale; labels stay clean.")] = 0.1,
     extra_steps: Annotated[int, typer.Option("--extra-steps", help="Steps recorded after success.")] = 10,
     max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Step limit of an attempt; default: the task's own.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Chooses the starts and the noise.")] = 0,

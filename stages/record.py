@@ -41,7 +41,7 @@ class RecordConfig:
     image_size: int = 128        # picture side in pixels (even: the video format halves its colour planes)
     seed: int = 0                # chooses the family of starts and the action noise
     split: Split = "train"       # "eval" starts are kept for evaluation
-    noise: float = 0.1           # standard deviation of noise on executed actions, in action units; labels stay clean
+    noise: float = 0.1           # standard deviation of noise on executed actions, × the environment's `noise_scale`; labels stay clean
     max_steps: int | None = None  # step limit of an attempt; None = the task's own
     extra_steps: int = 10        # steps recorded after success, so that staying at the goal is shown too
     keep_failures: bool = False  # keep attempts that did not reach success
@@ -66,7 +66,7 @@ class Demonstration:
     start: int
     start_vector: tuple[float, ...]
     success: bool
-    images: dict[str, np.ndarray]   # view -> uint8 [T, S, S, 3]
+    images: dict[str, np.ndarray]   # view -> uint8 [T, S, S, 3]; empty after a rehearsal that failed
     state: np.ndarray               # [T, ds] float32
     action: np.ndarray              # [T, da] float32, noise-free
 
@@ -111,22 +111,34 @@ def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None 
 
 
 def demonstrate(env: Environment, start: int, config: RecordConfig) -> Demonstration:
-    """Let the expert act from one start; stops `extra_steps` after the first success or at the step limit."""
+    """Let the expert act from one start; stops `extra_steps` after the first success or at the step limit.
+
+    Where the environment asks for a rehearsal, an attempt that fails without pictures is not repeated with them, unless
+    failures are kept.
+    """
+    if env.rehearse and not config.keep_failures:
+        rehearsed = _attempted(env, start, config, pictures=False)
+        if not rehearsed.success:
+            return rehearsed
+    return _attempted(env, start, config, pictures=True)
+
+
+def _attempted(env: Environment, start: int, config: RecordConfig, pictures: bool) -> Demonstration:
     noise = np.random.default_rng([config.seed, start])
-    observation = env.reset(start, render=True)
+    observation = env.reset(start, render=pictures)
     observations, actions = [], []
     solved_at: int | None = None
     for step in range(env.max_steps + config.extra_steps):
         clean = env.expert_action()
         observations.append(observation)
         actions.append(clean)
-        result = env.step(clean + noise.normal(0.0, config.noise, clean.shape), render=True)
+        result = env.step(clean + env.noise_scale * noise.normal(0.0, config.noise, clean.shape), render=pictures)
         observation = result.observation
         if result.success and solved_at is None:
             solved_at = step
         if step >= (env.max_steps - 1 if solved_at is None else solved_at + config.extra_steps):
             break
-    images = {view: np.stack([o.images[view] for o in observations]) for view in env.views}
+    images = {view: np.stack([o.images[view] for o in observations]) for view in env.views} if pictures else {}
     return Demonstration(start, env.start_vector, solved_at is not None, images,
                          np.stack([o.state for o in observations]), np.stack(actions))
 

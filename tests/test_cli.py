@@ -247,8 +247,7 @@ def test_train_resume_and_changed_settings(dvla: Dvla, tmp_path: Path, cache: Pa
     assert saved["optimizer"]["warmup"] == 1 and saved["dit"]["width"] == 32
     refused(dvla(*train, "--lr", "0.5"), "begun with other settings", "optimizer.lr")
     refused(dvla("finetune", tmp_path / "run", "--source", tmp_path / "none", "--out", tmp_path / "run2"), "nowhere")
-    (tmp_path / "moved").mkdir()
-    shutil.copy(tmp_path / "run" / "checkpoints" / "step-00000002" / "policy.json", tmp_path / "moved")
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000002", tmp_path / "moved")
     refused(
         dvla("finetune", tmp_path / "moved", "--source", "x", "--out", tmp_path / "run2"), "is not inside a run folder"
     )

@@ -23,15 +23,17 @@ ARROWS = {
 }
 # Third party → files, or folders ending in "/", that may import it. An entry without a user is refused too.
 FENCES = {
-    "typer": {"cli.py", "cli_cache.py", "cli_data.py"},
+    "typer": {"cli.py", "cli_cache.py", "cli_data.py", "cli_train.py"},
     "rich": {"stages/"},
     "transformers": {"cache/paligemma2.py", "cache/qwen3vl.py", "cache/tiny_paligemma.py", "cache/tiny_vlm.py", "cache/vlm_files.py"},
-    "flash_attn": {"cache/attention.py"},
+    "flash_attn": {"cache/attention.py", "drifting/attention.py"},
     "peft": {"cache/encoder.py", "cache/lora.py"},
     "lerobot": {"stages/record.py"},
     "datasets": {"stages/record.py"},
     "metaworld": {"stages/envs/metaworld.py"},
-    "mujoco": {"stages/envs/metaworld.py"},
+    "mujoco": {"stages/envs/mujoco_render.py"},
+    "mani_skill": {"stages/envs/maniskill.py"},
+    "sapien": {"stages/envs/maniskill.py"},
     "av": {"cache/video.py", "stages/video_out.py"},
     "zarr": {"cache/readers/replay_buffer.py"},
     "h5py": {"cache/readers/"},
@@ -44,6 +46,8 @@ FENCES = {
     "pyvista": {"cache/readers/point_render.py"},
     "vtkmodules": {"cache/readers/point_render.py"},
     "scipy": {"cache/readers/dexgraspnet_scene.py"},
+    "wandb": {"stages/tracking.py"},
+    "deepspeed": {"stages/zero2.py"},
 }
 UNUSED = {"lerobot", "datasets", "mujoco", "pyvista", "vtkmodules"}  # fenced before use: entries that need no user
 # Modules through which pure mathematics could reach a file, the network or another process.

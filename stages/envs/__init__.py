@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from ...errors import UserError, unknown
-from . import metaworld
-from .base import SPLITS, Environment, Observation, Split, StepResult
+from . import aloha_sim, maniskill, metaworld
+from .base import SPLITS, Environment, Observation, Setup, Split, StepResult
 
 __all__ = ["Environment", "Observation", "Split", "StepResult", "check_environment", "environment_names",
            "make_environment"]
 
+# Each has PREFIX, names() of its tasks, require() that raises where its simulator is missing, and make(setup).
+ADAPTERS = (metaworld, maniskill, aloha_sim)
+
 
 def environment_names() -> tuple[str, ...]:
     """Every task name, sorted. Needs no simulator to be installed."""
-    return metaworld.names()
+    return tuple(sorted(name for adapter in ADAPTERS for name in adapter.names()))
 
 
 def check_environment(name: str, split: str = "train", seed: int = 0, image_size: int = 128,
@@ -20,7 +23,7 @@ def check_environment(name: str, split: str = "train", seed: int = 0, image_size
     """`UserError` for an unknown name (nearest one named), a simulator that is not installed, or a bad setting."""
     if name not in environment_names():
         raise unknown("environment", name, environment_names())
-    metaworld.require()
+    _adapter(name).require()
     if split not in SPLITS:
         raise unknown("split", str(split), SPLITS)
     if seed < 0:
@@ -40,4 +43,8 @@ def make_environment(name: str, split: Split = "train", seed: int = 0, image_siz
     Raises `UserError` as `check_environment` does.
     """
     check_environment(name, split, seed, image_size, max_steps)
-    return metaworld.MetaWorldEnvironment(name, split, seed, image_size, render, max_steps)
+    return _adapter(name).make(Setup(name, split, seed, image_size, render, max_steps))
+
+
+def _adapter(name: str):
+    return next(adapter for adapter in ADAPTERS if name.startswith(adapter.PREFIX))
