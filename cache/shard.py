@@ -7,11 +7,11 @@ A shard of a sharded array is its inner chunks one after another (each compresse
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import uuid
-import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,15 @@ import google_crc32c
 import numpy as np
 
 from ..errors import UserError
+from .handles import Folder, OpenShard, open_file, touch
 
 if TYPE_CHECKING:
     from .codec import Compression
 
 MISSING = np.uint64(2**64 - 1)      # offset and nbytes of a chunk that was never written
 MAX_BUFFERS = 512                   # buffers in one preadv; the kernel's limit (IOV_MAX) is 1024
+REMEMBERED = 1 << 16                # shards whose index a reader need not see again (some 20 MB)
+ADVICE = 128 << 10                  # bytes of one POSIX_FADV_WILLNEED: the kernel takes no more than its read-ahead window from each
 
 
 def crc32c(data: np.ndarray | bytes, start: int = 0) -> int:
@@ -147,35 +150,11 @@ def file_crc32c(path: Path) -> tuple[int, int]:
 
 def read_index(path: Path, chunks_per_shard: int) -> np.ndarray:
     """`[chunks_per_shard, 2]` uint64 (offset, nbytes); `UserError` naming the shard when it is missing or damaged."""
-    handle = _open(path)
+    handle = open_file(path)
     try:
         return _read_index(handle, path, chunks_per_shard)
     finally:
         os.close(handle)
-
-
-class Folder:
-    """A directory held open: files are found in it by the name it had, also after it was renamed and another took that name."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.handle = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._finalizer = weakref.finalize(self, os.close, self.handle)
-
-    def is_at(self, path: Path) -> bool:
-        """Whether `path` names it now."""
-        try:
-            return os.path.samestat(os.fstat(self.handle), os.stat(path))
-        except FileNotFoundError:
-            return False
-
-
-def _open(path: Path, folder: Folder | None = None) -> int:
-    try:
-        if folder is not None:
-            return os.open(path.relative_to(folder.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder.handle)
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
 
 
 def _read_index(handle: int, path: Path, chunks_per_shard: int) -> np.ndarray:
@@ -187,98 +166,152 @@ def _read_index(handle: int, path: Path, chunks_per_shard: int) -> np.ndarray:
     return np.frombuffer(tail, dtype="<u8", count=2 * chunks_per_shard).reshape(-1, 2)
 
 
-def _damaged(path: Path) -> UserError:
+def _damaged(path: Path | str) -> UserError:
     return UserError(f"shard {path} is damaged (truncated, or its index is wrong); run `dvla cache verify`")
 
 
 class ShardFiles:
-    """Open shard files, per thread and at most `limit` of each thread's, so no thread closes what another one reads.
+    """Open shard files, shared by threads: at most `limit`, the ones used last (default: an eighth of what the process may open).
 
-    With a `folder`, paths are below it."""
+    With a `folder`, paths are below it. `fetch(path)` puts there what lies elsewhere: it is called for a file that is not there (any more)."""
 
-    def __init__(self, limit: int = 128, folder: Folder | None = None) -> None:
-        self._limit, self._folder, self._local = limit, folder, threading.local()
-        self._all: list[OrderedDict[Path, tuple[int, np.ndarray]]] = []
-        self._finalizer = weakref.finalize(self, _close_all, self._all)
+    def __init__(self, limit: int | None = None, folder: Folder | None = None, fetch: Callable[[Path], None] | None = None) -> None:
+        self._limit = limit or max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+        self._folder, self._fetch, self._lock = folder, fetch, threading.Lock()
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._plain: dict[str, tuple[int, int]] = {}    # shards without gaps → (file size, records): opened again, no index is read
 
-    def get(self, path: Path, chunks_per_shard: int) -> tuple[int, np.ndarray]:
-        """(file descriptor, `[chunks_per_shard, 2]` int64 byte offset and size, −1 where missing), opened when needed."""
-        mine = getattr(self._local, "open", None)
-        if mine is None:
-            mine = self._local.open = OrderedDict()
-            self._all.append(mine)
-        if path in mine:
-            mine.move_to_end(path)
-            return mine[path]
-        handle = _open(path, self._folder)
+    def get(self, path: str, chunks_per_shard: int, record: int) -> OpenShard:
+        """The shard at `path`, of at most `chunks_per_shard` records of `record` bytes (0: compressed ones), opened when needed."""
+        with self._lock:
+            if (found := self._open.get(path)) is not None:
+                self._open.move_to_end(path)
+                found.used = True
+                return found
+        shard = self._load(path, chunks_per_shard, record)      # perhaps twice, by two threads: the later one stays
+        with self._lock:
+            self._open[path] = shard
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return shard
+
+    def close(self) -> None:
+        """Let go of every file."""
+        with self._lock:
+            self._open.clear()
+
+    def _load(self, path: str, chunks: int, record: int) -> OpenShard:
+        handle, where = self._handle(Path(path)), Path(path)
         try:
-            index = _read_index(handle, path, chunks_per_shard).astype(np.int64)    # 2**64-1 becomes -1
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+            size = os.fstat(handle).st_size
+            known = self._plain.get(path)
+            if known is not None and known[0] == size:
+                return OpenShard(handle, path, None, known[1])
+            index = _read_index(handle, where, chunks).astype(np.int64)         # 2**64-1 becomes -1
+            count = int((index[:, 0] >= 0).sum())
+            plain = np.stack([np.arange(count) * record, np.full(count, record)], axis=1)
+            if record and (index[count:] < 0).all() and (index[:count] == plain).all():
+                if len(self._plain) >= REMEMBERED:
+                    self._plain.clear()
+                self._plain[path] = size, count
+                return OpenShard(handle, path, None, count)
+            return OpenShard(handle, path, index, 0)
         except BaseException:
             os.close(handle)
             raise
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-        mine[path] = handle, index
-        if len(mine) > self._limit:
-            os.close(mine.popitem(last=False)[1][0])
-        return mine[path]
 
-    def close(self) -> None:
-        """Close every file; no thread may be reading."""
-        _close_all(self._all)
+    def _handle(self, path: Path) -> int:
+        if self._fetch is None:
+            return open_file(path, self._folder)
+        for last in (False, False, True):
+            if not path.exists():
+                self._tend()
+                self._fetch(path)
+                self._tend()
+            try:
+                handle = open_file(path, self._folder)
+            except UserError:       # removed again meanwhile, for want of room
+                if last:
+                    raise
+            else:
+                touch(handle)
+                return handle
+        raise AssertionError
+
+    def _tend(self) -> None:
+        """Show which fetched files were used, and let go of those that were removed, so that their room is free."""
+        with self._lock:
+            for path, shard in list(self._open.items()):
+                if not os.fstat(shard.handle).st_nlink:
+                    del self._open[path]
+                elif shard.used:
+                    shard.used = False
+                    touch(shard.handle)
 
 
-def _close_all(tables: list[OrderedDict[Path, tuple[int, np.ndarray]]]) -> None:
-    for table in tables:
-        while table:
-            os.close(table.popitem()[1][0])
-
-
-def read_records(files: ShardFiles, folder: Path, rows: np.ndarray, targets: Sequence[memoryview], records_per_shard: int,
+def read_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, targets: Sequence[memoryview], records_per_shard: int,
                  tail: str = "0/0", compression: Compression | None = None) -> None:
     """Read record `rows[i]` of the array's shards in `folder` into `targets[i]`, adjacent records in one `preadv`.
 
     `rows` int64 [n], any order, repeats allowed; `folder` holds the shards `<number>/<tail>`; each target is writable,
     contiguous and exactly one record long. `UserError` naming the shard when a record cannot be read.
     """
-    order = np.argsort(rows, kind="stable")
-    shard, inner = np.divmod(rows[order], records_per_shard)
     record = len(targets[0]) if len(rows) else 0
-    for begin, end in _runs(np.diff(shard) != 0, len(rows)):
-        path = folder / str(shard[begin]) / tail
-        handle, index = files.get(path, records_per_shard)
-        at, size = index[inner[begin:end]].T
-        if at.min() < 0:
-            raise UserError(f"shard {path} does not hold row {rows[order[begin + int(at.argmin())]]}")
-        if compression is not None:
-            for i, offset, nbytes in zip(order[begin:end], at.tolist(), size.tolist()):
-                try:
-                    compression.decode(os.pread(handle, nbytes, offset), targets[i])
-                except ValueError:
-                    raise _damaged(path) from None
+    order = np.argsort(rows, kind="stable")
+    ordered, into, path = rows[order], order.tolist(), ""
+    for where, inner, begin, end in _runs(folder, ordered, records_per_shard, tail):
+        if where != path:
+            path, shard = where, files.get(where, records_per_shard, 0 if compression else record)
+        if inner + end - begin <= shard.count:      # the hot path: one after the other
+            for low in range(begin, end, MAX_BUFFERS):
+                buffers = [targets[i] for i in into[low:min(low + MAX_BUFFERS, end)]]
+                at = (inner + low - begin) * record
+                if (got := os.preadv(shard.handle, buffers, at)) != len(buffers) * record:
+                    _finish_read(shard, buffers, at, got)
             continue
-        for first, last in _runs(np.diff(at) != record, end - begin):
-            for low in range(first, last, MAX_BUFFERS):
-                picked = order[begin + low:begin + min(low + MAX_BUFFERS, last)]
-                buffers = [targets[i] for i in picked]
-                got = os.preadv(handle, buffers, int(at[low]))
-                if got != record * len(buffers):
-                    _finish_read(handle, path, buffers, int(at[low]), got)
+        for i in range(begin, end):     # compressed, or written by another tool in another order, or missing
+            try:
+                offset, nbytes = shard.extent(inner + i - begin, record)
+                if compression is None:
+                    _finish_read(shard, [targets[into[i]]], offset, 0)
+                else:
+                    compression.decode(os.pread(shard.handle, nbytes, offset), targets[into[i]])
+            except KeyError:
+                raise UserError(f"shard {path} does not hold row {ordered[i]}") from None
+            except ValueError:
+                raise _damaged(path) from None
 
 
-def _runs(breaks: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """The (begin, end) ranges of `count` items between the positions where `breaks [count-1]` is True."""
-    edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), count]
-    return list(zip(edges[:-1], edges[1:])) if count else []
+def advise_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, record: int, records_per_shard: int, tail: str = "0/0") -> None:
+    """Have the records `rows` (int64 [n], ascending) of `record` bytes (0: compressed) read into memory soon, from front to back."""
+    for path, inner, begin, end in _runs(folder, rows, records_per_shard, tail):
+        shard = files.get(path, records_per_shard, record)
+        try:
+            first, last = (shard.extent(i, record) for i in (inner, inner + end - begin - 1))
+        except KeyError:
+            continue        # reading says what is missing
+        for at in range(first[0], sum(last), ADVICE):
+            os.posix_fadvise(shard.handle, at, min(ADVICE, sum(last) - at), os.POSIX_FADV_WILLNEED)
 
 
-def _finish_read(handle: int, path: Path, buffers: list[memoryview], offset: int, got: int) -> None:
-    """Complete a short read (network file systems, signals); a read of nothing means the file ends too early."""
+def _runs(folder: Path | str, ordered: np.ndarray, records_per_shard: int, tail: str) -> Iterator[tuple[str, int, int, int]]:
+    """(path, first record in it, begin, end) of each range of `ordered` rows that lie side by side in one shard."""
+    shard, inner = np.divmod(ordered, records_per_shard)
+    cuts = (np.flatnonzero((np.diff(ordered) != 1) | (np.diff(shard) != 0)) + 1).tolist()
+    begins, base = [0, *cuts] if len(ordered) else [], str(folder)
+    for begin, end, number, first in zip(begins, [*cuts, len(ordered)], shard[begins].tolist(), inner[begins].tolist()):
+        yield f"{base}/{number}/{tail}", first, begin, end
+
+
+def _finish_read(shard: OpenShard, buffers: list[memoryview], offset: int, got: int) -> None:
+    """Complete a read that ended after `got` bytes (network file systems, signals)."""
     for buffer in buffers:
         done = min(got, len(buffer))
         got -= done
         while done < len(buffer):
-            read = os.preadv(handle, [buffer[done:]], offset + done)
-            if read == 0:
-                raise _damaged(path)
+            read = os.preadv(shard.handle, [buffer[done:]], offset + done)
+            if read == 0:       # the file ends too early
+                raise _damaged(shard.path)
             done += read
         offset += len(buffer)

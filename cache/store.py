@@ -17,9 +17,11 @@ import torch
 from ..errors import UserError, unknown
 from .actions import UNIFIED_DIM
 from .codec import FeatureFormat, dequantise, quantise
+from .handles import Folder
 from .layout import FORMAT, array_name, features_folder, open_table, read_json, record_compression, scales_folder
 from .normalize import Normalizer, Statistics
-from .shard import Folder, ShardFiles, file_crc32c, read_records
+from .remote import Mirror, is_remote
+from .shard import ShardFiles, advise_records, file_crc32c, read_records
 
 
 class CacheDataset:
@@ -35,6 +37,7 @@ class CacheDataset:
 
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
+        self._shard_folders: dict[tuple[str, int, Callable[[Path, str, str], Path]], str] = {}
         self.attributes: dict[str, Any] = read_json(self.path / "zarr.json")["attributes"]
         a = self.attributes
         self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
@@ -47,11 +50,11 @@ class CacheDataset:
         for field in ("start", "length", "id", "instruction"):
             setattr(self, f"episode_{field}", np.array(open_table(self.path / "episodes" / field)))
         for field in ("action", "proprio", "timestamp", "null_text"):
-            setattr(self, field, open_table(self.path / field))
+            setattr(self, field, np.asarray(open_table(self.path / field)))     # still mapped, but an array whose rows are cheap to take
         self.action_mask = np.array(open_table(self.path / "action_mask"))
         self.proprio_mask = np.array(open_table(self.path / "proprio_mask"))
-        self.text = open_table(self.path / "text" / "embedding")
-        self.text_length = open_table(self.path / "text" / "length")
+        self.text = np.asarray(open_table(self.path / "text" / "embedding"))
+        self.text_length = np.array(open_table(self.path / "text" / "length"))
         self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantised else None     # [D] float32
         self.null_features = np.stack([open_table(self.path / "null" / view) for view in self.views])
         self.quarantined = np.isin(self.episode_id, a["quarantined"])
@@ -119,10 +122,17 @@ class CacheDataset:
         """Read the stored features of frames `rows` [n] int64 into `targets`, n writable buffers of tokens · width · itemsize bytes,
         and, of an 8-bit cache, their token scales into `scales`, n buffers of tokens · 4 bytes."""
         at, files = self.observation_of(rows), files or self._files
-        folder = self._array(view, variant, features_folder) / "c"
-        read_records(files, folder, at, targets, self.shard_frames, compression=self._compression)
+        read_records(files, self._shards(view, variant, features_folder), at, targets, self.shard_frames, compression=self._compression)
         if self.format.quantised:
-            read_records(files, self._array(view, variant, scales_folder) / "c", at, scales, self.shard_frames, tail="0")
+            read_records(files, self._shards(view, variant, scales_folder), at, scales, self.shard_frames, tail="0")
+
+    def advise(self, view: str, rows: np.ndarray, files: ShardFiles, variant: int = 0) -> None:
+        """Features of frames `rows` [n] int64, ascending, will be read soon: they are brought onto this machine and, in the background,
+        into its memory."""
+        at, record = self.observation_of(rows), self.tokens * self.width * self.format.itemsize
+        advise_records(files, self._shards(view, variant, features_folder), at, 0 if self._compression else record, self.shard_frames)
+        if self.format.quantised:
+            advise_records(files, self._shards(view, variant, scales_folder), at, 4 * self.tokens, self.shard_frames, tail="0")
 
     def features(self, view: str, rows: np.ndarray, variant: int = 0) -> np.ndarray:
         """float16 [n, tokens, width] of frames `rows`, 8-bit ones decoded; convenient, not fast."""
@@ -144,6 +154,13 @@ class CacheDataset:
         """`[tokens, width]` float16 of one frame."""
         return self.features(view, np.array([row], np.int64))[0]
 
+    def _shards(self, view: str, variant: int, folder: Callable[[Path, str, str], Path]) -> str:
+        """Where the shards of an array lie; remembered, since building paths takes longer than a small read."""
+        key = view, variant, folder
+        if key not in self._shard_folders:
+            self._shard_folders[key] = str(self._array(view, variant, folder) / "c")
+        return self._shard_folders[key]
+
     def _array(self, view: str, variant: int, folder: Callable[[Path, str, str], Path]) -> Path:
         if view not in self.views:
             raise unknown(f"view of dataset {self.name}", view, self.views)
@@ -157,9 +174,11 @@ class Cache:
     """A finished cache, opened for reading; thread-safe; the folder may be read-only. Make it with `Cache.open`."""
 
     folder: Folder | None = None    # so that a reader stays with its generation when the next one takes its place
+    mirror: Mirror | None = None    # of a remote cache: fetches what is not in `path` yet
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], manifest: dict[str, Any], folder: Folder | None = None) -> None:
-        self.path, self.fingerprint, self.manifest, self.folder = path, fingerprint, manifest, folder
+    def __init__(self, path: Path, fingerprint: dict[str, Any], manifest: dict[str, Any], folder: Folder | None = None,
+                 mirror: Mirror | None = None) -> None:
+        self.path, self.fingerprint, self.manifest, self.folder, self.mirror = path, fingerprint, manifest, folder, mirror
         files = self.shard_files()
         self.datasets = tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"])
         self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
@@ -167,10 +186,19 @@ class Cache:
         self.text_width = self.datasets[0].text.shape[2]    # one encoder made all of them
 
     @classmethod
-    def open(cls, path: Path | str) -> Cache:
-        """`UserError` when there is no cache, or an incomplete one, at `path`."""
-        path = Path(path)
-        for last in [False] * 20 + [True]:
+    def open(cls, path: Path | str, local: Path | str | None = None, local_nbytes: int | None = None) -> Cache:
+        """`UserError` when there is no cache, or an incomplete one, at `path`: a folder, or a URL that fsspec knows.
+
+        Of a URL, `local` is a folder for copies (shards are fetched when first touched), and `local_nbytes` bounds its shards."""
+        if is_remote(path):
+            if local is None:
+                raise UserError(f"{path} is not on this machine: give a local folder for copies of what is read, as in "
+                                "Cache.open(URL, local=FOLDER)")
+            mirror = Mirror(str(path), local, local_nbytes)
+            manifest = _read_manifest(mirror.folder)
+            return cls(mirror.folder, read_json(mirror.folder / "fingerprint.json"), manifest, None, mirror)
+        path = Path(str(path).removeprefix("file://"))
+        for attempt in range(21):
             try:
                 manifest = _read_manifest(path)
                 folder = Folder(path)
@@ -178,14 +206,15 @@ class Cache:
                 if folder.is_at(path) and _read_manifest(path) == manifest:
                     return cache
             except (UserError, OSError):    # no folder, or half of this and half of the next generation
-                if last or not beside(path, "next").exists():
+                # Where both are on their way at the moment of asking, neither is there: that is asked again.
+                if attempt == 20 or attempt > 2 and not beside(path, "next").exists():
                     raise
             time.sleep(0.01)                # generations are changing places
         raise UserError(f"cache {path} changes faster than it can be opened; wait until its builds have ended")
 
     def shard_files(self) -> ShardFiles:
         """Files of this generation's shards, to be closed by whoever asks for them."""
-        return ShardFiles(folder=self.folder)
+        return ShardFiles(folder=self.folder, fetch=self.mirror.ensure if self.mirror else None)
 
     def dataset(self, name: str) -> CacheDataset:
         """The dataset of that name; `UserError` with the nearest name otherwise."""

@@ -32,8 +32,8 @@ class WebDatasetCache(Cache):
         self.place, self.path = place, place.path if isinstance(place, Folder) else Path(place.where)
         index = read_index(place, scratch)
         self.index = index["dvla"]
-        shards, quarantine = index["shardlist"], self.index["quarantine"]
-        self.tars = Tars(place, [self.index["meta"], *shards, *quarantine], scratch, check)
+        self.shards, quarantine = index["shardlist"], self.index["quarantine"]
+        self.tars = Tars(place, [self.index["meta"], *self.shards, *quarantine], scratch, check)
         self.fingerprint, self.manifest = (self.tars.json(META, f"cache/store.{n}.json") for n in ("fingerprint", "manifest"))
         if self.manifest["format"] != FORMAT:
             raise UserError(f"{place.where} holds a cache of format {self.manifest['format']}, this version reads {FORMAT}; "
@@ -41,7 +41,7 @@ class WebDatasetCache(Cache):
         quantised = FeatureFormat(self.manifest["dtype"]).quantised
         channels = np.array(self.tars.array(META, "cache/store.channel_scale.npy")) if quantised else None
         self.datasets = tuple(WebDatasetDataset(self.path, d["name"], self.tars, self.index["views"][d["name"]], channels,
-                                                *([e for e in tars if e["dataset"] == d["name"]] for tars in (shards, quarantine)))
+                                                *([e for e in tars if e["dataset"] == d["name"]] for tars in (self.shards, quarantine)))
                               for d in self.manifest["datasets"])
         self.tokens, self.width, self.frames = self.manifest["tokens"], self.manifest["width"], self.manifest["frames"]
         self.variants, self.format = self.manifest["variants"], self.datasets[0].format
@@ -109,6 +109,11 @@ class WebDatasetDataset(CacheDataset):
             self._tars.read(tar, f"{key}.{field_name('features', label, variant)}", dtype, (self.tokens, self.width), targets[i])
             if self.format.quantised:
                 self._tars.read(tar, f"{key}.{field_name('scales', label, variant)}", "float32", (self.tokens,), scales[i])
+
+    def advise(self, view: str, rows: np.ndarray, files: ShardFiles, variant: int = 0) -> None:
+        """As `CacheDataset.advise`: tars that are not on this machine are fetched."""
+        for tar in dict.fromkeys(tar for tar, _ in self.places(rows)):
+            self._tars.fetch(tar)
 
 
 def read_index(place: Place, scratch: Path) -> dict[str, Any]:

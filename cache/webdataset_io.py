@@ -173,6 +173,7 @@ class Tars:
 
     def __init__(self, place: Place, entries: Iterable[Entry], scratch: Path, check: bool) -> None:
         self.place, self.limit, self._scratch, self._check = place, 256, scratch, check
+        self.held: dict[tuple[str, str], bytes] = {}     # (tar, member) → its bytes: of tars that are streamed, not opened
         self._entries = {e["url"]: e for e in entries}
         self._open: OrderedDict[str, _Tar] = OrderedDict()
         self._checked: set[str] = set()
@@ -180,16 +181,20 @@ class Tars:
 
     def read(self, tar: str, member: str, dtype: str, shape: tuple[int, ...], target: memoryview) -> None:
         """Fill `target` with the data of one .npy member. `UserError` naming the tar when it is not that array."""
-        opened, offset, nbytes = self._member(tar, member)
-        handle, begin = opened.file.fileno(), nbytes - len(target)
+        held = self.held.get((tar, member))
+        opened, offset, nbytes = self._member(tar, member) if held is None else (None, 0, len(held))
+        begin = max(nbytes - len(target), 0)
         try:
-            found = _parse_header(os.pread(handle, max(begin, 0), offset))
+            found = _parse_header(os.pread(opened.file.fileno(), begin, offset) if held is None else held[:begin])
         except ValueError as error:
             raise self.damaged(tar, f"{member}: {error}") from None
         if found != (np.dtype(dtype), shape):
             raise self.damaged(tar, f"{member} is {found[0]} {list(found[1])}, not {dtype} {list(shape)}")
+        if held is not None:
+            target[:] = memoryview(held)[begin:]
+            return
         while len(target):
-            got = os.preadv(handle, [target], offset + begin)
+            got = os.preadv(opened.file.fileno(), [target], offset + begin)
             if not got:
                 raise self.damaged(tar, f"it ends inside {member}")
             target, begin = target[got:], begin + got
@@ -214,6 +219,10 @@ class Tars:
             return json.loads(os.pread(opened.file.fileno(), nbytes, offset))
         except ValueError as error:
             raise self.damaged(tar, f"{member}: {error}") from None
+
+    def fetch(self, tar: str) -> None:
+        """Have a tar on this machine, and its members known."""
+        self._get(tar)
 
     def damaged(self, tar: str, why: str) -> UserError:
         """The error that says so."""

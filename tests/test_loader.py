@@ -205,6 +205,13 @@ def test_weights_choose_datasets(cache: Cache) -> None:
         assert abs(joined(take(loader, 4))["dataset"].float().mean() - 0.75) < 1e-3
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_datasets_come_as_their_size_to_the_temperature(cache: Cache, temperature: float) -> None:
+    with Loader(cache, batch_size=1024, temperature=temperature, features=False) as loader:
+        drawn, sizes = joined(take(loader, 4))["dataset"].float().mean(), np.array(loader.sizes, float) ** temperature
+        assert abs(drawn - sizes[1] / sizes.sum()) < 1e-3 and len(set(loader.sizes)) == 2
+
+
 def test_without_features(cache: Cache) -> None:
     with Loader(cache, batch_size=8, seed=4, features=False) as bare, Loader(cache, batch_size=8, seed=4) as full:
         a, b = take(bare, 1)[0], take(full, 1)[0]
@@ -250,10 +257,13 @@ def test_a_damaged_shard_stops_the_loader_by_name(tmp_path: Path) -> None:
 def test_loader_writes_nothing_and_closes_its_files(cache: Cache) -> None:
     import os
     before = {p: p.stat().st_mtime_ns for p in cache.path.rglob("*")}
+    gc.collect()    # what earlier tests left
     handles = len(os.listdir("/proc/self/fd"))
     with Loader(cache, batch_size=16) as loader:
         take(loader, 5)
         assert loader.wait_seconds > 0
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
     assert len(os.listdir("/proc/self/fd")) == handles
     assert {p: p.stat().st_mtime_ns for p in cache.path.rglob("*")} == before
 
