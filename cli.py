@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from ._version import __version__
-from .cli_cache import Device, VlmPath, cache_app
+from .cli_cache import VlmPath, cache_app
 from .cli_data import data_app
+from .cli_train import finetune_command, train_command
 from .errors import UserError
-from .stages.console import (closing_line, console, doctor_table, errors, progress_bars, success_table,
-                             training_lines)
+from .stages.console import console, doctor_table, errors, progress_bars, success_table
 
 app = typer.Typer(name="dvla", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -94,96 +94,10 @@ def vlm_tiny(
     console.print(f"{out}: {name} at toy width with random weights")
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training and evaluation -------------------------------------------------------------------------------------------
 
-Recipe = Annotated[Optional[str], typer.Option("--recipe", help="YAML file or a shipped recipe (configs/train).")]
-Set = Annotated[Optional[list[str]], typer.Option("--set", help="Any setting, e.g. --set optimizer.warmup=100; may be given several times.")]
-Steps = Annotated[Optional[int], typer.Option("--steps", "--max-steps", help="Optimiser steps of the run.")]
-BatchSize = Annotated[Optional[int], typer.Option("--batch-size", help="Observations per step.")]
-LearningRate = Annotated[Optional[float], typer.Option("--lr", help="Peak learning rate.")]
-MaskProb = Annotated[Optional[float], typer.Option("--cond-mask-prob", help="Probability of dropping text, pictures or state, each.")]
-Seed = Annotated[Optional[int], typer.Option("--seed", help="Order of samples, noise, initialisation.")]
-StopAfter = Annotated[Optional[int], typer.Option("--stop-after", help="Save and stop at this step of the run; run again to go on.")]
-
-
-@app.command("train")
-def train_command(
-    from_cache: Annotated[Path, typer.Option("--from-cache", help="Cache folder.")],
-    out: Annotated[Path, typer.Option("--out", help="Run folder; one with the same settings is resumed.")],
-    recipe: Recipe = None,
-    model_size: Annotated[Optional[str], typer.Option("--model-size", help="tiny, small, base or large.")] = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    accumulate: Annotated[Optional[int], typer.Option("--grad-accumulation", help="Batches per optimiser step.")] = None,
-    draws: Annotated[Optional[int], typer.Option("--draws", help="Noise draws per observation.")] = None,
-    lr: LearningRate = None,
-    loss_type: Annotated[Optional[str], typer.Option("--loss-type", help="mse, pure_drift or hybrid.")] = None,
-    mask: MaskProb = None,
-    image_aug: Annotated[bool, typer.Option("--image-aug", help="Draw pictures among the augmented variants of the cache.")] = False,
-    blind: Annotated[bool, typer.Option("--blind", help="Train the proprioception-only baseline.")] = False,
-    seed: Seed = None,
-    set_: Set = None,
-    stop_after: StopAfter = None,
-    device: Device = "auto",
-) -> None:
-    """Stage two: train the Drifting DiT from a cache. Ctrl-C saves; run again to resume.
-
-    Example: dvla train --from-cache cache --out runs/base --model-size base --steps 100000
-    """
-    from .stages.train import train
-    from .stages.train_config import train_config
-
-    config = train_config(recipe, {
-        "cache": str(from_cache), "out": str(out), "model_size": model_size, "steps": steps, "batch_size": batch_size,
-        "accumulate": accumulate, "draws": draws, "optimizer.lr": lr, "loss.kind": loss_type, "masking.text": mask,
-        "masking.images": mask, "masking.proprio": mask, "blind": blind or None, "image_aug": image_aug or None,
-        "seed": seed, "device": device, **_settings(set_)})
-    with progress_bars() as show:
-        report = train(config, training_lines(show, config.steps), console.print, stop_after)
-    _finish(report)
-
-
-@app.command("finetune")
-def finetune_command(
-    start: Annotated[Path, typer.Argument(help="Run or checkpoint of stage two.", show_default=False)],
-    source: Annotated[list[str], typer.Option("--source", help="Dataset folder or hub id behind the cache; may be given several times.")],
-    out: Annotated[Path, typer.Option("--out", help="Run folder; one with the same settings is resumed.")],
-    lora: Annotated[bool, typer.Option("--lora/--frozen", help="Train LoRA in the vision tower, or keep it frozen but live.")] = True,
-    lora_r: Annotated[int, typer.Option("--lora-r", help="Rank.")] = 16,
-    lora_alpha: Annotated[float, typer.Option("--lora-alpha", help="The update is scaled by alpha / r.")] = 32.0,
-    lora_targets: Annotated[str, typer.Option("--lora-targets", help="attention or all-linear.")] = "attention",
-    last_blocks: Annotated[Optional[int], typer.Option("--lora-last-blocks", help="Only the last n vision blocks; default: all.")] = None,
-    vlm_lr_scale: Annotated[Optional[float], typer.Option("--vlm-lr-scale", help="LoRA's learning rate as a share of --lr.")] = None,
-    from_cache: Annotated[Optional[Path], typer.Option("--from-cache", help="The run's cache, if it moved.")] = None,
-    vlm_path: VlmPath = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    mask: MaskProb = None,
-    seed: Seed = None,
-    set_: Set = None,
-    stop_after: StopAfter = None,
-    device: Device = "auto",
-) -> None:
-    """Stage three: continue with the live VLM and LoRA, starting at the same loss.
-
-    Settings that are not given are those of the stage-two run. Example:
-    dvla finetune --lora runs/base --source data/push --source data/button --out runs/lora --steps 2000 --lr 1e-4
-    """
-    from .cache.lora import LoraSpec
-    from .errors import unknown
-    from .stages.finetune import finetune, finetune_config
-
-    if lora_targets not in ("attention", "all-linear"):
-        raise unknown("LoRA target", lora_targets, ["attention", "all-linear"])
-    spec = LoraSpec(r=lora_r, alpha=lora_alpha, targets=lora_targets, last_n_blocks=last_blocks) if lora else None
-    config = finetune_config(start, tuple(source), spec, {
-        "out": str(out), "cache": str(from_cache) if from_cache else None, "steps": steps, "batch_size": batch_size, "optimizer.lr": lr,
-        "optimizer.vlm_lr_scale": vlm_lr_scale, "masking.text": mask, "masking.images": mask, "masking.proprio": mask, "seed": seed,
-        "device": device, **_settings(set_)}, vlm_path)
-    with progress_bars() as show:
-        report, _ = finetune(config, training_lines(show, config.train.steps), console.print, stop_after)
-    _finish(report)
+app.command("train")(train_command)
+app.command("finetune")(finetune_command)
 
 
 @app.command("eval")
@@ -229,6 +143,22 @@ def demo_command(
     demo(out, quick, seed, run, console.print, success_table)
 
 
+@app.command("toy")
+def toy_command(
+    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted toy is resumed.")] = Path("runs/toy"),
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute; shows that it runs, not what drifting can do.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, initialisation and noise.")] = 0,
+) -> None:
+    """Drifting where the answer is known: the paper's 2-D pictures, and two ways round an obstacle beside flow and diffusion. No GPU.
+
+    Example: dvla toy
+    """
+    from .stages.toy import toy
+
+    with progress_bars() as show:
+        toy(out, quick, seed, console.print, show)
+
+
 @app.command("doctor")
 def doctor_command() -> None:
     """What is installed, what each missing piece costs, how to get it. Exit code 1 when something necessary is missing.
@@ -241,31 +171,6 @@ def doctor_command() -> None:
     console.print(doctor_table(findings))
     if any(f.required and f.found is None for f in findings):
         raise typer.Exit(1)
-
-
-# --- shared ------------------------------------------------------------------------------------------------------------
-
-def _finish(report: Any) -> None:
-    """Closing line of a training run; a run that a signal stopped ends like any interrupted command."""
-    closing_line(report)
-    if report.interrupted:
-        raise typer.Exit(130)
-
-
-def _settings(given: list[str] | None) -> dict[str, Any]:
-    """`["optimizer.warmup=100"]` → {"optimizer.warmup": 100}; values are YAML."""
-    import yaml
-
-    out = {}
-    for item in given or []:
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise UserError(f"--set {item}: expected name=value, e.g. --set optimizer.warmup=100")
-        try:
-            out[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {item}: the value is not valid YAML") from None
-    return out
 
 
 if __name__ == "__main__":

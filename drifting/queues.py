@@ -32,7 +32,7 @@ class ChunkQueues:
 
     `config.queue` "task": one queue for each (embodiment, dataset, instruction); "global": one for each (embodiment, dataset),
     since chunks of different action spaces are never compared. `head_loss(queues=…)` draws, then pushes. Queues are made as tasks
-    appear, Q · T kibibytes each. They are of one process: ranks keep their own.
+    appear, Q · T kibibytes each. With several processes the caller pushes the chunks of all, so that each holds the same queues.
     """
 
     def __init__(self, config: LossConfig, horizon: int, device: torch.device | str = "cpu") -> None:

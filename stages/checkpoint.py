@@ -4,9 +4,10 @@
     RUN/log.jsonl                       one line per logged step
     RUN/checkpoints/step-00000400/      written under a temporary name, synced, renamed
         policy.json                     network shape, datasets (field maps, statistics, starts), encoder, training conditions
-        model.safetensors ema.safetensors optimizer.safetensors
+        model.safetensors ema.safetensors optimizer.safetensors, and queues.safetensors where the loss has queues
         adapter/                        LoRA weights, when the vision tower was adapted
         state.json                      step, sample offset, content hashes of the other files
+    RUN/checkpoints/best                the name of the checkpoint with the smallest held-out error; kept beside the newest ones
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +45,11 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any],
-                    keep_last: int, adapter: Any = None) -> Path:
-    """Write `RUN/checkpoints/step-<step>` and drop all but the newest `keep_last`.
+                    keep_last: int, adapter: Any = None, best: int | None = None) -> Path:
+    """Write `RUN/checkpoints/step-<step>` and drop all but the newest `keep_last` and that of step `best`, if one is named.
 
     `tensors`: file stem → named tensors; `documents`: JSON files but state.json's hashes, with "state" among them;
-    `adapter(folder)` writes LoRA weights. The checkpoint appears under its name only when all of it is on disk.
+    `adapter(folder)` writes LoRA weights; `best` is written to `RUN/checkpoints/best`. The checkpoint appears under its name only when all of it is on disk.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -70,12 +73,15 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Ten
         if final.exists():      # the same step again: a resumed run that was stopped before it went on
             shutil.rmtree(final)
         os.replace(temporary, final)
-    except OSError as error:
+        if best is not None:
+            write_file(final.with_name("best"), f"step-{best:08d}\n".encode())
+    except (OSError, SafetensorError) as error:     # the latter is what safetensors makes of the former
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write checkpoint {final}: {error.strerror or error}; the checkpoints before it are whole. "
+        raise UserError(f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}; the checkpoints before it are whole. "
                         "Make room and run the same command again") from None
     for old in checkpoints(run)[:-keep_last]:
-        shutil.rmtree(old)
+        if best is None or old.name != f"step-{best:08d}":
+            shutil.rmtree(old)
     return final
 
 
@@ -88,7 +94,8 @@ def load_state(folder: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{folder / name}: {error.strerror}") from None
         if found != (nbytes, crc):
-            raise UserError(f"{folder / name} is damaged ({found[0]} bytes, {nbytes} were written)")
+            how = f"{found[0]} bytes, {nbytes} were written" if found[0] != nbytes else "its bytes are not those that were written"
+            raise UserError(f"{folder / name} is damaged ({how})")
     return state
 
 
@@ -118,14 +125,23 @@ def latest_whole(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
     return None
 
 
-def resolve(path: str | Path) -> Path:
-    """The policy directory of a run (its newest checkpoint) or of a checkpoint folder; `UserError` when it is neither."""
+def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Path:
+    """The policy directory behind a path, whole to the last byte.
+
+    `path`: a run (its newest undamaged checkpoint; damaged ones passed over are told to `say`), a checkpoint folder, or a run's
+    `checkpoints/best`. `UserError` when it is none of these or damaged.
+    """
     path = Path(path)
-    if (path / "policy.json").is_file():
+    if path.name == "best" and path.is_file():
+        path = path.with_name(path.read_text().strip())
+    if any((path / name).is_file() for name in ("policy.json", "state.json")):
+        load_state(path)
         return path
-    found = checkpoints(path)
-    if found:
-        return found[-1]
+    found = latest_whole(path)
+    if found is not None:
+        for line in found[2]:
+            say(line)
+        return found[0]
     if not path.exists():
         raise UserError(f"no run or checkpoint at {path}; train one with `dvla train --from-cache CACHE --out {path}`")
     raise UserError(f"{path} holds no checkpoint yet; give a run folder of `dvla train` or `dvla finetune`, or wait for its first checkpoint")

@@ -19,15 +19,18 @@ from ..cache import fingerprint as fp
 from ..cache.loader import gather
 from ..cache.lora import LoraSpec, add_lora, lora_parameters, save_lora
 from ..cache.store import Cache
+from ..drifting.heads import DENOISING
 from ..drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..errors import UserError
 from ..settings import from_mapping
 from . import checkpoint as ck
-from .build import pick_device
 from .corpus import sources_of
-from .encode import LiveFeatures, decoded
+from .distributed import World, join
+from .encode import LiveFeatures
 from .policy import load_policy_encoder, require_encoder
-from .train import Session, TrainReport, noise_generator, parameter_groups, policy_document, run, training_step
+from .requirements import open_cache, require_trainable
+from .session import Session, TrainReport, noise_generator
+from .train import policy_document, run, training_step
 from .train_config import FinetuneConfig, TrainConfig, apply
 
 MAX_JUMP = 0.02     # relative difference of the first cached and live loss beyond which the features are not the same
@@ -61,30 +64,41 @@ def finetune_config(start: str | Path, sources: tuple[str, ...], lora: LoraSpec 
     if "stage_three" in values:
         raise UserError(f"{run_folder} is a stage-three run; start from its stage-two run {values['stage_three']['start']}, or repeat the "
                         "command that began it to go on with it")
-    values = apply(values, overrides)
-    return FinetuneConfig(str(start), sources, from_mapping(TrainConfig, values, "training settings"), lora, vlm_path)
+    settings = apply({**values, "unfreeze": {}}, overrides)     # whose steps were stage two's
+    for name in ("model_size", "dit"):
+        if settings[name] != values[name]:
+            raise UserError(f"{name} is {settings[name]} and that of {run_folder} is {values[name]}; fine-tuning goes on with its network: leave {name} out")
+    return FinetuneConfig(str(start), sources, from_mapping(TrainConfig, settings, "training settings"), lora, vlm_path)
 
 
 def finetune(config: FinetuneConfig, on_log: Callable[[dict[str, Any]], None] = lambda _: None,
              say: Callable[[str], None] = print, stop_after: int | None = None) -> tuple[TrainReport, Continuity]:
     """Continue the policy at `config.start`. `UserError` when VLM, cache and sources do not belong together, or when the
     loss would jump."""
-    start = ck.resolve(config.start)
-    ck.load_state(start)
+    with join(config.train.device) as world:
+        session, continuity = _prepare(config, world, on_log, say)
+        return run(session, stop_after), continuity
+
+
+def _prepare(config: FinetuneConfig, world: World, on_log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> tuple[Session, Continuity]:
+    say = say if world.main else lambda _: None
+    start = ck.resolve(config.start, say)
     document = ck.read_json(start / "policy.json")
     if document["conditions"]["blind"]:
         raise UserError(f"{start} is a blind policy (it never saw a picture); fine-tuning starts from one that does")
-    cache = Cache.open(config.train.cache)
-    device = pick_device(config.train.device)
+    cache = open_cache(config.train)
+    require_trainable(config.train, cache, live=True)
     torch.manual_seed(config.train.seed)
-    encoder = load_policy_encoder(start, document, device, config.vlm_path)
+    encoder = load_policy_encoder(start, document, world.device, config.vlm_path)
     require_encoder(encoder, cache.fingerprint["encoder"], f"cache {cache.path}")
     sources = sources_of(cache, config.sources)
     live = LiveFeatures(encoder, cache, sources, config.memory_gib)
     require_sources(cache, sources)
     net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
+    if net.config.dit.denoising != (config.train.loss.kind in DENOISING):
+        raise UserError(f"loss.kind is {config.train.loss.kind}, which the {document['loss']['kind']} head of {start} cannot go on with; leave it as it was")
     net.load_state_dict(ck.policy_tensors(start, "ema"))
-    net.to(device)
+    net.to(world.device)
     if config.lora is not None:
         add_lora(encoder, config.lora)
     continuity = compare(net, cache, live, config.train)
@@ -96,16 +110,14 @@ def finetune(config: FinetuneConfig, on_log: Callable[[dict[str, Any]], None] = 
                         f"`dvla cache verify {cache.path} --live 32`")
     documents = policy_document(net, cache, config.train)
     documents["encoder"]["spec"] = dataclasses.asdict(encoder.spec)
-    session = Session(config.train, cache, net, documents, parameter_groups(net, config.train.optimizer), features=live, live=True,
-                      stage_three={"start": config.start, "lora": config.lora and dataclasses.asdict(config.lora)}, on_log=on_log, say=say)
+    session = Session(config.train, cache, net, documents, features=live, live=True, on_log=on_log, say=say, world=world,
+                      stage_three={"start": config.start, "lora": config.lora and dataclasses.asdict(config.lora)})
     if config.lora is not None:
         session.adapter = dict(lora_parameters(encoder))
-        session.groups.append({"params": list(session.adapter.values()), "lr_scale": config.train.optimizer.vlm_lr_scale,
-                               "weight_decay": 0.0})
         session.save_adapter = lambda folder: save_lora(encoder, folder)
         say(f"training {sum(p.numel() for p in net.parameters()):,} parameters of the policy and "
             f"{sum(p.numel() for p in session.adapter.values()):,} of LoRA in {sum(p.numel() for p in encoder.vision.parameters()):,} of the vision tower")
-    return run(session, stop_after), continuity
+    return session, continuity
 
 
 @torch.no_grad()
@@ -116,7 +128,7 @@ def compare(net: PolicyNet, cache: Cache, live: LiveFeatures, config: TrainConfi
              if not table.quarantined[table.episode_of(torch.tensor([row]).numpy())[0]]]
     ids, rows = (torch.tensor(column).numpy() for column in zip(*pairs))
     horizon, device = net.config.dit.horizon, next(net.parameters()).device
-    cached = decoded(gather(cache, ids, rows, horizon).to(device))
+    cached = gather(cache, ids, rows, horizon).to(device)
     again = live(gather(cache, ids, rows, horizon, features=False).to(device), torch.zeros(len(rows), dtype=torch.bool).numpy())
 
     def loss(batch: FeatureBatch) -> float:

@@ -1,4 +1,4 @@
-"""Policy: pictures, instruction and state in, native actions out, in one forward pass.
+"""Policy: pictures, instruction and state in, native actions out: in one forward pass, or in several with a denoising head.
 
 Letters: N observations, T action steps, d native action width, V views, H, W picture size.
 """
@@ -21,10 +21,13 @@ from ..cache.lora import load_lora
 from ..cache.normalize import Normalizer, Statistics
 from ..cache.sampling import mix
 from ..cache.store import CacheDataset
+from ..drifting.heads import generate
+from ..drifting.losses import LossConfig
 from ..drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..errors import UserError, unknown
 from ..settings import from_mapping
 from . import checkpoint as ck
+from .encode import encode_observations
 from .envs import Observation
 
 
@@ -60,32 +63,35 @@ class Policy:
     """A trained policy. Make it with `from_pretrained`; call `act`, or `act_batch` for several robots at once."""
 
     def __init__(self, net: PolicyNet, encoder: VisionLanguageEncoder, robot: RobotInterface, *, sees: bool = True,
-                 seed: int = 0) -> None:
+                 seed: int = 0, loss: LossConfig = LossConfig()) -> None:
         self.net, self.encoder, self.robot, self.needs_images, self.seed = net, encoder, robot, sees, seed
+        self.loss = loss        # of what was trained: says how the head samples
         self._text: dict[str, tuple[torch.Tensor, int]] = {}
-        self._null = encoder.null_image_features()      # [K,D]
+        self._null = encoder.null_image_features(len(robot.views))      # [V,K,D]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dataset: str | None = None, environment: str | None = None,
                         device: torch.device | str = "cpu", blind: bool = False, seed: int = 0,
-                        vlm_path: str | None = None) -> Policy:
-        """Load a run's newest checkpoint or a checkpoint folder.
+                        vlm_path: str | None = None, steps: int | None = None) -> Policy:
+        """Load a run's newest whole checkpoint, a checkpoint folder, or `RUN/checkpoints/best`.
 
+        `steps`: forward passes per action of a flow or diffusion head, in place of those it was trained for.
         `dataset` or `environment` chooses the robot where the policy was trained on several. `blind=True` shows it black
-        pictures only. `UserError` for a missing or damaged folder, an ambiguous robot, or a VLM that is not the one the
+        pictures only. `UserError` for a missing or damaged checkpoint, an ambiguous robot, or a VLM that is not the one the
         features came from (differing fields named).
         """
         folder = ck.resolve(path)
-        ck.load_state(folder)
         document = ck.read_json(folder / "policy.json")
         if document.get("format") != ck.POLICY_FORMAT:
             raise UserError(f"{folder} has policy format {document.get('format')}, this version reads {ck.POLICY_FORMAT}")
         robot = RobotInterface(choose_dataset(document["datasets"], dataset, environment))
+        loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")     # older ones had one-step heads only
+        loss = loss if steps is None else dataclasses.replace(loss, sample_steps=steps)
         net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
         net.load_state_dict(ck.policy_tensors(folder, "ema"))
         encoder = load_policy_encoder(folder, document, device, vlm_path)
         blind = blind or document["conditions"]["blind"]
-        return cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed)
+        return cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed, loss=loss)
 
     def act(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> np.ndarray:
         """Pictures by view name (uint8 [H,W,3]), text, native state [ds] → native action chunk [T,d] float32."""
@@ -96,9 +102,10 @@ class Policy:
         """N observations → native action chunks [N,T,d] float32. Noise depends on (seed, start, step) only."""
         batch = self._batch(observations)
         config = self.net.config.dit
-        noise = torch.stack([self._noise(o, (config.horizon, config.noise_dim)) for o in observations])   # [N,T,64]
+        noise = torch.stack([self._noise(o, (config.horizon, config.noise_dim)) for o in observations])   # [N,T,n]
         device = batch.tokens.device
-        out = self.net(batch, noise[:, None].to(device), torch.ones(len(observations), device=device))    # [N,1,T,128]
+        alpha = torch.ones(len(observations), device=device)                                               # [N]
+        out = generate(self.net, self.net.encode(batch), noise[:, None].to(device), alpha, self.loss)      # [N,1,T,128]
         return self.robot.actions(out[:, 0].float().cpu().numpy())                                         # [N,T,d]
 
     def _noise(self, observation: Observation, shape: tuple[int, int]) -> torch.Tensor:
@@ -109,10 +116,11 @@ class Policy:
         n, encoder, robot = len(observations), self.encoder, self.robot
         device, k, d, v = encoder.device, encoder.tokens, encoder.width, len(robot.views)
         if self.needs_images:
-            pictures = [picture for o in observations for picture in self._pictures(o)]
-            tokens = _encode_grouped(encoder, pictures).reshape(n, v * k, d)                               # [N,V·K,D]
+            found = encode_observations(encoder, [self._pictures(o) for o in observations], [o.instruction for o in observations])
+            tokens = torch.stack(found).to(torch.float16).to(encoder.dtype)                                # [N,V,K,D], rounded as cached ones
         else:
-            tokens = self._null.expand(n, v, k, d).reshape(n, v * k, d)                                    # [N,V·K,D]
+            tokens = self._null.expand(n, v, k, d)                                                         # [N,V,K,D]
+        tokens = tokens.reshape(n, v * k, d)                                                               # [N,V·K,D]
         texts = [self._embed(o.instruction) for o in observations]
         longest = max(length for _, length in texts)
         text = torch.stack([e[:longest] if len(e) >= longest else torch.nn.functional.pad(e, (0, 0, 0, longest - len(e)))
@@ -142,16 +150,6 @@ class Policy:
             embedding, length = self.encoder.encode_text([instruction])
             self._text[instruction] = embedding[0].to(torch.float16).to(embedding.dtype), int(length[0])    # as in the cache
         return self._text[instruction]
-
-
-def _encode_grouped(encoder: VisionLanguageEncoder, pictures: list[np.ndarray]) -> torch.Tensor:
-    """Features [n,K,D] of pictures of any sizes, rounded to float16 as cached ones are; equal sizes share one call."""
-    out: list[Any] = [None] * len(pictures)
-    for shape in dict.fromkeys(p.shape for p in pictures):
-        where = [i for i, p in enumerate(pictures) if p.shape == shape]
-        for i, feature in zip(where, encoder.encode_images(np.stack([pictures[i] for i in where]))):
-            out[i] = feature
-    return torch.stack(out).to(torch.float16).to(encoder.dtype)
 
 
 def choose_dataset(datasets: Sequence[Mapping[str, Any]], name: str | None, environment: str | None) -> Mapping[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from ..cache.loader import ConditionMasking
 from ..cache.lora import LoraSpec
-from ..drifting.losses import LossConfig
+from ..drifting.dit import DiTConfig
+from ..drifting.losses import ONE_STEP, LossConfig
 from ..errors import UserError, unknown
 from ..settings import configs_dir, from_mapping, load_yaml
+from .tracking import WandbConfig
 
 
 @dataclass(frozen=True)
@@ -25,46 +28,99 @@ class OptimizerConfig:
     clip: float = 1.0               # global gradient norm
     ema: float = 0.9999             # decay, reached gradually: min(ema, (1+step)/(10+step))
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "projector_lr_scale", "vlm_lr_scale", "weight_decay", "warmup"):
+            require(f"optimizer.{name}", getattr(self, name), at_least=0)
+        require("optimizer.clip", self.clip, above=0)
+        if len(self.betas) != 2:
+            raise UserError(f"optimizer.betas is {list(self.betas)}; AdamW has two, e.g. [0.9, 0.95]")
+        for value in (*self.betas, self.ema):
+            require("each of optimizer.betas and optimizer.ema", value, at_least=0, below=1)
+
+
+def require(name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf,
+            below: float = math.inf) -> None:
+    """`UserError` for a number that is out of its range, or none."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    if not (math.isfinite(value) and at_least <= value <= at_most and above < value < below):
+        raise UserError(f"{name} is {value}; it must be {' and '.join(f'{word} {bound}' for word, bound in bounds.items() if math.isfinite(bound))}")
+
+
+def _check_dit(name: str, value: Any) -> None:
+    """`UserError` for a value that an override of a DiT field cannot have. `dit_config` knows the names."""
+    default = DiTConfig.__dataclass_fields__[name].default if name in DiTConfig.__dataclass_fields__ else None
+    if name in ("action_dim", "proprio_dim", "denoising"):
+        raise UserError(f"dit.{name} follows from the data and from loss.kind; leave it out")
+    if isinstance(default, (int, float)) and (isinstance(value, bool) or not isinstance(value, (int, type(default)))):
+        raise UserError(f"dit.{name} is {value!r}; it must be a {'whole ' * isinstance(default, int)}number")
+    if isinstance(default, (int, float)):
+        require(f"dit.{name}", value, at_least=1 if isinstance(default, int) else 0)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run, as saved in RUN/config.json."""
 
-    cache: str                              # cache folder
+    cache: str                              # cache folder, the folder of its WebDataset export, or a URL that fsspec knows
     out: str                                # run folder
     model_size: str = "base"                # tiny, small, base, large
     dit: dict[str, Any] = field(default_factory=dict)   # overrides of the size's DiT fields, e.g. {"horizon": 8}
     steps: int = 10_000                     # optimiser steps
-    batch_size: int = 16                    # observations per step and device
-    accumulate: int = 1                     # batches per optimiser step
+    batch_size: int = 16                    # observations per batch and process
+    accumulate: int = 1                     # batches per optimiser step and process
     draws: int = 4                          # G, noise draws per observation
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: ConditionMasking = field(default_factory=ConditionMasking)
     image_aug: bool = False                 # draw pictures among the cache's augmented variants (--augment of the build)
+    temperature: float = 0.5                # a dataset's share of the samples is ∝ its size to this power: 1 by size, 0 all alike
+    weights: dict[str, float] = field(default_factory=dict)     # dataset → its share in [0, 1], in place of the above
+    order: Literal["global", "block", "sequential"] = "global"  # of samples: shuffled over all, in blocks of neighbours, as stored
     blind: bool = False                     # pictures always replaced by black frames: the proprioception-only baseline
     alpha_max: float = 1.0                  # guidance scales are drawn from [1, this]; 1 = no guidance
     negatives: int = 8                      # unconditional negatives per observation when alpha_max > 1
+    unfreeze: dict[str, int] = field(default_factory=dict)  # beginning of parameter names → step from which these are trained
     holdout: float = 0.05                   # fraction of episodes kept for evaluation
     eval_every: int = 1000                  # steps between evaluations on the held-out episodes; 0 = never
     eval_batches: int = 50                  # batches of one evaluation
     save_every: int = 1000                  # steps between checkpoints
-    keep_last: int = 2                      # checkpoints kept
+    keep_last: int = 2                      # newest checkpoints kept
+    keep_best: bool = True                  # keep the one with the smallest held-out mse as well, saved when it is reached
     log_every: int = 50                     # steps between log lines
     seed: int = 0                           # order of samples, noise, initialisation
+    local: str | None = None                # folder for copies of what is read of a cache behind a URL
+    local_gib: float | None = None          # room for shards in it, GiB; None = as many as there are
     threads: int = 2                        # loader threads
     cpu_threads: int = 0                    # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
     device: str = "auto"                    # auto, cpu, cuda
     precision: Literal["fp32", "bf16"] = "fp32"   # autocast of the forward pass
+    compile: bool = False                   # torch.compile the network's blocks; needs a C++ compiler
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"    # kernel of the attention; the network is the same
+    strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"  # of several processes: whole copies, shards of all, shards of AdamW's state
+    wandb: WandbConfig = field(default_factory=WandbConfig)     # Weights & Biases, beside RUN/log.jsonl
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "draws", "eval_batches", "save_every", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.cpu_threads < 0:
-            raise UserError(f"cpu_threads is {self.cpu_threads}; it must be 0 (torch's choice) or more")
-        if self.eval_every < 0 or not 0 <= self.optimizer.ema < 1 or self.alpha_max < 1:
-            raise UserError("eval_every must be 0 or more, ema in [0, 1), alpha_max at least 1")
+        for name in ("steps", "batch_size", "accumulate", "draws", "negatives", "eval_batches", "save_every", "keep_last", "log_every", "threads"):
+            require(name, getattr(self, name), at_least=1)
+        for name in ("eval_every", "cpu_threads", "seed"):
+            require(name, getattr(self, name), at_least=0)
+        require("alpha_max", self.alpha_max, at_least=1)
+        require("temperature", self.temperature, at_least=0, at_most=1)     # from every dataset alike to by size
+        require("loss.drift_weight", self.loss.drift_weight, at_least=0)
+        require("loss.floor", self.loss.floor, at_least=0)
+        for value in self.loss.temperatures or (0.0,):
+            require("a loss temperature", value, above=0)
+        if self.local_gib is not None:
+            require("local_gib", self.local_gib, above=0)
+        for name, value in self.dit.items():
+            _check_dit(name, value)
+        if self.alpha_max > 1 and self.loss.kind not in ONE_STEP:
+            raise UserError(f"alpha_max is {self.alpha_max}: it draws unconditional negatives, which a {self.loss.kind} head does not compare; "
+                            f"it must be 1, or loss.kind one of {', '.join(ONE_STEP)}")
+        if late := [name for name, step in self.unfreeze.items() if step < 1]:
+            raise UserError(f"unfreeze of '{late[0]}' is at step {self.unfreeze[late[0]]}; it must be at least 1 (leave it out to train from the start)")
+        if self.unfreeze and self.strategy == "zero2":
+            raise UserError("unfreeze does not go with strategy zero2, whose shards are laid out once; use ddp or fsdp2")
 
 
 @dataclass(frozen=True)
@@ -111,4 +167,9 @@ def apply(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 def train_config(recipe: str | None, overrides: dict[str, Any]) -> TrainConfig:
     """`TrainConfig` from a recipe and dotted overrides; unknown keys are refused with the nearest name."""
+    known = {f.name: f.default_factory for f in fields(TrainConfig)}
+    groups = {name: [f.name for f in fields(group)] for name, group in known.items() if is_dataclass(group)}
+    for key in overrides:
+        if key not in known and (found := [f"{group}.{key}" for group, names in groups.items() if key in names]):
+            raise UserError(f"unknown setting '{key}'; did you mean '{found[0]}'?")
     return from_mapping(TrainConfig, apply(load_recipe(recipe) if recipe else {}, overrides), "training settings")

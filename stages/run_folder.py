@@ -1,0 +1,121 @@
+"""A run's folder from inside the loop: beginning it, going on with it, saving into it. What it holds: see checkpoint.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import fingerprint as fp
+from ..cache.shard import write_file
+from ..errors import UserError
+from . import checkpoint as ck
+from .session import Session
+from .strategies import Replicas, place, whole
+from .train_config import TrainConfig
+
+FREE = ("out", "local", "local_gib", "device", "threads", "log_every", "eval_every", "eval_batches", "save_every", "keep_last", "keep_best",
+        "wandb", "compile", "attention", "strategy")
+"""Settings that may change when a run goes on: they do not change what is learnt."""
+FRESH: dict[str, Any] = {"step": 0, "offset": 0, "first_loss": None, "loss": None, "metrics": {}, "best": None}
+
+
+def settings_of(session: Session) -> dict[str, Any]:
+    """What RUN/config.json holds."""
+    settings = json.loads(json.dumps(dataclasses.asdict(session.config)))
+    return settings if session.stage_three is None else {**settings, "stage_three": json.loads(json.dumps(session.stage_three))}
+
+
+def begin(session: Session) -> tuple[dict[str, Any], Path | None]:
+    """(state, checkpoint): make the run folder, or find the newest whole checkpoint of the same run and load its weights into the
+    network. Rank 0 looks and writes, all do the same."""
+    state, folder = session.world.on_main(lambda: _begin(session))
+    if folder is None:
+        return state, None
+    stored = ck.load_tensors(folder, "model")
+    for name, parameter in session.parameters().items():
+        place(parameter, stored[name])
+    before, now = state.get("processes", 1), session.world.size
+    if before != now:
+        session.say(f"it ran in {before} process{'es' if before > 1 else ''} and goes on in {now}: with the same samples in the same order, "
+                    f"{session.config.batch_size * session.config.accumulate * now} to a step")
+    return state, folder
+
+
+def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
+    folder, settings = Path(session.config.out), settings_of(session)
+    if not (folder / "config.json").exists():
+        try:
+            if folder.exists() and any(folder.iterdir()):
+                raise UserError(f"{folder} holds other files; choose another --out")
+            write_file(folder / "config.json", ck.json_bytes(settings))
+        except OSError as error:
+            raise UserError(f"cannot make run folder {folder}: {error.strerror or error}; choose another --out") from None
+        return dict(FRESH), None
+    defaults = dataclasses.asdict(TrainConfig("", ""))      # what settings were that did not exist when the run began
+    saved = _filled(ck.read_json(folder / "config.json"), json.loads(json.dumps(defaults)))
+    lines = fp.diff({k: v for k, v in saved.items() if k not in FREE}, {k: v for k, v in settings.items() if k not in FREE})
+    if lines:
+        raise UserError(f"run {folder} was begun with other settings: {'; '.join(lines[:6]).replace('cache has', 'it has')}. "
+                        "Choose another --out, or repeat its settings")
+    found = ck.latest_whole(folder)
+    if found is None:
+        return dict(FRESH), None
+    checkpoint, state, complaints = found
+    for line in complaints:
+        session.say(line)
+    documents = json.loads(json.dumps(session.documents))
+    lines = fp.diff(_filled(ck.read_json(checkpoint / "policy.json"), documents), documents)
+    if lines:
+        raise UserError(f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}")
+    session.say(f"resuming {folder} at step {state['step']} of {session.config.steps}")
+    return {**FRESH, **state}, checkpoint
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the keys that it lacks, at any depth, from `defaults`."""
+    out = {**defaults, **values}
+    return {k: _filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v for k, v in out.items()}
+
+
+def restore(checkpoint: Path, shared: Replicas, ema: Mapping[str, Tensor]) -> None:
+    """Load a checkpoint's averaged weights and AdamW's state; `begin` has loaded the weights."""
+    stored = ck.load_tensors(checkpoint, "ema")
+    for name, tensor in ema.items():
+        place(tensor, stored[name])
+    shared.load_moments(ck.load_tensors(checkpoint, "optimizer"))
+    if shared.session.queues is not None:
+        shared.session.queues.load_state_dict(ck.load_tensors(checkpoint, "queues"))
+
+
+def save(session: Session, shared: Replicas, ema: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
+    """One checkpoint: raw weights to go on with, averaged weights (and adapter) to act with, AdamW's moments. Every process calls it."""
+    raw = {name: t.detach().clone() for name, t in whole(shared.named).items()}
+    tensors = {"model": raw, "ema": whole(ema), "optimizer": shared.moments()}
+    if session.queues is not None:
+        tensors["queues"] = session.queues.state_dict()
+    best = progress["best"]["step"] if progress["best"] and session.config.keep_best else None
+    with swapped(shared.named, ema) if session.save_adapter else contextlib.nullcontext():
+        session.world.on_main(lambda: ck.save_checkpoint(
+            Path(session.config.out), progress["step"], tensors, {"policy": session.documents, "state": progress},
+            session.config.keep_last, session.save_adapter, best))
+
+
+@contextlib.contextmanager
+def swapped(named: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> Iterator[None]:
+    """The averaged weights in the place of the trained ones."""
+    raw = {name: p.detach().clone() for name, p in named.items()}
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(ema[name])
+        try:
+            yield
+        finally:
+            for name, p in named.items():
+                p.copy_(raw[name])

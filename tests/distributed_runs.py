@@ -1,0 +1,53 @@
+"""Trainings in several processes, for test_train_distributed.py: `python -m torch.distributed.run … distributed_runs.py JSON`.
+
+The JSON is a list of runs, each a training configuration with optional "stop_after" and "signal" (a rank and a step: that rank gets
+SIGTERM when it has done the step). Every process does all of them in turn; rank 0 writes what each reported to `OUT.report`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from dvla.errors import UserError
+from dvla.settings import from_mapping
+from dvla.stages import train as train_module
+from dvla.stages.train_config import TrainConfig
+
+
+def one(job: dict[str, Any]) -> dict[str, Any]:
+    stop_after, when, said, steps = job.pop("stop_after", None), job.pop("signal", None), [], []
+    step = train_module.training_step
+
+    def counted(*args: Any) -> Any:
+        steps.append(1)
+        if when is not None and [dist.get_rank(), len(steps)] == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    train_module.training_step = counted
+    try:
+        report = train_module.train(from_mapping(TrainConfig, job), say=said.append, stop_after=stop_after)
+        return {"step": report.step, "interrupted": report.interrupted, "said": said}
+    except UserError as error:
+        return {"error": str(error)}
+    finally:
+        train_module.training_step = step
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for job in json.loads(sys.argv[1]):
+        out = Path(job["out"])
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, one(job))
+        if dist.get_rank() == 0:
+            out.with_name(out.name + ".report").write_text(json.dumps(answers))
+    dist.destroy_process_group()
