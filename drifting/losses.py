@@ -64,7 +64,7 @@ class LossConfig:
 
     kind: Literal["mse", "pure_drift", "hybrid", "flow", "diffusion"] = "hybrid"   # hybrid = mse + drift_weight · drift
     sample_steps: int = 0                                     # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
-    drift_weight: float = 1.0                                 # λ of the hybrid; at 0.1 regression merges two modes
+    drift_weight: float = 1.0                                 # λ of the hybrid; well below 0.1 regression merges modes (docs/toy.md)
     temperatures: tuple[float, ...] = TEMPERATURES            # kernel widths, in units of the mean distance
     floor: float = AFFINITY_FLOOR                             # floor under the product of the two softmaxes
     distance: Literal["chunk", "step"] = "chunk"              # compare whole [T·d] chunks, or each step on its own
