@@ -130,10 +130,11 @@ class Zygote:
     def workers(self) -> list[int]:
         """Process ids of dask workers that are alive."""
         children = map(int, Path(f"/proc/{self._parent}/task/{self._parent}/children").read_text().split())
-        return [pid for pid in children if pid not in self._builds and self._alive(pid)]
+        return [pid for pid in children if pid not in self._builds and self.alive(pid)]
 
     @staticmethod
-    def _alive(pid: int) -> bool:
+    def alive(pid: int) -> bool:
+        """Whether it runs: one that ended and was not waited for does not."""
         try:
             return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -91,27 +92,37 @@ def test_fifty_kills_of_workers_and_parents_in_one_build(zygote: Zygote, recorde
     """With four workers, one and none, each killed at random moments and then the parent; last all four workers at once."""
     rng, out, kills = random.Random(1), tmp_path / "cache", 0
     (tmp_path / "cache.fault").write_text(json.dumps({"all": "slow", "wrist/9": "sleep"}))      # never whole
-    for i, workers in enumerate([4, 0, 1, 4, 4, 1, 4, 4, 0, 1, 4, 1, 4, 4]):
+    for i, workers in enumerate(itertools.cycle([4, 0, 1, 4])):
+        if kills >= 50:
+            break
         before = finished(out)
         pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", str(workers)))
         for _ in range(workers):
             time.sleep(rng.uniform(0, 0.4))
-            until(zygote.workers)                               # dask may be replacing one
-            os.kill(rng.choice(zygote.workers()), signal.SIGKILL)
+            until(lambda: zygote.workers() or not zygote.alive(pid))    # dask may be replacing one
+            for worker in rng.sample(alive := zygote.workers(), min(1, len(alive))):
+                os.kill(worker, signal.SIGKILL)
+                kills += 1
         if i % 3 == 0:
-            until(lambda: before < finished(out) or finished(out) == SHARDS - 1)
+            until(lambda: before < finished(out) or finished(out) == SHARDS - 1 or not zygote.alive(pid))
         time.sleep(rng.uniform(0, 0.8))
-        os.kill(pid, signal.SIGKILL)
-        assert zygote.wait(pid) == -signal.SIGKILL, zygote.said
+        if zygote.alive(pid):
+            os.kill(pid, signal.SIGKILL)
+            kills += 1
+        code = zygote.wait(pid)                                 # 2: too many workers died while they started
+        assert code == -signal.SIGKILL or code == 2 and re.fullmatch(r"error: .*run the same command again\n", zygote.said), zygote.said
         until(lambda: not zygote.workers())                     # they go with their parent
         require_sound(out)
-        kills += workers + 1
-    assert kills == 50 and 0 < finished(out) < SHARDS
+    assert 0 < finished(out) < SHARDS
     (tmp_path / "cache.fault").write_text(json.dumps({"wrist/9": "sleep"}))
     pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", "4"))
-    until(lambda: finished(out) == SHARDS - 1 and list(out.glob("image/features/wrist/c/9/0/.0.tmp-*")))
+
+    def making_the_last() -> list[int]:
+        return [worker for worker in zygote.workers() if any("wrist/c/9/0/.0.tmp-" in name for name in open_files(worker))]
+
+    until(lambda: finished(out) == SHARDS - 1 and making_the_last())
     (tmp_path / "cache.fault").unlink()
-    asleep = [worker for worker in zygote.workers() if any("wrist/c/9/0/.0.tmp-" in name for name in open_files(worker))]
+    asleep = making_the_last()
     others = [worker for worker in zygote.workers() if worker not in asleep]
     assert len(asleep) == 1 and len(others) == 3
     for worker in (*asleep, *others):                           # all at once: the shard is handed from one to the next and blamed for each
