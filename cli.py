@@ -12,7 +12,7 @@ import typer
 from ._version import __version__
 from .cli_cache import VlmPath, cache_app
 from .cli_data import data_app
-from .cli_train import finetune_command, train_command
+from .cli_train import cotrain_command, export_command, finetune_command, train_command
 from .errors import UserError
 from .stages.console import console, doctor_table, errors, progress_bars, success_table
 
@@ -98,6 +98,8 @@ def vlm_tiny(
 
 app.command("train")(train_command)
 app.command("finetune")(finetune_command)
+app.command("cotrain")(cotrain_command)
+app.command("export")(export_command)
 
 
 @app.command("eval")

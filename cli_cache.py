@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -17,7 +18,8 @@ cache_app = typer.Typer(no_args_is_help=True, help="Stage one: the feature cache
 
 # Options of `build`, which `plan` takes too.
 Sources = Annotated[Optional[list[str]], typer.Argument(help="Dataset folders or hub ids.", show_default=False)]
-Vlm = Annotated[str, typer.Option("--vlm", help="Model: qwen3vl, paligemma2, or a tiny one (configs/models).")]
+Vlm = Annotated[Optional[str], typer.Option("--vlm", help="Model: qwen3vl (the default), paligemma2, or a tiny one (configs/models).")]
+Adapter = Annotated[Optional[Path], typer.Option("--adapter", help="Run or checkpoint of `dvla finetune`: encode with its VLM and what it learnt in it.")]
 VlmPath = Annotated[Optional[str], typer.Option("--vlm-path", help="Checkpoint folder or hub id; default: the model's own.")]
 Resolution = Annotated[Optional[int], typer.Option("--resolution", help="Side of the padded, resized picture; default: the model's own.")]
 Tokens = Annotated[Optional[int], typer.Option("--tokens", help="Tokens per picture, averaged on the grid (196, 49, 16 …); default: all.")]
@@ -25,6 +27,8 @@ FeatureKind = Annotated[Optional[str], typer.Option("--features", help="merged: 
 Depth = Annotated[Optional[str], typer.Option("--depth", help="vision: each picture for itself. language (paligemma2): the language model's last hidden "
                                              "state, of all views of a frame together with the instruction; it stays in the features where "
                                              "training masks the text.")]
+Boundary = Annotated[Optional[int], typer.Option("--boundary", help="Store what enters the last n blocks of the vision tower, in place of features: for "
+                                                 "`dvla finetune --lora --from-cache`, which then runs those n blocks only.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp16, int8 or fp8 (with channel and token scales).")]
 Compression = Annotated[str, typer.Option("--compression", help="none, zstd or lz4: lossless, for slow disks.")]
 FrameStride = Annotated[int, typer.Option("--frame-stride", help="Features of every n-th frame; actions of all.")]
@@ -49,14 +53,18 @@ def _build_config(o: dict[str, Any]) -> BuildConfig:
     """From the parameters of `build` or `plan` by name."""
     from .cache.codec import feature_format
     from .cache.encoder import encoder_spec
+    from .stages.adapted import adapted_spec
     from .stages.build import BuildConfig
     from .stages.workers import WorkerSpec
 
     if o["append"] and o["update"]:
         raise UserError("--append and --update exclude each other: --update also adds new episodes")
     mode = "append" if o["append"] else "update" if o["update"] else "new"
-    spec = encoder_spec(o["vlm"], path=o["vlm_path"], resolution=o["resolution"], tokens=o["tokens"], features=o["features"],
-                        depth=o["depth"])
+    if o["adapter"] and o["vlm"]:
+        raise UserError("--adapter brings the VLM that it was trained in; leave --vlm out")
+    make = functools.partial(adapted_spec, o["adapter"]) if o["adapter"] else functools.partial(encoder_spec, o["vlm"] or "qwen3vl")
+    spec = make(path=o["vlm_path"], resolution=o["resolution"], tokens=o["tokens"], features=o["features"],
+                        depth=o["depth"], boundary=o["boundary"])
     return BuildConfig(tuple(o["sources"] or ()), spec, o["out"], o["batch_size"], o["shard_frames"], o["device"], o["dataset_config"],
                        feature_format(o["dtype"], o["compression"]), o["frame_stride"], tuple(o["views"] or ()), o["augment"], mode,
                        WorkerSpec(o["workers"], o["scheduler"], o["slurm"]))
@@ -65,11 +73,11 @@ def _build_config(o: dict[str, Any]) -> BuildConfig:
 @cache_app.command("build")
 def cache_build(
     out: Annotated[Path, typer.Option("--out", help="Cache folder; an unfinished one is resumed.")],
-    sources: Sources = None, vlm: Vlm = "qwen3vl", vlm_path: VlmPath = None, resolution: Resolution = None, tokens: Tokens = None,
+    sources: Sources = None, vlm: Vlm = None, vlm_path: VlmPath = None, adapter: Adapter = None, resolution: Resolution = None, tokens: Tokens = None,
     dtype: Dtype = "fp16", compression: Compression = "none", frame_stride: FrameStride = 1, views: Views = None, augment: Augment = 0,
     append: Append = False, update: Update = False,
     workers: Workers = 0, scheduler: Scheduler = None, slurm: Slurm = None, batch_size: BatchSize = 64, shard_frames: ShardFrames = None,
-    dataset_config: DatasetConfig = None, device: Device = "auto", features: FeatureKind = None, depth: Depth = None,
+    dataset_config: DatasetConfig = None, device: Device = "auto", features: FeatureKind = None, depth: Depth = None, boundary: Boundary = None,
 ) -> None:
     """Run the frozen VLM once over every frame and write features, actions and tables. Run again to resume.
 
@@ -100,10 +108,11 @@ def cache_build(
 def cache_plan(
     sources: Sources = None,
     out: Annotated[Path, typer.Option("--out", help="Cache folder to be: its disk is measured, nothing stays on it.")] = Path("cache"),
-    vlm: Vlm = "qwen3vl", vlm_path: VlmPath = None, resolution: Resolution = None, tokens: Tokens = None,
+    vlm: Vlm = None, vlm_path: VlmPath = None, adapter: Adapter = None, resolution: Resolution = None, tokens: Tokens = None,
     dtype: Dtype = "fp16", compression: Compression = "none", frame_stride: FrameStride = 1, views: Views = None, augment: Augment = 0,
     workers: Workers = 0, scheduler: Scheduler = None, slurm: Slurm = None, batch_size: BatchSize = 64, shard_frames: ShardFrames = None,
-    dataset_config: DatasetConfig = None, device: Device = "auto", features: FeatureKind = None, depth: Depth = None, append: Append = False, update: Update = False,
+    dataset_config: DatasetConfig = None, device: Device = "auto", features: FeatureKind = None, depth: Depth = None, boundary: Boundary = None,
+    append: Append = False, update: Update = False,
     pilot: Annotated[int, typer.Option("--pilot", help="Pictures to measure with, over all datasets and views.")] = 64,
     price: Annotated[Optional[float], typer.Option("--price", help="USD per hour of all that builds.")] = None,
     train_rate: Annotated[Optional[str], typer.Option("--train-samples-per-second",

@@ -1,4 +1,4 @@
-"""`dvla train` and `dvla finetune`: stages two and three."""
+"""`dvla train`, `dvla finetune`, `dvla cotrain` and `dvla export`: stages two and three, and what they made as a folder for deployment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from .cli_cache import Device, VlmPath
 from .errors import UserError
-from .stages.console import closing_line, console, progress_bars, training_lines
+from .stages.console import closing_line, console, progress_bars, size, training_lines
 
 # Options of both commands. None: the recipe's value, or the default (of `finetune`: the stage-two run's value).
 Recipe = Annotated[Optional[str], typer.Option("--recipe", help="YAML file, or a shipped recipe such as base or tiny (configs/train).")]
@@ -37,7 +37,7 @@ WandbProject = Annotated[Optional[str], typer.Option("--wandb-project", help="W&
 StopAfter = Annotated[Optional[int], typer.Option("--stop-after", help="Save and stop at this step of the run; run again to go on.")]
 
 OPTIONS: dict[str, tuple[str, ...]] = {     # parameter of a command → the settings it gives
-    "from_cache": ("cache",), "local": ("local",), "out": ("out",), "model_size": ("model_size",), "loss_type": ("loss.kind",), "steps": ("steps",),
+    "from_cache": ("cache",), "init": ("init",), "local": ("local",), "out": ("out",), "model_size": ("model_size",), "loss_type": ("loss.kind",), "steps": ("steps",),
     "batch_size": ("batch_size",), "accumulation": ("accumulate",), "draws": ("draws",), "lr": ("optimizer.lr",),
     "vlm_lr_scale": ("optimizer.vlm_lr_scale",), "mask": ("masking.text", "masking.images", "masking.proprio"), "image_aug": ("image_aug",),
     "blind": ("blind",), "temperature": ("temperature",), "order": ("order",), "seed": ("seed",), "threads": ("threads",),
@@ -49,6 +49,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {     # parameter of a command → the set
 def train_command(
     from_cache: Annotated[str, typer.Option("--from-cache", help="Folder of a cache or of its WebDataset export; or a cache's URL (s3://…), with --local-cache.")],
     out: Annotated[Optional[Path], typer.Option("--out", help="Run folder; one with the same settings is resumed.")] = None,
+    init: Annotated[Optional[Path], typer.Option("--init", help="Run or checkpoint to go on with, on a cache of the features it sees (cache build --adapter).")] = None,
     local: LocalCache = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show settings, parameters, memory and speed from a 20-step pilot; write nothing.")] = False,
     recipe: Recipe = None,
@@ -77,6 +78,10 @@ def train_command(
     if out is None and not dry_run:
         raise UserError("Missing option '--out' (the run folder); only --dry-run needs none")
     overrides = {"out": "", **{k: v for k, v in _overrides(locals()).items() if v is not None}}
+    if init is not None:
+        from .stages.adapted import network_of
+
+        overrides = {**network_of(init), **overrides}
     config = train_config(recipe, overrides)
     if dry_run:
         from .stages.dry_run import dry_run as pilot
@@ -96,22 +101,27 @@ def train_command(
 
 def finetune_command(
     start: Annotated[Path, typer.Argument(help="Run or checkpoint of stage two.", show_default=False)],
-    source: Annotated[list[str], typer.Option("--source", help="Dataset folder or hub id behind the cache; may be given several times.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder; one with the same settings is resumed.")],
-    lora: Annotated[bool, typer.Option("--lora/--frozen", help="Train LoRA in the vision tower, or keep it frozen but live.")] = True,
+    source: Annotated[Optional[list[str]], typer.Option("--source", help="Dataset folder or hub id behind the cache, if moved since it was built; may be given "
+                                                        "several times.")] = None,
+    vlm_mode: Annotated[Optional[str], typer.Option("--vlm-mode", help="What is trained of the VLM: lora in its vision tower (the default), the full tower, "
+                                                    "or nothing (frozen, but live).")] = None,
+    lora: Annotated[Optional[bool], typer.Option("--lora/--frozen", help="Short for --vlm-mode lora and --vlm-mode frozen.")] = None,
     lora_r: Annotated[int, typer.Option("--lora-r", help="Rank.")] = 16,
     lora_alpha: Annotated[float, typer.Option("--lora-alpha", help="The update is scaled by alpha / r.")] = 32.0,
     lora_targets: Annotated[str, typer.Option("--lora-targets", help="attention or all-linear.")] = "attention",
-    last_blocks: Annotated[Optional[int], typer.Option("--lora-last-blocks", help="Only the last n vision blocks; default: all.")] = None,
-    vlm_lr_scale: Annotated[Optional[float], typer.Option("--vlm-lr-scale", help="LoRA's learning rate as a share of --lr.")] = None,
-    from_cache: Annotated[Optional[str], typer.Option("--from-cache", help="The run's cache, if it moved.")] = None, local: LocalCache = None,
+    last_blocks: Annotated[Optional[int], typer.Option("--lora-last-blocks", help="Only the last n vision blocks; default: all, or those above the cache's boundary.")] = None,
+    vlm_lr_scale: Annotated[Optional[float], typer.Option("--vlm-lr-scale", help="The VLM's learning rate as a share of --lr.")] = None,
+    from_cache: Annotated[Optional[str], typer.Option("--from-cache", help="The run's cache, if it moved; or one built with "
+                                                            "--boundary n, above which only the last n vision blocks run.")] = None,
+    local: LocalCache = None,
     vlm_path: VlmPath = None, recipe: Recipe = None, steps: Steps = None, batch_size: BatchSize = None, accumulation: Accumulation = None, lr: LearningRate = None,
     mask: MaskProb = None, seed: Seed = None, threads: Threads = None, precision: Precision = None, compile_: Compile = False,
     flash: FlashAttention = False, log_every: LogEvery = None, eval_every: EvalEvery = None, eval_batches: EvalBatches = None,
     save_every: SaveEvery = None, wandb_mode: WandbMode = None, wandb_project: WandbProject = None, set_: Set = None,
     stop_after: StopAfter = None, device: Device = "auto",
 ) -> None:
-    """Stage three: continue with the live VLM and LoRA, starting at the same loss.
+    """Stage three: continue with the live VLM, by default with LoRA in it, starting at the same loss.
 
     Settings that neither a recipe nor an option gives are those of the stage-two run. Example:
     dvla finetune --lora runs/base --source data/push --source data/button --out runs/lora --steps 2000 --lr 1e-4
@@ -123,12 +133,67 @@ def finetune_command(
 
     if lora_targets not in ("attention", "all-linear"):
         raise unknown("LoRA target", lora_targets, ["attention", "all-linear"])
-    spec = LoraSpec(r=lora_r, alpha=lora_alpha, targets=lora_targets, last_n_blocks=last_blocks) if lora else None
+    mode = _vlm_mode(vlm_mode, lora)
+    spec = LoraSpec(r=lora_r, alpha=lora_alpha, targets=lora_targets, last_n_blocks=last_blocks) if mode == "lora" else None
     given = {k: v for k, v in _overrides(locals()).items() if v is not None}
-    config = finetune_config(start, tuple(source), spec, {**(_dotted(load_recipe(recipe)) if recipe else {}), **given}, vlm_path)
+    config = finetune_config(start, tuple(source or ()), spec, {**(_dotted(load_recipe(recipe)) if recipe else {}), **given}, vlm_path, mode == "full")
     with progress_bars() as bar:
         report, _ = finetune(config, training_lines(bar, config.train.steps), console.print, stop_after)
     _finish(report)
+
+
+def export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Run or checkpoint folder, or RUN/checkpoints/best.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
+    format: Annotated[Optional[list[str]], typer.Option(
+        "--format", help="Besides the policy folder: torch-export or onnx (dvla\\[onnx]), its network as one graph; may be given several times.")] = None,
+    vlm_path: VlmPath = None,
+) -> None:
+    """Write a trained policy as a folder for deployment: averaged weights, the VLM's own with LoRA merged, statistics, field maps; nothing of training.
+
+    Example: dvla export runs/lora --out policies/push --format onnx
+    """
+    from .stages.export_policy import export_policy
+
+    warn = lambda line: console.print(line, style="yellow", markup=False)      # noqa: E731
+    done = export_policy(checkpoint, out, tuple(f for f in format or () if f != "policy"), vlm_path, warn)
+    merged = f", with {done.merged} fine-tuned weights of the vision tower" if done.merged else ""
+    console.print(f"{done.path}: policy of step {done.step}, {size(done.nbytes)}{merged}; it acts with the VLM {done.vlm}", markup=False)
+    for name, difference in done.differences.items():
+        console.print(f"{name}: gives what the network gives, within {difference:.1e} of its size", markup=False)
+
+
+def cotrain_command(
+    sources: Annotated[list[str], typer.Argument(help="Dataset folders or hub ids.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted loop is resumed.")],
+    vlm: Annotated[str, typer.Option("--vlm", help="Model: qwen3vl, paligemma2, or a tiny one (configs/models).")] = "qwen3vl",
+    vlm_path: VlmPath = None,
+    cache: Annotated[str, typer.Option("--cache", help="Options of every `dvla cache build`, in one string.")] = "",
+    train: Annotated[str, typer.Option("--train", help="Options of the first `dvla train`.")] = "",
+    finetune: Annotated[str, typer.Option("--finetune", help="Options of every `dvla finetune`.")] = "",
+    retrain: Annotated[Optional[str], typer.Option("--retrain", help="Options of every later `dvla train`; default: those of the first.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="How often the VLM learns and the cache is made again.")] = 1,
+) -> None:
+    """The loop: train from a cache, fine-tune with LoRA, cache what the VLM learnt, train on from there. Prints every command.
+
+    Example: dvla cotrain data/push --out runs/loop --cache "--tokens 49" --train "--recipe base" --finetune "--steps 2000 --lr 1e-4" --retrain "--recipe base --steps 20000"
+    """
+    from .cli import run
+    from .stages.cotrain import CotrainConfig, cotrain
+
+    cotrain(CotrainConfig(tuple(sources), out, vlm, vlm_path, cache, train, finetune, retrain, rounds), run, console.print)
+
+
+def _vlm_mode(given: str | None, lora: bool | None) -> str:
+    """--vlm-mode, or what --lora or --frozen stand for."""
+    from .errors import unknown
+
+    short = "lora" if lora is None or lora else "frozen"
+    if given not in (None, "frozen", "lora", "full"):
+        raise unknown("--vlm-mode", given, ["frozen", "lora", "full"])
+    if given and lora is not None and given != short:
+        raise UserError(f"--{short} is short for --vlm-mode {short}; given as well: --vlm-mode {given}")
+    return given or short
 
 
 def _overrides(given: dict[str, Any]) -> dict[str, Any]:
@@ -139,10 +204,10 @@ def _overrides(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optimizer": {"lr": 1e-4}}` → {"optimizer.lr": 1e-4}."""
+    """`{"optimizer": {"lr": 1e-4}}` → {"optimizer.lr": 1e-4}; mappings whose keys are not settings stay whole."""
     out = {}
     for key, value in values.items():
-        out |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and key not in ("unfreeze", "weights") else {f"{prefix}{key}": value}
     return out
 
 

@@ -1,7 +1,8 @@
-"""Augmented variants of pictures, as pure functions of a key: what a cache can hold, stage three can compute again.
+"""Augmented variants of pictures, as pure functions of a key: what a cache can hold, stage three computes with the same code.
 
 A crop of 90 to 100 % of each side, resized back, then brightness, contrast, saturation and hue as RDT-1B and the proposal have them
-(ColorJitter 0.3, 0.4, 0.5, 0.03). Letters: N pictures, H × W size.
+(ColorJitter 0.3, 0.4, 0.5, 0.03). In training the pictures of a sample are augmented with a probability of 0.5, from the cache and live.
+Letters: N pictures, H × W size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from .sampling import mix, uniform
 
 AUGMENTATION_VERSION = 1    # raised when the same key gives another picture; part of the fingerprint
+PROBABILITY = 0.5           # of a sample in training to be seen augmented
 CROP = 0.9                  # smallest share of each side that is kept
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.3, 0.4, 0.5, 0.03
 _GREY = (0.299, 0.587, 0.114)   # ITU-R BT.601 luma
@@ -23,6 +25,13 @@ _GREY = (0.299, 0.587, 0.114)   # ITU-R BT.601 luma
 def frame_keys(dataset: str, view: str, episode_id: int, frames: np.ndarray, variant: int) -> np.ndarray:
     """uint64 [n]: the keys of frames [n] of an episode as one view sees them."""
     return mix(zlib.crc32(dataset.encode()), zlib.crc32(view.encode()), episode_id, np.asarray(frames, np.int64), variant)
+
+
+def draw_variants(seed: int, position: np.ndarray, variants: int) -> np.ndarray:
+    """int64 [n]: which variant the samples at these positions of a run see, a pure function of (seed, position): with `PROBABILITY` one of
+    1 … `variants`, all alike, else 0, the picture as it is."""
+    u = uniform(seed, 7, position)
+    return np.where(u < PROBABILITY, 1 + np.floor(u / PROBABILITY * variants), 0).astype(np.int64) * (variants > 0)
 
 
 def augment(images: torch.Tensor, keys: np.ndarray) -> torch.Tensor:

@@ -14,6 +14,9 @@ missing. All images of a batch have the same size, so that every block makes one
 An observation is what a robot sees at one moment: a picture of each view, and the instruction. With `depth: vision` its views are encoded
 apart and the text has no part in it; with `depth: language` features of a view depend on the other views and on the instruction, so that
 an observation can only be encoded as a whole (`by_observation`).
+
+With a `boundary` n the encoder stops before the last n blocks of its vision tower and gives the hidden states [S,C] that enter them:
+`encode_lower`, of which `encode_upper` makes the features. Where only those blocks learn, what lies below them is computed once.
 """
 
 from __future__ import annotations
@@ -54,8 +57,13 @@ class EncoderSpec:
     tokens: int | None = None                                   # averaged on the grid down to this many; None = all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # computation; auto: bfloat16 on CUDA, else float32
     depth: Literal["vision", "language"] = "vision"             # language: the language model's last hidden state
+    adapters: tuple[str, ...] = ()                              # folders of adapters that are merged into the weights, in this order
+    boundary: int | None = None     # n: the hidden states that enter the last n blocks of the vision tower, no features; None = features
 
     def __post_init__(self) -> None:
+        if self.boundary is not None and (self.tokens is not None or self.features != "merged" or self.depth != "vision"):
+            raise UserError("a boundary stops inside the vision tower, before features are made: leave out tokens, features patch and depth language, "
+                            "which are the policy's that is fine-tuned")
         if self.depth == "language" and (self.vlm != "paligemma2" or self.features != "merged"):
             raise UserError(f"depth language is of paligemma2 with features merged; given: {self.vlm} with features {self.features}")
 
@@ -104,7 +112,10 @@ class VisionLanguageEncoder(nn.Module):
         self.embedding = embedding      # [V,Dt] in the checkpoint's dtype; stays on the CPU: read once per instruction
         self.weights = weights          # {"sha256", "config"} for the fingerprint
         self.merged_adapter: dict[str, Any] | None = None     # of an adapter that was merged into the weights
+        vision.recompute = False        # gradient checkpointing of its blocks (recompute.py)
         self.set_adapter(None)
+        if spec.boundary is not None and not 1 <= spec.boundary <= self.blocks:
+            raise UserError(f"--boundary {spec.boundary}: the vision tower has {self.blocks} blocks; give the number of last ones to leave out, 1 to {self.blocks}")
         check_pooling(self.tokens, self.native_tokens)
 
     # --- what a family adds -------------------------------------------------------------------------------------------
@@ -119,9 +130,21 @@ class VisionLanguageEncoder(nn.Module):
         """C, width of the tokens before the projection."""
         raise NotImplementedError
 
-    def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
-        """Normalised patch rows [N,S,F] -> features before pooling [N,K,D], row by row."""
+    def vision_lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
+        """Normalised patch rows [N,S,F] -> hidden states [N,S,C] that enter block `end`, in the tower's own order (see `to_rows`)."""
         raise NotImplementedError
+
+    def vision_upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
+        """Hidden states [N,S,C] that enter block `begin`, in the tower's own order -> features before pooling [N,K,D], row by row."""
+        raise NotImplementedError
+
+    def to_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N,S,C] from the tower's own order of patches to row by row."""
+        return hidden
+
+    def from_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Inverse of `to_rows`."""
+        return hidden
 
     def require_fits(self, views: int, instructions: Sequence[str]) -> None:
         """`UserError` when an observation of so many views and one of these instructions is more than the model reads at once."""
@@ -132,21 +155,38 @@ class VisionLanguageEncoder(nn.Module):
         """Remember peft's wrapper without registering it: its modules are those of `vision`."""
         object.__setattr__(self, "adapter", adapter)
 
+    def adapted(self) -> dict[str, Any] | None:
+        """What features owe to fine-tuning: the adapter that works now, on those that were merged before; None without any."""
+        if self.adapter is None:
+            return self.merged_adapter
+        return adapter_identity(self.adapter) | ({"on": self.merged_adapter} if self.merged_adapter else {})
+
     @property
     def by_observation(self) -> bool:
         """Whether features of a view depend on the other views and on the instruction."""
         return self.spec.depth == "language"
 
     @property
+    def of_patches(self) -> bool:
+        """Whether what is given are tokens of the vision tower, one for each patch."""
+        return self.spec.features == "patch" or self.spec.boundary is not None
+
+    @property
     def native_tokens(self) -> int:
         """Tokens of one image before pooling."""
-        return self.image.grid**2 if self.spec.features == "patch" else self.image.tokens
+        return self.image.grid**2 if self.of_patches else self.image.tokens
 
     def unpooled(self) -> VisionLanguageEncoder:
         """The same encoder, on the same weights, with all tokens of an image."""
         whole = copy.copy(self)
         whole.spec = dataclasses.replace(self.spec, tokens=None)
         return whole
+
+    def at_boundary(self, n: int) -> VisionLanguageEncoder:
+        """The same encoder, on the same weights, stopping before its last n blocks."""
+        lower = copy.copy(self)
+        lower.spec = dataclasses.replace(self.spec, boundary=n, tokens=None, features="merged", depth="vision")
+        return lower
 
     @property
     def tokens(self) -> int:
@@ -155,8 +195,8 @@ class VisionLanguageEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """D, width of image features."""
-        return self.vision_width if self.spec.features == "patch" else self.text_width
+        """D, width of image features; of hidden states with a boundary."""
+        return self.vision_width if self.of_patches else self.text_width
 
     @property
     def text_width(self) -> int:
@@ -176,14 +216,29 @@ class VisionLanguageEncoder(nn.Module):
         """uint8 RGB [N,H,W,3] -> features [N,K,D]. Builds a graph only for weights that require gradients."""
         return self(preprocess(images, self.image, self.device))
 
+    def encode_lower(self, images: torch.Tensor | np.ndarray, n: int) -> torch.Tensor:
+        """uint8 RGB [N,H,W,3] -> hidden states [N,S,C] that enter the last n blocks, row by row."""
+        return self.at_boundary(n).encode_images(images)
+
+    def encode_upper(self, hidden: torch.Tensor, n: int) -> torch.Tensor:
+        """Hidden states [N,S,C] that enter the last n blocks -> features [N,K,D]: `encode_images` is `encode_lower`, then this."""
+        features = self.vision_upper(self.from_rows(hidden.to(self.dtype)), self.blocks - n)        # [N,K',D]
+        return average_pool(features, self.tokens)                                  # [N,K,D]
+
     def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
         """Pictures of each view, uint8 RGB [N,H,W,3] (sizes may differ between views), and the one instruction of these N observations
         -> features [N,V,K,D]."""
         return torch.stack([self.encode_images(view) for view in views], 1)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Normalised patch rows [N,S,F] (from `preprocess`) -> features [N,K,D]."""
+        """Normalised patch rows [N,S,F] (from `preprocess`) -> features [N,K,D]; hidden states [N,S,C] with a boundary."""
+        if self.spec.boundary is not None:
+            return self.to_rows(self.vision_lower(patches, self.blocks - self.spec.boundary))       # [N,S,C]
         return average_pool(self.vision_features(patches), self.tokens)             # [N,K,D]
+
+    def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
+        """Normalised patch rows [N,S,F] -> features before pooling [N,K,D], row by row."""
+        return self.vision_upper(self.vision_lower(patches, self.blocks), self.blocks)              # [N,K,D]
 
     def encode_text(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Instructions -> (embeddings [n,Lt,Dt] padded with zeros, lengths [n] int64), on the encoder's device.
@@ -211,13 +266,13 @@ class VisionLanguageEncoder(nn.Module):
     def fingerprint(self) -> dict[str, Any]:
         """Everything the features depend on, as JSON values: equal fingerprints, equal features (up to rounding)."""
         image = self.image
-        adapter = adapter_identity(self.adapter) if self.adapter is not None else self.merged_adapter
+        kind = {"features": self.spec.features} if self.spec.boundary is None else {"features": "hidden", "boundary": self.spec.boundary}
         return {
-            "code_version": ENCODER_CODE_VERSION, "vlm": self.spec.vlm, "features": self.spec.features,
+            "code_version": ENCODER_CODE_VERSION, "vlm": self.spec.vlm, **kind,
             "tokens": self.tokens, "weights_sha256": self.weights["sha256"], "vision_config": self.weights["config"],
             "resolution": image.resolution, "padding": PADDING_RULE, "resize": "bicubic-antialias",
             "image_mean": list(image.mean), "image_std": list(image.std),
-            "dtype": str(self.dtype).removeprefix("torch."), "adapter": adapter,
+            "dtype": str(self.dtype).removeprefix("torch."), "adapter": self.adapted(),
         }
 
 
@@ -226,9 +281,9 @@ def load_encoder(spec: EncoderSpec, device: torch.device | str = "cpu",
     """Read the vision part, the embedding table and the tokenizer of `spec.path`; frozen, in eval mode, on `device`.
 
     `dtype` overrides `spec.dtype`. `UserError` when the checkpoint is missing, incomplete, damaged or of another
-    architecture, or when resolution or tokens do not fit its patches.
+    architecture, when resolution or tokens do not fit its patches, or when an adapter was trained on other weights.
     """
-    from . import paligemma2, qwen3vl   # they import this module
+    from . import adapters, paligemma2, qwen3vl   # they import this module
 
     families = {"qwen3vl": qwen3vl.load, "paligemma2": paligemma2.load}
     if spec.vlm not in families:
@@ -236,7 +291,10 @@ def load_encoder(spec: EncoderSpec, device: torch.device | str = "cpu",
     device = torch.device(device)
     if dtype is None:
         dtype = DTYPES.get(spec.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return families[spec.vlm](spec, device, dtype).requires_grad_(False).eval()
+    encoder = families[spec.vlm](spec, device, dtype).requires_grad_(False).eval()
+    for folder in spec.adapters:
+        adapters.merge_adapter(encoder, folder)
+    return encoder
 
 
 def adapter_identity(adapter: PeftModel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Zarr library opens it:
     fingerprint.json  manifest.json  quarantine.jsonl
     <dataset>/features/<view>/c/<shard>/0/0    [observations, tokens, width] float16, int8, or uint8 holding float8_e4m3fn;
                                                one inner chunk = one observation = one frame in `frame_stride`
+                                               (with a boundary: of hidden states inside the vision tower, one token a patch)
     <dataset>/features/<view>.aug<k>/…         the same pictures in their k-th augmented variant, k = 1 … variants
     <dataset>/scales/<view>[.aug<k>]/c/<shard>/0    [observations, tokens] float32, of 8-bit features
     channel_scale                              [width] float32, of 8-bit features

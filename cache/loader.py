@@ -18,6 +18,7 @@ import torch
 from ..batch import FeatureBatch
 from ..errors import UserError
 from .ahead import ReadAhead, blocks_of
+from .augment import draw_variants
 from .batches import Assembler, Draws, decoded
 from .delivery import BatchIterator
 from .sampling import Order, SampleOrder, held_out, mixture, override, quotas, uniform
@@ -81,8 +82,8 @@ class Loader(BatchIterator):
     its own while one is in use. Without a device on the CPU, `pinned` says whether the memory is (default: when there is a CUDA device):
     copy with `non_blocking=True` on the stream that is current when the batch is dropped.
 
-    Only observations are sampled: every `frame_stride`-th frame of an episode. `augment` draws each sample's pictures among
-    themselves and the cache's augmented variants (`UserError` when it has none; without `features` any variant goes).
+    Only observations are sampled: every `frame_stride`-th frame of an episode. `augment` shows half of the samples in one of
+    the cache's augmented variants (`UserError` when it has none; without `features` any variant goes).
 
     `split` "train" or "eval" leaves out or keeps the `holdout` fraction of each dataset's episodes, chosen by
     (`holdout_seed`, episode id); "all" takes every one. Quarantined episodes are never sampled. `temperature` and
@@ -103,7 +104,7 @@ class Loader(BatchIterator):
         if augment and features:
             require_variants(cache)
         self.cache, self.masking, self.seed = cache, masking or ConditionMasking(0.0, 0.0, 0.0), seed
-        self._variants = 1 + (0 if not augment else cache.variants if features else LIVE_VARIANTS)
+        self._variants = 0 if not augment else cache.variants if features else LIVE_VARIANTS
         self._batch_size, self._rank, self._start = batch_size, rank, start
         self._episodes = [_episodes(d, split, holdout, holdout_seed) for d in cache.datasets]
         self._ends = [np.cumsum(d.episode_observations[e]) for d, e in zip(cache.datasets, self._episodes)]
@@ -181,7 +182,7 @@ class Loader(BatchIterator):
             step = index[here] - (self._ends[d][k] - source.episode_observations[episode])
             row[here] = source.episode_start[episode] + step * source.frame_stride
         return Draws(dataset, row, *self.masking.draw(self.seed, position),
-                     (uniform(self.seed, 7, position) * self._variants).astype(np.int64))
+                     draw_variants(self.seed, position, self._variants))
 
 
 def require_variants(cache: Cache) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .encoder import VisionLanguageEncoder, adapter_identity
+from .encoder import VisionLanguageEncoder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -117,7 +117,7 @@ def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: boo
 def merge_lora(encoder: VisionLanguageEncoder) -> None:
     """Add the adapter to the weights it adapts and remove it; features stay equal up to rounding."""
     adapter = _require_adapter(encoder)
-    encoder.merged_adapter = adapter_identity(adapter)      # so the fingerprint stays as it was
+    encoder.merged_adapter = encoder.adapted()      # so the fingerprint stays as it was
     encoder.vision = adapter.merge_and_unload().requires_grad_(False)
     encoder.set_adapter(None)
 
@@ -142,5 +142,5 @@ def _require_adapter(encoder: VisionLanguageEncoder) -> PeftModel:
 
 
 def _require_none(encoder: VisionLanguageEncoder) -> None:
-    if encoder.adapter is not None or encoder.merged_adapter is not None:
+    if encoder.adapter is not None:
         raise ValueError("the encoder has a LoRA adapter already")

@@ -34,6 +34,7 @@ from .attention import attention
 from .codec import average_pool
 from .encoder import EncoderSpec, LoraLayers, VisionLanguageEncoder
 from .preprocess import ImageSpec, preprocess
+from .recompute import through
 from .vlm_files import (assign_tensors, checkpoint_folder, image_statistics, load_tokenizer, read_tensors, require_model_type,
                         require_whole, tensors_sha256)
 
@@ -74,15 +75,24 @@ class PaliGemmaVision(nn.Module):
         for name, buffer in list(embeddings.named_buffers()):
             setattr(embeddings, name, torch.arange(buffer.shape[-1], device=device).expand(1, -1))
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Normalised patch rows [N,S,F], row by row -> SigLIP's last hidden state [N,S,C], normalised by its last LayerNorm."""
+    def lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
+        """Normalised patch rows [N,S,F], row by row -> hidden states that enter layer `end` [N,S,C]."""
         conv = self.siglip.embeddings.patch_embedding               # stride = kernel: one matrix product
         hidden = F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)         # [N,S,C]
         hidden = hidden + self._positions(patches.shape[1])                                         # [N,S,C]
-        for layer in self.siglip.encoder.layers:
-            hidden = hidden + _attend(layer.self_attn, layer.layer_norm1(hidden))                   # [N,S,C]
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))                                  # [N,S,C]
+        return self._run(hidden, 0, end)                                                            # [N,S,C]
+
+    def upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
+        """Hidden states that enter layer `begin` [N,S,C] -> SigLIP's last hidden state [N,S,C], normalised by its last LayerNorm."""
+        hidden = self._run(hidden, begin, len(self.siglip.encoder.layers))                          # [N,S,C]
         return self.siglip.post_layernorm(hidden)                                                   # [N,S,C]
+
+    def _run(self, hidden: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        def run(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden + _attend(layer.self_attn, layer.layer_norm1(hidden))                   # [N,S,C]
+            return hidden + layer.mlp(layer.layer_norm2(hidden))                                    # [N,S,C]
+
+        return through(self.siglip.encoder.layers[begin:end], run, hidden, self.recompute)
 
     def _positions(self, patches: int) -> torch.Tensor:
         """Learned positions [S,C] of a square image of S patches."""
@@ -119,8 +129,11 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
     def vision_width(self) -> int:
         return self.vision.multi_modal_projector.linear.in_features
 
-    def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
-        hidden = self.vision(patches)                                               # [N,S,C]
+    def vision_lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
+        return self.vision.lower(patches, end)                                      # [N,S,C]
+
+    def vision_upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
+        hidden = self.vision.upper(hidden, begin)                                   # [N,S,C]
         return hidden if self.spec.features == "patch" else self.vision.multi_modal_projector.linear(hidden)    # [N,S,D]
 
     def encode_images(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -151,9 +164,12 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
         hidden = torch.cat([images, text.to(images.device).expand(len(images), -1, -1)], 1)         # [N,V*S+Lt,D]
         positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[None]                # counted from 1
         rotary = self.language.rotary_emb(hidden, positions)
-        for layer in self.language.layers:      # no mask: every token sees every other
+
+        def run(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:    # no mask: every token sees every other
             out = layer(hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
-            hidden = out[0] if isinstance(out, tuple) else out                                      # [N,V*S+Lt,D]
+            return out[0] if isinstance(out, tuple) else out                                        # [N,V*S+Lt,D]
+
+        hidden = through(self.language.layers, run, hidden, self.vision.recompute)                  # [N,V*S+Lt,D]
         return self.language.norm(hidden)[:, :images.shape[1]]                                      # [N,V*S,D]
 
     def _require_length(self, images: int, prompt: int) -> None:

@@ -53,13 +53,22 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
             self._tables[self.device] = position_tables(self.vision, self.image.grid, self.device)
         return self._tables[self.device]
 
-    def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
+    def vision_lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
         hidden = embed_patches(self.vision, patches, self.tables)                   # [N,S,C]
-        hidden = run_blocks(self.vision, hidden, self.tables)                       # [N,S,C]
+        return run_blocks(self.vision, hidden, self.tables, 0, end)                 # [N,S,C]
+
+    def vision_upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
+        hidden = run_blocks(self.vision, hidden, self.tables, begin, self.blocks)   # [N,S,C]
         if self.spec.features == "patch":
-            return hidden[:, self.tables.row_major]                                 # [N,S,C]
+            return self.to_rows(hidden)                                             # [N,S,C]
         merged = self.vision.merger(hidden.flatten(0, 1))                           # [N*K,D]
-        return merged.reshape(len(patches), self.image.tokens, -1)                  # [N,K,D]
+        return merged.reshape(len(hidden), self.image.tokens, -1)                   # [N,K,D]
+
+    def to_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, self.tables.row_major]                                     # [N,S,C]
+
+    def from_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, self.tables.merge_order]                                   # [N,S,C]
 
 
 def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VLEncoder:

@@ -185,6 +185,11 @@ class Cache:
         self.variants, self.format = manifest["variants"], self.datasets[0].format
         self.text_width = self.datasets[0].text.shape[2]    # one encoder made all of them
 
+    @property
+    def boundary(self) -> int | None:
+        """n of a cache of the hidden states that enter the last n blocks of the vision tower; None: it holds features."""
+        return self.fingerprint.get("encoder", {}).get("boundary")
+
     @classmethod
     def open(cls, path: Path | str, local: Path | str | None = None, local_nbytes: int | None = None) -> Cache:
         """`UserError` when there is no cache, or an incomplete one, at `path`: a folder, or a URL that fsspec knows.

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from .augment import draw_variants
 from .batches import Draws
 from .delivery import BatchIterator
 from .loader import ConditionMasking, require_variants
 from .places import errors
-from .sampling import mix, permute, uniform
+from .sampling import mix, permute
 from .shard import crc32c
 from .webdataset_cache import WebDatasetCache
 
@@ -58,7 +59,7 @@ class TarStream(BatchIterator):
         if len(self._tars) < world_size:
             raise UserError(f"{where} has {len(self._tars)} tars for {world_size} ranks; export it with a smaller --shard-size")
         self.sizes = [sum(e["nsamples"] for e in self._tars if e["dataset"] == d.name) for d in self.cache.datasets]
-        self._variants, self._buffer, self._rank, self._world = 1 + self.cache.variants * augment, buffer, rank, world_size
+        self._variants, self._buffer, self._rank, self._world = self.cache.variants * augment, buffer, rank, world_size
         self._batch_size, self._by_name = batch_size, {d.name: i for i, d in enumerate(self.cache.datasets)}
         self._samples = self._run(start // world_size)
         super().__init__(self.cache, batch_size, horizon, True, threads=1, prefetch=prefetch, start=start,
@@ -71,7 +72,7 @@ class TarStream(BatchIterator):
 
     def variants(self, offset: int) -> np.ndarray:
         """As `Loader.variants`."""
-        return (uniform(self.seed, 7, self._positions(offset)) * self._variants).astype(np.int64)
+        return draw_variants(self.seed, self._positions(offset), self._variants)
 
     def close(self) -> None:
         """As `Loader.close`."""

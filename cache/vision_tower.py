@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import attention
+from .recompute import through
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class PositionTables:
     weight: torch.Tensor    # [4,S,1] float32, bilinear weights of the corners
     cos: torch.Tensor       # [S,E] float32, rotary
     sin: torch.Tensor       # [S,E] float32
-    row_major: torch.Tensor  # [S] int64, where in merge order the patches of the image lie, row by row
+    row_major: torch.Tensor     # [S] int64, where in merge order the patches of the image lie, row by row
+    merge_order: torch.Tensor   # [S] int64, its inverse
 
 
 def rotary_frequencies(config: Any) -> torch.Tensor:
@@ -58,7 +60,7 @@ def position_tables(vision: nn.Module, grid: int, device: torch.device) -> Posit
     blocks = torch.arange(grid * grid).reshape(grid // merge, merge, grid // merge, merge)
     order = blocks.permute(0, 2, 1, 3).flatten()    # [S], row-major index of the s-th patch in merge order
     return PositionTables(index.reshape(4, -1)[:, order].to(device), weight.reshape(4, -1, 1)[:, order].to(device),
-                          angle.cos()[order].to(device), angle.sin()[order].to(device), order.argsort().to(device))
+                          angle.cos()[order].to(device), angle.sin()[order].to(device), order.argsort().to(device), order.to(device))
 
 
 def embed_patches(vision: nn.Module, patches: torch.Tensor, tables: PositionTables) -> torch.Tensor:
@@ -69,12 +71,13 @@ def embed_patches(vision: nn.Module, patches: torch.Tensor, tables: PositionTabl
     return hidden + (corners * tables.weight.to(corners.dtype)).sum(0)                              # [N,S,C]
 
 
-def run_blocks(vision: nn.Module, hidden: torch.Tensor, tables: PositionTables) -> torch.Tensor:
-    """All transformer blocks on [N,S,C], one attention call each."""
-    for block in vision.blocks:
+def run_blocks(vision: nn.Module, hidden: torch.Tensor, tables: PositionTables, begin: int, end: int) -> torch.Tensor:
+    """Transformer blocks `begin` … `end`-1 on [N,S,C], one attention call each."""
+    def run(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + _attention(block.attn, block.norm1(hidden), tables)                       # [N,S,C]
-        hidden = hidden + block.mlp(block.norm2(hidden))                                            # [N,S,C]
-    return hidden
+        return hidden + block.mlp(block.norm2(hidden))                                              # [N,S,C]
+
+    return through(vision.blocks[begin:end], run, hidden, vision.recompute)
 
 
 def _attention(attn: nn.Module, x: torch.Tensor, tables: PositionTables) -> torch.Tensor:

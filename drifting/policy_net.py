@@ -68,7 +68,8 @@ class PolicyNet(nn.Module):
         place = self.camera_embed(batch.view_id) + self.time_embed(batch.frame_id)    # [B,L,W]
         index = torch.arange(batch.text.shape[1], device=batch.text.device)     # [Lt]
         order = self.text_position(fourier(index.float()).to(dtype))            # [Lt,W]
-        sequence = torch.cat([sequence[:, :l] + place, sequence[:, l:] + order], dim=1)   # [B,S,W]
+        seen, words = sequence.split([l, batch.text.shape[1]], dim=1)           # [B,L,W], [B,Lt,W]; slices would bind an exported graph to Lt > 1
+        sequence = torch.cat([seen + place, words + order], dim=1)              # [B,S,W]
         return Context(sequence, mask, pooled, batch.embodiment, batch.proprio, batch.control_hz, batch.action_mask)
 
     def decode(self, context: Context, noise: Tensor, alpha: Tensor, time: Tensor | None = None,

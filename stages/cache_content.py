@@ -145,6 +145,16 @@ class ArrayDiff:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How far the features of a dataset's pictures are from each other in two caches, over all views of the frames compared."""
+
+    dataset: str
+    frames: int
+    relative: float         # RMS of the difference over the RMS in the first cache
+    cosine: float           # of a token in one cache and in the other, mean over tokens
+
+
+@dataclass(frozen=True)
 class CacheDiff:
     """How two finished caches differ; `same` when they do not."""
 
@@ -152,6 +162,7 @@ class CacheDiff:
     only: tuple[str, ...]               # datasets, views and episodes in one of them, and episodes whose source differs
     arrays: tuple[ArrayDiff, ...]
     same_files: bool                    # features and tables were written with the same checksums, all of them
+    drifts: tuple[Drift, ...] = ()      # of datasets whose features have one shape in both
 
     @property
     def same(self) -> bool:
@@ -171,13 +182,16 @@ def diff(a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Callable
     only = [f"dataset {d.name} only in A" for d in first.datasets if d.name not in names]
     only += [f"dataset {name} only in B" for name in names if name not in {d.name for d in first.datasets}]
     arrays: list[ArrayDiff] = []
+    drifts: list[Drift] = []
     common = [(d, names[d.name]) for d in first.datasets if d.name in names]
     for i, (x, y) in enumerate(common):
         only += _only(x, y)
-        arrays += _compare(x, y, samples, np.random.default_rng(seed))
+        found, drift = _compare(x, y, samples, np.random.default_rng(seed))
+        arrays += found
+        drifts += drift
         progress("comparing", i + 1, len(common))
     files = [{name: entry for name, entry in c.manifest["files"].items() if not name.endswith("zarr.json")} for c in (first, second)]
-    return CacheDiff(tuple(lines), tuple(only), tuple(arrays), files[0] == files[1])
+    return CacheDiff(tuple(lines), tuple(only), tuple(arrays), files[0] == files[1], tuple(drifts))
 
 
 def _settings(cache: Cache) -> dict[str, Any]:
@@ -205,13 +219,13 @@ def _few(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
 
 
-def _compare(x: CacheDataset, y: CacheDataset, samples: int, rng: np.random.Generator) -> list[ArrayDiff]:
+def _compare(x: CacheDataset, y: CacheDataset, samples: int, rng: np.random.Generator) -> tuple[list[ArrayDiff], list[Drift]]:
     """Tables of all frames of common episodes of the same length; features of some of those that are observations in both."""
     positions = {e: i for i, e in enumerate(y.episode_id.tolist())}
     pairs = [(i, positions[e]) for i, e in enumerate(x.episode_id.tolist()) if e in positions]
     pairs = [(i, j) for i, j in pairs if x.episode_length[i] == y.episode_length[j] and not x.quarantined[i] and not y.quarantined[j]]
     if not pairs:
-        return []
+        return [], []
     step = np.concatenate([np.arange(x.episode_length[i]) for i, _ in pairs])
     counts = [x.episode_length[i] for i, _ in pairs]
     rows = [np.repeat([d.episode_start[pair[k]] for pair in pairs], counts) + step for k, d in ((0, x), (1, y))]
@@ -222,7 +236,10 @@ def _compare(x: CacheDataset, y: CacheDataset, samples: int, rng: np.random.Gene
     seen = np.flatnonzero(step % math.lcm(x.frame_stride, y.frame_stride) == 0)
     chosen = np.sort(rng.choice(seen, min(samples, len(seen)), replace=False))
     arrays = [(view, k) for view in x.views if view in y.views for k in range(min(x.variants, y.variants) + 1)]
-    return out + [_features(x, y, view, k, rows[0][chosen], rows[1][chosen]) for view, k in arrays]
+    found = [_features(x, y, view, k, rows[0][chosen], rows[1][chosen]) for view, k in arrays]
+    square, scale, cosine, tokens = np.sum([sums for (_, k), (_, sums) in zip(arrays, found) if k == 0] or [np.zeros(4)], 0)
+    drift = [Drift(x.name, len(chosen), float(square / max(scale, 1e-30)) ** 0.5, float(cosine / tokens))] if tokens else []
+    return out + [array for array, _ in found], drift
 
 
 def _table(dataset: str, kind: str, a: np.ndarray, b: np.ndarray, rows: np.ndarray, others: np.ndarray) -> ArrayDiff:
@@ -234,11 +251,12 @@ def _table(dataset: str, kind: str, a: np.ndarray, b: np.ndarray, rows: np.ndarr
     return ArrayDiff(dataset, kind, len(rows), equal, (square / max(scale, 1e-30)) ** 0.5)
 
 
-def _features(x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: np.ndarray, others: np.ndarray) -> ArrayDiff:
+def _features(x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: np.ndarray, others: np.ndarray) -> tuple[ArrayDiff, np.ndarray]:
+    """The difference, and [4] sums: of its squares, of the squares in x, of the tokens' cosines, and how many tokens these are."""
     array = f"{view}.aug{variant}" if variant else view
     if (x.tokens, x.width) != (y.tokens, y.width):
-        return ArrayDiff(x.name, array, len(rows), False, None)
-    equal, square, scale = x.format.dtype == y.format.dtype, 0.0, 0.0
+        return ArrayDiff(x.name, array, len(rows), False, None), np.zeros(4)
+    equal, sums = x.format.dtype == y.format.dtype, np.zeros(4)
     if equal and x.channel_scale is not None:
         equal = bool(np.array_equal(x.channel_scale, y.channel_scale))
     size = max(1, BLOCK // (x.tokens * x.width * 4))
@@ -248,5 +266,7 @@ def _features(x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: n
             stored = zip(x.records(view, rows[part], variant), y.records(view, others[part], variant))
             equal = all(u is None or u.tobytes() == v.tobytes() for u, v in stored)
         one, two = (d.features(view, r[part], variant).astype(np.float32) for d, r in ((x, rows), (y, others)))
-        square, scale = square + float(np.square(one - two).sum(dtype=np.float64)), scale + float(np.square(one).sum(dtype=np.float64))
-    return ArrayDiff(x.name, array, len(rows), equal, (square / max(scale, 1e-30)) ** 0.5)
+        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)                                  # [n,K]
+        cosine = (one * two).sum(-1) / np.maximum(norms, 1e-30)                                             # [n,K]
+        sums += (np.square(one - two).sum(dtype=np.float64), np.square(one).sum(dtype=np.float64), cosine.sum(dtype=np.float64), cosine.size)
+    return ArrayDiff(x.name, array, len(rows), equal, float(sums[0] / max(sums[1], 1e-30)) ** 0.5), sums

@@ -49,6 +49,10 @@ def show_forecast(f: Forecast) -> None:
     lost += [f"stride: the last skipped frame differs by {m.stride_change:.2g}"] if m.stride_change is not None else []
     console.print(f"relative error (RMS, of the features'): {'; '.join(lost)}")
     where = "from memory after the first epoch" if f.fits_in_memory else "from the disk"
+    if f.boundary is not None:
+        console.print(f"fine-tuning: at most {f.read_samples:.0f} samples/s by reading {where} ({size(int(m.read))}/s from the disk, "
+                      f"{size(int(m.read_warm))}/s from memory); {f.boundary} of the VLM's blocks and the policy run at each step")
+        return
     model = "" if m.model is None else f", {m.model:.0f} by the model"
     console.print(f"stage two: {f.train_samples:.0f} samples/s, each shared by {f.draws} draws ({f.read_samples:.0f} by reading {where}: "
                   f"{size(int(m.read))}/s from the disk, {size(int(m.read_warm))}/s from memory{model}); {f.train_binds} binds")
@@ -121,6 +125,8 @@ def show_diff(d: CacheDiff) -> None:
             relative = "other shape" if a.relative is None else "0" if a.equal else f"{a.relative:.2g}"
             table.add_row(escape(a.dataset), escape(a.array), str(a.compared), "equal" if a.equal else "differs", relative)
         console.print(table)
+    for drift in d.drifts if not d.same else ():
+        console.print(f"feature drift of {drift.dataset}, {drift.frames} frames: relative RMS {drift.relative:.3g}, cosine {drift.cosine:.5f}", markup=False)
     if d.same:
         console.print("the caches are equal: features and tables were written with the same checksums")
     elif not d.same_files and not d.fingerprint and not d.only and all(a.equal for a in d.arrays):

@@ -118,7 +118,7 @@ def one_status(path: Path) -> CacheStatus:
 def summary(document: dict[str, Any]) -> dict[str, Any]:
     """A fingerprint in a few fields; the weights by the first digits of their hash."""
     encoder, store = document.get("encoder", {}), document["store"]
-    short = {name: encoder[name] for name in ("vlm", "features", "resolution") if name in encoder}
+    short = {name: encoder[name] for name in ("vlm", "features", "boundary", "resolution") if name in encoder}
     weights = encoder.get("weights_sha256", encoder.get("weights"))
     return {**short, **({"weights": str(weights)[:12]} if weights else {}), "tokens": store["tokens"], "width": store["width"],
             "dtype": store["dtype"], "compression": store["compression"], "frame_stride": store["frame_stride"], "variants": store["variants"],

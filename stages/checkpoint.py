@@ -58,18 +58,7 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Ten
         shutil.rmtree(left)
     temporary.mkdir()
     try:
-        for stem, named in tensors.items():
-            save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, temporary / f"{stem}.safetensors")
-        if adapter is not None:
-            adapter(temporary / "adapter")
-        for stem, document in documents.items():
-            if stem != "state":
-                write_file(temporary / f"{stem}.json", json_bytes(document))
-        files = {p.relative_to(temporary).as_posix(): list(file_crc32c(p)) for p in sorted(temporary.rglob("*")) if p.is_file()}
-        for name in files:
-            with open(temporary / name, "rb") as handle:
-                os.fsync(handle.fileno())
-        write_file(temporary / "state.json", json_bytes({**documents["state"], "files": files}))
+        write_files(temporary, tensors, documents, adapter)
         if final.exists():      # the same step again: a resumed run that was stopped before it went on
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -83,6 +72,24 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Ten
         if best is None or old.name != f"step-{best:08d}":
             shutil.rmtree(old)
     return final
+
+
+def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], adapter: Any = None) -> None:
+    """Fill `folder`, which may hold some files already: arguments as in `save_checkpoint`. All of it is synced; state.json, with size and
+    crc32c of every other file, comes last."""
+    for stem, named in tensors.items():
+        save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / f"{stem}.safetensors")
+        (folder / f"{stem}.safetensors").chmod(folder.stat().st_mode & 0o666)       # safetensors lets nobody else read it
+    if adapter is not None:
+        adapter(folder / "adapter")
+    for stem, document in documents.items():
+        if stem != "state":
+            write_file(folder / f"{stem}.json", json_bytes(document))
+    files = {p.relative_to(folder).as_posix(): list(file_crc32c(p)) for p in sorted(folder.rglob("*")) if p.is_file()}
+    for name in files:
+        with open(folder / name, "rb") as handle:
+            os.fsync(handle.fileno())
+    write_file(folder / "state.json", json_bytes({**documents["state"], "files": files}))
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from ..errors import UserError
 from . import checkpoint as ck
 from .envs import check_environment
 from .plots import loss_figure, success_figure
+from .road import Step, travel
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,6 @@ QUICK = DemoScale(
     finetune=("--batch-size", "4", "--lr", "2e-4", "--vlm-lr-scale", "1.0", "--steps", "3", "--set", "log_every=1",
               "--set", "eval_every=3", "--set", "save_every=3"),
     episodes=2)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One or more `dvla` commands that run at the same time, each on a core of its own."""
-
-    name: str
-    commands: tuple[tuple[str, ...], ...]
 
 
 def steps(out: Path, scale: DemoScale, seed: int) -> list[Step]:
@@ -94,18 +85,7 @@ def demo(out: Path, quick: bool, seed: int, run: Callable[[list[str]], None], sa
     for env in scale.tasks:
         check_environment(env)
     road = steps(out, scale, seed)
-    done = _progress(out, road)
-    for step in road:
-        say("")
-        for i, command in enumerate(step.commands):
-            say(f"[bold]$ dvla {shlex.join(command)}{' &' if i < len(step.commands) - 1 else ''}[/bold]")
-        if step.name in done:
-            say(f"done before, in {done[step.name]:.0f} s")
-            continue
-        began = time.perf_counter()
-        _run(step, out, run)
-        done[step.name] = time.perf_counter() - began
-        _note(out, road, done)
+    done = travel(out, road, lambda step: _run(step, out, run), say, "demo")
     summary = summarise(out, done, seed)
     write_file(out / "summary.json", ck.json_bytes(summary))
     stages = {"stage two": ck.read_json(out / "eval2" / "summary.json"), "stage three": ck.read_json(out / "eval3" / "summary.json")}
@@ -157,29 +137,6 @@ def summarise(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]
             "loss": {name: [lines[0]["loss"], lines[-1]["loss"]] for name, lines in logs.items()},
             "held_out_mse": {name: lines[-1].get("eval/mse") for name, lines in logs.items()},
             "tasks": stages["stage_three"], "stages": stages}
-
-
-def _progress(out: Path, road: list[Step]) -> dict[str, float]:
-    """Seconds of the steps finished before; makes the folder."""
-    path = out / "progress.json"
-    if path.exists():
-        before = ck.read_json(path)
-        if before["road"] != _road(road):
-            raise UserError(f"{out} holds a demo with other settings; choose another --out")
-        return before["seconds"]
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds other files; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    _note(out, road, {})
-    return {}
-
-
-def _note(out: Path, road: list[Step], seconds: dict[str, float]) -> None:
-    write_file(out / "progress.json", ck.json_bytes({"road": _road(road), "seconds": seconds}))
-
-
-def _road(road: list[Step]) -> list[list[list[str]]]:
-    return [[list(command) for command in step.commands] for step in road]
 
 
 def _log(path: Path) -> list[dict[str, Any]]:

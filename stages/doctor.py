@@ -45,6 +45,7 @@ def examine() -> list[Finding]:
         Finding("mani-skill", _version("mani-skill"), "no ManiSkill tasks", "pip install 'dvla[maniskill]'; see docs/simulators.md"),
         Finding("gym-aloha", _version("gym-aloha"), "no bimanual ALOHA tasks", "pip install 'dvla[aloha]'"),
         Finding("wandb", _version("wandb"), "no --wandb-mode; RUN/log.jsonl holds the same numbers", "pip install 'dvla[wandb]'"),
+        Finding("onnxruntime", _version("onnxruntime"), "no `dvla export --format onnx`; torch-export works", "pip install 'dvla[onnx]'"),
         Finding("deepspeed", _version("deepspeed"), "no strategy zero2; ddp and fsdp2 work", "pip install 'dvla[deepspeed]'"),
         Finding("pyvista", _version("pyvista"), "DexGraspNet's scenes cannot be rendered", "pip install 'dvla[render]'"),
         Finding("dask-jobqueue", _version("dask-jobqueue"), "no --slurm; --workers and --scheduler work", "pip install 'dvla[slurm]'"),

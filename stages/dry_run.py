@@ -9,7 +9,7 @@ import dataclasses
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..errors import UserError
 from .console import console, duration, size
 from .distributed import World, join
 from .loop_tools import banner, copy_seconds, kernel_threads, memory_errors, prepare, which_binds
+from .memory import SavedTensors, nbytes
 from .requirements import open_cache, require_trainable
 from .session import Session, noise_generator, open_loader
 from .strategies import Replicas, share_network
@@ -78,7 +79,7 @@ def _pilot(session: Session, progress: Callable[[int, int], None]) -> DryRun:
     session.net.train()
     if cuda:
         torch.cuda.reset_peak_memory_stats(world.device)
-    kept = _SavedTensors(shared.named.values())
+    kept = SavedTensors(shared.named.values())
     batch: FeatureBatch
     with open_loader(session, split="train") as loader, kernel_threads(config.cpu_threads), memory_errors(world.device):
         def following() -> FeatureBatch:
@@ -127,31 +128,6 @@ def optimiser_step(session: Session, shared: Replicas, ema: list[torch.Tensor], 
     shared.step()
     torch._foreach_lerp_(ema, [p.detach() for p in shared.named.values()], 1e-4)
     return total
-
-
-class _SavedTensors:
-    """Counts what autograd keeps from the forward pass for the backward pass, without the parameters themselves."""
-
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        self.nbytes, self._seen = 0, {storage(p) for p in parameters}
-
-    def count(self, x: torch.Tensor) -> torch.Tensor:
-        """Of what autograd saves; gives it back as it is."""
-        if storage(x) not in self._seen:
-            self._seen.add(storage(x))
-            self.nbytes += x.untyped_storage().nbytes()
-        return x
-
-
-def storage(x: torch.Tensor) -> int:
-    """Which memory a tensor lies in; views of one tensor share it."""
-    return x.untyped_storage().data_ptr()
-
-
-def nbytes(x: torch.Tensor) -> int:
-    """Of this process's part of a tensor."""
-    x = x.to_local() if hasattr(x, "to_local") else x
-    return x.numel() * x.element_size()
 
 
 def _wait(world: World) -> None:

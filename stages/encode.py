@@ -94,6 +94,14 @@ def decoded(batch: FeatureBatch) -> FeatureBatch:
     return batch.replace(tokens=tokens, token_scale=None, channel_scale=None)
 
 
+def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache) -> FeatureBatch:
+    """The batch with tokens [B,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras."""
+    counts = torch.tensor([len(cache.datasets[d].views) for d in batch.dataset.tolist()], device=tokens.device)
+    view_id = torch.arange(tokens.shape[1], device=counts.device).repeat_interleave(tokens.shape[2]).expand(len(tokens), -1)    # [B,V·K]
+    return batch.replace(tokens=tokens.flatten(1, 2), text=batch.text.to(tokens.dtype), view_id=view_id.contiguous(),
+                         frame_id=torch.zeros_like(view_id), token_mask=view_id < counts[:, None])
+
+
 class LiveFeatures:
     """Features of a cache's samples computed from the source pictures: the batch contract with a live encoder.
 
@@ -117,7 +125,7 @@ class LiveFeatures:
         sample's text is masked, as in the cache.
         """
         datasets, rows = batch.dataset.tolist(), batch.frame_index.tolist()
-        cache, encoder, k = self._cache, self.encoder, self._cache.tokens
+        cache, encoder = self._cache, self.encoder
         views = max(len(d.views) for d in cache.datasets)
         variants = np.zeros(len(rows), np.int64) if variant is None else variant
         seen = [(d, row, range(len(cache.datasets[d].views)), int(j)) for d, row, hidden, j in zip(datasets, rows, masked, variants) if not hidden]
@@ -126,10 +134,7 @@ class LiveFeatures:
                                         [[self._key(d, row, v, j) for v in each] for d, row, each, j in seen]))
         tokens = torch.stack([self._padded(torch.from_numpy(cache.datasets[d].null_features).to(encoder.device, encoder.dtype) if hidden
                                            else next(live), views) for d, hidden in zip(datasets, masked)])      # [B,V,K,D]
-        counts = torch.tensor([len(cache.datasets[d].views) for d in datasets], device=batch.tokens.device)
-        view_id = torch.arange(views, device=counts.device).repeat_interleave(k).expand(len(rows), -1)  # [B,V·K]
-        return batch.replace(tokens=tokens.flatten(1, 2), text=batch.text.to(tokens.dtype), view_id=view_id.contiguous(),
-                             frame_id=torch.zeros_like(view_id), token_mask=view_id < counts[:, None])
+        return with_tokens(batch, tokens, cache)
 
     def frame(self, dataset: int, row: int, view: int) -> np.ndarray:
         """uint8 [H, W, 3]: the source picture behind one row of the cache."""

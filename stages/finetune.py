@@ -1,4 +1,4 @@
-"""Stage three: the VLM comes back. Continues a stage-two policy on live features, with LoRA in the vision tower.
+"""Stage three: the VLM comes back. Continues a stage-two policy on live features, with LoRA in the vision tower or all of it trained.
 
 The loop, the step and the checkpoints are stage two's (train.py); only the features differ.
 """
@@ -16,8 +16,10 @@ import torch
 
 from ..batch import FeatureBatch
 from ..cache import fingerprint as fp
+from ..cache.adapters import save_adapter, tower_parameters
+from ..cache.encoder import VisionLanguageEncoder
 from ..cache.loader import gather
-from ..cache.lora import LoraSpec, add_lora, lora_parameters, save_lora
+from ..cache.lora import LoraSpec, add_lora, lora_parameters
 from ..cache.store import Cache
 from ..drifting.heads import DENOISING
 from ..drifting.policy_net import PolicyNet, PolicyNetConfig
@@ -27,9 +29,11 @@ from . import checkpoint as ck
 from .corpus import sources_of
 from .distributed import World, join
 from .encode import LiveFeatures
+from .memory import live_memory
 from .policy import load_policy_encoder, require_encoder
 from .requirements import open_cache, require_trainable
-from .session import Session, TrainReport, noise_generator
+from .session import Features, Session, TrainReport, autocast, noise_generator
+from .split import SplitFeatures, above_boundary, same_samples, split_features
 from .train import policy_document, run, training_step
 from .train_config import FinetuneConfig, TrainConfig, apply
 
@@ -54,7 +58,7 @@ class Continuity:
 
 
 def finetune_config(start: str | Path, sources: tuple[str, ...], lora: LoraSpec | None, overrides: dict[str, Any],
-                    vlm_path: str | None = None) -> FinetuneConfig:
+                    vlm_path: str | None = None, full: bool = False) -> FinetuneConfig:
     """Settings of the run that `start` belongs to, with dotted `overrides` (None = keep)."""
     folder = ck.resolve(start)
     run_folder = folder.parent.parent
@@ -64,23 +68,23 @@ def finetune_config(start: str | Path, sources: tuple[str, ...], lora: LoraSpec 
     if "stage_three" in values:
         raise UserError(f"{run_folder} is a stage-three run; start from its stage-two run {values['stage_three']['start']}, or repeat the "
                         "command that began it to go on with it")
-    settings = apply({**values, "unfreeze": {}}, overrides)     # whose steps were stage two's
+    settings = apply({**values, "unfreeze": {}, "init": None}, overrides)     # whose steps were stage two's
     for name in ("model_size", "dit"):
         if settings[name] != values[name]:
             raise UserError(f"{name} is {settings[name]} and that of {run_folder} is {values[name]}; fine-tuning goes on with its network: leave {name} out")
-    return FinetuneConfig(str(start), sources, from_mapping(TrainConfig, settings, "training settings"), lora, vlm_path)
+    return FinetuneConfig(str(start), sources, from_mapping(TrainConfig, settings, "training settings"), lora, full, vlm_path)
 
 
 def finetune(config: FinetuneConfig, on_log: Callable[[dict[str, Any]], None] = lambda _: None,
-             say: Callable[[str], None] = print, stop_after: int | None = None) -> tuple[TrainReport, Continuity]:
+             say: Callable[[str], None] = print, stop_after: int | None = None) -> tuple[TrainReport, Continuity | None]:
     """Continue the policy at `config.start`. `UserError` when VLM, cache and sources do not belong together, or when the
-    loss would jump."""
+    loss would jump. No `Continuity` on a split cache of samples of which nothing else is at hand."""
     with join(config.train.device) as world:
         session, continuity = _prepare(config, world, on_log, say)
         return run(session, stop_after), continuity
 
 
-def _prepare(config: FinetuneConfig, world: World, on_log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> tuple[Session, Continuity]:
+def _prepare(config: FinetuneConfig, world: World, on_log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> tuple[Session, Continuity | None]:
     say = say if world.main else lambda _: None
     start = ck.resolve(config.start, say)
     document = ck.read_json(start / "policy.json")
@@ -88,12 +92,14 @@ def _prepare(config: FinetuneConfig, world: World, on_log: Callable[[dict[str, A
         raise UserError(f"{start} is a blind policy (it never saw a picture); fine-tuning starts from one that does")
     cache = open_cache(config.train)
     require_trainable(config.train, cache, live=True)
+    if config.full and cache.boundary is not None:
+        raise UserError(f"cache {cache.path} holds what enters the last {cache.boundary} blocks (--boundary), and --vlm-mode full trains all of them; "
+                        "use --vlm-mode lora, or the cache that the policy was trained from")
+    config = above_boundary(config, cache)
     torch.manual_seed(config.train.seed)
-    encoder = load_policy_encoder(start, document, world.device, config.vlm_path)
-    require_encoder(encoder, cache.fingerprint["encoder"], f"cache {cache.path}")
-    sources = sources_of(cache, config.sources)
-    live = LiveFeatures(encoder, cache, sources, config.memory_gib)
-    require_sources(cache, sources)
+    encoder = load_policy_encoder(start, _in_float32(document) if config.full else document, world.device, config.vlm_path)
+    live = _features(config, cache, encoder)
+    encoder.vision.recompute = config.train.gradient_checkpointing
     net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
     if net.config.dit.denoising != (config.train.loss.kind in DENOISING):
         raise UserError(f"loss.kind is {config.train.loss.kind}, which the {document['loss']['kind']} head of {start} cannot go on with; leave it as it was")
@@ -101,43 +107,93 @@ def _prepare(config: FinetuneConfig, world: World, on_log: Callable[[dict[str, A
     net.to(world.device)
     if config.lora is not None:
         add_lora(encoder, config.lora)
-    continuity = compare(net, cache, live, config.train)
+    elif config.full:
+        encoder.vision.requires_grad_(True)
+    continuity = compare(net, cache, live, config)
+    if continuity is not None:
+        _require_no_jump(continuity, cache, say)
+    else:
+        say("the loss before the first step was not compared: the run's own cache is gone or holds other samples, and no --source was given")
+    documents = policy_document(net, cache, config.train)
+    spec = dataclasses.replace(encoder.spec, dtype=document["encoder"]["spec"].get("dtype", "auto"))
+    documents["encoder"] = {"spec": dataclasses.asdict(spec), "fingerprint": document["encoder"]["fingerprint"]}
+    features = _mixed(live, config.train, world) if config.full else live
+    session = Session(config.train, cache, net, documents, features=features, live=cache.boundary is None, on_log=on_log, say=say, world=world,
+                      stage_three={"start": config.start, "lora": config.lora and dataclasses.asdict(config.lora), **({"full": True} if config.full else {})})
+    if config.lora is not None or config.full:
+        session.adapter = dict(tower_parameters(encoder) if config.full else lora_parameters(encoder))
+        session.save_adapter = lambda folder: save_adapter(encoder, folder)
+        say(f"training {sum(p.numel() for p in net.parameters()):,} parameters of the policy and {sum(p.numel() for p in session.adapter.values()):,} "
+            f"{'' if config.full else 'of LoRA '}in {sum(p.numel() for p in encoder.vision.parameters()):,} of the vision tower")
+    say(live_memory(session, encoder, *(column[:2] for column in spread(cache, 32))))
+    return session, continuity
+
+
+def _features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncoder) -> LiveFeatures | SplitFeatures:
+    """Live ones of the cache's samples: from its pictures, or on a split cache from its hidden states."""
+    if cache.boundary is not None:
+        return split_features(config, cache, encoder)
+    require_encoder(encoder, cache.fingerprint["encoder"], f"cache {cache.path}")
+    sources = sources_of(cache, config.sources)
+    require_sources(cache, sources)
+    return LiveFeatures(encoder, cache, sources, config.memory_gib)
+
+
+def _require_no_jump(continuity: Continuity, cache: Cache, say: Callable[[str], None]) -> None:
     say(f"loss on one batch before the first step: {continuity.cached_loss:.6f} from the cache, {continuity.live_loss:.6f} live "
         f"(features differ by at most {continuity.feature_error:.2g}, their RMS is {continuity.feature_scale:.2g})")
     if continuity.jump > MAX_JUMP or continuity.difference > MAX_DIFFERENCE:
         raise UserError(f"the loss would jump from {continuity.cached_loss:.6f} to {continuity.live_loss:.6f}, and live features differ "
                         f"by {continuity.difference:.2g} of their RMS: they are not those of cache {cache.path}; run "
                         f"`dvla cache verify {cache.path} --live 32`")
-    documents = policy_document(net, cache, config.train)
-    documents["encoder"]["spec"] = dataclasses.asdict(encoder.spec)
-    session = Session(config.train, cache, net, documents, features=live, live=True, on_log=on_log, say=say, world=world,
-                      stage_three={"start": config.start, "lora": config.lora and dataclasses.asdict(config.lora)})
-    if config.lora is not None:
-        session.adapter = dict(lora_parameters(encoder))
-        session.save_adapter = lambda folder: save_lora(encoder, folder)
-        say(f"training {sum(p.numel() for p in net.parameters()):,} parameters of the policy and "
-            f"{sum(p.numel() for p in session.adapter.values()):,} of LoRA in {sum(p.numel() for p in encoder.vision.parameters()):,} of the vision tower")
-    return session, continuity
 
 
 @torch.no_grad()
-def compare(net: PolicyNet, cache: Cache, live: LiveFeatures, config: TrainConfig, count: int = 32) -> Continuity:
-    """Loss of `count` samples spread evenly over the datasets, from the cache and live; same weights, same noise."""
-    pairs = [(d, row) for d, table in enumerate(cache.datasets)
-             for row in table.frame_of(np.linspace(0, table.observations - 1, max(1, count // len(cache.datasets))).astype(int)).tolist()
-             if not table.quarantined[table.episode_of(torch.tensor([row]).numpy())[0]]]
-    ids, rows = (torch.tensor(column).numpy() for column in zip(*pairs))
+def compare(net: PolicyNet, cache: Cache, live: LiveFeatures | SplitFeatures, config: FinetuneConfig, count: int = 32) -> Continuity | None:
+    """Loss of `count` samples spread evenly over the datasets, from the cache and live; same weights, same noise. On a split cache against
+    the run's own cache, or the sources; None without these."""
+    ids, rows = spread(cache, count)
     horizon, device = net.config.dit.horizon, next(net.parameters()).device
-    cached = gather(cache, ids, rows, horizon).to(device)
-    again = live(gather(cache, ids, rows, horizon, features=False).to(device), torch.zeros(len(rows), dtype=torch.bool).numpy())
+    if isinstance(live, SplitFeatures):
+        found = same_samples(config, cache, live, ids, rows, horizon)
+        if found is None:
+            return None
+        cached, again = found
+    else:
+        cached = gather(cache, ids, rows, horizon).to(device)
+        again = live(gather(cache, ids, rows, horizon, features=False).to(device), np.zeros(len(rows), bool))
 
     def loss(batch: FeatureBatch) -> float:
-        return training_step(net, batch, config, noise_generator(config.seed, 0, 2)).total.item()
+        return training_step(net, batch, config.train, noise_generator(config.train.seed, 0, 2)).total.item()
 
     seen = cached.token_mask[..., None]
     error = (cached.tokens.float() - again.tokens.float()).masked_fill(~seen, 0)            # [B,L,D]
     scale, rms = (x.masked_fill(~seen, 0).float().square().mean().sqrt().item() for x in (cached.tokens, error))
     return Continuity(loss(cached), loss(again), error.abs().max().item(), scale, rms / max(scale, 1e-12))
+
+
+def spread(cache: Cache, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(dataset, frame row) int64 of about `count` samples, two at least, spread evenly over the datasets; none in quarantine."""
+    pairs = [(d, row) for d, table in enumerate(cache.datasets)
+             for row in table.frame_of(np.linspace(0, table.observations - 1, max(1, count // len(cache.datasets))).astype(int)).tolist()
+             if not table.quarantined[table.episode_of(np.array([row]))[0]]]
+    ids, rows = np.array(pairs if len(pairs) > 1 else pairs * 2, np.int64).T
+    return ids, rows
+
+
+def _mixed(features: Features, config: TrainConfig, world: World) -> Features:
+    """A tower in float32 computes as the settings' precision says; frozen ones and those under LoRA have a dtype of their own."""
+    def mixed(batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray) -> FeatureBatch:
+        with autocast(config, world.device):
+            return features(batch, masked, variant)
+
+    return mixed
+
+
+def _in_float32(document: dict[str, Any]) -> dict[str, Any]:
+    """policy.json of the same policy with a VLM in float32: small steps of weights in bfloat16 would be lost in rounding."""
+    encoder = document["encoder"]
+    return {**document, "encoder": {**encoder, "spec": {**encoder["spec"], "dtype": "float32"}}}
 
 
 def require_sources(cache: Cache, sources: list[Any]) -> None:

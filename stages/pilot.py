@@ -85,6 +85,8 @@ class _Look:
 def plan_build(config: BuildConfig, pilot: PilotConfig = PilotConfig(), progress: Progress = lambda *_: None) -> Forecast:
     """Measure, and foretell the build of `config`; nothing stays on the disk. `UserError` for what `build` refuses."""
     check_settings(config)
+    if config.encoder.boundary is not None and (pilot.measure_model or pilot.train_rate is not None):
+        raise UserError("--train-samples-per-second is of the policy on features, and a cache with --boundary holds none; leave one of the two out")
     device = pick_device(config.device)
     earlier = Cache.open(config.out) if config.mode != "new" else None
     sources = open_sources(config.sources, config.dataset_config, config.views)
@@ -119,8 +121,9 @@ def plan_build(config: BuildConfig, pilot: PilotConfig = PilotConfig(), progress
         pooled_away(looks, encoder) if encoder.tokens < encoder.native_tokens else None,
         stride_change(looks, encoder) if plan.frame_stride > 1 else None)
     progress("pilot: done", 4, 4)
-    return forecast(plan, measured, free=free_nbytes(config.out), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    found = forecast(plan, measured, free=free_nbytes(config.out), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
                     parallel=_parallel(config.workers, device), overlap=device.type == "cuda", draws=pilot.draws, price=pilot.price, changed=changed)
+    return found if config.encoder.boundary is None else dataclasses.replace(found, boundary=config.encoder.boundary, break_even_epoch=None)
 
 
 def glance(source: Source, progress: Progress) -> DatasetPlan:

@@ -150,6 +150,7 @@ class Forecast:
     draws: int
     train_binds: str                # reading or model
     break_even_epoch: int | None    # the first after which the cache has cost no more than a live encoder; None: never
+    boundary: int | None = None     # n, where not features are stored but what enters the last n blocks: `train_samples` is by reading alone
 
     @property
     def fits(self) -> bool:

@@ -16,8 +16,9 @@ import torch
 from ..batch import UNIFIED_DIM, FeatureBatch
 from ..cache import fingerprint as fp
 from ..cache.actions import ActionMap
+from ..cache.adapters import load_adapter
 from ..cache.encoder import EncoderSpec, VisionLanguageEncoder, load_encoder
-from ..cache.lora import load_lora
+from ..cache.merged import put_weights
 from ..cache.normalize import Normalizer, Statistics
 from ..cache.sampling import mix
 from ..cache.store import CacheDataset
@@ -73,7 +74,7 @@ class Policy:
     def from_pretrained(cls, path: str | Path, *, dataset: str | None = None, environment: str | None = None,
                         device: torch.device | str = "cpu", blind: bool = False, seed: int = 0,
                         vlm_path: str | None = None, steps: int | None = None) -> Policy:
-        """Load a run's newest whole checkpoint, a checkpoint folder, or `RUN/checkpoints/best`.
+        """Load a run's newest whole checkpoint, a checkpoint folder, `RUN/checkpoints/best`, or what `dvla export` wrote.
 
         `steps`: forward passes per action of a flow or diffusion head, in place of those it was trained for.
         `dataset` or `environment` chooses the robot where the policy was trained on several. `blind=True` shows it black
@@ -173,13 +174,15 @@ def choose_dataset(datasets: Sequence[Mapping[str, Any]], name: str | None, envi
 
 def load_policy_encoder(folder: Path, document: Mapping[str, Any], device: torch.device | str = "cpu",
                         vlm_path: str | None = None) -> VisionLanguageEncoder:
-    """The encoder a checkpoint belongs to, with its adapter; refuses other weights, naming the differing fields."""
+    """The encoder a checkpoint belongs to, with its adapter, or the weights it was merged into; refuses other weights, naming the differing fields."""
     spec = from_mapping(EncoderSpec, document["encoder"]["spec"], "policy.json")
     spec = dataclasses.replace(spec, path=vlm_path) if vlm_path else spec
     encoder = load_encoder(spec, device)
+    if (folder / "vision.safetensors").is_file():       # of an exported policy: what features owe to fine-tuning is in them
+        put_weights(encoder, ck.load_tensors(folder, "vision"), document["encoder"]["fingerprint"]["adapter"], str(folder / "vision.safetensors"))
     require_encoder(encoder, document["encoder"]["fingerprint"], f"checkpoint {folder}")
     if (folder / "adapter").is_dir():
-        load_lora(encoder, folder / "adapter", trainable=False)
+        load_adapter(encoder, folder / "adapter")
     return encoder
 
 

@@ -30,7 +30,10 @@ def open_cache(config: TrainConfig) -> Cache:
 
 def require_trainable(config: TrainConfig, cache: Cache, live: bool = False) -> None:
     """`UserError` naming the setting that `cache` (or this machine) cannot honour. `live`: features are computed at each step, so
-    the cache need not hold augmented ones."""
+    the cache need not hold augmented ones, nor features at all."""
+    if cache.boundary is not None and not live:
+        raise UserError(f"cache {cache.path} holds no features but what enters the last {cache.boundary} blocks of the vision tower (--boundary), for "
+                        "`dvla finetune --lora --from-cache`; to train from features build a cache without --boundary")
     if config.image_aug and not live:
         require_variants(cache)
     dit, usable = dit_config(config.model_size, **config.dit), [~d.quarantined for d in cache.datasets]

@@ -21,7 +21,7 @@ from .strategies import Replicas, place, whole
 from .train_config import TrainConfig
 
 FREE = ("out", "local", "local_gib", "device", "threads", "log_every", "eval_every", "eval_batches", "save_every", "keep_last", "keep_best",
-        "wandb", "compile", "attention", "strategy")
+        "wandb", "gradient_checkpointing", "compile", "attention", "strategy")
 """Settings that may change when a run goes on: they do not change what is learnt."""
 FRESH: dict[str, Any] = {"step": 0, "offset": 0, "first_loss": None, "loss": None, "metrics": {}, "best": None}
 

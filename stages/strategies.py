@@ -26,14 +26,15 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")   # AdamW's state of one parameter
 
 
 def parameter_groups(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups by learning rate (DiT, projector, VLM) and weight decay (the policy's matrices only)."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """AdamW's groups by learning rate (DiT, projector, VLM) and weight decay (the policy's matrices only); `halved`: the steps from each of
+    which on a group's rate is half of what it was."""
+    groups: dict[tuple[float, float, tuple[int, ...]], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         adapter = name.startswith("adapter.")
         scale = config.vlm_lr_scale if adapter else config.projector_lr_scale if name.startswith("proj_") else 1.0
         decay = config.weight_decay if parameter.ndim >= 2 and not adapter else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
-    return [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
+        groups.setdefault((scale, decay, config.vlm_lr_halved if adapter else ()), []).append(parameter)
+    return [{"params": p, "lr_scale": scale, "weight_decay": decay, "halved": halved} for (scale, decay, halved), p in groups.items()]
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,8 +84,8 @@ class Replicas:
 
     def clip(self, limit: float) -> float:
         """Average what gradients are not averaged yet, scale all to a global norm of at most `limit`; returns the norm before."""
-        if self.world.size > 1 and self.session.adapter:       # in the VLM, outside the module
-            adapter = list(self.session.adapter.values())
+        adapter = [p for p in self.session.adapter.values() if p.requires_grad]     # in the VLM, outside the module
+        if self.world.size > 1 and adapter:
             flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in adapter])
             dist.all_reduce(flat)
             for p, grad in zip(adapter, (flat / self.world.size).split([p.numel() for p in adapter])):

@@ -29,6 +29,7 @@ from ..drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..drifting.queues import ChunkQueues
 from ..errors import UserError
 from . import checkpoint as ck
+from .adapted import start_from
 from .distributed import ALONE, World, join
 from .held_out import evaluate
 from .loop_tools import Meter, banner, kernel_threads, memory_errors, prepare, signals, thaw
@@ -71,7 +72,10 @@ def train(config: TrainConfig, on_log: Callable[[dict[str, Any]], None] = lambda
     require_trainable(config, cache)    # before a run folder is made
     with join(config.device) as world:
         torch.manual_seed(config.seed)
-        net = policy_net(config, cache).to(world.device)
+        net = policy_net(config, cache)
+        if config.init is not None and not ck.checkpoints(Path(config.out)):
+            start_from(config, cache, net, say if world.main else lambda _: None)
+        net.to(world.device)
         return run(Session(config, cache, net, policy_document(net, cache, config), on_log=on_log, say=say, world=world), stop_after)
 
 
@@ -123,7 +127,7 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
         while step < last and not ending:
             rate = learning_rate(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"]
+                group["lr"] = rate * group["lr_scale"] * 0.5 ** sum(step >= at for at in group["halved"])
             if thaw(named, config.unfreeze, step):
                 shared.share()
             meter.begin(loader.wait_seconds)

@@ -21,7 +21,8 @@ class OptimizerConfig:
 
     lr: float = 4e-4                # peak learning rate of the DiT
     projector_lr_scale: float = 0.5  # projector's rate = lr × this
-    vlm_lr_scale: float = 0.1       # LoRA's rate = lr × this (stage three)
+    vlm_lr_scale: float = 0.1       # the VLM's rate (LoRA or tower) = lr × this (stage three)
+    vlm_lr_halved: tuple[int, ...] = ()     # steps from each of which on the VLM's rate is half of what it would be
     weight_decay: float = 1e-4      # on matrices; vectors have none
     betas: tuple[float, ...] = (0.9, 0.95)
     warmup: int = 500               # steps
@@ -34,6 +35,8 @@ class OptimizerConfig:
         require("optimizer.clip", self.clip, above=0)
         if len(self.betas) != 2:
             raise UserError(f"optimizer.betas is {list(self.betas)}; AdamW has two, e.g. [0.9, 0.95]")
+        for step in self.vlm_lr_halved:
+            require("each step of optimizer.vlm_lr_halved", step, at_least=1)
         for value in (*self.betas, self.ema):
             require("each of optimizer.betas and optimizer.ema", value, at_least=0, below=1)
 
@@ -63,6 +66,7 @@ class TrainConfig:
 
     cache: str                              # cache folder, the folder of its WebDataset export, or a URL that fsspec knows
     out: str                                # run folder
+    init: str | None = None                 # run or checkpoint whose averaged weights the run starts from; None = from nothing
     model_size: str = "base"                # tiny, small, base, large
     dit: dict[str, Any] = field(default_factory=dict)   # overrides of the size's DiT fields, e.g. {"horizon": 8}
     steps: int = 10_000                     # optimiser steps
@@ -72,7 +76,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: ConditionMasking = field(default_factory=ConditionMasking)
-    image_aug: bool = False                 # draw pictures among the cache's augmented variants (--augment of the build)
+    image_aug: bool = False                 # half of the samples are seen augmented: by the cache's variants (--augment of the build), live by any
     temperature: float = 0.5                # a dataset's share of the samples is ∝ its size to this power: 1 by size, 0 all alike
     weights: dict[str, float] = field(default_factory=dict)     # dataset → its share in [0, 1], in place of the above
     order: Literal["global", "block", "sequential"] = "global"  # of samples: shuffled over all, in blocks of neighbours, as stored
@@ -94,6 +98,7 @@ class TrainConfig:
     cpu_threads: int = 0                    # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
     device: str = "auto"                    # auto, cpu, cuda
     precision: Literal["fp32", "bf16"] = "fp32"   # autocast of the forward pass
+    gradient_checkpointing: bool = False    # keep only what enters each block of the VLM and compute the rest again (stage three): less memory, slower
     compile: bool = False                   # torch.compile the network's blocks; needs a C++ compiler
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"    # kernel of the attention; the network is the same
     strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"  # of several processes: whole copies, shards of all, shards of AdamW's state
@@ -130,9 +135,14 @@ class FinetuneConfig:
     start: str                              # run or checkpoint of stage two
     sources: tuple[str, ...]                # the dataset folders or hub ids behind the cache
     train: TrainConfig                      # settings of the loop; cache, network and horizon are the start's own
-    lora: LoraSpec | None = None            # None = the VLM stays frozen but live
+    lora: LoraSpec | None = None            # None = the VLM stays frozen but live, or
+    full: bool = False                      # all of the vision tower is trained
     vlm_path: str | None = None             # where the VLM is now, if not where the cache was built from
     memory_gib: float = 2.0                 # room for decoded pictures
+
+    def __post_init__(self) -> None:
+        if self.full and self.lora is not None:
+            raise UserError("either LoRA or all of the vision tower is trained, not both")
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -98,7 +98,7 @@ def test_the_command_line_wins_over_the_recipe(dvla: Dvla, monkeypatch: pytest.M
 def test_finetune_takes_a_recipe_over_the_run(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def stop(start: Path, sources: tuple[str, ...], lora: Any, overrides: dict[str, Any], vlm_path: Any) -> None:
+    def stop(start: Path, sources: tuple[str, ...], lora: Any, overrides: dict[str, Any], *_: Any) -> None:
         seen.append(overrides)
         raise UserError("seen")
 
@@ -318,3 +318,22 @@ def test_a_resumed_bar_begins_where_the_run_does(monkeypatch: pytest.MonkeyPatch
 def test_the_pilot_on_a_gpu(cache: Path) -> None:
     found = dry_run(configure(cache, device="cuda", precision="bf16"))
     assert found.device.startswith("cuda") and found.peak == sum(found.memory.values())
+
+
+@pytest.mark.parametrize("options, lora, full", [((), True, False), (("--lora",), True, False), (("--frozen",), False, False), (("--vlm-mode", "lora"), True, False),
+                                                 (("--vlm-mode", "frozen"), False, False), (("--vlm-mode", "full"), False, True)])
+def test_what_is_trained_of_the_vlm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], lora: bool, full: bool) -> None:
+    seen: list[Any] = []
+
+    def stop(*given: Any) -> None:
+        seen.extend(given)
+        raise UserError("seen")
+
+    monkeypatch.setattr(finetune, "finetune_config", stop)
+    refused(dvla("finetune", "runs/a", "--source", "s", "--out", "R", *options), "seen")
+    assert (seen[2] is not None, seen[5]) == (lora, full)
+
+
+def test_vlm_modes_that_exclude_each_other(dvla: Dvla) -> None:
+    refused(dvla("finetune", "a", "--source", "s", "--out", "R", "--vlm-mode", "whole"), "unknown --vlm-mode 'whole'", "full")
+    refused(dvla("finetune", "a", "--source", "s", "--out", "R", "--vlm-mode", "full", "--lora"), "--lora is short for --vlm-mode lora; given as well: --vlm-mode full")

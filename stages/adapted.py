@@ -1,0 +1,79 @@
+"""The way back from stage three: a cache of the fine-tuned encoder's features, and training that goes on with its policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..cache import fingerprint as fp
+from ..cache.adapters import adapter_document
+from ..cache.encoder import EncoderSpec
+from ..cache.store import Cache
+from ..drifting.policy_net import PolicyNet
+from ..errors import UserError
+from ..settings import from_mapping
+from . import checkpoint as ck
+from .policy import describe_dataset
+from .train_config import TrainConfig
+
+
+def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
+    """The encoder that the stage-three policy `checkpoint` acts with, its adapter merged; with `overrides` (None = keep).
+
+    `UserError` for a checkpoint without an adapter.
+    """
+    folder = ck.resolve(checkpoint)
+    if not (folder / "adapter").is_dir():
+        raise UserError(f"{folder} holds no adapter, so its features are those of the cache it was trained from; give a run of "
+                        "`dvla finetune --vlm-mode lora` or `full`")
+    spec = from_mapping(EncoderSpec, ck.read_json(folder / "policy.json")["encoder"]["spec"], "policy.json")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if "boundary" in given:     # tokens and their kind are made above it
+        given = {"tokens": None, "features": "merged", **given}
+    return dataclasses.replace(spec, **given, adapters=(*spec.adapters, str((folder / "adapter").resolve())))
+
+
+def network_of(checkpoint: str | Path) -> dict[str, Any]:
+    """Settings of the network of a run's checkpoint, so that one need not repeat them; empty for one that is outside its run."""
+    settings = ck.resolve(checkpoint, lambda _: None).parent.parent / "config.json"
+    if not settings.is_file():
+        return {}
+    return {name: value for name, value in ck.read_json(settings).items() if name in ("model_size", "dit")}
+
+
+def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[[str], None]) -> None:
+    """Give `net` the averaged weights of the policy `config.init`. `UserError` when it saw other features than `cache` holds (the fields
+    are named), or has another network, head, or scale of actions."""
+    assert config.init is not None
+    folder = ck.resolve(config.init, say)
+    document = ck.read_json(folder / "policy.json")
+    seen = dict(document["encoder"]["fingerprint"])
+    if (folder / "adapter").is_dir():
+        seen["adapter"] = adapter_document(folder / "adapter")["adapter"]
+    ignore = {"dtype"}      # changes rounding, not what is computed
+    lines = fp.diff({k: v for k, v in cache.fingerprint["encoder"].items() if k not in ignore}, {k: v for k, v in seen.items() if k not in ignore})
+    if lines:
+        raise UserError(f"policy {folder} saw other features than cache {cache.path} holds: {_said('; '.join(lines[:6]), 'the cache has', 'the policy saw')}; "
+                        f"build a cache of what it sees with `dvla cache build … --adapter {config.init}`, or train without --init")
+    if document["conditions"]["blind"] != config.blind:
+        raise UserError(f"{folder} is a {'blind' if document['conditions']['blind'] else 'seeing'} policy; train it on as such, or without --init")
+    lines = fp.diff(dataclasses.asdict(net.config), document["net"])
+    if lines:
+        raise UserError(f"the network of {folder} is another than is to be trained: {_said('; '.join(lines[:6]), 'asked for', 'it has')}; "
+                        "leave --model-size and dit out, which are the policy's")
+    stored = {d["name"]: d for d in document["datasets"]}
+    for dataset in cache.datasets:
+        now, before = describe_dataset(dataset), stored.get(dataset.name)
+        different = [key for key in ("action_map", "state_map", "action_stats", "proprio_stats") if before is not None and before[key] != now[key]]
+        if different:
+            raise UserError(f"dataset {dataset.name} of cache {cache.path} has another {different[0]} than {folder} was trained with: its actions would "
+                            "mean something else; train without --init")
+    net.load_state_dict(ck.policy_tensors(folder, "ema"))
+    say(f"going on with the averaged weights of {folder}")
+
+
+def _said(lines: str, first: str, second: str) -> str:
+    """Lines of `fingerprint.diff` with other words for whose fields they are."""
+    return lines.replace("cache has", first).replace("this run asks", second)

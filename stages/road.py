@@ -1,0 +1,67 @@
+"""A road of `dvla` commands under one folder: each printed as one would type it, run once, and noted when it is done.
+
+`OUT/progress.json` holds the commands and how long the finished ones took; an interrupted road goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+
+from ..cache.shard import write_file
+from ..errors import UserError
+from . import checkpoint as ck
+
+
+@dataclass(frozen=True)
+class Step:
+    """One or more `dvla` commands that run at the same time, each on a core of its own."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+
+
+def travel(out: Path, road: Sequence[Step], perform: Callable[[Step], None], say: Callable[..., None], what: str) -> dict[str, float]:
+    """Print and `perform` every step that is not done yet; returns seconds by step. `UserError` when `out` holds something else than this
+    road, which the message calls `what`."""
+    done = _progress(out, road, what)
+    for step in road:
+        say("")
+        for i, command in enumerate(step.commands):
+            say(f"[bold]$ dvla {escape(shlex.join(command))}{' &' if i < len(step.commands) - 1 else ''}[/bold]")
+        if step.name in done:
+            say(f"done before, in {done[step.name]:.0f} s")
+            continue
+        began = time.perf_counter()
+        perform(step)
+        done[step.name] = time.perf_counter() - began
+        _note(out, road, done)
+    return done
+
+
+def _progress(out: Path, road: Sequence[Step], what: str) -> dict[str, float]:
+    """Seconds of the steps finished before; makes the folder."""
+    path = out / "progress.json"
+    if path.exists():
+        before = ck.read_json(path)
+        if before["road"] != _road(road):
+            raise UserError(f"{out} holds a {what} with other settings; choose another --out")
+        return before["seconds"]
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds other files; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    _note(out, road, {})
+    return {}
+
+
+def _note(out: Path, road: Sequence[Step], seconds: dict[str, float]) -> None:
+    write_file(out / "progress.json", ck.json_bytes({"road": _road(road), "seconds": seconds}))
+
+
+def _road(road: Sequence[Step]) -> list[list[list[str]]]:
+    return [[list(command) for command in step.commands] for step in road]
