@@ -112,7 +112,11 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
     check_settings(config)
     device = pick_device(config.device)
     report = BuildReport(config.out)
-    with terminable(), contextlib.ExitStack() as stack:
+    with terminable() as check, contextlib.ExitStack() as stack:
+        def told(name: str, done: int, total: int) -> None:
+            check()
+            progress(name, done, total)
+
         finish_exchange(config.out)
         earlier = None
         if config.mode != "new":
@@ -123,7 +127,7 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
         if earlier is not None and config.mode == "append":
             sources = sources_to_append(earlier, sources)
         encoder = load_encoder(config.encoder, device)
-        found = decide(config, sources, encoder, earlier, progress)
+        found = decide(config, sources, encoder, earlier, told)
         plan, reused, target = found.plan, found.reused, config.out
         if earlier is not None and found.unchanged:
             held.close()
@@ -134,7 +138,7 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
         begun = CacheWriter(target, plan, None)
         require_room(plan, target, [t for t in begun.missing() if not reused.whole(t, found.corpora[t.dataset].plan, plan)], begun.tables_missing())
         writer = stack.enter_context(CacheWriter.create_or_resume(target, found.fingerprint, plan))
-        manifest = _fill(config, writer, encoder, found.corpora, reused, report, progress)
+        manifest = _fill(config, writer, encoder, found.corpora, reused, report, told)
         if target != config.out:
             report.previous = exchange(config.out)
     report.frames, report.bytes = manifest["frames"], manifest["bytes"]

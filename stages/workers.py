@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -328,17 +328,32 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM, the warning of a walltime, acts like Ctrl-C: `KeyboardInterrupt`, so that everything is closed on the way out."""
+def terminable() -> Iterator[Callable[[], None]]:
+    """SIGTERM, the warning of a walltime, acts like Ctrl-C: `KeyboardInterrupt`, so that everything is closed on the way out.
+
+    Gives a check to be called now and then: where a signal came, but its exception was lost since it was raised in a finaliser
+    (Python drops those), it raises again.
+    """
     if threading.current_thread() is not threading.main_thread():   # handlers belong to the main thread
-        yield
+        yield lambda: None
         return
+    seen: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
+        seen.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def check() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if before[signal.SIGINT] is signal.SIG_IGN:     # started in the background: Ctrl-C is not for it
+        del before[signal.SIGINT]
+    for number in before:
+        signal.signal(number, interrupt)
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

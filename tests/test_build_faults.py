@@ -22,7 +22,7 @@ from dvla.cache.tiny_paligemma import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.settings import configs_dir, load_yaml
-from dvla.stages.workers import Job, make_unit
+from dvla.stages.workers import Job, make_unit, terminable
 
 from . import synthetic_cache as synthetic
 from .build_zygote import Zygote
@@ -248,6 +248,21 @@ def test_interrupted_builds_end_quietly(zygote: Zygote, recorded: dict[str, Path
     fault.unlink()
     if workers == "0":
         assert zygote.run(arguments=arguments) == 0 and tree(out) == whole
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_whose_exception_is_lost_ends_the_build_at_its_next_step() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    reached = []
+    with pytest.raises(KeyboardInterrupt), terminable() as check:
+        check()
+        Finalised()
+        reached.append("Python dropped it")
+        check()
+    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_workers_do_not_see_ctrl_c(zygote: Zygote) -> None:
