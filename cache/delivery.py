@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..batch import FeatureBatch
@@ -64,9 +65,10 @@ class BatchIterator:
 
     `offset` counts samples over all ranks; the batch after the one at `offset` is that at `offset + global_batch`."""
 
-    def __init__(self, cache: Cache, batch_size: int, horizon: int, features: bool, *, threads: int,
+    def __init__(self, cache: Cache, batch_size: int, horizon: int, features: bool, *, rank: int, threads: int,
                  prefetch: int, start: int, global_batch: int, device: torch.device | str | None, pinned: bool | None) -> None:
         self.wait_seconds, self._device = 0.0, torch.device(device or "cpu")
+        self._batch_size, self._rank = batch_size, rank
         on_cuda = self._device.type == "cuda"
         pinned = torch.cuda.is_available() if pinned is None else pinned
         self._assemble = Assembler(cache, batch_size, horizon, features, pinned or on_cuda, awaited=on_cuda)
@@ -122,6 +124,10 @@ class BatchIterator:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _positions(self, offset: int) -> np.ndarray:
+        """Positions [B] of this rank's batch whose global batch begins at `offset`."""
+        return offset + self._rank * self._batch_size + np.arange(self._batch_size)
 
     def _submit(self) -> None:
         self._coming.append(self._threads.submit(self._make, self._submitted))

@@ -105,7 +105,7 @@ class Loader(BatchIterator):
             require_variants(cache)
         self.cache, self.masking, self.seed = cache, masking or ConditionMasking(0.0, 0.0, 0.0), seed
         self._variants = 0 if not augment else cache.variants if features else LIVE_VARIANTS
-        self._batch_size, self._rank, self._start = batch_size, rank, start
+        self._start = start
         self._episodes = [_episodes(d, split, holdout, holdout_seed) for d in cache.datasets]
         self._ends = [np.cumsum(d.episode_observations[e]) for d, e in zip(cache.datasets, self._episodes)]
         self.sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]     # samples of each dataset
@@ -117,7 +117,7 @@ class Loader(BatchIterator):
         self._drawn: OrderedDict[int, Draws] = OrderedDict()
         self._draw_lock = threading.Lock()
 
-        super().__init__(cache, batch_size, horizon, features, threads=threads, prefetch=prefetch, start=start,
+        super().__init__(cache, batch_size, horizon, features, rank=rank, threads=threads, prefetch=prefetch, start=start,
                          global_batch=batch_size * world_size, device=device, pinned=pinned)
         self._ahead = ReadAhead(cache, self.order, self._assemble.files, self._draws_at, self._mine) if order == "block" and features else None
         self._begin()
@@ -146,10 +146,6 @@ class Loader(BatchIterator):
         if self._ahead is not None:
             self._ahead.need(self._positions(offset))
         return self._assemble(self._draws(offset))
-
-    def _positions(self, offset: int) -> np.ndarray:
-        """Positions [B] of this rank's batch whose global batch begins at `offset`."""
-        return offset + self._rank * self._batch_size + np.arange(self._batch_size)
 
     def _mine(self, position: np.ndarray) -> np.ndarray:
         """Which positions [n] this rank reads."""

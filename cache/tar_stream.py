@@ -59,10 +59,10 @@ class TarStream(BatchIterator):
         if len(self._tars) < world_size:
             raise UserError(f"{where} has {len(self._tars)} tars for {world_size} ranks; export it with a smaller --shard-size")
         self.sizes = [sum(e["nsamples"] for e in self._tars if e["dataset"] == d.name) for d in self.cache.datasets]
-        self._variants, self._buffer, self._rank, self._world = self.cache.variants * augment, buffer, rank, world_size
-        self._batch_size, self._by_name = batch_size, {d.name: i for i, d in enumerate(self.cache.datasets)}
+        self._variants, self._buffer, self._world = self.cache.variants * augment, buffer, world_size
+        self._by_name = {d.name: i for i, d in enumerate(self.cache.datasets)}
         self._samples = self._run(start // world_size)
-        super().__init__(self.cache, batch_size, horizon, True, threads=1, prefetch=prefetch, start=start,
+        super().__init__(self.cache, batch_size, horizon, True, rank=rank, threads=1, prefetch=prefetch, start=start,
                          global_batch=batch_size * world_size, device=device, pinned=None)
         self._begin()
 
@@ -78,9 +78,6 @@ class TarStream(BatchIterator):
         """As `Loader.close`."""
         super().close()
         self._samples.close()
-
-    def _positions(self, offset: int) -> np.ndarray:
-        return offset + self._rank * self._batch_size + np.arange(self._batch_size)
 
     def _flat(self, offset: int) -> torch.Tensor:
         dataset, row, held = [], [], self.cache.tars.held

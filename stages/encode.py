@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from ..batch import FeatureBatch
 from ..cache.augment import augment, frame_keys
-from ..cache.codec import dequantise
 from ..cache.encoder import VisionLanguageEncoder
 from ..cache.episode import Episode
 from ..cache.readers import Source
@@ -84,14 +83,6 @@ def augmented(images: np.ndarray, keys: np.ndarray, device: torch.device) -> tor
     pictures = pictures.clone()     # on the CPU it shares memory with `images`
     pictures[keys > 0] = augment(pictures[keys > 0], keys[keys > 0])
     return pictures
-
-
-def decoded(batch: FeatureBatch) -> FeatureBatch:
-    """The batch with 8-bit tokens decoded, on the device it is on, to the dtype of its text; others as they are."""
-    if batch.token_scale is None:
-        return batch
-    tokens = dequantise(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)     # [B,L,D]
-    return batch.replace(tokens=tokens, token_scale=None, channel_scale=None)
 
 
 def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache) -> FeatureBatch:

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..settings import from_mapping
 from .build import pick_device
 from .corpus import sources_of
-from .encode import LiveFeatures, decoded
+from .encode import LiveFeatures
 from .finetune import require_sources
 from .policy import require_encoder
 
@@ -64,7 +64,7 @@ def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: s
     square, scale, largest = 0.0, 0.0, 0.0
     for begin in range(0, len(rows), 16):
         part = slice(begin, begin + 16)
-        cached = decoded(gather(cache, ids[part], rows[part], 1))
+        cached = gather(cache, ids[part], rows[part], 1)
         with torch.inference_mode():
             again = features(gather(cache, ids[part], rows[part], 1, features=False), np.zeros(len(rows[part]), bool)).tokens.cpu()
         seen = cached.token_mask

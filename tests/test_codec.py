@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from dvla.cache.batches import decoded
 from dvla.cache.augment import augment, frame_keys
 from dvla.cache.codec import (CHANNEL_FLOOR, QUANTISED, Compression, FeatureFormat, average_pool, channel_scale, check_pooling, dequantise,
                               feature_format, quantise, relative_error)
@@ -19,7 +20,6 @@ from dvla.cache.loader import ConditionMasking, Loader, gather
 from dvla.cache.store import Cache
 from dvla.errors import UserError
 from dvla.settings import from_mapping
-from dvla.stages.encode import decoded
 from dvla.stages.distributed import ALONE
 from dvla.stages.session import open_loader
 from dvla.stages.train_config import TrainConfig
