@@ -10,8 +10,6 @@ Adapters can lie on each other: one that was trained on a tower into which anoth
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from torch import nn
 from ..errors import UserError
 from . import fingerprint as fp
 from .encoder import VisionLanguageEncoder
-from .lora import load_lora, merge_lora, save_lora
+from .guard import new_folder
+from .lora import load_lora, merge_lora, write_lora
 from .vlm_files import tensors_sha256
 
 IDENTITY, TOWER = "identity.json", "tower.safetensors"
@@ -38,23 +37,15 @@ def tower_parameters(encoder: VisionLanguageEncoder) -> Iterator[tuple[str, nn.P
 
 def save_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
     """Write the encoder's adapter, or without one its tower, into `folder`, which appears only when complete. `UserError` when it exists."""
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already; choose another folder or remove it")
-    part = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
+    with new_folder(Path(folder)) as part:
         if encoder.adapter is not None:
-            save_lora(encoder, part)
+            write_lora(encoder, part)
             adapted = encoder.adapted()
         else:
-            part.mkdir()
             tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in tower_parameters(encoder)}
             save_file(tensors, part / TOWER)
             adapted = _tower_identity(tensors, encoder)
         (part / IDENTITY).write_text(json.dumps({"base": base_identity(encoder), "adapter": adapted}, indent=1, sort_keys=True) + "\n")
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:

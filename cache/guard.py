@@ -1,13 +1,15 @@
-"""What guards a cache that is being written: one builder at a time, and a full disk that is named and loses nothing."""
+"""What guards a folder that is being written: it appears when it is complete, a cache has one builder at a time, and a full disk is named and
+loses nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -15,6 +17,21 @@ from ..errors import UserError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)     # full disk, used-up quota, limit of one file's size
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` when the block ends well. `UserError` when `out` exists."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another folder or remove it")
+    part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def lock_folder(path: Path) -> BinaryIO:

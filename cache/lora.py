@@ -12,8 +12,6 @@ this package.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import nn
 
 from ..errors import UserError
 from .encoder import VisionLanguageEncoder
+from .guard import new_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,17 +71,15 @@ def save_lora(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
 
     `UserError` when it exists; `ValueError` without an adapter.
     """
-    folder = Path(folder)
-    adapter = _require_adapter(encoder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already; choose another folder or remove it")
-    part = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
-        adapter.save_pretrained(part)
-        (part / "README.md").unlink(missing_ok=True)    # peft's model card template: nothing in it is filled in
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    _require_adapter(encoder)
+    with new_folder(Path(folder)) as part:
+        write_lora(encoder, part)
+
+
+def write_lora(encoder: VisionLanguageEncoder, folder: Path) -> None:
+    """The adapter's files, into a folder that is there. `ValueError` without an adapter."""
+    _require_adapter(encoder).save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)      # peft's model card template: nothing in it is filled in
 
 
 def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: bool = True) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .tiny_vlm import instructions, new_folder, write_json
+from .guard import new_folder
+from .tiny_vlm import instructions, write_json
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")       # ids 0 to 3, as Gemma's
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))

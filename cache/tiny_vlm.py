@@ -7,11 +7,7 @@ same spec gives the same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from .guard import new_folder
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -97,21 +94,6 @@ def make_tiny_qwen3vl(out: Path | str, spec: TinySpec = TinySpec()) -> Path:
         model.save_pretrained(part, max_shard_size=limit)
         _write_processors(part, spec)
     return Path(out)
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` when the block ends well. `UserError` when `out` exists."""
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another folder or remove it")
-    part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def instructions() -> list[str]:

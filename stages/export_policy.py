@@ -11,8 +11,6 @@ The frozen VLM itself is not copied: it is loaded from where it lay, or from `vl
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..cache.encoder import EncoderSpec, load_encoder
+from ..cache.guard import new_folder
 from ..cache.merged import changed_weights
 from ..cache.shard import write_file
 from ..drifting.losses import LossConfig
@@ -67,20 +66,16 @@ def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = 
     if vision is not None:
         tensors["vision"] = vision
     kept = {name: state[name] for name in ("step", "metrics") if name in state}
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    graphs: dict[str, Any] = {"difference": {}}
     try:
-        temporary.mkdir(parents=True)
-        graphs: dict[str, Any] = {"difference": {}}
-        if formats:
-            graphs = write_graphs(_net(document, tensors["ema"]), loss, formats, temporary)
-            write_file(temporary / "graph.json", ck.json_bytes(graphs))
-        ck.write_files(temporary, tensors, {"policy": document, "state": kept})
-        nbytes = sum(p.stat().st_size for p in temporary.iterdir())
-        os.rename(temporary, out)       # fails where another process made a folder there in the meantime
+        with new_folder(out) as part:
+            if formats:
+                graphs = write_graphs(_net(document, tensors["ema"]), loss, formats, part)
+                write_file(part / "graph.json", ck.json_bytes(graphs))
+            ck.write_files(part, tensors, {"policy": document, "state": kept})
+            nbytes = sum(p.stat().st_size for p in part.iterdir())
     except (OSError, SafetensorError) as error:     # the latter is what safetensors makes of the former
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}; choose another --out or make room") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return ExportedPolicy(out, kept["step"], nbytes, document["encoder"]["spec"]["path"], len(vision or ()), graphs["difference"])
 
 
