@@ -57,10 +57,9 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
     if not folder.is_dir():
         raise UserError(f"adapter {folder}, which makes these features with {encoder.spec.path}, is not there; put the checkpoint back in its place")
     if (folder / IDENTITY).is_file():
-        lines = fp.diff(adapter_document(folder)["base"], base_identity(encoder))
+        lines = fp.diff(adapter_document(folder)["base"], base_identity(encoder), "it has", "this one is")
         if lines:
-            raise UserError(f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}".replace("cache has", "it has")
-                            .replace("this run asks", "this one is"))
+            raise UserError(f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}")
     if not (folder / TOWER).is_file():
         load_lora(encoder, folder, trainable=False)
         return

@@ -15,7 +15,7 @@ from ..drifting.policy_net import PolicyNet
 from ..errors import UserError
 from ..settings import from_mapping
 from . import checkpoint as ck
-from .policy import describe_dataset
+from .policy import describe_dataset, encoder_differences
 from .train_config import TrainConfig
 
 
@@ -52,16 +52,15 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
     seen = dict(document["encoder"]["fingerprint"])
     if (folder / "adapter").is_dir():
         seen["adapter"] = adapter_document(folder / "adapter")["adapter"]
-    ignore = {"dtype"}      # changes rounding, not what is computed
-    lines = fp.diff({k: v for k, v in cache.fingerprint["encoder"].items() if k not in ignore}, {k: v for k, v in seen.items() if k not in ignore})
+    lines = encoder_differences(cache.fingerprint["encoder"], seen, was="the cache has", now="the policy saw")
     if lines:
-        raise UserError(f"policy {folder} saw other features than cache {cache.path} holds: {_said('; '.join(lines[:6]), 'the cache has', 'the policy saw')}; "
+        raise UserError(f"policy {folder} saw other features than cache {cache.path} holds: {'; '.join(lines[:6])}; "
                         f"build a cache of what it sees with `dvla cache build … --adapter {config.init}`, or train without --init")
     if document["conditions"]["blind"] != config.blind:
         raise UserError(f"{folder} is a {'blind' if document['conditions']['blind'] else 'seeing'} policy; train it on as such, or without --init")
-    lines = fp.diff(dataclasses.asdict(net.config), document["net"])
+    lines = fp.diff(dataclasses.asdict(net.config), document["net"], "asked for", "it has")
     if lines:
-        raise UserError(f"the network of {folder} is another than is to be trained: {_said('; '.join(lines[:6]), 'asked for', 'it has')}; "
+        raise UserError(f"the network of {folder} is another than is to be trained: {'; '.join(lines[:6])}; "
                         "leave --model-size and dit out, which are the policy's")
     stored = {d["name"]: d for d in document["datasets"]}
     for dataset in cache.datasets:
@@ -72,8 +71,3 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
                             "mean something else; train without --init")
     net.load_state_dict(ck.policy_tensors(folder, "ema"))
     say(f"going on with the averaged weights of {folder}")
-
-
-def _said(lines: str, first: str, second: str) -> str:
-    """Lines of `fingerprint.diff` with other words for whose fields they are."""
-    return lines.replace("cache has", first).replace("this run asks", second)

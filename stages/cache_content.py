@@ -176,8 +176,7 @@ def diff(a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Callable
     first, second = Cache.open(a), Cache.open(b)
     if samples < 1:
         raise UserError(f"--samples {samples}: give at least 1 frame to compare")
-    lines = [line.replace("cache has", "A has", 1).replace(", this run asks", ", B has", 1)
-             for line in fp.diff(_settings(first), _settings(second))]
+    lines = fp.diff(_settings(first), _settings(second), "A has", "B has")
     names = {d.name: d for d in second.datasets}
     only = [f"dataset {d.name} only in A" for d in first.datasets if d.name not in names]
     only += [f"dataset {name} only in B" for name in names if name not in {d.name for d in first.datasets}]

@@ -24,11 +24,10 @@ from ..cache.guard import new_folder
 from ..cache.merged import changed_weights
 from ..cache.shard import write_file
 from ..drifting.losses import LossConfig
-from ..drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..errors import UserError
 from ..settings import from_mapping
 from . import checkpoint as ck
-from .policy import load_policy_encoder
+from .policy import load_net, load_policy_encoder, read_document
 from .policy_graph import require_formats, write_graphs
 
 
@@ -55,9 +54,7 @@ def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = 
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; choose another --out or remove it")
     folder = ck.resolve(path, say)
-    document, state = ck.read_json(folder / "policy.json"), ck.read_json(folder / "state.json")
-    if document.get("format") != ck.POLICY_FORMAT:
-        raise UserError(f"{folder} has policy format {document.get('format')}, this version reads {ck.POLICY_FORMAT}")
+    document, state = read_document(folder), ck.read_json(folder / "state.json")
     loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
     formats = tuple(dict.fromkeys(formats))
     require_formats(formats, loss.kind)
@@ -70,7 +67,7 @@ def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = 
     try:
         with new_folder(out) as part:
             if formats:
-                graphs = write_graphs(_net(document, tensors["ema"]), loss, formats, part)
+                graphs = write_graphs(load_net(document, tensors["ema"]), loss, formats, part)
                 write_file(part / "graph.json", ck.json_bytes(graphs))
             ck.write_files(part, tensors, {"policy": document, "state": kept})
             nbytes = sum(p.stat().st_size for p in part.iterdir())
@@ -96,9 +93,3 @@ def _vision(folder: Path, document: dict[str, Any], vlm_path: str | None) -> tup
     alone = {"adapters": ()} if "adapters" in spec else {}      # those of the features that the policy was trained from lie in other runs
     weights = changed_weights(tuned, load_encoder(from_mapping(EncoderSpec, exact | alone, "policy.json")))
     return weights, {**document, "encoder": {"spec": spec | alone, "fingerprint": {**encoder["fingerprint"], "adapter": tuned.merged_adapter}}}
-
-
-def _net(document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> PolicyNet:
-    net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
-    net.load_state_dict(tensors)
-    return net

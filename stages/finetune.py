@@ -22,7 +22,7 @@ from ..cache.loader import gather
 from ..cache.lora import LoraSpec, add_lora, lora_parameters
 from ..cache.store import Cache
 from ..drifting.heads import DENOISING
-from ..drifting.policy_net import PolicyNet, PolicyNetConfig
+from ..drifting.policy_net import PolicyNet
 from ..errors import UserError
 from ..settings import from_mapping
 from . import checkpoint as ck
@@ -30,7 +30,7 @@ from .corpus import sources_of
 from .distributed import World, join
 from .encode import LiveFeatures
 from .memory import live_memory
-from .policy import load_policy_encoder, require_encoder
+from .policy import load_net, load_policy_encoder, require_encoder
 from .requirements import open_cache, require_trainable
 from .session import Features, Session, TrainReport, autocast, noise_generator
 from .split import SplitFeatures, above_boundary, same_samples, split_features
@@ -100,10 +100,9 @@ def _prepare(config: FinetuneConfig, world: World, on_log: Callable[[dict[str, A
     encoder = load_policy_encoder(start, _in_float32(document) if config.full else document, world.device, config.vlm_path)
     live = _features(config, cache, encoder)
     encoder.vision.recompute = config.train.gradient_checkpointing
-    net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
+    net = load_net(document, ck.policy_tensors(start, "ema"))
     if net.config.dit.denoising != (config.train.loss.kind in DENOISING):
         raise UserError(f"loss.kind is {config.train.loss.kind}, which the {document['loss']['kind']} head of {start} cannot go on with; leave it as it was")
-    net.load_state_dict(ck.policy_tensors(start, "ema"))
     net.to(world.device)
     if config.lora is not None:
         add_lora(encoder, config.lora)

@@ -82,14 +82,11 @@ class Policy:
         features came from (differing fields named).
         """
         folder = ck.resolve(path)
-        document = ck.read_json(folder / "policy.json")
-        if document.get("format") != ck.POLICY_FORMAT:
-            raise UserError(f"{folder} has policy format {document.get('format')}, this version reads {ck.POLICY_FORMAT}")
+        document = read_document(folder)
         robot = RobotInterface(choose_dataset(document["datasets"], dataset, environment))
         loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")     # older ones had one-step heads only
         loss = loss if steps is None else dataclasses.replace(loss, sample_steps=steps)
-        net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
-        net.load_state_dict(ck.policy_tensors(folder, "ema"))
+        net = load_net(document, ck.policy_tensors(folder, "ema"))
         encoder = load_policy_encoder(folder, document, device, vlm_path)
         blind = blind or document["conditions"]["blind"]
         return cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed, loss=loss)
@@ -153,6 +150,21 @@ class Policy:
         return self._text[instruction]
 
 
+def read_document(folder: Path) -> dict[str, Any]:
+    """policy.json of a checkpoint or an exported folder; `UserError` for one of another version."""
+    document = ck.read_json(folder / "policy.json")
+    if document.get("format") != ck.POLICY_FORMAT:
+        raise UserError(f"{folder} has policy format {document.get('format')}, this version reads {ck.POLICY_FORMAT}")
+    return document
+
+
+def load_net(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> PolicyNet:
+    """The network that policy.json describes, with these weights (`checkpoint.policy_tensors`)."""
+    net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
+    net.load_state_dict(tensors)
+    return net
+
+
 def choose_dataset(datasets: Sequence[Mapping[str, Any]], name: str | None, environment: str | None) -> Mapping[str, Any]:
     """The dataset entry whose robot the policy shall drive."""
     names = [d["name"] for d in datasets]
@@ -187,12 +199,12 @@ def load_policy_encoder(folder: Path, document: Mapping[str, Any], device: torch
 
 
 def require_encoder(encoder: VisionLanguageEncoder, fingerprint: Mapping[str, Any], what: str) -> None:
-    """`UserError` naming the differing fields unless the encoder (without adapter) is the one the features came from.
-
-    The dtype of the computation may differ: it changes rounding, not what is computed.
-    """
-    ignore = {"dtype"}
-    lines = fp.diff({k: v for k, v in fingerprint.items() if k not in ignore},
-                    {k: v for k, v in encoder.fingerprint().items() if k not in ignore})
+    """`UserError` naming the differing fields unless the encoder (without adapter) is the one the features came from."""
+    lines = encoder_differences(fingerprint, encoder.fingerprint())
     if lines:
         raise UserError(f"{what} belongs to another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; give the folder of the right one")
+
+
+def encoder_differences(a: Mapping[str, Any], b: Mapping[str, Any], **words: str) -> list[str]:
+    """`fingerprint.diff` of two encoders' fingerprints, but for the dtype of the computation: it changes rounding, not what is computed."""
+    return fp.diff(*({k: v for k, v in one.items() if k != "dtype"} for one in (a, b)), **words)

@@ -60,9 +60,9 @@ def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
         return dict(FRESH), None
     defaults = dataclasses.asdict(TrainConfig("", ""))      # what settings were that did not exist when the run began
     saved = _filled(ck.read_json(folder / "config.json"), json.loads(json.dumps(defaults)))
-    lines = fp.diff({k: v for k, v in saved.items() if k not in FREE}, {k: v for k, v in settings.items() if k not in FREE})
+    lines = fp.diff({k: v for k, v in saved.items() if k not in FREE}, {k: v for k, v in settings.items() if k not in FREE}, was="it has")
     if lines:
-        raise UserError(f"run {folder} was begun with other settings: {'; '.join(lines[:6]).replace('cache has', 'it has')}. "
+        raise UserError(f"run {folder} was begun with other settings: {'; '.join(lines[:6])}. "
                         "Choose another --out, or repeat its settings")
     found = ck.latest_whole(folder)
     if found is None:
