@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .cli_cache import Device, VlmPath
-from .errors import UserError
+from .errors import UserError, unknown
 from .stages.console import closing_line, console, progress_bars, size, training_lines
 
 # Options of both commands. None: the recipe's value, or the default (of `finetune`: the stage-two run's value).
@@ -127,7 +127,6 @@ def finetune_command(
     dvla finetune --lora runs/base --source data/push --source data/button --out runs/lora --steps 2000 --lr 1e-4
     """
     from .cache.lora import LoraSpec
-    from .errors import unknown
     from .stages.finetune import finetune, finetune_config
     from .stages.train_config import load_recipe
 
@@ -186,8 +185,6 @@ def cotrain_command(
 
 def _vlm_mode(given: str | None, lora: bool | None) -> str:
     """--vlm-mode, or what --lora or --frozen stand for."""
-    from .errors import unknown
-
     short = "lora" if lora is None or lora else "frozen"
     if given not in (None, "frozen", "lora", "full"):
         raise unknown("--vlm-mode", given, ["frozen", "lora", "full"])

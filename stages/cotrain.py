@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..cache.shard import write_file
 from ..errors import UserError
 from . import checkpoint as ck
 from .road import Step, travel
+from .tracking import read_log
 
 OWN = ("--out", "--from-cache", "--init", "--adapter", "--source", "--vlm", "--vlm-path", "--vlm-mode", "--lora", "--frozen", "--stop-after", "--dry-run",
        "--append", "--update")
@@ -107,11 +107,11 @@ def cotrain(config: CotrainConfig, run: Callable[[list[str]], None], say: Callab
 def summarise(config: CotrainConfig, seconds: dict[str, float]) -> dict[str, Any]:
     """What the loop measured: held-out errors of every run in their order, and the drift of every round."""
     runs = ["train-0", *(f"{kind}-{n}" for n in range(1, config.rounds + 1) for kind in ("lora", "train"))]
-    return {"seconds": seconds, "held_out_mse": {name: _held_out(config.out / name / "log.jsonl") for name in runs},
+    return {"seconds": seconds, "held_out_mse": {name: _held_out(config.out / name) for name in runs},
             "drift": [ck.read_json(config.out / f"drift-{n}.json")["drifts"] for n in range(1, config.rounds + 1)]}
 
 
-def _held_out(log: Path) -> float | None:
+def _held_out(run: Path) -> float | None:
     """The newest held-out error of a run; None where none was measured."""
-    found = [line["eval/mse"] for line in map(json.loads, log.read_text().splitlines()) if "eval/mse" in line]
+    found = [line["eval/mse"] for line in read_log(run) if "eval/mse" in line]
     return found[-1] if found else None

@@ -6,7 +6,6 @@ Everything lies under one folder: `data/`, `vlm/`, `cache/`, `stage2/`, `blind/`
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from . import checkpoint as ck
 from .envs import check_environment
 from .plots import loss_figure, success_figure
 from .road import Step, travel
+from .tracking import read_log
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def demo(out: Path, quick: bool, seed: int, run: Callable[[list[str]], None], sa
     summary = summarise(out, done, seed)
     write_file(out / "summary.json", ck.json_bytes(summary))
     stages = {"stage two": ck.read_json(out / "eval2" / "summary.json"), "stage three": ck.read_json(out / "eval3" / "summary.json")}
-    loss_figure({"stage two": out / "stage2" / "log.jsonl", "stage three (LoRA)": out / "stage3" / "log.jsonl"}, out / "loss.png")
+    loss_figure({"stage two": out / "stage2", "stage three (LoRA)": out / "stage3"}, out / "loss.png")
     success_figure(stages, out / "success.png")
     for folder in ("eval2", "eval3"):
         for picture in (out / folder / "videos").glob("*"):
@@ -131,16 +131,12 @@ def summarise(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]
     """`summary.json`: `tasks` is the result after stage three, `stages` has it after both."""
     manifest = ck.read_json(out / "cache" / "manifest.json")
     stages = {name: ck.read_json(out / folder / "summary.json")["tasks"] for name, folder in (("stage_two", "eval2"), ("stage_three", "eval3"))}
-    logs = {name: _log(out / folder / "log.jsonl") for name, folder in (("stage_two", "stage2"), ("stage_three", "stage3"))}
+    logs = {name: read_log(out / folder) for name, folder in (("stage_two", "stage2"), ("stage_three", "stage3"))}
     return {"wall_s": sum(seconds.values()), "seconds": seconds, "seed": seed, "frames": manifest["frames"],
             "cache_bytes": manifest["bytes"], "samples_per_second": logs["stage_two"][-1]["samples_per_second"],
             "loss": {name: [lines[0]["loss"], lines[-1]["loss"]] for name, lines in logs.items()},
             "held_out_mse": {name: lines[-1].get("eval/mse") for name, lines in logs.items()},
             "tasks": stages["stage_three"], "stages": stages}
-
-
-def _log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _arrow(pair: list[float]) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from .tracking import read_log
 
 COLOURS = {"stage two": "#0072B2", "stage three": "#D55E00", "expert": "#009E73", "blind": "#999999", "random": "#CC79A7"}   # Okabe-Ito
 
 
-def loss_figure(logs: dict[str, Path], path: Path) -> None:
-    """Training MSE and held-out MSE over steps, one panel per run."""
+def loss_figure(runs: dict[str, Path], path: Path) -> None:
+    """Training MSE and held-out MSE over steps, one panel per run folder."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(logs), 3.5), layout="constrained")
-    for axis, (name, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(5 * len(runs), 3.5), layout="constrained")
+    for axis, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
+        lines = read_log(run)
         axis.plot([e["step"] for e in lines], [e["mse"] for e in lines], label="training batch")
         held_out = [(e["step"], e["eval/mse"]) for e in lines if "eval/mse" in e]
         if held_out:

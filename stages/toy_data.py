@@ -86,6 +86,13 @@ def observations(n: int, generator: torch.Generator) -> Tensor:
     return 2 * torch.rand(n, OBSERVED, generator=generator) - 1
 
 
+def unseen(n: int, generator: torch.Generator) -> Tensor:
+    """[n,OBSERVED] to test with; the first, which is shown, is always the same, with shares of 70 and 30 %."""
+    observation = observations(n, generator)
+    observation[0] = torch.tensor([-0.5, *[0.0] * (OBSERVED - 1)])
+    return observation
+
+
 def neighbours(observation: Tensor, count: int) -> Tensor:
     """[n,count] int64: the nearest observations to each of `observation` [n,OBSERVED], itself first."""
     if count == 1:

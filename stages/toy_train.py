@@ -177,8 +177,7 @@ def train_actions(run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: i
     _descend(net, steps, 3e-3, loss_of, tick)
 
     test = torch.Generator().manual_seed(seed + 1_000_003)
-    observation = data.observations(tested, test)                               # [tested,o]
-    observation[0] = torch.tensor([-0.5, *[0.0] * (data.OBSERVED - 1)])         # the one that is shown; 70/30
+    observation = data.unseen(tested, test)                                     # [tested,o]
     noise = torch.randn(tested, draws, d, generator=test)                       # [tested,S,D]
     metrics = {}
     with torch.no_grad():
@@ -196,8 +195,7 @@ def train_actions(run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: i
 def expert_metrics(seed: int, tested: int = 64, draws: int = 256) -> dict[str, Any]:
     """What the expert itself would score with as many draws; the shape of `train_actions`'s answer."""
     test = torch.Generator().manual_seed(seed + 2_000_003)
-    observation = data.observations(tested, test)                               # [tested,o]
-    observation[0] = torch.tensor([-0.5, *[0.0] * (data.OBSERVED - 1)])
+    observation = data.unseen(tested, test)                                     # [tested,o]
     made = data.expert(observation.repeat_interleave(draws, 0), test).unflatten(0, (tested, draws))     # [tested,S,D]
     return {"kind": "expert", "seed": seed, "metrics": {1: dataclasses.asdict(data.mode_metrics(made, observation))},
             "shown": made[0, :SHOWN]}

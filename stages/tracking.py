@@ -93,6 +93,11 @@ class Tracker:
         self.close(failed=kind is not None)
 
 
+def read_log(run_folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl."""
+    return [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+
+
 def kept_lines(text: str, step: int) -> str:
     """The whole lines of a log.jsonl that belong to steps 1…`step`; a line torn by a crash is dropped."""
     kept = []
