@@ -34,9 +34,10 @@ from ..errors import UserError
 from .corpus import Corpus, Progress, located, make_tables, open_sources, read_corpus, sources_to_append
 from .generations import (Earlier, exchange, finish_exchange, next_generation, require_only_new, require_same_start, require_whole,
                           same_features)
+from .interrupts import terminable
 from .plan import require_room
 from .shard_job import Timing, run_unit
-from .workers import WorkerSpec, run_with_workers, terminable
+from .workers import WorkerSpec, run_with_workers
 
 TRANSFORM_VERSION = 2       # raised when the build writes other content from the same inputs
 SHARD_NBYTES = 256 << 20    # default size of a shard: large enough to stream, small enough to redo

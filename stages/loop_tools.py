@@ -1,4 +1,4 @@
-"""What the training loop uses besides mathematics: signals, threads, freezing, compiling, what it says."""
+"""What the training loop uses besides mathematics: threads, freezing, compiling, what it says."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -163,29 +161,3 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         needed = re.search(r"Tried to allocate ([0-9.]+ \w+)", str(error))
         raise UserError(f"{device} has too little memory{f' (a further {needed[1]} were asked for)' if needed else ''}: halve --batch-size and double "
                         "--grad-accumulation, or take fewer --draws, --precision bf16 or a smaller --model-size") from None
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """A list that is filled by SIGINT or SIGTERM, so that the loop ends after a whole step.
-
-    A second SIGINT acts as usual; a second SIGTERM does nothing, since a scheduler sends it to every process of a job and a launcher
-    then sends it on to those it started.
-    """
-    stopped: list[int] = []
-    if threading.current_thread() is not threading.main_thread():   # handlers belong to the main thread
-        yield stopped
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(number: int, frame: Any) -> None:
-        stopped.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    for s in before:
-        signal.signal(s, stop)
-    try:
-        yield stopped
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -32,7 +32,8 @@ from . import checkpoint as ck
 from .adapted import start_from
 from .distributed import ALONE, World, join
 from .held_out import evaluate
-from .loop_tools import Meter, banner, kernel_threads, memory_errors, prepare, signals, thaw
+from .interrupts import signals
+from .loop_tools import Meter, banner, kernel_threads, memory_errors, prepare, thaw
 from .policy import describe_dataset
 from .requirements import open_cache, require_trainable
 from .run_folder import begin, restore, save, settings_of, swapped

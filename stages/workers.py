@@ -1,22 +1,18 @@
 """Building with many processes: dask hands one unit of work (`layout.Unit`) at a time to workers that load the model once.
 
-Only this module imports dask. The file system is the truth: a worker reads the plan from the cache's fingerprint and commits its shards
-itself, so a lost worker, scheduler or parent loses nothing but the shards it was in the middle of. Letters: D feature width.
+The file system is the truth: a worker reads the plan from the cache's fingerprint and commits its shards itself, so a lost worker,
+scheduler or parent loses nothing but the shards it was in the middle of. Letters: D feature width.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import os
-import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +21,7 @@ import numpy as np
 from ..cache import fingerprint as fp
 from ..cache.layout import BuildPlan, Unit, read_json
 from ..errors import UserError
-from ..settings import load_yaml
+from .cluster import client_of
 from .generations import Earlier
 from .shard_job import Timing, run_unit
 
@@ -34,10 +30,6 @@ if TYPE_CHECKING:
     from ..cache.encoder import EncoderSpec, VisionLanguageEncoder
     from ..cache.readers import Source
     from .build import BuildConfig
-
-DEATHS = 3          # workers that one unit may kill, twice, before the build gives up on it
-WAIT_SECONDS = 60   # for the first worker of a scheduler that is said to run
-KEEP_SECONDS = 1    # between looks for workers that are lost for good
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,7 @@ def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequenc
     opened = {s.name: (s.location, dataclasses.replace(s.config, views=s.view_names)) for s in sources}
     job = Job(uuid.uuid4().hex, encoder, config.device, config.batch_size, opened, path.absolute(), channels,
               earlier.absolute() if earlier else None)
-    with _client(config.workers) as client:
+    with client_of(config.workers) as client:
         waiting, handed, running = list(reversed(units)), {}, as_completed([], loop=client.loop)
         again: set[Unit] = set()    # blamed once for dead workers: several that die at once pass a unit on, which then is blamed for all
 
@@ -206,154 +198,3 @@ def _device(asked: str) -> str:
         return asked
     name = get_worker().name
     return f"cuda:{name % torch.cuda.device_count()}" if isinstance(name, int) else "cuda:0"
-
-
-# --- the cluster ---------------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def _client(spec: WorkerSpec) -> Iterator[Any]:
-    """A client of the workers asked for. What dask would log on the terminal is raised as an error instead."""
-    import dask
-    from distributed import Client
-
-    settings = {"distributed.scheduler.allowed-failures": DEATHS - 1, "distributed.worker.daemon": True,
-                "distributed.comm.timeouts.connect": 30,
-                "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // max(1, spec.count)),
-                                                        "DASK_LOGGING__DISTRIBUTED": "critical"}}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(dask.config.set(settings))
-        stack.enter_context(_same_environment())
-        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-        stack.enter_context(_quiet())
-        with _interrupts_for_this_thread_only():
-            cluster = _cluster(spec, stack)
-            try:
-                client = stack.enter_context(Client(cluster, timeout=30, set_as_default=False))
-            except OSError as error:
-                raise UserError(f"no dask scheduler answers at {spec.scheduler} ({error}); start one with `dask scheduler`") from None
-        if spec.scheduler:
-            try:
-                client.wait_for_workers(1, timeout=WAIT_SECONDS)
-            except TimeoutError:
-                raise UserError(f"the dask scheduler at {spec.scheduler} has no worker; start some with `dask worker {spec.scheduler} "
-                                "--nthreads 1`") from None
-        # on the way out: a second Ctrl-C waits until everything is closed
-        stack.callback(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        yield client
-
-
-def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
-    if spec.scheduler:
-        return spec.scheduler
-    if spec.slurm:
-        try:
-            from dask_jobqueue import SLURMCluster
-        except ImportError:
-            raise UserError("--slurm needs dask-jobqueue; pip install 'dvla[slurm]'") from None
-        try:
-            cluster = stack.enter_context(SLURMCluster(**{"processes": 1, **load_yaml(Path(spec.slurm))}))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{spec.slurm} does not describe a Slurm cluster: {error}; see configs/launch/slurm.yaml") from None
-        jobs = max(1, spec.count)
-        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)     # unlike scale(), it asks again for a job that a walltime ended
-        return cluster
-    return _local_cluster(spec.count, stack)
-
-
-def _local_cluster(count: int, stack: contextlib.ExitStack) -> Any:
-    """Workers on this machine. dask replaces one that dies, but gives up where its successor dies while it starts: such a one is
-    started anew."""
-    from distributed import LocalCluster
-    from distributed.core import Status
-    from tornado.ioloop import PeriodicCallback
-
-    for _ in range(DEATHS):
-        with contextlib.suppress(RuntimeError):     # a first worker died while it started; dask has closed the others
-            cluster = stack.enter_context(LocalCluster(n_workers=count, threads_per_worker=1, processes=True, memory_limit=0,
-                                                       dashboard_address=":0",     # any free port; a fixed one warns when it is taken
-                                                       silence_logs=logging.CRITICAL))
-            break
-    else:
-        raise UserError(f"workers end while they start ({DEATHS} times; out of memory? see the system's log); give fewer --workers, and run "
-                        "the same command again")
-
-    def replace_lost() -> None:
-        if cluster.status == Status.running:
-            for name, nanny in list(cluster.workers.items()):
-                if nanny.status in (Status.closed, Status.failed):
-                    del cluster.workers[name]
-            cluster.scale(count)
-
-    keeper = PeriodicCallback(replace_lost, KEEP_SECONDS * 1000)
-    cluster.loop.add_callback(keeper.start)
-    stack.callback(cluster.loop.add_callback, keeper.stop)
-    return cluster
-
-
-@contextlib.contextmanager
-def _interrupts_for_this_thread_only() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal's foreground group. Threads started in here, and the workers that they start at
-    any time, never see it, so that only the main thread acts on it; one that comes meanwhile is delivered at the end."""
-    resource_tracker.ensure_running()   # it unblocks signals when it starts by itself
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _same_environment() -> Iterator[None]:
-    """Takes back what dask sets in this process's environment for the workers' sake."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[Callable[[], None]]:
-    """SIGTERM, the warning of a walltime, acts like Ctrl-C: `KeyboardInterrupt`, so that everything is closed on the way out.
-
-    Gives a check to be called now and then: where a signal came, but its exception was lost since it was raised in a finaliser
-    (Python drops those), it raises again.
-    """
-    if threading.current_thread() is not threading.main_thread():   # handlers belong to the main thread
-        yield lambda: None
-        return
-    seen: list[int] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if seen:
-            raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    if before[signal.SIGINT] is signal.SIG_IGN:     # started in the background: Ctrl-C is not for it
-        del before[signal.SIGINT]
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -34,6 +34,7 @@ from dvla.stages.train_config import TrainConfig
 from dvla.stages.verify import TOLERANCE, verify
 from safetensors.torch import load_file, save_file
 
+from .finetune_samples import caught_encoders
 from .lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 
 Recorded = dict[str, Path]      # kind of recording → folder
@@ -285,10 +286,8 @@ class StageThree:
 @pytest.fixture(scope="module")
 def stage_three(recorded: Recorded, stage_two: Path, tmp_path_factory: pytest.TempPathFactory) -> StageThree:
     """Four steps with LoRA without a stop."""
-    out, said, encoders = tmp_path_factory.mktemp("three") / "run", [], []
-    load = finetune_module.load_policy_encoder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_module, "load_policy_encoder", lambda *a: encoders.append(load(*a)) or encoders[0])
+    out, said = tmp_path_factory.mktemp("three") / "run", []
+    with caught_encoders() as encoders:
         report, continuity = finetune(again(recorded, stage_two, out), say=said.append)
     assert report.step == 4
     return StageThree(out, continuity, encoders[0], said)

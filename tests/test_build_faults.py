@@ -22,7 +22,8 @@ from dvla.cache.tiny_paligemma import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.settings import configs_dir, load_yaml
-from dvla.stages.workers import Job, make_unit, terminable
+from dvla.stages.interrupts import terminable
+from dvla.stages.workers import Job, make_unit
 
 from . import synthetic_cache as synthetic
 from .build_zygote import Zygote
@@ -269,8 +270,9 @@ def test_workers_do_not_see_ctrl_c(zygote: Zygote) -> None:
     """In a terminal the whole foreground group gets it. The worker that replaces a lost one does not see it either."""
     assert zygote.run(script="""
 import dask, os, signal
-from dvla.stages.workers import WorkerSpec, _client
-with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}), _client(WorkerSpec(1)) as client:
+from dvla.stages.cluster import client_of
+from dvla.stages.workers import WorkerSpec
+with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}), client_of(WorkerSpec(1)) as client:
     asked = lambda *call: client.submit(*call, pure=False).result()
     mask, first = (signal.pthread_sigmask, signal.SIG_BLOCK, ()), asked(os.getpid)
     print(signal.SIGINT in asked(*mask), signal.SIGINT in signal.pthread_sigmask(*mask[1:]))

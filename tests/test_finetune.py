@@ -22,7 +22,6 @@ from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.settings import from_mapping
 from dvla.stages import checkpoint as ck
-from dvla.stages import finetune as finetune_module
 from dvla.stages.adapted import adapted_spec
 from dvla.stages.build import BuildConfig, build
 from dvla.stages.cache_content import diff
@@ -34,6 +33,8 @@ from dvla.stages.train import train
 from dvla.stages.train_config import TrainConfig
 from dvla.stages.verify import verify
 from safetensors.torch import load_file
+
+from .finetune_samples import caught_encoders
 
 Recorded = dict[str, Path]
 TINY = TinySpec(vision_depth=3, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
@@ -95,10 +96,8 @@ class Full:
 @pytest.fixture(scope="module")
 def full(recorded: Recorded, stage_two: Path, tmp_path_factory: pytest.TempPathFactory) -> Full:
     """Four steps without a stop."""
-    out, said, encoders = tmp_path_factory.mktemp("full") / "run", [], []
-    load = finetune_module.load_policy_encoder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_module, "load_policy_encoder", lambda *a: encoders.append(load(*a)) or encoders[0])
+    out, said = tmp_path_factory.mktemp("full") / "run", []
+    with caught_encoders() as encoders:
         assert finetune(configure(recorded, stage_two, out, full=True), say=said.append)[0].step == 4
     return Full(out, encoders[0], said)
 

@@ -24,7 +24,8 @@ from dvla.settings import from_mapping
 from dvla.stages import checkpoint as ck
 from dvla.stages import train as train_module
 from dvla.stages.exchange import export
-from dvla.stages.loop_tools import memory_errors, signals
+from dvla.stages.interrupts import signals
+from dvla.stages.loop_tools import memory_errors
 from dvla.stages.session import Session
 from dvla.stages.train import learning_rate, policy_net, run, train
 from dvla.stages.train_config import TrainConfig, train_config
