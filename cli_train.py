@@ -109,7 +109,8 @@ def finetune_command(
     lora: Annotated[Optional[bool], typer.Option("--lora/--frozen", help="Short for --vlm-mode lora and --vlm-mode frozen.")] = None,
     lora_r: Annotated[int, typer.Option("--lora-r", help="Rank.")] = 16,
     lora_alpha: Annotated[float, typer.Option("--lora-alpha", help="The update is scaled by alpha / r.")] = 32.0,
-    lora_targets: Annotated[str, typer.Option("--lora-targets", help="attention or all-linear.")] = "attention",
+    lora_dropout: Annotated[float, typer.Option("--lora-dropout", help="Share of the adapter's input that is dropped in training.")] = 0.0,
+    lora_targets: Annotated[str, typer.Option("--lora-targets", help="qv (queries and values), attention or all-linear.")] = "attention",
     last_blocks: Annotated[Optional[int], typer.Option("--lora-last-blocks", help="Only the last n vision blocks; default: all, or those above the cache's boundary.")] = None,
     vlm_lr_scale: Annotated[Optional[float], typer.Option("--vlm-lr-scale", help="The VLM's learning rate as a share of --lr.")] = None,
     from_cache: Annotated[Optional[str], typer.Option("--from-cache", help="The run's cache, if it moved; or one built with "
@@ -130,10 +131,8 @@ def finetune_command(
     from .stages.finetune import finetune, finetune_config
     from .stages.train_config import load_recipe
 
-    if lora_targets not in ("attention", "all-linear"):
-        raise unknown("LoRA target", lora_targets, ["attention", "all-linear"])
     mode = _vlm_mode(vlm_mode, lora)
-    spec = LoraSpec(r=lora_r, alpha=lora_alpha, targets=lora_targets, last_n_blocks=last_blocks) if mode == "lora" else None
+    spec = LoraSpec(r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, last_n_blocks=last_blocks) if mode == "lora" else None
     given = {k: v for k, v in _overrides(locals()).items() if v is not None}
     config = finetune_config(start, tuple(source or ()), spec, {**(_dotted(load_recipe(recipe)) if recipe else {}), **given}, vlm_path, mode == "full")
     with progress_bars() as bar:

@@ -88,7 +88,8 @@ class LoraLayers:
     """Where LoRA may go in a family's `vision`, as regular expressions over module names."""
 
     block: str          # prefix of a block's layers, "{n}" for its number
-    attention: str      # linear layers of its attention
+    query_value: str    # linear layers of its attention that give queries and values
+    attention: str      # all linear layers of its attention
     mlp: str            # and of its MLP
     projection: str     # after the blocks
 

@@ -1,8 +1,8 @@
 """LoRA on the vision part of an encoder, through peft: add, save, load, merge.
 
-The target "attention" is every linear layer of each block's attention: `qkv` and `proj` in Qwen3-VL, whose queries, keys and values are
-one fused layer (so that LoRA on "q and v only" does not exist there); `q_proj`, `k_proj`, `v_proj` and `out_proj` in PaliGemma 2.
-"all-linear" adds both MLP layers of each block and the merger's or projector's, unless features are taken before it; the patch
+The target "qv" is queries and values of each block's attention. In Qwen3-VL these are one fused layer `qkv` with the keys: one matrix A
+serves both, and the rows of B that would change the keys stay zero. "attention" is every linear layer of the attention: `qkv` and
+`proj`, in PaliGemma 2 `q_proj`, `k_proj`, `v_proj` and `out_proj`. "all-linear" adds both MLP layers of each block and the merger's or projector's, unless features are taken before it; the patch
 convolution and the position embedding are never adapted. At the start the product B A is zero (B = 0): features equal the base
 model's exactly.
 
@@ -12,6 +12,7 @@ this package.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 from .encoder import VisionLanguageEncoder
 from .guard import new_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+TARGETS = ("qv", "attention", "all-linear")
+FUSED = "qkv"   # a layer of this name gives queries, keys and values, a third of its rows each
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class LoraSpec:
 
     r: int = 16                                                 # rank
     alpha: float = 32.0                                         # the update is scaled by alpha / r
-    dropout: float = 0.0                                        # on the adapter's input, in training
-    targets: Literal["attention", "all-linear"] = "attention"   # see above
+    dropout: float = 0.0                                        # on the adapter's input, in training (`lora_dropout`)
+    targets: Literal["qv", "attention", "all-linear"] = "attention"     # see above
     last_n_blocks: int | None = None                            # only the last n (and the projection); None = all
     seed: int = 0                                               # of the random matrices A
 
@@ -43,7 +47,9 @@ class LoraSpec:
         if self.r < 1:
             raise UserError(f"LoRA rank r is {self.r}; it must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"LoRA dropout is {self.dropout}; it must be in [0, 1)")
+            raise UserError(f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.targets not in TARGETS:
+            raise unknown("LoRA target", self.targets, TARGETS)
 
 
 def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
@@ -59,6 +65,32 @@ def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         encoder.set_adapter(get_peft_model(encoder.vision, config))
+    encoder.vision.eval()       # dropout works in `lora_dropout` only
+    for name, p in lora_parameters(encoder) if spec.targets == "qv" else ():
+        if f".{FUSED}.lora_B." in name:
+            p.register_hook(_without_keys)
+
+
+def _without_keys(gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient [3C,r] of a fused layer's B with zeros where the keys are: what begins at zero then stays there."""
+    third = len(gradient) // 3
+    return torch.cat([gradient[:third], torch.zeros_like(gradient[:third]), gradient[2 * third:]])
+
+
+@contextlib.contextmanager
+def lora_dropout(encoder: VisionLanguageEncoder, key: int) -> Iterator[None]:
+    """The adapter drops what its spec says, by a mask that depends on `key` alone: around a forward pass and its backward pass."""
+    layers = [m for name, m in encoder.vision.named_modules() if ".lora_dropout." in name and isinstance(m, nn.Dropout)]
+    device = encoder.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(key)
+        for layer in layers:
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.eval()
 
 
 def lora_parameters(encoder: VisionLanguageEncoder) -> Iterator[tuple[str, nn.Parameter]]:
@@ -109,6 +141,7 @@ def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: boo
             raise UserError(f"the adapter in {folder} does not fit this model: {name} {list(shape)}; "
                             f"give the checkpoint that it was trained on")
     encoder.set_adapter(PeftModel.from_pretrained(encoder.vision, str(folder), is_trainable=trainable))
+    encoder.vision.eval()
 
 
 def merge_lora(encoder: VisionLanguageEncoder) -> None:
@@ -126,8 +159,8 @@ def _target_pattern(spec: LoraSpec, encoder: VisionLanguageEncoder) -> str:
     if not 1 <= last <= depth:
         raise UserError(f"last_n_blocks is {last}, but the vision tower has {depth} blocks; give 1 to {depth}")
     block = layers.block.replace("{n}", "|".join(str(i) for i in range(depth - last, depth)))
-    if spec.targets == "attention":
-        return f"{block}{layers.attention}"
+    if spec.targets in ("qv", "attention"):
+        return f"{block}{layers.query_value if spec.targets == 'qv' else layers.attention}"
     inside = f"{block}({layers.attention}|{layers.mlp})"
     return inside if encoder.spec.features == "patch" else f"{inside}|{layers.projection}"
 

@@ -113,7 +113,7 @@ def _attend(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class PaliGemma2Encoder(VisionLanguageEncoder):
     """`language` is transformers' Gemma2Model without its embedding table, for `depth: language` only."""
 
-    lora_layers = LoraLayers(r"vision_tower\.vision_model\.encoder\.layers\.({n})\.", r"self_attn\.(q|k|v|out)_proj", r"mlp\.fc[12]",
+    lora_layers = LoraLayers(r"vision_tower\.vision_model\.encoder\.layers\.({n})\.", r"self_attn\.(q|v)_proj", r"self_attn\.(q|k|v|out)_proj", r"mlp\.fc[12]",
                              r"multi_modal_projector\.linear")
 
     def __init__(self, *args: Any, language: nn.Module | None = None) -> None:

@@ -32,7 +32,7 @@ CONFIG_FIELDS = ("depth", "hidden_size", "hidden_act", "intermediate_size", "num
 class Qwen3VLEncoder(VisionLanguageEncoder):
     """`vision` is transformers' Qwen3VLVisionModel without DeepStack."""
 
-    lora_layers = LoraLayers(r"blocks\.({n})\.", r"attn\.(qkv|proj)", r"mlp\.linear_fc[12]", r"merger\.linear_fc[12]")
+    lora_layers = LoraLayers(r"blocks\.({n})\.", r"attn\.qkv", r"attn\.(qkv|proj)", r"mlp\.linear_fc[12]", r"merger\.linear_fc[12]")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

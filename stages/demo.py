@@ -19,7 +19,7 @@ from ..cache.shard import write_file
 from ..errors import UserError
 from . import checkpoint as ck
 from .envs import check_environment
-from .plots import loss_figure, success_figure
+from .plots import loss_figure, success_figure, switch_figure
 from .road import Step, travel
 from .tracking import read_log
 
@@ -41,8 +41,8 @@ SHAPE = ("--model-size", "tiny", "--draws", "2", "--cond-mask-prob", "0", "--set
 FULL = DemoScale(
     tasks={"metaworld/button-press-topdown-v3": 40, "metaworld/drawer-open-v3": 40},
     train=(*SHAPE, "--batch-size", "64", "--lr", "1e-3", "--steps", "800", "--set", "eval_every=400", "--set", "save_every=200",
-           "--set", "log_every=100"),
-    finetune=("--batch-size", "16", "--lr", "2e-4", "--vlm-lr-scale", "1.0", "--steps", "100", "--set", "log_every=25",
+           "--set", "log_every=20"),
+    finetune=("--batch-size", "16", "--lr", "2e-4", "--vlm-lr-scale", "1.0", "--steps", "100", "--set", "log_every=5",
               "--set", "eval_every=50", "--set", "save_every=50"),
     episodes=20)
 QUICK = DemoScale(
@@ -90,6 +90,7 @@ def demo(out: Path, quick: bool, seed: int, run: Callable[[list[str]], None], sa
     write_file(out / "summary.json", ck.json_bytes(summary))
     stages = {"stage two": ck.read_json(out / "eval2" / "summary.json"), "stage three": ck.read_json(out / "eval3" / "summary.json")}
     loss_figure({"stage two": out / "stage2", "stage three (LoRA)": out / "stage3"}, out / "loss.png")
+    switch_figure(out / "stage2", out / "stage3", out / "switch.png")
     success_figure(stages, out / "success.png")
     for folder in ("eval2", "eval3"):
         for picture in (out / folder / "videos").glob("*"):
@@ -101,7 +102,7 @@ def demo(out: Path, quick: bool, seed: int, run: Callable[[list[str]], None], sa
         f"{_arrow(summary['loss']['stage_three'])}")
     say("Every rate is over the same unseen starts; blind is a policy trained the same way that never saw a picture. "
         "The toy VLM has random weights." + (" A quick demo shows that the road is whole, not that a policy learns." if quick else ""))
-    say(f"pictures and numbers: {out}/summary.json, loss.png, success.png, eval2_*.mp4, eval3_*.mp4")
+    say(f"pictures and numbers: {out}/summary.json, loss.png, switch.png, success.png, eval2_*.mp4, eval3_*.mp4")
     return summary
 
 

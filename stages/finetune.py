@@ -19,7 +19,8 @@ from ..cache import fingerprint as fp
 from ..cache.adapters import save_adapter, tower_parameters
 from ..cache.encoder import VisionLanguageEncoder
 from ..cache.loader import gather
-from ..cache.lora import LoraSpec, add_lora, lora_parameters
+from ..cache.lora import LoraSpec, add_lora, lora_dropout, lora_parameters
+from ..cache.sampling import mix
 from ..cache.store import Cache
 from ..drifting.heads import DENOISING
 from ..drifting.policy_net import PolicyNet
@@ -111,14 +112,18 @@ def _prepare(config: FinetuneConfig, world: World, on_log: Callable[[dict[str, A
     continuity = compare(net, cache, live, config)
     if continuity is not None:
         _require_no_jump(continuity, cache, say)
+        first = {"switch/cached_loss": continuity.cached_loss, "switch/live_loss": continuity.live_loss, "switch/feature_difference": continuity.difference}
     else:
+        first = {}
         say("the loss before the first step was not compared: the run's own cache is gone or holds other samples, and no --source was given")
     documents = policy_document(net, cache, config.train)
     spec = dataclasses.replace(encoder.spec, dtype=document["encoder"]["spec"].get("dtype", "auto"))
     documents["encoder"] = {"spec": dataclasses.asdict(spec), "fingerprint": document["encoder"]["fingerprint"]}
     features = _mixed(live, config.train, world) if config.full else live
-    session = Session(config.train, cache, net, documents, features=features, live=cache.boundary is None, on_log=on_log, say=say, world=world,
+    session = Session(config.train, cache, net, documents, features=features, live=cache.boundary is None, first=first, on_log=on_log, say=say, world=world,
                       stage_three={"start": config.start, "lora": config.lora and dataclasses.asdict(config.lora), **({"full": True} if config.full else {})})
+    if config.lora is not None and config.lora.dropout:
+        session.learning = lambda at: lora_dropout(encoder, int(mix(config.train.seed, 10, at, world.rank)) >> 1)
     if config.lora is not None or config.full:
         session.adapter = dict(tower_parameters(encoder) if config.full else lora_parameters(encoder))
         session.save_adapter = lambda folder: save_adapter(encoder, folder)

@@ -27,6 +27,28 @@ def loss_figure(runs: dict[str, Path], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def switch_figure(before: Path, after: Path, path: Path) -> None:
+    """Loss across the switch from stage two's run to stage three's: training batches of both, held-out error of both, and one and the same
+    batch through cached and live features before stage three's first step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axis = figure.subplots()
+    old, new = read_log(before), read_log(after)
+    end, first = old[-1]["step"], new[0]
+    for name, lines, offset in (("stage two", old, 0), ("stage three", new, end)):
+        axis.plot([offset + e["step"] for e in lines], [e["mse"] for e in lines], color=COLOURS[name], lw=1, label=f"{name}, training batches")
+        held_out = [(offset + e["step"], e["eval/mse"]) for e in lines if "eval/mse" in e]
+        if held_out:
+            axis.plot(*zip(*held_out), "o-", color=COLOURS[name], label=f"{name}, held-out episodes (averaged weights)")
+    axis.axvline(end, color="black", lw=0.8, ls=":")
+    found = (first.get("switch/cached_loss"), first.get("switch/live_loss"))
+    title = "the VLM comes back" if None in found else f"one batch, loss {found[0]:.5f} from the cache and {found[1]:.5f} live"
+    axis.set(title=f"The switch at step {end}: {title}", xlabel="step", ylabel="action MSE (normalised units)", yscale="log")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def success_figure(stages: dict[str, dict[str, Any]], path: Path) -> None:
     """Success with its 95 % interval per task: expert, each stage, blind, random. `stages`: name → summary of `dvla eval`."""
     from matplotlib.figure import Figure

@@ -61,7 +61,9 @@ class Session:
     live: bool = False                                      # `features` computes them, so the loader skips them
     stage_three: dict[str, Any] | None = None               # settings besides `config` that must not change on resume
     save_adapter: Callable[[Path], None] | None = None
+    learning: Callable[[int], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()     # around features and step of the batch at a position
     adapter: dict[str, torch.nn.Parameter] = field(default_factory=dict)    # trained VLM parameters by name
+    first: dict[str, float] = field(default_factory=dict)   # what the log's first line says besides
     on_log: Callable[[dict[str, Any]], None] = lambda _: None
     say: Callable[[str], None] = print
     world: World = ALONE

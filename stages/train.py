@@ -136,8 +136,8 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
             total, suspect = 0.0, None
             for k in range(config.accumulate):
                 at = loader.state_dict()["offset"]
-                batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
-                with shared.batch(last=k == config.accumulate - 1):
+                with session.learning(at), shared.batch(last=k == config.accumulate - 1):
+                    batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
                     result = training_step(shared.module, batch, config, noise_generator(config.seed, step * config.accumulate + k, 0, device), world,
                                            session.queues)
                     shared.backward(result.total / config.accumulate)
@@ -164,7 +164,7 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
             if due or step % config.log_every == 0 or step in (1, config.steps):
                 numbers = world.mean(*(x.item() for x in (result.mse, result.drift, result.scale, *result.mean_square)))
                 line = {"step": step, "loss": loss, **dict(zip(("mse", "drift", "scale"), numbers)), "mean_square": numbers[3:], "grad_norm": norm, "lr": rate,
-                        **meter.line(batch), **({f"eval/{name}": v for name, v in metrics.items()} if due else {})}
+                        **meter.line(batch), **(session.first if step == 1 else {}), **({f"eval/{name}": v for name, v in metrics.items()} if due else {})}
                 if tracker is not None:
                     tracker.log(line)
                 session.on_log(line)

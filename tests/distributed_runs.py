@@ -1,7 +1,7 @@
 """Trainings in several processes, for test_train_distributed.py: `python -m torch.distributed.run … distributed_runs.py JSON`.
 
-The JSON is a list of runs, each a training configuration with optional "stop_after" and "signal" (a rank and a step: that rank gets
-SIGTERM when it has done the step). Every process does all of them in turn; rank 0 writes what each reported to `OUT.report`.
+The JSON is a list of runs, each a training configuration with optional "stop_after", "signal" (a rank and a step: that rank gets
+SIGTERM when it has done the step) and "finetune" (the configuration of stage three around it). Every process does all of them in turn; rank 0 writes what each reported to `OUT.report`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch.distributed as dist
 from dvla.errors import UserError
 from dvla.settings import from_mapping
 from dvla.stages import train as train_module
-from dvla.stages.train_config import TrainConfig
+from dvla.stages.finetune import finetune
+from dvla.stages.train_config import FinetuneConfig, TrainConfig
 
 
 def one(job: dict[str, Any]) -> dict[str, Any]:
     stop_after, when, said, steps = job.pop("stop_after", None), job.pop("signal", None), [], []
+    stage_three = job.pop("finetune", None)
     step = train_module.training_step
 
     def counted(*args: Any) -> Any:
@@ -33,7 +35,10 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
     train_module.training_step = counted
     try:
-        report = train_module.train(from_mapping(TrainConfig, job), say=said.append, stop_after=stop_after)
+        if stage_three is not None:
+            report, _ = finetune(from_mapping(FinetuneConfig, {**stage_three, "train": job}), say=said.append, stop_after=stop_after)
+        else:
+            report = train_module.train(from_mapping(TrainConfig, job), say=said.append, stop_after=stop_after)
         return {"step": report.step, "interrupted": report.interrupted, "said": said}
     except UserError as error:
         return {"error": str(error)}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dvla.cache import attention as attention_module
 from dvla.cache import encoder as encoder_module
 from dvla.cache.encoder import EncoderSpec, encoder_spec, load_encoder
-from dvla.cache.lora import LoraSpec, add_lora, load_lora, lora_parameters, merge_lora, save_lora
+from dvla.cache.lora import LoraSpec, add_lora, load_lora, lora_dropout, lora_parameters, merge_lora, save_lora
 from dvla.cache.preprocess import ImageSpec, pad_to_square, preprocess
 from dvla.cache.qwen3vl import EMBEDDING_NAME
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
@@ -422,7 +422,7 @@ def test_fingerprint_follows_what_features_depend_on(copied, encoder):
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("targets, last, layers", [("attention", None, 6), ("attention", 1, 2), ("all-linear", 2, 10)])
+@pytest.mark.parametrize("targets, last, layers", [("qv", None, 3), ("attention", None, 6), ("attention", 1, 2), ("all-linear", 2, 10)])
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(encoder, targets, last, layers):
     base, before = encoder.encode_images(pictures(3)), encoder.fingerprint()
     add_lora(encoder, LoraSpec(r=4, targets=targets, last_n_blocks=last))
@@ -432,9 +432,30 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(encoder, targets
     assert len(names) == 2 * layers
     assert ["vision." + n for n in names] == [n for n, p in encoder.named_parameters() if p.requires_grad]
     features.square().sum().backward()
-    assert all(p.grad.abs().sum() > 0 for n, p in lora_parameters(encoder) if "lora_B" in n)
+    gradients = {n: p.grad for n, p in lora_parameters(encoder) if "lora_B" in n}
+    assert all(g.abs().sum() > 0 for g in gradients.values())
+    for name, gradient in gradients.items():
+        if ".qkv." in name:
+            assert [bool(g.any()) for g in gradient.chunk(3)] == [True, targets != "qv", True]
     changed = encoder.fingerprint()
     assert [k for k in before if before[k] != changed[k]] == ["adapter"]
+
+
+def test_dropout_is_a_function_of_the_key_and_ends_with_the_step(encoder):
+    adapted = trained_adapter(encoder, LoraSpec(r=4, dropout=0.5))
+    state = torch.get_rng_state()
+
+    def dropped(key):
+        with lora_dropout(encoder, key):
+            return encoder.encode_images(pictures(3))
+
+    first, again, other = (dropped(key) for key in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, adapted)
+    assert torch.equal(encoder.encode_images(pictures(3)), adapted) and torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(UserError, match="dropout is 1; it must be"):
+        LoraSpec(dropout=1)
+    with pytest.raises(UserError, match="unknown LoRA target 'q'"):
+        LoraSpec(targets="q")
 
 
 def trained_adapter(encoder, spec):

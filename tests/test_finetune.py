@@ -237,6 +237,23 @@ def test_augmented_and_masked_fine_tuning_resumes_exactly(recorded: Recorded, st
     assert [n for n in first if not torch.equal(first[n], second[n])] == [] and any(not torch.equal(first[n], plain[n]) for n in first)
 
 
+def test_dropout_is_that_of_the_position(recorded: Recorded, stage_two: Path, tmp_path: Path) -> None:
+    """Resumed, and with blocks computed twice, a run draws the same masks; held-out samples are seen without."""
+    lora, found = dataclasses.replace(LORA, dropout=0.5, targets="qv"), {}
+    held = {"holdout": 0.34, "eval_every": 4, "eval_batches": 2}
+    for run, spec, stops, changes in (("straight", lora, (None,), {}), ("resumed", lora, (2, None), {}),
+                                      ("checkpointed", lora, (None,), {"gradient_checkpointing": True}), ("plain", dataclasses.replace(lora, dropout=0.0), (None,), {})):
+        for stop in stops:
+            report, _ = finetune(configure(recorded, stage_two, tmp_path / run, spec, accumulate=2, **held, **changes), say=quiet, stop_after=stop)
+        found[run] = tensors(tmp_path / run), report.eval_mse
+    first, error = found["straight"]
+    for run in ("resumed", "checkpointed"):
+        assert [n for n in first if not torch.equal(first[n], found[run][0][n])] == [] and found[run][1] == error
+    assert any(not torch.equal(first[n], found["plain"][0][n]) for n in first)
+    keys = [t.chunk(3)[1] for n, t in first.items() if n.endswith("qkv.lora_B.default.weight") and n.startswith("model")]
+    assert len(keys) == 3 and not any(k.any() for k in keys)
+
+
 def test_half_of_the_samples_are_augmented() -> None:
     drawn = draw_variants(3, np.arange(20000), 7)
     shares = np.bincount(drawn, minlength=8) / len(drawn)

@@ -326,7 +326,7 @@ def test_specs_and_the_fingerprint(checkpoint, copied, encoder):
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("features, targets, last, layers", [
-    ("merged", "attention", None, 12), ("merged", "attention", 1, 4), ("merged", "all-linear", 2, 13), ("patch", "all-linear", 2, 12)])
+    ("merged", "qv", None, 6), ("merged", "attention", None, 12), ("merged", "attention", 1, 4), ("merged", "all-linear", 2, 13), ("patch", "all-linear", 2, 12)])
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(checkpoint, features, targets, last, layers):
     encoder = load_encoder(spec_of(checkpoint, features=features))
     base, before = encoder.encode_images(pictures(3)), encoder.fingerprint()

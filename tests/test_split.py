@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from dvla.stages.finetune import finetune, finetune_config
 from dvla.stages.policy import Policy
 from dvla.stages.session import noise_generator
 from dvla.stages.split import SplitFeatures
+from dvla.stages.tracking import read_log
 from dvla.stages.train import policy_net, train, training_step
 from dvla.stages.train_config import TrainConfig
 from dvla.stages.verify import TOLERANCE, verify
@@ -226,6 +230,9 @@ def test_it_learns_what_the_live_tower_learns(recorded: dict[str, Path], stage_t
     assert finetune(config, say=quiet, stop_after=2)[0].step == 2
     report, continuity = finetune(config, say=quiet)
     assert report.step == 4 and report.eval_mse is not None and continuity.jump < 1e-3 and 0 < continuity.difference <= TOLERANCE["float16"]
+    lines = read_log(tmp_path / "split")        # the first says what was compared, also of a resumed run
+    assert (lines[0]["switch/cached_loss"], lines[0]["switch/live_loss"]) == (continuity.cached_loss, continuity.live_loss)
+    assert not any("switch/live_loss" in line for line in lines[1:])
     live = finetune_config(stage_two, (str(recorded["h264"]),), LORA, {"out": str(tmp_path / "live"), "steps": 4, **masking})
     assert finetune(live, say=quiet)[0].eval_mse == pytest.approx(report.eval_mse, rel=1e-2)
     start, ours, theirs = (tensors(run) for run in (stage_two, tmp_path / "split", tmp_path / "live"))
@@ -243,6 +250,28 @@ def test_it_learns_what_the_live_tower_learns(recorded: dict[str, Path], stage_t
     images = {view.name: next(view.frames(2, 3)) for view in episode.views}
     chunks = [policy.act(images, episode.instruction, episode.state[2]) for policy in policies]
     np.testing.assert_allclose(chunks[0], chunks[1], atol=0.1 * float(np.abs(chunks[1]).max()))
+
+
+def test_two_processes_learn_what_one_does(recorded: dict[str, Path], stage_two: Path, split: dict[str, Path], tmp_path: Path) -> None:
+    """On a split cache and live, with the doubled batch of one process."""
+    ways = {"split": on_split(stage_two, split, tmp_path / "split"),
+            "live": finetune_config(stage_two, (str(recorded["h264"]),), LORA, {"out": str(tmp_path / "live"), "steps": 4})}
+    jobs = []
+    for config in ways.values():
+        document = dataclasses.asdict(config)
+        jobs.append({**document.pop("train"), "out": config.train.out + "-two", "batch_size": 2, "finetune": document})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = str(Path(__file__).with_name("distributed_runs.py"))
+    done = subprocess.run([*launch, script, json.dumps(jobs)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, config in ways.items():
+        answers = json.loads((tmp_path / f"{name}-two.report").read_text())
+        assert [answer.get("step") for answer in answers] == [4, 4], answers
+        finetune(config, say=quiet)
+        ours, theirs = tensors(tmp_path / f"{name}-two"), tensors(tmp_path / name)
+        assert ours.keys() == theirs.keys() and any(n.startswith("adapter.") for n in ours)
+        for n, tensor in theirs.items():
+            assert (ours[n] - tensor).norm() <= 1e-3 * tensor.norm(), n     # Adam magnifies rounding where gradients are tiny
 
 
 def test_frozen_and_without_the_runs_own_cache(recorded: dict[str, Path], stage_two: Path, split: dict[str, Path], tmp_path: Path) -> None:

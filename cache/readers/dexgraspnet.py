@@ -103,6 +103,11 @@ class DexGraspNetSource(Source):
         known = self._names(self._folder(key) / "annotations").get(key % 1000)
         return f"grasp the {known}" if known else self.config.instruction
 
+    def centre_of(self, episode_id: int) -> np.ndarray:
+        """Where the origin of the target frame stands in the table's frame, [3] m; `CorruptEpisode` for damaged files."""
+        with _named(self.where(episode_id)):
+            return self._frame(episode_id // GRASPS_PER_OBJECT)[2]
+
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         key, k = divmod(episode_id, GRASPS_PER_OBJECT)
         with _named(where):
