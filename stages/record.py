@@ -7,6 +7,7 @@ evaluation can prove its starts unseen. While recording, everything lies in the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import importlib.util
@@ -42,6 +43,8 @@ class RecordConfig:
     seed: int = 0                # chooses the family of starts and the action noise
     split: Split = "train"       # "eval" starts are kept for evaluation
     noise: float = 0.1           # standard deviation of noise on executed actions, × the environment's `noise_scale`; labels stay clean
+    observation_noise: float = 0.0   # the same on recorded states, × the spread of each number over its episode; actions stay clean
+    pixel_noise: float = 0.0     # the same on recorded pictures, in grey levels of 255
     max_steps: int | None = None  # step limit of an attempt; None = the task's own
     extra_steps: int = 10        # steps recorded after success, so that staying at the goal is shown too
     keep_failures: bool = False  # keep attempts that did not reach success
@@ -66,6 +69,7 @@ class Demonstration:
     start: int
     start_vector: tuple[float, ...]
     success: bool
+    instruction: str
     images: dict[str, np.ndarray]   # view -> uint8 [T, S, S, 3]; empty after a rehearsal that failed
     state: np.ndarray               # [T, ds] float32
     action: np.ndarray              # [T, da] float32, noise-free
@@ -103,7 +107,8 @@ def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None 
             raise UserError(f"the expert of {config.env} solved only {succeeded} of {attempted} starts, "
                             f"{config.episodes} were asked for; lower --noise, raise --max-steps, or keep failures")
         provenance = {"environment": config.env, "split": config.split, "seed": config.seed, "starts": vectors,
-                      "start_numbers": starts, "noise": config.noise, "attempted": attempted, "succeeded": succeeded}
+                      "start_numbers": starts, "noise": config.noise, "observation_noise": config.observation_noise,
+                      "pixel_noise": config.pixel_noise, "attempted": attempted, "succeeded": succeeded}
         (partial / "dataset" / "meta" / "dvla.json").write_text(json.dumps(provenance, indent=1) + "\n")
         _refuse_existing(config.out)
         os.rename(partial / "dataset", config.out)
@@ -120,7 +125,27 @@ def demonstrate(env: Environment, start: int, config: RecordConfig) -> Demonstra
         rehearsed = _attempted(env, start, config, pictures=False)
         if not rehearsed.success:
             return rehearsed
-    return _attempted(env, start, config, pictures=True)
+    return with_observation_noise(_attempted(env, start, config, pictures=True), config)
+
+
+def with_observation_noise(demonstration: Demonstration, config: RecordConfig) -> Demonstration:
+    """What the robot saw, with Gaussian noise of the config's sizes, a pure function of (seed, start); actions stay as they are.
+
+    A state's number gets noise in proportion to its own standard deviation over the T steps, so none where it never changes.
+    """
+    rng = np.random.default_rng([config.seed, demonstration.start, 1])     # apart from the noise on actions
+    state, images = demonstration.state, demonstration.images
+    if config.observation_noise:
+        noise = rng.normal(0.0, config.observation_noise, state.shape) * state.std(axis=0)
+        state = (state + noise).astype(np.float32)
+    if config.pixel_noise:
+        images = {view: np.stack([_noisy(picture, rng, config.pixel_noise) for picture in pictures]) for view, pictures in images.items()}
+    return dataclasses.replace(demonstration, state=state, images=images)
+
+
+def _noisy(picture: np.ndarray, rng: np.random.Generator, levels: float) -> np.ndarray:
+    noisy = picture + rng.standard_normal(picture.shape, np.float32) * levels
+    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
 def _attempted(env: Environment, start: int, config: RecordConfig, pictures: bool) -> Demonstration:
@@ -139,13 +164,13 @@ def _attempted(env: Environment, start: int, config: RecordConfig, pictures: boo
         if step >= (env.max_steps - 1 if solved_at is None else solved_at + config.extra_steps):
             break
     images = {view: np.stack([o.images[view] for o in observations]) for view in env.views} if pictures else {}
-    return Demonstration(start, env.start_vector, solved_at is not None, images,
+    return Demonstration(start, env.start_vector, solved_at is not None, env.instruction, images,
                          np.stack([o.state for o in observations]), np.stack(actions))
 
 
 def _check(config: RecordConfig) -> None:
     check_environment(config.env, config.split, config.seed, config.image_size, config.max_steps)
-    for name, low in (("episodes", 1), ("workers", 1), ("extra_steps", 0), ("noise", 0)):
+    for name, low in (("episodes", 1), ("workers", 1), ("extra_steps", 0), ("noise", 0), ("observation_noise", 0), ("pixel_noise", 0)):
         if getattr(config, name) < low:
             raise UserError(f"{name} must be {low} or more, got {getattr(config, name)}")
     if config.image_size % 2:
@@ -224,19 +249,21 @@ class _Writer:
     """LeRobot's dataset writer, fed with whole demonstrations."""
 
     def __init__(self, config: RecordConfig, root: Path) -> None:
+        env = make_environment(config.env, config.split, config.seed, config.image_size, max_steps=config.max_steps)
+        if env.unrecordable:
+            env.close()
+            raise UserError(f"{config.env} cannot be recorded: {env.unrecordable}")
         from datasets import disable_progress_bars
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         from lerobot.datasets.video_utils import StreamingVideoEncoder
         disable_progress_bars()
         quiet_libav()
-        env = make_environment(config.env, config.split, config.seed, config.image_size, max_steps=config.max_steps)
         shape = (config.image_size, config.image_size, 3)
         features: dict[str, dict[str, Any]] = {
             f"observation.images.{view}": {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
             for view in env.views}
         for key, names in (("observation.state", env.state_names), ("action", env.action_names)):
             features[key] = {"dtype": "float32", "shape": (len(names),), "names": list(names)}
-        self._instruction = env.instruction
         self._dataset = LeRobotDataset.create(
             f"dvla/{Path(config.out).name}", fps=int(env.control_hz), features=features, root=root, use_videos=True,
             robot_type=env.robot_type, vcodec="h264")
@@ -251,7 +278,7 @@ class _Writer:
         for t in range(len(demonstration.action)):
             frame = {f"observation.images.{view}": images[t] for view, images in demonstration.images.items()}
             self._dataset.add_frame({**frame, "observation.state": demonstration.state[t],
-                                     "action": demonstration.action[t], "task": self._instruction})
+                                     "action": demonstration.action[t], "task": demonstration.instruction})
         self._dataset.save_episode()
 
     def close(self) -> None:

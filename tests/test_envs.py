@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -279,3 +281,83 @@ def test_recording_refuses_what_is_in_the_way(push, tmp_path):
         record(RecordConfig(PUSH, 2, tmp_path / "out", image_size=SIZE, max_steps=2, keep_failures=True), interrupt)
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+TWO_WAYS = "metaworld/reach-wall-two-ways"
+
+
+def follow(env, actions, noise: float = 0.0):
+    """(solved, touched, x of the hand beside the wall) of an episode of `actions` from where `env` is."""
+    rng, beside = np.random.default_rng(env.start), 0.0
+    for action in actions:
+        result = env.step(action + noise * rng.normal(size=4), render=False)
+        beside = env._obs[0] if abs(env._obs[1] - 0.75) < 0.02 else beside
+        if result.done:
+            return result.success, bool(result.info["touched"]), beside
+    raise AssertionError("the episode did not end")
+
+
+def test_two_ways_round_a_wall_and_their_mean_leads_into_it(push):
+    env = make_environment(TWO_WAYS, render=False)
+    for start in range(4):
+        env.reset(start)
+        solved, touched, beside = follow(env, (env.expert_action() for _ in range(200)), noise=0.2)
+        assert solved and not touched and np.sign(beside) == (1 if start % 2 else -1) and abs(beside) > 0.1
+        for side in (-1.0, 1.0):
+            env.reset(start)
+            assert follow(env, env.way(side))[:2] == (True, False)
+        # What regression tends to: at every state, the mean of what the two experts do there.
+        env.reset(start)
+        assert follow(env, (np.mean(both, axis=0) for both in zip(env.way(-1.0), env.way(1.0))))[:2] == (False, True)
+        env.reset(start)
+        assert follow(env, env.way(0.0))[:2] == (False, True)
+    # Who has touched the wall has failed, also when the goal is reached afterwards.
+    env.reset(0)
+    for _ in range(25):
+        env.step(np.array([0, 1, 0, -1]), render=False)
+    for _ in range(25):
+        env.step(np.array([0, -1, 0, -1]), render=False)
+    assert follow(env, env.way(1.0))[:2] == (False, True) and env._sim.tcp_center[1] > 0.85
+    env.close()
+
+
+def test_both_ways_are_shown_from_the_same_start(push):
+    env, places = make_environment(TWO_WAYS, image_size=SIZE), {}
+    for start in range(4):
+        observation = env.reset(start)
+        places[start] = (env.start_vector[:-1], env.start_vector[-1], observation)
+    for left, right in ((0, 1), (2, 3)):
+        assert places[left][0] == places[right][0] and (places[left][1], places[right][1]) == (-1.0, 1.0)
+        np.testing.assert_array_equal(places[left][2].state, places[right][2].state)
+        for view in env.views:
+            np.testing.assert_array_equal(places[left][2].images[view], places[right][2].images[view])
+    assert places[0][0] != places[2][0] and (places[0][2].images["corner2"] != places[2][2].images["corner2"]).any()
+    unseen = make_environment(TWO_WAYS, "eval", render=False)
+    vectors = []
+    for start in range(8):
+        unseen.reset(start)
+        vectors.append(unseen.start_vector)
+    assert len({vector[:-1] for vector in vectors}) == 8
+    assert_disjoint([vector for vector, *_ in places.values()], [vector[:-1] for vector in vectors])
+    env.close()
+    unseen.close()
+
+
+def test_pictures_go_on_after_another_library_shut_down_egl() -> None:
+    """In a process of its own: it is set up for EGL, which VTK ends for the whole process when it closes a window."""
+    if ctypes.util.find_library("EGL") is None:
+        pytest.skip("needs libEGL")
+    code = """
+from dvla.stages.envs import make_environment
+env = make_environment("metaworld/reach-v3", image_size=32)
+before = env.reset(0).images["corner2"].copy()
+from mujoco import egl
+egl.EGL.eglTerminate(egl.EGL_DISPLAY)
+assert (env.reset(0).images["corner2"] == before).all() and before.std() > 0
+make_environment("metaworld/push-v3", image_size=48).reset(0)
+egl.EGL.eglTerminate(egl.EGL_DISPLAY)
+make_environment("metaworld/drawer-open-v3", image_size=48).reset(0)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYOPENGL_PLATFORM"} | {"MUJOCO_GL": "egl"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr[-2000:]

@@ -152,7 +152,7 @@ def test_every_family_says_where_it_is_from():
     for name in NAMES:
         config = load_config(name)
         assert config.license and config.note and config.sampling_weight == 1.0, name
-        assert config.source or name in ("metaworld", "maniskill"), name     # recorded here
+        assert config.source or name in ("metaworld", "maniskill", "robosuite", "robosuite_two", "rlbench_panda"), name     # recorded here
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ...errors import UserError, unknown
-from . import aloha_sim, maniskill, metaworld
+from . import aloha_sim, isaac_dexgrasp, maniskill, metaworld, metaworld_two_ways, rlbench, robosuite_dex
 from .base import SPLITS, Environment, Observation, Setup, Split, StepResult
 
 __all__ = ["Environment", "Observation", "Split", "StepResult", "check_environment", "environment_names",
-           "make_environment"]
+           "make_environment", "opens_alone"]
 
 # Each has PREFIX, names() of its tasks, require() that raises where its simulator is missing, and make(setup).
-ADAPTERS = (metaworld, maniskill, aloha_sim)
+ADAPTERS = (metaworld, metaworld_two_ways, maniskill, aloha_sim, robosuite_dex, rlbench, isaac_dexgrasp)
 
 
 def environment_names() -> tuple[str, ...]:
@@ -46,5 +46,10 @@ def make_environment(name: str, split: Split = "train", seed: int = 0, image_siz
     return _adapter(name).make(Setup(name, split, seed, image_size, render, max_steps))
 
 
+def opens_alone(name: str) -> bool:
+    """Whether only one environment of this simulator can be open in a process."""
+    return getattr(_adapter(name).make, "alone", False)
+
+
 def _adapter(name: str):
-    return next(adapter for adapter in ADAPTERS if name.startswith(adapter.PREFIX))
+    return next(adapter for adapter in ADAPTERS if name in adapter.names())

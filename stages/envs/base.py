@@ -6,8 +6,9 @@ Letters: H, W picture size in pixels, ds state width, da action width.
 from __future__ import annotations
 
 import abc
+import contextlib
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,6 +69,8 @@ class Environment(abc.ABC):
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     noise_scale: float | np.ndarray = 1.0  # action noise of 1 while recording means so much, in action units; one number or [da]
+    alone = False                   # only one of its kind can be open in a process
+    unrecordable = ""               # why demonstrations cannot be recorded, where that is so
     rehearse = False                # recording tries without pictures first: the expert fails often or pictures are slow
 
     def __init__(self, setup: Setup, instruction: str, max_steps: int, low: np.ndarray, high: np.ndarray) -> None:
@@ -171,3 +174,14 @@ def start_seed(setup: Setup, start: int) -> int:
     split = SPLITS.index(setup.split)
     key = np.random.SeedSequence([zlib.crc32(setup.task.encode()), split, setup.seed, start])
     return int(key.generate_state(1)[0] & 0x7FFFFFFF) * len(SPLITS) + split
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """For simulators that draw from numpy's global generator: it stands at `seed` meanwhile and is put back."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

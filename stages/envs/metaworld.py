@@ -116,11 +116,14 @@ class MetaWorldEnvironment(Environment):
     state_names = ("x", "y", "z", "gripper")
     action_names = ("dx", "dy", "dz", "gripper")
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, scene: str | None = None, instruction: str = "", limit: int = DEFAULT_MAX_STEPS) -> None:
+        """`scene`: the Meta-World task whose scene a task of our own is set in, with its instruction and step limit."""
         self._mujoco, self._tasks, self._experts = _modules()
-        instruction, limit = TASKS[setup.task]
+        self._scene = scene or setup.task
+        if scene is None:
+            instruction, limit = TASKS[setup.task]
         super().__init__(setup, instruction, limit, -np.ones(4), np.ones(4))
-        self._sim = self._tasks[self.task]()
+        self._sim = self._tasks[self._scene]()
         # Experts read the goal, which Meta-World hides by default; the cached space holds the hidden goal's bounds.
         self._sim._partially_observable = False
         self._sim.__dict__.pop("sawyer_observation_space", None)
@@ -139,7 +142,7 @@ class MetaWorldEnvironment(Environment):
 
     def picture(self, view: str) -> np.ndarray:
         camera, upright = CAMERAS[view]
-        shared = renderer(self.name, self.image_size, lambda: self._tasks[self.task]().model)
+        shared = renderer(self.name, self.image_size, lambda: self._tasks[self._scene]().model)
         with unseen_hidden(self._model, self._data, camera):
             picture = shared.render(self._model, self._data, camera)
         return np.ascontiguousarray(picture[upright])

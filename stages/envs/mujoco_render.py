@@ -58,6 +58,7 @@ class Renderer:
         model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         try:
+            _initialise_display()
             self._gl = self._mujoco.GLContext(size, size)
             self._gl.make_current()
             self._context = self._mujoco.MjrContext(model, self._mujoco.mjtFontScale.mjFONTSCALE_150)
@@ -85,11 +86,30 @@ class Renderer:
         self._mujoco.mjr_readPixels(self._pixels, None, self._view, self._context)
         return self._pixels[::-1]
 
+    def usable(self) -> bool:
+        """Whether its context still is one: it ends with EGL, which another library of the process may have shut down."""
+        try:
+            self._gl.make_current()
+        except Exception:       # whatever the GL binding in use raises
+            return False
+        return True
+
     def close(self) -> None:
         """Free the GL objects; left to the garbage collector, they would be freed in whatever context is current."""
-        self._gl.make_current()
-        self._context.free()
-        self._gl.free()
+        if self.usable():
+            self._context.free()
+            self._gl.free()
+        else:
+            self._gl._context = None        # gone with its display: freeing it would raise
+
+
+def _initialise_display() -> None:
+    """EGL is the whole process's: another library (VTK does) may have shut down the display that MuJoCo initialised. Doing so twice is allowed."""
+    if os.environ.get("MUJOCO_GL") == "egl":
+        from mujoco import egl
+
+        if egl.EGL_DISPLAY is not None:
+            egl.EGL.eglInitialize(egl.EGL_DISPLAY, None, None)
 
 
 _renderers: dict[tuple[Hashable, int], Renderer] = {}   # the most recently used last
@@ -101,6 +121,9 @@ def renderer(task: Hashable, size: int, make_model: Callable[[], Any]) -> Render
     `make_model()` gives a model of the task; its rendering quality is changed.
     """
     found = _renderers.pop((task, size), None)
+    if found is not None and not found.usable():
+        found.close()
+        found = None
     if found is None:
         while len(_renderers) >= MAX_RENDERERS:
             _renderers.pop(next(iter(_renderers))).close()
