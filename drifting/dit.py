@@ -39,6 +39,7 @@ class DiTConfig:
     action_dim: int = 128                                # unified action entries
     proprio_dim: int = 128                               # unified proprioception entries
     embodiments: int = 7                                 # distinct robot types
+    embodiment_token: bool = True                        # whether the robot's type is a condition (False: an ablation)
     skip_std: float = 0.2                                # std of the initial samples (normalised actions have std 0.2)
     denoising: bool = False                              # input is noisy actions at a time of their own (heads.head_dit)
 
@@ -192,6 +193,8 @@ class DriftingDiT(nn.Module):
             "control_hz": nn.Linear(FOURIER_FEATURES, w),
             "alpha": nn.Linear(FOURIER_FEATURES, w),
         })
+        if not config.embodiment_token:
+            del self.conditioning["embodiment"]
         if config.denoising:
             self.conditioning["time"] = nn.Linear(FOURIER_FEATURES, w)
         self.modulation = nn.Linear(w, 7 * w)
@@ -219,7 +222,8 @@ class DriftingDiT(nn.Module):
         """Global condition [B,1,W]: pooled features + embodiment + proprioception + control frequency + α; with the time
         [B,G] of each draw added [B,G,W]."""
         part, dtype = self.conditioning, self.skip.weight.dtype
-        shared = (context.pooled + part["embodiment"](context.embodiment)       # [B,W]
+        known = context.pooled + part["embodiment"](context.embodiment) if self.config.embodiment_token else context.pooled    # [B,W]
+        shared = (known
                   + part["proprio"](context.proprio.to(dtype))                  # [B,W]
                   + part["control_hz"](fourier(context.control_hz.clamp(min=1e-3).log2()).to(dtype))   # [B,W]
                   + part["alpha"](fourier(alpha).to(dtype))).unsqueeze(1)       # [B,1,W]

@@ -38,13 +38,36 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def success_table(summaries: dict[str, dict[str, Any]]) -> Table:
     """One row per task and policy: success with interval, beside expert, random and blind."""
-    table = Table("task", "policy", "success", "95 % interval", "expert", "random", "blind", "ms/action")
-    for name, summary in summaries.items():
-        for task, row in summary["tasks"].items():
+    return table(*success_cells(summaries))
+
+
+def success_cells(summaries: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of that table. `summaries`: name → summary of `dvla eval`."""
+    head = ["task", "policy", "success", "95 % interval", "expert", "random", "blind", "mean return", "ms/action", "ms/chunk"]
+    rows = []
+    for task in next(iter(summaries.values()))["tasks"]:
+        for name, summary in summaries.items():
+            row = summary["tasks"][task]
             low, high = row["ci95"]
-            table.add_row(task, name, f"{row['success']:.0%} of {row['episodes']}", f"{low:.0%} – {high:.0%}",
-                          *(f"{row[b]:.0%}" for b in ("expert", "random", "blind")), f"{row['ms_per_action']:.1f}")
-    return table
+            chunk = row.get("ms_per_chunk")
+            rows.append([task, name, f"{row['success']:.0%} of {row['episodes']}", f"{low:.0%} – {high:.0%}",
+                         *(f"{row[b]:.0%}" if b in row else "–" for b in ("expert", "random", "blind")), f"{row['mean_return']:.1f}",
+                         f"{row['ms_per_action']:.1f}", "–" if chunk is None else f"{chunk:.1f}"])
+    return head, rows
+
+
+def table(head: list[str], rows: list[list[str]], title: str | None = None) -> Table:
+    """A table of plain words."""
+    found = Table(*head, title=title)
+    for row in rows:
+        found.add_row(*map(escape, row))
+    return found
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
 def doctor_table(findings: list[Finding]) -> Table:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from ..cache.shard import write_file
 from ..errors import UserError
 from . import checkpoint as ck
-from .road import Step, travel
+from .road import Step, travel, words
 from .tracking import read_log
 
 OWN = ("--out", "--from-cache", "--init", "--adapter", "--source", "--vlm", "--vlm-path", "--vlm-mode", "--lora", "--frozen", "--stop-after", "--dry-run",
@@ -51,14 +50,7 @@ class CotrainConfig:
 
 def options(name: str, text: str) -> tuple[str, ...]:
     """The words of a string of options. `UserError` for one that the loop sets itself."""
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise UserError(f"--{name} {text!r}: {error}") from None
-    for word in words:
-        if word.split("=")[0] in OWN:
-            raise UserError(f"--{name} {text!r}: {word.split('=')[0]} is for `dvla cotrain` to set; leave it out (the VLM is given by its own --vlm and --vlm-path)")
-    return words
+    return words(f"--{name}", text, OWN, "dvla cotrain")
 
 
 def steps(config: CotrainConfig) -> list[Step]:

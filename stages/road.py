@@ -26,6 +26,18 @@ class Step:
     commands: tuple[tuple[str, ...], ...]
 
 
+def words(where: str, text: str, own: Sequence[str], owner: str) -> tuple[str, ...]:
+    """The words of a string of options. `UserError` for one of `own`, which the command `owner` sets itself; `where` names the string."""
+    try:
+        found = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{where} {text!r}: {error}") from None
+    for word in found:
+        if word.split("=")[0] in own:
+            raise UserError(f"{where} {text!r}: {word.split('=')[0]} is for `{owner}` to set; leave it out")
+    return found
+
+
 def travel(out: Path, road: Sequence[Step], perform: Callable[[Step], None], say: Callable[..., None], what: str) -> dict[str, float]:
     """Print and `perform` every step that is not done yet; returns seconds by step. `UserError` when `out` holds something else than this
     road, which the message calls `what`."""

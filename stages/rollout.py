@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import UserError
-from .envs import Environment, Observation, Split, check_environment, make_environment
+from .envs import Environment, Observation, Split, check_environment, make_environment, opens_alone
 
 
 class Policy(Protocol):
@@ -105,7 +105,7 @@ def rollout(policy: Policy | SimulatorPolicy | None, environment_name: str, star
         raise UserError("no episode was asked for; episodes must be 1 or more")
     if len(set(starts)) != len(starts):
         raise ValueError("a start is listed twice")
-    size = min(config.batch, -(-len(starts) // config.workers))
+    size = 1 if opens_alone(environment_name) else min(config.batch, -(-len(starts) // config.workers))
     pieces = [starts[i:i + size] for i in range(0, len(starts), size)]
     filmed = frozenset(starts[:config.record_video])
     finished = 0
