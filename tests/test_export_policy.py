@@ -16,32 +16,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dvla.cache.actions import ActionMap, FieldSpec
-from dvla.cache.adapters import save_adapter, tower_parameters
-from dvla.cache.encoder import EncoderSpec, load_encoder
-from dvla.cache.lora import LoraSpec, add_lora, lora_parameters
-from dvla.cache.normalize import RunningStatistics
+from dvla.cache.adapters import tower_parameters
+from dvla.cache.encoder import load_encoder
+from dvla.cache.lora import LoraSpec, lora_parameters
 from dvla.cache.tiny_paligemma import TinyPaliGemmaSpec, make_tiny_paligemma2
-from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
-from dvla.drifting.dit import dit_config
-from dvla.drifting.heads import generate, head_dit
+from dvla.cache.tiny_vlm import make_tiny_qwen3vl
+from dvla.drifting.heads import generate
 from dvla.drifting.losses import LossConfig
-from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
+from dvla.drifting.policy_net import PolicyNet
 from dvla.errors import UserError
 from dvla.stages import checkpoint as ck
 from dvla.stages import export_policy as export_module
 from dvla.stages import policy_graph
-from dvla.stages.envs import Observation
 from dvla.stages.export_policy import export_policy
 from dvla.stages.policy import Policy
 from safetensors.torch import load_file
 
 from .cli_runner import Dvla, refused
 from .policy_samples import ALPHA, NOISE, make_batch, make_net
+from .run_samples import TINY, make_run, observations
 
-TINY = TinySpec(vision_depth=2, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
 LORA = LoraSpec(r=2, alpha=4.0, targets="all-linear")
-VIEWS = ("front", "wrist")
 ROUNDING = 2e-3     # of the actions' spread: a merged weight rounds otherwise, and features are rounded to float16
 
 
@@ -49,41 +44,6 @@ ROUNDING = 2e-3     # of the actions' spread: a merged weight rounds otherwise, 
 def vlms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("vlm")
     return {"qwen3vl": make_tiny_qwen3vl(base / "qwen", TINY), "paligemma2": make_tiny_paligemma2(base / "pali", TinyPaliGemmaSpec())}
-
-
-def make_run(run: Path, vlm: Path, arch: str = "qwen3vl", lora: LoraSpec | None = None, blind: bool = False, kind: str = "hybrid",
-             tower: bool = False, below: tuple[str, ...] = ()) -> Path:
-    """A run with one checkpoint, whose raw weights are not the averaged ones; with LoRA, or with a vision tower that was trained as a whole,
-    on an encoder with the adapters `below`."""
-    encoder = load_encoder(EncoderSpec(str(vlm), vlm=arch, resolution={"qwen3vl": 64, "paligemma2": 56}[arch], dtype="float32", adapters=below))
-    fingerprint, spec = encoder.fingerprint(), dataclasses.asdict(encoder.spec)
-    actions = ActionMap([FieldSpec(field="right_eef_pos_x"), FieldSpec(field="right_eef_pos_y"), FieldSpec(field="right_gripper_open")], 20.0)
-    statistics = RunningStatistics()
-    statistics.update(np.random.default_rng(0).normal(0, 0.3, (50, 128)).astype(np.float32))
-    stats = statistics.result().to_dict()
-    robot = {"name": "toy", "views": list(VIEWS), "action_map": actions.to_dict(), "state_map": actions.to_dict(), "action_stats": stats,
-             "proprio_stats": stats, "environment": None, "starts": [], "embodiment": 1, "control_hz": 20.0, "license": "mit", "dataset_config": "toy"}
-    torch.manual_seed(0)
-    dit = head_dit(dit_config("tiny", width=32, blocks=2, heads=2, horizon=4), kind)
-    net = PolicyNet(PolicyNetConfig(feature_width=encoder.width, dit=dit))
-    for parameter in net.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    tensors = dict(net.state_dict())
-    document = {"format": ck.POLICY_FORMAT, "net": dataclasses.asdict(net.config), "encoder": {"spec": spec, "fingerprint": fingerprint},
-                "datasets": [robot], "loss": {"kind": kind, "sample_steps": 0}, "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0}}
-    if lora is not None:
-        add_lora(encoder, lora)
-        for name, parameter in lora_parameters(encoder):
-            parameter.data += 0.2 * torch.randn_like(parameter)
-            tensors[f"adapter.{name}"] = parameter.data
-    if tower:
-        for _, parameter in tower_parameters(encoder):
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    raw = {name: tensor + 1 for name, tensor in tensors.items()}
-    ck.save_checkpoint(run, 7, {"model": raw, "ema": tensors, "optimizer": {"exp_avg/x": torch.ones(3)}},
-                       {"policy": document, "state": {"step": 7, "metrics": {"mse": 0.5}, "offset": 28}}, 1,
-                       (lambda folder: save_adapter(encoder, folder)) if lora or tower else None)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +54,6 @@ def plain(vlms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def adapted(vlms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("adapted") / "run", vlms["qwen3vl"], lora=LORA)
-
-
-def observations(count: int = 3) -> list[Observation]:
-    rng = np.random.default_rng(3)
-    return [Observation({view: rng.integers(0, 255, (70, 90, 3), np.uint8) for view in VIEWS}, ("push the puck", "", "open the drawer")[i % 3],
-                        rng.normal(0, 0.3, 3).astype(np.float32), step=i) for i in range(count)]
 
 
 def files(folder: Path) -> set[str]:

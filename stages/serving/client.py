@@ -1,0 +1,67 @@
+"""A small synchronous client of `dvla serve`, for a robot's control loop. Needs websockets, msgpack and NumPy; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.sync.client import connect
+
+from ...errors import UserError
+from . import wire
+
+
+class PolicyClient:
+    """One connection to a policy server. `metadata` says which views, state and actions the policy has.
+
+    Raises `UserError` when there is no server, the token is wrong, or the server answers with an error: the message says what is wrong.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 8000, token: str | None = None, timeout: float | None = 60.0) -> None:
+        """`timeout`: seconds to wait for an answer; None: for ever."""
+        self._where, self._timeout = f"{host}:{port}", timeout
+        headers = {"Authorization": f"Api-Key {token}"} if token else None
+        try:
+            url = f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
+            self._connection = connect(url, additional_headers=headers, compression=None, max_size=None, proxy=None)
+        except (OSError, InvalidHandshake, InvalidURI) as error:
+            raise UserError(f"no policy server lets us in at {self._where}: {error}") from None
+        self.metadata: dict[str, Any] = self._receive()
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """`{"images": {view: uint8 [H, W, 3]}, "state": [ds], "prompt": text}` → map with "actions": the chunk [T, d] in the robot's
+        units, or one action [d] where the server executes chunks, and then "chunk_left", the actions left before it needs pictures again."""
+        try:
+            self._connection.send(wire.pack(dict(observation)))
+        except ConnectionClosed as error:
+            raise self._closed(error) from None
+        return self._receive()
+
+    def reset(self) -> None:
+        """A new episode begins: what is left of the last chunk is dropped."""
+        self.infer({"reset": True})
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> PolicyClient:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            answer = self._connection.recv(self._timeout)
+        except TimeoutError:
+            self.close()        # a late answer would be taken for the next one's
+            raise UserError(f"the policy server at {self._where} did not answer within {self._timeout:g} s; connect again") from None
+        except ConnectionClosed as error:
+            raise self._closed(error) from None
+        if isinstance(answer, str):
+            raise UserError(f"the policy server at {self._where} refused: {answer}")
+        return wire.unpack(answer)
+
+    def _closed(self, error: ConnectionClosed) -> UserError:
+        return UserError(f"the policy server at {self._where} closed the connection: {error}")

@@ -1,0 +1,116 @@
+"""What an observation holds, by any of the names that clients use.
+
+Native: `{"images": {view: uint8 [H, W, 3]}, "state": [ds], "prompt": text}`. Names of nested maps are joined by "/" and a leading
+"observation/" is left out, so that "observation/images/front" and {"observation": {"images": {"front": …}}} are the native
+"images/front". For other names there is a field map, native=theirs: `images/front=observation/exterior_image_1_left`, or
+`state=observation/joint_position,observation/gripper_position`, which are concatenated.
+
+Letters: H, W picture size, ds native state width.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError, unknown
+from ..envs import Observation
+
+DEPTH = 3               # of nested maps: observation, images, view
+LONGEST_PROMPT = 4096   # characters
+
+
+class ObservationReader:
+    """Messages of clients → observations for one policy."""
+
+    def __init__(self, views: Sequence[str], state_names: Sequence[str], fields: Sequence[str] = ()) -> None:
+        """`views`: those the policy looks at (none where it is blind). `fields`: "native=theirs". `UserError` for one that is not."""
+        self._views, self._state_names = tuple(views), tuple(state_names)
+        native = [*(f"images/{view}" for view in views), "state", "prompt"]
+        self._keys = {name: (name,) for name in native}
+        for field in fields:
+            name, equals, theirs = field.partition("=")
+            if name not in native:
+                raise unknown("field of an observation", name, native)
+            keys = tuple(_bare(key.strip()) for key in theirs.split(","))
+            if not equals or not all(keys) or (len(keys) > 1 and name != "state"):
+                raise UserError(f"field map '{field}': give native=theirs, e.g. images/front=observation/image; only state may have several, with commas")
+            self._keys[name] = keys
+
+    def prompt(self, message: Mapping[Any, Any]) -> str | None:
+        """The instruction, None where the message has none. `UserError` when it is not a text or too long."""
+        text = flatten(message).get(self._keys["prompt"][0])
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"'{self._keys['prompt'][0]}' must be text, got {_what(text)}")
+        if text is not None and len(text) > LONGEST_PROMPT:
+            raise UserError(f"'{self._keys['prompt'][0]}' has {len(text)} characters; at most {LONGEST_PROMPT}")
+        return text
+
+    def observation(self, message: Mapping[Any, Any], start: int = 0, step: int = 0) -> Observation:
+        """The policy's observation. `UserError` naming what is missing or wrong."""
+        found, prompt = flatten(message), self.prompt(message)
+        if prompt is None:
+            self._value(found, self._keys["prompt"][0], "text")
+        images = {view: self._picture(found, self._keys[f"images/{view}"][0]) for view in self._views}
+        return Observation(images, str(prompt), self._state(found), start, step)
+
+    def _picture(self, found: Mapping[str, Any], key: str) -> np.ndarray:
+        """uint8 [H,W,3]; openpi's ALOHA clients send [3,H,W]."""
+        picture = self._value(found, key, "uint8 [H, W, 3]")
+        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3:
+            raise UserError(f"'{key}' must be a picture, uint8 [H, W, 3]; got {_what(picture)}")
+        if picture.shape[0] == 3 and picture.shape[-1] != 3:
+            picture = np.ascontiguousarray(picture.transpose(1, 2, 0))
+        if picture.shape[-1] != 3 or 0 in picture.shape:
+            raise UserError(f"'{key}' must be a picture, uint8 [H, W, 3]; got {_what(picture)}")
+        return picture
+
+    def _state(self, found: Mapping[str, Any]) -> np.ndarray:
+        """[ds] float32."""
+        parts, width = [], len(self._state_names)
+        for key in self._keys["state"]:
+            value = self._value(found, key, f"[{width}] numbers" if len(self._keys["state"]) == 1 else "numbers")
+            part = np.asarray(value) if isinstance(value, (np.ndarray, np.generic, int, float)) or _flat(value) else np.array([None])
+            if part.dtype.kind not in "biuf" or part.ndim > 1:
+                raise UserError(f"'{key}' must be numbers [{width}]; got {_what(value)}")
+            with np.errstate(over="ignore"):        # becomes infinite, and is refused
+                parts.append(part.reshape(-1).astype(np.float32))
+        state, name = np.concatenate(parts), ", ".join(self._keys["state"])
+        if len(state) != width:
+            raise UserError(f"'{name}' has {len(state)} numbers; the robot's state has {width}: {', '.join(self._state_names)}")
+        if not np.isfinite(state).all():
+            raise UserError(f"'{name}' has numbers that are not finite: {', '.join(self._state_names[i] for i in np.flatnonzero(~np.isfinite(state)))}")
+        return state
+
+    def _value(self, found: Mapping[str, Any], key: str, what: str) -> Any:
+        if key not in found:
+            near = difflib.get_close_matches(key, found, n=1, cutoff=0.6)
+            names = ", ".join(sorted(found)[:12]) or "nothing"
+            raise UserError(f"'{key}' ({what}) is missing{f'; did you mean it by {near[0]!r:.80}?' if near else ''} (the message has: {names:.300})")
+        return found[key]
+
+
+def flatten(message: Mapping[Any, Any], depth: int = DEPTH) -> dict[str, Any]:
+    """Values by their joined names without a leading "observation/"."""
+    out: dict[str, Any] = {}
+    for key, value in message.items():
+        if not isinstance(key, str):
+            continue
+        inner = flatten(value, depth - 1) if isinstance(value, Mapping) and depth > 1 else None
+        out.update({_bare(key): value} if inner is None else {_bare(f"{key}/{name}"): v for name, v in inner.items()})
+    return out
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("observation/")
+
+
+def _flat(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, (int, float, np.generic)) for x in value)
+
+
+def _what(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, (np.ndarray, np.generic)) else f"{type(value).__name__} {value!r:.40}"

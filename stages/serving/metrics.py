@@ -1,0 +1,60 @@
+"""What a server counts and times, as Prometheus text (exposition format 0.0.4)."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+
+import numpy as np
+
+WINDOW = 4096   # latest values that percentiles are of
+
+COUNTS = {
+    "requests": "answers that needed a forward pass",
+    "queued": "answers out of a chunk that was there already",
+    "batches": "forward passes",
+    "malformed": "messages that were refused",
+    "failed": "requests that the policy could not answer",
+    "timeouts": "requests that were not answered in time",
+    "vanished": "requests whose client had gone",
+    "slow": "clients disconnected since they did not read",
+    "full": "connections refused since there were too many",
+    "unauthorised": "connections refused for a missing or wrong token",
+}
+TIMES = {
+    "queue": "waiting for the forward pass",
+    "encode": "pictures and text to features",
+    "dit": "the network",
+    "total": "from a whole message to its packed answer",
+}
+
+
+class Metrics:
+    """Counters since the start, and latest seconds of each part. The policy's thread writes while a connection reads."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter({name: 0 for name in COUNTS})
+        self.clients = 0
+        self._lock = threading.Lock()
+        self._seconds = {name: deque[float](maxlen=WINDOW) for name in TIMES}
+        self._sums = {name: [0, 0.0] for name in TIMES}     # count and sum since the start
+
+    def took(self, part: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[part].append(seconds)
+            self._sums[part][0] += 1
+            self._sums[part][1] += seconds
+
+    def text(self) -> str:
+        lines = ["# HELP dvla_clients connected now", "# TYPE dvla_clients gauge", f"dvla_clients {self.clients}"]
+        for name, help in COUNTS.items():
+            lines += [f"# HELP dvla_{name}_total {help}", f"# TYPE dvla_{name}_total counter", f"dvla_{name}_total {self.counts[name]}"]
+        for name, help in TIMES.items():
+            lines += [f"# HELP dvla_{name}_seconds {help}; percentiles of the latest {WINDOW}", f"# TYPE dvla_{name}_seconds summary"]
+            with self._lock:
+                seconds, (count, total) = list(self._seconds[name]), self._sums[name]
+            if seconds:
+                for q, value in zip((0.5, 0.99), np.percentile(seconds, (50, 99))):
+                    lines.append(f'dvla_{name}_seconds{{quantile="{q}"}} {value:.6f}')
+            lines += [f"dvla_{name}_seconds_count {count}", f"dvla_{name}_seconds_sum {total:.6f}"]
+        return "\n".join(lines) + "\n"

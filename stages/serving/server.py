@@ -1,0 +1,254 @@
+"""`dvla serve`: a policy behind a WebSocket on this machine, in the protocol of openpi's client.
+
+On connecting, the client is sent what the policy expects (`metadata`). Then each of its messages, a packed observation (`fields.py`), is
+answered by a packed map with `actions` and `server_timing`; an error by one line of text, after which the connection is still usable.
+`GET /healthz` and `GET /metrics` answer on the same port.
+
+Requests with an Origin header are refused: they come from pages in a browser, which may connect to this machine without its user knowing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.server import Request, Response, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from ..._version import __version__
+from ...batch import UNIFIED_DIM
+from ...errors import UserError
+from ..build import pick_device
+from ..envs import Observation
+from ..interrupts import handled
+from ..loop_tools import compile_blocks
+from ..policy import Policy
+from . import wire
+from .access import addresses, allowed, require_token
+from .batcher import Batcher, PolicyFailed
+from .fields import ObservationReader
+from .metrics import Metrics
+from .session import Session
+
+FULL = 1013         # close code "try again later"
+CLOSING = 2.0       # seconds that a client has to answer a closing handshake
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where to listen, and the limits. `UserError` for values that make no sense."""
+
+    host: str = "127.0.0.1"         # interface
+    port: int = 8000                # 0: any free one
+    max_batch: int = 8              # requests of one forward pass
+    max_wait: float = 0.002         # seconds that a request waits for others
+    max_clients: int = 16           # connections at a time
+    max_message: int = 32 * 2**20   # bytes of one message
+    execute: int | None = None      # actions of each chunk that are handed out, one a message; None: whole chunks
+    fields: tuple[str, ...] = ()    # field map, native=theirs
+    answer_timeout: float = 30.0    # seconds before a request is given up
+    send_timeout: float = 10.0      # seconds that a client may not read
+    ping_interval: float = 20.0     # seconds between asking a silent client whether it is there; it has as long to answer
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"port {self.port}: must be 0 (any free one) to 65535")
+        for name, least in (("max_batch", 1), ("max_wait", 0), ("max_clients", 1), ("max_message", 1024), ("answer_timeout", 0.001)):
+            if not getattr(self, name) >= least:        # also where it is NaN
+                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {least}")
+
+    def listen(self, token: str | None = None) -> socket.socket:
+        """A socket that has its port, to be taken before the long work: it accepts nothing yet. `UserError` when the port is taken, or where
+        other machines could ask and there is no token."""
+        require_token(self.host, self.port, token)
+        family, address = addresses(self.host, self.port)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError as error:
+            sock.close()
+            raise UserError(f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}; choose another --port (0: any free one) "
+                            "or --host") from None
+        return sock
+
+
+class PolicyServer:
+    """One policy and its clients. `run` in the main thread, or `in_background`."""
+
+    def __init__(self, policy: Policy, config: ServeConfig = ServeConfig(), token: str | None = None,
+                 say: Callable[[str], None] = lambda line: None) -> None:
+        """`UserError` for a bad field map, or more steps to execute than a chunk has. `token`: what clients must send."""
+        robot, self.horizon = policy.robot, policy.net.config.dit.horizon
+        if config.execute is not None and not 1 <= config.execute <= self.horizon:
+            raise UserError(f"--execute {config.execute}: a chunk of this policy has {self.horizon} steps; give 1 to {self.horizon}")
+        self._reader = ObservationReader(robot.views if policy.needs_images else (), robot.state_map.field_names, config.fields)
+        self._policy, self.config, self._token = policy, config, token
+        self.metrics = Metrics()
+        self._batcher = Batcher(policy, config.max_batch, config.max_wait, self.metrics, say)
+        self._stopped, self._wake = False, lambda: None     # `_wake` tells the event loop, once there is one
+        self.metadata = {
+            "server": "dvla", "version": __version__, "robot": robot.name, "views": list(robot.views) if policy.needs_images else [],
+            "state": list(robot.state_map.field_names), "actions": list(robot.action_map.field_names), "horizon": self.horizon,
+            "control_hz": robot.control_hz, "execute": config.execute, "max_message": config.max_message}
+
+    def warm_up(self, compiled: bool = False) -> float:
+        """Make the first forward passes; seconds of one request's. Where a size costs something once (memory on CUDA, a compilation), also those of
+        two requests and of the largest batch, all with a short and a longer instruction."""
+        policy, side = self._policy, self._policy.encoder.image.resolution
+        pictures = {view: np.zeros((side, side, 3), np.uint8) for view in policy.robot.views}
+        state = policy.robot.state_map.to_native(np.zeros(UNIFIED_DIM))
+        most = self.config.max_batch if compiled or policy.encoder.device.type == "cuda" else 1
+        return self._batcher.warm_up([[Observation(pictures, text, state)] * size for size in dict.fromkeys((most, min(2, most), 1))
+                                      for text in ("go", "go on, and do what a longer sentence says")])
+
+    def run(self, sock: socket.socket, ready: Callable[[], None] = lambda: None) -> int | None:
+        """Serve until `stop` or a signal, whose number is returned. Clients are told that the server goes away (1001).
+
+        `ready` is called when connections are accepted.
+        """
+        stopped: list[int] = []
+
+        def on_signal(number: int, frame: Any) -> None:
+            if number == signal.SIGINT and number in stopped:
+                raise KeyboardInterrupt     # the second Ctrl-C does not wait
+            stopped.append(number)
+            self.stop()
+
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN     # started in the background: Ctrl-C is not for it
+        with handled(on_signal, (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)):
+            asyncio.run(self._serve(sock, ready))
+        return stopped[0] if stopped else None
+
+    def stop(self) -> None:
+        """Make `run` return, also one that has not begun; from any thread or signal handler."""
+        self._stopped = True
+        self._wake()
+
+    async def _serve(self, sock: socket.socket, ready: Callable[[], None]) -> None:
+        c, ended, loop = self.config, asyncio.Event(), asyncio.get_running_loop()
+        quiet = logging.getLogger("dvla.serve")     # what strangers send is no news
+        quiet.addHandler(logging.NullHandler())
+        quiet.propagate = False
+        self._wake = lambda: loop.call_soon_threadsafe(ended.set)
+        if self._stopped:       # a signal may have come before there was a loop
+            ended.set()
+        work = asyncio.create_task(self._batcher.work())
+        work.add_done_callback(lambda task: ended.set())
+        try:
+            async with serve(self._client, sock=sock, process_request=self._request, origins=[None], compression=None, max_size=c.max_message, max_queue=1,
+                             ping_interval=c.ping_interval, ping_timeout=c.ping_interval, close_timeout=CLOSING, logger=quiet, server_header=None):
+                ready()
+                await ended.wait()
+        finally:
+            self._wake = lambda: None
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+
+    def _request(self, connection: ServerConnection, request: Request) -> Response | None:
+        """None lets a WebSocket begin."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            return connection.respond(http.HTTPStatus.OK, "OK\n") if self._batcher.healthy else connection.respond(
+                http.HTTPStatus.SERVICE_UNAVAILABLE, "the last forward passes failed; see the server's log\n")
+        if not allowed(request.headers.get_all("Authorization"), self._token):
+            self.metrics.counts["unauthorised"] += 1
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Api-Key TOKEN\n")
+        return connection.respond(http.HTTPStatus.OK, self.metrics.text()) if path == "/metrics" else None
+
+    async def _client(self, connection: ServerConnection) -> None:
+        """One connection, from its beginning to its end."""
+        if self.metrics.clients >= self.config.max_clients:
+            self.metrics.counts["full"] += 1
+            await connection.close(FULL, f"{self.metrics.clients} clients are connected, the most this server takes")
+            return
+        self.metrics.clients += 1
+        session, gone, before = Session(self._reader, self.config.execute), asyncio.create_task(connection.wait_closed()), None
+        try:
+            await self._send(connection, wire.pack(self.metadata))
+            async for data in connection:
+                began = time.perf_counter()
+                answer = await self._answer(session, data, gone, before)
+                if answer is None:
+                    break
+                if isinstance(answer, bytes):
+                    self.metrics.took("total", time.perf_counter() - began)
+                await self._send(connection, answer)
+                before = time.perf_counter() - began
+        except ConnectionClosed:
+            pass
+        except TimeoutError:
+            self.metrics.counts["slow"] += 1
+            connection.transport.abort()        # a closing handshake would wait for it as well
+        finally:
+            self.metrics.clients -= 1
+            gone.cancel()
+
+    async def _send(self, connection: ServerConnection, data: bytes | str) -> None:
+        """`TimeoutError` when the client does not read."""
+        async with asyncio.timeout(self.config.send_timeout):
+            await connection.send(data)
+
+    async def _answer(self, session: Session, data: bytes | str, gone: asyncio.Task[None], before: float | None) -> bytes | str | None:
+        """The answer to one message: bytes, one line of text that says what is wrong, or None for nobody. `before`: seconds of the last one."""
+        counts, timing = self.metrics.counts, {} if before is None else {"prev_total_ms": before * 1e3}
+        try:
+            if isinstance(data, str):
+                raise UserError("a message must be binary (msgpack), got text")
+            asked = session.ask(wire.unpack(data))
+            if not isinstance(asked, Observation):
+                counts["queued"] += "actions" in asked
+                return wire.pack(asked | {"server_timing": timing})
+            future = self._batcher.submit(asked)
+            await asyncio.wait({future, gone}, timeout=self.config.answer_timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                future.cancel()
+                counts["vanished" if gone.done() else "timeouts"] += 1
+                return None if gone.done() else f"not answered within {self.config.answer_timeout:g} s; ask again"
+            found = future.result()
+            counts["requests"] += 1
+            timing |= {"infer_ms": found.infer * 1e3, "queue_ms": found.queue * 1e3, "batch": found.size}
+            return wire.pack(session.answer(asked, found.actions) | {"server_timing": timing})
+        except UserError as error:
+            counts["malformed"] += 1
+            return " ".join(str(error).split())
+        except PolicyFailed as error:
+            counts["failed"] += 1
+            return str(error)
+
+
+def load_policy(path: Path, device: str, compile: bool = False, **options: Any) -> Policy:
+    """The policy to serve; `options` as of `Policy.from_pretrained`."""
+    policy = Policy.from_pretrained(path, device=pick_device(device), **options)
+    if compile:
+        compile_blocks(policy.net)
+    return policy
+
+
+@contextlib.contextmanager
+def in_background(server: PolicyServer) -> Iterator[int]:
+    """The server in a thread meanwhile; gives its port."""
+    sock, ready = server.config.listen(), threading.Event()
+    port = sock.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=(sock, ready.set), daemon=True)
+    thread.start()
+    while not ready.wait(0.1):
+        if not thread.is_alive():
+            raise RuntimeError("the server ended before it was ready")
+    try:
+        yield port
+    finally:
+        server.stop()
+        thread.join()
