@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..cache import fingerprint as fp
-from ..cache.actions import SLOTS
 from ..cache.normalize import Statistics
 from ..cache.store import Cache, CacheDataset
 from ..errors import UserError
 from .cache_tools import summary
+from .panels.data import slots
 
 CELL = 16               # pixels of one token in a picture of norms
 GAP = 4                 # pixels between frames
@@ -89,18 +89,14 @@ def _facts(d: CacheDataset) -> DatasetFacts:
 
 
 def _slots(d: CacheDataset, kind: str) -> tuple[SlotRow, ...]:
-    names: dict[int, str] = {}
-    for name, slot in SLOTS.items():
-        names.setdefault(slot, name)
     stats = Statistics.from_dict(d.attributes[f"{kind}_stats"])
     rows = np.flatnonzero(d.action_mask if kind == "action" else d.proprio_mask).tolist()
-    return tuple(SlotRow(i, names.get(i, "-"), *(float(getattr(stats, field)[i]) for field in ("mean", "std", "min", "max"))) for i in rows)
+    return tuple(SlotRow(i, slots()[i].name, *(float(getattr(stats, field)[i]) for field in ("mean", "std", "min", "max"))) for i in rows)
 
 
 def norm_pictures(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
     """Write one PNG per dataset and view: the norms of the token grid of up to `SHOWN_FRAMES` observations side by side, dark to
     bright. Returns file → (smallest, largest norm). `UserError` when one of them is there already: nothing is overwritten."""
-    from matplotlib import colormaps
     from PIL import Image
 
     cache = Cache.open(path)
@@ -114,21 +110,32 @@ def norm_pictures(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     ranges = {}
     for d in cache.datasets:
-        usable = np.flatnonzero(~d.quarantined[d.episode_of(d.frame_of(np.arange(d.observations)))])
-        rows = d.frame_of(usable[np.unique(np.linspace(0, len(usable) - 1, SHOWN_FRAMES).astype(int))] if len(usable) else usable)
+        rows = shown_rows(d, SHOWN_FRAMES)
         for view in d.views:
-            norms = np.linalg.norm(d.features(view, rows).astype(np.float32), axis=-1)              # [n,K]
-            low, high = (float(norms.min()), float(norms.max())) if norms.size else (0.0, 0.0)
-            side = math.isqrt(d.tokens)
-            grid = norms.reshape(len(rows), *((side, side) if side * side == d.tokens else (1, d.tokens)))   # [n,S,S]
-            scaled = (grid - low) / max(high - low, 1e-12)
-            tiles = [np.kron(frame, np.ones((CELL, CELL))) for frame in scaled]
-            strips = [(colormaps["viridis"](tile)[..., :3] * 255).astype(np.uint8) for tile in tiles]
-            strips = [np.pad(strip, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for strip in strips]
-            picture = np.concatenate(strips, axis=1)[:, :-GAP] if strips else np.full((CELL, CELL, 3), 255, np.uint8)
+            picture, ranges[files[d.name, view]] = norm_strip(d, view, rows)
             Image.fromarray(picture).save(files[d.name, view])
-            ranges[files[d.name, view]] = (low, high)
     return ranges
+
+
+def shown_rows(d: CacheDataset, count: int) -> np.ndarray:
+    """At most `count` frames, int64, spread evenly over a dataset's observations; none in quarantine."""
+    usable = np.flatnonzero(~d.quarantined[d.episode_of(d.frame_of(np.arange(d.observations)))])
+    return d.frame_of(usable[np.unique(np.linspace(0, len(usable) - 1, count).astype(int))] if len(usable) else usable)
+
+
+def norm_strip(d: CacheDataset, view: str, rows: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """The norms of the token grids of frames `rows` side by side, dark to bright, uint8 [H,W,3], and (smallest, largest norm)."""
+    from matplotlib import colormaps
+
+    norms = np.linalg.norm(d.features(view, rows).astype(np.float32), axis=-1)              # [n,K]
+    low, high = (float(norms.min()), float(norms.max())) if norms.size else (0.0, 0.0)
+    side = math.isqrt(d.tokens)
+    grid = norms.reshape(len(rows), *((side, side) if side * side == d.tokens else (1, d.tokens)))   # [n,S,S]
+    scaled = (grid - low) / max(high - low, 1e-12)
+    tiles = [np.kron(frame, np.ones((CELL, CELL))) for frame in scaled]
+    strips = [(colormaps["viridis"](tile)[..., :3] * 255).astype(np.uint8) for tile in tiles]
+    strips = [np.pad(strip, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for strip in strips]
+    return np.concatenate(strips, axis=1)[:, :-GAP] if strips else np.full((CELL, CELL, 3), 255, np.uint8), (low, high)
 
 
 # --- diff ----------------------------------------------------------------------------------------------------------------

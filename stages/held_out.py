@@ -11,13 +11,15 @@ import torch
 
 from ..cache.actions import EMBODIMENTS
 from ..drifting.heads import generate
-from .metrics import ActionMetrics
+from .metrics import ActionMetrics, drift_strength
+from .panels.data import PanelData
 from .session import Session, autocast, noise_generator, open_loader
 
 
 @torch.no_grad()
-def evaluate(session: Session) -> dict[str, float]:
-    """Metrics of `ActionMetrics` over the first `eval_batches` of the held-out episodes, with the network's present weights.
+def evaluate(session: Session, seen: PanelData | None = None) -> dict[str, float]:
+    """Metrics of `ActionMetrics` over the first `eval_batches` of the held-out episodes, with the network's present weights; and of the look `seen`
+    at some of them, whose observations have several draws, "mmd", "mode_coverage" and "lambda/<τ>" (see metrics.py).
 
     Each sample as often as any other, one noise draw, nothing masked or augmented, α = 1. Every process takes a part; result and
     samples do not depend on how many there are.
@@ -38,4 +40,5 @@ def evaluate(session: Session) -> dict[str, float]:
                 metrics.update(pred, batch)
     net.train()
     metrics.load_sums(world.total(metrics.sums().to(device)))
-    return metrics.result()
+    more = {} if seen is None else {name: v for name, v in seen.result.items() if name in ("mmd", "mode_coverage")}
+    return metrics.result() | more | ({} if seen is None else drift_strength(seen.mean_square.tolist(), seen.temperatures))

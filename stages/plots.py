@@ -1,30 +1,44 @@
-"""Pictures of a run: loss curves, success beside its baselines."""
+"""Pictures of runs: loss curves, speed, success beside its baselines. In the panels' style."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .panels.style import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, Style, finish, new_figure
 from .tracking import read_log
 
-COLOURS = {"stage two": "#0072B2", "stage three": "#D55E00", "expert": "#009E73", "blind": "#999999", "random": "#CC79A7"}   # Okabe-Ito
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {"stage two": BLUE, "stage three": ORANGE, "expert": GREEN, "blind": GREY, "random": PURPLE}
 
 
 def loss_figure(runs: dict[str, Path], path: Path) -> None:
     """Training MSE and held-out MSE over steps, one panel per run folder."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(runs), 3.5), layout="constrained")
+    figure = new_figure(LIGHT, 5 * len(runs), 3.5)
     for axis, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
         lines = read_log(run)
-        axis.plot([e["step"] for e in lines], [e["mse"] for e in lines], label="training batch")
+        axis.plot([e["step"] for e in lines], [e["mse"] for e in lines], color=BLUE, label="training batch")
         held_out = [(e["step"], e["eval/mse"]) for e in lines if "eval/mse" in e]
         if held_out:
-            axis.plot(*zip(*held_out), marker="o", label="held-out episodes (averaged weights)")
+            axis.plot(*zip(*held_out), marker="o", color=ORANGE, label="held-out episodes (averaged weights)")
         axis.set(title=f"{name}: MSE {lines[0]['mse']:.4f} → {lines[-1]['mse']:.4f}", xlabel="step",
                  ylabel="action MSE (normalised units)", yscale="log")
-        axis.legend()
-    figure.savefig(path, dpi=120)
+    finish(figure, "", LIGHT).savefig(path, dpi=120)
+
+
+def speed_figure(log: Sequence[dict[str, Any]], style: Style = LIGHT) -> Figure:
+    """Samples/s over a run, and the share of the time spent waiting for data."""
+    figure, steps = new_figure(style, 8, 3), [line["step"] for line in log]
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [line["samples_per_second"] for line in log], color=style.expert)
+    left.set(xlabel="training step", ylabel="observations/s", ylim=(0, None))
+    right.plot(steps, [100 * line["wait_share"] for line in log], color=style.predicted)
+    right.set(xlabel="training step", ylabel="waiting for data, % of the time", ylim=(0, 100))
+    rate = sorted(line["samples_per_second"] for line in log)[len(log) // 2]
+    return finish(figure, f"{rate:.0f} observations/s (median), {log[-1].get('binds', 'compute')} binds", style)
 
 
 def switch_figure(before: Path, after: Path, path: Path) -> None:
@@ -43,26 +57,24 @@ def switch_figure(before: Path, after: Path, path: Path) -> None:
             axis.plot(*zip(*held_out), "o-", color=COLOURS[name], label=f"{name}, held-out episodes (averaged weights)")
     axis.axvline(end, color="black", lw=0.8, ls=":")
     found = (first.get("switch/cached_loss"), first.get("switch/live_loss"))
-    title = "the VLM comes back" if None in found else f"one batch, loss {found[0]:.5f} from the cache and {found[1]:.5f} live"
-    axis.set(title=f"The switch at step {end}: {title}", xlabel="step", ylabel="action MSE (normalised units)", yscale="log")
+    title = "nothing was compared" if None in found else f"one batch, loss {found[0]:.5f} from the cache and {found[1]:.5f} live"
+    axis.set(title=f"The VLM comes back at step {end}:\n{title}", xlabel="step", ylabel="action MSE (normalised units)", yscale="log")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def success_figure(stages: dict[str, dict[str, Any]], path: Path) -> None:
     """Success with its 95 % interval per task: expert, each stage, blind, random. `stages`: name → summary of `dvla eval`."""
-    from matplotlib.figure import Figure
-
     tasks = list(next(iter(stages.values()))["tasks"])
-    figure = Figure(figsize=(5.5 * len(tasks), 3.5), layout="constrained")
+    figure = new_figure(LIGHT, 5.5 * len(tasks), 3.5)
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
         rows = {name: summary["tasks"][task] for name, summary in stages.items()}
         last = next(reversed(rows.values()))
         bars = {"expert": (last["expert"], last["expert_ci95"]), **{n: (r["success"], r["ci95"]) for n, r in rows.items()},
                 "blind": (last["blind"], last["blind_ci95"]), "random": (last["random"], last["random_ci95"])}
         for i, (name, (rate, (low, high))) in enumerate(bars.items()):
-            axis.bar(i, rate, color=COLOURS.get(name, "#0072B2"))
+            axis.bar(i, rate, color=COLOURS.get(name, BLUE))
             axis.errorbar(i, rate, [[max(0, rate - low)], [max(0, high - rate)]], color="black", capsize=4)
         axis.set(title=f"{task}\n{last['episodes']} unseen starts", ylabel="success rate", ylim=(0, 1.05),
                  xticks=range(len(bars)), xticklabels=list(bars))
-    figure.savefig(path, dpi=120)
+    finish(figure, "", LIGHT).savefig(path, dpi=120)

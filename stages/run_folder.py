@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import platform
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._version import __version__
 from ..cache import fingerprint as fp
 from ..cache.shard import write_file
 from ..errors import UserError
 from . import checkpoint as ck
+from .distributed import World
+from .doctor import version_of
 from .session import Session
 from .strategies import Replicas, place, whole
 from .train_config import TrainConfig
 
 FREE = ("out", "local", "local_gib", "device", "threads", "log_every", "eval_every", "eval_batches", "save_every", "keep_last", "keep_best",
-        "wandb", "gradient_checkpointing", "compile", "attention", "strategy")
+        "panels", "wandb", "gradient_checkpointing", "compile", "attention", "strategy")
 """Settings that may change when a run goes on: they do not change what is learnt."""
 FRESH: dict[str, Any] = {"step": 0, "offset": 0, "first_loss": None, "loss": None, "metrics": {}, "best": None}
 
@@ -55,11 +61,11 @@ def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
             if folder.exists() and any(folder.iterdir()):
                 raise UserError(f"{folder} holds other files; choose another --out")
             write_file(folder / "config.json", ck.json_bytes(settings))
+            write_file(folder / "environment.json", ck.json_bytes(environment(session.world)))
         except OSError as error:
             raise UserError(f"cannot make run folder {folder}: {error.strerror or error}; choose another --out") from None
         return dict(FRESH), None
-    defaults = dataclasses.asdict(TrainConfig("", ""))      # what settings were that did not exist when the run began
-    saved = _filled(ck.read_json(folder / "config.json"), json.loads(json.dumps(defaults)))
+    saved = whole_settings(ck.read_json(folder / "config.json"))
     lines = fp.diff({k: v for k, v in saved.items() if k not in FREE}, {k: v for k, v in settings.items() if k not in FREE}, was="it has")
     if lines:
         raise UserError(f"run {folder} was begun with other settings: {'; '.join(lines[:6])}. "
@@ -76,6 +82,20 @@ def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
         raise UserError(f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}")
     session.say(f"resuming {folder} at step {state['step']} of {session.config.steps}")
     return {**FRESH, **state}, checkpoint
+
+
+def whole_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a config.json, with those that did not exist when the run began as they were then: the defaults."""
+    return _filled(saved, json.loads(json.dumps(dataclasses.asdict(TrainConfig("", "")))))
+
+
+def environment(world: World) -> dict[str, Any]:
+    """What a run began in: versions, device, number of processes; not who or where."""
+    packages = ("dvla", "torch", "numpy", "transformers", "peft", "flash-attn", "deepspeed")
+    versions = {name: found for name in packages if (found := version_of(name))}
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    return {"begun": time.strftime("%Y-%m-%d %H:%M:%S %z"), "device": device, "processes": world.size, "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}", "packages": {**versions, "dvla": __version__}, **({"cuda": torch.version.cuda} if torch.version.cuda else {})}
 
 
 def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,15 +94,15 @@ class TrainReport:
     interrupted: bool                   # stopped by a signal; run the same command again to go on
 
 
-def open_loader(session: Session, split: Literal["train", "eval"], start: int = 0) -> Loader:
-    """This process's batches. Held-out ones are not masked, except that a blind policy stays blind, not augmented, and each dataset
-    comes as often as it is large."""
+def open_loader(session: Session, split: Literal["train", "eval", "all"], start: int = 0, alone: bool = False) -> Loader:
+    """This process's batches; `alone`: those it would have if there were no other. Held-out ones, and those of "all" episodes, are not masked,
+    except that a blind policy stays blind, not augmented, and each dataset comes as often as it is large."""
     config, training = session.config, split == "train"
     masking = config.masking if training else ConditionMasking(0.0, 0.0, 0.0)
     if config.blind:
         masking = dataclasses.replace(masking, images=1.0)
     return Loader(session.cache, batch_size=config.batch_size, horizon=session.net.config.dit.horizon, seed=config.seed,
-                  threads=config.threads, rank=session.world.rank, world_size=session.world.size, start=start, masking=masking, split=split,
+                  threads=config.threads, rank=0 if alone else session.world.rank, world_size=1 if alone else session.world.size, start=start, masking=masking, split=split,
                   holdout=config.holdout, temperature=config.temperature if training else 1.0, weights=config.weights if training else {},
                   features=not session.live, augment=config.image_aug and training, order=config.order if training else "global",
                   device=session.world.device)

@@ -167,7 +167,7 @@ def _run(out: Path, name: str, train: Callable[[Tick], dict[str, Any]], tick: Ti
     result = ck.read_json(numbers)
     tick(result["steps"])
     try:
-        with np.load(arrays) as stored:
+        with np.load(arrays, allow_pickle=False) as stored:
             return {**result, **stored}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {arrays} ({error}); delete {numbers} and run again") from None

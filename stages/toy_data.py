@@ -1,13 +1,12 @@
-"""The toys' data and their measures: two pictures in the plane, and a robot that may pass an obstacle on either side.
+"""The toys' data: two pictures in the plane, and a robot that may pass an obstacle on either side.
 
-Letters: n samples, R directions, O test observations, S draws per observation, T steps of a chunk, D = 2T its entries. All float32 on the CPU;
+Letters: n samples, T steps of a chunk, D = 2T its entries. All float32 on the CPU;
 every function is pure given its `torch.Generator`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,30 +31,24 @@ def checkerboard(n: int, generator: torch.Generator) -> Tensor:
 PICTURES = {"swiss roll": swiss_roll, "checkerboard": checkerboard}
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 32) -> float:
-    """Sliced 2-Wasserstein distance of two equally large sets [n,2]: exact in each of R evenly spaced directions, root mean square over
-    them. ValueError for other shapes. (arXiv:1902.00434; in the plane even spacing needs no chance.)"""
-    if x.shape != y.shape or x.ndim != 2 or x.shape[1] != 2:
-        raise ValueError(f"expected two sets [n,2] of one size, got {tuple(x.shape)} and {tuple(y.shape)}")
-    angle = math.pi * torch.arange(directions) / directions                     # [R]
-    unit = torch.stack([angle.cos(), angle.sin()])                              # [2,R]
-    return ((x @ unit).sort(0).values - (y @ unit).sort(0).values).square().mean().sqrt().item()
-
-
 # --- two ways round an obstacle ------------------------------------------------------------------------------------------
 
 OBSERVED = 2        # entries of an observation, each uniform in [−1, 1]
 STEPS = 4           # of an expert chunk, two coordinates each, unless told otherwise
 NOISE = 0.03        # std of an expert within its mode, per entry; normalised actions as a whole have std 0.2
 BULGE = 0.3         # greatest sideways distance from the straight way
-OFF = 0.25          # a sample further from both modes than this share of the distance between them is off both
-COVERED = 0.1       # each mode must get this share of the draws
 
 
 def right_share(observation: Tensor) -> Tensor:
     """Probability [n] that the expert passes on the right of obstacle `observation` [n,OBSERVED]: 0.7 where the first entry is
     negative, else 0.5."""
     return torch.where(observation[:, 0] < 0, 0.7, 0.5)
+
+
+def shares(observation: Tensor) -> Tensor:
+    """Probabilities [n,2] of the modes, in the order of `modes`."""
+    right = right_share(observation)                                            # [n]
+    return torch.stack([1 - right, right], dim=1)
 
 
 def modes(observation: Tensor, steps: int = STEPS) -> Tensor:
@@ -98,27 +91,3 @@ def neighbours(observation: Tensor, count: int) -> Tensor:
     if count == 1:
         return torch.arange(len(observation))[:, None]
     return torch.cdist(observation, observation).fill_diagonal_(-1.0).topk(count, largest=False).indices
-
-
-@dataclass(frozen=True)
-class ModeMetrics:
-    """Means over test observations; the first two need a perfect expert's values beside them (finite draws)."""
-
-    share_error: float      # |share of draws nearest to the right mode − truth|
-    coverage: float         # share of observations where each mode gets at least COVERED of the draws, those off both counting for none
-    between: float          # share of draws off both modes
-    distance: float         # root mean square per entry from a draw to its nearest mode, averaged (an expert: NOISE)
-
-
-def mode_metrics(draws: Tensor, observation: Tensor) -> ModeMetrics:
-    """Of chunks `draws` [O,S,D] for test observations [O,OBSERVED]."""
-    centre = modes(observation, draws.shape[2] // 2)                            # [O,2,D]
-    apart = (centre[:, 0] - centre[:, 1]).norm(dim=1)[:, None]                  # [O,1]
-    near, which = torch.cdist(draws, centre).min(2)                             # [O,S] each
-    off = near > OFF * apart                                                    # [O,S]
-    hits = torch.stack([(~off & (which == mode)).float().mean(1) for mode in (0, 1)])      # [2,O]
-    return ModeMetrics(
-        share_error=(which.float().mean(1) - right_share(observation)).abs().mean().item(),
-        coverage=(hits.min(0).values >= COVERED).float().mean().item(),
-        between=off.float().mean().item(),
-        distance=(near / math.sqrt(draws.shape[2])).mean().item())

@@ -1,4 +1,4 @@
-"""The toys' pictures. Colours are Okabe and Ito's, which colour-blind people can tell apart."""
+"""The toys' pictures, in the panels' colours."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from .panels.style import BLUE, GREEN, GREY, ORANGE, PURPLE
 from .toy_data import NOISE, STEPS, modes
 from .toy_tables import METRICS, label, over_seeds
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
 CLOSE, SHARP = 5, 2     # limits, as multiples of fresh data's own, under which a run is said to have drawn its picture: sliced-Wasserstein
                         # distance, and mean distance to the nearest data point (a blur passes the first, not the second)
 LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))

@@ -19,6 +19,7 @@ from ..drifting.field import AFFINITY_FLOOR, TEMPERATURES
 from ..drifting.heads import ddim, diffusion_pair, euler, flow_pair
 from ..drifting.losses import DIFFUSION_STEPS, DriftLoss, drifting_loss
 from . import toy_data as data
+from .metrics import mode_metrics, sliced_wasserstein
 
 Tick = Callable[[int], None]
 """Told the number of finished steps."""
@@ -107,7 +108,7 @@ def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int 
     measure = torch.Generator().manual_seed(seed + 1_000_003)
     net = Generator(0, 2, 2, 256, run.skip_std or None, seed)
     shown = torch.randn(1000, 2, generator=measure)                             # [1000,2]
-    between = [data.sliced_wasserstein(sample(measured, measure), sample(measured, measure)) for _ in range(16)]
+    between = [sliced_wasserstein(sample(measured, measure), sample(measured, measure)) for _ in range(16)]
     curve: list[dict[str, Any]] = []
     samples: list[Tensor] = []
     at = set(curve_steps(steps))
@@ -116,7 +117,7 @@ def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int 
         with torch.no_grad():
             made = net(torch.randn(measured, 2, generator=measure))             # [measured,2]
             samples.append(net(shown))
-        distance = [data.sliced_wasserstein(made, sample(measured, measure)) for _ in range(4)]
+        distance = [sliced_wasserstein(made, sample(measured, measure)) for _ in range(4)]
         curve.append({"step": step, "distance": sum(distance) / len(distance),
                       "log_mean_square": loss.field.mean_square.clamp(min=1e-30).log().tolist()})
 
@@ -188,7 +189,7 @@ def train_actions(run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: i
                 made = ddim(lambda x, level: predict(observation, x, (level + 1) / DIFFUSION_STEPS), noise, passes)
             else:
                 made = predict(observation, torch.zeros_like(noise) if run.kind == "mse" else noise, 0.0)
-            metrics[passes] = dataclasses.asdict(data.mode_metrics(made, observation))
+            metrics[passes] = dataclasses.asdict(mode_metrics(made, data.modes(observation, run.horizon), data.shares(observation)))
     return {**dataclasses.asdict(run), "steps": steps, "seed": seed, "metrics": metrics, "shown": made[0, :SHOWN]}
 
 
@@ -197,5 +198,5 @@ def expert_metrics(seed: int, tested: int = 64, draws: int = 256) -> dict[str, A
     test = torch.Generator().manual_seed(seed + 2_000_003)
     observation = data.unseen(tested, test)                                     # [tested,o]
     made = data.expert(observation.repeat_interleave(draws, 0), test).unflatten(0, (tested, draws))     # [tested,S,D]
-    return {"kind": "expert", "seed": seed, "metrics": {1: dataclasses.asdict(data.mode_metrics(made, observation))},
+    return {"kind": "expert", "seed": seed, "metrics": {1: dataclasses.asdict(mode_metrics(made, data.modes(observation), data.shares(observation)))},
             "shown": made[0, :SHOWN]}

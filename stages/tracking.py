@@ -78,6 +78,13 @@ class Tracker:
         if self._run is not None:
             self._run.log(flat(line), step=line["step"])
 
+    def pictures(self, step: int, pictures: dict[str, tuple[Path, str]]) -> None:
+        """name → (PNG file, caption) of `step` for W&B; without it the files are all there is."""
+        if self._run is not None:
+            from wandb import Image
+
+            self._run.log({name: Image(str(path), caption=caption) for name, (path, caption) in pictures.items()}, step=step)
+
     def close(self, failed: bool = False) -> None:
         """End the log; `failed` marks the W&B run as crashed."""
         with contextlib.suppress(OSError):      # of a line that `log` could not write either

@@ -34,6 +34,7 @@ from .distributed import ALONE, World, join
 from .held_out import evaluate
 from .interrupts import signals
 from .loop_tools import Meter, banner, kernel_threads, memory_errors, prepare, thaw
+from .panels.during import Panels
 from .policy import describe_dataset
 from .requirements import open_cache, require_trainable
 from .run_folder import begin, restore, save, settings_of, swapped
@@ -125,6 +126,7 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
     session.net.train()
     tracking = Tracker(folder, config.wandb, settings_of(session), step=step) if world.main else contextlib.nullcontext()
     with open_loader(session, split="train", start=state["offset"]) as loader, signals() as stopped, kernel_threads(config.cpu_threads), tracking as tracker, memory_errors(device):
+        panels = Panels(session, loader)
         while step < last and not ending:
             rate = learning_rate(step, config)
             for group in optimizer.param_groups:
@@ -156,9 +158,12 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
             meter.end(config.accumulate, loader.wait_seconds)
             loss, first_loss, record = total, total if first_loss is None else first_loss, False
             due = bool(config.eval_every and config.holdout) and (step % config.eval_every == 0 or step == config.steps)
-            if due:
+            turn = panels.turn(step, due)
+            if due or turn:
                 with swapped(named, ema):
-                    metrics = evaluate(session)
+                    seen = panels.look(step, turn, due)
+                    metrics = evaluate(session, seen) if due else metrics
+            if due:
                 record = best is None or metrics["mse"] < best["mse"]
                 best = {"step": step, "mse": metrics["mse"]} if record else best
             if due or step % config.log_every == 0 or step in (1, config.steps):
@@ -168,6 +173,8 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
                 if tracker is not None:
                     tracker.log(line)
                 session.on_log(line)
+            if turn:
+                panels.draw(turn, seen, tracker)
             ending = world.any(step == last or bool(stopped))       # read once: a signal after this line ends the next step
             if step % config.save_every == 0 or ending or record and config.keep_best:
                 save(session, shared, ema, {"step": step, "offset": loader.state_dict()["offset"], "first_loss": first_loss, "loss": loss,

@@ -54,10 +54,31 @@ def _check_dit(name: str, value: Any) -> None:
     default = DiTConfig.__dataclass_fields__[name].default if name in DiTConfig.__dataclass_fields__ else None
     if name in ("action_dim", "proprio_dim", "denoising"):
         raise UserError(f"dit.{name} follows from the data and from loss.kind; leave it out")
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"dit.{name} is {value!r}; it must be true or false")
+        return
     if isinstance(default, (int, float)) and (isinstance(value, bool) or not isinstance(value, (int, type(default)))):
         raise UserError(f"dit.{name} is {value!r}; it must be a {'whole ' * isinstance(default, int)}number")
     if isinstance(default, (int, float)):
         require(f"dit.{name}", value, at_least=1 if isinstance(default, int) else 0)
+
+
+@dataclass(frozen=True)
+class PanelConfig:
+    """Pictures of what is learnt, drawn while training. They do not change what is learnt."""
+
+    every: int = 500                # steps between most panels; the others come 2.5 times as often, half or a quarter as often, or at evaluations; 0 = none
+    share: float = 0.02             # of a run's time that they may take; a turn that would take more is left out; 1 = no limit
+    observations: int = 128         # held-out ones that they look at, always the same
+    draws: int = 8                  # chunks predicted for each
+    style: Literal["light", "dark"] = "light"
+
+    def __post_init__(self) -> None:
+        require("panels.every", self.every, at_least=0)
+        require("panels.share", self.share, above=0, at_most=1)
+        require("panels.observations", self.observations, at_least=8)
+        require("panels.draws", self.draws, at_least=2)
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,7 @@ class TrainConfig:
     compile: bool = False                   # torch.compile the network's blocks; needs a C++ compiler
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"    # kernel of the attention; the network is the same
     strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"  # of several processes: whole copies, shards of all, shards of AdamW's state
+    panels: PanelConfig = field(default_factory=PanelConfig)    # RUN/panels: what is learnt, in pictures
     wandb: WandbConfig = field(default_factory=WandbConfig)     # Weights & Biases, beside RUN/log.jsonl
 
     def __post_init__(self) -> None:

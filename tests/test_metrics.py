@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from dvla.batch import FeatureBatch
-from dvla.stages.metrics import EPSILON, METRICS, ActionMetrics
+from dvla.drifting.losses import LossConfig, counting, policy_loss
+from dvla.stages.metrics import EPSILON, METRICS, ActionMetrics, drift_of, drift_strength, mmd, mode_coverage, set_metrics
 
 DATASETS, EMBODIMENTS = ("arm", "hand", "never"), ("gripper_joint", "dex_hand", "bimanual")
 OWNER = (0, 1, 0)                                           # embodiment of each dataset
@@ -116,3 +117,73 @@ def test_half_precision_predictions_are_summed_exactly() -> None:
     batch = batch.replace(action=batch.action + 100)
     result = measured([(batch.action, batch)] * 20).result()
     assert result["coverage"] == pytest.approx(100) and result["correlation"] == pytest.approx(1)
+
+
+# --- a set against a set, and drift --------------------------------------------------------------------------------------
+
+
+def cloud(seed: int, n: int = 300, d: int = 6) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_slots_hold_what_the_means_are_made_of(batches) -> None:
+    metrics = measured(batches)
+    slots, result = metrics.slots(), metrics.result()
+    for name in METRICS[2:]:
+        assert slots[name].nanmean().item() == pytest.approx(result[name])
+        assert slots[name][:, 4].isnan().all() and slots[name][2].isnan().all()     # a constant slot, a dataset never seen
+    assert slots["mse"][0, 4] > 0 and slots["mse"][2].isnan().all()
+    assert slots["mae"].isfinite().sum() == 5 + 6
+
+
+def test_mmd_of_known_sets() -> None:
+    same = [mmd(cloud(2 * i), cloud(2 * i + 1)) for i in range(8)]
+    assert abs(np.mean(same)) < 2e-3 and min(same) < 0 < max(same)                  # unbiased
+    assert mmd(cloud(0), cloud(0)) == pytest.approx(0, abs=1e-12)
+    shifted = [mmd(cloud(0) + shift, cloud(1)) for shift in (0.5, 1.0, 2.0)]
+    assert 0.01 < shifted[0] < shifted[1] < shifted[2] < 1
+    assert mmd(torch.zeros(300, 6), cloud(1)) > 0.1                                 # collapsed to the middle
+    assert mmd(10 * cloud(0) + 3, 10 * cloud(1) + 3) == pytest.approx(mmd(cloud(0), cloud(1)), rel=1e-4)    # has no unit
+    with pytest.raises(ValueError, match="two sets"):
+        mmd(cloud(0, 5), cloud(0, 6))
+
+
+def test_mode_coverage_of_known_sets() -> None:
+    assert mode_coverage(cloud(0), cloud(0)) == 1 and mode_coverage(cloud(1), cloud(0)) == 1
+    far = 20 * torch.eye(6)[:4]                                                     # four modes
+    expert = torch.cat([cloud(i, 50) + centre for i, centre in enumerate(far)])
+    for reached in range(1, 5):
+        predicted = torch.cat([cloud(9 + i, 50) + centre for i, centre in enumerate(far[:reached])])
+        assert mode_coverage(predicted, expert, cells=4) == reached / 4
+    assert mode_coverage(expert.mean(0).expand(200, -1), cloud(0)) == pytest.approx(0.1)    # collapsed
+    rare = torch.cat([cloud(9, 196) + far[0], *(cloud(9, 1) + centre for centre in far[1:])])
+    assert mode_coverage(rare, expert, cells=4) == 0.25                             # one in 200 is not enough
+    with pytest.raises(ValueError, match="at least 8"):
+        mode_coverage(cloud(0), cloud(0, 7))
+
+
+def test_set_metrics_take_whole_chunks_of_each_dataset() -> None:
+    batch = make_batch(np.random.default_rng(3), np.array([0, 1] * 60))
+    active = batch.step_mask[..., None] & batch.action_mask[:, None]
+    pred = torch.where(active, batch.action, torch.nan)                             # what does not count is not read
+    assert set_metrics(pred, batch.action, active, batch.dataset) == pytest.approx({"mmd": 0, "mode_coverage": 100}, abs=1e-9)
+    found = set_metrics(torch.where(active, 0.0, torch.nan), batch.action, active, batch.dataset)
+    assert found["mmd"] > 0.1 and found["mode_coverage"] < 50
+    assert set_metrics(pred[:6], batch.action[:6], active[:6], batch.dataset[:6]) == {}
+
+
+def test_drift_is_what_training_measures() -> None:
+    """mean(F²) of `drift_of` is the training loss's, temperature by temperature, and its steps lead draws to the expert."""
+    batch = make_batch(np.random.default_rng(4), np.array([0, 1, 0, 1, 0]))
+    draws = batch.action[:, None] + 0.3 * torch.randn(5, 4, STEPS, 128, generator=torch.Generator().manual_seed(0))
+    config = LossConfig(kind="hybrid")
+    active = counting(batch)
+    drift, loss = drift_of(draws, batch.action, active, batch.embodiment, config), policy_loss(draws, batch, config)
+    assert torch.allclose(drift.mean_square, loss.mean_square, rtol=1e-4)
+    assert drift.step.shape == (3, *draws.shape) and not drift.step.masked_select(~active[None, :, None].expand_as(drift.step)).any()
+    back = ((batch.action[:, None] - draws) * active[:, None] * drift.step.sum(0)).flatten(1).sum(1)        # [B] along the way to the expert
+    assert (back > 0).sum() >= 4 and back.sum() > 1
+    at_rest = drift_of(batch.action[:, None].expand(-1, 4, -1, -1), batch.action, active, batch.embodiment, config)
+    assert at_rest.step.abs().max() < 1e-4
+    strength = drift_strength(drift.mean_square.tolist(), config.temperatures)
+    assert strength["lambda/0.02"] == pytest.approx(loss.mean_square[0].log().item(), rel=1e-3) and list(strength) == ["lambda/0.02", "lambda/0.05", "lambda/0.2"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from dvla.stages import toy as toys
 from dvla.stages import toy_data as data
+from dvla.stages.metrics import ModeMetrics, mode_metrics, sliced_wasserstein
 from dvla.stages.toy_tables import action_rows
 from dvla.stages.toy_train import ActionRun, PlaneRun, curve_steps, train_actions, train_plane
 
@@ -35,21 +36,21 @@ def random(seed: int = 0) -> torch.Generator:
 
 def test_distance_is_zero_on_itself_and_symmetric() -> None:
     x, y = torch.randn(500, 2, generator=random()), torch.rand(500, 2, generator=random(1))
-    assert data.sliced_wasserstein(x, x[torch.randperm(500, generator=random(2))]) == 0
-    assert data.sliced_wasserstein(x, y) == data.sliced_wasserstein(y, x) > 0
+    assert sliced_wasserstein(x, x[torch.randperm(500, generator=random(2))]) == 0
+    assert sliced_wasserstein(x, y) == sliced_wasserstein(y, x) > 0
 
 
 def test_distance_of_known_sets() -> None:
     """A shift by v: each direction u sees |v·u|, whose mean square over the circle is |v|²/2. A scaling of N(0, 1) by s: |s − 1|."""
     x = torch.randn(4000, 2, generator=random())
-    assert data.sliced_wasserstein(x, x + torch.tensor([0.3, -0.4])) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
-    assert data.sliced_wasserstein(x, 3 * torch.randn(4000, 2, generator=random(1))) == pytest.approx(2, abs=0.1)
+    assert sliced_wasserstein(x, x + torch.tensor([0.3, -0.4])) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
+    assert sliced_wasserstein(x, 3 * torch.randn(4000, 2, generator=random(1))) == pytest.approx(2, abs=0.1)
 
 
 @pytest.mark.parametrize("shapes", [((5, 2), (6, 2)), ((5, 3), (5, 3)), ((5,), (5,))])
 def test_distance_refuses_other_shapes(shapes: tuple) -> None:
     with pytest.raises(ValueError, match=r"two sets \[n,2\]"):
-        data.sliced_wasserstein(*(torch.zeros(shape) for shape in shapes))
+        sliced_wasserstein(*(torch.zeros(shape) for shape in shapes))
 
 
 @pytest.mark.parametrize("picture", data.PICTURES)
@@ -68,37 +69,41 @@ OBSERVATION = torch.tensor([[-0.5, 0.3], [0.5, -0.8]])      # 70/30 and 50/50
 CENTRE = data.modes(OBSERVATION)                            # [2,2,D]
 
 
+def measured(chunks: torch.Tensor, observation: torch.Tensor) -> ModeMetrics:
+    return mode_metrics(chunks, data.modes(observation), data.shares(observation))
+
+
 def draws(right: list[int], of: int = 10) -> torch.Tensor:
     """[2,of,D] exactly on the modes, right[i] of them on the right."""
     return torch.stack([CENTRE[i, (torch.arange(of) < n).long()] for i, n in enumerate(right)])
 
 
 def test_metrics_of_the_perfect_answer() -> None:
-    found = data.mode_metrics(draws([7, 5]), OBSERVATION)
+    found = measured(draws([7, 5]), OBSERVATION)
     assert found.share_error == pytest.approx(0, abs=1e-6)
     assert (found.coverage, found.between) == (1, 0) and found.distance == pytest.approx(0, abs=1e-3)
 
 
 def test_metrics_of_one_mode() -> None:
-    found = data.mode_metrics(draws([10, 10]), OBSERVATION)
+    found = measured(draws([10, 10]), OBSERVATION)
     assert found.share_error == pytest.approx((0.3 + 0.5) / 2)
     assert (found.coverage, found.between) == (0, 0)
-    assert data.mode_metrics(draws([9, 10]), OBSERVATION).coverage == 0.5     # one draw of ten is enough
+    assert measured(draws([9, 10]), OBSERVATION).coverage == 0.5     # one draw of ten is enough
 
 
 def test_metrics_of_the_middle() -> None:
     middle = CENTRE.mean(1, keepdim=True)                                       # [2,1,D]
-    found = data.mode_metrics(middle.expand(-1, 10, -1), OBSERVATION)
+    found = measured(middle.expand(-1, 10, -1), OBSERVATION)
     apart = (CENTRE[:, 0] - CENTRE[:, 1]).norm(dim=1) / 2 / math.sqrt(CENTRE.shape[2])
     assert (found.coverage, found.between) == (0, 1) and found.distance == pytest.approx(apart.mean().item(), rel=1e-4)
     tenth = torch.cat([draws([5, 5], 9), middle], dim=1)                        # one of ten in the middle
-    assert data.mode_metrics(tenth, OBSERVATION).between == pytest.approx(0.1)
+    assert measured(tenth, OBSERVATION).between == pytest.approx(0.1)
 
 
 def test_the_expert_is_what_it_says() -> None:
     observation = OBSERVATION.repeat_interleave(4000, 0)
     chunk = data.expert(observation, random()).unflatten(0, (2, 4000))
-    found = data.mode_metrics(chunk, OBSERVATION)
+    found = measured(chunk, OBSERVATION)
     assert found.share_error < 0.02 and found.coverage == 1 and found.between < 1e-3
     assert found.distance == pytest.approx(data.NOISE, rel=0.05)
     spread = data.expert(data.observations(4000, random(1)), random(2)).std()

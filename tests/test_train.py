@@ -489,7 +489,7 @@ def test_compiled_run_is_the_same_run(cache: Path, straight: Path, tmp_path: Pat
 
 def test_the_best_is_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([0.5, 0.2, 0.3, 0.4, 0.6])
-    monkeypatch.setattr(train_module, "evaluate", lambda session: {"mse": next(errors)})
+    monkeypatch.setattr(train_module, "evaluate", lambda session, seen: {"mse": next(errors)})
     config = configure(cache, tmp_path / "run", steps=5, eval_every=1, save_every=2, keep_last=1)
     train(config, say=quiet, stop_after=3)
     train(config, say=quiet)
