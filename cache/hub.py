@@ -1,4 +1,4 @@
-"""Where a dataset is: a folder here, or on the Hugging Face hub, whose files are fetched when asked for, all of one commit.
+"""Files on the Hugging Face hub, of datasets and of policies. Where a dataset is: a folder here, or on the Hugging Face hub, whose files are fetched when asked for, all of one commit.
 
 "owner/name", "owner/name@revision", and "owner/name/folder[@revision]" for a dataset that is a folder of a repository.
 """
@@ -56,6 +56,20 @@ class Location:
 
     def _inside(self, relative: str) -> str:
         return f"{self._folder}/{relative}" if self._folder else relative
+
+
+def policy_snapshot(repo: str) -> Path | None:
+    """Folder of the policy "owner/name" or "owner/name@revision" of the hub, fetched if it is not here yet; None when it is no such id.
+    `UserError` when it cannot be fetched."""
+    found = _HUB_ID.fullmatch(repo)
+    if found is None or found[2] or ".." in repo:
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(found[1], revision=found[3]))
+    except Exception as error:  # see hub_files
+        raise _unreachable(found[1], error) from None
 
 
 def hub_files(path_or_repo: str) -> list[str]:

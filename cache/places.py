@@ -127,8 +127,9 @@ class Url:
         return f"{self.where}/{name}"
 
     def begin(self, name: str) -> Any:
-        self._fs.makedirs(self._path, exist_ok=True)
-        return self._fs.open(f"{self._path}/{name}", "wb")
+        path = f"{self._path}/{name}"
+        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        return self._fs.open(path, "wb")
 
     def end(self, name: str, file: Any) -> None:
         file.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Mirror:
 
     def __init__(self, url: str, local: Path | str, limit: int | None = None) -> None:
         self.place, self._limit = Url(url), limit
-        data = self._small("manifest.json", missing=f"no finished cache at {url}: it has no manifest.json, which a build writes last")
+        data = read_manifest(self.place)
         self._local = Path(local).expanduser()
         self.folder = self._local / f"{crc32c(data):08x}{len(data):08x}"
         try:
@@ -51,9 +51,7 @@ class Mirror:
         except OSError as error:
             raise UserError(f"cannot keep copies of {url} in {local}: {error.strerror}; choose another local folder") from None
         self._files: dict[str, dict[str, int]] = read_json(self.folder / "manifest.json").get("files", {})
-        for name in self._files:
-            if name.startswith("/") or ".." in name.split("/"):
-                raise UserError(f"the manifest of {url} names '{name}', which would lie outside the cache; it is damaged, or hostile")
+        require_inside(self._files, url)
         for left in self.folder.rglob(".*.tmp-*"):
             with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > STALE:
@@ -75,31 +73,9 @@ class Mirror:
             if path.exists():       # fetched by another one meanwhile
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            for attempt in range(ATTEMPTS):
-                try:
-                    self._copy(name, path)
-                    break
-                except UserError:
-                    if attempt + 1 == ATTEMPTS:
-                        raise
-                    time.sleep(0.2 * 4**attempt)
+            fetch_checked(self.place, name, self._files[name], path)
         if self._limit is not None and _is_shard(name):
             self._make_room(path)
-
-    def _copy(self, name: str, path: Path) -> None:
-        url, entry = self.place.url(name), self._files[name]
-        with errors("read", url):
-            source = self.place.open(name)
-        with source, creating(Folder(str(path.parent)), path.name) as sink:
-            while True:
-                with errors("read", url):
-                    block = source.read(8 * BLOCK)
-                if not block:
-                    break
-                sink.write(block)
-            if sink.nbytes != entry["bytes"] or sink.crc != entry["crc32c"]:
-                raise UserError(f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "
-                                f"{entry['crc32c']:08x} were written; run `dvla cache verify` where it lies")
 
     def _make_room(self, newest: Path) -> None:
         with self._lock("room"):
@@ -124,12 +100,48 @@ class Mirror:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _small(self, name: str, missing: str) -> bytes:
+
+def read_manifest(place: Url) -> bytes:
+    """manifest.json of the cache at `place`. `UserError` where none is."""
+    try:
+        with errors("read", place.url("manifest.json")), place.open("manifest.json") as file:
+            return file.read()
+    except UserError as error:
+        raise UserError(f"no finished cache at {place.where}: it has no manifest.json, which is written last ({error})") from None
+
+
+def require_inside(names: Iterable[str], url: str) -> None:
+    """`UserError` for a name in the manifest of the cache at `url` that leaves its folder."""
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"the manifest of {url} names '{name}', which would lie outside the cache; it is damaged, or hostile")
+
+
+def fetch_checked(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
+    """Copy one file of a cache to `path`, which appears whole and as `entry`, of the manifest, says, or not at all (`UserError`)."""
+    for attempt in range(ATTEMPTS):
         try:
-            with errors("read", self.place.url(name)), self.place.open(name) as file:
-                return file.read()
-        except UserError as error:
-            raise UserError(f"{missing} ({error})") from None
+            return _copy(place, name, entry, path)
+        except UserError:
+            if attempt + 1 == ATTEMPTS:
+                raise
+            time.sleep(0.2 * 4**attempt)
+
+
+def _copy(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
+    url = place.url(name)
+    with errors("read", url):
+        source = place.open(name)
+    with source, creating(Folder(str(path.parent)), path.name) as sink:
+        while True:
+            with errors("read", url):
+                block = source.read(8 * BLOCK)
+            if not block:
+                break
+            sink.write(block)
+        if sink.nbytes != entry["bytes"] or sink.crc != entry["crc32c"]:
+            raise UserError(f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "
+                            f"{entry['crc32c']:08x} were written; run `dvla cache verify` where it lies")
 
 
 def _is_shard(name: str) -> bool:

@@ -18,7 +18,8 @@ from .console import console, duration, size
 if TYPE_CHECKING:
     from .cache_content import CacheDiff, CacheFacts, DatasetFacts, SlotRow
     from .cache_tools import CacheStatus, Garbage
-    from .plan import Forecast
+    from .cluster_plan import ClusterForecast
+from .plan import Forecast
 
 SHOWN_INSTRUCTIONS = 5
 SHOWN_LINES = 20
@@ -58,6 +59,18 @@ def show_forecast(f: Forecast) -> None:
                   f"{size(int(m.read))}/s from the disk, {size(int(m.read_warm))}/s from memory{model}); {f.train_binds} binds")
     console.print("break-even: never, a live encoder is as fast" if f.break_even_epoch is None else
                   f"break-even: after epoch {f.break_even_epoch} the cache has cost less time than a live encoder")
+
+
+def show_cluster(f: ClusterForecast) -> None:
+    """What `plan --cluster` found."""
+    b = f.build
+    console.print(f"on {f.gpus} GPUs, {f.frames:,} frames: cache {size(f.bytes)}, {size(f.bytes_per_sample)} a sample", highlight=False)
+    console.print(f"  build: {duration(b.seconds)}, {f.build_cost:,.0f} USD; {b.shards:,} shards in {b.rounds:,} rounds {duration(b.work)}, tables {duration(b.tables)}, "
+                  f"writing {duration(b.write)} ({size(int(f.build_write))}/s into the store); {b.binds} binds", highlight=False)
+    model = "" if f.model is None else f" of {f.model:,.0f} that the GPUs train"
+    console.print(f"  stage two: {f.first_epoch:,.0f} samples/s{model}, {size(int(f.train_read))}/s from the store; {f.train_binds} binds"
+                  + (f"; from the second epoch on {f.later_epochs:,.0f}" if f.later_epochs > f.first_epoch else ""), highlight=False)
+    console.print(f"  an epoch: {duration(f.epoch_hours * 3600)}, {f.epoch_cost:,.0f} USD; keeping the cache: {f.storage_cost:,.0f} USD a month", highlight=False)
 
 
 def show_status(found: Sequence[CacheStatus]) -> None:

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..cache.hub import policy_snapshot
 from ..cache.shard import file_crc32c, write_file
 from ..errors import UserError
 
@@ -135,10 +136,10 @@ def latest_whole(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
 def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Path:
     """The policy directory behind a path, whole to the last byte.
 
-    `path`: a run (its newest undamaged checkpoint; damaged ones passed over are told to `say`), a checkpoint folder, or a run's
-    `checkpoints/best`. `UserError` when it is none of these or damaged.
+    `path`: a run (its newest undamaged checkpoint; damaged ones passed over are told to `say`), a checkpoint folder, a run's
+    `checkpoints/best`, or "owner/name[@revision]" of the hub. `UserError` when it is none of these or damaged.
     """
-    path = Path(path)
+    given, path = str(path), Path(path)
     if path.name == "best" and path.is_file():
         path = path.with_name(path.read_text().strip())
     if any((path / name).is_file() for name in ("policy.json", "state.json")):
@@ -150,6 +151,12 @@ def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Pat
             say(line)
         return found[0]
     if not path.exists():
+        try:
+            snapshot = policy_snapshot(given)
+        except UserError as error:
+            raise UserError(f"no run or checkpoint at {path}, and no policy of that name on the hub ({error})") from None
+        if snapshot is not None:
+            return resolve(snapshot, say)
         raise UserError(f"no run or checkpoint at {path}; train one with `dvla train --from-cache CACHE --out {path}`")
     raise UserError(f"{path} holds no checkpoint yet; give a run folder of `dvla train` or `dvla finetune`, or wait for its first checkpoint")
 

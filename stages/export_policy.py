@@ -4,6 +4,7 @@
         ema.safetensors         averaged weights of the policy
         vision.safetensors      after stage three: the weights of the vision tower that it changed, LoRA merged, float32
         policy.pt2, policy.onnx on request, with graph.json (policy_graph.py)
+        config.json, policy_preprocessor.json … on request, for LeRobot (lerobot_plugin)
         state.json              step and results of the checkpoint, content hashes of the other files
 
 The frozen VLM itself is not copied: it is loaded from where it lay, or from `vlm_path`, and its weights are checked.
@@ -11,6 +12,7 @@ The frozen VLM itself is not copied: it is loaded from where it lay, or from `vl
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,8 @@ from . import checkpoint as ck
 from .policy import load_net, load_policy_encoder, read_document
 from .policy_graph import require_formats, write_graphs
 
+LEROBOT = "lerobot"
+
 
 @dataclass(frozen=True)
 class ExportedPolicy:
@@ -47,7 +51,7 @@ def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = 
                   say: Callable[[str], None] = print) -> ExportedPolicy:
     """Write the checkpoint at `path` (see `checkpoint.resolve`) as the folder `out`, which appears only when complete.
 
-    `formats`: graphs to add ("torch-export", "onnx"). `UserError` when `out` exists, the checkpoint is missing or damaged, a graph cannot be
+    `formats`: graphs to add ("torch-export", "onnx"), and "lerobot" for what LeRobot wants to find beside them. `UserError` when `out` exists, the checkpoint is missing or damaged, a graph cannot be
     made, or the VLM, which is read only where it was trained, is not the checkpoint's.
     """
     out = Path(out)
@@ -56,8 +60,10 @@ def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = 
     folder = ck.resolve(path, say)
     document, state = read_document(folder), ck.read_json(folder / "state.json")
     loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
-    formats = tuple(dict.fromkeys(formats))
-    require_formats(formats, loss.kind)
+    graphs_asked = tuple(dict.fromkeys(f for f in formats if f != LEROBOT))
+    require_formats(graphs_asked, loss.kind)
+    if LEROBOT in formats and importlib.util.find_spec("lerobot") is None:
+        raise UserError("--format lerobot needs lerobot: pip install 'dvla[lerobot]'")
     tensors = {"ema": ck.policy_tensors(folder, "ema")}
     vision, document = _vision(folder, document, vlm_path)
     if vision is not None:
@@ -66,8 +72,12 @@ def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = 
     graphs: dict[str, Any] = {"difference": {}}
     try:
         with new_folder(out) as part:
-            if formats:
-                graphs = write_graphs(load_net(document, tensors["ema"]), loss, formats, part)
+            if LEROBOT in formats:
+                from .lerobot_plugin import write_lerobot       # slow to import, and LeRobot need not be installed
+
+                write_lerobot(document, part)
+            if graphs_asked:
+                graphs = write_graphs(load_net(document, tensors["ema"]), loss, graphs_asked, part)
                 write_file(part / "graph.json", ck.json_bytes(graphs))
             ck.write_files(part, tensors, {"policy": document, "state": kept})
             nbytes = sum(p.stat().st_size for p in part.iterdir())

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..cache.actions import UNIFIED_DIM
 from ..cache.layout import BuildPlan, DatasetPlan, ShardTask
@@ -19,6 +20,7 @@ from ..errors import UserError
 from .console import size
 from .generations import ViewChange
 
+ROW_NBYTES = 2 * 4 * UNIFIED_DIM + 8    # of a frame's tables: action, proprio, timestamp
 ROOM_MARGIN = 1.02              # over the bytes counted: folders, blocks that are not full, JSON
 BEST_COMPRESSION = 1.5          # no lossless compression of features was seen to reach it; the pilot of `dvla cache plan` measures it
 MEMORY_SHARE = 0.8              # of a machine's memory that may hold pages of a cache
@@ -35,7 +37,7 @@ def features_nbytes(plan: BuildPlan, tasks: Iterable[ShardTask]) -> int:
 
 def tables_nbytes(plan: BuildPlan, dataset: DatasetPlan) -> int:
     """Bytes of all of a dataset but its features. The number of text tokens is estimated from the longest instruction."""
-    rows = dataset.frames * (2 * 4 * UNIFIED_DIM + 8)                               # action, proprio, timestamp
+    rows = dataset.frames * ROW_NBYTES
     tokens = 1 + max(len(text) for text in dataset.instructions) // CHARACTERS_PER_TOKEN
     text = len(dataset.instructions) * tokens * plan.width * 2                      # [n,Lt,D] float16
     return rows + text + 4 * 8 * len(dataset.episodes) + len(dataset.views) * plan.tokens * plan.width * 2
@@ -150,6 +152,7 @@ class Forecast:
     draws: int
     train_binds: str                # reading or model
     break_even_epoch: int | None    # the first after which the cache has cost no more than a live encoder; None: never
+    cluster: Any = None             # of `--cluster`: what it would take there (cluster_plan.ClusterForecast)
     boundary: int | None = None     # n, where not features are stored but what enters the last n blocks: `train_samples` is by reading alone
 
     @property

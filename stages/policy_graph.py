@@ -57,7 +57,7 @@ def require_formats(formats: Sequence[str], kind: str) -> None:
     """`UserError` for an unknown format, a head of several passes, or a library that is missing."""
     for name in formats:
         if name not in FILES:
-            raise unknown("format", name, ("policy", *FILES))
+            raise unknown("format", name, ("policy", *FILES, "lerobot"))
         if kind in DENOISING:
             raise UserError(f"--format {name} is for heads that act in one pass ({', '.join(ONE_STEP)}), and this policy has a {kind} head, "
                             "which calls its network many times; leave --format out")

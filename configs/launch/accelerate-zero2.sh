@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Accelerate as the launcher, for sites that start everything with it. What is sharded is dvla's own doing (--strategy zero2, dvla[deepspeed]).
+#: nodes=1          machines
+#: processes=8      GPUs of each
+#: rank=0           which of the machines this is
+#: head=127.0.0.1   the first of them
+#: port=29500       a free port there
+set -euo pipefail
+config=$(mktemp)
+trap 'rm -f "$config"' EXIT
+cat > "$config" <<YAML
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+deepspeed_config: {zero_stage: 2, deepspeed_multinode_launcher: standard}
+num_machines: {{nodes}}
+num_processes: $(( {{nodes}} * {{processes}} ))
+machine_rank: {{rank}}
+main_process_ip: {{head}}
+main_process_port: {{port}}
+mixed_precision: 'no'
+YAML
+accelerate launch --config_file "$config" -m dvla.cli {{command}} --strategy zero2

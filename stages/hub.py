@@ -1,0 +1,57 @@
+"""Policies on the Hugging Face hub: pushed as `dvla export` writes them, with a card; fetched by `Policy.from_pretrained("owner/name")`.
+
+The token is the hub client's own (`hf auth login`, or HF_TOKEN); it is never an argument here, and never printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ..cache.shard import write_file
+from ..errors import UserError
+from . import checkpoint as ck
+from .export_policy import export_policy
+from .model_card import policy_card
+from .policy import read_document
+
+
+def push_policy(path: str | Path, repo: str, private: bool = True, evaluations: Sequence[str | Path] = (), vlm_path: str | None = None,
+                formats: tuple[str, ...] = (), say: Callable[[str], None] = print) -> str:
+    """Upload the policy at `path` (a run, a checkpoint, or what `dvla export` wrote) to the model repository `repo`, "owner/name", which is
+    made if it is not there; returns its URL. `evaluations`: folders that `dvla eval --out` wrote, for the card.
+
+    `UserError` when the policy or an evaluation is missing or damaged, the VLM it needs is a folder of this machine, or the hub refuses.
+    """
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"'{repo}' is not a repository of the hub; give owner/name")
+    summaries = [ck.read_json(Path(folder) / "summary.json") for folder in evaluations]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "policy"
+        export_policy(path, folder, formats, vlm_path, say)
+        document, state = read_document(folder), ck.read_json(folder / "state.json")
+        base = document["encoder"]["spec"]["path"]
+        if Path(base).expanduser().exists():
+            say(f"acting needs the VLM, which is known as the folder {base}: whoever uses {repo} gives theirs with vlm_path")
+        write_file(folder / "README.md", policy_card(document, state, repo, summaries).encode())
+        with hub_errors(repo):
+            from huggingface_hub import HfApi
+
+            api = HfApi()
+            url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=folder, repo_type="model", commit_message=f"Policy of step {state.get('step')}")
+    return str(url)
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Whatever the hub's client raises, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the client raises many types: HTTP, offline, validation, no token
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the hub did not take {repo}: {line}; log in with `hf auth login` and check the name and your rights") from None

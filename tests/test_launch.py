@@ -1,0 +1,116 @@
+"""Launch scripts: what they say, that a shell can read them, and what they start, as far as two processes on a CPU reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from dvla.errors import UserError
+from dvla.stages.launch import read_script, render, scripts, settings_of
+
+from .cli_runner import Dvla, refused
+
+sys.path.insert(0, str(Path(__file__).parent))
+import synthetic_cache as synthetic  # noqa: E402
+
+TRAIN = ("train", "--from-cache", "my cache", "--out", "run")
+BUILD = ("cache", "build", "data/push", "--out", "cache")
+
+
+def command_of(name: str) -> tuple[str, ...]:
+    return BUILD if name == "slurm-cache" else TRAIN
+
+
+def test_what_is_shipped() -> None:
+    assert scripts() == ("accelerate-fsdp2", "accelerate-zero2", "slurm-cache", "slurm-train", "torchrun", "torchrun-nodes")
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_every_script_is_one_a_shell_reads(name: str, dvla: Dvla) -> None:
+    shown = dvla("launch", name, "--print", "--set", "processes=2", "--", *command_of(name))
+    assert shown.code == 0 and "{{" not in shown.out and "#:" not in shown.out
+    assert shown.out == render(read_script(name), command_of(name), {"processes": "2"})
+    done = subprocess.run(["bash", "-n"], input=shown.out, text=True, capture_output=True)
+    assert done.returncode == 0 and not done.stderr
+    if name != "slurm-cache":
+        assert "-m dvla.cli train --from-cache 'my cache' --out run" in shown.out
+    listed = dvla("launch", name, "--settings")
+    assert all(setting.meaning and f"{n}={setting.default}" in listed.out for n, setting in settings_of(read_script(name)).items())
+
+
+def test_refusals(dvla: Dvla, tmp_path: Path) -> None:
+    refused(dvla("launch", "torchrnu", "--", *TRAIN), "unknown launch script 'torchrnu'; did you mean 'torchrun'?")
+    refused(dvla("launch", "torchrun", "--set", "procesess=2", "--", *TRAIN), "did you mean 'processes'?")
+    refused(dvla("launch", "torchrun", "--set", "processes=two", "--", *TRAIN), "it must be a whole number")
+    refused(dvla("launch", "torchrun-nodes", "--set", "head=a; rm -rf /", "--", *TRAIN), "letters, digits and")
+    refused(dvla("launch", "torchrun", "--set", "processes", "--", *TRAIN), "give NAME=VALUE")
+    refused(dvla("launch", "torchrun"), "no command to launch")
+    refused(dvla("launch", "torchrun", "--", "eval", "run"), "'eval' does not run in several processes")
+    refused(dvla("launch", "torchrun", "--", *BUILD), "--workers N, or the script slurm-cache")
+    refused(dvla("launch", "slurm-cache", "--", *TRAIN), "its command begins with cache build")
+    refused(dvla("launch", "slurm-cache", "--", *BUILD, "--workers=3"), "--workers is set by this script")
+    refused(dvla("launch", "accelerate-fsdp2", "--", *TRAIN, "--strategy", "ddp"), "--strategy is set by this script")
+    refused(dvla("launch", str(tmp_path / "none.sh"), "--", *TRAIN), "cannot read")
+    (tmp_path / "mine.sh").write_text("echo {{command}} {{nodes}}\n")
+    with pytest.raises(UserError, match="asks for {{nodes}} and has no line '#: nodes=…'"):
+        render(read_script(str(tmp_path / "mine.sh")), TRAIN, {})
+
+
+def test_slurm_needs_slurm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(dvla("launch", "slurm-train", "--", *TRAIN), "sbatch is not here; see the script with --print")
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("name, asked", [("slurm-train", "srun"), ("slurm-cache", "dvla")])
+@pytest.mark.parametrize("how", ["finished", "failed", "walltime"])
+def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: str, asked: str, how: str) -> None:
+    """Against stand-ins for Slurm's programs and for what they start, which ends as dvla does: 0, 2, or 130 after SIGTERM."""
+    programs, asleep = tmp_path / "bin", "trap 'echo saved; exit 130' TERM; echo up > up; while :; do sleep 0.05; done"
+    program(programs, asked, f'echo "$@" > asked; {dict(finished="exit 0", failed="exit 2", walltime=asleep)[how]}')
+    program(programs, "scontrol", 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo node7; fi')
+    script = render(read_script(name), command_of(name), {"processes": "2"})
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]"}
+    job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, start_new_session=True)
+    if how == "walltime":
+        for _ in range(200):
+            if (tmp_path / "up").exists():
+                break
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+    code = job.wait(timeout=60)
+    assert (code, (tmp_path / "requeued").exists()) == {"finished": (0, False), "failed": (2, False), "walltime": (0, True)}[how]
+    if how == "walltime":
+        assert (tmp_path / "requeued").read_text() == "42\n"
+    words = (tmp_path / "asked").read_text()
+    assert ("node7:29500" in words and "train --from-cache my cache" in words) if name == "slurm-train" else words.split()[-2:] == ["--workers", "2"]
+
+
+@pytest.mark.parametrize("name", ["torchrun", "accelerate-fsdp2"])
+def test_two_processes_train(tmp_path: Path, name: str) -> None:
+    if name.startswith("accelerate") and find_spec("accelerate") is None:
+        pytest.skip("needs accelerate, which comes with lerobot")
+    synthetic.build(tmp_path / "cache")
+    command = ["train", "--from-cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--model-size", "tiny", "--steps", "1", "--batch-size", "2",
+               "--draws", "2", "--device", "cpu", "--eval-every", "0", "--set", "dit.width=32", "--set", "dit.blocks=1", "--set", "dit.heads=2", "--set",
+               "dit.horizon=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "-m", "dvla.cli", "launch", name, "--set", "processes=2", *(["--set", "port=29541"] if name != "torchrun" else []),
+                           "--", *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Batch: 2/process × 1 accum × 2 processes = 4 global" in done.stdout
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 1
+    if name != "torchrun":
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["strategy"] == "fsdp2"
