@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help venv system vulkan demo test lint wheel clean-venv
+.PHONY: help venv system vulkan demo test lint docs audit wheel clean-venv
 
 VENV := .venv
 STAMP := $(VENV)/.dvla-installed
@@ -84,7 +84,7 @@ vulkan:  ## the software Vulkan driver that ManiSkill draws with, by apt-get (De
 	fi
 	apt "a Vulkan driver for ManiSkill" $$package
 
-demo: system $(STAMP)  ## all three stages on recorded robot data, on a CPU, in about a quarter of an hour
+demo: system $(STAMP)  ## all three stages on two simulated tasks, on a CPU, in 6 to 10 minutes
 	@$(VENV)/bin/dvla demo $(ARGS)
 
 test: system $(STAMP)  ## every test
@@ -92,6 +92,12 @@ test: system $(STAMP)  ## every test
 
 lint: $(STAMP)  ## ruff
 	@$(VENV)/bin/ruff check .
+
+docs: $(STAMP)  ## docs/cli.md from the commands' own help
+	@$(VENV)/bin/python -m typer dvla.cli utils docs --name dvla --title "Command line" --output docs/cli.md
+
+audit: $(STAMP)  ## known vulnerabilities among the pinned versions (asks PyPI)
+	@$(UV)x pip-audit -r constraints.txt --no-deps --disable-pip
 
 wheel: $(STAMP)  ## dist/dvla-*.whl
 	@rm -rf build

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from ._version import __version__
-from .cli_cache import VlmPath, cache_app
+from .cli_ablate import ablate_command
+from .cli_cache import cache_app
 from .cli_data import data_app
+from .cli_eval import eval_command
+from .cli_hub import push_command
+from .cli_launch import launch_command
+from .cli_report import compare_command, report_command, rerun_command
+from .cli_serve import bench_app, serve_command
 from .cli_train import cotrain_command, export_command, finetune_command, train_command
 from .errors import UserError
 from .stages.console import console, doctor_table, errors, progress_bars, success_table
@@ -23,6 +29,7 @@ vlm_app = typer.Typer(no_args_is_help=True, help="Vision-language checkpoints.")
 app.add_typer(data_app, name="data")
 app.add_typer(vlm_app, name="vlm")
 app.add_typer(cache_app, name="cache")
+app.add_typer(bench_app, name="bench")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
 
@@ -100,34 +107,14 @@ app.command("train")(train_command)
 app.command("finetune")(finetune_command)
 app.command("cotrain")(cotrain_command)
 app.command("export")(export_command)
-
-
-@app.command("eval")
-def eval_command(
-    policy: Annotated[Path, typer.Argument(help="Run or checkpoint folder.", show_default=False)],
-    env: Annotated[list[str], typer.Option("--env", help="Simulated task; may be given several times.")],
-    out: Annotated[Optional[Path], typer.Option("--out", help="Folder to create with summary.json and videos.")] = None,
-    episodes: Annotated[int, typer.Option("--episodes", help="Unseen starts per task.")] = 20,
-    blind: Annotated[Optional[str], typer.Option("--blind", help="Run trained with --blind; default: this policy shown black pictures.")] = None,
-    replan: Annotated[int, typer.Option("--replan", help="Steps of each chunk to execute.")] = 4,
-    max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Step limit; default: the task's own.")] = None,
-    image_size: Annotated[int, typer.Option("--image-size", help="Side of the rendered pictures, as recorded.")] = 128,
-    seed: Annotated[int, typer.Option("--seed", help="Chooses the starts.")] = 0,
-    workers: Annotated[int, typer.Option("--workers", help="Simulating processes.")] = 1,
-    videos: Annotated[int, typer.Option("--videos", help="Episodes filmed per task.")] = 10,
-    vlm_path: VlmPath = None,
-) -> None:
-    """Closed-loop success on unseen starts, beside the expert, a random and a blind policy.
-
-    Example: dvla eval runs/base --env metaworld/push-v3 --episodes 50 --out eval/base
-    """
-    from .stages.evaluate import EvalConfig, evaluate_policy
-
-    config = EvalConfig(str(policy), tuple(env), episodes, out, blind, seed, replan, max_steps, image_size, workers, videos, vlm_path)
-    with progress_bars() as show:
-        summary = evaluate_policy(config, show)
-    console.print(success_table({"policy": summary}))
-    console.print(f"blind: {summary['blind_is']}. Expert, random and blind ran on the same {episodes} starts, none of which was trained on.")
+app.command("report")(report_command)
+app.command("compare")(compare_command)
+app.command("rerun")(rerun_command)
+app.command("push")(push_command)
+app.command("launch")(launch_command)
+app.command("serve")(serve_command)
+app.command("eval")(eval_command)
+app.command("ablate")(ablate_command)
 
 
 @app.command("demo")

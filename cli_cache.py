@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -120,6 +121,8 @@ def cache_plan(
     model_size: Annotated[str, typer.Option("--model-size", help="Policy to measure: tiny, small, base or large.")] = "base",
     draws: Annotated[int, typer.Option("--draws", help="Noise draws that share one sample.")] = 4,
     disk_rate: Annotated[Optional[float], typer.Option("--disk-rate", help="GB/s of the disk to train from; default: measured at --out.")] = None,
+    cluster: Annotated[Optional[str], typer.Option("--cluster", help="YAML of a cluster (cluster: the shipped configs/launch/cluster.yaml): tell what it would take there.")] = None,
+    frames: Annotated[Optional[int], typer.Option("--frames", min=1, help="With --cluster: of a corpus of so many frames like these.")] = None,
     json: Json = None,
 ) -> None:
     """Measure a few pictures, then tell bytes, hours, cost, errors, and the speed of training from the cache. Takes the options of build;
@@ -128,9 +131,13 @@ def cache_plan(
     Example: dvla cache plan data/push data/button --out cache --tokens 49 --dtype int8 --price 3.5 --train-samples-per-second measured
     """
     options = dict(locals())
-    from .stages.cache_tables import show_forecast, write_json
+    from .stages.cache_tables import show_cluster, show_forecast, write_json
+    from .stages.cluster_plan import cluster_forecast, read_cluster, work_of
     from .stages.pilot import PilotConfig, plan_build
 
+    if frames is not None and cluster is None:
+        raise UserError("--frames is of --cluster; give both, or neither")
+    config = None if cluster is None else read_cluster(cluster)
     try:
         rate = None if train_rate in (None, "measured") else float(train_rate)
     except ValueError:
@@ -138,8 +145,12 @@ def cache_plan(
     settings = PilotConfig(pilot, price, rate, train_rate == "measured", model_size, draws, None if disk_rate is None else disk_rate * 1e9)
     with progress_bars() as show:
         found = plan_build(_build_config(options), settings, show)
+    if config is not None:
+        found = dataclasses.replace(found, cluster=cluster_forecast(work_of(found, frames, shard_frames), config, model=found.measured.model))
     write_json(json, found)
     show_forecast(found)
+    if found.cluster is not None:
+        show_cluster(found.cluster)
     names = {"new": "new", "again": "encoded again", "copied": "copied", "adopted": "in shards that stay whole"}
     for share in found.shares:
         console.print(f"against the finished cache, {names[share.kind]}: {share.pictures} pictures, {size(share.bytes)}, {duration(share.hours * 3600)}")
@@ -189,18 +200,27 @@ def cache_status(path: CachePath, json: Json = None) -> None:
 def cache_inspect(
     path: CachePath,
     out: Annotated[Optional[Path], typer.Option("--out", help="Folder for a picture of the token norms of each view; nothing there is overwritten.")] = None,
+    html: Annotated[Optional[Path], typer.Option("--html", help="Page to write: datasets, pictures, token norms, action ranges, masks, bytes.")] = None,
+    source: Moved = None,
 ) -> None:
     """What a finished cache was built with, its episodes, instructions and action slots.
 
-    Example: dvla cache inspect cache --out norms
+    Example: dvla cache inspect cache --html cache.html
     """
     from .stages.cache_content import inspect, norm_pictures
     from .stages.cache_tables import show_facts, show_ranges
 
     facts = inspect(path)
     ranges = norm_pictures(path, out) if out else {}
+    if html is not None:
+        from .stages.cache_page import write_cache_page
+
+        with progress_bars() as show:
+            nbytes = write_cache_page(path, html, tuple(source or ()), show)
     show_facts(facts)
     show_ranges(ranges)
+    if html is not None:
+        console.print(f"{html}: {size(nbytes)}, one file that needs no network", markup=False)
 
 
 @cache_app.command("diff")

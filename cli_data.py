@@ -24,6 +24,8 @@ def data_record(
     episodes: Annotated[int, typer.Option("--episodes", help="Demonstrations to keep.")] = 50,
     image_size: Annotated[int, typer.Option("--image-size", help="Side of the square pictures, pixels (even).")] = 128,
     noise: Annotated[float, typer.Option("--noise", help="Standard deviation of noise on executed actions, × the environment's own scale; labels stay clean.")] = 0.1,
+    observation_noise: Annotated[float, typer.Option("--observation-noise", help="The same on recorded states, × the spread of each number over its episode; actions stay clean.")] = 0.0,
+    pixel_noise: Annotated[float, typer.Option("--pixel-noise", help="The same on recorded pictures, in grey levels of 255.")] = 0.0,
     extra_steps: Annotated[int, typer.Option("--extra-steps", help="Steps recorded after success.")] = 10,
     max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Step limit of an attempt; default: the task's own.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Chooses the starts and the noise.")] = 0,
@@ -35,7 +37,8 @@ def data_record(
     """
     from .stages.record import RecordConfig, record
 
-    config = RecordConfig(env, episodes, out, image_size, seed, noise=noise, max_steps=max_steps, extra_steps=extra_steps, workers=workers)
+    config = RecordConfig(env, episodes, out, image_size, seed, noise=noise, observation_noise=observation_noise, pixel_noise=pixel_noise,
+                          max_steps=max_steps, extra_steps=extra_steps, workers=workers)
     with progress_bars() as show:
         result = record(config, lambda done, total: show(f"recording {env}", done, total))
     console.print(f"{result.out}: {result.episodes} episodes, {result.frames} frames; the expert solved {result.succeeded} of "

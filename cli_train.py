@@ -144,7 +144,7 @@ def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="Run or checkpoint folder, or RUN/checkpoints/best.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
     format: Annotated[Optional[list[str]], typer.Option(
-        "--format", help="Besides the policy folder: torch-export or onnx (dvla\\[onnx]), its network as one graph; may be given several times.")] = None,
+        "--format", help="Besides the policy folder: torch-export or onnx (dvla\\[onnx]), its network as one graph; lerobot, for lerobot-eval; may be given several times.")] = None,
     vlm_path: VlmPath = None,
 ) -> None:
     """Write a trained policy as a folder for deployment: averaged weights, the VLM's own with LoRA merged, statistics, field maps; nothing of training.

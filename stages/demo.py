@@ -1,7 +1,7 @@
 """`dvla demo`: the whole road on one machine, by the commands a user would type.
 
-Everything lies under one folder: `data/`, `vlm/`, `cache/`, `stage2/`, `blind/`, `stage3/`, `eval2/`, `eval3/`, pictures and
-`summary.json`. Finished commands are noted in `progress.json`; an interrupted demo goes on where it stopped.
+Everything lies under one folder: `data/`, `vlm/`, `cache/`, `stage2/`, `blind/`, `stage3/`, `eval2/`, `eval3/`, pictures,
+`report.html` and `summary.json`. Finished commands are noted in `progress.json`; an interrupted demo goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHAPE = ("--model-size", "tiny", "--draws", "2", "--cond-mask-prob", "0", "--set
 FULL = DemoScale(
     tasks={"metaworld/button-press-topdown-v3": 40, "metaworld/drawer-open-v3": 40},
     train=(*SHAPE, "--batch-size", "64", "--lr", "1e-3", "--steps", "800", "--set", "eval_every=400", "--set", "save_every=200",
-           "--set", "log_every=20"),
+           "--set", "log_every=20", "--set", "panels.every=200", "--set", "panels.share=0.1"),
     finetune=("--batch-size", "16", "--lr", "2e-4", "--vlm-lr-scale", "1.0", "--steps", "100", "--set", "log_every=5",
               "--set", "eval_every=50", "--set", "save_every=50"),
     episodes=20)
@@ -72,6 +72,7 @@ def steps(out: Path, scale: DemoScale, seed: int) -> list[Step]:
         Step("train", ((*training, "--out", stage2), (*training, "--blind", "--out", blind))),
         Step("finetune, eval stage two", ((*finetune, "--out", stage3), ("eval", stage2, *evaluation, "--out", str(out / "eval2")))),
         Step("eval stage three", (("eval", stage3, *evaluation, "--out", str(out / "eval3")),)),
+        Step("report", (("report", stage2, "--eval", str(out / "eval2"), "-o", str(out / "report.html")),)),
     ]
 
 
@@ -102,7 +103,7 @@ def demo(out: Path, quick: bool, seed: int, run: Callable[[list[str]], None], sa
         f"{_arrow(summary['loss']['stage_three'])}")
     say("Every rate is over the same unseen starts; blind is a policy trained the same way that never saw a picture. "
         "The toy VLM has random weights." + (" A quick demo shows that the road is whole, not that a policy learns." if quick else ""))
-    say(f"pictures and numbers: {out}/summary.json, loss.png, switch.png, success.png, eval2_*.mp4, eval3_*.mp4")
+    say(f"pictures and numbers: {out}/summary.json, report.html, loss.png, switch.png, success.png, eval2_*.mp4, eval3_*.mp4")
     return summary
 
 

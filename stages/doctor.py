@@ -21,7 +21,8 @@ class Finding:
     required: bool = False  # without it nothing works
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Version of an installed package; None: it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -32,23 +33,26 @@ def examine() -> list[Finding]:
     """Look at this machine. Imports nothing but torch."""
     findings = [Finding("python", platform.python_version(), required=True)]
     for package in ("torch", "transformers", "peft", "av", "pyarrow", "google-crc32c", "distributed", "webdataset"):
-        findings.append(Finding(package, _version(package), "nothing runs", "pip install dvla", required=True))
+        findings.append(Finding(package, version_of(package), "nothing runs", "pip install dvla", required=True))
     findings.append(Finding("CUDA", _cuda(), "the 2 B VLM and the base model are slow on a CPU; the tiny sizes run",
                             "a CUDA GPU with its driver, and a torch build for it"))
     findings += [
-        Finding("flash-attn", _version("flash-attn"), "nothing: torch's own attention is used", "pip install 'dvla[gpu]' on a CUDA machine"),
-        Finding("ffmpeg", shutil.which("ffmpeg") or (f"libraries inside av {_version('av')}" if _version("av") else None),
+        Finding("flash-attn", version_of("flash-attn"), "nothing: torch's own attention is used", "pip install 'dvla[gpu]' on a CUDA machine"),
+        Finding("ffmpeg", shutil.which("ffmpeg") or (f"libraries inside av {version_of('av')}" if version_of("av") else None),
                 "no video can be decoded", "pip install av"),
-        Finding("lerobot", _version("lerobot"), "`dvla data record` cannot write datasets (reading needs only av and pyarrow)",
+        Finding("lerobot", version_of("lerobot"), "`dvla data record` cannot write datasets (reading needs only av and pyarrow)",
                 "pip install 'dvla[lerobot]'"),
-        Finding("metaworld", _version("metaworld"), "`dvla demo` cannot run; no Meta-World tasks", "pip install 'dvla[sim]'"),
-        Finding("mani-skill", _version("mani-skill"), "no ManiSkill tasks", "pip install 'dvla[maniskill]'; see docs/simulators.md"),
-        Finding("gym-aloha", _version("gym-aloha"), "no bimanual ALOHA tasks", "pip install 'dvla[aloha]'"),
-        Finding("wandb", _version("wandb"), "no --wandb-mode; RUN/log.jsonl holds the same numbers", "pip install 'dvla[wandb]'"),
-        Finding("onnxruntime", _version("onnxruntime"), "no `dvla export --format onnx`; torch-export works", "pip install 'dvla[onnx]'"),
-        Finding("deepspeed", _version("deepspeed"), "no strategy zero2; ddp and fsdp2 work", "pip install 'dvla[deepspeed]'"),
-        Finding("pyvista", _version("pyvista"), "DexGraspNet's scenes cannot be rendered", "pip install 'dvla[render]'"),
-        Finding("dask-jobqueue", _version("dask-jobqueue"), "no --slurm; --workers and --scheduler work", "pip install 'dvla[slurm]'"),
+        Finding("metaworld", version_of("metaworld"), "`dvla demo` cannot run; no Meta-World tasks", "pip install 'dvla[sim]'"),
+        Finding("mani-skill", version_of("mani-skill"), "no ManiSkill tasks", "pip install 'dvla[maniskill]'; see docs/simulators.md"),
+        Finding("gym-aloha", version_of("gym-aloha"), "no bimanual ALOHA tasks", "pip install 'dvla[aloha]'"),
+        Finding("robosuite", version_of("robosuite"), "no tasks of a dexterous hand", "pip install 'dvla[robosuite]'"),
+        Finding("wandb", version_of("wandb"), "no --wandb-mode; RUN/log.jsonl holds the same numbers", "pip install 'dvla[wandb]'"),
+        Finding("rerun-sdk", version_of("rerun-sdk"), "no `dvla rerun`; reports need nothing", "pip install 'dvla[rerun]'"),
+        Finding("onnxruntime", version_of("onnxruntime"), "no `dvla export --format onnx`; torch-export works", "pip install 'dvla[onnx]'"),
+        Finding("websockets", version_of("websockets"), "no `dvla serve`", "pip install 'dvla[serve]'"),
+        Finding("deepspeed", version_of("deepspeed"), "no strategy zero2; ddp and fsdp2 work", "pip install 'dvla[deepspeed]'"),
+        Finding("pyvista", version_of("pyvista"), "DexGraspNet's scenes cannot be rendered", "pip install 'dvla[render]'"),
+        Finding("dask-jobqueue", version_of("dask-jobqueue"), "no --slurm; --workers and --scheduler work", "pip install 'dvla[slurm]'"),
         Finding("headless OpenGL", _opengl(), "simulators cannot render pictures", "apt-get install libosmesa6 (or libegl1)"),
     ]
     return findings

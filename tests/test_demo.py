@@ -54,7 +54,7 @@ def test_quick_demo(tmp_path, monkeypatch, capsys):
     # Run again: every command was done before, nothing is repeated, the numbers stay.
     assert dvla(monkeypatch, "demo", "--quick", "--out", str(out)) == 0
     again = capsys.readouterr().out
-    assert "$ dvla train" in again and again.count("done before") == len(summary["seconds"]) == 8
+    assert "$ dvla train" in again and again.count("done before") == len(summary["seconds"]) == 9
     assert json.loads((out / "summary.json").read_text()) == summary
     # Another seed is another demo: refused, not mixed.
     assert dvla(monkeypatch, "demo", "--quick", "--seed", "1", "--out", str(out)) == 2

@@ -23,17 +23,21 @@ ARROWS = {
 }
 # Third party → files, or folders ending in "/", that may import it. An entry without a user is refused too.
 FENCES = {
-    "typer": {"cli.py", "cli_cache.py", "cli_data.py", "cli_train.py"},
+    "typer": {"cli.py", "cli_ablate.py", "cli_cache.py", "cli_data.py", "cli_report.py", "cli_eval.py", "cli_hub.py", "cli_launch.py", "cli_serve.py", "cli_train.py"},
     "rich": {"stages/"},
     "transformers": {"cache/paligemma2.py", "cache/qwen3vl.py", "cache/tiny_paligemma.py", "cache/tiny_vlm.py", "cache/vlm_files.py"},
     "flash_attn": {"cache/attention.py", "drifting/attention.py"},
     "peft": {"cache/encoder.py", "cache/lora.py"},
-    "lerobot": {"stages/record.py"},
+    "lerobot": {"stages/lerobot_plugin/__init__.py", "stages/record.py"},
     "datasets": {"stages/record.py"},
     "metaworld": {"stages/envs/metaworld.py"},
     "mujoco": {"stages/envs/mujoco_render.py"},
     "mani_skill": {"stages/envs/maniskill.py"},
     "sapien": {"stages/envs/maniskill.py"},
+    "rlbench": {"stages/envs/rlbench.py"},
+    "pyrep": {"stages/envs/rlbench.py"},
+    "isaacgym": {"stages/envs/isaac_worker.py"},
+    "robosuite": {"stages/envs/robosuite_dex.py"},
     "av": {"cache/video.py", "stages/video_out.py"},
     "zarr": {"cache/readers/replay_buffer.py"},
     "h5py": {"cache/readers/"},
@@ -49,6 +53,10 @@ FENCES = {
     "wandb": {"stages/tracking.py"},
     "deepspeed": {"stages/zero2.py"},
     "onnxruntime": {"stages/policy_graph.py"},
+    "jinja2": {"stages/pages.py"},
+    "rerun": {"stages/rerun_export.py"},
+    "websockets": {"stages/serving/"},
+    "msgpack": {"stages/serving/"},
 }
 UNUSED = {"lerobot", "datasets", "mujoco", "pyvista", "vtkmodules"}  # fenced before use: entries that need no user
 # Modules through which pure mathematics could reach a file, the network or another process.
