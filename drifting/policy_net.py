@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..batch import FeatureBatch
+from ..batch import UNIFIED_DIM, FeatureBatch
+from ..errors import UserError
 from .dit import FOURIER_FEATURES, Context, DiTConfig, DriftingDiT, fourier
 
 
@@ -24,6 +25,12 @@ class PolicyNetConfig:
     dit: DiTConfig = field(default_factory=DiTConfig)    # the generator
     max_views: int = 8                                   # distinct cameras (view_id < max_views)
     max_frames: int = 8                                  # distinct frame offsets (frame_id < max_frames)
+    slots: tuple[int, ...] = ()                          # of the 128, ascending: the generator reads and gives these alone (an ablation); () = all
+
+    def __post_init__(self) -> None:
+        if self.slots and (len(self.slots) != self.dit.action_dim or len(self.slots) != self.dit.proprio_dim or self.dit.denoising):
+            raise UserError(f"the generator has {self.dit.action_dim} action and {self.dit.proprio_dim} proprioception entries for {len(self.slots)} slots; "
+                            "they must be as many, and a denoising head reads all 128")
 
 
 class PolicyNet(nn.Module):
@@ -43,6 +50,7 @@ class PolicyNet(nn.Module):
         self.time_embed = nn.Embedding(config.max_frames, w)
         self.text_position = nn.Linear(FOURIER_FEATURES, w, bias=False)   # embedded words have no order of their own
         self.dit = DriftingDiT(config.dit)
+        self.register_buffer("slots", torch.tensor(config.slots, dtype=torch.int64), persistent=False)      # part of the config, not of the weights
         projections = [p[0] for p in (self.proj_seq, self.proj_text, self.proj_pool) if p is not None]
         for linear in (*projections, self.text_position):
             nn.init.xavier_uniform_(linear.weight)
@@ -70,7 +78,8 @@ class PolicyNet(nn.Module):
         order = self.text_position(fourier(index.float()).to(dtype))            # [Lt,W]
         seen, words = sequence.split([l, batch.text.shape[1]], dim=1)           # [B,L,W], [B,Lt,W]; slices would bind an exported graph to Lt > 1
         sequence = torch.cat([seen + place, words + order], dim=1)              # [B,S,W]
-        return Context(sequence, mask, pooled, batch.embodiment, batch.proprio, batch.control_hz, batch.action_mask)
+        proprio = batch.proprio[:, self.slots] if self.config.slots else batch.proprio          # [B,128], or those of the slots
+        return Context(sequence, mask, pooled, batch.embodiment, proprio, batch.control_hz, batch.action_mask)
 
     def decode(self, context: Context, noise: Tensor, alpha: Tensor, time: Tensor | None = None,
                kept: list[list[Tensor]] | None = None) -> Tensor:
@@ -78,7 +87,10 @@ class PolicyNet(nn.Module):
 
         Of a denoising head: its prediction for noisy actions `noise` [B,G,T,128] at `time` [B,G]; `kept` as in `DriftingDiT`.
         """
-        return self.dit(noise, context, alpha, time, kept)
+        out = self.dit(noise, context, alpha, time, kept)
+        if not self.config.slots:
+            return out
+        return out.new_zeros(*out.shape[:-1], UNIFIED_DIM).index_copy(-1, self.slots, out)     # zeros in the others, which no loss reads
 
     def forward(self, batch: FeatureBatch, noise: Tensor, alpha: Tensor, time: Tensor | None = None) -> Tensor:
         """`decode(encode(batch), noise, alpha, time)`: noise [B,G,T,64], alpha [B] → [B,G,T,128]."""

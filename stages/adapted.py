@@ -40,7 +40,7 @@ def network_of(checkpoint: str | Path) -> dict[str, Any]:
     settings = ck.resolve(checkpoint, lambda _: None).parent.parent / "config.json"
     if not settings.is_file():
         return {}
-    return {name: value for name, value in ck.read_json(settings).items() if name in ("model_size", "dit")}
+    return {name: value for name, value in ck.read_json(settings).items() if name in ("model_size", "dit", "action_space")}
 
 
 def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[[str], None]) -> None:

@@ -107,7 +107,7 @@ def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folde
             if not errors[name] <= TOLERANCE:
                 raise UserError(f"the {name} graph gives other actions than the network (by {errors[name]:.2g} of their size, at most {TOLERANCE} is "
                                 "rounding): not with this version of its libraries; nothing was written")
-    output = {"action": {"dtype": "float32", "shape": ["B", "G", net.config.dit.horizon, net.config.dit.action_dim]}}
+    output = {"action": {"dtype": "float32", "shape": ["B", "G", net.config.dit.horizon, UNIFIED_DIM]}}
     inputs = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in shapes.items()}
     return {"files": {name: FILES[name] for name in formats}, "inputs": inputs, "outputs": output, "difference": errors}
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..batch import FeatureBatch
@@ -85,7 +86,11 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
     """The untrained network that `config` asks for, for the features of `cache`."""
     text_width = cache.text_width if cache.text_width != cache.width else None
     dit = head_dit(dit_config(config.model_size, **config.dit), config.loss.kind)
-    return PolicyNet(PolicyNetConfig(feature_width=cache.width, text_width=text_width, dit=dit))
+    used = np.any([mask for d in cache.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)       # [128]
+    slots = tuple(np.flatnonzero(used).tolist()) if config.action_space == "active" else ()
+    if slots:
+        dit = dataclasses.replace(dit, action_dim=len(slots), proprio_dim=len(slots))
+    return PolicyNet(PolicyNetConfig(feature_width=cache.width, text_width=text_width, dit=dit, slots=slots))
 
 
 def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class TrainConfig:
     out: str                                # run folder
     init: str | None = None                 # run or checkpoint whose averaged weights the run starts from; None = from nothing
     model_size: str = "base"                # tiny, small, base, large
+    action_space: Literal["unified", "active"] = "unified"  # the network's: all 128 slots, or those alone that the cache's robots use (an ablation)
     dit: dict[str, Any] = field(default_factory=dict)   # overrides of the size's DiT fields, e.g. {"horizon": 8}
     steps: int = 10_000                     # optimiser steps
     batch_size: int = 16                    # observations per batch and process
@@ -144,6 +145,8 @@ class TrainConfig:
         if self.alpha_max > 1 and self.loss.kind not in ONE_STEP:
             raise UserError(f"alpha_max is {self.alpha_max}: it draws unconditional negatives, which a {self.loss.kind} head does not compare; "
                             f"it must be 1, or loss.kind one of {', '.join(ONE_STEP)}")
+        if self.action_space == "active" and self.loss.kind not in ONE_STEP:
+            raise UserError(f"action_space active is of heads that act in one pass ({', '.join(ONE_STEP)}); a {self.loss.kind} head reads all 128 slots")
         if late := [name for name, step in self.unfreeze.items() if step < 1]:
             raise UserError(f"unfreeze of '{late[0]}' is at step {self.unfreeze[late[0]]}; it must be at least 1 (leave it out to train from the start)")
         if self.unfreeze and self.strategy == "zero2":

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,12 +18,14 @@ from dvla.cache.loader import gather
 from dvla.cache.store import Cache
 from dvla.errors import UserError
 from dvla.settings import from_mapping
+from dvla.stages import checkpoint as ck
 from dvla.stages import console, finetune, loop_tools, requirements
 from dvla.stages import dry_run as dry_run_module
 from dvla.stages import train as train_module
 from dvla.stages.distributed import ALONE
 from dvla.stages.dry_run import PILOT_STEPS, dry_run, report, resolved
 from dvla.stages.loop_tools import which_binds
+from dvla.stages.policy import load_net
 from dvla.stages.requirements import require_trainable
 from dvla.stages.tracking import WandbConfig
 from dvla.stages.train_config import TrainConfig, load_recipe, recipe_names, train_config
@@ -48,6 +51,32 @@ def configure(cache: Path, **changes: Any) -> TrainConfig:
 
 
 # --- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_of_the_slots_in_use(cache: Path, tmp_path: Path) -> None:
+    """It reads and gives those alone, learns as the whole one does, and goes on where it stopped."""
+    opened, runs = Cache.open(cache), {}
+    used = tuple(np.flatnonzero(np.any([mask for d in opened.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)).tolist())
+    assert 0 < len(used) < 128
+    for name, space, stops in (("all", "unified", (None,)), ("few", "active", (None,)), ("again", "active", (2, None))):
+        config = configure(cache, out=str(tmp_path / name), action_space=space, steps=4, eval_every=0, log_every=1)
+        for stop in stops:
+            report = train_module.train(config, say=lambda _: None, stop_after=stop)
+        folder = ck.resolve(tmp_path / name)
+        runs[name] = load_net(ck.read_json(folder / "policy.json"), ck.policy_tensors(folder, "model")), report.loss
+    few, whole = runs["few"][0], runs["all"][0]
+    assert few.config.slots == used and few.config.dit.action_dim == len(used) and not whole.config.slots
+    assert sum(p.numel() for p in few.parameters()) < sum(p.numel() for p in whole.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(few.state_dict().values(), runs["again"][0].state_dict().values())) and runs["few"][1] == runs["again"][1]
+    batch = gather(opened, np.array([0, 1]), np.array([3, 2]), 4)
+    noise, alpha = torch.randn(2, 3, 4, few.config.dit.noise_dim), torch.ones(2)
+    out = few(batch, noise, alpha)
+    unused = [i for i in range(128) if i not in used]
+    assert out.shape == (2, 3, 4, 128) and not out[..., unused].any() and out[..., list(used)].abs().min() > 0
+    other = dataclasses.replace(batch, proprio=batch.proprio.index_fill(1, torch.tensor(unused), 7.0))
+    assert torch.equal(few(other, noise, alpha), out)
+    with pytest.raises(UserError, match="action_space active is of heads that act in one pass"):
+        configure(cache, action_space="active", loss={"kind": "flow"})
 
 
 def asked(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, *options: Any) -> TrainConfig:
