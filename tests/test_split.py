@@ -270,8 +270,9 @@ def test_two_processes_learn_what_one_does(recorded: dict[str, Path], stage_two:
         finetune(config, say=quiet)
         ours, theirs = tensors(tmp_path / f"{name}-two"), tensors(tmp_path / name)
         assert ours.keys() == theirs.keys() and any(n.startswith("adapter.") for n in ours)
-        for n, tensor in theirs.items():
-            assert (ours[n] - tensor).norm() <= 1e-3 * tensor.norm(), n     # Adam magnifies rounding where gradients are tiny
+        start = tensors(stage_two)
+        moved, apart = (torch.cat([(a[n] - b.get(n, torch.zeros(()))).flatten() for n in theirs]) for a, b in ((theirs, start), (ours, theirs)))
+        assert apart.norm() <= 1e-2 * moved.norm()      # of all together: Adam magnifies rounding where a gradient is tiny
 
 
 def test_frozen_and_without_the_runs_own_cache(recorded: dict[str, Path], stage_two: Path, split: dict[str, Path], tmp_path: Path) -> None:
