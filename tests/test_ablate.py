@@ -132,7 +132,8 @@ elif words[0] == "eval":
                "ms_per_chunk": None if name else 9.0}
         folder = out / name if name else out
         folder.mkdir(parents=True)
-        (folder / "summary.json").write_text(json.dumps({"tasks": {"toy/near": row, "toy/far": row}, "seconds": 3.0}))
+        (folder / "part").write_text(json.dumps({"tasks": {"toy/near": row, "toy/far": row}, "seconds": 3.0}))
+        (folder / "part").rename(folder / "summary.json")       # whole or not at all, as `dvla eval` writes it
 elif words[:2] == ["cache", "build"]:
     out.mkdir(parents=True)
     (out / "manifest.json").write_text("{}")

@@ -349,14 +349,15 @@ def test_pictures_go_on_after_another_library_shut_down_egl() -> None:
         pytest.skip("needs libEGL")
     code = """
 from dvla.stages.envs import make_environment
-env = make_environment("metaworld/reach-v3", image_size=32)
-before = env.reset(0).images["corner2"].copy()
+envs = [make_environment(f"metaworld/{task}-v3", image_size=48) for task in ("reach", "push", "drawer-open")]
+pictures = lambda order: [{view: p.copy() for view, p in envs[i].reset(0).images.items()} for i in order]
+before = pictures((0, 1, 2))
 from mujoco import egl
-egl.EGL.eglTerminate(egl.EGL_DISPLAY)
-assert (env.reset(0).images["corner2"] == before).all() and before.std() > 0
-make_environment("metaworld/push-v3", image_size=48).reset(0)
-egl.EGL.eglTerminate(egl.EGL_DISPLAY)
-make_environment("metaworld/drawer-open-v3", image_size=48).reset(0)
+for order in ((0, 1, 2), (2, 0, 1), (1, 1, 0)):       # those drawn first stay right when the others' dead contexts are freed
+    egl.EGL.eglTerminate(egl.EGL_DISPLAY)
+    for found in (pictures(order), pictures(order)):
+        assert all((found[k][view] == before[i][view]).all() for k, i in enumerate(order) for view in before[i])
+assert all(p.std() > 0 for one in before for p in one.values())
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYOPENGL_PLATFORM"} | {"MUJOCO_GL": "egl"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

@@ -101,6 +101,8 @@ class Renderer:
             self._gl.free()
         else:
             self._gl._context = None        # gone with its display: freeing it would raise
+            _leave_context()                # numbers of its objects mean others in a context that is current
+            self._context.free()
 
 
 def _initialise_display() -> None:
@@ -110,6 +112,14 @@ def _initialise_display() -> None:
 
         if egl.EGL_DISPLAY is not None:
             egl.EGL.eglInitialize(egl.EGL_DISPLAY, None, None)
+
+
+def _leave_context() -> None:
+    """No EGL context is current afterwards."""
+    from mujoco import egl
+
+    _initialise_display()
+    egl.EGL.eglMakeCurrent(egl.EGL_DISPLAY, egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_CONTEXT)
 
 
 _renderers: dict[tuple[Hashable, int], Renderer] = {}   # the most recently used last
