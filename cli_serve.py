@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import signal
 from pathlib import Path
 from typing import Annotated, Optional
@@ -84,6 +83,7 @@ def latency_command(
 
     Example: dvla bench latency runs/lora --batch-size 1 --batch-size 8. Without a checkpoint: dvla bench latency --model-size base --views 2
     """
+    from .stages.cache_tables import write_json
     from .stages.latency import LatencyConfig, measure, table
 
     if policy is not None and (model_size, views, vlm) != (None, None, None):
@@ -101,5 +101,4 @@ def latency_command(
     console.print(f"{report['policy']}: {report['parameters'] / 1e6:.1f} M parameters, {report['views']} views, chunk of {report['horizon']} steps, {passes}"
                   f"{report['device']}{', compiled' if report['compiled'] else ''}, torch {report['torch']}, {report['repeats']} calls", markup=False)
     console.print(table(report))
-    if json is not None:
-        json.write_text(json_module.dumps(report, indent=2) + "\n")
+    write_json(json, report)

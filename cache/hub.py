@@ -64,12 +64,7 @@ def policy_snapshot(repo: str) -> Path | None:
     found = _HUB_ID.fullmatch(repo)
     if found is None or found[2] or ".." in repo:
         return None
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(found[1], revision=found[3]))
-    except Exception as error:  # see hub_files
-        raise _unreachable(found[1], error) from None
+    return _snapshot(found[1], found[3], None, "model")
 
 
 def hub_files(path_or_repo: str) -> list[str]:
@@ -88,11 +83,11 @@ def hub_files(path_or_repo: str) -> list[str]:
     return found or [n.rsplit("/", 1)[-1] for n in names if n == folder]    # one file of the repository
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(repo: str, revision: str | None, patterns: list[str] | None, kind: str = "dataset") -> Path:
     from huggingface_hub import snapshot_download  # imported late: slow, and not needed for a local dataset
 
     try:
-        return Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns))
     except Exception as error:  # see hub_files
         raise _unreachable(repo, error) from None
 
@@ -104,16 +99,17 @@ def _fetch(repo: str, commit: str, relative: str, where: str) -> None:
     try:
         hf_hub_download(repo, relative, repo_type="dataset", revision=commit)
     except LocalEntryNotFoundError as error:  # offline; a subclass of EntryNotFoundError, hence first
-        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {_first_line(error)}") from None
+        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {first_line(error)}") from None
     except EntryNotFoundError:
         raise CorruptEpisode(f"{where}: {relative} is missing from '{repo}'") from None
     except Exception as error:  # see hub_files
-        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {_first_line(error)}") from None
+        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {first_line(error)}") from None
 
 
 def _unreachable(repo: str, error: Exception) -> UserError:
-    return UserError(f"'{repo}' is not a folder here and could not be fetched from the hub: {_first_line(error)}")
+    return UserError(f"'{repo}' is not a folder here and could not be fetched from the hub: {first_line(error)}")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,8 +9,6 @@ import contextlib
 import fcntl
 import os
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -29,6 +27,7 @@ from .ablate_table import training_seconds, write
 from .console import duration
 from .envs import check_environment
 from .interrupts import terminable
+from .road import start, stop
 
 POLL = 0.5      # seconds between looks at the running cells
 PREPARED = ("data", "cache")    # what may be there before: demonstrations and a cache that were made by hand
@@ -99,17 +98,13 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _prepare(command: tuple[str, ...], environment: dict[str, str], say: Callable[..., None]) -> None:
     say(f"[bold]$ dvla {escape(shlex.join(command))}[/bold]")
-    process = subprocess.Popen(_line(command), env=environment)
+    process = start(command, environment)
     try:
         code = process.wait()
     finally:
-        _stop([process])
+        stop([process])
     if code:
         raise KeyboardInterrupt if code == 130 else UserError(f"dvla {' '.join(command[:2])} stopped with exit code {code}; what it said stands above")
-
-
-def _line(command: tuple[str, ...]) -> list[str]:
-    return [sys.executable, "-m", f"{__package__.partition('.')[0]}.cli", *command]
 
 
 class _Job:
@@ -127,7 +122,7 @@ class _Job:
         with open(self.log, "a") as output:
             output.write(f"$ dvla {shlex.join(command)}\n")
             output.flush()
-            self.process = subprocess.Popen(_line(command), env=self._environment, stdout=output, stderr=subprocess.STDOUT)
+            self.process = start(command, self._environment, output)
 
     def ended(self) -> int | None:
         """Exit code when all commands are done or one has failed; None while at work."""
@@ -168,17 +163,8 @@ def _run_all(todo: list[Cell], out: Path, jobs: int, environment: dict[str, str]
                 say(f"{job.cell.name}: {duration(took)}; {done} of {len(todo)} cells" + (f", about {duration(left)} left" if waiting or running else ""))
             time.sleep(POLL)
     finally:
-        _stop([job.process for job in running])
+        stop([job.process for job in running])
     return failed
-
-
-def _stop(processes: list[subprocess.Popen]) -> None:
-    """End what still runs: training saves, and is gone on with next time."""
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    for process in processes:
-        process.wait()
 
 
 def outline(recipe: Recipe, out: Path, jobs: int, from_cache: str | None) -> tuple[list[tuple[str, str, list[str]]], str]:

@@ -13,7 +13,7 @@ from . import checkpoint as ck
 from .ablate_recipe import REFERENCES, Recipe, cache_of, rows, slug
 from .console import duration, markdown_table
 from .rollout import wilson_interval
-from .tracking import read_log
+from .tracking import evaluations, read_log
 
 
 def results(recipe: Recipe, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +63,8 @@ def _row(recipe: Recipe, evaluations: dict[int, Path], runs: dict[int, Path]) ->
 def _training(run: Path) -> dict[str, Any]:
     """Speed, time and last held-out error of a run, from its log."""
     lines, seconds = read_log(run), training_seconds(run)
-    errors = [line["eval/mse"] for line in lines if "eval/mse" in line]
-    return {"seconds": seconds, "steps_per_second": lines[-1]["step"] / seconds, "held_out_mse": errors[-1] if errors else None}
+    held = evaluations(lines)
+    return {"seconds": seconds, "steps_per_second": lines[-1]["step"] / seconds, "held_out_mse": held[-1]["eval/mse"] if held else None}
 
 
 def training_seconds(run: Path) -> float:

@@ -5,7 +5,6 @@ Letters: n frames shown, K tokens of a picture, D datasets.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from .cache_content import DatasetFacts, inspect, norm_strip, shown_rows
 from .cache_tools import one_status
 from .console import size
 from .corpus import config_of, sources_of
-from .pages import data_uri, picture, require_page, write_page
+from .pages import image_uri, picture, require_page, write_page
 from .panels.data import slots
 from .panels.style import LIGHT, Style, finish, new_figure
 from .tracking import public
@@ -102,7 +101,7 @@ def _dataset(d: CacheDataset, fact: DatasetFacts, source: Source | None, arrays:
     views = []
     for view in d.views:
         strip, (low, high) = norm_strip(d, view, rows)
-        views.append({"name": view, "photos": photos.get(view, []), "norms": _png(strip), "low": low, "high": high})
+        views.append({"name": view, "photos": photos.get(view, []), "norms": image_uri(Image.fromarray(strip), "png"), "low": low, "high": high})
     actions = Statistics.from_dict(d.attributes["action_stats"]), np.flatnonzero(d.action_mask).tolist()
     return {"name": fact.name, "fact": fact, "views": views, "said": said, "texts": fact.instructions[:TEXTS], "more": len(fact.instructions) - TEXTS,
             "range": picture(lambda style: range_figure(f"Actions of {fact.name}", *actions, style)), "arrays": [(array, shards, size(n)) for array, shards, n in arrays],
@@ -132,12 +131,4 @@ def _photos(d: CacheDataset, rows: np.ndarray, source: Source | None) -> tuple[d
 def _thumbnail(frame: np.ndarray) -> str:
     picture = Image.fromarray(frame)
     picture.thumbnail((3 * HEIGHT, HEIGHT))
-    out = io.BytesIO()
-    picture.save(out, "jpeg", quality=85)
-    return data_uri(out.getvalue(), "image/jpeg")
-
-
-def _png(pixels: np.ndarray) -> str:
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "png")
-    return data_uri(out.getvalue(), "image/png")
+    return image_uri(picture, "jpeg", quality=85)

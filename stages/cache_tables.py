@@ -159,10 +159,10 @@ def _right(*names: str) -> list[Column]:
 
 
 def write_json(file: Path | None, values: Any) -> None:
-    """The dataclass `values`, or a list of such, as JSON for scripts; nothing when no file was asked for. `UserError` where it cannot go."""
+    """The dataclass `values`, a list of such, or a mapping, as JSON for scripts; nothing when no file was asked for. `UserError` where it cannot go."""
     if file is None:
         return
-    listed = [dataclasses.asdict(v) for v in values] if isinstance(values, list) else dataclasses.asdict(values)
+    listed = values if isinstance(values, dict) else [dataclasses.asdict(v) for v in values] if isinstance(values, list) else dataclasses.asdict(values)
     try:
         file.write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:

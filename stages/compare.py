@@ -17,10 +17,9 @@ import numpy as np
 from .._version import __version__
 from ..errors import UserError
 from .pages import number, picture, write_page
-from .panels.runs import evaluations
 from .panels.style import LIGHT, Style, finish, new_figure
 from .report import RunFacts, read_run
-from .tracking import public
+from .tracking import evaluations, public
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

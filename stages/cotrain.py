@@ -18,7 +18,7 @@ from ..cache.shard import write_file
 from ..errors import UserError
 from . import checkpoint as ck
 from .road import Step, travel, words
-from .tracking import read_log
+from .tracking import evaluations, read_log
 
 OWN = ("--out", "--from-cache", "--init", "--adapter", "--source", "--vlm", "--vlm-path", "--vlm-mode", "--lora", "--frozen", "--stop-after", "--dry-run",
        "--append", "--update")
@@ -105,5 +105,5 @@ def summarise(config: CotrainConfig, seconds: dict[str, float]) -> dict[str, Any
 
 def _held_out(run: Path) -> float | None:
     """The newest held-out error of a run; None where none was measured."""
-    found = [line["eval/mse"] for line in read_log(run) if "eval/mse" in line]
-    return found[-1] if found else None
+    found = evaluations(read_log(run))
+    return found[-1]["eval/mse"] if found else None

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from ..errors import UserError
 from . import checkpoint as ck
 from .envs import check_environment
 from .plots import loss_figure, success_figure, switch_figure
-from .road import Step, travel
+from .road import Step, start, stop, travel
 from .tracking import read_log
 
 
@@ -115,18 +113,14 @@ def _run(step: Step, out: Path, run: Callable[[list[str]], None]) -> None:
     try:
         for command, log in zip(step.commands[1:], logs):
             with open(log, "w") as output:
-                beside.append(subprocess.Popen([sys.executable, "-m", "dvla.cli", *command], env=environment, stdout=output,
-                                               stderr=subprocess.STDOUT))
+                beside.append(start(command, environment, output))
         run(list(step.commands[0]))
         for command, process, log in zip(step.commands[1:], beside, logs):
             if code := process.wait():
                 last = log.read_text().strip().splitlines()[-1:]
                 raise UserError(f"dvla {command[0]} beside it stopped with exit code {code} ({''.join(last)}); see {log}, then run the demo again")
     finally:
-        for process in beside:
-            if process.poll() is None:
-                process.terminate()     # training saves; run again to go on
-                process.wait()
+        stop(beside)
 
 
 def summarise(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]:

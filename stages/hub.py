@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ..cache.hub import first_line
 from ..cache.shard import write_file
 from ..errors import UserError
 from . import checkpoint as ck
@@ -53,5 +54,4 @@ def hub_errors(repo: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the client raises many types: HTTP, offline, validation, no token
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the hub did not take {repo}: {line}; log in with `hf auth login` and check the name and your rights") from None
+        raise UserError(f"the hub did not take {repo}: {first_line(error)}; log in with `hf auth login` and check the name and your rights") from None

@@ -13,6 +13,9 @@ import yaml
 
 from .._version import __version__
 from ..cache.store import Cache
+from ..drifting.heads import sample_steps
+from ..drifting.losses import LossConfig
+from ..settings import from_mapping
 
 NON_COMMERCIAL = re.compile(r"(?i)\bNC\b|non.?commercial")
 PERMISSIVE = {"mit": "mit", "apache-2.0": "apache-2.0", "cc-by-4.0": "cc-by-4.0"}     # as the hub writes them
@@ -22,15 +25,15 @@ def policy_card(document: Mapping[str, Any], state: Mapping[str, Any], repo: str
     """README.md of a policy. `document`: policy.json; `state`: state.json (step, held-out metrics); `evaluations`: summaries of `dvla eval`."""
     datasets = document["datasets"]
     encoder, net = document["encoder"], document["net"]["dit"]
-    kind = document.get("loss", {}).get("kind", "hybrid")
-    steps = document.get("loss", {}).get("sample_steps") or {"flow": 10, "diffusion": 100}.get(kind, 1)
+    loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
+    steps = sample_steps(loss)
     base = encoder["spec"]["path"]
     head = {"library_name": "dvla", "pipeline_tag": "robotics", "tags": ["robotics", "vision-language-action", "drifting"],
             **_licence([d["license"] for d in datasets]), **({"base_model": base} if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else {})}
     views = "; ".join(f"{d['name']}: {', '.join(d['views'])}" for d in datasets)
     lines = [_front(head), f"# {repo}", "",
              f"A vision-language-action policy of dvla {__version__}: a DiT of {net['blocks']} blocks of width {net['width']} that turns features of "
-             f"`{base}`, the instruction and the robot's state into {net['horizon']} actions, in {steps} forward pass{'es' if steps > 1 else ''} ({kind} head).",
+             f"`{base}`, the instruction and the robot's state into {net['horizon']} actions, in {steps} forward pass{'es' if steps > 1 else ''} ({loss.kind} head).",
              "", *_sources(datasets), "", "## Use", "", "```python", "from dvla.stages.policy import Policy", "",
              f'policy = Policy.from_pretrained("{repo}"' + (f', dataset="{datasets[0]["name"]}")' if len(datasets) > 1 else ")"),
              'actions = policy.act(images, "what to do", state)     # {view: uint8 [H, W, 3]}, text, native state [ds] -> native actions [T, d]', "```", "",

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..cache.shard import write_file
 from ..errors import UserError
@@ -18,6 +19,7 @@ from .panels.style import DARK, LIGHT, Style, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL import Image
 
 MARK = "<!-- made by dvla -->"      # the second line of every page: what may be made again in its place
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".mp4": "video/mp4", ".gif": "image/gif"}
@@ -71,6 +73,13 @@ def number(value: Any, digits: int = 4) -> str:
 def data_uri(content: bytes, kind: str) -> str:
     """`content` as an address that needs no file; `kind`: its media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def image_uri(image: Image.Image, kind: Literal["png", "jpeg"], **how: Any) -> str:
+    """A picture as an address that needs no file; `how`: what Pillow's encoder is told."""
+    out = io.BytesIO()
+    image.save(out, kind, **how)
+    return data_uri(out.getvalue(), f"image/{kind}")
 
 
 def file_uri(path: Path) -> str:

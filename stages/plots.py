@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .panels.style import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, Style, finish, new_figure
-from .tracking import read_log
+from .tracking import evaluations, read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ def loss_figure(runs: dict[str, Path], path: Path) -> None:
     for axis, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items()):
         lines = read_log(run)
         axis.plot([e["step"] for e in lines], [e["mse"] for e in lines], color=BLUE, label="training batch")
-        held_out = [(e["step"], e["eval/mse"]) for e in lines if "eval/mse" in e]
+        held_out = [(e["step"], e["eval/mse"]) for e in evaluations(lines)]
         if held_out:
             axis.plot(*zip(*held_out), marker="o", color=ORANGE, label="held-out episodes (averaged weights)")
         axis.set(title=f"{name}: MSE {lines[0]['mse']:.4f} → {lines[-1]['mse']:.4f}", xlabel="step",
@@ -52,7 +52,7 @@ def switch_figure(before: Path, after: Path, path: Path) -> None:
     end, first = old[-1]["step"], new[0]
     for name, lines, offset in (("stage two", old, 0), ("stage three", new, end)):
         axis.plot([offset + e["step"] for e in lines], [e["mse"] for e in lines], color=COLOURS[name], lw=1, label=f"{name}, training batches")
-        held_out = [(offset + e["step"], e["eval/mse"]) for e in lines if "eval/mse" in e]
+        held_out = [(offset + e["step"], e["eval/mse"]) for e in evaluations(lines)]
         if held_out:
             axis.plot(*zip(*held_out), "o-", color=COLOURS[name], label=f"{name}, held-out episodes (averaged weights)")
     axis.axvline(end, color="black", lw=0.8, ls=":")

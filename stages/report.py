@@ -15,14 +15,13 @@ from ..cache.actions import EMBODIMENTS
 from ..errors import UserError
 from . import checkpoint as ck
 from .metrics import METRICS
-from .pages import data_uri, file_uri, number, picture, require_page, write_page
+from .pages import file_uri, image_uri, number, picture, require_page, write_page
 from .panels.catalogue import PANELS
 from .panels.data import PanelData
 from .panels.during import panel_steps
-from .panels.runs import evaluations
 from .plots import speed_figure
 from .run_folder import whole_settings
-from .tracking import public, read_log
+from .tracking import evaluations, public, read_log
 
 MOST_FILM = 6 << 20         # bytes of a film that goes into the page
 TITLES = {"mse": "MSE", "mae": "MAE", "correlation": "correlation", "coverage": "coverage, %", "nl2": "NL2"}
@@ -201,12 +200,6 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 def _still(path: Path) -> str:
     """A picture of a film, as JPEG: a quarter of the PNG."""
-    import io
-
     from PIL import Image
 
-    out = io.BytesIO()
-    Image.open(path).convert("RGB").save(out, "jpeg", quality=82)
-    return data_uri(out.getvalue(), "image/jpeg")
-
-
+    return image_uri(Image.open(path).convert("RGB"), "jpeg", quality=82)

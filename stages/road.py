@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from rich.markup import escape
 
@@ -24,6 +27,25 @@ class Step:
 
     name: str
     commands: tuple[tuple[str, ...], ...]
+
+
+def command_line(command: Sequence[str]) -> list[str]:
+    """`dvla COMMAND…` as this interpreter runs it."""
+    return [sys.executable, "-m", f"{__package__.partition('.')[0]}.cli", *command]
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], output: IO[str] | None = None) -> subprocess.Popen:
+    """`dvla COMMAND…` in a process of its own, what it prints in `output` (None: where this process prints)."""
+    return subprocess.Popen(command_line(command), env=environment, stdout=output, stderr=None if output is None else subprocess.STDOUT)
+
+
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """End what still runs: training saves, and is gone on with next time."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        process.wait()
 
 
 def words(where: str, text: str, own: Sequence[str], owner: str) -> tuple[str, ...]:

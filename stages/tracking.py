@@ -13,6 +13,7 @@ import math
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +104,11 @@ class Tracker:
 def read_log(run_folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log.jsonl."""
     return [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+
+
+def evaluations(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a log that hold an evaluation on held-out episodes."""
+    return [line for line in log if "eval/mse" in line]
 
 
 def kept_lines(text: str, step: int) -> str:

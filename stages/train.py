@@ -86,9 +86,10 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
     """The untrained network that `config` asks for, for the features of `cache`."""
     text_width = cache.text_width if cache.text_width != cache.width else None
     dit = head_dit(dit_config(config.model_size, **config.dit), config.loss.kind)
-    used = np.any([mask for d in cache.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)       # [128]
-    slots = tuple(np.flatnonzero(used).tolist()) if config.action_space == "active" else ()
-    if slots:
+    slots: tuple[int, ...] = ()
+    if config.action_space == "active":
+        used = np.any([mask for d in cache.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)       # [128]
+        slots = tuple(np.flatnonzero(used).tolist())
         dit = dataclasses.replace(dit, action_dim=len(slots), proprio_dim=len(slots))
     return PolicyNet(PolicyNetConfig(feature_width=cache.width, text_width=text_width, dit=dit, slots=slots))
 

@@ -17,6 +17,7 @@ import typer
 from dvla.drifting.dit import build_dit
 from dvla.errors import UserError
 from dvla.stages import ablate as module
+from dvla.stages import road
 from dvla.stages.ablate import ablate, begin, outline
 from dvla.stages.ablate_recipe import Recipe, Variant, cells, load_ablation, preparation, recipe_names, rows, slug
 from dvla.stages.ablate_table import document, results
@@ -148,7 +149,7 @@ def grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     install(monkeypatch)
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(module, "_line", lambda command: [sys.executable, "-S", str(script), *command])
+    monkeypatch.setattr(road, "command_line", lambda command: [sys.executable, "-S", str(script), *command])
     monkeypatch.setattr(module, "POLL", 0.02)
     return tmp_path / "run"
 
@@ -238,7 +239,7 @@ def test_an_interruption_ends_the_cells_at_work(grid: Path, monkeypatch: pytest.
     (grid / "cache" / "manifest.json").write_text("{}")
     begin(RECIPE, grid, None)
     (grid / "wait").touch()
-    began, beginnings, popen = time.monotonic(), [], module.subprocess.Popen
+    began, beginnings, popen = time.monotonic(), [], road.subprocess.Popen
 
     def watched(*given: Any, **named: Any) -> Any:
         beginnings.append(popen(*given, **named))
@@ -246,13 +247,13 @@ def test_an_interruption_ends_the_cells_at_work(grid: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         return beginnings[-1]
 
-    monkeypatch.setattr(module.subprocess, "Popen", watched)
+    monkeypatch.setattr(road.subprocess, "Popen", watched)
     with pytest.raises(KeyboardInterrupt):
         run(grid)
     beginnings[1].kill()
     assert beginnings[0].poll() is not None and time.monotonic() - began < 50
     # The folder is free again, and the whole grid is still to do.
-    monkeypatch.setattr(module.subprocess, "Popen", popen)
+    monkeypatch.setattr(road.subprocess, "Popen", popen)
     (grid / "wait").unlink()
     assert list(run(grid)[0]["rows"])[0] == "MSE"
 

@@ -80,7 +80,7 @@ class DvlaPolicy(PreTrainedPolicy):
     def __init__(self, config: DvlaConfig, policy: Policy) -> None:
         super().__init__(config)
         self.net = policy.net       # a module of this one, so that its device and size can be asked
-        self._policy = [policy]
+        self._policy = policy
         self._episode = 0
         self._chunk: deque[torch.Tensor] = deque()
         self._step = 0
@@ -107,7 +107,7 @@ class DvlaPolicy(PreTrainedPolicy):
         """Pictures [B,3,H,W] in [0,1], state [B,ds], "task" a text for each → native actions [B,T,d] float32.
 
         The noise depends on the robot's place in the batch, the episode and the step."""
-        policy, state = self._policy[0], batch[OBS_STATE].float().cpu().numpy()                    # [B,ds]
+        policy, state = self._policy, batch[OBS_STATE].float().cpu().numpy()                    # [B,ds]
         views = policy.robot.views if policy.needs_images else ()
         missing = [f"{OBS_IMAGES}.{view}" for view in views if f"{OBS_IMAGES}.{view}" not in batch]
         if missing:

@@ -12,16 +12,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ...cache.actions import EMBODIMENTS
+from ..tracking import evaluations
 from .data import PanelData
 from .style import LIGHT, MARKERS, Style, finish, new_figure, say_nothing
 
 BALANCED = 0.2      # relative difference of a dataset's share from the configured one that is still balanced
 STAGNANT = 0.02     # relative fall of the error over the last third of the evaluations below which a dataset stands still
-
-
-def evaluations(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of a log that hold an evaluation."""
-    return [line for line in log if "eval/mse" in line]
 
 
 def by_dataset(line: dict[str, Any], metric: str, datasets: Sequence[str]) -> np.ndarray:
