@@ -357,7 +357,7 @@ def test_a_client_that_never_reads_is_disconnected(policy: Policy) -> None:
 
     with serving(acting(policy, act), send_timeout=0.3, max_wait=0.0) as (server, port):
         deaf = raw(port, max_queue=1)
-        for _ in range(3):      # read nothing: the client library's buffer is full after a frame or two
+        for _ in range(6):      # read nothing: the client library's buffer is full after a few frames
             deaf.send(pack(message(observations(1)[0])))
         with raw(port) as other:
             until(lambda: server.metrics.counts["slow"] == 1)
