@@ -5,7 +5,7 @@ Stage one: shards are handed out one at a time to W workers (cache build --worke
     seconds = start + tables + max(rounds · shard, bytes read / source, bytes written / store),    rounds = ⌈shards / W⌉
     shard   = max(pictures · encode, pictures · decode / cores per worker) + overhead of a shard
 
-Where workers share processors instead of having a device each (`Pool.devices` < W), a shard takes W / devices times as long.
+Where workers share processors instead of having a device each (`Pool.devices` < W), they start, and make a shard, W / devices times as slowly.
 Stage two: samples/s is the least of what the GPUs train, the nodes' network cards and the store deliver, and of the local copies once they are made.
 """
 
@@ -128,11 +128,11 @@ def stage_one(work: Work, pool: Pool) -> StageOne:
     encode, decode = (pictures / shards * x for x in (work.encode * crowd, work.decode / pool.cores))
     spent = rounds * (max(encode, decode) + pool.overhead * crowd)
     read, write = pictures * work.source / pool.source_read, (pictures * work.stored + work.frames * work.rows) / pool.store_write
-    tables = work.frames * work.table
+    tables, start = work.frames * work.table, pool.start * max(1.0, pool.workers / pool.devices)
     parts = {"encode" if encode >= decode else "decode": spent, "read": read, "write": write}
-    seconds = pool.start + tables + max(parts.values())
-    return StageOne(shards, rounds, pool.start, tables, spent, read, write, seconds,
-                    "start" if pool.start > max(parts.values()) else max(parts, key=lambda name: parts[name]))
+    seconds = start + tables + max(parts.values())
+    return StageOne(shards, rounds, start, tables, spent, read, write, seconds,
+                    "start" if start > max(parts.values()) else max(parts, key=lambda name: parts[name]))
 
 
 def work_of(found: Forecast, frames: int | None, shard_frames: int | None) -> Work:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from dvla.errors import UserError
 from dvla.settings import from_mapping
 from dvla.stages import train as train_module
+from dvla.stages.distributed import leave
 from dvla.stages.finetune import finetune
 from dvla.stages.train_config import FinetuneConfig, TrainConfig
 
@@ -55,4 +56,4 @@ if __name__ == "__main__":
         dist.all_gather_object(answers, one(job))
         if dist.get_rank() == 0:
             out.with_name(out.name + ".report").write_text(json.dumps(answers))
-    dist.destroy_process_group()
+    leave()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from dvla.errors import UserError
+from dvla.stages.distributed import ENVIRONMENT
 from dvla.stages.launch import read_script, render, scripts, settings_of
 
 from .cli_runner import Dvla, refused
@@ -39,8 +41,7 @@ def test_every_script_is_one_a_shell_reads(name: str, dvla: Dvla) -> None:
     assert shown.out == render(read_script(name), command_of(name), {"processes": "2"})
     done = subprocess.run(["bash", "-n"], input=shown.out, text=True, capture_output=True)
     assert done.returncode == 0 and not done.stderr
-    if name != "slurm-cache":
-        assert "-m dvla.cli train --from-cache 'my cache' --out run" in shown.out
+    assert shlex.join(command_of(name)) in shown.out
     listed = dvla("launch", name, "--settings")
     assert all(setting.meaning and f"{n}={setting.default}" in listed.out for n, setting in settings_of(read_script(name)).items())
 
@@ -74,28 +75,42 @@ def program(folder: Path, name: str, body: str) -> None:
     (folder / name).chmod(0o755)
 
 
-@pytest.mark.parametrize("name, asked", [("slurm-train", "srun"), ("slurm-cache", "dvla")])
-@pytest.mark.parametrize("how", ["finished", "failed", "walltime"])
-def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: str, asked: str, how: str) -> None:
-    """Against stand-ins for Slurm's programs and for what they start, which ends as dvla does: 0, 2, or 130 after SIGTERM."""
-    programs, asleep = tmp_path / "bin", "trap 'echo saved; exit 130' TERM; echo up > up; while :; do sleep 0.05; done"
-    program(programs, asked, f'echo "$@" > asked; {dict(finished="exit 0", failed="exit 2", walltime=asleep)[how]}')
+@pytest.mark.parametrize("name", ["slurm-train", "slurm-cache"])
+@pytest.mark.parametrize("how", ["finished", "failed", "walltime", "cancelled"])
+def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: str, how: str) -> None:
+    """Against stand-ins for Slurm's programs. Before the walltime Slurm tells the step alone, which ends as dvla does after SIGTERM, with 130; a job that
+    somebody cancelled is told as a whole, and must not come back."""
+    programs = tmp_path / "bin"
+    program(programs, "srun", f'echo "$@" > asked; echo up > up; {dict(finished="exit 0", failed="exit 2", walltime="exit 130", cancelled="exec sleep 60")[how]}')
     program(programs, "scontrol", 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo node7; fi')
     script = render(read_script(name), command_of(name), {"processes": "2"})
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]"}
     job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, start_new_session=True)
-    if how == "walltime":
+    if how == "cancelled":
         for _ in range(200):
             if (tmp_path / "up").exists():
                 break
             time.sleep(0.05)
-        job.send_signal(signal.SIGTERM)
+        os.killpg(job.pid, signal.SIGTERM)
     code = job.wait(timeout=60)
-    assert (code, (tmp_path / "requeued").exists()) == {"finished": (0, False), "failed": (2, False), "walltime": (0, True)}[how]
+    assert (code, (tmp_path / "requeued").exists()) == {"finished": (0, False), "failed": (2, False), "walltime": (0, True), "cancelled": (-15, False)}[how]
     if how == "walltime":
         assert (tmp_path / "requeued").read_text() == "42\n"
     words = (tmp_path / "asked").read_text()
-    assert ("node7:29500" in words and "train --from-cache my cache" in words) if name == "slurm-train" else words.split()[-2:] == ["--workers", "2"]
+    assert words.rstrip().endswith("dvla train --from-cache my cache --out run" if name == "slurm-train" else "dvla cache build data/push --out cache --workers 2")
+
+
+def test_the_processes_of_a_slurm_step_find_each_other(tmp_path: Path) -> None:
+    """What the job's srun starts: here each in turn, with the variables Slurm sets for it."""
+    program(tmp_path / "bin", "srun", 'while [[ "$1" == --* ]]; do shift; done; for i in 0 1; do SLURM_PROCID=$((2 + i)) SLURM_LOCALID=$i SLURM_NTASKS=4 "$@"; done')
+    program(tmp_path / "bin", "scontrol", "printf 'node7\nnode8\n'")
+    program(tmp_path / "bin", "dvla", f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $@" >> {tmp_path}/said')
+    script = render(read_script("slurm-train"), TRAIN, {"nodes": "2", "processes": "2", "port": "29511"})
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]"}
+    assert subprocess.run(["bash", "-c", script], env=environment, timeout=60).returncode == 0
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said == [f"{rank} {local} 4 node7 29511 train --from-cache my cache --out run" for rank, local in ((2, 0), (3, 1))]
+    assert set(ENVIRONMENT) == {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}      # what `join` asks for
 
 
 @pytest.mark.parametrize("name", ["torchrun", "accelerate-fsdp2"])

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage one as one Slurm job on one machine, a worker per GPU. (`dvla cache build --slurm` asks Slurm for a job per worker instead.)
+# Stage one as one Slurm job on one machine, a worker per GPU. (`dvla cache build --slurm` asks Slurm for a job per worker instead.) Five minutes before the
+# walltime the build gets SIGTERM and ends with 130; the job is queued again and makes what is missing. `scancel JOB` ends it.
 #: processes=8          GPUs, and workers
 #: cpus=96              processors
 #: memory=256G          memory
@@ -17,16 +18,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={{job}}-%j.log
-#SBATCH --signal=B:TERM@300
+#SBATCH --signal=TERM@300
 set -uo pipefail
-dvla {{command}} --workers {{processes}} &
-build=$!
-leaving=0
-trap 'leaving=1; kill -TERM $build' TERM
-wait $build; code=$?
-while [ "$leaving" = 1 ] && kill -0 $build 2>/dev/null; do wait $build; code=$?; done
-if [ "$leaving" = 1 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-  exit 0
-fi
+srun --cpus-per-task={{cpus}} dvla {{command}} --workers {{processes}}
+code=$?
+if [ $code = 130 ]; then exec scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
