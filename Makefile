@@ -90,8 +90,11 @@ demo: system $(STAMP)  ## all three stages on two simulated tasks, on a CPU, in 
 test: system $(STAMP)  ## every test
 	@env -u OMP_NUM_THREADS HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
 
-lint: $(STAMP)  ## ruff
+lint: $(STAMP)  ## ruff, and mypy over the package
 	@$(VENV)/bin/ruff check .
+	mkdir -p $(VENV)/mypy
+	ln -sfn "$(CURDIR)" $(VENV)/mypy/dvla     # the root folder is the package dvla
+	MYPYPATH=$(VENV)/mypy $(VENV)/bin/mypy --cache-dir $(VENV)/mypy/cache -p dvla
 
 docs: $(STAMP)  ## docs/cli.md from the commands' own help
 	@$(VENV)/bin/python -m typer dvla.cli utils docs --name dvla --title "Command line" --output docs/cli.md

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,12 +69,13 @@ class FeatureBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "FeatureBatch":
         """The same batch on `device`."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return FeatureBatch(**{n: None if v is None else v.to(device, non_blocking=non_blocking) for n, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values |= {n: v.to(device, non_blocking=non_blocking) for n, v in values.items() if v is not None}
+        return FeatureBatch(**values)
 
     def replace(self, **changes: torch.Tensor | None) -> "FeatureBatch":
         """A copy with some fields replaced, checked again."""
-        return dataclasses.replace(self, **changes).check()
+        return dataclasses.replace(self, **changes).check()  # type: ignore[arg-type]  # of a None where none may be, `check` tells
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

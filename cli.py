@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> None:
     """Run one command line in this process. Raises `UserError`; usage errors exit 2 by themselves."""
-    click_error = typer.BadParameter.__mro__[2]     # ClickException: of click, or of the copy inside newer typers
+    click_error: Any = typer.BadParameter.__mro__[2]     # ClickException: of click, or of the copy inside newer typers
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="dvla", standalone_mode=False)
     except click_error as error:    # wrong options: click's own message names them

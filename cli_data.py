@@ -102,6 +102,7 @@ def data_show(
         shown = load_episode(opened, episode) if opened and episode is not None else None
     show_summary(summary, counts)
     if opened is None:
+        assert summary.meta is not None     # other datasets are opened or refused
         console.print(features_table(summary.meta.features))
         errors.print(summary.problem, style="yellow", markup=False)
         errors.print(f"write a dataset config: dvla data add {source}", style="yellow", markup=False)
@@ -110,7 +111,7 @@ def data_show(
         return
     if shown:
         show_episode(shown)
-    vectors = [("action", opened.action_map, shown and shown.action), ("state", opened.state_map, shown and shown.state)]
+    vectors = [("action", opened.action_map, shown.action if shown else None), ("state", opened.state_map, shown.state if shown else None)]
     for (name, mapping, values), named in zip(vectors, native_names(summary)):
         if mapping.native_dim:
             console.print(field_table(name, mapping, named) if values is None else values_table(name, mapping, named, values))

@@ -132,7 +132,8 @@ def finetune_command(
     from .stages.train_config import load_recipe
 
     mode = _vlm_mode(vlm_mode, lora)
-    spec = LoraSpec(r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, last_n_blocks=last_blocks) if mode == "lora" else None
+    spec = LoraSpec(r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets,  # type: ignore[arg-type]  # it checks them
+                    last_n_blocks=last_blocks) if mode == "lora" else None
     given = {k: v for k, v in _overrides(locals()).items() if v is not None}
     config = finetune_config(start, tuple(source or ()), spec, {**(_dotted(load_recipe(recipe)) if recipe else {}), **given}, vlm_path, mode == "full")
     with progress_bars() as bar:
@@ -201,7 +202,7 @@ def _overrides(given: dict[str, Any]) -> dict[str, Any]:
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"optimizer": {"lr": 1e-4}}` → {"optimizer.lr": 1e-4}; mappings whose keys are not settings stay whole."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in values.items():
         out |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and key not in ("unfreeze", "weights") else {f"{prefix}{key}": value}
     return out

@@ -75,13 +75,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, got {value!r}")
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        return tuple(_convert(inner or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
+        item = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        if item is None and len(value) != len(args):
+            raise UserError(f"{where}: expected {len(args)} values, got {value!r}")
+        return tuple(_convert(item or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: expected a mapping, got {value!r}")
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, where)
     if hint is Any:
         return value

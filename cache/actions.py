@@ -113,14 +113,16 @@ class ActionMap:
         if not (np.isfinite(control_hz) and control_hz > 0):
             raise UserError(f"control frequency {control_hz} Hz: must be positive")
         self.specs, self.control_hz = tuple(specs), float(control_hz)
-        columns, slots, gains, offsets, names = [], [], [], [], []
-        self._rotations: list[tuple[FieldSpec, slice, slice]] = []   # (spec, native columns, unified slots)
+        columns: list[int] = []     # native ones of plain slots
+        names: list[str] = []       # of the native dimensions
+        slots, gains, offsets = [], [], []
+        self._rotations: list[tuple[str, bool, slice, slice]] = []   # (form, legacy, native columns, unified slots)
         self._dropped: list[tuple[slice, float]] = []          # (native columns, fill)
         for spec in self.specs:
             start, span = len(names), slice(len(names), len(names) + spec.width)
             if spec.rotation:
                 first = SLOTS[f"{spec.prefix}_0"]
-                self._rotations.append((spec, span, slice(first, first + (4 if spec.legacy else 6))))
+                self._rotations.append((spec.rotation, spec.legacy, span, slice(first, first + (4 if spec.legacy else 6))))
                 names += [f"{spec.prefix}.{spec.rotation}[{i}]" for i in range(spec.width)]
             elif spec.drop:
                 self._dropped.append((span, spec.fill))
@@ -136,7 +138,7 @@ class ActionMap:
         self.native_dim = len(names)
         self._columns, self._slots = np.array(columns, dtype=np.int64), np.array(slots, dtype=np.int64)
         self._gain, self._offset = np.array(gains, dtype=np.float64), np.array(offsets, dtype=np.float64)
-        filled = slots + [i for _, _, s in self._rotations for i in range(s.start, s.stop)]
+        filled = slots + [i for *_, s in self._rotations for i in range(s.start, s.stop)]
         twice = sorted({s for s in filled if filled.count(s) > 1})
         if twice:
             name = next(n for n in SLOTS if SLOTS[n] == twice[0])
@@ -144,13 +146,13 @@ class ActionMap:
         self.mask = np.zeros(UNIFIED_DIM, dtype=bool)            # [128] slots this dataset fills
         self.mask[filled] = True
         self.rotation_slots = np.zeros(UNIFIED_DIM, dtype=bool)  # [128] of those, the 6D rotation slots
-        for spec, _, target in self._rotations:
-            self.rotation_slots[target] = not spec.legacy
+        for _, legacy, _, target in self._rotations:
+            self.rotation_slots[target] = not legacy
 
     def check(self, native: np.ndarray) -> None:
         """`NotARotation` (a `UserError`) naming the first row of `native [..., d]` whose rotation is none."""
-        for spec, source, _ in self._rotations:
-            require_rotations(spec.rotation, native[..., source])
+        for form, _, source, _ in self._rotations:
+            require_rotations(form, native[..., source])
 
     def to_unified(self, native: np.ndarray) -> np.ndarray:
         """`native [..., d]` → float32 [..., 128], 0 in inactive slots. `UserError` when d is not `native_dim`, or as `check`."""
@@ -159,8 +161,8 @@ class ActionMap:
             raise UserError(f"the field map describes {self.native_dim} dimensions, the data has {native.shape[-1]}")
         unified = np.zeros((*native.shape[:-1], UNIFIED_DIM))
         unified[..., self._slots] = native[..., self._columns] * self._gain + self._offset
-        for spec, source, target in self._rotations:
-            unified[..., target] = (to_quaternion if spec.legacy else to_rot6d)(spec.rotation, native[..., source])
+        for form, legacy, source, target in self._rotations:
+            unified[..., target] = (to_quaternion if legacy else to_rot6d)(form, native[..., source])
         return unified.astype(np.float32)
 
     def to_native(self, unified: np.ndarray) -> np.ndarray:
@@ -170,8 +172,8 @@ class ActionMap:
             raise ValueError(f"unified vectors have {UNIFIED_DIM} slots, got {unified.shape[-1]}")
         native = np.zeros((*unified.shape[:-1], self.native_dim))
         native[..., self._columns] = (unified[..., self._slots] - self._offset) / self._gain
-        for spec, source, target in self._rotations:
-            native[..., source] = (from_quaternion if spec.legacy else from_rot6d)(spec.rotation, unified[..., target])
+        for form, legacy, source, target in self._rotations:
+            native[..., source] = (from_quaternion if legacy else from_rot6d)(form, unified[..., target])
         for source, fill in self._dropped:
             native[..., source] = fill
         return native.astype(np.float32)

@@ -92,7 +92,7 @@ class Storage:
 def _pieces(memory: np.ndarray, count: int) -> list[memoryview]:
     """`memory` [nbytes] in `count` equal parts."""
     step = len(memory) // max(count, 1)
-    return [memoryview(memory[at:at + step]) for at in range(0, len(memory), step)] if step else []
+    return [memory[at:at + step].data for at in range(0, len(memory), step)] if step else []
 
 
 def _values(numbers: np.ndarray) -> list[int]:
@@ -188,7 +188,8 @@ class Assembler:
         views, p, hidden = self.views, self.cache.tokens, draws.no_images
         storage.arrays["token_mask"][where] = np.repeat(np.arange(views), p) < len(source.views)    # [L]
         null, null_scale = source.null_records if hidden.any() else (None, None)
-        fields = [(storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null)]    # [B, V, P, D]
+        fields: list[tuple[np.ndarray, np.ndarray | None]] = []
+        fields.append((storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null))    # [B, V, P, D]
         if self.quantised:
             fields.append((storage.arrays["token_scale"].reshape(-1, views, p), null_scale))    # [B, V, P]
         for array, nulls in fields:
@@ -207,7 +208,7 @@ class Assembler:
 
 def decoded(batch: FeatureBatch) -> FeatureBatch:
     """The batch with 8-bit tokens decoded, on the device it is on, to the dtype of its text; others as they are. Checked."""
-    if batch.token_scale is None:
+    if batch.token_scale is None or batch.channel_scale is None:
         return batch.check()
     tokens = dequantise(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)     # [B, L, D]
     return batch.replace(tokens=tokens, token_scale=None, channel_scale=None)

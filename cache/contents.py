@@ -18,7 +18,7 @@ def check_features(block: np.ndarray, scale: np.ndarray | None, task: ShardTask,
     if block.dtype != dtype or block.ndim != 3 or (scale is None) == format.quantised:
         raise ValueError(f"{task}: expected {dtype} [k, tokens, width]{' and scales' if format.quantised else ''}, got {block.dtype} "
                          f"{list(block.shape)}{'' if scale is None else ' and scales'}")
-    if format.quantised:
+    if scale is not None:
         if scale.shape != block.shape[:2] or scale.dtype != np.float32:
             raise ValueError(f"{task}: expected scales float32 {block.shape[:2]}, got {scale.dtype} {scale.shape}")
         bad = ~np.isfinite(scale).all(axis=1)

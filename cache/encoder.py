@@ -101,6 +101,7 @@ class VisionLanguageEncoder(nn.Module):
     None; it is set by `cache.lora` and is not a submodule, since its modules are those of `vision`.
     """
 
+    vision: Any             # a module of the family's; torch types what is in one as `Tensor | Module`
     adapter: PeftModel | None
     lora_layers: ClassVar[LoraLayers]
     text_scale: float = 1.0     # between the embedding table and the language model's first layer
@@ -113,7 +114,7 @@ class VisionLanguageEncoder(nn.Module):
         self.embedding = embedding      # [V,Dt] in the checkpoint's dtype; stays on the CPU: read once per instruction
         self.weights = weights          # {"sha256", "config"} for the fingerprint
         self.merged_adapter: dict[str, Any] | None = None     # of an adapter that was merged into the weights
-        vision.recompute = False        # gradient checkpointing of its blocks (recompute.py)
+        self.vision.recompute = False   # gradient checkpointing of its blocks (recompute.py)
         self.set_adapter(None)
         if spec.boundary is not None and not 1 <= spec.boundary <= self.blocks:
             raise UserError(f"--boundary {spec.boundary}: the vision tower has {self.blocks} blocks; give the number of last ones to leave out, 1 to {self.blocks}")
@@ -301,5 +302,5 @@ def load_encoder(spec: EncoderSpec, device: torch.device | str = "cpu",
 def adapter_identity(adapter: PeftModel) -> dict[str, Any]:
     """What a LoRA adapter adds to the features: its weights (as they are now) and its scaling."""
     lora = {name: p for name, p in adapter.named_parameters() if "lora_" in name}
-    config = adapter.peft_config["default"]
+    config: Any = adapter.peft_config["default"]      # a LoraConfig
     return {"sha256": tensors_sha256(lora), "scaling": config.lora_alpha / config.r}

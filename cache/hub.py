@@ -79,8 +79,8 @@ def hub_files(path_or_repo: str) -> list[str]:
         names = HfApi().list_repo_files(found[1], repo_type="dataset", revision=found[3])
     except Exception as error:  # the client raises many types (HTTP, offline, validation): "could not be fetched"
         raise _unreachable(found[1], error) from None
-    found = [n.removeprefix(folder + "/") for n in names if not folder or n.startswith(folder + "/")]
-    return found or [n.rsplit("/", 1)[-1] for n in names if n == folder]    # one file of the repository
+    files = [n.removeprefix(folder + "/") for n in names if not folder or n.startswith(folder + "/")]
+    return files or [n.rsplit("/", 1)[-1] for n in names if n == folder]    # one file of the repository
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str] | None, kind: str = "dataset") -> Path:

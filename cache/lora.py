@@ -60,7 +60,7 @@ def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
     from peft import LoraConfig, get_peft_model
 
     _require_none(encoder)
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, bias="none",
+    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, bias="none",  # type: ignore[arg-type]  # only divided by r
                         target_modules=_target_pattern(spec, encoder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
@@ -110,7 +110,7 @@ def save_lora(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
 
 def write_lora(encoder: VisionLanguageEncoder, folder: Path) -> None:
     """The adapter's files, into a folder that is there. `ValueError` without an adapter."""
-    _require_adapter(encoder).save_pretrained(folder)
+    _require_adapter(encoder).save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)      # peft's model card template: nothing in it is filled in
 
 

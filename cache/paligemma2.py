@@ -55,6 +55,10 @@ TEXT_FIELDS = ("attn_logit_softcapping", "head_dim", "hidden_activation", "hidde
 class PaliGemmaVision(nn.Module):
     """SigLIP and the projector, with modules named as the hub's tensors are."""
 
+    vision_tower: Any               # modules that only name what is in them
+    multi_modal_projector: Any
+    recompute: bool                 # gradient checkpointing of SigLIP's layers; the encoder sets it
+
     def __init__(self, config: Any, out_width: int) -> None:
         from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
@@ -65,7 +69,7 @@ class PaliGemmaVision(nn.Module):
         self.multi_modal_projector.linear = nn.Linear(config.hidden_size, out_width)
 
     @property
-    def siglip(self) -> nn.Module:
+    def siglip(self) -> Any:
         """transformers' vision transformer."""
         return self.vision_tower.vision_model
 
@@ -88,7 +92,7 @@ class PaliGemmaVision(nn.Module):
         return self.siglip.post_layernorm(hidden)                                                   # [N,S,C]
 
     def _run(self, hidden: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        def run(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        def run(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden + _attend(layer.self_attn, layer.layer_norm1(hidden))                   # [N,S,C]
             return hidden + layer.mlp(layer.layer_norm2(hidden))                                    # [N,S,C]
 
@@ -104,7 +108,7 @@ class PaliGemmaVision(nn.Module):
         return F.interpolate(grid, (target, target), mode="bicubic", align_corners=False)[0].flatten(1).T
 
 
-def _attend(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _attend(attn: Any, x: torch.Tensor) -> torch.Tensor:
     """Self-attention of SigLIP: [N,S,C] -> [N,S,C], one call for all images."""
     q, k, v = (layer(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
     return attn.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))             # q, k, v [N,A,S,E]
@@ -113,6 +117,8 @@ def _attend(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class PaliGemma2Encoder(VisionLanguageEncoder):
     """`language` is transformers' Gemma2Model without its embedding table, for `depth: language` only."""
 
+    vision: PaliGemmaVision
+    language: Any       # None with depth vision
     lora_layers = LoraLayers(r"vision_tower\.vision_model\.encoder\.layers\.({n})\.", r"self_attn\.(q|v)_proj", r"self_attn\.(q|k|v|out)_proj", r"mlp\.fc[12]",
                              r"multi_modal_projector\.linear")
 

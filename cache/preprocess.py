@@ -31,8 +31,8 @@ class ImageSpec:
     patch_size: int                         # P, pixels
     merge_size: int                         # M, patches per merged token and side
     temporal_patch_size: int                # T, frames per patch
-    mean: tuple[float, float, float]        # per channel, of values in [0, 1]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]                 # of the three channels, of values in [0, 1]
+    std: tuple[float, ...]
 
     def __post_init__(self) -> None:
         unit = self.patch_size * self.merge_size

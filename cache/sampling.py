@@ -30,7 +30,7 @@ Order = Literal["global", "block", "sequential"]
 def mix(*words: np.ndarray | int) -> np.ndarray:
     """Hash integers (arrays broadcast) to uint64: splitmix64's finaliser (Steele, Lea, Flood 2014), once per word."""
     with np.errstate(over="ignore"):
-        h = np.uint64(0)
+        h = np.zeros((), np.uint64)
         for word in words:
             h = (h ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
             h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -244,7 +244,7 @@ def held_out(dataset: str, episode_ids: np.ndarray, fraction: float, seed: int) 
     if not 0 <= fraction < 1:
         raise UserError(f"the held-out fraction is {fraction}; it must be at least 0 and below 1")
     name = int.from_bytes(hashlib.sha256(dataset.encode()).digest()[:8], "little")
-    draw = uniform(seed, 3, np.uint64(name), np.asarray(episode_ids, np.int64))
+    draw = uniform(seed, 3, name, np.asarray(episode_ids, np.int64))
     out = draw < fraction
     if fraction > 0 and len(draw):
         out[draw.argmin()], out[draw.argmax()] = True, False    # in this order: one episode stays in training

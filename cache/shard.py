@@ -69,7 +69,8 @@ class ShardWriter:
     def __init__(self, path: Path, chunk_shape: tuple[int, ...], dtype: np.dtype | str, chunks_per_shard: int,
                  compression: Compression | None = None) -> None:
         self.path, self.chunks_per_shard, self.count = Path(path), chunks_per_shard, 0
-        self._compression, self._sizes = compression, []
+        self._compression = compression
+        self._sizes: list[int] = []     # bytes of each chunk as stored
         self._tail, self._dtype = tuple(chunk_shape[1:]), np.dtype(dtype).newbyteorder("<")
         self._rows = chunk_shape[0]
         self._chunk_nbytes = int(np.prod(chunk_shape)) * self._dtype.itemsize
@@ -119,7 +120,7 @@ class ShardWriter:
     def _write(self, data: np.ndarray) -> None:
         flat = data.reshape(-1).view(np.uint8)
         self._crc = crc32c(flat, self._crc)
-        view = memoryview(flat)
+        view = flat.data
         while view:
             view = view[self._file.write(view):]
 
@@ -143,7 +144,7 @@ def file_crc32c(path: Path) -> tuple[int, int]:
     """(nbytes, crc32c) of a file, read in blocks."""
     crc, nbytes, buffer = 0, 0, np.empty(1 << 20, np.uint8)
     with open(path, "rb", buffering=0) as file:
-        while got := file.readinto(buffer):
+        while got := file.readinto(buffer.data):
             crc, nbytes = crc32c(buffer[:got], crc), nbytes + got
     return nbytes, crc
 

@@ -28,17 +28,30 @@ class CacheDataset:
     """One dataset of a finished cache. E episodes, N frames, n instructions; arrays are read-only memory maps.
 
     Every `frame_stride`-th frame of an episode is an observation: only those have features.
-
-    `episode_start`, `episode_length`, `episode_id`, `episode_instruction` [E] int64; `quarantined` [E] bool; `action`,
-    `proprio` [N, 128] float32 unified, not normalised; `action_mask`, `proprio_mask` [128] bool; `timestamp` [N]
-    float64 s; `text` [n, Lt, Dt] float16; `text_length` [n] int64; `null_text` [Lt0, Dt] float16; `null_features` [views,
-    tokens, D] float16; `attributes` all that the build recorded, such as the action map.
     """
+
+    attributes: dict[str, Any]          # all that the build recorded, such as the action map
+    episode_start: np.ndarray           # [E] int64, first frame on the time axis
+    episode_length: np.ndarray          # [E] int64, frames
+    episode_id: np.ndarray              # [E] int64, in the source
+    episode_instruction: np.ndarray     # [E] int64, row of `text`
+    episode_observations: np.ndarray    # [E] int64, frames that have features
+    quarantined: np.ndarray             # [E] bool
+    action: np.ndarray                  # [N, 128] float32 unified, not normalised
+    proprio: np.ndarray                 # [N, 128] float32 unified, not normalised
+    action_mask: np.ndarray             # [128] bool
+    proprio_mask: np.ndarray            # [128] bool
+    timestamp: np.ndarray               # [N] float64 s
+    text: np.ndarray                    # [n, Lt, Dt] float16
+    text_length: np.ndarray             # [n] int64
+    null_text: np.ndarray               # [Lt0, Dt] float16
+    null_features: np.ndarray           # [views, tokens, D] float16
+    channel_scale: np.ndarray | None    # [D] float32, of 8-bit features only
 
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
         self._shard_folders: dict[tuple[str, int, Callable[[Path, str, str], Path]], str] = {}
-        self.attributes: dict[str, Any] = read_json(self.path / "zarr.json")["attributes"]
+        self.attributes = read_json(self.path / "zarr.json")["attributes"]
         a = self.attributes
         self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
         self.tokens, self.width = a["tokens"], a["width"]
@@ -55,10 +68,10 @@ class CacheDataset:
         self.proprio_mask = np.array(open_table(self.path / "proprio_mask"))
         self.text = np.asarray(open_table(self.path / "text" / "embedding"))
         self.text_length = np.array(open_table(self.path / "text" / "length"))
-        self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantised else None     # [D] float32
+        self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantised else None
         self.null_features = np.stack([open_table(self.path / "null" / view) for view in self.views])
         self.quarantined = np.isin(self.episode_id, a["quarantined"])
-        self.episode_observations = -(-self.episode_length // self.frame_stride)    # [E] int64
+        self.episode_observations = -(-self.episode_length // self.frame_stride)
         self._observation_start = np.cumsum(self.episode_observations) - self.episode_observations
 
     @cached_property

@@ -120,13 +120,13 @@ class TarStream(BatchIterator):
             for tar, _ in gone:
                 counts[tar] -= 1
             gone = {sample for sample in gone if counts[sample[0]]}
-            coming = ((tar, i, *found) for tar in self.order(number) if counts[tar] for i, found in enumerate(self._read(self._tars[tar])))
+            coming = ((tar, i, found) for tar in self.order(number) if counts[tar] for i, found in enumerate(self._read(self._tars[tar])))
             waiting: dict[Sample, tuple[int, int, dict[Member, bytes]]] = {}
             for sample in draws:
                 while sample not in waiting:
-                    tar, i, *found = next(coming)
+                    tar, i, found = next(coming)
                     if (tar, i) not in gone:
-                        waiting[tar, i] = found     # type: ignore[assignment]
+                        waiting[tar, i] = found
                 yield waiting.pop(sample)
             for _ in coming:        # to the end of the last tar, where its checksum is
                 pass
@@ -137,9 +137,10 @@ class TarStream(BatchIterator):
         name, tars = entry["url"], self.cache.tars
         with errors("read", tars.place.url(name)):
             file = _Summed(tars.place.open(name))
-        key, members, count = "", {}, 0
+        key, count = "", 0
+        members: dict[Member, bytes] = {}
         try:
-            with file, tarfile.open(fileobj=file, mode="r|", bufsize=READ) as tar:
+            with file, tarfile.open(fileobj=file, mode="r|", bufsize=READ) as tar:  # type: ignore[call-overload]  # it only calls `read`
                 for member in tar:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, field = base.partition(".")

@@ -53,7 +53,7 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
     tolerance = 0.25 * float(np.diff(times).min()) if len(times) > 1 else 0.01
     packets: list[tuple[int, bytes]] = []
     with _opened(path, where) as (container, stream):
-        base = float(stream.time_base)
+        base = _tick(stream)
         first, last = math.floor((times[0] - tolerance) / base), math.ceil((times[-1] + tolerance) / base)
         _seek(container, stream, first, 1.0)  # a second early: reordered frames may be stored before their key frame
         for packet in container.demux(stream):
@@ -114,7 +114,13 @@ def _decoded_from(container: av.container.InputContainer, stream: av.VideoStream
 
 def _seek(container: av.container.InputContainer, stream: av.VideoStream, pts: int, seconds_before: float) -> None:
     """To the last key frame stored at or before `pts` less some seconds, or to the beginning of the file."""
-    container.seek(int(max(pts - seconds_before / float(stream.time_base), 0)), stream=stream, backward=True)
+    container.seek(int(max(pts - seconds_before / _tick(stream), 0)), stream=stream, backward=True)
+
+
+def _tick(stream: av.VideoStream) -> float:
+    """Seconds from one time stamp to the next; libav gives every stream of an open file a time base."""
+    assert stream.time_base is not None
+    return float(stream.time_base)
 
 
 @contextmanager

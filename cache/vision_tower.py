@@ -4,6 +4,8 @@ transformers packs all images into one sequence and attends image by image; here
 that every block makes one attention call, and positions are worked out once per resolution. Results agree with
 transformers' forward (test).
 
+`vision` is a Qwen3VLVisionModel, a `block` and an `attn` are parts of it.
+
 Letters: N images, S patches of one image in merge order (the M x M patches of one merged token adjacent, tokens row
 by row), F values of one patch, C vision width, A attention heads, E = C/A head width, D width of the language model.
 """
@@ -15,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .attention import attention
 from .recompute import through
@@ -40,7 +41,7 @@ def rotary_frequencies(config: Any) -> torch.Tensor:
     return 1.0 / base ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
 
 
-def position_tables(vision: nn.Module, grid: int, device: torch.device) -> PositionTables:
+def position_tables(vision: Any, grid: int, device: torch.device) -> PositionTables:
     """Tables for a `grid` x `grid` image: corners in the learned position grid, 2D rotary angles (row, column)."""
     config = vision.config
     side, merge = int(config.num_position_embeddings**0.5), config.spatial_merge_size
@@ -63,7 +64,7 @@ def position_tables(vision: nn.Module, grid: int, device: torch.device) -> Posit
                           angle.cos()[order].to(device), angle.sin()[order].to(device), order.argsort().to(device), order.to(device))
 
 
-def embed_patches(vision: nn.Module, patches: torch.Tensor, tables: PositionTables) -> torch.Tensor:
+def embed_patches(vision: Any, patches: torch.Tensor, tables: PositionTables) -> torch.Tensor:
     """[N,S,F] -> [N,S,C]: the patch convolution (stride = kernel) as one matrix product, plus learned positions."""
     proj = vision.patch_embed.proj
     hidden = F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)             # [N,S,C]
@@ -71,16 +72,16 @@ def embed_patches(vision: nn.Module, patches: torch.Tensor, tables: PositionTabl
     return hidden + (corners * tables.weight.to(corners.dtype)).sum(0)                              # [N,S,C]
 
 
-def run_blocks(vision: nn.Module, hidden: torch.Tensor, tables: PositionTables, begin: int, end: int) -> torch.Tensor:
+def run_blocks(vision: Any, hidden: torch.Tensor, tables: PositionTables, begin: int, end: int) -> torch.Tensor:
     """Transformer blocks `begin` … `end`-1 on [N,S,C], one attention call each."""
-    def run(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def run(block: Any, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + _attention(block.attn, block.norm1(hidden), tables)                       # [N,S,C]
         return hidden + block.mlp(block.norm2(hidden))                                              # [N,S,C]
 
     return through(vision.blocks[begin:end], run, hidden, vision.recompute)
 
 
-def _attention(attn: nn.Module, x: torch.Tensor, tables: PositionTables) -> torch.Tensor:
+def _attention(attn: Any, x: torch.Tensor, tables: PositionTables) -> torch.Tensor:
     n, s, c = x.shape
     q, k, v = attn.qkv(x).view(n, s, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)                  # each [N,A,S,E]
     mixed = attention(_rotate(q, tables), _rotate(k, tables), v)                                    # [N,A,S,E]

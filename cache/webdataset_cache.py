@@ -48,7 +48,7 @@ class WebDatasetCache(Cache):
         self.text_width = self.datasets[0].text.shape[2]
 
     @classmethod
-    def open(cls, path: Path | str, scratch: Path | str = ".", check: bool = False) -> WebDatasetCache:
+    def open(cls, path: Path | str, scratch: Path | str = ".", check: bool = False) -> WebDatasetCache:  # type: ignore[override]  # what to do with tars, not with shards
         """An export at a folder, fsspec URL or pipe. `scratch`: where tars are copied that are not local; `check`: compare every tar
         with its checksum before using it. `UserError` when there is none, or it does not make sense."""
         try:

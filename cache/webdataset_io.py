@@ -66,7 +66,7 @@ def sample_key(dataset: str, position: int, step: int) -> str:
 def npy(values: np.ndarray) -> bytes:
     """The .npy file of an array."""
     values = np.ascontiguousarray(values).reshape(values.shape)
-    return b"".join((_npy_header(values.dtype.str, values.shape), memoryview(values.reshape(-1).view(np.uint8))))
+    return b"".join((_npy_header(values.dtype.str, values.shape), values.reshape(-1).view(np.uint8).data))
 
 
 @functools.lru_cache(maxsize=256)
@@ -181,18 +181,22 @@ class Tars:
 
     def read(self, tar: str, member: str, dtype: str, shape: tuple[int, ...], target: memoryview) -> None:
         """Fill `target` with the data of one .npy member. `UserError` naming the tar when it is not that array."""
-        held = self.held.get((tar, member))
-        opened, offset, nbytes = self._member(tar, member) if held is None else (None, 0, len(held))
-        begin = max(nbytes - len(target), 0)
-        try:
-            found = _parse_header(os.pread(opened.file.fileno(), begin, offset) if held is None else held[:begin])
-        except ValueError as error:
-            raise self.damaged(tar, f"{member}: {error}") from None
-        if found != (np.dtype(dtype), shape):
-            raise self.damaged(tar, f"{member} is {found[0]} {list(found[1])}, not {dtype} {list(shape)}")
-        if held is not None:
+        def check(header: bytes) -> None:
+            try:
+                found = _parse_header(header)
+            except ValueError as error:
+                raise self.damaged(tar, f"{member}: {error}") from None
+            if found != (np.dtype(dtype), shape):
+                raise self.damaged(tar, f"{member} is {found[0]} {list(found[1])}, not {dtype} {list(shape)}")
+
+        if (held := self.held.get((tar, member))) is not None:
+            begin = max(len(held) - len(target), 0)
+            check(held[:begin])
             target[:] = memoryview(held)[begin:]
             return
+        opened, offset, nbytes = self._member(tar, member)
+        begin = max(nbytes - len(target), 0)
+        check(os.pread(opened.file.fileno(), begin, offset))
         while len(target):
             got = os.preadv(opened.file.fileno(), [target], offset + begin)
             if not got:
@@ -246,7 +250,7 @@ class Tars:
     def _load(self, name: str) -> _Tar:
         entry = self._entries[name]
         file, nbytes, crc = fetch(self.place, name, self._scratch)
-        if crc is None and self._check and name not in self._checked:
+        if isinstance(self.place, Folder) and self._check and name not in self._checked:    # what was copied has its crc already
             nbytes, crc = file_crc32c(self.place.path / name)
         if nbytes != entry["filesize"]:
             raise self.damaged(name, f"{nbytes} bytes, {entry['filesize']} were written")

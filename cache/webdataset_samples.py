@@ -59,8 +59,8 @@ def meta_samples(cache: Cache, files: Files) -> Iterator[dict[str, Any]]:
             ledger[f"{task.dataset}/{task.array}/{task.index}"] = bad
     store = {"__key__": "cache/store", "fingerprint.json": json_bytes(cache.fingerprint), "manifest.json": json_bytes(cache.manifest),
              "quarantine.json": json_bytes(ledger)}
-    if cache.format.quantised:
-        store["channel_scale.npy"] = npy(cache.datasets[0].channel_scale)
+    if (scale := cache.datasets[0].channel_scale) is not None:
+        store["channel_scale.npy"] = npy(scale)
     yield store
     for d in cache.datasets:
         arrays = {name: getattr(d, name) for name in ("action", "proprio", "timestamp", "action_mask", "proprio_mask", "null_text")}
@@ -114,9 +114,10 @@ def observation_samples(d: CacheDataset, views: dict[str, str], observations: np
 def tables_of(d: CacheDataset) -> DatasetTables:
     """What `CacheWriter.write_tables` was given for a cached dataset."""
     a, slots = d.attributes, np.arange(d.action_mask.size)
-    stats = {f"{kind}_stats": Statistics.from_dict(a[f"{kind}_stats"]) for kind in ("action", "proprio")}
-    rotation = {f"{kind}_rotation": np.isin(slots, a[f"{kind}_rotation"]) for kind in ("action", "proprio")}
+    stats = {kind: Statistics.from_dict(a[f"{kind}_stats"]) for kind in ("action", "proprio")}
+    rotation = {kind: np.isin(slots, a[f"{kind}_rotation"]) for kind in ("action", "proprio")}
     return DatasetTables(
-        action=d.action, action_mask=d.action_mask, proprio=d.proprio, proprio_mask=d.proprio_mask, timestamp=d.timestamp, text=d.text,
-        text_length=np.array(d.text_length), null_text=d.null_text, null_features=dict(zip(d.views, d.null_features)),
-        embodiment=d.embodiment_id, control_hz=d.control_hz, attributes={k: v for k, v in a.items() if k not in DERIVED}, **stats, **rotation)
+        action=d.action, action_mask=d.action_mask, action_rotation=rotation["action"], action_stats=stats["action"],
+        proprio=d.proprio, proprio_mask=d.proprio_mask, proprio_rotation=rotation["proprio"], proprio_stats=stats["proprio"],
+        timestamp=d.timestamp, text=d.text, text_length=np.array(d.text_length), null_text=d.null_text, null_features=dict(zip(d.views, d.null_features)),
+        embodiment=d.embodiment_id, control_hz=d.control_hz, attributes={k: v for k, v in a.items() if k not in DERIVED})

@@ -191,7 +191,8 @@ class CacheWriter:
         files: dict[str, dict[str, int]] = {}
         if self.plan.format.quantised:
             files |= json.loads((self.path / ".commits" / "channel_scale.json").read_bytes())["files"]
-        ledger, nodes, datasets = [], {}, []
+        ledger, nodes = [], {}
+        datasets: list[dict[str, Any]] = []
         for d in self.plan.datasets:
             tables = json.loads(commit_file(self.path, d.name).read_bytes())
             lines = {(episode, reason) for episode, reason in d.quarantined}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ def flex(mask: Tensor | None, queries: int) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         fused = q.is_cuda and not torch.compiler.is_compiling()                 # inside torch.compile it is compiled already
-        return (_compiled_flex() if fused else flex_attention)(q, k, v, block_mask=blocks)
+        call: Callable[..., Any] = _compiled_flex() if fused else flex_attention    # a Tensor; declared with what it gives on request
+        return call(q, k, v, block_mask=blocks)
 
     return attend
 
@@ -55,7 +57,7 @@ def flash(mask: Tensor | None, queries: int) -> Attend:
             return plain(q, k, v)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # [B,Q,H,h], [B,L,H,h] twice
         dense, packed = _flash_kernels()
-        if packing is None:
+        if mask is None or packing is None:
             return dense(q, k, v).transpose(1, 2)                               # [B,H,Q,h]
         order, used, ends = packing
         k, v = (torch.where(used[:, None, None], x.flatten(0, 1)[order], 0.0) for x in (k, v))      # [B·L,H,h], visible ones first
@@ -109,7 +111,7 @@ def _packing(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 

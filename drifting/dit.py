@@ -215,7 +215,7 @@ class DriftingDiT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.null_token, std=0.02)
         nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.action_head[-1].weight)
+        nn.init.zeros_(self.action_head[-1].get_parameter("weight"))
         nn.init.normal_(self.skip.weight, std=self.config.skip_std / math.sqrt(self.config.noise_dim))
 
     def condition(self, context: Context, alpha: Tensor, time: Tensor | None = None) -> Tensor:

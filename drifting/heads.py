@@ -100,11 +100,11 @@ def sample_steps(config: LossConfig) -> int:
     return config.sample_steps or {"flow": 10, "diffusion": DIFFUSION_STEPS}.get(config.kind, 1)
 
 
-def head_loss(net: PolicyNet, batch: FeatureBatch, config: LossConfig, *, noise: Tensor, alpha: Tensor,
+def head_loss(net: Callable[..., Tensor], batch: FeatureBatch, config: LossConfig, *, noise: Tensor, alpha: Tensor,
               generator: torch.Generator | None = None, positives: Tensor | None = None, w_pos: Tensor | None = None,
               negatives: Tensor | None = None, w_neg: Tensor | None = None, queues: ChunkQueues | None = None,
               reduce: Reduce | None = None) -> PolicyLoss:
-    """The forward pass and the loss of any kind, for `noise` [B,G,T,n] standard normal and guidance scales `alpha` [B].
+    """The forward pass of a `PolicyNet`, or of what wraps one, and the loss of any kind, for `noise` [B,G,T,n] standard normal and guidance scales `alpha` [B].
 
     One-step kinds: `policy_loss` of the chunks generated; arguments as there. `queues` add theirs, and then take this batch's
     chunks. `mse` makes one draw and reads no noise.

@@ -59,13 +59,14 @@ class FeatureBank:
     @classmethod
     def of(cls, batches: Iterable[FeatureBatch], gap: int = 0) -> FeatureBank:
         """The bank of all whole chunks in `batches` (decoded ones); ValueError where there are none."""
-        rows: list[tuple[Tensor, ...]] = []
+        rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for batch in batches:
             whole = batch.step_mask.all(1)                                      # [B]
-            rows.append(tuple(x[whole] for x in (pooled(batch), batch.action, batch.dataset, batch.frame_index)))
+            rows.append((pooled(batch)[whole], batch.action[whole], batch.dataset[whole], batch.frame_index[whole]))
         if not rows:
             raise ValueError("a bank needs at least one batch")
-        return cls(*(torch.cat(column) for column in zip(*rows)), gap=gap)
+        features, chunks, dataset, frame_index = (torch.cat(column) for column in zip(*rows))
+        return cls(features, chunks, dataset, frame_index, gap)
 
     def __call__(self, batch: FeatureBatch, count: int) -> Positives:
         """The `count` nearest of the same dataset, nearest first, never the observation itself; memory O(B·N)."""

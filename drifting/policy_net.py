@@ -39,6 +39,8 @@ class PolicyNet(nn.Module):
     `encode` projects the observation once; `decode` generates any number of draws from it; `forward` is both.
     """
 
+    slots: Tensor   # [slots] int64, those of the config
+
     def __init__(self, config: PolicyNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -53,16 +55,16 @@ class PolicyNet(nn.Module):
         self.register_buffer("slots", torch.tensor(config.slots, dtype=torch.int64), persistent=False)      # part of the config, not of the weights
         projections = [p[0] for p in (self.proj_seq, self.proj_text, self.proj_pool) if p is not None]
         for linear in (*projections, self.text_position):
-            nn.init.xavier_uniform_(linear.weight)
+            nn.init.xavier_uniform_(linear.get_parameter("weight"))
         for linear in projections:
-            nn.init.zeros_(linear.bias)
+            nn.init.zeros_(linear.get_parameter("bias"))
         for embedding in (self.camera_embed, self.time_embed):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def encode(self, batch: FeatureBatch) -> Context:
         """The context of every observation. Masked tokens are replaced by zero before anything reads them."""
         device, l = batch.tokens.device.type, batch.tokens.shape[1]
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.proj_seq[0].weight.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.text_position.weight.dtype
         mask = torch.cat([batch.token_mask, batch.text_mask], dim=1)            # [B,S]
         parts = [batch.tokens.to(dtype), batch.text.to(dtype)]                  # [B,L,D], [B,Lt,Dt]
         if self.proj_text is None:

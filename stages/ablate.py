@@ -73,9 +73,9 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
     if path.exists():
         before = ck.read_json(path)
         known = before["rows"].keys() & settings["rows"].keys()
-        same = [{**{k: v for k, v in one.items() if k not in ("title", "seeds")}, "rows": {name: one["rows"][name] for name in known}}
-                for one in (before, settings)]
-        if lines := fp.diff(*same, was="it has", now="now asked"):
+        was, now = ({**{k: v for k, v in one.items() if k not in ("title", "seeds")}, "rows": {name: one["rows"][name] for name in known}}
+                    for one in (before, settings))
+        if lines := fp.diff(was, now, was="it has", now="now asked"):
             raise UserError(f"{out} was begun with another recipe: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings")
         settings["rows"] = {**before["rows"], **settings["rows"]}
     elif out.exists() and any(p.name not in PREPARED and not p.name.startswith(("vlm-", "cache-", ".")) for p in out.iterdir()):
@@ -137,7 +137,8 @@ def _run_all(todo: list[Cell], out: Path, jobs: int, environment: dict[str, str]
              progress: Callable[[str, int, int], None], note: Callable[[], Any], check: Callable[[], None]) -> list[str]:
     """Run the cells that are not done, in order; returns the names of those that failed."""
     waiting = [cell for cell in todo if not all(product.exists() for product in cell.products)]
-    done, running, failed, times = len(todo) - len(waiting), [], [], []
+    done, failed, times = len(todo) - len(waiting), [], []
+    running: list[_Job] = []
     if done:
         say(f"{done} of {len(todo)} cells were done before")
     progress("cells", done, len(todo))

@@ -104,8 +104,8 @@ def rows(recipe: Recipe) -> dict[str, Variant]:
             raise UserError(f"the recipe has two rows '{name}'")
         own = [one for _, one in combination]
         vlms = [one.vlm for one in own if one.vlm is not None]
-        out[name] = Variant(*(" ".join(filter(None, (getattr(one, kind) for one in own))) for kind in ("train", "eval")), None,
-                            " ".join(filter(None, (one.cache for one in own))), vlms[-1] if vlms else None)
+        train, evaluation, cache = (" ".join(filter(None, (getattr(one, kind) for one in own))) for kind in ("train", "eval", "cache"))
+        out[name] = Variant(train, evaluation, None, cache, vlms[-1] if vlms else None)
     return out
 
 

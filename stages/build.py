@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,14 @@ def _fill(config: BuildConfig, writer: CacheWriter, encoder: VisionLanguageEncod
     pilot = pilot_features(list(corpora.values()), plan, encoder) if config.format.quantised and missing else None
     if encoder.tokens < encoder.native_tokens and missing:
         report.pooled = pooling_error(pilot_features(list(corpora.values()), plan, encoder.unpooled(), POOLING_PICTURES), encoder.tokens)
-    channels = writer.channel_scale(lambda: channel_scale(pilot) if reused.channels is None else reused.channels)
+
+    def measured() -> np.ndarray:
+        if reused.channels is not None:
+            return reused.channels
+        assert pilot is not None        # scales are stored before any shard: where they are missing, all shards are
+        return channel_scale(pilot)
+
+    channels = writer.channel_scale(measured)
     if pilot is not None and channels is not None:
         report.error = relative_error(pilot, config.format, channels)
     for name in writer.tables_missing():
@@ -176,7 +183,7 @@ def _fill(config: BuildConfig, writer: CacheWriter, encoder: VisionLanguageEncod
     report.resumed_shards = len(plan.tasks()) - len(missing)
     todo = []
     for task in missing:
-        if reused.whole(task, corpora[task.dataset].plan, plan):
+        if reused.path is not None and reused.whole(task, corpora[task.dataset].plan, plan):
             writer.adopt(task, reused.path)
             report.adopted_shards += 1
         else:
@@ -187,7 +194,7 @@ def _fill(config: BuildConfig, writer: CacheWriter, encoder: VisionLanguageEncod
     def shown(unit: Unit, records: int) -> None:
         progress(unit.name, done + records, total)
 
-    def here() -> Iterator[tuple[Unit, Timing]]:
+    def here() -> Generator[tuple[Unit, Timing], None, None]:
         for unit in work:
             yield unit, run_unit(writer, unit, corpora[unit.dataset].source, encoder, config.batch_size, channels, reused,
                                  functools.partial(shown, unit))

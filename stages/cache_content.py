@@ -264,13 +264,13 @@ def _features(x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: n
         return ArrayDiff(x.name, array, len(rows), False, None), np.zeros(4)
     equal, sums = x.format.dtype == y.format.dtype, np.zeros(4)
     if equal and x.channel_scale is not None:
-        equal = bool(np.array_equal(x.channel_scale, y.channel_scale))
+        equal = y.channel_scale is not None and np.array_equal(x.channel_scale, y.channel_scale)
     size = max(1, BLOCK // (x.tokens * x.width * 4))
     for at in range(0, len(rows), size):
         part = slice(at, at + size)
         if equal:
             stored = zip(x.records(view, rows[part], variant), y.records(view, others[part], variant))
-            equal = all(u is None or u.tobytes() == v.tobytes() for u, v in stored)
+            equal = all(u is None or v is not None and u.tobytes() == v.tobytes() for u, v in stored)
         one, two = (d.features(view, r[part], variant).astype(np.float32) for d, r in ((x, rows), (y, others)))
         norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)                                  # [n,K]
         cosine = (one * two).sum(-1) / np.maximum(norms, 1e-30)                                             # [n,K]

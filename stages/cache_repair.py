@@ -130,8 +130,8 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
     gone, begun = set(drop), CacheWriter(path, plan, None)
     shards = {t for t in plan.tasks() if commit_file(path, t.dataset, t.array, t.index) in gone} | set(begun.missing())
     tables = {d.name for d in plan.datasets if commit_file(path, d.name) in gone} | set(begun.tables_missing())
-    record = path / ".commits" / f"{CHANNELS}.json"
-    channels = plan.format.quantised and (record in gone or not record.exists())
+    scales = path / ".commits" / f"{CHANNELS}.json"
+    channels = plan.format.quantised and (scales in gone or not scales.exists())
     return _Findings(written, damaged, tuple(drop), len(shards), tuple(sorted(tables)), channels,
                      agrees and not (damaged or shards or tables or channels))
 
@@ -249,8 +249,8 @@ def _channels(path: Path, plan: BuildPlan, found: _Findings, corpora: Sequence[C
         if entry and (folder / name).exists() and file_crc32c(folder / name) == (entry["bytes"], entry["crc32c"]):
             return np.array(open_table(folder / CHANNELS))
     scales = channel_scale(pilot_features(corpora, plan, encoder))
-    with tempfile.TemporaryDirectory() as folder:
-        written = write_table(Path(folder) / CHANNELS, scales, ("channel",))[Path(folder) / name]
+    with tempfile.TemporaryDirectory() as scratch:
+        written = write_table(Path(scratch) / CHANNELS, scales, ("channel",))[Path(scratch) / name]
     if entry and written != (entry["bytes"], entry["crc32c"]):
         raise UserError(f"{path}/{name} is damaged, and the channel scales measured now are not those its features were stored with (another "
                         "machine, or episodes were appended since); put back a copy of it, or build the cache again")

@@ -179,7 +179,8 @@ def garbage(path: Path) -> list[Garbage]:
     seen: dict[tuple[int, int], int] = {}
     for entry in (e for entries in files.values() for e in entries):
         seen[entry.st_dev, entry.st_ino] = seen.get((entry.st_dev, entry.st_ino), 0) + 1
-    out, counted = [], set()
+    out = []
+    counted: set[tuple[int, int]] = set()
     for p, kind in found:
         alone = {(e.st_dev, e.st_ino): e.st_size for e in files[p] if seen[e.st_dev, e.st_ino] >= e.st_nlink}
         out.append(Garbage(p, kind, sum(e.st_size for e in files[p]), sum(n for key, n in alone.items() if key not in counted)))

@@ -199,12 +199,12 @@ class Following:
         """Add one episode: native rows [T, da] and [T, ds]."""
         if not self.pairs or len(action) < 2:
             return
-        x, y = [], []
+        commanded, moved = [], []
         for a, s in self.pairs:
             mapped = action[:, a.index] * a.gain + a.offset
-            x.append(mapped[:-1] / self._hz if a.kind == "speed" else np.diff(mapped))
-            y.append(np.diff(state[:, s.index] * s.gain + s.offset))
-        x, y = np.stack(x, 1).astype(np.float64), np.stack(y, 1).astype(np.float64)     # [T-1, pairs]
+            commanded.append(mapped[:-1] / self._hz if a.kind == "speed" else np.diff(mapped))
+            moved.append(np.diff(state[:, s.index] * s.gain + s.offset))
+        x, y = np.stack(commanded, 1).astype(np.float64), np.stack(moved, 1).astype(np.float64)     # [T-1, pairs]
         for i, lag in enumerate(LAGS):
             if abs(lag) >= len(x):
                 continue

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import UserError
 from ..settings import configs_dir, from_mapping, load_yaml
@@ -94,7 +95,7 @@ class StageOne:
     read: float
     write: float
     seconds: float
-    binds: str                      # encode, decode, read, write or start
+    binds: str                      # the longest of them: encode, decode, read, write, start or tables
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,8 @@ def stage_one(work: Work, pool: Pool) -> StageOne:
     read, write = pictures * work.source / pool.source_read, (pictures * work.stored + work.frames * work.rows) / pool.store_write
     tables, start = work.frames * work.table, pool.start * max(1.0, pool.workers / pool.devices)
     parts = {"encode" if encode >= decode else "decode": spent, "read": read, "write": write}
-    seconds = start + tables + max(parts.values())
-    return StageOne(shards, rounds, start, tables, spent, read, write, seconds,
-                    "start" if start > max(parts.values()) else max(parts, key=lambda name: parts[name]))
+    longest = {**parts, "start": start, "tables": tables}
+    return StageOne(shards, rounds, start, tables, spent, read, write, start + tables + max(parts.values()), max(longest, key=lambda name: longest[name]))
 
 
 def work_of(found: Forecast, frames: int | None, shard_frames: int | None) -> Work:
@@ -174,7 +174,7 @@ def cluster_forecast(work: Work, cluster: Cluster, *, model: float | None = None
 def read_cluster(name_or_file: str) -> Cluster:
     """A YAML file, or the shipped one: "cluster". `UserError`."""
     if name_or_file.endswith((".yaml", ".yml")):
-        return from_mapping(Cluster, load_yaml(name_or_file), name_or_file)
+        return from_mapping(Cluster, load_yaml(Path(name_or_file)), name_or_file)
     if name_or_file != "cluster":
         raise UserError(f"--cluster {name_or_file}: give a YAML file, or cluster for the shipped configs/launch/cluster.yaml (copy it, and put in your numbers)")
     return from_mapping(Cluster, load_yaml(configs_dir() / "launch" / "cluster.yaml"), "cluster")

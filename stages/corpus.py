@@ -77,7 +77,7 @@ def sources_of(cache: Cache, paths: Sequence[str] = ()) -> list[Source]:
 def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
     """The cache's own sources, in its order, with those of the same name in `given` in their place, and the rest of `given`."""
     by_name = {s.name: s for s in given}
-    own = [by_name.pop(d.name, None) or _as_cached(cache, d.attributes["source"]) for d in cache.datasets]
+    own = [by_name.pop(d.name) if d.name in by_name else _as_cached(cache, d.attributes["source"]) for d in cache.datasets]
     return own + list(by_name.values())
 
 

@@ -58,9 +58,9 @@ def _print_wide(table: Table) -> None:
 
 def show_summary(s: Summary, instructions: Counter[str]) -> None:
     """What the dataset is, in lines."""
-    config = s.source.config if s.source else None
     lines = {"dataset": s.path, "format": f"{s.format} {s.version or ''}".strip(), "config": s.family or "none fits"}
-    if config:
+    if s.source:
+        config = s.source.config
         lines |= {"embodiment": config.embodiment, "licence": config.license or "not known", "source": ", ".join(config.source),
                   "note": config.note}
         lines["rate"] = f"{s.source.control_hz:g} Hz" + (f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else "")

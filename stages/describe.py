@@ -98,13 +98,13 @@ def summarise(path: str | Path, config: str | None = None) -> Summary:
             raise
         format = "lerobot"
     try:
-        source, problem = open_source(given, config), ""
+        source = open_source(given, config)
     except UserError as error:
         if config or format != "lerobot":
             raise
-        source, problem = None, str(error)
+        return _lerobot_summary(given, None, str(error))
     if format == "lerobot":
-        return _lerobot_summary(given, source, problem)
+        return _lerobot_summary(given, source, "")
     return Summary(given, source.name, format, None, len(source.episode_ids), _frames(source), source.fps,
                    _loaded_cameras(source), source.config.name, source)
 
@@ -244,6 +244,7 @@ def instructions(summary: Summary, show: Progress) -> Counter[str]:
     if summary.meta:
         default = source.config.instruction if source else ""
         return Counter("; ".join(e.tasks) or default for e in summary.meta.episodes.values())
+    assert source is not None       # only a LeRobot dataset is described without
     counts: Counter[str] = Counter()
     wanted = source.episode_ids[:INSTRUCTION_SAMPLE]
     for done, episode_id in enumerate(wanted, start=1):

@@ -79,8 +79,9 @@ def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) 
     began = time.perf_counter()
     labels = label(config.policies)
     robots = {(policy, name): _robot(policy, name) for policy in config.policies for name in config.environments if policy not in NAMED}
-    for name in config.environments if config.blind else ():
-        _robot(config.blind, name)      # refused now rather than after the first rollouts
+    if config.blind:
+        for name in config.environments:
+            _robot(config.blind, name)      # refused now rather than after the first rollouts
     tasks: dict[str, dict[str, Any]] = {one: {} for one in labels}
     films: dict[str, dict[str, list[EpisodeResult]]] = {one: {} for one in labels}
     for name in config.environments:
@@ -187,7 +188,7 @@ def _write(folder: Path, summary: dict[str, Any], films: dict[str, list[EpisodeR
     for name, results in films.items():
         if results:
             stem = name.replace("/", "_")
-            frames, won = [r.frames for r in results], [r.success for r in results]
+            frames, won = [r.frames for r in results if r.frames is not None], [r.success for r in results]
             labels = [f"start {r.start}" for r in results]
             write_grid(frames, won, folder / "videos" / f"{stem}.mp4", labels)
             write_grid_image(frames, won, folder / "videos" / f"{stem}.png", labels)

@@ -22,7 +22,7 @@ import numpy as np
 from ..cache import fingerprint as fp
 from ..cache.layout import BuildPlan, ShardTask, json_bytes, read_json
 from ..cache.places import Place, creating, errors, fetch
-from ..cache.store import Cache
+from ..cache.store import Cache, CacheDataset
 from ..cache.webdataset_cache import WebDatasetCache, WebDatasetDataset, read_index
 from ..cache.webdataset_io import EXPORT_FORMAT, INDEX, META, Entry, labels, open_place, write_tar
 from ..cache.webdataset_samples import BLOCK_NBYTES, Files, meta_samples, observation_samples, sample_nbytes, tables_of
@@ -183,7 +183,7 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
         missing = sorted(writer.missing(), key=lambda t: (order.index(t.dataset), t.index))     # so that each tar is fetched once
         report.parts = len(plan.tasks())
         report.found, total, done = report.parts - len(missing), sum(t.stop - t.start for t in missing), 0
-        writer.channel_scale(lambda: exported.datasets[0].channel_scale)
+        writer.channel_scale(lambda: exported.datasets[0].channel_scale)    # type: ignore[arg-type, return-value]
         for name in writer.tables_missing():
             writer.write_tables(name, tables_of(exported.dataset(name)))
         for task in missing:
@@ -199,8 +199,9 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
     return report
 
 
-def _chunks(exported: WebDatasetCache, d: WebDatasetDataset, task: ShardTask) -> Iterator[Features]:
+def _chunks(exported: WebDatasetCache, d: CacheDataset, task: ShardTask) -> Iterator[Features]:
     """A shard's records, in blocks."""
+    assert isinstance(d, WebDatasetDataset)     # as all of an export
     size = max(1, BLOCK_NBYTES // d.format.record_nbytes(d.tokens, d.width))
     exported.tars.limit = 1 + len({tar for tar, _ in d.places(d.frame_of(np.arange(task.start, task.stop)))})   # copies on disk
     for begin in range(task.start, task.stop, size):

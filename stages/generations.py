@@ -69,19 +69,20 @@ class Earlier:
     def records(self, dataset: CacheDataset, task: ShardTask, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Stored features of `frames` [n], as `CacheDataset.records`, from shards whose checksum was looked at once: a copy of a
         damaged feature would pass every later check."""
-        scales = scales_folder(self.path, task.dataset, task.array) / "c"
+        assert self._cache is not None      # which `dataset` is of
+        scales = scales_folder(self._cache.path, task.dataset, task.array) / "c"
         for index in np.unique(dataset.observation_of(frames) // dataset.shard_frames).tolist():
-            self._require_sound(dataset.shard_path(task.view, index, task.variant))
+            self._require_sound(self._cache, dataset.shard_path(task.view, index, task.variant))
             if dataset.format.quantised:
-                self._require_sound(scales / str(index) / "0")
+                self._require_sound(self._cache, scales / str(index) / "0")
         return dataset.records(task.view, frames, task.variant)
 
-    def _require_sound(self, file: Path) -> None:
+    def _require_sound(self, cache: Cache, file: Path) -> None:
         if file in self._sound:
             return
-        entry = self._cache.manifest["files"][file.relative_to(self._cache.path).as_posix()]
+        entry = cache.manifest["files"][file.relative_to(cache.path).as_posix()]
         if file_crc32c(file) != (entry["bytes"], entry["crc32c"]):
-            raise UserError(f"{file} of the earlier generation is damaged; run `dvla cache repair {self._cache.path}`, then this again")
+            raise UserError(f"{file} of the earlier generation is damaged; run `dvla cache repair {cache.path}`, then this again")
         self._sound.add(file)
 
 

@@ -121,7 +121,8 @@ def _policy(config: LatencyConfig, device: torch.device) -> Policy:
         return policy
     encoder = load_encoder(encoder_spec(config.vlm, path=config.vlm_path), device)
     joints = ActionMap([FieldSpec(field=f"right_arm_joint_{i}_pos") for i in range(7)] + [FieldSpec(field="right_gripper_open")], 20.0).to_dict()
-    flat = Statistics(*(np.full(UNIFIED_DIM, x) for x in (0.0, 1.0, -1.0, 1.0)), count=1).to_dict()
+    mean, std, low, high = (np.full(UNIFIED_DIM, x) for x in (0.0, 1.0, -1.0, 1.0))
+    flat = Statistics(mean, std, low, high, count=1).to_dict()
     robot = RobotInterface({"name": "random", "views": [f"view {i}" for i in range(config.views)], "environment": None, "starts": [], "embodiment": 0,
                             "control_hz": 20.0, "action_map": joints, "state_map": joints, "action_stats": flat, "proprio_stats": flat})
     text_width = None if encoder.text_width == encoder.width else encoder.text_width

@@ -78,13 +78,13 @@ def render(text: str, command: Sequence[str], given: Mapping[str, str]) -> str:
             raise UserError(f"{option} is set by this script; leave it out of the command")
     values = {name: setting.default for name, setting in known.items()} | dict(given) | {"command": shlex.join(command)}
 
-    def value(found: re.Match[str]) -> str:
+    def filled(found: re.Match[str]) -> str:
         if found[1] not in values:
             raise UserError(f"the script asks for {{{{{found[1]}}}}} and has no line '#: {found[1]}=…' for it")
         return values[found[1]]
 
     lines = [line for line in text.splitlines() if not _SETTING.fullmatch(line.rstrip())]
-    return re.sub(r"\{\{(\w+)\}\}", value, "\n".join(lines)) + "\n"
+    return re.sub(r"\{\{(\w+)\}\}", filled, "\n".join(lines)) + "\n"
 
 
 def launch(script: str) -> int:

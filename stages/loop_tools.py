@@ -56,8 +56,8 @@ def prepare(session: Session) -> None:
         raise UserError(f"strategy {config.strategy} splits the policy network only, LoRA trains in whole copies; fine-tune with --strategy ddp")
     if config.strategy == "zero2":
         require_deepspeed()
-    if config.compile and config.attention == "flex" and session.world.device.type == "cpu":
-        raise UserError("compile does not go with attention flex on a CPU, where it has no compiled gradient; use attention sdpa, or train without compile")
+    if config.attention == "flex" and session.world.device.type == "cpu":   # never compiled there; newer versions of torch have no gradient at all
+        raise UserError("attention flex does not train on a CPU, for torch has no gradient of it there; use attention sdpa")
     set_attention(session.net, config.attention)
     if config.compile:
         compile_blocks(session.net)

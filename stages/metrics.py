@@ -137,7 +137,7 @@ def mmd(x: Tensor, y: Tensor) -> float:
     others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)                      # [n,n]
     width = yy[others].median().clamp(min=1e-12)                                        # []
     terms = [torch.exp(-d[others] / (2 * s * s * width)).mean() for s in (0.5, 1.0, 2.0) for d in (xx, yy, xy, xy.T)]
-    return (sum(sign * term for sign, term in zip((1, 1, -1, -1) * 3, terms)) / 3).item()
+    return float(sum(sign * term for sign, term in zip((1, 1, -1, -1) * 3, terms)) / 3)
 
 
 def mode_coverage(x: Tensor, y: Tensor, cells: int = 10) -> float:

@@ -121,9 +121,9 @@ def plan_build(config: BuildConfig, pilot: PilotConfig = PilotConfig(), progress
         pooled_away(looks, encoder) if encoder.tokens < encoder.native_tokens else None,
         stride_change(looks, encoder) if plan.frame_stride > 1 else None)
     progress("pilot: done", 4, 4)
-    found = forecast(plan, measured, free=free_nbytes(config.out), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    result = forecast(plan, measured, free=free_nbytes(config.out), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
                     parallel=_parallel(config.workers, device), overlap=device.type == "cuda", draws=pilot.draws, price=pilot.price, changed=changed)
-    return found if config.encoder.boundary is None else dataclasses.replace(found, boundary=config.encoder.boundary, break_even_epoch=None)
+    return result if config.encoder.boundary is None else dataclasses.replace(result, boundary=config.encoder.boundary, break_even_epoch=None)
 
 
 def glance(source: Source, progress: Progress) -> DatasetPlan:
@@ -213,7 +213,8 @@ def _encode(looks: Sequence[_Look], encoder: VisionLanguageEncoder, batch_size: 
 
 def _observations(looks: Sequence[_Look]) -> tuple[list[tuple[np.ndarray, ...]], list[str]]:
     """Pictures of every view of all observations, and their instructions."""
-    pictures, instructions = [], []
+    pictures: list[tuple[np.ndarray, ...]] = []
+    instructions: list[str] = []
     for name in dict.fromkeys(look.dataset for look in looks):
         views = [look for look in looks if look.dataset == name]
         pictures += zip(*(look.pictures for look in views))

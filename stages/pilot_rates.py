@@ -86,10 +86,10 @@ def _measure(work: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray 
     files = ShardFiles()
 
     def read(part: np.ndarray) -> None:
-        targets = [memoryview(x).cast("B") for x in np.empty((len(part), *codes.shape[1:]), codes.dtype)]
+        targets = [x.data.cast("B") for x in np.empty((len(part), *codes.shape[1:]), codes.dtype)]
         read_records(files, work / "features", part, targets, count, compression=compression)
         if scales is not None:
-            targets = [memoryview(x).cast("B") for x in np.empty((len(part), scales.shape[1]), np.float32)]
+            targets = [x.data.cast("B") for x in np.empty((len(part), scales.shape[1]), np.float32)]
             read_records(files, work / "scales", part, targets, count, tail="0")
 
     rates = []

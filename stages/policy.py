@@ -232,4 +232,5 @@ def require_encoder(encoder: VisionLanguageEncoder, fingerprint: Mapping[str, An
 
 def encoder_differences(a: Mapping[str, Any], b: Mapping[str, Any], **words: str) -> list[str]:
     """`fingerprint.diff` of two encoders' fingerprints, but for the dtype of the computation: it changes rounding, not what is computed."""
-    return fp.diff(*({k: v for k, v in one.items() if k != "dtype"} for one in (a, b)), **words)
+    first, second = ({k: v for k, v in one.items() if k != "dtype"} for one in (a, b))
+    return fp.diff(first, second, **words)

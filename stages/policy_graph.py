@@ -138,6 +138,7 @@ def _onnx(program: Any, file: Path, names: Sequence[str]) -> Run:
 
     try:
         made = torch.onnx.export(program, input_names=list(names), output_names=["action"], dynamo=True, verbose=False)
+        assert made is not None     # with dynamo a program, without None
         made.save(str(file), external_data=sum(t.nbytes for t in program.state_dict.values()) > ONE_FILE)
     except torch.onnx.OnnxExporterError as error:
         raise UserError(f"torch cannot make the ONNX graph: {' '.join(str(error).split())[:300]}") from None
@@ -176,4 +177,5 @@ def _example(net: PolicyNet, b: int, g: int, l: int, lt: int, seed: int = 0) -> 
         return torch.randn(shape, generator=generator)
 
     sizes = {"B": b, "G": g, "L": l, "Lt": lt}
-    return {name: draw(name, dtype, tuple(sizes.get(size, size) for size in shape)) for name, (dtype, shape) in input_shapes(net).items()}
+    return {name: draw(name, dtype, tuple(size if isinstance(size, int) else sizes[size] for size in shape))
+            for name, (dtype, shape) in input_shapes(net).items()}

@@ -71,9 +71,9 @@ def read_run(path: Path) -> RunFacts:
     if not log:
         raise UserError(f"run {path} has logged nothing yet; wait for its first line")
     found = ck.checkpoints(path)
-    documents = [ck.read_json(found[-1] / name) if found else {} for name in ("state.json", "policy.json")]
+    state, policy = (ck.read_json(found[-1] / name) if found else {} for name in ("state.json", "policy.json"))
     environment = ck.read_json(path / "environment.json") if (path / "environment.json").is_file() else {}
-    return RunFacts(path, whole_settings(ck.read_json(path / "config.json")), log, *documents, environment)
+    return RunFacts(path, whole_settings(ck.read_json(path / "config.json")), log, state, policy, environment)
 
 
 def log_data(run: RunFacts) -> PanelData:

@@ -55,9 +55,10 @@ def draft(meta: Metadata, request: Request) -> tuple[str, list[Question]]:
     ask = _Asker(request.answers)
     ask("--embodiment")
     kind = ask("--action-kind") or "absolute"
-    columns = {"action": request.action_columns, "state": request.state_columns}
-    if columns["state"] is None:
-        columns["state"] = ("observation.state",) * ("observation.state" in meta.features)
+    state = request.state_columns
+    if state is None:
+        state = ("observation.state",) * ("observation.state" in meta.features)
+    columns = {"action": request.action_columns, "state": state}
     lines = {}
     for what, given in _given(request.fields).items():
         names = _dimensions(meta, what, columns[what])

@@ -73,7 +73,8 @@ class Session:
         if self.config.loss.queue != "none":
             self.queues = SharedQueues(self.config.loss, self.net.config.dit.horizon, self.world)
         if not self.world.main:
-            self.on_log = self.say = lambda _: None
+            self.on_log = lambda _: None
+            self.say = lambda _: None
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """All trained parameters by their name in a checkpoint."""

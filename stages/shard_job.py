@@ -58,7 +58,8 @@ class Timing:
 def run_unit(writer: CacheWriter, unit: Unit, source: Source, encoder: VisionLanguageEncoder, batch_size: int,
              channels: np.ndarray | None, earlier: Earlier, on_records: Callable[[int], None] = lambda n: None) -> Timing:
     """Make and commit the shards of one unit. `on_records(n)`: features made so far. `UserError` for what stops the whole build."""
-    timing, quarantined, records = Timing(), [], 0
+    timing, records = Timing(), 0
+    quarantined: list[tuple[int, str]] = []
     plan = next(d for d in writer.plan.datasets if d.name == unit.dataset)
     seen = plan.views if encoder.by_observation else (unit.tasks[0].view,)      # encoded together, whichever of their shards are missing
     scales = None if channels is None else torch.from_numpy(channels).to(encoder.device)
@@ -93,7 +94,8 @@ class _Writing:
 
     def __init__(self, writer: CacheWriter, task: ShardTask, quarantined: list[tuple[int, str]]) -> None:
         self._queue: queue.Queue[Features | None] = queue.Queue(QUEUED_BATCHES)
-        self._stop, self._error = threading.Event(), None
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(writer, task, quarantined), name="dvla-write", daemon=True)
         self._thread.start()
 
@@ -252,8 +254,9 @@ class _Decoder:
             if start >= task.stop or self._stop.is_set():
                 return
             begin, end = max(task.start - start, 0), min(task.stop - start, count)
-            found = [self._earlier.find(t.dataset, t.view, plan.views.index(t.view), entry) for t in self._unit.tasks]
-            if all(found):
+            asked = (self._earlier.find(t.dataset, t.view, plan.views.index(t.view), entry) for t in self._unit.tasks)
+            found = [each for each in asked if each is not None]
+            if len(found) == len(self._unit.tasks):
                 yield from self._copied(found, np.arange(begin, end) * stride)
                 continue
             done = begin

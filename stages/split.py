@@ -35,6 +35,7 @@ class SplitFeatures:
 
     @torch.no_grad()
     def __init__(self, encoder: VisionLanguageEncoder, cache: Cache) -> None:
+        assert cache.boundary is not None
         self.encoder, self._cache, self._n = encoder, cache, cache.boundary
         self._null = [encoder.encode_upper(torch.from_numpy(d.null_features).to(encoder.device), self._n).half().to(encoder.dtype)
                       for d in cache.datasets]                                                              # [V,K,D] each
@@ -60,6 +61,7 @@ def split_features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguage
     if encoder.by_observation:
         raise UserError(f"{config.start} was trained on features of depth language, and cache {cache.path} stops inside the vision tower (--boundary): "
                         "fine-tune it on a cache of its features")
+    assert cache.boundary is not None       # a split cache
     require_encoder(encoder.at_boundary(cache.boundary), cache.fingerprint["encoder"], f"cache {cache.path}")
     if config.train.image_aug:
         require_variants(cache)

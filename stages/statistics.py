@@ -65,6 +65,7 @@ def _vector(mapping: ActionMap, unified: RunningStatistics, native: RunningStati
 def _entries(running: RunningStatistics) -> list[dict[str, Any]]:
     """One JSON-ready entry per dimension."""
     s = running.result(QUANTILES + GRID)
+    assert s.quantiles is not None      # asked for
     return [{"count": s.count, "mean": float(s.mean[i]), "std": float(s.std[i]), "min": float(s.min[i]), "max": float(s.max[i]),
              "quantiles": {str(q): float(s.quantiles[q][i]) for q in QUANTILES}, "grid": [float(np.float32(s.quantiles[q][i])) for q in GRID]}
             for i in range(len(s.mean))]
@@ -150,4 +151,5 @@ def _merge_entries(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _moments(entry: Mapping[str, Any]) -> Statistics:
-    return Statistics(*(np.array([entry[k]]) for k in ("mean", "std", "min", "max")), count=entry["count"])
+    mean, std, low, high = (np.array([entry[k]]) for k in ("mean", "std", "min", "max"))
+    return Statistics(mean, std, low, high, entry["count"])

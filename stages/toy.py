@@ -44,7 +44,7 @@ class ToyScale:
 FULL = ToyScale(plane_steps=2000, action_steps=2000, seeds=3)
 QUICK = ToyScale(plane_steps=40, action_steps=40, seeds=1)
 
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "Algorithm 2, τ 0.05": {"temperatures": (0.05,), "floor": None},    # as in the paper's notebook
     "released field, floor 1e-6": {},
     "released field, floor 1e-12": {"floor": 1e-12},
@@ -157,7 +157,7 @@ def _run(out: Path, name: str, train: Callable[[Tick], dict[str, Any]], tick: Ti
     if not numbers.exists():
         began = time.perf_counter()
         result = train(tick)
-        tensors = {key: value.numpy() for key, value in result.items() if isinstance(value, torch.Tensor)}
+        tensors: dict[str, Any] = {key: value.numpy() for key, value in result.items() if isinstance(value, torch.Tensor)}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **tensors)
         write_file(arrays, buffer.getvalue())

@@ -67,11 +67,13 @@ class Generator(nn.Module):
             torch.manual_seed(seed)
             sizes = (context + noise, width, width, width)
             layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
-            self.body = nn.Sequential(*layers, nn.Linear(width, out))
-            self.skip = None if skip_std is None else nn.Linear(noise, out, bias=False)
-            if self.skip is not None:
-                nn.init.zeros_(self.body[-1].weight)
-                nn.init.zeros_(self.body[-1].bias)
+            last = nn.Linear(width, out)
+            self.body = nn.Sequential(*layers, last)
+            self.skip: nn.Linear | None = None
+            if skip_std is not None:
+                self.skip = nn.Linear(noise, out, bias=False)
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
                 nn.init.normal_(self.skip.weight, std=skip_std / math.sqrt(noise))
 
     def forward(self, noise: Tensor, context: Tensor | None = None) -> Tensor:

@@ -52,7 +52,7 @@ def training_step(net: torch.nn.Module, batch: FeatureBatch, config: TrainConfig
     Noise and guidance scales of the global batch come from `generator`, on its device, and this process takes its part. The loss is
     scaled so that its mean over the processes is that of the global batch; unconditional negatives are this process's own.
     """
-    inner: PolicyNet = getattr(net, "module", net)
+    inner = getattr(net, "module", net)
     dit, device, b = inner.config.dit, batch.tokens.device, len(batch)
     shape = (world.size * b, config.draws, dit.horizon, dit.noise_dim)
     noise = world.slice(torch.randn(shape, generator=generator, device=generator.device)).to(device)       # [B,G,T,n]
@@ -125,8 +125,8 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
     ema = {name: p.detach().clone() for name, p in named.items()}
     if checkpoint is not None:
         restore(checkpoint, shared, ema)
-    for line in banner(session):
-        session.say(line)
+    for text in banner(session):
+        session.say(text)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     batches, began, ending, meter = 0, time.perf_counter(), False, Meter(world, config.batch_size * world.size)
     session.net.train()
@@ -155,6 +155,7 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
             norm = shared.clip(config.optimizer.clip)
             mine, [total] = total, world.mean(total)
             if not (math.isfinite(total) and math.isfinite(norm)):
+                assert suspect is not None      # of at least one batch
                 raise _stopped_at(session, step, total, norm, suspect, mine)
             shared.step()
             step += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..cache.loader import ConditionMasking
@@ -178,7 +179,7 @@ def recipe_names() -> tuple[str, ...]:
 def load_recipe(name_or_file: str) -> dict[str, Any]:
     """The mapping of a recipe: a YAML file, or a shipped one by name. `UserError` for an unknown name."""
     if name_or_file.endswith((".yaml", ".yml")):
-        return load_yaml(name_or_file)
+        return load_yaml(Path(name_or_file))
     if name_or_file not in recipe_names():
         raise unknown("recipe", name_or_file, recipe_names())
     return load_yaml(configs_dir() / "train" / f"{name_or_file}.yaml")
@@ -202,7 +203,7 @@ def apply(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 def train_config(recipe: str | None, overrides: dict[str, Any]) -> TrainConfig:
     """`TrainConfig` from a recipe and dotted overrides; unknown keys are refused with the nearest name."""
-    known = {f.name: f.default_factory for f in fields(TrainConfig)}
+    known: dict[str, Any] = {f.name: f.default_factory for f in fields(TrainConfig)}
     groups = {name: [f.name for f in fields(group)] for name, group in known.items() if is_dataclass(group)}
     for key in overrides:
         if key not in known and (found := [f"{group}.{key}" for group, names in groups.items() if key in names]):

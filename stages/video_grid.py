@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,8 @@ def write_episode(source: str, episode_id: int, out: Path, fps: float | None = N
         with contextlib.ExitStack() as closing, mp4_writer(out, rate) as write:
             streams = [view.frames() for view in episode.views]
             for stream in streams:
-                closing.callback(stream.close)
+                if isinstance(stream, Generator):       # closed, it lets go of what it reads
+                    closing.callback(stream.close)
             for index, pictures in enumerate(zip(*streams, strict=True)):
                 write(scene.picture(index, pictures))
                 progress(f"{opened.name} episode {episode_id}", index + 1, episode.length)

@@ -11,7 +11,7 @@ import dataclasses
 import socket
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ class Job:
 
 
 def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequence[Source], path: Path, units: Sequence[Unit],
-                     channels: np.ndarray | None, earlier: Path | None) -> Iterator[tuple[Unit, Timing]]:
+                     channels: np.ndarray | None, earlier: Path | None) -> Generator[tuple[Unit, Timing], None, None]:
     """(unit, timing) of each as its shards are committed under `path`, which every worker must see under the same name.
 
     Close it (`contextlib.closing`) to stop early. `UserError`: as inline, and for a unit that no worker survives.
@@ -80,7 +80,8 @@ def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequenc
     job = Job(uuid.uuid4().hex, encoder, config.device, config.batch_size, opened, path.absolute(), channels,
               earlier.absolute() if earlier else None)
     with client_of(config.workers) as client:
-        waiting, handed, running = list(reversed(units)), {}, as_completed([], loop=client.loop)
+        waiting, running = list(reversed(units)), as_completed([], loop=client.loop)
+        handed: dict[str, Unit] = {}    # by the key of its future
         again: set[Unit] = set()    # blamed once for dead workers: several that die at once pass a unit on, which then is blamed for all
 
         def hand_out() -> None:

@@ -30,6 +30,8 @@ def require_deepspeed() -> None:
 class Zero2(Replicas):
     """The strategy zero2."""
 
+    optimizer: Any      # DeepSpeed's own, around AdamW
+
     def __init__(self, session: Session) -> None:
         import deepspeed
         from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
@@ -38,7 +40,7 @@ class Zero2(Replicas):
         self.session, self.world, self.named = session, session.world, session.parameters()
         self._get, self._set = safe_get_full_optimizer_state, safe_set_full_optimizer_state
         config, adam = session.config, session.config.optimizer
-        self._adamw = torch.optim.AdamW(parameter_groups(self.named, adam), lr=adam.lr, betas=tuple(adam.betas))
+        self._adamw = torch.optim.AdamW(parameter_groups(self.named, adam), lr=adam.lr, betas=(adam.betas[0], adam.betas[1]))
         self._engine, self.optimizer, *_ = deepspeed.initialize(model=session.net, optimizer=self._adamw, dist_init_required=False, config={
             "train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": config.accumulate,
             "gradient_clipping": adam.clip, "zero_optimization": {"stage": 2}, "steps_per_print": 1 << 40,
@@ -91,6 +93,6 @@ class Zero2(Replicas):
                 if p._hp_mapping is not None:       # a part of it is this process's
                     p._hp_mapping.set_optim_state_fragment(flat, self._adamw.state[flat])
 
-    def _groups(self) -> list[tuple[list[torch.nn.Parameter], Tensor]]:
-        """Each group's parameters, and this process's part of them in one flat tensor, which is what AdamW sees."""
+    def _groups(self) -> list[tuple[list[Any], Tensor]]:
+        """Each group's parameters, as the engine marked them, and this process's part of them in one flat tensor, which is what AdamW sees."""
         return list(zip(self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups))

@@ -69,8 +69,21 @@ def attended(kernel, mask, queries: int, dtype=torch.float32):
     return out, torch.autograd.grad((out * random(*out.shape, seed=4).to(dtype)).sum(), (q, k, v))
 
 
+def flex_has_a_gradient() -> bool:
+    """Newer versions of torch have none on a CPU."""
+    try:
+        attended(attention.flex, None, 4)
+    except NotImplementedError:
+        return False
+    return True
+
+
+GRADIENT = flex_has_a_gradient()
+FLEX = pytest.param("flex", marks=pytest.mark.skipif(not GRADIENT, reason="this torch has no gradient of FlexAttention on a CPU"))
+
+
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("kind", ["flex", "flash"])
+@pytest.mark.parametrize("kind", [FLEX, "flash"])
 def test_kernels_agree(kind: str, masked: bool, flash_attn: list[str]) -> None:
     mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(0)) > 0.5
     mask[:, 0], mask[1, 100:] = True, False                                     # the second observation ends within the first block
@@ -100,7 +113,7 @@ def test_the_policy_is_the_same_function(kind: str, flash_attn: list[str]) -> No
     net, batch = make_net(blocks=1), make_batch()
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     dtype = torch.bfloat16 if kind == "flash" else torch.float32
-    with torch.autocast("cpu", dtype, enabled=kind == "flash"):
+    with torch.autocast("cpu", dtype, enabled=kind == "flash"), torch.set_grad_enabled(GRADIENT or kind == "flash"):
         expected = net(batch, NOISE, ALPHA)
         if kind == "flash":
             net.dit.attention = attention.flash                                 # `set_attention` refuses it on the CPU
@@ -110,8 +123,9 @@ def test_the_policy_is_the_same_function(kind: str, flash_attn: list[str]) -> No
     assert kind == "flex" or len(flash_attn) > len(net.dit.blocks)              # the stand-in was called
     torch.testing.assert_close(out, expected, **({"rtol": 0.05, "atol": 0.1} if kind == "flash" else {"rtol": 1e-4, "atol": 1e-5}))
     assert net.state_dict().keys() == weights.keys() and all(torch.equal(t, weights[n]) for n, t in net.state_dict().items())
-    out.square().mean().backward()
-    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+    if out.requires_grad:
+        out.square().mean().backward()
+        assert all(torch.isfinite(p.grad).all() for p in net.parameters())
     set_attention(net, "auto")
     assert net.dit.attention is attention.sdpa
 
@@ -133,7 +147,7 @@ def test_what_cannot_run_is_refused_in_one_line(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("kind", "precision", "cross_attention"),
-                         [("sdpa", "fp32", "all"), ("sdpa", "bf16", "front"), ("flex", "fp32", "all")])
+                         [("sdpa", "fp32", "all"), ("sdpa", "bf16", "front"), pytest.param("flex", "fp32", "all", marks=FLEX.marks)])
 def test_a_training_step_compiles_without_graph_breaks(kind: str, precision: str, cross_attention: str) -> None:
     """Forward, loss and backward, traced as torch's own compiler sees them."""
     blocks = 3 if cross_attention == "front" else 1                             # the third has no cross-attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -67,7 +68,11 @@ def finished(out: Path) -> int:
 
 
 def open_files(pid: int) -> list[str]:
-    return [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    files = []
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):    # closed meanwhile
+            files.append(os.readlink(file))
+    return files
 
 
 def until(condition: Any, seconds: float = 20.0) -> None:

@@ -53,6 +53,7 @@ def test_what_binds() -> None:
     assert slow.binds == "write" and slow.seconds == pytest.approx(slow.start + slow.tables + slow.write)
     few = stage_one(dataclasses.replace(WORK, frames=100), POOL)
     assert few.binds == "start" and few.shards == 2 and few.rounds == 1
+    assert stage_one(dataclasses.replace(WORK, table=1.0), POOL).binds == "tables"
 
 
 def test_copies_on_the_nodes_serve_the_later_epochs() -> None:

@@ -1,9 +1,11 @@
-"""A dvla policy as LeRobot's own code loads and calls it: `lerobot-eval`'s steps, with pictures and states of our own."""
+"""A dvla policy as LeRobot's own code loads and calls it: `lerobot-eval`'s steps, and itself in an environment of our own."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from .cli_runner import Dvla, refused
 from .run_samples import TINY, VIEWS, make_run
 
 pytest.importorskip("lerobot", reason="needs lerobot (the extra lerobot)")
+gymnasium = pytest.importorskip("gymnasium")
+from lerobot.configs.types import FeatureType, PolicyFeature  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_lerobot_loads_it_and_it_acts_as_ours(exported: Path) -> None:
-    from dvla.stages import lerobot_plugin      # what --policy.discover_packages_path imports
+    from dvla.stages import lerobot_plugin      # what --env.discover_packages_path imports
     from lerobot.configs.parser import load_plugin
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
@@ -64,6 +68,58 @@ def test_lerobot_loads_it_and_it_acts_as_ours(exported: Path) -> None:
         policy.reset() or policy.select_action(before(dict(batch)))
     with pytest.raises(NotImplementedError, match="dvla train"):
         policy.forward({})
+
+
+class Toy(gymnasium.Env):
+    """Two cameras and three joints; three steps."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    action_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    observation_space = gymnasium.spaces.Dict({
+        "pixels": gymnasium.spaces.Dict({name: gymnasium.spaces.Box(0, 255, (48, 48, 3), np.uint8) for name in ("top", VIEWS[1])}),
+        "agent_pos": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)})
+    task_description = "put it there"
+
+    def _observation(self) -> dict[str, Any]:
+        return {"pixels": {name: self.np_random.integers(0, 256, (48, 48, 3), dtype=np.uint8) for name in ("top", VIEWS[1])}, "agent_pos": np.zeros(3)}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._observation(), {"is_success": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        assert action.shape == (3,) and np.isfinite(action).all()
+        return self._observation(), 0.0, False, False, {"is_success": True}
+
+    def render(self) -> np.ndarray:
+        return np.zeros((48, 48, 3), np.uint8)
+
+
+def test_lerobot_eval_runs_it(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lerobot.envs.configs import EnvConfig
+    from lerobot.scripts.lerobot_eval import eval_main
+
+    keys = {"pixels/top": "observation.images.top", f"pixels/{VIEWS[1]}": f"observation.images.{VIEWS[1]}", "agent_pos": "observation.state", "action": "action"}
+    kinds = {"agent_pos": FeatureType.STATE, "action": FeatureType.ACTION}
+    features = {name: PolicyFeature(kinds[name], (3,)) if name in kinds else PolicyFeature(FeatureType.VISUAL, (48, 48, 3)) for name in keys}
+
+    @EnvConfig.register_subclass("dvla_toy")
+    @dataclasses.dataclass
+    class ToyConfig(EnvConfig):
+        features: dict[str, PolicyFeature] = dataclasses.field(default_factory=lambda: features)
+        features_map: dict[str, str] = dataclasses.field(default_factory=lambda: keys)
+        gym_id = "dvla/Toy-v0"
+
+        @property
+        def gym_kwargs(self) -> dict[str, Any]:
+            return {}
+
+    gymnasium.register(ToyConfig.gym_id, entry_point=Toy, max_episode_steps=3)
+    renamed = json.dumps({"observation.images.top": f"observation.images.{VIEWS[0]}"})
+    monkeypatch.setattr("sys.argv", ["lerobot-eval", "--env.discover_packages_path=dvla.stages.lerobot_plugin", f"--policy.path={exported}", "--policy.n_action_steps=2",
+                                     "--env.type=dvla_toy", "--eval.n_episodes=3", "--eval.batch_size=2", f"--rename_map={renamed}", f"--output_dir={tmp_path}"])
+    eval_main()
+    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["pc_success"] == 100.0
 
 
 def test_from_the_command_line(run: Path, tmp_path: Path, dvla: Dvla) -> None:

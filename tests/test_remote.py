@@ -98,7 +98,7 @@ def test_a_bound_holds_and_the_oldest_go(built: Path, url: str, fetched: Counter
         for _ in range(4):
             assert_same_batches(ours, theirs, 5)
             assert nbytes(shards(cache.path)) <= (5 + 3) * size      # and what each thread has just fetched
-            removed = [shard for shard in ours._assemble.files._open.values() if not os.fstat(shard.handle).st_nlink]
+            removed = [shard for shard in list(ours._assemble.files._open.values()) if not os.fstat(shard.handle).st_nlink]
             assert len(removed) <= 2 * 3        # a file that is removed is let go, so that its room is free
     assert nbytes(shards(cache.path)) <= 5 * size and max(fetched.values()) > 1
     front = cache.dataset("alpha")

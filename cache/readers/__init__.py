@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ...errors import UserError
 from ..dataset_config import FORMATS, DatasetConfig, load_config
@@ -30,7 +32,15 @@ def open_source(path_or_repo: str | Path, config: DatasetConfig | str | None = N
     return source
 
 
-def _reader(format: str) -> type[Source]:
+class _Reader(Protocol):
+    """A subclass of `Source` that is made of a path or hub id and a config, None for the shipped one that fits."""
+
+    def __call__(self, path_or_repo: str, config: DatasetConfig | None) -> Source: ...
+
+    def matches(self, names: Sequence[str], root: Path | None) -> bool: ...
+
+
+def _reader(format: str) -> _Reader:
     """The reader class; its module is imported only now, since each needs libraries of its own."""
     module = importlib.import_module(f".{format}", __package__)
     return getattr(module, "READER")

@@ -71,7 +71,8 @@ def read_cloud(files: SceneFiles) -> Cloud:
         values = [getattr(p, name) for p in parts]
         return None if any(v is None for v in values) else np.concatenate(values)
 
-    points, labels, normals, colors = (joined(n) for n in ("points", "labels", "normals", "colors"))
+    points, labels = np.concatenate([p.points for p in parts]), np.concatenate([p.labels for p in parts])
+    normals, colors = joined("normals"), joined("colors")
     order = np.arange(len(points))
     if normals is not None:     # of the points in a cube one that has a normal is kept, where there is one
         order = np.argsort(~normals.any(axis=1), kind="stable")

@@ -231,7 +231,7 @@ def field_map(slots: Sequence[int]) -> tuple[FieldSpec, ...]:
             groups.append((rotation, []))
         groups[-1][1].append(slot)
     return tuple(FieldSpec(rotation="rot6d", prefix=_ROTATIONS[first]) if first is not None and len(group) == 6
-                 else FieldSpec(fields=tuple(names[s] for s in group), **({} if first is None else {"legacy": True}))
+                 else FieldSpec(fields=tuple(names[s] for s in group), legacy=first is not None)
                  for first, group in groups)
 
 

@@ -21,11 +21,11 @@ import pyarrow as pa
 from ...errors import UserError, unknown
 from ..dataset_config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
-from ..video import decode, find_extent
+from ..video import VideoExtent, decode, find_extent
 from .base import EpisodeTable, Rows, Source
 from .lerobot_meta import EpisodeEntry, Metadata
 from .lerobot_stream import stream_rows
-from .lerobot_tables import decode_images, find_images, read_rows, to_matrix
+from .lerobot_tables import ImageRows, decode_images, find_images, read_rows, to_matrix
 from .table_blocks import TableBlock, attempt
 
 _CHECKED = ("timestamp", "frame_index", "task_index")     # columns of every LeRobot table that tell whether rows are whole
@@ -139,6 +139,7 @@ class LeRobotSource(Source):
 
     def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
         entry, length, views = self._entry(episode_id), len(table.action), []
+        found: VideoExtent | ImageRows
         for name, key in self._cameras.items():
             if key in self.meta.video_keys:
                 path = self.meta.locate(entry.video_paths[key], where)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,15 +32,15 @@ class PickledArray:
 
     dtype: str = ""                         # with byte order, e.g. "<f8"
     shape: tuple[int, ...] = ()
-    order: str = "C"                        # "C" or "F"
+    order: Literal["C", "F"] = "C"
     raw: bytes | list = b""                 # a list for objects
     axes: tuple[int, ...] | None = None     # a transposition of `shape`, which is then that in memory
 
     def numpy(self) -> np.ndarray | None:
         """The array (read-only), or None when it does not hold numbers."""
-        if not _NUMBER.fullmatch(self.dtype[1:]):
+        if not _NUMBER.fullmatch(self.dtype[1:]) or isinstance(self.raw, list):
             return None
-        array = np.frombuffer(self.raw, np.dtype(self.dtype)).reshape(self.shape, order=self.order)  # type: ignore[call-overload]
+        array = np.frombuffer(self.raw, np.dtype(self.dtype)).reshape(self.shape, order=self.order)
         return array if self.axes is None else array.transpose(self.axes)
 
 

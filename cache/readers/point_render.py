@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def render(points: np.ndarray, colors: np.ndarray, spacing: float,
     vtkLogger.SetStderrVerbosity(vtkLogger.VERBOSITY_OFF)   # it would report each display that it tries in vain
     cloud = pyvista.PolyData(np.ascontiguousarray(points, np.float32))
     with _ONE_AT_A_TIME:
-        plotter = pyvista.Plotter(off_screen=True, window_size=(SIZE, SIZE), lighting=None)
+        plotter: Any = pyvista.Plotter(off_screen=True, window_size=[SIZE, SIZE], lighting=None)
         try:
             _require_opengl(type(plotter.render_window).__name__)
             plotter.set_background(tuple(c / 255 for c in _BACKGROUND))
@@ -82,7 +83,7 @@ def render(points: np.ndarray, colors: np.ndarray, spacing: float,
             plotter.close()
 
 
-def _picture(plotter: object, actor: object, camera: Camera, spacing: float) -> np.ndarray:
+def _picture(plotter: Any, actor: Any, camera: Camera, spacing: float) -> np.ndarray:
     distance = math.dist(camera.position, camera.target)
     pixels = spacing / distance * SIZE / 2 / math.tan(math.radians(camera.view_angle / 2))     # between neighbouring points
     actor.prop.point_size = max(2, math.ceil(1.5 * pixels))

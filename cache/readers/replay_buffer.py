@@ -71,10 +71,10 @@ class ReplayBufferSource(Source):
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
         super().__init__(location.root, name, config, fps=None, view_names=views, episode_ids=range(len(self._ends)))
-        for keys, described in ((config.action_columns, config.action_width), (state_columns, self.state_map.native_dim)):
-            width = sum(math.prod(self._arrays[k].shape[1:]) for k in keys)
+        for names, described in ((config.action_columns, config.action_width), (state_columns, self.state_map.native_dim)):
+            width = sum(math.prod(self._arrays[n].shape[1:]) for n in names)
             if width != described:
-                raise UserError(f"{name}: '{' + '.join(keys)}' has {width} dimensions, dataset config '{config.name}' describes "
+                raise UserError(f"{name}: '{' + '.join(names)}' has {width} dimensions, dataset config '{config.name}' describes "
                                 f"{described}; choose or write another dataset config")
 
     @classmethod
@@ -115,9 +115,9 @@ class ReplayBufferSource(Source):
             digest = hashlib.sha256(f"{first}:{last};{array.dtype.str}{array.chunks}{array.shape[1:]}{array.codecs};".encode())
             for chunk in array.chunk_names(first, last):
                 digest.update(array.chunk(chunk, where))
-            size = array.shape[1:3] if array.layout == "last" else array.shape[2:]
+            height, width = array.shape[1:3] if array.layout == "last" else array.shape[2:]
             opener = functools.partial(self._pictures, key, first, where)
-            views.append((View(key, *size, last - first, opener), digest.hexdigest()))
+            views.append((View(key, height, width, last - first, opener), digest.hexdigest()))
         return views
 
     def _pictures(self, key: str, first: int, where: str, start: int, stop: int) -> Iterator[np.ndarray]:

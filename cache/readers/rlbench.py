@@ -123,9 +123,9 @@ def _observations(place: Place, where: str) -> list[Record]:
 
 def _column(observations: Sequence[Record], name: str, spot: str) -> np.ndarray:
     """One attribute of all observations, [T] or [T, ...]."""
-    values = [_numbers(o.fields.get(name)) for o in observations]
-    absent = [i for i, v in enumerate(values) if v is None]
-    if len(absent) == len(values):
+    found = [_numbers(o.fields.get(name)) for o in observations]
+    values, absent = [v for v in found if v is not None], [i for i, v in enumerate(found) if v is None]
+    if not values:
         known = sorted(n for n, v in observations[0].fields.items() if _numbers(v) is not None)
         raise CorruptEpisode(f"{spot} has no numbers called '{name}' (it has {', '.join(known)[:200] or 'none'})")
     if absent:

@@ -50,7 +50,8 @@ class RobomimicSource(Source):
             with opened(self._file, stem) as file:
                 data = find(file, "data", stem)
                 demos, about = _demos(data, stem), _json(data, "env_args", stem)
-                kwargs = about.get("env_kwargs") if isinstance(about.get("env_kwargs"), dict) else {}
+                given = about.get("env_kwargs")
+                kwargs = given if isinstance(given, dict) else {}
                 environment = str(about.get("env_name") or "")
                 config = config or find_config(self.format, (environment, stem, self._file.parent.name))
                 self._cameras, widths = _first_demo(data, demos, _wanted(config), stem)

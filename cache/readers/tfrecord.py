@@ -148,4 +148,4 @@ def _example_class() -> type[message.Message]:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("dvla.Example"))
 
 
-_EXAMPLE = _example_class()
+_EXAMPLE: Any = _example_class()

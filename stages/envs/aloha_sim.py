@@ -63,7 +63,9 @@ class AlohaEnvironment(Environment):
         require()
         self._mujoco = load_mujoco()
         instruction, scene = TASKS[setup.task]
-        folder = Path(next(iter(importlib.util.find_spec("gym_aloha").submodule_search_locations)))
+        spec = importlib.util.find_spec("gym_aloha")
+        assert spec is not None and spec.submodule_search_locations is not None     # a package, which is there
+        folder = Path(next(iter(spec.submodule_search_locations)))
         self._scene = str(folder / "assets" / scene)
         self._model = self._mujoco.MjModel.from_xml_path(self._scene)
         self._data = self._mujoco.MjData(self._model)

@@ -129,6 +129,7 @@ class DexGraspEnvironment(Environment):
     def close(self) -> None:
         super().close()
         if self._worker is not None:
+            assert self._worker.stdin is not None
             self._worker.stdin.close()
             self._worker.wait()
             self._worker = None
@@ -157,6 +158,7 @@ class DexGraspEnvironment(Environment):
         if self._worker is None:
             self._worker = subprocess.Popen([os.environ["DVLA_ISAAC_PYTHON"], str(Path(__file__).with_name("isaac_worker.py"))],
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._worker.stdin is not None and self._worker.stdout is not None       # pipes
         try:
             self._worker.stdin.write(json.dumps(request) + "\n")
             self._worker.stdin.flush()

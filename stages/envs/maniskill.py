@@ -90,7 +90,8 @@ def _restore_copy_into() -> None:
     """
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    table = ctypes.cast(pointer(np._core._multiarray_umath._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
+    functions = importlib.import_module("numpy._core._multiarray_umath")._ARRAY_API
+    table = ctypes.cast(pointer(functions, None), ctypes.POINTER(ctypes.c_void_p))
     if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and not table[82]:
         table[82] = table[50]
 

@@ -68,12 +68,12 @@ class DexLiftEnvironment(Environment):
 
     control_hz = 20.0
     robot_type = "robosuite_panda_dex"
-    views = ("agent", "hand")
-    state_names = ("x", "y", "z", "qx", "qy", "qz", "qw", *DRIVES)
-    action_names = ("dx", "dy", "dz", "rx", "ry", "rz", *DRIVES)
+    views: tuple[str, ...] = ("agent", "hand")
+    state_names: tuple[str, ...] = ("x", "y", "z", "qx", "qy", "qz", "qw", *DRIVES)
+    action_names: tuple[str, ...] = ("dx", "dy", "dz", "rx", "ry", "rz", *DRIVES)
     noise_scale = np.array([0.5] * 6 + [0.0] * 6)   # the fingers get none: they would let go of the cube
-    cameras = ("agentview", "robot0_eye_in_hand")   # of `views`
-    cubes = ("cube_main",)                          # body of each hand's cube
+    cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # of `views`
+    cubes: tuple[str, ...] = ("cube_main",)         # body of each hand's cube
 
     def __init__(self, setup: Setup) -> None:
         self._mujoco = load_mujoco()

@@ -1,11 +1,12 @@
 """A policy of dvla as one of LeRobot's, for `lerobot-eval` and robots that run through LeRobot.
 
     dvla export RUN --out policies/push --format lerobot
-    lerobot-eval --policy.discover_packages_path=dvla.stages.lerobot_plugin --policy.path=policies/push --env.type=metaworld --env.task=push-v3
+    lerobot-eval --env.discover_packages_path=dvla.stages.lerobot_plugin --policy.path=policies/push --env.type=metaworld --env.task=push-v3 \
+      --rename_map='{"observation.image": "observation.images.corner2"}'
 
-LeRobot imports this package where it is told to (`discover_packages_path`) and finds the policy by the names in it. Pictures are
-`observation.images.<view>` (give `--rename_map` for other names), the state is `observation.state`, both in the robot's own units; so are the actions. It
-acts; LeRobot's trainer cannot train it.
+LeRobot imports this package where it is told to (`--env.`, since it takes `--policy.discover_packages_path` for a setting of the policy) and finds the policy
+by the names in it. Pictures are `observation.images.<view>` (`--rename_map` for other names), the state is `observation.state`, both in the robot's own units;
+so are the actions. It acts; LeRobot's trainer cannot train it.
 
 Letters: B robots, V views, H, W picture size, ds state width, T steps of a chunk, d action width.
 """

@@ -26,7 +26,7 @@ class Panel:
 
 PANELS = {panel.key: panel for panel in (
     Panel("A1", "Drifting field", 500, drift.drifting_field, "arrows point to the expert and get shorter"),
-    Panel("A2", "Drift magnitude", 200, drift.drift_trend, "falling; a plateau asks for a greater loss.drift_weight", False),
+    Panel("A2", "Drift magnitude", 200, drift.drift_trend, "falling; on a plateau a hybrid head may want a greater loss.drift_weight", False),
     Panel("A3", "Prediction scatter", 500, accuracy.prediction_scatter, "points on the diagonal, high R²"),
     Panel("A4", "Error by dimension", 500, accuracy.error_by_dimension, "low bars of one length"),
     Panel("A5", "Drift by temperature", 500, drift.temperature_drift, "lowest over highest temperature below 0.5: fine detail is learnt"),

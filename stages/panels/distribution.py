@@ -5,6 +5,8 @@ Letters: N observations, G draws of each, T action steps, D entries of a chunk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -26,7 +28,7 @@ def action_distribution(data: PanelData, style: Style = LIGHT) -> Figure:
     for n, (axis, i) in enumerate(zip(grid(figure, len(places), 4), places)):
         on = data.active[..., i]
         a, p = data.target[..., i][on], data.pred[..., i][on]
-        edges = np.linspace(min(a.min(), p.min()), max(a.max(), p.max()) + 1e-9, 31)
+        edges: Any = np.linspace(min(a.min(), p.min()), max(a.max(), p.max()) + 1e-9, 31)
         axis.hist(a, edges, density=True, color=style.expert, alpha=0.55, label=None if n else "expert")
         axis.hist(p, edges, density=True, histtype="step", color=style.predicted, linewidth=1.5, label=None if n else "predicted")
         axis.set_title(f"{slots()[i].name}\n" + ("constant" if np.isnan(coverage[i]) else f"coverage {coverage[i]:.0f} %"))
@@ -49,7 +51,7 @@ def trajectories(data: PanelData, style: Style = LIGHT) -> Figure:
     picked = [int(i) for i in np.linspace(0, len(data.target) - 1, min(SHOWN, len(data.target))).round()]
     figure = new_figure(style, 2.6 * len(picked) + 0.4, 5.2)
     axes = figure.subplots(2, len(picked), squeeze=False)
-    gaps, reach, names = [], [], ("x", "y", "z")
+    gaps, reach = [], []
     for column, row in enumerate(picked):
         expert, predicted, names, unit = _ways(data, row)                               # [T+1,3] each
         gaps.append(np.linalg.norm(predicted - expert, axis=1).mean())
@@ -77,10 +79,12 @@ def _ways(data: PanelData, row: int) -> tuple[np.ndarray, np.ndarray, tuple[str,
     for side in ("", "left_"):
         position, velocity = ([SLOTS[f"{side}eef_{kind}_{a}"] for a in "xyz"] for kind in ("pos", "vel"))
         if on[:, position].any():
-            return *(x[:, position] * on[steps][:, position] for x in native), ("x", "y", "z"), "m"
+            expert, predicted = (x[:, position] * on[steps][:, position] for x in native)
+            return expert, predicted, ("x", "y", "z"), "m"
         if on[:, velocity].any():
             ways = (np.cumsum(x[:, velocity] * on[steps][:, velocity], 0) / data.hz[k] for x in native)
-            return *(np.vstack([np.zeros(3), way]) for way in ways), ("x", "y", "z"), "m"
+            expert, predicted = (np.vstack([np.zeros(3), way]) for way in ways)
+            return expert, predicted, ("x", "y", "z"), "m"
     moved = np.argsort([-np.ptp(native[0][:, i]) if on[:, i].any() else 1.0 for i in range(on.shape[1])])[:3]
     units = {slots()[i].unit for i in moved}
     return native[0][:, moved], native[1][:, moved], tuple(slots()[i].name for i in moved), units.pop() if len(units) == 1 else "native units"
@@ -107,11 +111,11 @@ def mode_coverage(data: PanelData, style: Style = LIGHT) -> Figure:
 
 def smoothness(data: PanelData, style: Style = LIGHT) -> Figure:
     """C3: how fast, how jerkily and at which frequencies actions change within a chunk; good: as the expert's."""
-    whole = np.flatnonzero(data.active.any(2).all(1))
+    whole = np.flatnonzero(np.all(data.active.any(2), 1))
     steps = data.target.shape[1]
     if steps < 4 or not len(whole):
         return say_nothing(new_figure(style), f"Chunks of {steps} steps are too short for a jerk (C3)" if steps < 4 else "No chunk is whole (C3)", style)
-    on = data.active[whole].all(1)                                                      # [n,128]
+    on = np.all(data.active[whole], 1)                                                    # [n,128]
     count = np.maximum(on.sum(1), 1)                                                    # [n]
     figure = new_figure(style, 10, 3.6)
     left, middle, right = figure.subplots(1, 3)

@@ -71,7 +71,7 @@ def drift_trend(data: PanelData, style: Style = LIGHT) -> Figure:
     axis.set(yscale="log", xlabel="training step", ylabel="drift, mean(F²) in units of the mean distance")
     change = float((smooth[-1] - smooth[0]).mean())
     recent = float((smooth[-1] - smooth[2 * len(smooth) // 3]).mean())
-    verdict = "rising" if change > 0.1 else "still falling" if recent < -0.05 else "flat: a greater loss.drift_weight may help"
+    verdict = "rising" if change > 0.1 else "still falling" if recent < -0.05 else "flat: a hybrid head may want a greater loss.drift_weight"
     return finish(figure, f"λ {np.mean(strength[0]):.2f} → {np.mean(smooth[-1]):.2f} (ln of mean(F²)): {verdict} (A2)", style)
 
 

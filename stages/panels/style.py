@@ -9,7 +9,7 @@ import io
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import unknown
 
@@ -70,7 +70,7 @@ def grid(figure: Figure, count: int, columns: int, **how: Any) -> Iterator[Axes]
             axis.remove()
 
 
-def finish(figure: Figure, finding: str, style: Style, legend: str = "upper right") -> Figure:
+def finish(figure: Figure, finding: str, style: Style, legend: Literal["upper right", "lower left", "outside"] = "upper right") -> Figure:
     """Give the figure its title, one or two lines that say what it shows, and every text and line that has no meaning of its own the style's
     colours; a legend in each axes with labels, at the place `legend`, or "outside", below all. Returns the figure."""
     width = int(figure.get_figwidth() * 11)

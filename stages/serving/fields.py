@@ -30,7 +30,7 @@ class ObservationReader:
         """`views`: those the policy looks at (none where it is blind). `fields`: "native=theirs". `UserError` for one that is not."""
         self._views, self._state_names = tuple(views), tuple(state_names)
         native = [*(f"images/{view}" for view in views), "state", "prompt"]
-        self._keys = {name: (name,) for name in native}
+        self._keys: dict[str, tuple[str, ...]] = {name: (name,) for name in native}
         for field in fields:
             name, equals, theirs = field.partition("=")
             if name not in native:

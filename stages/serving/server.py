@@ -97,7 +97,8 @@ class PolicyServer:
         self._policy, self.config, self._token = policy, config, token
         self.metrics = Metrics()
         self._batcher = Batcher(policy, config.max_batch, config.max_wait, self.metrics, say)
-        self._stopped, self._wake = False, lambda: None     # `_wake` tells the event loop, once there is one
+        self._stopped = False
+        self._wake: Callable[[], object] = lambda: None     # tells the event loop, once there is one
         self.metadata = {
             "server": "dvla", "version": __version__, "robot": robot.name, "views": list(robot.views) if policy.needs_images else [],
             "state": list(robot.state_map.field_names), "actions": list(robot.action_map.field_names), "horizon": self.horizon,
@@ -212,7 +213,8 @@ class PolicyServer:
                 counts["queued"] += "actions" in asked
                 return wire.pack(asked | {"server_timing": timing})
             future = self._batcher.submit(asked)
-            await asyncio.wait({future, gone}, timeout=self.config.answer_timeout, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {future, gone}
+            await asyncio.wait(either, timeout=self.config.answer_timeout, return_when=asyncio.FIRST_COMPLETED)
             if not future.done():
                 future.cancel()
                 counts["vanished" if gone.done() else "timeouts"] += 1
