@@ -59,7 +59,7 @@ class Replicas:
         self.share()
         self.named: dict[str, nn.Parameter] = session.parameters()      # after sharing, which may replace them
         config = session.config.optimizer
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.named, config), lr=config.lr, betas=(config.betas[0], config.betas[1]))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.named, config), lr=config.lr, betas=config.betas)
 
     def share(self) -> None:
         """Make `module`, what the loop calls. Once more after a change of which parameters are trained."""

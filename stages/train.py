@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def training_step(net: torch.nn.Module, batch: FeatureBatch, config: TrainConfig
     Noise and guidance scales of the global batch come from `generator`, on its device, and this process takes its part. The loss is
     scaled so that its mean over the processes is that of the global batch; unconditional negatives are this process's own.
     """
-    inner = getattr(net, "module", net)
+    inner = cast(PolicyNet, getattr(net, "module", net))
     dit, device, b = inner.config.dit, batch.tokens.device, len(batch)
     shape = (world.size * b, config.draws, dit.horizon, dit.noise_dim)
     noise = world.slice(torch.randn(shape, generator=generator, device=generator.device)).to(device)       # [B,G,T,n]

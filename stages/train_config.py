@@ -25,7 +25,7 @@ class OptimizerConfig:
     vlm_lr_scale: float = 0.1       # the VLM's rate (LoRA or tower) = lr × this (stage three)
     vlm_lr_halved: tuple[int, ...] = ()     # steps from each of which on the VLM's rate is half of what it would be
     weight_decay: float = 1e-4      # on matrices; vectors have none
-    betas: tuple[float, ...] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)
     warmup: int = 500               # steps
     clip: float = 1.0               # global gradient norm
     ema: float = 0.9999             # decay, reached gradually: min(ema, (1+step)/(10+step))
@@ -34,8 +34,6 @@ class OptimizerConfig:
         for name in ("lr", "projector_lr_scale", "vlm_lr_scale", "weight_decay", "warmup"):
             require(f"optimizer.{name}", getattr(self, name), at_least=0)
         require("optimizer.clip", self.clip, above=0)
-        if len(self.betas) != 2:
-            raise UserError(f"optimizer.betas is {list(self.betas)}; AdamW has two, e.g. [0.9, 0.95]")
         for step in self.vlm_lr_halved:
             require("each step of optimizer.vlm_lr_halved", step, at_least=1)
         for value in (*self.betas, self.ema):

@@ -40,7 +40,7 @@ class Zero2(Replicas):
         self.session, self.world, self.named = session, session.world, session.parameters()
         self._get, self._set = safe_get_full_optimizer_state, safe_set_full_optimizer_state
         config, adam = session.config, session.config.optimizer
-        self._adamw = torch.optim.AdamW(parameter_groups(self.named, adam), lr=adam.lr, betas=(adam.betas[0], adam.betas[1]))
+        self._adamw = torch.optim.AdamW(parameter_groups(self.named, adam), lr=adam.lr, betas=adam.betas)
         self._engine, self.optimizer, *_ = deepspeed.initialize(model=session.net, optimizer=self._adamw, dist_init_required=False, config={
             "train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": config.accumulate,
             "gradient_clipping": adam.clip, "zero_optimization": {"stage": 2}, "steps_per_print": 1 << 40,
