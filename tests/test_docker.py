@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -124,6 +126,39 @@ def test_what_is_installed_is_pinned(image: str) -> None:
                 assert not here or PINNED.get(name.lower(), version) == version
         if "-r" in words:
             assert "-c" in words
+
+
+UV = shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent)
+COMPILED = {"deepspeed", "flash-attn"}      # in the image, against its torch: what they depend on is known only by running their build
+
+
+def lines_to_resolve() -> list[tuple[str, list[str], str]]:
+    """Image, arguments of `uv pip compile`, and the requirements it reads, of every install line that asks the registry."""
+    lines = []
+    python = dict(re.findall(r"ARG (\w*PYTHON_VERSION)=(\S+)", "".join(f.read_text() for f in sorted(DOCKER.glob("Dockerfile.*")))))
+    for image in IMAGES:
+        for words in installs(image):
+            named = [word for word in words if "==" in word and word.split("==")[0] not in COMPILED]
+            extras = [word for i, word in enumerate(words) if "--extra" in words[max(0, i - 1):i + 1]]
+            own = ["--python-version", python["ISAAC_PYTHON_VERSION"]] if "--python" in words else ["--python-version", python["PYTHON_VERSION"], "-c", "constraints.txt"]
+            if named or "-r" in words:      # else this package itself, or compiled
+                lines.append((image, ["pyproject.toml" if "-r" in words else "-", *extras, *own], "\n".join(named)))
+    return lines
+
+
+def test_what_is_installed_can_be() -> None:
+    """Every install line resolves for a bare Linux with its image's own Python, from wheels alone; nothing is installed."""
+    if UV is None:
+        pytest.skip("needs uv, which `make venv` brings")
+    lines = lines_to_resolve()
+    assert {image for image, _, _ in lines} == set(IMAGES)
+    for image, arguments, named in lines:
+        done = subprocess.run([UV, "pip", "compile", *arguments, "--no-build", "--quiet", "--no-header", "--no-annotate", "--python-platform", "x86_64-manylinux_2_28"],
+                              input=named, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        if "error sending request" in done.stderr.lower():
+            pytest.skip("needs a package registry")
+        assert done.returncode == 0, f"{image}: {arguments} {named}\n{done.stderr}"
+        assert set(named.split()) <= set(done.stdout.split())
 
 
 @pytest.mark.parametrize("image", IMAGES)
