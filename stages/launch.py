@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from ..errors import UserError, unknown
 from ..settings import configs_dir
+from .interrupts import handled
 
 _SETTING = re.compile(r"#: (\w+)=(\S*)\s*(.*)")
 _VALUE = re.compile(r"[\w.:/@+-]+")
@@ -99,8 +101,9 @@ def launch(script: str) -> int:
         file.write(script)
         file.flush()
         process = subprocess.Popen([program, file.name])
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:       # Ctrl-C reached the processes as well: they save
-                continue
+        with handled(lambda number, frame: process.send_signal(number), (signal.SIGTERM,)):     # the launcher tells its processes: they save
+            while True:
+                try:
+                    return process.wait()
+                except KeyboardInterrupt:       # Ctrl-C reached the processes as well
+                    continue

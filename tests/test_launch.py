@@ -129,3 +129,15 @@ def test_two_processes_train(tmp_path: Path, name: str) -> None:
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 1
     if name != "torchrun":
         assert json.loads((tmp_path / "run" / "config.json").read_text())["strategy"] == "fsdp2"
+
+
+def test_sigterm_reaches_what_was_launched(tmp_path: Path) -> None:
+    program(tmp_path / "bin", "torchrun", f"trap 'echo saved > {tmp_path}/saved; exit 130' TERM; echo up > {tmp_path}/up; while :; do sleep 0.05; done")
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    job = subprocess.Popen([sys.executable, "-m", "dvla.cli", "launch", "torchrun", "--", *TRAIN], env=environment)
+    for _ in range(400):
+        if (tmp_path / "up").exists():
+            break
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=60) == 130 and (tmp_path / "saved").exists()

@@ -7,7 +7,6 @@
 #: port=29500       a free port there
 set -euo pipefail
 config=$(mktemp)
-trap 'rm -f "$config"' EXIT
 cat > "$config" <<YAML
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -19,4 +18,6 @@ main_process_ip: {{head}}
 main_process_port: {{port}}
 mixed_precision: 'no'
 YAML
-accelerate launch --config_file "$config" -m dvla.cli {{command}} --strategy fsdp2
+exec 9< "$config"       # gone from the folder at once, and read through this; so that nothing is left to do, and signals reach the launcher
+rm "$config"
+exec accelerate launch --config_file /dev/fd/9 -m dvla.cli {{command}} --strategy fsdp2
