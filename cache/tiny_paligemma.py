@@ -18,7 +18,7 @@ from ..errors import UserError
 from .guard import new_folder
 from .tiny_vlm import instructions, write_json
 
-SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")       # ids 0 to 3, as Gemma's
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")       # ids 0 to 4, as Gemma's
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
 IMAGE_TOKEN = "<image>"
 PLAIN_TOKENS = (*(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128)))

@@ -78,7 +78,8 @@ def run(model, tokenizer, views, instruction):
     places = len(views) * (R // 14) ** 2
     ids = tokenizer("<image>" * places + f"<bos>{instruction}\n", add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
-        out = model.model(**ids, pixel_values=torch.cat([official(v, R) for v in views]).to(model.dtype))
+        prefix = torch.zeros_like(ids["input_ids"])     # all of it: every token sees every other
+        out = model.model(**ids, token_type_ids=prefix, pixel_values=torch.cat([official(v, R) for v in views]).to(model.dtype))
     hook.remove()
     return seen[0], out.last_hidden_state
 
