@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 from ..errors import UserError
 
@@ -32,6 +32,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         os.replace(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def hold(file: IO[Any] | int, busy: str) -> None:
+    """Lock an open file, or a folder's descriptor, until it is closed. `UserError` that begins with `busy` when another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{busy}; wait for it or stop it, then run again") from None
 
 
 def lock_folder(path: Path) -> BinaryIO:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ..errors import UserError
+from .guard import hold
 from .shard import crc32c, publish, temporary_name
 
 BLOCK = 1 << 20     # bytes copied at a time
@@ -98,12 +98,10 @@ class Folder:
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(handle, f"another process is writing to {self.path}")
             for left in self.path.glob(".*.tmp-*"):
                 left.unlink()
             yield
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {self.path}; wait for it or stop it, then run again") from None
         finally:
             os.close(handle)
 

@@ -6,7 +6,6 @@ What is done is seen in the folder: a cell is finished when its evaluations are 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shlex
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from rich.markup import escape
 
 from ..cache import fingerprint as fp
+from ..cache.guard import hold
 from ..cache.shard import write_file
 from ..errors import UserError
 from . import checkpoint as ck
@@ -89,10 +89,7 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
 def _alone(out: Path) -> Iterator[None]:
     """Two at once in one folder would train the same cells."""
     with open(out / ".lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is at work in {out}; wait for it or stop it, then run again") from None
+        hold(file, f"another process is at work in {out}")
         yield
 
 

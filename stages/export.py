@@ -6,7 +6,6 @@ Letters: T frames.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..cache import fingerprint
 from ..cache.episode import CorruptEpisode
+from ..cache.guard import hold
 from ..cache.readers import Source
 from ..cache.readers.episode_hdf5 import episode_files, read_attributes, write_episode
 from ..cache.shard import write_file
@@ -141,10 +141,7 @@ def _locked(out: Path, source: Source) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is exporting to {out}; wait for it or stop it, then run again") from None
+        hold(lock, f"another process is exporting to {out}")
         for left in out.glob(".*.tmp-*"):
             left.unlink()
         yield

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.util
 import json
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cache.guard import hold
 from ..cache.video import quiet_libav
 from ..errors import UserError
 from .envs import Environment, Split, check_environment, make_environment
@@ -194,10 +194,7 @@ def _partial_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{partial} is in the way and was not made by a recording; move it away")
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / MARKER, "w") as marker:
-        try:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another recording into {out} is running") from None
+        hold(marker, f"another recording into {out} is running")
         shutil.rmtree(partial / "dataset", ignore_errors=True)
         try:
             yield partial
