@@ -155,7 +155,7 @@ def test_what_is_installed_can_be() -> None:
     for image, arguments, named in lines:
         done = subprocess.run([UV, "pip", "compile", *arguments, "--no-build", "--quiet", "--no-header", "--no-annotate", "--python-platform", "x86_64-manylinux_2_28"],
                               input=named, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        if "error sending request" in done.stderr.lower():
+        if "failed to fetch" in done.stderr.lower():      # not that it has no such version
             pytest.skip("needs a package registry")
         assert done.returncode == 0, f"{image}: {arguments} {named}\n{done.stderr}"
         assert set(named.split()) <= set(done.stdout.split())
