@@ -34,12 +34,16 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def hold(file: IO[Any] | int, busy: str) -> None:
-    """Lock an open file, or a folder's descriptor, until it is closed. `UserError` that begins with `busy` when another process has it."""
+def hold(file: IO[Any] | int, busy: str, still: Callable[[], bool] = lambda: True) -> None:
+    """Lock an open file, or a folder's descriptor, until it is closed. `UserError` that begins with `busy` when another process has it, or when what
+    was locked is not the right one any more."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = still()
     except OSError:
-        raise UserError(f"{busy}; wait for it or stop it, then run again") from None
+        held = False
+    if not held:
+        raise UserError(f"{busy}; wait for it or stop it, then run again")
 
 
 def lock_folder(path: Path) -> BinaryIO:
@@ -48,14 +52,12 @@ def lock_folder(path: Path) -> BinaryIO:
         file = open(path / ".lock", "ab")
     except OSError as error:
         raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock")):  # or another generation took its place meanwhile
-            return file
-    except OSError:
-        pass
-    file.close()
-    raise UserError(f"another process is building {path}; wait for it or stop it, then run again")
+    try:        # another generation may have taken its place meanwhile
+        hold(file, f"another process is building {path}", lambda: os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock")))
+    except UserError:
+        file.close()
+        raise
+    return file
 
 
 def names_full_disk(method: Method) -> Method:

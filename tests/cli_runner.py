@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,14 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+def until(happened: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Wait for something that another process or thread does."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
 
 
 def refused(result: Result, *words: str) -> None:

@@ -22,6 +22,16 @@ def shared_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A finished cache of made-up features; not to be changed."""
+    from .synthetic_cache import build
+
+    path = tmp_path_factory.mktemp("synthetic") / "cache"
+    build(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory) -> dict[str, Path]:
     """Kind → dataset written by lerobot: h264 (episodes in one file), hevc (a file each), image (PNG in parquet)."""

@@ -28,6 +28,7 @@ from dvla.stages.workers import Job, make_unit
 
 from . import synthetic_cache as synthetic
 from .build_zygote import Zygote
+from .cli_runner import until
 from .lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 
 SHARD, FRAMES = 4, sum(LENGTHS)
@@ -73,13 +74,6 @@ def open_files(pid: int) -> list[str]:
         with contextlib.suppress(FileNotFoundError):    # closed meanwhile
             files.append(os.readlink(file))
     return files
-
-
-def until(condition: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.005)
 
 
 def require_sound(out: Path) -> None:

@@ -53,13 +53,6 @@ def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cli") / "cache"
-    synthetic.build(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_qwen3vl(tmp_path_factory.mktemp("vlm") / "tiny", TINY)
 

@@ -15,18 +15,15 @@ from dvla.stages.envs import environment_names, make_environment
 from dvla.stages.record import RecordConfig, demonstrate
 from dvla.stages.rollout import assert_disjoint
 
+from .simulators import simulated
+
 TASKS = ("insertion", "transfer_cube")
 SIZE = 48
 
 
 @pytest.fixture(scope="module", params=TASKS)
 def task(request):
-    try:
-        env = make_environment("aloha_sim/" + request.param, image_size=SIZE, render=False)
-    except UserError as error:
-        pytest.skip(str(error))
-    yield env
-    env.close()
+    yield from simulated("aloha_sim/" + request.param, image_size=SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,15 @@ from dvla.stages.envs import maniskill as adapter
 from dvla.stages.record import RecordConfig, demonstrate
 from dvla.stages.rollout import assert_disjoint
 
+from .simulators import simulated
+
 PUSH = "maniskill/PushCube-v1"
 SIZE = 16
 
 
 @pytest.fixture(scope="module")
 def push():
-    try:
-        env = make_environment(PUSH, image_size=SIZE, render=False)
-    except UserError as error:
-        pytest.skip(str(error))
-    yield env
-    env.close()
+    yield from simulated(PUSH, image_size=SIZE)
 
 
 def test_missing_simulator_names_the_install_step(monkeypatch):

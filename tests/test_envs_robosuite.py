@@ -14,6 +14,8 @@ from dvla.stages.envs import robosuite_dex as adapter
 from dvla.stages.record import RecordConfig, demonstrate
 from dvla.stages.rollout import assert_disjoint
 
+from .simulators import simulated
+
 LIFT, TWO = "robosuite/dex_lift", "robosuite/dex_two_lift"
 SIZE = 48
 KIND = adapter.DexLiftEnvironment
@@ -21,12 +23,7 @@ KIND = adapter.DexLiftEnvironment
 
 @pytest.fixture(scope="module")
 def lift():
-    try:
-        env = make_environment(LIFT, image_size=SIZE, render=False)
-    except UserError as error:
-        pytest.skip(str(error))
-    yield env
-    env.close()
+    yield from simulated(LIFT, image_size=SIZE)
 
 
 def test_missing_simulator_names_the_install_step(monkeypatch):

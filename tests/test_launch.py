@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from dvla.errors import UserError
 from dvla.stages.distributed import ENVIRONMENT
 from dvla.stages.launch import read_script, render, scripts, settings_of
 
-from .cli_runner import Dvla, refused
+from .cli_runner import Dvla, refused, until
 
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic_cache as synthetic  # noqa: E402
@@ -87,10 +86,7 @@ def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: st
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]"}
     job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, start_new_session=True)
     if how == "cancelled":
-        for _ in range(200):
-            if (tmp_path / "up").exists():
-                break
-            time.sleep(0.05)
+        until((tmp_path / "up").exists)
         os.killpg(job.pid, signal.SIGTERM)
     code = job.wait(timeout=60)
     assert (code, (tmp_path / "requeued").exists()) == {"finished": (0, False), "failed": (2, False), "walltime": (0, True), "cancelled": (-15, False)}[how]
@@ -135,9 +131,6 @@ def test_sigterm_reaches_what_was_launched(tmp_path: Path) -> None:
     program(tmp_path / "bin", "torchrun", f"trap 'echo saved > {tmp_path}/saved; exit 130' TERM; echo up > {tmp_path}/up; while :; do sleep 0.05; done")
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     job = subprocess.Popen([sys.executable, "-m", "dvla.cli", "launch", "torchrun", "--", *TRAIN], env=environment)
-    for _ in range(400):
-        if (tmp_path / "up").exists():
-            break
-        time.sleep(0.05)
+    until((tmp_path / "up").exists)
     job.terminate()
     assert job.wait(timeout=60) == 130 and (tmp_path / "saved").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,7 @@ from dvla.stages.session import Session, open_loader
 from dvla.stages.tracking import read_log
 from dvla.stages.train import policy_net, train
 
-sys.path.insert(0, str(Path(__file__).parent))
-import synthetic_cache as synthetic  # noqa: E402
-
-from .test_train import assert_equal_runs, configure, quiet  # noqa: E402
+from .test_train import assert_equal_runs, configure, quiet
 
 LOOK = {"every": 2, "share": 1.0, "observations": 12, "draws": 3}
 
@@ -43,13 +39,6 @@ def quick() -> Iterator[None]:
             if key not in ("A5", "D4"):
                 patch.setitem(PANELS, key, dataclasses.replace(panel, draw=empty(key)))
         yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("panels") / "cache"
-    synthetic.build(path)
-    return path
 
 
 def session(cache: Path, **changes: Any) -> Session:

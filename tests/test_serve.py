@@ -30,7 +30,7 @@ from dvla.stages.serving.wire import pack, unpack
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from .cli_runner import Dvla, refused
+from .cli_runner import Dvla, refused, until
 from .run_samples import TINY, VIEWS, make_run, observations
 
 ROUNDING = 2e-3     # of the actions' spread: a batch's rows may round otherwise
@@ -77,13 +77,6 @@ def serving(policy: Policy, token: str | None = None, **config: Any) -> Iterator
 
 def message(seen: Observation) -> dict[str, Any]:
     return {"images": seen.images, "state": seen.state, "prompt": seen.instruction}
-
-
-def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def raw(port: int, **options: Any) -> ClientConnection:

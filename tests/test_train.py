@@ -56,13 +56,6 @@ def quiet(*_: Any) -> None:
     pass
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("train") / "cache"
-    synthetic.build(path)
-    return path
-
-
 def configure(cache: Path | str, out: Path, **changes: Any) -> TrainConfig:
     return from_mapping(TrainConfig, {"cache": str(cache), "out": str(out), **SETTINGS, **changes})
 

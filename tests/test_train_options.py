@@ -39,13 +39,6 @@ SETTINGS = {"model_size": "tiny", "dit": {"width": 32, "blocks": 1, "heads": 2, 
             "holdout": 0.3, "threads": 1, "cpu_threads": 1, "device": "cpu"}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("options") / "cache"
-    synthetic.build(path)
-    return path
-
-
 def configure(cache: Path, **changes: Any) -> TrainConfig:
     return from_mapping(TrainConfig, {"cache": str(cache), "out": "", **SETTINGS, **changes})
 

@@ -26,13 +26,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import synthetic_cache as synthetic  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("transfer") / "cache"
-    synthetic.build(path)
-    return path
-
-
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> str:
     memory, name = fsspec.filesystem("memory"), f"/{request.node.originalname}"
