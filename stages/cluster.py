@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..settings import load_yaml
+from .interrupts import handled
 
 if TYPE_CHECKING:
     from .workers import WorkerSpec
@@ -62,7 +63,8 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
         return spec.scheduler
     if spec.slurm:
         try:
-            from dask_jobqueue import SLURMCluster
+            with handled(signal.default_int_handler, (signal.SIGINT,)):     # its import sets a handler: Ctrl-C would end the build with code 0
+                from dask_jobqueue import SLURMCluster
         except ImportError:
             raise UserError("--slurm needs dask-jobqueue; pip install 'dvla[slurm]'") from None
         try:

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from dvla.cache.tiny_paligemma import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.settings import configs_dir, load_yaml
-from dvla.stages.interrupts import terminable
+from dvla.stages.interrupts import handled, terminable
 from dvla.stages.workers import Job, make_unit
 
 from . import synthetic_cache as synthetic
@@ -396,8 +397,27 @@ def test_a_second_builder_is_refused_whatever_its_workers(zygote: Zygote, record
     assert zygote.wait(first) == -signal.SIGKILL
 
 
+def test_ctrl_c_stays_ours_beside_jobqueue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dask-jobqueue sets a handler when it is imported, here a stand-in for it."""
+    from dvla.stages.cluster import client_of
+    from dvla.stages.workers import WorkerSpec
+
+    (tmp_path / "dask_jobqueue.py").write_text("import signal, sys\nsignal.signal(signal.SIGINT, lambda *_: sys.exit())\n"
+                                               "def SLURMCluster(**settings): raise ValueError('no queue')\n")
+    (tmp_path / "slurm.yaml").write_text("queue: gpu\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "dask_jobqueue", raising=False)
+    with terminable():
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(UserError, match="no queue"), client_of(WorkerSpec(count=1, slurm=str(tmp_path / "slurm.yaml"))):
+            pass
+        assert signal.getsignal(signal.SIGINT) is before
+    del sys.modules["dask_jobqueue"]
+
+
 def test_the_shipped_slurm_recipe_describes_a_job() -> None:
-    jobqueue = pytest.importorskip("dask_jobqueue")
+    with handled(signal.default_int_handler, (signal.SIGINT,)):
+        jobqueue = pytest.importorskip("dask_jobqueue")
     with jobqueue.SLURMCluster(processes=1, **load_yaml(configs_dir() / "launch" / "slurm.yaml")) as cluster:
         script = cluster.job_script()
     for line in ("#SBATCH --cpus-per-task=8", "#SBATCH --gres=gpu:1", "#SBATCH -t 04:00:00", "--nthreads 1", "--lifetime 3h50m"):
