@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import tempfile
@@ -119,7 +120,9 @@ class Url:
             self._fs, self._path = fsspec.core.url_to_fs(self.where)
         except Exception as error:  # an unknown scheme, a package that is not installed, no credentials: whatever the package raises
             raise UserError(f"{where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
-                            "(s3fs for s3://), or pipe:COMMAND with {name}") from None
+                            "(s3fs for s3://, gcsfs for gs://), or pipe:COMMAND with {name}") from None
+        package = type(self._fs).__module__.partition(".")[0]
+        logging.getLogger(package).addHandler(logging.NullHandler())    # gcsfs logs what it raises, traceback and all; a user's own handlers stay
 
     def url(self, name: str) -> str:
         return f"{self.where}/{name}"

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.server
 import itertools
+import logging
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -24,6 +26,7 @@ from dvla.cache.places import Url
 from dvla.cache.shard import ShardFiles
 from dvla.cache.store import Cache
 from dvla.errors import UserError
+from fsspec.implementations.memory import MemoryFileSystem
 
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic_cache as synthetic  # noqa: E402
@@ -155,6 +158,28 @@ def test_what_is_refused(built: Path, url: str, tmp_path: Path) -> None:
     memory.pipe(manifest, memory.cat(manifest).replace(b'"format": 2', b'"format": 1'))
     with pytest.raises(UserError, match="format 1, this version reads"):
         Cache.open(url, local=tmp_path / "local")
+
+
+class Loud(MemoryFileSystem):
+    """Logs the traceback of what it raises, as gcsfs does."""
+
+    protocol = "loud"
+
+    def open(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            raise OSError("Name or service not known")
+        except OSError:
+            logging.getLogger(__name__).exception("a traceback")
+            raise
+
+
+def test_a_store_that_logs_does_not_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fsspec.register_implementation("loud", Loud)
+    monkeypatch.setattr(logging.root, "handlers", [])       # as in a process of its own: what nobody handles is printed
+    logging.getLogger(__name__).error("heard")
+    with pytest.raises(UserError, match="Name or service not known"):
+        Cache.open("loud://bucket/cache", local=tmp_path)
+    assert "heard" in (shown := capsys.readouterr().err) and "Traceback" not in shown
 
 
 def test_a_manifest_that_leads_out_of_the_folder_is_refused(url: str, tmp_path: Path) -> None:
