@@ -87,8 +87,8 @@ vulkan:  ## the software Vulkan driver that ManiSkill draws with, by apt-get (De
 demo: system $(STAMP)  ## all three stages on two simulated tasks, on a CPU, in 6 to 10 minutes
 	@$(VENV)/bin/dvla demo $(ARGS)
 
-test: system $(STAMP)  ## every test
-	@env -u OMP_NUM_THREADS HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
+test: system $(STAMP)  ## every test, in two processes (ARGS='-n 0 tests/test_x.py': some, in one)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## ruff, and mypy over the package
 	@$(VENV)/bin/ruff check .
