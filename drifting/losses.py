@@ -24,6 +24,9 @@ ONE_STEP = ("mse", "pure_drift", "hybrid")
 """Kinds of head that act in one forward pass."""
 DENOISING = ("flow", "diffusion")
 """Kinds that act in several, on the same trunk: what drifting is compared with (`heads.py`)."""
+POLICY_TEMPERATURES = (*TEMPERATURES, 1.0)
+"""The release's three, and one so wide that every sample counts: there the field pulls the mean of an observation's draws to its expert.
+With one expert chunk and a few draws the narrow ones alone leave that mean inexact (docs/results.md)."""
 DIFFUSION_STEPS = 100
 """Noise levels of the diffusion head, as in Diffusion Policy."""
 
@@ -65,7 +68,7 @@ class LossConfig:
     kind: Literal["mse", "pure_drift", "hybrid", "flow", "diffusion"] = "hybrid"   # hybrid = mse + drift_weight · drift
     sample_steps: int = 0                                     # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
     drift_weight: float = 1.0                                 # λ of the hybrid; well below 0.1 regression merges modes (docs/toy.md)
-    temperatures: tuple[float, ...] = TEMPERATURES            # kernel widths, in units of the mean distance
+    temperatures: tuple[float, ...] = POLICY_TEMPERATURES     # kernel widths, in units of the mean distance
     floor: float = AFFINITY_FLOOR                             # floor under the product of the two softmaxes
     distance: Literal["chunk", "step"] = "chunk"              # compare whole [T·d] chunks, or each step on its own
     embodiments: int = 7                                      # E, groups with a distance scale of their own

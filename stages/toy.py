@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ..cache.shard import write_file
+from ..drifting.losses import POLICY_TEMPERATURES
 from ..errors import UserError
 from . import checkpoint as ck
 from .toy_plots import action_figure, curve_figure, evolution_figure, evolution_gif, sample_figure
@@ -71,6 +72,10 @@ SWEEPS = {      # each changes what its name says of `ActionRun`'s defaults
     "hybrid λ 1, G 4": ActionRun("hybrid", draws=4, drift_weight=1.0),
     "drifting, P 4": ActionRun("pure_drift", positives=4),
     "drifting, P 16": ActionRun("pure_drift", positives=16),
+    "drifting, τ to 1": ActionRun("pure_drift", temperatures=POLICY_TEMPERATURES),
+    "drifting, G 4, τ to 1": ActionRun("pure_drift", draws=4, temperatures=POLICY_TEMPERATURES),
+    "hybrid λ 1, G 4, τ to 1": ActionRun("hybrid", draws=4, temperatures=POLICY_TEMPERATURES),
+    "drifting, 16 action steps, τ to 1": ActionRun("pure_drift", horizon=16, temperatures=POLICY_TEMPERATURES),
     "drifting, floor 1e-12": ActionRun("pure_drift", floor=1e-12),
     "drifting, no floor (Algorithm 2)": ActionRun("pure_drift", floor=None),
     "drifting, spread 0": ActionRun("pure_drift", skip_std=0.0),

@@ -45,6 +45,7 @@ class ActionRun:
     kind: str                               # mse, flow, diffusion, pure_drift, hybrid
     draws: int = 8                          # G
     positives: int = 1                      # P: 1 is the observation's own chunk, more are those of its nearest neighbours too
+    temperatures: tuple[float, ...] = TEMPERATURES      # kernel widths
     floor: float | None = AFFINITY_FLOOR    # of the field; None: Algorithm 2 (raw coordinates)
     skip_std: float = 0.2                   # std of the initial samples; the actions' own std is 0.2
     drift_weight: float = 1.0               # λ of hybrid
@@ -173,7 +174,7 @@ def train_actions(run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: i
             x, target = diffusion_pair(own, noise, level)                       # [B,G,D] each
             return (predict(observation, x, (level + 1) / DIFFUSION_STEPS) - target).square().mean()
         made = predict(observation, noise, 0.0)                                 # [B,G,D]
-        drift = drifting_loss(made, expert[near[rows]], floor=run.floor).per_condition.mean()
+        drift = drifting_loss(made, expert[near[rows]], temperatures=run.temperatures, floor=run.floor).per_condition.mean()
         return drift if run.kind == "pure_drift" else (made - own).square().mean() + run.drift_weight * drift
 
     steps = steps * run.longer

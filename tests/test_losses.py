@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dvla.batch import FeatureBatch
+from dvla.drifting.field import TEMPERATURES, drifting_field
 from dvla.drifting.guidance import batch_negatives, negative_weight, sample_alpha
 from dvla.drifting.losses import LossConfig, drifting_loss, policy_loss
 from dvla.errors import UserError
@@ -99,7 +100,7 @@ def test_embodiments_are_grouped_never_compared(distance: str) -> None:
         rows = EMBODIMENT == embodiment
         gen, pos = reference[rows][..., slots], batch.action[rows][:, None][..., slots].double()
         shape = (lambda x: x.transpose(1, 2).flatten(0, 1)) if distance == "step" else (lambda x: x.flatten(2))
-        alone = drifting_loss(shape(gen), shape(pos))
+        alone = drifting_loss(shape(gen), shape(pos), temperatures=LossConfig().temperatures)
         parts.append(alone.per_condition)
         dims = math.prod(shape(gen).shape[2:])
         torch.testing.assert_close(loss.scale_of[embodiment] * dims ** 0.5, alone.field.scale)
@@ -154,6 +155,21 @@ def test_ranks_with_different_embodiments_agree(distance: str) -> None:
         torch.testing.assert_close(loss.mean_square_of, joint.mean_square_of)
 
 
+def test_a_wide_temperature_leads_the_mean_of_the_draws_to_the_expert() -> None:
+    """Of the force on 4 draws around a point off their one expert chunk, the part that moves their mean there: more with the wide
+    temperature than with the release's alone, and, as there, all of it where the draws are far off."""
+    expert = torch.zeros(256, 1, 32)
+    away = torch.nn.functional.normalize(random(256, 1, 32), dim=2)
+    spread = random(256, 4, 32, seed=1) / 32 ** 0.5
+    share = {}
+    for off in (0.3, 1.0, 10.0):
+        for temperatures in (TEMPERATURES, LossConfig().temperatures):
+            force = drifting_field(off * away + spread, expert, temperatures=temperatures).force
+            share[off, len(temperatures)] = -((force.mean(1, keepdim=True) * away).sum(2).mean() / (32 * force.square().mean()).sqrt()).item()
+    assert share[0.3, 4] > 1.2 * share[0.3, 3] > 0 and share[1.0, 4] > 1.2 * share[1.0, 3]
+    assert min(share[10.0, 3], share[10.0, 4]) > 0.95
+
+
 def test_extra_positives_and_negatives() -> None:
     batch, pred, config = make_batch(cut=False), random(B, G, T, 128), LossConfig(kind="pure_drift")
     near = batch.action[:, None] + 0.1 * random(B, 2, T, 128, seed=4)
@@ -163,7 +179,7 @@ def test_extra_positives_and_negatives() -> None:
     def flat(chunks: torch.Tensor) -> torch.Tensor:
         return chunks[..., SLOTS[4]].flatten(2)
     plain = drifting_loss(flat(pred[2:]), flat(torch.cat([third.action[:, None], near[2:]], 1)),
-                          flat(near[2:].flip(1) + 1), w_neg=w_neg)
+                          flat(near[2:].flip(1) + 1), w_neg=w_neg, temperatures=config.temperatures)
     torch.testing.assert_close(loss.total, plain.per_condition.mean())
 
 
