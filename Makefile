@@ -84,7 +84,7 @@ vulkan:  ## the software Vulkan driver that ManiSkill draws with, by apt-get (De
 	fi
 	apt "a Vulkan driver for ManiSkill" $$package
 
-demo: system $(STAMP)  ## all three stages on two simulated tasks, on a CPU, in 6 to 10 minutes
+demo: system $(STAMP)  ## all three stages on two simulated tasks, on a CPU, in 8 to 12 minutes
 	@$(VENV)/bin/dvla demo $(ARGS)
 
 test: system $(STAMP)  ## every test, in two processes (ARGS='-n 0 tests/test_x.py': some, in one)

@@ -33,12 +33,11 @@ class DemoScale:
     noise: float = 0.2                  # on executed actions while recording
 
 
-SHAPE = ("--model-size", "tiny", "--draws", "2", "--cond-mask-prob", "0", "--set", "dit.horizon=8", "--set", "dit.width=128",
-         "--set", "loss.drift_weight=0.005", "--set", "optimizer.warmup=50", "--set", "optimizer.projector_lr_scale=1.0",
-         "--set", "cpu_threads=1")
+SHAPE = ("--model-size", "tiny", "--cond-mask-prob", "0", "--set", "dit.horizon=8", "--set", "dit.width=128",
+         "--set", "optimizer.warmup=50", "--set", "optimizer.projector_lr_scale=1.0", "--set", "cpu_threads=1")
 FULL = DemoScale(
     tasks={"metaworld/button-press-topdown-v3": 40, "metaworld/drawer-open-v3": 40},
-    train=(*SHAPE, "--batch-size", "64", "--lr", "1e-3", "--steps", "800", "--set", "eval_every=400", "--set", "save_every=200",
+    train=(*SHAPE, "--batch-size", "32", "--lr", "1e-3", "--steps", "1200", "--set", "eval_every=400", "--set", "save_every=200",
            "--set", "log_every=20", "--set", "panels.every=200", "--set", "panels.share=0.1"),
     finetune=("--batch-size", "16", "--lr", "2e-4", "--vlm-lr-scale", "1.0", "--steps", "100", "--set", "log_every=5",
               "--set", "eval_every=50", "--set", "save_every=50"),
