@@ -143,7 +143,7 @@ def test_following_the_drift_is_measured() -> None:
     before, after = (float(re.search(r"mean (\S+)", text.get_text())[1]) for text in right.get_legend().get_texts())
     k, rows = data.groups[0]
     gap = data.flat(data.target, k, rows)[:, None] - data.flat(data.draws, k, rows)
-    assert before == pytest.approx((np.linalg.norm(gap, axis=2) / np.sqrt(gap.shape[2])).mean(), rel=1e-2) and after < 0.2 * before
+    assert before == pytest.approx((np.linalg.norm(gap, axis=2) / np.sqrt(gap.shape[2])).mean(), rel=1e-2) and after < 0.5 * before
     assert 0 not in rows and {data.dataset[r] for r in rows} == {k}                 # the cut chunk is in no set
 
 

@@ -81,7 +81,7 @@ def test_panels_are_written_when_they_are_due(drawn: Path) -> None:
 def test_a_look_is_the_same_for_any_batch_and_leaves_nothing(cache: Path) -> None:
     looks = [collect(session(cache, batch_size=size), 7) for size in (3, 12)]
     again = collect(session(cache, batch_size=5), 7)
-    assert looks[0].draws.shape == (12, 3, 4, 128) and looks[0].drift.shape == (3, 12, 3, 4, 128) and looks[0].held_out
+    assert looks[0].draws.shape == (12, 3, 4, 128) and looks[0].drift.shape == (4, 12, 3, 4, 128) and looks[0].held_out
     for other in (looks[1], again):
         for name in ("draws", "target", "active", "dataset"):
             assert np.allclose(getattr(looks[0], name), getattr(other, name), atol=1e-5), name
