@@ -261,8 +261,10 @@ def read_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, target
     record = len(targets[0]) if len(rows) else 0
     order = np.argsort(rows, kind="stable")
     ordered, into, path = rows[order], order.tolist(), ""
+    shard: OpenShard | None = None
     for where, inner, begin, end in _runs(folder, ordered, records_per_shard, tail):
-        if where != path:
+        if shard is None or where != path:
+            shard = None        # let go of it first: a thread has one file open, not two
             path, shard = where, files.get(where, records_per_shard, 0 if compression else record)
         if inner + end - begin <= shard.count:      # the hot path: one after the other
             for low in range(begin, end, MAX_BUFFERS):
@@ -287,13 +289,17 @@ def read_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, target
 def advise_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, record: int, records_per_shard: int, tail: str = "0/0") -> None:
     """Have the records `rows` (int64 [n], ascending) of `record` bytes (0: compressed) read into memory soon, from front to back."""
     for path, inner, begin, end in _runs(folder, rows, records_per_shard, tail):
-        shard = files.get(path, records_per_shard, record)
-        try:
-            first, last = (shard.extent(i, record) for i in (inner, inner + end - begin - 1))
-        except KeyError:
-            continue        # reading says what is missing
-        for at in range(first[0], sum(last), ADVICE):
-            os.posix_fadvise(shard.handle, at, min(ADVICE, sum(last) - at), os.POSIX_FADV_WILLNEED)
+        _advise(files.get(path, records_per_shard, record), inner, inner + end - begin - 1, record)
+
+
+def _advise(shard: OpenShard, first: int, last: int, record: int) -> None:
+    """Have the records `first` to `last` of a shard read into memory soon."""
+    try:
+        begin, end = shard.extent(first, record)[0], sum(shard.extent(last, record))
+    except KeyError:
+        return      # reading says what is missing
+    for at in range(begin, end, ADVICE):
+        os.posix_fadvise(shard.handle, at, min(ADVICE, end - at), os.POSIX_FADV_WILLNEED)
 
 
 def _runs(folder: Path | str, ordered: np.ndarray, records_per_shard: int, tail: str) -> Iterator[tuple[str, int, int, int]]:
