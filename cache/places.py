@@ -121,8 +121,9 @@ class Url:
         except Exception as error:  # an unknown scheme, a package that is not installed, no credentials: whatever the package raises
             raise UserError(f"{where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
                             "(s3fs for s3://, gcsfs for gs://), or pipe:COMMAND with {name}") from None
-        package = type(self._fs).__module__.partition(".")[0]
-        logging.getLogger(package).addHandler(logging.NullHandler())    # gcsfs logs what it raises, traceback and all; a user's own handlers stay
+        logger = logging.getLogger(type(self._fs).__module__.partition(".")[0])
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())    # gcsfs logs what it raises, traceback and all, which would be printed
 
     def url(self, name: str) -> str:
         return f"{self.where}/{name}"
