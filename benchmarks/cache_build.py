@@ -22,12 +22,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dvla.cache.encoder import EncoderSpec, load_encoder
-from dvla.cache.readers import open_source
-from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
-from dvla.stages.build import BuildConfig, build
-from dvla.stages.encode import to_float16
 from read_episodes import record
+
+from dvla.cache.readers import open_source
+from dvla.cache.vlm.load import load_encoder
+from dvla.cache.vlm.observations import to_float16
+from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.stages.caching.build import build
+from dvla.stages.caching.config import BuildConfig
 
 BATCH = 32
 TOWER = TinySpec(vision_depth=6, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512)

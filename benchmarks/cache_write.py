@@ -20,18 +20,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from dvla.cache.layout import BuildPlan, ShardTask
-from dvla.cache.shard import file_crc32c
-from dvla.cache.writer import CacheWriter
+
+from dvla.cache.store.plan import BuildPlan, ShardTask
+from dvla.cache.store.writer import CacheWriter
+from dvla.common.files import file_crc32c
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import synthetic_cache as synthetic  # noqa: E402
+from support import synthetic_cache as synthetic  # noqa: E402
 
 K, D, BLOCK = 196, 2048, 64     # Qwen3-VL-2B at 448 px; records handed over at a time
 
 
 def make_plan(shards: int, frames: int) -> BuildPlan:
-    from dvla.cache.layout import DatasetPlan, EpisodePlan
+    from dvla.cache.store.plan import DatasetPlan, EpisodePlan
 
     episodes = (EpisodePlan(0, shards * frames, "move", "hash"),)
     return BuildPlan((DatasetPlan("bench", ("front",), episodes),), K, D, frames)

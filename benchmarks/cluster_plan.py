@@ -18,9 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
-from dvla.stages.cluster_plan import Pool, Work, stage_one
 from read_episodes import record
+
+from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.stages.caching.planning.cluster import Pool, Work, stage_one
 
 TOWER = TinySpec(vision_depth=6, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512)
 FIELDS = "name: bench\nmatch: []\nembodiment: gripper_joint\naction:\n- {drop: 7}\nstate:\n- {drop: 7}\n"

@@ -25,11 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from dvla.cache.encoder import EncoderSpec, VisionLanguageEncoder, load_encoder
-from dvla.cache.preprocess import preprocess
-from dvla.cache.tiny_paligemma import TinyPaliGemmaSpec, make_tiny_paligemma2
-from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
 from torch import nn
+
+from dvla.cache.vlm.encoder import VisionLanguageEncoder
+from dvla.cache.vlm.load import load_encoder
+from dvla.cache.vlm.preprocess import preprocess
+from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
+from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 
 RESOLUTION = 448
 SHORT = 5       # preprocessing takes milliseconds: the median of so many calls counts

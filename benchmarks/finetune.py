@@ -30,28 +30,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from dvla.batch import FeatureBatch
-from dvla.cache.encoder import EncoderSpec, load_encoder
-from dvla.cache.loader import Loader, gather
-from dvla.cache.lora import LoraSpec, add_lora, lora_parameters
-from dvla.cache.store import Cache
-from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
-from dvla.cache.video import quiet_libav
-from dvla.stages.build import BuildConfig, build
-from dvla.stages.corpus import sources_of
-from dvla.stages.distributed import World
-from dvla.stages.dry_run import optimiser_step
-from dvla.stages.encode import LiveFeatures
-from dvla.stages.loop_tools import kernel_threads, prepare
-from dvla.stages.session import Session, noise_generator
-from dvla.stages.split import SplitFeatures
-from dvla.stages.strategies import share_network
-from dvla.stages.train import policy_net, training_step
-from dvla.stages.train_config import TrainConfig
 from read_episodes import CAMERAS, record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from train import FIELDS
+
+from dvla.batch import FeatureBatch
+from dvla.cache.loader.live import LiveFeatures
+from dvla.cache.loader.loader import Loader, gather
+from dvla.cache.loader.provenance import sources_of
+from dvla.cache.store.cache import Cache
+from dvla.cache.vlm.load import load_encoder
+from dvla.cache.vlm.lora import LoraSpec, add_lora, lora_parameters
+from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.common.mp4 import quiet_libav
+from dvla.stages.caching.build import build
+from dvla.stages.caching.config import BuildConfig
+from dvla.stages.training.config import TrainConfig
+from dvla.stages.training.context import Session
+from dvla.stages.training.dry_run import optimiser_step
+from dvla.stages.training.parallel.world import World
+from dvla.stages.training.setup import kernel_threads, prepare, share_network
+from dvla.stages.training.stage_three.split import SplitFeatures
+from dvla.stages.training.step import noise_generator, training_step
+from dvla.stages.training.train import policy_net
 
 TOWERS = {"scaled": (224, TinySpec(vision_depth=24, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512)),
           "full": (448, TinySpec(vision_depth=24, vision_width=1024, vision_heads=16, position_grid=48, out_width=2048, text_layers=1, vocabulary=512))}

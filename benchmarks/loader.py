@@ -28,14 +28,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-from dvla.cache import ahead
-from dvla.cache.loader import Loader
-from dvla.cache.store import Cache
-from dvla.cache.writer import CacheWriter
-from dvla.stages.exchange import export
+
+from dvla.cache.loader import read_ahead as ahead
+from dvla.cache.loader.loader import Loader
+from dvla.cache.store.cache import Cache
+from dvla.cache.store.writer import CacheWriter
+from dvla.stages.caching.transfer.webdataset import export
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import sparse_cache as sparse  # noqa: E402
+from support import sparse_cache as sparse  # noqa: E402
 
 B, SIZES = 32, {"784 KiB": (196, 2048), "1.53 MiB": (784, 1024), "98 KiB": (49, 1024), "25 KiB": (25, 512)}
 Way = Callable[[], Iterator[object]]    # gives batches, for ever or once

@@ -14,19 +14,21 @@ import io
 from pathlib import Path
 from typing import Any
 
-from dvla.cache.store import Cache
-from dvla.settings import from_mapping
-from dvla.stages import checkpoint as ck
-from dvla.stages.panels.catalogue import PANELS
-from dvla.stages.panels.collect import collect
-from dvla.stages.panels.data import PanelData
-from dvla.stages.panels.style import LIGHT, png
-from dvla.stages.policy import load_net
-from dvla.stages.session import Session
-from dvla.stages.tracking import read_log
-from dvla.stages.train import train
-from dvla.stages.train_config import TrainConfig
 from PIL import Image
+
+from dvla.cache.store.cache import Cache
+from dvla.common.config import from_mapping
+from dvla.common.figures import LIGHT, png
+from dvla.common.files import read_json
+from dvla.stages.policy import checkpoint as ck
+from dvla.stages.policy.load import load_net
+from dvla.stages.training.config import TrainConfig
+from dvla.stages.training.context import Session
+from dvla.stages.training.panels.catalogue import PANELS
+from dvla.stages.training.panels.collect import collect
+from dvla.stages.training.panels.data import PanelData
+from dvla.stages.training.run_log import read_log
+from dvla.stages.training.train import train
 
 SETTINGS: dict[str, Any] = {
     "model_size": "tiny", "dit": {"horizon": 8, "width": 128}, "draws": 2, "batch_size": 64, "loss": {"drift_weight": 0.005}, "cpu_threads": 1,
@@ -44,10 +46,10 @@ def look(cache: Path, run: Path, name: str) -> PanelData:
     """Train the run unless it is finished, and look at it."""
     config = from_mapping(TrainConfig, {"cache": str(cache), "out": str(run), **SETTINGS, **RUNS[name]})
     found = ck.checkpoints(run)
-    if not found or ck.read_json(found[-1] / "state.json")["step"] < config.steps:
+    if not found or read_json(found[-1] / "state.json")["step"] < config.steps:
         train(config, lambda line: print(name, line["step"], line["loss"]))
     folder = ck.resolve(run)
-    net = load_net(ck.read_json(folder / "policy.json"), ck.policy_tensors(folder, "ema"))
+    net = load_net(read_json(folder / "policy.json"), ck.policy_tensors(folder, "ema"))
     data = collect(Session(config, Cache.open(cache), net, {}), config.steps)
     data.log = read_log(run)
     return data

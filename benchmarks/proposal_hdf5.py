@@ -22,12 +22,15 @@ import cache_build as common
 import h5py
 import numpy as np
 import torch
-from dvla.cache.encoder import EncoderSpec, VisionLanguageEncoder, load_encoder
-from dvla.cache.readers import open_source
-from dvla.cache.store import Cache
-from dvla.cache.tiny_vlm import TinySpec, make_tiny_qwen3vl
-from dvla.stages.build import build
 from read_episodes import CAMERAS
+
+from dvla.cache.readers import open_source
+from dvla.cache.store.cache import Cache
+from dvla.cache.vlm.encoder import VisionLanguageEncoder
+from dvla.cache.vlm.load import load_encoder
+from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.stages.caching.build import build
 
 READ = 200      # samples drawn at random
 TOWER = TinySpec(vision_depth=1, vision_width=64, vision_heads=2, out_width=2048, text_layers=1, vocabulary=512)

@@ -23,11 +23,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-from dvla.cache.actions import FieldSpec
-from dvla.cache.dataset_config import DatasetConfig
+
+from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.readers import Source, open_source
-from dvla.cache.readers.lerobot_meta import Metadata
-from dvla.cache.video import DECODER_THREADS, quiet_libav
+from dvla.cache.readers.config import DatasetConfig
+from dvla.cache.readers.lerobot.metadata import Metadata
+from dvla.cache.readers.video import DECODER_THREADS
+from dvla.common.mp4 import quiet_libav
 
 FPS = 20
 CAMERAS = ("front", "wrist")

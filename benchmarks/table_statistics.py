@@ -64,7 +64,7 @@ def _episode(rng: np.random.Generator, frames: np.ndarray, number: int) -> pa.Ta
 def measure(root: Path, warm: Path) -> None:
     """In a process of its own: prints seconds, rows, MiB after opening and MiB at the peak."""
     from dvla.cache.readers import open_source
-    from dvla.stages.statistics import measure as statistics_of
+    from dvla.stages.data.statistics import measure as statistics_of
 
     statistics_of(open_source(warm), lambda *_: None)
     source = open_source(root)

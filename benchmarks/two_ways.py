@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dvla.stages.envs import make_environment, metaworld_two_ways
-from dvla.stages.policy import Policy
+from dvla.stages.policy.policy import Policy
+from dvla.stages.simulation.envs import make_environment, metaworld_two_ways
 
 TASK = "metaworld/reach-wall-two-ways"
 GREEN, RED = "#009E73", "#D55E00"

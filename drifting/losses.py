@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..batch import UNIFIED_DIM, FeatureBatch
 from ..errors import UserError, unknown
-from .field import (AFFINITY_FLOOR, MIN_SCALE, TEMPERATURES, DriftField, Reduce, drifting_field,
-                    grouped_drifting_field)
+from .field import AFFINITY_FLOOR, MIN_SCALE, TEMPERATURES, DriftField, Reduce, drifting_field, grouped_drifting_field
 
 ONE_STEP = ("mse", "pure_drift", "hybrid")
 """Kinds of head that act in one forward pass."""

@@ -25,7 +25,7 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     """A finished cache of made-up features; not to be changed."""
-    from .synthetic_cache import build
+    from support.synthetic_cache import build
 
     path = tmp_path_factory.mktemp("synthetic") / "cache"
     build(path)
@@ -35,7 +35,7 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory) -> dict[str, Path]:
     """Kind → dataset written by lerobot: h264 (episodes in one file), hevc (a file each), image (PNG in parquet)."""
-    from .lerobot_samples import KINDS, record
+    from support.lerobot_samples import KINDS, record
 
     base = tmp_path_factory.mktemp("lerobot")
     return {kind: record(base / kind, *how) for kind, how in KINDS.items()}
@@ -50,7 +50,7 @@ def copy_of(recorded, tmp_path):
 @pytest.fixture
 def episode_folder(tmp_path):
     """A folder of Episode-HDF5 files."""
-    from .hdf5_samples import write_episode_folder
+    from support.hdf5_samples import write_episode_folder
 
     return write_episode_folder(tmp_path / "sample")
 
@@ -58,7 +58,7 @@ def episode_folder(tmp_path):
 @pytest.fixture
 def demos(tmp_path):
     """A robomimic file."""
-    from .hdf5_samples import write_robomimic
+    from support.hdf5_samples import write_robomimic
 
     return write_robomimic(tmp_path / "can" / "image.hdf5")
 
@@ -66,7 +66,7 @@ def demos(tmp_path):
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A folder of RLDS episodes with every kind of feature; not to be changed."""
-    from .rlds_samples import write_toy
+    from support.rlds_samples import write_toy
 
     return write_toy(tmp_path_factory.mktemp("rlds"))
 
@@ -80,6 +80,6 @@ def toy_copy(toy, tmp_path):
 @pytest.fixture
 def dvla(monkeypatch, capsys):
     """`dvla(*arguments)` → `cli_runner.Result` of one command line."""
-    from .cli_runner import runner
+    from support.cli_runner import runner
 
     return runner(monkeypatch, capsys)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ...common.hub import hub_files
 from ...errors import UserError
-from ..dataset_config import FORMATS, DatasetConfig, load_config
-from ..hub import hub_files
 from .base import EpisodeTable, Source
+from .config import FORMATS, DatasetConfig, load_config
 
 __all__ = ["EpisodeTable", "Source", "detect_format", "open_source"]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import UserError
-from ..episode import CorruptEpisode
+from .episode import CorruptEpisode
 
 SUFFIXES = (".zip", ".tar")
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|7z|rar)$", re.IGNORECASE)

@@ -28,14 +28,27 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ...common.hub import hub_files
 from ...errors import UserError, unknown
-from ..actions import EMBODIMENTS, SLOTS, UNIFIED_DIM, ActionMap, FieldSpec
-from ..dataset_config import DatasetConfig
-from ..episode import CorruptEpisode, Episode, View
-from ..hub import Location, hub_files
+from ..actions.action_map import ActionMap, FieldSpec
+from ..actions.slots import EMBODIMENTS, SLOTS, UNIFIED_DIM
 from .base import EpisodeTable, Rows, Source, choose_views, listing_hash
-from .hdf5 import (check_pictures, find, find_array, has, numbers, opened, read_pictures, stored_hash, text, whole_file,
-                   write_pictures)
+from .config import DatasetConfig
+from .episode import CorruptEpisode, Episode, View
+from .hdf5 import (
+    check_pictures,
+    find,
+    find_array,
+    has,
+    numbers,
+    opened,
+    read_pictures,
+    stored_hash,
+    text,
+    whole_file,
+    write_pictures,
+)
+from .location import Location
 
 _FILE = re.compile(r"ep_(\d+)\.hdf5")
 _SAMPLED = 8            # episodes looked into for the active proprio slots where the files have no proprio_mask

@@ -19,10 +19,11 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ...common.files import publish, temporary_name
+from ...common.hub import hub_files
 from ...errors import UserError
-from ..episode import CorruptEpisode, View
-from ..hub import Location, hub_files
-from ..shard import publish, temporary_name
+from .episode import CorruptEpisode, View
+from .location import Location
 
 SUFFIXES = (".hdf5", ".h5")
 _BLOCK_NBYTES = 8 << 20     # of a picture array read at once where its chunks do not say

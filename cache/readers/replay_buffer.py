@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError, unknown
-from ..dataset_config import DatasetConfig, find_config
-from ..episode import CorruptEpisode, View
-from ..hub import Location
 from .archive import Archive, open_archive
 from .base import EpisodeTable, Rows, Source, choose_views
+from .config import DatasetConfig, find_config
+from .episode import CorruptEpisode, View
+from .location import Location
 
 _ENDS = "meta/episode_ends"
 _HUB_PATTERNS = ("data/**", "meta/**", ".zgroup", "zarr.json", "*.zarr.zip")
@@ -228,7 +228,7 @@ class _Array:
 
     def read(self, start: int, stop: int, where: str) -> np.ndarray:
         """Rows start..stop-1. `CorruptEpisode` when a chunk is missing or cannot be decoded."""
-        import zarr     # 0.6 s, and not needed to find out what a dataset is
+        import zarr  # 0.6 s, and not needed to find out what a dataset is
         from zarr.registry import get_buffer_class
         from zarr.storage import MemoryStore
 

@@ -24,10 +24,22 @@ import h5py
 import numpy as np
 
 from ...errors import UserError
-from ..dataset_config import DatasetConfig, find_config
-from ..episode import CorruptEpisode, View
 from .base import EpisodeTable, Rows, Source, choose_views, listing_hash
-from .hdf5 import SUFFIXES, check_pictures, find, find_array, has, numbers, one_file, opened, read_pictures, stored_hash, text
+from .config import DatasetConfig, find_config
+from .episode import CorruptEpisode, View
+from .hdf5 import (
+    SUFFIXES,
+    check_pictures,
+    find,
+    find_array,
+    has,
+    numbers,
+    one_file,
+    opened,
+    read_pictures,
+    stored_hash,
+    text,
+)
 
 _DEMO = re.compile(r"demo_(\d+)")
 _POSE = 6       # dimensions of an OSC_POSE action: displacement and rotation

@@ -3,7 +3,7 @@
 from ...errors import UserError
 
 try:
-    import msgpack      # noqa: F401
-    import websockets   # noqa: F401
+    import msgpack  # noqa: F401
+    import websockets  # noqa: F401
 except ImportError:
     raise UserError("serving needs websockets and msgpack; install them with: pip install 'dvla[serve]'") from None

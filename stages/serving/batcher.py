@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...errors import UserError
-from ..envs import Observation
-from ..policy import Policy
-from ..stopwatch import Stopwatch
+from ..policy.observation import Observation
+from ..policy.policy import Policy
+from ..policy.stopwatch import Stopwatch
 from .metrics import Metrics
 
 SICK = 3    # passes in a row that failed: the server says that it is not well

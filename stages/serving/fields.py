@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError, unknown
-from ..envs import Observation
+from ..policy.observation import Observation
 
 DEPTH = 3               # of nested maps: observation, images, view
 LONGEST_PROMPT = 4096   # characters

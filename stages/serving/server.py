@@ -26,14 +26,14 @@ import numpy as np
 from websockets.asyncio.server import Request, Response, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from ..._version import __version__
+from ... import __version__
 from ...batch import UNIFIED_DIM
+from ...common.device import pick_device
+from ...common.signals import handled
 from ...errors import UserError
-from ..build import pick_device
-from ..envs import Observation
-from ..interrupts import handled
-from ..loop_tools import compile_blocks
-from ..policy import Policy
+from ..policy.compile import compile_blocks
+from ..policy.observation import Observation
+from ..policy.policy import Policy
 from . import wire
 from .access import addresses, allowed, require_token
 from .batcher import Batcher, PolicyFailed

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ..envs import Observation
+from ..policy.observation import Observation
 from .fields import ObservationReader
 
 

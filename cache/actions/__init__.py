@@ -1,0 +1,1 @@
+"""The unified 128-d action space: slots, field maps, rotations, normalization."""

@@ -1,0 +1,105 @@
+"""The unified 128-d vector: slots, their names, units and kinds. The table is RDT's with fingers, head, spine and torso added."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+UNIFIED_DIM = 128
+ACTION_SCHEMA_VERSION = 1  # raised when a slot or a conversion changes; part of the cache fingerprint
+EMBODIMENTS = ("gripper_eef", "gripper_joint", "bimanual", "dex_hand", "gripper_delta_eef", "bimanual_mobile",
+               "bimanual_dex")  # the id fed to the model is the position
+
+
+def _slots() -> dict[str, int]:
+    def arm(side: str, base: int) -> dict[str, int]:
+        part: dict[str, int] = {}
+        for kind, joints, grips in (("pos", base, base + 10), ("vel", base + 15, base + 25)):
+            part |= {f"{side}arm_joint_{i}_{kind}": joints + i for i in range(10)}
+            part |= {f"{side}gripper_joint_{i}_{kind}": grips + i for i in range(5)}
+        part |= {f"{side}gripper_open": base + 10, f"{side}gripper_open_vel": base + 25}
+        part |= {f"{side}eef_pos_{a}": base + 30 + i for i, a in enumerate("xyz")}
+        part |= {f"{side}eef_angle_{i}": base + 33 + i for i in range(6)}
+        part |= {f"{side}eef_vel_{a}": base + 39 + i for i, a in enumerate("xyz")}
+        part |= {f"{side}eef_angular_vel_{a}": base + 42 + i for i, a in enumerate(("roll", "pitch", "yaw"))}
+        return part
+
+    table = arm("", 0) | arm("right_", 0) | arm("left_", 50)
+    table |= {"base_vel_x": 100, "base_vel_y": 101, "base_angular_vel": 102}
+    table |= {"head_joint_0": 45, "head_joint_1": 46, "spine_joint": 47}
+    table |= {f"torso_joint_{i}_pos": 95 + i for i in range(4)}
+    table |= {f"dex_finger_joint_{i}_pos": 103 + i for i in range(24)}
+    table |= {f"right_dex_finger_joint_{i}_pos": 103 + i for i in range(12)}
+    table |= {f"left_dex_finger_joint_{i}_pos": 115 + i for i in range(12)}
+    return table
+
+
+SLOTS: dict[str, int] = _slots()  # name → slot; several names may share one (arm_joint_0_pos = right_arm_joint_0_pos)
+_ROTATION_PREFIXES = ("eef_angle", "right_eef_angle", "left_eef_angle")
+_SIX_D = frozenset(SLOTS[f"{p}_{i}"] for p in _ROTATION_PREFIXES for i in range(6))
+
+
+def _expand(pattern: str) -> list[str]:
+    """`"arm_joint_{0..2}_pos"` → the three names; a name without a range stands for itself."""
+    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
+    if not found:
+        return [pattern]
+    head, first, last, tail = found.groups()
+    return [f"{head}{i}{tail}" for i in range(int(first), int(last) + 1)]
+
+
+KINDS = {   # how unified field names end → what the number is
+    r"gripper_open": "gripper", r"(gripper|finger)_joint_\d+_pos": "finger", r"(joint_\d+_pos|head_joint_\d|spine_joint)": "joint",
+    r"eef_pos_[xyz]": "position", r"(eef_vel_[xyz]|base_vel_[xy])": "speed",
+    r"(angular_vel(_\w+)?|arm_joint_\d+_vel)": "turn",
+}
+
+
+def kind_of(name: str) -> str:
+    """What a unified field is, by its name: a value of KINDS or "other"."""
+    return next((kind for pattern, kind in KINDS.items() if re.search(pattern + "$", name)), "other")
+
+
+def unit_of(slot: str) -> str:
+    """Unit of a unified slot by its name."""
+    if "gripper_open" in slot:
+        return "1/s" if slot.endswith("_vel") else "1 open"
+    if "eef_angle" in slot:
+        return "6D"
+    length = "eef_pos" in slot or "eef_vel" in slot or "base_vel" in slot
+    return ("m" if length else "rad") + ("/s" if "_vel" in slot else "")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place of the 128: its name, the part of the robot it belongs to, the unit of its values before normalisation."""
+
+    name: str
+    region: str
+    unit: str
+
+
+@functools.cache
+def slots() -> tuple[Slot, ...]:
+    """All 128 in order. Of several names of a place the first of the action table is taken, but for grippers, which nearly always are one
+    opening; a place without a name is "slot 96"."""
+    names: dict[int, str] = {}
+    for name, place in sorted(SLOTS.items(), key=lambda item: "gripper_open" not in item[0]):
+        names.setdefault(place, name)
+    return tuple(_slot(names.get(i, f"slot {i}")) for i in range(UNIFIED_DIM))
+
+
+def _slot(name: str) -> Slot:
+    side = "left " if name.startswith("left_") else ""
+    plain = name.removeprefix("left_")
+    velocity = "_vel" in plain
+    table = (("gripper_open", "gripper", "1 open, 0 closed"), ("gripper", "gripper", "rad"), ("arm_joint", "arm", "rad"),
+             ("eef_pos", "hand position", "m"), ("eef_angle", "hand rotation", "6D"), ("eef_angular", "hand velocity", "rad"),
+             ("eef_vel", "hand velocity", "m"), ("base_angular", "base", "rad"), ("base", "base", "m"), ("head", "torso and head", "rad"),
+             ("spine", "torso and head", "rad"), ("torso", "torso and head", "rad"), ("dex_finger", "fingers", "rad"))
+    for start, region, unit in table:
+        if plain.startswith(start):
+            region = "arm velocity" if start == "arm_joint" and velocity else region
+            return Slot(name, side + region, "1/s" if unit.startswith("1 ") and velocity else f"{unit}/s" if velocity else unit)
+    return Slot(name, "other", "")

@@ -1,0 +1,106 @@
+"""Features of a batch from the live VLM instead of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ...batch import FeatureBatch
+from ...errors import UserError
+from ..readers import Source
+from ..readers.episode import Episode
+from ..store.cache import Cache
+from ..vlm.augment import frame_keys
+from ..vlm.encoder import VisionLanguageEncoder
+from ..vlm.observations import encode_observations
+
+
+def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache) -> FeatureBatch:
+    """The batch with tokens [B,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras."""
+    counts = torch.tensor([len(cache.datasets[d].views) for d in batch.dataset.tolist()], device=tokens.device)
+    view_id = torch.arange(tokens.shape[1], device=counts.device).repeat_interleave(tokens.shape[2]).expand(len(tokens), -1)    # [B,V·K]
+    return batch.replace(tokens=tokens.flatten(1, 2), text=batch.text.to(tokens.dtype), view_id=view_id.contiguous(),
+                         frame_id=torch.zeros_like(view_id), token_mask=view_id < counts[:, None])
+
+
+class LiveFeatures:
+    """Features of a cache's samples computed from the source pictures: the batch contract with a live encoder.
+
+    `sources` are the cache's, in its order (`corpus.sources_of`). Decoded episodes are kept in memory while they fit in
+    `memory_gib`; beyond it single frames are decoded when needed.
+    """
+
+    def __init__(self, encoder: VisionLanguageEncoder, cache: Cache, sources: Sequence[Source],
+                 memory_gib: float = 2.0) -> None:
+        self.encoder, self._cache = encoder, cache
+        self._sources = tuple(sources)
+        self._episodes: dict[tuple[int, int], Episode] = {}
+        self._decoded: dict[tuple[int, int, int], np.ndarray] = {}
+        self._room = int(memory_gib * 2**30)
+
+    def __call__(self, batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray | None = None) -> FeatureBatch:
+        """`batch` (made without features, tokens [B,0,D]) with live tokens [B,V·K,D].
+
+        `masked` [B] bool: the cache's null image features take the place of these samples' pictures. `variant` [B] int64: the
+        augmented variant of each sample's pictures, 0 = as they are. Features that depend on the instruction do so whether or not the
+        sample's text is masked, as in the cache.
+        """
+        datasets, rows = batch.dataset.tolist(), batch.frame_index.tolist()
+        cache, encoder = self._cache, self.encoder
+        views = max(len(d.views) for d in cache.datasets)
+        variants = np.zeros(len(rows), np.int64) if variant is None else variant
+        seen = [(d, row, range(len(cache.datasets[d].views)), int(j)) for d, row, hidden, j in zip(datasets, rows, masked, variants) if not hidden]
+        live = iter(encode_observations(encoder, [[self.frame(d, row, v) for v in each] for d, row, each, _ in seen],
+                                        [self._instruction(d, row) for d, row, _, _ in seen],
+                                        [[self._key(d, row, v, j) for v in each] for d, row, each, j in seen]))
+        tokens = torch.stack([self._padded(torch.from_numpy(cache.datasets[d].null_features).to(encoder.device, encoder.dtype) if hidden
+                                           else next(live), views) for d, hidden in zip(datasets, masked)])      # [B,V,K,D]
+        return with_tokens(batch, tokens, cache)
+
+    def frame(self, dataset: int, row: int, view: int) -> np.ndarray:
+        """uint8 [H, W, 3]: the source picture behind one row of the cache."""
+        table = self._cache.datasets[dataset]
+        position = int(table.episode_of(np.array([row]))[0])
+        step, key = row - int(table.episode_start[position]), (dataset, position)
+        if key not in self._episodes:
+            self._episodes[key] = self._load(dataset, position)
+        stream = self._episodes[key].views[view]
+        if (*key, view) in self._decoded:
+            return self._decoded[*key, view][step]
+        size = stream.length * stream.height * stream.width * 3
+        if size > self._room:
+            return next(stream.frames(step, step + 1))
+        self._room -= size
+        self._decoded[*key, view] = np.stack(list(stream.frames()))
+        return self._decoded[*key, view][step]
+
+    @staticmethod
+    def _padded(features: torch.Tensor, views: int) -> torch.Tensor:
+        """[v,K,D] → [views,K,D], zeros where there is no camera."""
+        return F.pad(features, (0, 0, 0, 0, 0, views - len(features)))
+
+    def _instruction(self, dataset: int, row: int) -> str:
+        """The episode's own, also where its text is masked."""
+        table = self._cache.datasets[dataset]
+        return table.instructions[int(table.episode_instruction[table.episode_of(np.array([row]))[0]])]
+
+    def _key(self, dataset: int, row: int, view: int, variant: int) -> int:
+        """As the build keys the picture's variant; 0 for the picture as it is."""
+        if not variant:
+            return 0
+        table = self._cache.datasets[dataset]
+        position = int(table.episode_of(np.array([row]))[0])
+        frame = np.array([row - int(table.episode_start[position])])
+        return int(frame_keys(table.name, table.views[view], int(table.episode_id[position]), frame, variant)[0])
+
+    def _load(self, dataset: int, position: int) -> Episode:
+        table, source = self._cache.datasets[dataset], self._sources[dataset]
+        number = int(table.episode_id[position])
+        episode = source.load(number)
+        if episode.source_hash != table.attributes["source_hashes"][position]:
+            raise UserError(f"{source.path}: episode {number} is not the one that cache {self._cache.path} was built from; "
+                            "restore it, or build the cache again")
+        return episode

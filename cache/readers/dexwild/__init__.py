@@ -1,0 +1,5 @@
+"""DexWild HDF5 files."""
+
+from .source import DexWildSource
+
+READER = DexWildSource

@@ -1,0 +1,192 @@
+"""DexWild's HDF5 files (one per task, many episodes in each) as episodes.
+
+What is read, below the folder given (or in the one file given):
+
+    <task>_data/robot/robot_<task>_data.hdf5      any *.hdf5 or *.h5; tasks clothes, florist, pour, spray, toy
+      ep_0000/                                    one group an episode
+        right_arm_eef/right_arm_eef      [N, 1+7]     time, x y z (m), quaternion x y z w: the measured wrist
+        right_leapv2/right_leapv2        [N, 1+17]    time, joint commands (rad) of the LEAP v2 hand
+        right_leapv1/right_leapv1        [N, 1+16]    time, joint commands (rad) of a LEAP v1 hand; in pour and spray only
+        right_tracker/right_tracker_world_clipped_abs [N, 1+7]   human files: the wrist; several such arrays in one group
+        right_thumb_cam/1744428163583061504.jpg       one dataset a picture: uint8 [H, W, 3] RGB, or the bytes of a JPEG file
+        language/language                scalar text, where somebody added one
+
+Column "right_arm_eef" of a dataset config is right_arm_eef/right_arm_eef without its time; "right_tracker/zed_right_tracker"
+names an array that is called otherwise than its group. Times and picture names are nanoseconds of one clock, but streams start,
+stop and lose rows by themselves (e.g. 365 pictures, 394 wrist poses, 395 hand commands): the frames of an episode are the
+pictures of the first view, and each takes the row (and the other views' picture) nearest in time.
+
+Learnt from the project's code (kywch/dexwild: README, synchronize_data.py, dataset_to_robobuf.py: streams, units, order, times)
+and from listings of robot_{clothes,pour,spray,toy} and human_clothes that users of boardd/dexwild-dataset published (groups,
+shapes, dtypes, names). Nothing was verified on real bytes here; least certain are that the arrays called .jpg are RGB, as their
+readers take them, and pictures as JPEG bytes, which those listings do not show. On the hub each file is split into pieces of a
+tar archive: join and unpack them first.
+
+Episode ids count the groups, by number, through the files, by name; a file that cannot be read counts as one episode, which is
+refused. Letters: T frames of the episode, N rows of a stream, H × W picture size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+
+from ....errors import UserError, unknown
+from ..base import EpisodeTable, Rows, Source, choose_views, listing_hash
+from ..config import DatasetConfig, find_config
+from ..episode import CorruptEpisode, View
+from ..hdf5 import SUFFIXES, find, find_array, opened, text
+from ..location import Location
+from .streams import Alignment, align, find_pictures, is_camera, read_pictures, read_stream
+
+TASKS = {   # task in a file's name → our wording of it, since the files hold no text
+    "clothes": "fold the clothes",
+    "florist": "put the flowers into the vase",
+    "pour": "pour the liquid into the cup",
+    "spray": "spray the cloth with the spray bottle",
+    "toy": "put the toy into the box",
+}
+_EPISODE = re.compile(r"ep_?(\d+)")
+_FILE = re.compile(r"(?:robot|human)_([A-Za-z]+)_data.*")
+_SURVEYED = 3       # readable episodes looked into when a dataset is opened
+
+
+class DexWildSource(Source):
+    """DexWild's files of one folder, or one of them."""
+
+    format = "dexwild"
+
+    def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
+        """A folder, an HDF5 file or a hub id. `UserError` when there is no HDF5 file with episodes, or the config asks
+        for streams, widths or views that the first episodes do not have."""
+        location = Location(path_or_repo, ("*.hdf5", "*.h5"))
+        one_file = location.root.is_file()
+        self._root = location.root.parent if one_file else location.root
+        self._files = [location.root] if one_file else sorted(p for p in self._root.rglob("*") if p.suffix in SUFFIXES)
+        if not self._files:
+            raise UserError(f"{path_or_repo} holds no .hdf5 file; DexWild's are published as pieces of tar archives: join and "
+                            f"unpack them (cat *.part_* | tar x) and give the folder with the .hdf5")
+        entries = [(path, name) for path in self._files for name in _listed(path)]
+        if all(name is None for _, name in entries):
+            raise UserError(f"{path_or_repo}: no HDF5 file here can be read and holds groups ep_0000, ep_0001, …; download it "
+                            f"again, or give another folder")
+        self._episodes = dict(enumerate(entries))
+        name = location.root.stem if one_file else location.name
+        config = config or find_config(self.format, (name, location.hub_id or "", *(p.stem for p in self._files)))
+        widths, cameras = self._survey(config, name)
+        super().__init__(self._root, name, config, fps=None, view_names=choose_views(sorted(cameras), config, name),
+                         episode_ids=tuple(self._episodes))
+        self._check_width(config.action_columns, self.action_map.native_dim, widths)
+        if config.state:
+            self._check_width(config.state_columns, self.state_map.native_dim, widths)
+
+    @classmethod
+    def matches(cls, names: Sequence[str], root: Path | None) -> bool:
+        """By the groups ep_<number> in a file; by names like robot_<task>_data.hdf5 where only names are known."""
+        files = [n for n in names if n.endswith(SUFFIXES)]
+        if root is None:
+            return any(_FILE.fullmatch(Path(n).stem) for n in files)
+        return any(_listed(root / n) != [None] for n in files[:4])
+
+    @functools.cached_property
+    def revision_hash(self) -> str:
+        """sha256 hex over the names and sizes of the HDF5 files."""
+        return listing_hash(self._root, self._files)
+
+    def length_of(self, episode_id: int) -> int:
+        """Number of frames T: the first view's pictures that are left after alignment."""
+        with self._open(episode_id) as (group, where):
+            return len(self._align(group, where).times)
+
+    def instruction_of(self, episode_id: int) -> str:
+        """The episode's own text, else our wording of its file's task (TASKS), else the config's."""
+        with self._open(episode_id) as (group, where):
+            return self._instruction(group, self._episodes[episode_id][0], where)
+
+    def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
+        with self._open(episode_id) as (group, place):
+            found = self._align(group, place)
+            return Rows(found.columns, self._instruction(group, self._episodes[episode_id][0], place), found.times)
+
+    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
+        path, views = self._episodes[episode_id][0], []
+        with self._open(episode_id) as (group, place):
+            for view, names in self._align(group, place).pictures.items():
+                found = find_pictures(path, group, names, place)
+                opener = functools.partial(read_pictures, found, place)
+                views.append((View(view, found.height, found.width, len(names), opener), found.sha256))
+        return views
+
+    @staticmethod
+    def _wanted(config: DatasetConfig) -> tuple[str, ...]:
+        """The columns that the config needs, each once."""
+        return tuple(dict.fromkeys((*config.action_columns, *(config.state_columns if config.state else ()))))
+
+    @contextlib.contextmanager
+    def _open(self, episode_id: int) -> Iterator[tuple[h5py.Group, str]]:
+        """The episode's group, open inside the block, and how messages about it begin."""
+        where = self.where(episode_id)
+        path, name = self._episodes[episode_id]
+        with opened(path, where) as file:
+            if name is None:
+                raise CorruptEpisode(f"{where}: {path.name} holds no group ep_0000, ep_0001, …")
+            yield find(file, name, where), f"{where} ({path.name} {name})"
+
+    def _survey(self, config: DatasetConfig, dataset: str) -> tuple[dict[str, int], set[str]]:
+        """Width of each column the config asks for, and names of the cameras, over the first readable episodes."""
+        wanted = self._wanted(config)
+        widths: dict[str, int] = {}
+        members: dict[str, bool] = {}   # name in an episode → whether it is a camera
+        seen, refusals = 0, []
+        for path, name in ((p, n) for p, n in self._episodes.values() if n):
+            try:
+                with opened(path, dataset) as file:
+                    group = find(file, name, dataset)
+                    widths |= {c: read_stream(group, c, dataset).shape[1] - 1 for c in wanted if c in group}
+                    members |= {n: is_camera(group, n) for n in group}
+                seen += 1
+            except CorruptEpisode as error:
+                refusals.append(str(error))
+            if seen == _SURVEYED:
+                break
+        if not seen:
+            raise UserError(f"{dataset}: no episode can be read: {refusals[0]}")
+        for column in (c for c in wanted if c not in widths):
+            raise UserError(f"{dataset}: {unknown('stream', column, [n for n, camera in members.items() if not camera])}; dataset "
+                            f"config '{config.name}' asks for it")
+        return widths, {n for n, camera in members.items() if camera}
+
+    def _check_width(self, columns: Sequence[str], described: int, widths: dict[str, int]) -> None:
+        width = sum(widths[c] for c in columns)
+        hint = "choose or write another dataset config"
+        if any("leapv2" in c for c in columns):
+            hint = ("LEAP v2 has 17 joints, a single hand has 16 finger slots: name what becomes of the 17th (the bend of the "
+                    "palm), e.g. 'drop: 1' in the field map after 16 finger joints")
+        if width != described:
+            raise UserError(f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
+                            f"describes {described}; {hint}")
+
+    def _align(self, group: h5py.Group, where: str) -> Alignment:
+        return align(group, self.view_names, self._wanted(self.config), 0.5 / self.fps, where)
+
+    def _instruction(self, group: h5py.Group, path: Path, where: str) -> str:
+        if "language" in group:
+            name = "language/language" if isinstance(find(group, "language", where), h5py.Group) else "language"
+            return text(find_array(group, name, where)[()], f"{where}: '{name}'").strip() or self.config.instruction
+        task = _FILE.fullmatch(path.stem)
+        return TASKS.get(task[1] if task else "", self.config.instruction)
+
+
+def _listed(path: Path) -> list[str | None]:
+    """Names of the episodes in a file, by number; [None] when there is none or the file cannot be read."""
+    try:
+        with opened(path, path.name) as file:
+            numbered = [(int(found[1]), name) for name in file if (found := _EPISODE.fullmatch(name))]
+    except CorruptEpisode:
+        return [None]
+    return [name for _, name in sorted(numbered)] or [None]

@@ -1,0 +1,203 @@
+"""LeRobot datasets (v2.0, v2.1, v3.0; video files or pictures in parquet) as episodes, equal to lerobot's own reading.
+
+Opening reads `meta/` only; `table` reads one episode's rows; `load` also finds, but does not decode, its pictures.
+Letters: T frames of the episode.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ....errors import UserError, unknown
+from ..base import EpisodeTable, Rows, Source, TableBlock, attempt
+from ..config import DatasetConfig, find_config
+from ..episode import CorruptEpisode, View
+from ..video import VideoExtent, decode, find_extent
+from .metadata import EpisodeEntry, Metadata
+from .tables import ImageRows, decode_images, find_images, read_rows, stream_rows, to_matrix
+
+_CHECKED = ("timestamp", "frame_index", "task_index")     # columns of every LeRobot table that tell whether rows are whole
+
+
+class LeRobotSource(Source):
+    """One LeRobot dataset."""
+
+    format = "lerobot"
+
+    def __init__(self, path_or_repo: str, config: DatasetConfig | str | None = None) -> None:
+        """A folder or hub id; `config` (or a YAML file, or a shipped name) None finds the shipped one that fits.
+
+        `UserError` when it is missing, is not a LeRobot dataset, or the config does not describe it.
+        """
+        self.meta = meta = Metadata(path_or_repo)
+        if not isinstance(config, DatasetConfig):
+            config = find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name), config)
+        self._cameras = choose_cameras(meta.features, config.views)  # short name → feature key
+        super().__init__(meta.root, meta.name, config, fps=float(meta.info["fps"]), view_names=tuple(self._cameras),
+                         episode_ids=tuple(meta.episodes))  # as listed; a missing file shows when the episode is loaded
+        self._check_width(config.action_columns, config.action_width)
+        if config.state:
+            self._check_width(config.state_columns, self.state_map.native_dim)
+
+    @classmethod
+    def matches(cls, names: Sequence[str], root: Path | None) -> bool:
+        """By `meta/info.json`."""
+        return "meta/info.json" in names
+
+    @functools.cached_property
+    def revision_hash(self) -> str:
+        """sha256 hex over every file of `meta/`."""
+        return self.meta.revision_hash()
+
+    @functools.cached_property
+    def _recording(self) -> dict[str, Any]:
+        """`meta/dvla.json`, which `dvla data record` writes; empty where there is no such file."""
+        path = self.path / "meta" / "dvla.json"
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text())
+            starts = {int(k): [float(x) for x in v] for k, v in found["starts"].items()}
+            return {"environment": str(found["environment"]), "starts": starts}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); record the dataset again") from None
+
+    @property
+    def starts(self) -> dict[int, list[float]] | None:  # type: ignore[override]
+        """Start vector of each recorded simulator episode; None for a dataset that `dvla data record` did not write."""
+        return self._recording.get("starts")
+
+    @property
+    def environment(self) -> str | None:  # type: ignore[override]
+        """Name of the simulated task the dataset was recorded in, e.g. "metaworld/push-v3"; None for another dataset."""
+        return self._recording.get("environment")
+
+    def length_of(self, episode_id: int) -> int:
+        """Listed number of frames T."""
+        return self._entry(episode_id).length
+
+    def instruction_of(self, episode_id: int) -> str:
+        """The episode's task text, from `meta/` alone where it has one task. Several are joined by "; " in the order
+        in which the rows use them. The config's default where there is none."""
+        tasks = self._entry(episode_id).tasks
+        if len(tasks) > 1:
+            return self.table(episode_id).instruction
+        return (tasks[0] if tasks else "") or self.config.instruction
+
+    def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
+        """As in `Source`; a file of many episodes is read once, front to back, and its blocks come in that order."""
+        return self._blocks(self._each_table(batch_rows), batch_rows)
+
+    def _each_table(self, batch_rows: int) -> Iterator[tuple[int, EpisodeTable | CorruptEpisode]]:
+        files: dict[str, set[int]] = {}
+        for number in self.episode_ids:
+            files.setdefault(self._entry(number).data_path, set()).add(number)
+        for data_path, left in files.items():
+            try:
+                if len(left) > 1:
+                    path = self.meta.locate(data_path, self.name)
+                    for number, rows in stream_rows(path, [*self._columns, *_CHECKED], batch_rows, self.name):
+                        if number in left:
+                            left.remove(number)
+                            yield number, attempt(self._table_of, number, rows)
+            except CorruptEpisode:
+                pass    # the file is missing or damaged: what is left is read one by one, each with its own reason
+            for number in sorted(left):
+                yield number, attempt(self.table, number)
+
+    def _table_of(self, episode_id: int, rows: pa.Table) -> EpisodeTable:
+        where = self.where(episode_id)
+        return self._checked(self._rows_of(self._entry(episode_id), rows, self._columns, where), where)
+
+    def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
+        entry = self._entry(episode_id)
+        rows = read_rows(self.meta.locate(entry.data_path, where), episode_id, [*columns, *_CHECKED], where)
+        return self._rows_of(entry, rows, columns, where)
+
+    def _rows_of(self, entry: EpisodeEntry, rows: pa.Table, columns: Sequence[str], where: str) -> Rows:
+        length = rows.num_rows
+        if length != entry.length or not length:
+            raise CorruptEpisode(f"{where}: {entry.data_path} has {length} rows, meta/ lists {entry.length}")
+        frames = to_matrix(rows, "frame_index", where)[:, 0]
+        if not np.array_equal(frames, np.arange(length)):
+            raise CorruptEpisode(f"{where}: frame_index does not run 0..{length - 1}")
+        numbers = to_matrix(rows, "task_index", where)[:, 0].astype(int) if "task_index" in rows.column_names else None
+        return Rows({name: to_matrix(rows, name, where) for name in columns}, self._instruction(entry, numbers, where),
+                    to_matrix(rows, "timestamp", where)[:, 0])
+
+    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
+        entry, length, views = self._entry(episode_id), len(table.action), []
+        found: VideoExtent | ImageRows
+        for name, key in self._cameras.items():
+            if key in self.meta.video_keys:
+                path = self.meta.locate(entry.video_paths[key], where)
+                found = find_extent(path, entry.video_starts[key] + table.timestamps, where)
+                opener = functools.partial(decode, found, where)
+            else:
+                path = self.meta.locate(entry.data_path, where)
+                found = find_images(path, episode_id, key, length, where)
+                opener = functools.partial(decode_images, found, where)
+            views.append((View(name, found.height, found.width, length, opener), found.sha256))
+        return views
+
+    def _entry(self, episode_id: int) -> EpisodeEntry:
+        self.where(episode_id)
+        return self.meta.episodes[episode_id]
+
+    def _instruction(self, entry: EpisodeEntry, numbers: np.ndarray | None, where: str) -> str:
+        """Text of the rows' `task_index` values; refuses rows that contradict `meta/`."""
+        if numbers is None:
+            return "; ".join(entry.tasks) or self.config.instruction
+        used = list(dict.fromkeys(numbers.tolist()))
+        missing = [n for n in used if n not in self.meta.tasks]
+        if missing and self.meta.tasks:
+            raise CorruptEpisode(f"{where}: task_index {missing[0]} is none of meta/'s {len(self.meta.tasks)} tasks")
+        texts = [self.meta.tasks[n] for n in used if n in self.meta.tasks]
+        if entry.tasks and set(texts) != set(entry.tasks):
+            raise CorruptEpisode(f"{where}: the rows' task is {texts}, meta/ says {list(entry.tasks)}")
+        return "; ".join(texts) or self.config.instruction
+
+    def _check_width(self, columns: Sequence[str], described: int) -> None:
+        width = 0
+        for key in columns:
+            feature = self.meta.features.get(key)
+            if feature is None:
+                raise UserError(f"{self.name}: {unknown('column', key, self.meta.features)}; dataset config "
+                                f"'{self.config.name}' asks for it")
+            width += math.prod(feature.get("shape") or [1])
+        if width != described:
+            raise UserError(f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
+                            f"describes {described}; choose or write another dataset config")
+
+
+def choose_cameras(features: Mapping[str, dict], views: Sequence[str] | None) -> dict[str, str]:
+    """Short view name → feature key of `views` (full keys or short names; None = all). Depth maps are no pictures and are
+    left out unless named."""
+    def is_depth(feature: dict) -> bool:
+        details = feature.get("info") or feature.get("video_info") or {}
+        return bool(details.get("video.is_depth_map"))
+
+    keys = [k for k, f in features.items() if f.get("dtype") in ("video", "image")]
+    last = {k: k.rsplit(".", 1)[-1] for k in keys}
+    shared = {name for name, count in Counter(last.values()).items() if count > 1}  # rgb.head, depth.head: keep more
+    short = {k: k.removeprefix("observation.images.") if last[k] in shared else last[k] for k in keys}
+    short = {k: re.sub(r"[^\w-]+", "_", v) for k, v in short.items()}
+    if len(set(short.values())) < len(keys):
+        raise UserError(f"two cameras get the same short name: {', '.join(keys)}; rename one of them in meta/info.json")
+    if views is None:
+        return {short[k]: k for k in keys if not is_depth(features[k])}
+    by_name = {v: k for k, v in short.items()} | {k: k for k in keys}
+    for wanted in views:
+        if wanted not in by_name:
+            raise unknown("view", wanted, by_name)
+    return {short[by_name[w]]: by_name[w] for w in views}

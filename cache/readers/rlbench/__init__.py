@@ -1,0 +1,5 @@
+"""RLBench demonstrations: folders, zips or tars."""
+
+from .source import RlbenchSource
+
+READER = RlbenchSource

@@ -1,0 +1,197 @@
+"""RLBench demonstrations (as PerAct and `hqfang/RLBench-18-Tasks` lay them out), in zips, tars or unpacked, as episodes.
+
+`[data/][train/]close_jar[.zip]/[close_jar/]all_variations/episodes/episode7/` (or `variation3/episodes/…`) holds
+`low_dim_obs.pkl` (T observations), `variation_descriptions.pkl` and a folder of T pictures per camera: `front_rgb/0.png`, …
+Depth and mask pictures are not read. Any of these folders can be given, a single .zip or .tar, a hub id, or a folder or
+zip inside a hub repository (`hqfang/RLBench-18-Tasks/data/val/close_jar.zip`). What a zip holds stands in the zip alone,
+so all zips below a hub id are fetched when it is opened: the whole repository is 116 GB, a task a fiftieth of that.
+
+An episode's number is its place in the natural order of the paths, so that it is the same packed and unpacked.
+Letters: T frames of the episode.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import re
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ....errors import UserError
+from ..archive import SUFFIXES, Archive
+from ..base import EpisodeTable, Rows, Source, choose_views, listing_hash
+from ..config import DatasetConfig, find_config
+from ..episode import CorruptEpisode, View
+from .layout import LOW_DIM, TEXTS, Place, dataset_name, find_episodes, locate, looks_like_rlbench
+from .pickled_values import PickledArray, Record
+from .unpickle import load_records
+
+CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")     # of RLBench, in our order
+
+_PICTURE = re.compile(r"(?:rgb_)?([0-9]{1,9})\.png")
+_MAX_FRAMES = 100_000
+_PNG_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)   # what PIL raises
+
+
+class RlbenchSource(Source):
+    """Demonstrations of one or many RLBench tasks."""
+
+    format = "rlbench"
+
+    def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
+        """A folder, a .zip or .tar, or a hub id; `config` None finds the shipped one by the names of the folder and of
+        those around it. `UserError` when it cannot be fetched, holds no episode, or an archive is damaged or refused."""
+        path, names = locate(path_or_repo)
+        config = config or find_config(self.format, names)
+        places = find_episodes(path)
+        if not places:
+            raise UserError(f"{path_or_repo} holds no RLBench episode: a folder like all_variations/episodes/episode0 with "
+                            f"{LOW_DIM}, or {' or '.join(SUFFIXES)} files of them")
+        self._places = dict(enumerate(places))
+        # The cameras of at least half of the episodes that have any: one without such a camera is damaged.
+        counts, filled = Counter(c for p in places for c in p.cameras), sum(bool(p.cameras) for p in places)
+        cameras = sorted((c for c, n in counts.items() if 2 * n >= filled),
+                         key=lambda c: (CAMERAS.index(c) if c in CAMERAS else len(CAMERAS), c))
+        name = dataset_name(names)
+        super().__init__(path, name, config, fps=None, view_names=choose_views(cameras, config, name),
+                         episode_ids=tuple(self._places))
+
+    @classmethod
+    def matches(cls, names: Sequence[str], root: Path | None) -> bool:
+        """By `low_dim_obs.pkl` or the folders around it, zips called like PerAct's tasks, or what the first zip holds."""
+        return looks_like_rlbench(names, root)
+
+    @functools.cached_property
+    def revision_hash(self) -> str:
+        """sha256 hex over names and sizes of the zips and tars and of each unpacked `low_dim_obs.pkl`."""
+        files = {p.archive.path if p.label else p.archive.path / p.member(LOW_DIM) for p in self._places.values()}
+        return listing_hash(self.path if self.path.is_dir() else self.path.parent, [f for f in files if f.is_file()])
+
+    def length_of(self, episode_id: int) -> int:
+        """Number of pictures of the first camera."""
+        where = self.where(episode_id)
+        return len(_pictures(self._places[episode_id], self.view_names[0], where))
+
+    def instruction_of(self, episode_id: int) -> str:
+        """The first description of the episode's variation; the config's default where there is none."""
+        where = self.where(episode_id)
+        return _instruction(self._places[episode_id], where) or self.config.instruction
+
+    def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
+        place = self._places[episode_id]
+        observations, spot = _observations(place, where), f"{place.spot(where)}: {place.member(LOW_DIM)}"
+        return Rows({name: _column(observations, name, spot) for name in columns}, _instruction(place, where))
+
+    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
+        place, views = self._places[episode_id], []
+        for camera in self.view_names:
+            names, spot = _pictures(place, camera, where), place.spot(where)
+            digest, size = hashlib.sha256(), (0, 0)     # width, height
+            for name in names:
+                data = place.archive.read(name, spot)
+                digest.update(f"{len(data)};".encode() + data)
+                if name == names[0]:
+                    size = _open(data, name, spot).size     # reads the header only
+            opener = functools.partial(_decode, place.archive, names, size, spot)
+            views.append((View(camera, size[1], size[0], len(names), opener), digest.hexdigest()))
+        return views
+
+
+def _load(place: Place, name: str, where: str) -> Any:
+    member, spot = place.member(name), place.spot(where)
+    return load_records(place.archive.read(member, spot), member, spot)
+
+
+def _observations(place: Place, where: str) -> list[Record]:
+    """The T observations of an episode: a `Demo`, or a plain list as older versions of RLBench wrote it."""
+    found = _load(place, LOW_DIM, where)
+    if isinstance(found, Record) and found.kind == "Demo":
+        found = found.fields.get("_observations")
+    if not isinstance(found, list) or not 0 < len(found) <= _MAX_FRAMES \
+            or not all(isinstance(o, Record) and o.kind == "Observation" for o in found):
+        raise CorruptEpisode(f"{place.spot(where)}: {place.member(LOW_DIM)} holds no list of 1 to {_MAX_FRAMES:,} observations")
+    return found
+
+
+def _column(observations: Sequence[Record], name: str, spot: str) -> np.ndarray:
+    """One attribute of all observations, [T] or [T, ...]."""
+    found = [_numbers(o.fields.get(name)) for o in observations]
+    values, absent = [v for v in found if v is not None], [i for i, v in enumerate(found) if v is None]
+    if not values:
+        known = sorted(n for n, v in observations[0].fields.items() if _numbers(v) is not None)
+        raise CorruptEpisode(f"{spot} has no numbers called '{name}' (it has {', '.join(known)[:200] or 'none'})")
+    if absent:
+        raise CorruptEpisode(f"{spot} has no '{name}' in frame {absent[0]}")
+    odd = [i for i, v in enumerate(values) if v.shape != values[0].shape]
+    if odd:
+        raise CorruptEpisode(f"{spot}: '{name}' has shape {values[odd[0]].shape} in frame {odd[0]}, {values[0].shape} before")
+    return np.stack(values)
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """An attribute's numbers; None when it is not there or something else."""
+    if isinstance(value, PickledArray):
+        return value.numpy()
+    many = value if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(v, (bool, int, float)) for v in many):
+        return None
+    try:
+        return np.array(value, np.float64)
+    except OverflowError:   # an integer beyond any float
+        return None
+
+
+def _instruction(place: Place, where: str) -> str:
+    """The first text. RLBench keeps the texts beside `episodes/`, PerAct, which mixes variations, in the episode; "" where
+    neither does."""
+    outer = place.folder.split("/")[:-1]
+    for folder in (place.folder, "/".join(outer[:-1] if outer[-1:] == ["episodes"] else outer)):
+        if TEXTS in place.archive.entries(folder):
+            member, spot = f"{folder}/{TEXTS}".lstrip("/"), place.spot(where)
+            texts = load_records(place.archive.read(member, spot), member, spot)
+            if isinstance(texts, (list, tuple)) and texts and isinstance(texts[0], str):
+                return texts[0].strip()
+            raise CorruptEpisode(f"{spot}: {member} holds no list of texts")
+    return ""
+
+
+def _pictures(place: Place, camera: str, where: str) -> tuple[str, ...]:
+    """Names in the archive of one camera's pictures, in order."""
+    folder = place.member(f"{camera}_rgb")
+    found = sorted((int(m[1]), e) for e in place.archive.entries(folder) if (m := _PICTURE.fullmatch(e)))
+    if not found:
+        raise CorruptEpisode(f"{place.spot(where)}: {folder} is missing or empty, so there is no picture of '{camera}'")
+    for wanted, (number, entry) in enumerate(found):
+        if number != wanted:
+            raise CorruptEpisode(f"{place.spot(where)}: {folder} has {entry} where picture {wanted} should be")
+    return tuple(f"{folder}/{entry}" for _, entry in found)
+
+
+def _decode(archive: Archive, names: Sequence[str], size: tuple[int, int], spot: str, start: int,
+            stop: int) -> Iterator[np.ndarray]:
+    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where a picture cannot be decoded."""
+    for name in names[start:stop]:
+        image = _open(archive.read(name, spot), name, spot)
+        if image.size != size:
+            raise CorruptEpisode(f"{spot}: {name} is {image.width}x{image.height}, the first is {size[0]}x{size[1]}")
+        try:
+            picture = np.array(image.convert("RGB"))
+        except _PNG_ERRORS as error:
+            raise CorruptEpisode(f"{spot}: {name} cannot be decoded ({error})") from None
+        yield picture
+
+
+def _open(data: bytes, name: str, spot: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=("PNG",))
+    except _PNG_ERRORS:
+        raise CorruptEpisode(f"{spot}: {name} is not a PNG picture") from None

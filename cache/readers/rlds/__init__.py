@@ -1,0 +1,5 @@
+"""RLDS datasets: TFRecord files without TensorFlow."""
+
+from .source import RldsSource
+
+READER = RldsSource

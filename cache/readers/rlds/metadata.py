@@ -1,0 +1,195 @@
+"""What a tfds folder with RLDS episodes says about itself: dataset_info.json (name, splits, shards) and features.json (the
+features of a step, with shapes and types). No record is read here.
+
+The layout is <name>/<version>/ (or <name>/<config>/<version>/) with the two JSON files and the shards side by side.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....errors import UserError
+from ..episode import CorruptEpisode
+from ..location import Location
+
+DESCRIPTION = ("dataset_info.json", "features.json")
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"     # tfds' own, where a split names none
+_MAX_EPISODES = 10_000_000      # a list of ids is kept in memory; the largest corpora have a hundredth of that
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature of a step."""
+
+    kind: str                       # "tensor", "text", "image", or the class of a feature that is not read
+    shape: tuple[int | None, ...]   # of one step; None = not fixed
+    dtype: str                      # as tfds names it: float32, int64, bool, string …
+    encoding: str                   # of a tensor: none, bytes or zlib; of a picture: jpeg, png or "" (its bytes tell)
+
+    @property
+    def width(self) -> int | None:
+        """Numbers of one step; None where the shape is not fixed."""
+        return None if None in self.shape else math.prod(self.shape)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One TFRecord file as listed; whether it exists shows when it is read."""
+
+    path: str       # relative to the folder
+    first: int      # episode id of its first record
+    length: int     # number of records, one episode each
+
+
+class Metadata:
+    """One dataset's description. `UserError` when the path holds none, or several, or it cannot be used."""
+
+    def __init__(self, path_or_repo: str) -> None:
+        """`path_or_repo`: the folder of a version, one above it (the highest version is taken), or a hub id of either."""
+        self._files = Location(path_or_repo, [f"*{name}" for name in DESCRIPTION])
+        self._base = _choose(self._files.root, path_or_repo)
+        self.root = self._files.root / self._base
+        info, features = (_load(self.root / name) for name in DESCRIPTION)
+        given = self.root.absolute()
+        label = info.get("name") or (given.parent if _VERSION.fullmatch(given.name) else given).name
+        self.name = re.sub(r"[^\w-]+", "_", str(label))    # safe as a folder name
+        self.names = tuple(dict.fromkeys((self.name, given.name, given.parent.name, self._files.name)))   # to find a config by
+        self.features = dict(_flatten(_steps(features, self.root), ""))     # path below `steps` → feature
+        self.shards = tuple(_shards(info, str(label), self.root / DESCRIPTION[0]))
+        self._firsts = [s.first for s in self.shards]
+
+    @property
+    def revision_hash(self) -> str:
+        """sha256 hex over the two files that describe the dataset."""
+        digest = hashlib.sha256()
+        for name in DESCRIPTION:
+            data = (self.root / name).read_bytes()
+            digest.update(f"{name}:{len(data)};".encode() + data)
+        return digest.hexdigest()
+
+    @property
+    def episodes(self) -> range:
+        """Episode ids: a running number over splits and their shards as listed, by the listed number of records."""
+        return range(self.shards[-1].first + self.shards[-1].length if self.shards else 0)
+
+    def find(self, episode_id: int) -> tuple[Shard, int]:
+        """The shard of a listed episode and the number of its record there."""
+        shard = self.shards[bisect.bisect_right(self._firsts, episode_id) - 1]
+        return shard, episode_id - shard.first
+
+    def locate(self, shard: Shard, where: str) -> Path:
+        """The shard's file, fetched when it is on the hub; `CorruptEpisode` when it is missing."""
+        try:
+            return self._files.locate((Path(self._base) / shard.path).as_posix(), where)
+        except CorruptEpisode:
+            raise CorruptEpisode(f"{where}: shard {shard.path} is missing") from None
+
+
+def is_rlds(names: Sequence[str]) -> bool:
+    """Whether files of these names (relative) hold, in one folder, what describes a tfds dataset."""
+    info, features = ({n.rpartition("/")[0] for n in names if n.rpartition("/")[2] == name} for name in DESCRIPTION)
+    return bool(info & features)
+
+
+def _choose(root: Path, given: str) -> str:
+    """Folder of the version to read, relative to `root`: itself, or the highest version of the one dataset in it."""
+    found = {p.parent for depth in ("", "*/", "*/*/", "*/*/*/") for p in root.glob(depth + DESCRIPTION[0])
+             if (p.parent / DESCRIPTION[1]).is_file()}
+    if root in found:
+        return "."
+    versions = {p for p in found if _VERSION.fullmatch(p.name)}     # beside them: leftovers of interrupted conversions
+    folders = versions or found
+    if not folders:
+        raise UserError(f"{given} holds no RLDS dataset: no folder in it has {' and '.join(DESCRIPTION)}; give the folder of a "
+                        "version, e.g. bridge_dataset/1.0.0")
+    if len({p.parent for p in folders}) > 1 or (len(folders) > 1 and not versions):
+        listed = ", ".join(sorted(p.relative_to(root).as_posix() for p in folders)[:8])
+        raise UserError(f"{given} holds {len(folders)} RLDS datasets; give one of them: {listed}")
+    return max(folders, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)]).relative_to(root).as_posix()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({(str(error).splitlines() or ['?'])[0]}); copy the dataset again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; copy the dataset again")
+    return found
+
+
+def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:
+    """Every listed shard, splits and shards in the order of the file."""
+    kind = info.get("fileFormat") or "tfrecord"
+    if kind != "tfrecord":
+        raise UserError(f"{path}: the shards are '{kind}' files, only tfrecord can be read; convert them with tfds")
+    first = 0
+    try:
+        for split in info.get("splits") or ():
+            lengths = [int(n) for n in split["shardLengths"]]
+            digits = max(5, len(str(len(lengths))))
+            for number, length in enumerate(lengths):
+                index, count = f"{number:0{digits}}", f"{len(lengths):0{digits}}"
+                known = {"DATASET": name, "SPLIT": split["name"], "FILEFORMAT": kind, "SHARD_INDEX": index,
+                         "NUM_SHARDS": count, "SHARD_X_OF_Y": f"{index}-of-{count}"}
+                shard = re.sub(r"\{(\w*)\}", lambda found: known[found[1]], split.get("filepathTemplate") or _TEMPLATE)
+                if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                    raise ValueError(f"'{shard}' leaves the folder")
+                if not 0 <= length <= _MAX_EPISODES - first:
+                    raise ValueError(f"'{shard}' with {length} records")
+                yield Shard(shard, first, length)
+                first += length
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is not known" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: its splits cannot be read ({reason}); each has a name, shardLengths and a filepathTemplate of "
+                        "{DATASET}, {SPLIT}, {FILEFORMAT}, {SHARD_X_OF_Y}, {SHARD_INDEX}, {NUM_SHARDS}") from None
+
+
+def _steps(features: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The features of a step in features.json."""
+    try:
+        steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]
+        return {"featuresDict": {"features": dict(steps["featuresDict"]["features"])}}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{root / DESCRIPTION[1]} describes no episodes: RLDS has a dataset of features called 'steps', as "
+                        "tfds 4.5 or newer writes it") from None
+
+
+def _flatten(node: Any, path: str) -> Iterator[tuple[str, Feature]]:
+    """(path, feature) of every leaf."""
+    try:
+        if "featuresDict" in node:
+            for name, child in node["featuresDict"].get("features", {}).items():
+                yield from _flatten(child, f"{path}/{name}" if path else name)
+            return
+        yield path, _leaf(node)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"features.json describes '{path}' in a way that cannot be read") from None
+
+
+def _leaf(node: dict[str, Any]) -> Feature:
+    if "text" in node:
+        return Feature("text", (), "string", "none")
+    if "classLabel" in node:
+        return Feature("tensor", (), "int64", "none")
+    kind = next((k for k in ("tensor", "image", "boundingBox") if k in node), None)
+    if kind is None:
+        return Feature(str(node.get("pythonClassName", "unknown")).rpartition(".")[2], (), "", "")
+    content = node[kind]
+    sizes = [int(n) for n in (content.get("shape") or {}).get("dimensions", ())]
+    shape = tuple(None if n < 0 else n for n in sizes)
+    dtype = str(content.get("dtype") or ("uint8" if kind == "image" else "float32"))
+    if kind == "image":
+        return Feature("image", shape, dtype, str(content.get("encodingFormat") or ""))
+    if dtype in ("string", "object"):
+        return Feature("text" if shape == () else "string tensor", shape, "string", "none")
+    return Feature("tensor", shape, dtype, str(content.get("encoding") or "none").lower())

@@ -1,0 +1,220 @@
+"""RLDS datasets as tfds writes them (TFRecord shards of tf.train.Example, one record per episode), without TensorFlow.
+
+A record holds the steps of an episode as flat lists under the path of each feature: `steps/action` has T·7 floats,
+`steps/observation/image_0` T encoded pictures. Columns and views are named by the path below `steps`: "action",
+"action/world_vector", "observation/state"; a view also by its last part. Letters: T frames of an episode.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ....errors import UserError, unknown
+from ..base import EpisodeTable, Rows, Source
+from ..config import DatasetConfig, find_config
+from ..episode import CorruptEpisode, View
+from .metadata import Feature, Metadata, is_rlds
+from .tfrecord import index_records, parse_example, read_record, values_of
+
+_INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction")
+_DTYPES = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64"}
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF")   # what tfds writes; PIL would try many more
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)    # PIL's errors for damaged pictures
+
+
+class RldsSource(Source):
+    """One version of one RLDS dataset. Episode ids number the records of all splits and shards as dataset_info.json lists
+    them, so they do not move when a shard is missing. The rate is not in the files: the config gives `control_hz`."""
+
+    format = "rlds"
+
+    def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
+        """A version's folder, one above it, or a hub id of either; `config` None finds the shipped one that fits.
+
+        `UserError` when there is none or the config does not describe it.
+        """
+        self._meta = meta = Metadata(path_or_repo)
+        config = config or find_config(self.format, meta.names)
+        self._cameras = choose_cameras(meta.features, config, meta.name)    # short name → path below `steps`
+        super().__init__(meta.root, meta.name, config, fps=None, view_names=tuple(self._cameras), episode_ids=meta.episodes)
+        self._check_width(config.action_columns, config.action_width)
+        if config.state:
+            self._check_width(config.state_columns, self.state_map.native_dim)
+
+    @classmethod
+    def matches(cls, names: Sequence[str], root: Path | None) -> bool:
+        """By dataset_info.json and features.json in one folder."""
+        return is_rlds(names)
+
+    @functools.cached_property
+    def revision_hash(self) -> str:
+        """sha256 hex over dataset_info.json and features.json."""
+        return self._meta.revision_hash
+
+    def length_of(self, episode_id: int) -> int:
+        """Number of frames T, counted in the record itself: the metadata does not list it."""
+        where = self.where(episode_id)
+        return len(self._column(self._example(episode_id, where), self.config.action_columns[0], where))
+
+    def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
+        example = self._example(episode_id, where)
+        found = {name: self._column(example, name, where) for name in columns}
+        return Rows(found, self._instruction(example, {len(v) for v in found.values()}, where))
+
+    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
+        example, length, views = self._example(episode_id, where), len(table.action), []
+        for name, key in self._cameras.items():
+            pictures = values_of(example, f"steps/{key}", "bytes", where)
+            if len(pictures) != length:
+                raise CorruptEpisode(f"{where}: {len(pictures)} pictures of '{name}' for {length} rows")
+            width, height = _open(pictures[0], f"{where}: picture 0 of '{name}'").size
+            self._refuse_placeholder(example, name, pictures, where)
+            digest = hashlib.sha256()
+            for data in pictures:
+                digest.update(f"{len(data)};".encode() + data)
+            opener = functools.partial(self._decode, episode_id, name, (height, width), where)
+            views.append((View(name, height, width, length, opener), digest.hexdigest()))
+        return views
+
+    def _decode(self, episode_id: int, view: str, size: tuple[int, int], where: str,
+                start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield uint8 [H, W, 3] of frames start..stop-1. The record is read again: a source keeps no pictures."""
+        pictures = values_of(self._example(episode_id, where), f"steps/{self._cameras[view]}", "bytes", where)
+        if stop > len(pictures):
+            raise CorruptEpisode(f"{where}: {len(pictures)} pictures of '{view}', {stop} were expected")
+        for index in range(start, stop):
+            picture = _decoded(pictures[index], f"{where}: picture {index} of '{view}'")
+            if picture.shape[:2] != size:
+                raise CorruptEpisode(f"{where}: picture {index} of '{view}' is {picture.shape[1]}x{picture.shape[0]}, the "
+                                     f"first is {size[1]}x{size[0]}")
+            yield picture
+
+    def _refuse_placeholder(self, example: Mapping[str, Any], view: str, pictures: Sequence[bytes], where: str) -> None:
+        """Refuse a camera that was not there: Bridge fills it with black pictures and sets `has_<view>` false. The flag alone
+        proves nothing (the published Bridge files have it false for every camera, by a slip of their converter), so where
+        it is false the pixels decide, by the picture of fewest bytes: one of a single colour is always among the smallest."""
+        flag = f"episode_metadata/has_{self._cameras[view].rpartition('/')[2]}"
+        if flag not in example or any(values_of(example, flag, "int64", where)):
+            return
+        index = min(range(len(pictures)), key=lambda i: len(pictures[i]))
+        picture = _decoded(pictures[index], f"{where}: picture {index} of '{view}'")
+        if (picture == picture[0, 0]).all():
+            raise CorruptEpisode(f"{where}: view '{view}' was not recorded ({flag} is false, picture {index} is one colour); "
+                                 "leave it out by naming the others in the dataset config's `views`")
+
+    def _example(self, episode_id: int, where: str) -> Mapping[str, Any]:
+        """The episode's record, checked and parsed."""
+        shard, number = self._meta.find(episode_id)
+        path = self._meta.locate(shard, where)
+        found = len(index_records(path, where))
+        if found > shard.length:
+            raise CorruptEpisode(f"{where}: {shard.path} holds {found} records, dataset_info.json lists {shard.length}: they "
+                                 "are not of one dataset")
+        return parse_example(read_record(path, number, where), where)
+
+    def _column(self, example: Mapping[str, Any], name: str, where: str) -> np.ndarray:
+        """A numeric feature of all steps as [T, …]: float32 or int64 as stored in a flat list, else its own type."""
+        feature = self._meta.features[name]
+        width = feature.width or 1
+        if feature.encoding != "none":
+            parts = values_of(example, f"steps/{name}", "bytes", where)
+            return np.array([_unpacked(p, feature, f"{where}: step {i} of '{name}'") for i, p in enumerate(parts)])
+        kind = "float" if np.dtype(feature.dtype).kind == "f" else "int64"
+        values = values_of(example, f"steps/{name}", kind, where)
+        if len(values) % width:
+            raise CorruptEpisode(f"{where}: '{name}' has {len(values)} numbers, which is no multiple of the {width} of one step")
+        return values.reshape(-1, width)
+
+    def _instruction(self, example: Mapping[str, Any], lengths: Set[int], where: str) -> str:
+        """The steps' task text; differing ones are joined by "; " in the order of their use. `lengths`: of the columns,
+        which should all be one number."""
+        for name in _INSTRUCTIONS:
+            feature = self._meta.features.get(name)
+            if feature is None or feature.kind != "text":
+                continue
+            texts = values_of(example, f"steps/{name}", "bytes", where)
+            if len(texts) not in lengths:
+                raise CorruptEpisode(f"{where}: {len(texts)} texts of '{name}' for {max(lengths)} rows")
+            try:
+                used = dict.fromkeys(t.decode().strip() for t in texts)
+            except UnicodeDecodeError:
+                raise CorruptEpisode(f"{where}: '{name}' is not UTF-8 text") from None
+            return "; ".join(filter(None, used))
+        return ""
+
+    def _check_width(self, columns: Sequence[str], described: int) -> None:
+        numeric = {n: f for n, f in self._meta.features.items() if f.kind == "tensor"}
+        width, config = 0, self.config.name
+        for name in columns:
+            if name not in numeric:
+                raise UserError(f"{self.name}: {unknown('column', name, numeric)}; dataset config '{config}' asks for it")
+            feature = numeric[name]
+            if feature.encoding not in ("none", "bytes", "zlib") or feature.dtype not in _DTYPES or not feature.width:
+                raise UserError(f"{self.name}: column '{name}' is {feature.dtype} {list(feature.shape)} with encoding "
+                                f"'{feature.encoding}', which cannot be read; dataset config '{config}' asks for it")
+            width += feature.width
+        if width != described:
+            raise UserError(f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{config}' describes "
+                            f"{described}; choose or write another dataset config")
+
+
+def choose_cameras(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, str]:
+    """Short view name → path below `steps`, of the 8-bit pictures under `observation`. Depth maps are left out; where two
+    cameras share the last part of their path, both keep the whole of it."""
+    keys = [k for k, f in features.items() if f.kind == "image" and f.dtype == "uint8" and k.startswith("observation/")
+            and "depth" not in k.rpartition("/")[2].lower()]
+    count = Counter(k.rpartition("/")[2] for k in keys)
+    short = {k: k.rpartition("/")[2] if count[k.rpartition("/")[2]] == 1 else k.removeprefix("observation/") for k in keys}
+    short = {k: re.sub(r"[^\w-]+", "_", v) for k, v in short.items()}
+    if len(set(short.values())) < len(keys):
+        raise UserError(f"{dataset}: two cameras get the same short name: {', '.join(keys)}; name the ones to use in `views`")
+    by_name = {v: k for k, v in short.items()} | {k: k for k in keys}
+    wanted = short.values() if config.views is None else config.views
+    for name in wanted:
+        if name not in by_name:
+            raise UserError(f"{dataset}: {unknown('view', name, by_name)}; dataset config '{config.name}' asks for it")
+    return {short[by_name[w]]: by_name[w] for w in wanted}
+
+
+def _unpacked(data: bytes, feature: Feature, where: str) -> np.ndarray:
+    """The numbers of one step from their raw or zlib-compressed bytes."""
+    dtype = np.dtype(feature.dtype).newbyteorder("<")
+    expected = (feature.width or 1) * dtype.itemsize
+    if feature.encoding == "zlib":
+        try:
+            data = zlib.decompressobj().decompress(data, expected + 1)      # never more than can be right
+        except zlib.error as error:
+            raise CorruptEpisode(f"{where} cannot be decompressed ({error})") from None
+    if len(data) != expected:
+        raise CorruptEpisode(f"{where} is not the {expected} bytes of {feature.dtype} {list(feature.shape)}")
+    return np.frombuffer(data, dtype).reshape(-1)
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    """The picture with its header read; `CorruptEpisode` for what is none, or has more than 8 bits a channel."""
+    try:
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except _DAMAGE:     # their text can hold an address in memory, which differs from run to run
+        raise CorruptEpisode(f"{where} is not an image") from None
+    if picture.mode[0] in "IF":
+        raise CorruptEpisode(f"{where} is no 8-bit picture (PIL mode {picture.mode})")
+    return picture
+
+
+def _decoded(data: bytes, where: str) -> np.ndarray:
+    picture = _open(data, where)
+    try:
+        return np.asarray(picture.convert("RGB"))
+    except _DAMAGE as error:
+        raise CorruptEpisode(f"{where} cannot be decoded ({error})") from None

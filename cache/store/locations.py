@@ -1,0 +1,233 @@
+"""Where exported files lie: a local folder, or any URL that fsspec knows. (Pipes are WebDataset's, see webdataset_io.py.)"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from ...common.files import crc32c, hold, publish, temporary_name
+from ...errors import UserError
+
+BLOCK = 1 << 20     # bytes copied at a time
+
+
+class Place(Protocol):
+    """Named files somewhere. Write with `creating` and read with `fetch`, which turn whatever a place raises into `UserError`."""
+
+    where: str          # as the user gave it
+    resumable: bool     # whether one can see what is there already
+
+    def url(self, name: str) -> str:
+        """What to call the file in a message."""
+
+    def begin(self, name: str) -> Any:
+        """A binary file to write."""
+
+    def end(self, name: str, file: Any) -> None:
+        """Close it and make it visible."""
+
+    def drop(self, name: str, file: Any) -> None:
+        """Close it and forget it, as far as the place can."""
+
+    def open(self, name: str) -> Any:
+        """A binary file to read from its beginning."""
+
+    def names(self) -> list[str]:
+        """What is there."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes, or None when it is not there."""
+
+    def remove(self, name: str) -> None:
+        """Delete one file."""
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only writer, where the place has locks."""
+
+
+class Folder:
+    """A local folder. A file appears whole or not at all."""
+
+    resumable = True
+
+    def __init__(self, where: str) -> None:
+        self.where, self.path = where, Path(where.removeprefix("file://")).expanduser()
+
+    def url(self, name: str) -> str:
+        return str(self.path / name)
+
+    def begin(self, name: str) -> Any:
+        return open(temporary_name(self.path / name), "wb", buffering=BLOCK)
+
+    def end(self, name: str, file: Any) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        publish(temporary_name(self.path / name), self.path / name)
+
+    def drop(self, name: str, file: Any) -> None:
+        temporary_name(self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # a full disk: what is buffered still does not fit
+            file.close()
+
+    def open(self, name: str) -> Any:
+        return open(self.path / name, "rb")
+
+    def names(self) -> list[str]:
+        return os.listdir(self.path)
+
+    def size(self, name: str) -> int | None:
+        path = self.path / name
+        return path.stat().st_size if path.exists() else None
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and be its only writer; what a killed writer left half written is removed."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from None
+        try:
+            hold(handle, f"another process is writing to {self.path}")
+            for left in self.path.glob(".*.tmp-*"):
+                left.unlink()
+            yield
+        finally:
+            os.close(handle)
+
+
+class Url:
+    """A folder or prefix of a file system of fsspec. Objects of object stores appear when they are closed."""
+
+    resumable = True
+
+    def __init__(self, where: str) -> None:
+        import fsspec
+
+        self.where = where.rstrip("/")
+        try:
+            self._fs, self._path = fsspec.core.url_to_fs(self.where)
+        except Exception as error:  # an unknown scheme, a package that is not installed, no credentials: whatever the package raises
+            raise UserError(f"{where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
+                            "(s3fs for s3://, gcsfs for gs://), or pipe:COMMAND with {name}") from None
+        logger = logging.getLogger(type(self._fs).__module__.partition(".")[0])
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())    # gcsfs logs what it raises, traceback and all, which would be printed
+
+    def url(self, name: str) -> str:
+        return f"{self.where}/{name}"
+
+    def begin(self, name: str) -> Any:
+        path = f"{self._path}/{name}"
+        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        return self._fs.open(path, "wb")
+
+    def end(self, name: str, file: Any) -> None:
+        file.close()
+
+    def drop(self, name: str, file: Any) -> None:
+        if hasattr(file, "discard"):
+            file.discard()
+
+    def open(self, name: str) -> Any:
+        return self._fs.open(f"{self._path}/{name}", "rb")
+
+    def names(self) -> list[str]:
+        self._fs.invalidate_cache()
+        return [p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(self._path, detail=False)] if self._fs.isdir(self._path) else []
+
+    def size(self, name: str) -> int | None:
+        path = f"{self._path}/{name}"
+        return self._fs.size(path) if self._fs.exists(path) else None
+
+    def remove(self, name: str) -> None:
+        self._fs.rm(f"{self._path}/{name}")
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class Sink:
+    """What a file is written to: its size and crc32c so far, and errors of the place as `UserError`."""
+
+    def __init__(self, file: Any, url: str) -> None:
+        self._file, self._url, self._closed = file, url, False
+        self.nbytes = self.crc = 0
+
+    def write(self, data: bytes) -> int:
+        if self._closed:    # tarfile flushes once more when it is dropped after an error
+            return len(data)
+        with errors("write", self._url):
+            self._file.write(data)
+        self.nbytes, self.crc = self.nbytes + len(data), crc32c(bytes(data), self.crc)
+        return len(data)
+
+    def close(self) -> None:
+        """Ignore what still comes."""
+        self._closed = True
+
+
+@contextlib.contextmanager
+def creating(place: Place, name: str) -> Iterator[Sink]:
+    """Write one file; it is made visible when the block ends without an error."""
+    url = place.url(name)
+    with errors("write", url):
+        file = place.begin(name)
+    sink = Sink(file, url)
+    try:
+        yield sink
+    except BaseException:
+        sink.close()
+        place.drop(name, file)
+        raise
+    with errors("write", url):
+        place.end(name, file)
+
+
+def fetch(place: Place, name: str, scratch: Path, missing: str | None = None) -> tuple[BinaryIO, int, int | None]:
+    """(file to read and seek in, nbytes, crc32c or None) of one file: where it is, or a copy without a name in the folder `scratch`.
+
+    `missing`: the error to raise instead when a local file is not there, or a remote one cannot be read."""
+    try:
+        with errors("read", place.url(name)):
+            file = place.open(name)
+            if isinstance(place, Folder):
+                return file, os.fstat(file.fileno()).st_size, None
+            nbytes = crc = 0
+            copy = tempfile.TemporaryFile(dir=scratch)
+            with file:
+                while block := file.read(BLOCK):
+                    copy.write(block)
+                    nbytes, crc = nbytes + len(block), crc32c(block, crc)
+            copy.flush()
+            copy.seek(0)
+            return copy, nbytes, crc
+    except UserError as error:
+        raise (UserError(f"{missing} ({error})") if missing else error) from None
+
+
+@contextlib.contextmanager
+def errors(verb: str, url: str) -> Iterator[None]:
+    """Whatever a place raises, as a `UserError` that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # OSError, and each fsspec package has its own
+        raise UserError(f"cannot {verb} {url}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if failed := re.search(r"\): exit (-?\d+) \((?:read|write)\)", str(error)):    # as WebDataset reports a pipe
+        return f"the command ended with exit code {failed[1]}"
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

@@ -1,0 +1,150 @@
+"""A cache that lies behind an fsspec URL, read through a folder on this machine.
+
+    LOCAL/<digest>/…        the files of one generation of one cache, under the names they have in it
+    LOCAL/.locks/<n>        one process at a time fetches a file
+
+Tables are fetched when the cache is opened, a shard when it is first touched: under a temporary name, compared with the size and crc32c of
+the manifest, then renamed. So whatever lies there under a final name is whole, and any number of processes (and caches) may share LOCAL.
+With a limit, the shards that were opened longest ago make room for new ones; one that is being read stays until it is let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ...common.files import crc32c, write_file
+from ...errors import UserError
+from .locations import BLOCK, Folder, Url, creating, errors
+from .manifest import read_json
+
+LOCKS = 256         # files that can be fetched at the same time by all processes
+TABLE_THREADS = 8
+ATTEMPTS = 3        # object stores have bad moments
+STALE = 3600.0      # seconds after which a temporary file is a killed process's
+
+
+def is_remote(path: Path | str) -> bool:
+    """Whether it is a URL rather than a folder."""
+    return "://" in str(path) and not str(path).startswith("file://")
+
+
+class Mirror:
+    """Read-through copies, in `local`, of the files of the cache at a URL. `limit` bounds the shards of this cache there, in bytes.
+
+    `UserError` when there is no finished cache at `url`, and naming the file for one that cannot be fetched or is not as it was written."""
+
+    def __init__(self, url: str, local: Path | str, limit: int | None = None) -> None:
+        self.place, self._limit = Url(url), limit
+        data = read_manifest(self.place)
+        self._local = Path(local).expanduser()
+        self.folder = self._local / f"{crc32c(data):08x}{len(data):08x}"
+        try:
+            (self._local / ".locks").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            if not (self.folder / "manifest.json").exists():
+                write_file(self.folder / "manifest.json", data)
+        except OSError as error:
+            raise UserError(f"cannot keep copies of {url} in {local}: {error.strerror}; choose another local folder") from None
+        self._files: dict[str, dict[str, int]] = read_json(self.folder / "manifest.json").get("files", {})
+        require_inside(self._files, url)
+        for left in self.folder.rglob(".*.tmp-*"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
+        with ThreadPoolExecutor(TABLE_THREADS) as pool:
+            list(pool.map(self._fetch, [name for name in self._files if not _is_shard(name)]))
+
+    def ensure(self, path: Path) -> None:
+        """The file `path` below `folder` is there, whole."""
+        self._fetch(path.relative_to(self.folder).as_posix())
+
+    def _fetch(self, name: str) -> None:
+        path = self.folder / name
+        if path.exists():
+            return
+        if name not in self._files:
+            raise UserError(f"{self.place.where} does not list {name} in its manifest")
+        with self._lock(str(crc32c(name.encode()) % LOCKS)):
+            if path.exists():       # fetched by another one meanwhile
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fetch_checked(self.place, name, self._files[name], path)
+        if self._limit is not None and _is_shard(name):
+            self._make_room(path)
+
+    def _make_room(self, newest: Path) -> None:
+        with self._lock("room"):
+            shards = []
+            for path in self.folder.glob("*/*/*/c/**/*"):
+                with contextlib.suppress(OSError):
+                    if path.is_file() and ".tmp-" not in path.name and _is_shard(path.relative_to(self.folder).as_posix()):
+                        found = path.stat()
+                        shards.append((found.st_mtime_ns, found.st_size, path))
+            over = sum(size for _, size, _ in shards) - (self._limit or 0)
+            for _, size, path in sorted(shards):
+                if over <= 0:
+                    break
+                if path != newest:
+                    path.unlink(missing_ok=True)
+                    over -= size
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Held by one thread of one process."""
+        with open(self._local / ".locks" / name, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def read_manifest(place: Url) -> bytes:
+    """manifest.json of the cache at `place`. `UserError` where none is."""
+    try:
+        with errors("read", place.url("manifest.json")), place.open("manifest.json") as file:
+            return file.read()
+    except UserError as error:
+        raise UserError(f"no finished cache at {place.where}: it has no manifest.json, which is written last ({error})") from None
+
+
+def require_inside(names: Iterable[str], url: str) -> None:
+    """`UserError` for a name in the manifest of the cache at `url` that leaves its folder."""
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"the manifest of {url} names '{name}', which would lie outside the cache; it is damaged, or hostile")
+
+
+def fetch_checked(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
+    """Copy one file of a cache to `path`, which appears whole and as `entry`, of the manifest, says, or not at all (`UserError`)."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _copy(place, name, entry, path)
+        except UserError:
+            if attempt + 1 == ATTEMPTS:
+                raise
+            time.sleep(0.2 * 4**attempt)
+
+
+def _copy(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
+    url = place.url(name)
+    with errors("read", url):
+        source = place.open(name)
+    with source, creating(Folder(str(path.parent)), path.name) as sink:
+        while True:
+            with errors("read", url):
+                block = source.read(8 * BLOCK)
+            if not block:
+                break
+            sink.write(block)
+        if sink.nbytes != entry["bytes"] or sink.crc != entry["crc32c"]:
+            raise UserError(f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "
+                            f"{entry['crc32c']:08x} were written; run `dvla cache verify` where it lies")
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a file of the manifest is fetched only when it is touched: shards of features and of their scales."""
+    parts = name.split("/")
+    return len(parts) > 4 and parts[1] in ("features", "scales") and parts[3] == "c"

@@ -1,0 +1,257 @@
+"""Open files and folders of shards: found by the name they had, also when they move or go, and closed with their last user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...common.files import crc32c
+from ...errors import UserError
+from .shard_writer import index_nbytes
+
+if TYPE_CHECKING:
+    from .codec import Compression
+
+
+class Folder:
+    """A directory held open: files are found in it by the name it had, also after it was renamed and another took that name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.handle = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._finalizer = weakref.finalize(self, os.close, self.handle)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` names it now."""
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.stat(path))
+        except FileNotFoundError:
+            return False
+
+
+def open_file(path: Path, folder: Folder | None = None) -> int:
+    """Handle of a shard, to be read; in `folder` when its path is below that. `UserError` naming it when that fails."""
+    try:
+        if folder is not None:
+            return os.open(path.relative_to(folder.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder.handle)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+
+
+def touch(handle: int) -> None:
+    """Mark a file as used just now, as far as one may: it may be another user's copy."""
+    with contextlib.suppress(OSError):
+        os.utime(handle)
+
+
+class OpenShard:
+    """An open shard file. It is closed when its last user lets go of it.
+
+    Its first `count` records follow each other from byte 0 on; of one where they do not, `index` [n, 2] int64 holds (offset, nbytes)
+    of each, −1 where missing, and `count` is 0."""
+
+    __slots__ = ("handle", "path", "index", "count", "used", "_close")
+
+    def __init__(self, handle: int, path: str, index: np.ndarray | None, count: int) -> None:
+        self.handle, self.path, self.index, self.count, self.used = handle, path, index, count, False
+        self._close = os.close      # still known when the interpreter ends
+
+    def __del__(self) -> None:
+        self._close(self.handle)
+
+    def extent(self, inner: int, record: int) -> tuple[int, int]:
+        """(offset, nbytes) of a record; `KeyError` for one that was never written."""
+        if inner < self.count:
+            return inner * record, record
+        if self.index is None or self.index[inner, 0] < 0:
+            raise KeyError(inner)
+        return int(self.index[inner, 0]), int(self.index[inner, 1])
+
+
+MAX_BUFFERS = 512                   # buffers in one preadv; the kernel's limit (IOV_MAX) is 1024
+REMEMBERED = 1 << 16                # shards whose index a reader need not see again (some 20 MB)
+ADVICE = 128 << 10                  # bytes of one POSIX_FADV_WILLNEED: the kernel takes no more than its read-ahead window from each
+
+
+def read_index(path: Path, chunks_per_shard: int) -> np.ndarray:
+    """`[chunks_per_shard, 2]` uint64 (offset, nbytes); `UserError` naming the shard when it is missing or damaged."""
+    handle = open_file(path)
+    try:
+        return _read_index(handle, path, chunks_per_shard)
+    finally:
+        os.close(handle)
+
+
+def _read_index(handle: int, path: Path, chunks_per_shard: int) -> np.ndarray:
+    size = index_nbytes(chunks_per_shard)
+    end = os.fstat(handle).st_size
+    tail = os.pread(handle, size, end - size) if end >= size else b""
+    if len(tail) != size or crc32c(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
+        raise _damaged(path)
+    return np.frombuffer(tail, dtype="<u8", count=2 * chunks_per_shard).reshape(-1, 2)
+
+
+def _damaged(path: Path | str) -> UserError:
+    return UserError(f"shard {path} is damaged (truncated, or its index is wrong); run `dvla cache verify`")
+
+
+class ShardFiles:
+    """Open shard files, shared by threads: at most `limit`, the ones used last (default: an eighth of what the process may open).
+
+    With a `folder`, paths are below it. `fetch(path)` puts there what lies elsewhere: it is called for a file that is not there (any more)."""
+
+    def __init__(self, limit: int | None = None, folder: Folder | None = None, fetch: Callable[[Path], None] | None = None) -> None:
+        self._limit = limit or max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+        self._folder, self._fetch, self._lock = folder, fetch, threading.Lock()
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._plain: dict[str, tuple[int, int]] = {}    # shards without gaps → (file size, records): opened again, no index is read
+
+    def get(self, path: str, chunks_per_shard: int, record: int) -> OpenShard:
+        """The shard at `path`, of at most `chunks_per_shard` records of `record` bytes (0: compressed ones), opened when needed."""
+        with self._lock:
+            if (found := self._open.get(path)) is not None:
+                self._open.move_to_end(path)
+                found.used = True
+                return found
+        shard = self._load(path, chunks_per_shard, record)      # perhaps twice, by two threads: the later one stays
+        with self._lock:
+            self._open[path] = shard
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return shard
+
+    def close(self) -> None:
+        """Let go of every file."""
+        with self._lock:
+            self._open.clear()
+
+    def _load(self, path: str, chunks: int, record: int) -> OpenShard:
+        handle, where = self._handle(Path(path)), Path(path)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+            size = os.fstat(handle).st_size
+            known = self._plain.get(path)
+            if known is not None and known[0] == size:
+                return OpenShard(handle, path, None, known[1])
+            index = _read_index(handle, where, chunks).astype(np.int64)         # 2**64-1 becomes -1
+            count = int((index[:, 0] >= 0).sum())
+            plain = np.stack([np.arange(count) * record, np.full(count, record)], axis=1)
+            if record and (index[count:] < 0).all() and (index[:count] == plain).all():
+                if len(self._plain) >= REMEMBERED:
+                    self._plain.clear()
+                self._plain[path] = size, count
+                return OpenShard(handle, path, None, count)
+            return OpenShard(handle, path, index, 0)
+        except BaseException:
+            os.close(handle)
+            raise
+
+    def _handle(self, path: Path) -> int:
+        if self._fetch is None:
+            return open_file(path, self._folder)
+        for last in (False, False, True):
+            if not path.exists():
+                self._tend()
+                self._fetch(path)
+                self._tend()
+            try:
+                handle = open_file(path, self._folder)
+            except UserError:       # removed again meanwhile, for want of room
+                if last:
+                    raise
+            else:
+                touch(handle)
+                return handle
+        raise AssertionError
+
+    def _tend(self) -> None:
+        """Show which fetched files were used, and let go of those that were removed, so that their room is free."""
+        with self._lock:
+            for path, shard in list(self._open.items()):
+                if not os.fstat(shard.handle).st_nlink:
+                    del self._open[path]
+                elif shard.used:
+                    shard.used = False
+                    touch(shard.handle)
+
+
+def read_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, targets: Sequence[memoryview], records_per_shard: int,
+                 tail: str = "0/0", compression: Compression | None = None) -> None:
+    """Read record `rows[i]` of the array's shards in `folder` into `targets[i]`, adjacent records in one `preadv`.
+
+    `rows` int64 [n], any order, repeats allowed; `folder` holds the shards `<number>/<tail>`; each target is writable,
+    contiguous and exactly one record long. `UserError` naming the shard when a record cannot be read.
+    """
+    record = len(targets[0]) if len(rows) else 0
+    order = np.argsort(rows, kind="stable")
+    ordered, into, path = rows[order], order.tolist(), ""
+    shard: OpenShard | None = None
+    for where, inner, begin, end in _runs(folder, ordered, records_per_shard, tail):
+        if shard is None or where != path:
+            shard = None        # let go of it first: a thread has one file open, not two
+            path, shard = where, files.get(where, records_per_shard, 0 if compression else record)
+        if inner + end - begin <= shard.count:      # the hot path: one after the other
+            for low in range(begin, end, MAX_BUFFERS):
+                buffers = [targets[i] for i in into[low:min(low + MAX_BUFFERS, end)]]
+                at = (inner + low - begin) * record
+                if (got := os.preadv(shard.handle, buffers, at)) != len(buffers) * record:
+                    _finish_read(shard, buffers, at, got)
+            continue
+        for i in range(begin, end):     # compressed, or written by another tool in another order, or missing
+            try:
+                offset, nbytes = shard.extent(inner + i - begin, record)
+                if compression is None:
+                    _finish_read(shard, [targets[into[i]]], offset, 0)
+                else:
+                    compression.decode(os.pread(shard.handle, nbytes, offset), targets[into[i]])
+            except KeyError:
+                raise UserError(f"shard {path} does not hold row {ordered[i]}") from None
+            except ValueError:
+                raise _damaged(path) from None
+
+
+def advise_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, record: int, records_per_shard: int, tail: str = "0/0") -> None:
+    """Have the records `rows` (int64 [n], ascending) of `record` bytes (0: compressed) read into memory soon, from front to back."""
+    for path, inner, begin, end in _runs(folder, rows, records_per_shard, tail):
+        _advise(files.get(path, records_per_shard, record), inner, inner + end - begin - 1, record)
+
+
+def _advise(shard: OpenShard, first: int, last: int, record: int) -> None:
+    """Have the records `first` to `last` of a shard read into memory soon."""
+    try:
+        begin, end = shard.extent(first, record)[0], sum(shard.extent(last, record))
+    except KeyError:
+        return      # reading says what is missing
+    for at in range(begin, end, ADVICE):
+        os.posix_fadvise(shard.handle, at, min(ADVICE, end - at), os.POSIX_FADV_WILLNEED)
+
+
+def _runs(folder: Path | str, ordered: np.ndarray, records_per_shard: int, tail: str) -> Iterator[tuple[str, int, int, int]]:
+    """(path, first record in it, begin, end) of each range of `ordered` rows that lie side by side in one shard."""
+    shard, inner = np.divmod(ordered, records_per_shard)
+    cuts = (np.flatnonzero((np.diff(ordered) != 1) | (np.diff(shard) != 0)) + 1).tolist()
+    begins, base = [0, *cuts] if len(ordered) else [], str(folder)
+    for begin, end, number, first in zip(begins, [*cuts, len(ordered)], shard[begins].tolist(), inner[begins].tolist()):
+        yield f"{base}/{number}/{tail}", first, begin, end
+
+
+def _finish_read(shard: OpenShard, buffers: list[memoryview], offset: int, got: int) -> None:
+    """Complete a read that ended after `got` bytes (network file systems, signals)."""
+    for buffer in buffers:
+        done = min(got, len(buffer))
+        got -= done
+        while done < len(buffer):
+            read = os.preadv(shard.handle, [buffer[done:]], offset + done)
+            if read == 0:       # the file ends too early
+                raise _damaged(shard.path)
+            done += read
+        offset += len(buffer)

@@ -1,0 +1,264 @@
+"""A feature cache as WebDataset tars, on disk, behind fsspec URLs or behind pipes. Only this module imports webdataset.
+
+    index.json                              written last: the tars with samples, bytes and crc32c of each (key "shardlist"), and
+                                            under "dvla" the other tars and the names of the views
+    _meta.tar                               all that is not features: cache/store (fingerprint, manifest, channel_scale) and
+                                            <dataset>/tables (attributes as json; action, text.embedding, episodes.start … as npy)
+    <dataset>-000000.tar …                  one sample per observation
+    _quarantine-<dataset>-000000.tar …      the observations of quarantined episodes, partly zeros: kept apart, so that a reader
+                                            of "shardlist" never trains on them
+
+The key of a sample is <dataset>/<episode's place in the table>/<frame of the episode>, zero-padded: keys sort as rows do. Its fields:
+
+    features.<view>[.aug<k>].npy            [tokens, width] exactly as stored: float16, int8, or uint8 holding float8_e4m3fn
+    scales.<view>[.aug<k>].npy              [tokens] float32, of 8-bit features; feature = code · scale · channel_scale
+    action.npy, proprio.npy                 [128] float32, unified, not normalised
+    json                                    dataset, episode_id, step, row, timestamp, instruction, control_hz, embodiment, …
+
+WebDataset lower-cases fields, so <view> is the camera's name in lower case; where two would then be one, view0, view1, …
+The bytes depend on the cache and the size of a tar alone (no times, no owners, fixed order). `webdataset.WebDataset` reads them
+as they are; webdataset_cache.py gives them the interface of `Cache`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ....common.files import file_crc32c
+from ....errors import UserError
+from ..locations import Folder, Place, Url, creating, fetch
+
+INDEX, META, EXPORT_FORMAT = "index.json", "_meta.tar", 1
+Entry = dict[str, Any]      # of a tar: url, nsamples, filesize, crc32c
+
+
+def labels(views: Sequence[str]) -> dict[str, str]:
+    """View → its name in the fields of samples, which WebDataset lower-cases."""
+    lower = [v.lower() for v in views]
+    clash = len(set(lower)) < len(lower) or any(re.search(r"\.aug\d+$", label) for label in lower)
+    return dict(zip(views, (f"view{i}" for i in range(len(views))) if clash else lower))
+
+
+def field_name(kind: str, label: str, variant: int) -> str:
+    """The field of one view's features or scales."""
+    return f"{kind}.{label}{f'.aug{variant}' if variant else ''}.npy"
+
+
+def sample_key(dataset: str, position: int, step: int) -> str:
+    """The key of frame `step` of the `position`-th episode."""
+    return f"{dataset}/{position:08d}/{step:08d}"
+
+
+def npy(values: np.ndarray) -> bytes:
+    """The .npy file of an array."""
+    values = np.ascontiguousarray(values).reshape(values.shape)
+    return b"".join((_npy_header(values.dtype.str, values.shape), values.reshape(-1).view(np.uint8).data))
+
+
+@functools.lru_cache(maxsize=256)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    """(dtype, shape) of a .npy file from the bytes before its data; `ValueError` when they are something else."""
+    file = io.BytesIO(header)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read:
+        raise ValueError(f"npy version {version}")
+    shape, fortran, dtype = read[version](file)
+    if fortran or dtype.kind not in "biuf" or file.tell() != len(header):
+        raise ValueError("not a plain array")
+    return dtype, shape
+
+
+class Pipe:
+    """`pipe:COMMAND` of WebDataset, with {name} where the file's name goes: a command that takes, or gives, the bytes of one file.
+
+    What is there already cannot be listed, so an interrupted export begins anew."""
+
+    resumable = False
+
+    def __init__(self, where: str) -> None:
+        if "{name}" not in where:
+            raise UserError(f"'{where}' does not say where the name of each file goes; write {{name}} there, as in "
+                            "'pipe:aws s3 cp - s3://bucket/cache/{name}'")
+        self.where = where
+
+    def url(self, name: str) -> str:
+        return self.where.replace("{name}", name)
+
+    def begin(self, name: str) -> Any:
+        return self._run(name, "wb")
+
+    def end(self, name: str, file: Any) -> None:
+        file.close()        # raises when the command failed
+
+    def drop(self, name: str, file: Any) -> None:
+        with contextlib.suppress(OSError):
+            file.close()
+
+    def open(self, name: str) -> Any:
+        return self._run(name, "rb")
+
+    def names(self) -> list[str]:
+        return []
+
+    def size(self, name: str) -> int | None:
+        return None
+
+    def remove(self, name: str) -> None:
+        raise ValueError("nothing can be removed behind a pipe")
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _run(self, name: str, mode: str) -> Any:
+        from webdataset.gopen import gopen
+
+        return gopen(self.url(name), mode)
+
+
+def open_place(where: str) -> Place:
+    """The place a user means by a folder, a URL or a pipe; `UserError` for what is none."""
+    if where.startswith("pipe:"):
+        return Pipe(where)
+    return Url(where) if "://" in where and not where.startswith("file://") else Folder(where)
+
+
+def write_tar(place: Place, name: str, samples: Iterable[Mapping[str, Any]]) -> Entry:
+    """Write samples (field → bytes, and `__key__`) as one tar; returns its entry of the index. `UserError` when `place` refuses."""
+    from webdataset import TarWriter
+
+    count = 0
+    with creating(place, name) as sink:
+        writer = TarWriter(sink, encoder=False, mtime=0, user="", group="", mode=0o644, format="PAX_FORMAT")
+        for sample in samples:
+            writer.write(sample)
+            count += 1
+        writer.close()
+    return {"url": name, "nsamples": count, "filesize": sink.nbytes, "crc32c": sink.crc}
+
+
+@dataclass(frozen=True)
+class _Tar:
+    file: BinaryIO                              # seekable; closed with the last reference
+    members: dict[str, tuple[int, int]]         # name → (offset of its data, nbytes)
+
+
+class Tars:
+    """Random access to the members of an export's tars; thread-safe.
+
+    Tars that are not local are copied to an unnamed temporary file in `scratch` when they are first needed. At most `limit` are
+    kept open. With `check`, and whenever one is copied, a tar is compared with its entry before anything in it is believed.
+    """
+
+    def __init__(self, place: Place, entries: Iterable[Entry], scratch: Path, check: bool) -> None:
+        self.place, self.limit, self._scratch, self._check = place, 256, scratch, check
+        self.held: dict[tuple[str, str], bytes] = {}     # (tar, member) → its bytes: of tars that are streamed, not opened
+        self._entries = {e["url"]: e for e in entries}
+        self._open: OrderedDict[str, _Tar] = OrderedDict()
+        self._checked: set[str] = set()
+        self._lock = threading.Lock()
+
+    def read(self, tar: str, member: str, dtype: str, shape: tuple[int, ...], target: memoryview) -> None:
+        """Fill `target` with the data of one .npy member. `UserError` naming the tar when it is not that array."""
+        def check(header: bytes) -> None:
+            try:
+                found = _parse_header(header)
+            except ValueError as error:
+                raise self.damaged(tar, f"{member}: {error}") from None
+            if found != (np.dtype(dtype), shape):
+                raise self.damaged(tar, f"{member} is {found[0]} {list(found[1])}, not {dtype} {list(shape)}")
+
+        if (held := self.held.get((tar, member))) is not None:
+            begin = max(len(held) - len(target), 0)
+            check(held[:begin])
+            target[:] = memoryview(held)[begin:]
+            return
+        opened, offset, nbytes = self._member(tar, member)
+        begin = max(nbytes - len(target), 0)
+        check(os.pread(opened.file.fileno(), begin, offset))
+        while len(target):
+            got = os.preadv(opened.file.fileno(), [target], offset + begin)
+            if not got:
+                raise self.damaged(tar, f"it ends inside {member}")
+            target, begin = target[got:], begin + got
+
+    def array(self, tar: str, member: str) -> np.ndarray:
+        """A .npy member, memory-mapped read-only."""
+        opened, offset, nbytes = self._member(tar, member)
+        start = os.pread(opened.file.fileno(), min(nbytes, 10), offset)
+        begin = 10 + int.from_bytes(start[8:10], "little")      # the header of version 1, as written by `npy`
+        try:
+            dtype, shape = _parse_header(os.pread(opened.file.fileno(), begin, offset))
+        except ValueError as error:
+            raise self.damaged(tar, f"{member}: {error}") from None
+        if begin + int(np.prod(shape)) * dtype.itemsize != nbytes:
+            raise self.damaged(tar, f"{member} holds {nbytes} bytes for {dtype} {list(shape)}")
+        return np.memmap(opened.file, dtype, "r", offset + begin, shape)
+
+    def json(self, tar: str, member: str) -> Any:
+        """A JSON member."""
+        opened, offset, nbytes = self._member(tar, member)
+        try:
+            return json.loads(os.pread(opened.file.fileno(), nbytes, offset))
+        except ValueError as error:
+            raise self.damaged(tar, f"{member}: {error}") from None
+
+    def fetch(self, tar: str) -> None:
+        """Have a tar on this machine, and its members known."""
+        self._get(tar)
+
+    def damaged(self, tar: str, why: str) -> UserError:
+        """The error that says so."""
+        return UserError(f"{self.place.url(tar)} is damaged ({why}); export the cache again, or fetch that tar again")
+
+    def _member(self, tar: str, member: str) -> tuple[_Tar, int, int]:
+        opened = self._get(tar)
+        if member not in opened.members:
+            raise self.damaged(tar, f"it does not hold {member}")
+        return opened, *opened.members[member]
+
+    def _get(self, name: str) -> _Tar:
+        with self._lock:
+            if name not in self._open:
+                while len(self._open) >= self.limit:
+                    self._open.popitem(last=False)
+                self._open[name] = self._load(name)
+            self._open.move_to_end(name)
+            return self._open[name]
+
+    def _load(self, name: str) -> _Tar:
+        entry = self._entries[name]
+        file, nbytes, crc = fetch(self.place, name, self._scratch)
+        if isinstance(self.place, Folder) and self._check and name not in self._checked:    # what was copied has its crc already
+            nbytes, crc = file_crc32c(self.place.path / name)
+        if nbytes != entry["filesize"]:
+            raise self.damaged(name, f"{nbytes} bytes, {entry['filesize']} were written")
+        if crc is not None and crc != entry["crc32c"]:
+            raise self.damaged(name, f"crc32c {crc:08x}, {entry['crc32c']:08x} was written")
+        self._checked.add(name)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                return _Tar(file, {m.name: (m.offset_data, m.size) for m in tar if m.isreg()})
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise self.damaged(name, str(error)) from None

@@ -1,0 +1,295 @@
+"""Building a feature cache, shard by shard, resumable after anything.
+
+The file system is the truth. A shard is written under a temporary name, synced, renamed, and then recorded in
+`.commits/`; the manifest with `"complete": true` comes last. So a build may be killed at any moment and run again, and
+the finished bytes depend neither on the order of the work nor on restarts. Layout: see layout.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common import fingerprint as fp
+from ...common.files import file_crc32c, lock_folder, names_full_disk, publish, temporary_name, write_file
+from ...errors import UserError
+from .manifest import json_bytes, read_json
+from .plan import FORMAT, BuildPlan, DatasetTables, ShardTask, array_name
+from .shard_writer import ShardWriter
+from .validation import check_features, checked_arrays
+from .zarr_format import (
+    commit_file,
+    features_document,
+    features_folder,
+    group_document,
+    open_table,
+    record_compression,
+    scales_document,
+    scales_folder,
+    write_table,
+)
+
+PIECE_NBYTES = 1 << 20  # written at a time
+Features = np.ndarray | tuple[np.ndarray, np.ndarray]   # float16, or (codes, token scales)
+
+
+class CacheWriter:
+    """The one builder of a cache. Use as a context manager; make it with `create_or_resume`.
+
+    Work: `write_shard` for every task of `missing()`, `write_tables` for every name of `tables_missing()`, `finish()`.
+    """
+
+    def __init__(self, path: Path, plan: BuildPlan, lock: Any) -> None:
+        self.path, self.plan, self._lock = path, plan, lock
+        self._datasets = {d.name: d for d in plan.datasets}
+
+    @classmethod
+    def create_or_resume(cls, path: Path | str, fingerprint: dict[str, Any], plan: BuildPlan) -> CacheWriter:
+        """Start a cache at `path`, or take up the build that was started there with the same fingerprint and plan.
+
+        `fingerprint` is JSON; the plan is added under "store". `UserError` when `path` holds something else, was built
+        from other settings (the differing fields are named) or is being built by another process. Nothing of value is
+        deleted: only temporary files of a killed builder, and the manifest when a listed shard has disappeared.
+        """
+        path = Path(path)
+        plan.check()
+        if "store" in fingerprint:
+            raise ValueError('the fingerprint key "store" is the plan\'s own')
+        asked = {**fingerprint, "store": plan.document()}
+        writer = cls(path, plan, None)
+        if writer.complete:
+            _require_same(path, asked)
+            if writer._nothing_missing():
+                return writer       # needs no lock, and may be read-only
+        others = [n for n in os.listdir(path) if n != ".lock" and ".tmp-" not in n] if path.is_dir() else []
+        if others and not (path / "fingerprint.json").exists():
+            raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}); choose another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
+        writer._lock = lock_folder(path)
+        try:
+            writer._prepare(asked)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    @property
+    def complete(self) -> bool:
+        """True when the cache was finished: nothing is left to do."""
+        return (self.path / "manifest.json").exists()
+
+    def missing(self) -> list[ShardTask]:
+        """The shards still to be written, in dataset, view, variant and row order."""
+        return [t for t in self.plan.tasks() if not self._committed(commit_file(self.path, t.dataset, t.array, t.index))]
+
+    def tables_missing(self) -> list[str]:
+        """The datasets whose tables are still to be written."""
+        return [d.name for d in self.plan.datasets if not self._committed(commit_file(self.path, d.name))]
+
+    @names_full_disk
+    def write_shard(self, task: ShardTask, chunks: Iterable[Features], quarantined: Sequence[tuple[int, str]] = ()) -> None:
+        """Write one shard from features of observations `task.start … task.stop-1`, in order, and commit it.
+
+        `chunks`: float16 [tokens, width] (one picture) or [k, tokens, width]; of an 8-bit cache (codes [k, tokens, width],
+        token scales float32 [k, tokens]). `quarantined`: (episode id, reason) of episodes that failed to decode, whose rows the
+        caller fills with zeros; it is read after the last chunk, so the caller may append while producing them. `UserError`
+        naming the row for a value that is not finite.
+        """
+        plan, tail = self.plan, (self.plan.tokens, self.plan.width)
+        step = max(1, PIECE_NBYTES // plan.format.record_nbytes(*tail))
+        path = features_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0" / "0"
+        scales = scales_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0"
+        with contextlib.ExitStack() as stack:
+            shard = stack.enter_context(ShardWriter(path, (1, *tail), plan.format.zarr_dtype, plan.shard_frames,
+                                                    record_compression(plan.format)))
+            beside = stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames)) if plan.format.quantised else None
+            for chunk in chunks:
+                block, scale = chunk if isinstance(chunk, tuple) else (chunk[None] if chunk.ndim == 2 else chunk, None)
+                if scale is not None and len(scale) != len(block):
+                    raise ValueError(f"{task}: {len(block)} records came with {len(scale)} rows of scales")
+                for at in range(0, len(block), step):   # checked, summed and written while it is in the processor's cache
+                    part, scales_part = block[at:at + step], None if scale is None else scale[at:at + step]
+                    check_features(part, scales_part, task, task.start + shard.count, plan)
+                    shard.append(part)
+                    if beside is not None and scales_part is not None:
+                        beside.append(scales_part)
+            if shard.count != task.stop - task.start:
+                raise ValueError(f"{task}: got {shard.count} observations, expected {task.stop - task.start}")
+            known = {e.episode_id for e in self._datasets[task.dataset].episodes}
+            if any(episode not in known for episode, _ in quarantined):
+                raise ValueError(f"{task}: quarantined episodes {quarantined} are not all in the plan")
+            written = {path: shard.commit()} | ({scales: beside.commit()} if beside is not None else {})
+        self._commit(commit_file(self.path, task.dataset, task.array, task.index), written,
+                     quarantined=sorted([int(episode), reason] for episode, reason in quarantined))
+
+    @names_full_disk
+    def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:
+        """float32 [D] of an 8-bit cache, measured and stored on the first call of a build, None of a 16-bit one. Before any shard."""
+        if not self.plan.format.quantised:
+            return None
+        folder, record = self.path / "channel_scale", self.path / ".commits" / "channel_scale.json"
+        if not self._committed(record):
+            self._commit(record, write_table(folder, measure().astype(np.float32), ("channel",)))
+        return np.array(open_table(folder))
+
+    @names_full_disk
+    def adopt(self, task: ShardTask, other: Path) -> None:
+        """Commit a shard that is, byte for byte, the one of the same name in the finished cache `other`: hard links where the
+        file system has them."""
+        record = commit_file(other, task.dataset, task.array, task.index)
+        for name in json.loads(record.read_bytes())["files"]:
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_name(target)
+            try:
+                os.link(other / name, temporary)
+            except OSError:     # another file system, or none that links
+                shutil.copyfile(other / name, temporary)
+            publish(temporary, target)
+        write_file(commit_file(self.path, task.dataset, task.array, task.index), record.read_bytes())
+
+    @names_full_disk
+    def write_tables(self, dataset: str, tables: DatasetTables) -> None:
+        """Write all of a dataset but its vision features, and commit it. `ValueError` for wrong shapes or dtypes."""
+        plan, root = self._datasets[dataset], self.path / dataset
+        arrays, frame = checked_arrays(plan, self.plan, tables), ("frame",)
+        dimensions = {"action": ("frame", "slot"), "proprio": ("frame", "slot"), "timestamp": frame,
+                      "action_mask": ("slot",), "proprio_mask": ("slot",), "text/length": ("instruction",),
+                      "text/embedding": ("instruction", "text_token", "text_channel"),
+                      "null_text": ("null_text_token", "text_channel")}
+        written: dict[Path, tuple[int, int]] = {}
+        for name, values in arrays.items():
+            default = ("episode",) if name.startswith("episodes/") else ("token", "channel")
+            written |= write_table(root / name, values, dimensions.get(name, default))
+        own = {"format": FORMAT, "views": list(plan.views), "tokens": self.plan.tokens, "width": self.plan.width,
+               "shard_frames": self.plan.shard_frames, "frames": plan.frames, "frame_stride": self.plan.frame_stride,
+               "variants": self.plan.variants, "dtype": self.plan.format.dtype, "compression": self.plan.format.compression,
+               "view_hashes": {view: [e.view_hashes[i] for e in plan.episodes if e.view_hashes] for i, view in enumerate(plan.views)},
+               "embodiment": int(tables.embodiment),
+               "control_hz": float(tables.control_hz), "instructions": list(plan.instructions),
+               "source_hashes": [e.source_hash for e in plan.episodes],
+               "action_stats": tables.action_stats.to_dict(), "proprio_stats": tables.proprio_stats.to_dict(),
+               "action_rotation": np.flatnonzero(tables.action_rotation).tolist(),
+               "proprio_rotation": np.flatnonzero(tables.proprio_rotation).tolist()}
+        if clash := (own.keys() | {"quarantined"}) & tables.attributes.keys():
+            raise ValueError(f"attributes {sorted(clash)} belong to the store")
+        self._commit(commit_file(self.path, dataset), written, attributes={**tables.attributes, **own})
+
+    @names_full_disk
+    def finish(self) -> dict[str, Any]:
+        """Write the metadata, the quarantine ledger and, last, the manifest; returns the manifest.
+
+        `ValueError` while shards or tables are missing.
+        """
+        if self.missing() or self.tables_missing():
+            raise ValueError(f"{self.path}: {len(self.missing())} shards are missing, and tables of "
+                             f"{self.tables_missing()}")
+        if self.complete:
+            return json.loads((self.path / "manifest.json").read_bytes())
+        self._clear()       # of workers that were lost on the way
+        files: dict[str, dict[str, int]] = {}
+        if self.plan.format.quantised:
+            files |= json.loads((self.path / ".commits" / "channel_scale.json").read_bytes())["files"]
+        ledger, nodes = [], {}
+        datasets: list[dict[str, Any]] = []
+        for d in self.plan.datasets:
+            tables = json.loads(commit_file(self.path, d.name).read_bytes())
+            lines = {(episode, reason) for episode, reason in d.quarantined}
+            files |= tables["files"]
+            for record in sorted((self.path / ".commits" / d.name).glob("*/*.json")):
+                commit = json.loads(record.read_bytes())
+                files |= commit["files"]
+                lines |= {(episode, reason) for episode, reason in commit["quarantined"]}
+            ledger += [{"dataset": d.name, "episode_id": e, "reason": r} for e, r in sorted(lines)]
+            bad = sorted({e for e, _ in lines})
+            nodes[d.name] = group_document({**tables["attributes"], "quarantined": bad})
+            quantised = ("scales",) if self.plan.format.quantised else ()
+            nodes |= {f"{d.name}/{group}": group_document() for group in ("features", "episodes", "text", "null", *quantised)}
+            rows = int(d.observations(self.plan.frame_stride).sum())
+            for array in (array_name(view, k) for view in d.views for k in range(self.plan.variants + 1)):
+                nodes[f"{d.name}/features/{array}"] = features_document(rows, self.plan)
+                if quantised:
+                    nodes[f"{d.name}/scales/{array}"] = scales_document(rows, self.plan)
+            datasets.append({"name": d.name, "frames": d.frames, "episodes": len(d.episodes), "views": list(d.views),
+                             "quarantined": len(bad)})
+        quarantine = "".join(fp.canonical(line) + "\n" for line in ledger).encode()
+        contents = {"quarantine.jsonl": quarantine} | {f"{n}/zarr.json": json_bytes(doc) for n, doc in nodes.items()}
+        nodes |= {name.removesuffix("/zarr.json"): json.loads((self.path / name).read_bytes())
+                  for name in files if name.endswith("/zarr.json")}
+        root = {**group_document({"dvla": {"format": FORMAT}}), "consolidated_metadata":
+                {"kind": "inline", "must_understand": False, "metadata": nodes}}
+        contents["zarr.json"] = json_bytes(root)
+        for name, data in contents.items():
+            files[name] = _entry(write_file(self.path / name, data))
+        files["fingerprint.json"] = _entry(file_crc32c(self.path / "fingerprint.json"))
+        manifest = {"complete": True, "format": FORMAT, "datasets": datasets, "files": files,
+                    "bytes": sum(f["bytes"] for f in files.values()), "frames": sum(d["frames"] for d in datasets),
+                    "fingerprint": fp.digest(read_json(self.path / "fingerprint.json")),
+                    "quarantine_count": sum(d["quarantined"] for d in datasets),
+                    "tokens": self.plan.tokens, "width": self.plan.width, "shard_frames": self.plan.shard_frames,
+                    "dtype": self.plan.format.dtype, "frame_stride": self.plan.frame_stride, "variants": self.plan.variants}
+        write_file(self.path / "manifest.json", json_bytes(manifest))
+        return manifest
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @names_full_disk
+    def _prepare(self, asked: dict[str, Any]) -> None:
+        """Under the lock: check or write the fingerprint, and remove what a killed builder left."""
+        if (self.path / "fingerprint.json").exists():
+            _require_same(self.path, asked)
+        self._clear()
+        if not (self.path / "fingerprint.json").exists():
+            write_file(self.path / "fingerprint.json", json_bytes(asked))
+        if self.complete and not self._nothing_missing():
+            (self.path / "manifest.json").unlink()
+
+    def _clear(self) -> None:
+        for left in self.path.rglob(".*.tmp-*"):
+            left.unlink(missing_ok=True)    # a worker that outlived its builder may be renaming it
+
+    def _nothing_missing(self) -> bool:
+        return not self.missing() and not self.tables_missing()
+
+    def _committed(self, record: Path) -> bool:
+        try:
+            files = json.loads(record.read_bytes())["files"]
+            return all((self.path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):    # not there, or a damaged record
+            return False
+
+    def _commit(self, record: Path, written: dict[Path, tuple[int, int]], **extra: Any) -> None:
+        files = {path.relative_to(self.path).as_posix(): _entry(entry) for path, entry in written.items()}
+        write_file(record, json_bytes({"files": files, **extra}))
+
+
+def _entry(written: tuple[int, int]) -> dict[str, int]:
+    return {"bytes": written[0], "crc32c": written[1]}
+
+
+def _require_same(path: Path, asked: dict[str, Any]) -> None:
+    lines = fp.diff(read_json(path / "fingerprint.json"), asked)
+    if lines:
+        more = f"; … {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise UserError(f"cache {path} was built from other settings: {'; '.join(lines[:8])}{more}. "
+                        f"Choose another --out, or run with the cache's settings")

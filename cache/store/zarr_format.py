@@ -1,0 +1,129 @@
+"""What lies where in a cache folder: the plan of a build, the Zarr v3 documents, and the small tables.
+
+Every array is sharded and, but for an option of the features, uncompressed, so a shard is contiguous bytes (see shard.py) and any
+Zarr library opens it:
+
+    zarr.json                                  root group, with consolidated metadata
+    fingerprint.json  manifest.json  quarantine.jsonl
+    <dataset>/features/<view>/c/<shard>/0/0    [observations, tokens, width] float16, int8, or uint8 holding float8_e4m3fn;
+                                               one inner chunk = one observation = one frame in `frame_stride`
+                                               (with a boundary: of hidden states inside the vision tower, one token a patch)
+    <dataset>/features/<view>.aug<k>/…         the same pictures in their k-th augmented variant, k = 1 … variants
+    <dataset>/scales/<view>[.aug<k>]/c/<shard>/0    [observations, tokens] float32, of 8-bit features
+    channel_scale                              [width] float32, of 8-bit features
+    <dataset>/{action,proprio,timestamp}       [frames, 128] or [frames]; a table is one shard
+    <dataset>/{action_mask,proprio_mask}       [128] bool
+    <dataset>/episodes/{start,length,id,instruction}     [episodes] int64
+    <dataset>/text/{embedding,length}          [instructions, Lt, text width] float16, [instructions] int64
+    <dataset>/null/<view>, <dataset>/null_text           features of a black frame and of an empty instruction
+    .commits/<dataset>/tables.json, .commits/<dataset>/<array>/<shard>.json    what a builder has finished (array: view or variant)
+    .lock                                      held by the one builder
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.files import write_file
+from ...errors import UserError
+from .codec import Compression, FeatureFormat
+from .manifest import json_bytes
+from .plan import BuildPlan
+from .shard_writer import ShardWriter
+
+TABLE_CHUNK_NBYTES = 1 << 20        # inner chunk of a table: about 1 MiB of rows
+_DTYPES = {"float16": 0.0, "float32": 0.0, "float64": 0.0, "int64": 0, "int8": 0, "uint8": 0, "bool": False}   # name → fill value
+
+
+def features_folder(root: Path, dataset: str, array: str) -> Path:
+    """The array folder of one view's features, or of a variant of it."""
+    return root / dataset / "features" / array
+
+
+def scales_folder(root: Path, dataset: str, array: str) -> Path:
+    """The array folder of the token scales that belong to 8-bit features."""
+    return root / dataset / "scales" / array
+
+
+def commit_file(root: Path, dataset: str, array: str | None = None, index: int = 0) -> Path:
+    """The commit record of one shard, or of a dataset's tables when `array` is None."""
+    folder = root / ".commits" / dataset
+    return folder / "tables.json" if array is None else folder / array / f"{index}.json"
+
+
+def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A Zarr v3 group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
+
+
+def array_document(shape: tuple[int, ...], dtype: str, shard: tuple[int, ...], chunk: tuple[int, ...],
+                   dimensions: tuple[str, ...], compression: Compression | None = None,
+                   attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A Zarr v3 array: little endian, sharded, index with crc32c at the end of each shard; chunks compressed or not."""
+    raw = {"name": "bytes", "configuration": {"endian": "little"}}
+    inner = {"name": "bytes"} if dtype in ("bool", "int8", "uint8") else raw
+    codecs = [inner, *(compression.document() if compression else [])]
+    sharding = {"chunk_shape": list(chunk), "codecs": codecs, "index_codecs": [raw, {"name": "crc32c"}],
+                "index_location": "end"}
+    return {"zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype,
+            "fill_value": _DTYPES[dtype], "attributes": attributes or {}, "dimension_names": list(dimensions),
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}], "storage_transformers": []}
+
+
+def features_document(rows: int, plan: BuildPlan) -> dict[str, Any]:
+    """The array of one view's features."""
+    tail, format = (plan.tokens, plan.width), plan.format
+    attributes = {"encoding": format.dtype} if format.zarr_dtype != format.dtype else {}
+    return array_document((rows, *tail), format.zarr_dtype, (plan.shard_frames, *tail), (1, *tail),
+                          ("observation", "token", "channel"), record_compression(format), attributes)
+
+
+def scales_document(rows: int, plan: BuildPlan) -> dict[str, Any]:
+    """The array of the token scales of one view's 8-bit features."""
+    return array_document((rows, plan.tokens), "float32", (plan.shard_frames, plan.tokens), (1, plan.tokens), ("observation", "token"))
+
+
+def record_compression(format: FeatureFormat) -> Compression | None:
+    """The compression of feature records; None where they are stored as they are."""
+    return None if format.compression == "none" else Compression(format.compression, format.itemsize)
+
+
+def write_table(folder: Path, values: np.ndarray, dimensions: tuple[str, ...]) -> dict[Path, tuple[int, int]]:
+    """Write a small array as one shard; returns path → (nbytes, crc32c) of its two files."""
+    dtype = str(values.dtype)
+    if dtype not in _DTYPES or values.ndim != len(dimensions) or values.size == 0:
+        raise ValueError(f"{folder.name}: cannot store {values.shape} {dtype} with dimensions {dimensions}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise UserError(f"table {folder} holds a value that is not finite at {where}; check the source data")
+    rows = max(1, min(len(values), TABLE_CHUNK_NBYTES // (values.nbytes // len(values))))
+    chunks = -(-len(values) // rows)
+    tail = values.shape[1:]
+    whole = len(values) // rows * rows
+    shard = folder.joinpath("c", *["0"] * values.ndim)
+    with ShardWriter(shard, (rows, *tail), dtype, chunks) as writer:
+        writer.append(values[:whole])
+        if whole < len(values):     # an edge chunk is stored full size
+            last = np.zeros((rows, *tail), dtype)
+            last[:len(values) - whole] = values[whole:]
+            writer.append(last)
+        written = {shard: writer.commit()}
+    document = array_document(values.shape, dtype, (chunks * rows, *tail), (rows, *tail), dimensions)
+    written[folder / "zarr.json"] = write_file(folder / "zarr.json", json_bytes(document))
+    return written
+
+
+def open_table(folder: Path) -> np.ndarray:
+    """The array `write_table` wrote, memory-mapped read-only; `UserError` when it is missing or too short."""
+    try:
+        document = json.loads((folder / "zarr.json").read_bytes())
+        return np.memmap(folder.joinpath("c", *["0"] * len(document["shape"])), document["data_type"], "r",
+                         shape=tuple(document["shape"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read table {folder}: {error}; run `dvla cache verify` on the cache") from None

@@ -1,0 +1,1 @@
+"""The frozen vision-language encoder: checkpoints, preprocessing, features, LoRA."""

@@ -1,0 +1,136 @@
+"""Reading the few files of a VLM checkpoint that an encoder needs: a folder or a hub id, JSON files, single tensors.
+
+A family of models says which stored tensors it needs, and under which name, by a function `canonical(stored name) -> name | None`: one
+model lies on the hub and on disks under the names of several transformers versions. A file that holds no needed tensor may be missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import UserError
+
+Canonical = Callable[[str], str | None]
+
+
+def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> Path:
+    """The local folder of a checkpoint; of a hub id, only the needed files are downloaded, unless there already."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path} is no checkpoint folder: config.json is missing")
+        return folder
+    if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise UserError(f"checkpoint folder {path} does not exist (and it is no hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        small = ["*.json", "*.txt", "*.jinja"]
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=small))
+        files = sorted(set(_tensor_files(folder, canonical).values())) or ["model.safetensors"]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=small + files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot get {path} from the hub: give a local checkpoint folder, or go online, check the "
+                        f"name and log in if it is gated ({type(error).__name__}: {reason})") from None
+
+
+def require_model_type(folder: Path, path: str, vlm: str, wanted: str, part: str | None = None) -> None:
+    """`UserError` unless config.json, or its `part` (e.g. "text_config"), has model_type `wanted`."""
+    config = read_json(folder / "config.json")
+    found = (config.get(part) or {} if part else config).get("model_type")
+    if found != wanted:
+        where = f"{part}.model_type" if part else "model_type"
+        raise UserError(f"{path} is a '{found}' checkpoint; --vlm {vlm} needs {where} '{wanted}'")
+
+
+def read_tensors(folder: Path, canonical: Canonical, model: str, required: str) -> dict[str, torch.Tensor]:
+    """The needed tensors by canonical name, sorted, in the stored dtype.
+
+    `UserError` when a needed file is missing or damaged, or when tensor `required`, or every other, is absent. `model` names the family.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    wanted = _tensor_files(folder, canonical)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(set(wanted.values())) or ["model.safetensors"]:
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} is incomplete: {file}, which holds vision or embedding weights, is missing")
+        try:
+            with safe_open(folder / file, framework="pt") as f:
+                tensors |= {new: f.get_tensor(name) for name in f.keys() if (new := canonical(name)) is not None}
+        except SafetensorError as error:
+            raise UserError(f"{folder / file} is damaged: {error}") from None
+    absent = sorted({canonical(name) or name for name in wanted} - set(tensors)) or [n for n in (required,) if n not in tensors]
+    if absent or len(tensors) < 2:
+        raise UserError(f"{folder} lacks weights of a {model} model: {', '.join(absent[:3]) or 'all of its vision tower'}")
+    return dict(sorted(tensors.items()))
+
+
+def assign_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str) -> None:
+    """Put `tensors` (all of the module's) in the place of its meta tensors; `UserError` when they do not fit its config."""
+    try:
+        module.load_state_dict({n: t.to(device=device, dtype=dtype) for n, t in tensors.items()}, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: its vision weights do not fit its config: {reason}") from None
+
+
+def require_whole(module: torch.nn.Module) -> None:
+    """`ValueError` when a tensor is still on the meta device: this transformers version has one that nobody fills."""
+    left = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    if left:
+        raise ValueError(f"this transformers version has tensors neither stored nor rebuilt: {', '.join(left)}")
+
+
+def load_tokenizer(folder: Path, path: str) -> Any:
+    """transformers' tokenizer of the checkpoint; `UserError` when none of its files is there."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(f"{path} has no tokenizer: none of {', '.join(names)} is there")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def image_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel from the processor's file (transformers 5: inside processor_config.json)."""
+    file = folder / "preprocessor_config.json"
+    newer = folder / "processor_config.json"
+    values = read_json(file) if file.is_file() else read_json(newer).get("image_processor", {})
+    if "image_mean" not in values or "image_std" not in values:
+        raise UserError(f"{folder}: the processor config gives no image_mean and image_std")
+    return tuple(values["image_mean"]), tuple(values["image_std"])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """One of the checkpoint's JSON files; `UserError` when it cannot be read."""
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over name, dtype, shape and bytes of the tensors, in order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensor_files(folder: Path, canonical: Canonical) -> dict[str, str]:
+    """{stored name of a needed tensor: file name} from the index; empty for a checkpoint in one file."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {}
+    return {name: file for name, file in read_json(index)["weight_map"].items() if canonical(name) is not None}

@@ -1,0 +1,48 @@
+"""Loading an encoder, and refusing one that is not the encoder asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...common import fingerprint as fp
+from ...errors import UserError, unknown
+from .encoder import VisionLanguageEncoder
+from .spec import DTYPES, EncoderSpec
+
+
+def load_encoder(spec: EncoderSpec, device: torch.device | str = "cpu",
+                 dtype: torch.dtype | None = None) -> VisionLanguageEncoder:
+    """Read the vision part, the embedding table and the tokenizer of `spec.path`; frozen, in eval mode, on `device`.
+
+    `dtype` overrides `spec.dtype`. `UserError` when the checkpoint is missing, incomplete, damaged or of another
+    architecture, when resolution or tokens do not fit its patches, or when an adapter was trained on other weights.
+    """
+    from . import adapter as adapters  # they import this module
+    from . import paligemma2, qwen3vl
+
+    families = {"qwen3vl": qwen3vl.load, "paligemma2": paligemma2.load}
+    if spec.vlm not in families:
+        raise unknown("vlm", spec.vlm, families)
+    device = torch.device(device)
+    if dtype is None:
+        dtype = DTYPES.get(spec.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    encoder = families[spec.vlm](spec, device, dtype).requires_grad_(False).eval()
+    for folder in spec.adapters:
+        adapters.merge_adapter(encoder, folder)
+    return encoder
+
+
+def require_encoder(encoder: VisionLanguageEncoder, fingerprint: Mapping[str, Any], what: str) -> None:
+    """`UserError` naming the differing fields unless the encoder (without adapter) is the one the features came from."""
+    lines = encoder_differences(fingerprint, encoder.fingerprint())
+    if lines:
+        raise UserError(f"{what} belongs to another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; give the folder of the right one")
+
+
+def encoder_differences(a: Mapping[str, Any], b: Mapping[str, Any], **words: str) -> list[str]:
+    """`fingerprint.diff` of two encoders' fingerprints, but for the dtype of the computation: it changes rounding, not what is computed."""
+    first, second = ({k: v for k, v in one.items() if k != "dtype"} for one in (a, b))
+    return fp.diff(first, second, **words)

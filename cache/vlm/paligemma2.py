@@ -1,0 +1,264 @@
+"""PaliGemma 2 as an encoder: SigLIP, the multi-modal projector, and on request Gemma 2, on transformers' own modules.
+
+Letters: N images or observations, V views, S patches of one image = its tokens K (SigLIP has no class token), F values of one patch,
+C vision width, A heads, E head width, D language width, Lt prompt tokens.
+
+`depth: vision` (default), `features: merged`: the projector's output, [S,D]. That is what Gemma's first layer sees, and what
+`get_image_features` returns from transformers 5.4 on; before, it divides by sqrt(D) and the language model multiplies all embeddings by
+sqrt(D) again (one more rounding, which is left out here). Text features are embedding rows times sqrt(D), on the same scale.
+`features: patch`: SigLIP's output after its last LayerNorm, [S,C]. At another resolution than the checkpoint's own, SigLIP's learned
+positions are interpolated as transformers does.
+
+`depth: language`: the last hidden state of Gemma 2 (after its final norm) over the image tokens of all views, with the instruction
+appended once: <image>·V·K <bos> instruction \\n, every token attending to every other, as in PaliGemma's prefix. Features of one view
+then depend on the other views and on the instruction, so they are encoded by observation (`encode_observation`), not by picture. LoRA
+goes into SigLIP (and the projector) all the same; its gradient comes through Gemma's layers, which stay frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import UserError
+from .blocks import attention, through
+from .checkpoint import (
+    assign_tensors,
+    checkpoint_folder,
+    image_statistics,
+    load_tokenizer,
+    read_tensors,
+    require_model_type,
+    require_whole,
+    tensors_sha256,
+)
+from .encoder import VisionLanguageEncoder
+from .pooling import average_pool
+from .preprocess import ImageSpec, preprocess
+from .spec import EncoderSpec, LoraLayers
+
+EMBEDDING_NAME = "language_model.model.embed_tokens.weight"
+VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.")
+HEAD_PREFIX = "vision_tower.vision_model.head."     # SigLIP's pooling head, which PaliGemma does not use
+LANGUAGE_PREFIX = "language_model.model."
+# (stored, as on the hub): newer versions of transformers store "model.…", and without the inner "model." or "vision_model."
+LAYOUTS = ((r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
+           (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+           (r"^(model\.)?language_model\.(model\.)?", LANGUAGE_PREFIX))
+VISION_FIELDS = ("hidden_size", "hidden_act", "image_size", "intermediate_size", "layer_norm_eps", "num_attention_heads",
+                 "num_channels", "num_hidden_layers", "patch_size")
+TEXT_FIELDS = ("attn_logit_softcapping", "head_dim", "hidden_activation", "hidden_size", "intermediate_size", "num_attention_heads",
+               "num_hidden_layers", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps")
+
+
+class PaliGemmaVision(nn.Module):
+    """SigLIP and the projector, with modules named as the hub's tensors are."""
+
+    vision_tower: Any               # modules that only name what is in them
+    multi_modal_projector: Any
+    recompute: bool                 # gradient checkpointing of SigLIP's layers; the encoder sets it
+
+    def __init__(self, config: Any, out_width: int) -> None:
+        from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+        super().__init__()
+        tower = SiglipVisionModel(config)
+        self.vision_tower, self.multi_modal_projector = nn.Module(), nn.Module()
+        self.vision_tower.vision_model = getattr(tower, "vision_model", tower)
+        self.multi_modal_projector.linear = nn.Linear(config.hidden_size, out_width)
+
+    @property
+    def siglip(self) -> Any:
+        """transformers' vision transformer."""
+        return self.vision_tower.vision_model
+
+    def rebuild_buffers(self, device: torch.device) -> None:
+        """Make the buffers that a state dict does not hold: the indices of the positions."""
+        embeddings = self.siglip.embeddings
+        for name, buffer in list(embeddings.named_buffers()):
+            setattr(embeddings, name, torch.arange(buffer.shape[-1], device=device).expand(1, -1))
+
+    def lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
+        """Normalised patch rows [N,S,F], row by row -> hidden states that enter layer `end` [N,S,C]."""
+        conv = self.siglip.embeddings.patch_embedding               # stride = kernel: one matrix product
+        hidden = F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)         # [N,S,C]
+        hidden = hidden + self._positions(patches.shape[1])                                         # [N,S,C]
+        return self._run(hidden, 0, end)                                                            # [N,S,C]
+
+    def upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
+        """Hidden states that enter layer `begin` [N,S,C] -> SigLIP's last hidden state [N,S,C], normalised by its last LayerNorm."""
+        hidden = self._run(hidden, begin, len(self.siglip.encoder.layers))                          # [N,S,C]
+        return self.siglip.post_layernorm(hidden)                                                   # [N,S,C]
+
+    def _run(self, hidden: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        def run(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden + _attend(layer.self_attn, layer.layer_norm1(hidden))                   # [N,S,C]
+            return hidden + layer.mlp(layer.layer_norm2(hidden))                                    # [N,S,C]
+
+        return through(self.siglip.encoder.layers[begin:end], run, hidden, self.recompute)
+
+    def _positions(self, patches: int) -> torch.Tensor:
+        """Learned positions [S,C] of a square image of S patches."""
+        learned = self.siglip.embeddings.position_embedding.weight                                  # [S0,C]
+        if patches == len(learned):
+            return learned
+        side, target = int(len(learned) ** 0.5), int(patches**0.5)
+        grid = learned.T.reshape(1, -1, side, side)                                                 # [1,C,side,side]
+        return F.interpolate(grid, (target, target), mode="bicubic", align_corners=False)[0].flatten(1).T
+
+
+def _attend(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """Self-attention of SigLIP: [N,S,C] -> [N,S,C], one call for all images."""
+    q, k, v = (layer(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+    return attn.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))             # q, k, v [N,A,S,E]
+
+
+class PaliGemma2Encoder(VisionLanguageEncoder):
+    """`language` is transformers' Gemma2Model without its embedding table, for `depth: language` only."""
+
+    vision: PaliGemmaVision
+    language: Any       # None with depth vision
+    lora_layers = LoraLayers(r"vision_tower\.vision_model\.encoder\.layers\.({n})\.", r"self_attn\.(q|v)_proj", r"self_attn\.(q|k|v|out)_proj", r"mlp\.fc[12]",
+                             r"multi_modal_projector\.linear")
+
+    def __init__(self, *args: Any, language: nn.Module | None = None) -> None:
+        super().__init__(*args)
+        self.language = language
+        self.text_scale = self.text_width**0.5
+
+    @property
+    def blocks(self) -> int:
+        return len(self.vision.siglip.encoder.layers)
+
+    @property
+    def vision_width(self) -> int:
+        return self.vision.multi_modal_projector.linear.in_features
+
+    def vision_lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
+        return self.vision.lower(patches, end)                                      # [N,S,C]
+
+    def vision_upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
+        hidden = self.vision.upper(hidden, begin)                                   # [N,S,C]
+        return hidden if self.spec.features == "patch" else self.vision.multi_modal_projector.linear(hidden)    # [N,S,D]
+
+    def encode_images(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
+        if self.language is not None:
+            raise UserError("depth language makes features of all views of a frame together with the instruction, not of single pictures; "
+                            "use encode_observation, or depth vision")
+        return super().encode_images(images)
+
+    def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
+        """As `VisionLanguageEncoder`. `UserError` when views and prompt are more than the language model reads."""
+        if self.language is None:
+            return super().encode_observation(views, instruction)
+        images = [self.vision_features(preprocess(view, self.image, self.device)) for view in views]            # V times [N,S,D]
+        seen = self._read(torch.cat(images, 1), self.embed(self.prompt(instruction)))                           # [N,V*S,D]
+        return torch.stack([average_pool(part, self.tokens) for part in seen.chunk(len(images), 1)], 1)         # [N,V,K,D]
+
+    def require_fits(self, views: int, instructions: Sequence[str]) -> None:
+        if self.language is not None:
+            self._require_length(views * self.native_tokens, max(len(self.prompt(text)) for text in instructions))
+
+    def prompt(self, instruction: str) -> list[int]:
+        """Token ids after the image tokens, as PaliGemmaProcessor makes them."""
+        return self.tokenizer(f"{self.tokenizer.bos_token}{instruction}\n", add_special_tokens=False)["input_ids"]
+
+    def _read(self, images: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Image tokens [N,V*S,D] and one prompt [Lt,D] through Gemma 2 -> [N,V*S,D]."""
+        self._require_length(images.shape[1], len(text))
+        hidden = torch.cat([images, text.to(images.device).expand(len(images), -1, -1)], 1)         # [N,V*S+Lt,D]
+        positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[None]                # counted from 1
+        rotary = self.language.rotary_emb(hidden, positions)
+
+        def run(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:    # no mask: every token sees every other
+            out = layer(hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
+            return out[0] if isinstance(out, tuple) else out                                        # [N,V*S+Lt,D]
+
+        hidden = through(self.language.layers, run, hidden, self.vision.recompute)                  # [N,V*S+Lt,D]
+        return self.language.norm(hidden)[:, :images.shape[1]]                                      # [N,V*S,D]
+
+    def _require_length(self, images: int, prompt: int) -> None:
+        longest = self.language.config.max_position_embeddings
+        if images + prompt > longest:
+            raise UserError(f"{images} image tokens and a prompt of {prompt} are more than the {longest} that this language "
+                            "model reads; use fewer views or a smaller resolution")
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"depth": self.spec.depth}
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGemma2Encoder:
+    """See `cache.encoder.load_encoder`."""
+    from transformers import AutoConfig
+
+    reads_language = spec.depth == "language"
+    needed = functools.partial(canonical, language=reads_language)
+    folder = checkpoint_folder(spec.path, spec.revision, needed)
+    require_model_type(folder, spec.path, spec.vlm, "paligemma")
+    require_model_type(folder, spec.path, spec.vlm, "gemma2", "text_config")
+    config = copy.deepcopy(AutoConfig.from_pretrained(folder))
+    image = _image_spec(folder, config.vision_config, spec.resolution)
+    tensors = read_tensors(folder, needed, "PaliGemma 2", EMBEDDING_NAME)
+    weights = {"sha256": tensors_sha256(tensors), "config": _config_identity(config, reads_language)}
+    embedding = tensors.pop(EMBEDDING_NAME)
+
+    config.vision_config.vision_use_head = False
+    with torch.device("meta"):
+        vision = PaliGemmaVision(config.vision_config, embedding.shape[1])
+    assign_tensors(vision, {n: t for n, t in tensors.items() if n.startswith(VISION_PREFIXES)}, device, dtype, spec.path)
+    vision.rebuild_buffers(device)
+    require_whole(vision)
+    language = _load_language(config.text_config, tensors, device, dtype, spec.path) if reads_language else None
+    return PaliGemma2Encoder(spec, image, vision, embedding, load_tokenizer(folder, spec.path), weights, language=language)
+
+
+def _load_language(config: Any, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str) -> nn.Module:
+    from transformers import Gemma2Model
+
+    config._attn_implementation = "eager"       # the only one of transformers' that keeps Gemma 2's soft-capped logits everywhere
+    with torch.device("meta"):
+        language = Gemma2Model(config)
+    del language.embed_tokens                   # prompts are looked up in the encoder's table
+    own = {n.removeprefix(LANGUAGE_PREFIX): t for n, t in tensors.items() if n.startswith(LANGUAGE_PREFIX)}
+    assign_tensors(language, own, device, dtype, path)
+    language.rotary_emb = type(language.rotary_emb)(config=config).to(device)       # its buffers are in no state dict
+    require_whole(language)
+    return language
+
+
+def canonical(name: str, language: bool = False) -> str | None:
+    """The hub's name of a stored tensor when it is needed (Gemma's layers with `language` only), else None."""
+    for stored, ours in LAYOUTS:
+        name, found = re.subn(stored, ours, name)
+        if found:
+            break
+    if name.startswith(HEAD_PREFIX):
+        return None
+    layers = language and name.startswith((f"{LANGUAGE_PREFIX}layers.", f"{LANGUAGE_PREFIX}norm."))
+    return name if layers or name == EMBEDDING_NAME or name.startswith(VISION_PREFIXES) else None
+
+
+def _image_spec(folder: Path, config: Any, resolution: int) -> ImageSpec:
+    mean, std = image_statistics(folder)
+    return ImageSpec(resolution, config.patch_size, 1, 1, mean, std)
+
+
+def _config_identity(config: Any, language: bool) -> dict[str, Any]:
+    """The fields that features depend on, by name: the same in every transformers version."""
+    values = {name: getattr(config.vision_config, name) for name in VISION_FIELDS}
+    if language:
+        text = config.text_config
+        base = (getattr(text, "rope_parameters", None) or {}).get("rope_theta") or getattr(text, "rope_theta", 10000.0)
+        values["text"] = {name: getattr(text, name) for name in TEXT_FIELDS} | {"rope_theta": base}
+    return values

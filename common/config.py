@@ -1,0 +1,99 @@
+"""Frozen dataclass settings from YAML/JSON mappings: unknown keys are refused with the nearest valid name."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..errors import UserError, unknown
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
+    """Build the frozen dataclass `cls` from `values`; nested dataclasses are built from nested mappings, lists become tuples.
+
+    Raises `UserError` for an unknown key (nearest name suggested), a missing one, or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected a mapping of {cls.__name__} fields, got {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            error = unknown("setting", str(key), fields)
+            raise UserError(f"{where}: {error}")
+    kwargs = {name: _convert(hints[name], values[name], f"{where}.{name}") for name in fields if name in values}
+    missing = [n for n, f in fields.items() if n not in kwargs
+               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{where}: missing {', '.join(missing)}")
+    return cls(**kwargs)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping; `UserError` when the file is absent, unreadable or not a mapping."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping at the top level")
+    return data
+
+
+def configs_dir() -> Path:
+    """The folder of shipped YAML recipes (package data)."""
+    return Path(__file__).parents[1] / "configs"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        inner = [a for a in args if a is not type(None)]
+        for candidate in inner:
+            try:
+                return _convert(candidate, value, where)
+            except UserError:
+                if len(inner) == 1:
+                    raise
+        raise UserError(f"{where}: {value!r} fits none of {', '.join(str(a) for a in inner)}")
+    if origin is typing.Literal:
+        if value not in args:
+            raise UserError(f"{where}: {unknown('value', str(value), [str(a) for a in args])}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a list, got {value!r}")
+        item = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        if item is None and len(value) != len(args):
+            raise UserError(f"{where}: expected {len(args)} values, got {value!r}")
+        return tuple(_convert(item or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected a mapping, got {value!r}")
+        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, where)
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)     # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

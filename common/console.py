@@ -1,0 +1,70 @@
+"""What commands print through: consoles, progress bars, tables, JSON files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from ..errors import UserError
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """`show(name, done, total)`: one rich bar per name; on a pipe or in a log file, nothing but the closing lines."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=900) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, completed=done)   # a resumed run does not start at 0
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield show
+
+
+def table(head: list[str], rows: list[list[str]], title: str | None = None) -> Table:
+    """A table of plain words."""
+    found = Table(*head, title=title)
+    for row in rows:
+        found.add_row(*map(escape, row))
+    return found
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def _table(*columns: str | Column) -> Table:
+    return Table(*columns, box=SIMPLE_HEAD)
+
+
+def _right(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]
+
+
+def write_json(file: Path | None, values: Any) -> None:
+    """The dataclass `values`, a list of such, or a mapping, as JSON for scripts; nothing when no file was asked for. `UserError` where it cannot go."""
+    if file is None:
+        return
+    listed = values if isinstance(values, dict) else [dataclasses.asdict(v) for v in values] if isinstance(values, list) else dataclasses.asdict(values)
+    try:
+        file.write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}; give another --json") from None

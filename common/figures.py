@@ -1,0 +1,116 @@
+"""How every picture of this package looks: one palette (Okabe and Ito's, which colour-blind people can tell apart), light and dark.
+
+Figures are made with matplotlib's objects alone: no pyplot, no global state, so they may be drawn in any thread and leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import unknown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
+SKY, AMBER, YELLOW = "#56B4E9", "#E69F00", "#F0E442"
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, GREY, YELLOW)
+"""In this order, so that neighbours differ in lightness too."""
+MARKERS = "osD^vPX*"
+DPI = 100       # of the PNGs
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colours by what they stand for."""
+
+    name: str
+    back: str               # of the figure
+    text: str
+    faint: str              # grids, spines
+    expert: str = BLUE      # what the data does
+    predicted: str = ORANGE     # what the policy does
+    cycle: tuple[str, ...] = CYCLE      # of what has no colour of its own
+    map: str = "cividis"    # of heat maps: dark is little
+
+
+LIGHT = Style("light", "#ffffff", "#1c1e22", "#c8ccd2")
+DARK = Style("dark", "#16181c", "#e8eaed", "#4a4f58", expert=SKY, predicted=AMBER, cycle=(SKY, AMBER, GREEN, PURPLE, YELLOW, ORANGE, GREY, BLUE))
+STYLES = {style.name: style for style in (LIGHT, DARK)}
+
+
+def style_named(name: str) -> Style:
+    """The style of that name; `UserError` with the nearest otherwise."""
+    if name not in STYLES:
+        raise unknown("style", name, STYLES)
+    return STYLES[name]
+
+
+def new_figure(style: Style, width: float = 8.0, height: float = 4.5) -> Figure:
+    """An empty figure of so many inches; draw on it, then `finish` it."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor=style.back)
+
+
+def grid(figure: Figure, count: int, columns: int, **how: Any) -> Iterator[Axes]:
+    """`count` axes in rows of `columns`; the places that are left over stay empty."""
+    columns = min(columns, count)
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False, **how).flat
+    for i, axis in enumerate(axes):
+        if i < count:
+            axis.locator_params(nbins=4)
+            yield axis
+        else:
+            axis.remove()
+
+
+def finish(figure: Figure, finding: str, style: Style, legend: Literal["upper right", "lower left", "outside"] = "upper right") -> Figure:
+    """Give the figure its title, one or two lines that say what it shows, and every text and line that has no meaning of its own the style's
+    colours; a legend in each axes with labels, at the place `legend`, or "outside", below all. Returns the figure."""
+    width = int(figure.get_figwidth() * 11)
+    if finding:
+        figure.suptitle("\n".join(textwrap.wrap(finding, width)), x=0.01, ha="left", fontsize=11, fontweight="bold", color=style.text)
+    for axis in figure.axes:
+        axis.set_facecolor(style.back)
+        axis.tick_params(which="both", colors=style.text, labelsize=8)
+        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+            text.set_color(style.text)
+        axis.title.set_fontsize(min(axis.title.get_fontsize(), 9))
+        for label in (axis.xaxis.label, axis.yaxis.label, axis.xaxis.get_offset_text(), axis.yaxis.get_offset_text()):
+            label.set_fontsize(8)
+            label.set_color(style.text)
+        for name, spine in axis.spines.items():
+            spine.set_color(style.faint)
+            spine.set_visible(name in ("left", "bottom", "outline"))
+        for text in axis.texts:
+            text.set_color(style.text)
+        if legend != "outside" and axis.get_legend_handles_labels()[0]:     # not "best": looking for it takes longer than drawing
+            axis.legend(loc=legend, fontsize=8, labelcolor=style.text, facecolor=style.back, edgecolor="none", framealpha=0.8)
+    if legend == "outside":
+        named = {name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels())}
+        figure.legend(named.values(), named, loc="outside lower left", ncols=5, fontsize=8, frameon=False, labelcolor=style.text)
+    return figure
+
+
+def say_nothing(figure: Figure, why: str, style: Style) -> Figure:
+    """A figure of what cannot be shown: the reason in its title, and nothing else."""
+    figure.set_size_inches(8, 0.8)
+    return finish(figure, why, style)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file of at most 256 colours, a third of the size that matplotlib writes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas, out = FigureCanvasAgg(figure), io.BytesIO()
+    figure.set_dpi(DPI)
+    canvas.draw()
+    Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB").quantize(256).save(out, "png", optimize=True)
+    return out.getvalue()

@@ -1,0 +1,140 @@
+"""Files: locks, durable writes, checksums, JSON documents; one line when a disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO, TypeVar
+
+import google_crc32c
+import numpy as np
+
+from ..errors import UserError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)     # full disk, used-up quota, limit of one file's size
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` when the block ends well. `UserError` when `out` exists."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another folder or remove it")
+    part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def hold(file: IO[Any] | int, busy: str, still: Callable[[], bool] = lambda: True) -> None:
+    """Lock an open file, or a folder's descriptor, until it is closed. `UserError` that begins with `busy` when another process has it, or when what
+    was locked is not the right one any more."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = still()
+    except OSError:
+        held = False
+    if not held:
+        raise UserError(f"{busy}; wait for it or stop it, then run again")
+
+
+def lock_folder(path: Path) -> BinaryIO:
+    """The lock of the cache at `path`: a file that is held until it is closed; `UserError` when another process has it."""
+    try:
+        file = open(path / ".lock", "ab")
+    except OSError as error:
+        raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
+    try:        # another generation may have taken its place meanwhile
+        hold(file, f"another process is building {path}", lambda: os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock")))
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def names_full_disk(method: Method) -> Method:
+    """Of a writer with a `path`: a full disk is a `UserError`. Nothing is lost, and the same command goes on once there is room."""
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            free = shutil.disk_usage(self.path).free / 2**30
+            raise UserError(f"cannot go on writing {self.path}: {error.strerror} ({free:.2f} GiB are free); what is finished is kept: "
+                            "make room and run the same command again") from None
+    return guarded  # type: ignore[return-value]
+
+
+def crc32c(data: np.ndarray | bytes, start: int = 0) -> int:
+    """crc32c of C-contiguous bytes, continuing from the crc `start`."""
+    return google_crc32c.extend(start, data)
+
+
+def temporary_name(path: Path) -> Path:
+    """The name a file carries until it is whole: this process's own, on whatever host it runs. `CacheWriter` removes the ones that a
+    killed builder left."""
+    return path.with_name(f".{path.name}.tmp-{_own_names.setdefault(os.getpid(), uuid.uuid4().hex[:16])}")
+
+
+_own_names: dict[int, str] = {}     # process id → its part of temporary names; a forked process gets another
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a synced file to its final name and make the rename durable."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_file(path: Path, data: bytes) -> tuple[int, int]:
+    """Write a small file whole or not at all; returns (nbytes, crc32c)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)   # already renamed unless something went wrong
+    return len(data), crc32c(data)
+
+
+def file_crc32c(path: Path) -> tuple[int, int]:
+    """(nbytes, crc32c) of a file, read in blocks."""
+    crc, nbytes, buffer = 0, 0, np.empty(1 << 20, np.uint8)
+    with open(path, "rb", buffering=0) as file:
+        while got := file.readinto(buffer.data):
+            crc, nbytes = crc32c(buffer[:got], crc), nbytes + got
+    return nbytes, crc
+
+
+def json_bytes(document: Any, *, allow_nan: bool = True) -> bytes:
+    """Readable JSON with a fixed byte form: sorted keys, one space of indentation. `ValueError` for NaN or infinity where they are not allowed."""
+    return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n").encode()
+
+
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """A JSON document; `UserError`, ending in `hint`, when it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}{hint}") from None

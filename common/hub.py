@@ -1,0 +1,62 @@
+"""The Hugging Face hub: snapshots of repositories, the list of their files, errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError
+from .text import first_line
+
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
+
+
+def policy_snapshot(repo: str) -> Path | None:
+    """Folder of the policy "owner/name" or "owner/name@revision" of the hub, fetched if it is not here yet; None when it is no such id.
+    `UserError` when it cannot be fetched."""
+    found = HUB_ID.fullmatch(repo)
+    if found is None or found[2] or ".." in repo:
+        return None
+    return snapshot(found[1], found[3], None, "model")
+
+
+def hub_files(path_or_repo: str) -> list[str]:
+    """Files of a hub dataset, relative to it; `UserError` when the hub cannot be reached or the id is malformed."""
+    from huggingface_hub import HfApi
+
+    found = HUB_ID.fullmatch(path_or_repo)
+    if not found:
+        raise UserError(f"{path_or_repo} does not exist; give a dataset folder or a hub id like owner/name")
+    folder = found[2].removeprefix("/")
+    try:
+        names = HfApi().list_repo_files(found[1], repo_type="dataset", revision=found[3])
+    except Exception as error:  # the client raises many types (HTTP, offline, validation): "could not be fetched"
+        raise unreachable(found[1], error) from None
+    files = [n.removeprefix(folder + "/") for n in names if not folder or n.startswith(folder + "/")]
+    return files or [n.rsplit("/", 1)[-1] for n in names if n == folder]    # one file of the repository
+
+
+def snapshot(repo: str, revision: str | None, patterns: list[str] | None, kind: str = "dataset") -> Path:
+    from huggingface_hub import snapshot_download  # imported late: slow, and not needed for a local dataset
+
+    try:
+        return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # see hub_files
+        raise unreachable(repo, error) from None
+
+
+def unreachable(repo: str, error: Exception) -> UserError:
+    return UserError(f"'{repo}' is not a folder here and could not be fetched from the hub: {first_line(error)}")
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Whatever the hub's client raises, as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the client raises many types: HTTP, offline, validation, no token
+        raise UserError(f"the hub did not take {repo}: {first_line(error)}; log in with `hf auth login` and check the name and your rights") from None

@@ -1,0 +1,54 @@
+"""Sizes, durations and first lines as text, and back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..errors import UserError
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1GiB", "500 MB" or "65536"; `UserError` for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS or float(found[1]) * UNITS[found[2].upper()] < 1:
+        raise UserError(f"'{text}' is not a size; give a number of bytes, or one with KiB, MiB, GiB, TiB, KB, MB, GB or TB, as in 1GiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def public(value: Any) -> Any:
+    """`value` with what may be a secret in an address left out: `s3://key:password@host/a?token=x` → `s3://host/a`."""
+    if isinstance(value, dict):
+        return {k: public(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(v) for v in value]
+    if isinstance(value, str) and "://" in value:
+        return re.sub(r"\?\S*", "", re.sub(r"://[^/\s]*@", "://", value))
+    return value

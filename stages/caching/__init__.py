@@ -1,0 +1,1 @@
+"""Stage one: from a dataset to a feature cache."""

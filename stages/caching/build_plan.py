@@ -1,0 +1,68 @@
+"""What a build makes: its plan, its fingerprint, and what an earlier generation saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...cache.actions.slots import ACTION_SCHEMA_VERSION
+from ...cache.readers import Source
+from ...cache.store.cache import Cache
+from ...cache.store.plan import BuildPlan, DatasetPlan
+from ...cache.vlm.augment import AUGMENTATION_VERSION
+from ...cache.vlm.encoder import VisionLanguageEncoder
+from ...common import fingerprint as fp
+from .config import SHARD_NBYTES, SHARD_ROWS, BuildConfig
+from .generations import (
+    Earlier,
+    require_only_new,
+    same_features,
+)
+from .sources import Corpus, Progress, read_corpus
+
+TRANSFORM_VERSION = 2       # raised when the build writes other content from the same inputs
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a build has to make of its sources, and what it may take from the generation before."""
+
+    corpora: dict[str, Corpus]          # dataset → its plan and tables
+    plan: BuildPlan
+    fingerprint: dict[str, Any]         # without the plan
+    unchanged: bool                     # the finished cache is what was asked for
+    reused: Earlier
+
+
+def decide(config: BuildConfig, sources: Sequence[Source], encoder: VisionLanguageEncoder, earlier: Cache | None,
+           progress: Progress) -> Decision:
+    """Read the sources' tables and hashes, and compare with the finished cache `earlier` (None: a new one). `UserError` for what that
+    mode of building refuses, and for observations that are more than the encoder reads at once."""
+    corpora = [read_corpus(source, encoder.by_observation, progress) for source in sources]
+    plan = make_plan(config, [c.plan for c in corpora], encoder)
+    fingerprint = make_fingerprint(encoder, corpora, config)
+    unchanged = earlier is not None and not fp.diff(earlier.fingerprint, {**fingerprint, "store": plan.document()})
+    if earlier is not None and not unchanged and config.mode == "append":
+        require_only_new(earlier, fingerprint, plan)
+    same = earlier is not None and not unchanged and same_features(earlier, fingerprint, plan)
+    return Decision({c.plan.name: c for c in corpora}, plan, fingerprint, unchanged, Earlier(earlier if same else None))
+
+
+def make_plan(config: BuildConfig, datasets: Sequence[DatasetPlan], encoder: VisionLanguageEncoder) -> BuildPlan:
+    """What the cache will hold. `UserError` for observations that are more than the encoder reads at once."""
+    for dataset in datasets:
+        encoder.require_fits(len(dataset.views), dataset.instructions)
+    record = config.format.record_nbytes(encoder.tokens, encoder.width)
+    return BuildPlan(tuple(datasets), encoder.tokens, encoder.width,
+                     config.shard_frames or max(1, min(SHARD_ROWS, SHARD_NBYTES // record)), config.format, config.frame_stride, config.augment)
+
+
+def make_fingerprint(encoder: VisionLanguageEncoder, corpora: Sequence[Corpus], config: BuildConfig) -> dict[str, Any]:
+    """Everything the bytes depend on besides the plan (which the writer adds)."""
+    return {"encoder": encoder.fingerprint(), "batch_size": config.batch_size, "transform_version": TRANSFORM_VERSION,
+            "action_schema": ACTION_SCHEMA_VERSION, "augmentation": AUGMENTATION_VERSION if config.augment else None,
+            "sources": {c.plan.name: {"revision": c.source.revision_hash, "config": c.source.config.name,
+                                      "embodiment": c.source.config.embodiment,
+                                      "action_map": c.source.action_map.to_dict(),
+                                      "state_map": c.source.state_map.to_dict()} for c in corpora}}

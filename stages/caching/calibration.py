@@ -1,0 +1,45 @@
+"""Features of a few frames, encoded before the build: channel scales of 8-bit caches, the error of pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from ...cache.readers.episode import CorruptEpisode
+from ...cache.store.plan import BuildPlan
+from ...cache.vlm.encoder import VisionLanguageEncoder
+from ...errors import UserError
+from .sources import Corpus
+
+PILOT_PICTURES = 64         # looked at for the channel scales of an 8-bit cache, about
+POOLING_PICTURES = 8        # and to tell what pooling loses
+
+
+def pilot_observations(corpora: Sequence[Corpus], plan: BuildPlan, count: int) -> Iterator[tuple[list[np.ndarray], str]]:
+    """Observations with about `count` pictures (uint8 [H,W,3] of each view, the instruction), evenly over datasets and episodes: the same
+    for the same plan."""
+    each = max(1, count // sum(len(c.plan.views) for c in corpora))
+    for corpus in corpora:
+        episodes = corpus.plan.episodes
+        picked = sorted({round(i * (len(episodes) - 1) / max(1, each - 1)) for i in range(each)})
+        for i, number in enumerate(picked):
+            entry = episodes[number]
+            frame = (i * entry.length // len(picked)) // plan.frame_stride * plan.frame_stride
+            try:
+                views = [next(view.frames(frame, frame + 1)) for view in corpus.source.load(entry.episode_id).views]
+            except CorruptEpisode:
+                continue        # the build will say so
+            yield views, entry.instruction
+
+
+def pilot_features(corpora: Sequence[Corpus], plan: BuildPlan, encoder: VisionLanguageEncoder, count: int = PILOT_PICTURES) -> torch.Tensor:
+    """float32 [n,K,D]: features of about `count` pictures."""
+    features = []
+    with torch.inference_mode():
+        for views, instruction in pilot_observations(corpora, plan, count):
+            features.append(encoder.encode_observation([picture[None] for picture in views], instruction)[0].float().cpu())     # [V,K,D]
+    if not features:
+        raise UserError("no picture could be decoded to measure what storing them loses; run `dvla data check` on the sources")
+    return torch.cat(features)

@@ -1,0 +1,288 @@
+"""One unit of a build (`layout.Unit`): decode → encode → write, in threads of their own, with bounded queues between them.
+
+A unit is one shard, or all views' shards of the same observations where the encoder takes an observation as a whole; then its views are
+decoded in step, and each shard still has a writer and a commit of its own. libav, BLAS, CUDA and the file system release the interpreter
+lock, so the three overlap. Letters: n observations of a batch, V views, K tokens, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...cache.readers import Source
+from ...cache.readers.episode import CorruptEpisode
+from ...cache.store.cache import CacheDataset
+from ...cache.store.codec import quantise
+from ...cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask, Unit
+from ...cache.store.writer import CacheWriter, Features
+from ...cache.vlm.augment import frame_keys
+from ...cache.vlm.encoder import VisionLanguageEncoder
+from ...cache.vlm.observations import augmented, to_float16
+from ...errors import UserError
+from .generations import Earlier
+
+QUEUED_BATCHES = 4          # decoded batches that may wait for the encoder, and encoded ones for the disk
+
+
+@dataclass
+class Timing:
+    """Where the time of a build went, in seconds; `images` counts the pictures encoded."""
+
+    images: int = 0
+    reused: int = 0         # pictures whose features an earlier generation had
+    encode: float = 0.0
+    decode_wait: float = 0.0    # the encoder waited for pictures
+    write_wait: float = 0.0     # the encoder waited for the disk
+
+    def add(self, other: "Timing") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def binds(self) -> str:
+        """The part that took most of the time."""
+        parts = {"decode": self.decode_wait, "encode": self.encode, "write": self.write_wait}
+        return max(parts, key=lambda name: parts[name])
+
+
+def run_unit(writer: CacheWriter, unit: Unit, source: Source, encoder: VisionLanguageEncoder, batch_size: int,
+             channels: np.ndarray | None, earlier: Earlier, on_records: Callable[[int], None] = lambda n: None) -> Timing:
+    """Make and commit the shards of one unit. `on_records(n)`: features made so far. `UserError` for what stops the whole build."""
+    timing, records = Timing(), 0
+    quarantined: list[tuple[int, str]] = []
+    plan = next(d for d in writer.plan.datasets if d.name == unit.dataset)
+    seen = plan.views if encoder.by_observation else (unit.tasks[0].view,)      # encoded together, whichever of their shards are missing
+    scales = None if channels is None else torch.from_numpy(channels).to(encoder.device)
+    with contextlib.ExitStack() as stack:
+        decoder = _Decoder(source, plan, writer.plan, unit, seen, max(1, batch_size // len(seen)), quarantined, earlier)
+        stack.callback(decoder.close)
+        writings = [_Writing(writer, task, quarantined) for task in unit.tasks]
+        for writing in writings:
+            stack.callback(writing.close)
+        for batch in _encode(decoder, encoder, unit, seen, writer.plan, scales, timing):
+            began = time.perf_counter()
+            for writing, features in zip(writings, batch):
+                writing.put(features)
+                records += len(features[0]) if isinstance(features, tuple) else len(features)
+            timing.write_wait += time.perf_counter() - began
+            on_records(records)
+        began = time.perf_counter()
+        for writing in writings:
+            writing.put(None)
+        for writing in writings:
+            writing.finish()
+        timing.write_wait += time.perf_counter() - began
+    return timing
+
+
+class _Abort(Exception):
+    """Raised inside the writing thread, so that it drops its temporary files."""
+
+
+class _Writing:
+    """`CacheWriter.write_shard` in a thread, fed batch by batch. The thread dies with the process, so a Ctrl-C never waits for it."""
+
+    def __init__(self, writer: CacheWriter, task: ShardTask, quarantined: list[tuple[int, str]]) -> None:
+        self._queue: queue.Queue[Features | None] = queue.Queue(QUEUED_BATCHES)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(writer, task, quarantined), name="dvla-write", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Features | None) -> None:
+        """Queue a batch, None after the last. Raises what stopped the thread."""
+        while self._thread.is_alive():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        self._raise()
+
+    def finish(self) -> None:
+        """After the last batch: wait until the shard is committed."""
+        self._thread.join()
+        self._raise()
+
+    def close(self) -> None:
+        """Drop the shard unless it is committed, and wait for the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self, writer: CacheWriter, task: ShardTask, quarantined: list[tuple[int, str]]) -> None:
+        try:
+            writer.write_shard(task, self._drain(), quarantined)
+        except BaseException as error:  # raised by the next put or finish
+            self._error = error
+
+    def _drain(self) -> Iterator[Features]:
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            yield item
+        raise _Abort
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _encode(decoder: _Decoder, encoder: VisionLanguageEncoder, unit: Unit, seen: Sequence[str], build: BuildPlan,
+            scales: torch.Tensor | None, timing: Timing) -> Iterator[list[Features]]:
+    """Stored features of the decoder's batches for each shard of the unit; zeros for rows in quarantine."""
+    stream, wanted = iter(decoder), [seen.index(task.view) for task in unit.tasks]
+    while True:
+        began = time.perf_counter()
+        item = next(stream, None)
+        timing.decode_wait += time.perf_counter() - began
+        if item is None:
+            return
+        if isinstance(item, _Missing):
+            codes = np.zeros((item.rows, build.tokens, build.width), build.format.zarr_dtype)
+            yield [codes if scales is None else (codes, np.ones((item.rows, build.tokens), np.float32))] * len(wanted)
+        elif isinstance(item, _Copied):
+            timing.reused += sum(len(features[0]) if isinstance(features, tuple) else len(features) for features in item.records)
+            yield item.records
+        else:
+            began = time.perf_counter()
+            batch = _encode_batch(encoder, item, wanted, scales, build, unit.name)
+            timing.encode += time.perf_counter() - began
+            timing.images += sum(map(len, item.views))
+            yield batch
+
+
+def _encode_batch(encoder: VisionLanguageEncoder, batch: _Pictures, wanted: Sequence[int], scales: torch.Tensor | None, build: BuildPlan,
+                 what: str) -> list[Features]:
+    """What is stored of the `wanted` views (their numbers in the batch): float16 [n,K,D], or (codes, token scales), each."""
+    with torch.inference_mode():
+        views = [augmented(images, keys, encoder.device) for images, keys in zip(batch.views, batch.keys)]
+        features = encoder.encode_observation(views, batch.instruction)             # [n,V,K,D]
+        return [_stored(features[:, v].contiguous(), scales, build, what) for v in wanted]
+
+
+def _stored(features: torch.Tensor, scales: torch.Tensor | None, build: BuildPlan, what: str) -> Features:
+    """Features [n,K,D] of one view as they are written."""
+    if scales is None:
+        return to_float16(features, what)
+    if not torch.isfinite(features).all():
+        raise UserError(f"{what}: the encoder gave a value that is not finite; check the weights and their dtype")
+    codes, scale = quantise(features, scales, build.format.dtype)
+    return codes.cpu().numpy(), scale.cpu().numpy()
+
+
+# --- decoding ------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class _Pictures:
+    """Of one episode: what goes through the encoder at once."""
+
+    views: list[np.ndarray]     # uint8 [n,H,W,3] of each view
+    keys: list[np.ndarray]      # uint64 [n] of their augmented variant, 0 = as they are
+    instruction: str
+
+
+@dataclass
+class _Missing:
+    rows: int                   # of an episode that could not be decoded (listed in `quarantined`)
+
+
+@dataclass
+class _Copied:
+    records: list[Features]     # as stored in the earlier generation, for each shard of the unit
+
+
+class _Decoder:
+    """Pictures of one unit, in order, decoded ahead in a thread.
+
+    Batches never cross an episode's end, so their make-up is a function of the plan alone.
+    """
+
+    def __init__(self, source: Source, plan: DatasetPlan, build: BuildPlan, unit: Unit, seen: Sequence[str], size: int,
+                 quarantined: list[tuple[int, str]], earlier: Earlier) -> None:
+        self._source, self._plan, self._build, self._unit = source, plan, build, unit
+        self._seen, self._size, self._quarantined, self._earlier = seen, size, quarantined, earlier     # size: observations of a batch
+        self._queue: queue.Queue[Any] = queue.Queue(QUEUED_BATCHES)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dvla-decode", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[_Pictures | _Missing | _Copied]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop decoding and wait for the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for item in self._items():
+                self._put(item)
+            self._put(None)
+        except BaseException as error:  # handed to the consumer, which raises it
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _items(self) -> Iterator[_Pictures | _Missing | _Copied]:
+        plan, task, stride = self._plan, self._unit.tasks[0], self._build.frame_stride
+        counts = plan.observations(stride)                                          # [episodes]
+        starts = np.cumsum(counts) - counts                                         # first row of each
+        first = int(np.searchsorted(starts, task.start, side="right")) - 1
+        for entry, start, count in zip(plan.episodes[first:], starts[first:].tolist(), counts[first:].tolist()):
+            if start >= task.stop or self._stop.is_set():
+                return
+            begin, end = max(task.start - start, 0), min(task.stop - start, count)
+            asked = (self._earlier.find(t.dataset, t.view, plan.views.index(t.view), entry) for t in self._unit.tasks)
+            found = [each for each in asked if each is not None]
+            if len(found) == len(self._unit.tasks):
+                yield from self._copied(found, np.arange(begin, end) * stride)
+                continue
+            done = begin
+            try:
+                for views in self._pictures(entry, begin, end):
+                    frames = np.arange(done, done + len(views[0])) * stride
+                    keys = [frame_keys(task.dataset, view, entry.episode_id, frames, task.variant) if task.variant
+                            else np.zeros(len(frames), np.uint64) for view in self._seen]
+                    yield _Pictures(views, keys, entry.instruction)
+                    done += len(frames)
+            except CorruptEpisode as error:
+                self._quarantined.append((entry.episode_id, str(error)))
+                yield _Missing(end - done)
+
+    def _pictures(self, entry: EpisodePlan, begin: int, end: int) -> Iterator[list[np.ndarray]]:
+        """uint8 [n,H,W,3] of each view that is seen, of observations begin…end-1 of an episode, n ≤ the size of a batch."""
+        episode, stride = self._source.load(entry.episode_id), self._build.frame_stride
+        if episode.source_hash != entry.source_hash:
+            raise UserError(f"{self._source.path}: episode {entry.episode_id} changed during the build; "
+                            "run again once the dataset is at rest")
+        frames = [islice(view.frames(begin * stride, (end - 1) * stride + 1), 0, None, stride) for view in episode.views if view.name in self._seen]
+        while (blocks := [list(islice(each, self._size)) for each in frames])[0]:
+            yield [np.stack(block) for block in blocks]
+
+    def _copied(self, found: list[tuple[CacheDataset, int]], frames: np.ndarray) -> Iterator[_Copied]:
+        for at in range(0, len(frames), self._size):
+            part = frames[at:at + self._size]
+            records = [self._earlier.records(dataset, task, start + part) for task, (dataset, start) in zip(self._unit.tasks, found)]
+            yield _Copied([codes if scale is None else (codes, scale) for codes, scale in records])

@@ -1,0 +1,1 @@
+"""What a build will take: a measured pilot and a cost model."""

@@ -1,0 +1,140 @@
+"""How fast the file system of a cache writes and reads records, and how fast the policy trains: measured with the code that does it.
+
+Letters: n records, K tokens, D width, B observations, V views, T action steps.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ....batch import UNIFIED_DIM, FeatureBatch
+from ....cache.store.plan import BuildPlan
+from ....cache.store.shard_reader import ShardFiles, read_records
+from ....cache.store.shard_writer import ShardWriter, index_nbytes
+from ....cache.store.zarr_format import record_compression
+from ....drifting.dit import dit_config
+from ....drifting.policy_net import PolicyNet, PolicyNetConfig
+from ....errors import UserError
+from ...training.config import TrainConfig
+from ...training.step import noise_generator, training_step
+from ..sizes import existing_folder, free_nbytes
+
+FILE_NBYTES = 128 << 20     # of the temporary shard, before compression
+MOST_RECORDS = 8192         # in it, however small they are
+READ_THREADS = 2            # as a training run has them
+BATCH_ROWS = 16             # records read at a time, as for a batch of one view
+STEP_SECONDS = 2.0          # a training step is repeated for about so long
+
+
+@dataclass(frozen=True)
+class DiskRates:
+    """In stored bytes per second: codes with their scales, after compression."""
+
+    compression: float      # uncompressed over stored bytes of the pilot's features
+    write: float            # one writer, checksum and sync included
+    read: float             # random records, the pages dropped before
+    read_warm: float        # random records, from memory
+
+
+def disk_rates(out: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray | None) -> DiskRates:
+    """Write the pilot's records (codes [n,K,D] of the stored dtype, token scales [n,K]) again and again to a temporary shard beside `out`,
+    read it, remove it. `UserError` where that cannot be written."""
+    folder = existing_folder(out.parent)
+    record = plan.format.record_nbytes(plan.tokens, plan.width)
+    room = min(FILE_NBYTES, free_nbytes(folder) // 4)
+    count = max(1, min(MOST_RECORDS, room // record))
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.pilot-", dir=folder))
+        try:
+            return _measure(work, plan, codes, scales, count)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} to measure its speed: {error.strerror}; choose another --out") from None
+
+
+def _measure(work: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray | None, count: int) -> DiskRates:
+    compression, shard = record_compression(plan.format), work / "features" / "0" / "0" / "0"
+    beside = work / "scales" / "0" / "0"
+    began = time.perf_counter()
+    with ShardWriter(shard, (1, *codes.shape[1:]), codes.dtype, count, compression) as writer:
+        for at in range(0, count, len(codes)):
+            writer.append(codes[:count - at])
+        stored, _ = writer.commit()
+    stored -= index_nbytes(count)
+    if scales is not None:
+        with ShardWriter(beside, (1, scales.shape[1]), "float32", count) as writer:
+            for at in range(0, count, len(scales)):
+                writer.append(scales[:count - at])
+            stored += writer.commit()[0] - index_nbytes(count)
+    write = stored / (time.perf_counter() - began)
+    for path in (shard, beside) if scales is not None else (shard,):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)      # synced before, so every page can go
+        finally:
+            os.close(handle)
+    rows = np.random.default_rng(0).permutation(count)
+    batches = [rows[at:at + BATCH_ROWS] for at in range(0, count, BATCH_ROWS)]
+    files = ShardFiles()
+
+    def read(part: np.ndarray) -> None:
+        targets = [x.data.cast("B") for x in np.empty((len(part), *codes.shape[1:]), codes.dtype)]
+        read_records(files, work / "features", part, targets, count, compression=compression)
+        if scales is not None:
+            targets = [x.data.cast("B") for x in np.empty((len(part), scales.shape[1]), np.float32)]
+            read_records(files, work / "scales", part, targets, count, tail="0")
+
+    rates = []
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for _ in ("dropped", "in memory"):
+            began = time.perf_counter()
+            list(pool.map(read, batches))
+            rates.append(stored / (time.perf_counter() - began))
+    files.close()
+    return DiskRates(count * plan.format.record_nbytes(plan.tokens, plan.width) / stored, write, rates[0], max(rates))
+
+
+def model_rate(size: str, draws: int, views: int, plan: BuildPlan, device: torch.device) -> float:
+    """Observations/s of training steps (forward, loss, backward, AdamW) of a policy of that size on random features in memory."""
+    config = TrainConfig("", "", model_size=size, batch_size=16 if device.type == "cuda" else 2, draws=draws)
+    net = PolicyNet(PolicyNetConfig(feature_width=plan.width, dit=dit_config(size))).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.optimizer.lr)
+    batch = _random_batch(config.batch_size, views, plan, net.config.dit.horizon).to(device)
+    done, began = 0, 0.0
+    while not began or time.perf_counter() - began < STEP_SECONDS:
+        optimizer.zero_grad(set_to_none=True)
+        training_step(net, batch, config, noise_generator(0, done, 0)).total.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if not began:       # the first step warms up
+            began = time.perf_counter()
+        else:
+            done += 1
+    return done * config.batch_size / (time.perf_counter() - began)
+
+
+def _random_batch(b: int, views: int, plan: BuildPlan, horizon: int) -> FeatureBatch:
+    length, words = views * plan.tokens, 16
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return FeatureBatch(
+        tokens=normal(b, length, plan.width).half(), token_mask=torch.ones(b, length, dtype=torch.bool),
+        view_id=torch.arange(views).repeat_interleave(plan.tokens).expand(b, -1).contiguous(), frame_id=torch.zeros(b, length, dtype=torch.int64),
+        text=normal(b, words, plan.width).half(), text_mask=torch.ones(b, words, dtype=torch.bool), proprio=normal(b, UNIFIED_DIM),
+        action=normal(b, horizon, UNIFIED_DIM), action_mask=(torch.arange(UNIFIED_DIM) < 10).expand(b, -1).contiguous(),
+        step_mask=torch.ones(b, horizon, dtype=torch.bool), embodiment=torch.zeros(b, dtype=torch.int64), control_hz=torch.full((b,), 10.0),
+        dataset=torch.zeros(b, dtype=torch.int64), frame_index=torch.arange(b)).check()

@@ -1,0 +1,137 @@
+"""What a build knows of its sources before the first picture: the plan, the tables, and how sources are opened again later.
+
+Letters: N frames of a dataset, D feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ...cache.actions.statistics import RunningStatistics
+from ...cache.loader.provenance import _as_cached
+from ...cache.readers import Source, open_source
+from ...cache.readers.config import load_config
+from ...cache.readers.episode import CorruptEpisode, Episode
+from ...cache.store.cache import Cache
+from ...cache.store.plan import DatasetPlan, DatasetTables, EpisodePlan
+from ...cache.vlm.encoder import VisionLanguageEncoder
+from ...cache.vlm.observations import to_float16
+from ...cache.vlm.spec import EncoderSpec
+from ...errors import UserError, unknown
+
+Progress = Callable[[str, int, int], None]   # (stage, done, total)
+
+
+@dataclass
+class Corpus:
+    """One source, read once: its plan and its tables."""
+
+    source: Source
+    plan: DatasetPlan
+    action: np.ndarray          # [N,128] float32 unified
+    proprio: np.ndarray         # [N,128] float32 unified
+    timestamp: np.ndarray       # [N] float64
+    view_sizes: dict[str, list[int]] = field(default_factory=dict)
+
+
+def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
+    """Open every source, with only `views` of its cameras when some are named. `UserError` when two have one name, since a cache
+    names its datasets after them, or when a source has none of the views."""
+    config = load_config(dataset_config) if dataset_config else None
+    sources = [open_source(path, config) for path in paths]
+    names = [s.name for s in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two sources are named '{name}'; rename one of the folders")
+    if not views:
+        return sources
+    everywhere = {v for s in sources for v in s.view_names}
+    for view in views:
+        if view not in everywhere:
+            raise unknown("view", view, everywhere)
+    return [_with_views(path, source, views) for path, source in zip(paths, sources)]
+
+
+def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
+    """The cache's own sources, in its order, with those of the same name in `given` in their place, and the rest of `given`."""
+    by_name = {s.name: s for s in given}
+    own = [by_name.pop(d.name) if d.name in by_name else _as_cached(cache, d.attributes["source"]) for d in cache.datasets]
+    return own + list(by_name.values())
+
+
+def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Corpus:
+    """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost. `by_observation`: the encoder's,
+    which says what a view's features depend on, and so when they have to be made again."""
+    episodes, quarantined, actions, states, times, sizes = [], [], [], [], [], {}
+    for i, number in enumerate(source.episode_ids):
+        try:
+            episode = source.load(number)
+            action, state = source.action_map.to_unified(episode.action), source.state_map.to_unified(episode.state)
+        except CorruptEpisode as error:
+            quarantined.append((number, str(error)))
+        else:
+            hashes = (_observation_hash(episode),) * len(episode.views) if by_observation else tuple(v.sha256 for v in episode.views)
+            episodes.append(EpisodePlan(number, episode.length, episode.instruction, episode.source_hash, hashes))
+            actions.append(action)
+            states.append(state)
+            times.append(episode.timestamps)
+            sizes = {v.name: [v.height, v.width] for v in episode.views}
+        progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
+    if not episodes:
+        reason = quarantined[0][1] if quarantined else "it lists no episodes"
+        raise UserError(f"{source.path} has no usable episode ({reason}); run on a whole copy of the dataset")
+    plan = DatasetPlan(source.name, source.view_names, tuple(episodes), tuple(quarantined))
+    return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes)
+
+
+def _observation_hash(episode: Episode) -> str:
+    """sha256 hex over what whole observations are made of: the views in their order, with their pictures, and the instruction."""
+    views = [[view.name, view.sha256] for view in episode.views]
+    return hashlib.sha256(json.dumps([views, episode.instruction]).encode()).hexdigest()
+
+
+def located(spec: EncoderSpec) -> EncoderSpec:
+    """The spec with a folder by its absolute path, so that training, evaluation and workers find it from anywhere."""
+    folder = Path(spec.path).expanduser()
+    return dataclasses.replace(spec, path=str(folder.resolve()) if folder.is_dir() else spec.path)
+
+
+def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables:
+    """All of a dataset that is not vision features."""
+    source, plan, what = corpus.source, corpus.plan, f"{corpus.plan.name}: text"
+    text, length = encoder.encode_text(plan.instructions)           # [n,Lt,D], [n]
+    null_text, _ = encoder.encode_text([""])                        # [1,1,D]
+    null_image = to_float16(encoder.null_image_features(len(plan.views)), f"{plan.name}: black frame")      # [V,K,D]
+    stats = []
+    for table in (corpus.action, corpus.proprio):
+        running = RunningStatistics()
+        running.update(table)
+        stats.append(running.result())
+    starts = source.starts or {}
+    attributes = {"dataset_config": source.config.name, "config": dataclasses.asdict(source.config),
+                  "embodiment_name": source.config.embodiment, "license": source.config.license, "view_sizes": corpus.view_sizes,
+                  "sampling_weight": source.config.sampling_weight, "action_map": source.action_map.to_dict(),
+                  "state_map": source.state_map.to_dict(), "environment": source.environment, "source": source.location,
+                  "encoder": dataclasses.asdict(located(encoder.spec)),
+                  "starts": [starts[e.episode_id] for e in plan.episodes if e.episode_id in starts]}
+    return DatasetTables(
+        action=corpus.action, action_mask=source.action_map.mask, action_rotation=source.action_map.rotation_slots,
+        action_stats=stats[0], proprio=corpus.proprio, proprio_mask=source.state_map.mask,
+        proprio_rotation=source.state_map.rotation_slots, proprio_stats=stats[1], timestamp=corpus.timestamp,
+        text=to_float16(text, what), text_length=length.cpu().numpy(), null_text=to_float16(null_text, what)[0],
+        null_features=dict(zip(plan.views, null_image)), embodiment=source.config.embodiment_id,
+        control_hz=source.control_hz, attributes=attributes)
+
+
+def _with_views(path: str, source: Source, views: Sequence[str]) -> Source:
+    mine = tuple(v for v in views if v in source.view_names)
+    if not mine:
+        raise UserError(f"{path} has none of the views {', '.join(views)}; it has {', '.join(source.view_names)}")
+    return open_source(path, dataclasses.replace(source.config, views=mine))

@@ -1,0 +1,1 @@
+"""Caches to other formats and places, and back."""

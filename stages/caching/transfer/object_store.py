@@ -1,0 +1,165 @@
+"""`dvla cache push` and `pull`: a finished cache to an object store or the Hugging Face hub, and back, file by file.
+
+The manifest goes last, so that what is not finished is not taken for a cache; a marker, put first and removed at the end, says whose
+files are there, so that both directions can be interrupted and run again. `dvla train --from-cache URL --local-cache FOLDER` reads
+what was pushed without pulling it.
+
+    URL/.pushing        crc32c of the manifest whose files are on their way
+    OUT/.pulling        the same, and where they come from
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....cache.store.cache import Cache
+from ....cache.store.locations import BLOCK, Url, creating
+from ....cache.store.mirror import fetch_checked, is_remote, read_manifest, require_inside
+from ....common.files import crc32c, write_file
+from ....errors import UserError
+from .card import cache_card
+
+HUB = "hf://datasets/"
+PUSHING, PULLING = ".pushing", ".pulling"
+THREADS = 8
+
+Progress = Callable[[int, int], None]   # bytes done, of all
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What was moved."""
+
+    where: str
+    files: int      # of the cache
+    found: int      # of these, there already
+    nbytes: int     # of the cache
+
+
+def push_cache(path: Path | str, url: str, private: bool = True, progress: Progress = lambda *_: None) -> Transfer:
+    """Copy the finished cache at `path` to an fsspec URL (s3://…, gs://…) or a dataset repository (hf://datasets/owner/name; made if it is
+    not there, `private` or not).
+
+    `UserError` when `path` is no finished cache, another one lies at `url`, or a file cannot be written.
+    """
+    cache = Cache.open(path)
+    if not is_remote(url):
+        raise UserError(f"{url} is not a URL; give one such as s3://bucket/cache or {HUB}owner/name (a folder is copied with cp)")
+    root, files = cache.path, cache.manifest["files"]
+    if url.startswith(HUB):
+        return _push_to_hub(cache, url, private, progress)
+    data = (root / "manifest.json").read_bytes()
+    place, mine = Url(url), f"{crc32c(data):08x}"
+    if place.size("manifest.json") is not None:
+        if read_manifest(place) == data:
+            return Transfer(url, len(files), len(files), _total(files))
+        raise UserError(f"another cache lies at {url}; choose another URL, or remove it there first")
+    names = place.names()
+    if PUSHING not in names and names:
+        raise UserError(f"{url} holds files already and no cache, {names[0]} among them; choose another URL")
+    if PUSHING in names:
+        with place.open(PUSHING) as file:
+            if file.read().decode() != mine:
+                raise UserError(f"another cache is being pushed to {url}; choose another URL, or remove what is there")
+    else:
+        _put(place, PUSHING, mine.encode())
+
+    def send(name: str) -> bool:
+        if place.size(name) == files[name]["bytes"]:
+            return True     # an object appears when it is whole
+        with creating(place, name) as sink, open(root / name, "rb") as file:
+            while block := file.read(8 * BLOCK):
+                sink.write(block)
+            if (sink.nbytes, sink.crc) != (files[name]["bytes"], files[name]["crc32c"]):
+                raise UserError(f"{root / name} is damaged; run `dvla cache repair {root}`, then push again")
+        return False
+
+    found = _all(send, files, progress)
+    _put(place, "manifest.json", data)
+    place.remove(PUSHING)
+    return Transfer(url, len(files), found, _total(files))
+
+
+def pull_cache(url: str, out: Path | str, progress: Progress = lambda *_: None) -> Transfer:
+    """Copy the cache at a URL into the folder `out`; every file is compared with the manifest's size and crc32c.
+
+    `UserError` when none is there, a file is damaged, or `out` holds something else.
+    """
+    out, place = Path(out), Url(url)
+    data = read_manifest(place)
+    try:
+        files = json.loads(data)["files"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"manifest.json of {url} is damaged") from None
+    require_inside(files, url)
+    marker, mine = out / PULLING, f"{crc32c(data):08x} {url}\n".encode()
+    if (out / "manifest.json").is_file() and (out / "manifest.json").read_bytes() == data:
+        return Transfer(url, len(files), len(files), _total(files))
+    if out.exists() and not (marker.is_file() and marker.read_bytes().split()[:1] == mine.split()[:1]):
+        raise UserError(f"{out} exists and is not an unfinished copy of {url}; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(marker, mine)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+
+    def take(name: str) -> bool:
+        path = out / name
+        if path.exists():   # it appeared whole
+            return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fetch_checked(place, name, files[name], path)
+        return False
+
+    found = _all(take, files, progress)
+    write_file(out / "manifest.json", data)
+    marker.unlink()
+    return Transfer(url, len(files), found, _total(files))
+
+
+def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> Transfer:
+    """By the hub client's own resumable upload, the manifest and the card after everything else."""
+    from ....common.hub import hub_errors
+
+    repo, card = url.removeprefix(HUB), cache_card(cache, url).encode()
+    root, files = cache.path, cache.manifest["files"]
+    with hub_errors(repo):
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        if api.file_exists(repo, "manifest.json", repo_type="dataset"):
+            raise UserError(f"a cache lies in {repo} already; choose another repository, or delete it on the hub first")
+        api.upload_large_folder(repo_id=repo, folder_path=root, repo_type="dataset", allow_patterns=list(files), print_report=False)
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo, repo_type="dataset")
+        api.upload_file(path_or_fileobj=root / "manifest.json", path_in_repo="manifest.json", repo_id=repo, repo_type="dataset")
+    progress(_total(files), _total(files))
+    return Transfer(url, len(files), 0, _total(files))
+
+
+def _all(work: Callable[[str], bool], files: Mapping[str, Mapping[str, Any]], progress: Progress) -> int:
+    """`work` on every file, some at a time; returns how many were there already."""
+    total, done, found = _total(files), 0, 0
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for name, there in zip(files, pool.map(work, files)):
+                done, found = done + files[name]["bytes"], found + there
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
+
+
+def _put(place: Url, name: str, data: bytes) -> None:
+    with creating(place, name) as sink:
+        sink.write(data)
+
+
+def _total(files: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(entry["bytes"] for entry in files.values())

@@ -1,0 +1,226 @@
+"""`dvla cache export` and `dvla cache import`: a finished cache as WebDataset tars and back, byte for byte.
+
+What is in the tars: cache/webdataset_io.py. An import writes through `CacheWriter`, so it resumes like a build, and its files are those of
+the cache that was exported, manifest included. Two things cannot be promised: compressed records are compressed again, and another
+version of zstd or lz4 may write other bytes for the same numbers; and the metadata of arrays is written as this version of dvla writes it.
+The content is equal all the same, and the report counts such files. Any other difference is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ....cache.store.cache import Cache, CacheDataset
+from ....cache.store.locations import Place, creating, errors, fetch
+from ....cache.store.manifest import json_bytes, read_json
+from ....cache.store.plan import BuildPlan, ShardTask
+from ....cache.store.webdataset.cache import WebDatasetCache, WebDatasetDataset, read_index
+from ....cache.store.webdataset.samples import (
+    BLOCK_NBYTES,
+    Files,
+    meta_samples,
+    observation_samples,
+    sample_nbytes,
+    tables_of,
+)
+from ....cache.store.webdataset.tars import EXPORT_FORMAT, INDEX, META, Entry, labels, open_place, write_tar
+from ....cache.store.writer import CacheWriter, Features
+from ....common import fingerprint as fp
+from ....errors import UserError, unknown
+
+FORMATS = ("webdataset",)
+CLAIM = ".export.json"              # whose unfinished export a folder holds
+Progress = Callable[[str, int, int], None]      # (stage, done, total)
+
+
+@dataclass
+class ExchangeReport:
+    """What an export or import did. `found`: tars, or shards, that were there already."""
+
+    where: str
+    samples: int = 0            # observations
+    parts: int = 0              # tars of an export, shards of an import
+    found: int = 0
+    bytes: int = 0
+    rewritten: int = 0          # files of an import with other bytes than the exported cache's, of the same content (see above)
+    seconds: float = 0.0
+
+
+def export(path: Path, out: str, format: str = "webdataset", shard_nbytes: int = 1 << 30,
+           progress: Progress = lambda *_: None) -> ExchangeReport:
+    """Write the finished cache at `path` as tars of at most about `shard_nbytes` to a folder, fsspec URL or pipe.
+
+    Run again to finish an interrupted one. `UserError` when a file of the cache is damaged, or `out` holds something else.
+    """
+    if format not in FORMATS:
+        raise unknown("--format", format, FORMATS)
+    began, cache, place = time.perf_counter(), Cache.open(path), open_place(out)
+    claim = {"export": EXPORT_FORMAT, "cache": fp.digest(cache.manifest), "shard_nbytes": shard_nbytes}
+    views = {d.name: labels(d.views) for d in cache.datasets}
+    total = sum(d.observations for d in cache.datasets)
+    report, files, done = ExchangeReport(place.where, total), Files(cache), 0
+    with place.locked():
+        finished = _finished(place, claim)
+
+        def write(name: str, samples: Callable[[], Iterator[dict[str, Any]]]) -> Entry:
+            entry = finished.get(name)
+            if entry is not None and _size(place, name) == entry["filesize"]:
+                report.found += 1
+            else:
+                entry = write_tar(place, name, samples())
+                if place.resumable:
+                    _write_json(place, _record(name), entry)
+            report.parts, report.bytes = report.parts + 1, report.bytes + entry["filesize"]
+            return entry
+
+        meta = write(META, lambda: meta_samples(cache, files))
+        shards: list[Entry] = []
+        quarantine: list[Entry] = []
+        for dataset in cache.datasets:
+            per_tar = max(1, shard_nbytes // sample_nbytes(dataset, views[dataset.name]))
+            bad = np.repeat(dataset.quarantined, dataset.episode_observations)                      # [observations]
+            for entries, chosen, prefix in ((shards, ~bad, ""), (quarantine, bad, "_quarantine-")):
+                rows = np.flatnonzero(chosen)
+                for i, begin in enumerate(range(0, len(rows), per_tar)):
+                    part = rows[begin:begin + per_tar]
+                    name = f"{prefix}{dataset.name}-{i:06d}.tar"
+                    entries.append({**write(name, lambda: observation_samples(dataset, views[dataset.name], part, files)), "dataset": dataset.name})
+                    done += len(part)
+                    progress(dataset.name, done, total)
+        _write_json(place, INDEX, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards,
+                                   "dvla": {**claim, "meta": meta, "quarantine": quarantine, "views": views}})
+        if place.resumable:
+            for name in [*map(_record, (e["url"] for e in (meta, *shards, *quarantine))), CLAIM]:
+                if _size(place, name) is not None:
+                    with errors("remove", place.url(name)):
+                        place.remove(name)
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _record(tar: str) -> str:
+    """The file that says a tar is finished, until the index does."""
+    return f".{tar}.json"
+
+
+def _size(place: Place, name: str) -> int | None:
+    with errors("look for", place.url(name)):
+        return place.size(name)
+
+
+def _write_json(place: Place, name: str, document: dict[str, Any]) -> None:
+    with creating(place, name) as sink:
+        sink.write(json_bytes(document))
+
+
+def _read(place: Place, name: str) -> dict[str, Any]:
+    file, _, _ = fetch(place, name, Path("."))
+    with file:
+        try:
+            return dict(json.loads(file.read()))
+        except (ValueError, TypeError):
+            raise UserError(f"{place.url(name)} is damaged; remove it and run again") from None
+
+
+def _finished(place: Place, claim: dict[str, Any]) -> dict[str, Entry]:
+    """The tars an earlier run of the same export has finished; `UserError` when `place` holds anything else."""
+    if not place.resumable:
+        return {}
+    with errors("list", place.where):
+        names = [n for n in place.names() if ".tmp-" not in n]
+    if INDEX in names:
+        index = read_index(place, Path("."))
+        mine = index["dvla"]
+        entries = [mine.get("meta"), *index.get("shardlist", []), *mine.get("quarantine", [])]
+    elif CLAIM in names:
+        mine = _read(place, CLAIM)
+        entries = [_read(place, n) for n in names if n.startswith(".") and n.endswith(".tar.json")]
+    elif names:
+        raise UserError(f"{place.where} holds other files ({', '.join(sorted(names)[:3])}); choose another --out")
+    else:
+        mine, entries = claim, []
+    if different := [key for key in claim if mine.get(key) != claim[key]]:
+        what = {"shard_nbytes": "with another --shard-size", "cache": "of another cache"}.get(different[0], "of another version")
+        raise UserError(f"{place.where} holds an export {what}; choose another --out, or remove it")
+    if INDEX not in names and CLAIM not in names:
+        _write_json(place, CLAIM, claim)
+    with _sense(place.where):
+        return {e["url"]: {key: e[key] for key in ("url", "nsamples", "filesize", "crc32c")} for e in entries}
+
+
+def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -> ExchangeReport:
+    """Build the exported cache again at `out`. Run again to finish an interrupted one.
+
+    `UserError` naming the tar for one that is missing, truncated or altered, and for an `out` that holds something else.
+    """
+    began = time.perf_counter()
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write a cache at {out}: {error.strerror}; choose another --out") from None
+    exported = WebDatasetCache.open(source, out.absolute().parent, check=True)
+    report = ExchangeReport(str(out))
+    with _sense(source):
+        plan = BuildPlan.from_document(exported.fingerprint["store"])
+        settings = {key: value for key, value in exported.fingerprint.items() if key != "store"}
+        ledger = exported.tars.json(META, "cache/store.quarantine.json")
+    with _sense(source), CacheWriter.create_or_resume(out, settings, plan) as writer:
+        order = [d.name for d in plan.datasets]
+        missing = sorted(writer.missing(), key=lambda t: (order.index(t.dataset), t.index))     # so that each tar is fetched once
+        report.parts = len(plan.tasks())
+        report.found, total, done = report.parts - len(missing), sum(t.stop - t.start for t in missing), 0
+        writer.channel_scale(lambda: exported.datasets[0].channel_scale)    # type: ignore[arg-type, return-value]
+        for name in writer.tables_missing():
+            writer.write_tables(name, tables_of(exported.dataset(name)))
+        for task in missing:
+            bad = [(episode, reason) for episode, reason in ledger.get(f"{task.dataset}/{task.array}/{task.index}", [])]
+            writer.write_shard(task, _chunks(exported, exported.dataset(task.dataset), task), bad)
+            done += task.stop - task.start
+            progress(task.dataset, done, total)
+        if not writer.complete:
+            report.rewritten = _compare(out, exported.manifest, plan, source)
+        manifest = writer.finish()
+    report.samples, report.bytes = sum(d.observations for d in exported.datasets), manifest["bytes"]
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _chunks(exported: WebDatasetCache, d: CacheDataset, task: ShardTask) -> Iterator[Features]:
+    """A shard's records, in blocks."""
+    assert isinstance(d, WebDatasetDataset)     # as all of an export
+    size = max(1, BLOCK_NBYTES // d.format.record_nbytes(d.tokens, d.width))
+    exported.tars.limit = 1 + len({tar for tar, _ in d.places(d.frame_of(np.arange(task.start, task.stop)))})   # copies on disk
+    for begin in range(task.start, task.stop, size):
+        codes, scale = d.records(task.view, d.frame_of(np.arange(begin, min(begin + size, task.stop))), task.variant)
+        yield codes if scale is None else (codes, scale)
+
+
+def _compare(out: Path, manifest: dict[str, Any], plan: BuildPlan, source: str) -> int:
+    """How many files have other bytes than the exported cache's, of the same content; `UserError` for any with other content."""
+    files: dict[str, Any] = {}
+    for record in (out / ".commits").rglob("*.json"):
+        files |= read_json(record)["files"]
+    different = sorted(name for name, entry in files.items() if manifest["files"].get(name) != entry)
+    compressed = plan.format.compression != "none"
+    wrong = [n for n in different if not n.endswith("/zarr.json") and not (compressed and n.split("/")[1] == "features")]
+    if wrong:
+        raise UserError(f"{source} does not give back the cache it was exported from: {wrong[0]} differs, and {len(wrong) - 1} other files; "
+                        f"its tars and index were changed together. Export the cache again, and remove {out}")
+    return len(different)
+
+
+@contextlib.contextmanager
+def _sense(source: str) -> Iterator[None]:
+    """What an export says of itself may be anything: `UserError` when it does not make sense."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{source} does not describe a cache this version can build ({type(error).__name__}: {error}); export it again") from error

@@ -1,0 +1,1 @@
+"""A finished cache: verify, repair, inspect, compare, clean up."""

@@ -1,0 +1,147 @@
+"""`dvla cache verify | status | inspect | diff | repair | gc`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ....common.console import console, errors, progress_bars
+from ....common.options import Device, Json, VlmPath
+from ....common.text import size
+
+Moved = Annotated[Optional[list[str]], typer.Option("--source", help="Dataset folders, if moved since the build; may be given several times.")]
+CachePath = Annotated[Path, typer.Argument(help="Cache folder.", show_default=False)]
+
+
+def cache_verify(
+    path: CachePath,
+    live: Annotated[int, typer.Option("--live", help="Frames to recompute with the live encoder.")] = 0,
+    source: Moved = None,
+    vlm_path: VlmPath = None,
+    device: Device = "auto",
+) -> None:
+    """Check every byte against its checksum, and random features against the live encoder. Exit code 1 when something differs.
+
+    Example: dvla cache verify cache --live 32
+    """
+    from .verify import verify
+
+    with progress_bars() as show:
+        problems, check = verify(path, live, tuple(source or ()), vlm_path, device, progress=lambda done, total: show("checksums", done, total))
+    for line in problems:
+        errors.print(line, style="red", markup=False)
+    if check is not None:
+        console.print(f"{check.count} frames recomputed: largest difference {check.largest:.2g}, RMS of the difference "
+                      f"{check.relative:.2g} of the features' ({check.scale:.2g})")
+    if problems:
+        raise typer.Exit(1)
+    console.print(f"{path}: all files are as they were written")
+
+
+def cache_status(path: CachePath, json: Json = None) -> None:
+    """What is done of a cache and of its generations, and whether a builder runs. Reads no feature and needs no VLM.
+
+    Example: dvla cache status cache
+    """
+    from ....common.console import write_json
+    from .status import status
+    from .tables import show_status
+
+    found = status(path)
+    write_json(json, found)
+    show_status(found)
+
+
+def cache_inspect(
+    path: CachePath,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder for a picture of the token norms of each view; nothing there is overwritten.")] = None,
+    html: Annotated[Optional[Path], typer.Option("--html", help="Page to write: datasets, pictures, token norms, action ranges, masks, bytes.")] = None,
+    source: Moved = None,
+) -> None:
+    """What a finished cache was built with, its episodes, instructions and action slots.
+
+    Example: dvla cache inspect cache --html cache.html
+    """
+    from .inspect import inspect, norm_pictures
+    from .tables import show_facts, show_ranges
+
+    facts = inspect(path)
+    ranges = norm_pictures(path, out) if out else {}
+    if html is not None:
+        from .page import write_cache_page
+
+        with progress_bars() as show:
+            nbytes = write_cache_page(path, html, tuple(source or ()), show)
+    show_facts(facts)
+    show_ranges(ranges)
+    if html is not None:
+        console.print(f"{html}: {size(nbytes)}, one file that needs no network", markup=False)
+
+
+def cache_diff(
+    a: Annotated[Path, typer.Argument(help="Cache folder A.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Cache folder B.", show_default=False)],
+    samples: Annotated[int, typer.Option("--samples", help="Frames of each view whose features are compared.")] = 256,
+    json: Json = None,
+) -> None:
+    """How two finished caches differ: settings, datasets, episodes, tables, and features of sampled frames. Exit code 1 when they do.
+
+    Example: dvla cache diff cache cache.gen-1
+    """
+    from ....common.console import write_json
+    from .diff import diff
+    from .tables import show_diff
+
+    with progress_bars() as show:
+        found = diff(a, b, samples, progress=show)
+    write_json(json, found)
+    show_diff(found)
+    if not found.same:
+        raise typer.Exit(1)
+
+
+def cache_repair(path: CachePath, source: Moved = None, vlm_path: VlmPath = None, device: Device = "auto") -> None:
+    """Check every file, and build again only what is damaged or missing, with the settings the cache was built with.
+
+    Example: dvla cache repair cache
+    """
+    from .repair import repair
+
+    with progress_bars() as show:
+        report = repair(path, tuple(source or ()), vlm_path, device, lambda line: console.print(line, markup=False), show)
+    if report.whole:
+        console.print(f"{path}: all files are as they were written")
+        return
+    console.print(f"{path}: whole again; {report.parts} were written again")
+    if report.other_bytes:
+        console.print(f"{len(report.other_bytes)} files have other bytes than before, as encoding on other hardware or in other batches gives: "
+                      f"{', '.join(report.other_bytes[:3])}{', …' if len(report.other_bytes) > 3 else ''}", style="yellow", markup=False)
+
+
+def cache_gc(
+    path: CachePath,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+) -> None:
+    """List earlier generations, an unfinished next one and files of killed builders; remove them with --yes or after asking.
+
+    Example: dvla cache gc cache --yes
+    """
+    from .garbage import garbage, remove, require_no_builder
+    from .tables import show_garbage
+
+    items = garbage(path)
+    require_no_builder(path)
+    if not items:
+        console.print(f"{path}: nothing to remove")
+        return
+    show_garbage(items)
+    if not yes:
+        if not console.is_terminal:
+            console.print("nothing was removed; give --yes to remove all of these")
+            return
+        if typer.prompt("type 'remove' to remove all of these", default="", show_default=False).strip() != "remove":
+            console.print("nothing was removed")
+            return
+    console.print(f"{path}: {len(items)} removed, {size(remove(path, items))} freed")

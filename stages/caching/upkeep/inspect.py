@@ -1,0 +1,133 @@
+"""What is in finished caches: `dvla cache inspect` and `dvla cache diff`.
+
+Letters: n frames, K tokens of one picture, D feature width, S side of a square grid of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ....cache.actions.slots import slots
+from ....cache.actions.statistics import Statistics
+from ....cache.store.cache import Cache, CacheDataset
+from ....errors import UserError
+from .status import summary
+
+CELL = 16               # pixels of one token in a picture of norms
+GAP = 4                 # pixels between frames
+SHOWN_FRAMES = 8
+
+
+@dataclass(frozen=True)
+class SlotRow:
+    """One active entry of the unified vector, in the robot's units (velocity slots per second)."""
+
+    slot: int
+    name: str
+    mean: float
+    std: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One dataset of a cache."""
+
+    name: str
+    views: tuple[str, ...]
+    episodes: int
+    quarantined: int
+    frames: int
+    observations: int
+    lengths: tuple[int, int, int]       # shortest, median, longest episode, frames
+    control_hz: float
+    embodiment: str
+    source: str
+    instructions: tuple[tuple[str, int], ...]   # (text, episodes), most frequent first
+    action: tuple[SlotRow, ...]
+    proprio: tuple[SlotRow, ...]
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a finished cache was built with, and its tables."""
+
+    path: str
+    bytes: int
+    files: int
+    encoder: dict[str, Any]             # the encoder's settings
+    fingerprint: dict[str, Any]         # the fingerprint in short
+    datasets: tuple[DatasetFacts, ...]
+
+
+def inspect(path: Path) -> CacheFacts:
+    """Read the tables of a finished cache; no features. `UserError` as `Cache.open`."""
+    cache = Cache.open(path)
+    return CacheFacts(str(path), cache.manifest["bytes"], len(cache.manifest["files"]), cache.datasets[0].attributes.get("encoder", {}),
+                      summary(cache.fingerprint), tuple(_facts(d) for d in cache.datasets))
+
+
+def _facts(d: CacheDataset) -> DatasetFacts:
+    counts = np.bincount(d.episode_instruction, minlength=len(d.instructions))
+    order = np.argsort(-counts, kind="stable")
+    lengths = d.episode_length
+    return DatasetFacts(
+        d.name, d.views, len(d.episode_id), int(d.quarantined.sum()), d.frames, d.observations,
+        (int(lengths.min()), int(np.median(lengths)), int(lengths.max())), d.control_hz, str(d.attributes.get("embodiment_name", d.embodiment_id)),
+        str(d.attributes.get("source", "")), tuple((d.instructions[i], int(counts[i])) for i in order), _slots(d, "action"), _slots(d, "proprio"))
+
+
+def _slots(d: CacheDataset, kind: str) -> tuple[SlotRow, ...]:
+    stats = Statistics.from_dict(d.attributes[f"{kind}_stats"])
+    rows = np.flatnonzero(d.action_mask if kind == "action" else d.proprio_mask).tolist()
+    return tuple(SlotRow(i, slots()[i].name, *(float(getattr(stats, field)[i]) for field in ("mean", "std", "min", "max"))) for i in rows)
+
+
+def norm_pictures(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
+    """Write one PNG per dataset and view: the norms of the token grid of up to `SHOWN_FRAMES` observations side by side, dark to
+    bright. Returns file → (smallest, largest norm). `UserError` when one of them is there already: nothing is overwritten."""
+    from PIL import Image
+
+    cache = Cache.open(path)
+    files = {(d.name, view): out / f"{d.name}.{view}.png" for d in cache.datasets for view in d.views}
+    for file in files.values():
+        if file.exists():
+            raise UserError(f"{file} exists; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    ranges = {}
+    for d in cache.datasets:
+        rows = shown_rows(d, SHOWN_FRAMES)
+        for view in d.views:
+            picture, ranges[files[d.name, view]] = norm_strip(d, view, rows)
+            Image.fromarray(picture).save(files[d.name, view])
+    return ranges
+
+
+def shown_rows(d: CacheDataset, count: int) -> np.ndarray:
+    """At most `count` frames, int64, spread evenly over a dataset's observations; none in quarantine."""
+    usable = np.flatnonzero(~d.quarantined[d.episode_of(d.frame_of(np.arange(d.observations)))])
+    return d.frame_of(usable[np.unique(np.linspace(0, len(usable) - 1, count).astype(int))] if len(usable) else usable)
+
+
+def norm_strip(d: CacheDataset, view: str, rows: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """The norms of the token grids of frames `rows` side by side, dark to bright, uint8 [H,W,3], and (smallest, largest norm)."""
+    from matplotlib import colormaps
+
+    norms = np.linalg.norm(d.features(view, rows).astype(np.float32), axis=-1)              # [n,K]
+    low, high = (float(norms.min()), float(norms.max())) if norms.size else (0.0, 0.0)
+    side = math.isqrt(d.tokens)
+    grid = norms.reshape(len(rows), *((side, side) if side * side == d.tokens else (1, d.tokens)))   # [n,S,S]
+    scaled = (grid - low) / max(high - low, 1e-12)
+    tiles = [np.kron(frame, np.ones((CELL, CELL))) for frame in scaled]
+    strips = [(colormaps["viridis"](tile)[..., :3] * 255).astype(np.uint8) for tile in tiles]
+    strips = [np.pad(strip, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for strip in strips]
+    return np.concatenate(strips, axis=1)[:, :-GAP] if strips else np.full((CELL, CELL, 3), 255, np.uint8), (low, high)

@@ -1,0 +1,150 @@
+"""What `dvla cache status` and `gc` see on the disk: unfinished, finished, next and earlier generations. No VLM, no source is opened."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....cache.store.manifest import read_json
+from ....cache.store.plan import FORMAT, BuildPlan
+from ....cache.store.writer import CacheWriter
+from ....cache.store.zarr_format import commit_file, features_folder, scales_folder
+from ....common import fingerprint as fp
+from ....errors import UserError
+from ..generations import generations, next_generation
+from ..sizes import plan_nbytes
+
+TEMPORARY = ".*.tmp-*"      # of a shard or table that is being written, or was when its builder was killed
+
+
+def plan_of(path: Path) -> BuildPlan:
+    """The plan that the cache at `path`, finished or not, was begun with. `UserError` when there is none that this version reads."""
+    if not path.is_dir():
+        raise UserError(f"no cache at {path}; build one with `dvla cache build … --out {path}`")
+    if not (path / "fingerprint.json").exists():
+        raise UserError(f"{path} is not a dvla cache (it has no fingerprint.json)")
+    try:
+        store = read_json(path / "fingerprint.json")["store"]
+        if store["format"] != FORMAT:
+            raise UserError(f"cache {path} has format {store['format']}, this version reads {FORMAT}; rebuild it")
+        return BuildPlan.from_document(store)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}/fingerprint.json is damaged ({type(error).__name__}: {error}); a cache cannot be told without it") from None
+
+
+@dataclass(frozen=True)
+class ArrayStatus:
+    """Features of one view, or of an augmented variant of it. `bytes` of the shards that are done."""
+
+    dataset: str
+    array: str
+    done: int
+    shards: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CacheStatus:
+    """One folder that holds a cache, finished or not."""
+
+    path: str
+    finished: bool                      # it has a manifest, and nothing is missing
+    building: bool                      # a builder holds the lock
+    frames: int
+    episodes: int
+    arrays: tuple[ArrayStatus, ...]
+    tables_missing: tuple[str, ...]     # datasets without tables
+    bytes: int                          # done
+    planned_bytes: int                  # of all of it, before compression
+    quarantined: int                    # episodes, as far as known
+    leftovers: int                      # temporary files, of a running builder or of one that was killed
+    fingerprint: dict[str, Any]         # what it was built from, in short
+
+    @property
+    def shards(self) -> tuple[int, int]:
+        """(done, all)."""
+        return sum(a.done for a in self.arrays), sum(a.shards for a in self.arrays)
+
+
+def status(path: Path) -> list[CacheStatus]:
+    """Of the cache at `path`, its next generation if one is being built, and its earlier ones, oldest last. `UserError` if none is there."""
+    following = next_generation(path)
+    found = [p for p in (path, following) if (p / "fingerprint.json").exists()]
+    if not found:
+        plan_of(path)       # says what is wrong
+    return [one_status(p) for p in [*found, *reversed(generations(path))]]
+
+
+def one_status(path: Path) -> CacheStatus:
+    """Of one folder. Reads the commit records, and looks at the sizes of files, not into them."""
+    plan, document = plan_of(path), read_json(path / "fingerprint.json")
+    manifest = _manifest(path)
+    written: dict[str, dict[str, int]] = manifest["files"] if manifest else {}
+    missing = set() if manifest else set(CacheWriter(path, plan, None).missing())
+    counts: dict[tuple[str, str], list[int]] = {}
+    lines = {(d.name, episode) for d in plan.datasets for episode, _ in d.quarantined}
+    total = sum(entry["bytes"] for name, entry in written.items() if _whole(path, name, entry))
+    for task in plan.tasks():
+        row = counts.setdefault((task.dataset, task.array), [0, 0, 0])
+        row[1] += 1
+        if manifest:
+            names = [f"{features_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0/0"]
+            names += [f"{scales_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0"] * plan.format.quantised
+            done = all(name in written and _whole(path, name, written[name]) for name in names)
+            nbytes = sum(written[name]["bytes"] for name in names) if done else 0
+        else:
+            done = task not in missing
+            record = read_json(commit_file(path, task.dataset, task.array, task.index)) if done else {"files": {}, "quarantined": []}
+            lines |= {(task.dataset, episode) for episode, _ in record.get("quarantined", [])}
+            nbytes = sum(entry["bytes"] for entry in record["files"].values())
+            total += nbytes
+        row[0] += done
+        row[2] += nbytes
+    arrays = tuple(ArrayStatus(dataset, array, *row) for (dataset, array), row in counts.items())
+    tables = tuple(CacheWriter(path, plan, None).tables_missing()) if not manifest else ()
+    if not manifest:
+        total += sum(e["bytes"] for d in plan.datasets if d.name not in tables for e in read_json(commit_file(path, d.name))["files"].values())
+    finished = manifest is not None and all(_whole(path, name, entry) for name, entry in written.items())
+    return CacheStatus(
+        str(path), finished, locked(path), sum(d.frames for d in plan.datasets), sum(len(d.episodes) for d in plan.datasets), arrays, tables, total,
+        plan_nbytes(plan), manifest["quarantine_count"] if manifest else len(lines), sum(1 for _ in path.rglob(TEMPORARY)), summary(document))
+
+
+def summary(document: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint in a few fields; the weights by the first digits of their hash."""
+    encoder, store = document.get("encoder", {}), document["store"]
+    short = {name: encoder[name] for name in ("vlm", "features", "boundary", "resolution") if name in encoder}
+    weights = encoder.get("weights_sha256", encoder.get("weights"))
+    return {**short, **({"weights": str(weights)[:12]} if weights else {}), "tokens": store["tokens"], "width": store["width"],
+            "dtype": store["dtype"], "compression": store["compression"], "frame_stride": store["frame_stride"], "variants": store["variants"],
+            "digest": fp.digest(document)[:12]}
+
+
+def locked(path: Path) -> bool:
+    """Whether a builder holds the cache's lock. Looking takes a shared lock for a moment."""
+    try:
+        with open(path / ".lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a finished cache, else None: also for one that cannot be read."""
+    try:
+        found = read_json(path / "manifest.json")
+    except UserError:
+        return None
+    return found if found.get("complete") is True and isinstance(found.get("files"), dict) else None
+
+
+def _whole(path: Path, name: str, entry: dict[str, int]) -> bool:
+    try:
+        return (path / name).stat().st_size == entry["bytes"]
+    except OSError:
+        return False

@@ -1,0 +1,80 @@
+"""`dvla cache verify`: checksums, and the features of random frames recomputed with the live encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ....cache.loader.live import LiveFeatures
+from ....cache.loader.loader import gather
+from ....cache.loader.provenance import require_sources, sources_of
+from ....cache.store.cache import Cache
+from ....cache.store.checksums import verify_checksums
+from ....cache.vlm.load import load_encoder, require_encoder
+from ....cache.vlm.spec import EncoderSpec
+from ....common.config import from_mapping
+from ....common.device import pick_device
+from ....errors import UserError
+
+# Of the features' RMS. float16 rounds at 5e-4 relative, int8 with channel and token scales at 8e-3, fp8 at 2.6e-2; batches of another
+# size add their own rounding.
+TOLERANCE = {"float16": 2e-3, "int8": 2e-2, "float8_e4m3fn": 6e-2}
+
+
+@dataclass(frozen=True)
+class LiveCheck:
+    """Cached against recomputed features of `count` frames (all views of each)."""
+
+    count: int
+    largest: float      # largest absolute difference
+    scale: float        # RMS of the cached features
+    relative: float     # RMS of the difference / scale
+
+
+def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: str | None = None, device: str = "auto",
+           seed: int = 0, progress: Callable[[int, int], None] | None = None) -> tuple[list[str], LiveCheck | None]:
+    """(problems, live check). Problems: a line per damaged file, and one when live features differ by more than `TOLERANCE` allows.
+
+    `sources` defaults to the folders the cache was built from. `UserError` when VLM or sources are missing or others.
+    """
+    cache = Cache.open(path)
+    problems = verify_checksums(path, progress)
+    if live < 1 or problems:
+        return problems, None
+    spec = from_mapping(EncoderSpec, cache.datasets[0].attributes["encoder"], "cache")
+    encoder = load_encoder(dataclasses.replace(spec, path=vlm_path) if vlm_path else spec, pick_device(device))
+    require_encoder(encoder, cache.fingerprint["encoder"], f"cache {path}")
+    given = sources_of(cache, sources)
+    require_sources(cache, given)
+    features = LiveFeatures(encoder, cache, given, memory_gib=0.0)
+    rng = np.random.default_rng(seed)
+    sizes = np.array([d.observations for d in cache.datasets])
+    ids = rng.choice(len(sizes), live, p=sizes / sizes.sum())
+    at = (rng.random(live) * sizes[ids]).astype(np.int64)
+    rows = np.array([int(cache.datasets[d].frame_of(at[i:i + 1])[0]) for i, d in enumerate(ids)], np.int64)
+    usable = np.array([not cache.datasets[d].quarantined[cache.datasets[d].episode_of(rows[i:i + 1])[0]] for i, d in enumerate(ids)])
+    if not usable.any():
+        raise UserError(f"all of the {live} frames drawn are in quarantine; ask for more, or see {path}/quarantine.jsonl")
+    ids, rows = ids[usable], rows[usable]
+    square, scale, largest = 0.0, 0.0, 0.0
+    for begin in range(0, len(rows), 16):
+        part = slice(begin, begin + 16)
+        cached = gather(cache, ids[part], rows[part], 1)
+        with torch.inference_mode():
+            again = features(gather(cache, ids[part], rows[part], 1, features=False), np.zeros(len(rows[part]), bool)).tokens.cpu()
+        seen = cached.token_mask
+        difference = (cached.tokens.float() - again.float())[seen]
+        square, scale = square + float(difference.square().sum()), scale + float(cached.tokens.float()[seen].square().sum())
+        largest = max(largest, float(difference.abs().max()))
+    count = len(rows)
+    check = LiveCheck(count, largest, (scale / max(1, count * cache.width)) ** 0.5, (square / max(scale, 1e-30)) ** 0.5)
+    if check.relative > TOLERANCE[cache.format.dtype]:
+        problems.append(f"live features of {count} frames differ by {check.relative:.2g} of their RMS, more than "
+                        f"{TOLERANCE[cache.format.dtype]} that {cache.format.dtype} allows; "
+                        "the cache was built with other weights, preprocessing or hardware")
+    return problems, check

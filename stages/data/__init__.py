@@ -1,0 +1,1 @@
+"""Datasets: describe, check, measure, show, convert."""

@@ -1,0 +1,1 @@
+"""A field map for a new dataset."""

@@ -1,0 +1,250 @@
+"""`dvla data add`: a dataset config for a LeRobot dataset from its info.json, guesses marked as such, the rest asked for.
+
+Nothing is assumed that info.json does not say: embodiment, units, gripper values, rotation form, and whether an action is a
+target or a displacement are answers, and a config is written only when all of those that matter are given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ....cache.actions.action_map import FieldSpec
+from ....cache.actions.rotations import WIDTH
+from ....cache.actions.slots import SLOTS
+from ....cache.readers import open_source
+from ....cache.readers.config import load_config
+from ....common.files import write_file
+from ....errors import UserError, unknown
+from ..summary import dimension_names, picture_size
+from .guesses import Target, guess
+from .questions import QUESTIONS, Question
+
+if TYPE_CHECKING:
+    from ....cache.readers.lerobot.metadata import Metadata
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `dvla data add` was told. `answers`: option → text as given; `fields`: the --field values."""
+
+    source: str
+    answers: Mapping[str, str]
+    fields: tuple[str, ...] = ()
+    action_columns: tuple[str, ...] = ("action",)
+    state_columns: tuple[str, ...] | None = None    # None: observation.state where there is one
+    name: str | None = None
+    license: str = ""
+
+    def answered(self, question: Question, answer: str) -> Request:
+        """This request with one more answer."""
+        if question.prefix:
+            return dataclasses.replace(self, fields=(*self.fields, question.prefix + answer))
+        return dataclasses.replace(self, answers={**self.answers, question.option: answer})
+
+
+def draft(meta: Metadata, request: Request) -> tuple[str, list[Question]]:
+    """The YAML text, and the questions to answer first (while there is one, the text means nothing). `UserError` for an
+    answer that is none, or a column or dimension that is not there."""
+    ask = _Asker(request.answers)
+    ask("--embodiment")
+    kind = ask("--action-kind") or "absolute"
+    state = request.state_columns
+    if state is None:
+        state = ("observation.state",) * ("observation.state" in meta.features)
+    columns = {"action": request.action_columns, "state": state}
+    lines = {}
+    for what, given in _given(request.fields).items():
+        names = _dimensions(meta, what, columns[what])
+        targets = guess(names, _given_targets(what, given, names))
+        for first, last in _gaps(targets):
+            span = f"{what}.{first}-{last}" if last > first else f"{what}.{first}"
+            called = f"{names[first]} … {names[last]}" if last > first else names[first]
+            ask.missing[span] = Question("--field", f"what {called} stands for: slots, rotation:FORM or drop", str, f"{span}=")
+        moving = kind if what == "action" else "absolute"
+        lines[what] = [f"  - {_flow(_entry(t, what, moving, ask))}  # {_origin(t)}" for t in targets if t.kind != "unknown"]
+    return _text(meta, request, ask, columns, lines), list(ask.missing.values())
+
+
+def write(request: Request, text: str, out: Path) -> None:
+    """Write the config once it has been read back and has opened the dataset; an existing file is refused."""
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{out}: a dataset config is a .yaml file; choose another --out")
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / out.name
+        trial.write_text(text)
+        open_source(request.source, load_config(trial))
+    write_file(out, text.encode())
+
+
+class _Asker:
+    """Answers by option; remembers which were used and which are missing."""
+
+    def __init__(self, answers: Mapping[str, str]) -> None:
+        self.answers = answers
+        self.missing: dict[str, Question] = {}
+        self.used: dict[str, str] = {}
+
+    def __call__(self, option: str) -> Any:
+        """The answer's value; None where there is none yet."""
+        question, answer = QUESTIONS[option], self.answers.get(option)
+        if answer is None:
+            self.missing[option] = question
+            return None
+        self.used[option] = answer
+        try:
+            return question.read(answer)
+        except UserError as error:
+            raise UserError(f"{option}: {error}") from None
+
+
+# --- dimensions ------------------------------------------------------------------------------------------------------
+
+def _dimensions(meta: Metadata, what: str, columns: Sequence[str]) -> list[str]:
+    """What the files call each dimension; "action[3]" where they do not."""
+    for column in columns:
+        if column not in meta.features:
+            raise UserError(f"{unknown('column', column, meta.features)}; name the {what}'s with --{what}-column")
+    width = sum(math.prod(meta.features[c].get("shape") or [1]) for c in columns)
+    return dimension_names(meta.features, columns) or [f"{what}[{i}]" for i in range(width)]
+
+
+def _given(fields: Sequence[str]) -> dict[str, dict[int, tuple[int, str]]]:
+    """--field values by vector and first dimension: (last dimension, what they are)."""
+    found: dict[str, dict[int, tuple[int, str]]] = {"action": {}, "state": {}}
+    for text in fields:
+        parts = re.fullmatch(r"(action|state)\.(\d+)(?:-(\d+))?=(.+)", text.strip())
+        if not parts:
+            raise UserError(f"--field '{text}': expected e.g. action.6=gripper_open, state.0-5='arm_joint_{{0..5}}_pos', "
+                            "action.3-6=rotation:quat_xyzw or action.7=drop")
+        first = int(parts[2])
+        if first in found[parts[1]]:
+            raise UserError(f"--field '{text}': {parts[1]}.{first} was named before")
+        found[parts[1]][first] = int(parts[3] or first), parts[4]
+    return found
+
+
+def _given_targets(what: str, given: Mapping[int, tuple[int, str]], names: Sequence[str]) -> dict[int, Target]:
+    targets: dict[int, Target] = {}
+    for first, (last, text) in sorted(given.items()):
+        where, at = f"--field {what}.{first}-{last}={text}", first
+        if not first <= last < len(names) or first in {i for f, t in targets.items() for i in range(f, f + t.width)}:
+            raise UserError(f"{where}: the {what} has dimensions 0 to {len(names) - 1}, each to be named once")
+        for element in [f"drop:{last + 1 - first}"] if text == "drop" else text.split(","):
+            for target in _elements(element.strip()):
+                targets[at] = dataclasses.replace(target, native=tuple(names[at:at + target.width]), guessed=False)
+                at += target.width
+        if at != last + 1:
+            raise UserError(f"{where}: it describes {at - first} dimensions, {what}.{first}-{last} are {last + 1 - first}")
+    return targets
+
+
+def _elements(text: str) -> list[Target]:
+    """One element of --field: drop, drop:N, rotation:FORM[:PREFIX], a slot or a range of slots."""
+    if dropped := re.fullmatch(r"drop(?::([1-9]\d*))?", text):
+        return [Target("drop", ("",) * int(dropped[1] or 1))]
+    if text.startswith("rotation:"):
+        form, _, prefix = text.removeprefix("rotation:").partition(":")
+        if form not in WIDTH:
+            raise unknown("rotation form", form, WIDTH)
+        return [Target("rotation", ("",) * WIDTH[form], form=form, prefix=prefix or "eef_angle")]
+    return [Target("field", ("",), name) for name in FieldSpec(field=text).names]
+
+
+def _gaps(targets: Sequence[Target]) -> list[tuple[int, int]]:
+    """(first, last) dimension of every stretch that is not understood."""
+    flat = [t.kind == "unknown" for t in targets for _ in t.native]
+    edges = [i for i in range(len(flat) + 1) if (i < len(flat) and flat[i]) != (i > 0 and flat[i - 1])]
+    return [(first, stop - 1) for first, stop in zip(edges[::2], edges[1::2])]
+
+
+# --- entries ---------------------------------------------------------------------------------------------------------
+
+def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
+    """The field map entry of one target of a vector that holds absolute values, displacements or velocities."""
+    moving = kind != "absolute" and target.guessed
+    if target.kind == "drop":
+        return {"drop": target.width}
+    if target.kind == "rotation" and not moving:
+        prefix = {"prefix": target.prefix} if target.prefix != "eef_angle" else {}
+        return {"rotation": target.form or ask("--rotation"), **prefix}
+    if target.kind == "rotation":
+        if target.form:
+            raise UserError(f"{what}: {', '.join(target.native)} cannot be a {kind} as a quaternion; say what they are with --field")
+        side = target.prefix.removesuffix("eef_angle")
+        slots = [f"{side}eef_angular_vel_{axis}" for axis in ("roll", "pitch", "yaw")]
+    else:
+        slots = [_velocity(target.slot, what, target.native[0]) if moving else target.slot]
+    scale, offset = _scale(slots[0], what, ask)
+    entry: dict[str, Any] = {"field": slots[0]} if len(slots) == 1 else {"fields": slots}
+    entry |= {"scale": scale} if scale != 1 else {}
+    entry |= {"offset": offset} if offset else {}
+    return entry | ({"delta": True} if kind == "delta" and "_vel" in slots[0] and not slots[0].startswith("base") else {})
+
+
+def _velocity(slot: str, what: str, native: str) -> str:
+    """The slot of this quantity's rate of change; a gripper stays absolute, a base is a velocity already."""
+    if "gripper_open" in slot or "_vel" in slot:
+        return slot
+    found = slot.replace("eef_pos_", "eef_vel_").replace("_pos", "_vel") if "arm_joint" in slot or "eef_pos" in slot else ""
+    if found not in SLOTS:
+        raise UserError(f"{what}: {native} looks like {slot}, which has no velocity slot; say what it is with --field")
+    return found
+
+
+def _scale(slot: str, what: str, ask: _Asker) -> tuple[float, float]:
+    """(scale, offset) from the files' unit to the slot's; (1, 0) while the answer is missing."""
+    turns = "angular" in slot
+    if "gripper_open" in slot:
+        option = "--state-gripper" if what == "state" and "--state-gripper" in ask.answers else "--gripper"
+        opened, closed = ask(option) or (1.0, 0.0)
+        return 1 / (opened - closed), -closed / (opened - closed)
+    if slot.startswith("base"):
+        return (ask("--base-unit") or (1.0, 1.0))[turns], 0.0
+    if "eef" in slot and "_vel" in slot:
+        return (ask("--delta-scale") or (1.0, 1.0))[turns], 0.0
+    option = "--position-unit" if "eef" in slot else "--finger-unit" if "finger" in slot else "--joint-unit"
+    return ask(option) or 1.0, 0.0
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+def _flow(entry: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{k}: {json.dumps(v)}" for k, v in entry.items()) + "}"
+
+
+def _origin(target: Target) -> str:
+    names = ", ".join(json.dumps(n, ensure_ascii=False) for n in target.native)
+    return f"guessed from {names}" if target.guessed else f"{names}, by --field"
+
+
+def _text(meta: Metadata, request: Request, ask: _Asker, columns: Mapping[str, Sequence[str]], lines: Mapping[str, list[str]]) -> str:
+    from ....cache.readers.lerobot.source import choose_cameras
+
+    robot = str(meta.info.get("robot_type") or "")
+    cameras = choose_cameras(meta.features, None)
+    sizes = ", ".join("×".join(map(str, picture_size(meta.features[key]) or "?")) for key in cameras.values())
+    told = ", ".join(f"{option} {answer}" for option, answer in ask.used.items() if option != "--embodiment")
+    head = [
+        f"# {meta.name}: LeRobot {meta.version}, {float(meta.info['fps']):g} Hz. Written by `dvla data add`: look at every line marked \"guessed\".",
+        f"name: {json.dumps(request.name or meta.name)}",
+        f"match: [{json.dumps(robot or meta.name)}]  # guessed from " + (f"robot_type {json.dumps(robot)}" if robot else "the dataset's name"),
+        f"embodiment: {ask.used.get('--embodiment')}",
+        f"license: {json.dumps(request.license)}" + ("" if request.license else "  # info.json does not say"),
+        f"source: [{json.dumps(meta.repo)}]",
+        f"note: {json.dumps('as told to `dvla data add`: ' + told, ensure_ascii=False)}",
+        f"views: {json.dumps(list(cameras))}  # {sizes}",
+    ]
+    head += [f"{what}_columns: {json.dumps(list(found))}" for what, found in columns.items() if found]
+    for what in ("action", "state"):
+        head += [f"{what}:", *lines[what]] if lines[what] else [f"{what}: []"]
+    return "\n".join(head) + "\n"

@@ -1,0 +1,252 @@
+"""`dvla data check`: the doctor of a dataset. Reads every table and a sample of the pictures, and says what is wrong with them.
+
+What is kept in memory grows with episodes and dimensions, never with rows. Letters: T rows of an episode, d native dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from .... import __version__
+from ....cache.readers import Source, open_source
+from ....cache.readers.config import load_config
+from ....cache.readers.episode import CorruptEpisode
+from ....errors import UserError
+from .findings import Facts, Finding
+from .images import CameraFacts, sample_episodes, sample_frames, scan
+from .numeric_rules import limits
+from .rules import judge
+from .table_stats import Following, TableStats, dimensions
+
+SAMPLED = 64        # episodes whose pictures are decoded by default
+OPENED = 1000       # of more episodes, only those sampled have their picture files opened
+THREADS = 4         # episodes whose pictures are decoded at a time
+COLOURS = {"error": "red", "warning": "yellow", "info": "dim"}
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """What `dvla data check` needs."""
+
+    source: str                         # dataset folder, file or hub id
+    episodes: int | None = None         # episodes whose pictures are decoded, evenly spread; None = SAMPLED
+    frames: int = 8                     # frames decoded of each view of these
+    everything: bool = False            # decode every frame of every episode instead
+    out: Path | None = None             # JSON report to write
+    dataset_config: str | None = None   # YAML of the field map, or a shipped name
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was found in one dataset."""
+
+    source: Source
+    facts: Facts
+    findings: tuple[Finding, ...]       # the gravest first
+    seconds: float
+
+    @property
+    def must_fix(self) -> bool:
+        return any(f.severity == "error" for f in self.findings)
+
+    @property
+    def summary(self) -> str:
+        """One closing line."""
+        f, counts = self.facts, {s: sum(x.severity == s for x in self.findings) for s in COLOURS}
+        usable, rows = len(f.listed) - len({e for e, _ in f.failures}), sum(f.lengths.values())
+        decoded, looked = sum(p.frames for p in f.pictures), len({p.episode for p in f.pictures if p.frames})
+        found = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in zip(("error", "warning", "note"), counts.values()))
+        return (f"{self.source.name}: {usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} pictures of {looked} episodes "
+                f"decoded; {found}; {self.seconds:.1f} s")
+
+
+def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckReport:
+    """Examine a dataset; with `config.out`, also write the JSON report, which must not exist yet.
+
+    `UserError` for bad settings or a dataset that cannot be opened. Damaged episodes are findings.
+    """
+    began = time.perf_counter()
+    count = SAMPLED if config.episodes is None else config.episodes
+    if count < 0 or config.frames < 1:
+        raise UserError(f"--episodes {count} must be 0 or more, --frames {config.frames} at least 1")
+    if config.everything and config.episodes is not None:
+        raise UserError(f"--episodes {count} and --all exclude each other; give one of them")
+    if config.out is not None and config.out.exists():
+        raise UserError(f"{config.out} exists; choose another --out")
+    source = open_source(config.source, load_config(config.dataset_config) if config.dataset_config else None)
+    facts = _read_tables(source, progress)
+    _look_at_pictures(source, facts, config, count, progress)
+    report = CheckReport(source, facts, tuple(judge(facts)), time.perf_counter() - began)
+    if config.out is not None:
+        _write(config.out, as_json(report))
+    return report
+
+
+def findings_table(report: CheckReport) -> Table:
+    """One row per finding."""
+    table = Table("", "rule", "finding", expand=False)
+    for f in report.findings:
+        table.add_row(f"[{COLOURS[f.severity]}]{f.severity}[/]", f.rule, escape(f.message))
+    return table
+
+
+def as_json(report: CheckReport) -> dict[str, Any]:
+    """The report as plain JSON values."""
+    f, source = report.facts, report.source
+    dims = [{"table": d.table, "index": d.index, "name": d.name, "kind": d.kind, "min": float(t.low[d.index]), "max": float(t.high[d.index]),
+             "share_at_min": float(t.at_low[d.index] / t.rows), "share_at_max": float(t.at_high[d.index] / t.rows)}
+            for t in f.tables if t.rows for d in t.dims]
+    return {
+        "dvla": __version__, "dataset": source.name, "format": source.format, "dataset_config": source.config.name,
+        "revision": source.revision_hash, "must_fix": report.must_fix, "seconds": round(report.seconds, 3), "rows_per_second": source.fps,
+        "control_hz": source.control_hz, "episodes_listed": len(f.listed), "episodes_readable": len(f.lengths), "rows": sum(f.lengths.values()),
+        "findings": [dataclasses.asdict(x) for x in report.findings], "failures": [{"episode": e, "reason": r} for e, r in f.failures],
+        "dimensions": dims, "cameras": [dataclasses.asdict(p) for p in f.pictures],
+        "instructions": [{"text": text, "episodes": len(e)} for text, e in f.instructions.items()],
+    }
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+def _read_tables(source: Source, progress: Progress) -> Facts:
+    maps = {"action": source.action_map, "state": source.state_map}
+    dims = {name: dimensions(name, m) for name, m in maps.items()}
+    tables = {name: TableStats(name, m, *limits(dims[name])) for name, m in maps.items() if m.native_dim}
+    facts = Facts(source.episode_ids, tuple(tables.values()), Following(dims["action"], dims["state"], source.control_hz), source.fps,
+                  source.control_hz, source.config.license, *_declared(source))
+    seen: dict[bytes, int] = {}
+    for i, number in enumerate(source.episode_ids):
+        try:
+            facts.listed_lengths[number] = source.length_of(number)
+            table = source.table(number)
+        except CorruptEpisode as error:
+            facts.failures.append((number, _reason(source, number, error)))
+        else:
+            facts.lengths[number] = len(table.action)
+            for name, stats in tables.items():
+                stats.update(number, getattr(table, name))
+            facts.following.update(table.action, table.state)
+            facts.instructions.setdefault(table.instruction, []).append(number)
+            gaps, drift = rhythm(table.timestamps, source.fps)
+            facts.gaps += [(number, frame, step) for frame, step in gaps[:1]]
+            facts.drifts += [(number, *drift)] if drift else []
+            digest = hashlib.blake2b(table.action.tobytes() + b";" + table.state.tobytes(), digest_size=16).digest()
+            first = seen.setdefault(digest, number)
+            if first != number and len(table.action) > 1:
+                facts.twins.append((number, first))
+        progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
+    return facts
+
+
+def rhythm(times: np.ndarray, fps: float) -> tuple[list[tuple[int, float]], tuple[float, float] | None]:
+    """Steps of `times` [T] seconds that are out of rhythm, as (frame, seconds), and (seconds off at the end, rows per
+    second) where the others do not add up to `fps`: more than one row off, None otherwise."""
+    steps = np.diff(times)
+    if not len(steps):
+        return [], None
+    usual = float(np.median(steps))
+    odd = (steps > 1.5 * usual) | (steps < 0.5 * usual)
+    even = steps[~odd]
+    off = float(even.sum()) - len(even) / fps
+    drift = (off, len(even) / float(even.sum())) if abs(off) > 1 / fps else None
+    return [(int(i) + 1, float(steps[i])) for i in np.flatnonzero(odd)], drift
+
+
+def _declared(source: Source) -> tuple[dict[str, int], tuple[int, ...]]:
+    """Totals by a LeRobot dataset's metadata, and episodes that have a v2 table file without being listed."""
+    if source.format != "lerobot":
+        return {}, ()
+    info = json.loads((source.path / "meta" / "info.json").read_text())     # the reader has read it already
+    totals = {short: int(info[key]) for short, key in (("episodes", "total_episodes"), ("frames", "total_frames")) if key in info}
+    files = (re.fullmatch(r"episode_(\d+)\.parquet", p.name) for p in (source.path / "data").glob("*/episode_*.parquet"))
+    return totals, tuple(sorted({int(m[1]) for m in files if m} - set(source.episode_ids)))
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------------
+
+def _look_at_pictures(source: Source, facts: Facts, config: CheckConfig, count: int, progress: Progress) -> None:
+    """Decode a sample, or everything; open the files of the others where they are here and not too many."""
+    usable = sorted(facts.lengths)
+    decoded = set(usable if config.everything else sample_episodes(usable, count))
+    is_here = Path(config.source).expanduser().exists()
+    chosen = [e for e in usable if e in decoded or (is_here and len(usable) <= OPENED)]
+    stats, stop = facts.tables[-1], threading.Event()   # of the state, or of the action where there is none
+
+    def look(number: int) -> tuple[int, list[CameraFacts], str | None]:
+        seen: list[CameraFacts] = []
+        try:
+            episode = source.load(number)
+            for view in episode.views:
+                frames: Sequence[tuple[int, int]] = ()
+                if number in decoded:
+                    frames = [(0, view.length)] if config.everything else sample_frames(view.length, config.frames, number % 2 > 0)
+                seen.append(scan(number, view, frames, _position(stats, getattr(episode, stats.dims[0].table)), stop.is_set))
+        except CorruptEpisode as error:
+            return number, seen, _reason(source, number, error)
+        return number, seen, None
+
+    pool = ThreadPoolExecutor(THREADS, "dvla-check")
+    try:
+        waiting = [pool.submit(look, number) for number in chosen]
+        for done, future in enumerate(as_completed(waiting), 1):
+            number, seen, reason = future.result()
+            facts.pictures += seen
+            facts.failures += [(number, reason)] if reason else []
+            progress(f"{source.name}: pictures", done, len(chosen))
+    finally:    # on Ctrl-C, too: what has not begun is dropped, what has ends with its frame
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    facts.pictures.sort(key=lambda p: (p.episode, source.view_names.index(p.view)))
+    facts.failures.sort()
+
+
+def _position(stats: TableStats, native: np.ndarray) -> np.ndarray:
+    """[T, k] values as shares of their range over the dataset; dimensions without one, and dropped ones, are left out."""
+    used = [d.index for d in stats.dims if d.kind != "dropped" and stats.high[d.index] > stats.low[d.index]]
+    return (native[:, used] - stats.low[used]) / (stats.high[used] - stats.low[used])
+
+
+# --- shared ------------------------------------------------------------------------------------------------------------
+
+def _reason(source: Source, number: int, error: CorruptEpisode) -> str:
+    return str(error).removeprefix(f"{source.where(number)}: ")
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """JSON with one line per entry, and per element of a list of objects."""
+    def entry(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n  " + ",\n  ".join(json.dumps(v, ensure_ascii=False) for v in value) + "\n ]"
+        return json.dumps(value, ensure_ascii=False)
+
+    return "{\n " + ",\n ".join(f"{json.dumps(k)}: {entry(v)}" for k, v in report.items()) + "\n}\n"
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    """The report appears under its name when complete, and never in place of another file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(as_text(report))
+        if path.exists():
+            raise UserError(f"{path} appeared meanwhile; choose another --out")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

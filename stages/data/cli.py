@@ -1,0 +1,235 @@
+"""`dvla data …`: record demonstrations and look at datasets, whatever their format."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ...common.console import console, errors, progress_bars
+from ...errors import UserError
+
+Source = Annotated[str, typer.Argument(help="Dataset folder or file, or hub id.", show_default=False)]
+Config = Annotated[Optional[str], typer.Option("--dataset-config", help="YAML of the field map, or a shipped name; default: found by the dataset's name.")]
+
+
+def data_list(
+    folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders in which to look for datasets; default: the shipped families.",
+                                                            show_default=False)] = None,
+) -> None:
+    """List the dataset families that dvla knows or, with folders, the datasets that lie in them.
+
+    Example: dvla data list
+
+    Example: dvla data list data ~/recordings
+    """
+    from ...cache.readers.config import config_names, load_config
+    from .summary import find_datasets, summarise
+    from .tables import show_datasets, show_families
+
+    if not folders:
+        show_families([load_config(name) for name in config_names()])
+        return
+    found, broken = [], []
+    with progress_bars() as show:
+        paths = list(find_datasets(folders))
+        for done, path in enumerate(paths, start=1):
+            try:
+                found.append(summarise(path))
+            except UserError as error:
+                broken.append(f"{path}: {error}")
+            show("datasets", done, len(paths))
+    if found:
+        show_datasets(found)
+    broken += [f"{s.path}: {s.problem}" for s in found if s.family and not s.source]
+    for line in broken:
+        errors.print(line, style="red", markup=False)
+    console.print(f"{len(paths)} datasets, {len(broken)} of which cannot be opened")
+
+
+def data_show(
+    source: Source,
+    episode: Annotated[Optional[int], typer.Option("--episode", help="Also show this episode.")] = None,
+    dataset_config: Config = None,
+) -> None:
+    """Show what a dataset is, what each of its dimensions means, and one episode.
+
+    Example: dvla data show lerobot/droid_1.0.1
+
+    Example: dvla data show data/push --episode 3
+    """
+    from .summary import instructions, load_episode, native_names, summarise
+    from .tables import features_table, field_table, show_episode, show_summary, values_table
+
+    with progress_bars() as show:
+        summary = summarise(source, dataset_config)
+        counts = instructions(summary, show)
+        opened = summary.source
+        shown = load_episode(opened, episode) if opened and episode is not None else None
+    show_summary(summary, counts)
+    if opened is None:
+        assert summary.meta is not None     # other datasets are opened or refused
+        console.print(features_table(summary.meta.features))
+        errors.print(summary.problem, style="yellow", markup=False)
+        errors.print(f"write a dataset config: dvla data add {source}", style="yellow", markup=False)
+        if episode is not None:
+            raise UserError("an episode can be shown only with a dataset config that describes it")
+        return
+    if shown:
+        show_episode(shown)
+    vectors = [("action", opened.action_map, shown.action if shown else None), ("state", opened.state_map, shown.state if shown else None)]
+    for (name, mapping, values), named in zip(vectors, native_names(summary)):
+        if mapping.native_dim:
+            console.print(field_table(name, mapping, named) if values is None else values_table(name, mapping, named, values))
+
+
+def data_check(
+    source: Source,
+    episodes: Annotated[Optional[int], typer.Option("--episodes", help="Episodes whose pictures are decoded, evenly spread; the tables of all are read. Default: 64.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Decode every frame of every episode.")] = False,
+    frames: Annotated[int, typer.Option("--frames", help="Frames decoded of each view of an episode.")] = 8,
+    out: Annotated[Optional[Path], typer.Option("--out", help="JSON report to write.")] = None,
+    dataset_config: Config = None,
+) -> None:
+    """Examine a dataset: files, counts, time, cameras, units, rotations, jumps, text. Exit code 1 when something must be fixed.
+
+    Example: dvla data check data/push
+
+    Example: dvla data check data/push --all --out push.json
+    """
+    from .check.check import CheckConfig, check, findings_table
+
+    with progress_bars() as show:
+        report = check(CheckConfig(source, episodes, frames, everything, out, dataset_config), show)
+    if report.findings:
+        console.print(findings_table(report))
+    console.print(report.summary)
+    if report.must_fix:
+        raise typer.Exit(1)
+
+
+def data_video(
+    source: Source,
+    episode: Annotated[int, typer.Option("--episode", help="Which one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 to write.")],
+    fps: Annotated[Optional[float], typer.Option("--fps", help="Pictures per second; default: as recorded.")] = None,
+    dataset_config: Config = None,
+) -> None:
+    """Draw an episode as a video: all views with instruction, time and action curves.
+
+    Example: dvla data video data/push --episode 3 -o push-3.mp4
+    """
+    from .episode_video import write_episode
+
+    with progress_bars() as show:
+        written = write_episode(source, episode, out, fps, dataset_config, show)
+    console.print(f"{written.path}: {written.frames} frames of {written.width}x{written.height}, {written.fps:g} per second")
+
+
+def data_stats(
+    source: Annotated[Optional[str], typer.Argument(help="Dataset folder or file, or hub id; none: only merge reports.", show_default=False)] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="JSON report to write.")] = None,
+    dataset_config: Config = None,
+    merge: Annotated[Optional[list[Path]], typer.Option("--merge", help="Report of other datasets to add; may be given several times.")] = None,
+    native: Annotated[bool, typer.Option("--native", help="Also show the native dimensions; a report always has them.")] = False,
+) -> None:
+    """Measure mean, std, min, max and quantiles of every action and state field, from the tables alone.
+
+    Example: dvla data stats data/push --out push.json
+
+    Example: dvla data stats --merge push.json --merge button.json --out all.json
+    """
+    from ...cache.readers import open_source
+    from .statistics import measure, merge_reports, read_report, refuse_existing, write_report
+    from .tables import show_report
+
+    if source is None and not merge:
+        raise UserError("give a dataset to measure, or reports to --merge")
+    refuse_existing(out)
+    reports = [read_report(path) for path in merge or ()]
+    if source is not None:
+        opened = open_source(source, dataset_config)
+        with progress_bars() as show:
+            reports.insert(0, measure(opened, show))
+    report = merge_reports(reports)
+    if out is not None:
+        write_report(report, out)
+    show_report(report, out, native)
+
+
+def data_add(
+    source: Source,
+    out: Annotated[Optional[Path], typer.Option("--out", help="YAML file to write; default: NAME.yaml in this folder.")] = None,
+    name: Annotated[Optional[str], typer.Option("--name", help="Of the family; default: the dataset's own.")] = None,
+    license: Annotated[str, typer.Option("--license", help="Of the data.")] = "",
+    action_column: Annotated[Optional[list[str]], typer.Option("--action-column", help="Column of the action; several are put side by side. Default: action.")] = None,
+    state_column: Annotated[Optional[list[str]], typer.Option("--state-column", help="Column of the state. Default: observation.state, if there is one.")] = None,
+    field: Annotated[Optional[list[str]], typer.Option("--field", help="What dimensions are, where their names do not say: action.6=gripper_open, "
+                     "'state.0-6=arm_joint_{0..5}_pos,gripper_open', action.3-6=rotation:quat_xyzw, action.7=drop. May be given several times.")] = None,
+    embodiment: Annotated[Optional[str], typer.Option("--embodiment", help="E.g. gripper_joint, gripper_delta_eef, bimanual.")] = None,
+    action_kind: Annotated[Optional[str], typer.Option("--action-kind", help="absolute targets, delta (displacement per step) or velocity.")] = None,
+    joint_unit: Annotated[Optional[str], typer.Option("--joint-unit", help="rad, deg, percent (of the range, ±100) or radians per unit.")] = None,
+    finger_unit: Annotated[Optional[str], typer.Option("--finger-unit", help="The same for a hand; 1 keeps normalised values.")] = None,
+    position_unit: Annotated[Optional[str], typer.Option("--position-unit", help="m, cm, mm or metres per unit.")] = None,
+    delta_scale: Annotated[Optional[str], typer.Option("--delta-scale", help="METRES,RADIANS that 1 in the hand's displacement or velocity means.")] = None,
+    base_unit: Annotated[Optional[str], typer.Option("--base-unit", help="LENGTH,ANGLE of the base's velocity, e.g. m,deg.")] = None,
+    gripper: Annotated[Optional[str], typer.Option("--gripper", help="OPEN,CLOSED: the gripper's number in either position, e.g. 1,0 or 0,100.")] = None,
+    state_gripper: Annotated[Optional[str], typer.Option("--state-gripper", help="OPEN,CLOSED of the state, where it differs.")] = None,
+    rotation: Annotated[Optional[str], typer.Option("--rotation", help="Form of three rotation numbers: euler_xyz or axis_angle, radians.")] = None,
+) -> None:
+    """Write a dataset config for a new LeRobot dataset. Field names are guessed and marked; the rest is asked for, or given as options.
+
+    Example: dvla data add data/cubes
+
+    Example: dvla data add data/cubes --embodiment gripper_joint --action-kind absolute --joint-unit deg --gripper 100,0
+    """
+    from ...cache.readers.lerobot.metadata import Metadata
+    from .add.draft import Request, draft, write
+
+    given = {"--embodiment": embodiment, "--action-kind": action_kind, "--joint-unit": joint_unit, "--finger-unit": finger_unit,
+             "--position-unit": position_unit, "--delta-scale": delta_scale, "--base-unit": base_unit, "--gripper": gripper,
+             "--state-gripper": state_gripper, "--rotation": rotation}
+    request = Request(source, {k: v for k, v in given.items() if v is not None}, tuple(field or ()), tuple(action_column or ("action",)),
+                      None if state_column is None else tuple(state_column), name, license)
+    meta = Metadata(source)
+    path = out or Path(f"{name or meta.name}.yaml")
+    if path.exists():
+        raise UserError(f"{path} exists; choose another --out")
+    text, missing = draft(meta, request)
+    while missing:
+        if not sys.stdin.isatty():
+            raise UserError(f"{source}: info.json does not say everything; add {'; '.join(q.usage for q in missing)}")
+        try:
+            candidate = request.answered(missing[0], typer.prompt(missing[0].text))
+            text, missing = draft(meta, candidate)
+            request = candidate
+        except UserError as error:
+            errors.print(str(error), style="red", markup=False)
+    write(request, text, path)
+    console.print(text, markup=False)
+    console.print(f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then: "
+                  f"dvla data show {source} --dataset-config {path} --episode N, dvla cache build {source} --dataset-config {path} …", markup=False)
+
+
+def data_export(
+    source: Source,
+    out: Annotated[Path, typer.Option("--out", help="Folder to create, or to go on with.")],
+    to: Annotated[str, typer.Option("--to", help="Format: episode_hdf5 (one HDF5 file per episode, unified 128-d actions).")] = "episode_hdf5",
+    compression: Annotated[str, typer.Option("--compression", help="Of the pictures: none or gzip.")] = "none",
+    dataset_config: Config = None,
+) -> None:
+    """Write every episode of a dataset, in the unified action space, to files of another format. Resumable.
+
+    Example: dvla data export data/push --to episode_hdf5 --out data/push_hdf5
+    """
+    from ...cache.readers import open_source
+    from ...common.text import size
+    from .export import check_options, export
+
+    check_options(to, compression)
+    with progress_bars() as show:
+        report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
+    console.print(f"{report.path}: {report.episodes} episodes ({report.kept} of them already there), {report.frames} frames, "
+                  f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s")

@@ -1,0 +1,156 @@
+"""Statistics of a dataset's actions and states, streamed from its tables alone: `dvla data stats`. No picture is opened.
+
+A report is JSON: for action and state, per unified field and per native dimension, count, mean, std, min, max, quantiles,
+and `grid`, the values in the middle of 200 parts of equal count. Reports merge: moments exactly, quantiles by the grids,
+each of whose ranks is off by at most 1/400 of its report's rows.
+Letters: n rows, d native width, k unified fields that a dataset fills.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...cache.actions.action_map import ActionMap
+from ...cache.actions.slots import ACTION_SCHEMA_VERSION
+from ...cache.actions.statistics import QUANTILES, RunningStatistics, Statistics
+from ...cache.readers import Source
+from ...common.files import write_file
+from ...errors import UserError
+from .summary import unified_fields
+
+KIND = "dvla statistics 1"      # first entry of a report; another number when its layout changes
+PARTS = 200                     # of the grid
+GRID = tuple((i + 0.5) / PARTS for i in range(PARTS))
+BATCH_ROWS = 16384
+
+Report = dict[str, Any]
+
+
+def measure(source: Source, show: Callable[[str, int, int], None]) -> Report:
+    """Report of one dataset. Episodes that cannot be used are named in it; `UserError` when none can."""
+    maps = {"action": source.action_map, "state": source.state_map}
+    running = {what: (RunningStatistics(), RunningStatistics()) for what in maps}
+    refused: list[tuple[int, str]] = []
+    episodes = rows = 0
+    total = len(source.episode_ids)
+    for block in source.tables(BATCH_ROWS):
+        for what, mapping in maps.items():
+            values = getattr(block, what)
+            if mapping.native_dim and len(values):
+                unified, native = running[what]
+                unified.update(mapping.to_unified(values)[:, mapping.mask])
+                native.update(values)
+        refused += block.refused
+        episodes += len(np.unique(block.episode_ids))
+        rows += len(block.episode_ids)
+        show("episodes", episodes + len(refused), total)
+    if not rows:
+        raise UserError(f"{source.name}: none of {total} episodes can be used" + (f"; {refused[0][1]}" if refused else ""))
+    about = {"name": source.name, "config": source.config.name, "control_hz": source.control_hz, "episodes": episodes, "rows": rows,
+             "quarantined": [{"episode": e, "reason": reason} for e, reason in refused]}
+    vectors = {what: _vector(mapping, *running[what]) for what, mapping in maps.items() if mapping.native_dim}
+    return {"kind": KIND, "action_schema": ACTION_SCHEMA_VERSION, "datasets": [about], **vectors}
+
+
+def _vector(mapping: ActionMap, unified: RunningStatistics, native: RunningStatistics) -> dict[str, Any]:
+    entries = dict(zip(np.flatnonzero(mapping.mask).tolist(), _entries(unified)))     # in the order of the slots
+    named = {name: {"slot": slot, "unit": unit, **entries[slot]} for slot, name, unit in unified_fields(mapping)}
+    return {"unified": named, "native": {f"{i} {name}": entry for i, (name, entry) in enumerate(zip(mapping.field_names, _entries(native)))}}
+
+
+def _entries(running: RunningStatistics) -> list[dict[str, Any]]:
+    """One JSON-ready entry per dimension."""
+    s = running.result(QUANTILES + GRID)
+    assert s.quantiles is not None      # asked for
+    return [{"count": s.count, "mean": float(s.mean[i]), "std": float(s.std[i]), "min": float(s.min[i]), "max": float(s.max[i]),
+             "quantiles": {str(q): float(s.quantiles[q][i]) for q in QUANTILES}, "grid": [float(np.float32(s.quantiles[q][i])) for q in GRID]}
+            for i in range(len(s.mean))]
+
+
+# --- reports on disk -------------------------------------------------------------------------------------------------
+
+def read_report(path: Path) -> Report:
+    """A report that `write_report` wrote; `UserError` for another file."""
+    try:
+        report = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or report.get("kind") != KIND:
+        raise UserError(f"{path} is not a report of this release's `dvla data stats --out`; measure the dataset again")
+    return report
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write it whole or not at all; an existing file is refused."""
+    refuse_existing(path)
+    write_file(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def refuse_existing(path: Path | None) -> None:
+    """`UserError` when there is something at `path`, to be called before long work."""
+    if path is not None and path.exists():
+        raise UserError(f"{path} exists; choose another --out")
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+def merge_reports(reports: Sequence[Report]) -> Report:
+    """One report over the rows of all, field by field by unified slot. Native dimensions are kept where all reports are of
+    the same dataset config. `UserError` when a dataset is in two of them, or the action schemas differ."""
+    if len(reports) == 1:
+        return reports[0]
+    schemas = {r["action_schema"] for r in reports}
+    if schemas != {ACTION_SCHEMA_VERSION}:
+        raise UserError(f"reports of action schemas {', '.join(map(str, sorted(schemas)))}: this release's is "
+                        f"{ACTION_SCHEMA_VERSION}; measure the datasets again")
+    datasets = [d for r in reports for d in r["datasets"]]
+    names = [d["name"] for d in datasets]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise UserError(f"dataset {', '.join(twice)} is in more than one of the reports; its rows would count twice")
+    merged: Report = {"kind": KIND, "action_schema": ACTION_SCHEMA_VERSION, "datasets": datasets}
+    same = len({d["config"] for d in datasets}) == 1
+    for what in ("action", "state"):
+        vectors = [r[what] for r in reports if what in r]
+        if vectors:
+            merged[what] = {part: _merge_fields([v[part] for v in vectors]) for part in ("unified", "native")[:1 + same]}
+    return merged
+
+
+def _merge_fields(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Field by field: the same slot of two datasets may go by two names (arm, right_arm); the first one stays."""
+    groups: dict[Any, tuple[str, list[Mapping[str, Any]]]] = {}
+    for part in parts:
+        for name, entry in part.items():
+            groups.setdefault(entry.get("slot", name), (name, []))[1].append(entry)
+    return {name: _merge_entries(entries) for name, entries in groups.values()}
+
+
+def _merge_entries(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if len(entries) == 1:
+        return dict(entries[0])
+    total = _moments(entries[0])
+    for entry in entries[1:]:
+        total = total.merge(_moments(entry))
+    values = np.concatenate([e["grid"] for e in entries])
+    weights = np.repeat([e["count"] / PARTS for e in entries], PARTS)
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weights[order]) / weights.sum()
+
+    def at(level: float) -> float:
+        return float(values[order[min(int(np.searchsorted(reached, level - 1e-9)), len(order) - 1)]])
+
+    return {**entries[0], **{k: float(getattr(total, k)[0]) for k in ("mean", "std", "min", "max")}, "count": total.count,
+            "quantiles": {str(q): at(q) for q in QUANTILES}, "grid": [at(q) for q in GRID]}
+
+
+def _moments(entry: Mapping[str, Any]) -> Statistics:
+    mean, std, low, high = (np.array([entry[k]]) for k in ("mean", "std", "min", "max"))
+    return Statistics(mean, std, low, high, entry["count"])

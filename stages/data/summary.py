@@ -1,0 +1,249 @@
+"""What a dataset is: `dvla data list` and `dvla data show`. Reads metadata and tables; pictures only for one episode.
+
+Letters: T frames of an episode, H × W picture size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...cache.actions.action_map import ActionMap
+from ...cache.actions.slots import SLOTS, unit_of
+from ...cache.readers import Source, detect_format, open_source
+from ...cache.readers.config import find_config, load_config
+from ...cache.readers.episode import CorruptEpisode, Episode
+from ...errors import UserError
+
+if TYPE_CHECKING:
+    from ...cache.readers.lerobot.metadata import Metadata
+
+
+DEPTH = 4                   # folders below a given one in which datasets are looked for
+INSTRUCTION_SAMPLE = 2000   # episodes whose instruction is read where that may cost a look into each
+Progress = Callable[[str, int, int], None]      # (what, done, total)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One dataset in a few words. What could not be found out is None."""
+
+    path: str                               # as given or found
+    name: str
+    format: str                             # a key of FORMATS
+    version: str | None                     # of the format, where it has one
+    episodes: int                           # listed
+    frames: int | None                      # in all of them; None where one cannot be looked into
+    hz: float                               # rows per second by the files
+    cameras: Mapping[str, tuple[int, int] | None]   # short name → (H, W)
+    family: str | None                      # dataset config that fits; None: no shipped one does
+    source: Source | None                   # opened with that config; None: it cannot be
+    meta: Metadata | None = None            # of a LeRobot dataset
+    problem: str = ""                       # why there is no source, one line
+
+
+def find_datasets(folders: Sequence[Path]) -> Iterator[Path]:
+    """Every dataset in or below `folders` (at most `DEPTH` levels), also broken LeRobot ones. `UserError` for a folder that
+    does not exist or holds none."""
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(f"{folder} does not exist; give folders that hold datasets")
+    for folder in folders:
+        found = False
+        for path in _datasets_below(folder, DEPTH):
+            found = True
+            yield path
+        if not found:
+            raise UserError(f"{folder} holds no dataset that can be read, down to {DEPTH} levels below it")
+
+
+def _datasets_below(folder: Path, depth: int) -> Iterator[Path]:
+    children = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
+    format = _format_of(folder)
+    # the names down to three levels may look like one dataset, though what lies in the folder is of several formats
+    if format == "lerobot" or format and not {_format_of(child) for child in children} - {None, format}:
+        yield folder
+    elif depth:
+        for child in children:
+            yield from _datasets_below(child, depth - 1)
+
+
+def _format_of(folder: Path) -> str | None:
+    try:
+        return detect_format(folder)
+    except UserError:
+        return "lerobot" if _remains(folder) else None
+
+
+def _remains(folder: Path) -> bool:
+    """Whether this was a LeRobot dataset before it lost its info.json; opening it says so."""
+    return (folder / "meta").is_dir() and (folder / "data").is_dir()
+
+
+def summarise(path: str | Path, config: str | None = None) -> Summary:
+    """What the dataset at `path` (or hub id) is, with `config` or the family that fits. A dataset without a config, or
+    with one that does not describe it, has no `source`. `UserError` when not even its description can be read."""
+    given = str(path)
+    try:
+        format = load_config(config).format if config else detect_format(given)
+    except UserError:
+        if config or not _remains(Path(path)):
+            raise
+        format = "lerobot"
+    try:
+        source = open_source(given, config)
+    except UserError as error:
+        if config or format != "lerobot":
+            raise
+        return _lerobot_summary(given, None, str(error))
+    if format == "lerobot":
+        return _lerobot_summary(given, source, "")
+    return Summary(given, source.name, format, None, len(source.episode_ids), _frames(source), source.fps,
+                   _loaded_cameras(source), source.config.name, source)
+
+
+def _lerobot_summary(path: str, source: Source | None, problem: str) -> Summary:
+    from ...cache.readers.lerobot.metadata import Metadata
+    from ...cache.readers.lerobot.source import choose_cameras
+
+    meta = source.meta if source else Metadata(path)    # type: ignore[attr-defined]
+    family = source.config.name if source else None
+    if not source:
+        try:
+            family = find_config("lerobot", (str(meta.info.get("robot_type") or ""), meta.name)).name
+        except UserError as error:
+            problem = str(error)
+    cameras = choose_cameras(meta.features, source.config.views if source else None)
+    sizes = {name: picture_size(meta.features[key]) for name, key in cameras.items()}
+    return Summary(path, meta.name, "lerobot", meta.version, len(meta.episodes), sum(e.length for e in meta.episodes.values()),
+                   float(meta.info["fps"]), sizes, family, source, meta, problem)
+
+
+def _frames(source: Source) -> int | None:
+    try:
+        return sum(map(source.length_of, source.episode_ids))
+    except CorruptEpisode:
+        return None
+
+
+def _loaded_cameras(source: Source) -> dict[str, tuple[int, int] | None]:
+    """Sizes of the pictures of the first episodes that can be loaded; None for all when the first three cannot."""
+    for episode_id in source.episode_ids[:3]:
+        try:
+            return {v.name: (v.height, v.width) for v in source.load(episode_id).views}
+        except CorruptEpisode:
+            continue
+    return dict.fromkeys(source.view_names)
+
+
+def picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(H, W) of a LeRobot picture feature by its shape and the names of its axes; None where they do not say."""
+    shape, names = list(feature.get("shape") or ()), [str(n) for n in feature.get("names") or ()]
+    if len(shape) != 3:
+        return None
+    if "height" in names and "width" in names and len(names) == 3:
+        return int(shape[names.index("height")]), int(shape[names.index("width")])
+    first = shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)     # channels first
+    return (int(shape[1]), int(shape[2])) if first else (int(shape[0]), int(shape[1]))
+
+
+@dataclass(frozen=True)
+class FieldRow:
+    """One line of a field map: a named field, a rotation, or dropped dimensions."""
+
+    dims: range                 # native dimensions
+    slots: tuple[int, ...]      # that they fill; () where they are dropped
+    native: tuple[str, ...]     # what the files call the dimensions; () where they do not
+    field: str                  # unified name
+    unit: str                   # of the slots
+    conversion: str             # native → unified
+
+
+def field_rows(mapping: ActionMap, native_names: Sequence[str] | None) -> list[FieldRow]:
+    """The field map, line by line; `native_names` one per native dimension, or None."""
+    rows: list[FieldRow] = []
+    start = 0
+    for spec in mapping.specs:
+        dims = range(start, start + spec.width)
+        native = tuple(native_names[start:dims.stop]) if native_names else ()
+        start = dims.stop
+        if spec.drop:
+            rows.append(FieldRow(dims, (), native, "dropped", "", f"{spec.fill:g} on the way back"))
+        elif spec.rotation:
+            first = SLOTS[f"{spec.prefix}_0"]
+            rows.append(FieldRow(dims, tuple(range(first, first + 6)), native, f"{spec.prefix}_0…5", "6D", f"{spec.rotation} → 6D"))
+        else:
+            parts = ([f"× {spec.scale:.6g}"] * (spec.scale != 1) + [f"{spec.offset:+.6g}"] * (spec.offset != 0)
+                     + [f"× {mapping.control_hz:g} Hz"] * spec.delta)
+            rows += [FieldRow(dims[i:i + 1], (SLOTS[name],), native[i:i + 1], name, unit_of(name), " ".join(parts) or "as it is")
+                     for i, name in enumerate(spec.names)]
+    return rows
+
+
+def unified_fields(mapping: ActionMap) -> list[tuple[int, str, str]]:
+    """(slot, name, unit) of every slot the map fills, in the order of the native dimensions."""
+    names = [name for spec in mapping.specs
+             for name in (spec.names or ([f"{spec.prefix}_{i}" for i in range(6)] if spec.rotation else ()))]
+    return [(SLOTS[name], name, unit_of(name)) for name in names]
+
+
+def dimension_names(features: Mapping[str, Any], columns: Sequence[str]) -> list[str] | None:
+    """What LeRobot's `features` call each dimension of these columns, side by side; None where they do not."""
+    found: list[str] = []
+    for column in columns:
+        feature = features.get(column) or {}
+        names = list(_flat(feature.get("names")))
+        if len(names) != int(np.prod(feature.get("shape") or [1])):
+            return None
+        found += names
+    return found
+
+
+def _flat(names: Any) -> Iterator[str]:
+    if isinstance(names, Mapping):      # {"motors": […]}
+        names = list(names.values())
+    if isinstance(names, (list, tuple)):
+        for part in names:
+            yield from _flat(part)
+    elif names is not None:
+        yield str(names)
+
+
+def native_names(summary: Summary) -> list[list[str] | None]:
+    """What the files call the native action's and state's dimensions; None where they do not, or make the action of others."""
+    if not (summary.meta and summary.source):
+        return [None, None]
+    config = summary.source.config
+    return [None if config.integrate else dimension_names(summary.meta.features, config.action_columns),
+            dimension_names(summary.meta.features, config.state_columns) if config.state else None]
+
+
+def instructions(summary: Summary, show: Progress) -> Counter[str]:
+    """How often each task text is an episode's; of a format where that costs a look into each episode, in the first
+    `INSTRUCTION_SAMPLE` that can be read."""
+    source = summary.source
+    if summary.meta:
+        default = source.config.instruction if source else ""
+        return Counter("; ".join(e.tasks) or default for e in summary.meta.episodes.values())
+    assert source is not None       # only a LeRobot dataset is described without
+    counts: Counter[str] = Counter()
+    wanted = source.episode_ids[:INSTRUCTION_SAMPLE]
+    for done, episode_id in enumerate(wanted, start=1):
+        with contextlib.suppress(CorruptEpisode):       # the counts' total says how many were read
+            counts[source.instruction_of(episode_id)] += 1
+        show("instructions", done, len(wanted))
+    return counts
+
+
+def load_episode(source: Source, episode_id: int) -> Episode:
+    """One episode; one that cannot be used is a `UserError` here, since it was asked for by number."""
+    try:
+        return source.load(episode_id)
+    except CorruptEpisode as error:
+        raise UserError(str(error)) from None

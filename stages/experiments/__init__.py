@@ -1,0 +1,1 @@
+"""End-to-end pipelines: demo, ablations, toy, co-training, launch scripts."""

@@ -1,0 +1,1 @@
+"""Grids of variants and seeds, trained and evaluated."""

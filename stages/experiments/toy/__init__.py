@@ -1,0 +1,1 @@
+"""Drifting where the answer is known."""

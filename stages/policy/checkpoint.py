@@ -1,0 +1,155 @@
+"""Runs and checkpoints on disk: safetensors + JSON, no pickle. A checkpoint is a policy directory.
+
+    RUN/config.json                     settings of the run
+    RUN/log.jsonl                       one line per logged step
+    RUN/checkpoints/step-00000400/      written under a temporary name, synced, renamed
+        policy.json                     network shape, datasets (field maps, statistics, starts), encoder, training conditions
+        model.safetensors ema.safetensors optimizer.safetensors, and queues.safetensors where the loss has queues
+        adapter/                        LoRA weights, when the vision tower was adapted
+        state.json                      step, sample offset, content hashes of the other files
+    RUN/checkpoints/best                the name of the checkpoint with the smallest held-out error; kept beside the newest ones
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ...common.files import file_crc32c, json_bytes, read_json, write_file
+from ...common.hub import policy_snapshot
+from ...errors import UserError
+
+_STEP = re.compile(r"step-(\d{8})")
+POLICY_FORMAT = 1
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found)
+
+
+def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any],
+                    keep_last: int, adapter: Any = None, best: int | None = None) -> Path:
+    """Write `RUN/checkpoints/step-<step>` and drop all but the newest `keep_last` and that of step `best`, if one is named.
+
+    `tensors`: file stem → named tensors; `documents`: JSON files but state.json's hashes, with "state" among them;
+    `adapter(folder)` writes LoRA weights; `best` is written to `RUN/checkpoints/best`. The checkpoint appears under its name only when all of it is on disk.
+    """
+    final = run / "checkpoints" / f"step-{step:08d}"
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(".step-*.tmp-*"):
+        shutil.rmtree(left)
+    temporary.mkdir()
+    try:
+        write_files(temporary, tensors, documents, adapter)
+        if final.exists():      # the same step again: a resumed run that was stopped before it went on
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        if best is not None:
+            write_file(final.with_name("best"), f"step-{best:08d}\n".encode())
+    except (OSError, SafetensorError) as error:     # the latter is what safetensors makes of the former
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}; the checkpoints before it are whole. "
+                        "Make room and run the same command again") from None
+    for old in checkpoints(run)[:-keep_last]:
+        if best is None or old.name != f"step-{best:08d}":
+            shutil.rmtree(old)
+    return final
+
+
+def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], adapter: Any = None) -> None:
+    """Fill `folder`, which may hold some files already: arguments as in `save_checkpoint`. All of it is synced; state.json, with size and
+    crc32c of every other file, comes last."""
+    for stem, named in tensors.items():
+        save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / f"{stem}.safetensors")
+        (folder / f"{stem}.safetensors").chmod(folder.stat().st_mode & 0o666)       # safetensors lets nobody else read it
+    if adapter is not None:
+        adapter(folder / "adapter")
+    for stem, document in documents.items():
+        if stem != "state":
+            write_file(folder / f"{stem}.json", json_bytes(document))
+    files = {p.relative_to(folder).as_posix(): list(file_crc32c(p)) for p in sorted(folder.rglob("*")) if p.is_file()}
+    for name in files:
+        with open(folder / name, "rb") as handle:
+            os.fsync(handle.fileno())
+    write_file(folder / "state.json", json_bytes({**documents["state"], "files": files}))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint after checking every file's size and crc32c; `UserError` naming the damaged one."""
+    state = read_json(folder / "state.json")
+    for name, (nbytes, crc) in state["files"].items():
+        try:
+            found = file_crc32c(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name}: {error.strerror}") from None
+        if found != (nbytes, crc):
+            how = f"{found[0]} bytes, {nbytes} were written" if found[0] != nbytes else "its bytes are not those that were written"
+            raise UserError(f"{folder / name} is damaged ({how})")
+    return state
+
+
+def load_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors file of a checkpoint."""
+    try:
+        return load_file(folder / f"{stem}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {folder / stem}.safetensors: {error}") from None
+
+
+def policy_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    """The policy network's tensors of "model" or "ema", without those of the adapter."""
+    return {n: t for n, t in load_tensors(folder, stem).items() if not n.startswith("adapter.")}
+
+
+def latest_whole(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """(folder, state, complaints): the newest undamaged checkpoint and a line for each damaged one passed over; None without any."""
+    complaints: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            return folder, load_state(folder), complaints
+        except UserError as error:
+            complaints.append(f"{error}; falling back to the checkpoint before")
+    if complaints:
+        raise UserError(f"{run}: no checkpoint is whole ({complaints[0]})")
+    return None
+
+
+def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Path:
+    """The policy directory behind a path, whole to the last byte.
+
+    `path`: a run (its newest undamaged checkpoint; damaged ones passed over are told to `say`), a checkpoint folder, a run's
+    `checkpoints/best`, or "owner/name[@revision]" of the hub. `UserError` when it is none of these or damaged.
+    """
+    given, path = str(path), Path(path)
+    if path.name == "best" and path.is_file():
+        path = path.with_name(path.read_text().strip())
+    if any((path / name).is_file() for name in ("policy.json", "state.json")):
+        load_state(path)
+        return path
+    found = latest_whole(path)
+    if found is not None:
+        for line in found[2]:
+            say(line)
+        return found[0]
+    if not path.exists():
+        try:
+            snapshot = policy_snapshot(given)
+        except UserError as error:
+            raise UserError(f"no run or checkpoint at {path}, and no policy of that name on the hub ({error})") from None
+        if snapshot is not None:
+            return resolve(snapshot, say)
+        raise UserError(f"no run or checkpoint at {path}; train one with `dvla train --from-cache CACHE --out {path}`")
+    raise UserError(f"{path} holds no checkpoint yet; give a run folder of `dvla train` or `dvla finetune`, or wait for its first checkpoint")

@@ -1,0 +1,105 @@
+"""`dvla export`: a checkpoint as a folder for deployment: what acting needs and nothing of training.
+
+    OUT/policy.json             as in a checkpoint: network, field maps, normalisation statistics, encoder (by the path or hub id of its VLM)
+        ema.safetensors         averaged weights of the policy
+        vision.safetensors      after stage three: the weights of the vision tower that it changed, LoRA merged, float32
+        policy.pt2, policy.onnx on request, with graph.json (policy_graph.py)
+        config.json, policy_preprocessor.json … on request, for LeRobot (lerobot_plugin)
+        state.json              step and results of the checkpoint, content hashes of the other files
+
+The frozen VLM itself is not copied: it is loaded from where it lay, or from `vlm_path`, and its weights are checked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ...cache.vlm.adapter import changed_weights
+from ...cache.vlm.load import load_encoder
+from ...cache.vlm.spec import EncoderSpec
+from ...common.config import from_mapping
+from ...common.files import json_bytes, new_folder, read_json, write_file
+from ...drifting.losses import LossConfig
+from ...errors import UserError
+from . import checkpoint as ck
+from .graph import require_formats, write_graphs
+from .load import load_net, load_policy_encoder, read_document
+
+LEROBOT = "lerobot"
+
+
+@dataclass(frozen=True)
+class ExportedPolicy:
+    """What was written."""
+
+    path: Path
+    step: int                                                       # of the checkpoint
+    nbytes: int                                                     # of all files
+    vlm: str                                                        # folder or hub id of the model that acting needs
+    merged: int                                                     # weights of the vision tower that are not the base model's
+    differences: dict[str, float] = field(default_factory=dict)     # format → see policy_graph.TOLERANCE
+
+
+def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = (), vlm_path: str | None = None,
+                  say: Callable[[str], None] = print) -> ExportedPolicy:
+    """Write the checkpoint at `path` (see `checkpoint.resolve`) as the folder `out`, which appears only when complete.
+
+    `formats`: graphs to add ("torch-export", "onnx"), and "lerobot" for what LeRobot wants to find beside them. `UserError` when `out` exists, the checkpoint is missing or damaged, a graph cannot be
+    made, or the VLM, which is read only where it was trained, is not the checkpoint's.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; choose another --out or remove it")
+    folder = ck.resolve(path, say)
+    document, state = read_document(folder), read_json(folder / "state.json")
+    loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
+    graphs_asked = tuple(dict.fromkeys(f for f in formats if f != LEROBOT))
+    require_formats(graphs_asked, loss.kind)
+    if LEROBOT in formats and importlib.util.find_spec("lerobot") is None:
+        raise UserError("--format lerobot needs lerobot: pip install 'dvla[lerobot]'")
+    tensors = {"ema": ck.policy_tensors(folder, "ema")}
+    vision, document = _vision(folder, document, vlm_path)
+    if vision is not None:
+        tensors["vision"] = vision
+    kept = {name: state[name] for name in ("step", "metrics") if name in state}
+    graphs: dict[str, Any] = {"difference": {}}
+    try:
+        with new_folder(out) as part:
+            if LEROBOT in formats:
+                from .lerobot.config import write_lerobot  # slow to import, and LeRobot need not be installed
+
+                write_lerobot(document, part)
+            if graphs_asked:
+                graphs = write_graphs(load_net(document, tensors["ema"]), loss, graphs_asked, part)
+                write_file(part / "graph.json", json_bytes(graphs))
+            ck.write_files(part, tensors, {"policy": document, "state": kept})
+            nbytes = sum(p.stat().st_size for p in part.iterdir())
+    except (OSError, SafetensorError) as error:     # the latter is what safetensors makes of the former
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}; choose another --out or make room") from None
+    return ExportedPolicy(out, kept["step"], nbytes, document["encoder"]["spec"]["path"], len(vision or ()), graphs["difference"])
+
+
+def _vision(folder: Path, document: dict[str, Any], vlm_path: str | None) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
+    """(weights of the vision tower that are not the base model's, None if it was never trained; policy.json on that model alone, by its
+    whole path)."""
+    encoder = document["encoder"]
+    spec = {**encoder["spec"], "path": vlm_path or encoder["spec"]["path"]}
+    local = Path(spec["path"]).expanduser()
+    spec["path"] = str(local.absolute()) if local.is_dir() else spec["path"]        # the exported folder may be used from elsewhere
+    document = {**document, "encoder": {**encoder, "spec": spec}}
+    if (folder / "vision.safetensors").is_file():       # it was exported before
+        return ck.load_tensors(folder, "vision"), document
+    if not ((folder / "adapter").is_dir() or spec.get("adapters")):
+        return None, document
+    exact = {**spec, "dtype": "float32"}
+    tuned = load_policy_encoder(folder, {**document, "encoder": {**encoder, "spec": exact}})
+    alone = {"adapters": ()} if "adapters" in spec else {}      # those of the features that the policy was trained from lie in other runs
+    weights = changed_weights(tuned, load_encoder(from_mapping(EncoderSpec, exact | alone, "policy.json")))
+    return weights, {**document, "encoder": {"spec": spec | alone, "fingerprint": {**encoder["fingerprint"], "adapter": tuned.merged_adapter}}}

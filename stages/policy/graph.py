@@ -1,0 +1,181 @@
+"""The policy network as one graph for other runtimes: torch.export (policy.pt2) and ONNX (policy.onnx), checked against the network.
+
+A graph is what `PolicyNet` computes with a one-step head: features of the VLM, proprioception and noise in, an action chunk out. The VLM is
+not in it, nor is normalisation: `graph_inputs` makes its inputs of a `FeatureBatch`, policy.json beside it holds field maps and statistics.
+
+Letters: B observations, G noise draws, T action steps, n noise entries, L vision tokens of all views, Lt text tokens, D feature width, Dt
+width of text features. B, G, L and Lt are free in a graph, each at least 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...batch import UNIFIED_DIM, FeatureBatch
+from ...drifting.heads import generate
+from ...drifting.losses import DENOISING, ONE_STEP, LossConfig
+from ...drifting.policy_net import PolicyNet
+from ...errors import UserError, unknown
+
+FILES = {"torch-export": "policy.pt2", "onnx": "policy.onnx"}      # format → file
+LIBRARIES = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+TOLERANCE = 1e-4        # largest difference of an entry, over the root mean square of the network's output
+ONE_FILE = 1 << 30      # bytes of weights beyond which an ONNX graph keeps them in a file beside it: a protobuf ends at 2 GiB
+SIZES = ((2, 3, 7, 4), (1, 1, 64, 1), (3, 1, 1, 9), (1, 2, 300, 5))     # (B, G, L, Lt) of the check; the first is traced
+
+Run = Callable[[dict[str, Tensor]], Tensor]
+
+
+class PolicyGraph(nn.Module):
+    """`generate` with every input an argument of its own: `graph_inputs`."""
+
+    def __init__(self, net: PolicyNet, loss: LossConfig) -> None:
+        super().__init__()
+        self.net, self.loss = net, loss
+
+    def forward(self, noise: Tensor, tokens: Tensor, token_mask: Tensor, view_id: Tensor, text: Tensor, text_mask: Tensor, proprio: Tensor,
+                embodiment: Tensor, control_hz: Tensor, alpha: Tensor) -> Tensor:
+        unread = tokens.new_zeros(0)        # a one-step head looks at no action, and at no mask of them
+        batch = FeatureBatch(
+            tokens=tokens, token_mask=token_mask, view_id=view_id, frame_id=torch.zeros_like(view_id), text=text, text_mask=text_mask,
+            proprio=proprio, action=unread, action_mask=unread, step_mask=unread, embodiment=embodiment, control_hz=control_hz,
+            dataset=unread, frame_index=unread)
+        return generate(self.net, self.net.encode(batch), noise, alpha, self.loss)      # [B,G,T,128]
+
+
+def require_formats(formats: Sequence[str], kind: str) -> None:
+    """`UserError` for an unknown format, a head of several passes, or a library that is missing."""
+    for name in formats:
+        if name not in FILES:
+            raise unknown("format", name, ("policy", *FILES, "lerobot"))
+        if kind in DENOISING:
+            raise UserError(f"--format {name} is for heads that act in one pass ({', '.join(ONE_STEP)}), and this policy has a {kind} head, "
+                            "which calls its network many times; leave --format out")
+        missing = [library for library in LIBRARIES[name] if importlib.util.find_spec(library) is None]
+        if missing:
+            raise UserError(f"--format {name} needs {', '.join(missing)}: pip install 'dvla[onnx]'; --format torch-export needs torch alone")
+
+
+def input_shapes(net: PolicyNet) -> dict[str, tuple[str, tuple[str | int, ...]]]:
+    """Name → (dtype, shape) of a graph's inputs, letters for what is free."""
+    c = net.config
+    return {
+        "noise": ("float32", ("B", "G", c.dit.horizon, c.dit.noise_dim)),   # standard normal; a regression head reads its shape only
+        "tokens": ("float32", ("B", "L", c.feature_width)),
+        "token_mask": ("bool", ("B", "L")),
+        "view_id": ("int64", ("B", "L")),
+        "text": ("float32", ("B", "Lt", c.text_width or c.feature_width)),
+        "text_mask": ("bool", ("B", "Lt")),
+        "proprio": ("float32", ("B", UNIFIED_DIM)),
+        "embodiment": ("int64", ("B",)),
+        "control_hz": ("float32", ("B",)),
+        "alpha": ("float32", ("B",)),                                       # guidance scale; 1 where a policy acts
+    }
+
+
+def graph_inputs(batch: FeatureBatch, noise: Tensor, alpha: Tensor) -> dict[str, Tensor]:
+    """A graph's inputs for observations of one frame: noise [B,G,T,n], guidance scales [B]."""
+    return {"noise": noise, "tokens": batch.tokens.float(), "token_mask": batch.token_mask, "view_id": batch.view_id, "text": batch.text.float(),
+            "text_mask": batch.text_mask, "proprio": batch.proprio, "embodiment": batch.embodiment, "control_hz": batch.control_hz, "alpha": alpha}
+
+
+def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Write the graphs of `formats` into `folder` and check each against `net` (on the CPU, float32); graph.json's content.
+
+    `UserError` where a graph does not give what the network gives, or torch cannot make it.
+    """
+    graph = PolicyGraph(net.float().cpu().eval().requires_grad_(False), loss).eval()
+    shapes = input_shapes(net)
+    free = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "G", "L", "Lt")}
+    dynamic = {name: {i: free[size] for i, size in enumerate(shape) if size in free} for name, (_, shape) in shapes.items()}
+    with _quiet():
+        program = torch.export.export(graph, (), _example(net, *SIZES[0]), dynamic_shapes=dynamic, strict=False)
+        errors = {}
+        for name in formats:
+            run = (_torch_export if name == "torch-export" else _onnx)(program, folder / FILES[name], tuple(shapes))
+            errors[name] = _difference(net, graph, run)
+            if not errors[name] <= TOLERANCE:
+                raise UserError(f"the {name} graph gives other actions than the network (by {errors[name]:.2g} of their size, at most {TOLERANCE} is "
+                                "rounding): not with this version of its libraries; nothing was written")
+    output = {"action": {"dtype": "float32", "shape": ["B", "G", net.config.dit.horizon, UNIFIED_DIM]}}
+    inputs = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in shapes.items()}
+    return {"files": {name: FILES[name] for name in formats}, "inputs": inputs, "outputs": output, "difference": errors}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say of their own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _torch_export(program: Any, file: Path, names: Sequence[str]) -> Run:
+    made = io.BytesIO()     # torch's own writer ends the process where the disk is full
+    torch.export.save(program, made)
+    file.write_bytes(made.getbuffer())
+    module = torch.export.load(file).module()
+    return lambda inputs: module(**inputs)
+
+
+def _onnx(program: Any, file: Path, names: Sequence[str]) -> Run:
+    import onnxruntime
+
+    try:
+        made = torch.onnx.export(program, input_names=list(names), output_names=["action"], dynamo=True, verbose=False)
+        assert made is not None     # with dynamo a program, without None
+        made.save(str(file), external_data=sum(t.nbytes for t in program.state_dict.values()) > ONE_FILE)
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(f"torch cannot make the ONNX graph: {' '.join(str(error).split())[:300]}") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3      # errors
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    read = {value.name for value in session.get_inputs()}
+    return lambda inputs: torch.from_numpy(session.run(["action"], {n: x.numpy() for n, x in inputs.items() if n in read})[0])
+
+
+@torch.no_grad()
+def _difference(net: PolicyNet, graph: PolicyGraph, run: Run) -> float:
+    """Largest difference of an entry over the root mean square of the network's output, over all `SIZES`."""
+    worst = 0.0
+    for seed, size in enumerate(SIZES):
+        inputs = _example(net, *size, seed=seed)
+        expected, found = graph(**inputs), run(inputs)
+        if found.shape != expected.shape:
+            return float("inf")
+        worst = max(worst, ((found - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-12)).item())
+    return worst
+
+
+def _example(net: PolicyNet, b: int, g: int, l: int, lt: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of these sizes, some of their tokens hidden."""
+    generator, config = torch.Generator().manual_seed(seed), net.config
+    below = {"view_id": config.max_views, "embodiment": config.dit.embodiments}
+
+    def draw(name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        if dtype == "bool":
+            return torch.rand(shape, generator=generator) > 0.3
+        if dtype == "int64":
+            return torch.randint(below[name], shape, generator=generator)
+        if name in ("control_hz", "alpha"):
+            return 1 + 3 * torch.rand(shape, generator=generator)
+        return torch.randn(shape, generator=generator)
+
+    sizes = {"B": b, "G": g, "L": l, "Lt": lt}
+    return {name: draw(name, dtype, tuple(size if isinstance(size, int) else sizes[size] for size in shape))
+            for name, (dtype, shape) in input_shapes(net).items()}

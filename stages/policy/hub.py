@@ -1,0 +1,44 @@
+"""Policies on the Hugging Face hub: pushed as `dvla export` writes them, with a card; fetched by `Policy.from_pretrained("owner/name")`.
+
+The token is the hub client's own (`hf auth login`, or HF_TOKEN); it is never an argument here, and never printed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ...common.files import read_json, write_file
+from ...common.hub import hub_errors
+from ...errors import UserError
+from .card import policy_card
+from .export import export_policy
+from .load import read_document
+
+
+def push_policy(path: str | Path, repo: str, private: bool = True, evaluations: Sequence[str | Path] = (), vlm_path: str | None = None,
+                formats: tuple[str, ...] = (), say: Callable[[str], None] = print) -> str:
+    """Upload the policy at `path` (a run, a checkpoint, or what `dvla export` wrote) to the model repository `repo`, "owner/name", which is
+    made if it is not there; returns its URL. `evaluations`: folders that `dvla eval --out` wrote, for the card.
+
+    `UserError` when the policy or an evaluation is missing or damaged, the VLM it needs is a folder of this machine, or the hub refuses.
+    """
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"'{repo}' is not a repository of the hub; give owner/name")
+    summaries = [read_json(Path(folder) / "summary.json") for folder in evaluations]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "policy"
+        export_policy(path, folder, formats, vlm_path, say)
+        document, state = read_document(folder), read_json(folder / "state.json")
+        base = document["encoder"]["spec"]["path"]
+        if Path(base).expanduser().exists():
+            say(f"acting needs the VLM, which is known as the folder {base}: whoever uses {repo} gives theirs with vlm_path")
+        write_file(folder / "README.md", policy_card(document, state, repo, summaries).encode())
+        with hub_errors(repo):
+            from huggingface_hub import HfApi
+
+            api = HfApi()
+            url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=folder, repo_type="model", commit_message=f"Policy of step {state.get('step')}")
+    return str(url)

@@ -1,0 +1,65 @@
+"""Loading what a checkpoint holds: its document, its network, its encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...cache.vlm.adapter import load_adapter, put_weights
+from ...cache.vlm.encoder import VisionLanguageEncoder
+from ...cache.vlm.load import load_encoder, require_encoder
+from ...cache.vlm.spec import EncoderSpec
+from ...common.config import from_mapping
+from ...common.files import read_json
+from ...drifting.policy_net import PolicyNet, PolicyNetConfig
+from ...errors import UserError
+from . import checkpoint as ck
+
+
+def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
+    """The encoder that the stage-three policy `checkpoint` acts with, its adapter merged; with `overrides` (None = keep).
+
+    `UserError` for a checkpoint without an adapter.
+    """
+    folder = ck.resolve(checkpoint)
+    if not (folder / "adapter").is_dir():
+        raise UserError(f"{folder} holds no adapter, so its features are those of the cache it was trained from; give a run of "
+                        "`dvla finetune --vlm-mode lora` or `full`")
+    spec = from_mapping(EncoderSpec, read_json(folder / "policy.json")["encoder"]["spec"], "policy.json")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if "boundary" in given:     # tokens and their kind are made above it
+        given = {"tokens": None, "features": "merged", **given}
+    return dataclasses.replace(spec, **given, adapters=(*spec.adapters, str((folder / "adapter").resolve())))
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """policy.json of a checkpoint or an exported folder; `UserError` for one of another version."""
+    document = read_json(folder / "policy.json")
+    if document.get("format") != ck.POLICY_FORMAT:
+        raise UserError(f"{folder} has policy format {document.get('format')}, this version reads {ck.POLICY_FORMAT}")
+    return document
+
+
+def load_net(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> PolicyNet:
+    """The network that policy.json describes, with these weights (`checkpoint.policy_tensors`)."""
+    net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
+    net.load_state_dict(tensors)
+    return net
+
+
+def load_policy_encoder(folder: Path, document: Mapping[str, Any], device: torch.device | str = "cpu",
+                        vlm_path: str | None = None) -> VisionLanguageEncoder:
+    """The encoder a checkpoint belongs to, with its adapter, or the weights it was merged into; refuses other weights, naming the differing fields."""
+    spec = from_mapping(EncoderSpec, document["encoder"]["spec"], "policy.json")
+    spec = dataclasses.replace(spec, path=vlm_path) if vlm_path else spec
+    encoder = load_encoder(spec, device)
+    if (folder / "vision.safetensors").is_file():       # of an exported policy: what features owe to fine-tuning is in them
+        put_weights(encoder, ck.load_tensors(folder, "vision"), document["encoder"]["fingerprint"]["adapter"], str(folder / "vision.safetensors"))
+    require_encoder(encoder, document["encoder"]["fingerprint"], f"checkpoint {folder}")
+    if (folder / "adapter").is_dir():
+        load_adapter(encoder, folder / "adapter")
+    return encoder

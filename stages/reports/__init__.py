@@ -1,0 +1,1 @@
+"""A run as a page, runs side by side, an episode in Rerun."""

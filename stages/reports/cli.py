@@ -1,0 +1,69 @@
+"""`dvla report`, `dvla compare` and `dvla rerun`: looking at runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ...common.console import console, progress_bars
+from ...common.options import Device, VlmPath
+from ...common.text import size
+
+RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+
+
+def report_command(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page; one that this command made before is replaced.")] = Path("report.html"),
+    evaluation: Annotated[Optional[list[Path]], typer.Option("--eval", help="Folder of `dvla eval --out`; may be given several times.")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps at most that the panels can be looked at after.")] = 12,
+) -> None:
+    """A run as one page that opens from disk: summary, curves, panels with a step slider, datasets, rollouts, settings.
+
+    Example: dvla report runs/base --eval eval/base -o report.html
+    """
+    from .report import ReportConfig, report
+
+    nbytes = report(ReportConfig(run, out, tuple(evaluation or ()), steps))
+    console.print(f"{out}: {size(nbytes)}, one file that needs no network", markup=False)
+
+
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, at least two.", show_default=False)],
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Page to write the same to, with curves.")] = None,
+) -> None:
+    """Runs side by side: where their settings differ, what they reached, dataset by dataset.
+
+    Example: dvla compare runs/a runs/b -o compare.html
+    """
+    from .compare import compare, show_comparison, write_comparison
+    from .html import require_page
+
+    if out is not None:
+        require_page(out)
+    found = compare(tuple(runs))
+    show_comparison(found)
+    if out is not None:
+        console.print(f"{out}: {size(write_comparison(found, out))}, one file that needs no network", markup=False)
+
+
+def rerun_command(
+    run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.", show_default=False)],
+    source: Annotated[str, typer.Option("--source", help="Dataset folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, ending in .rrd.")],
+    episode: Annotated[int, typer.Option("--episode", help="Number of the episode.")] = 0,
+    every: Annotated[int, typer.Option("--every", help="Predict at every n-th frame.")] = 1,
+    dataset_config: Annotated[Optional[str], typer.Option("--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type.")] = None,
+    vlm_path: VlmPath = None, device: Device = "auto",
+) -> None:
+    """A recorded episode with what the policy predicts at each frame, for the Rerun viewer (dvla\\[rerun]; open it with `rerun FILE`).
+
+    Example: dvla rerun runs/base --source data/push --episode 0 -o episode.rrd
+    """
+    from .rerun import write_rerun
+
+    with progress_bars() as show:
+        done = write_rerun(str(run), source, episode, out, every=every, dataset_config=dataset_config, vlm_path=vlm_path, device=device, progress=show)
+    console.print(f"{done.path}: {done.frames} frames, predictions at {done.predicted} of them, {done.error:.2f} σ of the actions from the expert's", markup=False)

@@ -1,0 +1,223 @@
+"""`dvla report`: a run as one page. Reads the run's folder alone: neither cache nor VLM is needed, and a run may still be training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ... import __version__
+from ...cache.actions.slots import EMBODIMENTS
+from ...common.figures import LIGHT, Style, finish, new_figure
+from ...common.files import read_json
+from ...common.text import public
+from ...drifting.metrics import METRICS
+from ...errors import UserError
+from ..policy import checkpoint as ck
+from ..training.panels.catalogue import PANELS
+from ..training.panels.data import PanelData
+from ..training.panels.schedule import panel_steps
+from ..training.run_folder import whole_settings
+from ..training.run_log import evaluations, read_log
+from .html import file_uri, image_uri, number, picture, require_page, write_page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+MOST_FILM = 6 << 20         # bytes of a film that goes into the page
+TITLES = {"mse": "MSE", "mae": "MAE", "correlation": "correlation", "coverage": "coverage, %", "nl2": "NL2"}
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `dvla report` needs."""
+
+    run: Path                           # run folder
+    out: Path                           # the page
+    evaluations: tuple[Path, ...] = ()  # folders of `dvla eval --out`
+    steps: int = 12                     # positions of the panels' slider at most
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run's folder says of it. `state` and `policy` are empty before the first checkpoint."""
+
+    path: Path
+    config: dict[str, Any]
+    log: list[dict[str, Any]]
+    state: dict[str, Any]
+    policy: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, with its parent's."""
+        whole = self.path.resolve()
+        return f"{whole.parent.name}/{whole.name}"
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names, from the policy or, before there is one, from the evaluations."""
+        if self.policy:
+            return tuple(d["name"] for d in self.policy["datasets"])
+        names = (key.removeprefix("eval/mse/") for line in evaluations(self.log)[-1:] for key in line if key.startswith("eval/mse/"))
+        return tuple(name for name in names if not name.startswith("embodiment/"))
+
+
+def read_run(path: Path) -> RunFacts:
+    """`UserError` when there is no run at `path`, or nothing was logged yet."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a run folder of `dvla train` or `dvla finetune` (it has no config.json)")
+    log = read_log(path) if (path / "log.jsonl").is_file() else []
+    if not log:
+        raise UserError(f"run {path} has logged nothing yet; wait for its first line")
+    found = ck.checkpoints(path)
+    state, policy = (read_json(found[-1] / name) if found else {} for name in ("state.json", "policy.json"))
+    environment = read_json(path / "environment.json") if (path / "environment.json").is_file() else {}
+    return RunFacts(path, whole_settings(read_json(path / "config.json")), log, state, policy, environment)
+
+
+def log_data(run: RunFacts) -> PanelData:
+    """For the panels that show the log alone."""
+    bodies = tuple(int(d["embodiment"]) for d in run.policy["datasets"]) if run.policy else (0,) * len(run.datasets)
+    none = np.zeros((0, 0, 128), np.float32)
+    return PanelData(run.log[-1]["step"], run.datasets, bodies, np.zeros(0, int), none, none[:, None], none > 0, none[None, :, None], np.zeros(0),
+                     tuple(run.config["loss"]["temperatures"]), np.zeros((0, 128)), np.zeros((0, 128)), np.zeros(0), log=run.log)
+
+
+def report(config: ReportConfig) -> int:
+    """Write the page; returns its bytes. `UserError` for a folder that is no run, an evaluation that is none, or a page that cannot be written."""
+    require_page(config.out)
+    if config.steps < 1:
+        raise UserError(f"--steps {config.steps}: give at least 1")
+    run, held = read_run(config.run), [read_evaluation(folder) for folder in config.evaluations]
+    data, last = log_data(run), run.log[-1]
+    curves = [PANELS[key].draw for key in ("D2", "A2", "D3") if key != "D3" or evaluations(run.log)]
+    drawn = panels(run, config.steps)
+    return write_page(
+        config.out, "report.html", version=__version__, made=time.strftime("%Y-%m-%d %H:%M"), name=run.name, verdict=verdict(run),
+        tiles=tiles(run, held), curves=[*(picture(lambda style: draw(data, style)) for draw in curves),    # noqa: B023 (drawn at once)
+                                        picture(lambda style: speed_figure(run.log, style))],
+        metrics=[TITLES[m] for m in METRICS], rows=dataset_rows(run), eval_step=(evaluations(run.log) or [last])[-1]["step"],
+        **drawn, evaluations=held, drawn_style=run.config["panels"]["style"],
+        sections=[("summary", "Summary"), *([("findings", "Findings")] if drawn["findings"] else []), ("curves", "Curves"), ("datasets", "Datasets"),
+                  ("panels", "Panels"), *([("rollouts", "Rollouts")] if held else []), ("settings", "Settings")],
+        config=public(run.config), fingerprint=public(run.policy.get("encoder", {})),
+        sources=public([{k: d.get(k) for k in ("name", "license", "views", "control_hz", "environment", "dataset_config", "action_map", "state_map")}
+                        for d in run.policy.get("datasets", [])]),
+        environment=run.environment or {"not recorded": "the run was begun by an earlier release"})
+
+
+def verdict(run: RunFacts) -> str:
+    """Where the run stands, in one sentence."""
+    last, steps, held = run.log[-1], run.config["steps"], evaluations(run.log)
+    stands = f"Step {last['step']:,} of {steps:,}"
+    if not held:
+        return f"{stands}; loss {run.log[0]['loss']:.4f} → {last['loss']:.4f}, no evaluation on held-out episodes yet."
+    best = min(held, key=lambda line: line["eval/mse"])
+    coverage = held[-1].get("eval/coverage")
+    how = "" if coverage is None else " The policy has collapsed (coverage below 20 %)." if coverage < 20 else ""
+    newest = "which is its best" if best is held[-1] else f"best {best['eval/mse']:.4f} at step {best['step']:,}"
+    return f"{stands}; held-out MSE {held[0]['eval/mse']:.4f} → {held[-1]['eval/mse']:.4f}, {newest}.{how}"
+
+
+def tiles(run: RunFacts, held: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(label, value) of the numbers at the top."""
+    last, line = run.log[-1], (evaluations(run.log) or [{}])[-1]
+    found = [("of " + f"{run.config['steps']:,} steps", f"{last['step']:,}"), ("held-out MSE", number(line.get("eval/mse"))),
+             ("correlation", number(line.get("eval/correlation"), 3)), ("coverage, %", number(line.get("eval/coverage"), 3)),
+             ("modes reached, %", number(line.get("eval/mode_coverage"), 3)), ("MMD²", number(line.get("eval/mmd"), 2)),
+             ("samples/s", number(float(last["samples_per_second"]), 3)), (f"waiting for data; {last.get('binds', 'compute')} binds", f"{100 * last['wait_share']:.1f} %")]
+    if "stage_three" in run.config:
+        found.append(("stage", "three"))
+    for e in held:
+        found += [(f"success, {task['name']}", task["success"]) for task in e["tasks"]]
+    return [(label, value) for label, value in found if value != "–"]
+
+
+def dataset_rows(run: RunFacts) -> list[dict[str, Any]]:
+    """The newest evaluation: everything, embodiments where there are several, datasets."""
+    held = evaluations(run.log)
+    if not held:
+        return []
+    bodies = [f"embodiment/{name}" for name in EMBODIMENTS if f"eval/mse/embodiment/{name}" in held[-1]]
+    names = ["", *(bodies if len(bodies) > 1 else []), *run.datasets]
+    rows = []
+    for name in names:
+        suffix = f"/{name}" if name else ""
+        rows.append({"name": name or "all", "strong": not name or name in bodies, "values": [held[-1].get(f"eval/{m}{suffix}") for m in METRICS],
+                     "first": held[0].get(f"eval/mse{suffix}")})
+    return rows
+
+
+def panels(run: RunFacts, most: int) -> dict[str, Any]:
+    """The panels for `report.html`: "positions" of the slider, every picture once, and for each panel which of them is shown at each position."""
+    found = [(step, folder, read_json(folder / "findings.json")) for step, folder in panel_steps(run.path) if (folder / "findings.json").is_file()]
+    found = [(step, folder, {k: v for k, v in titles.items() if k in PANELS and (folder / f"{k}.png").is_file()}) for step, folder, titles in found]
+    looks = [step for step, _, titles in found if any(PANELS[key].predicts for key in titles)] or [step for step, _, _ in found]
+    if not looks:
+        return {"panels": [], "positions": [], "pictures": [], "findings": [], "thinned": "", "last_step": 0}
+    positions = [looks[i] for i in sorted({round(i) for i in np.linspace(0, len(looks) - 1, min(most, len(looks)))})]
+    pictures: list[dict[str, Any]] = []
+    shown, said = [], []
+    for key, panel in PANELS.items():
+        at: list[int | None] = []
+        before: tuple[int, int] | None = None       # (step, picture)
+        for position in positions:
+            newest = [(step, folder, titles[key]) for step, folder, titles in found if step <= position and key in titles][-1:]
+            if newest and (before is None or before[0] != newest[0][0]):
+                before = newest[0][0], len(pictures)
+                pictures.append({"step": newest[0][0], "uri": file_uri(newest[0][1] / f"{key}.png"), "finding": newest[0][2]})
+            at.append(None if before is None else before[1])
+        if before is not None:
+            shown.append({"key": key, "name": panel.name, "good": panel.good, "at": at})
+            said.append({"key": key, "finding": pictures[before[1]]["finding"].removesuffix(f" ({key})"), "good": panel.good})
+    thinned = f"{len(positions)} of the {len(looks)} steps after which panels were drawn; the others are in {run.path.name}/panels." if len(positions) < len(looks) else ""
+    return {"panels": shown, "positions": positions, "pictures": pictures, "findings": said, "thinned": thinned, "last_step": positions[-1]}
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What `dvla eval --out` wrote, for `page.html`'s macro `evaluation`. `UserError` for a folder that holds no evaluation."""
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"{folder} holds no evaluation (no summary.json); give the folder of `dvla eval --out`")
+    summary = read_json(folder / "summary.json")
+    if not isinstance(summary.get("tasks"), dict):
+        raise UserError(f"{folder}/summary.json is not of `dvla eval`")
+    tasks, films, notes = [], [], []
+    baselines = [b for b in ("expert", "random", "blind") if any(b in entry for entry in summary["tasks"].values())]
+    for name, entry in summary["tasks"].items():
+        low, high = entry["ci95"]
+        tasks.append({"name": name, "success": f"{100 * entry['success']:.0f} %", "interval": f"{100 * low:.0f} – {100 * high:.0f} %", "episodes": entry["episodes"],
+                      "baselines": [f"{100 * entry[b]:.0f} %" if b in entry else "–" for b in baselines], "ms": entry.get("ms_per_action")})
+        still, film = (folder / "videos" / f"{name.replace('/', '_')}{end}" for end in (".png", ".mp4"))
+        fits = film.is_file() and film.stat().st_size <= MOST_FILM
+        note = "green border: success, red: failure" if fits or not film.is_file() else f"the film is too large for the page: {film}"
+        if fits or still.is_file():
+            films.append({"name": name, "still": _still(still) if still.is_file() else "", "video": file_uri(film) if fits else "", "note": note})
+    if "blind_is" in summary and "blind" in baselines:
+        notes.append(f"blind: {summary['blind_is']}. All on the same starts, none of which was trained on.")
+    return {"title": f"{folder.name}: {summary.get('policy', '')}", "tasks": tasks, "baselines": baselines, "films": films, "notes": notes}
+
+
+def _still(path: Path) -> str:
+    """A picture of a film, as JPEG: a quarter of the PNG."""
+    from PIL import Image
+
+    return image_uri(Image.open(path).convert("RGB"), "jpeg", quality=82)
+
+
+def speed_figure(log: Sequence[dict[str, Any]], style: Style = LIGHT) -> Figure:
+    """Samples/s over a run, and the share of the time spent waiting for data."""
+    figure, steps = new_figure(style, 8, 3), [line["step"] for line in log]
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [line["samples_per_second"] for line in log], color=style.expert)
+    left.set(xlabel="training step", ylabel="observations/s", ylim=(0, None))
+    right.plot(steps, [100 * line["wait_share"] for line in log], color=style.predicted)
+    right.set(xlabel="training step", ylabel="waiting for data, % of the time", ylim=(0, 100))
+    rate = sorted(line["samples_per_second"] for line in log)[len(log) // 2]
+    return finish(figure, f"{rate:.0f} observations/s (median), {log[-1].get('binds', 'compute')} binds", style)

@@ -1,0 +1,150 @@
+"""`dvla rerun`: one recorded episode with what a policy predicts at each frame, as a file for the Rerun viewer.
+
+    views/<camera>                  the pictures
+    action/<field>/expert …/predicted   what was done at a frame and what the policy would do there, in the robot's units
+    error                           root mean square of their difference, each field in units of its own standard deviation
+    way/expert, way/predicted       where the hand goes in the coming chunk, where actions say so (metres)
+
+Letters: T frames of the episode, H steps of a chunk, d native action width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...cache.actions.action_map import ActionMap
+from ...cache.actions.slots import SLOTS
+from ...cache.readers import open_source
+from ...cache.readers.episode import CorruptEpisode, Episode
+from ...errors import UserError
+
+INSTALL = 'pip install "dvla[rerun]"'
+AT_ONCE = 16        # observations that the policy sees together
+QUALITY = 85        # of the JPEGs
+
+
+@dataclass(frozen=True)
+class RerunReport:
+    """What was written. `error`: mean over the frames of the entry `error`."""
+
+    path: Path
+    frames: int
+    predicted: int
+    error: float
+
+
+def write_rerun(run: str, source: str, episode_id: int, out: Path, *, every: int = 1, dataset_config: str | None = None, vlm_path: str | None = None,
+                device: str = "auto", progress: Callable[[str, int, int], None] = lambda *_: None) -> RerunReport:
+    """Write episode `episode_id` of the dataset `source` with the predictions of policy `run`, made at every `every`-th frame.
+
+    `UserError` without the package, for a dataset the policy was not trained on, an episode that is not there or damaged, or a file that exists.
+    """
+    if find_spec("rerun") is None:
+        raise UserError(f"a file for Rerun needs the package rerun-sdk, which is not installed: {INSTALL}")
+    if out.suffix != ".rrd":
+        raise UserError(f"{out}: a Rerun file is written; give a name that ends in .rrd")
+    if out.exists():
+        raise UserError(f"{out} exists; choose another name")
+    if every < 1:
+        raise UserError(f"--every {every}: give at least 1")
+    data = open_source(source, dataset_config)
+    if episode_id not in data.episode_ids:
+        raise UserError(f"{source} has no episode {episode_id}; its {len(data.episode_ids)} episodes are numbered {data.episode_ids[0]} to {data.episode_ids[-1]}")
+    from ...common.device import pick_device
+    from ..policy.policy import Policy
+
+    policy = Policy.from_pretrained(run, dataset=data.name, device=pick_device(device), vlm_path=vlm_path)
+    try:
+        episode = data.load(episode_id)
+        return _write(policy, episode, episode_id, out, every, progress)
+    except CorruptEpisode as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _write(policy: Any, episode: Episode, episode_id: int, out: Path, every: int, progress: Callable[[str, int, int], None]) -> RerunReport:
+    import rerun as rr
+
+    fields = [(i, rr.escape_entity_path_part(name)) for i, name in enumerate(policy.robot.action_map.field_names) if name != "dropped"]
+    mine, spread = [i for i, _ in fields], np.maximum(episode.action.std(0), 1e-3)      # [d]
+    part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    record = rr.RecordingStream(f"dvla {episode.dataset}")
+    errors: list[float] = []
+    try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            record.save(part)
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+        record.send_blueprint(_blueprint(episode, [name for _, name in fields]))
+        record.log("instruction", rr.TextDocument(episode.instruction or "(none)"), static=True)
+        for step, (pictures, chunk) in enumerate(_frames(policy, episode, every)):
+            record.set_time("frame", sequence=step)
+            record.set_time("time", duration=float(episode.timestamps[step]))
+            for view, frame in pictures.items():
+                record.log(f"views/{view}", rr.Image(frame).compress(jpeg_quality=QUALITY))
+            for i, name in fields:
+                record.log(f"action/{name}/expert", rr.Scalars(float(episode.action[step, i])))
+            if chunk is not None:
+                for i, name in fields:
+                    record.log(f"action/{name}/predicted", rr.Scalars(float(chunk[0, i])))
+                errors.append(float(np.sqrt(np.mean((((chunk[0] - episode.action[step]) / spread)[mine]) ** 2))))
+                record.log("error", rr.Scalars(errors[-1]))
+                coming = episode.action[step:step + len(chunk)]
+                for who, actions, colour in (("expert", coming, (0, 114, 178)), ("predicted", chunk[:len(coming)], (213, 94, 0))):
+                    way = _way(policy.robot.action_map, actions)
+                    if way is not None:
+                        record.log(f"way/{who}", rr.LineStrips3D([way], colors=[colour], labels=[who]))
+            progress("frames", step + 1, episode.length)
+        record.flush()
+        record.disconnect()
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return RerunReport(out, episode.length, len(errors), float(np.mean(errors)))
+
+
+def _frames(policy: Any, episode: Episode, every: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]:
+    """(picture of each view, predicted chunk [H,d] or None) of every frame, in order."""
+    from ..policy.observation import Observation
+
+    streams = {view.name: view.frames() for view in episode.views}
+    waiting: list[dict[str, np.ndarray]] = []
+    for step in range(episode.length):
+        waiting.append({name: next(stream) for name, stream in streams.items()})
+        if len(waiting) < AT_ONCE * every and step + 1 < episode.length:
+            continue
+        first = step + 1 - len(waiting)
+        asked = [i for i in range(len(waiting)) if (first + i) % every == 0]
+        seen = [Observation({v: waiting[i][v] for v in policy.robot.views if v in waiting[i]}, episode.instruction, episode.state[first + i], start=0, step=first + i) for i in asked]
+        chunks = dict(zip(asked, policy.act_batch(seen))) if seen else {}
+        yield from ((pictures, chunks.get(i)) for i, pictures in enumerate(waiting))
+        waiting = []
+
+
+def _way(actions_of: ActionMap, actions: np.ndarray) -> np.ndarray | None:
+    """Positions [t,3] in metres that native actions [t,d] lead the (right or only) hand to, the first at the origin for velocities; None where
+    actions are joints."""
+    unified = actions_of.to_unified(actions)                                            # [t,128]
+    position, velocity = ([SLOTS[f"eef_{kind}_{a}"] for a in "xyz"] for kind in ("pos", "vel"))
+    if actions_of.mask[position].all():
+        return unified[:, position]
+    if actions_of.mask[velocity].all():
+        return np.vstack([np.zeros(3), np.cumsum(unified[:, velocity], 0) / actions_of.control_hz])
+    return None
+
+
+def _blueprint(episode: Episode, fields: Sequence[str]) -> Any:
+    """Pictures on the left, curves on the right, the way below them."""
+    import rerun.blueprint as rrb
+
+    curves = [rrb.TimeSeriesView(origin=f"action/{name}", name=name) for name in fields]
+    return rrb.Blueprint(rrb.Horizontal(
+        rrb.Vertical(*(rrb.Spatial2DView(origin=f"views/{view.name}", name=view.name) for view in episode.views), rrb.TextDocumentView(origin="instruction")),
+        rrb.Vertical(rrb.Tabs(*curves), rrb.TimeSeriesView(origin="error", name="error"), rrb.Spatial3DView(origin="way", name="coming chunk"))))

@@ -1,0 +1,1 @@
+"""Simulators: record experts, evaluate policies."""

@@ -1,0 +1,283 @@
+"""Demonstrations from a scripted expert, written as a LeRobot dataset (v3.0, mp4) by LeRobot's own writer.
+
+Files: `OUT/` is the dataset; `OUT/meta/dvla.json` says which simulated start each episode began from, so that an
+evaluation can prove its starts unseen. While recording, everything lies in the sibling `.OUT.partial/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.files import hold
+from ...common.mp4 import quiet_libav
+from ...errors import UserError
+from .envs import Environment, Split, check_environment, make_environment
+
+MARKER = "dvla-recording.lock"   # a partial folder holding this file is ours to remove
+VIDEO_CRF = 14                   # h264 constant quality: about 2 kB per 128 px frame, mean error 3 of 255
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What to record."""
+
+    env: str                     # environment name, e.g. "metaworld/push-v3"
+    episodes: int                # episodes to keep
+    out: Path                    # dataset folder to create; must not exist
+    image_size: int = 128        # picture side in pixels (even: the video format halves its colour planes)
+    seed: int = 0                # chooses the family of starts and the action noise
+    split: Split = "train"       # "eval" starts are kept for evaluation
+    noise: float = 0.1           # standard deviation of noise on executed actions, × the environment's `noise_scale`; labels stay clean
+    observation_noise: float = 0.0   # the same on recorded states, × the spread of each number over its episode; actions stay clean
+    pixel_noise: float = 0.0     # the same on recorded pictures, in grey levels of 255
+    max_steps: int | None = None  # step limit of an attempt; None = the task's own
+    extra_steps: int = 10        # steps recorded after success, so that staying at the goal is shown too
+    keep_failures: bool = False  # keep attempts that did not reach success
+    workers: int = 1             # processes that simulate and render; the dataset does not depend on it
+
+
+@dataclass(frozen=True)
+class RecordResult:
+    """What was recorded."""
+
+    out: Path
+    episodes: int                # episodes in the dataset
+    frames: int                  # control steps in the dataset
+    attempted: int               # starts tried, in order from 0
+    succeeded: int               # of these, how many the expert solved
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One attempt. Row t holds what was seen before step t and the expert's clean action for it. T steps."""
+
+    start: int
+    start_vector: tuple[float, ...]
+    success: bool
+    instruction: str
+    images: dict[str, np.ndarray]   # view -> uint8 [T, S, S, 3]; empty after a rehearsal that failed
+    state: np.ndarray               # [T, ds] float32
+    action: np.ndarray              # [T, da] float32, noise-free
+
+
+def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None = None) -> RecordResult:
+    """Record `config.episodes` demonstrations into `config.out`; `on_progress(kept, wanted)` after each.
+
+    Starts 0, 1, 2, … of the split are tried in order and failed attempts dropped, so the content is a pure function of
+    the settings other than `out` and `workers`. Raises `UserError` when the folder exists, a setting is out of range,
+    LeRobot or the simulator is missing, or the expert fails most of its attempts. Uses no network.
+    """
+    _check(config)
+    with _partial_folder(config.out) as partial:
+        starts: dict[int, int] = {}
+        vectors: dict[int, list[float]] = {}
+        attempted = succeeded = frames = 0
+        limit = 3 * config.episodes + 10
+        # In this order LeRobot is imported while the workers start.
+        with (_demonstrations(config, limit) as attempts,
+              contextlib.closing(_Writer(config, partial / "dataset")) as writer):
+            for demonstration in attempts:
+                attempted += 1
+                succeeded += demonstration.success
+                if demonstration.success or config.keep_failures:
+                    writer.add(demonstration)
+                    starts[len(starts)] = demonstration.start
+                    vectors[len(vectors)] = list(demonstration.start_vector)
+                    frames += len(demonstration.action)
+                    if on_progress is not None:
+                        on_progress(len(starts), config.episodes)
+                if len(starts) == config.episodes:
+                    break
+        if len(starts) < config.episodes:
+            raise UserError(f"the expert of {config.env} solved only {succeeded} of {attempted} starts, "
+                            f"{config.episodes} were asked for; lower --noise, raise --max-steps, or keep failures")
+        provenance = {"environment": config.env, "split": config.split, "seed": config.seed, "starts": vectors,
+                      "start_numbers": starts, "noise": config.noise, "observation_noise": config.observation_noise,
+                      "pixel_noise": config.pixel_noise, "attempted": attempted, "succeeded": succeeded}
+        (partial / "dataset" / "meta" / "dvla.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        _refuse_existing(config.out)
+        os.rename(partial / "dataset", config.out)
+    return RecordResult(config.out, len(starts), frames, attempted, succeeded)
+
+
+def demonstrate(env: Environment, start: int, config: RecordConfig) -> Demonstration:
+    """Let the expert act from one start; stops `extra_steps` after the first success or at the step limit.
+
+    Where the environment asks for a rehearsal, an attempt that fails without pictures is not repeated with them, unless
+    failures are kept.
+    """
+    if env.rehearse and not config.keep_failures:
+        rehearsed = _attempted(env, start, config, pictures=False)
+        if not rehearsed.success:
+            return rehearsed
+    return with_observation_noise(_attempted(env, start, config, pictures=True), config)
+
+
+def with_observation_noise(demonstration: Demonstration, config: RecordConfig) -> Demonstration:
+    """What the robot saw, with Gaussian noise of the config's sizes, a pure function of (seed, start); actions stay as they are.
+
+    A state's number gets noise in proportion to its own standard deviation over the T steps, so none where it never changes.
+    """
+    rng = np.random.default_rng([config.seed, demonstration.start, 1])     # apart from the noise on actions
+    state, images = demonstration.state, demonstration.images
+    if config.observation_noise:
+        noise = rng.normal(0.0, config.observation_noise, state.shape) * state.std(axis=0)
+        state = (state + noise).astype(np.float32)
+    if config.pixel_noise:
+        images = {view: np.stack([_noisy(picture, rng, config.pixel_noise) for picture in pictures]) for view, pictures in images.items()}
+    return dataclasses.replace(demonstration, state=state, images=images)
+
+
+def _noisy(picture: np.ndarray, rng: np.random.Generator, levels: float) -> np.ndarray:
+    noisy = picture + rng.standard_normal(picture.shape, np.float32) * levels
+    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+
+
+def _attempted(env: Environment, start: int, config: RecordConfig, pictures: bool) -> Demonstration:
+    noise = np.random.default_rng([config.seed, start])
+    observation = env.reset(start, render=pictures)
+    observations, actions = [], []
+    solved_at: int | None = None
+    for step in range(env.max_steps + config.extra_steps):
+        clean = env.expert_action()
+        observations.append(observation)
+        actions.append(clean)
+        result = env.step(clean + env.noise_scale * noise.normal(0.0, config.noise, clean.shape), render=pictures)
+        observation = result.observation
+        if result.success and solved_at is None:
+            solved_at = step
+        if step >= (env.max_steps - 1 if solved_at is None else solved_at + config.extra_steps):
+            break
+    images = {view: np.stack([o.images[view] for o in observations]) for view in env.views} if pictures else {}
+    return Demonstration(start, env.start_vector, solved_at is not None, env.instruction, images,
+                         np.stack([o.state for o in observations]), np.stack(actions))
+
+
+def _check(config: RecordConfig) -> None:
+    check_environment(config.env, config.split, config.seed, config.image_size, config.max_steps)
+    for name, low in (("episodes", 1), ("workers", 1), ("extra_steps", 0), ("noise", 0), ("observation_noise", 0), ("pixel_noise", 0)):
+        if getattr(config, name) < low:
+            raise UserError(f"{name} must be {low} or more, got {getattr(config, name)}")
+    if config.image_size % 2:
+        raise UserError(f"image_size must be even for video, got {config.image_size}")
+    _refuse_existing(config.out)
+    if importlib.util.find_spec("lerobot") is None:
+        raise UserError("recording needs lerobot, which is not installed; install it with: pip install 'dvla[lerobot]'")
+
+
+def _refuse_existing(out: Path) -> None:
+    if Path(out).exists():
+        raise UserError(f"{out} exists already; nothing is overwritten: choose another folder or remove it")
+
+
+@contextlib.contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """The sibling work folder `.<name>.partial`, locked; removed at the end. A stale one goes only if it is ours."""
+    out = Path(out).absolute()
+    partial = out.parent / f".{out.name}.partial"
+    if partial.exists() and not (partial / MARKER).is_file():
+        raise UserError(f"{partial} is in the way and was not made by a recording; move it away")
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / MARKER, "w") as marker:
+        hold(marker, f"another recording into {out} is running")
+        shutil.rmtree(partial / "dataset", ignore_errors=True)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def _demonstrations(config: RecordConfig, count: int) -> Iterator[Iterator[Demonstration]]:
+    """Attempts from starts 0 … count-1, in this order whatever the number of workers. Processes start at once."""
+    if config.workers == 1:
+        try:
+            yield (_attempt(config, start) for start in range(count))
+        finally:
+            _environment.cache_clear()
+        return
+    # Spawned, not forked: a GL context does not survive a fork.
+    pool = ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"))
+    try:
+        # Only so many under way: the pictures of a whole recording need not fit into memory.
+        pending = deque(pool.submit(_attempt, config, start) for start in range(min(config.workers + 1, count)))
+        yield _in_order(pool, pending, config, count)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, pending: deque[Future[Demonstration]], config: RecordConfig,
+              count: int) -> Iterator[Demonstration]:
+    upcoming = len(pending)
+    while pending:
+        demonstration = pending.popleft().result()
+        if upcoming < count:
+            pending.append(pool.submit(_attempt, config, upcoming))
+            upcoming += 1
+        yield demonstration
+
+
+@functools.lru_cache(maxsize=1)
+def _environment(config: RecordConfig) -> Environment:
+    """This process's environment, kept from one attempt to the next."""
+    return make_environment(config.env, config.split, config.seed, config.image_size, max_steps=config.max_steps)
+
+
+def _attempt(config: RecordConfig, start: int) -> Demonstration:
+    return demonstrate(_environment(config), start, config)
+
+
+class _Writer:
+    """LeRobot's dataset writer, fed with whole demonstrations."""
+
+    def __init__(self, config: RecordConfig, root: Path) -> None:
+        env = make_environment(config.env, config.split, config.seed, config.image_size, max_steps=config.max_steps)
+        if env.unrecordable:
+            env.close()
+            raise UserError(f"{config.env} cannot be recorded: {env.unrecordable}")
+        from datasets import disable_progress_bars
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+        from lerobot.datasets.video_utils import StreamingVideoEncoder
+        disable_progress_bars()
+        quiet_libav()
+        shape = (config.image_size, config.image_size, 3)
+        features: dict[str, dict[str, Any]] = {
+            f"observation.images.{view}": {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
+            for view in env.views}
+        for key, names in (("observation.state", env.state_names), ("action", env.action_names)):
+            features[key] = {"dtype": "float32", "shape": (len(names),), "names": list(names)}
+        self._dataset = LeRobotDataset.create(
+            f"dvla/{Path(config.out).name}", fps=int(env.control_hz), features=features, root=root, use_videos=True,
+            robot_type=env.robot_type, vcodec="h264")
+        # Frames go straight to encoder threads (no PNG files). LeRobot drops frames when its queue is full, so the
+        # queue holds a whole episode. `create` offers no quality setting, and its crf 30 blurs the small objects.
+        self._dataset._streaming_encoder = StreamingVideoEncoder(
+            int(env.control_hz), vcodec="h264", crf=VIDEO_CRF, queue_maxsize=env.max_steps + config.extra_steps + 1)
+        env.close()
+
+    def add(self, demonstration: Demonstration) -> None:
+        """Append one episode."""
+        for t in range(len(demonstration.action)):
+            frame = {f"observation.images.{view}": images[t] for view, images in demonstration.images.items()}
+            self._dataset.add_frame({**frame, "observation.state": demonstration.state[t],
+                                     "action": demonstration.action[t], "task": demonstration.instruction})
+        self._dataset.save_episode()
+
+    def close(self) -> None:
+        """Write the footers, also after an error: LeRobot's destructor would do it later, in a folder already gone."""
+        self._dataset.finalize()

@@ -1,0 +1,1 @@
+"""Stages two and three: the training loop and what stands around it."""

@@ -1,0 +1,209 @@
+"""Settings of a training run: dataclasses, YAML recipes, command-line overrides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ...cache.loader.loader import ConditionMasking
+from ...cache.vlm.lora import LoraSpec
+from ...common.config import configs_dir, from_mapping, load_yaml
+from ...drifting.dit import DiTConfig
+from ...drifting.losses import ONE_STEP, LossConfig
+from ...errors import UserError, unknown
+from .run_log import WandbConfig
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to zero; EMA of the weights."""
+
+    lr: float = 4e-4                # peak learning rate of the DiT
+    projector_lr_scale: float = 0.5  # projector's rate = lr × this
+    vlm_lr_scale: float = 0.1       # the VLM's rate (LoRA or tower) = lr × this (stage three)
+    vlm_lr_halved: tuple[int, ...] = ()     # steps from each of which on the VLM's rate is half of what it would be
+    weight_decay: float = 1e-4      # on matrices; vectors have none
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: int = 500               # steps
+    clip: float = 1.0               # global gradient norm
+    ema: float = 0.9999             # decay, reached gradually: min(ema, (1+step)/(10+step))
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "projector_lr_scale", "vlm_lr_scale", "weight_decay", "warmup"):
+            require(f"optimizer.{name}", getattr(self, name), at_least=0)
+        require("optimizer.clip", self.clip, above=0)
+        for step in self.vlm_lr_halved:
+            require("each step of optimizer.vlm_lr_halved", step, at_least=1)
+        for value in (*self.betas, self.ema):
+            require("each of optimizer.betas and optimizer.ema", value, at_least=0, below=1)
+
+
+def require(name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf,
+            below: float = math.inf) -> None:
+    """`UserError` for a number that is out of its range, or none."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    if not (math.isfinite(value) and at_least <= value <= at_most and above < value < below):
+        raise UserError(f"{name} is {value}; it must be {' and '.join(f'{word} {bound}' for word, bound in bounds.items() if math.isfinite(bound))}")
+
+
+def _check_dit(name: str, value: Any) -> None:
+    """`UserError` for a value that an override of a DiT field cannot have. `dit_config` knows the names."""
+    default = DiTConfig.__dataclass_fields__[name].default if name in DiTConfig.__dataclass_fields__ else None
+    if name in ("action_dim", "proprio_dim", "denoising"):
+        raise UserError(f"dit.{name} follows from the data and from loss.kind; leave it out")
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"dit.{name} is {value!r}; it must be true or false")
+        return
+    if isinstance(default, (int, float)) and (isinstance(value, bool) or not isinstance(value, (int, type(default)))):
+        raise UserError(f"dit.{name} is {value!r}; it must be a {'whole ' * isinstance(default, int)}number")
+    if isinstance(default, (int, float)):
+        require(f"dit.{name}", value, at_least=1 if isinstance(default, int) else 0)
+
+
+@dataclass(frozen=True)
+class PanelConfig:
+    """Pictures of what is learnt, drawn while training. They do not change what is learnt."""
+
+    every: int = 500                # steps between most panels; the others come 2.5 times as often, half or a quarter as often, or at evaluations; 0 = none
+    share: float = 0.02             # of a run's time that they may take; a turn that would take more is left out; 1 = no limit
+    observations: int = 128         # held-out ones that they look at, always the same
+    draws: int = 8                  # chunks predicted for each
+    style: Literal["light", "dark"] = "light"
+
+    def __post_init__(self) -> None:
+        require("panels.every", self.every, at_least=0)
+        require("panels.share", self.share, above=0, at_most=1)
+        require("panels.observations", self.observations, at_least=8)
+        require("panels.draws", self.draws, at_least=2)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run, as saved in RUN/config.json."""
+
+    cache: str                              # cache folder, the folder of its WebDataset export, or a URL that fsspec knows
+    out: str                                # run folder
+    init: str | None = None                 # run or checkpoint whose averaged weights the run starts from; None = from nothing
+    model_size: str = "base"                # tiny, small, base, large
+    action_space: Literal["unified", "active"] = "unified"  # the network's: all 128 slots, or those alone that the cache's robots use (an ablation)
+    dit: dict[str, Any] = field(default_factory=dict)   # overrides of the size's DiT fields, e.g. {"horizon": 8}
+    steps: int = 10_000                     # optimiser steps
+    batch_size: int = 16                    # observations per batch and process
+    accumulate: int = 1                     # batches per optimiser step and process
+    draws: int = 4                          # G, noise draws per observation
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    masking: ConditionMasking = field(default_factory=ConditionMasking)
+    image_aug: bool = False                 # half of the samples are seen augmented: by the cache's variants (--augment of the build), live by any
+    temperature: float = 0.5                # a dataset's share of the samples is ∝ its size to this power: 1 by size, 0 all alike
+    weights: dict[str, float] = field(default_factory=dict)     # dataset → its share in [0, 1], in place of the above
+    order: Literal["global", "block", "sequential"] = "global"  # of samples: shuffled over all, in blocks of neighbours, as stored
+    blind: bool = False                     # pictures always replaced by black frames: the proprioception-only baseline
+    alpha_max: float = 1.0                  # guidance scales are drawn from [1, this]; 1 = no guidance
+    negatives: int = 8                      # unconditional negatives per observation when alpha_max > 1
+    unfreeze: dict[str, int] = field(default_factory=dict)  # beginning of parameter names → step from which these are trained
+    holdout: float = 0.05                   # fraction of episodes kept for evaluation
+    eval_every: int = 1000                  # steps between evaluations on the held-out episodes; 0 = never
+    eval_batches: int = 50                  # batches of one evaluation
+    save_every: int = 1000                  # steps between checkpoints
+    keep_last: int = 2                      # newest checkpoints kept
+    keep_best: bool = True                  # keep the one with the smallest held-out mse as well, saved when it is reached
+    log_every: int = 50                     # steps between log lines
+    seed: int = 0                           # order of samples, noise, initialisation
+    local: str | None = None                # folder for copies of what is read of a cache behind a URL
+    local_gib: float | None = None          # room for shards in it, GiB; None = as many as there are
+    threads: int = 2                        # loader threads
+    cpu_threads: int = 0                    # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
+    device: str = "auto"                    # auto, cpu, cuda
+    precision: Literal["fp32", "bf16"] = "fp32"   # autocast of the forward pass
+    gradient_checkpointing: bool = False    # keep only what enters each block of the VLM and compute the rest again (stage three): less memory, slower
+    compile: bool = False                   # torch.compile the network's blocks; needs a C++ compiler
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"    # kernel of the attention; the network is the same
+    strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"  # of several processes: whole copies, shards of all, shards of AdamW's state
+    panels: PanelConfig = field(default_factory=PanelConfig)    # RUN/panels: what is learnt, in pictures
+    wandb: WandbConfig = field(default_factory=WandbConfig)     # Weights & Biases, beside RUN/log.jsonl
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "draws", "negatives", "eval_batches", "save_every", "keep_last", "log_every", "threads"):
+            require(name, getattr(self, name), at_least=1)
+        for name in ("eval_every", "cpu_threads", "seed"):
+            require(name, getattr(self, name), at_least=0)
+        require("alpha_max", self.alpha_max, at_least=1)
+        require("temperature", self.temperature, at_least=0, at_most=1)     # from every dataset alike to by size
+        require("loss.drift_weight", self.loss.drift_weight, at_least=0)
+        require("loss.floor", self.loss.floor, at_least=0)
+        for value in self.loss.temperatures or (0.0,):
+            require("a loss temperature", value, above=0)
+        if self.local_gib is not None:
+            require("local_gib", self.local_gib, above=0)
+        for name, value in self.dit.items():
+            _check_dit(name, value)
+        if self.alpha_max > 1 and self.loss.kind not in ONE_STEP:
+            raise UserError(f"alpha_max is {self.alpha_max}: it draws unconditional negatives, which a {self.loss.kind} head does not compare; "
+                            f"it must be 1, or loss.kind one of {', '.join(ONE_STEP)}")
+        if self.action_space == "active" and self.loss.kind not in ONE_STEP:
+            raise UserError(f"action_space active is of heads that act in one pass ({', '.join(ONE_STEP)}); a {self.loss.kind} head reads all 128 slots")
+        if late := [name for name, step in self.unfreeze.items() if step < 1]:
+            raise UserError(f"unfreeze of '{late[0]}' is at step {self.unfreeze[late[0]]}; it must be at least 1 (leave it out to train from the start)")
+        if self.unfreeze and self.strategy == "zero2":
+            raise UserError("unfreeze does not go with strategy zero2, whose shards are laid out once; use ddp or fsdp2")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Stage three: what it starts from, the pictures, and which VLM weights are trained."""
+
+    start: str                              # run or checkpoint of stage two
+    sources: tuple[str, ...]                # the dataset folders or hub ids behind the cache
+    train: TrainConfig                      # settings of the loop; cache, network and horizon are the start's own
+    lora: LoraSpec | None = None            # None = the VLM stays frozen but live, or
+    full: bool = False                      # all of the vision tower is trained
+    vlm_path: str | None = None             # where the VLM is now, if not where the cache was built from
+    memory_gib: float = 2.0                 # room for decoded pictures
+
+    def __post_init__(self) -> None:
+        if self.full and self.lora is not None:
+            raise UserError("either LoRA or all of the vision tower is trained, not both")
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the shipped recipes, sorted."""
+    return tuple(sorted(p.stem for p in (configs_dir() / "train").glob("*.yaml")))
+
+
+def load_recipe(name_or_file: str) -> dict[str, Any]:
+    """The mapping of a recipe: a YAML file, or a shipped one by name. `UserError` for an unknown name."""
+    if name_or_file.endswith((".yaml", ".yml")):
+        return load_yaml(Path(name_or_file))
+    if name_or_file not in recipe_names():
+        raise unknown("recipe", name_or_file, recipe_names())
+    return load_yaml(configs_dir() / "train" / f"{name_or_file}.yaml")
+
+
+def apply(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`values` with dotted `overrides` ("optimizer.lr": 1e-4) put in; those that are None are not given."""
+    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        target = key.split(".")
+        node = out
+        for part in target[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"setting '{key}': '{part}' is a value, not a group of settings")
+        node[target[-1]] = value
+    return out
+
+
+def train_config(recipe: str | None, overrides: dict[str, Any]) -> TrainConfig:
+    """`TrainConfig` from a recipe and dotted overrides; unknown keys are refused with the nearest name."""
+    known: dict[str, Any] = {f.name: f.default_factory for f in fields(TrainConfig)}
+    groups = {name: [f.name for f in fields(group)] for name, group in known.items() if is_dataclass(group)}
+    for key in overrides:
+        if key not in known and (found := [f"{group}.{key}" for group, names in groups.items() if key in names]):
+            raise UserError(f"unknown setting '{key}'; did you mean '{found[0]}'?")
+    return from_mapping(TrainConfig, apply(load_recipe(recipe) if recipe else {}, overrides), "training settings")

@@ -1,0 +1,126 @@
+"""Panels of single errors: A3 prediction scatter, A4 error by dimension, B2 by dimension and time, B3 by region, B5 by time.
+
+Letters: N observations, T action steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ....cache.actions.slots import slots
+from ....common.figures import LIGHT, Style, finish, grid, new_figure, say_nothing
+from .data import PanelData
+
+UNIT = "normalised units, 1 is 5 σ of the expert"
+GOOD_R2 = 0.8       # from which on a dimension counts as predicted
+HARD = 2.0          # × the median error from which on a dimension stands out
+GROWTH = 50.0       # percent from first to last step that is too much
+
+
+def prediction_scatter(data: PanelData, style: Style = LIGHT) -> Figure:
+    """A3: predicted against expert values of up to 12 dimensions, each with its R²; good: points on the diagonal."""
+    places = data.shown()
+    figure = new_figure(style, 9, 2.4 * -(-len(places) // 4) + 0.7)
+    explained = {}
+    for axis, i in zip(grid(figure, len(places), 4), places):
+        on = data.active[..., i]
+        a, p = data.target[..., i][on], data.pred[..., i][on]
+        explained[i] = 1 - np.square(p - a).mean() / max(a.var(), 1e-12)
+        low, high = min(a.min(), p.min()), max(a.max(), p.max())
+        axis.plot([low, high], [low, high], color=style.expert, linewidth=1)
+        axis.plot(a, p, ".", color=style.predicted, markersize=2, alpha=0.4, rasterized=True)
+        axis.set_title(f"{slots()[i].name}\n" + ("constant" if a.std() < 1e-4 else f"R² {explained[i]:.2f}"))
+    figure.supxlabel(f"expert ({UNIT})", fontsize=8, color=style.text)
+    figure.supylabel("predicted", fontsize=8, color=style.text)
+    moving = [r for i, r in explained.items() if data.target[..., i][data.active[..., i]].std() >= 1e-4]
+    good = sum(r >= GOOD_R2 for r in moving)
+    verdict = "nothing is predicted better than by its mean" if moving and max(moving) <= 0.05 else f"median R² {np.median(moving):.2f}" if moving else "the expert never moves"
+    return finish(figure, f"{good} of {len(moving)} moving dimensions predicted (R² ≥ {GOOD_R2}); {verdict} (A3)", style)
+
+
+def error_by_dimension(data: PanelData, style: Style = LIGHT) -> Figure:
+    """A4: mean absolute error of every dimension, coloured by region; good: low bars of one length."""
+    values = data.of_slot("mae")
+    places = data.used
+    figure = new_figure(style, 8, 0.2 * len(places) + 1.8)
+    axis = figure.subplots()
+    regions = list(dict.fromkeys(slots()[i].region for i in places))
+    for n, region in enumerate(regions):
+        mine = [j for j, i in enumerate(places) if slots()[i].region == region]
+        axis.barh(mine, values[[places[j] for j in mine]], color=style.cycle[n % len(style.cycle)], label=region)
+    median, worst = float(np.median(values[places])), max(places, key=lambda i: values[i])
+    axis.axvline(median, color=style.text, linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(places)), [slots()[i].name for i in places])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"mean absolute error ({UNIT}); dashed: median")
+    times = values[worst] / max(median, 1e-9)
+    stands = f"{times:.1f} × the median" if times >= HARD else "none stands out"
+    return finish(figure, f"Hardest dimension: {slots()[worst].name}, MAE {values[worst]:.3f}, {stands} (A4)", style, "outside")
+
+
+def error_heatmap(data: PanelData, style: Style = LIGHT) -> Figure:
+    """B2: mean absolute error by dimension and step of the chunk; good: one colour."""
+    places = data.used
+    count = data.active[..., places].sum(0)                                             # [T,n]
+    error = np.where(count > 0, np.nansum(np.abs(data.error[..., places]), 0) / np.maximum(count, 1), np.nan).T     # [n,T]
+    figure = new_figure(style, 8, 0.2 * len(places) + 1.5)
+    axis = figure.subplots()
+    steps = (0.5, error.shape[1] + 0.5, len(places) - 0.5, -0.5)                        # the first is step 1
+    picture = axis.imshow(error, aspect="auto", cmap=style.map, vmin=0, interpolation="nearest", extent=steps)
+    axis.set_yticks(range(len(places)), [slots()[i].name for i in places])
+    axis.set_xlabel("step of the chunk")
+    bar = figure.colorbar(picture, ax=axis)
+    bar.set_label(f"MAE ({UNIT.split(',')[0]})")
+    row, column = np.unravel_index(np.nanargmax(error), error.shape)
+    times = error[row, column] / max(np.nanmean(error), 1e-9)
+    where = f"{slots()[places[row]].name} at step {column + 1}, {error[row, column]:.3f}, {times:.1f} × the mean"
+    return finish(figure, f"{'Hot spot' if times >= 3 else 'No hot spot; largest error'}: {where} (B2)", style)
+
+
+def region_summary(data: PanelData, style: Style = LIGHT) -> Figure:
+    """B3: error, correlation and coverage of each region; good: all alike."""
+    names = list(dict.fromkeys(slots()[i].region for i in data.used))
+    figure = new_figure(style, 9, 0.42 * len(names) + 1.6)
+    kinds = (("mae", f"MAE ({UNIT.split(',')[0]})", None), ("correlation", "correlation with the expert", 1.0), ("coverage", "coverage of the expert's range, %", 100.0))
+    found: dict[str, np.ndarray] = {}
+    for axis, (metric, label, best) in zip(figure.subplots(1, 3, sharey=True), kinds):
+        values = data.of_slot(metric)
+        members = [[values[i] for i in data.used if slots()[i].region == name and np.isfinite(values[i])] for name in names]
+        found[metric] = np.array([np.mean(m) if m else np.nan for m in members])
+        axis.barh(range(len(names)), np.nan_to_num(found[metric]), color=[style.cycle[n % len(style.cycle)] for n in range(len(names))])
+        for n, value in enumerate(found[metric]):
+            axis.text(0 if np.isnan(value) else value, n, " constant" if np.isnan(value) else f" {value:.3g}", va="center", fontsize=7)
+        if best is not None:
+            axis.axvline(best, color=style.text, linewidth=0.8, linestyle="--")
+        axis.set_xlabel(label)
+        axis.margins(x=0.2)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    known = np.flatnonzero(np.isfinite(found["correlation"]))
+    if not len(known):
+        return finish(figure, "The expert never moves: no region can be judged (B3)", style)
+    if found["correlation"][known].max() < 0.2:
+        return finish(figure, f"No region is predicted: the best correlation is {found['correlation'][known].max():.2f} (B3)", style)
+    worst, best = known[found["correlation"][known].argmin()], known[found["correlation"][known].argmax()]
+    gap = found["correlation"][best] - found["correlation"][worst]
+    spread = f"weakest region: {names[worst]}, correlation {found['correlation'][worst]:.2f}, coverage {found['coverage'][worst]:.0f} %"
+    return finish(figure, (f"Regions are alike; {spread}" if gap < 0.2 else spread[0].upper() + spread[1:]) + " (B3)", style)
+
+
+def temporal_error(data: PanelData, style: Style = LIGHT) -> Figure:
+    """B5: error by step of the chunk with the middle 80 % of observations; good: flat or rising slowly."""
+    count = data.active.sum(2)                                                          # [N,T]
+    each = np.where(count > 0, np.nansum(np.abs(data.error), 2) / np.maximum(count, 1), np.nan)     # [N,T]
+    seen = np.isfinite(each).any(0)
+    if not seen.any():
+        return say_nothing(new_figure(style), "No step counts (B5)", style)
+    mean, (low, high) = np.nanmean(each[:, seen], 0), np.nanpercentile(each[:, seen], (10, 90), axis=0)
+    figure = new_figure(style, 8, 3.6)
+    axis, steps = figure.subplots(), np.flatnonzero(seen) + 1
+    axis.fill_between(steps, low, high, color=style.predicted, alpha=0.25, linewidth=0, label=f"middle 80 % of {len(each)} {data.what}")
+    axis.plot(steps, mean, color=style.predicted, marker="o", markersize=4, label="mean")
+    axis.set(xlabel="step of the chunk", ylabel=f"MAE ({UNIT})", ylim=(0, None))
+    growth = 100 * (mean[-1] / max(mean[0], 1e-9) - 1)
+    verdict = "rises too fast: the end of a chunk is guessed" if growth > GROWTH else "its end is no harder than its beginning" if growth < 10 else "rises slowly"
+    return finish(figure, f"Error {growth:+.0f} % from first to last step: {verdict} (B5)" if mean[0] > 1e-6 else "No error at the first step (B5)", style, "lower left")

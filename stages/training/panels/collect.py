@@ -1,0 +1,75 @@
+"""One look at a run: what the present weights predict for the same held-out observations as at every other look.
+
+Letters: B observations of a batch, N of the look, G draws, T action steps, n noise entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from ....batch import FeatureBatch
+from ....cache.loader.loader import Loader
+from ....drifting.heads import generate
+from ....drifting.losses import DENOISING, counting
+from ....drifting.metrics import drift_of
+from ....errors import UserError
+from ..context import Session, open_loader
+from ..step import autocast, noise_generator
+from .data import PanelData
+
+FEW = 2     # draws at most of a head that takes many passes
+
+
+@torch.no_grad()
+def collect(session: Session, step: int = 0) -> PanelData:
+    """`panels.observations` held-out observations (of the training episodes where none are held out), not masked, `panels.draws` chunks for each
+    at α = 1, and their drift. The noise is the same at every look, and nothing that training depends on is touched.
+
+    Every process looks at the same and gets the same: where the network is split, all of them must ask.
+    """
+    config, net, device = session.config, session.net, session.world.device
+    dit, b = net.config.dit, config.batch_size
+    g = min(config.panels.draws, FEW) if config.loss.kind in DENOISING else config.panels.draws
+    training = net.training
+    net.eval()
+    try:
+        loader, held_out = _loader(session)
+        with loader:
+            count = min(config.panels.observations, sum(loader.sizes))
+            noise = torch.randn(-(-count // b) * b, g, dit.horizon, dit.noise_dim, generator=noise_generator(config.seed, 0, 3))     # [N,G,T,n]
+            found: list[tuple[FeatureBatch, torch.Tensor]] = []
+            for start in range(0, count, b):
+                at = loader.state_dict()["offset"]
+                batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
+                with autocast(config, device), torch.compiler.set_stance("force_eager"):     # other shapes: not worth compiling for
+                    pred = generate(net, net.encode(batch), noise[start:start + b].to(device), torch.ones(b, device=device), config.loss)     # [B,G,T,128]
+                found.append((_light(batch), pred.float().cpu()))
+    finally:
+        net.train(training)
+    draws = torch.cat([pred for _, pred in found])[:count]                              # [N,G,T,128]
+    target, active, body, dataset = (torch.cat([get(batch) for batch, _ in found])[:count].cpu() for get in (
+        lambda x: x.action, counting, lambda x: x.embodiment, lambda x: x.dataset))
+    draws = draws.masked_fill(~active[:, None], 0.0)
+    drift = drift_of(draws, target, active, body, config.loss)
+    tables = session.cache.datasets
+    return PanelData(
+        step=step, datasets=tuple(d.name for d in tables), embodiments=tuple(d.embodiment_id for d in tables), dataset=dataset.numpy(),
+        target=target.numpy(), draws=draws.numpy(), active=active.numpy(), drift=drift.step.numpy(), mean_square=drift.mean_square.numpy(),
+        temperatures=config.loss.temperatures, center=np.stack([d.action_normalizer.center for d in tables]),
+        half_range=np.stack([d.action_normalizer.half_range for d in tables]), hz=np.array([d.control_hz for d in tables]), held_out=held_out)
+
+
+def _loader(session: Session) -> tuple[Loader, bool]:
+    """The batches that one process alone would see, and whether they are held out."""
+    try:
+        return open_loader(session, split="eval", alone=True), True
+    except UserError:       # none are held out
+        return open_loader(session, split="all", alone=True), False
+
+
+def _light(batch: FeatureBatch) -> FeatureBatch:
+    """Without features: a look keeps its batches until it is over."""
+    return dataclasses.replace(batch, tokens=batch.tokens[:, :0], text=batch.text[:, :0])

@@ -1,0 +1,1 @@
+"""Several processes: DDP, FSDP2, ZeRO-2."""

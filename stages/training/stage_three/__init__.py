@@ -1,0 +1,1 @@
+"""Stage three: the live VLM with LoRA."""

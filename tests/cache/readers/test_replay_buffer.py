@@ -1,0 +1,319 @@
+"""Diffusion Policy's replay buffers: rows, pictures and ids of Zarr v2 and v3; damage gives one clear line."""
+
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+
+from dvla.cache.actions.action_map import FieldSpec
+from dvla.cache.readers import open_source
+from dvla.cache.readers.config import DatasetConfig, load_config
+from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.replay_buffer import ReplayBufferSource
+from dvla.errors import UserError
+from dvla.stages.data.export import export
+from support.hdf5_samples import LENGTHS, frames, pictures, same_unified, serve, values, write_replay_buffer
+
+zarr = pytest.importorskip("zarr")
+ROWS = sum(LENGTHS)
+ENDS = np.cumsum(LENGTHS).tolist()
+CHUNK = 4
+IMAGES = np.concatenate([pictures(e, n) for e, n in enumerate(LENGTHS)])     # uint8 [N, H, W, 3]
+PUSHT = load_config("pusht")
+PLAIN = DatasetConfig(name="plain", match=(), format="replay_buffer", embodiment="gripper_eef", state=(), control_hz=10.0,
+                      action=(FieldSpec(fields=("eef_pos_x", "eef_pos_y")),), action_columns=("action",))
+
+
+@pytest.fixture(params=[2, 3], ids=["v2", "v3"])
+def version(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return {v: write_replay_buffer(tmp_path_factory.mktemp("zarr") / "x.zarr", zarr_format=v) for v in (2, 3)}
+
+
+@pytest.fixture
+def pusht(written, tmp_path, version):
+    """A copy that the test may damage."""
+    return shutil.copytree(written[version], tmp_path / "pusht_tiny.zarr")
+
+
+def chunk_file(root, version, array, row_chunk, dims):
+    at = [str(row_chunk)] + ["0"] * (dims - 1)
+    return root / "data" / array / (".".join(at) if version == 2 else "c/" + "/".join(at))
+
+
+def edit_metadata(root, version, array, change):
+    path = root / array / (".zarray" if version == 2 else "zarr.json")
+    about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+
+
+def zipped(root, path, folder="", method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as file:
+        for part in sorted(root.rglob("*")):
+            if part.is_file():
+                file.write(part, folder + part.relative_to(root).as_posix())
+    return path
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def check_pusht(source):
+    assert isinstance(source, ReplayBufferSource) and source.config.name == "pusht"
+    assert source.episode_ids == (0, 1, 2) and source.view_names == ("img",) and source.control_hz == 10
+    action, state = values(0, ROWS, 2) * 512, values(1, ROWS, 5) * 512
+    for number, stop in enumerate(ENDS):
+        start, episode = stop - LENGTHS[number], source.load(number)
+        assert episode.length == source.length_of(number) == LENGTHS[number]
+        assert episode.instruction == source.instruction_of(number) == "Push the T-shaped block onto the T-shaped target."
+        assert np.array_equal(episode.action, action[start:stop]) and np.array_equal(episode.state, state[start:stop])
+        assert np.array_equal(frames(episode.views[0]), pictures(number, LENGTHS[number]))
+        assert np.array_equal(frames(episode.views[0], 2, 5), pictures(number, LENGTHS[number])[2:5])
+        unified = source.action_map.to_unified(episode.action)
+        assert np.allclose(unified[:, 30:32], episode.action / 1000) and not unified[:, 32:].any()
+        assert np.abs(source.action_map.to_native(unified) - episode.action).max() <= 1e-6 * 512
+
+
+def test_pusht(pusht):
+    check_pusht(open_source(pusht))
+
+
+@pytest.mark.parametrize("folder", ["", "pusht/pusht.zarr/"])
+def test_zip(pusht, tmp_path, folder):
+    path = zipped(pusht, tmp_path / "pusht.zarr.zip", folder, zipfile.ZIP_DEFLATED if folder else zipfile.ZIP_STORED)
+    source = open_source(path)
+    check_pusht(source)
+    assert source.revision_hash == open_source(pusht, PUSHT).revision_hash
+    assert [source.load(n).source_hash for n in range(3)] == [open_source(pusht, PUSHT).load(n).source_hash for n in range(3)]
+
+
+@pytest.mark.parametrize("pixels", [IMAGES, IMAGES.astype(np.float64), (IMAGES / 255).astype(np.float32), (IMAGES / 255).astype(np.float16),
+                                    np.moveaxis(IMAGES, 3, 1), np.moveaxis(IMAGES, 3, 1) / 255],
+                         ids=["uint8", "float 255", "float 1", "half 1", "colours first", "colours first, float 1"])
+def test_ways_to_store_pictures(tmp_path, version, pixels):
+    source = open_source(write_replay_buffer(tmp_path / "x.zarr", zarr_format=version, pixels=pixels), PLAIN)
+    for number, length in enumerate(LENGTHS):
+        view = source.load(number).views[0]
+        assert (view.height, view.width, view.length) == (6, 8, length)
+        assert np.array_equal(frames(view), pictures(number, length))
+
+
+def test_only_the_chunks_of_an_episode_are_read(pusht, version):
+    """Episode 0 has rows 0..6 and so chunks 0 and 1."""
+    kept = [open_source(pusht, PUSHT).load(0).source_hash, open_source(pusht, PUSHT).load(2).source_hash]
+    for array, dims in (("img", 4), ("action", 2), ("state", 2)):
+        chunk_file(pusht, version, array, 2, dims).unlink()     # rows 8..11: all of them are episode 1's
+    shutil.rmtree(pusht / "data" / "keypoint")                  # not used
+    source = open_source(pusht, PUSHT)
+    assert [source.load(0).source_hash, source.load(2).source_hash] == kept
+    with pytest.raises(CorruptEpisode, match="pusht_tiny.zarr episode 1: data/action/.*2.* is missing; zarr would read it as 0.0"):
+        source.load(1)
+
+
+def test_export_of_a_replay_buffer(pusht, tmp_path):
+    export(open_source(pusht, PUSHT), tmp_path / "out")
+    same_unified(open_source(pusht, PUSHT), open_source(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("codec", ["zstd", "gzip", "blosc", None])
+def test_codecs(tmp_path, codec):
+    from numcodecs import Blosc, GZip, Zstd
+
+    made = {"zstd": Zstd(), "gzip": GZip(), "blosc": Blosc("zstd", 5, Blosc.BITSHUFFLE), None: None}[codec]
+    path = write_replay_buffer(tmp_path / "pusht.zarr")
+    group = zarr.open_group(path, mode="a")
+    data = group["data/img"][:]
+    del group["data/img"]
+    group.create_array("data/img", data=data, chunks=(5, 4, 8, 3), compressors=made)
+    check_pusht(open_source(path, PUSHT))
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("array", ["action", "state", "img"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "empty"])
+def test_damaged_chunk(pusht, version, array, damage):
+    """A chunk lost or cut is never made up; the episodes without it are as before."""
+    path = chunk_file(pusht, version, array, 2, 4 if array == "img" else 2)
+    data = path.read_bytes()
+    path.unlink() if damage == "missing" else path.write_bytes(
+        {"cut": data[:len(data) // 2], "garbage": b"\xf7" * len(data), "empty": b""}[damage])
+    source = open_source(pusht, PUSHT)
+    message = "is missing; zarr would" if damage == "missing" else f"data/{array} cannot be decoded|bytes, its header says"
+    with pytest.raises(CorruptEpisode, match=message) as caught:
+        frames(source.load(1).views[0])
+    assert str(caught.value).startswith("pusht_tiny.zarr episode 1: ") and "\n" not in str(caught.value)
+    for number in (0, 2):
+        assert len(frames(source.load(number).views[0])) == LENGTHS[number]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_action_that_is_no_number(pusht, value):
+    zarr.open_array(pusht, path="data/action", mode="r+")[9, 1] = value
+    with pytest.raises(CorruptEpisode, match="episode 1: column 'action' is (nan|inf) at frame 2, dimension 1"):
+        open_source(pusht, PUSHT).load(1)
+
+
+@pytest.mark.parametrize("value", [np.nan, -3.0, 256.0])
+def test_picture_out_of_range(pusht, value):
+    zarr.open_array(pusht, path="data/img", mode="r+")[9, 0, 0, 0] = value
+    episode = open_source(pusht, PUSHT).load(1)
+    with pytest.raises(CorruptEpisode, match="episode 1: data/img holds .* its pictures range to 255"):
+        frames(episode.views[0])
+    assert len(frames(open_source(pusht, PUSHT).load(0).views[0])) == LENGTHS[0]
+
+
+@pytest.mark.parametrize("ends, message", [
+    ([5, 5, ROWS], r"does not increase at episode 1 \(5 after 5\)"), ([9, 5, ROWS], r"does not increase at episode 1 \(5 after 9\)"),
+    ([0, ROWS], r"does not increase at episode 0 \(0 after 0\)"), ([-3, ROWS], "does not increase at episode 0"),
+    ([7, ROWS + 1], f"data/action has {ROWS} rows, meta/episode_ends ends at {ROWS + 1}"), ([7, ROWS - 1], f"ends at {ROWS - 1}"),
+    ([], "expected the end of at least one episode"), ([[7, ROWS]], "expected the end of at least one"), ([7.0, ROWS], "is float64")])
+def test_episode_ends(pusht, ends, message):
+    group = zarr.open_group(pusht, mode="a")
+    del group["meta/episode_ends"]
+    group.create_array("meta/episode_ends", data=np.array(ends, None if ends else np.int64))
+    with pytest.raises(UserError, match=message):
+        open_source(pusht, PUSHT)
+
+
+def test_arrays_of_different_length(pusht):
+    group = zarr.open_group(pusht, mode="a")
+    group["data/state"].resize((ROWS - 2, 5))
+    with pytest.raises(UserError, match=f"data/state has {ROWS - 2} rows"):
+        open_source(pusht, PUSHT)
+
+
+def test_missing_parts(pusht, version):
+    shutil.rmtree(pusht / "data" / "action")
+    with pytest.raises(UserError, match="unknown column 'action' .*see dataset config 'pusht'"):
+        open_source(pusht, PUSHT)
+    shutil.rmtree(pusht / "data" / "img")
+    with pytest.raises(UserError, match="unknown column|has no camera"):
+        open_source(pusht, PUSHT)
+    (pusht / "meta/episode_ends" / ("0" if version == 2 else "c/0")).unlink()
+    with pytest.raises(UserError, match="meta/episode_ends/.*0 is missing; zarr would read it as 0"):
+        open_source(pusht, PUSHT)
+    shutil.rmtree(pusht / "meta")
+    with pytest.raises(UserError, match="is no replay buffer: meta/episode_ends is missing"):
+        ReplayBufferSource(str(pusht))
+
+
+@pytest.mark.parametrize("codec", ["imagecodecs_jpegxl", "pickle"])
+def test_codec_that_is_not_there_is_named(pusht, version, codec):
+    """JPEG XL is what UMI stores; pickle would run code."""
+    def change(about):
+        if version == 2:
+            about["compressor"] = {"id": codec, "level": 99}
+        else:
+            about["codecs"] = [{"name": f"numcodecs.{codec}", "configuration": {}}]
+    edit_metadata(pusht, version, "data/img", change)
+    with pytest.raises(UserError, match=f"data/img is stored with the codec '(numcodecs.)?{codec}', which is not available here"):
+        open_source(pusht, PUSHT)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda about: about.pop("shape"), "does not describe an array of numbers .'shape'"),
+    (lambda about: about.update(shape="ten"), "does not describe an array of numbers"),
+    (lambda about: about.update({"dtype": "|O", "data_type": "string"}), "does not describe an array of numbers")])
+def test_damaged_metadata(pusht, version, change, message):
+    edit_metadata(pusht, version, "data/action", change)
+    with pytest.raises(UserError, match=message):
+        open_source(pusht, PUSHT)
+    path = pusht / "data/action" / (".zarray" if version == 2 else "zarr.json")
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match="does not describe an array of numbers"):
+        open_source(pusht, PUSHT)
+
+
+def test_sharded_arrays_are_refused(tmp_path):
+    path = write_replay_buffer(tmp_path / "pusht.zarr", zarr_format=3)
+    group = zarr.open_group(path, mode="a")
+    del group["data/action"]
+    group.create_array("data/action", data=np.ones((ROWS, 2)), chunks=(2, 2), shards=(8, 2))
+    with pytest.raises(UserError, match="data/action is sharded, which hides missing chunks"):
+        open_source(path, PUSHT)
+
+
+@pytest.mark.parametrize("pixels, message", [
+    (np.zeros((ROWS, 6, 8, 3), np.float32), "data/img is float32 and may range to 1 or to 255"),
+    (np.ones((ROWS, 6, 8, 3), np.float32), "may range to 1 or to 255"),
+    (IMAGES / 127.5 - 1, "may range to 1 or to 255"), (IMAGES / 127.5, "may range to 1 or to 255"),
+    (np.full((ROWS, 3, 6, 3), 7, np.uint8), r"data/img \[21, 3, 6, 3\] has its colours first or last")])
+def test_pictures_whose_meaning_is_open(tmp_path, pixels, message):
+    zarr.config.set({"array.write_empty_chunks": True})
+    with pytest.raises(UserError, match=message):
+        open_source(write_replay_buffer(tmp_path / "x.zarr", pixels=pixels), PLAIN)
+
+
+def test_no_camera(tmp_path):
+    path = write_replay_buffer(tmp_path / "x.zarr", pixels=values(3, ROWS, 4))
+    with pytest.raises(UserError, match="x.zarr has no camera"):
+        open_source(path, PLAIN)
+
+
+def test_what_the_config_must_say(pusht):
+    def config(**changes):
+        return DatasetConfig(**{**vars(PLAIN), **changes})
+    with pytest.raises(UserError, match="do not say how many rows there are per second; add control_hz"):
+        open_source(pusht, config(control_hz=None))
+    with pytest.raises(UserError, match="'action' has 2 dimensions, dataset config 'plain' describes 1"):
+        open_source(pusht, config(action=(FieldSpec(field="eef_pos_x"),)))
+    with pytest.raises(UserError, match="unknown view 'camera'"):
+        open_source(pusht, config(views=("camera",)))
+    shutil.move(pusht, pusht.parent / "mine.zarr")
+    with pytest.raises(UserError, match="no dataset config fits a replay_buffer dataset called 'mine.zarr'"):
+        open_source(pusht.parent / "mine.zarr")
+
+
+@pytest.mark.parametrize("damage", ["half", "garbage", "chunk"])
+def test_damaged_zip(pusht, tmp_path, damage, version):
+    path = zipped(pusht, tmp_path / "pusht.zarr.zip")
+    data = bytearray(path.read_bytes())
+    if damage == "chunk":       # one byte of a stored chunk differs from what its checksum says
+        with zipfile.ZipFile(path) as file:
+            info = file.getinfo("data/img/" + ("2.0.0.0" if version == 2 else "c/2/0/0/0"))
+        data[info.header_offset + 30 + len(info.filename) + 5] ^= 1
+    path.write_bytes({"half": data[:len(data) // 2], "garbage": b"no zip" * 99, "chunk": data}[damage])
+    if damage != "chunk":
+        with pytest.raises(UserError, match="pusht.zarr.zip"):
+            ReplayBufferSource(str(path))
+        return
+    with pytest.raises(CorruptEpisode, match="pusht.zarr.zip episode 1: data/img/.* is damaged"):
+        open_source(path, PUSHT).load(1)
+    assert open_source(path, PUSHT).load(0).length == LENGTHS[0]
+
+
+def test_episodes_are_known_again_after_more_were_added(pusht):
+    """Only an episode whose chunks were written again, here the last one's, gets another hash."""
+    before = [open_source(pusht, PUSHT).load(n).source_hash for n in range(3)]
+    group = zarr.open_group(pusht, mode="a")
+    for name in ("img", "action", "state", "keypoint"):
+        array = group[f"data/{name}"]
+        more = array[:6]
+        array.resize((ROWS + 6, *array.shape[1:]))
+        array[ROWS:] = more
+    del group["meta/episode_ends"]
+    group.create_array("meta/episode_ends", data=np.array([*ENDS, ROWS + 6]))
+    source = open_source(pusht, PUSHT)
+    assert source.episode_ids == (0, 1, 2, 3) and [source.load(n).source_hash for n in range(2)] == before[:2]
+    assert np.array_equal(frames(source.load(3).views[0]), IMAGES[:6])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_on_the_hub(pusht, tmp_path, monkeypatch, packed):
+    remote = tmp_path / "remote" / "pusht"
+    if packed:
+        remote.mkdir(parents=True)
+        zipped(pusht, remote / "pusht.zarr.zip")
+    else:
+        shutil.copytree(pusht, remote)
+    serve(monkeypatch, tmp_path / "remote", tmp_path / "0123abcd")
+    check_pusht(open_source("owner/name/pusht"))

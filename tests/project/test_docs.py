@@ -1,0 +1,153 @@
+"""The documentation: its commands are ones the command line understands, its links lead somewhere, and the quick start is run as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+
+from dvla.cli import app
+from support.repository import ROOT
+
+PAGES = ("README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
+GENERATED = "docs/cli.md"
+RUN = ("docs/quickstart.md",)      # by `test_the_quick_start` below
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    text: str
+    before: str     # the line above it
+
+
+def blocks(page: str) -> list[Block]:
+    """Fenced blocks of a page."""
+    found, lines, begun = [], (ROOT / page).read_text().splitlines(), None
+    for i, line in enumerate(lines):
+        if line.startswith("```") and begun is None:
+            begun = i
+        elif line.startswith("```"):
+            found.append(Block(page, begun + 1, lines[begun][3:].strip(), "\n".join(lines[begun + 1:i]), lines[begun - 1]))
+            begun = None
+    assert begun is None, f"{page}: a block is not closed"
+    return found
+
+
+def commands(block: Block) -> list[list[str]]:
+    """Its dvla commands as words, without `dvla` and comments; continued lines joined."""
+    found = []
+    for line in block.text.replace("\\\n", " ").splitlines():
+        line = line.strip().removeprefix("$ ")
+        if line.startswith("dvla "):
+            words = shlex.split(line, comments=True)
+            found.append([w for w in words[1:] if w not in ("&", "…")])
+    return found
+
+
+def understood(words: list[str]) -> None:
+    """Raises what click raises for a command line that is none. Nothing is run."""
+    command, arguments, context = typer.main.get_command(app), words, None
+    name = "dvla"
+    while True:
+        if hasattr(command, "resolve_command"):     # a group: its own options, then the rest
+            context = command.make_context(name, list(arguments), parent=context)
+            rest = [*getattr(context, "_protected_args", getattr(context, "protected_args", [])), *context.args]
+            if not rest:
+                return
+            name, command, arguments = command.resolve_command(context, rest)
+        else:
+            command.make_context(name, list(arguments), parent=context)
+            return
+
+
+ALL = [block for page in PAGES if page != GENERATED for block in blocks(page)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != GENERATED])
+def test_every_command_is_one(page: str) -> None:
+    for block in blocks(page):
+        for words in commands(block):
+            try:
+                understood(words)
+            except Exception as error:
+                raise AssertionError(f"{page}:{block.line}: dvla {shlex.join(words)}: {getattr(error, 'message', error)}") from None
+            if words[:1] == ["launch"] and "--" in words:       # what it starts is a command as well
+                understood(words[words.index("--") + 1:])
+
+
+def test_what_is_not_one_would_be_found() -> None:
+    for words in (["trian"], ["train"], ["cache", "build", "--no-such-option"], ["train", "--from-cache", "c", "--steps", "many"]):
+        with pytest.raises(Exception):
+            understood(words)
+    understood(["train", "--from-cache", "c", "--steps", "3"])
+
+
+@pytest.mark.parametrize("block", [b for b in ALL if commands(b) and b.page not in RUN], ids=lambda b: f"{b.page}:{b.line}")
+def test_commands_that_are_not_run_say_why(block: Block) -> None:
+    found = re.fullmatch(r"<!-- not run: (.{8,}) -->", block.before)
+    assert found, f"{block.page}:{block.line}: write <!-- not run: REASON --> above this block, or run it in a test"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_benchmarks_have_the_options_that_pages_name() -> None:
+    found = 0
+    for block in ALL:
+        for name, options in re.findall(r"^python (benchmarks/\w+\.py)(.*)$", block.text, re.M):
+            source = (ROOT / name).read_text()
+            for option in re.findall(r"--[\w-]+", options.split("#")[0]):
+                assert f'"{option}"' in source, f"{block.page}:{block.line}: {name} has no {option}"
+            found += 1
+    assert found > 5
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if not hasattr(command, "commands"):
+        return [(path, command)]
+    return [found for name, inner in command.commands.items() for found in leaves(inner, (*path, name))]
+
+
+def test_the_reference_has_every_command_and_option() -> None:
+    """`make docs` makes it; its wording follows the version of typer."""
+    text = (ROOT / GENERATED).read_text()
+    sections = dict(zip(re.findall(r"^#+ `dvla ([^`]+)`$", text, re.M), re.split(r"^#+ `dvla [^`]+`$", text, flags=re.M)[1:]))
+    found = leaves(typer.main.get_command(app))
+    assert len(found) > 20
+    for path, command in found:
+        section = sections.get(" ".join(path))
+        assert section is not None, f"docs/cli.md lacks dvla {' '.join(path)}; run make docs"
+        for parameter in command.params:
+            for option in parameter.opts if parameter.param_type_name == "option" else ():
+                assert option in section, f"docs/cli.md lacks {option} of dvla {' '.join(path)}; run make docs"
+    assert {name for name in sections if not any(name == " ".join(path[:1]) for path, _ in found)} <= {" ".join(path) for path, _ in found}
+
+
+@pytest.mark.slow
+def test_the_quick_start(tmp_path: Path) -> None:
+    """Every block of it in its order, as a user would."""
+    for library in ("metaworld", "lerobot"):
+        if find_spec(library) is None:
+            pytest.skip(f"needs {library}")
+    script = "set -euo pipefail\nshopt -s expand_aliases\nalias dvla='python -m dvla.cli'\n"
+    for block in blocks("docs/quickstart.md"):
+        script += block.text + "\n" if block.language != "python" else f"python - <<'END'\n{block.text}\nassert actions.ndim == 2\nEND\n"
+    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=900,
+                          env={"PATH": path, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    assert (tmp_path / "eval" / "summary.json").exists() and (tmp_path / "policy" / "policy.json").exists()

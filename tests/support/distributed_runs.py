@@ -1,0 +1,61 @@
+"""Trainings in several processes, for test_train_distributed.py: `python -m torch.distributed.run … distributed_runs.py JSON`.
+
+The JSON is a list of runs, each a training configuration with optional "stop_after", "signal" (a rank and a step: that rank gets
+SIGTERM when it has done the step) and "finetune" (the configuration of stage three around it). Every process does all of them in turn; rank 0 writes what each reported to `OUT.report`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dvla.common.config import from_mapping
+from dvla.errors import UserError
+from dvla.stages.training import loop
+from dvla.stages.training import train as train_module
+from dvla.stages.training.config import FinetuneConfig, TrainConfig
+from dvla.stages.training.parallel.world import leave
+from dvla.stages.training.stage_three.finetune import finetune
+
+
+def one(job: dict[str, Any]) -> dict[str, Any]:
+    stop_after, when, said, steps = job.pop("stop_after", None), job.pop("signal", None), [], []
+    stage_three = job.pop("finetune", None)
+    step = loop.training_step
+
+    def counted(*args: Any) -> Any:
+        steps.append(1)
+        if when is not None and [dist.get_rank(), len(steps)] == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    loop.training_step = counted
+    try:
+        if stage_three is not None:
+            report, _ = finetune(from_mapping(FinetuneConfig, {**stage_three, "train": job}), say=said.append, stop_after=stop_after)
+        else:
+            report = train_module.train(from_mapping(TrainConfig, job), say=said.append, stop_after=stop_after)
+        return {"step": report.step, "interrupted": report.interrupted, "said": said}
+    except UserError as error:
+        return {"error": str(error)}
+    finally:
+        loop.training_step = step
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for job in json.loads(sys.argv[1]):
+        out = Path(job["out"])
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, one(job))
+        if dist.get_rank() == 0:
+            out.with_name(out.name + ".report").write_text(json.dumps(answers))
+    leave()
