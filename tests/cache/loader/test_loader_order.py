@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dvla.cache.loader import read_ahead as ahead
@@ -45,8 +45,37 @@ SIZES = [10, 333, 0, 5000]
 BLOCKS = [Blocks(40, 4, 32, 3)] * 4
 
 
+def most_pieces(blocks: Blocks, first: int, count: int, size: int) -> int:
+    """The most stretches of neighbouring samples that the window of `count` draws from `first` on can be made of.
+
+    Proof, from `Blocks.permute`, with positions counted from the beginning of the window's group, which is a shard's beginning:
+
+    1. Shuffling within the window keeps its set of positions, and windows begin at multiples of `run`. So the window is n = ceil(count / run)
+       whole runs, where the group's last run counts as whole even when it is short.
+    2. Permuting runs puts these n in the places of any n runs of the group, but a short last run stays the last, so it is in the last window
+       and in no other. A run stays one stretch of positions.
+    3. Permuting shards moves each shard as a whole, so it cuts a stretch only where a shard ends: a run is at most 1 + c pieces, where c counts
+       the shards' ends strictly inside its place (at its edges nothing is cut). Neighbouring pieces may meet again, which only lowers the number.
+
+    So there are at most n + (the sum of the n largest c) pieces, the short last run's own c being one of the n in the last window. No smaller
+    number will do for all permutations: one that puts the n most often cut runs into the window attains it when no two pieces meet.
+    """
+    begin = first - first % (blocks.group * blocks.shard)
+    length = min(blocks.group * blocks.shard, size - begin)                     # of the group
+    whole, rest = divmod(length, blocks.run)
+    ends = np.arange(blocks.shard, length, blocks.shard)                        # of the group's shards but the last
+    inside = ends[ends % blocks.run != 0]                                       # strictly inside a run
+    cuts = np.bincount(inside // blocks.run, minlength=whole + 1)               # [runs] c of each run's place
+    runs = count // blocks.run                                                  # whole ones in the window
+    assert runs * blocks.run == count or first + count == begin + length        # the window with the short run is the last
+    most = runs + int(np.sort(cuts[:whole])[whole - runs:].sum())
+    return most + (1 + int(cuts[whole]) if count % blocks.run else 0)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 50), st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**40))
+@example(size=1157, shard=89, run=9, runs=5, group=6, key=6127072)      # the ends of three shards fall into one window: 8 pieces
+@example(size=1157, shard=3, run=50, runs=2, group=9, key=0)            # runs longer than a shard
 def test_blocks_are_a_permutation_of_nearby_samples(size: int, shard: int, run: int, runs: int, group: int, key: int) -> None:
     blocks, k = Blocks(shard, run, run * runs, group), np.arange(size)
     image = blocks.permute(k, size, np.full(size, key, np.uint64))
@@ -56,9 +85,8 @@ def test_blocks_are_a_permutation_of_nearby_samples(size: int, shard: int, run: 
     for first in np.unique(begin).tolist():
         inside = np.sort(image[begin == first])
         assert len(inside) == count[first]
-        # its pieces: one for each run, and one more where a run crosses into another shard, which lies elsewhere
         pieces = 1 + int((np.diff(inside) != 1).sum())
-        assert pieces <= -(-len(inside) // run) + len(inside) // shard + 2
+        assert pieces <= most_pieces(blocks, first, len(inside), size)
     some = np.random.default_rng(key).integers(0, size, 20)
     np.testing.assert_array_equal(blocks.permute(some, size, np.full(20, key, np.uint64)), image[some])
 

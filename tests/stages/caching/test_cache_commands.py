@@ -23,10 +23,10 @@ from dvla.cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
+from dvla.stages.caching import sizes
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
 from dvla.stages.caching.generations import ViewChange, generations
-from dvla.stages.caching import sizes
 from dvla.stages.caching.planning.forecast import Measured, ViewCost, forecast
 from dvla.stages.caching.sizes import plan_nbytes, require_room
 from dvla.stages.caching.upkeep import repair as cache_repair

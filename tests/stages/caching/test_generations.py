@@ -27,6 +27,7 @@ from dvla.stages.caching import generations as generations_module
 from dvla.stages.caching.planning.pilot import PilotConfig, plan_build
 from support.corner import SHARD, Corner, other_instruction, other_pictures, tree
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
+from support.tolerances import assert_same_features
 
 OLD = sum(LENGTHS[:2])      # frames of the dataset before it grew
 TINY = TinySpec(vision_depth=1, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
@@ -51,10 +52,6 @@ def observed(path: Path, dataset: str = "data") -> np.ndarray:
     found = Cache.open(path).dataset(dataset)
     ends = found.episode_start + found.episode_length
     return np.concatenate([np.arange(start, end, found.frame_stride) for start, end in zip(found.episode_start, ends)])
-
-
-def close(a: np.ndarray, b: np.ndarray) -> None:
-    np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=2e-3, atol=2e-3)
 
 
 # --- append ----------------------------------------------------------------------------------------------------------------
@@ -83,9 +80,7 @@ def test_only_new_episodes_are_encoded(corner: Corner, changes: dict[str, Any]) 
         for variant in range(1 + changes.get("augment", 0)):
             for a, b in zip(first.records(view, kept, variant), second.records(view, kept, variant)):
                 np.testing.assert_array_equal(a, b)
-            a, b = second.features(view, new, variant).astype(np.float32), fresh.features(view, new, variant).astype(np.float32)
-            error = np.sqrt(np.square(a - b).mean() / np.square(b).mean())
-            assert error < (2e-3 if not changes else 4e-2)      # 8 bit: other channel scales
+            assert_same_features(second.features(view, new, variant), fresh.features(view, new, variant), second.format.dtype)
 
 
 def test_a_second_dataset_is_appended(corner: Corner, recorded: dict[str, Path]) -> None:
@@ -149,7 +144,7 @@ def test_update_does_only_what_changed(corner: Corner) -> None:
     np.testing.assert_array_equal(np.delete(old, rows, 0), np.delete(new, rows, 0))
     assert (old[rows] != new[rows]).any(axis=(1, 2)).all()
     corner.build(out=corner.folder / "fresh")
-    close(new, features(corner.folder / "fresh", "wrist"))
+    assert_same_features(new, features(corner.folder / "fresh", "wrist"))
 
 
 def test_an_instruction_costs_no_picture(corner: Corner) -> None:
@@ -174,7 +169,7 @@ def test_settings_redo_what_they_touch(corner: Corner, changes: dict[str, Any], 
     if images:
         assert tree(corner.out) == tree(corner.folder / "fresh")
     else:
-        close(features(corner.out, "wrist"), features(corner.folder / "fresh", "wrist"))
+        assert_same_features(features(corner.out, "wrist"), features(corner.folder / "fresh", "wrist"))
 
 
 def test_an_episode_that_is_gone_moves_the_rest(corner: Corner) -> None:

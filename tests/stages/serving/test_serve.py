@@ -33,8 +33,8 @@ from dvla.stages.simulation.envs import Observation
 from support.cli_runner import Dvla, refused, until
 from support.repository import ROOT
 from support.run_samples import TINY, VIEWS, make_run, observations
+from support.tolerances import assert_same_actions
 
-ROUNDING = 2e-3     # of the actions' spread: a batch's rows may round otherwise
 TOKEN = "a-token-of-enough-letters"
 
 
@@ -96,10 +96,6 @@ def get(port: int, path: str, token: str | None = None) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def close_to(found: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(found - expected).max() < ROUNDING * expected.std()
-
-
 # --- what it answers --------------------------------------------------------------------------------------------------
 
 def test_it_answers_as_the_policy_acts(policy: Policy) -> None:
@@ -159,7 +155,7 @@ def test_what_waits_goes_through_one_pass(policy: Policy) -> None:
             thread.join(20)
         assert [len(one) for one in gate.passes] == [1, 3, 1] and server.metrics.counts["batches"] == 3
     for i, one in enumerate(seen):
-        close_to(found[i], policy.act(one.images, one.instruction, one.state))
+        assert_same_actions(found[i], policy.act(one.images, one.instruction, one.state))
 
 
 def test_requests_wait_for_each_other(policy: Policy) -> None:
@@ -268,7 +264,7 @@ def test_one_request_does_not_spoil_the_others(policy: Policy) -> None:
         for client, prompt in zip(clients, prompts):
             client.send(pack({**message(seen), "prompt": prompt}))
         answers = [client.recv(10) for client in clients]
-        close_to(unpack(answers[0])["actions"], policy.act(seen.images, prompts[0], seen.state))
+        assert_same_actions(unpack(answers[0])["actions"], policy.act(seen.images, prompts[0], seen.state))
         assert answers[1:] == ["the policy failed: ValueError: no idea", "that is too long", "the policy's actions are not finite"]
         for client in clients:      # all still usable, and now they wait for nobody
             client.send(pack(message(seen)))

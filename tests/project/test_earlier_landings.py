@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dvla.stages.policy import Policy
+from fixtures.make_landing import BUILDS, POLICIES, RUNS, SHAPE, TRAIN, losses, observation
+from support.cli_runner import Dvla, Result
+from support.repository import ROOT
 
-from .cli_runner import Dvla, Result
-from .fixtures.make_landing import BUILDS, POLICIES, RUNS, SHAPE, TRAIN, losses, observation
-
-LANDINGS = sorted(p.name for p in (Path(__file__).parent / "fixtures").iterdir() if p.name.startswith("landing_"))
+FIXTURES = ROOT / "tests" / "fixtures"
+LANDINGS = sorted(p.name for p in (FIXTURES).iterdir() if p.name.startswith("landing_"))
 ACTIONS = 1e-4      # of the range of the expected actions; other instruction sets differ by 2e-7
 LOSSES = 1e-4       # relative; other instruction sets and thread counts differ by 9e-7
 
@@ -22,7 +24,7 @@ LOSSES = 1e-4       # relative; other instruction sets and thread counts differ 
 @pytest.fixture(params=LANDINGS)
 def landing(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of a landing, which is the working folder: the paths in it are relative."""
-    folder = shutil.copytree(Path(__file__).parent / "fixtures" / request.param, tmp_path / "landing")
+    folder = shutil.copytree(FIXTURES / request.param, tmp_path / "landing")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return folder

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from .cli_runner import Dvla
-from .fixtures.make_landing import RUNS, SHAPE, losses
+from fixtures.make_landing import RUNS, SHAPE, losses
+from support.cli_runner import Dvla
+from support.repository import ROOT
 
-HERE = Path(__file__).parent
+HERE = ROOT / "tests"
 GOLDEN = HERE / "golden" / "losses.json"
 LANDING = HERE / "fixtures" / "landing_16"
 REGENERATE = "if the change is meant, write them again: DVLA_WRITE_GOLDEN=1 python -m pytest -n 0 tests/test_golden_losses.py"
