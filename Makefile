@@ -90,8 +90,9 @@ demo: system $(STAMP)  ## all three stages on two simulated tasks, on a CPU, in 
 test: system $(STAMP)  ## every test, in two processes (ARGS='-n 0 tests/test_x.py': some, in one)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: $(STAMP)  ## ruff, and mypy over the package
+lint: $(STAMP)  ## ruff (rules and format), and mypy over the package
 	@$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	mkdir -p $(VENV)/mypy
 	ln -sfn "$(CURDIR)" $(VENV)/mypy/dvla     # the root folder is the package dvla
 	MYPYPATH=$(VENV)/mypy $(VENV)/bin/mypy --cache-dir $(VENV)/mypy/cache -p dvla

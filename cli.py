@@ -26,25 +26,65 @@ from .stages.simulation import cli as simulation
 from .stages.training import cli as training
 
 Command = Callable[..., None]
-app = typer.Typer(name="dvla", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Run the frozen VLM **once** into a feature cache, train a one-step Drifting DiT from it, bring the VLM back with LoRA.")
+app = typer.Typer(
+    name="dvla",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run the frozen VLM **once** into a feature cache, train a one-step Drifting DiT from it, bring the VLM back with LoRA.",
+)
 GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
-    "data": ("Record, describe, check and show datasets.", {
-        "record": simulation.data_record, "list": data.data_list, "show": data.data_show, "check": data.data_check, "video": data.data_video,
-        "stats": data.data_stats, "add": data.data_add, "export": data.data_export}),
+    "data": (
+        "Record, describe, check and show datasets.",
+        {
+            "record": simulation.data_record,
+            "list": data.data_list,
+            "show": data.data_show,
+            "check": data.data_check,
+            "video": data.data_video,
+            "stats": data.data_stats,
+            "add": data.data_add,
+            "export": data.data_export,
+        },
+    ),
     "vlm": ("Vision-language checkpoints.", {"tiny": caching.vlm_tiny}),
-    "cache": ("Stage one: the feature cache.", {
-        "build": caching.cache_build, "plan": caching.cache_plan, "verify": upkeep.cache_verify, "status": upkeep.cache_status,
-        "inspect": upkeep.cache_inspect, "diff": upkeep.cache_diff, "repair": upkeep.cache_repair, "gc": upkeep.cache_gc,
-        "export": transfer.cache_export, "import": transfer.cache_import, "push": transfer.cache_push, "pull": transfer.cache_pull}),
+    "cache": (
+        "Stage one: the feature cache.",
+        {
+            "build": caching.cache_build,
+            "plan": caching.cache_plan,
+            "verify": upkeep.cache_verify,
+            "status": upkeep.cache_status,
+            "inspect": upkeep.cache_inspect,
+            "diff": upkeep.cache_diff,
+            "repair": upkeep.cache_repair,
+            "gc": upkeep.cache_gc,
+            "export": transfer.cache_export,
+            "import": transfer.cache_import,
+            "push": transfer.cache_push,
+            "pull": transfer.cache_pull,
+        },
+    ),
     "bench": ("Measurements on this machine.", {"latency": serving.latency_command}),
 }
 COMMANDS: dict[str, Command] = {
-    "train": training.train_command, "finetune": training.finetune_command, "cotrain": experiments.cotrain_command, "export": policy.export_command,
-    "report": reports.report_command, "compare": reports.compare_command, "rerun": reports.rerun_command, "push": policy.push_command,
-    "launch": experiments.launch_command, "serve": serving.serve_command, "eval": simulation.eval_command, "ablate": experiments.ablate_command,
-    "demo": experiments.demo_command, "toy": experiments.toy_command, "doctor": doctor_command,
+    "train": training.train_command,
+    "finetune": training.finetune_command,
+    "cotrain": experiments.cotrain_command,
+    "export": policy.export_command,
+    "report": reports.report_command,
+    "compare": reports.compare_command,
+    "rerun": reports.rerun_command,
+    "push": policy.push_command,
+    "launch": experiments.launch_command,
+    "serve": serving.serve_command,
+    "eval": simulation.eval_command,
+    "ablate": experiments.ablate_command,
+    "demo": experiments.demo_command,
+    "toy": experiments.toy_command,
+    "doctor": doctor_command,
 }
 for group, (text, commands) in GROUPS.items():
     room = typer.Typer(no_args_is_help=True, help=text)
@@ -56,7 +96,9 @@ for name, command in COMMANDS.items():
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
     if version:
         console.print(f"dvla {__version__}")
         raise typer.Exit()

@@ -44,7 +44,9 @@ def recording(root: Path, size: int, episodes: int, frames: int) -> Path:
 
 
 def config(source: Path, vlm: Path, out: Path, batch_size: int = BATCH) -> BuildConfig:
-    return BuildConfig((str(source),), EncoderSpec(str(vlm), resolution=448, dtype="float32"), out, batch_size, 256, "cpu", str(FIELDS))
+    return BuildConfig(
+        (str(source),), EncoderSpec(str(vlm), resolution=448, dtype="float32"), out, batch_size, 256, "cpu", str(FIELDS)
+    )
 
 
 FIELDS = Path(tempfile.gettempdir()) / f"dvla-bench-{os.getpid()}.yaml"
@@ -61,7 +63,7 @@ def decoded(source: Path, batch_size: int = BATCH) -> list[np.ndarray]:
     for number in opened.episode_ids:
         for view in opened.load(number).views:
             pictures = np.stack(list(view.frames()))
-            batches += [pictures[at:at + batch_size] for at in range(0, len(pictures), batch_size)]
+            batches += [pictures[at : at + batch_size] for at in range(0, len(pictures), batch_size)]
     return batches
 
 
@@ -77,9 +79,12 @@ def encoder_alone(vlm: Path, batches: list[np.ndarray]) -> float:
 
 def overhead(source: Path, vlm: Path, work: Path, repeats: int) -> None:
     batches = decoded(source)
-    pictures, rows = sum(map(len, batches)), {"encoder alone": [], "build": [], "of it shards": [], "encoding in the build": []}
+    pictures, rows = (
+        sum(map(len, batches)),
+        {"encoder alone": [], "build": [], "of it shards": [], "encoding in the build": []},
+    )
     for repeat in range(repeats):
-        for name in ("build", "encoder alone")[::1 if repeat % 2 else -1]:
+        for name in ("build", "encoder alone")[:: 1 if repeat % 2 else -1]:
             if name == "encoder alone":
                 rows[name].append(encoder_alone(vlm, batches))
                 continue
@@ -89,13 +94,20 @@ def overhead(source: Path, vlm: Path, work: Path, repeats: int) -> None:
             rows[name].append(report.seconds)
             rows["encoding in the build"].append(timing.encode)
             rows["of it shards"].append(timing.encode + timing.decode_wait + timing.write_wait)
-            print(f"  repeat {repeat + 1}: build {report.seconds:.2f} s: encode {timing.encode:.2f}, waiting for pictures {timing.decode_wait:.2f}, for the "
-                  f"disk {timing.write_wait:.2f}", flush=True)
-    print(f"\n{pictures} pictures of {batches[0].shape[1]} px\n\n| | seconds | pictures/s | × encoder alone (median, min – max) |\n|---|---|---|---|")
+            print(
+                f"  repeat {repeat + 1}: build {report.seconds:.2f} s: encode {timing.encode:.2f}, waiting for pictures {timing.decode_wait:.2f}, for the "
+                f"disk {timing.write_wait:.2f}",
+                flush=True,
+            )
+    print(
+        f"\n{pictures} pictures of {batches[0].shape[1]} px\n\n| | seconds | pictures/s | × encoder alone (median, min – max) |\n|---|---|---|---|"
+    )
     for name, taken in rows.items():
         ratios = [t / alone for t, alone in zip(taken, rows["encoder alone"])]
         median = statistics.median(taken)
-        print(f"| {name} | {median:.2f} | {pictures / median:.1f} | {statistics.median(ratios):.3f} ({min(ratios):.3f} – {max(ratios):.3f}) |")
+        print(
+            f"| {name} | {median:.2f} | {pictures / median:.1f} | {statistics.median(ratios):.3f} ({min(ratios):.3f} – {max(ratios):.3f}) |"
+        )
 
 
 def memory(sources: list[Path], vlm: Path, work: Path) -> None:
@@ -103,12 +115,18 @@ def memory(sources: list[Path], vlm: Path, work: Path) -> None:
     print("\n| frames | cache | peak memory | seconds |\n|---|---|---|---|")
     for source in sources:
         out = work / f"memory-{source.name}"
-        code = ("import resource, sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]); import cache_build as b; from pathlib import Path\n"
-                "b.FIELDS = Path(sys.argv[5])\n"
-                "r = b.build(b.config(*map(Path, sys.argv[2:5])))\n"
-                "print(r.frames, r.bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, r.seconds)")
-        done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(source), str(vlm), str(out), str(FIELDS)], capture_output=True,
-                              text=True, check=True)
+        code = (
+            "import resource, sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]); import cache_build as b; from pathlib import Path\n"
+            "b.FIELDS = Path(sys.argv[5])\n"
+            "r = b.build(b.config(*map(Path, sys.argv[2:5])))\n"
+            "print(r.frames, r.bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, r.seconds)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent), str(source), str(vlm), str(out), str(FIELDS)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         frames, nbytes, peak, seconds = (float(x) for x in done.stdout.split())
         print(f"| {frames:.0f} | {nbytes / 2**20:.0f} MiB | {peak / 2**10:.0f} MiB | {seconds:.1f} |", flush=True)
         shutil.rmtree(out)
@@ -132,7 +150,10 @@ def main() -> None:
             make_tiny_qwen3vl(vlm, TOWER)
         write_fields()
         try:
-            small, large = (recording(work / f"rec{args.size}-{n}", args.size, n, args.frames) for n in (args.episodes, 4 * args.episodes))
+            small, large = (
+                recording(work / f"rec{args.size}-{n}", args.size, n, args.frames)
+                for n in (args.episodes, 4 * args.episodes)
+            )
             overhead(small, vlm, Path(temporary), args.repeats)
             memory([small, large], vlm, Path(temporary))
         finally:

@@ -28,7 +28,7 @@ from dvla.common.files import file_crc32c
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support import synthetic_cache as synthetic  # noqa: E402
 
-K, D, BLOCK = 196, 2048, 64     # Qwen3-VL-2B at 448 px; records handed over at a time
+K, D, BLOCK = 196, 2048, 64  # Qwen3-VL-2B at 448 px; records handed over at a time
 
 
 def make_plan(shards: int, frames: int) -> BuildPlan:
@@ -41,7 +41,7 @@ def make_plan(shards: int, frames: int) -> BuildPlan:
 def blocks(source: np.ndarray, task: ShardTask) -> Iterator[np.ndarray]:
     """float16 [≤BLOCK,K,D], from a ring of two."""
     for i, at in enumerate(range(task.start, task.stop, BLOCK)):
-        yield source[i % 2][:min(BLOCK, task.stop - at)]
+        yield source[i % 2][: min(BLOCK, task.stop - at)]
 
 
 def plain(root: Path, plan: BuildPlan, source: np.ndarray) -> None:
@@ -50,7 +50,7 @@ def plain(root: Path, plan: BuildPlan, source: np.ndarray) -> None:
             for block in blocks(source, task):
                 view = memoryview(block.reshape(-1).view(np.uint8))
                 while view:
-                    view = view[file.write(view):]
+                    view = view[file.write(view) :]
             os.fsync(file.fileno())
 
 
@@ -70,9 +70,16 @@ def zarr_python(root: Path, plan: BuildPlan, source: np.ndarray) -> None:
     import zarr
 
     rows = plan.datasets[0].frames
-    array = zarr.create_array(root / "zarr", shape=(rows, K, D), dtype="float16", shards=(plan.shard_frames, K, D), chunks=(1, K, D), compressors=None)
-    for task in plan.tasks():   # a shard must be written in one piece
-        array[task.start:task.stop] = np.concatenate(list(blocks(source, task)))
+    array = zarr.create_array(
+        root / "zarr",
+        shape=(rows, K, D),
+        dtype="float16",
+        shards=(plan.shard_frames, K, D),
+        chunks=(1, K, D),
+        compressors=None,
+    )
+    for task in plan.tasks():  # a shard must be written in one piece
+        array[task.start : task.stop] = np.concatenate(list(blocks(source, task)))
     os.sync()
 
 
@@ -87,12 +94,16 @@ def main() -> None:
     source = np.random.default_rng(0).standard_normal((2, BLOCK, K, D), np.float32).astype(np.float16)
     nbytes = plan.datasets[0].frames * K * D * 2
     ways: dict[str, Callable[[Path, BuildPlan, np.ndarray], None]] = {
-        "plain file write + fsync": plain, "CacheWriter": cache, "CacheWriter, verified": verified, "zarr-python, sharded": zarr_python}
+        "plain file write + fsync": plain,
+        "CacheWriter": cache,
+        "CacheWriter, verified": verified,
+        "zarr-python, sharded": zarr_python,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     where = args.folder or Path(tempfile.gettempdir())
     print(f"{nbytes / 2**30:.2f} GiB in {args.shards} shards, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
     for repeat in range(args.repeats):
-        for name in list(ways)[::1 if repeat % 2 else -1]:
+        for name in list(ways)[:: 1 if repeat % 2 else -1]:
             root = Path(tempfile.mkdtemp(dir=where))
             os.sync()
             try:
@@ -105,7 +116,9 @@ def main() -> None:
     print("\n| writer | GB/s | × plain file write (median, min – max of the repeats) |\n|---|---|---|")
     for name, taken in seconds.items():
         ratios = [b / t for b, t in zip(seconds["plain file write + fsync"], taken)]
-        print(f"| {name} | {nbytes / statistics.median(taken) / 1e9:.2f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f}) |")
+        print(
+            f"| {name} | {nbytes / statistics.median(taken) / 1e9:.2f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f}) |"
+        )
 
 
 if __name__ == "__main__":

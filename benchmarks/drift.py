@@ -30,11 +30,12 @@ from dvla.drifting.losses import LossConfig, policy_loss
 from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
 from dvla.errors import UserError
 
-WIDTH, TOKENS, WORDS, SLOTS = 2048, 2 * 196, 16, 8     # of the features; active action slots
+WIDTH, TOKENS, WORDS, SLOTS = 2048, 2 * 196, 16, 8  # of the features; active action slots
 
 
 def observations(count: int, horizon: int, device: torch.device) -> FeatureBatch:
     """`count` random observations as the loader delivers them for Qwen3-VL-2B, two cameras, one arm."""
+
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -43,12 +44,21 @@ def observations(count: int, horizon: int, device: torch.device) -> FeatureBatch
     view = (torch.arange(TOKENS, device=device) // 196).expand(count, -1).contiguous()
     half = {"dtype": torch.float16, "device": device}
     return FeatureBatch(
-        tokens=torch.randn(count, TOKENS, WIDTH, **half), token_mask=torch.ones_like(view, dtype=torch.bool), view_id=view,
-        frame_id=torch.zeros_like(view), text=torch.randn(count, WORDS, WIDTH, **half),
+        tokens=torch.randn(count, TOKENS, WIDTH, **half),
+        token_mask=torch.ones_like(view, dtype=torch.bool),
+        view_id=view,
+        frame_id=torch.zeros_like(view),
+        text=torch.randn(count, WORDS, WIDTH, **half),
         text_mask=(torch.arange(WORDS, device=device) < WORDS - 4).expand(count, -1).contiguous(),
-        proprio=torch.randn(count, 128, device=device), action=0.2 * torch.randn(count, horizon, 128, device=device) * mask[:, None],
-        action_mask=mask, step_mask=torch.ones(count, horizon, dtype=torch.bool, device=device), embodiment=zeros(count) + 1,
-        control_hz=torch.full((count,), 15.0, device=device), dataset=zeros(count), frame_index=torch.arange(count, device=device)).check()
+        proprio=torch.randn(count, 128, device=device),
+        action=0.2 * torch.randn(count, horizon, 128, device=device) * mask[:, None],
+        action_mask=mask,
+        step_mask=torch.ones(count, horizon, dtype=torch.bool, device=device),
+        embodiment=zeros(count) + 1,
+        control_hz=torch.full((count,), 15.0, device=device),
+        dataset=zeros(count),
+        frame_index=torch.arange(count, device=device),
+    ).check()
 
 
 class Setup:
@@ -61,7 +71,7 @@ class Setup:
         with self.device:
             self.net = PolicyNet(PolicyNetConfig(feature_width=WIDTH, dit=shape))
             with torch.no_grad():
-                for parameter in self.net.parameters():                         # at initialisation the blocks' gates are zero
+                for parameter in self.net.parameters():  # at initialisation the blocks' gates are zero
                     parameter.add_(0.02 * torch.randn_like(parameter))
         set_attention(self.net, args.attention)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else None
@@ -85,7 +95,12 @@ class Setup:
 
     def action(self, steps: int | None = None) -> Callable[[], None]:
         """One chunk for one observation, from its features."""
-        one = FeatureBatch(**{f.name: None if (v := getattr(self.batch, f.name)) is None else v[:1] for f in dataclasses.fields(FeatureBatch)})
+        one = FeatureBatch(
+            **{
+                f.name: None if (v := getattr(self.batch, f.name)) is None else v[:1]
+                for f in dataclasses.fields(FeatureBatch)
+            }
+        )
 
         @torch.inference_mode()
         def act() -> None:
@@ -97,6 +112,7 @@ class Setup:
 
 def in_turn(sides: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each side, one measurement of every side after the other."""
+
     def timed(run: Callable[[], object]) -> float:
         begin = time.perf_counter()
         run()
@@ -117,12 +133,31 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} – {max(values):.3g})"
 
 
-def report(title: str, seconds: dict[str, list[float]], base: str, notes: dict[str, str] | None = None, columns: tuple[str, ...] = ()) -> None:
+def report(
+    title: str,
+    seconds: dict[str, list[float]],
+    base: str,
+    notes: dict[str, str] | None = None,
+    columns: tuple[str, ...] = (),
+) -> None:
     """A table of every side's milliseconds, its ratio to the side `base`, and what `notes` say of it in further columns."""
-    print("\n".join(["", title, "", "| " + " | ".join(["", "ms", f"× {base}", *columns]) + " |", "|---" * (3 + len(columns)) + "|"]))
+    print(
+        "\n".join(
+            [
+                "",
+                title,
+                "",
+                "| " + " | ".join(["", "ms", f"× {base}", *columns]) + " |",
+                "|---" * (3 + len(columns)) + "|",
+            ]
+        )
+    )
     for name, values in seconds.items():
         ratio = [a / b for a, b in zip(values, seconds[base])]
-        print(f"| {name} | {spread([1e3 * v for v in values])} | {spread(ratio)} |{f' {notes[name]} |' if notes else ''}", flush=True)
+        print(
+            f"| {name} | {spread([1e3 * v for v in values])} | {spread(ratio)} |{f' {notes[name]} |' if notes else ''}",
+            flush=True,
+        )
 
 
 def print_parameters(size: str) -> None:
@@ -152,16 +187,16 @@ def naive_field(gen: Tensor, pos: Tensor, differences: bool) -> Tensor:
     y, g, d = torch.cat([gen, pos], dim=1), gen.shape[1], gen.shape[2]
     force = torch.zeros_like(gen)
     for tau in TEMPERATURES:
-        gaps = gen[:, :, None] - y[:, None] if differences else None            # [B,G,N,D]
-        distance = (gaps.norm(dim=-1) if differences else torch.cdist(gen, y)).clamp(min=1e-4)      # [B,G,N]
+        gaps = gen[:, :, None] - y[:, None] if differences else None  # [B,G,N,D]
+        distance = (gaps.norm(dim=-1) if differences else torch.cdist(gen, y)).clamp(min=1e-4)  # [B,G,N]
         scale = distance.mean()
         scaled = distance / scale
         scaled[:, :, :g] += 100 * torch.eye(g, device=gen.device)
         affinity = (torch.softmax(-scaled / tau, 2) * torch.softmax(-scaled / tau, 1)).clamp(min=1e-6).sqrt()
         near, far = affinity[:, :, g:], affinity[:, :, :g]
-        weight = torch.cat([-far * near.sum(2, keepdim=True), near * far.sum(2, keepdim=True)], dim=2)      # [B,G,N]
-        pull = -torch.einsum("bgn,bgnd->bgd", weight, gaps) if differences else weight @ y                  # [B,G,D]
-        pull = pull / (scale / d ** 0.5)
+        weight = torch.cat([-far * near.sum(2, keepdim=True), near * far.sum(2, keepdim=True)], dim=2)  # [B,G,N]
+        pull = -torch.einsum("bgn,bgnd->bgd", weight, gaps) if differences else weight @ y  # [B,G,D]
+        pull = pull / (scale / d**0.5)
         force += pull / pull.square().mean().sqrt()
     return force
 
@@ -170,20 +205,31 @@ def measure_field(args: argparse.Namespace) -> None:
     """The field alone on large sets, where its form matters."""
     device, (b, n, d) = torch.device(args.device), args.sets
     gen, pos = torch.randn(b, n, d, device=device), torch.randn(b, n, d, device=device) + 0.5
+
     def whole(gen: Tensor, pos: Tensor) -> Tensor:
         return drifting_field(gen.flatten(0, 1)[None], pos.flatten(0, 1)[None]).force.reshape(gen.shape)
 
-    forms = {"drifting_field": lambda gen, pos: drifting_field(gen, pos).force, "cdist per temperature": partial(naive_field, differences=False),
-             "all differences, per temperature": partial(naive_field, differences=True), "all observations as one set": whole}
+    forms = {
+        "drifting_field": lambda gen, pos: drifting_field(gen, pos).force,
+        "cdist per temperature": partial(naive_field, differences=False),
+        "all differences, per temperature": partial(naive_field, differences=True),
+        "all observations as one set": whole,
+    }
     exact, notes = forms["drifting_field"](gen.double(), pos.double()), {}
     for name, form in forms.items():
         with Largest() as watch:
             forces = form(gen, pos), form(gen + 50, pos + 50)
         error = [f"{(force.double() - exact).abs().max() / exact.abs().max():.0e}" for force in forces]
-        notes[name] = f"{4 * watch.entries / 2**20:.1f} MiB | " + ("another field: p(a), not p(a given o) | " if form is whole else " | ".join(error))
-    report(f"The field of {b} observations, {n} generated and {n} expert samples of {d} entries each",
-           in_turn({name: partial(form, gen, pos) for name, form in forms.items()}, args.repeats, device), "drifting_field", notes,
-           ("largest tensor", "error to float64", "error 50 away from zero"))
+        notes[name] = f"{4 * watch.entries / 2**20:.1f} MiB | " + (
+            "another field: p(a), not p(a given o) | " if form is whole else " | ".join(error)
+        )
+    report(
+        f"The field of {b} observations, {n} generated and {n} expert samples of {d} entries each",
+        in_turn({name: partial(form, gen, pos) for name, form in forms.items()}, args.repeats, device),
+        "drifting_field",
+        notes,
+        ("largest tensor", "error to float64", "error 50 away from zero"),
+    )
 
 
 def measure_step(args: argparse.Namespace) -> None:
@@ -197,13 +243,24 @@ def measure_step(args: argparse.Namespace) -> None:
         torch.autograd.grad(loss(pred, full.batch, full.config).total, pred)
 
     def regression() -> None:
-        torch.autograd.grad((pred - full.batch.action[:, None]).masked_fill(~full.batch.action_mask[:, None, None], 0).square().mean(), pred)
+        torch.autograd.grad(
+            (pred - full.batch.action[:, None]).masked_fill(~full.batch.action_mask[:, None, None], 0).square().mean(),
+            pred,
+        )
 
-    sides = {"step": full.step, "field and loss of it": only, "a plain masked mean square instead": regression,
-             "step, cross-attention in the front two blocks": front.step}
+    sides = {
+        "step": full.step,
+        "field and loss of it": only,
+        "a plain masked mean square instead": regression,
+        "step, cross-attention in the front two blocks": front.step,
+    }
     seconds = in_turn(sides, args.repeats, full.device)
-    report(f"Training step of {args.size}: {args.batch} observations × {args.draws} draws, {args.precision}"
-           f"{', compiled' if args.compile else ''}, attention {args.attention}", seconds, "step")
+    report(
+        f"Training step of {args.size}: {args.batch} observations × {args.draws} draws, {args.precision}"
+        f"{', compiled' if args.compile else ''}, attention {args.attention}",
+        seconds,
+        "step",
+    )
     share = [100 * a / b for a, b in zip(seconds["field and loss of it"], seconds["step"])]
     print(f"\nField and loss are {spread(share)} % of the step.")
 
@@ -211,8 +268,12 @@ def measure_step(args: argparse.Namespace) -> None:
 def measure_sharing(args: argparse.Namespace) -> None:
     """Forward and backward with the context of an observation shared by its draws, and with a copy for every draw."""
     setup = Setup(args)
-    copies = FeatureBatch(**{f.name: None if (v := getattr(setup.batch, f.name)) is None else v.repeat_interleave(args.draws, 0)
-                             for f in dataclasses.fields(FeatureBatch)})
+    copies = FeatureBatch(
+        **{
+            f.name: None if (v := getattr(setup.batch, f.name)) is None else v.repeat_interleave(args.draws, 0)
+            for f in dataclasses.fields(FeatureBatch)
+        }
+    )
     noise, alpha = setup.noise.flatten(0, 1)[:, None], setup.alpha.repeat_interleave(args.draws)
 
     def run(batch: FeatureBatch, noise: Tensor, alpha: Tensor) -> Tensor:
@@ -222,22 +283,36 @@ def measure_sharing(args: argparse.Namespace) -> None:
         setup.optimiser.zero_grad(set_to_none=True)
         return out.detach().float()
 
-    sides = {"shared": lambda: run(setup.batch, setup.noise, setup.alpha), "a copy per draw": lambda: run(copies, noise, alpha)}
+    sides = {
+        "shared": lambda: run(setup.batch, setup.noise, setup.alpha),
+        "a copy per draw": lambda: run(copies, noise, alpha),
+    }
     a, b = (side() for side in sides.values())
     apart = (a - b.reshape(a.shape)).abs().max() / a.abs().max()
-    report(f"Keys and values of an observation for its {args.draws} draws, forward and backward (outputs differ by {apart:.0e} of their size)",
-           in_turn(sides, args.repeats, setup.device), "shared")
+    report(
+        f"Keys and values of an observation for its {args.draws} draws, forward and backward (outputs differ by {apart:.0e} of their size)",
+        in_turn(sides, args.repeats, setup.device),
+        "shared",
+    )
 
 
 def measure_heads(args: argparse.Namespace) -> None:
     """Features in, one action chunk out."""
     one = argparse.Namespace(**{**vars(args), "batch": 1, "draws": 1})
     drift, flow, diffusion = Setup(one), Setup(one, "flow"), Setup(one, "diffusion")
-    sides = {"drifting, 1 pass": drift.action(), "drifting, front cross-attention": Setup(one, cross_attention="front").action(),
-             "flow, 1 step": flow.action(1), "flow, 10 steps": flow.action(10),
-             "diffusion, 5 steps": diffusion.action(5), "diffusion, 100 steps": diffusion.action(100)}
-    report(f"One action chunk of {args.size} from features (keys and values computed once per action)",
-           in_turn(sides, args.repeats, drift.device), "drifting, 1 pass")
+    sides = {
+        "drifting, 1 pass": drift.action(),
+        "drifting, front cross-attention": Setup(one, cross_attention="front").action(),
+        "flow, 1 step": flow.action(1),
+        "flow, 10 steps": flow.action(10),
+        "diffusion, 5 steps": diffusion.action(5),
+        "diffusion, 100 steps": diffusion.action(100),
+    }
+    report(
+        f"One action chunk of {args.size} from features (keys and values computed once per action)",
+        in_turn(sides, args.repeats, drift.device),
+        "drifting, 1 pass",
+    )
 
 
 PARTS = {"field": measure_field, "step": measure_step, "sharing": measure_sharing, "heads": measure_heads}
@@ -245,11 +320,19 @@ PARTS = {"field": measure_field, "step": measure_step, "sharing": measure_sharin
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; the parameters are always printed")
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to measure; the parameters are always printed",
+    )
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--batch", type=int, default=2, help="observations of a training step")
     parser.add_argument("--draws", type=int, default=4, help="noise draws per observation")
-    parser.add_argument("--sets", type=int, nargs=3, default=[8, 64, 128], help="observations, samples and entries of the field alone")
+    parser.add_argument(
+        "--sets", type=int, nargs=3, default=[8, 64, 128], help="observations, samples and entries of the field alone"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--attention", default="auto", help="auto, sdpa, flex or flash")
@@ -262,7 +345,11 @@ def main() -> None:
         kernel(args.attention, torch.device(args.device), 64)
     except UserError as error:
         parser.error(str(error))
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if args.device.startswith("cuda")
+        else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
     print(f"{name}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")
     print_parameters(args.size)
     for part in args.part:

@@ -35,7 +35,7 @@ from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemm
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 
 RESOLUTION = 448
-SHORT = 5       # preprocessing takes milliseconds: the median of so many calls counts
+SHORT = 5  # preprocessing takes milliseconds: the median of so many calls counts
 # Largest difference allowed, over the RMS of the features. bfloat16 keeps 8 bits, and both sides round after every layer.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 PROCESSORS = {"qwen3vl": "Qwen2VLImageProcessor", "paligemma2": "SiglipImageProcessor"}
@@ -44,28 +44,58 @@ TORCH, PIL, OWN = "transformers", "transformers, PIL processor", "dvla"
 
 def checkpoint(folder: Path, vlm: str, blocks: int | None) -> Path:
     """The vision part of the real model, with few words and one language layer, which neither side runs."""
-    if vlm == "qwen3vl":    # Qwen/Qwen3-VL-2B-Instruct; DeepStack from blocks 5, 11 and 17
-        return make_tiny_qwen3vl(folder, TinySpec(
-            vision_depth=blocks or 24, vision_width=1024, vision_heads=16, vision_mlp=4, position_grid=48, out_width=2048,
-            text_layers=1, vocabulary=512))
-    return make_tiny_paligemma2(folder, TinyPaliGemmaSpec(    # google/paligemma2-3b-mix-448
-        vision_depth=blocks or 27, vision_width=1152, vision_heads=16, vision_mlp=4304 / 1152, image_size=448, out_width=2304,
-        text_layers=1, vocabulary=512, init_std=0.02))
+    if vlm == "qwen3vl":  # Qwen/Qwen3-VL-2B-Instruct; DeepStack from blocks 5, 11 and 17
+        return make_tiny_qwen3vl(
+            folder,
+            TinySpec(
+                vision_depth=blocks or 24,
+                vision_width=1024,
+                vision_heads=16,
+                vision_mlp=4,
+                position_grid=48,
+                out_width=2048,
+                text_layers=1,
+                vocabulary=512,
+            ),
+        )
+    return make_tiny_paligemma2(
+        folder,
+        TinyPaliGemmaSpec(  # google/paligemma2-3b-mix-448
+            vision_depth=blocks or 27,
+            vision_width=1152,
+            vision_heads=16,
+            vision_mlp=4304 / 1152,
+            image_size=448,
+            out_width=2304,
+            text_layers=1,
+            vocabulary=512,
+            init_std=0.02,
+        ),
+    )
 
 
 class Plain:
     """What one writes with transformers alone."""
 
     def __init__(self, folder: Path, vlm: str, device: torch.device, dtype: torch.dtype, attention: str) -> None:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention
+        )
         self.vlm, self.device, self.dtype = vlm, device, dtype
         self.tower = (model.model.visual if vlm == "qwen3vl" else model.model.vision_tower).to(device).eval()
         self.projector = None if vlm == "qwen3vl" else model.model.multi_modal_projector.to(device).eval()
-        size = {"height": RESOLUTION, "width": RESOLUTION} if vlm == "paligemma2" else {
-            "shortest_edge": (RESOLUTION - 1) ** 2, "longest_edge": (RESOLUTION + 1) ** 2}      # its arithmetic is not exact to a pixel
-        name = PROCESSORS[vlm]      # version 5 calls these X and XPil, version 4 XFast and X
-        self.torch_processor = getattr(transformers, f"{name}Fast", getattr(transformers, name)).from_pretrained(folder, size=size)
-        self.pil_processor = getattr(transformers, f"{name}Pil", getattr(transformers, name)).from_pretrained(folder, size=size)
+        size = (
+            {"height": RESOLUTION, "width": RESOLUTION}
+            if vlm == "paligemma2"
+            else {"shortest_edge": (RESOLUTION - 1) ** 2, "longest_edge": (RESOLUTION + 1) ** 2}
+        )  # its arithmetic is not exact to a pixel
+        name = PROCESSORS[vlm]  # version 5 calls these X and XPil, version 4 XFast and X
+        self.torch_processor = getattr(transformers, f"{name}Fast", getattr(transformers, name)).from_pretrained(
+            folder, size=size
+        )
+        self.pil_processor = getattr(transformers, f"{name}Pil", getattr(transformers, name)).from_pretrained(
+            folder, size=size
+        )
 
     def by_torch(self, images: np.ndarray) -> dict[str, torch.Tensor]:
         return self._inputs(self.torch_processor(images=list(images), return_tensors="pt", device=self.device))
@@ -82,7 +112,7 @@ class Plain:
             return self.projector(self.tower(inputs["pixel_values"]).last_hidden_state)
         grid = inputs["image_grid_thw"]
         out = self.tower(inputs["pixel_values"], grid)
-        merged = out[0] if isinstance(out, tuple) else out.pooler_output      # a pair in version 4, an object in 5
+        merged = out[0] if isinstance(out, tuple) else out.pooler_output  # a pair in version 4, an object in 5
         return merged.reshape(len(grid), -1, merged.shape[-1])
 
 
@@ -112,7 +142,9 @@ def warm(plain: Plain, encoder: VisionLanguageEncoder, image: np.ndarray) -> Non
         assert torch.equal(encoder.encode_images(image), halves)
 
 
-def measure(plain: Plain, encoder: VisionLanguageEncoder, images: np.ndarray, repeats: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    plain: Plain, encoder: VisionLanguageEncoder, images: np.ndarray, repeats: int
+) -> dict[str, dict[str, list[float]]]:
     """{part: {way: seconds of each repeat}}. `AssertionError` when features of the two differ by more than rounding."""
     device, dtype = encoder.device, encoder.dtype
     seconds: dict[str, dict[str, list[float]]] = {part: {} for part in ("whole", "preprocessing", "tower")}
@@ -126,7 +158,7 @@ def measure(plain: Plain, encoder: VisionLanguageEncoder, images: np.ndarray, re
         prepare, inputs = timed(device, lambda: plain.by_torch(images), SHORT)
         tower, features = timed(device, lambda: plain.features(inputs))
         note(TORCH, prepare, tower)
-        note(PIL, pil, tower)       # the same tower
+        note(PIL, pil, tower)  # the same tower
         return features
 
     def by_dvla() -> torch.Tensor:
@@ -136,11 +168,11 @@ def measure(plain: Plain, encoder: VisionLanguageEncoder, images: np.ndarray, re
         return features
 
     with torch.inference_mode():
-        if device.type == "cuda":   # kernels are chosen and memory is reserved once per shape
+        if device.type == "cuda":  # kernels are chosen and memory is reserved once per shape
             by_transformers(), by_dvla(), by_dvla(), by_transformers()
             seconds = {part: {} for part in seconds}
         for repeat in range(repeats):
-            ways = (by_transformers, by_dvla)[::1 if repeat % 2 else -1]
+            ways = (by_transformers, by_dvla)[:: 1 if repeat % 2 else -1]
             found = {way: way() for way in ways}
         wanted, features = found[by_transformers], found[by_dvla]
         largest, rms = difference(features, wanted)
@@ -170,7 +202,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 on CUDA")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2], help="pictures per call")
     parser.add_argument("--blocks", type=int, help="transformer blocks of the tower; default: all")
-    parser.add_argument("--size", type=int, default=480, help=f"side of the square pictures, which are resized to {RESOLUTION}")
+    parser.add_argument(
+        "--size", type=int, default=480, help=f"side of the square pictures, which are resized to {RESOLUTION}"
+    )
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--attention", default="sdpa", help="of transformers: sdpa, flash_attention_2, eager")
     parser.add_argument("--repeats", type=int, default=3)
@@ -180,15 +214,19 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{where}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; torch {torch.__version__}, transformers {transformers.__version__}, {dtype}")
+    print(
+        f"{where}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; torch {torch.__version__}, transformers {transformers.__version__}, {dtype}"
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkpoint(Path(temporary) / "vlm", args.vlm, args.blocks)
         plain = Plain(folder, args.vlm, device, dtype, args.attention)
         encoder = load_encoder(EncoderSpec(str(folder), args.vlm, resolution=RESOLUTION), device, dtype)
-    print(f"{encoder.blocks} blocks; {count([plain.tower, plain.projector]):.0f} M parameters in transformers' vision part, "
-          f"{count([encoder.vision]):.0f} M of them read by dvla; a picture is {encoder.tokens} × {encoder.width}")
+    print(
+        f"{encoder.blocks} blocks; {count([plain.tower, plain.projector]):.0f} M parameters in transformers' vision part, "
+        f"{count([encoder.vision]):.0f} M of them read by dvla; a picture is {encoder.tokens} × {encoder.width}"
+    )
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (max(args.batch), args.size, args.size, 3), np.uint8)
     warm(plain, encoder, pictures[:1])

@@ -56,10 +56,29 @@ from dvla.stages.training.stage_three.split import SplitFeatures
 from dvla.stages.training.step import noise_generator, training_step
 from dvla.stages.training.train import policy_net
 
-TOWERS = {"scaled": (224, TinySpec(vision_depth=24, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512)),
-          "full": (448, TinySpec(vision_depth=24, vision_width=1024, vision_heads=16, position_grid=48, out_width=2048, text_layers=1, vocabulary=512))}
+TOWERS = {
+    "scaled": (
+        224,
+        TinySpec(vision_depth=24, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512),
+    ),
+    "full": (
+        448,
+        TinySpec(
+            vision_depth=24,
+            vision_width=1024,
+            vision_heads=16,
+            position_grid=48,
+            out_width=2048,
+            text_layers=1,
+            vocabulary=512,
+        ),
+    ),
+}
 CACHED, FROZEN, LORA, LAST, SPLIT = WAYS = ("cached", "frozen-live", "LoRA-live", "LoRA-live, last n", "LoRA-split")
-TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}     # relative, of features and gradients: float16 between the halves; bfloat16 rounds by itself
+TOLERANCE = {
+    torch.float32: 5e-3,
+    torch.bfloat16: 5e-2,
+}  # relative, of features and gradients: float16 between the halves; bfloat16 rounds by itself
 
 
 @dataclass
@@ -68,7 +87,7 @@ class Way:
 
     session: Session
     trained: tuple[Any, list[torch.Tensor]]
-    flops: float = 0.0          # of a step, forward and backward
+    flops: float = 0.0  # of a step, forward and backward
 
 
 class Bench:
@@ -87,25 +106,46 @@ class Bench:
             began = time.perf_counter()
             build(BuildConfig((str(work / "rec"),), spec, work / name, 32, None, args.device, str(work / "bench.yaml")))
             cache = self.caches[name] = Cache.open(work / name)
-            print(f"{name}: {cache.frames} frames × {len(CAMERAS)} cameras, {cache.tokens} × {cache.width} a picture, "
-                  f"{cache.manifest['bytes'] / 2**20:.0f} MiB, built in {time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"{name}: {cache.frames} frames × {len(CAMERAS)} cameras, {cache.tokens} × {cache.width} a picture, "
+                f"{cache.manifest['bytes'] / 2**20:.0f} MiB, built in {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
         self.ways = {name: self._way(name) for name in WAYS}
 
     def _way(self, name: str) -> Way:
         args, cache = self.args, self.caches["split" if name == SPLIT else "features"]
-        config = TrainConfig(str(cache.path), "", model_size=args.size, batch_size=args.batch, draws=args.draws, threads=args.threads,
-                             device=args.device, precision=args.precision, cpu_threads=args.cpu_threads)
+        config = TrainConfig(
+            str(cache.path),
+            "",
+            model_size=args.size,
+            batch_size=args.batch,
+            draws=args.draws,
+            threads=args.threads,
+            device=args.device,
+            precision=args.precision,
+            cpu_threads=args.cpu_threads,
+        )
         torch.manual_seed(0)
-        session = Session(config, cache, policy_net(config, self.caches["features"]).to(self.device), {}, world=World(self.device))
-        with torch.no_grad():       # an untrained network's gates are shut, so that nothing would reach the VLM
+        session = Session(
+            config, cache, policy_net(config, self.caches["features"]).to(self.device), {}, world=World(self.device)
+        )
+        with torch.no_grad():  # an untrained network's gates are shut, so that nothing would reach the VLM
             for p in session.net.parameters():
                 p.add_(0.02 * torch.randn_like(p))
         if name != CACHED:
             encoder = load_encoder(self.spec, args.device)
             session.live = name != SPLIT
-            session.features = LiveFeatures(encoder, cache, sources_of(cache), memory_gib=64.0) if session.live else SplitFeatures(encoder, cache)
+            session.features = (
+                LiveFeatures(encoder, cache, sources_of(cache), memory_gib=64.0)
+                if session.live
+                else SplitFeatures(encoder, cache)
+            )
             if name != FROZEN:
-                add_lora(encoder, LoraSpec(r=args.r, targets=args.targets, last_n_blocks=None if name == LORA else args.boundary))
+                add_lora(
+                    encoder,
+                    LoraSpec(r=args.r, targets=args.targets, last_n_blocks=None if name == LORA else args.boundary),
+                )
                 session.adapter = dict(lora_parameters(encoder))
             if session.live:
                 for row in range(cache.frames):
@@ -119,7 +159,13 @@ class Bench:
     def batch(self, name: str) -> FeatureBatch:
         """The first samples, as a step of this way sees them."""
         session, none = self.ways[name].session, np.zeros(self.args.batch, np.int64)
-        given = gather(session.cache, none, np.arange(self.args.batch) % session.cache.frames, session.net.config.dit.horizon, features=not session.live)
+        given = gather(
+            session.cache,
+            none,
+            np.arange(self.args.batch) % session.cache.frames,
+            session.net.config.dit.horizon,
+            features=not session.live,
+        )
         return session.features(given.to(self.device), none.astype(bool), none)
 
     def loss(self, name: str) -> torch.Tensor:
@@ -130,8 +176,18 @@ class Bench:
     @contextlib.contextmanager
     def batches(self, name: str) -> Iterator[Callable[[], FeatureBatch]]:
         """The next batch, of samples drawn by the loader."""
-        session, nobody, plain = self.ways[name].session, np.zeros(self.args.batch, bool), np.zeros(self.args.batch, np.int64)
-        with Loader(session.cache, batch_size=self.args.batch, threads=self.args.threads, features=not session.live, device=self.device) as loader:
+        session, nobody, plain = (
+            self.ways[name].session,
+            np.zeros(self.args.batch, bool),
+            np.zeros(self.args.batch, np.int64),
+        )
+        with Loader(
+            session.cache,
+            batch_size=self.args.batch,
+            threads=self.args.threads,
+            features=not session.live,
+            device=self.device,
+        ) as loader:
             yield lambda: session.features(next(loader), nobody, plain)
 
 
@@ -186,25 +242,36 @@ def show(bench: Bench, rates: dict[str, list[float]]) -> None:
         return f"{statistics.median(each):.3g} ({min(each):.3g} – {max(each):.3g})"
 
     args = bench.args
-    print(f"\n{args.size} policy, batch {args.batch}, {args.draws} draws, {args.precision}; LoRA r {args.r}, {args.targets}; n = {args.boundary} of "
-          f"{bench.ways[SPLIT].session.features.encoder.blocks} blocks\n\n"
-          "| way | steps/s | samples/s | GFLOP a sample | × LoRA-live | by FLOPs | × LoRA-live, last n |\n|---|---|---|---|---|---|---|")
+    print(
+        f"\n{args.size} policy, batch {args.batch}, {args.draws} draws, {args.precision}; LoRA r {args.r}, {args.targets}; n = {args.boundary} of "
+        f"{bench.ways[SPLIT].session.features.encoder.blocks} blocks\n\n"
+        "| way | steps/s | samples/s | GFLOP a sample | × LoRA-live | by FLOPs | × LoRA-live, last n |\n|---|---|---|---|---|---|---|"
+    )
     for name in bench.ways:
         median, flops = statistics.median(rates[name]), bench.ways[name].flops
-        print(f"| {name.replace('last n', f'last {args.boundary}')} | {median:.3g} | {median * args.batch:.3g} | {flops / args.batch / 1e9:.3g} | "
-              f"{ratio(rates[name], rates[LORA])} | {bench.ways[LORA].flops / flops:.3g} | {ratio(rates[name], rates[LAST])} |")
+        print(
+            f"| {name.replace('last n', f'last {args.boundary}')} | {median:.3g} | {median * args.batch:.3g} | {flops / args.batch / 1e9:.3g} | "
+            f"{ratio(rates[name], rates[LORA])} | {bench.ways[LORA].flops / flops:.3g} | {ratio(rates[name], rates[LAST])} |"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--vlm", choices=TOWERS, default="scaled", help="the tower: one for a CPU, or that of Qwen3-VL-2B")
+    parser.add_argument(
+        "--vlm", choices=TOWERS, default="scaled", help="the tower: one for a CPU, or that of Qwen3-VL-2B"
+    )
     parser.add_argument("--blocks", type=int, default=0, help="its transformer blocks; default: 24")
     parser.add_argument("--boundary", type=int, default=4, help="n, the last blocks that learn")
     parser.add_argument("--r", type=int, default=16, help="of LoRA")
     parser.add_argument("--targets", choices=["attention", "all-linear"], default="attention", help="of LoRA")
     parser.add_argument("--size", default="tiny", help="of the policy: tiny, small, base or large")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the policy; the VLM's is float32 on a CPU, bfloat16 on CUDA")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="of the policy; the VLM's is float32 on a CPU, bfloat16 on CUDA",
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--draws", type=int, default=4, help="noise draws per observation")
     parser.add_argument("--pixels", type=int, default=224, help="side of the recorded pictures")
@@ -218,16 +285,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {os.cpu_count()} cores"
-    print(f"{where}, load {os.getloadavg()[0]:.2f}; torch {torch.__version__}; VLM: {args.vlm}, random weights", flush=True)
+    print(
+        f"{where}, load {os.getloadavg()[0]:.2f}; torch {torch.__version__}; VLM: {args.vlm}, random weights",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as temporary, kernel_threads(args.cpu_threads if args.device == "cpu" else 0):
         bench = Bench(Path(temporary), args)
         require_same(bench)
         count_flops(bench)
         rates: dict[str, list[float]] = {name: [] for name in bench.ways}
         for repeat in range(args.repeats):
-            for name in list(bench.ways)[::1 if repeat % 2 else -1]:
+            for name in list(bench.ways)[:: 1 if repeat % 2 else -1]:
                 rates[name].append(measure(bench, name))
-            print(f"  repeat {repeat + 1}: " + ", ".join(f"{name} {rates[name][-1]:.3g}" for name in bench.ways) + " steps/s", flush=True)
+            print(
+                f"  repeat {repeat + 1}: "
+                + ", ".join(f"{name} {rates[name][-1]:.3g}" for name in bench.ways)
+                + " steps/s",
+                flush=True,
+            )
         show(bench, rates)
 
 

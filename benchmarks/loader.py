@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support import sparse_cache as sparse  # noqa: E402
 
 B, SIZES = 32, {"784 KiB": (196, 2048), "1.53 MiB": (784, 1024), "98 KiB": (49, 1024), "25 KiB": (25, 512)}
-Way = Callable[[], Iterator[object]]    # gives batches, for ever or once
+Way = Callable[[], Iterator[object]]  # gives batches, for ever or once
 
 
 class Data:
@@ -52,11 +52,15 @@ class Data:
         self.plan = sparse.make_plan(self.shards, per_shard, k, d)
         self.n = self.shards * per_shard
         self.path = root / "cache"
-        block = np.random.default_rng(0).standard_normal((max(64, (32 << 20) // self.record), k, d), np.float32).astype(np.float16)
+        block = (
+            np.random.default_rng(0)
+            .standard_normal((max(64, (32 << 20) // self.record), k, d), np.float32)
+            .astype(np.float16)
+        )
         with CacheWriter.create_or_resume(self.path, {"encoder": {}}, self.plan) as writer:
             for task in writer.missing():
                 rows = task.stop - task.start
-                writer.write_shard(task, (block[:min(len(block), rows - at)] for at in range(0, rows, len(block))))
+                writer.write_shard(task, (block[: min(len(block), rows - at)] for at in range(0, rows, len(block))))
             writer.write_tables("sparse", sparse.tables(self.plan))
             writer.finish()
         self.cache = Cache.open(self.path)
@@ -85,6 +89,7 @@ class Data:
 
 # --- ways to read -----------------------------------------------------------------------------------------------------
 
+
 def shuffled(n: int) -> Iterator[int]:
     rng = np.random.default_rng(1)
     while True:
@@ -94,7 +99,9 @@ def shuffled(n: int) -> Iterator[int]:
 def raw(data: Data, threads: int) -> Iterator[object]:
     """`preadv` into a ring of batch buffers, and nothing else. One batch waits while each thread makes another."""
     handles = [os.open(f, os.O_RDONLY) for f in data.files]
-    ring = [torch.zeros((B, data.k, data.d), dtype=torch.float16).numpy() for _ in range(threads + 2)]  # NumPy's own are not aligned: half as fast
+    ring = [
+        torch.zeros((B, data.k, data.d), dtype=torch.float16).numpy() for _ in range(threads + 2)
+    ]  # NumPy's own are not aligned: half as fast
     views = [[memoryview(r).cast("B") for r in batch] for batch in ring]
     order = shuffled(data.n)
 
@@ -127,6 +134,7 @@ class ZarrRecords(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> torch.Tensor:
         if self.array is None:
             import zarr
+
             self.array = zarr.open_group(self.path, mode="r")["sparse/features/front"]
         return torch.from_numpy(np.asarray(self.array[row]))
 
@@ -140,7 +148,12 @@ def web_dataset(data: Data, workers: int) -> Iterator[object]:
     import webdataset
 
     urls = sorted(str(p) for p in (data.root / "tars").glob("sparse-*.tar"))
-    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(200).decode().to_tuple("features.front.npy", "action.npy")
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
+        .shuffle(200)
+        .decode()
+        .to_tuple("features.front.npy", "action.npy")
+    )
     while True:
         yield from webdataset.WebLoader(dataset.batched(B), batch_size=None, num_workers=workers)
 
@@ -152,7 +165,7 @@ def safetensors_mmap(data: Data) -> Iterator[object]:
     slices, order = [f.get_slice("features") for f in files], shuffled(data.n)
     while True:
         rows = [divmod(row, data.plan.shard_frames) for row in itertools.islice(order, B)]
-        yield torch.cat([slices[shard][i:i + 1] for shard, i in rows])
+        yield torch.cat([slices[shard][i : i + 1] for shard, i in rows])
 
 
 def hdf5_gzip(data: Data) -> Iterator[object]:
@@ -179,6 +192,7 @@ def timed(batches: Iterator[object], seconds: float, ahead: int) -> float:
 
 # --- tables ------------------------------------------------------------------------------------------------------------
 
+
 def spread(values: list[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
 
@@ -197,17 +211,25 @@ def warm(data: Data, threads: list[int], repeats: int, seconds: float, others: b
     ways: dict[str, Way] = {base: lambda: raw(data, 1)}
     ways |= {f"preadv, {t} threads": lambda t=t: raw(data, t) for t in threads if t > 1}
     ways |= {f"dvla, {t} thread{'s' * (t > 1)}": lambda t=t: dvla(data, t) for t in threads}
-    ways |= {"dvla, block, 2 threads": lambda: dvla(data, 2, "block"), "dvla, sequential, 2 threads": lambda: dvla(data, 2, "sequential")}
+    ways |= {
+        "dvla, block, 2 threads": lambda: dvla(data, 2, "block"),
+        "dvla, sequential, 2 threads": lambda: dvla(data, 2, "sequential"),
+    }
     if others:
-        ways |= {f"{name}, {w} workers": lambda way=way, w=w: way(data, w)
-                 for name, way in (("zarr-python + DataLoader", zarr_python), ("WebDataset", web_dataset)) for w in (0, 2)}
+        ways |= {
+            f"{name}, {w} workers": lambda way=way, w=w: way(data, w)
+            for name, way in (("zarr-python + DataLoader", zarr_python), ("WebDataset", web_dataset))
+            for w in (0, 2)
+        }
         ways |= {"safetensors, mmap": lambda: safetensors_mmap(data), "HDF5, gzip": lambda: hdf5_gzip(data)}
     for path in sorted(p for p in data.root.rglob("*") if p.is_file()):
         path.read_bytes()
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats):
-        for name in list(ways)[::1 if repeat % 2 else -1]:
-            rates[name].append(timed(ways[name](), seconds, 2 * max(threads) + 4 if name.startswith(("preadv", "dvla")) else 2))
+        for name in list(ways)[:: 1 if repeat % 2 else -1]:
+            rates[name].append(
+                timed(ways[name](), seconds, 2 * max(threads) + 4 if name.startswith(("preadv", "dvla")) else 2)
+            )
     fastest = [max(values) for values in zip(*(rates[name] for name in ways if name.startswith("preadv")))]
     table(rates, data.record, {base: rates[base], "the fastest preadv": fastest})
 
@@ -239,10 +261,13 @@ def one_pass(data: Data, threads: int, order: str) -> int:
 
 def cold(data: Data, threads: int, repeats: int) -> None:
     ways: dict[str, Callable[[], int]] = {"dd": lambda: dd(data)}
-    ways |= {f"dvla, {order}, {threads} threads": lambda order=order: one_pass(data, threads, order) for order in ("block", "sequential", "global")}
+    ways |= {
+        f"dvla, {order}, {threads} threads": lambda order=order: one_pass(data, threads, order)
+        for order in ("block", "sequential", "global")
+    }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats):
-        for name in list(ways)[::1 if repeat % 2 else -1]:
+        for name in list(ways)[:: 1 if repeat % 2 else -1]:
             drop(data)
             began = time.perf_counter()
             rates[name].append(ways[name]() / (time.perf_counter() - began))
@@ -257,7 +282,9 @@ def memory() -> str:
 
 
 def opening(root: Path, repeats: int) -> None:
-    print("\n| frames | shards | open, s (median, min – max) | loader and its first batch of 8, s | memory after 200 batches | open files |\n|---|---|---|---|---|---|")
+    print(
+        "\n| frames | shards | open, s (median, min – max) | loader and its first batch of 8, s | memory after 200 batches | open files |\n|---|---|---|---|---|---|"
+    )
     for shards in (100, 10_000):
         plan = sparse.make_plan(shards, 100, 196, 2048)
         sparse.build(root / f"sparse{shards}", plan, marked=False)
@@ -273,7 +300,10 @@ def opening(root: Path, repeats: int) -> None:
                 next(loader)
             said, files = memory(), len(os.listdir("/proc/self/fd"))
             loader.close()
-        print(f"| {plan.datasets[0].frames} | {shards} | {spread(opened, 3)} | {spread(first, 3)} | {said} | {files} |", flush=True)
+        print(
+            f"| {plan.datasets[0].frames} | {shards} | {spread(opened, 3)} | {spread(first, 3)} | {said} | {files} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -301,7 +331,9 @@ def main() -> None:
             if args.only != "warm":
                 data = Data(root / "cold", *SIZES[size], int(args.gib * 2**30))
                 print(f"\n## Records of {size}, cold: {data.n} in {data.shards} shards")
-                with mock.patch.object(ahead, "WINDOW_NBYTES", data.n * data.record // 8):      # many windows, as of a large cache
+                with mock.patch.object(
+                    ahead, "WINDOW_NBYTES", data.n * data.record // 8
+                ):  # many windows, as of a large cache
                     cold(data, max(args.threads[-1] // 2, 1), args.repeats)
         finally:
             shutil.rmtree(root)

@@ -31,15 +31,37 @@ from dvla.stages.training.run_log import read_log
 from dvla.stages.training.train import train
 
 SETTINGS: dict[str, Any] = {
-    "model_size": "tiny", "dit": {"horizon": 8, "width": 128}, "draws": 2, "batch_size": 64, "loss": {"drift_weight": 0.005}, "cpu_threads": 1,
-    "masking": {"text": 0.0, "images": 0.0, "proprio": 0.0}, "optimizer": {"lr": 1e-3, "warmup": 50, "projector_lr_scale": 1.0},
-    "eval_every": 100, "save_every": 200, "log_every": 20, "panels": {"every": 0}}
+    "model_size": "tiny",
+    "dit": {"horizon": 8, "width": 128},
+    "draws": 2,
+    "batch_size": 64,
+    "loss": {"drift_weight": 0.005},
+    "cpu_threads": 1,
+    "masking": {"text": 0.0, "images": 0.0, "proprio": 0.0},
+    "optimizer": {"lr": 1e-3, "warmup": 50, "projector_lr_scale": 1.0},
+    "eval_every": 100,
+    "save_every": 200,
+    "log_every": 20,
+    "panels": {"every": 0},
+}
 RUNS: dict[str, dict[str, Any]] = {
     "learnt": {"steps": 600},
-    "collapsed": {"steps": 120, "batch_size": 32, "eval_every": 40, "loss": {"kind": "mse"}, "blind": True, "masking": {"text": 0.0, "images": 0.0, "proprio": 1.0}}}
-PAGES = {"panels_drift": ("A1", "A2", "A5", "C1"), "panels_errors": ("A3", "A4", "B2", "B3", "B5"), "panels_distribution": ("B1", "B4", "C2", "C3"),
-         "panels_run": ("D1", "D2", "D3")}
-WIDTH, GAP = 560, 16        # pixels of a picture, and between two
+    "collapsed": {
+        "steps": 120,
+        "batch_size": 32,
+        "eval_every": 40,
+        "loss": {"kind": "mse"},
+        "blind": True,
+        "masking": {"text": 0.0, "images": 0.0, "proprio": 1.0},
+    },
+}
+PAGES = {
+    "panels_drift": ("A1", "A2", "A5", "C1"),
+    "panels_errors": ("A3", "A4", "B2", "B3", "B5"),
+    "panels_distribution": ("B1", "B4", "C2", "C3"),
+    "panels_run": ("D1", "D2", "D3"),
+}
+WIDTH, GAP = 560, 16  # pixels of a picture, and between two
 
 
 def look(cache: Path, run: Path, name: str) -> PanelData:
@@ -59,7 +81,9 @@ def montage(keys: tuple[str, ...], looks: dict[str, PanelData], out: Path) -> No
     """A row per panel, a column per run."""
     rows = []
     for key in keys:
-        pictures = [Image.open(io.BytesIO(png(PANELS[key].draw(data, LIGHT)))).convert("RGB") for data in looks.values()]
+        pictures = [
+            Image.open(io.BytesIO(png(PANELS[key].draw(data, LIGHT)))).convert("RGB") for data in looks.values()
+        ]
         rows.append([p.resize((WIDTH, round(p.height * WIDTH / p.width)), Image.Resampling.LANCZOS) for p in pictures])
     height = sum(max(p.height for p in row) + GAP for row in rows)
     page, y = Image.new("RGB", (WIDTH * len(looks) + GAP * (len(looks) - 1), height - GAP), "white"), 0
@@ -80,7 +104,7 @@ def main() -> None:
     looks = {name: look(args.cache, args.work / name, name) for name in RUNS}
     for name, data in looks.items():
         for panel in PANELS.values():
-            if panel.key != "D4":       # which a finished run does not know
+            if panel.key != "D4":  # which a finished run does not know
                 print(f"{name}: {panel.draw(data, LIGHT).get_suptitle()}".replace("\n", " "))
     for name, keys in PAGES.items():
         montage(keys, looks, args.out / f"{name}.png")

@@ -32,7 +32,7 @@ from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.stages.caching.build import build
 
-READ = 200      # samples drawn at random
+READ = 200  # samples drawn at random
 TOWER = TinySpec(vision_depth=1, vision_width=64, vision_heads=2, out_width=2048, text_layers=1, vocabulary=512)
 
 
@@ -43,7 +43,9 @@ def by_lerobot(source: Path) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.
     dataset = LeRobotDataset("dvla/bench", root=source, video_backend="pyav")
     for i in range(len(dataset)):
         item = dataset[i]
-        pictures = [(item[f"observation.images.{c}"].numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0) for c in CAMERAS]
+        pictures = [
+            (item[f"observation.images.{c}"].numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0) for c in CAMERAS
+        ]
         yield [np.ascontiguousarray(p) for p in pictures], item["observation.state"].numpy(), item["action"].numpy()
 
 
@@ -51,15 +53,19 @@ def by_dvla(source: Path) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.nda
     opened = open_source(str(source), str(common.FIELDS))
     for number in opened.episode_ids:
         episode = opened.load(number)
-        for pictures, state, action in zip(zip(*(view.frames() for view in episode.views)), episode.state, episode.action):
+        for pictures, state, action in zip(
+            zip(*(view.frames() for view in episode.views)), episode.state, episode.action
+        ):
             yield list(pictures), state, action
 
 
-def proposal(samples: Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]], encoder: VisionLanguageEncoder, out: Path) -> int:
+def proposal(
+    samples: Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]], encoder: VisionLanguageEncoder, out: Path
+) -> int:
     count = 0
     with h5py.File(out, "w") as file, torch.inference_mode():
         for count, (pictures, state, action) in enumerate(samples, 1):
-            hidden = torch.cat([encoder.encode_images(torch.from_numpy(p[None]))[0] for p in pictures])      # [V·K,D]
+            hidden = torch.cat([encoder.encode_images(torch.from_numpy(p[None]))[0] for p in pictures])  # [V·K,D]
             group = file.create_group(f"sample_{count - 1}")
             group.create_dataset("hidden", data=hidden.cpu().half().numpy(), compression="gzip")
             group.create_dataset("state", data=state)
@@ -91,9 +97,9 @@ def compare(source: Path, vlm: Path, work: Path, repeats: int) -> None:
     names = ("HDF5, LeRobotDataset[i]", "HDF5, dvla's reader", "dvla cache build")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     sizes, files, frames = {}, {name: work / f"{i}.h5" for i, name in enumerate(names)}, 0
-    next(by_lerobot(source))    # the clock starts when libraries are loaded
+    next(by_lerobot(source))  # the clock starts when libraries are loaded
     for repeat in range(repeats):
-        for name in names[::1 if repeat % 2 else -1]:
+        for name in names[:: 1 if repeat % 2 else -1]:
             began = time.perf_counter()
             if name == names[2]:
                 shutil.rmtree(work / "cache", ignore_errors=True)
@@ -104,18 +110,25 @@ def compare(source: Path, vlm: Path, work: Path, repeats: int) -> None:
             seconds[name].append(time.perf_counter() - began)
             print(f"  repeat {repeat + 1}: {name} {seconds[name][-1]:.1f} s", flush=True)
     cached = Cache.open(work / "cache").datasets[0]
-    with h5py.File(files[names[1]]) as file:    # the same numbers up to batching
+    with h5py.File(files[names[1]]) as file:  # the same numbers up to batching
         stored = np.concatenate([cached.feature(view, 7) for view in cached.views]).astype(np.float32)
         error = np.abs(file["sample_7"]["hidden"][()].astype(np.float32) - stored).max() / np.abs(stored).max()
     rows = np.random.default_rng(0).integers(0, frames, READ)
-    reading = {names[0]: [read_hdf5(files[names[0]], rows) for _ in range(3)], names[2]: [read_cache(work / "cache", rows) for _ in range(3)]}
+    reading = {
+        names[0]: [read_hdf5(files[names[0]], rows) for _ in range(3)],
+        names[2]: [read_cache(work / "cache", rows) for _ in range(3)],
+    }
     print(f"\n{frames} frames; features differ by {error:.1e} of the largest\n")
-    print("| way | frames/s | × the plan's (median, min – max) | bytes a frame | random samples/s (in memory) |\n|---|---|---|---|---|")
+    print(
+        "| way | frames/s | × the plan's (median, min – max) | bytes a frame | random samples/s (in memory) |\n|---|---|---|---|---|"
+    )
     for name in names:
         ratios = [b / t for b, t in zip(seconds[names[0]], seconds[name])]
         read = f"{READ / statistics.median(reading[name]):.0f}" if name in reading else ""
-        print(f"| {name} | {frames / statistics.median(seconds[name]):.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f}) | "
-              f"{sizes[name] / frames / 1024:.0f} KiB | {read} |")
+        print(
+            f"| {name} | {frames / statistics.median(seconds[name]):.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f}) | "
+            f"{sizes[name] / frames / 1024:.0f} KiB | {read} |"
+        )
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from dvla.common.mp4 import quiet_libav
 
 FPS = 20
 CAMERAS = ("front", "wrist")
-SAMPLE = 97     # every so many frames are compared, pixel by pixel
+SAMPLE = 97  # every so many frames are compared, pixel by pixel
 
 
 def record(root: Path, size: int, episodes: int, frames: int, codec: str) -> None:
@@ -42,22 +42,35 @@ def record(root: Path, size: int, episodes: int, frames: int, codec: str) -> Non
 
     vector = {"dtype": "float32", "shape": (7,), "names": [f"joint_{i}" for i in range(7)]}
     features = {"observation.state": vector, "action": vector}
-    features |= {f"observation.images.{c}": {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]} for c in CAMERAS}
-    dataset = LeRobotDataset.create("dvla/bench", fps=FPS, features=features, root=root, robot_type="bench", vcodec=codec, image_writer_threads=2)
+    features |= {
+        f"observation.images.{c}": {
+            "dtype": "video",
+            "shape": (size, size, 3),
+            "names": ["height", "width", "channels"],
+        }
+        for c in CAMERAS
+    }
+    dataset = LeRobotDataset.create(
+        "dvla/bench", fps=FPS, features=features, root=root, robot_type="bench", vcodec=codec, image_writer_threads=2
+    )
     rng = np.random.default_rng(0)
     coarse = rng.uniform(40, 215, (len(CAMERAS), 17, 17, 3))
     grid = np.linspace(0, 15.99, 2 * size)
     low, part = grid.astype(int), (grid % 1)[:, None, None]
     textures = []
-    for c in coarse:    # bilinear, twice as wide as a picture
+    for c in coarse:  # bilinear, twice as wide as a picture
         rows = c[low] * (1 - part) + c[low + 1] * part
         rows = rows.transpose(1, 0, 2)
         textures.append((rows[low] * (1 - part) + rows[low + 1] * part).transpose(1, 0, 2))
     for episode in range(episodes):
         for frame in range(frames):
             at = [(7 * episode + 2 * frame) % size, (13 * episode + frame) % size]
-            pictures = {f"observation.images.{name}": np.clip(t[at[0]:at[0] + size, at[1]:at[1] + size] + rng.normal(0, 3, (size, size, 1)), 0, 255).astype(np.uint8)
-                        for name, t in zip(CAMERAS, textures)}
+            pictures = {
+                f"observation.images.{name}": np.clip(
+                    t[at[0] : at[0] + size, at[1] : at[1] + size] + rng.normal(0, 3, (size, size, 1)), 0, 255
+                ).astype(np.uint8)
+                for name, t in zip(CAMERAS, textures)
+            }
             vectors = {k: rng.uniform(-1, 1, 7).astype(np.float32) for k in ("observation.state", "action")}
             dataset.add_frame({**vectors, **pictures, "task": "move"})
         dataset.save_episode()
@@ -79,14 +92,16 @@ def read_lerobot(root: Path) -> tuple[float, dict[tuple, int]]:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset, sums = LeRobotDataset("dvla/bench", root=root, video_backend="pyav"), {}
-    dataset[0]      # the clock starts when libraries are loaded
+    dataset[0]  # the clock starts when libraries are loaded
     begin = time.perf_counter()
     for i in range(len(dataset)):
         item = dataset[i]
         if i % SAMPLE == 0:
             for key in dataset.meta.video_keys:
                 picture = (item[key].numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0)
-                sums[i, key.rsplit(".", 1)[-1]] = checksum(picture, item["observation.state"].numpy(), item["action"].numpy())
+                sums[i, key.rsplit(".", 1)[-1]] = checksum(
+                    picture, item["observation.state"].numpy(), item["action"].numpy()
+                )
     return time.perf_counter() - begin, sums
 
 
@@ -130,8 +145,10 @@ def describe_files(source: Source) -> str:
     with av.open(str(files[0])) as container:
         stream = container.streams.video[0]
         keys = sum(p.is_keyframe for p in container.demux(video=0) if p.pts is not None)
-        return (f"{stream.codec_context.name} {stream.width}×{stream.height}, {len(files)} files, a key frame every "
-                f"{stream.frames / max(keys, 1):.1f} frames, {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB")
+        return (
+            f"{stream.codec_context.name} {stream.width}×{stream.height}, {len(files)} files, a key frame every "
+            f"{stream.frames / max(keys, 1):.1f} frames, {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB"
+        )
 
 
 def main() -> None:
@@ -154,24 +171,35 @@ def main() -> None:
 def compare(root: Path, source: Source, repeats: int) -> None:
     episodes, frames = len(source.episode_ids), sum(map(source.length_of, source.episode_ids))
     pictures = frames * len(source.view_names)
-    print(f"{episodes} episodes, {frames} frames, {pictures} pictures; {describe_files(source)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
+    print(
+        f"{episodes} episodes, {frames} frames, {pictures} pictures; {describe_files(source)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}"
+    )
     readers: dict[str, Callable[[], tuple[float, dict]]] = {
-        "LeRobotDataset[i]": lambda: read_lerobot(root), "dvla": lambda: read_dvla(root, source.config), "PyAV, pictures only": lambda: read_pixels(root)}
+        "LeRobotDataset[i]": lambda: read_lerobot(root),
+        "dvla": lambda: read_dvla(root, source.config),
+        "PyAV, pictures only": lambda: read_pixels(root),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     sums: dict[str, dict] = {}
     for repeat in range(repeats):
-        for name in list(readers)[::1 if repeat % 2 else -1]:
+        for name in list(readers)[:: 1 if repeat % 2 else -1]:
             taken, sums[name] = readers[name]()
             seconds[name].append(taken)
             print(f"  repeat {repeat + 1}: {name} {taken:.2f} s", flush=True)
-        assert sums["dvla"] and sums["dvla"] == sums["LeRobotDataset[i]"], "the two readers gave different pixels, states or actions"
+        assert sums["dvla"] and sums["dvla"] == sums["LeRobotDataset[i]"], (
+            "the two readers gave different pixels, states or actions"
+        )
     print(f"{len(sums['dvla'])} pictures with their states and actions compared: equal\n")
-    print("| reader | episodes/s | pictures/s | × LeRobotDataset[i] (median, min – max of the repeats) |\n|---|---|---|---|")
+    print(
+        "| reader | episodes/s | pictures/s | × LeRobotDataset[i] (median, min – max of the repeats) |\n|---|---|---|---|"
+    )
     base = seconds["LeRobotDataset[i]"]
     for name, taken in seconds.items():
         median = statistics.median(taken)
         ratios = [b / t for b, t in zip(base, taken)]
-        print(f"| {name} | {episodes / median:.2f} | {pictures / median:.0f} | {statistics.median(ratios):.1f} ({min(ratios):.1f} – {max(ratios):.1f}) |")
+        print(
+            f"| {name} | {episodes / median:.2f} | {pictures / median:.0f} | {statistics.median(ratios):.1f} ({min(ratios):.1f} – {max(ratios):.1f}) |"
+        )
 
 
 if __name__ == "__main__":

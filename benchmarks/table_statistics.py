@@ -33,17 +33,40 @@ def write(root: Path, rows: int, one_group: bool) -> None:
     for folder in ("meta/episodes/chunk-000", "data/chunk-000"):
         (root / folder).mkdir(parents=True)
     vector = {"dtype": "float32", "shape": [WIDTH], "names": None}
-    features = {"action": vector, "observation.state": vector,
-                CAMERA: {"dtype": "video", "shape": [480, 640, 3], "names": ["height", "width", "channels"]}}
-    (root / "meta/info.json").write_text(json.dumps({
-        "codebase_version": "v3.0", "robot_type": "Unitree_G1_Inspire", "fps": HZ, "features": features,
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"}))
+    features = {
+        "action": vector,
+        "observation.state": vector,
+        CAMERA: {"dtype": "video", "shape": [480, 640, 3], "names": ["height", "width", "channels"]},
+    }
+    (root / "meta/info.json").write_text(
+        json.dumps(
+            {
+                "codebase_version": "v3.0",
+                "robot_type": "Unitree_G1_Inspire",
+                "fps": HZ,
+                "features": features,
+                "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+                "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+            }
+        )
+    )
     pq.write_table(pa.table({"task_index": [0], "__index_level_0__": ["pick"]}), root / "meta/tasks.parquet")
     zeros = [0] * count
-    pq.write_table(pa.table({"episode_index": range(count), "length": [EPISODE] * count, "tasks": [["pick"]] * count, "data/chunk_index": zeros,
-                             "data/file_index": zeros, f"videos/{CAMERA}/chunk_index": zeros, f"videos/{CAMERA}/file_index": zeros,
-                             f"videos/{CAMERA}/from_timestamp": [0.0] * count}), root / "meta/episodes/chunk-000/file-000.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                "episode_index": range(count),
+                "length": [EPISODE] * count,
+                "tasks": [["pick"]] * count,
+                "data/chunk_index": zeros,
+                "data/file_index": zeros,
+                f"videos/{CAMERA}/chunk_index": zeros,
+                f"videos/{CAMERA}/file_index": zeros,
+                f"videos/{CAMERA}/from_timestamp": [0.0] * count,
+            }
+        ),
+        root / "meta/episodes/chunk-000/file-000.parquet",
+    )
     rng, frames, parts = np.random.default_rng(0), np.arange(EPISODE), []
     with pq.ParquetWriter(root / "data/chunk-000/file-000.parquet", _episode(rng, frames, 0).schema) as writer:
         for number in range(count):
@@ -57,8 +80,17 @@ def write(root: Path, rows: int, one_group: bool) -> None:
 def _episode(rng: np.random.Generator, frames: np.ndarray, number: int) -> pa.Table:
     walk = np.cumsum(rng.normal(0, 0.02, (2, EPISODE, WIDTH)), axis=1).astype(np.float32)
     vectors = [pa.FixedSizeListArray.from_arrays(w.ravel(), WIDTH) for w in walk]
-    return pa.table({"action": vectors[0], "observation.state": vectors[1], "timestamp": (frames / HZ).astype(np.float32), "frame_index": frames,
-                     "episode_index": np.full(EPISODE, number), "index": frames + number * EPISODE, "task_index": np.zeros(EPISODE, np.int64)})
+    return pa.table(
+        {
+            "action": vectors[0],
+            "observation.state": vectors[1],
+            "timestamp": (frames / HZ).astype(np.float32),
+            "frame_index": frames,
+            "episode_index": np.full(EPISODE, number),
+            "index": frames + number * EPISODE,
+            "task_index": np.zeros(EPISODE, np.int64),
+        }
+    )
 
 
 def measure(root: Path, warm: Path) -> None:
@@ -72,7 +104,9 @@ def measure(root: Path, warm: Path) -> None:
     begin = time.perf_counter()
     report = statistics_of(source, lambda *_: None)
     seconds = time.perf_counter() - begin
-    print(json.dumps([seconds, report["datasets"][0]["rows"], before, _memory("VmHWM")]))     # not getrusage: its peak is the parent's too
+    print(
+        json.dumps([seconds, report["datasets"][0]["rows"], before, _memory("VmHWM")])
+    )  # not getrusage: its peak is the parent's too
 
 
 def _memory(field: str) -> float:
@@ -91,7 +125,9 @@ def main() -> None:
         measure(*args.measure)
         return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
-    print("| rows | row groups | table | seconds, median (min – max) | rows/s | memory after opening | peak beyond that |\n|---|---|---|---|---|---|---|")
+    print(
+        "| rows | row groups | table | seconds, median (min – max) | rows/s | memory after opening | peak beyond that |\n|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder) / "warm"
         write(warm, 10 * EPISODE, False)
@@ -100,12 +136,21 @@ def main() -> None:
                 root = Path(folder) / f"{rows}-{groups}"
                 write(root, rows, groups == "one")
                 size = (root / "data/chunk-000/file-000.parquet").stat().st_size / 2**20
-                runs = [json.loads(subprocess.run([sys.executable, __file__, "--measure", root, warm], check=True, capture_output=True).stdout)
-                        for _ in range(args.repeats)]
+                runs = [
+                    json.loads(
+                        subprocess.run(
+                            [sys.executable, __file__, "--measure", root, warm], check=True, capture_output=True
+                        ).stdout
+                    )
+                    for _ in range(args.repeats)
+                ]
                 seconds, found, before, peak = zip(*runs)
                 middle = statistics.median(seconds)
-                print(f"| {found[0]:,} | {groups} | {size:.0f} MiB | {middle:.1f} ({min(seconds):.1f} – {max(seconds):.1f}) | {found[0] / middle:,.0f} | "
-                      f"{max(before):.0f} MiB | {max(p - b for p, b in zip(peak, before)):.0f} MiB |", flush=True)
+                print(
+                    f"| {found[0]:,} | {groups} | {size:.0f} MiB | {middle:.1f} ({min(seconds):.1f} – {max(seconds):.1f}) | {found[0] / middle:,.0f} | "
+                    f"{max(before):.0f} MiB | {max(p - b for p, b in zip(peak, before)):.0f} MiB |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

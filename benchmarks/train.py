@@ -56,11 +56,21 @@ from dvla.stages.training.setup import kernel_threads, prepare, share_network
 from dvla.stages.training.step import noise_generator, training_step
 from dvla.stages.training.train import policy_net
 
-TOWERS = {"scaled": TinySpec(vision_depth=10, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512),
-          "full": TinySpec(vision_depth=24, vision_width=1024, vision_heads=16, position_grid=48, out_width=2048, text_layers=1, vocabulary=512)}
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A40": 150, "L40S": 362}      # dense bf16, from the makers' sheets
+TOWERS = {
+    "scaled": TinySpec(vision_depth=10, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512),
+    "full": TinySpec(
+        vision_depth=24,
+        vision_width=1024,
+        vision_heads=16,
+        position_grid=48,
+        out_width=2048,
+        text_layers=1,
+        vocabulary=512,
+    ),
+}
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A40": 150, "L40S": 362}  # dense bf16, from the makers' sheets
 WAYS = ("resident", "cache", "live, pictures in memory", "live, decoding", "lerobot")
-WARM_UP = {"resident": 3, "cache": 3}      # steps before the clock starts, at every turn; 1 of the slow ways
+WARM_UP = {"resident": 3, "cache": 3}  # steps before the clock starts, at every turn; 1 of the slow ways
 FIELDS = """name: bench
 match: []
 embodiment: gripper_joint
@@ -90,13 +100,16 @@ class Bench:
         out, began = work / f"cache-{self.source.name}-{vlm.name}", time.perf_counter()
         build(BuildConfig((str(self.source),), spec, out, 32, None, args.device, str(self.fields)))
         self.cache = Cache.open(out)
-        print(f"{self.cache.frames} frames × {len(CAMERAS)} cameras of {args.pixels} px; cache {self.cache.manifest['bytes'] / 2**20:.0f} MiB, "
-              f"{self.cache.tokens} × {self.cache.width} a picture, ready in {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"{self.cache.frames} frames × {len(CAMERAS)} cameras of {args.pixels} px; cache {self.cache.manifest['bytes'] / 2**20:.0f} MiB, "
+            f"{self.cache.tokens} × {self.cache.width} a picture, ready in {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
         self.encoder: VisionLanguageEncoder = load_encoder(spec, args.device)
         picture = torch.zeros(1, args.pixels, args.pixels, 3, dtype=torch.uint8, device=self.device)
         with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.encoder.encode_images(picture)
-        self.vlm_flops = counter.get_total_flops() * len(CAMERAS)     # a sample
+        self.vlm_flops = counter.get_total_flops() * len(CAMERAS)  # a sample
 
     @contextlib.contextmanager
     def batches(self, way: str) -> Iterator[tuple[Callable[[], FeatureBatch], Callable[[], float]]]:
@@ -114,7 +127,12 @@ class Bench:
             elif way == "cache":
                 yield lambda: next(loader), lambda: loader.wait_seconds
             else:
-                live = LiveFeatures(self.encoder, self.cache, sources_of(self.cache), memory_gib=0.0 if way.endswith("decoding") else 64.0)
+                live = LiveFeatures(
+                    self.encoder,
+                    self.cache,
+                    sources_of(self.cache),
+                    memory_gib=0.0 if way.endswith("decoding") else 64.0,
+                )
                 if not way.endswith("decoding"):
                     for row in range(self.cache.frames):
                         for view in range(len(CAMERAS)):
@@ -133,29 +151,62 @@ class Bench:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         args = self.args
-        dataset = LeRobotDataset("dvla/bench", root=self.source, video_backend=args.video_backend, delta_timestamps={"action": [i / FPS for i in range(16)]})
+        dataset = LeRobotDataset(
+            "dvla/bench",
+            root=self.source,
+            video_backend=args.video_backend,
+            delta_timestamps={"action": [i / FPS for i in range(16)]},
+        )
         sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=1 << 24)
-        loader = [iter(torch.utils.data.DataLoader(dataset, args.batch, sampler=sampler, num_workers=args.workers, pin_memory=self.device.type == "cuda"))]
+        loader = [
+            iter(
+                torch.utils.data.DataLoader(
+                    dataset,
+                    args.batch,
+                    sampler=sampler,
+                    num_workers=args.workers,
+                    pin_memory=self.device.type == "cuda",
+                )
+            )
+        ]
 
         def following() -> FeatureBatch:
             item = next(loader[0])
             rows = item["index"].numpy()
             batch = gather(self.cache, np.zeros(len(rows), np.int64), rows, 16, features=False).to(self.device)
-            views = [(item[f"observation.images.{c}"] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy() for c in CAMERAS]    # [B,H,W,3]
+            views = [
+                (item[f"observation.images.{c}"] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+                for c in CAMERAS
+            ]  # [B,H,W,3]
             with torch.no_grad():
-                tokens = torch.stack(encode_observations(self.encoder, list(zip(*views)), ["move"] * len(rows)))       # [B,V,K,D]
-            view_id = torch.arange(len(CAMERAS), device=self.device).repeat_interleave(self.cache.tokens).expand(len(rows), -1).contiguous()
-            return batch.replace(tokens=tokens.flatten(1, 2), text=batch.text.to(tokens.dtype), view_id=view_id, frame_id=torch.zeros_like(view_id),
-                                 token_mask=torch.ones_like(view_id, dtype=torch.bool))
+                tokens = torch.stack(
+                    encode_observations(self.encoder, list(zip(*views)), ["move"] * len(rows))
+                )  # [B,V,K,D]
+            view_id = (
+                torch.arange(len(CAMERAS), device=self.device)
+                .repeat_interleave(self.cache.tokens)
+                .expand(len(rows), -1)
+                .contiguous()
+            )
+            return batch.replace(
+                tokens=tokens.flatten(1, 2),
+                text=batch.text.to(tokens.dtype),
+                view_id=view_id,
+                frame_id=torch.zeros_like(view_id),
+                token_mask=torch.ones_like(view_id, dtype=torch.bool),
+            )
 
         try:
             yield following
         finally:
-            loader.clear()      # ends its processes, so that they do not decode while others are measured
+            loader.clear()  # ends its processes, so that they do not decode while others are measured
 
 
-def measure(bench: Bench, session: Session, trained: tuple[Any, list[torch.Tensor]], way: str, steps: int) -> tuple[float, float]:
+def measure(
+    bench: Bench, session: Session, trained: tuple[Any, list[torch.Tensor]], way: str, steps: int
+) -> tuple[float, float]:
     """(steps/s, share of the time spent waiting for the loader) of one turn."""
+
     def wait() -> None:
         if bench.device.type == "cuda":
             torch.cuda.synchronize()
@@ -175,20 +226,34 @@ def measure(bench: Bench, session: Session, trained: tuple[Any, list[torch.Tenso
 def flops(session: Session, batch: FeatureBatch) -> int:
     """Of one forward and backward pass."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        training_step(session.net, batch, session.config, noise_generator(0, 0, 0, session.world.device)).total.backward()
+        training_step(
+            session.net, batch, session.config, noise_generator(0, 0, 0, session.world.device)
+        ).total.backward()
     return counter.get_total_flops()
 
 
 def compare(bench: Bench, draws: int) -> None:
     """Print one table: every way, in turn, `repeats` times."""
     args = bench.args
-    config = TrainConfig(str(bench.cache.path), "", model_size=args.size, batch_size=args.batch, draws=draws, threads=args.threads,
-                         device=args.device, precision=args.precision, compile=args.compile, cpu_threads=args.cpu_threads)
+    config = TrainConfig(
+        str(bench.cache.path),
+        "",
+        model_size=args.size,
+        batch_size=args.batch,
+        draws=draws,
+        threads=args.threads,
+        device=args.device,
+        precision=args.precision,
+        compile=args.compile,
+        cpu_threads=args.cpu_threads,
+    )
     torch.manual_seed(0)
-    session = Session(config, bench.cache, policy_net(config, bench.cache).to(bench.device), {}, world=World(bench.device))
+    session = Session(
+        config, bench.cache, policy_net(config, bench.cache).to(bench.device), {}, world=World(bench.device)
+    )
     with bench.batches("resident") as (following, _):
         work = flops(session, following())
-    prepare(session)    # its kernels, and compilation
+    prepare(session)  # its kernels, and compilation
     shared = share_network(session)
     trained = shared, [p.detach().clone() for p in shared.named.values()]
     session.net.train()
@@ -196,20 +261,35 @@ def compare(bench: Bench, draws: int) -> None:
     rates: dict[str, list[float]] = {way: [] for way in ways}
     waits: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(args.repeats):
-        for way in ways[::1 if repeat % 2 else -1]:
+        for way in ways[:: 1 if repeat % 2 else -1]:
             rate, wait = measure(bench, session, trained, way, args.steps if way in WAYS[:2] else args.live_steps)
             rates[way].append(rate)
             waits[way].append(wait)
     parameters = sum(p.numel() for p in session.net.parameters())
-    peak = next((t for name, t in PEAK_TFLOPS.items() if bench.device.type == "cuda" and name in torch.cuda.get_device_name()), None)
-    print(f"\n{args.size} ({parameters / 1e6:.1f} M parameters), batch {args.batch}, {draws} draws, {args.precision}{', compiled' if args.compile else ''}; "
-          f"{work / args.batch / 1e9:.3g} GFLOP a sample, the VLM's {bench.vlm_flops / 1e9:.4g}\n")
-    print("| way | steps/s | samples/s | × resident | the cache is faster by | waiting for the loader | TFLOP/s |" + (" MFU |" if peak else ""))
+    peak = next(
+        (t for name, t in PEAK_TFLOPS.items() if bench.device.type == "cuda" and name in torch.cuda.get_device_name()),
+        None,
+    )
+    print(
+        f"\n{args.size} ({parameters / 1e6:.1f} M parameters), batch {args.batch}, {draws} draws, {args.precision}{', compiled' if args.compile else ''}; "
+        f"{work / args.batch / 1e9:.3g} GFLOP a sample, the VLM's {bench.vlm_flops / 1e9:.4g}\n"
+    )
+    print(
+        "| way | steps/s | samples/s | × resident | the cache is faster by | waiting for the loader | TFLOP/s |"
+        + (" MFU |" if peak else "")
+    )
     print("|---|---|---|---|---|---|---|" + ("---|" if peak else ""))
     for way in ways:
         median = statistics.median(rates[way])
-        cells = [way, f"{median:.3g}", f"{median * args.batch:.4g}", _ratio(rates[way], rates.get("resident")), _ratio(rates.get("cache"), rates[way]),
-                 f"{statistics.median(waits[way]):.1%}" if way == "cache" else "", f"{median * work / 1e12:.3g}"]
+        cells = [
+            way,
+            f"{median:.3g}",
+            f"{median * args.batch:.4g}",
+            _ratio(rates[way], rates.get("resident")),
+            _ratio(rates.get("cache"), rates[way]),
+            f"{statistics.median(waits[way]):.1%}" if way == "cache" else "",
+            f"{median * work / 1e12:.3g}",
+        ]
         print(f"| {' | '.join(cells + ([f'{median * work / 1e12 / peak:.1%}'] if peak else []))} |", flush=True)
 
 
@@ -222,10 +302,14 @@ def _ratio(top: list[float] | None, bottom: list[float] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, help="folder for recording, checkpoint and cache; default: a temporary one")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for recording, checkpoint and cache; default: a temporary one"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--size", default="tiny", help="of the policy: tiny, small, base or large")
-    parser.add_argument("--vlm", choices=TOWERS, default="scaled", help="the tower: one for a CPU, or that of Qwen3-VL-2B")
+    parser.add_argument(
+        "--vlm", choices=TOWERS, default="scaled", help="the tower: one for a CPU, or that of Qwen3-VL-2B"
+    )
     parser.add_argument("--vlm-blocks", type=int, default=0, help="its transformer blocks; default: all")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true")
@@ -237,14 +321,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of dvla's loader")
     parser.add_argument("--workers", type=int, default=2, help="processes of lerobot's DataLoader")
     parser.add_argument("--video-backend", default="pyav", help="of lerobot: pyav or torchcodec")
-    parser.add_argument("--cpu-threads", type=int, default=1, help="of torch's CPU kernels: 1 leaves the other core to reading, as a GPU leaves all")
+    parser.add_argument(
+        "--cpu-threads",
+        type=int,
+        default=1,
+        help="of torch's CPU kernels: 1 leaves the other core to reading, as a GPU leaves all",
+    )
     parser.add_argument("--steps", type=int, default=20, help="timed at a turn, resident and from the cache")
     parser.add_argument("--live-steps", type=int, default=2, help="timed at a turn, with the VLM")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, torch {torch.__version__}; "
-          f"VLM: {args.vlm}, random weights")
+    print(
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, torch {torch.__version__}; "
+        f"VLM: {args.vlm}, random weights"
+    )
     with tempfile.TemporaryDirectory() as temporary, kernel_threads(args.cpu_threads if args.device == "cpu" else 0):
         bench = Bench(args.keep or Path(temporary), args)
         for draws in map(int, args.draws.split(",")):

@@ -1,7 +1,7 @@
 """Paths of policies in metaworld/reach-wall-two-ways, seen from above: one panel per policy.
 
-    python benchmarks/two_ways.py runs/baselines/runs/{mse,drifting,hybrid}-0 --out paths.png
-    python benchmarks/two_ways.py "runs/baselines/runs/flow-10-passes-0@1" --out one_pass.png       # with 1 pass per action
+python benchmarks/two_ways.py runs/baselines/runs/{mse,drifting,hybrid}-0 --out paths.png
+python benchmarks/two_ways.py "runs/baselines/runs/flow-10-passes-0@1" --out one_pass.png       # with 1 pass per action
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ TASK = "metaworld/reach-wall-two-ways"
 GREEN, RED = "#009E73", "#D55E00"
 
 
-def paths(run: str, steps: int | None, episodes: int, replan: int, seed: int) -> list[tuple[np.ndarray, bool, np.ndarray]]:
+def paths(
+    run: str, steps: int | None, episodes: int, replan: int, seed: int
+) -> list[tuple[np.ndarray, bool, np.ndarray]]:
     """(places of the hand [T,2] in metres, solved, place of the goal [2]) of every episode, from starts 0, 1, … of the eval split."""
     policy = Policy.from_pretrained(run, environment=TASK, seed=seed, steps=steps)
     env, found = make_environment(TASK, "eval", seed), []
@@ -30,7 +32,11 @@ def paths(run: str, steps: int | None, episodes: int, replan: int, seed: int) ->
             for i, action in enumerate(chunk):
                 result = env.step(action, policy.needs_images and i == len(chunk) - 1)
                 path.append(result.observation.state[:2])
-                observation, done, solved = result.observation, result.done or bool(result.info["touched"]), result.success
+                observation, done, solved = (
+                    result.observation,
+                    result.done or bool(result.info["touched"]),
+                    result.success,
+                )
                 if done:
                     break
         found.append((np.array(path), solved, np.array(env.start_vector[3:5])))
@@ -61,10 +67,21 @@ def main() -> None:
             axis.plot(*path.T, color=GREEN if solved else RED, linewidth=1, alpha=0.7)
             axis.plot(*goal, "o", color="#CC0000", markersize=3)
         won = sum(solved for _, solved, _ in episodes)
-        beside = [path[path[:, 1] >= y][0, 0] for path, _, _ in episodes if path[-1, 1] >= y]     # x where the wall is passed
-        axis.set(title=f"{name}\n{won} of {len(episodes)}", xlim=(-0.3, 0.3), ylim=(0.53, 0.95), aspect="equal", xlabel="x (m)")
-        print(f"{name}: {won} of {len(episodes)} solved; passed the wall on the left {sum(at < 0 for at in beside)}, on the right "
-              f"{sum(at > 0 for at in beside)}", flush=True)
+        beside = [
+            path[path[:, 1] >= y][0, 0] for path, _, _ in episodes if path[-1, 1] >= y
+        ]  # x where the wall is passed
+        axis.set(
+            title=f"{name}\n{won} of {len(episodes)}",
+            xlim=(-0.3, 0.3),
+            ylim=(0.53, 0.95),
+            aspect="equal",
+            xlabel="x (m)",
+        )
+        print(
+            f"{name}: {won} of {len(episodes)} solved; passed the wall on the left {sum(at < 0 for at in beside)}, on the right "
+            f"{sum(at > 0 for at in beside)}",
+            flush=True,
+        )
     figure.axes[0].set_ylabel("y (m)")
     figure.savefig(given.out, dpi=110)
 

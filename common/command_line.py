@@ -13,18 +13,18 @@ from ..errors import UserError
 
 def run_command(command: Any, arguments: Sequence[str]) -> None:
     """Run a command line of `command`, the root of all commands. Raises `UserError`; `KeyboardInterrupt` for Ctrl-C; a command's own exit code exits."""
-    click_error: Any = typer.BadParameter.__mro__[2]     # ClickException: of click, or of the copy inside newer typers
+    click_error: Any = typer.BadParameter.__mro__[2]  # ClickException: of click, or of the copy inside newer typers
     try:
         code = command.main(args=list(arguments), prog_name="dvla", standalone_mode=False)
-    except click_error as error:    # wrong options: click's own message names them
-        if type(error).__name__ == "NoArgsIsHelpError":     # a group without a command: its help
+    except click_error as error:  # wrong options: click's own message names them
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: its help
             error.show()
             sys.exit(error.exit_code)
         message, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
         raise UserError(f"{message}; see `{context.command_path if context else 'dvla'} --help`") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
-    if code == 130:     # how newer typers report Ctrl-C
+    if code == 130:  # how newer typers report Ctrl-C
         raise KeyboardInterrupt
     if code:
         sys.exit(code)

@@ -30,8 +30,11 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
             error = unknown("setting", str(key), fields)
             raise UserError(f"{where}: {error}")
     kwargs = {name: _convert(hints[name], values[name], f"{where}.{name}") for name in fields if name in values}
-    missing = [n for n, f in fields.items() if n not in kwargs
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise UserError(f"{where}: missing {', '.join(missing)}")
     return cls(**kwargs)
@@ -91,7 +94,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, str):
         try:
-            return float(value)     # YAML 1.1 reads 1e-4 as text
+            return float(value)  # YAML 1.1 reads 1e-4 as text
         except ValueError:
             pass
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

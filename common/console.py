@@ -25,13 +25,19 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """`show(name, done, total)`: one rich bar per name; on a pipe or in a log file, nothing but the closing lines."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=900) as bars:
         tasks: dict[str, Any] = {}
 
         def show(name: str, done: int, total: int) -> None:
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, completed=done)   # a resumed run does not start at 0
+                tasks[name] = bars.add_task(name, total=total, completed=done)  # a resumed run does not start at 0
             bars.update(tasks[name], completed=done, total=total)
 
         yield show
@@ -63,7 +69,13 @@ def write_json(file: Path | None, values: Any) -> None:
     """The dataclass `values`, a list of such, or a mapping, as JSON for scripts; nothing when no file was asked for. `UserError` where it cannot go."""
     if file is None:
         return
-    listed = values if isinstance(values, dict) else [dataclasses.asdict(v) for v in values] if isinstance(values, list) else dataclasses.asdict(values)
+    listed = (
+        values
+        if isinstance(values, dict)
+        else [dataclasses.asdict(v) for v in values]
+        if isinstance(values, list)
+        else dataclasses.asdict(values)
+    )
     try:
         file.write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:

@@ -22,7 +22,7 @@ SKY, AMBER, YELLOW = "#56B4E9", "#E69F00", "#F0E442"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, GREY, YELLOW)
 """In this order, so that neighbours differ in lightness too."""
 MARKERS = "osD^vPX*"
-DPI = 100       # of the PNGs
+DPI = 100  # of the PNGs
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,25 @@ class Style:
     """Colours by what they stand for."""
 
     name: str
-    back: str               # of the figure
+    back: str  # of the figure
     text: str
-    faint: str              # grids, spines
-    expert: str = BLUE      # what the data does
-    predicted: str = ORANGE     # what the policy does
-    cycle: tuple[str, ...] = CYCLE      # of what has no colour of its own
-    map: str = "cividis"    # of heat maps: dark is little
+    faint: str  # grids, spines
+    expert: str = BLUE  # what the data does
+    predicted: str = ORANGE  # what the policy does
+    cycle: tuple[str, ...] = CYCLE  # of what has no colour of its own
+    map: str = "cividis"  # of heat maps: dark is little
 
 
 LIGHT = Style("light", "#ffffff", "#1c1e22", "#c8ccd2")
-DARK = Style("dark", "#16181c", "#e8eaed", "#4a4f58", expert=SKY, predicted=AMBER, cycle=(SKY, AMBER, GREEN, PURPLE, YELLOW, ORANGE, GREY, BLUE))
+DARK = Style(
+    "dark",
+    "#16181c",
+    "#e8eaed",
+    "#4a4f58",
+    expert=SKY,
+    predicted=AMBER,
+    cycle=(SKY, AMBER, GREEN, PURPLE, YELLOW, ORANGE, GREY, BLUE),
+)
 STYLES = {style.name: style for style in (LIGHT, DARK)}
 
 
@@ -70,12 +78,21 @@ def grid(figure: Figure, count: int, columns: int, **how: Any) -> Iterator[Axes]
             axis.remove()
 
 
-def finish(figure: Figure, finding: str, style: Style, legend: Literal["upper right", "lower left", "outside"] = "upper right") -> Figure:
+def finish(
+    figure: Figure, finding: str, style: Style, legend: Literal["upper right", "lower left", "outside"] = "upper right"
+) -> Figure:
     """Give the figure its title, one or two lines that say what it shows, and every text and line that has no meaning of its own the style's
     colours; a legend in each axes with labels, at the place `legend`, or "outside", below all. Returns the figure."""
     width = int(figure.get_figwidth() * 11)
     if finding:
-        figure.suptitle("\n".join(textwrap.wrap(finding, width)), x=0.01, ha="left", fontsize=11, fontweight="bold", color=style.text)
+        figure.suptitle(
+            "\n".join(textwrap.wrap(finding, width)),
+            x=0.01,
+            ha="left",
+            fontsize=11,
+            fontweight="bold",
+            color=style.text,
+        )
     for axis in figure.axes:
         axis.set_facecolor(style.back)
         axis.tick_params(which="both", colors=style.text, labelsize=8)
@@ -90,11 +107,17 @@ def finish(figure: Figure, finding: str, style: Style, legend: Literal["upper ri
             spine.set_visible(name in ("left", "bottom", "outline"))
         for text in axis.texts:
             text.set_color(style.text)
-        if legend != "outside" and axis.get_legend_handles_labels()[0]:     # not "best": looking for it takes longer than drawing
-            axis.legend(loc=legend, fontsize=8, labelcolor=style.text, facecolor=style.back, edgecolor="none", framealpha=0.8)
+        if (
+            legend != "outside" and axis.get_legend_handles_labels()[0]
+        ):  # not "best": looking for it takes longer than drawing
+            axis.legend(
+                loc=legend, fontsize=8, labelcolor=style.text, facecolor=style.back, edgecolor="none", framealpha=0.8
+            )
     if legend == "outside":
         named = {name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels())}
-        figure.legend(named.values(), named, loc="outside lower left", ncols=5, fontsize=8, frameon=False, labelcolor=style.text)
+        figure.legend(
+            named.values(), named, loc="outside lower left", ncols=5, fontsize=8, frameon=False, labelcolor=style.text
+        )
     return figure
 
 
@@ -112,5 +135,7 @@ def png(figure: Figure) -> bytes:
     canvas, out = FigureCanvasAgg(figure), io.BytesIO()
     figure.set_dpi(DPI)
     canvas.draw()
-    Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB").quantize(256).save(out, "png", optimize=True)
+    Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert(
+        "RGB"
+    ).quantize(256).save(out, "png", optimize=True)
     return out.getvalue()

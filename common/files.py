@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import UserError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)     # full disk, used-up quota, limit of one file's size
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, used-up quota, limit of one file's size
 
 
 @contextlib.contextmanager
@@ -56,8 +56,12 @@ def lock_folder(path: Path) -> BinaryIO:
         file = open(path / ".lock", "ab")
     except OSError as error:
         raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
-    try:        # another generation may have taken its place meanwhile
-        hold(file, f"another process is building {path}", lambda: os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock")))
+    try:  # another generation may have taken its place meanwhile
+        hold(
+            file,
+            f"another process is building {path}",
+            lambda: os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock")),
+        )
     except UserError:
         file.close()
         raise
@@ -66,6 +70,7 @@ def lock_folder(path: Path) -> BinaryIO:
 
 def names_full_disk(method: Method) -> Method:
     """Of a writer with a `path`: a full disk is a `UserError`. Nothing is lost, and the same command goes on once there is room."""
+
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -74,8 +79,11 @@ def names_full_disk(method: Method) -> Method:
             if error.errno not in NO_ROOM:
                 raise
             free = shutil.disk_usage(self.path).free / 2**30
-            raise UserError(f"cannot go on writing {self.path}: {error.strerror} ({free:.2f} GiB are free); what is finished is kept: "
-                            "make room and run the same command again") from None
+            raise UserError(
+                f"cannot go on writing {self.path}: {error.strerror} ({free:.2f} GiB are free); what is finished is kept: "
+                "make room and run the same command again"
+            ) from None
+
     return guarded  # type: ignore[return-value]
 
 
@@ -90,7 +98,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{_own_names.setdefault(os.getpid(), uuid.uuid4().hex[:16])}")
 
 
-_own_names: dict[int, str] = {}     # process id → its part of temporary names; a forked process gets another
+_own_names: dict[int, str] = {}  # process id → its part of temporary names; a forked process gets another
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -114,7 +122,7 @@ def write_file(path: Path, data: bytes) -> tuple[int, int]:
             os.fsync(file.fileno())
         publish(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)   # already renamed unless something went wrong
+        temporary.unlink(missing_ok=True)  # already renamed unless something went wrong
     return len(data), crc32c(data)
 
 

@@ -23,20 +23,28 @@ def digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(document).encode()).hexdigest()
 
 
-def diff(cached: dict[str, Any], asked: dict[str, Any], was: str = "cache has", now: str = "this run asks") -> list[str]:
+def diff(
+    cached: dict[str, Any], asked: dict[str, Any], was: str = "cache has", now: str = "this run asks"
+) -> list[str]:
     """One line per differing field, sorted by name; empty when equal. `was`, `now`: the words before the value of each.
 
     >>> diff({"encoder": {"resolution": 448}}, {"encoder": {"resolution": 224}})
     ['encoder.resolution: cache has 448, this run asks 224']
     """
-    return [f"{where}: {was} {_short(a)}, {now} {_short(b)}" for where, a, b in _diff(json.loads(canonical(cached)), json.loads(canonical(asked)), "")]
+    return [
+        f"{where}: {was} {_short(a)}, {now} {_short(b)}"
+        for where, a, b in _diff(json.loads(canonical(cached)), json.loads(canonical(asked)), "")
+    ]
 
 
 def _diff(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:
     """(field, its value in a, its value in b) of those that differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [found for key in sorted(a.keys() | b.keys())
-                for found in _diff(a.get(key, _ABSENT), b.get(key, _ABSENT), f"{where}.{key}" if where else key)]
+        return [
+            found
+            for key in sorted(a.keys() | b.keys())
+            for found in _diff(a.get(key, _ABSENT), b.get(key, _ABSENT), f"{where}.{key}" if where else key)
+        ]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [found for i, (x, y) in enumerate(zip(a, b)) for found in _diff(x, y, f"{where}[{i}]")]
     if type(a) is type(b) and a == b:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ROUNDS = 6          # Feistel rounds
+ROUNDS = 6  # Feistel rounds
 
 
 def mix(*words: np.ndarray | int) -> np.ndarray:
@@ -30,10 +30,11 @@ def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) ->
     A Feistel network over the next power of four, walked until it lands below `size` (cycle walking; Black and Rogaway
     2002). `size` and `key` may differ per element. Memory is that of the arguments.
     """
-    index, size, key = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(size, np.uint64),
-                                           np.asarray(key, np.uint64))
-    length = np.frexp((size - np.uint64(1)).astype(np.float64))[1]                  # bit length of the largest index
-    bits = np.maximum(1, (length + 1) // 2).astype(np.uint64)                       # of each half
+    index, size, key = np.broadcast_arrays(
+        np.asarray(index, np.uint64), np.asarray(size, np.uint64), np.asarray(key, np.uint64)
+    )
+    length = np.frexp((size - np.uint64(1)).astype(np.float64))[1]  # bit length of the largest index
+    bits = np.maximum(1, (length + 1) // 2).astype(np.uint64)  # of each half
     low = (np.uint64(1) << bits) - np.uint64(1)
     out, todo = np.zeros(index.shape, np.uint64), np.arange(index.size)
     value = index.copy()

@@ -35,7 +35,7 @@ def hub_files(path_or_repo: str) -> list[str]:
     except Exception as error:  # the client raises many types (HTTP, offline, validation): "could not be fetched"
         raise unreachable(found[1], error) from None
     files = [n.removeprefix(folder + "/") for n in names if not folder or n.startswith(folder + "/")]
-    return files or [n.rsplit("/", 1)[-1] for n in names if n == folder]    # one file of the repository
+    return files or [n.rsplit("/", 1)[-1] for n in names if n == folder]  # one file of the repository
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str] | None, kind: str = "dataset") -> Path:
@@ -59,4 +59,6 @@ def hub_errors(repo: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the client raises many types: HTTP, offline, validation, no token
-        raise UserError(f"the hub did not take {repo}: {first_line(error)}; log in with `hf auth login` and check the name and your rights") from None
+        raise UserError(
+            f"the hub did not take {repo}: {first_line(error)}; log in with `hf auth login` and check the name and your rights"
+        ) from None

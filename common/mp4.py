@@ -20,7 +20,7 @@ def quiet_libav() -> None:
     imported (torchvision does), so this is called at every opening.
     """
     av.logging.restore_default_callback()
-    av.logging.set_libav_level(av.logging.FATAL)    # what is wrong with a file is said by `CorruptEpisode`
+    av.logging.set_libav_level(av.logging.FATAL)  # what is wrong with a file is said by `CorruptEpisode`
 
 
 @contextlib.contextmanager
@@ -41,7 +41,12 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]
             def write(picture: np.ndarray) -> None:
                 nonlocal begun
                 if not begun:
-                    stream.height, stream.width, stream.pix_fmt, begun = picture.shape[0], picture.shape[1], "yuv420p", True
+                    stream.height, stream.width, stream.pix_fmt, begun = (
+                        picture.shape[0],
+                        picture.shape[1],
+                        "yuv420p",
+                        True,
+                    )
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
 
             yield write

@@ -60,6 +60,6 @@ def terminable() -> Iterator[Callable[[], None]]:
         if seen:
             raise KeyboardInterrupt
 
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN     # started in the background: Ctrl-C is not for it
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # started in the background: Ctrl-C is not for it
     with handled(interrupt, (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)):
         yield check

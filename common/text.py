@@ -32,14 +32,27 @@ def size(nbytes: int) -> str:
     return f"{value:.1f} {unit}"
 
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
 
 
 def parse_size(text: str) -> int:
     """Bytes of "1GiB", "500 MB" or "65536"; `UserError` for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in UNITS or float(found[1]) * UNITS[found[2].upper()] < 1:
-        raise UserError(f"'{text}' is not a size; give a number of bytes, or one with KiB, MiB, GiB, TiB, KB, MB, GB or TB, as in 1GiB")
+        raise UserError(
+            f"'{text}' is not a size; give a number of bytes, or one with KiB, MiB, GiB, TiB, KB, MB, GB or TB, as in 1GiB"
+        )
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 

@@ -23,13 +23,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Kernel = Callable[[Tensor | None, int], Attend]
 """`mask` [B,L] bool, False: invisible, at least one True in every row; None: everything is visible."""
 
-FLEX_BLOCK = 128        # FlexAttention skips blocks of so many keys where none is visible
-MAX_HEAD_WIDTH = 256    # of flash-attn
+FLEX_BLOCK = 128  # FlexAttention skips blocks of so many keys where none is visible
+MAX_HEAD_WIDTH = 256  # of flash-attn
 
 
 def sdpa(mask: Tensor | None, queries: int) -> Attend:
     """`F.scaled_dot_product_attention`: torch chooses the kernel; any device and dtype."""
-    visible = None if mask is None else mask[:, None, None, :]                  # [B,1,1,L]
+    visible = None if mask is None else mask[:, None, None, :]  # [B,1,1,L]
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
@@ -41,8 +41,10 @@ def flex(mask: Tensor | None, queries: int) -> Attend:
     blocks = None if mask is None else _key_blocks(mask, queries)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fused = q.is_cuda and not torch.compiler.is_compiling()                 # inside torch.compile it is compiled already
-        call: Callable[..., Any] = _compiled_flex() if fused else flex_attention    # a Tensor; declared with what it gives on request
+        fused = q.is_cuda and not torch.compiler.is_compiling()  # inside torch.compile it is compiled already
+        call: Callable[..., Any] = (
+            _compiled_flex() if fused else flex_attention
+        )  # a Tensor; declared with what it gives on request
         return call(q, k, v, block_mask=blocks)
 
     return attend
@@ -55,15 +57,17 @@ def flash(mask: Tensor | None, queries: int) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.dtype not in (torch.float16, torch.bfloat16):
             return plain(q, k, v)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # [B,Q,H,h], [B,L,H,h] twice
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B,Q,H,h], [B,L,H,h] twice
         dense, packed = _flash_kernels()
         if mask is None or packing is None:
-            return dense(q, k, v).transpose(1, 2)                               # [B,H,Q,h]
+            return dense(q, k, v).transpose(1, 2)  # [B,H,Q,h]
         order, used, ends = packing
-        k, v = (torch.where(used[:, None, None], x.flatten(0, 1)[order], 0.0) for x in (k, v))      # [B·L,H,h], visible ones first
-        starts = torch.arange(0, (q.shape[0] + 1) * queries, queries, dtype=torch.int32, device=q.device)   # [B+1]
-        y = packed(q.flatten(0, 1), k, v, starts, ends, queries, mask.shape[1])     # [B·Q,H,h]
-        return y.unflatten(0, q.shape[:2]).transpose(1, 2)                      # [B,H,Q,h]
+        k, v = (
+            torch.where(used[:, None, None], x.flatten(0, 1)[order], 0.0) for x in (k, v)
+        )  # [B·L,H,h], visible ones first
+        starts = torch.arange(0, (q.shape[0] + 1) * queries, queries, dtype=torch.int32, device=q.device)  # [B+1]
+        y = packed(q.flatten(0, 1), k, v, starts, ends, queries, mask.shape[1])  # [B·Q,H,h]
+        return y.unflatten(0, q.shape[:2]).transpose(1, 2)  # [B,H,Q,h]
 
     return attend
 
@@ -79,7 +83,9 @@ def kernel(kind: str, device: torch.device, head_width: int) -> Kernel:
         if device.type != "cuda":
             raise UserError(f"attention is flash and the device {device.type}; flash-attn needs CUDA: use sdpa")
         if head_width > MAX_HEAD_WIDTH:
-            raise UserError(f"attention is flash and a head {head_width} wide; flash-attn takes at most {MAX_HEAD_WIDTH}: use sdpa or flex")
+            raise UserError(
+                f"attention is flash and a head {head_width} wide; flash-attn takes at most {MAX_HEAD_WIDTH}: use sdpa or flex"
+            )
         _flash_kernels()
     if kind == "flex" and head_width < 16:
         raise UserError(f"attention is flex and a head {head_width} wide; FlexAttention needs at least 16: use sdpa")
@@ -90,12 +96,17 @@ def _key_blocks(mask: Tensor, queries: int) -> BlockMask:
     """FlexAttention's block mask of a mask over keys [B,L] alone, without evaluating it for every query."""
     b, l = mask.shape
     rows, columns = -(-queries // FLEX_BLOCK), -(-l // FLEX_BLOCK)
-    seen = F.pad(mask, (0, columns * FLEX_BLOCK - l)).reshape(b, columns, FLEX_BLOCK).any(-1)       # [B,columns]
-    count = seen.sum(1, dtype=torch.int32)[:, None, None].expand(b, 1, rows)    # [B,1,rows] blocks to visit
-    index = seen.int().argsort(dim=1, descending=True, stable=True).int()       # [B,columns] those first
-    index = index[:, None, None].expand(b, 1, rows, columns)                    # [B,1,rows,columns]
-    return BlockMask.from_kv_blocks(count.contiguous(), index.contiguous(), BLOCK_SIZE=FLEX_BLOCK, seq_lengths=(queries, l),
-                                    mask_mod=lambda batch, head, query, key: mask[batch, key])
+    seen = F.pad(mask, (0, columns * FLEX_BLOCK - l)).reshape(b, columns, FLEX_BLOCK).any(-1)  # [B,columns]
+    count = seen.sum(1, dtype=torch.int32)[:, None, None].expand(b, 1, rows)  # [B,1,rows] blocks to visit
+    index = seen.int().argsort(dim=1, descending=True, stable=True).int()  # [B,columns] those first
+    index = index[:, None, None].expand(b, 1, rows, columns)  # [B,1,rows,columns]
+    return BlockMask.from_kv_blocks(
+        count.contiguous(),
+        index.contiguous(),
+        BLOCK_SIZE=FLEX_BLOCK,
+        seq_lengths=(queries, l),
+        mask_mod=lambda batch, head, query, key: mask[batch, key],
+    )
 
 
 def _packing(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,9 +115,9 @@ def _packing(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Places beyond the last end are never read; their gradient is not written either, so `used` must mask it.
     """
-    count = mask.sum(1)                                                         # [B]
-    order = (~mask).flatten().int().argsort(stable=True)                        # [B·L]
-    used = torch.arange(mask.numel(), device=mask.device) < count.sum()         # [B·L]
+    count = mask.sum(1)  # [B]
+    order = (~mask).flatten().int().argsort(stable=True)  # [B·L]
+    used = torch.arange(mask.numel(), device=mask.device) < count.sum()  # [B·L]
     return order, used, F.pad(count.cumsum(0), (1, 0)).int()
 
 
@@ -121,5 +132,7 @@ def _flash_kernels() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     try:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
     except ImportError:
-        raise UserError("attention is flash and flash-attn is not installed, or not for this torch: pip install 'dvla[gpu]', or use sdpa") from None
+        raise UserError(
+            "attention is flash and flash-attn is not installed, or not for this torch: pip install 'dvla[gpu]', or use sdpa"
+        ) from None
     return flash_attn_func, flash_attn_varlen_func

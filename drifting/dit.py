@@ -21,27 +21,27 @@ from torch import Tensor, nn
 from ..errors import UserError, unknown
 from .attention import Attend, Kernel, kernel, sdpa
 
-FOURIER_FEATURES = 64   # features of the control frequency and of the guidance scale
-FRONT_LAYERS = 2        # blocks with cross-attention in the "front" variant
+FOURIER_FEATURES = 64  # features of the control frequency and of the guidance scale
+FRONT_LAYERS = 2  # blocks with cross-attention in the "front" variant
 
 
 @dataclass(frozen=True)
 class DiTConfig:
     """Shape of the generator; `dit_config(size)` gives the named sizes."""
 
-    width: int = 768                                     # W
-    blocks: int = 12                                     # transformer blocks
-    heads: int = 12                                      # attention heads; W/heads must be even (RoPE)
-    mlp_ratio: int = 4                                   # SwiGLU hidden width / W
-    cross_attention: Literal["all", "front"] = "all"     # in every block, or only in the first two
-    horizon: int = 16                                    # T, action steps of a chunk
-    noise_dim: int = 64                                  # noise entries per action step (denoising: action_dim)
-    action_dim: int = 128                                # unified action entries
-    proprio_dim: int = 128                               # unified proprioception entries
-    embodiments: int = 7                                 # distinct robot types
-    embodiment_token: bool = True                        # whether the robot's type is a condition (False: an ablation)
-    skip_std: float = 0.2                                # std of the initial samples (normalised actions have std 0.2)
-    denoising: bool = False                              # input is noisy actions at a time of their own (heads.head_dit)
+    width: int = 768  # W
+    blocks: int = 12  # transformer blocks
+    heads: int = 12  # attention heads; W/heads must be even (RoPE)
+    mlp_ratio: int = 4  # SwiGLU hidden width / W
+    cross_attention: Literal["all", "front"] = "all"  # in every block, or only in the first two
+    horizon: int = 16  # T, action steps of a chunk
+    noise_dim: int = 64  # noise entries per action step (denoising: action_dim)
+    action_dim: int = 128  # unified action entries
+    proprio_dim: int = 128  # unified proprioception entries
+    embodiments: int = 7  # distinct robot types
+    embodiment_token: bool = True  # whether the robot's type is a condition (False: an ablation)
+    skip_std: float = 0.2  # std of the initial samples (normalised actions have std 0.2)
+    denoising: bool = False  # input is noisy actions at a time of their own (heads.head_dit)
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:
@@ -49,7 +49,9 @@ class DiTConfig:
         if self.cross_attention not in ("all", "front"):
             raise unknown("cross_attention", str(self.cross_attention), ("all", "front"))
         if self.denoising and self.noise_dim != self.action_dim:
-            raise UserError(f"DiT noise_dim is {self.noise_dim}; a denoising head reads actions, so it must be {self.action_dim}")
+            raise UserError(
+                f"DiT noise_dim is {self.noise_dim}; a denoising head reads actions, so it must be {self.action_dim}"
+            )
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -70,7 +72,7 @@ def dit_config(size: str, **overrides: Any) -> DiTConfig:
     return DiTConfig(**{**SIZES[size], **overrides})
 
 
-def build_dit(size: str, **overrides: Any) -> "DriftingDiT":
+def build_dit(size: str, **overrides: Any) -> DriftingDiT:
     """A freshly initialised model of a named size: tiny, small, base (147 M parameters) or large."""
     return DriftingDiT(dit_config(size, **overrides))
 
@@ -78,12 +80,12 @@ def build_dit(size: str, **overrides: Any) -> "DriftingDiT":
 class Context(NamedTuple):
     """What the generator knows of B observations, computed once and shared by all noise draws."""
 
-    sequence: Tensor     # [B,L,W] projected vision and text tokens
-    mask: Tensor         # [B,L] bool, False: invisible
-    pooled: Tensor       # [B,W] global feature
-    embodiment: Tensor   # [B] int64
-    proprio: Tensor      # [B,128] float, normalised
-    control_hz: Tensor   # [B] float, Hz
+    sequence: Tensor  # [B,L,W] projected vision and text tokens
+    mask: Tensor  # [B,L] bool, False: invisible
+    pooled: Tensor  # [B,W] global feature
+    embodiment: Tensor  # [B] int64
+    proprio: Tensor  # [B,128] float, normalised
+    control_hz: Tensor  # [B] float, Hz
     action_mask: Tensor  # [B,128] bool, active action slots: denoising heads see zeros in the others
 
 
@@ -98,11 +100,11 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)   # [n,H,T,h] each
-        q = rotate(rms(q, self.q_scale), rotation).to(v.dtype)                  # [n,H,T,h]
-        k = rotate(rms(k, self.k_scale), rotation).to(v.dtype)                  # [n,H,T,h]
-        y = attend(q, k, v)                                                     # [n,H,T,h]
-        return self.out(y.transpose(1, 2).flatten(2))                           # [n,T,W]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # [n,H,T,h] each
+        q = rotate(rms(q, self.q_scale), rotation).to(v.dtype)  # [n,H,T,h]
+        k = rotate(rms(k, self.k_scale), rotation).to(v.dtype)  # [n,H,T,h]
+        y = attend(q, k, v)  # [n,H,T,h]
+        return self.out(y.transpose(1, 2).flatten(2))  # [n,T,W]
 
 
 class CrossAttention(nn.Module):
@@ -118,17 +120,19 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, attend: Attend, kept: list[Tensor] | None = None) -> Tensor:
         """`kept`, if given, is filled with the keys and values by the first call and read by the later ones."""
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)           # [B,H,G·T,h]
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,H,G·T,h]
         if kept:
-            k, v = kept                                                         # [B,H,L,h] each
+            k, v = kept  # [B,H,L,h] each
         else:
-            k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)   # [B,H,L,h] each
-            k = rms(k, self.k_scale).to(v.dtype)                                # [B,H,L,h]
+            k, v = (
+                self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            )  # [B,H,L,h] each
+            k = rms(k, self.k_scale).to(v.dtype)  # [B,H,L,h]
             if kept is not None:
                 kept += (k, v)
-        q = rms(q, self.q_scale).to(v.dtype)                                    # [B,H,G·T,h]
-        y = attend(q, k, v)                                                     # [B,H,G·T,h]
-        return self.out(y.transpose(1, 2).flatten(2))                           # [B,G·T,W]
+        q = rms(q, self.q_scale).to(v.dtype)  # [B,H,G·T,h]
+        y = attend(q, k, v)  # [B,H,G·T,h]
+        return self.out(y.transpose(1, 2).flatten(2))  # [B,G·T,W]
 
 
 class FeedForward(nn.Module):
@@ -140,8 +144,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)                             # [B,G,T,hidden] each
-        return self.down(F.silu(gate) * up)                                     # [B,G,T,W]
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B,G,T,hidden] each
+        return self.down(F.silu(gate) * up)  # [B,G,T,W]
 
 
 class Block(nn.Module):
@@ -157,20 +161,27 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config.width, config.mlp_ratio * config.width)
         self.modulation = nn.Parameter(torch.zeros(7 if cross else 6, config.width))
 
-    def forward(self, x: Tensor, shared: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor],
-                attend: tuple[Attend, Attend], kept: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        shared: Tensor,
+        context: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attend: tuple[Attend, Attend],
+        kept: list[Tensor] | None = None,
+    ) -> Tensor:
         """x [B,G,T,W]; `shared` [B,g,7,W] with g = 1 where the draws of an observation share their modulation, else G; `attend`
         within a chunk and to the context."""
-        table = (shared[:, :, :len(self.modulation)] + self.modulation).unsqueeze(3).unbind(2)   # 6 or 7 of [B,g,1,W]
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:6]          # [B,g,1,W] each
-        y = normed(x) * (1 + scale_a) + shift_a                                 # [B,G,T,W]
-        y = self.self_attention(y.flatten(0, 1), rotation, attend[0])           # [B·G,T,W]
-        x = x + gate_a * y.reshape(x.shape)                                     # [B,G,T,W]
+        table = (shared[:, :, : len(self.modulation)] + self.modulation).unsqueeze(3).unbind(2)  # 6 or 7 of [B,g,1,W]
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:6]  # [B,g,1,W] each
+        y = normed(x) * (1 + scale_a) + shift_a  # [B,G,T,W]
+        y = self.self_attention(y.flatten(0, 1), rotation, attend[0])  # [B·G,T,W]
+        x = x + gate_a * y.reshape(x.shape)  # [B,G,T,W]
         if self.cross_attention is not None:
-            y = self.cross_attention(normed(x).flatten(1, 2), context, attend[1], kept)   # [B,G·T,W]
-            x = x + table[6] * y.reshape(x.shape)                               # [B,G,T,W]
-        y = normed(x) * (1 + scale_f) + shift_f                                 # [B,G,T,W]
-        return x + gate_f * self.feed_forward(y)                                # [B,G,T,W]
+            y = self.cross_attention(normed(x).flatten(1, 2), context, attend[1], kept)  # [B,G·T,W]
+            x = x + table[6] * y.reshape(x.shape)  # [B,G,T,W]
+        y = normed(x) * (1 + scale_f) + shift_f  # [B,G,T,W]
+        return x + gate_f * self.feed_forward(y)  # [B,G,T,W]
 
 
 class DriftingDiT(nn.Module):
@@ -183,16 +194,18 @@ class DriftingDiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention: Kernel = sdpa                          # `set_attention` replaces it
+        self.attention: Kernel = sdpa  # `set_attention` replaces it
         w = config.width
         self.noise_in = nn.Linear(config.noise_dim, w)
-        self.null_token = nn.Parameter(torch.zeros(1, 1, w))   # always visible: a fully masked observation is defined
-        self.conditioning = nn.ModuleDict({
-            "embodiment": nn.Embedding(config.embodiments, w),
-            "proprio": nn.Sequential(nn.Linear(config.proprio_dim, w // 2), nn.SiLU(), nn.Linear(w // 2, w)),
-            "control_hz": nn.Linear(FOURIER_FEATURES, w),
-            "alpha": nn.Linear(FOURIER_FEATURES, w),
-        })
+        self.null_token = nn.Parameter(torch.zeros(1, 1, w))  # always visible: a fully masked observation is defined
+        self.conditioning = nn.ModuleDict(
+            {
+                "embodiment": nn.Embedding(config.embodiments, w),
+                "proprio": nn.Sequential(nn.Linear(config.proprio_dim, w // 2), nn.SiLU(), nn.Linear(w // 2, w)),
+                "control_hz": nn.Linear(FOURIER_FEATURES, w),
+                "alpha": nn.Linear(FOURIER_FEATURES, w),
+            }
+        )
         if not config.embodiment_token:
             del self.conditioning["embodiment"]
         if config.denoising:
@@ -222,35 +235,49 @@ class DriftingDiT(nn.Module):
         """Global condition [B,1,W]: pooled features + embodiment + proprioception + control frequency + α; with the time
         [B,G] of each draw added [B,G,W]."""
         part, dtype = self.conditioning, self.skip.weight.dtype
-        known = context.pooled + part["embodiment"](context.embodiment) if self.config.embodiment_token else context.pooled    # [B,W]
-        shared = (known
-                  + part["proprio"](context.proprio.to(dtype))                  # [B,W]
-                  + part["control_hz"](fourier(context.control_hz.clamp(min=1e-3).log2()).to(dtype))   # [B,W]
-                  + part["alpha"](fourier(alpha).to(dtype))).unsqueeze(1)       # [B,1,W]
-        return shared if time is None else shared + part["time"](fourier(10 * time).to(dtype))   # [B,1,W] or [B,G,W]
+        known = (
+            context.pooled + part["embodiment"](context.embodiment) if self.config.embodiment_token else context.pooled
+        )  # [B,W]
+        shared = (
+            known
+            + part["proprio"](context.proprio.to(dtype))  # [B,W]
+            + part["control_hz"](fourier(context.control_hz.clamp(min=1e-3).log2()).to(dtype))  # [B,W]
+            + part["alpha"](fourier(alpha).to(dtype))
+        ).unsqueeze(1)  # [B,1,W]
+        return shared if time is None else shared + part["time"](fourier(10 * time).to(dtype))  # [B,1,W] or [B,G,W]
 
-    def forward(self, noise: Tensor, context: Context, alpha: Tensor, time: Tensor | None = None,
-                kept: list[list[Tensor]] | None = None) -> Tensor:
+    def forward(
+        self,
+        noise: Tensor,
+        context: Context,
+        alpha: Tensor,
+        time: Tensor | None = None,
+        kept: list[list[Tensor]] | None = None,
+    ) -> Tensor:
         """A denoising head needs `time` [B,G] in [0, 1] and takes noisy actions as `noise` [B,G,T,128]. `kept`: one empty list
         per block, where several calls share one context: its keys and values are computed by the first alone."""
         b, g, t, n = noise.shape
         if (t, n) != (self.config.horizon, self.config.noise_dim) or b != context.sequence.shape[0]:
-            raise ValueError(f"noise: expected [B,G,{self.config.horizon},{self.config.noise_dim}] for "
-                             f"{context.sequence.shape[0]} observations, got {tuple(noise.shape)}")
+            raise ValueError(
+                f"noise: expected [B,G,{self.config.horizon},{self.config.noise_dim}] for "
+                f"{context.sequence.shape[0]} observations, got {tuple(noise.shape)}"
+            )
         if (time is not None) != self.config.denoising or (time is not None and time.shape != (b, g)):
-            raise ValueError(f"time: expected {(b, g) if self.config.denoising else None}, "
-                             f"got {None if time is None else tuple(time.shape)}")
-        noise = noise.to(self.skip.weight.dtype)                                # [B,G,T,64]
-        shared = self.modulation(F.silu(self.condition(context, alpha, time))).unflatten(2, (7, -1))   # [B,1 or G,7,W]
+            raise ValueError(
+                f"time: expected {(b, g) if self.config.denoising else None}, "
+                f"got {None if time is None else tuple(time.shape)}"
+            )
+        noise = noise.to(self.skip.weight.dtype)  # [B,G,T,64]
+        shared = self.modulation(F.silu(self.condition(context, alpha, time))).unflatten(2, (7, -1))  # [B,1 or G,7,W]
         sequence = torch.cat([self.null_token.expand(b, -1, -1).to(context.sequence.dtype), context.sequence], dim=1)
-        mask = F.pad(context.mask, (1, 0), value=True)                          # [B,1+L]
+        mask = F.pad(context.mask, (1, 0), value=True)  # [B,1+L]
         attend = self.attention(None, t), self.attention(mask, g * t)
-        rotation = rope(t, self.config.width // self.config.heads, noise.device)    # [T,h/2] each
-        x = self.noise_in(noise)                                                # [B,G,T,W]
+        rotation = rope(t, self.config.width // self.config.heads, noise.device)  # [T,h/2] each
+        x = self.noise_in(noise)  # [B,G,T,W]
         for i, block in enumerate(self.blocks):
-            x = block(x, shared, sequence, rotation, attend, None if kept is None else kept[i])   # [B,G,T,W]
-        y = self.action_head(x) + self.skip(noise)                              # [B,G,T,128]
-        return y.to(self.skip.weight.dtype)                                     # [B,G,T,128]
+            x = block(x, shared, sequence, rotation, attend, None if kept is None else kept[i])  # [B,G,T,W]
+        y = self.action_head(x) + self.skip(noise)  # [B,G,T,128]
+        return y.to(self.skip.weight.dtype)  # [B,G,T,128]
 
 
 def set_attention(net: nn.Module, kind: str) -> None:
@@ -275,23 +302,23 @@ def rms(x: Tensor, scale: Tensor) -> Tensor:
 
 def rope(steps: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [T, h/2] of the rotary positions 0..T−1, base 10000 (arXiv:2104.09864)."""
-    frequency = 10000.0 ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)   # [h/2]
-    angle = torch.arange(steps, device=device, dtype=torch.float32)[:, None] * frequency   # [T,h/2]
+    frequency = 10000.0 ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)  # [h/2]
+    angle = torch.arange(steps, device=device, dtype=torch.float32)[:, None] * frequency  # [T,h/2]
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """x [n,H,T,h] with its halves rotated as pairs."""
-    cos, sin = rotation[0].to(x.dtype), rotation[1].to(x.dtype)                 # [T,h/2]
-    a, b = x.chunk(2, dim=-1)                                                   # [n,H,T,h/2]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)            # [n,H,T,h]
+    cos, sin = rotation[0].to(x.dtype), rotation[1].to(x.dtype)  # [T,h/2]
+    a, b = x.chunk(2, dim=-1)  # [n,H,T,h/2]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)  # [n,H,T,h]
 
 
 def fourier(x: Tensor) -> Tensor:
     """sin and cos features [..., 64] of a real number of size about 1 to 10; wavelengths from 0.5 to 64."""
     octave = torch.linspace(1.0, -6.0, FOURIER_FEATURES // 2, device=x.device)  # [32]
-    phase = 2 * math.pi * x.float()[..., None] * octave.exp2()                  # [...,32]
-    return torch.cat([phase.sin(), phase.cos()], dim=-1)                        # [...,64]
+    phase = 2 * math.pi * x.float()[..., None] * octave.exp2()  # [...,32]
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)  # [...,64]
 
 
 def parameter_counts(module: nn.Module) -> dict[str, int]:

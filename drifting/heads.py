@@ -43,8 +43,19 @@ from .losses import (
 from .policy_net import PolicyNet
 from .queues import ChunkQueues
 
-__all__ = ["DENOISING", "ONE_STEP", "ddim", "diffusion_pair", "euler", "flow_pair", "generate", "head_dit", "head_loss",
-           "sample_steps", "signal_levels"]
+__all__ = [
+    "DENOISING",
+    "ONE_STEP",
+    "ddim",
+    "diffusion_pair",
+    "euler",
+    "flow_pair",
+    "generate",
+    "head_dit",
+    "head_loss",
+    "sample_steps",
+    "signal_levels",
+]
 
 
 def flow_pair(action: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +90,7 @@ def signal_levels(count: int = DIFFUSION_STEPS) -> Tensor:
 
 def diffusion_pair(action: Tensor, noise: Tensor, level: Tensor, count: int = DIFFUSION_STEPS) -> tuple[Tensor, Tensor]:
     """(x_k, target), both shaped like `noise`; `level` k int64 in [0, count), shaped to broadcast. The target is the action."""
-    share = signal_levels(count).to(noise.device)[level]                        # float64: 1−ᾱ is small at low levels
+    share = signal_levels(count).to(noise.device)[level]  # float64: 1−ᾱ is small at low levels
     x = share.sqrt().to(noise.dtype) * action + (1 - share).sqrt().to(noise.dtype) * noise
     return x, action.expand_as(noise)
 
@@ -109,10 +120,21 @@ def sample_steps(config: LossConfig) -> int:
     return config.sample_steps or {"flow": 10, "diffusion": DIFFUSION_STEPS}.get(config.kind, 1)
 
 
-def head_loss(net: Callable[..., Tensor], batch: FeatureBatch, config: LossConfig, *, noise: Tensor, alpha: Tensor,
-              generator: torch.Generator | None = None, positives: Tensor | None = None, w_pos: Tensor | None = None,
-              negatives: Tensor | None = None, w_neg: Tensor | None = None, queues: ChunkQueues | None = None,
-              reduce: Reduce | None = None) -> PolicyLoss:
+def head_loss(
+    net: Callable[..., Tensor],
+    batch: FeatureBatch,
+    config: LossConfig,
+    *,
+    noise: Tensor,
+    alpha: Tensor,
+    generator: torch.Generator | None = None,
+    positives: Tensor | None = None,
+    w_pos: Tensor | None = None,
+    negatives: Tensor | None = None,
+    w_neg: Tensor | None = None,
+    queues: ChunkQueues | None = None,
+    reduce: Reduce | None = None,
+) -> PolicyLoss:
     """The forward pass of a `PolicyNet`, or of what wraps one, and the loss of any kind, for `noise` [B,G,T,n] standard normal and guidance scales `alpha` [B].
 
     One-step kinds: `policy_loss` of the chunks generated; arguments as there. `queues` add theirs, and then take this batch's
@@ -124,40 +146,53 @@ def head_loss(net: Callable[..., Tensor], batch: FeatureBatch, config: LossConfi
 
     `UserError` where `config` asks for queues or neighbours and none are given: a setting never goes without effect.
     """
-    for name, wanted, given in (("queue", config.queue != "none", queues), ("neighbours", config.neighbours, positives)):
+    for name, wanted, given in (
+        ("queue", config.queue != "none", queues),
+        ("neighbours", config.neighbours, positives),
+    ):
         if wanted and given is None:
             raise UserError(f"loss.{name} is {getattr(config, name)}, but this training fills none; leave it out")
     if config.kind in ONE_STEP:
-        noise = _positions(noise) if config.kind == "mse" else noise            # [B,G,T,n]
+        noise = _positions(noise) if config.kind == "mse" else noise  # [B,G,T,n]
         if queues is not None:
             drawn = queues.draw(batch)
             positives, w_pos = _joined(positives, w_pos, drawn.positives, drawn.weight)
             negatives, w_neg = _joined(negatives, w_neg, drawn.negatives, drawn.weight)
-        pred = net(batch, noise, alpha)                                         # [B,G,T,128]
+        pred = net(batch, noise, alpha)  # [B,G,T,128]
         if queues is not None:
             queues.push(batch, pred)
-        return policy_loss(pred, batch, config, positives=positives, w_pos=w_pos, negatives=negatives, w_neg=w_neg, reduce=reduce)
+        return policy_loss(
+            pred, batch, config, positives=positives, w_pos=w_pos, negatives=negatives, w_neg=w_neg, reduce=reduce
+        )
     if positives is not None or negatives is not None or queues is not None:
         raise ValueError(f"a {config.kind} head takes neither positives nor negatives nor queues")
     b, g = noise.shape[:2]
-    action, active = batch.action[:, None], counting(batch)                     # [B,1,T,128], [B,T,128]
+    action, active = batch.action[:, None], counting(batch)  # [B,1,T,128], [B,T,128]
     if config.kind == "flow":
-        time = torch.rand(b, g, generator=generator).to(noise.device)           # [B,G]
-        x, target = flow_pair(action, noise, time[..., None, None])             # [B,G,T,128] each
+        time = torch.rand(b, g, generator=generator).to(noise.device)  # [B,G]
+        x, target = flow_pair(action, noise, time[..., None, None])  # [B,G,T,128] each
     else:
-        level = torch.randint(DIFFUSION_STEPS, (b, g), generator=generator).to(noise.device)    # [B,G]
-        x, target = diffusion_pair(action, noise, level[..., None, None])       # [B,G,T,128] each
-        time = (level + 1) / DIFFUSION_STEPS                                    # [B,G]
-    pred = net(batch, x.masked_fill(~active[:, None], 0.0), alpha, time)        # [B,G,T,128]
+        level = torch.randint(DIFFUSION_STEPS, (b, g), generator=generator).to(noise.device)  # [B,G]
+        x, target = diffusion_pair(action, noise, level[..., None, None])  # [B,G,T,128] each
+        time = (level + 1) / DIFFUSION_STEPS  # [B,G]
+    pred = net(batch, x.masked_fill(~active[:, None], 0.0), alpha, time)  # [B,G,T,128]
     with torch.autocast(noise.device.type, enabled=False):
-        mse = masked_mean_square(pred.float() - target.float(), active, reduce)         # []
+        mse = masked_mean_square(pred.float() - target.float(), active, reduce)  # []
     none, of = mse.new_zeros(()), len(config.temperatures)
-    return PolicyLoss(mse, mse.detach(), none, mse.new_zeros(of), none, mse.new_zeros(of, config.embodiments),
-                      mse.new_zeros(config.embodiments))
+    return PolicyLoss(
+        mse,
+        mse.detach(),
+        none,
+        mse.new_zeros(of),
+        none,
+        mse.new_zeros(of, config.embodiments),
+        mse.new_zeros(config.embodiments),
+    )
 
 
-def generate(net: PolicyNet, context: Context, noise: Tensor, alpha: Tensor, config: LossConfig, *,
-             steps: int | None = None) -> Tensor:
+def generate(
+    net: PolicyNet, context: Context, noise: Tensor, alpha: Tensor, config: LossConfig, *, steps: int | None = None
+) -> Tensor:
     """Normalised chunks [B,G,T,128] from `noise` [B,G,T,n], a pure function of its arguments; inactive slots are arbitrary.
 
     `steps` replaces the kind's number of passes (denoising kinds). The context's keys and values are computed once for all passes.
@@ -167,11 +202,11 @@ def generate(net: PolicyNet, context: Context, noise: Tensor, alpha: Tensor, con
         return net.decode(context, _positions(noise), alpha).expand(-1, noise.shape[1], -1, -1)
     if config.kind in ONE_STEP:
         return net.decode(context, noise, alpha)
-    hidden = ~context.action_mask[:, None, None]                                # [B,1,1,128]
+    hidden = ~context.action_mask[:, None, None]  # [B,1,1,128]
     kept: list[list[Tensor]] = [[] for _ in net.dit.blocks]
 
-    def predict(x: Tensor, time: float) -> Tensor:                              # [B,G,T,128] → [B,G,T,128]
-        each = torch.full(x.shape[:2], time, dtype=torch.float32, device=x.device)      # [B,G]
+    def predict(x: Tensor, time: float) -> Tensor:  # [B,G,T,128] → [B,G,T,128]
+        each = torch.full(x.shape[:2], time, dtype=torch.float32, device=x.device)  # [B,G]
         return net.decode(context, x.masked_fill(hidden, 0.0), alpha, each, kept)
 
     if config.kind == "flow":
@@ -190,5 +225,5 @@ def _joined(chunks: Tensor | None, weight: Tensor | None, more: Tensor, more_wei
 def _positions(noise: Tensor) -> Tensor:
     """Sinusoidal positions of the steps [B,1,T,n], of mean square 1 like the `noise` [B,G,T,n] they replace."""
     b, _, t, n = noise.shape
-    features = torch.cat(rope(t, n, noise.device), dim=-1) * math.sqrt(2)       # [T,n]
+    features = torch.cat(rope(t, n, noise.device), dim=-1) * math.sqrt(2)  # [T,n]
     return features.to(noise.dtype).expand(b, 1, t, n)

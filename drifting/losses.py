@@ -39,17 +39,26 @@ class DriftLoss:
     field: DriftField
 
 
-def drifting_loss(gen: Tensor, pos: Tensor, neg: Tensor | None = None, *, w_gen: Tensor | None = None,
-                  w_pos: Tensor | None = None, w_neg: Tensor | None = None,
-                  temperatures: Sequence[float] = TEMPERATURES, floor: float | None = AFFINITY_FLOOR,
-                  reduce: Reduce | None = None) -> DriftLoss:
+def drifting_loss(
+    gen: Tensor,
+    pos: Tensor,
+    neg: Tensor | None = None,
+    *,
+    w_gen: Tensor | None = None,
+    w_pos: Tensor | None = None,
+    w_neg: Tensor | None = None,
+    temperatures: Sequence[float] = TEMPERATURES,
+    floor: float | None = AFFINITY_FLOOR,
+    reduce: Reduce | None = None,
+) -> DriftLoss:
     """mean over [G,D] of (gen/s − sg(gen/s + force))², s = max(scale/sqrt(D), 1e-3); arguments as in `drifting_field`.
 
     Minus its gradient at `gen` points along the force. Positives and negatives get no gradient.
     """
-    field = drifting_field(gen, pos, neg, w_gen=w_gen, w_pos=w_pos, w_neg=w_neg, temperatures=temperatures,
-                           floor=floor, reduce=reduce)
-    unit = (field.scale / math.sqrt(gen.shape[-1])).clamp(min=MIN_SCALE)        # []
+    field = drifting_field(
+        gen, pos, neg, w_gen=w_gen, w_pos=w_pos, w_neg=w_neg, temperatures=temperatures, floor=floor, reduce=reduce
+    )
+    unit = (field.scale / math.sqrt(gen.shape[-1])).clamp(min=MIN_SCALE)  # []
     return DriftLoss(_towards(gen, field.force, unit).square().mean((1, 2)), field)
 
 
@@ -64,16 +73,18 @@ def _towards(gen: Tensor, force: Tensor, unit: Tensor) -> Tensor:
 class LossConfig:
     """What stage two and three minimise."""
 
-    kind: Literal["mse", "pure_drift", "hybrid", "flow", "diffusion"] = "hybrid"   # hybrid = mse + drift_weight · drift
-    sample_steps: int = 0                                     # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
-    drift_weight: float = 1.0                                 # λ of the hybrid; well below 0.1 regression merges modes (docs/toy.md)
-    temperatures: tuple[float, ...] = POLICY_TEMPERATURES     # kernel widths, in units of the mean distance
-    floor: float = AFFINITY_FLOOR                             # floor under the product of the two softmaxes
-    distance: Literal["chunk", "step"] = "chunk"              # compare whole [T·d] chunks, or each step on its own
-    embodiments: int = 7                                      # E, groups with a distance scale of their own
-    neighbours: int = 0                                       # P, further positives: expert chunks of the nearest observations
-    queue: Literal["none", "task", "global"] = "none"         # ablation: earlier chunks of the same task, or of any, compared too
-    queue_size: int = 64                                      # chunks kept per queue, expert and generated each
+    kind: Literal["mse", "pure_drift", "hybrid", "flow", "diffusion"] = "hybrid"  # hybrid = mse + drift_weight · drift
+    sample_steps: int = 0  # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
+    drift_weight: float = 1.0  # λ of the hybrid; well below 0.1 regression merges modes (docs/toy.md)
+    temperatures: tuple[float, ...] = POLICY_TEMPERATURES  # kernel widths, in units of the mean distance
+    floor: float = AFFINITY_FLOOR  # floor under the product of the two softmaxes
+    distance: Literal["chunk", "step"] = "chunk"  # compare whole [T·d] chunks, or each step on its own
+    embodiments: int = 7  # E, groups with a distance scale of their own
+    neighbours: int = 0  # P, further positives: expert chunks of the nearest observations
+    queue: Literal["none", "task", "global"] = (
+        "none"  # ablation: earlier chunks of the same task, or of any, compared too
+    )
+    queue_size: int = 64  # chunks kept per queue, expert and generated each
 
     def __post_init__(self) -> None:
         if self.kind not in ONE_STEP + DENOISING:
@@ -85,9 +96,13 @@ class LossConfig:
         if self.queue not in ("none", "task", "global"):
             raise unknown("queue", str(self.queue), ("none", "task", "global"))
         if self.neighbours < 0 or self.queue_size < 1:
-            raise UserError(f"neighbours is {self.neighbours} and queue_size {self.queue_size}; they must be at least 0 and 1")
+            raise UserError(
+                f"neighbours is {self.neighbours} and queue_size {self.queue_size}; they must be at least 0 and 1"
+            )
         if (self.neighbours or self.queue != "none") and self.kind not in ("pure_drift", "hybrid"):
-            raise UserError(f"neighbours and queue are for losses with a drift (pure_drift, hybrid); a {self.kind} head has none")
+            raise UserError(
+                f"neighbours and queue are for losses with a drift (pure_drift, hybrid); a {self.kind} head has none"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,13 +137,21 @@ def per_rank(count: Tensor, reduce: Reduce | None) -> Tensor:
 
 def masked_mean_square(error: Tensor, active: Tensor, reduce: Reduce | None = None) -> Tensor:
     """Mean [] of error² [B,G,T,128] over the entries `active` [B,T,128] of all draws, 0 where there are none. `reduce`: see `per_rank`."""
-    error = error.masked_fill(~active[:, None], 0.0)                            # [B,G,T,128]
+    error = error.masked_fill(~active[:, None], 0.0)  # [B,G,T,128]
     return error.square().sum() / (error.shape[1] * per_rank(active.sum(), reduce)).clamp(min=1)
 
 
-def policy_loss(pred: Tensor, batch: FeatureBatch, config: LossConfig = LossConfig(), *,
-                positives: Tensor | None = None, w_pos: Tensor | None = None, negatives: Tensor | None = None,
-                w_neg: Tensor | None = None, reduce: Reduce | None = None) -> PolicyLoss:
+def policy_loss(
+    pred: Tensor,
+    batch: FeatureBatch,
+    config: LossConfig = LossConfig(),
+    *,
+    positives: Tensor | None = None,
+    w_pos: Tensor | None = None,
+    negatives: Tensor | None = None,
+    w_neg: Tensor | None = None,
+    reduce: Reduce | None = None,
+) -> PolicyLoss:
     """Loss of the G chunks `pred` [B,G,T,128] generated for each observation of `batch`.
 
     An entry counts where its slot is active for the dataset and its step lies before the episode's end; other entries
@@ -145,38 +168,56 @@ def policy_loss(pred: Tensor, batch: FeatureBatch, config: LossConfig = LossConf
     """
     b, g, t, d = pred.shape
     if d != UNIFIED_DIM or batch.action.shape != (b, t, d):
-        raise ValueError(f"pred: expected [B,G,T,{UNIFIED_DIM}] for action {tuple(batch.action.shape)}, "
-                         f"got {tuple(pred.shape)}")
+        raise ValueError(
+            f"pred: expected [B,G,T,{UNIFIED_DIM}] for action {tuple(batch.action.shape)}, got {tuple(pred.shape)}"
+        )
     if config.kind not in ONE_STEP:
         raise ValueError(f"LossConfig.kind: expected one of {', '.join(ONE_STEP)}, got {config.kind!r}")
-    pred = pred if pred.dtype == torch.float64 else pred.float()                # [B,G,T,128]
-    active = counting(batch)                                                    # [B,T,128]
+    pred = pred if pred.dtype == torch.float64 else pred.float()  # [B,G,T,128]
+    active = counting(batch)  # [B,T,128]
     with torch.autocast(pred.device.type, enabled=False):
-        mse = masked_mean_square(pred - batch.action[:, None], active, reduce)          # []
+        mse = masked_mean_square(pred - batch.action[:, None], active, reduce)  # []
 
     per_step = config.distance == "step"
 
-    def conditions(chunks: Tensor) -> Tensor:                                   # [B,n,T,128] → [C,n,D]
+    def conditions(chunks: Tensor) -> Tensor:  # [B,n,T,128] → [C,n,D]
         return chunks.transpose(1, 2).flatten(0, 1) if per_step else chunks.flatten(2)
 
-    def each(values: Tensor) -> Tensor:                                         # per observation → per condition
+    def each(values: Tensor) -> Tensor:  # per observation → per condition
         return values.repeat_interleave(t, 0) if per_step else values
 
-    gen = conditions(pred)                                                      # [C,G,D], D = T·128 or 128
+    gen = conditions(pred)  # [C,G,D], D = T·128 or 128
     pos = batch.action[:, None] if positives is None else torch.cat([batch.action[:, None], positives], dim=1)
-    w_pos = None if positives is None or w_pos is None else F.pad(w_pos, (1, 0), value=1.0)     # [B,1+P]
-    mask = active.flatten(0, 1) if per_step else active.flatten(1)              # [C,D]
-    group = each(batch.embodiment)                                              # [C]
+    w_pos = None if positives is None or w_pos is None else F.pad(w_pos, (1, 0), value=1.0)  # [B,1+P]
+    mask = active.flatten(0, 1) if per_step else active.flatten(1)  # [C,D]
+    group = each(batch.embodiment)  # [C]
     field = grouped_drifting_field(
-        gen, conditions(pos), None if negatives is None else conditions(negatives), active=mask, group=group,
-        groups=config.embodiments, w_pos=None if w_pos is None else each(w_pos), w_neg=None if w_neg is None else each(w_neg),
-        temperatures=config.temperatures, floor=config.floor, zero_is_absent=True, reduce=reduce)
-    live = (field.entries > 0).to(gen.dtype)                                    # [C]
-    diff = _towards(gen.masked_fill(~mask[:, None], 0.0), field.force, field.unit[:, None, None])   # [C,G,D]
-    per_condition = diff.square().sum((1, 2)) / (g * field.entries).clamp(min=1)    # [C]
-    drift = (per_condition * live).sum() / per_rank(live.sum(), reduce).clamp(min=1)              # []
+        gen,
+        conditions(pos),
+        None if negatives is None else conditions(negatives),
+        active=mask,
+        group=group,
+        groups=config.embodiments,
+        w_pos=None if w_pos is None else each(w_pos),
+        w_neg=None if w_neg is None else each(w_neg),
+        temperatures=config.temperatures,
+        floor=config.floor,
+        zero_is_absent=True,
+        reduce=reduce,
+    )
+    live = (field.entries > 0).to(gen.dtype)  # [C]
+    diff = _towards(gen.masked_fill(~mask[:, None], 0.0), field.force, field.unit[:, None, None])  # [C,G,D]
+    per_condition = diff.square().sum((1, 2)) / (g * field.entries).clamp(min=1)  # [C]
+    drift = (per_condition * live).sum() / per_rank(live.sum(), reduce).clamp(min=1)  # []
 
     total = {"mse": mse, "pure_drift": drift, "hybrid": mse + config.drift_weight * drift}[config.kind]
-    share = live / live.sum().clamp(min=1)                                      # [C]
-    return PolicyLoss(total, mse.detach(), drift.detach(), (field.mean_square[:, group] * share).sum(1),
-                      (field.scale[group] * share).sum(), field.mean_square, field.scale)
+    share = live / live.sum().clamp(min=1)  # [C]
+    return PolicyLoss(
+        total,
+        mse.detach(),
+        drift.detach(),
+        (field.mean_square[:, group] * share).sum(1),
+        (field.scale[group] * share).sum(),
+        field.mean_square,
+        field.scale,
+    )

@@ -40,9 +40,9 @@ from .field import grouped_drifting_field
 from .losses import LossConfig, counting
 
 METRICS = ("mse", "mae", "correlation", "coverage", "nl2")
-EPSILON = 1e-3      # of nl2, normalised units
-STILL = 1e-4        # standard deviation under which an expert's slot counts as constant, normalised units
-_MOMENTS = 8        # N, Σp, Σa, Σp², Σa², Σpa, Σ(p−a)², Σ|p−a|
+EPSILON = 1e-3  # of nl2, normalised units
+STILL = 1e-4  # standard deviation under which an expert's slot counts as constant, normalised units
+_MOMENTS = 8  # N, Σp, Σa, Σp², Σa², Σpa, Σ(p−a)², Σ|p−a|
 
 
 class ActionMetrics:
@@ -53,8 +53,8 @@ class ActionMetrics:
 
     def __init__(self, datasets: Sequence[str], embodiments: Sequence[str]) -> None:
         self.datasets, self.embodiments = tuple(datasets), tuple(embodiments)
-        self._moments = torch.zeros(len(self.datasets), _MOMENTS, UNIFIED_DIM, dtype=torch.float64)         # [K,8,D]
-        self._seen = torch.zeros(len(self.datasets), len(self.embodiments), dtype=torch.float64)            # [K,E] observations
+        self._moments = torch.zeros(len(self.datasets), _MOMENTS, UNIFIED_DIM, dtype=torch.float64)  # [K,8,D]
+        self._seen = torch.zeros(len(self.datasets), len(self.embodiments), dtype=torch.float64)  # [K,E] observations
 
     @torch.no_grad()
     def update(self, pred: Tensor, batch: FeatureBatch) -> None:
@@ -66,12 +66,16 @@ class ActionMetrics:
     @torch.no_grad()
     def add(self, pred: Tensor, action: Tensor, active: Tensor, dataset: Tensor, embodiment: Tensor) -> None:
         """As `update`, of tensors: `pred`, `action` [B,T,128], `active` [B,T,128] bool, `dataset`, `embodiment` [B] int64."""
-        p, a = (x.double().masked_fill(~active, 0) for x in (pred, action))             # [B,T,D]
-        error = p - a                                                                   # [B,T,D]
-        entries = torch.stack([active.double(), p, a, p * p, a * a, p * a, error * error, error.abs()], dim=1)  # [B,8,T,D]
+        p, a = (x.double().masked_fill(~active, 0) for x in (pred, action))  # [B,T,D]
+        error = p - a  # [B,T,D]
+        entries = torch.stack(
+            [active.double(), p, a, p * p, a * a, p * a, error * error, error.abs()], dim=1
+        )  # [B,8,T,D]
         self._moments, self._seen = self._moments.to(pred.device), self._seen.to(pred.device)
         self._moments.index_add_(0, dataset, entries.sum(2))
-        self._seen.index_put_((dataset, embodiment), torch.ones(len(dataset), dtype=torch.float64, device=pred.device), accumulate=True)
+        self._seen.index_put_(
+            (dataset, embodiment), torch.ones(len(dataset), dtype=torch.float64, device=pred.device), accumulate=True
+        )
 
     def sums(self) -> Tensor:
         """[n] float64 on the device of the predictions: add those of all ranks and give the sum to `load_sums`."""
@@ -83,23 +87,30 @@ class ActionMetrics:
         self._moments, self._seen = moments.clone().view_as(self._moments), seen.clone().view_as(self._seen)
 
     def result(self) -> dict[str, float]:
-        """"<metric>" over everything, "<metric>/<dataset>", "<metric>/embodiment/<name>"; groups without an observation are left out."""
+        """ "<metric>" over everything, "<metric>/<dataset>", "<metric>/embodiment/<name>"; groups without an observation are left out."""
         moments, seen = self._moments.cpu(), self._seen.cpu()
-        groups = {"": torch.ones(len(self.datasets), dtype=torch.bool)}                 # [K] bool each
+        groups = {"": torch.ones(len(self.datasets), dtype=torch.bool)}  # [K] bool each
         groups |= {f"/{name}": torch.arange(len(self.datasets)) == k for k, name in enumerate(self.datasets)}
         groups |= {f"/embodiment/{name}": seen[:, e] > 0 for e, name in enumerate(self.embodiments)}
-        return {f"{metric}{suffix}": value for suffix, mine in groups.items() if seen[mine].any()
-                for metric, value in _metrics(moments[mine]).items()}
+        return {
+            f"{metric}{suffix}": value
+            for suffix, mine in groups.items()
+            if seen[mine].any()
+            for metric, value in _metrics(moments[mine]).items()
+        }
 
     def slots(self) -> dict[str, Tensor]:
         """metric → [K,D] float64 of every dataset and slot; NaN where it is not defined."""
         n, values, moves = _by_slot(self._moments.cpu())
-        return {name: torch.where(n > 0 if name in METRICS[:2] else moves, value, math.nan) for name, value in values.items()}
+        return {
+            name: torch.where(n > 0 if name in METRICS[:2] else moves, value, math.nan)
+            for name, value in values.items()
+        }
 
 
 def _metrics(moments: Tensor) -> dict[str, float]:
     """The defined metrics of the datasets whose moments [k,8,D] are given."""
-    n, square, absolute = moments[:, 0], moments[:, 6], moments[:, 7]                   # [k,D] each
+    n, square, absolute = moments[:, 0], moments[:, 6], moments[:, 7]  # [k,D] each
     if not n.any():
         return {}
     out = {"mse": (square.sum() / n.sum()).item(), "mae": (absolute.sum() / n.sum()).item()}
@@ -111,13 +122,18 @@ def _metrics(moments: Tensor) -> dict[str, float]:
 
 def _by_slot(moments: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """(N [k,D], metric → [k,D], which slots the expert moves [k,D] bool) of moments [k,8,D]."""
-    n = moments[:, 0]                                                                   # [k,D]
-    p, a, pp, aa, pa, square, absolute = (x / n.clamp(min=1) for x in moments[:, 1:].unbind(1))     # means, [k,D]
-    spread_p, spread_a = ((x2 - x * x).clamp(min=0).sqrt() for x, x2 in ((p, pp), (a, aa)))     # σ, [k,D]
-    moves = (n > 0) & (spread_a >= STILL)                                               # [k,D]
-    r = torch.where(spread_p > STILL / 100, (pa - p * a) / (spread_p * spread_a), 0.0).clamp(-1, 1)    # [k,D]
-    values = {"mse": square, "mae": absolute, "correlation": r, "coverage": 100 * spread_p / spread_a,
-              "nl2": square.sqrt() / (aa.sqrt() + EPSILON)}
+    n = moments[:, 0]  # [k,D]
+    p, a, pp, aa, pa, square, absolute = (x / n.clamp(min=1) for x in moments[:, 1:].unbind(1))  # means, [k,D]
+    spread_p, spread_a = ((x2 - x * x).clamp(min=0).sqrt() for x, x2 in ((p, pp), (a, aa)))  # σ, [k,D]
+    moves = (n > 0) & (spread_a >= STILL)  # [k,D]
+    r = torch.where(spread_p > STILL / 100, (pa - p * a) / (spread_p * spread_a), 0.0).clamp(-1, 1)  # [k,D]
+    values = {
+        "mse": square,
+        "mae": absolute,
+        "correlation": r,
+        "coverage": 100 * spread_p / spread_a,
+        "nl2": square.sqrt() / (aa.sqrt() + EPSILON),
+    }
     return n, values, moves
 
 
@@ -132,10 +148,12 @@ def mmd(x: Tensor, y: Tensor) -> float:
     median distance within `y`, the expert. ValueError for other shapes or n < 2.
     """
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
-        raise ValueError(f"expected two sets [n,D] of one size, n at least 2, got {tuple(x.shape)} and {tuple(y.shape)}")
-    xx, yy, xy = (torch.cdist(a.double(), b.double()).square() for a, b in ((x, x), (y, y), (x, y)))    # [n,n]
-    others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)                      # [n,n]
-    width = yy[others].median().clamp(min=1e-12)                                        # []
+        raise ValueError(
+            f"expected two sets [n,D] of one size, n at least 2, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    xx, yy, xy = (torch.cdist(a.double(), b.double()).square() for a, b in ((x, x), (y, y), (x, y)))  # [n,n]
+    others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)  # [n,n]
+    width = yy[others].median().clamp(min=1e-12)  # []
     terms = [torch.exp(-d[others] / (2 * s * s * width)).mean() for s in (0.5, 1.0, 2.0) for d in (xx, yy, xy, xy.T)]
     return float(sum(sign * term for sign, term in zip((1, 1, -1, -1) * 3, terms)) / 3)
 
@@ -149,30 +167,34 @@ def mode_coverage(x: Tensor, y: Tensor, cells: int = 10) -> float:
     if len(y) < 8:
         raise ValueError(f"{len(y)} expert samples are too few for cells; give at least 8")
     x, y = x.double(), y.double()
-    centre = y[[(y - y.mean(0)).square().sum(1).argmin().item()]]                       # [cells,D]: begun far from each other
+    centre = y[[(y - y.mean(0)).square().sum(1).argmin().item()]]  # [cells,D]: begun far from each other
     for _ in range(min(cells, len(y) // 4) - 1):
         centre = torch.cat([centre, y[[torch.cdist(y, centre).min(1).values.argmax().item()]]])
     for _ in range(20):
-        mine = torch.nn.functional.one_hot(torch.cdist(y, centre).argmin(1), len(centre)).to(y)      # [m,cells]
-        count = mine.sum(0)[:, None]                                                    # [cells,1]
+        mine = torch.nn.functional.one_hot(torch.cdist(y, centre).argmin(1), len(centre)).to(y)  # [m,cells]
+        count = mine.sum(0)[:, None]  # [cells,1]
         centre = torch.where(count > 0, mine.T @ y / count.clamp(min=1), centre)
-    of_y, of_x = (torch.cdist(z, centre).argmin(1).bincount(minlength=len(centre)) / len(z) for z in (y, x))    # [cells]
+    of_y, of_x = (torch.cdist(z, centre).argmin(1).bincount(minlength=len(centre)) / len(z) for z in (y, x))  # [cells]
     return ((of_x >= of_y / 4) & (of_x > 0)).double().mean().item()
 
 
 def set_metrics(pred: Tensor, action: Tensor, active: Tensor, dataset: Tensor) -> dict[str, float]:
-    """"mmd" and "mode_coverage" (percent) of chunks `pred`, `action` [B,T,128] with `active` [B,T,128] and `dataset` [B]:
+    """ "mmd" and "mode_coverage" (percent) of chunks `pred`, `action` [B,T,128] with `active` [B,T,128] and `dataset` [B]:
     means over the datasets by their number of whole chunks; those that the episode's end cuts are left out, as are datasets with fewer than 8."""
     found: list[tuple[int, float, float]] = []
     for k in dataset.unique().tolist():
-        mine = dataset == k                                                             # [B]
-        slots = active[mine].flatten(0, 1).any(0)                                       # [128]
-        whole = mine & (active | ~slots).flatten(1).all(1)                              # [B]
-        x, y = (chunks[whole][..., slots].flatten(1).cpu() for chunks in (pred, action))    # [n,D]
+        mine = dataset == k  # [B]
+        slots = active[mine].flatten(0, 1).any(0)  # [128]
+        whole = mine & (active | ~slots).flatten(1).all(1)  # [B]
+        x, y = (chunks[whole][..., slots].flatten(1).cpu() for chunks in (pred, action))  # [n,D]
         if len(x) >= 8:
             found.append((len(x), mmd(x, y), 100 * mode_coverage(x, y)))
     total = sum(n for n, _, _ in found)
-    return {name: sum(row[0] * row[i] for row in found) / total for i, name in ((1, "mmd"), (2, "mode_coverage"))} if found else {}
+    return (
+        {name: sum(row[0] * row[i] for row in found) / total for i, name in ((1, "mmd"), (2, "mode_coverage"))}
+        if found
+        else {}
+    )
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 32) -> float:
@@ -180,40 +202,41 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 32) -> float:
     them. ValueError for other shapes. (arXiv:1902.00434; in the plane even spacing needs no chance.)"""
     if x.shape != y.shape or x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"expected two sets [n,2] of one size, got {tuple(x.shape)} and {tuple(y.shape)}")
-    angle = math.pi * torch.arange(directions) / directions                             # [directions]
-    unit = torch.stack([angle.cos(), angle.sin()])                                      # [2,directions]
+    angle = math.pi * torch.arange(directions) / directions  # [directions]
+    unit = torch.stack([angle.cos(), angle.sin()])  # [2,directions]
     return ((x @ unit).sort(0).values - (y @ unit).sort(0).values).square().mean().sqrt().item()
 
 
 # --- draws against known modes -------------------------------------------------------------------------------------------
 
-OFF = 0.25          # a draw further from all modes than this share of the distance between the nearest two is off them
-COVERED = 0.1       # each mode must get this share of the draws
+OFF = 0.25  # a draw further from all modes than this share of the distance between the nearest two is off them
+COVERED = 0.1  # each mode must get this share of the draws
 
 
 @dataclass(frozen=True)
 class ModeMetrics:
     """Means over observations; the first two need a perfect expert's values beside them (finite draws)."""
 
-    share_error: float      # |share of draws nearest to a mode − truth|, the largest over the modes
-    coverage: float         # share of observations where each mode gets at least COVERED of the draws, those off all counting for none
-    between: float          # share of draws off all modes
-    distance: float         # root mean square per entry from a draw to its nearest mode, averaged
+    share_error: float  # |share of draws nearest to a mode − truth|, the largest over the modes
+    coverage: float  # share of observations where each mode gets at least COVERED of the draws, those off all counting for none
+    between: float  # share of draws off all modes
+    distance: float  # root mean square per entry from a draw to its nearest mode, averaged
 
 
 def mode_metrics(draws: Tensor, centre: Tensor, share: Tensor) -> ModeMetrics:
     """Of chunks `draws` [B,G,D] against the modes `centre` [B,M,D], M at least 2, which the expert takes with probability `share` [B,M]."""
-    itself = torch.eye(centre.shape[1], dtype=torch.bool)                               # [M,M]
-    apart = torch.cdist(centre, centre).masked_fill(itself, math.inf).flatten(1).min(1).values      # [B]
-    near, which = torch.cdist(draws, centre).min(2)                                     # [B,G] each
-    taken = which[..., None] == torch.arange(centre.shape[1])                           # [B,G,M]
-    off = near > OFF * apart[:, None]                                                   # [B,G]
-    hits = (taken & ~off[..., None]).float().mean(1)                                    # [B,M]
+    itself = torch.eye(centre.shape[1], dtype=torch.bool)  # [M,M]
+    apart = torch.cdist(centre, centre).masked_fill(itself, math.inf).flatten(1).min(1).values  # [B]
+    near, which = torch.cdist(draws, centre).min(2)  # [B,G] each
+    taken = which[..., None] == torch.arange(centre.shape[1])  # [B,G,M]
+    off = near > OFF * apart[:, None]  # [B,G]
+    hits = (taken & ~off[..., None]).float().mean(1)  # [B,M]
     return ModeMetrics(
         share_error=(taken.float().mean(1) - share).abs().max(1).values.mean().item(),
         coverage=(hits.min(1).values >= COVERED).float().mean().item(),
         between=off.float().mean().item(),
-        distance=(near / math.sqrt(draws.shape[2])).mean().item())
+        distance=(near / math.sqrt(draws.shape[2])).mean().item(),
+    )
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------------
@@ -234,14 +257,21 @@ def drift_of(draws: Tensor, action: Tensor, active: Tensor, embodiment: Tensor, 
     `config`'s temperatures and floor; `active` [B,T,128] bool, `embodiment` [B]."""
     steps, means = [], []
     for tau in config.temperatures:
-        field = grouped_drifting_field(draws.flatten(2), action[:, None].flatten(2), active=active.flatten(1), group=embodiment,
-                                       groups=config.embodiments, temperatures=(tau,), floor=config.floor)
-        square = field.mean_square[0, embodiment]                                       # [B]
-        steps.append((field.force * (square.sqrt() * field.unit)[:, None, None]).view_as(draws))        # [B,G,T,128]
-        means.append(square[field.entries > 0].mean())                                  # []
+        field = grouped_drifting_field(
+            draws.flatten(2),
+            action[:, None].flatten(2),
+            active=active.flatten(1),
+            group=embodiment,
+            groups=config.embodiments,
+            temperatures=(tau,),
+            floor=config.floor,
+        )
+        square = field.mean_square[0, embodiment]  # [B]
+        steps.append((field.force * (square.sqrt() * field.unit)[:, None, None]).view_as(draws))  # [B,G,T,128]
+        means.append(square[field.entries > 0].mean())  # []
     return Drift(torch.stack(steps), torch.stack(means))
 
 
 def drift_strength(mean_square: Sequence[float], temperatures: Sequence[float]) -> dict[str, float]:
-    """"lambda/<τ>" → λ, ln of mean(F²): what falls while the draws approach the expert, which the drifting loss does not."""
+    """ "lambda/<τ>" → λ, ln of mean(F²): what falls while the draws approach the expert, which the drifting loss does not."""
     return {f"lambda/{tau:g}": math.log(max(value, 1e-30)) for tau, value in zip(temperatures, mean_square)}

@@ -41,8 +41,8 @@ def pooled(batch: FeatureBatch) -> Tensor:
     """
     parts = []
     for tokens, mask in ((batch.tokens, batch.token_mask), (batch.text, batch.text_mask)):
-        total = tokens.masked_fill(~mask[..., None], 0).sum(1, dtype=torch.float32)     # [B,D] or [B,Dt]
-        parts.append(F.normalize(total, dim=-1))                                        # the count does not change the direction
+        total = tokens.masked_fill(~mask[..., None], 0).sum(1, dtype=torch.float32)  # [B,D] or [B,Dt]
+        parts.append(F.normalize(total, dim=-1))  # the count does not change the direction
     return torch.cat(parts, dim=-1)
 
 
@@ -50,18 +50,18 @@ def pooled(batch: FeatureBatch) -> Tensor:
 class FeatureBank:
     """Observations to search exactly, all on one device. Only of the same dataset: other action spaces are never compared."""
 
-    features: Tensor        # [N,S] float, by default `pooled`
-    chunks: Tensor          # [N,T,128] float32 normalised, none running past its episode's end
-    dataset: Tensor         # [N] int64, as in FeatureBatch
-    frame_index: Tensor     # [N] int64, as in FeatureBatch
-    gap: int = 0            # observations so many frames away, or less, are no neighbours: the same moment again
+    features: Tensor  # [N,S] float, by default `pooled`
+    chunks: Tensor  # [N,T,128] float32 normalised, none running past its episode's end
+    dataset: Tensor  # [N] int64, as in FeatureBatch
+    frame_index: Tensor  # [N] int64, as in FeatureBatch
+    gap: int = 0  # observations so many frames away, or less, are no neighbours: the same moment again
 
     @classmethod
     def of(cls, batches: Iterable[FeatureBatch], gap: int = 0) -> FeatureBank:
         """The bank of all whole chunks in `batches` (decoded ones); ValueError where there are none."""
         rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for batch in batches:
-            whole = batch.step_mask.all(1)                                      # [B]
+            whole = batch.step_mask.all(1)  # [B]
             rows.append((pooled(batch)[whole], batch.action[whole], batch.dataset[whole], batch.frame_index[whole]))
         if not rows:
             raise ValueError("a bank needs at least one batch")
@@ -72,9 +72,11 @@ class FeatureBank:
         """The `count` nearest of the same dataset, nearest first, never the observation itself; memory O(B·N)."""
         b, p = len(batch), min(count, len(self.features))
         with torch.autocast(batch.tokens.device.type, enabled=False):
-            distance = torch.cdist(pooled(batch).to(self.features.dtype), self.features)    # [B,N]
-        fits = (batch.dataset[:, None] == self.dataset) & ((batch.frame_index[:, None] - self.frame_index).abs() > self.gap)   # [B,N]
-        nearest = distance.masked_fill(~fits, torch.inf).topk(p, dim=1, largest=False).indices      # [B,P]
-        valid = fits.gather(1, nearest)                                         # [B,P]
-        chunks = F.pad(self.chunks[nearest], (0, 0, 0, 0, 0, count - p))        # [B,count,T,128]
+            distance = torch.cdist(pooled(batch).to(self.features.dtype), self.features)  # [B,N]
+        fits = (batch.dataset[:, None] == self.dataset) & (
+            (batch.frame_index[:, None] - self.frame_index).abs() > self.gap
+        )  # [B,N]
+        nearest = distance.masked_fill(~fits, torch.inf).topk(p, dim=1, largest=False).indices  # [B,P]
+        valid = fits.gather(1, nearest)  # [B,P]
+        chunks = F.pad(self.chunks[nearest], (0, 0, 0, 0, 0, count - p))  # [B,count,T,128]
         return Positives(chunks, F.pad(valid.to(chunks.dtype), (0, count - p)).reshape(b, count))

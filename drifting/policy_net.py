@@ -20,17 +20,23 @@ from .dit import FOURIER_FEATURES, Context, DiTConfig, DriftingDiT, fourier
 class PolicyNetConfig:
     """Shape of the projector; the generator's is nested."""
 
-    feature_width: int = 2048                            # D, width of the VLM features
-    text_width: int | None = None                        # Dt, of text features; None: D, and both share one projection
-    dit: DiTConfig = field(default_factory=DiTConfig)    # the generator
-    max_views: int = 8                                   # distinct cameras (view_id < max_views)
-    max_frames: int = 8                                  # distinct frame offsets (frame_id < max_frames)
-    slots: tuple[int, ...] = ()                          # of the 128, ascending: the generator reads and gives these alone (an ablation); () = all
+    feature_width: int = 2048  # D, width of the VLM features
+    text_width: int | None = None  # Dt, of text features; None: D, and both share one projection
+    dit: DiTConfig = field(default_factory=DiTConfig)  # the generator
+    max_views: int = 8  # distinct cameras (view_id < max_views)
+    max_frames: int = 8  # distinct frame offsets (frame_id < max_frames)
+    slots: tuple[
+        int, ...
+    ] = ()  # of the 128, ascending: the generator reads and gives these alone (an ablation); () = all
 
     def __post_init__(self) -> None:
-        if self.slots and (len(self.slots) != self.dit.action_dim or len(self.slots) != self.dit.proprio_dim or self.dit.denoising):
-            raise UserError(f"the generator has {self.dit.action_dim} action and {self.dit.proprio_dim} proprioception entries for {len(self.slots)} slots; "
-                            "they must be as many, and a denoising head reads all 128")
+        if self.slots and (
+            len(self.slots) != self.dit.action_dim or len(self.slots) != self.dit.proprio_dim or self.dit.denoising
+        ):
+            raise UserError(
+                f"the generator has {self.dit.action_dim} action and {self.dit.proprio_dim} proprioception entries for {len(self.slots)} slots; "
+                "they must be as many, and a denoising head reads all 128"
+            )
 
 
 class PolicyNet(nn.Module):
@@ -39,7 +45,7 @@ class PolicyNet(nn.Module):
     `encode` projects the observation once; `decode` generates any number of draws from it; `forward` is both.
     """
 
-    slots: Tensor   # [slots] int64, those of the config
+    slots: Tensor  # [slots] int64, those of the config
 
     def __init__(self, config: PolicyNetConfig) -> None:
         super().__init__()
@@ -50,9 +56,11 @@ class PolicyNet(nn.Module):
         self.proj_pool = nn.Sequential(nn.Linear(d + (config.text_width or 0), w), nn.LayerNorm(w))
         self.camera_embed = nn.Embedding(config.max_views, w)
         self.time_embed = nn.Embedding(config.max_frames, w)
-        self.text_position = nn.Linear(FOURIER_FEATURES, w, bias=False)   # embedded words have no order of their own
+        self.text_position = nn.Linear(FOURIER_FEATURES, w, bias=False)  # embedded words have no order of their own
         self.dit = DriftingDiT(config.dit)
-        self.register_buffer("slots", torch.tensor(config.slots, dtype=torch.int64), persistent=False)      # part of the config, not of the weights
+        self.register_buffer(
+            "slots", torch.tensor(config.slots, dtype=torch.int64), persistent=False
+        )  # part of the config, not of the weights
         projections = [p[0] for p in (self.proj_seq, self.proj_text, self.proj_pool) if p is not None]
         for linear in (*projections, self.text_position):
             nn.init.xavier_uniform_(linear.get_parameter("weight"))
@@ -64,27 +72,37 @@ class PolicyNet(nn.Module):
     def encode(self, batch: FeatureBatch) -> Context:
         """The context of every observation. Masked tokens are replaced by zero before anything reads them."""
         device, l = batch.tokens.device.type, batch.tokens.shape[1]
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.text_position.weight.dtype
-        mask = torch.cat([batch.token_mask, batch.text_mask], dim=1)            # [B,S]
-        parts = [batch.tokens.to(dtype), batch.text.to(dtype)]                  # [B,L,D], [B,Lt,Dt]
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.text_position.weight.dtype
+        )
+        mask = torch.cat([batch.token_mask, batch.text_mask], dim=1)  # [B,S]
+        parts = [batch.tokens.to(dtype), batch.text.to(dtype)]  # [B,L,D], [B,Lt,Dt]
         if self.proj_text is None:
             parts = [torch.cat(parts, dim=1).masked_fill(~mask[..., None], 0)]  # [B,S,D]
-            sequence = self.proj_seq(parts[0])                                  # [B,S,W]
+            sequence = self.proj_seq(parts[0])  # [B,S,W]
         else:
             parts = [p.masked_fill(~m[..., None], 0) for p, m in zip(parts, (batch.token_mask, batch.text_mask))]
-            sequence = torch.cat([self.proj_seq(parts[0]), self.proj_text(parts[1])], dim=1)    # [B,S,W]
-        total = torch.cat([p.sum(1, dtype=torch.float32) for p in parts], dim=-1)               # [B,D] or [B,D+Dt]
-        pooled = self.proj_pool((total / mask.sum(1, keepdim=True).clamp(min=1)).to(dtype))     # [B,W]
-        place = self.camera_embed(batch.view_id) + self.time_embed(batch.frame_id)    # [B,L,W]
-        index = torch.arange(batch.text.shape[1], device=batch.text.device)     # [Lt]
-        order = self.text_position(fourier(index.float()).to(dtype))            # [Lt,W]
-        seen, words = sequence.split([l, batch.text.shape[1]], dim=1)           # [B,L,W], [B,Lt,W]; slices would bind an exported graph to Lt > 1
-        sequence = torch.cat([seen + place, words + order], dim=1)              # [B,S,W]
-        proprio = batch.proprio[:, self.slots] if self.config.slots else batch.proprio          # [B,128], or those of the slots
+            sequence = torch.cat([self.proj_seq(parts[0]), self.proj_text(parts[1])], dim=1)  # [B,S,W]
+        total = torch.cat([p.sum(1, dtype=torch.float32) for p in parts], dim=-1)  # [B,D] or [B,D+Dt]
+        pooled = self.proj_pool((total / mask.sum(1, keepdim=True).clamp(min=1)).to(dtype))  # [B,W]
+        place = self.camera_embed(batch.view_id) + self.time_embed(batch.frame_id)  # [B,L,W]
+        index = torch.arange(batch.text.shape[1], device=batch.text.device)  # [Lt]
+        order = self.text_position(fourier(index.float()).to(dtype))  # [Lt,W]
+        seen, words = sequence.split(
+            [l, batch.text.shape[1]], dim=1
+        )  # [B,L,W], [B,Lt,W]; slices would bind an exported graph to Lt > 1
+        sequence = torch.cat([seen + place, words + order], dim=1)  # [B,S,W]
+        proprio = batch.proprio[:, self.slots] if self.config.slots else batch.proprio  # [B,128], or those of the slots
         return Context(sequence, mask, pooled, batch.embodiment, proprio, batch.control_hz, batch.action_mask)
 
-    def decode(self, context: Context, noise: Tensor, alpha: Tensor, time: Tensor | None = None,
-               kept: list[list[Tensor]] | None = None) -> Tensor:
+    def decode(
+        self,
+        context: Context,
+        noise: Tensor,
+        alpha: Tensor,
+        time: Tensor | None = None,
+        kept: list[list[Tensor]] | None = None,
+    ) -> Tensor:
         """Chunks [B,G,T,128] in the parameters' dtype, for `noise` [B,G,T,64] and scales α `alpha` [B].
 
         Of a denoising head: its prediction for noisy actions `noise` [B,G,T,128] at `time` [B,G]; `kept` as in `DriftingDiT`.
@@ -92,7 +110,9 @@ class PolicyNet(nn.Module):
         out = self.dit(noise, context, alpha, time, kept)
         if not self.config.slots:
             return out
-        return out.new_zeros(*out.shape[:-1], UNIFIED_DIM).index_copy(-1, self.slots, out)     # zeros in the others, which no loss reads
+        return out.new_zeros(*out.shape[:-1], UNIFIED_DIM).index_copy(
+            -1, self.slots, out
+        )  # zeros in the others, which no loss reads
 
     def forward(self, batch: FeatureBatch, noise: Tensor, alpha: Tensor, time: Tensor | None = None) -> Tensor:
         """`decode(encode(batch), noise, alpha, time)`: noise [B,G,T,64], alpha [B] → [B,G,T,128]."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..batch import UNIFIED_DIM, FeatureBatch
 from .losses import LossConfig
 
-_MIX = -7046029254386353131     # 2^64 / golden ratio as a signed number: consecutive multiples of it look random
+_MIX = -7046029254386353131  # 2^64 / golden ratio as a signed number: consecutive multiples of it look random
 
 
 class Drawn(NamedTuple):
@@ -38,17 +38,22 @@ class ChunkQueues:
     def __init__(self, config: LossConfig, horizon: int, device: torch.device | str = "cpu") -> None:
         if config.queue == "none":
             raise ValueError("LossConfig.queue is none: there is nothing to queue")
-        self.by_task, self.size, self.horizon, self.device = config.queue == "task", config.queue_size, horizon, torch.device(device)
-        self._pushed: dict[tuple[int, ...], int] = {}                           # chunks pushed so far, by queue
-        self._chunks: dict[tuple[int, ...], Tensor] = {}                        # [2,Q,T,128]: expert, generated
+        self.by_task, self.size, self.horizon, self.device = (
+            config.queue == "task",
+            config.queue_size,
+            horizon,
+            torch.device(device),
+        )
+        self._pushed: dict[tuple[int, ...], int] = {}  # chunks pushed so far, by queue
+        self._chunks: dict[tuple[int, ...], Tensor] = {}  # [2,Q,T,128]: expert, generated
 
     @torch.no_grad()
     def draw(self, batch: FeatureBatch) -> Drawn:
         """Everything in each observation's queue."""
         keys, none = self._keys(batch), torch.zeros(2, self.size, self.horizon, UNIFIED_DIM, device=self.device)
-        filled = torch.tensor([min(self._pushed.get(key, 0), self.size) for key in keys], device=self.device)   # [B]
-        weight = (torch.arange(self.size, device=self.device) < filled[:, None]).float()        # [B,Q]
-        positives, negatives = torch.stack([self._chunks.get(key, none) for key in keys], dim=1)    # [B,Q,T,128] each
+        filled = torch.tensor([min(self._pushed.get(key, 0), self.size) for key in keys], device=self.device)  # [B]
+        weight = (torch.arange(self.size, device=self.device) < filled[:, None]).float()  # [B,Q]
+        positives, negatives = torch.stack([self._chunks.get(key, none) for key in keys], dim=1)  # [B,Q,T,128] each
         return Drawn(positives, negatives, weight)
 
     @torch.no_grad()
@@ -57,7 +62,7 @@ class ChunkQueues:
 
         Chunks that run past their episode's end are left out: other observations count steps that they do not have.
         """
-        pairs = torch.stack([batch.action, pred[:, 0]], dim=1).to(self.device, torch.float32)   # [B,2,T,128]
+        pairs = torch.stack([batch.action, pred[:, 0]], dim=1).to(self.device, torch.float32)  # [B,2,T,128]
         for key, pair, whole in zip(self._keys(batch), pairs, batch.step_mask.all(1).tolist()):
             if whole:
                 count = self._pushed.get(key, 0)
@@ -69,9 +74,11 @@ class ChunkQueues:
     def state_dict(self) -> dict[str, Tensor]:
         """keys [K,3] and pushed [K] int64, chunks [K,2,Q,T,128] float32 (expert, generated), on the CPU."""
         empty = torch.zeros(0, 2, self.size, self.horizon, UNIFIED_DIM)
-        return {"keys": torch.tensor(list(self._pushed), dtype=torch.int64).reshape(-1, 3),
-                "pushed": torch.tensor(list(self._pushed.values()), dtype=torch.int64),
-                "chunks": torch.stack([self._chunks[key].cpu() for key in self._pushed]) if self._pushed else empty}
+        return {
+            "keys": torch.tensor(list(self._pushed), dtype=torch.int64).reshape(-1, 3),
+            "pushed": torch.tensor(list(self._pushed.values()), dtype=torch.int64),
+            "chunks": torch.stack([self._chunks[key].cpu() for key in self._pushed]) if self._pushed else empty,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from `state`; ValueError for queues of another size or horizon."""
@@ -80,7 +87,9 @@ class ChunkQueues:
             raise ValueError(f"queues: expected chunks {wanted}, got {given}")
         keys = [tuple(key) for key in state["keys"].tolist()]
         self._pushed = dict(zip(keys, state["pushed"].tolist()))
-        self._chunks = {key: chunks.to(self.device, torch.float32, copy=True) for key, chunks in zip(keys, state["chunks"])}
+        self._chunks = {
+            key: chunks.to(self.device, torch.float32, copy=True) for key, chunks in zip(keys, state["chunks"])
+        }
 
     def _keys(self, batch: FeatureBatch) -> list[tuple[int, ...]]:
         instruction = instruction_id(batch) if self.by_task else torch.zeros_like(batch.dataset)
@@ -90,8 +99,8 @@ class ChunkQueues:
 def instruction_id(batch: FeatureBatch) -> Tensor:
     """A number [B] int64 for each instruction, computed from the bits of its visible embeddings (rounded to fp16): equal for equal
     instructions, whatever the padding, the batch or the device, and different for different ones but for chance."""
-    bits = batch.text.to(torch.float16).contiguous().view(torch.int16).to(torch.int64)          # [B,Lt,Dt]
+    bits = batch.text.to(torch.float16).contiguous().view(torch.int16).to(torch.int64)  # [B,Lt,Dt]
     _, length, width = bits.shape
-    factor = torch.arange(1, length * width + 1, device=bits.device) * _MIX                     # wraps around 2^64, as do sums
-    factor = (factor ^ (factor >> 29)) * _MIX                                                   # [Lt·Dt]
+    factor = torch.arange(1, length * width + 1, device=bits.device) * _MIX  # wraps around 2^64, as do sums
+    factor = (factor ^ (factor >> 29)) * _MIX  # [Lt·Dt]
     return ((bits + 1) * factor.reshape(length, width)).masked_fill(~batch.text_mask[..., None], 0).sum((1, 2))

@@ -27,15 +27,17 @@ class FieldSpec:
     unified = (native · scale + offset) · (control_hz if delta else 1). `arm_joint_{0..6}_pos` stands for seven names.
     """
 
-    field: str | None = None                # one named slot; consumes one dimension
-    fields: tuple[str, ...] | None = None   # several named slots in order, each consuming one dimension
-    rotation: Literal["quat_xyzw", "euler_xyz", "axis_angle", "rot6d", "matrix"] | None = None  # consumes 4 / 3 / 3 / 6 / 9
-    prefix: str = "eef_angle"               # with `rotation`: the six slots it fills, eef_angle or left_eef_angle
-    drop: int | None = None                 # this many dimensions are dropped
-    fill: float = 0.0                       # with `drop`: the value they get on the way back
-    scale: float = 1.0                      # with `field(s)`: unit and sign, never 0
-    offset: float = 0.0                     # with `field(s)`: in unified units, before the × control_hz
-    delta: bool = False                     # with `field(s)`: native is a displacement per step, the slot is a velocity
+    field: str | None = None  # one named slot; consumes one dimension
+    fields: tuple[str, ...] | None = None  # several named slots in order, each consuming one dimension
+    rotation: Literal["quat_xyzw", "euler_xyz", "axis_angle", "rot6d", "matrix"] | None = (
+        None  # consumes 4 / 3 / 3 / 6 / 9
+    )
+    prefix: str = "eef_angle"  # with `rotation`: the six slots it fills, eef_angle or left_eef_angle
+    drop: int | None = None  # this many dimensions are dropped
+    fill: float = 0.0  # with `drop`: the value they get on the way back
+    scale: float = 1.0  # with `field(s)`: unit and sign, never 0
+    offset: float = 0.0  # with `field(s)`: in unified units, before the × control_hz
+    delta: bool = False  # with `field(s)`: native is a displacement per step, the slot is a velocity
     # layouts of the past, whose 6D slots count as plain scaled slots: with `field(s)` they hold raw numbers, with `rotation`
     # a quaternion xyzw (w ≥ 0) in the first four
     legacy: bool = False
@@ -80,16 +82,18 @@ class ActionMap:
         if not (np.isfinite(control_hz) and control_hz > 0):
             raise UserError(f"control frequency {control_hz} Hz: must be positive")
         self.specs, self.control_hz = tuple(specs), float(control_hz)
-        columns: list[int] = []     # native ones of plain slots
-        names: list[str] = []       # of the native dimensions
+        columns: list[int] = []  # native ones of plain slots
+        names: list[str] = []  # of the native dimensions
         slots, gains, offsets = [], [], []
-        self._rotations: list[tuple[str, bool, slice, slice]] = []   # (form, legacy, native columns, unified slots)
-        self._dropped: list[tuple[slice, float]] = []          # (native columns, fill)
+        self._rotations: list[tuple[str, bool, slice, slice]] = []  # (form, legacy, native columns, unified slots)
+        self._dropped: list[tuple[slice, float]] = []  # (native columns, fill)
         for spec in self.specs:
             start, span = len(names), slice(len(names), len(names) + spec.width)
             if spec.rotation:
                 first = SLOTS[f"{spec.prefix}_0"]
-                self._rotations.append((spec.rotation, spec.legacy, span, slice(first, first + (4 if spec.legacy else 6))))
+                self._rotations.append(
+                    (spec.rotation, spec.legacy, span, slice(first, first + (4 if spec.legacy else 6)))
+                )
                 names += [f"{spec.prefix}.{spec.rotation}[{i}]" for i in range(spec.width)]
             elif spec.drop:
                 self._dropped.append((span, spec.fill))
@@ -110,7 +114,7 @@ class ActionMap:
         if twice:
             name = next(n for n in SLOTS if SLOTS[n] == twice[0])
             raise UserError(f"two entries of the field map fill '{name}' (slot {twice[0]})")
-        self.mask = np.zeros(UNIFIED_DIM, dtype=bool)            # [128] slots this dataset fills
+        self.mask = np.zeros(UNIFIED_DIM, dtype=bool)  # [128] slots this dataset fills
         self.mask[filled] = True
         self.rotation_slots = np.zeros(UNIFIED_DIM, dtype=bool)  # [128] of those, the 6D rotation slots
         for _, legacy, _, target in self._rotations:
@@ -150,20 +154,29 @@ class ActionMap:
         that fills the slots eef_pos and eef_angle."""
         unified = self.to_unified(native).astype(np.float64)
         position, angle = SLOTS["eef_pos_x"], SLOTS["eef_angle_0"]
-        return np.concatenate([unified[..., position:position + 3],
-                               from_rot6d("quat_xyzw", unified[..., angle:angle + 6])], axis=-1)
+        return np.concatenate(
+            [unified[..., position : position + 3], from_rot6d("quat_xyzw", unified[..., angle : angle + 6])], axis=-1
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description; `from_dict` gives an equal map back."""
         plain = FieldSpec(drop=1)
-        keep = [{k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items()
-                 if k == "drop" and v or k != "drop" and v != getattr(plain, k)} for s in self.specs]
+        keep = [
+            {
+                k: list(v) if isinstance(v, tuple) else v
+                for k, v in dataclasses.asdict(s).items()
+                if k == "drop" and v or k != "drop" and v != getattr(plain, k)
+            }
+            for s in self.specs
+        ]
         return {"version": ACTION_SCHEMA_VERSION, "control_hz": self.control_hz, "fields": keep}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ActionMap":
+    def from_dict(cls, values: Mapping[str, Any]) -> ActionMap:
         """Inverse of `to_dict`; `UserError` for another action-schema version."""
         if values["version"] != ACTION_SCHEMA_VERSION:
-            raise UserError(f"action schema version {values['version']} was written by another release; "
-                            f"this one uses {ACTION_SCHEMA_VERSION}: rebuild the cache")
+            raise UserError(
+                f"action schema version {values['version']} was written by another release; "
+                f"this one uses {ACTION_SCHEMA_VERSION}: rebuild the cache"
+            )
         return cls([from_mapping(FieldSpec, f, "fields") for f in values["fields"]], values["control_hz"])

@@ -26,16 +26,22 @@ from .rotations import WIDTH, conjugate, from_quaternion, multiply, rotate, to_q
 
 Form = Literal["axis_angle", "quat_xyzw", "euler_xyz"]
 Frame = Literal["world", "body", "mixed"]
-POSE = 7    # x y z, then the quaternion x y z w
+POSE = 7  # x y z, then the quaternion x y z w
 
 
-def integrate(initial_pose: np.ndarray, deltas: np.ndarray, rotation: Form = "axis_angle", frame: Frame = "world") -> np.ndarray:
+def integrate(
+    initial_pose: np.ndarray, deltas: np.ndarray, rotation: Form = "axis_angle", frame: Frame = "world"
+) -> np.ndarray:
     """`initial_pose [7]` (m, quaternion xyzw) and `deltas [T, 3+r]` (m per step, then the rotation per step in `rotation`)
     → poses [T, 7] float64, quaternions of length 1 without jumps of sign. `NotARotation` for a zero quaternion."""
     deltas, start = np.asarray(deltas, dtype=np.float64), np.asarray(initial_pose, dtype=np.float64)
-    q = np.concatenate([to_quaternion("quat_xyzw", start[None, 3:]), to_quaternion(rotation, deltas[:, 3:])])   # [T+1, 4]
+    q = np.concatenate(
+        [to_quaternion("quat_xyzw", start[None, 3:]), to_quaternion(rotation, deltas[:, 3:])]
+    )  # [T+1, 4]
     step = 1
-    while step < len(q):    # all products of the first t turns at once, by doubling: as exact as one by one, and much faster
+    while step < len(
+        q
+    ):  # all products of the first t turns at once, by doubling: as exact as one by one, and much faster
         q[step:] = multiply(q[step:], q[:-step]) if frame == "world" else multiply(q[:-step], q[step:])
         step *= 2
     q /= np.linalg.norm(q, axis=-1, keepdims=True)
@@ -44,8 +50,9 @@ def integrate(initial_pose: np.ndarray, deltas: np.ndarray, rotation: Form = "ax
     return np.concatenate([start[:3] + np.cumsum(moves, axis=0), q[1:]], axis=-1)
 
 
-def differentiate(initial_pose: np.ndarray, poses: np.ndarray, rotation: Form = "axis_angle",
-                  frame: Frame = "world") -> np.ndarray:
+def differentiate(
+    initial_pose: np.ndarray, poses: np.ndarray, rotation: Form = "axis_angle", frame: Frame = "world"
+) -> np.ndarray:
     """The inverse: `poses [T, 7]` → deltas [T, 3+r] float64. Rotations come back in their canonical form: axis-angles of at
     most π, quaternions with w ≥ 0, Euler pitch in ±π/2."""
     path = np.concatenate([np.asarray(initial_pose, dtype=np.float64)[None], np.asarray(poses, dtype=np.float64)])
@@ -64,17 +71,25 @@ class Integration:
     The first 3 + r numbers of the action become x y z and a quaternion xyzw; the field map describes the result.
     """
 
-    rotation: Form                  # form of the rotation per step
-    frame: Frame = "world"          # see above
-    position_scale: float = 1.0     # metres per stored unit
-    rotation_scale: float = 1.0     # radians per stored unit; 1 for quaternions
+    rotation: Form  # form of the rotation per step
+    frame: Frame = "world"  # see above
+    position_scale: float = 1.0  # metres per stored unit
+    rotation_scale: float = 1.0  # radians per stored unit; 1 for quaternions
 
     def __post_init__(self) -> None:
-        if not (np.isfinite([self.position_scale, self.rotation_scale]).all() and self.position_scale and self.rotation_scale):
-            raise UserError(f"integrate: position_scale {self.position_scale} and rotation_scale {self.rotation_scale} must be "
-                            "finite and not 0")
+        if not (
+            np.isfinite([self.position_scale, self.rotation_scale]).all()
+            and self.position_scale
+            and self.rotation_scale
+        ):
+            raise UserError(
+                f"integrate: position_scale {self.position_scale} and rotation_scale {self.rotation_scale} must be "
+                "finite and not 0"
+            )
         if self.rotation == "quat_xyzw" and self.rotation_scale != 1:
-            raise UserError(f"integrate: rotation_scale {self.rotation_scale} does not apply to quaternions; leave it out")
+            raise UserError(
+                f"integrate: rotation_scale {self.rotation_scale} does not apply to quaternions; leave it out"
+            )
 
     @property
     def width(self) -> int:
@@ -84,8 +99,8 @@ class Integration:
     def apply(self, initial_pose: np.ndarray, action: np.ndarray) -> np.ndarray:
         """`initial_pose [7]`, stored `action [T, 3+r+n]` → [T, 7+n] float64; `NotARotation` for a zero quaternion."""
         scale = np.array([self.position_scale] * 3 + [self.rotation_scale] * (self.width - 3))
-        poses = integrate(initial_pose, action[:, :self.width] * scale, self.rotation, self.frame)
-        return np.concatenate([poses, action[:, self.width:]], axis=1)
+        poses = integrate(initial_pose, action[:, : self.width] * scale, self.rotation, self.frame)
+        return np.concatenate([poses, action[:, self.width :]], axis=1)
 
     def undo(self, initial_pose: np.ndarray, action: np.ndarray) -> np.ndarray:
         """The inverse of `apply`: absolute `action [T, 7+n]` → the stored form [T, 3+r+n] float64."""

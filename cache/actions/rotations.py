@@ -12,11 +12,13 @@ import numpy as np
 from ...errors import UserError
 
 WIDTH = {"quat_xyzw": 4, "euler_xyz": 3, "axis_angle": 3, "rot6d": 6, "matrix": 9}  # native width of each form
-QUATERNION_LENGTH = 0.5, 2.0    # accepted, and made 1: interpolated or rounded ones are near 1, other columns are not
-ORTHONORMAL = 0.01              # how far columns may be from orthonormal: float16 storage passes, a wrong column does not
-_LIMITS = {"quat_xyzw": "a quaternion's length must lie in 0.5 to 2",
-           "rot6d": "the two columns must be orthonormal to 0.01",
-           "matrix": "its columns must be orthonormal to 0.01 and right-handed: no reflection, no zeros"}
+QUATERNION_LENGTH = 0.5, 2.0  # accepted, and made 1: interpolated or rounded ones are near 1, other columns are not
+ORTHONORMAL = 0.01  # how far columns may be from orthonormal: float16 storage passes, a wrong column does not
+_LIMITS = {
+    "quat_xyzw": "a quaternion's length must lie in 0.5 to 2",
+    "rot6d": "the two columns must be orthonormal to 0.01",
+    "matrix": "its columns must be orthonormal to 0.01 and right-handed: no reflection, no zeros",
+}
 
 
 class NotARotation(UserError):
@@ -32,7 +34,7 @@ def require_rotations(form: str, values: np.ndarray) -> None:
         length = np.linalg.norm(rows, axis=-1)
         good = (length >= QUATERNION_LENGTH[0]) & (length <= QUATERNION_LENGTH[1])
     else:
-        columns = rows.reshape(-1, 2, 3) if form == "rot6d" else rows.reshape(-1, 3, 3).swapaxes(1, 2)   # [n, column, 3]
+        columns = rows.reshape(-1, 2, 3) if form == "rot6d" else rows.reshape(-1, 3, 3).swapaxes(1, 2)  # [n, column, 3]
         error = np.abs(columns @ columns.swapaxes(1, 2) - np.eye(columns.shape[1])).max((1, 2))
         good = error <= ORTHONORMAL
         if form == "matrix":
@@ -40,8 +42,9 @@ def require_rotations(form: str, values: np.ndarray) -> None:
     if not good.all():
         row = int(good.argmin())
         numbers = ", ".join(f"{v:.4g}" for v in rows[row])
-        raise NotARotation(f"row {row}: ({numbers}) is not a rotation as {form}; {_LIMITS[form]}, check the field map "
-                           "and the data")
+        raise NotARotation(
+            f"row {row}: ({numbers}) is not a rotation as {form}; {_LIMITS[form]}, check the field map and the data"
+        )
 
 
 def to_rot6d(form: str, values: np.ndarray) -> np.ndarray:
@@ -85,7 +88,7 @@ def to_quaternion(form: str, values: np.ndarray) -> np.ndarray:
     if form == "axis_angle":
         return _canonical(_quaternion_from_axis_angle(values))
     if form == "euler_xyz":
-        half = np.eye(3) * values[..., None] / 2    # [..., axis, 3]: R = Rz·Ry·Rx, one turn per axis
+        half = np.eye(3) * values[..., None] / 2  # [..., axis, 3]: R = Rz·Ry·Rx, one turn per axis
         x, y, z = np.moveaxis(np.concatenate([np.sin(half), np.cos(values / 2)[..., None]], axis=-1), -2, 0)
         return _canonical(multiply(z, multiply(y, x)))
     return _to_quaternion(matrix_from_rot6d(to_rot6d(form, values)))
@@ -156,12 +159,15 @@ def _to_quaternion(m: np.ndarray) -> np.ndarray:
     d0, d1, d2 = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
     a, b, c = m[..., 2, 1], m[..., 0, 2], m[..., 1, 0]
     at, bt, ct = m[..., 1, 2], m[..., 2, 0], m[..., 0, 1]
-    candidates = np.stack([  # each row is 4 · (component) · (x, y, z, w)
-        np.stack([1 + d0 - d1 - d2, c + ct, b + bt, a - at], axis=-1),
-        np.stack([c + ct, 1 - d0 + d1 - d2, a + at, b - bt], axis=-1),
-        np.stack([b + bt, a + at, 1 - d0 - d1 + d2, c - ct], axis=-1),
-        np.stack([a - at, b - bt, c - ct, 1 + trace], axis=-1),
-    ], axis=-2)  # [..., 4, 4]
+    candidates = np.stack(
+        [  # each row is 4 · (component) · (x, y, z, w)
+            np.stack([1 + d0 - d1 - d2, c + ct, b + bt, a - at], axis=-1),
+            np.stack([c + ct, 1 - d0 + d1 - d2, a + at, b - bt], axis=-1),
+            np.stack([b + bt, a + at, 1 - d0 - d1 + d2, c - ct], axis=-1),
+            np.stack([a - at, b - bt, c - ct, 1 + trace], axis=-1),
+        ],
+        axis=-2,
+    )  # [..., 4, 4]
     best = np.stack([d0, d1, d2, trace], axis=-1).argmax(-1)[..., None, None]
     quaternion = np.take_along_axis(candidates, best, axis=-2)[..., 0, :]
     quaternion = quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)

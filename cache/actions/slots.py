@@ -8,8 +8,15 @@ from dataclasses import dataclass
 
 UNIFIED_DIM = 128
 ACTION_SCHEMA_VERSION = 1  # raised when a slot or a conversion changes; part of the cache fingerprint
-EMBODIMENTS = ("gripper_eef", "gripper_joint", "bimanual", "dex_hand", "gripper_delta_eef", "bimanual_mobile",
-               "bimanual_dex")  # the id fed to the model is the position
+EMBODIMENTS = (
+    "gripper_eef",
+    "gripper_joint",
+    "bimanual",
+    "dex_hand",
+    "gripper_delta_eef",
+    "bimanual_mobile",
+    "bimanual_dex",
+)  # the id fed to the model is the position
 
 
 def _slots() -> dict[str, int]:
@@ -49,9 +56,12 @@ def _expand(pattern: str) -> list[str]:
     return [f"{head}{i}{tail}" for i in range(int(first), int(last) + 1)]
 
 
-KINDS = {   # how unified field names end → what the number is
-    r"gripper_open": "gripper", r"(gripper|finger)_joint_\d+_pos": "finger", r"(joint_\d+_pos|head_joint_\d|spine_joint)": "joint",
-    r"eef_pos_[xyz]": "position", r"(eef_vel_[xyz]|base_vel_[xy])": "speed",
+KINDS = {  # how unified field names end → what the number is
+    r"gripper_open": "gripper",
+    r"(gripper|finger)_joint_\d+_pos": "finger",
+    r"(joint_\d+_pos|head_joint_\d|spine_joint)": "joint",
+    r"eef_pos_[xyz]": "position",
+    r"(eef_vel_[xyz]|base_vel_[xy])": "speed",
     r"(angular_vel(_\w+)?|arm_joint_\d+_vel)": "turn",
 }
 
@@ -94,12 +104,25 @@ def _slot(name: str) -> Slot:
     side = "left " if name.startswith("left_") else ""
     plain = name.removeprefix("left_")
     velocity = "_vel" in plain
-    table = (("gripper_open", "gripper", "1 open, 0 closed"), ("gripper", "gripper", "rad"), ("arm_joint", "arm", "rad"),
-             ("eef_pos", "hand position", "m"), ("eef_angle", "hand rotation", "6D"), ("eef_angular", "hand velocity", "rad"),
-             ("eef_vel", "hand velocity", "m"), ("base_angular", "base", "rad"), ("base", "base", "m"), ("head", "torso and head", "rad"),
-             ("spine", "torso and head", "rad"), ("torso", "torso and head", "rad"), ("dex_finger", "fingers", "rad"))
+    table = (
+        ("gripper_open", "gripper", "1 open, 0 closed"),
+        ("gripper", "gripper", "rad"),
+        ("arm_joint", "arm", "rad"),
+        ("eef_pos", "hand position", "m"),
+        ("eef_angle", "hand rotation", "6D"),
+        ("eef_angular", "hand velocity", "rad"),
+        ("eef_vel", "hand velocity", "m"),
+        ("base_angular", "base", "rad"),
+        ("base", "base", "m"),
+        ("head", "torso and head", "rad"),
+        ("spine", "torso and head", "rad"),
+        ("torso", "torso and head", "rad"),
+        ("dex_finger", "fingers", "rad"),
+    )
     for start, region, unit in table:
         if plain.startswith(start):
             region = "arm velocity" if start == "arm_joint" and velocity else region
-            return Slot(name, side + region, "1/s" if unit.startswith("1 ") and velocity else f"{unit}/s" if velocity else unit)
+            return Slot(
+                name, side + region, "1/s" if unit.startswith("1 ") and velocity else f"{unit}/s" if velocity else unit
+            )
     return Slot(name, "other", "")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
-BLOCK = 2048          # rows of a buffer; ranks of quantiles are off by at most log2(rows / BLOCK) / (2 · BLOCK)
+BLOCK = 2048  # rows of a buffer; ranks of quantiles are off by at most log2(rows / BLOCK) / (2 · BLOCK)
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,32 @@ class Statistics:
     min: np.ndarray
     max: np.ndarray
     count: int
-    quantiles: Mapping[float, np.ndarray] | None = None    # level → values that occur; None in caches of earlier releases
+    quantiles: Mapping[float, np.ndarray] | None = None  # level → values that occur; None in caches of earlier releases
 
-    def merge(self, other: "Statistics") -> "Statistics":
+    def merge(self, other: Statistics) -> Statistics:
         """Moments of both sets together (Chan, Golub, LeVeque 1979); exact up to rounding. Its quantiles are None, for they do
         not follow from those of the parts: merge the `RunningStatistics` to have them."""
         count = self.count + other.count
         gap = other.mean - self.mean
         squares = self.count * self.std**2 + other.count * other.std**2 + gap**2 * (self.count * other.count / count)
-        return Statistics(self.mean + gap * (other.count / count), np.sqrt(squares / count),
-                          np.minimum(self.min, other.min), np.maximum(self.max, other.max), count)
+        return Statistics(
+            self.mean + gap * (other.count / count),
+            np.sqrt(squares / count),
+            np.minimum(self.min, other.min),
+            np.maximum(self.max, other.max),
+            count,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; floats survive the round trip exactly."""
         arrays = {k: getattr(self, k).tolist() for k in ("mean", "std", "min", "max")}
-        quantiles = {} if self.quantiles is None else {"quantiles": {str(q): v.tolist() for q, v in self.quantiles.items()}}
+        quantiles = (
+            {} if self.quantiles is None else {"quantiles": {str(q): v.tolist() for q, v in self.quantiles.items()}}
+        )
         return {**arrays, "count": self.count, **quantiles}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Statistics":
+    def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
         """Inverse of `to_dict`; also of what earlier releases wrote, without quantiles."""
         arrays = {k: np.array(values[k], dtype=np.float64) for k in ("mean", "std", "min", "max")}
         found = values.get("quantiles")
@@ -57,9 +64,9 @@ class RunningStatistics:
     """Statistics of a stream of tables in one pass. The result depends on the rows and their order alone."""
 
     def __init__(self) -> None:
-        self._moments: Statistics | None = None     # of all full blocks
-        self._ranks = _Ranks()                      # of all full blocks
-        self._rows = np.empty((0, 0))               # [BLOCK, D], of which `_filled` wait for the block to be full
+        self._moments: Statistics | None = None  # of all full blocks
+        self._ranks = _Ranks()  # of all full blocks
+        self._rows = np.empty((0, 0))  # [BLOCK, D], of which `_filled` wait for the block to be full
         self._filled = 0
 
     def update(self, x: np.ndarray) -> None:
@@ -74,25 +81,25 @@ class RunningStatistics:
         if not np.isfinite(x).all():
             raise ValueError("statistics of a table with a non-finite value")
         for start in self._cuts(len(x)):
-            part = x[start:start + BLOCK - self._filled]
-            self._rows[self._filled:self._filled + len(part)] = part
+            part = x[start : start + BLOCK - self._filled]
+            self._rows[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             if self._filled == BLOCK:
                 self._add(self._rows)
                 self._ranks.add(np.sort(self._rows.T, axis=1))
                 self._filled = 0
 
-    def merge(self, other: "RunningStatistics") -> None:
+    def merge(self, other: RunningStatistics) -> None:
         """Add all rows that `other` has seen; it stays as it is. Moments are exact up to rounding, and ranks of quantiles keep
         their bound, whatever is merged in whatever order."""
         if other._moments is not None:
             self._moments = other._moments if self._moments is None else self._moments.merge(other._moments)
         self._ranks.merge(other._ranks)
-        self.update(other._rows[:other._filled])
+        self.update(other._rows[: other._filled])
 
     def result(self, levels: tuple[float, ...] = QUANTILES) -> Statistics:
         """Statistics of every row so far, with the quantiles of these `levels`; `ValueError` when there was none."""
-        rest = self._rows[:self._filled]
+        rest = self._rows[: self._filled]
         total = self._moments
         if len(rest):
             total = _moments(rest) if total is None else total.merge(_moments(rest))
@@ -124,8 +131,8 @@ class _Ranks:
     """
 
     def __init__(self) -> None:
-        self._levels: list[np.ndarray | None] = []   # [D, BLOCK] each, sorted along BLOCK
-        self._odd: list[bool] = []                   # which half the next step of a level keeps
+        self._levels: list[np.ndarray | None] = []  # [D, BLOCK] each, sorted along BLOCK
+        self._odd: list[bool] = []  # which half the next step of a level keeps
 
     def add(self, buffer: np.ndarray, level: int = 0) -> None:
         """Add `buffer [D, BLOCK]`, sorted, whose values stand for 2^level rows each."""
@@ -138,12 +145,12 @@ class _Ranks:
                 self._levels[level] = buffer
                 return
             both = np.concatenate([waiting, buffer], axis=1)
-            both.sort(axis=1, kind="stable")    # merges the two sorted runs
-            buffer = np.ascontiguousarray(both[:, int(self._odd[level])::2])
+            both.sort(axis=1, kind="stable")  # merges the two sorted runs
+            buffer = np.ascontiguousarray(both[:, int(self._odd[level]) :: 2])
             self._levels[level], self._odd[level] = None, not self._odd[level]
             level += 1
 
-    def merge(self, other: "_Ranks") -> None:
+    def merge(self, other: _Ranks) -> None:
         """Add what `other` holds."""
         for level, buffer in enumerate(other._levels):
             if buffer is not None:
@@ -154,10 +161,10 @@ class _Ranks:
         rows that stand for themselves."""
         parts = [(1, rest.T)] if len(rest) else []
         parts += [(2**i, b) for i, b in enumerate(self._levels) if b is not None]
-        values = np.concatenate([b for _, b in parts], axis=1)                          # [D, M]
-        weights = np.concatenate([np.full(b.shape[1], w) for w, b in parts])            # [M]
+        values = np.concatenate([b for _, b in parts], axis=1)  # [D, M]
+        weights = np.concatenate([np.full(b.shape[1], w) for w, b in parts])  # [M]
         order = np.argsort(values, axis=1, kind="stable")
-        ranks = np.cumsum(weights[order], axis=1)                                       # [D, M]
+        ranks = np.cumsum(weights[order], axis=1)  # [D, M]
         rows = np.arange(len(values))
         found = {}
         for q in levels:

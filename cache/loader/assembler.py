@@ -22,21 +22,27 @@ from ..actions.normalizer import Normalizer
 from ..store.cache import Cache, CacheDataset
 from ..store.codec import dequantise
 
-_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_, torch.int8: np.int8,
-           torch.uint8: np.uint8}
-ALIGN = 64      # bytes: fields begin at multiples of it; `preadv` to addresses that are not takes nearly twice as long
+_DTYPES = {
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+    torch.int64: np.int64,
+    torch.bool: np.bool_,
+    torch.int8: np.int8,
+    torch.uint8: np.uint8,
+}
+ALIGN = 64  # bytes: fields begin at multiples of it; `preadv` to addresses that are not takes nearly twice as long
 
 
 @dataclass(frozen=True)
 class Draws:
     """What is drawn for the samples of a batch, [B] each."""
 
-    dataset: np.ndarray         # int64
-    row: np.ndarray             # int64, frame on the dataset's time axis
-    no_text: np.ndarray         # bool: the condition is replaced by its null
-    no_images: np.ndarray       # bool
-    no_proprio: np.ndarray      # bool
-    variant: np.ndarray         # int64: augmented variant of the pictures, 0 = as they are
+    dataset: np.ndarray  # int64
+    row: np.ndarray  # int64, frame on the dataset's time axis
+    no_text: np.ndarray  # bool: the condition is replaced by its null
+    no_images: np.ndarray  # bool
+    no_proprio: np.ndarray  # bool
+    variant: np.ndarray  # int64: augmented variant of the pictures, 0 = as they are
 
     def __getitem__(self, where: np.ndarray | slice) -> Draws:
         return Draws(*(getattr(self, name)[where] for name in self.__dataclass_fields__))
@@ -54,11 +60,15 @@ class Fields:
 
     def batch(self, flat: torch.Tensor) -> FeatureBatch:
         """The batch in `flat` uint8 [nbytes], wherever that is, as views of it."""
-        return FeatureBatch(**{n: flat[self.parts[n]].view(dtype).view(shape) for n, (shape, dtype) in self.shapes.items()})
+        return FeatureBatch(
+            **{n: flat[self.parts[n]].view(dtype).view(shape) for n, (shape, dtype) in self.shapes.items()}
+        )
 
     def arrays(self, memory: np.ndarray) -> dict[str, np.ndarray]:
         """The same fields of `memory` uint8 [nbytes], to be filled."""
-        return {n: memory[self.parts[n]].view(_DTYPES[dtype]).reshape(shape) for n, (shape, dtype) in self.shapes.items()}
+        return {
+            n: memory[self.parts[n]].view(_DTYPES[dtype]).reshape(shape) for n, (shape, dtype) in self.shapes.items()
+        }
 
 
 class Storage:
@@ -69,12 +79,14 @@ class Storage:
         self._memory = torch.zeros(fields.nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
         self._event = torch.cuda.Event() if pinned and not awaited else None
         self.arrays = fields.arrays(self._memory)
-        self.records, self.scales = (_pieces(self._memory[fields.parts[name]], slots) if name in fields.parts else []
-                                     for name in ("tokens", "token_scale"))
+        self.records, self.scales = (
+            _pieces(self._memory[fields.parts[name]], slots) if name in fields.parts else []
+            for name in ("tokens", "token_scale")
+        )
 
     def lease(self, pool: queue.SimpleQueue[Storage]) -> torch.Tensor:
         """The filled buffer. When the last tensor that shares its memory is gone, this storage returns to `pool`."""
-        memory = self._memory[:]        # a new array object, which torch keeps alive exactly as long as the tensors
+        memory = self._memory[:]  # a new array object, which torch keeps alive exactly as long as the tensors
         weakref.finalize(memory, self._released, pool).atexit = False
         return torch.from_numpy(memory)
 
@@ -85,14 +97,14 @@ class Storage:
 
     def _released(self, pool: queue.SimpleQueue[Storage]) -> None:
         if self._event is not None:
-            self._event.record()    # on the stream that is current where the last tensor was dropped: the one that copied
-        pool.put(self)              # reentrant, so safe in a finaliser
+            self._event.record()  # on the stream that is current where the last tensor was dropped: the one that copied
+        pool.put(self)  # reentrant, so safe in a finaliser
 
 
 def _pieces(memory: np.ndarray, count: int) -> list[memoryview]:
     """`memory` [nbytes] in `count` equal parts."""
     step = len(memory) // max(count, 1)
-    return [memory[at:at + step].data for at in range(0, len(memory), step)] if step else []
+    return [memory[at : at + step].data for at in range(0, len(memory), step)] if step else []
 
 
 def _values(numbers: np.ndarray) -> list[int]:
@@ -110,9 +122,9 @@ class _Table:
 
     def write(self, out: np.ndarray, where: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> None:
         """out[where] = rows [n] or [n, T] of the table, 0 where not `wanted` (of the shape of `rows`)."""
-        x = self._values[rows][..., self._slots]                        # [n, (T,) active]
+        x = self._values[rows][..., self._slots]  # [n, (T,) active]
         scaled = np.clip((x - self._center) / self._half_range, -1.0, 1.0)
-        values = np.zeros((*rows.shape, UNIFIED_DIM), np.float32)       # [n, (T,) 128]
+        values = np.zeros((*rows.shape, UNIFIED_DIM), np.float32)  # [n, (T,) 128]
         values[..., self._slots] = np.where(self._rotation, x, scaled) * wanted[..., None]
         out[where] = values
 
@@ -120,7 +132,9 @@ class _Table:
 class Assembler:
     """Fills storages of one geometry from the cache; shared by the loader's threads."""
 
-    def __init__(self, cache: Cache, batch_size: int, horizon: int, features: bool, pinned: bool, awaited: bool = False) -> None:
+    def __init__(
+        self, cache: Cache, batch_size: int, horizon: int, features: bool, pinned: bool, awaited: bool = False
+    ) -> None:
         self.cache, self.horizon, self._memory = cache, horizon, (pinned, awaited)
         self.views = max(len(d.views) for d in cache.datasets) if features else 0
         b, length, width = batch_size, self.views * cache.tokens, cache.width
@@ -129,17 +143,27 @@ class Assembler:
         stored = getattr(torch, cache.format.zarr_dtype) if features else half
         self.slots, self.quantised = b * self.views, features and cache.format.quantised
         shapes = {
-            "tokens": ((b, length, width), stored), "token_mask": ((b, length), boolean),
-            "view_id": ((b, length), integer), "frame_id": ((b, length), integer),
-            "text": ((b, *text), half), "text_mask": ((b, text[0]), boolean),
-            "proprio": ((b, UNIFIED_DIM), real), "action": ((b, horizon, UNIFIED_DIM), real),
-            "action_mask": ((b, UNIFIED_DIM), boolean), "step_mask": ((b, horizon), boolean),
-            "embodiment": ((b,), integer), "control_hz": ((b,), real),
-            "dataset": ((b,), integer), "frame_index": ((b,), integer)}
+            "tokens": ((b, length, width), stored),
+            "token_mask": ((b, length), boolean),
+            "view_id": ((b, length), integer),
+            "frame_id": ((b, length), integer),
+            "text": ((b, *text), half),
+            "text_mask": ((b, text[0]), boolean),
+            "proprio": ((b, UNIFIED_DIM), real),
+            "action": ((b, horizon, UNIFIED_DIM), real),
+            "action_mask": ((b, UNIFIED_DIM), boolean),
+            "step_mask": ((b, horizon), boolean),
+            "embodiment": ((b,), integer),
+            "control_hz": ((b,), real),
+            "dataset": ((b,), integer),
+            "frame_index": ((b,), integer),
+        }
         if self.quantised:
             shapes |= {"token_scale": ((b, length), real), "channel_scale": ((width,), real)}
         self.fields = Fields(shapes)
-        self._tables = [(_Table(d.action, d.action_normalizer), _Table(d.proprio, d.proprio_normalizer)) for d in cache.datasets]
+        self._tables = [
+            (_Table(d.action, d.action_normalizer), _Table(d.proprio, d.proprio_normalizer)) for d in cache.datasets
+        ]
         self.pool: queue.SimpleQueue[Storage] = queue.SimpleQueue()
         self.files = cache.shard_files()
 
@@ -152,7 +176,7 @@ class Assembler:
             storage = Storage(self.fields, self.slots, *self._memory)
         out = storage.arrays
         out["dataset"][:], out["frame_index"][:] = draws.dataset, draws.row
-        out["view_id"][:], out["frame_id"][:] = np.repeat(np.arange(self.views), self.cache.tokens), 0      # [L]
+        out["view_id"][:], out["frame_id"][:] = np.repeat(np.arange(self.views), self.cache.tokens), 0  # [L]
         if self.quantised:
             out["channel_scale"][:] = self.cache.datasets[0].channel_scale
         for d in _values(draws.dataset):
@@ -160,7 +184,9 @@ class Assembler:
             self._fill(storage, self.cache.datasets[d], self._tables[d], where, draws[where])
         return storage.lease(self.pool)
 
-    def _fill(self, storage: Storage, source: CacheDataset, tables: tuple[_Table, _Table], where: np.ndarray, draws: Draws) -> None:
+    def _fill(
+        self, storage: Storage, source: CacheDataset, tables: tuple[_Table, _Table], where: np.ndarray, draws: Draws
+    ) -> None:
         out, row = storage.arrays, draws.row
         episode = source.episode_of(row)
         if source.quarantined[episode].any():
@@ -169,8 +195,8 @@ class Assembler:
         out["action_mask"][where] = source.action_mask
 
         end = source.episode_start[episode] + source.episode_length[episode]
-        step = row[:, None] + np.arange(self.horizon)                           # [n, T] rows of the window
-        inside = step < end[:, None]                                            # [n, T]
+        step = row[:, None] + np.arange(self.horizon)  # [n, T] rows of the window
+        inside = step < end[:, None]  # [n, T]
         tables[0].write(out["action"], where, np.minimum(step, end[:, None] - 1), inside)
         tables[1].write(out["proprio"], where, row, ~draws.no_proprio)
         out["step_mask"][where] = inside
@@ -179,36 +205,42 @@ class Assembler:
         length = np.where(draws.no_text, len(source.null_text), source.text_length[instruction])
         out["text_mask"][where] = np.arange(text.shape[1]) < length[:, None]
         for at, i, hidden in zip(where.tolist(), instruction.tolist(), draws.no_text.tolist()):
-            values = source.null_text if hidden else source.text[i]             # [≤Lt, Dt]
-            text[at, :len(values)], text[at, len(values):] = values, 0
+            values = source.null_text if hidden else source.text[i]  # [≤Lt, Dt]
+            text[at, : len(values)], text[at, len(values) :] = values, 0
         if self.views:
             self._fill_tokens(storage, source, where, draws)
 
     def _fill_tokens(self, storage: Storage, source: CacheDataset, where: np.ndarray, draws: Draws) -> None:
         views, p, hidden = self.views, self.cache.tokens, draws.no_images
-        storage.arrays["token_mask"][where] = np.repeat(np.arange(views), p) < len(source.views)    # [L]
+        storage.arrays["token_mask"][where] = np.repeat(np.arange(views), p) < len(source.views)  # [L]
         null, null_scale = source.null_records if hidden.any() else (None, None)
         fields: list[tuple[np.ndarray, np.ndarray | None]] = []
-        fields.append((storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null))    # [B, V, P, D]
+        fields.append((storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null))  # [B, V, P, D]
         if self.quantised:
-            fields.append((storage.arrays["token_scale"].reshape(-1, views, p), null_scale))    # [B, V, P]
+            fields.append((storage.arrays["token_scale"].reshape(-1, views, p), null_scale))  # [B, V, P]
         for array, nulls in fields:
             if len(source.views) < views:
-                array[where, len(source.views):] = 0    # padding, masked: but no remains of another batch
+                array[where, len(source.views) :] = 0  # padding, masked: but no remains of another batch
             if nulls is not None:
-                array[where[hidden], :len(source.views)] = nulls
+                array[where[hidden], : len(source.views)] = nulls
         for k in _values(draws.variant[~hidden]):
             mine = ~hidden & (draws.variant == k)
             rows, slots = draws.row[mine], where[mine] * views
             for v, view in enumerate(source.views):
                 at = (slots + v).tolist()
-                source.read_features(view, rows, [storage.records[i] for i in at], self.files,
-                                     scales=[storage.scales[i] for i in at] if self.quantised else (), variant=k)
+                source.read_features(
+                    view,
+                    rows,
+                    [storage.records[i] for i in at],
+                    self.files,
+                    scales=[storage.scales[i] for i in at] if self.quantised else (),
+                    variant=k,
+                )
 
 
 def decoded(batch: FeatureBatch) -> FeatureBatch:
     """The batch with 8-bit tokens decoded, on the device it is on, to the dtype of its text; others as they are. Checked."""
     if batch.token_scale is None or batch.channel_scale is None:
         return batch.check()
-    tokens = dequantise(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)     # [B, L, D]
+    tokens = dequantise(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)  # [B, L, D]
     return batch.replace(tokens=tokens, token_scale=None, channel_scale=None)

@@ -21,9 +21,16 @@ from ..vlm.observations import encode_observations
 def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache) -> FeatureBatch:
     """The batch with tokens [B,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras."""
     counts = torch.tensor([len(cache.datasets[d].views) for d in batch.dataset.tolist()], device=tokens.device)
-    view_id = torch.arange(tokens.shape[1], device=counts.device).repeat_interleave(tokens.shape[2]).expand(len(tokens), -1)    # [B,V·K]
-    return batch.replace(tokens=tokens.flatten(1, 2), text=batch.text.to(tokens.dtype), view_id=view_id.contiguous(),
-                         frame_id=torch.zeros_like(view_id), token_mask=view_id < counts[:, None])
+    view_id = (
+        torch.arange(tokens.shape[1], device=counts.device).repeat_interleave(tokens.shape[2]).expand(len(tokens), -1)
+    )  # [B,V·K]
+    return batch.replace(
+        tokens=tokens.flatten(1, 2),
+        text=batch.text.to(tokens.dtype),
+        view_id=view_id.contiguous(),
+        frame_id=torch.zeros_like(view_id),
+        token_mask=view_id < counts[:, None],
+    )
 
 
 class LiveFeatures:
@@ -33,8 +40,9 @@ class LiveFeatures:
     `memory_gib`; beyond it single frames are decoded when needed.
     """
 
-    def __init__(self, encoder: VisionLanguageEncoder, cache: Cache, sources: Sequence[Source],
-                 memory_gib: float = 2.0) -> None:
+    def __init__(
+        self, encoder: VisionLanguageEncoder, cache: Cache, sources: Sequence[Source], memory_gib: float = 2.0
+    ) -> None:
         self.encoder, self._cache = encoder, cache
         self._sources = tuple(sources)
         self._episodes: dict[tuple[int, int], Episode] = {}
@@ -52,12 +60,30 @@ class LiveFeatures:
         cache, encoder = self._cache, self.encoder
         views = max(len(d.views) for d in cache.datasets)
         variants = np.zeros(len(rows), np.int64) if variant is None else variant
-        seen = [(d, row, range(len(cache.datasets[d].views)), int(j)) for d, row, hidden, j in zip(datasets, rows, masked, variants) if not hidden]
-        live = iter(encode_observations(encoder, [[self.frame(d, row, v) for v in each] for d, row, each, _ in seen],
-                                        [self._instruction(d, row) for d, row, _, _ in seen],
-                                        [[self._key(d, row, v, j) for v in each] for d, row, each, j in seen]))
-        tokens = torch.stack([self._padded(torch.from_numpy(cache.datasets[d].null_features).to(encoder.device, encoder.dtype) if hidden
-                                           else next(live), views) for d, hidden in zip(datasets, masked)])      # [B,V,K,D]
+        seen = [
+            (d, row, range(len(cache.datasets[d].views)), int(j))
+            for d, row, hidden, j in zip(datasets, rows, masked, variants)
+            if not hidden
+        ]
+        live = iter(
+            encode_observations(
+                encoder,
+                [[self.frame(d, row, v) for v in each] for d, row, each, _ in seen],
+                [self._instruction(d, row) for d, row, _, _ in seen],
+                [[self._key(d, row, v, j) for v in each] for d, row, each, j in seen],
+            )
+        )
+        tokens = torch.stack(
+            [
+                self._padded(
+                    torch.from_numpy(cache.datasets[d].null_features).to(encoder.device, encoder.dtype)
+                    if hidden
+                    else next(live),
+                    views,
+                )
+                for d, hidden in zip(datasets, masked)
+            ]
+        )  # [B,V,K,D]
         return with_tokens(batch, tokens, cache)
 
     def frame(self, dataset: int, row: int, view: int) -> np.ndarray:
@@ -101,6 +127,8 @@ class LiveFeatures:
         number = int(table.episode_id[position])
         episode = source.load(number)
         if episode.source_hash != table.attributes["source_hashes"][position]:
-            raise UserError(f"{source.path}: episode {number} is not the one that cache {self._cache.path} was built from; "
-                            "restore it, or build the cache again")
+            raise UserError(
+                f"{source.path}: episode {number} is not the one that cache {self._cache.path} was built from; "
+                "restore it, or build the cache again"
+            )
         return episode

@@ -25,8 +25,8 @@ from .order import Order, SampleOrder, held_out, mixture, override, quotas
 from .prefetch import BatchIterator
 from .read_ahead import ReadAhead, blocks_of
 
-LIVE_VARIANTS = 1 << 16     # a live encoder makes any variant; so many differ
-DRAWN_AHEAD = 4096          # samples of this rank whose draws are made in one go
+LIVE_VARIANTS = 1 << 16  # a live encoder makes any variant; so many differ
+DRAWN_AHEAD = 4096  # samples of this rank whose draws are made in one go
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class ConditionMasking:
     Null text and images are the cache's features of an empty instruction and of black frames; null proprio is zeros.
     """
 
-    text: float = 0.1       # probability
-    images: float = 0.1     # probability, all views of a sample together; 1.0 trains a blind policy
-    proprio: float = 0.1    # probability
+    text: float = 0.1  # probability
+    images: float = 0.1  # probability, all views of a sample together; 1.0 trains a blind policy
+    proprio: float = 0.1  # probability
 
     def __post_init__(self) -> None:
         for name in ("text", "images", "proprio"):
@@ -52,8 +52,15 @@ class ConditionMasking:
         return text, images, proprio
 
 
-def gather(cache: Cache, dataset_ids: np.ndarray, frame_rows: np.ndarray, horizon: int = 16, *,
-           masked: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None, features: bool = True) -> FeatureBatch:
+def gather(
+    cache: Cache,
+    dataset_ids: np.ndarray,
+    frame_rows: np.ndarray,
+    horizon: int = 16,
+    *,
+    masked: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    features: bool = True,
+) -> FeatureBatch:
     """The batch of chosen frames, made by the loader's own code: `dataset_ids`, `frame_rows` int64 [B].
 
     `masked`: (text, images, proprio) bool [B] to replace by their nulls. `ValueError` for rows out of range or of
@@ -63,7 +70,11 @@ def gather(cache: Cache, dataset_ids: np.ndarray, frame_rows: np.ndarray, horizo
     none = np.zeros(len(row), bool)
     assembler = Assembler(cache, len(row), horizon, features, pinned=False)
     try:
-        return decoded(assembler.fields.batch(assembler(Draws(dataset, row, *(masked or (none,) * 3), np.zeros(len(row), np.int64)))))
+        return decoded(
+            assembler.fields.batch(
+                assembler(Draws(dataset, row, *(masked or (none,) * 3), np.zeros(len(row), np.int64)))
+            )
+        )
     finally:
         assembler.files.close()
 
@@ -92,16 +103,35 @@ class Loader(BatchIterator):
     tokens [B, 0, D], for a live encoder.
     """
 
-    def __init__(self, cache: Cache, *, batch_size: int, horizon: int = 16, seed: int = 0, threads: int = 2,
-                 rank: int = 0, world_size: int = 1, start: int = 0, prefetch: int = 3,
-                 masking: ConditionMasking | None = None, split: Literal["train", "eval", "all"] = "train",
-                 holdout: float = 0.0, holdout_seed: int = 0, temperature: float = 0.5,
-                 weights: Mapping[str, float] | None = None, features: bool = True,
-                 pinned: bool | None = None, augment: bool = False, order: Order = "global",
-                 device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        batch_size: int,
+        horizon: int = 16,
+        seed: int = 0,
+        threads: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        prefetch: int = 3,
+        masking: ConditionMasking | None = None,
+        split: Literal["train", "eval", "all"] = "train",
+        holdout: float = 0.0,
+        holdout_seed: int = 0,
+        temperature: float = 0.5,
+        weights: Mapping[str, float] | None = None,
+        features: bool = True,
+        pinned: bool | None = None,
+        augment: bool = False,
+        order: Order = "global",
+        device: torch.device | str | None = None,
+    ) -> None:
         if min(batch_size, horizon, threads, prefetch, world_size) < 1 or not 0 <= rank < world_size or start < 0:
-            raise UserError(f"batch size {batch_size}, horizon {horizon}, threads {threads}, prefetch {prefetch} must "
-                            f"be at least 1, rank {rank} below world size {world_size}, start {start} at least 0")
+            raise UserError(
+                f"batch size {batch_size}, horizon {horizon}, threads {threads}, prefetch {prefetch} must "
+                f"be at least 1, rank {rank} below world size {world_size}, start {start} at least 0"
+            )
         if augment and features:
             require_variants(cache)
         self.cache, self.masking, self.seed = cache, masking or ConditionMasking(0.0, 0.0, 0.0), seed
@@ -109,18 +139,33 @@ class Loader(BatchIterator):
         self._start = start
         self._episodes = [_episodes(d, split, holdout, holdout_seed) for d in cache.datasets]
         self._ends = [np.cumsum(d.episode_observations[e]) for d, e in zip(cache.datasets, self._episodes)]
-        self.sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]     # samples of each dataset
+        self.sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]  # samples of each dataset
         if not any(self.sizes):
             raise UserError(f"no episode of {cache.path} is in split {split} with holdout {holdout}; change it")
-        factors = [float(d.attributes.get("sampling_weight", 1.0)) for d in cache.datasets]    # absent in older caches
+        factors = [float(d.attributes.get("sampling_weight", 1.0)) for d in cache.datasets]  # absent in older caches
         shares = override(mixture(self.sizes, temperature, factors), [d.name for d in cache.datasets], weights or {})
         self.order = SampleOrder(self.sizes, shares, seed, order, blocks_of(cache, quotas(shares)))
         self._drawn: OrderedDict[int, Draws] = OrderedDict()
         self._draw_lock = threading.Lock()
 
-        super().__init__(cache, batch_size, horizon, features, rank=rank, threads=threads, prefetch=prefetch, start=start,
-                         global_batch=batch_size * world_size, device=device, pinned=pinned)
-        self._ahead = ReadAhead(cache, self.order, self._assemble.files, self._draws_at, self._mine) if order == "block" and features else None
+        super().__init__(
+            cache,
+            batch_size,
+            horizon,
+            features,
+            rank=rank,
+            threads=threads,
+            prefetch=prefetch,
+            start=start,
+            global_batch=batch_size * world_size,
+            device=device,
+            pinned=pinned,
+        )
+        self._ahead = (
+            ReadAhead(cache, self.order, self._assemble.files, self._draws_at, self._mine)
+            if order == "block" and features
+            else None
+        )
         self._begin()
 
     def samples(self, offset: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +195,9 @@ class Loader(BatchIterator):
 
     def _mine(self, position: np.ndarray) -> np.ndarray:
         """Which positions [n] this rank reads."""
-        return (position >= self._start) & ((position - self._start) % self._global_batch // self._batch_size == self._rank)
+        return (position >= self._start) & (
+            (position - self._start) % self._global_batch // self._batch_size == self._rank
+        )
 
     def _draws(self, offset: int) -> Draws:
         """What is drawn for this rank's batch at `offset`; of many batches at a time, since the work is one of many small operations."""
@@ -165,7 +212,7 @@ class Loader(BatchIterator):
                 self._drawn[part] = self._draws_at((begins[:, None] + self._positions(0)).reshape(-1))
                 while len(self._drawn) > 4:
                     self._drawn.popitem(last=False)
-            return self._drawn[part][at * self._batch_size:(at + 1) * self._batch_size]
+            return self._drawn[part][at * self._batch_size : (at + 1) * self._batch_size]
 
     def _draws_at(self, position: np.ndarray) -> Draws:
         """What is drawn at `position` [n]: a pure function of it and the seed."""
@@ -174,18 +221,21 @@ class Loader(BatchIterator):
         row = np.empty_like(index)
         for d in np.unique(dataset):
             here, source = dataset == d, self.cache.datasets[d]
-            k = np.searchsorted(self._ends[d], index[here], side="right")       # which of the split's episodes
+            k = np.searchsorted(self._ends[d], index[here], side="right")  # which of the split's episodes
             episode = self._episodes[d][k]
             step = index[here] - (self._ends[d][k] - source.episode_observations[episode])
             row[here] = source.episode_start[episode] + step * source.frame_stride
-        return Draws(dataset, row, *self.masking.draw(self.seed, position),
-                     draw_variants(self.seed, position, self._variants))
+        return Draws(
+            dataset, row, *self.masking.draw(self.seed, position), draw_variants(self.seed, position, self._variants)
+        )
 
 
 def require_variants(cache: Cache) -> None:
     """`UserError` for a cache that cannot honour training on augmented pictures."""
     if not cache.variants:
-        raise UserError(f"cache {cache.path} holds no augmented pictures; build it with --augment 4, or train without augmentation")
+        raise UserError(
+            f"cache {cache.path} holds no augmented pictures; build it with --augment 4, or train without augmentation"
+        )
 
 
 def _episodes(source: CacheDataset, split: str, holdout: float, seed: int) -> np.ndarray:

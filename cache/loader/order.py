@@ -23,7 +23,7 @@ import numpy as np
 from ...common.hashing import mix, permute, uniform
 from ...errors import UserError, unknown
 
-BLOCK = 4096        # positions in a block; mixture weights are rounded to multiples of 1/BLOCK
+BLOCK = 4096  # positions in a block; mixture weights are rounded to multiples of 1/BLOCK
 Order = Literal["global", "block", "sequential"]
 
 
@@ -31,7 +31,9 @@ def mixture(sizes: Sequence[int], temperature: float = 0.5, factors: Sequence[fl
     """`[D]` float64 shares ∝ factor · N^temperature (1: by size, 0: all alike), summing to 1; an empty dataset gets 0.
     `factors` are the datasets' `sampling_weight`s, each positive; None: all 1."""
     n = np.asarray(sizes, np.float64)
-    shares = np.where(n > 0, np.maximum(n, 1) ** temperature, 0.0) * (1.0 if factors is None else np.asarray(factors, np.float64))
+    shares = np.where(n > 0, np.maximum(n, 1) ** temperature, 0.0) * (
+        1.0 if factors is None else np.asarray(factors, np.float64)
+    )
     return shares / max(shares.sum(), 1e-300)
 
 
@@ -81,18 +83,18 @@ class Blocks:
     machine, and a window holds pieces of many episodes.
     """
 
-    shard: int      # samples of one shard
-    run: int        # neighbours that stay in one window
-    window: int     # samples shuffled among themselves: a multiple of `run`
-    group: int      # shards of a group
+    shard: int  # samples of one shard
+    run: int  # neighbours that stay in one window
+    window: int  # samples shuffled among themselves: a multiple of `run`
+    group: int  # shards of a group
 
     def permute(self, k: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
         """Image of `k` [n] (0 ≤ k < size) under a permutation of `size` samples chosen by `key` [n] uint64; int64 [n]."""
         begin, length, within, count = self._window(k, size)
-        within = permute(within, count, mix(key, 1, begin))                             # samples of a window
-        first = begin // self._group * self._group                                      # where its group begins
+        within = permute(within, count, mix(key, 1, begin))  # samples of a window
+        first = begin // self._group * self._group  # where its group begins
         run, step = np.divmod(begin - first + within, self.run)
-        run = _permute_whole(run, length // self.run, mix(key, 2, first))               # runs of a group
+        run = _permute_whole(run, length // self.run, mix(key, 2, first))  # runs of a group
         shard, step = np.divmod(first + run * self.run + step, self.shard)
         return _permute_whole(shard, np.asarray(size // self.shard), mix(key, 3)) * self.shard + step
 
@@ -115,7 +117,9 @@ class Blocks:
 
 def _permute_whole(index: np.ndarray, whole: np.ndarray, key: np.ndarray) -> np.ndarray:
     """`permute` of the first `whole` items; a last item that is not whole stays where it is."""
-    return np.where(index < whole, permute(np.minimum(index, np.maximum(whole - 1, 0)), np.maximum(whole, 1), key), index)
+    return np.where(
+        index < whole, permute(np.minimum(index, np.maximum(whole - 1, 0)), np.maximum(whole, 1), key), index
+    )
 
 
 class SampleOrder:
@@ -124,7 +128,14 @@ class SampleOrder:
     `blocks` [D]: for "block" order. In "sequential" order the shares say only which datasets are left out.
     """
 
-    def __init__(self, sizes: Sequence[int], shares: np.ndarray, seed: int, order: Order = "global", blocks: Sequence[Blocks] = ()) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        shares: np.ndarray,
+        seed: int,
+        order: Order = "global",
+        blocks: Sequence[Blocks] = (),
+    ) -> None:
         if order not in get_args(Order):
             raise unknown("order", order, get_args(Order))
         self.sizes, self.seed, self.order, self.blocks = np.asarray(sizes, np.int64), seed, order, tuple(blocks)
@@ -132,9 +143,9 @@ class SampleOrder:
         if len(self.sizes) != len(shares) or ((shares > 0) & (self.sizes < 1)).any() or not shares.sum() > 0:
             raise ValueError(f"sizes {sizes} and shares {shares} do not match, or ask an empty dataset for samples")
         self.quotas = quotas(shares)
-        self._pattern = np.repeat(np.arange(len(sizes)), self.quotas)       # [BLOCK] dataset of each draw, unshuffled
-        self._draw = np.concatenate([np.arange(q) for q in self.quotas])    # [BLOCK] which draw of its dataset it is
-        self._ends = np.cumsum(np.where(shares > 0, self.sizes, 0))         # [D] of "sequential" order
+        self._pattern = np.repeat(np.arange(len(sizes)), self.quotas)  # [BLOCK] dataset of each draw, unshuffled
+        self._draw = np.concatenate([np.arange(q) for q in self.quotas])  # [BLOCK] which draw of its dataset it is
+        self._ends = np.cumsum(np.where(shares > 0, self.sizes, 0))  # [D] of "sequential" order
         self._block = lru_cache(maxsize=8)(self._make_block)
 
     def batch(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -207,5 +218,5 @@ def held_out(dataset: str, episode_ids: np.ndarray, fraction: float, seed: int) 
     draw = uniform(seed, 3, name, np.asarray(episode_ids, np.int64))
     out = draw < fraction
     if fraction > 0 and len(draw):
-        out[draw.argmin()], out[draw.argmax()] = True, False    # in this order: one episode stays in training
+        out[draw.argmin()], out[draw.argmax()] = True, False  # in this order: one episode stays in training
     return out

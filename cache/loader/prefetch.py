@@ -24,7 +24,7 @@ class SideStream:
 
     def __init__(self, fields: Fields, device: torch.device) -> None:
         self._fields, self._stream = fields, torch.cuda.Stream(device)
-        self._device = self._stream.device      # with its number, whichever device is current later
+        self._device = self._stream.device  # with its number, whichever device is current later
         self._started: deque[tuple[FeatureBatch, torch.cuda.Event]] = deque()
         self._copying: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
@@ -37,9 +37,9 @@ class SideStream:
             self._copying.popleft()
         with torch.cuda.stream(self._stream):
             copied, ready = torch.cuda.Event(), torch.cuda.Event()
-            there = flat.to(self._device, non_blocking=True, copy=True)     # one for all fields
+            there = flat.to(self._device, non_blocking=True, copy=True)  # one for all fields
             copied.record(self._stream)
-            self._copying.append((flat, copied))        # before anything else can fail
+            self._copying.append((flat, copied))  # before anything else can fail
             batch = decoded(self._fields.batch(there))
             ready.record(self._stream)
         self._started.append((batch, ready))
@@ -49,7 +49,10 @@ class SideStream:
         batch, ready = self._started.popleft()
         current = torch.cuda.current_stream(self._device)
         current.wait_event(ready)
-        for tensor in (batch.tokens, batch.text):   # of the decoded tokens' memory, and of the one all other fields share
+        for tensor in (
+            batch.tokens,
+            batch.text,
+        ):  # of the decoded tokens' memory, and of the one all other fields share
             tensor.record_stream(current)
         return batch
 
@@ -65,8 +68,21 @@ class BatchIterator:
 
     `offset` counts samples over all ranks; the batch after the one at `offset` is that at `offset + global_batch`."""
 
-    def __init__(self, cache: Cache, batch_size: int, horizon: int, features: bool, *, rank: int, threads: int,
-                 prefetch: int, start: int, global_batch: int, device: torch.device | str | None, pinned: bool | None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        batch_size: int,
+        horizon: int,
+        features: bool,
+        *,
+        rank: int,
+        threads: int,
+        prefetch: int,
+        start: int,
+        global_batch: int,
+        device: torch.device | str | None,
+        pinned: bool | None,
+    ) -> None:
         self.wait_seconds, self._device = 0.0, torch.device(device or "cpu")
         self._batch_size, self._rank = batch_size, rank
         on_cuda = self._device.type == "cuda"
@@ -101,7 +117,7 @@ class BatchIterator:
             if not self._side:
                 self._pop(self._side.start)
             if len(self._side) < 2 and self._coming[0].done() and not self._coming[0].exception():
-                self._pop(self._side.start)     # the next one, while this one is in use
+                self._pop(self._side.start)  # the next one, while this one is in use
             batch = self._side.take()
         self.wait_seconds += time.perf_counter() - began
         self._delivered += self._global_batch

@@ -25,8 +25,10 @@ def sources_of(cache: Cache, paths: Sequence[str] = ()) -> list[Source]:
         found[source.name] = source
     missing = [d.name for d in cache.datasets if d.name not in found]
     if missing:
-        raise UserError(f"cache {cache.path} holds dataset '{missing[0]}', for which no source was given "
-                        f"(given: {', '.join(found) or 'none'}); add its folder")
+        raise UserError(
+            f"cache {cache.path} holds dataset '{missing[0]}', for which no source was given "
+            f"(given: {', '.join(found) or 'none'}); add its folder"
+        )
     return [found[d.name] for d in cache.datasets]
 
 

@@ -5,6 +5,7 @@ A window is some GiB over all datasets, so it stays in the machine's page cache 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,11 +19,11 @@ from ..store.shard_reader import ShardFiles
 from .assembler import Draws
 from .order import BLOCK, Blocks, SampleOrder
 
-RUN_NBYTES = 8 << 20        # of one view, read in one go
-WINDOW_NBYTES = 2 << 30     # of all datasets and views, shuffled among themselves
-GROUP = 16                  # shards of a view from which windows are drawn, at least
-THREADS = 4                 # shards that are read, or fetched, at the same time
-KEPT = 8                    # windows of a dataset that are remembered
+RUN_NBYTES = 8 << 20  # of one view, read in one go
+WINDOW_NBYTES = 2 << 30  # of all datasets and views, shuffled among themselves
+GROUP = 16  # shards of a view from which windows are drawn, at least
+THREADS = 4  # shards that are read, or fetched, at the same time
+KEPT = 8  # windows of a dataset that are remembered
 
 
 def blocks_of(cache: Cache, quotas: np.ndarray) -> list[Blocks]:
@@ -41,8 +42,14 @@ class ReadAhead:
 
     `draws_at(position [n])` says what is read there; `mine(position [n])` bool, which positions this process reads at all."""
 
-    def __init__(self, cache: Cache, order: SampleOrder, files: ShardFiles, draws_at: Callable[[np.ndarray], Draws],
-                 mine: Callable[[np.ndarray], np.ndarray]) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        order: SampleOrder,
+        files: ShardFiles,
+        draws_at: Callable[[np.ndarray], Draws],
+        mine: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
         self._cache, self._order, self._files, self._draws_at, self._mine = cache, order, files, draws_at, mine
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dvla-ahead")
         self._windows: list[OrderedDict[int, list[Future[None]]]] = [OrderedDict() for _ in cache.datasets]
@@ -72,8 +79,12 @@ class ReadAhead:
             position = position[self._mine(position)]
             draws = self._draws_at(position)
             draws = draws[~draws.no_images]
-            known[first] = [self._threads.submit(self._advise, d, view, rows, k) for k in np.unique(draws.variant).tolist()
-                            for rows in self._by_shard(d, np.unique(draws.row[draws.variant == k])) for view in self._cache.datasets[d].views]
+            known[first] = [
+                self._threads.submit(self._advise, d, view, rows, k)
+                for k in np.unique(draws.variant).tolist()
+                for rows in self._by_shard(d, np.unique(draws.row[draws.variant == k]))
+                for view in self._cache.datasets[d].views
+            ]
             while len(known) > KEPT:
                 known.popitem(last=False)
         return known[first]
@@ -85,7 +96,5 @@ class ReadAhead:
         return np.split(rows, np.flatnonzero(np.diff(shard)) + 1) if len(rows) else []
 
     def _advise(self, d: int, view: str, rows: np.ndarray, variant: int) -> None:
-        try:
+        with contextlib.suppress(UserError):  # whoever reads it says so
             self._cache.datasets[d].advise(view, rows, self._files, variant)
-        except UserError:
-            pass        # whoever reads it says so

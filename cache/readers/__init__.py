@@ -43,7 +43,7 @@ class _Reader(Protocol):
 def _reader(format: str) -> _Reader:
     """The reader class; its module is imported only now, since each needs libraries of its own."""
     module = importlib.import_module(f".{format}", __package__)
-    return getattr(module, "READER")
+    return module.READER
 
 
 def detect_format(path_or_repo: str | Path) -> str:
@@ -61,7 +61,9 @@ def detect_format(path_or_repo: str | Path) -> str:
             return format
     inside = sorted({n.split("/")[0] for n in names if n.endswith("/meta/info.json") and n.count("/") == 2})
     if inside:
-        raise UserError(f"{given} is not itself a dataset but holds {len(inside)}: give one of them, e.g. {given}/{inside[0]}")
+        raise UserError(
+            f"{given} is not itself a dataset but holds {len(inside)}: give one of them, e.g. {given}/{inside[0]}"
+        )
     kinds = "; ".join(FORMATS.values())
     raise UserError(f"{given} holds none of the formats that can be read ({kinds}); give the dataset's own folder")
 

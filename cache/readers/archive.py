@@ -26,11 +26,11 @@ from .episode import CorruptEpisode
 
 SUFFIXES = (".zip", ".tar")
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|7z|rar)$", re.IGNORECASE)
-MAX_MEMBER = 256 << 20      # bytes of one member, unpacked
-_MAX_RATIO = 1032           # of deflate, by its format; a member that says it grows more than that lies
+MAX_MEMBER = 256 << 20  # bytes of one member, unpacked
+_MAX_RATIO = 1032  # of deflate, by its format; a member that says it grows more than that lies
 _MAX_DEPTH = 64
-_INDEXES = 8                # archives whose index is kept: about 15 MB for one of 50,000 pictures
-_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")    # gzip, bzip2, xz, zstd
+_INDEXES = 8  # archives whose index is kept: about 15 MB for one of 50,000 pictures
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError, ValueError, struct.error, OverflowError)
 
 
@@ -39,7 +39,9 @@ class Archive(ABC):
     """Files below `path`. Names are relative to it, with "/" between parts."""
 
     path: Path
-    wanted: str = ""    # pattern, searched in the names of members: which of a packed archive's to remember. Folders always are
+    wanted: str = (
+        ""  # pattern, searched in the names of members: which of a packed archive's to remember. Folders always are
+    )
 
     @abstractmethod
     def entries(self, folder: str = "") -> tuple[str, ...]:
@@ -89,9 +91,9 @@ class _Folder(Archive):
 class _Member(NamedTuple):
     """Where a member's bytes are in the file."""
 
-    offset: int             # tar: of its data; zip: of its local header
-    packed: int             # bytes in the file
-    size: int               # bytes unpacked
+    offset: int  # tar: of its data; zip: of its local header
+    packed: int  # bytes in the file
+    size: int  # bytes unpacked
     crc: int | None = None  # zip only
     deflated: bool = False
 
@@ -115,7 +117,7 @@ class _Packed(Archive):
                 header = file.read(30)
                 if header[:4] != b"PK\x03\x04":
                     raise ValueError("its header is not where the index says")
-                file.seek(sum(struct.unpack("<HH", header[26:30])), 1)      # behind the name and the extra field
+                file.seek(sum(struct.unpack("<HH", header[26:30])), 1)  # behind the name and the extra field
             return _unpack(file.read(member.packed), member)
 
     def members(self) -> Iterator[tuple[str, _Member | None]]:
@@ -138,7 +140,7 @@ class _Zip(_Packed):
     def members(self) -> Iterator[tuple[str, _Member | None]]:
         with zipfile.ZipFile(self.path) as file:
             for info in file.infolist():
-                kind = stat.S_IFMT(info.external_attr >> 16)    # 0 where the writer was no Unix
+                kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the writer was no Unix
                 if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                     raise self.refuse(info.filename, "is a link or a device")
                 if info.filename.endswith("/"):
@@ -148,9 +150,19 @@ class _Zip(_Packed):
                     if info.flag_bits & 0x1:
                         raise self.refuse(info.filename, "is encrypted")
                     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        raise self.refuse(info.filename, f"is packed by method {info.compress_type}, not stored or by deflate")
-                yield info.filename, _Member(info.header_offset, info.compress_size, info.file_size, info.CRC,
-                                             info.compress_type == zipfile.ZIP_DEFLATED)
+                        raise self.refuse(
+                            info.filename, f"is packed by method {info.compress_type}, not stored or by deflate"
+                        )
+                yield (
+                    info.filename,
+                    _Member(
+                        info.header_offset,
+                        info.compress_size,
+                        info.file_size,
+                        info.CRC,
+                        info.compress_type == zipfile.ZIP_DEFLATED,
+                    ),
+                )
 
 
 class _Tar(_Packed):
@@ -220,7 +232,7 @@ def _unpack(data: bytes, member: _Member) -> bytes:
         raise ValueError("it is cut off")
     if member.deflated:
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-        data = unpacker.decompress(data, member.size + 1)   # not more, whatever the packed bytes hold
+        data = unpacker.decompress(data, member.size + 1)  # not more, whatever the packed bytes hold
     if len(data) != member.size or member.crc is not None and zlib.crc32(data) != member.crc:
         raise ValueError("its checksum does not fit")
     return data

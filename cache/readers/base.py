@@ -29,40 +29,50 @@ from .episode import CorruptEpisode, Episode, View
 class Rows:
     """The raw table of one episode, as the format has it."""
 
-    columns: dict[str, np.ndarray]   # each column asked for, [T] or [T, d], any numeric dtype
-    instruction: str                 # task text; "" where there is none
-    timestamps: np.ndarray | None = None    # [T] seconds; None: row / control_hz
+    columns: dict[str, np.ndarray]  # each column asked for, [T] or [T, d], any numeric dtype
+    instruction: str  # task text; "" where there is none
+    timestamps: np.ndarray | None = None  # [T] seconds; None: row / control_hz
 
 
 @dataclass(frozen=True)
 class EpisodeTable:
     """The rows of one episode, in native units, without pictures."""
 
-    state: np.ndarray       # [T, ds] float32; ds = 0 where the config has no state
-    action: np.ndarray      # [T, da] float32
+    state: np.ndarray  # [T, ds] float32; ds = 0 where the config has no state
+    action: np.ndarray  # [T, da] float32
     timestamps: np.ndarray  # [T] float64 seconds since the episode's start
-    instruction: str        # may be empty
+    instruction: str  # may be empty
 
 
 class Source(ABC):
     """One dataset. Cheap to make, safe to use from several threads, holds no open file between calls."""
 
-    format: ClassVar[str]               # as in DatasetConfig.format
-    environment: str | None = None      # simulated task it was recorded in, e.g. "metaworld/push-v3"
-    location: str = ""                  # where to open it again: its absolute path, or its hub id
-    starts: dict[int, list[float]] | None = None    # start vector of each recorded simulator episode
+    format: ClassVar[str]  # as in DatasetConfig.format
+    environment: str | None = None  # simulated task it was recorded in, e.g. "metaworld/push-v3"
+    location: str = ""  # where to open it again: its absolute path, or its hub id
+    starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
 
-    def __init__(self, path: Path, name: str, config: DatasetConfig, *, fps: float | None, view_names: Sequence[str],
-                 episode_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        config: DatasetConfig,
+        *,
+        fps: float | None,
+        view_names: Sequence[str],
+        episode_ids: Sequence[int],
+    ) -> None:
         """`fps`: rows per second by the files; None where they do not say, and then the config must."""
         self.path, self.name, self.config = path, name, config
         self.view_names, self.episode_ids = tuple(view_names), tuple(sorted(episode_ids))
         hz = config.control_hz or fps
         if not hz:
-            raise UserError(f"{name}: the files do not say how many rows there are per second; add control_hz to dataset "
-                            f"config '{config.name}'")
-        self.fps = float(fps or hz)             # rows per second by the files
-        self.control_hz = float(hz)             # the config's, else the files'
+            raise UserError(
+                f"{name}: the files do not say how many rows there are per second; add control_hz to dataset "
+                f"config '{config.name}'"
+            )
+        self.fps = float(fps or hz)  # rows per second by the files
+        self.control_hz = float(hz)  # the config's, else the files'
         self.action_map = ActionMap(config.action, self.control_hz)
         self.state_map = ActionMap(config.state, self.control_hz)
         self._numbers = frozenset(self.episode_ids)
@@ -116,7 +126,9 @@ class Source(ABC):
         in `refused`. A reader whose files hold many episodes overrides it to read each file once."""
         return self._blocks(((e, attempt(self.table, e)) for e in self.episode_ids), batch_rows)
 
-    def _blocks(self, tables: Iterable[tuple[int, EpisodeTable | CorruptEpisode]], batch_rows: int) -> Iterator[TableBlock]:
+    def _blocks(
+        self, tables: Iterable[tuple[int, EpisodeTable | CorruptEpisode]], batch_rows: int
+    ) -> Iterator[TableBlock]:
         return as_blocks(tables, batch_rows, self.state_map.native_dim, self.action_map.native_dim)
 
     @property
@@ -131,15 +143,20 @@ class Source(ABC):
         length = len(action)
         if not length:
             raise CorruptEpisode(f"{where}: it has no rows")
-        if config.action_shift:     # the target of a frame is what was measured that much later; the end holds
+        if config.action_shift:  # the target of a frame is what was measured that much later; the end holds
             action = action[np.minimum(np.arange(length) + config.action_shift, length - 1)]
         state = np.zeros((length, 0))
         if config.state:
             state = join_columns(rows.columns, config.state_columns, where)
-        for what, values, width in (("action", action, config.action_width), ("state", state, self.state_map.native_dim)):
+        for what, values, width in (
+            ("action", action, config.action_width),
+            ("state", state, self.state_map.native_dim),
+        ):
             if values.shape[1] != width:
-                raise CorruptEpisode(f"{where}: its {what} has {values.shape[1]} dimensions, dataset config '{config.name}' "
-                                     f"describes {width}")
+                raise CorruptEpisode(
+                    f"{where}: its {what} has {values.shape[1]} dimensions, dataset config '{config.name}' "
+                    f"describes {width}"
+                )
         if len(state) != length:
             raise CorruptEpisode(f"{where}: {length} rows of action, {len(state)} of state")
         what = "state"
@@ -157,7 +174,9 @@ class Source(ABC):
         backwards = np.diff(times, prepend=-np.inf) <= 0
         if backwards.any() or times[0] < 0:
             raise CorruptEpisode(f"{where}: timestamps do not increase at frame {int(backwards.argmax())}")
-        return EpisodeTable(state.astype(np.float32), action.astype(np.float32), times, rows.instruction or config.instruction)
+        return EpisodeTable(
+            state.astype(np.float32), action.astype(np.float32), times, rows.instruction or config.instruction
+        )
 
     def load(self, episode_id: int) -> Episode:
         """One episode, its views lazily decoded; `CorruptEpisode` says what is missing, cut short or not finite."""
@@ -172,16 +191,33 @@ class Source(ABC):
             if view.length != len(table.action):
                 raise CorruptEpisode(f"{where}: {view.length} pictures of '{view.name}' for {len(table.action)} rows")
             if view.name in self.config.bgr_views:
-                view, found = dataclasses.replace(view, open=functools.partial(_swapped, view.open)), hashlib.sha256(f"bgr:{found}".encode()).hexdigest()
+                view, found = (
+                    dataclasses.replace(view, open=functools.partial(_swapped, view.open)),
+                    hashlib.sha256(f"bgr:{found}".encode()).hexdigest(),
+                )
             digest.update(f"{view.name}:{found};".encode())
             views.append(dataclasses.replace(view, sha256=found))
-        return Episode(self.name, episode_id, digest.hexdigest(), table.instruction, self.control_hz, len(table.action),
-                       tuple(views), table.state, table.action, table.timestamps)
+        return Episode(
+            self.name,
+            episode_id,
+            digest.hexdigest(),
+            table.instruction,
+            self.control_hz,
+            len(table.action),
+            tuple(views),
+            table.state,
+            table.action,
+            table.timestamps,
+        )
 
     def where(self, episode_id: int) -> str:
         """How messages begin that concern this episode; `UserError` when it is not listed."""
         if episode_id not in self._numbers:
-            listed = f"{len(self.episode_ids)}, {self.episode_ids[0]} to {self.episode_ids[-1]}" if self.episode_ids else "none"
+            listed = (
+                f"{len(self.episode_ids)}, {self.episode_ids[0]} to {self.episode_ids[-1]}"
+                if self.episode_ids
+                else "none"
+            )
             raise UserError(f"{self.name} has no episode {episode_id}; it lists {listed}")
         return f"{self.name} episode {episode_id}"
 
@@ -197,12 +233,14 @@ def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: st
     parts = []
     for name in names:
         if name not in columns:
-            raise CorruptEpisode(f"{where}: column '{name}' is missing (there are {', '.join(sorted(columns)) or 'none'})")
+            raise CorruptEpisode(
+                f"{where}: column '{name}' is missing (there are {', '.join(sorted(columns)) or 'none'})"
+            )
         values = np.asarray(columns[name])
         if values.dtype.kind not in "fiub":
             raise CorruptEpisode(f"{where}: column '{name}' is not numeric ({values.dtype})")
-        values = values.astype(np.float64).reshape(len(values), math.prod(values.shape[1:]))     # [T, d]
-        good = np.abs(values) <= np.finfo(np.float32).max       # False for NaN too
+        values = values.astype(np.float64).reshape(len(values), math.prod(values.shape[1:]))  # [T, d]
+        good = np.abs(values) <= np.finfo(np.float32).max  # False for NaN too
         if not good.all():
             row, dim = np.argwhere(~good)[0]
             raise CorruptEpisode(f"{where}: column '{name}' is {values[row, dim]} at frame {row}, dimension {dim}")
@@ -233,10 +271,10 @@ def choose_views(names: Sequence[str], config: DatasetConfig, dataset: str) -> t
 class TableBlock:
     """The tables of several whole episodes, one after another, in native units."""
 
-    episode_ids: np.ndarray     # [n] int64, the episode of each row
-    state: np.ndarray           # [n, ds] float32
-    action: np.ndarray          # [n, da] float32
-    refused: tuple[tuple[int, str], ...]    # (episode, reason) of those met meanwhile that cannot be used
+    episode_ids: np.ndarray  # [n] int64, the episode of each row
+    state: np.ndarray  # [n, ds] float32
+    action: np.ndarray  # [n, da] float32
+    refused: tuple[tuple[int, str], ...]  # (episode, reason) of those met meanwhile that cannot be used
 
 
 def attempt(table: Callable[..., EpisodeTable], *args: object) -> EpisodeTable | CorruptEpisode:
@@ -247,8 +285,9 @@ def attempt(table: Callable[..., EpisodeTable], *args: object) -> EpisodeTable |
         return error
 
 
-def as_blocks(tables: Iterable[tuple[int, EpisodeTable | CorruptEpisode]], batch_rows: int, state_width: int,
-              action_width: int) -> Iterator[TableBlock]:
+def as_blocks(
+    tables: Iterable[tuple[int, EpisodeTable | CorruptEpisode]], batch_rows: int, state_width: int, action_width: int
+) -> Iterator[TableBlock]:
     """Gather (episode, its table or the reason for none) into blocks of at least `batch_rows` rows; the last may be
     shorter, or hold refused episodes only."""
     nothing = np.zeros((0, state_width), np.float32), np.zeros((0, action_width), np.float32)

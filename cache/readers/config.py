@@ -14,7 +14,7 @@ from ..actions.action_map import ActionMap, FieldSpec
 from ..actions.integration import POSE, Integration
 from ..actions.slots import EMBODIMENTS, SLOTS
 
-FORMATS = {     # format → what it is, in one phrase; the reader is cache/readers/<format>.py
+FORMATS = {  # format → what it is, in one phrase; the reader is cache/readers/<format>.py
     "lerobot": "LeRobot v2.0, v2.1 or v3.0 (parquet with video or pictures)",
     "rlds": "RLDS: TFRecord shards with features.json",
     "rlbench": "RLBench demonstrations: PNG folders with low_dim_obs.pkl, zipped or not",
@@ -32,24 +32,24 @@ _POSE_SLOTS = [SLOTS[n] for n in ("eef_pos_x", "eef_pos_y", "eef_pos_z", *(f"eef
 class DatasetConfig:
     """How one dataset family maps into the unified space."""
 
-    name: str                               # family name, equal to the file name (for a shipped one with its folder)
-    match: tuple[str, ...]                  # patterns of the robot type or repository/folder name, e.g. "*droid*"; () = only by name
-    embodiment: str                         # one of EMBODIMENTS
-    action: tuple[FieldSpec, ...]           # meaning of the native action, dimension by dimension
-    state: tuple[FieldSpec, ...]            # meaning of the native state; empty = the dataset has none
-    format: str = "lerobot"                 # one of FORMATS: which reader understands the files
-    source: tuple[str, ...] = ()            # where the data is: hub ids, or the address of its page
-    control_hz: float | None = None         # rows per second; None = the dataset's own fps
-    views: tuple[str, ...] | None = None    # cameras to use, by full key or short name, in order; None = all
-    bgr_views: tuple[str, ...] = ()         # cameras, by short name, whose red and blue are stored in each other's place
-    instruction: str = ""                   # used where an episode has no task text
-    license: str = ""                       # of the data
-    note: str = ""                          # traps, units, what was checked
-    action_columns: tuple[str, ...] = ("action",)               # columns that make the native action, side by side
-    state_columns: tuple[str, ...] = ("observation.state",)     # columns that make the native state, side by side
-    action_shift: int = 0                   # rows by which the action's columns are read ahead: 1 = the next measured pose
-    integrate: Integration | None = None    # the action begins with displacements per step: make them absolute poses
-    sampling_weight: float = 1.0            # factor on the dataset's share of the mixture, which goes as N^temperature
+    name: str  # family name, equal to the file name (for a shipped one with its folder)
+    match: tuple[str, ...]  # patterns of the robot type or repository/folder name, e.g. "*droid*"; () = only by name
+    embodiment: str  # one of EMBODIMENTS
+    action: tuple[FieldSpec, ...]  # meaning of the native action, dimension by dimension
+    state: tuple[FieldSpec, ...]  # meaning of the native state; empty = the dataset has none
+    format: str = "lerobot"  # one of FORMATS: which reader understands the files
+    source: tuple[str, ...] = ()  # where the data is: hub ids, or the address of its page
+    control_hz: float | None = None  # rows per second; None = the dataset's own fps
+    views: tuple[str, ...] | None = None  # cameras to use, by full key or short name, in order; None = all
+    bgr_views: tuple[str, ...] = ()  # cameras, by short name, whose red and blue are stored in each other's place
+    instruction: str = ""  # used where an episode has no task text
+    license: str = ""  # of the data
+    note: str = ""  # traps, units, what was checked
+    action_columns: tuple[str, ...] = ("action",)  # columns that make the native action, side by side
+    state_columns: tuple[str, ...] = ("observation.state",)  # columns that make the native state, side by side
+    action_shift: int = 0  # rows by which the action's columns are read ahead: 1 = the next measured pose
+    integrate: Integration | None = None  # the action begins with displacements per step: make them absolute poses
+    sampling_weight: float = 1.0  # factor on the dataset's share of the mixture, which goes as N^temperature
 
     def __post_init__(self) -> None:
         if self.embodiment not in EMBODIMENTS:
@@ -57,8 +57,10 @@ class DatasetConfig:
         if self.format not in FORMATS:
             raise unknown("dataset format", self.format, FORMATS)
         if self.action_shift < 0 or not self.sampling_weight > 0:
-            raise UserError(f"dataset config '{self.name}': action_shift {self.action_shift} must be 0 or more, "
-                            f"sampling_weight {self.sampling_weight} positive")
+            raise UserError(
+                f"dataset config '{self.name}': action_shift {self.action_shift} must be 0 or more, "
+                f"sampling_weight {self.sampling_weight} positive"
+            )
         if not self.action:
             raise UserError(f"dataset config '{self.name}': the action field map is empty")
         for specs in (self.action, self.state):
@@ -69,16 +71,22 @@ class DatasetConfig:
     def _check_integration(self) -> None:
         """The integrated action begins with a pose, and the pose it starts from is measured."""
         if self.action_shift:
-            raise UserError(f"dataset config '{self.name}': integrate makes poses of displacements, action_shift reads measured "
-                            "poses ahead; give one of them")
+            raise UserError(
+                f"dataset config '{self.name}': integrate makes poses of displacements, action_shift reads measured "
+                "poses ahead; give one of them"
+            )
         described = ActionMap(self.action, 1.0).field_names[:POSE]
         if described != _POSE_FIELDS:
-            raise UserError(f"dataset config '{self.name}': with integrate the action begins with {', '.join(_POSE_FIELDS)}; the "
-                            f"field map says {', '.join(described)}")
+            raise UserError(
+                f"dataset config '{self.name}': with integrate the action begins with {', '.join(_POSE_FIELDS)}; the "
+                f"field map says {', '.join(described)}"
+            )
         measured = ActionMap(self.state, 1.0)
         if not measured.mask[_POSE_SLOTS].all() or not measured.rotation_slots[_POSE_SLOTS[3:]].all():
-            raise UserError(f"dataset config '{self.name}': integrate starts from the measured pose, so the state needs "
-                            "eef_pos_x, eef_pos_y, eef_pos_z and a rotation in eef_angle")
+            raise UserError(
+                f"dataset config '{self.name}': integrate starts from the measured pose, so the state needs "
+                "eef_pos_x, eef_pos_y, eef_pos_z and a rotation in eef_angle"
+            )
 
     @property
     def action_width(self) -> int:
@@ -140,6 +148,8 @@ def find_config(format: str, names: Iterable[str], explicit: Path | str | None =
         return fitting[0]
     fit = ", ".join(c.name for c in fitting)
     found = f"{len(fitting)} dataset configs ({fit}) fit" if fitting else "no dataset config fits"
-    raise UserError(f"{found} a {format} dataset called {' or '.join(repr(n) for n in known) or 'nothing'}; give --dataset-config "
-                    f"with one of {', '.join(c.name for c in configs) or 'no shipped one'}, or a YAML file that describes its action "
-                    "and state like those in configs/datasets/ (`dvla data add` writes one for a LeRobot dataset)")
+    raise UserError(
+        f"{found} a {format} dataset called {' or '.join(repr(n) for n in known) or 'nothing'}; give --dataset-config "
+        f"with one of {', '.join(c.name for c in configs) or 'no shipped one'}, or a YAML file that describes its action "
+        "and state like those in configs/datasets/ (`dvla data add` writes one for a LeRobot dataset)"
+    )

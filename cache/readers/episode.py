@@ -19,10 +19,10 @@ class CorruptEpisode(Exception):
 class View:
     """One camera of one episode. Nothing is decoded before `frames` is iterated."""
 
-    name: str      # short camera name, e.g. "corner2"; safe as a folder name
-    height: int    # H in pixels, of the stored picture
-    width: int     # W in pixels
-    length: int    # T, equal to the episode's
+    name: str  # short camera name, e.g. "corner2"; safe as a folder name
+    height: int  # H in pixels, of the stored picture
+    width: int  # W in pixels
+    length: int  # T, equal to the episode's
     open: Callable[[int, int], Iterator[np.ndarray]]  # (start, stop) → uint8 [H, W, 3] RGB of frames start..stop-1
     sha256: str = ""  # hex over the stored picture bytes: changes when they do
 
@@ -38,13 +38,13 @@ class View:
 class Episode:
     """One recorded demonstration in the robot's own units. All values are finite and all tables have T rows."""
 
-    dataset: str             # name of the source, safe as a folder name
-    episode_id: int          # id in the source
-    source_hash: str         # sha256 hex over table rows, instruction and stored picture bytes
-    instruction: str         # may be empty
-    control_hz: float        # rows per second
-    length: int              # T
+    dataset: str  # name of the source, safe as a folder name
+    episode_id: int  # id in the source
+    source_hash: str  # sha256 hex over table rows, instruction and stored picture bytes
+    instruction: str  # may be empty
+    control_hz: float  # rows per second
+    length: int  # T
     views: tuple[View, ...]
-    state: np.ndarray        # [T, ds] float32, native units
-    action: np.ndarray       # [T, da] float32, native units
-    timestamps: np.ndarray   # [T] float64 seconds since the episode's start
+    state: np.ndarray  # [T, ds] float32, native units
+    action: np.ndarray  # [T, da] float32, native units
+    timestamps: np.ndarray  # [T] float64 seconds since the episode's start

@@ -51,9 +51,9 @@ from .hdf5 import (
 from .location import Location
 
 _FILE = re.compile(r"ep_(\d+)\.hdf5")
-_SAMPLED = 8            # episodes looked into for the active proprio slots where the files have no proprio_mask
-_ROTATIONS = {SLOTS[f"{prefix}_0"]: prefix for prefix in ("eef_angle", "left_eef_angle")}    # first of six slots → prefix
-_QUATERNION = 4         # of these six, the first are used where a file keeps a quaternion there (the layout's first form)
+_SAMPLED = 8  # episodes looked into for the active proprio slots where the files have no proprio_mask
+_ROTATIONS = {SLOTS[f"{prefix}_0"]: prefix for prefix in ("eef_angle", "left_eef_angle")}  # first of six slots → prefix
+_QUATERNION = 4  # of these six, the first are used where a file keeps a quaternion there (the layout's first form)
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Header:
 
     dataset_name: str
     embodiment_id: int
-    control_hz: float | None                # None: the files do not say
-    views: tuple[str, ...]                  # names, in the order view_0, view_1, …
-    action_mask: tuple[int, ...]            # active slots, ascending
-    proprio_mask: tuple[int, ...] | None    # None: the files do not say
+    control_hz: float | None  # None: the files do not say
+    views: tuple[str, ...]  # names, in the order view_0, view_1, …
+    action_mask: tuple[int, ...]  # active slots, ascending
+    proprio_mask: tuple[int, ...] | None  # None: the files do not say
 
 
 class EpisodeHDF5Source(Source):
@@ -82,12 +82,18 @@ class EpisodeHDF5Source(Source):
         self._location, self._files = _locate(str(path_or_repo))
         self._header = header = self._first_header()
         self._slots = {"actions": header.action_mask, "proprio": header.proprio_mask or ()}
-        if header.proprio_mask is None:     # a config tells, else the values do
+        if header.proprio_mask is None:  # a config tells, else the values do
             used = ActionMap(config.state, 1.0).mask if config else self._used_slots()
             self._slots["proprio"] = tuple(np.flatnonzero(used).tolist())
         config = config or self._derived_config()
-        super().__init__(self._location.root, self._location.name, config, fps=header.control_hz,
-                         view_names=choose_views(header.views, config, self._location.name), episode_ids=tuple(self._files))
+        super().__init__(
+            self._location.root,
+            self._location.name,
+            config,
+            fps=header.control_hz,
+            view_names=choose_views(header.views, config, self._location.name),
+            episode_ids=tuple(self._files),
+        )
         self._check_width(config.action_columns, config.action_width)
         if config.state:
             self._check_width(config.state_columns, self.state_map.native_dim)
@@ -139,12 +145,14 @@ class EpisodeHDF5Source(Source):
         """[T, active] of `actions` or `proprio`; a value outside the mask would be lost, so it is refused."""
         values, slots = _wide(numbers(file, name, where), name, where), list(self._slots[name])
         outside = np.delete(np.arange(UNIFIED_DIM), slots)
-        lost = values[:, outside] != 0      # True for NaN too
+        lost = values[:, outside] != 0  # True for NaN too
         if lost.any():
             row, column = np.argwhere(lost)[0]
             slot = outside[column]
-            raise CorruptEpisode(f"{where}: '{name}' is {values[row, slot]} at frame {row} in slot {slot}, which is not active; "
-                                 f"correct the mask, or give a dataset config")
+            raise CorruptEpisode(
+                f"{where}: '{name}' is {values[row, slot]} at frame {row} in slot {slot}, which is not active; "
+                f"correct the mask, or give a dataset config"
+            )
         return values[:, slots]
 
     def _path(self, number: int, where: str) -> Path:
@@ -160,13 +168,17 @@ class EpisodeHDF5Source(Source):
                     return read_header(file, name)
             except CorruptEpisode as error:
                 reasons.append(str(error))
-        raise UserError(f"none of the {len(reasons)} ep_*.hdf5 files of {self._location.given} can be read: {reasons[0]}")
+        raise UserError(
+            f"none of the {len(reasons)} ep_*.hdf5 files of {self._location.given} can be read: {reasons[0]}"
+        )
 
     def _check_header(self, header: Header, where: str) -> None:
         for field in dataclasses.fields(Header):
             mine, common = getattr(header, field.name), getattr(self._header, field.name)
             if mine != common:
-                raise CorruptEpisode(f"{where}: its {field.name} is {mine}, the dataset's {common}; keep one dataset per folder")
+                raise CorruptEpisode(
+                    f"{where}: its {field.name} is {mine}, the dataset's {common}; keep one dataset per folder"
+                )
 
     def _used_slots(self) -> np.ndarray:
         """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source. A rotation counts as a
@@ -177,31 +189,45 @@ class EpisodeHDF5Source(Source):
             with contextlib.suppress(CorruptEpisode), opened(self._path(every[i], name), name) as file:
                 used |= (_wide(numbers(file, "proprio", name), "proprio", name) != 0).any(axis=0)
         for first in _ROTATIONS:
-            if used[first:first + 6].any():
-                used[first:first + (6 if used[first + _QUATERNION:first + 6].any() else _QUATERNION)] = True
+            if used[first : first + 6].any():
+                used[first : first + (6 if used[first + _QUATERNION : first + 6].any() else _QUATERNION)] = True
         return used
 
     def _derived_config(self) -> DatasetConfig:
         header, name = self._header, self._location.name
         if header.control_hz is None:
-            raise UserError(f"{name}: the files do not say how many rows there are per second; set their attribute control_hz "
-                            f"(Hz), or give --dataset-config with format episode_hdf5, control_hz and the field map")
+            raise UserError(
+                f"{name}: the files do not say how many rows there are per second; set their attribute control_hz "
+                f"(Hz), or give --dataset-config with format episode_hdf5, control_hz and the field map"
+            )
         note = "field map from the masks in the files"
         if header.proprio_mask is None:
             note += f"; they have no proprio_mask: its slots are those not always zero in up to {_SAMPLED} episodes"
-        return DatasetConfig(name=re.sub(r"[^\w.-]+", "_", header.dataset_name) or name, match=(), format=self.format, note=note,
-                             embodiment=EMBODIMENTS[header.embodiment_id], control_hz=header.control_hz,
-                             action=field_map(self._slots["actions"]), action_columns=("actions",),
-                             state=field_map(self._slots["proprio"]), state_columns=("proprio",))
+        return DatasetConfig(
+            name=re.sub(r"[^\w.-]+", "_", header.dataset_name) or name,
+            match=(),
+            format=self.format,
+            note=note,
+            embodiment=EMBODIMENTS[header.embodiment_id],
+            control_hz=header.control_hz,
+            action=field_map(self._slots["actions"]),
+            action_columns=("actions",),
+            state=field_map(self._slots["proprio"]),
+            state_columns=("proprio",),
+        )
 
     def _check_width(self, columns: Sequence[str], described: int) -> None:
         for name in columns:
             if name not in self._slots:
-                raise UserError(f"{self.name}: {unknown('column', name, self._slots)}; see dataset config '{self.config.name}'")
+                raise UserError(
+                    f"{self.name}: {unknown('column', name, self._slots)}; see dataset config '{self.config.name}'"
+                )
         width = sum(len(self._slots[name]) for name in columns)
         if width != described:
-            raise UserError(f"{self.name}: '{' + '.join(columns)}' has {width} active slots, dataset config "
-                            f"'{self.config.name}' describes {described}")
+            raise UserError(
+                f"{self.name}: '{' + '.join(columns)}' has {width} active slots, dataset config "
+                f"'{self.config.name}' describes {described}"
+            )
 
 
 def read_header(file: h5py.File, where: str) -> Header:
@@ -221,7 +247,9 @@ def read_header(file: h5py.File, where: str) -> Header:
         raise CorruptEpisode(f"{where}: images holds {sorted(stored)}, n_views says {file.attrs['n_views']}")
     names = tuple(text(find(images, n, where).attrs.get("name", n), f"{where}: the name of {n}") for n in numbered)
     if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-]+", n) for n in names):
-        raise CorruptEpisode(f"{where}: view names {list(names)} must differ and consist of letters, digits, '_' and '-'")
+        raise CorruptEpisode(
+            f"{where}: view names {list(names)} must differ and consist of letters, digits, '_' and '-'"
+        )
     action = _mask(file, "action_mask", where)
     if not action:
         raise CorruptEpisode(f"{where}: 'action_mask' has no active slot")
@@ -233,9 +261,11 @@ def read_header(file: h5py.File, where: str) -> Header:
 def field_map(slots: Sequence[int]) -> tuple[FieldSpec, ...]:
     """The field map of a vector that holds these unified slots in ascending order. A rotation whose six slots are all there
     is 6D; one that is there in part is taken as it is (`legacy`). `UserError` for a slot that has no name."""
-    names = {slot: name for name, slot in reversed(SLOTS.items())}      # the first name of each slot
+    names = {slot: name for name, slot in reversed(SLOTS.items())}  # the first name of each slot
     names |= {SLOTS[n]: n for n in SLOTS if re.fullmatch(r"(left_)?gripper_open(_vel)?", n)}
-    groups: list[tuple[int | None, list[int]]] = []     # (first slot of the rotation or None, slots), slots of one kind together
+    groups: list[
+        tuple[int | None, list[int]]
+    ] = []  # (first slot of the rotation or None, slots), slots of one kind together
     for slot in slots:
         if slot not in names:
             raise UserError(f"slot {slot} is active but has no name in the unified space; correct the mask")
@@ -243,18 +273,32 @@ def field_map(slots: Sequence[int]) -> tuple[FieldSpec, ...]:
         if not groups or groups[-1][0] != rotation:
             groups.append((rotation, []))
         groups[-1][1].append(slot)
-    return tuple(FieldSpec(rotation="rot6d", prefix=_ROTATIONS[first]) if first is not None and len(group) == 6
-                 else FieldSpec(fields=tuple(names[s] for s in group), legacy=first is not None)
-                 for first, group in groups)
+    return tuple(
+        FieldSpec(rotation="rot6d", prefix=_ROTATIONS[first])
+        if first is not None and len(group) == 6
+        else FieldSpec(fields=tuple(names[s] for s in group), legacy=first is not None)
+        for first, group in groups
+    )
 
 
-def write_episode(path: Path, episode: Episode, action: np.ndarray, proprio: np.ndarray, attributes: Mapping[str, Any],
-                  masks: Mapping[str, np.ndarray], compression: str | None = None) -> None:
+def write_episode(
+    path: Path,
+    episode: Episode,
+    action: np.ndarray,
+    proprio: np.ndarray,
+    attributes: Mapping[str, Any],
+    masks: Mapping[str, np.ndarray],
+    compression: str | None = None,
+) -> None:
     """Write one file, whole or not at all; pictures go in one by one. `action`, `proprio` float32 [T, 128]; `masks`
     action_mask and proprio_mask bool [128]; `attributes` at least embodiment_id and action_dim; `compression` of pictures
     None or "gzip". `CorruptEpisode` when a picture cannot be decoded, `UserError` when the file cannot be written."""
-    own = {"dataset_name": episode.dataset, "episode_length": episode.length, "n_views": len(episode.views),
-           "control_hz": episode.control_hz}
+    own = {
+        "dataset_name": episode.dataset,
+        "episode_length": episode.length,
+        "n_views": len(episode.views),
+        "control_hz": episode.control_hz,
+    }
     pixels = 0 if compression else sum(view.height * view.width * 3 for view in episode.views)
     with whole_file(path, episode.length * (pixels + 2 * 4 * UNIFIED_DIM)) as file:
         file.attrs.update({**own, **attributes})
@@ -262,7 +306,9 @@ def write_episode(path: Path, episode: Episode, action: np.ndarray, proprio: np.
             file[name] = values
         file["language"] = episode.instruction
         for k, view in enumerate(episode.views):
-            write_pictures(file, f"images/view_{k}", view, compression, f"{episode.dataset} episode {episode.episode_id}")
+            write_pictures(
+                file, f"images/view_{k}", view, compression, f"{episode.dataset} episode {episode.episode_id}"
+            )
             file[f"images/view_{k}"].attrs["name"] = view.name
 
 
@@ -301,7 +347,9 @@ def _mask(file: h5py.File, name: str, where: str) -> tuple[int, ...]:
     """Active slots of a mask, ascending."""
     values = numbers(file, name, where)
     if values.shape != (UNIFIED_DIM,) or not np.isin(values, (0, 1)).all():
-        raise CorruptEpisode(f"{where}: '{name}' is {values.dtype} {list(values.shape)}, expected {UNIFIED_DIM} booleans")
+        raise CorruptEpisode(
+            f"{where}: '{name}' is {values.dtype} {list(values.shape)}, expected {UNIFIED_DIM} booleans"
+        )
     return tuple(np.flatnonzero(values).tolist())
 
 

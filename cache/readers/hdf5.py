@@ -26,9 +26,9 @@ from .episode import CorruptEpisode, View
 from .location import Location
 
 SUFFIXES = (".hdf5", ".h5")
-_BLOCK_NBYTES = 8 << 20     # of a picture array read at once where its chunks do not say
-_MAX_HOPS = 16              # soft links followed in a row; more is a loop
-_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)   # what h5py raises for damaged files
+_BLOCK_NBYTES = 8 << 20  # of a picture array read at once where its chunks do not say
+_MAX_HOPS = 16  # soft links followed in a row; more is a loop
+_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)  # what h5py raises for damaged files
 
 
 @contextlib.contextmanager
@@ -59,7 +59,11 @@ def one_file(given: str) -> Path:
         names = hub_files(given)
     found = [n for n in names if n.endswith(SUFFIXES) and "/" not in n]
     if len(found) != 1:
-        several = f"{len(found)} HDF5 files ({', '.join(found[:4])}); give one of them, e.g. {given}/{found[-1]}" if found else ""
+        several = (
+            f"{len(found)} HDF5 files ({', '.join(found[:4])}); give one of them, e.g. {given}/{found[-1]}"
+            if found
+            else ""
+        )
         raise UserError(f"{given} holds {several or 'no HDF5 file'}")
     try:
         return Location(given, (found[0],)).locate(found[0], given)
@@ -86,7 +90,9 @@ def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
         if link is None:
             raise CorruptEpisode(f"{where}: '{name}' is missing")
         if isinstance(link, h5py.ExternalLink):
-            raise CorruptEpisode(f"{where}: '{name}' is a link into another file ({link.filename}); copy the data into one file")
+            raise CorruptEpisode(
+                f"{where}: '{name}' is a link into another file ({link.filename}); copy the data into one file"
+            )
         if isinstance(link, h5py.SoftLink):
             hops += 1
             if hops > _MAX_HOPS:
@@ -114,16 +120,22 @@ def find_array(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
         number, _, _, label = filters.get_filter(i)
         if not h5py.h5z.filter_avail(number):
             label = (label or b"").decode(errors="replace") or f"filter {number}"
-            raise UserError(f"{where}: '{name}' is compressed with '{label}', for which HDF5 has no decoder here; rewrite the "
-                            f"file with gzip or without compression, e.g. h5repack -f GZIP=4")
+            raise UserError(
+                f"{where}: '{name}' is compressed with '{label}', for which HDF5 has no decoder here; rewrite the "
+                f"file with gzip or without compression, e.g. h5repack -f GZIP=4"
+            )
     if array.size and array.chunks:
         expected = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks))
         written = array.id.get_num_chunks()
         if written < expected:
-            raise CorruptEpisode(f"{where}: {expected - written} of {expected} chunks of '{name}' were never written; HDF5 would "
-                                 f"read them as {array.fillvalue}")
+            raise CorruptEpisode(
+                f"{where}: {expected - written} of {expected} chunks of '{name}' were never written; HDF5 would "
+                f"read them as {array.fillvalue}"
+            )
     elif array.size and array.id.get_space_status() == h5py.h5d.SPACE_STATUS_NOT_ALLOCATED:
-        raise CorruptEpisode(f"{where}: the values of '{name}' were never written; HDF5 would read them as {array.fillvalue}")
+        raise CorruptEpisode(
+            f"{where}: the values of '{name}' were never written; HDF5 would read them as {array.fillvalue}"
+        )
     return array
 
 
@@ -152,7 +164,9 @@ def text(value: Any, where: str) -> str:
 def check_pictures(array: h5py.Dataset, where: str) -> h5py.Dataset:
     """`array`; `CorruptEpisode` unless it is uint8 [T, H, W, 3]."""
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
-        raise CorruptEpisode(f"{where}: '{array.name}' is {array.dtype} {list(array.shape)}, pictures are uint8 [T, H, W, 3]")
+        raise CorruptEpisode(
+            f"{where}: '{array.name}' is {array.dtype} {list(array.shape)}, pictures are uint8 [T, H, W, 3]"
+        )
     return array
 
 
@@ -179,8 +193,9 @@ def read_pictures(path: Path, name: str, where: str, start: int, stop: int) -> I
             try:
                 block = array[first:last]
             except _DAMAGE as error:
-                raise CorruptEpisode(f"{where}: pictures {first} to {last - 1} of '{name}' cannot be decoded "
-                                     f"({first_line(error)})") from None
+                raise CorruptEpisode(
+                    f"{where}: pictures {first} to {last - 1} of '{name}' cannot be decoded ({first_line(error)})"
+                ) from None
             yield from block
 
 
@@ -190,7 +205,7 @@ def whole_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
     in part. `UserError` when it cannot be written, and before that when the disk is too small for it."""
     temporary = temporary_name(path)
     free = shutil.disk_usage(path.parent).free
-    if free < nbytes:   # asked first, because HDF5 can crash the process when a disk fills up
+    if free < nbytes:  # asked first, because HDF5 can crash the process when a disk fills up
         raise UserError(f"cannot write {path}: it needs {nbytes >> 20} MiB, the disk has {free >> 20} MiB left")
     try:
         with h5py.File(temporary, "w") as file:
@@ -211,8 +226,10 @@ def write_pictures(group: h5py.Group, name: str, view: View, compression: str | 
     array = group.create_dataset(name, (view.length, *size), np.uint8, chunks=(1, *size), compression=compression)
     for frame in view.frames():
         if count == view.length or frame.shape != size:
-            raise CorruptEpisode(f"{where}: picture {count} of '{view.name}' is {list(frame.shape)}, expected were {view.length} "
-                                 f"of {list(size)}")
+            raise CorruptEpisode(
+                f"{where}: picture {count} of '{view.name}' is {list(frame.shape)}, expected were {view.length} "
+                f"of {list(size)}"
+            )
         array[count] = frame
         count += 1
     if count < view.length:

@@ -31,17 +31,17 @@ class Location:
             if ".." in self._folder.split("/"):
                 raise UserError(f"'{self.given}': a folder of a repository cannot be left with '..'")
             fetched = snapshot(found[1], found[3], [self._inside(p) for p in patterns])
-            self._commit, self.root = fetched.name, fetched / self._folder    # the snapshot's folder is named by commit
+            self._commit, self.root = fetched.name, fetched / self._folder  # the snapshot's folder is named by commit
             if not self.root.is_dir():
                 raise UserError(f"'{found[1]}' on the hub has no folder '{self._folder}' with {', '.join(patterns)}")
         elif not self.root.exists():
             raise UserError(f"{self.given} does not exist; give a dataset folder or a hub id like owner/name")
         last = self._folder.rsplit("/", 1)[-1] or (self._repo or "").rsplit("/", 1)[-1] or self.root.resolve().name
-        self.name = re.sub(r"[^\w.-]+", "_", last)      # safe as a folder name
+        self.name = re.sub(r"[^\w.-]+", "_", last)  # safe as a folder name
 
     @property
     def hub_id(self) -> str | None:
-        """"owner/name" or "owner/name/folder"; None for a local folder."""
+        """ "owner/name" or "owner/name/folder"; None for a local folder."""
         return "/".join(filter(None, (self._repo, self._folder))) or None
 
     def locate(self, relative: str, where: str) -> Path:

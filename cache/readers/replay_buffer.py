@@ -32,11 +32,32 @@ from .location import Location
 
 _ENDS = "meta/episode_ends"
 _HUB_PATTERNS = ("data/**", "meta/**", ".zgroup", "zarr.json", "*.zarr.zip")
-_METADATA = ("zarr.json", ".zarray")    # of an array in v3 and v2
-_CODECS = frozenset({   # those zarr and numcodecs bring; "pickle" and others that build objects are left out on purpose
-    "bytes", "transpose", "blosc", "zstd", "lz4", "gzip", "zlib", "bz2", "lzma", "delta", "shuffle", "bitround", "quantize",
-    "fixedscaleoffset", "packbits", "astype", "crc32", "crc32c", "adler32", "fletcher32"})
-_PROBES = 8             # pictures looked at to tell the range of a float array
+_METADATA = ("zarr.json", ".zarray")  # of an array in v3 and v2
+_CODECS = frozenset(
+    {  # those zarr and numcodecs bring; "pickle" and others that build objects are left out on purpose
+        "bytes",
+        "transpose",
+        "blosc",
+        "zstd",
+        "lz4",
+        "gzip",
+        "zlib",
+        "bz2",
+        "lzma",
+        "delta",
+        "shuffle",
+        "bitround",
+        "quantize",
+        "fixedscaleoffset",
+        "packbits",
+        "astype",
+        "crc32",
+        "crc32c",
+        "adler32",
+        "fletcher32",
+    }
+)
+_PROBES = 8  # pictures looked at to tell the range of a float array
 
 
 class ReplayBufferSource(Source):
@@ -71,11 +92,16 @@ class ReplayBufferSource(Source):
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
         super().__init__(location.root, name, config, fps=None, view_names=views, episode_ids=range(len(self._ends)))
-        for names, described in ((config.action_columns, config.action_width), (state_columns, self.state_map.native_dim)):
+        for names, described in (
+            (config.action_columns, config.action_width),
+            (state_columns, self.state_map.native_dim),
+        ):
             width = sum(math.prod(self._arrays[n].shape[1:]) for n in names)
             if width != described:
-                raise UserError(f"{name}: '{' + '.join(names)}' has {width} dimensions, dataset config '{config.name}' describes "
-                                f"{described}; choose or write another dataset config")
+                raise UserError(
+                    f"{name}: '{' + '.join(names)}' has {width} dimensions, dataset config '{config.name}' describes "
+                    f"{described}; choose or write another dataset config"
+                )
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -86,7 +112,7 @@ class ReplayBufferSource(Source):
         if root is not None and len(zips) == 1:
             with contextlib.suppress(CorruptEpisode, UserError):
                 return bool(_Group.find(root / zips[0], zips[0]))
-        return len(zips) == 1 and zips[0].endswith(".zarr.zip")     # opening a damaged one says what is wrong
+        return len(zips) == 1 and zips[0].endswith(".zarr.zip")  # opening a damaged one says what is wrong
 
     @functools.cached_property
     def revision_hash(self) -> str:
@@ -112,7 +138,9 @@ class ReplayBufferSource(Source):
     def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
         (first, last), views = self._span(episode_id), []
         for key, array in ((name, self._arrays[name]) for name in self.view_names):
-            digest = hashlib.sha256(f"{first}:{last};{array.dtype.str}{array.chunks}{array.shape[1:]}{array.codecs};".encode())
+            digest = hashlib.sha256(
+                f"{first}:{last};{array.dtype.str}{array.chunks}{array.shape[1:]}{array.codecs};".encode()
+            )
             for chunk in array.chunk_names(first, last):
                 digest.update(array.chunk(chunk, where))
             height, width = array.shape[1:3] if array.layout == "last" else array.shape[2:]
@@ -138,14 +166,14 @@ class _Group:
     """A Zarr group in a folder or a zip."""
 
     files: Archive
-    folder: str     # of the group inside it, "" or ending with "/"
+    folder: str  # of the group inside it, "" or ending with "/"
 
     @classmethod
     def find(cls, root: Path, name: str) -> _Group:
         """The group at `root`: a Zarr folder, a zip, or a folder with one zip. `CorruptEpisode` when there is none."""
         zips = sorted(root.glob("*.zip")) if root.is_dir() and not (root / _ENDS).is_dir() else []
         group = cls(open_archive(zips[0] if len(zips) == 1 else root), "")
-        for _ in range(3):      # people zip the folder, or one around it, as often as its contents
+        for _ in range(3):  # people zip the folder, or one around it, as often as its contents
             inside = group.files.entries(group.folder)
             if "meta/" in inside or len(inside) != 1 or not inside[0].endswith("/"):
                 break
@@ -165,7 +193,9 @@ class _Group:
         which = next((m for m in _METADATA if m in inside), _METADATA[0])
         metadata = self.files.read(f"{self.folder}{name}/{which}", where)
         try:
-            return _Array(self, name, which, metadata, **(_parse_v2 if which == ".zarray" else _parse_v3)(json.loads(metadata)))
+            return _Array(
+                self, name, which, metadata, **(_parse_v2 if which == ".zarray" else _parse_v3)(json.loads(metadata))
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptEpisode(f"{where}: {name}/{which} does not describe an array of numbers ({error})") from None
 
@@ -175,24 +205,29 @@ class _Array:
     """One array, by its metadata."""
 
     group: _Group
-    name: str                   # "data/img"
-    which: str                  # its metadata file
+    name: str  # "data/img"
+    which: str  # its metadata file
     metadata: bytes
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype
-    head: str                   # chunk files are called head + positions joined by separator
+    head: str  # chunk files are called head + positions joined by separator
     separator: str
     codecs: tuple[str, ...]
-    fill: Any                   # what zarr gives for a missing chunk
+    fill: Any  # what zarr gives for a missing chunk
 
     def __post_init__(self) -> None:
-        if self.dtype.kind not in "fiub" or not self.shape or len(self.shape) != len(self.chunks) or min(self.chunks) < 1:
+        if (
+            self.dtype.kind not in "fiub"
+            or not self.shape
+            or len(self.shape) != len(self.chunks)
+            or min(self.chunks) < 1
+        ):
             raise ValueError(f"{self.dtype} {list(self.shape)} in chunks of {list(self.chunks)}")
 
     @property
     def layout(self) -> str | None:
-        """"last" or "first" by the axis of the three colours, "both" when that cannot be told; None when it is no picture."""
+        """ "last" or "first" by the axis of the three colours, "both" when that cannot be told; None when it is no picture."""
         if len(self.shape) != 4 or not (self.dtype == np.uint8 or self.dtype.kind == "f"):
             return None
         last, first = self.shape[3] == 3, self.shape[1] == 3
@@ -202,10 +237,14 @@ class _Array:
         """`UserError` naming a codec that cannot be decoded here."""
         for codec in self.codecs:
             if codec == "sharding_indexed":
-                raise UserError(f"{where}: {self.name} is sharded, which hides missing chunks; rewrite it without shards")
+                raise UserError(
+                    f"{where}: {self.name} is sharded, which hides missing chunks; rewrite it without shards"
+                )
             if codec.removeprefix("numcodecs.") not in _CODECS:
-                raise UserError(f"{where}: {self.name} is stored with the codec '{codec}', which is not available here; rewrite "
-                                f"it with one of {', '.join(sorted(_CODECS))}")
+                raise UserError(
+                    f"{where}: {self.name} is stored with the codec '{codec}', which is not available here; rewrite "
+                    f"it with one of {', '.join(sorted(_CODECS))}"
+                )
 
     def chunk_names(self, start: int, stop: int) -> Iterator[str]:
         """Names of the chunk files with rows start..stop-1, relative to the array."""
@@ -220,7 +259,7 @@ class _Array:
         except CorruptEpisode as error:
             hint = f"; zarr would read it as {self.fill}, where that is right use write_empty_chunks"
             raise CorruptEpisode(f"{error}{hint if str(error).endswith('is missing') else ''}") from None
-        if self.codecs and self.codecs[-1].endswith("blosc"):   # whose decoder reads on behind the end of its input
+        if self.codecs and self.codecs[-1].endswith("blosc"):  # whose decoder reads on behind the end of its input
             listed = int.from_bytes(data[12:16], "little")
             if len(data) < 16 or listed != len(data):
                 raise CorruptEpisode(f"{where}: {self.name}/{name} has {len(data)} bytes, its header says {listed}")
@@ -239,27 +278,43 @@ class _Array:
             return np.asarray(zarr.open_array(store, mode="r")[start:stop])
         except Exception as error:  # codecs raise many types: RuntimeError, ValueError, zlib.error, EOFError, …
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CorruptEpisode(f"{where}: rows {start} to {stop - 1} of {self.name} cannot be decoded ({reason})") from None
+            raise CorruptEpisode(
+                f"{where}: rows {start} to {stop - 1} of {self.name} cannot be decoded ({reason})"
+            ) from None
 
 
 def _parse_v2(about: dict[str, Any]) -> dict[str, Any]:
-    return {"shape": tuple(map(int, about["shape"])), "dtype": np.dtype(about["dtype"]), "fill": about["fill_value"],
-            "chunks": tuple(map(int, about["chunks"])), "separator": about.get("dimension_separator") or ".", "head": "",
-            "codecs": tuple(c["id"] for c in (*(about["filters"] or ()), about["compressor"]) if c)}
+    return {
+        "shape": tuple(map(int, about["shape"])),
+        "dtype": np.dtype(about["dtype"]),
+        "fill": about["fill_value"],
+        "chunks": tuple(map(int, about["chunks"])),
+        "separator": about.get("dimension_separator") or ".",
+        "head": "",
+        "codecs": tuple(c["id"] for c in (*(about["filters"] or ()), about["compressor"]) if c),
+    }
 
 
 def _parse_v3(about: dict[str, Any]) -> dict[str, Any]:
     key = about["chunk_key_encoding"]
     separator = (key.get("configuration") or {}).get("separator", "/" if key["name"] == "default" else ".")
-    return {"shape": tuple(map(int, about["shape"])), "dtype": np.dtype(about["data_type"]), "fill": about["fill_value"],
-            "chunks": tuple(map(int, about["chunk_grid"]["configuration"]["chunk_shape"])), "separator": separator,
-            "head": f"c{separator}" if key["name"] == "default" else "", "codecs": tuple(c["name"] for c in about["codecs"])}
+    return {
+        "shape": tuple(map(int, about["shape"])),
+        "dtype": np.dtype(about["data_type"]),
+        "fill": about["fill_value"],
+        "chunks": tuple(map(int, about["chunk_grid"]["configuration"]["chunk_shape"])),
+        "separator": separator,
+        "head": f"c{separator}" if key["name"] == "default" else "",
+        "codecs": tuple(c["name"] for c in about["codecs"]),
+    }
 
 
 def _check_ends(array: _Array, name: str) -> np.ndarray:
     """episode_ends, [E] int64; `UserError` unless they ascend from above 0."""
     if len(array.shape) != 1 or array.dtype.kind not in "iu" or not array.shape[0]:
-        raise UserError(f"{name}: {_ENDS} is {array.dtype} {list(array.shape)}, expected the end of at least one episode")
+        raise UserError(
+            f"{name}: {_ENDS} is {array.dtype} {list(array.shape)}, expected the end of at least one episode"
+        )
     ends = array.read(0, array.shape[0], name).astype(np.int64)
     bad = np.diff(ends, prepend=0) <= 0
     if bad.any():
@@ -272,18 +327,22 @@ def _white_level(array: _Array, name: str) -> float:
     """The value of full brightness: 255 for uint8; for floats 255 or 1 by what up to 8 pictures hold. `UserError` when that
     cannot be told, or which axis holds the colours."""
     if array.layout == "both":
-        raise UserError(f"{name}: {array.name} {list(array.shape)} has its colours first or last; store it as [N, H, W, 3]")
+        raise UserError(
+            f"{name}: {array.name} {list(array.shape)} has its colours first or last; store it as [N, H, W, 3]"
+        )
     if array.dtype == np.uint8:
         return 255.0
     for row in np.linspace(0, array.shape[0] - 1, min(_PROBES, array.shape[0])).round().astype(int).tolist():
-        with contextlib.suppress(CorruptEpisode):   # damage is the matter of the episode it lies in
+        with contextlib.suppress(CorruptEpisode):  # damage is the matter of the episode it lies in
             values = array.read(row, row + 1, name).astype(np.float64)
-            if values.min() >= 0 and values.max() > 2:      # not 1: resampling overshoots
+            if values.min() >= 0 and values.max() > 2:  # not 1: resampling overshoots
                 return 255.0
             if values.min() >= 0 and values.max() <= 1 and (values % 1 > 0).any():
                 return 1.0
-    raise UserError(f"{name}: {array.name} is {array.dtype} and may range to 1 or to 255, or is no picture; store it as uint8, "
-                    f"or leave it out with `views` in a dataset config")
+    raise UserError(
+        f"{name}: {array.name} is {array.dtype} and may range to 1 or to 255, or is no picture; store it as uint8, "
+        f"or leave it out with `views` in a dataset config"
+    )
 
 
 def _to_uint8(block: np.ndarray, white: float, array: _Array, where: str) -> np.ndarray:
@@ -291,8 +350,10 @@ def _to_uint8(block: np.ndarray, white: float, array: _Array, where: str) -> np.
     if array.layout == "first":
         block = np.moveaxis(block, 1, 3)
     if block.dtype.kind == "f":
-        if not (block.min() >= 0 and block.max() <= white):     # False for NaN too
-            raise CorruptEpisode(f"{where}: {array.name} holds {block.min()} to {block.max()}, its pictures range to {white:g}")
+        if not (block.min() >= 0 and block.max() <= white):  # False for NaN too
+            raise CorruptEpisode(
+                f"{where}: {array.name} holds {block.min()} to {block.max()}, its pictures range to {white:g}"
+            )
         block = np.rint(block * (255.0 / white)).astype(np.uint8)
     return np.ascontiguousarray(block)
 

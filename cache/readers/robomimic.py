@@ -42,7 +42,7 @@ from .hdf5 import (
 )
 
 _DEMO = re.compile(r"demo_(\d+)")
-_POSE = 6       # dimensions of an OSC_POSE action: displacement and rotation
+_POSE = 6  # dimensions of an OSC_POSE action: displacement and rotation
 
 
 class RobomimicSource(Source):
@@ -69,19 +69,32 @@ class RobomimicSource(Source):
                 self._cameras, widths = _first_demo(data, demos, _wanted(config), stem)
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
-        name = re.sub(r"[^\w.-]+", "_", f"{environment}_{stem}".strip("_"))     # many files are called image.hdf5
+        name = re.sub(r"[^\w.-]+", "_", f"{environment}_{stem}".strip("_"))  # many files are called image.hdf5
         if not self._cameras:
-            raise UserError(f"{name} has no camera, only low-dimensional observations; extract pictures with robomimic's "
-                            "dataset_states_to_obs.py and --camera_names")
+            raise UserError(
+                f"{name} has no camera, only low-dimensional observations; extract pictures with robomimic's "
+                "dataset_states_to_obs.py and --camera_names"
+            )
         hz = kwargs.get("control_freq")
-        super().__init__(self._file, name, config, fps=float(hz) if isinstance(hz, (int, float)) and hz > 0 else None,
-                         view_names=choose_views(tuple(self._cameras), config, name), episode_ids=demos)
+        super().__init__(
+            self._file,
+            name,
+            config,
+            fps=float(hz) if isinstance(hz, (int, float)) and hz > 0 else None,
+            view_names=choose_views(tuple(self._cameras), config, name),
+            episode_ids=demos,
+        )
         state_columns = config.state_columns if config.state else ()
-        for columns, described in ((config.action_columns, config.action_width), (state_columns, self.state_map.native_dim)):
+        for columns, described in (
+            (config.action_columns, config.action_width),
+            (state_columns, self.state_map.native_dim),
+        ):
             width = sum(widths[c] for c in columns)
             if width != described:
-                raise UserError(f"{name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{config.name}' "
-                                f"describes {described}; choose or write another dataset config")
+                raise UserError(
+                    f"{name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{config.name}' "
+                    f"describes {described}; choose or write another dataset config"
+                )
         if config.action_columns == ("actions",):
             _check_controller(config, list(_nested(kwargs.get("controller_configs"))), name)
 
@@ -144,8 +157,9 @@ def _demos(data: h5py.Group | h5py.Dataset, where: str) -> list[int]:
     return [int(n.removeprefix("demo_")) for n in names]
 
 
-def _first_demo(data: h5py.Group, demos: Sequence[int], columns: Sequence[str],
-                where: str) -> tuple[dict[str, str], dict[str, int]]:
+def _first_demo(
+    data: h5py.Group, demos: Sequence[int], columns: Sequence[str], where: str
+) -> tuple[dict[str, str], dict[str, int]]:
     """(view name → key in obs, width of each column) of the first demo that has them; empty when none has a picture."""
     reasons = []
     for number in sorted(demos):
@@ -186,7 +200,7 @@ def _instruction(file: h5py.File, number: int, where: str) -> str:
     data = find(file, "data", where)
     found = _json(find(data, f"demo_{number}", where), "ep_meta", where).get("lang")
     found = found or _json(data, "problem_info", where).get("language_instruction") or ""
-    return "".join(found).strip().strip('"')    # LIBERO writes a list of letters, in quotes
+    return "".join(found).strip().strip('"')  # LIBERO writes a list of letters, in quotes
 
 
 def _nested(value: Any) -> Iterator[dict[str, Any]]:
@@ -206,19 +220,25 @@ def _check_controller(config: DatasetConfig, controllers: Sequence[dict[str, Any
     meant = "displacements" if len(scales) == _POSE else "something else"
     poses = [c for c in controllers if c["type"] == "OSC_POSE"]
     if controllers and not poses and meant == "displacements":
-        raise UserError(f"{name}: its controller is {controllers[0]['type']}, dataset config '{config.name}' describes {meant} "
-                        f"of OSC_POSE; write a dataset config for it")
+        raise UserError(
+            f"{name}: its controller is {controllers[0]['type']}, dataset config '{config.name}' describes {meant} "
+            f"of OSC_POSE; write a dataset config for it"
+        )
     for controller in poses:
         relative = bool(controller.get("control_delta", controller.get("input_type", "delta") == "delta"))
         if relative != (meant == "displacements"):
-            raise UserError(f"{name}: its OSC_POSE actions are {'displacements' if relative else 'absolute poses'}, dataset "
-                            f"config '{config.name}' describes {meant}; write a dataset config for it")
+            raise UserError(
+                f"{name}: its OSC_POSE actions are {'displacements' if relative else 'absolute poses'}, dataset "
+                f"config '{config.name}' describes {meant}; write a dataset config for it"
+            )
         largest = controller.get("output_max")
         if relative and isinstance(largest, (int, float, list)):
             given = np.resize(np.asarray(largest, np.float64), _POSE)
             if not np.allclose(given, scales, rtol=1e-3, atol=0):
-                raise UserError(f"{name}: its controller moves by {given.tolist()} at full action, dataset config "
-                                f"'{config.name}' scales by {scales}; write a dataset config with those scales")
+                raise UserError(
+                    f"{name}: its controller moves by {given.tolist()} at full action, dataset config "
+                    f"'{config.name}' scales by {scales}; write a dataset config with those scales"
+                )
 
 
 def _has_demos(path: Path) -> bool:
@@ -227,7 +247,9 @@ def _has_demos(path: Path) -> bool:
             data = find(file, "data", path.name)
             return isinstance(data, h5py.Group) and any(_DEMO.fullmatch(n) for n in data)
     except CorruptEpisode as error:
-        return "cannot be read as HDF5" in str(error)   # no other format could read it, and opening it says what is wrong
+        return "cannot be read as HDF5" in str(
+            error
+        )  # no other format could read it, and opening it says what is wrong
 
 
 READER = RobomimicSource

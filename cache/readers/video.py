@@ -29,9 +29,9 @@ class VideoExtent:
 
     path: Path
     pts: tuple[int, ...]  # one time stamp per frame of the episode, ascending
-    height: int           # H
-    width: int            # W
-    sha256: str           # hex, over the time (relative to the episode) and the compressed bytes of its packets
+    height: int  # H
+    width: int  # W
+    sha256: str  # hex, over the time (relative to the episode) and the compressed bytes of its packets
 
 
 def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
@@ -65,8 +65,10 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
     wrong[1:] |= np.diff(nearest) == 0
     if wrong.any():
         row = int(wrong.argmax())
-        raise CorruptEpisode(f"{where}: {path.name} has no frame for row {row} at {times[row]:.3f} s "
-                             f"({len(times)} rows, {len(stored)} stored frames in their span)")
+        raise CorruptEpisode(
+            f"{where}: {path.name} has no frame for row {row} at {times[row]:.3f} s "
+            f"({len(times)} rows, {len(stored)} stored frames in their span)"
+        )
     digest = hashlib.sha256()
     for pts, data in packets:
         digest.update(f"{pts - packets[0][0]}:{len(data)};".encode())

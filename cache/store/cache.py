@@ -32,23 +32,23 @@ class CacheDataset:
     Every `frame_stride`-th frame of an episode is an observation: only those have features.
     """
 
-    attributes: dict[str, Any]          # all that the build recorded, such as the action map
-    episode_start: np.ndarray           # [E] int64, first frame on the time axis
-    episode_length: np.ndarray          # [E] int64, frames
-    episode_id: np.ndarray              # [E] int64, in the source
-    episode_instruction: np.ndarray     # [E] int64, row of `text`
-    episode_observations: np.ndarray    # [E] int64, frames that have features
-    quarantined: np.ndarray             # [E] bool
-    action: np.ndarray                  # [N, 128] float32 unified, not normalised
-    proprio: np.ndarray                 # [N, 128] float32 unified, not normalised
-    action_mask: np.ndarray             # [128] bool
-    proprio_mask: np.ndarray            # [128] bool
-    timestamp: np.ndarray               # [N] float64 s
-    text: np.ndarray                    # [n, Lt, Dt] float16
-    text_length: np.ndarray             # [n] int64
-    null_text: np.ndarray               # [Lt0, Dt] float16
-    null_features: np.ndarray           # [views, tokens, D] float16
-    channel_scale: np.ndarray | None    # [D] float32, of 8-bit features only
+    attributes: dict[str, Any]  # all that the build recorded, such as the action map
+    episode_start: np.ndarray  # [E] int64, first frame on the time axis
+    episode_length: np.ndarray  # [E] int64, frames
+    episode_id: np.ndarray  # [E] int64, in the source
+    episode_instruction: np.ndarray  # [E] int64, row of `text`
+    episode_observations: np.ndarray  # [E] int64, frames that have features
+    quarantined: np.ndarray  # [E] bool
+    action: np.ndarray  # [N, 128] float32 unified, not normalised
+    proprio: np.ndarray  # [N, 128] float32 unified, not normalised
+    action_mask: np.ndarray  # [128] bool
+    proprio_mask: np.ndarray  # [128] bool
+    timestamp: np.ndarray  # [N] float64 s
+    text: np.ndarray  # [n, Lt, Dt] float16
+    text_length: np.ndarray  # [n] int64
+    null_text: np.ndarray  # [Lt0, Dt] float16
+    null_features: np.ndarray  # [views, tokens, D] float16
+    channel_scale: np.ndarray | None  # [D] float32, of 8-bit features only
 
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
@@ -65,7 +65,9 @@ class CacheDataset:
         for field in ("start", "length", "id", "instruction"):
             setattr(self, f"episode_{field}", np.array(open_table(self.path / "episodes" / field)))
         for field in ("action", "proprio", "timestamp", "null_text"):
-            setattr(self, field, np.asarray(open_table(self.path / field)))     # still mapped, but an array whose rows are cheap to take
+            setattr(
+                self, field, np.asarray(open_table(self.path / field))
+            )  # still mapped, but an array whose rows are cheap to take
         self.action_mask = np.array(open_table(self.path / "action_mask"))
         self.proprio_mask = np.array(open_table(self.path / "proprio_mask"))
         self.text = np.asarray(open_table(self.path / "text" / "embedding"))
@@ -81,7 +83,9 @@ class CacheDataset:
         """The null features as they would be stored: (float16 or codes [views, tokens, D], token scales [views, tokens])."""
         if not self.format.quantised:
             return self.null_features, None
-        codes, scale = quantise(torch.from_numpy(self.null_features), torch.from_numpy(self.channel_scale), self.format.dtype)
+        codes, scale = quantise(
+            torch.from_numpy(self.null_features), torch.from_numpy(self.channel_scale), self.format.dtype
+        )
         return codes.numpy(), scale.numpy()
 
     @cached_property
@@ -114,7 +118,9 @@ class CacheDataset:
         episode = self.episode_of(rows)
         step, off = np.divmod(rows - self.episode_start[episode], self.frame_stride)
         if off.any():
-            raise ValueError(f"{self.name}: frame {rows[off.argmax()]} has no features; the cache holds every {self.frame_stride}th")
+            raise ValueError(
+                f"{self.name}: frame {rows[off.argmax()]} has no features; the cache holds every {self.frame_stride}th"
+            )
         return self._observation_start[episode] + step
 
     @property
@@ -132,12 +138,27 @@ class CacheDataset:
         """The file of shard `index` of a view's features, or of an augmented variant of them."""
         return self._array(view, variant, features_folder) / "c" / str(index) / "0" / "0"
 
-    def read_features(self, view: str, rows: np.ndarray, targets: Sequence[memoryview], files: ShardFiles | None = None, *,
-                      scales: Sequence[memoryview] = (), variant: int = 0) -> None:
+    def read_features(
+        self,
+        view: str,
+        rows: np.ndarray,
+        targets: Sequence[memoryview],
+        files: ShardFiles | None = None,
+        *,
+        scales: Sequence[memoryview] = (),
+        variant: int = 0,
+    ) -> None:
         """Read the stored features of frames `rows` [n] int64 into `targets`, n writable buffers of tokens · width · itemsize bytes,
         and, of an 8-bit cache, their token scales into `scales`, n buffers of tokens · 4 bytes."""
         at, files = self.observation_of(rows), files or self._files
-        read_records(files, self._shards(view, variant, features_folder), at, targets, self.shard_frames, compression=self._compression)
+        read_records(
+            files,
+            self._shards(view, variant, features_folder),
+            at,
+            targets,
+            self.shard_frames,
+            compression=self._compression,
+        )
         if self.format.quantised:
             read_records(files, self._shards(view, variant, scales_folder), at, scales, self.shard_frames, tail="0")
 
@@ -145,24 +166,39 @@ class CacheDataset:
         """Features of frames `rows` [n] int64, ascending, will be read soon: they are brought onto this machine and, in the background,
         into its memory."""
         at, record = self.observation_of(rows), self.tokens * self.width * self.format.itemsize
-        advise_records(files, self._shards(view, variant, features_folder), at, 0 if self._compression else record, self.shard_frames)
+        advise_records(
+            files,
+            self._shards(view, variant, features_folder),
+            at,
+            0 if self._compression else record,
+            self.shard_frames,
+        )
         if self.format.quantised:
-            advise_records(files, self._shards(view, variant, scales_folder), at, 4 * self.tokens, self.shard_frames, tail="0")
+            advise_records(
+                files, self._shards(view, variant, scales_folder), at, 4 * self.tokens, self.shard_frames, tail="0"
+            )
 
     def features(self, view: str, rows: np.ndarray, variant: int = 0) -> np.ndarray:
         """float16 [n, tokens, width] of frames `rows`, 8-bit ones decoded; convenient, not fast."""
         codes, scale = self.records(view, rows, variant)
         if scale is None:
             return codes
-        return dequantise(torch.from_numpy(codes), torch.from_numpy(scale), torch.from_numpy(self.channel_scale), torch.float16).numpy()
+        return dequantise(
+            torch.from_numpy(codes), torch.from_numpy(scale), torch.from_numpy(self.channel_scale), torch.float16
+        ).numpy()
 
     def records(self, view: str, rows: np.ndarray, variant: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
         """As stored, of frames `rows`: (float16 or codes [n, tokens, width], token scales float32 [n, tokens] or None)."""
         n, format = len(rows), self.format
         codes = np.empty((n, self.tokens, self.width), format.zarr_dtype)
         scale = np.empty((n, self.tokens), np.float32) if format.quantised else None
-        self.read_features(view, rows, [memoryview(c).cast("B") for c in codes], variant=variant,
-                           scales=() if scale is None else [memoryview(x).cast("B") for x in scale])
+        self.read_features(
+            view,
+            rows,
+            [memoryview(c).cast("B") for c in codes],
+            variant=variant,
+            scales=() if scale is None else [memoryview(x).cast("B") for x in scale],
+        )
         return codes, scale
 
     def feature(self, view: str, row: int) -> np.ndarray:
@@ -180,25 +216,39 @@ class CacheDataset:
         if view not in self.views:
             raise unknown(f"view of dataset {self.name}", view, self.views)
         if not 0 <= variant <= self.variants:
-            raise UserError(f"dataset {self.name} of the cache has {self.variants} augmented variants, asked for number {variant}; "
-                            "build it with --augment")
+            raise UserError(
+                f"dataset {self.name} of the cache has {self.variants} augmented variants, asked for number {variant}; "
+                "build it with --augment"
+            )
         return folder(self.path.parent, self.name, array_name(view, variant))
 
 
 class Cache:
     """A finished cache, opened for reading; thread-safe; the folder may be read-only. Make it with `Cache.open`."""
 
-    folder: Folder | None = None    # so that a reader stays with its generation when the next one takes its place
-    mirror: Mirror | None = None    # of a remote cache: fetches what is not in `path` yet
+    folder: Folder | None = None  # so that a reader stays with its generation when the next one takes its place
+    mirror: Mirror | None = None  # of a remote cache: fetches what is not in `path` yet
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], manifest: dict[str, Any], folder: Folder | None = None,
-                 mirror: Mirror | None = None) -> None:
-        self.path, self.fingerprint, self.manifest, self.folder, self.mirror = path, fingerprint, manifest, folder, mirror
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: dict[str, Any],
+        manifest: dict[str, Any],
+        folder: Folder | None = None,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.path, self.fingerprint, self.manifest, self.folder, self.mirror = (
+            path,
+            fingerprint,
+            manifest,
+            folder,
+            mirror,
+        )
         files = self.shard_files()
         self.datasets = tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"])
         self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
         self.variants, self.format = manifest["variants"], self.datasets[0].format
-        self.text_width = self.datasets[0].text.shape[2]    # one encoder made all of them
+        self.text_width = self.datasets[0].text.shape[2]  # one encoder made all of them
 
     @property
     def boundary(self) -> int | None:
@@ -212,8 +262,10 @@ class Cache:
         Of a URL, `local` is a folder for copies (shards are fetched when first touched), and `local_nbytes` bounds its shards."""
         if is_remote(path):
             if local is None:
-                raise UserError(f"{path} is not on this machine: give a local folder for copies of what is read, as in "
-                                "Cache.open(URL, local=FOLDER)")
+                raise UserError(
+                    f"{path} is not on this machine: give a local folder for copies of what is read, as in "
+                    "Cache.open(URL, local=FOLDER)"
+                )
             mirror = Mirror(str(path), local, local_nbytes)
             manifest = _read_manifest(mirror.folder)
             return cls(mirror.folder, read_json(mirror.folder / "fingerprint.json"), manifest, None, mirror)
@@ -225,11 +277,11 @@ class Cache:
                 cache = cls(path, read_json(path / "fingerprint.json"), manifest, folder)
                 if folder.is_at(path) and _read_manifest(path) == manifest:
                     return cache
-            except (UserError, OSError):    # no folder, or half of this and half of the next generation
+            except (UserError, OSError):  # no folder, or half of this and half of the next generation
                 # Where both are on their way at the moment of asking, neither is there: that is asked again.
                 if attempt == 20 or attempt > 2 and not beside(path, "next").exists():
                     raise
-            time.sleep(0.01)                # generations are changing places
+            time.sleep(0.01)  # generations are changing places
         raise UserError(f"cache {path} changes faster than it can be opened; wait until its builds have ended")
 
     def shard_files(self) -> ShardFiles:
@@ -257,8 +309,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a dvla cache (it has no fingerprint.json)")
     if not (path / "manifest.json").exists():
         shards = sum(1 for _ in (path / ".commits").glob("*/*/*.json"))
-        raise UserError(f"cache {path} is incomplete ({shards} shards are finished); "
-                        f"re-run the same `dvla cache build` command to resume it")
+        raise UserError(
+            f"cache {path} is incomplete ({shards} shards are finished); "
+            f"re-run the same `dvla cache build` command to resume it"
+        )
     manifest = read_json(path / "manifest.json")
     if manifest.get("format") != FORMAT or manifest.get("complete") is not True:
         raise UserError(f"cache {path} has format {manifest.get('format')}, this version reads {FORMAT}; rebuild it")

@@ -15,10 +15,14 @@ def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | No
     `progress(done bytes, all bytes)` is called after each file. `UserError` as `Cache.open`.
     """
     path = Path(path)
-    return [f"{name}: {problem}" for name, problem in damaged_files(path, _read_manifest(path)["files"], progress).items()]
+    return [
+        f"{name}: {problem}" for name, problem in damaged_files(path, _read_manifest(path)["files"], progress).items()
+    ]
 
 
-def damaged_files(path: Path, files: dict[str, dict[str, int]], progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+def damaged_files(
+    path: Path, files: dict[str, dict[str, int]], progress: Callable[[int, int], None] | None = None
+) -> dict[str, str]:
     """Name → what is wrong, of those of `files` (name → what was written: {"bytes", "crc32c"}) that are not as they were written."""
     problems, done, total = {}, 0, sum(entry["bytes"] for entry in files.values())
     for name, entry in sorted(files.items()):

@@ -18,9 +18,9 @@ from ...errors import UserError, unknown
 
 # stored dtype → (largest code, Zarr data type). float8 has no Zarr core type: its bytes are stored as uint8, and said so.
 QUANTISED = {"int8": (127.0, "int8"), "float8_e4m3fn": (448.0, "uint8")}
-SHORT_NAMES = {"fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}   # as typed on the command line
+SHORT_NAMES = {"fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}  # as typed on the command line
 COMPRESSIONS = ("none", "zstd", "lz4")
-CHANNEL_FLOOR = 1e-6    # of a channel that is silent in the frames looked at
+CHANNEL_FLOOR = 1e-6  # of a channel that is silent in the frames looked at
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FeatureFormat:
     """How features are stored. Part of the fingerprint."""
 
     dtype: Literal["float16", "int8", "float8_e4m3fn"] = "float16"
-    compression: Literal["none", "zstd", "lz4"] = "none"    # lossless, each record for itself; for slow disks
+    compression: Literal["none", "zstd", "lz4"] = "none"  # lossless, each record for itself; for slow disks
 
     def __post_init__(self) -> None:
         if self.dtype != "float16" and self.dtype not in QUANTISED:
@@ -60,7 +60,7 @@ def feature_format(dtype: str = "fp16", compression: str = "none") -> FeatureFor
     """From the command line's names; `UserError` for others."""
     if dtype not in SHORT_NAMES:
         raise unknown("--dtype", dtype, SHORT_NAMES)
-    return FeatureFormat(SHORT_NAMES[dtype], compression)   # type: ignore[arg-type]
+    return FeatureFormat(SHORT_NAMES[dtype], compression)  # type: ignore[arg-type]
 
 
 def channel_scale(features: torch.Tensor) -> np.ndarray:
@@ -72,9 +72,9 @@ def channel_scale(features: torch.Tensor) -> np.ndarray:
 def quantise(features: torch.Tensor, channels: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """features [n,K,D] (finite), channel scales [D] → (codes int8 or uint8 [n,K,D], token scales float32 [n,K])."""
     largest, _ = QUANTISED[dtype]
-    x = features.float() / channels                                                 # [n,K,D]
-    scale = x.abs().amax(-1) / largest                                              # [n,K]
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))                   # a token of zeros
+    x = features.float() / channels  # [n,K,D]
+    scale = x.abs().amax(-1) / largest  # [n,K]
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a token of zeros
     x = x / scale[..., None]
     codes = x.round().to(torch.int8) if dtype == "int8" else x.to(torch.float8_e4m3fn).view(torch.uint8)
     return codes, scale
@@ -93,7 +93,7 @@ def relative_error(features: torch.Tensor, format: FeatureFormat, channels: np.n
     if format.quantised:
         scales = torch.from_numpy(channels).to(exact.device)
         stored = dequantise(*quantise(exact, scales, format.dtype), scales, torch.float32)
-    difference, size = (stored - exact).square().flatten(0, -2).mean(0), exact.square().flatten(0, -2).mean(0)     # [D]
+    difference, size = (stored - exact).square().flatten(0, -2).mean(0), exact.square().flatten(0, -2).mean(0)  # [D]
     overall = (difference.mean() / size.mean().clamp(min=1e-30)).sqrt()
     worst = (difference / size.clamp(min=CHANNEL_FLOOR**2)).max().sqrt()
     return float(overall), float(worst)
@@ -121,8 +121,18 @@ class Compression:
             return []
         if self.name == "zstd":
             return [{"name": "zstd", "configuration": {"level": 3, "checksum": False}}]
-        return [{"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "shuffle", "typesize": self._itemsize,
-                                                    "blocksize": 0}}]
+        return [
+            {
+                "name": "blosc",
+                "configuration": {
+                    "cname": "lz4",
+                    "clevel": 5,
+                    "shuffle": "shuffle",
+                    "typesize": self._itemsize,
+                    "blocksize": 0,
+                },
+            }
+        ]
 
     def encode(self, record: np.ndarray) -> bytes:
         """One record, C-contiguous, of the array's dtype."""
@@ -130,10 +140,12 @@ class Compression:
 
     def decode(self, data: bytes, target: memoryview) -> None:
         """Fill `target` (one record). `ValueError` for data that is not a record of that size."""
-        if self.name == "lz4":      # Blosc believes its header: it would read past the end of a record that was cut
-            plain_nbytes, nbytes = (int.from_bytes(data[at:at + 4], "little") for at in (4, 12))
+        if self.name == "lz4":  # Blosc believes its header: it would read past the end of a record that was cut
+            plain_nbytes, nbytes = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
             if (plain_nbytes, nbytes) != (len(target), len(data)):
-                raise ValueError(f"its header says {nbytes} bytes for {plain_nbytes}, there are {len(data)} for {len(target)}")
+                raise ValueError(
+                    f"its header says {nbytes} bytes for {plain_nbytes}, there are {len(data)} for {len(target)}"
+                )
         try:
             plain = self._codec.decode(data)
         except Exception as error:  # numcodecs raises RuntimeError, ValueError and its own, by codec

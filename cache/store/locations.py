@@ -14,14 +14,14 @@ from typing import Any, BinaryIO, Protocol
 from ...common.files import crc32c, hold, publish, temporary_name
 from ...errors import UserError
 
-BLOCK = 1 << 20     # bytes copied at a time
+BLOCK = 1 << 20  # bytes copied at a time
 
 
 class Place(Protocol):
     """Named files somewhere. Write with `creating` and read with `fetch`, which turn whatever a place raises into `UserError`."""
 
-    where: str          # as the user gave it
-    resumable: bool     # whether one can see what is there already
+    where: str  # as the user gave it
+    resumable: bool  # whether one can see what is there already
 
     def url(self, name: str) -> str:
         """What to call the file in a message."""
@@ -73,7 +73,7 @@ class Folder:
 
     def drop(self, name: str, file: Any) -> None:
         temporary_name(self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):      # a full disk: what is buffered still does not fit
+        with contextlib.suppress(OSError):  # a full disk: what is buffered still does not fit
             file.close()
 
     def open(self, name: str) -> Any:
@@ -117,12 +117,18 @@ class Url:
         self.where = where.rstrip("/")
         try:
             self._fs, self._path = fsspec.core.url_to_fs(self.where)
-        except Exception as error:  # an unknown scheme, a package that is not installed, no credentials: whatever the package raises
-            raise UserError(f"{where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
-                            "(s3fs for s3://, gcsfs for gs://), or pipe:COMMAND with {name}") from None
+        except (
+            Exception
+        ) as error:  # an unknown scheme, a package that is not installed, no credentials: whatever the package raises
+            raise UserError(
+                f"{where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
+                "(s3fs for s3://, gcsfs for gs://), or pipe:COMMAND with {name}"
+            ) from None
         logger = logging.getLogger(type(self._fs).__module__.partition(".")[0])
         if not logger.handlers:
-            logger.addHandler(logging.NullHandler())    # gcsfs logs what it raises, traceback and all, which would be printed
+            logger.addHandler(
+                logging.NullHandler()
+            )  # gcsfs logs what it raises, traceback and all, which would be printed
 
     def url(self, name: str) -> str:
         return f"{self.where}/{name}"
@@ -144,7 +150,11 @@ class Url:
 
     def names(self) -> list[str]:
         self._fs.invalidate_cache()
-        return [p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(self._path, detail=False)] if self._fs.isdir(self._path) else []
+        return (
+            [p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(self._path, detail=False)]
+            if self._fs.isdir(self._path)
+            else []
+        )
 
     def size(self, name: str) -> int | None:
         path = f"{self._path}/{name}"
@@ -165,7 +175,7 @@ class Sink:
         self.nbytes = self.crc = 0
 
     def write(self, data: bytes) -> int:
-        if self._closed:    # tarfile flushes once more when it is dropped after an error
+        if self._closed:  # tarfile flushes once more when it is dropped after an error
             return len(data)
         with errors("write", self._url):
             self._file.write(data)
@@ -228,6 +238,6 @@ def errors(verb: str, url: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    if failed := re.search(r"\): exit (-?\d+) \((?:read|write)\)", str(error)):    # as WebDataset reports a pipe
+    if failed := re.search(r"\): exit (-?\d+) \((?:read|write)\)", str(error)):  # as WebDataset reports a pipe
         return f"the command ended with exit code {failed[1]}"
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

@@ -22,10 +22,10 @@ from ...errors import UserError
 from .locations import BLOCK, Folder, Url, creating, errors
 from .manifest import read_json
 
-LOCKS = 256         # files that can be fetched at the same time by all processes
+LOCKS = 256  # files that can be fetched at the same time by all processes
 TABLE_THREADS = 8
-ATTEMPTS = 3        # object stores have bad moments
-STALE = 3600.0      # seconds after which a temporary file is a killed process's
+ATTEMPTS = 3  # object stores have bad moments
+STALE = 3600.0  # seconds after which a temporary file is a killed process's
 
 
 def is_remote(path: Path | str) -> bool:
@@ -49,7 +49,9 @@ class Mirror:
             if not (self.folder / "manifest.json").exists():
                 write_file(self.folder / "manifest.json", data)
         except OSError as error:
-            raise UserError(f"cannot keep copies of {url} in {local}: {error.strerror}; choose another local folder") from None
+            raise UserError(
+                f"cannot keep copies of {url} in {local}: {error.strerror}; choose another local folder"
+            ) from None
         self._files: dict[str, dict[str, int]] = read_json(self.folder / "manifest.json").get("files", {})
         require_inside(self._files, url)
         for left in self.folder.rglob(".*.tmp-*"):
@@ -70,7 +72,7 @@ class Mirror:
         if name not in self._files:
             raise UserError(f"{self.place.where} does not list {name} in its manifest")
         with self._lock(str(crc32c(name.encode()) % LOCKS)):
-            if path.exists():       # fetched by another one meanwhile
+            if path.exists():  # fetched by another one meanwhile
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             fetch_checked(self.place, name, self._files[name], path)
@@ -82,7 +84,11 @@ class Mirror:
             shards = []
             for path in self.folder.glob("*/*/*/c/**/*"):
                 with contextlib.suppress(OSError):
-                    if path.is_file() and ".tmp-" not in path.name and _is_shard(path.relative_to(self.folder).as_posix()):
+                    if (
+                        path.is_file()
+                        and ".tmp-" not in path.name
+                        and _is_shard(path.relative_to(self.folder).as_posix())
+                    ):
                         found = path.stat()
                         shards.append((found.st_mtime_ns, found.st_size, path))
             over = sum(size for _, size, _ in shards) - (self._limit or 0)
@@ -107,14 +113,18 @@ def read_manifest(place: Url) -> bytes:
         with errors("read", place.url("manifest.json")), place.open("manifest.json") as file:
             return file.read()
     except UserError as error:
-        raise UserError(f"no finished cache at {place.where}: it has no manifest.json, which is written last ({error})") from None
+        raise UserError(
+            f"no finished cache at {place.where}: it has no manifest.json, which is written last ({error})"
+        ) from None
 
 
 def require_inside(names: Iterable[str], url: str) -> None:
     """`UserError` for a name in the manifest of the cache at `url` that leaves its folder."""
     for name in names:
         if name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"the manifest of {url} names '{name}', which would lie outside the cache; it is damaged, or hostile")
+            raise UserError(
+                f"the manifest of {url} names '{name}', which would lie outside the cache; it is damaged, or hostile"
+            )
 
 
 def fetch_checked(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
@@ -140,8 +150,10 @@ def _copy(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
                 break
             sink.write(block)
         if sink.nbytes != entry["bytes"] or sink.crc != entry["crc32c"]:
-            raise UserError(f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "
-                            f"{entry['crc32c']:08x} were written; run `dvla cache verify` where it lies")
+            raise UserError(
+                f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "
+                f"{entry['crc32c']:08x} were written; run `dvla cache verify` where it lies"
+            )
 
 
 def _is_shard(name: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from ...errors import UserError
 from .codec import FeatureFormat
 
-FORMAT = 2                          # version of everything in this file
+FORMAT = 2  # version of everything in this file
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIANT = re.compile(r".*\.aug\d+")
 
@@ -23,20 +23,22 @@ class EpisodePlan:
     """One episode that gets rows in the cache."""
 
     episode_id: int
-    length: int             # frames, ≥ 1
-    instruction: str        # may be empty
-    source_hash: str        # changes when the episode's source bytes change
-    view_hashes: tuple[str, ...] = ()   # per view: changes when that of which its features are made changes, and only then
+    length: int  # frames, ≥ 1
+    instruction: str  # may be empty
+    source_hash: str  # changes when the episode's source bytes change
+    view_hashes: tuple[
+        str, ...
+    ] = ()  # per view: changes when that of which its features are made changes, and only then
 
 
 @dataclass(frozen=True)
 class DatasetPlan:
     """One dataset: its episodes in row order, its cameras, and the episodes left out because they cannot be loaded."""
 
-    name: str                                       # letters, digits, . _ -
-    views: tuple[str, ...]                          # camera names; their order is the order in a batch
+    name: str  # letters, digits, . _ -
+    views: tuple[str, ...]  # camera names; their order is the order in a batch
     episodes: tuple[EpisodePlan, ...]
-    quarantined: tuple[tuple[int, str], ...] = ()   # (episode id, reason): no rows, only a line in the ledger
+    quarantined: tuple[tuple[int, str], ...] = ()  # (episode id, reason): no rows, only a line in the ledger
 
     @cached_property
     def frames(self) -> int:
@@ -63,32 +65,44 @@ class BuildPlan:
     """The whole content's shape. It is part of the fingerprint, so a resumed build must be given the same plan."""
 
     datasets: tuple[DatasetPlan, ...]
-    tokens: int             # vision tokens per frame and view
-    width: int              # feature width
-    shard_frames: int       # S, observations in one shard
+    tokens: int  # vision tokens per frame and view
+    width: int  # feature width
+    shard_frames: int  # S, observations in one shard
     format: FeatureFormat = field(default_factory=FeatureFormat)
-    frame_stride: int = 1   # every n-th frame of an episode gets features; actions and proprio are kept for all
-    variants: int = 0       # augmented variants of every picture besides the picture itself
+    frame_stride: int = 1  # every n-th frame of an episode gets features; actions and proprio are kept for all
+    variants: int = 0  # augmented variants of every picture besides the picture itself
 
     def tasks(self) -> list[ShardTask]:
         """All shards, in dataset, view, variant and row order."""
         size, out = self.shard_frames, []
         for d in self.datasets:
             rows = int(d.observations(self.frame_stride).sum())
-            out += [ShardTask(d.name, view, i, start, min(start + size, rows), variant) for view in d.views
-                    for variant in range(self.variants + 1) for i, start in enumerate(range(0, rows, size))]
+            out += [
+                ShardTask(d.name, view, i, start, min(start + size, rows), variant)
+                for view in d.views
+                for variant in range(self.variants + 1)
+                for i, start in enumerate(range(0, rows, size))
+            ]
         return out
 
     def check(self) -> None:
         """Raise `UserError` for what the layout cannot hold."""
-        if not self.datasets or min(self.tokens, self.width, self.shard_frames, self.frame_stride) < 1 or self.variants < 0:
-            raise UserError("a cache needs at least one dataset, tokens, width, shard frames and frame stride of at least 1, and "
-                            "0 or more augmented variants")
+        if (
+            not self.datasets
+            or min(self.tokens, self.width, self.shard_frames, self.frame_stride) < 1
+            or self.variants < 0
+        ):
+            raise UserError(
+                "a cache needs at least one dataset, tokens, width, shard frames and frame stride of at least 1, and "
+                "0 or more augmented variants"
+            )
         names = [d.name for d in self.datasets]
         for name in [*names, *(v for d in self.datasets for v in d.views)]:
             if not _NAME.fullmatch(name) or name.endswith(".json") or _VARIANT.fullmatch(name):
-                raise UserError(f"'{name}' cannot name a dataset or view in a cache; use letters, digits, . _ and - (and no "
-                                "ending like .json or .aug1)")
+                raise UserError(
+                    f"'{name}' cannot name a dataset or view in a cache; use letters, digits, . _ and - (and no "
+                    "ending like .json or .aug1)"
+                )
         for kind, given in [("dataset", names)] + [(f"view of {d.name}", list(d.views)) for d in self.datasets]:
             for name in given:
                 if given.count(name) > 1:
@@ -101,27 +115,61 @@ class BuildPlan:
 
     def document(self) -> dict[str, Any]:
         """The plan's part of the fingerprint (key "store")."""
-        return {"format": FORMAT, "tokens": self.tokens, "width": self.width, "shard_frames": self.shard_frames,
-                "dtype": self.format.dtype, "compression": self.format.compression, "frame_stride": self.frame_stride,
-                "variants": self.variants, "order": [d.name for d in self.datasets],
-                "datasets": {d.name: {"views": d.views, "quarantined": [list(q) for q in d.quarantined],
-                                      "episodes": {str(e.episode_id): {"length": e.length, "instruction": e.instruction,
-                                                                       "source_hash": e.source_hash,
-                                                                       "view_hashes": list(e.view_hashes)}
-                                                   for e in d.episodes},
-                                      "episode_order": [e.episode_id for e in d.episodes]} for d in self.datasets}}
+        return {
+            "format": FORMAT,
+            "tokens": self.tokens,
+            "width": self.width,
+            "shard_frames": self.shard_frames,
+            "dtype": self.format.dtype,
+            "compression": self.format.compression,
+            "frame_stride": self.frame_stride,
+            "variants": self.variants,
+            "order": [d.name for d in self.datasets],
+            "datasets": {
+                d.name: {
+                    "views": d.views,
+                    "quarantined": [list(q) for q in d.quarantined],
+                    "episodes": {
+                        str(e.episode_id): {
+                            "length": e.length,
+                            "instruction": e.instruction,
+                            "source_hash": e.source_hash,
+                            "view_hashes": list(e.view_hashes),
+                        }
+                        for e in d.episodes
+                    },
+                    "episode_order": [e.episode_id for e in d.episodes],
+                }
+                for d in self.datasets
+            },
+        }
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> BuildPlan:
         """Inverse of `document`, also after a round trip through JSON: the plan of the cache whose fingerprint holds it."""
+
         def dataset(name: str) -> DatasetPlan:
             d = document["datasets"][name]
             episodes = ((number, d["episodes"][str(number)]) for number in d["episode_order"])
-            return DatasetPlan(name, tuple(d["views"]), tuple(EpisodePlan(n, e["length"], e["instruction"], e["source_hash"],
-                                                                          tuple(e["view_hashes"])) for n, e in episodes),
-                               tuple((number, reason) for number, reason in d["quarantined"]))
-        return cls(tuple(map(dataset, document["order"])), document["tokens"], document["width"], document["shard_frames"],
-                   FeatureFormat(document["dtype"], document["compression"]), document["frame_stride"], document["variants"])
+            return DatasetPlan(
+                name,
+                tuple(d["views"]),
+                tuple(
+                    EpisodePlan(n, e["length"], e["instruction"], e["source_hash"], tuple(e["view_hashes"]))
+                    for n, e in episodes
+                ),
+                tuple((number, reason) for number, reason in d["quarantined"]),
+            )
+
+        return cls(
+            tuple(map(dataset, document["order"])),
+            document["tokens"],
+            document["width"],
+            document["shard_frames"],
+            FeatureFormat(document["dtype"], document["compression"]),
+            document["frame_stride"],
+            document["variants"],
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +181,7 @@ class ShardTask:
     index: int
     start: int
     stop: int
-    variant: int = 0    # 0: the pictures themselves; k: their k-th augmented variant
+    variant: int = 0  # 0: the pictures themselves; k: their k-th augmented variant
 
     @property
     def array(self) -> str:
@@ -145,7 +193,7 @@ class ShardTask:
 class Unit:
     """One unit of building: the shards that one pass of the encoder makes. Each of them is written and committed for itself."""
 
-    tasks: tuple[ShardTask, ...]    # one; of the same observations of several views where these are encoded together
+    tasks: tuple[ShardTask, ...]  # one; of the same observations of several views where these are encoded together
 
     @property
     def dataset(self) -> str:
@@ -168,7 +216,9 @@ def units(tasks: Iterable[ShardTask], by_observation: bool) -> list[Unit]:
     (`VisionLanguageEncoder.by_observation`), so that shards of the same dataset, variant and index belong together."""
     groups: dict[tuple[str, int, int, str], list[ShardTask]] = {}
     for task in tasks:
-        groups.setdefault((task.dataset, task.variant, task.index, "" if by_observation else task.view), []).append(task)
+        groups.setdefault((task.dataset, task.variant, task.index, "" if by_observation else task.view), []).append(
+            task
+        )
     return [Unit(tuple(group)) for group in groups.values()]
 
 
@@ -181,22 +231,22 @@ class DatasetTables:
     marks the slots that normalisation leaves alone.
     """
 
-    action: np.ndarray                      # [N, 128] float32
-    action_mask: np.ndarray                 # [128] bool
-    action_rotation: np.ndarray             # [128] bool
-    action_stats: Any                       # Statistics
-    proprio: np.ndarray                     # [N, 128] float32
-    proprio_mask: np.ndarray                # [128] bool
-    proprio_rotation: np.ndarray            # [128] bool
-    proprio_stats: Any                      # Statistics
-    timestamp: np.ndarray                   # [N] float64 seconds
-    text: np.ndarray                        # [n, Lt, Dt] float16, rows as `DatasetPlan.instructions`
-    text_length: np.ndarray                 # [n] int64, tokens in use
-    null_text: np.ndarray                   # [Lt0, Dt] float16, the empty instruction
-    null_features: dict[str, np.ndarray]    # view → [tokens, D] float16, a black frame
-    embodiment: int                         # embodiment id
+    action: np.ndarray  # [N, 128] float32
+    action_mask: np.ndarray  # [128] bool
+    action_rotation: np.ndarray  # [128] bool
+    action_stats: Any  # Statistics
+    proprio: np.ndarray  # [N, 128] float32
+    proprio_mask: np.ndarray  # [128] bool
+    proprio_rotation: np.ndarray  # [128] bool
+    proprio_stats: Any  # Statistics
+    timestamp: np.ndarray  # [N] float64 seconds
+    text: np.ndarray  # [n, Lt, Dt] float16, rows as `DatasetPlan.instructions`
+    text_length: np.ndarray  # [n] int64, tokens in use
+    null_text: np.ndarray  # [Lt0, Dt] float16, the empty instruction
+    null_features: dict[str, np.ndarray]  # view → [tokens, D] float16, a black frame
+    embodiment: int  # embodiment id
     control_hz: float
-    attributes: dict[str, Any] = field(default_factory=dict)    # JSON: action map, view sizes, licence, …
+    attributes: dict[str, Any] = field(default_factory=dict)  # JSON: action map, view sizes, licence, …
 
 
 def array_name(view: str, variant: int) -> str:

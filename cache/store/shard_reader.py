@@ -63,7 +63,7 @@ class OpenShard:
 
     def __init__(self, handle: int, path: str, index: np.ndarray | None, count: int) -> None:
         self.handle, self.path, self.index, self.count, self.used = handle, path, index, count, False
-        self._close = os.close      # still known when the interpreter ends
+        self._close = os.close  # still known when the interpreter ends
 
     def __del__(self) -> None:
         self._close(self.handle)
@@ -77,9 +77,9 @@ class OpenShard:
         return int(self.index[inner, 0]), int(self.index[inner, 1])
 
 
-MAX_BUFFERS = 512                   # buffers in one preadv; the kernel's limit (IOV_MAX) is 1024
-REMEMBERED = 1 << 16                # shards whose index a reader need not see again (some 20 MB)
-ADVICE = 128 << 10                  # bytes of one POSIX_FADV_WILLNEED: the kernel takes no more than its read-ahead window from each
+MAX_BUFFERS = 512  # buffers in one preadv; the kernel's limit (IOV_MAX) is 1024
+REMEMBERED = 1 << 16  # shards whose index a reader need not see again (some 20 MB)
+ADVICE = 128 << 10  # bytes of one POSIX_FADV_WILLNEED: the kernel takes no more than its read-ahead window from each
 
 
 def read_index(path: Path, chunks_per_shard: int) -> np.ndarray:
@@ -109,11 +109,15 @@ class ShardFiles:
 
     With a `folder`, paths are below it. `fetch(path)` puts there what lies elsewhere: it is called for a file that is not there (any more)."""
 
-    def __init__(self, limit: int | None = None, folder: Folder | None = None, fetch: Callable[[Path], None] | None = None) -> None:
+    def __init__(
+        self, limit: int | None = None, folder: Folder | None = None, fetch: Callable[[Path], None] | None = None
+    ) -> None:
         self._limit = limit or max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
         self._folder, self._fetch, self._lock = folder, fetch, threading.Lock()
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
-        self._plain: dict[str, tuple[int, int]] = {}    # shards without gaps → (file size, records): opened again, no index is read
+        self._plain: dict[
+            str, tuple[int, int]
+        ] = {}  # shards without gaps → (file size, records): opened again, no index is read
 
     def get(self, path: str, chunks_per_shard: int, record: int) -> OpenShard:
         """The shard at `path`, of at most `chunks_per_shard` records of `record` bytes (0: compressed ones), opened when needed."""
@@ -122,7 +126,7 @@ class ShardFiles:
                 self._open.move_to_end(path)
                 found.used = True
                 return found
-        shard = self._load(path, chunks_per_shard, record)      # perhaps twice, by two threads: the later one stays
+        shard = self._load(path, chunks_per_shard, record)  # perhaps twice, by two threads: the later one stays
         with self._lock:
             self._open[path] = shard
             while len(self._open) > self._limit:
@@ -142,7 +146,7 @@ class ShardFiles:
             known = self._plain.get(path)
             if known is not None and known[0] == size:
                 return OpenShard(handle, path, None, known[1])
-            index = _read_index(handle, where, chunks).astype(np.int64)         # 2**64-1 becomes -1
+            index = _read_index(handle, where, chunks).astype(np.int64)  # 2**64-1 becomes -1
             count = int((index[:, 0] >= 0).sum())
             plain = np.stack([np.arange(count) * record, np.full(count, record)], axis=1)
             if record and (index[count:] < 0).all() and (index[:count] == plain).all():
@@ -165,7 +169,7 @@ class ShardFiles:
                 self._tend()
             try:
                 handle = open_file(path, self._folder)
-            except UserError:       # removed again meanwhile, for want of room
+            except UserError:  # removed again meanwhile, for want of room
                 if last:
                     raise
             else:
@@ -184,8 +188,15 @@ class ShardFiles:
                     touch(shard.handle)
 
 
-def read_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, targets: Sequence[memoryview], records_per_shard: int,
-                 tail: str = "0/0", compression: Compression | None = None) -> None:
+def read_records(
+    files: ShardFiles,
+    folder: Path | str,
+    rows: np.ndarray,
+    targets: Sequence[memoryview],
+    records_per_shard: int,
+    tail: str = "0/0",
+    compression: Compression | None = None,
+) -> None:
     """Read record `rows[i]` of the array's shards in `folder` into `targets[i]`, adjacent records in one `preadv`.
 
     `rows` int64 [n], any order, repeats allowed; `folder` holds the shards `<number>/<tail>`; each target is writable,
@@ -197,16 +208,16 @@ def read_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, target
     shard: OpenShard | None = None
     for where, inner, begin, end in _runs(folder, ordered, records_per_shard, tail):
         if shard is None or where != path:
-            shard = None        # let go of it first: a thread has one file open, not two
+            shard = None  # let go of it first: a thread has one file open, not two
             path, shard = where, files.get(where, records_per_shard, 0 if compression else record)
-        if inner + end - begin <= shard.count:      # the hot path: one after the other
+        if inner + end - begin <= shard.count:  # the hot path: one after the other
             for low in range(begin, end, MAX_BUFFERS):
-                buffers = [targets[i] for i in into[low:min(low + MAX_BUFFERS, end)]]
+                buffers = [targets[i] for i in into[low : min(low + MAX_BUFFERS, end)]]
                 at = (inner + low - begin) * record
                 if (got := os.preadv(shard.handle, buffers, at)) != len(buffers) * record:
                     _finish_read(shard, buffers, at, got)
             continue
-        for i in range(begin, end):     # compressed, or written by another tool in another order, or missing
+        for i in range(begin, end):  # compressed, or written by another tool in another order, or missing
             try:
                 offset, nbytes = shard.extent(inner + i - begin, record)
                 if compression is None:
@@ -219,7 +230,9 @@ def read_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, target
                 raise _damaged(path) from None
 
 
-def advise_records(files: ShardFiles, folder: Path | str, rows: np.ndarray, record: int, records_per_shard: int, tail: str = "0/0") -> None:
+def advise_records(
+    files: ShardFiles, folder: Path | str, rows: np.ndarray, record: int, records_per_shard: int, tail: str = "0/0"
+) -> None:
     """Have the records `rows` (int64 [n], ascending) of `record` bytes (0: compressed) read into memory soon, from front to back."""
     for path, inner, begin, end in _runs(folder, rows, records_per_shard, tail):
         _advise(files.get(path, records_per_shard, record), inner, inner + end - begin - 1, record)
@@ -230,12 +243,14 @@ def _advise(shard: OpenShard, first: int, last: int, record: int) -> None:
     try:
         begin, end = shard.extent(first, record)[0], sum(shard.extent(last, record))
     except KeyError:
-        return      # reading says what is missing
+        return  # reading says what is missing
     for at in range(begin, end, ADVICE):
         os.posix_fadvise(shard.handle, at, min(ADVICE, end - at), os.POSIX_FADV_WILLNEED)
 
 
-def _runs(folder: Path | str, ordered: np.ndarray, records_per_shard: int, tail: str) -> Iterator[tuple[str, int, int, int]]:
+def _runs(
+    folder: Path | str, ordered: np.ndarray, records_per_shard: int, tail: str
+) -> Iterator[tuple[str, int, int, int]]:
     """(path, first record in it, begin, end) of each range of `ordered` rows that lie side by side in one shard."""
     shard, inner = np.divmod(ordered, records_per_shard)
     cuts = (np.flatnonzero((np.diff(ordered) != 1) | (np.diff(shard) != 0)) + 1).tolist()
@@ -251,7 +266,7 @@ def _finish_read(shard: OpenShard, buffers: list[memoryview], offset: int, got: 
         got -= done
         while done < len(buffer):
             read = os.preadv(shard.handle, [buffer[done:]], offset + done)
-            if read == 0:       # the file ends too early
+            if read == 0:  # the file ends too early
                 raise _damaged(shard.path)
             done += read
         offset += len(buffer)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .codec import Compression
 
 
-MISSING = np.uint64(2**64 - 1)      # offset and nbytes of a chunk that was never written
+MISSING = np.uint64(2**64 - 1)  # offset and nbytes of a chunk that was never written
 
 
 def index_nbytes(chunks_per_shard: int) -> int:
@@ -29,11 +29,17 @@ class ShardWriter:
     rest is marked missing in the index). `compression` None stores the bytes as they are. Use as a context manager.
     """
 
-    def __init__(self, path: Path, chunk_shape: tuple[int, ...], dtype: np.dtype | str, chunks_per_shard: int,
-                 compression: Compression | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        chunk_shape: tuple[int, ...],
+        dtype: np.dtype | str,
+        chunks_per_shard: int,
+        compression: Compression | None = None,
+    ) -> None:
         self.path, self.chunks_per_shard, self.count = Path(path), chunks_per_shard, 0
         self._compression = compression
-        self._sizes: list[int] = []     # bytes of each chunk as stored
+        self._sizes: list[int] = []  # bytes of each chunk as stored
         self._tail, self._dtype = tuple(chunk_shape[1:]), np.dtype(dtype).newbyteorder("<")
         self._rows = chunk_shape[0]
         self._chunk_nbytes = int(np.prod(chunk_shape)) * self._dtype.itemsize
@@ -44,8 +50,10 @@ class ShardWriter:
     def append(self, block: np.ndarray) -> None:
         """Write whole chunks, `[k · chunk_shape[0], *chunk_shape[1:]]` of the shard's dtype; no copy is made."""
         if block.dtype != self._dtype or block.shape[1:] != self._tail or block.shape[0] % self._rows:
-            raise ValueError(f"{self.path}: expected chunks of {(self._rows, *self._tail)} {self._dtype}, "
-                             f"got {block.shape} {block.dtype}")
+            raise ValueError(
+                f"{self.path}: expected chunks of {(self._rows, *self._tail)} {self._dtype}, "
+                f"got {block.shape} {block.dtype}"
+            )
         chunks = block.shape[0] // self._rows
         if self.count + chunks > self.chunks_per_shard:
             raise ValueError(f"{self.path}: more than {self.chunks_per_shard} chunks")
@@ -63,8 +71,8 @@ class ShardWriter:
     def commit(self) -> tuple[int, int]:
         """Write the index, sync, rename to the final name; returns (nbytes, crc32c) of the whole file."""
         index = np.full((self.chunks_per_shard, 2), MISSING, dtype="<u8")
-        index[:self.count, 1] = self._sizes
-        index[:self.count, 0] = np.cumsum([0, *self._sizes[:-1]])[:self.count]
+        index[: self.count, 1] = self._sizes
+        index[: self.count, 0] = np.cumsum([0, *self._sizes[:-1]])[: self.count]
         self._write(index)
         self._write(np.array([crc32c(index)], dtype="<u4"))
         os.fsync(self._file.fileno())
@@ -78,11 +86,11 @@ class ShardWriter:
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
-        self._temporary.unlink(missing_ok=True)     # already renamed after a commit
+        self._temporary.unlink(missing_ok=True)  # already renamed after a commit
 
     def _write(self, data: np.ndarray) -> None:
         flat = data.reshape(-1).view(np.uint8)
         self._crc = crc32c(flat, self._crc)
         view = flat.data
         while view:
-            view = view[self._file.write(view):]
+            view = view[self._file.write(view) :]

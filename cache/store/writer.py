@@ -37,7 +37,7 @@ from .zarr_format import (
 )
 
 PIECE_NBYTES = 1 << 20  # written at a time
-Features = np.ndarray | tuple[np.ndarray, np.ndarray]   # float16, or (codes, token scales)
+Features = np.ndarray | tuple[np.ndarray, np.ndarray]  # float16, or (codes, token scales)
 
 
 class CacheWriter:
@@ -67,7 +67,7 @@ class CacheWriter:
         if writer.complete:
             _require_same(path, asked)
             if writer._nothing_missing():
-                return writer       # needs no lock, and may be read-only
+                return writer  # needs no lock, and may be read-only
         others = [n for n in os.listdir(path) if n != ".lock" and ".tmp-" not in n] if path.is_dir() else []
         if others and not (path / "fingerprint.json").exists():
             raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}); choose another --out")
@@ -90,14 +90,18 @@ class CacheWriter:
 
     def missing(self) -> list[ShardTask]:
         """The shards still to be written, in dataset, view, variant and row order."""
-        return [t for t in self.plan.tasks() if not self._committed(commit_file(self.path, t.dataset, t.array, t.index))]
+        return [
+            t for t in self.plan.tasks() if not self._committed(commit_file(self.path, t.dataset, t.array, t.index))
+        ]
 
     def tables_missing(self) -> list[str]:
         """The datasets whose tables are still to be written."""
         return [d.name for d in self.plan.datasets if not self._committed(commit_file(self.path, d.name))]
 
     @names_full_disk
-    def write_shard(self, task: ShardTask, chunks: Iterable[Features], quarantined: Sequence[tuple[int, str]] = ()) -> None:
+    def write_shard(
+        self, task: ShardTask, chunks: Iterable[Features], quarantined: Sequence[tuple[int, str]] = ()
+    ) -> None:
         """Write one shard from features of observations `task.start … task.stop-1`, in order, and commit it.
 
         `chunks`: float16 [tokens, width] (one picture) or [k, tokens, width]; of an 8-bit cache (codes [k, tokens, width],
@@ -110,15 +114,24 @@ class CacheWriter:
         path = features_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0" / "0"
         scales = scales_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0"
         with contextlib.ExitStack() as stack:
-            shard = stack.enter_context(ShardWriter(path, (1, *tail), plan.format.zarr_dtype, plan.shard_frames,
-                                                    record_compression(plan.format)))
-            beside = stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames)) if plan.format.quantised else None
+            shard = stack.enter_context(
+                ShardWriter(
+                    path, (1, *tail), plan.format.zarr_dtype, plan.shard_frames, record_compression(plan.format)
+                )
+            )
+            beside = (
+                stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames))
+                if plan.format.quantised
+                else None
+            )
             for chunk in chunks:
                 block, scale = chunk if isinstance(chunk, tuple) else (chunk[None] if chunk.ndim == 2 else chunk, None)
                 if scale is not None and len(scale) != len(block):
                     raise ValueError(f"{task}: {len(block)} records came with {len(scale)} rows of scales")
-                for at in range(0, len(block), step):   # checked, summed and written while it is in the processor's cache
-                    part, scales_part = block[at:at + step], None if scale is None else scale[at:at + step]
+                for at in range(
+                    0, len(block), step
+                ):  # checked, summed and written while it is in the processor's cache
+                    part, scales_part = block[at : at + step], None if scale is None else scale[at : at + step]
                     check_features(part, scales_part, task, task.start + shard.count, plan)
                     shard.append(part)
                     if beside is not None and scales_part is not None:
@@ -129,8 +142,11 @@ class CacheWriter:
             if any(episode not in known for episode, _ in quarantined):
                 raise ValueError(f"{task}: quarantined episodes {quarantined} are not all in the plan")
             written = {path: shard.commit()} | ({scales: beside.commit()} if beside is not None else {})
-        self._commit(commit_file(self.path, task.dataset, task.array, task.index), written,
-                     quarantined=sorted([int(episode), reason] for episode, reason in quarantined))
+        self._commit(
+            commit_file(self.path, task.dataset, task.array, task.index),
+            written,
+            quarantined=sorted([int(episode), reason] for episode, reason in quarantined),
+        )
 
     @names_full_disk
     def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:
@@ -153,7 +169,7 @@ class CacheWriter:
             temporary = temporary_name(target)
             try:
                 os.link(other / name, temporary)
-            except OSError:     # another file system, or none that links
+            except OSError:  # another file system, or none that links
                 shutil.copyfile(other / name, temporary)
             publish(temporary, target)
         write_file(commit_file(self.path, task.dataset, task.array, task.index), record.read_bytes())
@@ -163,24 +179,43 @@ class CacheWriter:
         """Write all of a dataset but its vision features, and commit it. `ValueError` for wrong shapes or dtypes."""
         plan, root = self._datasets[dataset], self.path / dataset
         arrays, frame = checked_arrays(plan, self.plan, tables), ("frame",)
-        dimensions = {"action": ("frame", "slot"), "proprio": ("frame", "slot"), "timestamp": frame,
-                      "action_mask": ("slot",), "proprio_mask": ("slot",), "text/length": ("instruction",),
-                      "text/embedding": ("instruction", "text_token", "text_channel"),
-                      "null_text": ("null_text_token", "text_channel")}
+        dimensions = {
+            "action": ("frame", "slot"),
+            "proprio": ("frame", "slot"),
+            "timestamp": frame,
+            "action_mask": ("slot",),
+            "proprio_mask": ("slot",),
+            "text/length": ("instruction",),
+            "text/embedding": ("instruction", "text_token", "text_channel"),
+            "null_text": ("null_text_token", "text_channel"),
+        }
         written: dict[Path, tuple[int, int]] = {}
         for name, values in arrays.items():
             default = ("episode",) if name.startswith("episodes/") else ("token", "channel")
             written |= write_table(root / name, values, dimensions.get(name, default))
-        own = {"format": FORMAT, "views": list(plan.views), "tokens": self.plan.tokens, "width": self.plan.width,
-               "shard_frames": self.plan.shard_frames, "frames": plan.frames, "frame_stride": self.plan.frame_stride,
-               "variants": self.plan.variants, "dtype": self.plan.format.dtype, "compression": self.plan.format.compression,
-               "view_hashes": {view: [e.view_hashes[i] for e in plan.episodes if e.view_hashes] for i, view in enumerate(plan.views)},
-               "embodiment": int(tables.embodiment),
-               "control_hz": float(tables.control_hz), "instructions": list(plan.instructions),
-               "source_hashes": [e.source_hash for e in plan.episodes],
-               "action_stats": tables.action_stats.to_dict(), "proprio_stats": tables.proprio_stats.to_dict(),
-               "action_rotation": np.flatnonzero(tables.action_rotation).tolist(),
-               "proprio_rotation": np.flatnonzero(tables.proprio_rotation).tolist()}
+        own = {
+            "format": FORMAT,
+            "views": list(plan.views),
+            "tokens": self.plan.tokens,
+            "width": self.plan.width,
+            "shard_frames": self.plan.shard_frames,
+            "frames": plan.frames,
+            "frame_stride": self.plan.frame_stride,
+            "variants": self.plan.variants,
+            "dtype": self.plan.format.dtype,
+            "compression": self.plan.format.compression,
+            "view_hashes": {
+                view: [e.view_hashes[i] for e in plan.episodes if e.view_hashes] for i, view in enumerate(plan.views)
+            },
+            "embodiment": int(tables.embodiment),
+            "control_hz": float(tables.control_hz),
+            "instructions": list(plan.instructions),
+            "source_hashes": [e.source_hash for e in plan.episodes],
+            "action_stats": tables.action_stats.to_dict(),
+            "proprio_stats": tables.proprio_stats.to_dict(),
+            "action_rotation": np.flatnonzero(tables.action_rotation).tolist(),
+            "proprio_rotation": np.flatnonzero(tables.proprio_rotation).tolist(),
+        }
         if clash := (own.keys() | {"quarantined"}) & tables.attributes.keys():
             raise ValueError(f"attributes {sorted(clash)} belong to the store")
         self._commit(commit_file(self.path, dataset), written, attributes={**tables.attributes, **own})
@@ -192,11 +227,12 @@ class CacheWriter:
         `ValueError` while shards or tables are missing.
         """
         if self.missing() or self.tables_missing():
-            raise ValueError(f"{self.path}: {len(self.missing())} shards are missing, and tables of "
-                             f"{self.tables_missing()}")
+            raise ValueError(
+                f"{self.path}: {len(self.missing())} shards are missing, and tables of {self.tables_missing()}"
+            )
         if self.complete:
             return json.loads((self.path / "manifest.json").read_bytes())
-        self._clear()       # of workers that were lost on the way
+        self._clear()  # of workers that were lost on the way
         files: dict[str, dict[str, int]] = {}
         if self.plan.format.quantised:
             files |= json.loads((self.path / ".commits" / "channel_scale.json").read_bytes())["files"]
@@ -214,30 +250,54 @@ class CacheWriter:
             bad = sorted({e for e, _ in lines})
             nodes[d.name] = group_document({**tables["attributes"], "quarantined": bad})
             quantised = ("scales",) if self.plan.format.quantised else ()
-            nodes |= {f"{d.name}/{group}": group_document() for group in ("features", "episodes", "text", "null", *quantised)}
+            nodes |= {
+                f"{d.name}/{group}": group_document() for group in ("features", "episodes", "text", "null", *quantised)
+            }
             rows = int(d.observations(self.plan.frame_stride).sum())
             for array in (array_name(view, k) for view in d.views for k in range(self.plan.variants + 1)):
                 nodes[f"{d.name}/features/{array}"] = features_document(rows, self.plan)
                 if quantised:
                     nodes[f"{d.name}/scales/{array}"] = scales_document(rows, self.plan)
-            datasets.append({"name": d.name, "frames": d.frames, "episodes": len(d.episodes), "views": list(d.views),
-                             "quarantined": len(bad)})
+            datasets.append(
+                {
+                    "name": d.name,
+                    "frames": d.frames,
+                    "episodes": len(d.episodes),
+                    "views": list(d.views),
+                    "quarantined": len(bad),
+                }
+            )
         quarantine = "".join(fp.canonical(line) + "\n" for line in ledger).encode()
         contents = {"quarantine.jsonl": quarantine} | {f"{n}/zarr.json": json_bytes(doc) for n, doc in nodes.items()}
-        nodes |= {name.removesuffix("/zarr.json"): json.loads((self.path / name).read_bytes())
-                  for name in files if name.endswith("/zarr.json")}
-        root = {**group_document({"dvla": {"format": FORMAT}}), "consolidated_metadata":
-                {"kind": "inline", "must_understand": False, "metadata": nodes}}
+        nodes |= {
+            name.removesuffix("/zarr.json"): json.loads((self.path / name).read_bytes())
+            for name in files
+            if name.endswith("/zarr.json")
+        }
+        root = {
+            **group_document({"dvla": {"format": FORMAT}}),
+            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes},
+        }
         contents["zarr.json"] = json_bytes(root)
         for name, data in contents.items():
             files[name] = _entry(write_file(self.path / name, data))
         files["fingerprint.json"] = _entry(file_crc32c(self.path / "fingerprint.json"))
-        manifest = {"complete": True, "format": FORMAT, "datasets": datasets, "files": files,
-                    "bytes": sum(f["bytes"] for f in files.values()), "frames": sum(d["frames"] for d in datasets),
-                    "fingerprint": fp.digest(read_json(self.path / "fingerprint.json")),
-                    "quarantine_count": sum(d["quarantined"] for d in datasets),
-                    "tokens": self.plan.tokens, "width": self.plan.width, "shard_frames": self.plan.shard_frames,
-                    "dtype": self.plan.format.dtype, "frame_stride": self.plan.frame_stride, "variants": self.plan.variants}
+        manifest = {
+            "complete": True,
+            "format": FORMAT,
+            "datasets": datasets,
+            "files": files,
+            "bytes": sum(f["bytes"] for f in files.values()),
+            "frames": sum(d["frames"] for d in datasets),
+            "fingerprint": fp.digest(read_json(self.path / "fingerprint.json")),
+            "quarantine_count": sum(d["quarantined"] for d in datasets),
+            "tokens": self.plan.tokens,
+            "width": self.plan.width,
+            "shard_frames": self.plan.shard_frames,
+            "dtype": self.plan.format.dtype,
+            "frame_stride": self.plan.frame_stride,
+            "variants": self.plan.variants,
+        }
         write_file(self.path / "manifest.json", json_bytes(manifest))
         return manifest
 
@@ -266,7 +326,7 @@ class CacheWriter:
 
     def _clear(self) -> None:
         for left in self.path.rglob(".*.tmp-*"):
-            left.unlink(missing_ok=True)    # a worker that outlived its builder may be renaming it
+            left.unlink(missing_ok=True)  # a worker that outlived its builder may be renaming it
 
     def _nothing_missing(self) -> bool:
         return not self.missing() and not self.tables_missing()
@@ -275,7 +335,13 @@ class CacheWriter:
         try:
             files = json.loads(record.read_bytes())["files"]
             return all((self.path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):    # not there, or a damaged record
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # not there, or a damaged record
             return False
 
     def _commit(self, record: Path, written: dict[Path, tuple[int, int]], **extra: Any) -> None:
@@ -291,5 +357,7 @@ def _require_same(path: Path, asked: dict[str, Any]) -> None:
     lines = fp.diff(read_json(path / "fingerprint.json"), asked)
     if lines:
         more = f"; … {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise UserError(f"cache {path} was built from other settings: {'; '.join(lines[:8])}{more}. "
-                        f"Choose another --out, or run with the cache's settings")
+        raise UserError(
+            f"cache {path} was built from other settings: {'; '.join(lines[:8])}{more}. "
+            f"Choose another --out, or run with the cache's settings"
+        )

@@ -35,8 +35,16 @@ from .manifest import json_bytes
 from .plan import BuildPlan
 from .shard_writer import ShardWriter
 
-TABLE_CHUNK_NBYTES = 1 << 20        # inner chunk of a table: about 1 MiB of rows
-_DTYPES = {"float16": 0.0, "float32": 0.0, "float64": 0.0, "int64": 0, "int8": 0, "uint8": 0, "bool": False}   # name → fill value
+TABLE_CHUNK_NBYTES = 1 << 20  # inner chunk of a table: about 1 MiB of rows
+_DTYPES = {
+    "float16": 0.0,
+    "float32": 0.0,
+    "float64": 0.0,
+    "int64": 0,
+    "int8": 0,
+    "uint8": 0,
+    "bool": False,
+}  # name → fill value
 
 
 def features_folder(root: Path, dataset: str, array: str) -> Path:
@@ -60,33 +68,60 @@ def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
 
 
-def array_document(shape: tuple[int, ...], dtype: str, shard: tuple[int, ...], chunk: tuple[int, ...],
-                   dimensions: tuple[str, ...], compression: Compression | None = None,
-                   attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+def array_document(
+    shape: tuple[int, ...],
+    dtype: str,
+    shard: tuple[int, ...],
+    chunk: tuple[int, ...],
+    dimensions: tuple[str, ...],
+    compression: Compression | None = None,
+    attributes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """A Zarr v3 array: little endian, sharded, index with crc32c at the end of each shard; chunks compressed or not."""
     raw = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = {"name": "bytes"} if dtype in ("bool", "int8", "uint8") else raw
     codecs = [inner, *(compression.document() if compression else [])]
-    sharding = {"chunk_shape": list(chunk), "codecs": codecs, "index_codecs": [raw, {"name": "crc32c"}],
-                "index_location": "end"}
-    return {"zarr_format": 3, "node_type": "array", "shape": list(shape), "data_type": dtype,
-            "fill_value": _DTYPES[dtype], "attributes": attributes or {}, "dimension_names": list(dimensions),
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}], "storage_transformers": []}
+    sharding = {
+        "chunk_shape": list(chunk),
+        "codecs": codecs,
+        "index_codecs": [raw, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "fill_value": _DTYPES[dtype],
+        "attributes": attributes or {},
+        "dimension_names": list(dimensions),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "storage_transformers": [],
+    }
 
 
 def features_document(rows: int, plan: BuildPlan) -> dict[str, Any]:
     """The array of one view's features."""
     tail, format = (plan.tokens, plan.width), plan.format
     attributes = {"encoding": format.dtype} if format.zarr_dtype != format.dtype else {}
-    return array_document((rows, *tail), format.zarr_dtype, (plan.shard_frames, *tail), (1, *tail),
-                          ("observation", "token", "channel"), record_compression(format), attributes)
+    return array_document(
+        (rows, *tail),
+        format.zarr_dtype,
+        (plan.shard_frames, *tail),
+        (1, *tail),
+        ("observation", "token", "channel"),
+        record_compression(format),
+        attributes,
+    )
 
 
 def scales_document(rows: int, plan: BuildPlan) -> dict[str, Any]:
     """The array of the token scales of one view's 8-bit features."""
-    return array_document((rows, plan.tokens), "float32", (plan.shard_frames, plan.tokens), (1, plan.tokens), ("observation", "token"))
+    return array_document(
+        (rows, plan.tokens), "float32", (plan.shard_frames, plan.tokens), (1, plan.tokens), ("observation", "token")
+    )
 
 
 def record_compression(format: FeatureFormat) -> Compression | None:
@@ -109,9 +144,9 @@ def write_table(folder: Path, values: np.ndarray, dimensions: tuple[str, ...]) -
     shard = folder.joinpath("c", *["0"] * values.ndim)
     with ShardWriter(shard, (rows, *tail), dtype, chunks) as writer:
         writer.append(values[:whole])
-        if whole < len(values):     # an edge chunk is stored full size
+        if whole < len(values):  # an edge chunk is stored full size
             last = np.zeros((rows, *tail), dtype)
-            last[:len(values) - whole] = values[whole:]
+            last[: len(values) - whole] = values[whole:]
             writer.append(last)
         written = {shard: writer.commit()}
     document = array_document(values.shape, dtype, (chunks * rows, *tail), (rows, *tail), dimensions)
@@ -123,7 +158,11 @@ def open_table(folder: Path) -> np.ndarray:
     """The array `write_table` wrote, memory-mapped read-only; `UserError` when it is missing or too short."""
     try:
         document = json.loads((folder / "zarr.json").read_bytes())
-        return np.memmap(folder.joinpath("c", *["0"] * len(document["shape"])), document["data_type"], "r",
-                         shape=tuple(document["shape"]))
+        return np.memmap(
+            folder.joinpath("c", *["0"] * len(document["shape"])),
+            document["data_type"],
+            "r",
+            shape=tuple(document["shape"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read table {folder}: {error}; run `dvla cache verify` on the cache") from None

@@ -38,7 +38,9 @@ def save_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
             tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in tower_parameters(encoder)}
             save_file(tensors, part / TOWER)
             adapted = _tower_identity(tensors, encoder)
-        (part / IDENTITY).write_text(json.dumps({"base": base_identity(encoder), "adapter": adapted}, indent=1, sort_keys=True) + "\n")
+        (part / IDENTITY).write_text(
+            json.dumps({"base": base_identity(encoder), "adapter": adapted}, indent=1, sort_keys=True) + "\n"
+        )
 
 
 def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
@@ -48,11 +50,15 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"adapter {folder}, which makes these features with {encoder.spec.path}, is not there; put the checkpoint back in its place")
+        raise UserError(
+            f"adapter {folder}, which makes these features with {encoder.spec.path}, is not there; put the checkpoint back in its place"
+        )
     if (folder / IDENTITY).is_file():
         lines = fp.diff(adapter_document(folder)["base"], base_identity(encoder), "it has", "this one is")
         if lines:
-            raise UserError(f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}")
+            raise UserError(
+                f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}"
+            )
     if not (folder / TOWER).is_file():
         load_lora(encoder, folder, trainable=False)
         return
@@ -62,7 +68,9 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
         raise UserError(f"{folder / TOWER} is damaged: {error}") from None
     wanted = dict(tower_parameters(encoder))
     if tensors.keys() != wanted.keys() or any(tensors[name].shape != p.shape for name, p in wanted.items()):
-        raise UserError(f"the tower in {folder} does not fit {encoder.spec.path}; give the checkpoint that it was trained on")
+        raise UserError(
+            f"the tower in {folder} does not fit {encoder.spec.path}; give the checkpoint that it was trained on"
+        )
     adapted = _tower_identity(tensors, encoder)
     with torch.no_grad():
         for name, p in wanted.items():
@@ -91,7 +99,9 @@ def base_identity(encoder: VisionLanguageEncoder) -> dict[str, Any]:
 
 
 def _tower_identity(tensors: dict[str, torch.Tensor], encoder: VisionLanguageEncoder) -> dict[str, Any]:
-    return {"tower_sha256": tensors_sha256(tensors)} | ({"on": encoder.merged_adapter} if encoder.merged_adapter else {})
+    return {"tower_sha256": tensors_sha256(tensors)} | (
+        {"on": encoder.merged_adapter} if encoder.merged_adapter else {}
+    )
 
 
 def changed_weights(encoder: VisionLanguageEncoder, base: VisionLanguageEncoder) -> dict[str, torch.Tensor]:
@@ -103,7 +113,9 @@ def changed_weights(encoder: VisionLanguageEncoder, base: VisionLanguageEncoder)
 
 
 @torch.no_grad()
-def put_weights(encoder: VisionLanguageEncoder, weights: dict[str, torch.Tensor], identity: dict[str, Any], where: str) -> None:
+def put_weights(
+    encoder: VisionLanguageEncoder, weights: dict[str, torch.Tensor], identity: dict[str, Any], where: str
+) -> None:
     """Put `changed_weights` into a base model, in its own dtype; `identity`: `adapted()` of the encoder that they are from, for the fingerprint.
 
     `UserError` naming the first weight that the model has not, or has in another shape; `where`: the file they are from.
@@ -111,7 +123,9 @@ def put_weights(encoder: VisionLanguageEncoder, weights: dict[str, torch.Tensor]
     own = dict(encoder.vision.named_parameters())
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
-            raise UserError(f"{where} does not fit {encoder.spec.path}: {name} {list(weight.shape)}; give the VLM that it was trained on")
+            raise UserError(
+                f"{where} does not fit {encoder.spec.path}: {name} {list(weight.shape)}; give the VLM that it was trained on"
+            )
     for name, weight in weights.items():
         own[name].copy_(weight)
     encoder.merged_adapter = identity

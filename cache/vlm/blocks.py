@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-MAX_HEAD_WIDTH = 256    # of flash-attn
+MAX_HEAD_WIDTH = 256  # of flash-attn
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -18,7 +18,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
     flash-attn takes 16-bit CUDA tensors only; it and torch's kernels differ by rounding.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= MAX_HEAD_WIDTH and (kernel := flash_kernel()):
+    if (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] <= MAX_HEAD_WIDTH
+        and (kernel := flash_kernel())
+    ):
         return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -33,10 +38,14 @@ def flash_kernel() -> Callable[..., torch.Tensor] | None:
     return flash_attn_func
 
 
-def through(blocks: Iterable[nn.Module], run: Callable[[nn.Module, torch.Tensor], torch.Tensor], hidden: torch.Tensor,
-            recompute: bool) -> torch.Tensor:
+def through(
+    blocks: Iterable[nn.Module],
+    run: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    recompute: bool,
+) -> torch.Tensor:
     """`hidden` [N,S,C] through every block, by `run(block, hidden)`; `recompute`: with checkpointing, where there are gradients at all."""
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
-        hidden = checkpoint(run, block, hidden, use_reentrant=False) if recompute else run(block, hidden)      # [N,S,C]
+        hidden = checkpoint(run, block, hidden, use_reentrant=False) if recompute else run(block, hidden)  # [N,S,C]
     return hidden

@@ -30,6 +30,7 @@ def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> 
         raise UserError(f"checkpoint folder {path} does not exist (and it is no hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         small = ["*.json", "*.txt", "*.jinja"]
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=small))
@@ -37,8 +38,10 @@ def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> 
         return Path(snapshot_download(path, revision=revision, allow_patterns=small + files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot get {path} from the hub: give a local checkpoint folder, or go online, check the "
-                        f"name and log in if it is gated ({type(error).__name__}: {reason})") from None
+        raise UserError(
+            f"cannot get {path} from the hub: give a local checkpoint folder, or go online, check the "
+            f"name and log in if it is gated ({type(error).__name__}: {reason})"
+        ) from None
 
 
 def require_model_type(folder: Path, path: str, vlm: str, wanted: str, part: str | None = None) -> None:
@@ -67,16 +70,24 @@ def read_tensors(folder: Path, canonical: Canonical, model: str, required: str) 
                 tensors |= {new: f.get_tensor(name) for name in f.keys() if (new := canonical(name)) is not None}
         except SafetensorError as error:
             raise UserError(f"{folder / file} is damaged: {error}") from None
-    absent = sorted({canonical(name) or name for name in wanted} - set(tensors)) or [n for n in (required,) if n not in tensors]
+    absent = sorted({canonical(name) or name for name in wanted} - set(tensors)) or [
+        n for n in (required,) if n not in tensors
+    ]
     if absent or len(tensors) < 2:
-        raise UserError(f"{folder} lacks weights of a {model} model: {', '.join(absent[:3]) or 'all of its vision tower'}")
+        raise UserError(
+            f"{folder} lacks weights of a {model} model: {', '.join(absent[:3]) or 'all of its vision tower'}"
+        )
     return dict(sorted(tensors.items()))
 
 
-def assign_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str) -> None:
+def assign_tensors(
+    module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str
+) -> None:
     """Put `tensors` (all of the module's) in the place of its meta tensors; `UserError` when they do not fit its config."""
     try:
-        module.load_state_dict({n: t.to(device=device, dtype=dtype) for n, t in tensors.items()}, strict=True, assign=True)
+        module.load_state_dict(
+            {n: t.to(device=device, dtype=dtype) for n, t in tensors.items()}, strict=True, assign=True
+        )
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: its vision weights do not fit its config: {reason}") from None

@@ -51,23 +51,32 @@ class VisionLanguageEncoder(nn.Module):
     None; it is set by `cache.lora` and is not a submodule, since its modules are those of `vision`.
     """
 
-    vision: Any             # a module of the family's; torch types what is in one as `Tensor | Module`
+    vision: Any  # a module of the family's; torch types what is in one as `Tensor | Module`
     adapter: PeftModel | None
     lora_layers: ClassVar[LoraLayers]
-    text_scale: float = 1.0     # between the embedding table and the language model's first layer
+    text_scale: float = 1.0  # between the embedding table and the language model's first layer
 
-    def __init__(self, spec: EncoderSpec, image: ImageSpec, vision: nn.Module, embedding: torch.Tensor, tokenizer: Any,
-                 weights: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        image: ImageSpec,
+        vision: nn.Module,
+        embedding: torch.Tensor,
+        tokenizer: Any,
+        weights: dict[str, Any],
+    ) -> None:
         super().__init__()
         self.spec, self.image, self.tokenizer = spec, image, tokenizer
         self.vision = vision
-        self.embedding = embedding      # [V,Dt] in the checkpoint's dtype; stays on the CPU: read once per instruction
-        self.weights = weights          # {"sha256", "config"} for the fingerprint
-        self.merged_adapter: dict[str, Any] | None = None     # of an adapter that was merged into the weights
-        self.vision.recompute = False   # gradient checkpointing of its blocks (recompute.py)
+        self.embedding = embedding  # [V,Dt] in the checkpoint's dtype; stays on the CPU: read once per instruction
+        self.weights = weights  # {"sha256", "config"} for the fingerprint
+        self.merged_adapter: dict[str, Any] | None = None  # of an adapter that was merged into the weights
+        self.vision.recompute = False  # gradient checkpointing of its blocks (recompute.py)
         self.set_adapter(None)
         if spec.boundary is not None and not 1 <= spec.boundary <= self.blocks:
-            raise UserError(f"--boundary {spec.boundary}: the vision tower has {self.blocks} blocks; give the number of last ones to leave out, 1 to {self.blocks}")
+            raise UserError(
+                f"--boundary {spec.boundary}: the vision tower has {self.blocks} blocks; give the number of last ones to leave out, 1 to {self.blocks}"
+            )
         check_pooling(self.tokens, self.native_tokens)
 
     # --- what a family adds -------------------------------------------------------------------------------------------
@@ -174,8 +183,8 @@ class VisionLanguageEncoder(nn.Module):
 
     def encode_upper(self, hidden: torch.Tensor, n: int) -> torch.Tensor:
         """Hidden states [N,S,C] that enter the last n blocks -> features [N,K,D]: `encode_images` is `encode_lower`, then this."""
-        features = self.vision_upper(self.from_rows(hidden.to(self.dtype)), self.blocks - n)        # [N,K',D]
-        return average_pool(features, self.tokens)                                  # [N,K,D]
+        features = self.vision_upper(self.from_rows(hidden.to(self.dtype)), self.blocks - n)  # [N,K',D]
+        return average_pool(features, self.tokens)  # [N,K,D]
 
     def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
         """Pictures of each view, uint8 RGB [N,H,W,3] (sizes may differ between views), and the one instruction of these N observations
@@ -185,12 +194,12 @@ class VisionLanguageEncoder(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Normalised patch rows [N,S,F] (from `preprocess`) -> features [N,K,D]; hidden states [N,S,C] with a boundary."""
         if self.spec.boundary is not None:
-            return self.to_rows(self.vision_lower(patches, self.blocks - self.spec.boundary))       # [N,S,C]
-        return average_pool(self.vision_features(patches), self.tokens)             # [N,K,D]
+            return self.to_rows(self.vision_lower(patches, self.blocks - self.spec.boundary))  # [N,S,C]
+        return average_pool(self.vision_features(patches), self.tokens)  # [N,K,D]
 
     def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
         """Normalised patch rows [N,S,F] -> features before pooling [N,K,D], row by row."""
-        return self.vision_upper(self.vision_lower(patches, self.blocks), self.blocks)              # [N,K,D]
+        return self.vision_upper(self.vision_lower(patches, self.blocks), self.blocks)  # [N,K,D]
 
     def encode_text(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Instructions -> (embeddings [n,Lt,Dt] padded with zeros, lengths [n] int64), on the encoder's device.
@@ -199,10 +208,10 @@ class VisionLanguageEncoder(nn.Module):
         """
         tokenizer = self.tokenizer
         rows = [tokenizer(text, add_special_tokens=False)["input_ids"] or [tokenizer.pad_token_id] for text in texts]
-        lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)           # [n]
-        out = torch.zeros(len(rows), int(lengths.max()) if rows else 0, self.text_width, dtype=self.dtype)      # [n,Lt,Dt]
+        lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)  # [n]
+        out = torch.zeros(len(rows), int(lengths.max()) if rows else 0, self.text_width, dtype=self.dtype)  # [n,Lt,Dt]
         for i, row in enumerate(rows):
-            out[i, :len(row)] = self.embed(row)
+            out[i, : len(row)] = self.embed(row)
         return out.to(self.device), lengths.to(self.device)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -218,18 +227,30 @@ class VisionLanguageEncoder(nn.Module):
     def fingerprint(self) -> dict[str, Any]:
         """Everything the features depend on, as JSON values: equal fingerprints, equal features (up to rounding)."""
         image = self.image
-        kind = {"features": self.spec.features} if self.spec.boundary is None else {"features": "hidden", "boundary": self.spec.boundary}
+        kind = (
+            {"features": self.spec.features}
+            if self.spec.boundary is None
+            else {"features": "hidden", "boundary": self.spec.boundary}
+        )
         return {
-            "code_version": ENCODER_CODE_VERSION, "vlm": self.spec.vlm, **kind,
-            "tokens": self.tokens, "weights_sha256": self.weights["sha256"], "vision_config": self.weights["config"],
-            "resolution": image.resolution, "padding": PADDING_RULE, "resize": "bicubic-antialias",
-            "image_mean": list(image.mean), "image_std": list(image.std),
-            "dtype": str(self.dtype).removeprefix("torch."), "adapter": self.adapted(),
+            "code_version": ENCODER_CODE_VERSION,
+            "vlm": self.spec.vlm,
+            **kind,
+            "tokens": self.tokens,
+            "weights_sha256": self.weights["sha256"],
+            "vision_config": self.weights["config"],
+            "resolution": image.resolution,
+            "padding": PADDING_RULE,
+            "resize": "bicubic-antialias",
+            "image_mean": list(image.mean),
+            "image_std": list(image.std),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "adapter": self.adapted(),
         }
 
 
 def adapter_identity(adapter: PeftModel) -> dict[str, Any]:
     """What a LoRA adapter adds to the features: its weights (as they are now) and its scaling."""
     lora = {name: p for name, p in adapter.named_parameters() if "lora_" in name}
-    config: Any = adapter.peft_config["default"]      # a LoraConfig
+    config: Any = adapter.peft_config["default"]  # a LoraConfig
     return {"sha256": tensors_sha256(lora), "scaling": config.lora_alpha / config.r}

@@ -13,8 +13,9 @@ from .encoder import VisionLanguageEncoder
 from .spec import DTYPES, EncoderSpec
 
 
-def load_encoder(spec: EncoderSpec, device: torch.device | str = "cpu",
-                 dtype: torch.dtype | None = None) -> VisionLanguageEncoder:
+def load_encoder(
+    spec: EncoderSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> VisionLanguageEncoder:
     """Read the vision part, the embedding table and the tokenizer of `spec.path`; frozen, in eval mode, on `device`.
 
     `dtype` overrides `spec.dtype`. `UserError` when the checkpoint is missing, incomplete, damaged or of another
@@ -39,7 +40,9 @@ def require_encoder(encoder: VisionLanguageEncoder, fingerprint: Mapping[str, An
     """`UserError` naming the differing fields unless the encoder (without adapter) is the one the features came from."""
     lines = encoder_differences(fingerprint, encoder.fingerprint())
     if lines:
-        raise UserError(f"{what} belongs to another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; give the folder of the right one")
+        raise UserError(
+            f"{what} belongs to another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; give the folder of the right one"
+        )
 
 
 def encoder_differences(a: Mapping[str, Any], b: Mapping[str, Any], **words: str) -> list[str]:

@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 TARGETS = ("qv", "attention", "all-linear")
-FUSED = "qkv"   # a layer of this name gives queries, keys and values, a third of its rows each
+FUSED = "qkv"  # a layer of this name gives queries, keys and values, a third of its rows each
 
 
 @dataclass(frozen=True)
 class LoraSpec:
     """Size and place of the adapter."""
 
-    r: int = 16                                                 # rank
-    alpha: float = 32.0                                         # the update is scaled by alpha / r
-    dropout: float = 0.0                                        # on the adapter's input, in training (`lora_dropout`)
-    targets: Literal["qv", "attention", "all-linear"] = "attention"     # see above
-    last_n_blocks: int | None = None                            # only the last n (and the projection); None = all
-    seed: int = 0                                               # of the random matrices A
+    r: int = 16  # rank
+    alpha: float = 32.0  # the update is scaled by alpha / r
+    dropout: float = 0.0  # on the adapter's input, in training (`lora_dropout`)
+    targets: Literal["qv", "attention", "all-linear"] = "attention"  # see above
+    last_n_blocks: int | None = None  # only the last n (and the projection); None = all
+    seed: int = 0  # of the random matrices A
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -60,12 +60,17 @@ def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
     from peft import LoraConfig, get_peft_model
 
     _require_none(encoder)
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, bias="none",  # type: ignore[arg-type]  # only divided by r
-                        target_modules=_target_pattern(spec, encoder))
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        bias="none",  # type: ignore[arg-type]  # only divided by r
+        target_modules=_target_pattern(spec, encoder),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         encoder.set_adapter(get_peft_model(encoder.vision, config))
-    encoder.vision.eval()       # dropout works in `lora_dropout` only
+    encoder.vision.eval()  # dropout works in `lora_dropout` only
     for name, p in lora_parameters(encoder) if spec.targets == "qv" else ():
         if f".{FUSED}.lora_B." in name:
             p.register_hook(_without_keys)
@@ -74,7 +79,7 @@ def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
 def _without_keys(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient [3C,r] of a fused layer's B with zeros where the keys are: what begins at zero then stays there."""
     third = len(gradient) // 3
-    return torch.cat([gradient[:third], torch.zeros_like(gradient[:third]), gradient[2 * third:]])
+    return torch.cat([gradient[:third], torch.zeros_like(gradient[:third]), gradient[2 * third :]])
 
 
 @contextlib.contextmanager
@@ -111,7 +116,7 @@ def save_lora(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
 def write_lora(encoder: VisionLanguageEncoder, folder: Path) -> None:
     """The adapter's files, into a folder that is there. `ValueError` without an adapter."""
     _require_adapter(encoder).save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)      # peft's model card template: nothing in it is filled in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card template: nothing in it is filled in
 
 
 def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: bool = True) -> None:
@@ -138,8 +143,10 @@ def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: boo
         linear = modules.get(layer)
         wanted = getattr(linear, "in_features", None) if kind == "A.weight" else getattr(linear, "out_features", None)
         if wanted is None or wanted != shape[1 if kind == "A.weight" else 0]:
-            raise UserError(f"the adapter in {folder} does not fit this model: {name} {list(shape)}; "
-                            f"give the checkpoint that it was trained on")
+            raise UserError(
+                f"the adapter in {folder} does not fit this model: {name} {list(shape)}; "
+                f"give the checkpoint that it was trained on"
+            )
     encoder.set_adapter(PeftModel.from_pretrained(encoder.vision, str(folder), is_trainable=trainable))
     encoder.vision.eval()
 
@@ -147,7 +154,7 @@ def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: boo
 def merge_lora(encoder: VisionLanguageEncoder) -> None:
     """Add the adapter to the weights it adapts and remove it; features stay equal up to rounding."""
     adapter = _require_adapter(encoder)
-    encoder.merged_adapter = encoder.adapted()      # so the fingerprint stays as it was
+    encoder.merged_adapter = encoder.adapted()  # so the fingerprint stays as it was
     encoder.vision = adapter.merge_and_unload().requires_grad_(False)
     encoder.set_adapter(None)
 

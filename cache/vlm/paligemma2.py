@@ -48,24 +48,45 @@ from .spec import EncoderSpec, LoraLayers
 
 EMBEDDING_NAME = "language_model.model.embed_tokens.weight"
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.")
-HEAD_PREFIX = "vision_tower.vision_model.head."     # SigLIP's pooling head, which PaliGemma does not use
+HEAD_PREFIX = "vision_tower.vision_model.head."  # SigLIP's pooling head, which PaliGemma does not use
 LANGUAGE_PREFIX = "language_model.model."
 # (stored, as on the hub): newer versions of transformers store "model.…", and without the inner "model." or "vision_model."
-LAYOUTS = ((r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
-           (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-           (r"^(model\.)?language_model\.(model\.)?", LANGUAGE_PREFIX))
-VISION_FIELDS = ("hidden_size", "hidden_act", "image_size", "intermediate_size", "layer_norm_eps", "num_attention_heads",
-                 "num_channels", "num_hidden_layers", "patch_size")
-TEXT_FIELDS = ("attn_logit_softcapping", "head_dim", "hidden_activation", "hidden_size", "intermediate_size", "num_attention_heads",
-               "num_hidden_layers", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps")
+LAYOUTS = (
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
+    (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    (r"^(model\.)?language_model\.(model\.)?", LANGUAGE_PREFIX),
+)
+VISION_FIELDS = (
+    "hidden_size",
+    "hidden_act",
+    "image_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "patch_size",
+)
+TEXT_FIELDS = (
+    "attn_logit_softcapping",
+    "head_dim",
+    "hidden_activation",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "query_pre_attn_scalar",
+    "rms_norm_eps",
+)
 
 
 class PaliGemmaVision(nn.Module):
     """SigLIP and the projector, with modules named as the hub's tensors are."""
 
-    vision_tower: Any               # modules that only name what is in them
+    vision_tower: Any  # modules that only name what is in them
     multi_modal_projector: Any
-    recompute: bool                 # gradient checkpointing of SigLIP's layers; the encoder sets it
+    recompute: bool  # gradient checkpointing of SigLIP's layers; the encoder sets it
 
     def __init__(self, config: Any, out_width: int) -> None:
         from transformers.models.siglip.modeling_siglip import SiglipVisionModel
@@ -89,46 +110,54 @@ class PaliGemmaVision(nn.Module):
 
     def lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
         """Normalised patch rows [N,S,F], row by row -> hidden states that enter layer `end` [N,S,C]."""
-        conv = self.siglip.embeddings.patch_embedding               # stride = kernel: one matrix product
-        hidden = F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)         # [N,S,C]
-        hidden = hidden + self._positions(patches.shape[1])                                         # [N,S,C]
-        return self._run(hidden, 0, end)                                                            # [N,S,C]
+        conv = self.siglip.embeddings.patch_embedding  # stride = kernel: one matrix product
+        hidden = F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)  # [N,S,C]
+        hidden = hidden + self._positions(patches.shape[1])  # [N,S,C]
+        return self._run(hidden, 0, end)  # [N,S,C]
 
     def upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
         """Hidden states that enter layer `begin` [N,S,C] -> SigLIP's last hidden state [N,S,C], normalised by its last LayerNorm."""
-        hidden = self._run(hidden, begin, len(self.siglip.encoder.layers))                          # [N,S,C]
-        return self.siglip.post_layernorm(hidden)                                                   # [N,S,C]
+        hidden = self._run(hidden, begin, len(self.siglip.encoder.layers))  # [N,S,C]
+        return self.siglip.post_layernorm(hidden)  # [N,S,C]
 
     def _run(self, hidden: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         def run(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-            hidden = hidden + _attend(layer.self_attn, layer.layer_norm1(hidden))                   # [N,S,C]
-            return hidden + layer.mlp(layer.layer_norm2(hidden))                                    # [N,S,C]
+            hidden = hidden + _attend(layer.self_attn, layer.layer_norm1(hidden))  # [N,S,C]
+            return hidden + layer.mlp(layer.layer_norm2(hidden))  # [N,S,C]
 
         return through(self.siglip.encoder.layers[begin:end], run, hidden, self.recompute)
 
     def _positions(self, patches: int) -> torch.Tensor:
         """Learned positions [S,C] of a square image of S patches."""
-        learned = self.siglip.embeddings.position_embedding.weight                                  # [S0,C]
+        learned = self.siglip.embeddings.position_embedding.weight  # [S0,C]
         if patches == len(learned):
             return learned
         side, target = int(len(learned) ** 0.5), int(patches**0.5)
-        grid = learned.T.reshape(1, -1, side, side)                                                 # [1,C,side,side]
+        grid = learned.T.reshape(1, -1, side, side)  # [1,C,side,side]
         return F.interpolate(grid, (target, target), mode="bicubic", align_corners=False)[0].flatten(1).T
 
 
 def _attend(attn: Any, x: torch.Tensor) -> torch.Tensor:
     """Self-attention of SigLIP: [N,S,C] -> [N,S,C], one call for all images."""
-    q, k, v = (layer(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-    return attn.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))             # q, k, v [N,A,S,E]
+    q, k, v = (
+        layer(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    return attn.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))  # q, k, v [N,A,S,E]
 
 
 class PaliGemma2Encoder(VisionLanguageEncoder):
     """`language` is transformers' Gemma2Model without its embedding table, for `depth: language` only."""
 
     vision: PaliGemmaVision
-    language: Any       # None with depth vision
-    lora_layers = LoraLayers(r"vision_tower\.vision_model\.encoder\.layers\.({n})\.", r"self_attn\.(q|v)_proj", r"self_attn\.(q|k|v|out)_proj", r"mlp\.fc[12]",
-                             r"multi_modal_projector\.linear")
+    language: Any  # None with depth vision
+    lora_layers = LoraLayers(
+        r"vision_tower\.vision_model\.encoder\.layers\.({n})\.",
+        r"self_attn\.(q|v)_proj",
+        r"self_attn\.(q|k|v|out)_proj",
+        r"mlp\.fc[12]",
+        r"multi_modal_projector\.linear",
+    )
 
     def __init__(self, *args: Any, language: nn.Module | None = None) -> None:
         super().__init__(*args)
@@ -144,25 +173,27 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
         return self.vision.multi_modal_projector.linear.in_features
 
     def vision_lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
-        return self.vision.lower(patches, end)                                      # [N,S,C]
+        return self.vision.lower(patches, end)  # [N,S,C]
 
     def vision_upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
-        hidden = self.vision.upper(hidden, begin)                                   # [N,S,C]
-        return hidden if self.spec.features == "patch" else self.vision.multi_modal_projector.linear(hidden)    # [N,S,D]
+        hidden = self.vision.upper(hidden, begin)  # [N,S,C]
+        return hidden if self.spec.features == "patch" else self.vision.multi_modal_projector.linear(hidden)  # [N,S,D]
 
     def encode_images(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
         if self.language is not None:
-            raise UserError("depth language makes features of all views of a frame together with the instruction, not of single pictures; "
-                            "use encode_observation, or depth vision")
+            raise UserError(
+                "depth language makes features of all views of a frame together with the instruction, not of single pictures; "
+                "use encode_observation, or depth vision"
+            )
         return super().encode_images(images)
 
     def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
         """As `VisionLanguageEncoder`. `UserError` when views and prompt are more than the language model reads."""
         if self.language is None:
             return super().encode_observation(views, instruction)
-        images = [self.vision_features(preprocess(view, self.image, self.device)) for view in views]            # V times [N,S,D]
-        seen = self._read(torch.cat(images, 1), self.embed(self.prompt(instruction)))                           # [N,V*S,D]
-        return torch.stack([average_pool(part, self.tokens) for part in seen.chunk(len(images), 1)], 1)         # [N,V,K,D]
+        images = [self.vision_features(preprocess(view, self.image, self.device)) for view in views]  # V times [N,S,D]
+        seen = self._read(torch.cat(images, 1), self.embed(self.prompt(instruction)))  # [N,V*S,D]
+        return torch.stack([average_pool(part, self.tokens) for part in seen.chunk(len(images), 1)], 1)  # [N,V,K,D]
 
     def require_fits(self, views: int, instructions: Sequence[str]) -> None:
         if self.language is not None:
@@ -175,28 +206,31 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
     def _read(self, images: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Image tokens [N,V*S,D] and one prompt [Lt,D] through Gemma 2 -> [N,V*S,D]."""
         self._require_length(images.shape[1], len(text))
-        hidden = torch.cat([images, text.to(images.device).expand(len(images), -1, -1)], 1)         # [N,V*S+Lt,D]
-        positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[None]                # counted from 1
+        hidden = torch.cat([images, text.to(images.device).expand(len(images), -1, -1)], 1)  # [N,V*S+Lt,D]
+        positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[None]  # counted from 1
         rotary = self.language.rotary_emb(hidden, positions)
 
-        def run(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:    # no mask: every token sees every other
+        def run(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:  # no mask: every token sees every other
             out = layer(hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
-            return out[0] if isinstance(out, tuple) else out                                        # [N,V*S+Lt,D]
+            return out[0] if isinstance(out, tuple) else out  # [N,V*S+Lt,D]
 
-        hidden = through(self.language.layers, run, hidden, self.vision.recompute)                  # [N,V*S+Lt,D]
-        return self.language.norm(hidden)[:, :images.shape[1]]                                      # [N,V*S,D]
+        hidden = through(self.language.layers, run, hidden, self.vision.recompute)  # [N,V*S+Lt,D]
+        return self.language.norm(hidden)[:, : images.shape[1]]  # [N,V*S,D]
 
     def _require_length(self, images: int, prompt: int) -> None:
         longest = self.language.config.max_position_embeddings
         if images + prompt > longest:
-            raise UserError(f"{images} image tokens and a prompt of {prompt} are more than the {longest} that this language "
-                            "model reads; use fewer views or a smaller resolution")
+            raise UserError(
+                f"{images} image tokens and a prompt of {prompt} are more than the {longest} that this language "
+                "model reads; use fewer views or a smaller resolution"
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"depth": self.spec.depth}
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
+
 
 def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGemma2Encoder:
     """See `cache.encoder.load_encoder`."""
@@ -216,23 +250,31 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGem
     config.vision_config.vision_use_head = False
     with torch.device("meta"):
         vision = PaliGemmaVision(config.vision_config, embedding.shape[1])
-    assign_tensors(vision, {n: t for n, t in tensors.items() if n.startswith(VISION_PREFIXES)}, device, dtype, spec.path)
+    assign_tensors(
+        vision, {n: t for n, t in tensors.items() if n.startswith(VISION_PREFIXES)}, device, dtype, spec.path
+    )
     vision.rebuild_buffers(device)
     require_whole(vision)
     language = _load_language(config.text_config, tensors, device, dtype, spec.path) if reads_language else None
-    return PaliGemma2Encoder(spec, image, vision, embedding, load_tokenizer(folder, spec.path), weights, language=language)
+    return PaliGemma2Encoder(
+        spec, image, vision, embedding, load_tokenizer(folder, spec.path), weights, language=language
+    )
 
 
-def _load_language(config: Any, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str) -> nn.Module:
+def _load_language(
+    config: Any, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str
+) -> nn.Module:
     from transformers import Gemma2Model
 
-    config._attn_implementation = "eager"       # the only one of transformers' that keeps Gemma 2's soft-capped logits everywhere
+    config._attn_implementation = (
+        "eager"  # the only one of transformers' that keeps Gemma 2's soft-capped logits everywhere
+    )
     with torch.device("meta"):
         language = Gemma2Model(config)
-    del language.embed_tokens                   # prompts are looked up in the encoder's table
+    del language.embed_tokens  # prompts are looked up in the encoder's table
     own = {n.removeprefix(LANGUAGE_PREFIX): t for n, t in tensors.items() if n.startswith(LANGUAGE_PREFIX)}
     assign_tensors(language, own, device, dtype, path)
-    language.rotary_emb = type(language.rotary_emb)(config=config).to(device)       # its buffers are in no state dict
+    language.rotary_emb = type(language.rotary_emb)(config=config).to(device)  # its buffers are in no state dict
     require_whole(language)
     return language
 

@@ -27,19 +27,21 @@ PADDING_RULE = "square-black-centred"
 class ImageSpec:
     """What the vision tower expects of one image. `UserError` when the resolution does not fit the patch grid."""
 
-    resolution: int                         # R, pixels
-    patch_size: int                         # P, pixels
-    merge_size: int                         # M, patches per merged token and side
-    temporal_patch_size: int                # T, frames per patch
-    mean: tuple[float, ...]                 # of the three channels, of values in [0, 1]
+    resolution: int  # R, pixels
+    patch_size: int  # P, pixels
+    merge_size: int  # M, patches per merged token and side
+    temporal_patch_size: int  # T, frames per patch
+    mean: tuple[float, ...]  # of the three channels, of values in [0, 1]
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
         unit = self.patch_size * self.merge_size
         if self.resolution < unit or self.resolution % unit:
             near = max(round(self.resolution / unit), 1) * unit
-            raise UserError(f"resolution {self.resolution} does not fit this model: it must be a multiple of {unit} "
-                            f"(patch {self.patch_size} x merge {self.merge_size}); use {near}")
+            raise UserError(
+                f"resolution {self.resolution} does not fit this model: it must be a multiple of {unit} "
+                f"(patch {self.patch_size} x merge {self.merge_size}); use {near}"
+            )
 
     @property
     def grid(self) -> int:
@@ -79,10 +81,10 @@ def patchify(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     The values of one patch are in (channel, time, row, column) order.
     """
     n, p, m, t, g = images.shape[0], spec.patch_size, spec.merge_size, spec.temporal_patch_size, spec.grid
-    x = images.reshape(n, 3, g // m, m, p, g // m, m, p)        # [N,3, rows,M,P, columns,M,P]
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)                       # [N, rows,columns, M,M, 3, P,P]
+    x = images.reshape(n, 3, g // m, m, p, g // m, m, p)  # [N,3, rows,M,P, columns,M,P]
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [N, rows,columns, M,M, 3, P,P]
     x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, t, -1, -1)  # [N, rows,columns, M,M, 3,T,P,P]
-    return x.reshape(n, g * g, 3 * t * p * p)                   # [N,S,F]
+    return x.reshape(n, g * g, 3 * t * p * p)  # [N,S,F]
 
 
 def preprocess(images: torch.Tensor | np.ndarray, spec: ImageSpec, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -90,10 +92,10 @@ def preprocess(images: torch.Tensor | np.ndarray, spec: ImageSpec, device: torch
     x = torch.from_numpy(np.require(images, requirements=("C", "W"))) if isinstance(images, np.ndarray) else images
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[-1] != 3:
         raise ValueError(f"expected uint8 images [N,H,W,3], got {x.dtype} {tuple(x.shape)}")
-    x = pad_to_square(x.to(device))                                     # [N,Q,Q,3] uint8
-    x = resize(x.permute(0, 3, 1, 2), spec.resolution)                  # [N,3,R,R] uint8
-    x = patchify(x, spec)                                               # [N,S,F] uint8
-    mean = torch.tensor(spec.mean, device=x.device)[:, None] * 255.0    # [3,1]
-    std = torch.tensor(spec.std, device=x.device)[:, None] * 255.0      # [3,1]
-    rows = x.float().unflatten(-1, (3, -1))                             # [N,S,3,T*P*P]
-    return rows.sub_(mean).div_(std).flatten(-2)                        # [N,S,F]
+    x = pad_to_square(x.to(device))  # [N,Q,Q,3] uint8
+    x = resize(x.permute(0, 3, 1, 2), spec.resolution)  # [N,3,R,R] uint8
+    x = patchify(x, spec)  # [N,S,F] uint8
+    mean = torch.tensor(spec.mean, device=x.device)[:, None] * 255.0  # [3,1]
+    std = torch.tensor(spec.std, device=x.device)[:, None] * 255.0  # [3,1]
+    rows = x.float().unflatten(-1, (3, -1))  # [N,S,3,T*P*P]
+    return rows.sub_(mean).div_(std).flatten(-2)  # [N,S,F]

@@ -34,14 +34,27 @@ from .spec import EncoderSpec, LoraLayers
 VISION_PREFIX = "model.visual."
 DEEPSTACK_PREFIX = "model.visual.deepstack_merger_list."
 EMBEDDING_NAME = "model.language_model.embed_tokens.weight"
-CONFIG_FIELDS = ("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "in_channels", "patch_size",
-                 "spatial_merge_size", "temporal_patch_size", "out_hidden_size", "num_position_embeddings")
+CONFIG_FIELDS = (
+    "depth",
+    "hidden_size",
+    "hidden_act",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "out_hidden_size",
+    "num_position_embeddings",
+)
 
 
 class Qwen3VLEncoder(VisionLanguageEncoder):
     """`vision` is transformers' Qwen3VLVisionModel without DeepStack."""
 
-    lora_layers = LoraLayers(r"blocks\.({n})\.", r"attn\.qkv", r"attn\.(qkv|proj)", r"mlp\.linear_fc[12]", r"merger\.linear_fc[12]")
+    lora_layers = LoraLayers(
+        r"blocks\.({n})\.", r"attn\.qkv", r"attn\.(qkv|proj)", r"mlp\.linear_fc[12]", r"merger\.linear_fc[12]"
+    )
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -63,21 +76,21 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
         return self._tables[self.device]
 
     def vision_lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
-        hidden = embed_patches(self.vision, patches, self.tables)                   # [N,S,C]
-        return run_blocks(self.vision, hidden, self.tables, 0, end)                 # [N,S,C]
+        hidden = embed_patches(self.vision, patches, self.tables)  # [N,S,C]
+        return run_blocks(self.vision, hidden, self.tables, 0, end)  # [N,S,C]
 
     def vision_upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
-        hidden = run_blocks(self.vision, hidden, self.tables, begin, self.blocks)   # [N,S,C]
+        hidden = run_blocks(self.vision, hidden, self.tables, begin, self.blocks)  # [N,S,C]
         if self.spec.features == "patch":
-            return self.to_rows(hidden)                                             # [N,S,C]
-        merged = self.vision.merger(hidden.flatten(0, 1))                           # [N*K,D]
-        return merged.reshape(len(hidden), self.image.tokens, -1)                   # [N,K,D]
+            return self.to_rows(hidden)  # [N,S,C]
+        merged = self.vision.merger(hidden.flatten(0, 1))  # [N*K,D]
+        return merged.reshape(len(hidden), self.image.tokens, -1)  # [N,K,D]
 
     def to_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden[:, self.tables.row_major]                                     # [N,S,C]
+        return hidden[:, self.tables.row_major]  # [N,S,C]
 
     def from_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden[:, self.tables.merge_order]                                   # [N,S,C]
+        return hidden[:, self.tables.merge_order]  # [N,S,C]
 
 
 def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VLEncoder:
@@ -96,8 +109,10 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VL
     config.deepstack_visual_indexes = []
     with torch.device("meta"):
         vision = Qwen3VLVisionModel(config)
-    assign_tensors(vision, {name.removeprefix(VISION_PREFIX): t for name, t in tensors.items()}, device, dtype, spec.path)
-    for name, _ in list(vision.rotary_pos_emb.named_buffers()):     # the only buffers; a state dict does not hold them
+    assign_tensors(
+        vision, {name.removeprefix(VISION_PREFIX): t for name, t in tensors.items()}, device, dtype, spec.path
+    )
+    for name, _ in list(vision.rotary_pos_emb.named_buffers()):  # the only buffers; a state dict does not hold them
         setattr(vision.rotary_pos_emb, name, rotary_frequencies(config).to(device))
     require_whole(vision)
     return Qwen3VLEncoder(spec, image, vision, embedding, load_tokenizer(folder, spec.path), weights)

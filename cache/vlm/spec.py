@@ -17,23 +17,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class EncoderSpec:
     """Which model encodes, and how its pictures are prepared. `UserError` for settings that exclude each other."""
 
-    path: str                                                   # checkpoint folder or hub id
-    vlm: Literal["qwen3vl", "paligemma2"] = "qwen3vl"           # architecture
-    revision: str | None = None                                 # hub commit or tag
-    resolution: int = 448                                       # side of the square input, pixels
-    features: Literal["merged", "patch"] = "merged"             # after the model's merger or projector; or before it
-    tokens: int | None = None                                   # averaged on the grid down to this many; None = all
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"      # computation; auto: bfloat16 on CUDA, else float32
-    depth: Literal["vision", "language"] = "vision"             # language: the language model's last hidden state
-    adapters: tuple[str, ...] = ()                              # folders of adapters that are merged into the weights, in this order
-    boundary: int | None = None     # n: the hidden states that enter the last n blocks of the vision tower, no features; None = features
+    path: str  # checkpoint folder or hub id
+    vlm: Literal["qwen3vl", "paligemma2"] = "qwen3vl"  # architecture
+    revision: str | None = None  # hub commit or tag
+    resolution: int = 448  # side of the square input, pixels
+    features: Literal["merged", "patch"] = "merged"  # after the model's merger or projector; or before it
+    tokens: int | None = None  # averaged on the grid down to this many; None = all
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # computation; auto: bfloat16 on CUDA, else float32
+    depth: Literal["vision", "language"] = "vision"  # language: the language model's last hidden state
+    adapters: tuple[str, ...] = ()  # folders of adapters that are merged into the weights, in this order
+    boundary: int | None = (
+        None  # n: the hidden states that enter the last n blocks of the vision tower, no features; None = features
+    )
 
     def __post_init__(self) -> None:
-        if self.boundary is not None and (self.tokens is not None or self.features != "merged" or self.depth != "vision"):
-            raise UserError("a boundary stops inside the vision tower, before features are made: leave out tokens, features patch and depth language, "
-                            "which are the policy's that is fine-tuned")
+        if self.boundary is not None and (
+            self.tokens is not None or self.features != "merged" or self.depth != "vision"
+        ):
+            raise UserError(
+                "a boundary stops inside the vision tower, before features are made: leave out tokens, features patch and depth language, "
+                "which are the policy's that is fine-tuned"
+            )
         if self.depth == "language" and (self.vlm != "paligemma2" or self.features != "merged"):
-            raise UserError(f"depth language is of paligemma2 with features merged; given: {self.vlm} with features {self.features}")
+            raise UserError(
+                f"depth language is of paligemma2 with features merged; given: {self.vlm} with features {self.features}"
+            )
 
 
 def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
@@ -55,8 +63,8 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
 class LoraLayers:
     """Where LoRA may go in a family's `vision`, as regular expressions over module names."""
 
-    block: str          # prefix of a block's layers, "{n}" for its number
-    query_value: str    # linear layers of its attention that give queries and values
-    attention: str      # all linear layers of its attention
-    mlp: str            # and of its MLP
-    projection: str     # after the blocks
+    block: str  # prefix of a block's layers, "{n}" for its number
+    query_value: str  # linear layers of its attention that give queries and values
+    attention: str  # all linear layers of its attention
+    mlp: str  # and of its MLP
+    projection: str  # after the blocks

@@ -18,17 +18,40 @@ from ...common.files import new_folder
 from ...errors import UserError
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
 )
-PLAIN_TOKENS = (    # added tokens that Qwen does not mark as special
-    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
-    "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+PLAIN_TOKENS = (  # added tokens that Qwen does not mark as special
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
 )
 # Qwen2's pre-tokenisation: contractions; words with one leading non-letter; digits; punctuation; newlines; spaces.
-WORD_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
     "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}"
@@ -38,38 +61,95 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 # Every verb with every object and place: the corpus of the tokenizer.
-VERBS = ("pick up", "place", "push", "pull", "open", "close", "lift", "grasp", "move", "press", "turn", "slide",
-         "insert", "stack", "pour", "reach", "hand over", "put", "unplug", "sweep")
-OBJECTS = ("the red cube", "the blue block", "the green bowl", "the drawer", "the door", "the button", "the handle",
-           "the peg", "the puck", "the window", "the cup", "the plate", "the lid", "the banana", "the bottle",
-           "the box", "the lever", "the faucet", "the shelf", "the towel", "the spoon", "the coffee machine",
-           "the hammer", "the ball", "the basket")
-PLACES = ("to the goal", "on the table", "into the box", "onto the plate", "to the left", "to the right",
-          "in the drawer", "with the left hand", "with the right hand", "with both arms", "next to the bowl",
-          "at the target position", "above the table", "in the sink")
+VERBS = (
+    "pick up",
+    "place",
+    "push",
+    "pull",
+    "open",
+    "close",
+    "lift",
+    "grasp",
+    "move",
+    "press",
+    "turn",
+    "slide",
+    "insert",
+    "stack",
+    "pour",
+    "reach",
+    "hand over",
+    "put",
+    "unplug",
+    "sweep",
+)
+OBJECTS = (
+    "the red cube",
+    "the blue block",
+    "the green bowl",
+    "the drawer",
+    "the door",
+    "the button",
+    "the handle",
+    "the peg",
+    "the puck",
+    "the window",
+    "the cup",
+    "the plate",
+    "the lid",
+    "the banana",
+    "the bottle",
+    "the box",
+    "the lever",
+    "the faucet",
+    "the shelf",
+    "the towel",
+    "the spoon",
+    "the coffee machine",
+    "the hammer",
+    "the ball",
+    "the basket",
+)
+PLACES = (
+    "to the goal",
+    "on the table",
+    "into the box",
+    "onto the plate",
+    "to the left",
+    "to the right",
+    "in the drawer",
+    "with the left hand",
+    "with the right hand",
+    "with both arms",
+    "next to the bowl",
+    "at the target position",
+    "above the table",
+    "in the sink",
+)
 
 
 @dataclass(frozen=True)
 class TinySpec:
     """Sizes of the toy model. Widths must be divisible by their heads, head widths by 4."""
 
-    vision_depth: int = 4       # transformer blocks of the vision tower
-    vision_width: int = 128     # its hidden size
-    vision_heads: int = 4       # its attention heads
-    vision_mlp: int = 4         # its MLP width over its hidden size
-    patch_size: int = 16        # pixels per patch side
-    merge_size: int = 2         # patches per token side
-    position_grid: int = 14     # side of the learned position grid (interpolated to the image's own)
-    out_width: int = 128        # features' width = hidden size of the language model; a multiple of 32
-    text_layers: int = 2        # language layers: they only make the checkpoint complete
-    vocabulary: int = 1024      # at most so many tokens, incl. the 256 bytes and the special ones
-    init_std: float = 0.02      # standard deviation of all weight matrices
+    vision_depth: int = 4  # transformer blocks of the vision tower
+    vision_width: int = 128  # its hidden size
+    vision_heads: int = 4  # its attention heads
+    vision_mlp: int = 4  # its MLP width over its hidden size
+    patch_size: int = 16  # pixels per patch side
+    merge_size: int = 2  # patches per token side
+    position_grid: int = 14  # side of the learned position grid (interpolated to the image's own)
+    out_width: int = 128  # features' width = hidden size of the language model; a multiple of 32
+    text_layers: int = 2  # language layers: they only make the checkpoint complete
+    vocabulary: int = 1024  # at most so many tokens, incl. the 256 bytes and the special ones
+    init_std: float = 0.02  # standard deviation of all weight matrices
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.vision_width % (4 * self.vision_heads):
-            raise UserError(f"vision_width {self.vision_width} must be a multiple of {4 * self.vision_heads} "
-                            f"(4 x vision_heads)")
+            raise UserError(
+                f"vision_width {self.vision_width} must be a multiple of {4 * self.vision_heads} (4 x vision_heads)"
+            )
         if self.out_width % 32:
             raise UserError(f"out_width {self.out_width} must be a multiple of 32")
         least = 256 + len(SPECIAL_TOKENS) + len(PLAIN_TOKENS)
@@ -87,8 +167,10 @@ def make_tiny_qwen3vl(out: Path | str, spec: TinySpec = TinySpec()) -> Path:
             torch.manual_seed(spec.seed)
             model = Qwen3VLForConditionalGeneration(_config(spec, tokenizer)).eval()
         model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.token_to_id("<|endoftext|>"), pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
-            eos_token_id=[tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")])
+            bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
+            pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
+            eos_token_id=[tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")],
+        )
         # Shards are filled in order and language layers come last: with this limit the last shard holds nothing else.
         limit = sum(p.numel() * p.element_size() for p in model.model.language_model.layers.parameters())
         model.save_pretrained(part, max_shard_size=limit)
@@ -106,24 +188,45 @@ def _config(spec: TinySpec, tokenizer: Any) -> Any:
     from transformers import Qwen3VLConfig
 
     token_id = tokenizer.token_to_id
-    inner = {(spec.vision_depth * k) // 4 - 1 for k in (1, 2, 3)}       # the 2B model: 5, 11, 17 of 24
+    inner = {(spec.vision_depth * k) // 4 - 1 for k in (1, 2, 3)}  # the 2B model: 5, 11, 17 of 24
     vision = dict(
-        depth=spec.vision_depth, hidden_size=spec.vision_width, intermediate_size=spec.vision_width * spec.vision_mlp,
-        num_heads=spec.vision_heads, patch_size=spec.patch_size, spatial_merge_size=spec.merge_size,
+        depth=spec.vision_depth,
+        hidden_size=spec.vision_width,
+        intermediate_size=spec.vision_width * spec.vision_mlp,
+        num_heads=spec.vision_heads,
+        patch_size=spec.patch_size,
+        spatial_merge_size=spec.merge_size,
         temporal_patch_size=2,
-        out_hidden_size=spec.out_width, num_position_embeddings=spec.position_grid**2, initializer_range=spec.init_std,
-        deepstack_visual_indexes=sorted(i for i in inner if i >= 0))
+        out_hidden_size=spec.out_width,
+        num_position_embeddings=spec.position_grid**2,
+        initializer_range=spec.init_std,
+        deepstack_visual_indexes=sorted(i for i in inner if i >= 0),
+    )
     text = dict(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=spec.out_width, intermediate_size=2 * spec.out_width,
-        num_hidden_layers=spec.text_layers, num_attention_heads=spec.out_width // 32,
-        num_key_value_heads=spec.out_width // 32, head_dim=32, max_position_embeddings=4096,
-        initializer_range=spec.init_std, tie_word_embeddings=True, rope_theta=5000000.0,
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=spec.out_width,
+        intermediate_size=2 * spec.out_width,
+        num_hidden_layers=spec.text_layers,
+        num_attention_heads=spec.out_width // 32,
+        num_key_value_heads=spec.out_width // 32,
+        head_dim=32,
+        max_position_embeddings=4096,
+        initializer_range=spec.init_std,
+        tie_word_embeddings=True,
+        rope_theta=5000000.0,
         rope_scaling={"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]},
-        bos_token_id=token_id("<|endoftext|>"), eos_token_id=token_id("<|im_end|>"))
+        bos_token_id=token_id("<|endoftext|>"),
+        eos_token_id=token_id("<|im_end|>"),
+    )
     return Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"), vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"))
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+    )
 
 
 def _write_tokenizer(folder: Path, spec: TinySpec) -> Any:
@@ -142,36 +245,61 @@ def _write_tokenizer(folder: Path, spec: TinySpec) -> Any:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
     learned = spec.vocabulary - len(SPECIAL_TOKENS) - len(PLAIN_TOKENS)
-    trainer = trainers.BpeTrainer(vocab_size=learned, show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=learned, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
     tokenizer.train_from_iterator(instructions(), trainer)
-    tokenizer.model.save(str(folder))                                   # vocab.json, merges.txt
+    tokenizer.model.save(str(folder))  # vocab.json, merges.txt
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    added = {str(tokenizer.token_to_id(t)): {"content": t, **flags, "special": t in SPECIAL_TOKENS}
-             for t in SPECIAL_TOKENS + PLAIN_TOKENS}
-    write_json(folder / "tokenizer_config.json", {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]), "bos_token": None, "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 4096, "pad_token": "<|endoftext|>",
-        "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None})
+    added = {
+        str(tokenizer.token_to_id(t)): {"content": t, **flags, "special": t in SPECIAL_TOKENS}
+        for t in SPECIAL_TOKENS + PLAIN_TOKENS
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "added_tokens_decoder": added,
+            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+            "bos_token": None,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "errors": "replace",
+            "model_max_length": 4096,
+            "pad_token": "<|endoftext|>",
+            "split_special_tokens": False,
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": None,
+        },
+    )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return tokenizer
 
 
 def _write_processors(folder: Path, spec: TinySpec) -> None:
     """The image and video processor files of the 2B model, with this model's patches; one-token pictures allowed."""
-    common = {"patch_size": spec.patch_size, "temporal_patch_size": 2, "merge_size": spec.merge_size,
-              "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": "Qwen3VLProcessor",
-              "size": {"shortest_edge": (spec.patch_size * spec.merge_size) ** 2, "longest_edge": 16777216}}
+    common = {
+        "patch_size": spec.patch_size,
+        "temporal_patch_size": 2,
+        "merge_size": spec.merge_size,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+        "size": {"shortest_edge": (spec.patch_size * spec.merge_size) ** 2, "longest_edge": 16777216},
+    }
     write_json(folder / "preprocessor_config.json", common | {"image_processor_type": "Qwen2VLImageProcessorFast"})
     write_json(folder / "video_preprocessor_config.json", common | {"video_processor_type": "Qwen3VLVideoProcessor"})
 

@@ -51,14 +51,16 @@ class BuildReport:
     path: Path
     frames: int = 0
     bytes: int = 0
-    resumed_shards: int = 0             # shards found finished
-    adopted_shards: int = 0             # shards taken whole from the earlier generation
-    quarantined: int = 0                # episodes in quarantine.jsonl
+    resumed_shards: int = 0  # shards found finished
+    adopted_shards: int = 0  # shards taken whole from the earlier generation
+    quarantined: int = 0  # episodes in quarantine.jsonl
     seconds: float = 0.0
     timing: Timing = field(default_factory=Timing)
-    previous: Path | None = None        # where the earlier generation is now
-    error: tuple[float, float] | None = None    # relative error of storing 8-bit features: over all, worst channel (of the pilot)
-    pooled: float | None = None         # relative error of pooling: what the pooled tokens cannot tell (of the pilot)
+    previous: Path | None = None  # where the earlier generation is now
+    error: tuple[float, float] | None = (
+        None  # relative error of storing 8-bit features: over all, worst channel (of the pilot)
+    )
+    pooled: float | None = None  # relative error of pooling: what the pooled tokens cannot tell (of the pilot)
 
 
 def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildReport:
@@ -72,6 +74,7 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
     device = pick_device(config.device)
     report = BuildReport(config.out)
     with terminable() as check, contextlib.ExitStack() as stack:
+
         def told(name: str, done: int, total: int) -> None:
             check()
             progress(name, done, total)
@@ -79,7 +82,7 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
         finish_exchange(config.out)
         earlier = None
         if config.mode != "new":
-            Cache.open(config.out)      # says what is wrong before there is anything to lock
+            Cache.open(config.out)  # says what is wrong before there is anything to lock
             held = stack.enter_context(lock_folder(config.out))
             earlier = Cache.open(config.out)
         sources = open_sources(config.sources, config.dataset_config, config.views)
@@ -95,7 +98,12 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
             require_whole(earlier)
             require_same_start(target, {**found.fingerprint, "store": plan.document()})
         begun = CacheWriter(target, plan, None)
-        require_room(plan, target, [t for t in begun.missing() if not reused.whole(t, found.corpora[t.dataset].plan, plan)], begun.tables_missing())
+        require_room(
+            plan,
+            target,
+            [t for t in begun.missing() if not reused.whole(t, found.corpora[t.dataset].plan, plan)],
+            begun.tables_missing(),
+        )
         writer = stack.enter_context(CacheWriter.create_or_resume(target, found.fingerprint, plan))
         manifest = _fill(config, writer, encoder, found.corpora, reused, report, told)
         if target != config.out:
@@ -105,18 +113,27 @@ def build(config: BuildConfig, progress: Progress = lambda *_: None) -> BuildRep
     return report
 
 
-def _fill(config: BuildConfig, writer: CacheWriter, encoder: VisionLanguageEncoder, corpora: dict[str, Corpus], reused: Earlier,
-          report: BuildReport, progress: Progress) -> dict[str, Any]:
+def _fill(
+    config: BuildConfig,
+    writer: CacheWriter,
+    encoder: VisionLanguageEncoder,
+    corpora: dict[str, Corpus],
+    reused: Earlier,
+    report: BuildReport,
+    progress: Progress,
+) -> dict[str, Any]:
     """Write whatever is missing, tell `report`, and finish; returns the manifest."""
     plan, missing = writer.plan, writer.missing()
     pilot = pilot_features(list(corpora.values()), plan, encoder) if config.format.quantised and missing else None
     if encoder.tokens < encoder.native_tokens and missing:
-        report.pooled = pooling_error(pilot_features(list(corpora.values()), plan, encoder.unpooled(), POOLING_PICTURES), encoder.tokens)
+        report.pooled = pooling_error(
+            pilot_features(list(corpora.values()), plan, encoder.unpooled(), POOLING_PICTURES), encoder.tokens
+        )
 
     def measured() -> np.ndarray:
         if reused.channels is not None:
             return reused.channels
-        assert pilot is not None        # scales are stored before any shard: where they are missing, all shards are
+        assert pilot is not None  # scales are stored before any shard: where they are missing, all shards are
         return channel_scale(pilot)
 
     channels = writer.channel_scale(measured)
@@ -140,12 +157,27 @@ def _fill(config: BuildConfig, writer: CacheWriter, encoder: VisionLanguageEncod
 
     def here() -> Generator[tuple[Unit, Timing], None, None]:
         for unit in work:
-            yield unit, run_unit(writer, unit, corpora[unit.dataset].source, encoder, config.batch_size, channels, reused,
-                                 functools.partial(shown, unit))
+            yield (
+                unit,
+                run_unit(
+                    writer,
+                    unit,
+                    corpora[unit.dataset].source,
+                    encoder,
+                    config.batch_size,
+                    channels,
+                    reused,
+                    functools.partial(shown, unit),
+                ),
+            )
 
     sources = [c.source for c in corpora.values()]
     elsewhere = config.workers.active and work
-    finished = run_with_workers(config, located(encoder.spec), sources, writer.path, work, channels, reused.path) if elsewhere else here()
+    finished = (
+        run_with_workers(config, located(encoder.spec), sources, writer.path, work, channels, reused.path)
+        if elsewhere
+        else here()
+    )
     with contextlib.closing(finished):
         for unit, timing in finished:
             report.timing.add(timing)

@@ -21,22 +21,27 @@ from .generations import (
 )
 from .sources import Corpus, Progress, read_corpus
 
-TRANSFORM_VERSION = 2       # raised when the build writes other content from the same inputs
+TRANSFORM_VERSION = 2  # raised when the build writes other content from the same inputs
 
 
 @dataclass(frozen=True)
 class Decision:
     """What a build has to make of its sources, and what it may take from the generation before."""
 
-    corpora: dict[str, Corpus]          # dataset → its plan and tables
+    corpora: dict[str, Corpus]  # dataset → its plan and tables
     plan: BuildPlan
-    fingerprint: dict[str, Any]         # without the plan
-    unchanged: bool                     # the finished cache is what was asked for
+    fingerprint: dict[str, Any]  # without the plan
+    unchanged: bool  # the finished cache is what was asked for
     reused: Earlier
 
 
-def decide(config: BuildConfig, sources: Sequence[Source], encoder: VisionLanguageEncoder, earlier: Cache | None,
-           progress: Progress) -> Decision:
+def decide(
+    config: BuildConfig,
+    sources: Sequence[Source],
+    encoder: VisionLanguageEncoder,
+    earlier: Cache | None,
+    progress: Progress,
+) -> Decision:
     """Read the sources' tables and hashes, and compare with the finished cache `earlier` (None: a new one). `UserError` for what that
     mode of building refuses, and for observations that are more than the encoder reads at once."""
     corpora = [read_corpus(source, encoder.by_observation, progress) for source in sources]
@@ -54,15 +59,33 @@ def make_plan(config: BuildConfig, datasets: Sequence[DatasetPlan], encoder: Vis
     for dataset in datasets:
         encoder.require_fits(len(dataset.views), dataset.instructions)
     record = config.format.record_nbytes(encoder.tokens, encoder.width)
-    return BuildPlan(tuple(datasets), encoder.tokens, encoder.width,
-                     config.shard_frames or max(1, min(SHARD_ROWS, SHARD_NBYTES // record)), config.format, config.frame_stride, config.augment)
+    return BuildPlan(
+        tuple(datasets),
+        encoder.tokens,
+        encoder.width,
+        config.shard_frames or max(1, min(SHARD_ROWS, SHARD_NBYTES // record)),
+        config.format,
+        config.frame_stride,
+        config.augment,
+    )
 
 
 def make_fingerprint(encoder: VisionLanguageEncoder, corpora: Sequence[Corpus], config: BuildConfig) -> dict[str, Any]:
     """Everything the bytes depend on besides the plan (which the writer adds)."""
-    return {"encoder": encoder.fingerprint(), "batch_size": config.batch_size, "transform_version": TRANSFORM_VERSION,
-            "action_schema": ACTION_SCHEMA_VERSION, "augmentation": AUGMENTATION_VERSION if config.augment else None,
-            "sources": {c.plan.name: {"revision": c.source.revision_hash, "config": c.source.config.name,
-                                      "embodiment": c.source.config.embodiment,
-                                      "action_map": c.source.action_map.to_dict(),
-                                      "state_map": c.source.state_map.to_dict()} for c in corpora}}
+    return {
+        "encoder": encoder.fingerprint(),
+        "batch_size": config.batch_size,
+        "transform_version": TRANSFORM_VERSION,
+        "action_schema": ACTION_SCHEMA_VERSION,
+        "augmentation": AUGMENTATION_VERSION if config.augment else None,
+        "sources": {
+            c.plan.name: {
+                "revision": c.source.revision_hash,
+                "config": c.source.config.name,
+                "embodiment": c.source.config.embodiment,
+                "action_map": c.source.action_map.to_dict(),
+                "state_map": c.source.state_map.to_dict(),
+            }
+            for c in corpora
+        },
+    }

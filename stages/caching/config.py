@@ -9,17 +9,17 @@ from ...cache.store.codec import FeatureFormat
 from ...cache.vlm.spec import EncoderSpec
 from ...errors import UserError
 
-SHARD_NBYTES = 256 << 20    # default size of a shard: large enough to stream, small enough to redo
-SHARD_ROWS = 1 << 14        # and at most so many records, however small: each costs 16 bytes of index, in the last shard too
+SHARD_NBYTES = 256 << 20  # default size of a shard: large enough to stream, small enough to redo
+SHARD_ROWS = 1 << 14  # and at most so many records, however small: each costs 16 bytes of index, in the last shard too
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
     """Where shards are made. All zero or None: in this process."""
 
-    count: int = 0                      # worker processes: here, or jobs of the Slurm cluster; one per GPU where there are GPUs
-    scheduler: str | None = None        # address of a running dask scheduler, e.g. tcp://head:8786
-    slurm: str | None = None            # YAML file with the arguments of dask_jobqueue.SLURMCluster
+    count: int = 0  # worker processes: here, or jobs of the Slurm cluster; one per GPU where there are GPUs
+    scheduler: str | None = None  # address of a running dask scheduler, e.g. tcp://head:8786
+    slurm: str | None = None  # YAML file with the arguments of dask_jobqueue.SLURMCluster
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -39,19 +39,21 @@ class WorkerSpec:
 class BuildConfig:
     """What `dvla cache build` needs."""
 
-    sources: tuple[str, ...]            # dataset folders or hub ids
-    encoder: EncoderSpec                # which VLM, at which resolution, how many tokens
-    out: Path                           # cache folder
-    batch_size: int = 64                # pictures per encoder call (all views, where these are encoded together); part of the fingerprint
-                                        # (it changes the last bits)
-    shard_frames: int | None = None     # observations per shard file; None = about 256 MiB
-    device: str = "auto"                # auto, cpu, cuda
-    dataset_config: str | None = None   # YAML of the field map when none of the shipped ones fits
-    format: FeatureFormat = field(default_factory=FeatureFormat)    # 16 or 8 bit, compressed or not
-    frame_stride: int = 1               # features of every n-th frame; actions and proprio of all
-    views: tuple[str, ...] = ()         # cameras to encode; () = all
-    augment: int = 0                    # augmented variants of every picture
-    mode: str = "new"                   # new; append: new episodes in a new generation; update: whatever changed
+    sources: tuple[str, ...]  # dataset folders or hub ids
+    encoder: EncoderSpec  # which VLM, at which resolution, how many tokens
+    out: Path  # cache folder
+    batch_size: int = (
+        64  # pictures per encoder call (all views, where these are encoded together); part of the fingerprint
+    )
+    # (it changes the last bits)
+    shard_frames: int | None = None  # observations per shard file; None = about 256 MiB
+    device: str = "auto"  # auto, cpu, cuda
+    dataset_config: str | None = None  # YAML of the field map when none of the shipped ones fits
+    format: FeatureFormat = field(default_factory=FeatureFormat)  # 16 or 8 bit, compressed or not
+    frame_stride: int = 1  # features of every n-th frame; actions and proprio of all
+    views: tuple[str, ...] = ()  # cameras to encode; () = all
+    augment: int = 0  # augmented variants of every picture
+    mode: str = "new"  # new; append: new episodes in a new generation; update: whatever changed
     workers: WorkerSpec = field(default_factory=WorkerSpec)
 
 
@@ -61,7 +63,11 @@ def check_settings(config: BuildConfig) -> None:
         raise UserError(f"build mode '{config.mode}' is not one of new, append, update")
     if not config.sources and config.mode == "new":
         raise UserError("no source given; name at least one dataset folder or hub id")
-    for option, value in (("--batch-size", config.batch_size), ("--shard-frames", config.shard_frames), ("--frame-stride", config.frame_stride)):
+    for option, value in (
+        ("--batch-size", config.batch_size),
+        ("--shard-frames", config.shard_frames),
+        ("--frame-stride", config.frame_stride),
+    ):
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: give at least 1")
     if not 0 <= config.augment <= 64:

@@ -21,9 +21,9 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from .config import WorkerSpec
 
-DEATHS = 3          # workers that one unit may kill, twice, before the build gives up on it; and that may die while they start
-WAIT_SECONDS = 60   # for the first worker of a scheduler that is said to run
-KEEP_SECONDS = 1    # between looks for workers that are lost for good
+DEATHS = 3  # workers that one unit may kill, twice, before the build gives up on it; and that may die while they start
+WAIT_SECONDS = 60  # for the first worker of a scheduler that is said to run
+KEEP_SECONDS = 1  # between looks for workers that are lost for good
 
 
 @contextlib.contextmanager
@@ -32,10 +32,15 @@ def client_of(spec: WorkerSpec) -> Iterator[Any]:
     import dask
     from distributed import Client
 
-    settings = {"distributed.scheduler.allowed-failures": DEATHS - 1, "distributed.worker.daemon": True,
-                "distributed.comm.timeouts.connect": 30,
-                "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // max(1, spec.count)),
-                                                        "DASK_LOGGING__DISTRIBUTED": "critical"}}
+    settings = {
+        "distributed.scheduler.allowed-failures": DEATHS - 1,
+        "distributed.worker.daemon": True,
+        "distributed.comm.timeouts.connect": 30,
+        "distributed.nanny.pre-spawn-environ": {
+            "OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // max(1, spec.count)),
+            "DASK_LOGGING__DISTRIBUTED": "critical",
+        },
+    }
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(settings))
         stack.enter_context(_same_environment())
@@ -46,13 +51,17 @@ def client_of(spec: WorkerSpec) -> Iterator[Any]:
             try:
                 client = stack.enter_context(Client(cluster, timeout=30, set_as_default=False))
             except OSError as error:
-                raise UserError(f"no dask scheduler answers at {spec.scheduler} ({error}); start one with `dask scheduler`") from None
+                raise UserError(
+                    f"no dask scheduler answers at {spec.scheduler} ({error}); start one with `dask scheduler`"
+                ) from None
         if spec.scheduler:
             try:
                 client.wait_for_workers(1, timeout=WAIT_SECONDS)
             except TimeoutError:
-                raise UserError(f"the dask scheduler at {spec.scheduler} has no worker; start some with `dask worker {spec.scheduler} "
-                                "--nthreads 1`") from None
+                raise UserError(
+                    f"the dask scheduler at {spec.scheduler} has no worker; start some with `dask worker {spec.scheduler} "
+                    "--nthreads 1`"
+                ) from None
         # on the way out: a second Ctrl-C waits until everything is closed
         stack.callback(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         yield client
@@ -63,16 +72,22 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
         return spec.scheduler
     if spec.slurm:
         try:
-            with handled(signal.default_int_handler, (signal.SIGINT,)):     # its import sets a handler: Ctrl-C would end the build with code 0
+            with handled(
+                signal.default_int_handler, (signal.SIGINT,)
+            ):  # its import sets a handler: Ctrl-C would end the build with code 0
                 from dask_jobqueue import SLURMCluster
         except ImportError:
             raise UserError("--slurm needs dask-jobqueue; pip install 'dvla[slurm]'") from None
         try:
             cluster = stack.enter_context(SLURMCluster(**{"processes": 1, **load_yaml(Path(spec.slurm))}))
         except (TypeError, ValueError) as error:
-            raise UserError(f"{spec.slurm} does not describe a Slurm cluster: {error}; see configs/launch/slurm.yaml") from None
+            raise UserError(
+                f"{spec.slurm} does not describe a Slurm cluster: {error}; see configs/launch/slurm.yaml"
+            ) from None
         jobs = max(1, spec.count)
-        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)     # unlike scale(), it asks again for a job that a walltime ended
+        cluster.adapt(
+            minimum_jobs=jobs, maximum_jobs=jobs
+        )  # unlike scale(), it asks again for a job that a walltime ended
         return cluster
     return _local_cluster(spec.count, stack)
 
@@ -85,14 +100,23 @@ def _local_cluster(count: int, stack: contextlib.ExitStack) -> Any:
     from tornado.ioloop import PeriodicCallback
 
     for _ in range(DEATHS):
-        with contextlib.suppress(RuntimeError):     # a first worker died while it started; dask has closed the others
-            cluster = stack.enter_context(LocalCluster(n_workers=count, threads_per_worker=1, processes=True, memory_limit=0,
-                                                       dashboard_address=":0",     # any free port; a fixed one warns when it is taken
-                                                       silence_logs=logging.CRITICAL))
+        with contextlib.suppress(RuntimeError):  # a first worker died while it started; dask has closed the others
+            cluster = stack.enter_context(
+                LocalCluster(
+                    n_workers=count,
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit=0,
+                    dashboard_address=":0",  # any free port; a fixed one warns when it is taken
+                    silence_logs=logging.CRITICAL,
+                )
+            )
             break
     else:
-        raise UserError(f"workers end while they start ({DEATHS} times; out of memory? see the system's log); give fewer --workers, and run "
-                        "the same command again")
+        raise UserError(
+            f"workers end while they start ({DEATHS} times; out of memory? see the system's log); give fewer --workers, and run "
+            "the same command again"
+        )
 
     def replace_lost() -> None:
         if cluster.status == Status.running:
@@ -111,7 +135,7 @@ def _local_cluster(count: int, stack: contextlib.ExitStack) -> Any:
 def _interrupts_for_this_thread_only() -> Iterator[None]:
     """Ctrl-C reaches every process of the terminal's foreground group. Threads started in here, and the workers that they start at
     any time, never see it, so that only the main thread acts on it; one that comes meanwhile is delivered at the end."""
-    resource_tracker.ensure_running()   # it unblocks signals when it starts by itself
+    resource_tracker.ensure_running()  # it unblocks signals when it starts by itself
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

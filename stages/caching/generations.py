@@ -40,20 +40,28 @@ class Earlier:
     def whole(self, task: ShardTask, plan: DatasetPlan, build: BuildPlan) -> bool:
         """Whether it has the very shard: the same rows of the same pictures, stored the same way."""
         dataset = self._datasets.get(task.dataset)
-        if dataset is None or task.view not in dataset.views or dataset.shard_frames != build.shard_frames \
-                or dataset.frame_stride != build.frame_stride or dataset.attributes["compression"] != build.format.compression:
+        if (
+            dataset is None
+            or task.view not in dataset.views
+            or dataset.shard_frames != build.shard_frames
+            or dataset.frame_stride != build.frame_stride
+            or dataset.attributes["compression"] != build.format.compression
+        ):
             return False
         counts = plan.observations(build.frame_stride)
         starts, view = np.cumsum(counts) - counts, plan.views.index(task.view)
-        last = int(np.searchsorted(starts, task.stop, side="left"))             # episodes before the shard's end
+        last = int(np.searchsorted(starts, task.stop, side="left"))  # episodes before the shard's end
         total = int(dataset.episode_observations.sum())
         if task.stop > total or (task.stop < task.start + build.shard_frames and task.stop != total):
             return False
         old = dataset.attributes["view_hashes"][task.view][:last]
         entries = plan.episodes[:last]
-        return (dataset.episode_id[:last].tolist() == [e.episode_id for e in entries]
-                and dataset.episode_length[:last].tolist() == [e.length for e in entries]
-                and old == [e.view_hashes[view] for e in entries] and not dataset.quarantined[:last].any())
+        return (
+            dataset.episode_id[:last].tolist() == [e.episode_id for e in entries]
+            and dataset.episode_length[:last].tolist() == [e.length for e in entries]
+            and old == [e.view_hashes[view] for e in entries]
+            and not dataset.quarantined[:last].any()
+        )
 
     def find(self, name: str, view: str, number: int, entry: EpisodePlan) -> tuple[CacheDataset, int] | None:
         """(dataset, its first row of the episode), or None when what the features of this view (the plan's `number`-th) are made of
@@ -67,10 +75,12 @@ class Earlier:
         same = dataset.attributes["view_hashes"][view][int(at[0])] == entry.view_hashes[number]
         return (dataset, int(dataset.episode_start[at[0]])) if same else None
 
-    def records(self, dataset: CacheDataset, task: ShardTask, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def records(
+        self, dataset: CacheDataset, task: ShardTask, frames: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Stored features of `frames` [n], as `CacheDataset.records`, from shards whose checksum was looked at once: a copy of a
         damaged feature would pass every later check."""
-        assert self._cache is not None      # which `dataset` is of
+        assert self._cache is not None  # which `dataset` is of
         scales = scales_folder(self._cache.path, task.dataset, task.array) / "c"
         for index in np.unique(dataset.observation_of(frames) // dataset.shard_frames).tolist():
             self._require_sound(self._cache, dataset.shard_path(task.view, index, task.variant))
@@ -83,11 +93,14 @@ class Earlier:
             return
         entry = cache.manifest["files"][file.relative_to(cache.path).as_posix()]
         if file_crc32c(file) != (entry["bytes"], entry["crc32c"]):
-            raise UserError(f"{file} of the earlier generation is damaged; run `dvla cache repair {cache.path}`, then this again")
+            raise UserError(
+                f"{file} of the earlier generation is damaged; run `dvla cache repair {cache.path}`, then this again"
+            )
         self._sound.add(file)
 
 
 # --- what it comes to ------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class ViewChange:
@@ -95,11 +108,11 @@ class ViewChange:
 
     dataset: str
     view: str
-    new: int            # encoded: of an episode, view or dataset that the earlier generation does not have
-    again: int          # encoded: what they are made of, or how, changed
-    copied: int         # one by one, out of shards that do not stay whole
-    adopted: int        # in shards that stay whole
-    episodes: int       # to be decoded, for those that are encoded
+    new: int  # encoded: of an episode, view or dataset that the earlier generation does not have
+    again: int  # encoded: what they are made of, or how, changed
+    copied: int  # one by one, out of shards that do not stay whole
+    adopted: int  # in shards that stay whole
+    episodes: int  # to be decoded, for those that are encoded
 
 
 def changes(earlier: Cache, plan: BuildPlan, reused: Earlier, unchanged: bool) -> list[ViewChange]:
@@ -114,10 +127,12 @@ def changes(earlier: Cache, plan: BuildPlan, reused: Earlier, unchanged: bool) -
             whole, sums = np.zeros(int(counts.sum()), bool), dict.fromkeys(("new", "again", "copied", "episodes"), 0)
             known = set(before.episode_id.tolist()) if before is not None and view in before.views else set()
             for task in tasks:
-                if (task.dataset, task.view) == (dataset.name, view) and (unchanged or reused.whole(task, dataset, plan)):
-                    whole[task.start:task.stop] = True
+                if (task.dataset, task.view) == (dataset.name, view) and (
+                    unchanged or reused.whole(task, dataset, plan)
+                ):
+                    whole[task.start : task.stop] = True
             for entry, start, count in zip(dataset.episodes, starts.tolist(), counts.tolist()):
-                rest = count - int(whole[start:start + count].sum())
+                rest = count - int(whole[start : start + count].sum())
                 if not rest:
                     continue
                 found = reused.find(dataset.name, view, number, entry)
@@ -129,13 +144,17 @@ def changes(earlier: Cache, plan: BuildPlan, reused: Earlier, unchanged: bool) -
 
 # --- what may change -----------------------------------------------------------------------------------------------------
 
+
 def same_features(earlier: Cache, fingerprint: Mapping[str, Any], plan: BuildPlan) -> bool:
     """Whether the earlier generation has all features that this build would compute from the same pictures."""
     keys = ("encoder", "transform_version", *(("augmentation",) if plan.variants else ()))
     before, store = earlier.fingerprint["store"], plan.document()
-    return (all(fp.canonical(earlier.fingerprint[key]) == fp.canonical(fingerprint[key]) for key in keys)
-            and all(before[key] == store[key] for key in ("format", "dtype"))
-            and not store["frame_stride"] % before["frame_stride"] and store["variants"] <= before["variants"])
+    return (
+        all(fp.canonical(earlier.fingerprint[key]) == fp.canonical(fingerprint[key]) for key in keys)
+        and all(before[key] == store[key] for key in ("format", "dtype"))
+        and not store["frame_stride"] % before["frame_stride"]
+        and store["variants"] <= before["variants"]
+    )
 
 
 def require_only_new(earlier: Cache, fingerprint: Mapping[str, Any], plan: BuildPlan) -> None:
@@ -156,7 +175,9 @@ def require_only_new(earlier: Cache, fingerprint: Mapping[str, Any], plan: Build
         config = {k: v for k, v in before["sources"][dataset.name].items() if k != "revision"}
         lines += fp.diff({dataset.name: config}, {dataset.name: {k: now["sources"][dataset.name][k] for k in config}})
     if lines:
-        raise UserError(f"--append adds new episodes only, but {'; '.join(lines[:6])}{'; …' if len(lines) > 6 else ''}; use --update")
+        raise UserError(
+            f"--append adds new episodes only, but {'; '.join(lines[:6])}{'; …' if len(lines) > 6 else ''}; use --update"
+        )
 
 
 def require_whole(earlier: Cache) -> None:
@@ -170,11 +191,14 @@ def require_whole(earlier: Cache) -> None:
 def require_same_start(ready: Path, asked: Mapping[str, Any]) -> None:
     """`UserError` when `ready` is a generation that was begun for something else than `asked`."""
     if (ready / "fingerprint.json").exists() and (lines := fp.diff(read_json(ready / "fingerprint.json"), dict(asked))):
-        raise UserError(f"{ready} is a generation begun from other sources or settings ({'; '.join(lines[:4])}"
-                        f"{'; …' if len(lines) > 4 else ''}); remove that folder, then run again")
+        raise UserError(
+            f"{ready} is a generation begun from other sources or settings ({'; '.join(lines[:4])}"
+            f"{'; …' if len(lines) > 4 else ''}); remove that folder, then run again"
+        )
 
 
 # --- places --------------------------------------------------------------------------------------------------------------
+
 
 def next_generation(out: Path) -> Path:
     """Where the generation after the one at `out` is made."""
@@ -194,7 +218,7 @@ def exchange(out: Path) -> Path:
     number = int(last[0].name.rsplit("-", 1)[1]) + 1 if last else 1
     previous = beside(out, f"gen-{number}")
     os.rename(out, previous)
-    os.rename(next_generation(out), out)    # a crash in between is mended by the next build
+    os.rename(next_generation(out), out)  # a crash in between is mended by the next build
     _sync(out.parent)
     return previous
 

@@ -31,7 +31,7 @@ from ...cache.vlm.observations import augmented, to_float16
 from ...errors import UserError
 from .generations import Earlier
 
-QUEUED_BATCHES = 4          # decoded batches that may wait for the encoder, and encoded ones for the disk
+QUEUED_BATCHES = 4  # decoded batches that may wait for the encoder, and encoded ones for the disk
 
 
 @dataclass
@@ -39,12 +39,12 @@ class Timing:
     """Where the time of a build went, in seconds; `images` counts the pictures encoded."""
 
     images: int = 0
-    reused: int = 0         # pictures whose features an earlier generation had
+    reused: int = 0  # pictures whose features an earlier generation had
     encode: float = 0.0
-    decode_wait: float = 0.0    # the encoder waited for pictures
-    write_wait: float = 0.0     # the encoder waited for the disk
+    decode_wait: float = 0.0  # the encoder waited for pictures
+    write_wait: float = 0.0  # the encoder waited for the disk
 
-    def add(self, other: "Timing") -> None:
+    def add(self, other: Timing) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -55,13 +55,23 @@ class Timing:
         return max(parts, key=lambda name: parts[name])
 
 
-def run_unit(writer: CacheWriter, unit: Unit, source: Source, encoder: VisionLanguageEncoder, batch_size: int,
-             channels: np.ndarray | None, earlier: Earlier, on_records: Callable[[int], None] = lambda n: None) -> Timing:
+def run_unit(
+    writer: CacheWriter,
+    unit: Unit,
+    source: Source,
+    encoder: VisionLanguageEncoder,
+    batch_size: int,
+    channels: np.ndarray | None,
+    earlier: Earlier,
+    on_records: Callable[[int], None] = lambda n: None,
+) -> Timing:
     """Make and commit the shards of one unit. `on_records(n)`: features made so far. `UserError` for what stops the whole build."""
     timing, records = Timing(), 0
     quarantined: list[tuple[int, str]] = []
     plan = next(d for d in writer.plan.datasets if d.name == unit.dataset)
-    seen = plan.views if encoder.by_observation else (unit.tasks[0].view,)      # encoded together, whichever of their shards are missing
+    seen = (
+        plan.views if encoder.by_observation else (unit.tasks[0].view,)
+    )  # encoded together, whichever of their shards are missing
     scales = None if channels is None else torch.from_numpy(channels).to(encoder.device)
     with contextlib.ExitStack() as stack:
         decoder = _Decoder(source, plan, writer.plan, unit, seen, max(1, batch_size // len(seen)), quarantined, earlier)
@@ -96,7 +106,9 @@ class _Writing:
         self._queue: queue.Queue[Features | None] = queue.Queue(QUEUED_BATCHES)
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(writer, task, quarantined), name="dvla-write", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(writer, task, quarantined), name="dvla-write", daemon=True
+        )
         self._thread.start()
 
     def put(self, item: Features | None) -> None:
@@ -140,8 +152,15 @@ class _Writing:
             raise self._error
 
 
-def _encode(decoder: _Decoder, encoder: VisionLanguageEncoder, unit: Unit, seen: Sequence[str], build: BuildPlan,
-            scales: torch.Tensor | None, timing: Timing) -> Iterator[list[Features]]:
+def _encode(
+    decoder: _Decoder,
+    encoder: VisionLanguageEncoder,
+    unit: Unit,
+    seen: Sequence[str],
+    build: BuildPlan,
+    scales: torch.Tensor | None,
+    timing: Timing,
+) -> Iterator[list[Features]]:
     """Stored features of the decoder's batches for each shard of the unit; zeros for rows in quarantine."""
     stream, wanted = iter(decoder), [seen.index(task.view) for task in unit.tasks]
     while True:
@@ -154,7 +173,9 @@ def _encode(decoder: _Decoder, encoder: VisionLanguageEncoder, unit: Unit, seen:
             codes = np.zeros((item.rows, build.tokens, build.width), build.format.zarr_dtype)
             yield [codes if scales is None else (codes, np.ones((item.rows, build.tokens), np.float32))] * len(wanted)
         elif isinstance(item, _Copied):
-            timing.reused += sum(len(features[0]) if isinstance(features, tuple) else len(features) for features in item.records)
+            timing.reused += sum(
+                len(features[0]) if isinstance(features, tuple) else len(features) for features in item.records
+            )
             yield item.records
         else:
             began = time.perf_counter()
@@ -164,12 +185,18 @@ def _encode(decoder: _Decoder, encoder: VisionLanguageEncoder, unit: Unit, seen:
             yield batch
 
 
-def _encode_batch(encoder: VisionLanguageEncoder, batch: _Pictures, wanted: Sequence[int], scales: torch.Tensor | None, build: BuildPlan,
-                 what: str) -> list[Features]:
+def _encode_batch(
+    encoder: VisionLanguageEncoder,
+    batch: _Pictures,
+    wanted: Sequence[int],
+    scales: torch.Tensor | None,
+    build: BuildPlan,
+    what: str,
+) -> list[Features]:
     """What is stored of the `wanted` views (their numbers in the batch): float16 [n,K,D], or (codes, token scales), each."""
     with torch.inference_mode():
         views = [augmented(images, keys, encoder.device) for images, keys in zip(batch.views, batch.keys)]
-        features = encoder.encode_observation(views, batch.instruction)             # [n,V,K,D]
+        features = encoder.encode_observation(views, batch.instruction)  # [n,V,K,D]
         return [_stored(features[:, v].contiguous(), scales, build, what) for v in wanted]
 
 
@@ -185,23 +212,24 @@ def _stored(features: torch.Tensor, scales: torch.Tensor | None, build: BuildPla
 
 # --- decoding ------------------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class _Pictures:
     """Of one episode: what goes through the encoder at once."""
 
-    views: list[np.ndarray]     # uint8 [n,H,W,3] of each view
-    keys: list[np.ndarray]      # uint64 [n] of their augmented variant, 0 = as they are
+    views: list[np.ndarray]  # uint8 [n,H,W,3] of each view
+    keys: list[np.ndarray]  # uint64 [n] of their augmented variant, 0 = as they are
     instruction: str
 
 
 @dataclass
 class _Missing:
-    rows: int                   # of an episode that could not be decoded (listed in `quarantined`)
+    rows: int  # of an episode that could not be decoded (listed in `quarantined`)
 
 
 @dataclass
 class _Copied:
-    records: list[Features]     # as stored in the earlier generation, for each shard of the unit
+    records: list[Features]  # as stored in the earlier generation, for each shard of the unit
 
 
 class _Decoder:
@@ -210,10 +238,24 @@ class _Decoder:
     Batches never cross an episode's end, so their make-up is a function of the plan alone.
     """
 
-    def __init__(self, source: Source, plan: DatasetPlan, build: BuildPlan, unit: Unit, seen: Sequence[str], size: int,
-                 quarantined: list[tuple[int, str]], earlier: Earlier) -> None:
+    def __init__(
+        self,
+        source: Source,
+        plan: DatasetPlan,
+        build: BuildPlan,
+        unit: Unit,
+        seen: Sequence[str],
+        size: int,
+        quarantined: list[tuple[int, str]],
+        earlier: Earlier,
+    ) -> None:
         self._source, self._plan, self._build, self._unit = source, plan, build, unit
-        self._seen, self._size, self._quarantined, self._earlier = seen, size, quarantined, earlier     # size: observations of a batch
+        self._seen, self._size, self._quarantined, self._earlier = (
+            seen,
+            size,
+            quarantined,
+            earlier,
+        )  # size: observations of a batch
         self._queue: queue.Queue[Any] = queue.Queue(QUEUED_BATCHES)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dvla-decode", daemon=True)
@@ -247,8 +289,8 @@ class _Decoder:
 
     def _items(self) -> Iterator[_Pictures | _Missing | _Copied]:
         plan, task, stride = self._plan, self._unit.tasks[0], self._build.frame_stride
-        counts = plan.observations(stride)                                          # [episodes]
-        starts = np.cumsum(counts) - counts                                         # first row of each
+        counts = plan.observations(stride)  # [episodes]
+        starts = np.cumsum(counts) - counts  # first row of each
         first = int(np.searchsorted(starts, task.start, side="right")) - 1
         for entry, start, count in zip(plan.episodes[first:], starts[first:].tolist(), counts[first:].tolist()):
             if start >= task.stop or self._stop.is_set():
@@ -263,8 +305,12 @@ class _Decoder:
             try:
                 for views in self._pictures(entry, begin, end):
                     frames = np.arange(done, done + len(views[0])) * stride
-                    keys = [frame_keys(task.dataset, view, entry.episode_id, frames, task.variant) if task.variant
-                            else np.zeros(len(frames), np.uint64) for view in self._seen]
+                    keys = [
+                        frame_keys(task.dataset, view, entry.episode_id, frames, task.variant)
+                        if task.variant
+                        else np.zeros(len(frames), np.uint64)
+                        for view in self._seen
+                    ]
                     yield _Pictures(views, keys, entry.instruction)
                     done += len(frames)
             except CorruptEpisode as error:
@@ -275,14 +321,23 @@ class _Decoder:
         """uint8 [n,H,W,3] of each view that is seen, of observations begin…end-1 of an episode, n ≤ the size of a batch."""
         episode, stride = self._source.load(entry.episode_id), self._build.frame_stride
         if episode.source_hash != entry.source_hash:
-            raise UserError(f"{self._source.path}: episode {entry.episode_id} changed during the build; "
-                            "run again once the dataset is at rest")
-        frames = [islice(view.frames(begin * stride, (end - 1) * stride + 1), 0, None, stride) for view in episode.views if view.name in self._seen]
+            raise UserError(
+                f"{self._source.path}: episode {entry.episode_id} changed during the build; "
+                "run again once the dataset is at rest"
+            )
+        frames = [
+            islice(view.frames(begin * stride, (end - 1) * stride + 1), 0, None, stride)
+            for view in episode.views
+            if view.name in self._seen
+        ]
         while (blocks := [list(islice(each, self._size)) for each in frames])[0]:
             yield [np.stack(block) for block in blocks]
 
     def _copied(self, found: list[tuple[CacheDataset, int]], frames: np.ndarray) -> Iterator[_Copied]:
         for at in range(0, len(frames), self._size):
-            part = frames[at:at + self._size]
-            records = [self._earlier.records(dataset, task, start + part) for task, (dataset, start) in zip(self._unit.tasks, found)]
+            part = frames[at : at + self._size]
+            records = [
+                self._earlier.records(dataset, task, start + part)
+                for task, (dataset, start) in zip(self._unit.tasks, found)
+            ]
             yield _Copied([codes if scale is None else (codes, scale) for codes, scale in records])

@@ -12,10 +12,12 @@ from ...cache.store.shard_writer import index_nbytes
 from ...common.text import size
 from ...errors import UserError
 
-ROW_NBYTES = 2 * 4 * UNIFIED_DIM + 8    # of a frame's tables: action, proprio, timestamp
-ROOM_MARGIN = 1.02              # over the bytes counted: folders, blocks that are not full, JSON
-BEST_COMPRESSION = 1.5          # no lossless compression of features was seen to reach it; the pilot of `dvla cache plan` measures it
-CHARACTERS_PER_TOKEN = 3        # of an instruction: few words are cut into more tokens
+ROW_NBYTES = 2 * 4 * UNIFIED_DIM + 8  # of a frame's tables: action, proprio, timestamp
+ROOM_MARGIN = 1.02  # over the bytes counted: folders, blocks that are not full, JSON
+BEST_COMPRESSION = (
+    1.5  # no lossless compression of features was seen to reach it; the pilot of `dvla cache plan` measures it
+)
+CHARACTERS_PER_TOKEN = 3  # of an instruction: few words are cut into more tokens
 
 
 def features_nbytes(plan: BuildPlan, tasks: Iterable[ShardTask]) -> int:
@@ -29,7 +31,7 @@ def tables_nbytes(plan: BuildPlan, dataset: DatasetPlan) -> int:
     """Bytes of all of a dataset but its features. The number of text tokens is estimated from the longest instruction."""
     rows = dataset.frames * ROW_NBYTES
     tokens = 1 + max(len(text) for text in dataset.instructions) // CHARACTERS_PER_TOKEN
-    text = len(dataset.instructions) * tokens * plan.width * 2                      # [n,Lt,D] float16
+    text = len(dataset.instructions) * tokens * plan.width * 2  # [n,Lt,D] float16
     return rows + text + 4 * 8 * len(dataset.episodes) + len(dataset.views) * plan.tokens * plan.width * 2
 
 
@@ -51,7 +53,9 @@ def free_nbytes(path: Path) -> int:
     return shutil.disk_usage(existing_folder(path)).free
 
 
-def require_room(plan: BuildPlan, out: Path, tasks: Sequence[ShardTask] | None = None, datasets: Sequence[str] | None = None) -> None:
+def require_room(
+    plan: BuildPlan, out: Path, tasks: Sequence[ShardTask] | None = None, datasets: Sequence[str] | None = None
+) -> None:
     """`UserError` when the file system of `out` cannot hold what is still missing: shards of `tasks` and tables of `datasets` (None: all).
 
     Compressed features are counted at `BEST_COMPRESSION`, so a refusal is certain to be right."""
@@ -61,5 +65,7 @@ def require_room(plan: BuildPlan, out: Path, tasks: Sequence[ShardTask] | None =
     tables = sum(tables_nbytes(plan, d) for d in plan.datasets if datasets is None or d.name in datasets)
     needed, free = int((features + tables) * ROOM_MARGIN), free_nbytes(out)
     if needed > free:
-        raise UserError(f"building {out} takes {size(needed)} more, and its disk has {size(free)} free; choose a smaller --dtype (int8), fewer "
-                        f"--tokens or a larger --frame-stride (`dvla cache plan` shows what each costs), or another --out")
+        raise UserError(
+            f"building {out} takes {size(needed)} more, and its disk has {size(free)} free; choose a smaller --dtype (int8), fewer "
+            f"--tokens or a larger --frame-stride (`dvla cache plan` shows what each costs), or another --out"
+        )

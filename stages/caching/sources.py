@@ -26,7 +26,7 @@ from ...cache.vlm.observations import to_float16
 from ...cache.vlm.spec import EncoderSpec
 from ...errors import UserError, unknown
 
-Progress = Callable[[str, int, int], None]   # (stage, done, total)
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Corpus:
 
     source: Source
     plan: DatasetPlan
-    action: np.ndarray          # [N,128] float32 unified
-    proprio: np.ndarray         # [N,128] float32 unified
-    timestamp: np.ndarray       # [N] float64
+    action: np.ndarray  # [N,128] float32 unified
+    proprio: np.ndarray  # [N,128] float32 unified
+    timestamp: np.ndarray  # [N] float64
     view_sizes: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -62,7 +62,9 @@ def open_sources(paths: Sequence[str], dataset_config: str | None = None, views:
 def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
     """The cache's own sources, in its order, with those of the same name in `given` in their place, and the rest of `given`."""
     by_name = {s.name: s for s in given}
-    own = [by_name.pop(d.name) if d.name in by_name else _as_cached(cache, d.attributes["source"]) for d in cache.datasets]
+    own = [
+        by_name.pop(d.name) if d.name in by_name else _as_cached(cache, d.attributes["source"]) for d in cache.datasets
+    ]
     return own + list(by_name.values())
 
 
@@ -77,7 +79,11 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
         except CorruptEpisode as error:
             quarantined.append((number, str(error)))
         else:
-            hashes = (_observation_hash(episode),) * len(episode.views) if by_observation else tuple(v.sha256 for v in episode.views)
+            hashes = (
+                (_observation_hash(episode),) * len(episode.views)
+                if by_observation
+                else tuple(v.sha256 for v in episode.views)
+            )
             episodes.append(EpisodePlan(number, episode.length, episode.instruction, episode.source_hash, hashes))
             actions.append(action)
             states.append(state)
@@ -106,28 +112,47 @@ def located(spec: EncoderSpec) -> EncoderSpec:
 def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables:
     """All of a dataset that is not vision features."""
     source, plan, what = corpus.source, corpus.plan, f"{corpus.plan.name}: text"
-    text, length = encoder.encode_text(plan.instructions)           # [n,Lt,D], [n]
-    null_text, _ = encoder.encode_text([""])                        # [1,1,D]
-    null_image = to_float16(encoder.null_image_features(len(plan.views)), f"{plan.name}: black frame")      # [V,K,D]
+    text, length = encoder.encode_text(plan.instructions)  # [n,Lt,D], [n]
+    null_text, _ = encoder.encode_text([""])  # [1,1,D]
+    null_image = to_float16(encoder.null_image_features(len(plan.views)), f"{plan.name}: black frame")  # [V,K,D]
     stats = []
     for table in (corpus.action, corpus.proprio):
         running = RunningStatistics()
         running.update(table)
         stats.append(running.result())
     starts = source.starts or {}
-    attributes = {"dataset_config": source.config.name, "config": dataclasses.asdict(source.config),
-                  "embodiment_name": source.config.embodiment, "license": source.config.license, "view_sizes": corpus.view_sizes,
-                  "sampling_weight": source.config.sampling_weight, "action_map": source.action_map.to_dict(),
-                  "state_map": source.state_map.to_dict(), "environment": source.environment, "source": source.location,
-                  "encoder": dataclasses.asdict(located(encoder.spec)),
-                  "starts": [starts[e.episode_id] for e in plan.episodes if e.episode_id in starts]}
+    attributes = {
+        "dataset_config": source.config.name,
+        "config": dataclasses.asdict(source.config),
+        "embodiment_name": source.config.embodiment,
+        "license": source.config.license,
+        "view_sizes": corpus.view_sizes,
+        "sampling_weight": source.config.sampling_weight,
+        "action_map": source.action_map.to_dict(),
+        "state_map": source.state_map.to_dict(),
+        "environment": source.environment,
+        "source": source.location,
+        "encoder": dataclasses.asdict(located(encoder.spec)),
+        "starts": [starts[e.episode_id] for e in plan.episodes if e.episode_id in starts],
+    }
     return DatasetTables(
-        action=corpus.action, action_mask=source.action_map.mask, action_rotation=source.action_map.rotation_slots,
-        action_stats=stats[0], proprio=corpus.proprio, proprio_mask=source.state_map.mask,
-        proprio_rotation=source.state_map.rotation_slots, proprio_stats=stats[1], timestamp=corpus.timestamp,
-        text=to_float16(text, what), text_length=length.cpu().numpy(), null_text=to_float16(null_text, what)[0],
-        null_features=dict(zip(plan.views, null_image)), embodiment=source.config.embodiment_id,
-        control_hz=source.control_hz, attributes=attributes)
+        action=corpus.action,
+        action_mask=source.action_map.mask,
+        action_rotation=source.action_map.rotation_slots,
+        action_stats=stats[0],
+        proprio=corpus.proprio,
+        proprio_mask=source.state_map.mask,
+        proprio_rotation=source.state_map.rotation_slots,
+        proprio_stats=stats[1],
+        timestamp=corpus.timestamp,
+        text=to_float16(text, what),
+        text_length=length.cpu().numpy(),
+        null_text=to_float16(null_text, what)[0],
+        null_features=dict(zip(plan.views, null_image)),
+        embodiment=source.config.embodiment_id,
+        control_hz=source.control_hz,
+        attributes=attributes,
+    )
 
 
 def _with_views(path: str, source: Source, views: Sequence[str]) -> Source:

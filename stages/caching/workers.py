@@ -38,18 +38,25 @@ if TYPE_CHECKING:
 class Job:
     """What a worker needs to know besides the plan, which lies in the cache. Small: it travels with every unit."""
 
-    key: str                                        # of this run of the build; workers load model and sources once per key
+    key: str  # of this run of the build; workers load model and sources once per key
     encoder: EncoderSpec
     device: str
     batch_size: int
-    sources: dict[str, tuple[str, DatasetConfig]]   # dataset → where it is, how it is read
+    sources: dict[str, tuple[str, DatasetConfig]]  # dataset → where it is, how it is read
     path: Path
-    channels: np.ndarray | None                     # [D] float32, of an 8-bit cache
+    channels: np.ndarray | None  # [D] float32, of an 8-bit cache
     earlier: Path | None
 
 
-def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequence[Source], path: Path, units: Sequence[Unit],
-                     channels: np.ndarray | None, earlier: Path | None) -> Generator[tuple[Unit, Timing], None, None]:
+def run_with_workers(
+    config: BuildConfig,
+    encoder: EncoderSpec,
+    sources: Sequence[Source],
+    path: Path,
+    units: Sequence[Unit],
+    channels: np.ndarray | None,
+    earlier: Path | None,
+) -> Generator[tuple[Unit, Timing], None, None]:
     """(unit, timing) of each as its shards are committed under `path`, which every worker must see under the same name.
 
     Close it (`contextlib.closing`) to stop early. `UserError`: as inline, and for a unit that no worker survives.
@@ -57,12 +64,22 @@ def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequenc
     from distributed import as_completed
 
     opened = {s.name: (s.location, dataclasses.replace(s.config, views=s.view_names)) for s in sources}
-    job = Job(uuid.uuid4().hex, encoder, config.device, config.batch_size, opened, path.absolute(), channels,
-              earlier.absolute() if earlier else None)
+    job = Job(
+        uuid.uuid4().hex,
+        encoder,
+        config.device,
+        config.batch_size,
+        opened,
+        path.absolute(),
+        channels,
+        earlier.absolute() if earlier else None,
+    )
     with client_of(config.workers) as client:
         waiting, running = list(reversed(units)), as_completed([], loop=client.loop)
-        handed: dict[str, Unit] = {}    # by the key of its future
-        again: set[Unit] = set()    # blamed once for dead workers: several that die at once pass a unit on, which then is blamed for all
+        handed: dict[str, Unit] = {}  # by the key of its future
+        again: set[Unit] = (
+            set()
+        )  # blamed once for dead workers: several that die at once pass a unit on, which then is blamed for all
 
         def hand_out() -> None:
             """One unit a worker, those among them that have joined since. More would share the blame when a worker dies."""
@@ -85,8 +102,8 @@ def run_with_workers(config: BuildConfig, encoder: EncoderSpec, sources: Sequenc
                 hand_out()
                 yield unit, timing
         finally:
-            if handed:      # an error or an interruption: shards in work are dropped at their next batch
-                with contextlib.suppress(Exception):    # of a worker that is gone: so is its shard
+            if handed:  # an error or an interruption: shards in work are dropped at their next batch
+                with contextlib.suppress(Exception):  # of a worker that is gone: so is its shard
                     client.run(_drop, job.key, wait=False)
 
 
@@ -105,8 +122,10 @@ def _result(future: Any, unit: Unit) -> Timing:
     try:
         result = future.result()
     except KilledWorker as error:
-        raise UserError(f"{where} killed {error.allowed_failures + 1} workers one after another, twice (out of memory? see the system's log); "
-                        "give a smaller --batch-size or more memory, and run the same command again") from None
+        raise UserError(
+            f"{where} killed {error.allowed_failures + 1} workers one after another, twice (out of memory? see the system's log); "
+            "give a smaller --batch-size or more memory, and run the same command again"
+        ) from None
     except CancelledError:
         raise UserError(f"the dask scheduler went away during {where}; run the same command again to go on") from None
     if isinstance(result, UserError):
@@ -118,9 +137,9 @@ class _Dropped(Exception):
     """The build that asked for the unit has ended."""
 
 
-_loaded: list[tuple[str, Any]] = []     # the newest (job key, what it needs), in each worker process
+_loaded: list[tuple[str, Any]] = []  # the newest (job key, what it needs), in each worker process
 _loading = threading.Lock()
-_dropped: set[str] = set()              # keys of builds that have ended
+_dropped: set[str] = set()  # keys of builds that have ended
 
 
 def make_unit(job: Job, unit: Unit) -> Timing | UserError:
@@ -136,7 +155,7 @@ def make_unit(job: Job, unit: Unit) -> Timing | UserError:
         go_on(0)
         with _loading:
             plan, encoder, sources, earlier = _load(job)
-        writer = CacheWriter(job.path, plan, None)      # the parent holds the lock
+        writer = CacheWriter(job.path, plan, None)  # the parent holds the lock
         return run_unit(writer, unit, sources[unit.dataset], encoder, job.batch_size, job.channels, earlier, go_on)
     except UserError as error:
         return error
@@ -144,7 +163,7 @@ def make_unit(job: Job, unit: Unit) -> Timing | UserError:
         return Timing()
 
 
-async def _drop(key: str) -> None:     # in the worker's event loop, beside the unit's threads
+async def _drop(key: str) -> None:  # in the worker's event loop, beside the unit's threads
     _dropped.add(key)
 
 
@@ -155,13 +174,17 @@ def _load(job: Job) -> tuple[BuildPlan, VisionLanguageEncoder, dict[str, Source]
     from ...common.device import pick_device
 
     if not (job.path / "fingerprint.json").exists():
-        raise UserError(f"worker on {socket.gethostname()} does not see {job.path}; give an --out that all workers share")
+        raise UserError(
+            f"worker on {socket.gethostname()} does not see {job.path}; give an --out that all workers share"
+        )
     if not _loaded or _loaded[0][0] != job.key:
         fingerprint = read_json(job.path / "fingerprint.json")
         encoder = load_encoder(job.encoder, pick_device(_device(job.device)))
         if lines := fp.diff(fingerprint["encoder"], encoder.fingerprint()):
-            raise UserError(f"worker on {socket.gethostname()} has another encoder than the build: {'; '.join(lines[:6])}; give all of "
-                            "them the same checkpoint, dvla and kind of device")
+            raise UserError(
+                f"worker on {socket.gethostname()} has another encoder than the build: {'; '.join(lines[:6])}; give all of "
+                "them the same checkpoint, dvla and kind of device"
+            )
         sources = {name: open_source(location, config) for name, (location, config) in job.sources.items()}
         earlier = Earlier(Cache.open(job.earlier) if job.earlier else None)
         _loaded[:] = [(job.key, (BuildPlan.from_document(fingerprint["store"]), encoder, sources, earlier))]

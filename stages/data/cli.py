@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,12 +12,21 @@ from ...common.console import console, errors, progress_bars
 from ...errors import UserError
 
 Source = Annotated[str, typer.Argument(help="Dataset folder or file, or hub id.", show_default=False)]
-Config = Annotated[Optional[str], typer.Option("--dataset-config", help="YAML of the field map, or a shipped name; default: found by the dataset's name.")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset-config", help="YAML of the field map, or a shipped name; default: found by the dataset's name."
+    ),
+]
 
 
 def data_list(
-    folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders in which to look for datasets; default: the shipped families.",
-                                                            show_default=False)] = None,
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders in which to look for datasets; default: the shipped families.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """List the dataset families that dvla knows or, with folders, the datasets that lie in them.
 
@@ -51,7 +60,7 @@ def data_list(
 
 def data_show(
     source: Source,
-    episode: Annotated[Optional[int], typer.Option("--episode", help="Also show this episode.")] = None,
+    episode: Annotated[int | None, typer.Option("--episode", help="Also show this episode.")] = None,
     dataset_config: Config = None,
 ) -> None:
     """Show what a dataset is, what each of its dimensions means, and one episode.
@@ -70,7 +79,7 @@ def data_show(
         shown = load_episode(opened, episode) if opened and episode is not None else None
     show_summary(summary, counts)
     if opened is None:
-        assert summary.meta is not None     # other datasets are opened or refused
+        assert summary.meta is not None  # other datasets are opened or refused
         console.print(features_table(summary.meta.features))
         errors.print(summary.problem, style="yellow", markup=False)
         errors.print(f"write a dataset config: dvla data add {source}", style="yellow", markup=False)
@@ -79,18 +88,29 @@ def data_show(
         return
     if shown:
         show_episode(shown)
-    vectors = [("action", opened.action_map, shown.action if shown else None), ("state", opened.state_map, shown.state if shown else None)]
+    vectors = [
+        ("action", opened.action_map, shown.action if shown else None),
+        ("state", opened.state_map, shown.state if shown else None),
+    ]
     for (name, mapping, values), named in zip(vectors, native_names(summary)):
         if mapping.native_dim:
-            console.print(field_table(name, mapping, named) if values is None else values_table(name, mapping, named, values))
+            console.print(
+                field_table(name, mapping, named) if values is None else values_table(name, mapping, named, values)
+            )
 
 
 def data_check(
     source: Source,
-    episodes: Annotated[Optional[int], typer.Option("--episodes", help="Episodes whose pictures are decoded, evenly spread; the tables of all are read. Default: 64.")] = None,
+    episodes: Annotated[
+        int | None,
+        typer.Option(
+            "--episodes",
+            help="Episodes whose pictures are decoded, evenly spread; the tables of all are read. Default: 64.",
+        ),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Decode every frame of every episode.")] = False,
     frames: Annotated[int, typer.Option("--frames", help="Frames decoded of each view of an episode.")] = 8,
-    out: Annotated[Optional[Path], typer.Option("--out", help="JSON report to write.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON report to write.")] = None,
     dataset_config: Config = None,
 ) -> None:
     """Examine a dataset: files, counts, time, cameras, units, rotations, jumps, text. Exit code 1 when something must be fixed.
@@ -114,7 +134,7 @@ def data_video(
     source: Source,
     episode: Annotated[int, typer.Option("--episode", help="Which one.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="mp4 to write.")],
-    fps: Annotated[Optional[float], typer.Option("--fps", help="Pictures per second; default: as recorded.")] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Pictures per second; default: as recorded.")] = None,
     dataset_config: Config = None,
 ) -> None:
     """Draw an episode as a video: all views with instruction, time and action curves.
@@ -125,15 +145,24 @@ def data_video(
 
     with progress_bars() as show:
         written = write_episode(source, episode, out, fps, dataset_config, show)
-    console.print(f"{written.path}: {written.frames} frames of {written.width}x{written.height}, {written.fps:g} per second")
+    console.print(
+        f"{written.path}: {written.frames} frames of {written.width}x{written.height}, {written.fps:g} per second"
+    )
 
 
 def data_stats(
-    source: Annotated[Optional[str], typer.Argument(help="Dataset folder or file, or hub id; none: only merge reports.", show_default=False)] = None,
-    out: Annotated[Optional[Path], typer.Option("--out", help="JSON report to write.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Dataset folder or file, or hub id; none: only merge reports.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON report to write.")] = None,
     dataset_config: Config = None,
-    merge: Annotated[Optional[list[Path]], typer.Option("--merge", help="Report of other datasets to add; may be given several times.")] = None,
-    native: Annotated[bool, typer.Option("--native", help="Also show the native dimensions; a report always has them.")] = False,
+    merge: Annotated[
+        list[Path] | None, typer.Option("--merge", help="Report of other datasets to add; may be given several times.")
+    ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Also show the native dimensions; a report always has them.")
+    ] = False,
 ) -> None:
     """Measure mean, std, min, max and quantiles of every action and state field, from the tables alone.
 
@@ -161,23 +190,57 @@ def data_stats(
 
 def data_add(
     source: Source,
-    out: Annotated[Optional[Path], typer.Option("--out", help="YAML file to write; default: NAME.yaml in this folder.")] = None,
-    name: Annotated[Optional[str], typer.Option("--name", help="Of the family; default: the dataset's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="YAML file to write; default: NAME.yaml in this folder.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the family; default: the dataset's own.")] = None,
     license: Annotated[str, typer.Option("--license", help="Of the data.")] = "",
-    action_column: Annotated[Optional[list[str]], typer.Option("--action-column", help="Column of the action; several are put side by side. Default: action.")] = None,
-    state_column: Annotated[Optional[list[str]], typer.Option("--state-column", help="Column of the state. Default: observation.state, if there is one.")] = None,
-    field: Annotated[Optional[list[str]], typer.Option("--field", help="What dimensions are, where their names do not say: action.6=gripper_open, "
-                     "'state.0-6=arm_joint_{0..5}_pos,gripper_open', action.3-6=rotation:quat_xyzw, action.7=drop. May be given several times.")] = None,
-    embodiment: Annotated[Optional[str], typer.Option("--embodiment", help="E.g. gripper_joint, gripper_delta_eef, bimanual.")] = None,
-    action_kind: Annotated[Optional[str], typer.Option("--action-kind", help="absolute targets, delta (displacement per step) or velocity.")] = None,
-    joint_unit: Annotated[Optional[str], typer.Option("--joint-unit", help="rad, deg, percent (of the range, ±100) or radians per unit.")] = None,
-    finger_unit: Annotated[Optional[str], typer.Option("--finger-unit", help="The same for a hand; 1 keeps normalised values.")] = None,
-    position_unit: Annotated[Optional[str], typer.Option("--position-unit", help="m, cm, mm or metres per unit.")] = None,
-    delta_scale: Annotated[Optional[str], typer.Option("--delta-scale", help="METRES,RADIANS that 1 in the hand's displacement or velocity means.")] = None,
-    base_unit: Annotated[Optional[str], typer.Option("--base-unit", help="LENGTH,ANGLE of the base's velocity, e.g. m,deg.")] = None,
-    gripper: Annotated[Optional[str], typer.Option("--gripper", help="OPEN,CLOSED: the gripper's number in either position, e.g. 1,0 or 0,100.")] = None,
-    state_gripper: Annotated[Optional[str], typer.Option("--state-gripper", help="OPEN,CLOSED of the state, where it differs.")] = None,
-    rotation: Annotated[Optional[str], typer.Option("--rotation", help="Form of three rotation numbers: euler_xyz or axis_angle, radians.")] = None,
+    action_column: Annotated[
+        list[str] | None,
+        typer.Option("--action-column", help="Column of the action; several are put side by side. Default: action."),
+    ] = None,
+    state_column: Annotated[
+        list[str] | None,
+        typer.Option("--state-column", help="Column of the state. Default: observation.state, if there is one."),
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--field",
+            help="What dimensions are, where their names do not say: action.6=gripper_open, "
+            "'state.0-6=arm_joint_{0..5}_pos,gripper_open', action.3-6=rotation:quat_xyzw, action.7=drop. May be given several times.",
+        ),
+    ] = None,
+    embodiment: Annotated[
+        str | None, typer.Option("--embodiment", help="E.g. gripper_joint, gripper_delta_eef, bimanual.")
+    ] = None,
+    action_kind: Annotated[
+        str | None, typer.Option("--action-kind", help="absolute targets, delta (displacement per step) or velocity.")
+    ] = None,
+    joint_unit: Annotated[
+        str | None, typer.Option("--joint-unit", help="rad, deg, percent (of the range, ±100) or radians per unit.")
+    ] = None,
+    finger_unit: Annotated[
+        str | None, typer.Option("--finger-unit", help="The same for a hand; 1 keeps normalised values.")
+    ] = None,
+    position_unit: Annotated[str | None, typer.Option("--position-unit", help="m, cm, mm or metres per unit.")] = None,
+    delta_scale: Annotated[
+        str | None,
+        typer.Option("--delta-scale", help="METRES,RADIANS that 1 in the hand's displacement or velocity means."),
+    ] = None,
+    base_unit: Annotated[
+        str | None, typer.Option("--base-unit", help="LENGTH,ANGLE of the base's velocity, e.g. m,deg.")
+    ] = None,
+    gripper: Annotated[
+        str | None,
+        typer.Option("--gripper", help="OPEN,CLOSED: the gripper's number in either position, e.g. 1,0 or 0,100."),
+    ] = None,
+    state_gripper: Annotated[
+        str | None, typer.Option("--state-gripper", help="OPEN,CLOSED of the state, where it differs.")
+    ] = None,
+    rotation: Annotated[
+        str | None, typer.Option("--rotation", help="Form of three rotation numbers: euler_xyz or axis_angle, radians.")
+    ] = None,
 ) -> None:
     """Write a dataset config for a new LeRobot dataset. Field names are guessed and marked; the rest is asked for, or given as options.
 
@@ -188,11 +251,27 @@ def data_add(
     from ...cache.readers.lerobot.metadata import Metadata
     from .add.draft import Request, draft, write
 
-    given = {"--embodiment": embodiment, "--action-kind": action_kind, "--joint-unit": joint_unit, "--finger-unit": finger_unit,
-             "--position-unit": position_unit, "--delta-scale": delta_scale, "--base-unit": base_unit, "--gripper": gripper,
-             "--state-gripper": state_gripper, "--rotation": rotation}
-    request = Request(source, {k: v for k, v in given.items() if v is not None}, tuple(field or ()), tuple(action_column or ("action",)),
-                      None if state_column is None else tuple(state_column), name, license)
+    given = {
+        "--embodiment": embodiment,
+        "--action-kind": action_kind,
+        "--joint-unit": joint_unit,
+        "--finger-unit": finger_unit,
+        "--position-unit": position_unit,
+        "--delta-scale": delta_scale,
+        "--base-unit": base_unit,
+        "--gripper": gripper,
+        "--state-gripper": state_gripper,
+        "--rotation": rotation,
+    }
+    request = Request(
+        source,
+        {k: v for k, v in given.items() if v is not None},
+        tuple(field or ()),
+        tuple(action_column or ("action",)),
+        None if state_column is None else tuple(state_column),
+        name,
+        license,
+    )
     meta = Metadata(source)
     path = out or Path(f"{name or meta.name}.yaml")
     if path.exists():
@@ -209,14 +288,19 @@ def data_add(
             errors.print(str(error), style="red", markup=False)
     write(request, text, path)
     console.print(text, markup=False)
-    console.print(f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then: "
-                  f"dvla data show {source} --dataset-config {path} --episode N, dvla cache build {source} --dataset-config {path} …", markup=False)
+    console.print(
+        f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then: "
+        f"dvla data show {source} --dataset-config {path} --episode N, dvla cache build {source} --dataset-config {path} …",
+        markup=False,
+    )
 
 
 def data_export(
     source: Source,
     out: Annotated[Path, typer.Option("--out", help="Folder to create, or to go on with.")],
-    to: Annotated[str, typer.Option("--to", help="Format: episode_hdf5 (one HDF5 file per episode, unified 128-d actions).")] = "episode_hdf5",
+    to: Annotated[
+        str, typer.Option("--to", help="Format: episode_hdf5 (one HDF5 file per episode, unified 128-d actions).")
+    ] = "episode_hdf5",
     compression: Annotated[str, typer.Option("--compression", help="Of the pictures: none or gzip.")] = "none",
     dataset_config: Config = None,
 ) -> None:
@@ -231,5 +315,7 @@ def data_export(
     check_options(to, compression)
     with progress_bars() as show:
         report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
-    console.print(f"{report.path}: {report.episodes} episodes ({report.kept} of them already there), {report.frames} frames, "
-                  f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s")
+    console.print(
+        f"{report.path}: {report.episodes} episodes ({report.kept} of them already there), {report.frames} frames, "
+        f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s"
+    )

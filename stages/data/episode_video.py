@@ -23,17 +23,30 @@ from ...cache.readers.episode import CorruptEpisode, Episode, View
 from ...common.mp4 import mp4_writer
 from ...errors import UserError
 
-WIDTH = 1280                # pixels of the canvas
-VIEWS_HEIGHT = 420          # pixels at most of a picture
-ENLARGED = 4                # times at most that a small picture is enlarged
-PANEL_HEIGHT = 152          # pixels of a panel of curves at most; two columns of them
-GAP, TEXT, SMALL = 12, 16, 12   # pixels: between things, font sizes
-GUTTER, LEGEND, VALUE = 64, 132, 66    # pixels of a panel left and right of its curves: value axis, names and current values (of that)
-MOST_CURVES = 8             # in one panel
+WIDTH = 1280  # pixels of the canvas
+VIEWS_HEIGHT = 420  # pixels at most of a picture
+ENLARGED = 4  # times at most that a small picture is enlarged
+PANEL_HEIGHT = 152  # pixels of a panel of curves at most; two columns of them
+GAP, TEXT, SMALL = 12, 16, 12  # pixels: between things, font sizes
+GUTTER, LEGEND, VALUE = (
+    64,
+    132,
+    66,
+)  # pixels of a panel left and right of its curves: value axis, names and current values (of that)
+MOST_CURVES = 8  # in one panel
 BACK, PLOT, GRID, DIM, BRIGHT = (22, 24, 28), (34, 37, 43), (70, 74, 82), (160, 166, 176), (238, 240, 243)
-COLOURS = ((86, 180, 233), (230, 159, 0), (0, 190, 140), (240, 228, 66), (230, 100, 60), (214, 130, 190), (130, 140, 255), (205, 205, 205))
+COLOURS = (
+    (86, 180, 233),
+    (230, 159, 0),
+    (0, 190, 140),
+    (240, 228, 66),
+    (230, 100, 60),
+    (214, 130, 190),
+    (130, 140, 255),
+    (205, 205, 205),
+)
 
-Box = tuple[int, int, int, int]     # left, top, right, bottom in pixels
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,14 @@ class VideoReport:
     height: int
 
 
-def write_episode(source: str, episode_id: int, out: Path, fps: float | None = None, dataset_config: str | None = None,
-                  progress: Callable[[str, int, int], None] = lambda *_: None) -> VideoReport:
+def write_episode(
+    source: str,
+    episode_id: int,
+    out: Path,
+    fps: float | None = None,
+    dataset_config: str | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> VideoReport:
     """Write one episode of a dataset as `out` (h264, yuv420p), `fps` pictures per second (None: as recorded).
 
     `UserError` for a dataset, episode or file name that cannot be used, a file that exists, or damaged data; nothing is left then.
@@ -67,7 +86,7 @@ def write_episode(source: str, episode_id: int, out: Path, fps: float | None = N
         with contextlib.ExitStack() as closing, mp4_writer(out, rate) as write:
             streams = [view.frames() for view in episode.views]
             for stream in streams:
-                if isinstance(stream, Generator):       # closed, it lets go of what it reads
+                if isinstance(stream, Generator):  # closed, it lets go of what it reads
                     closing.callback(stream.close)
             for index, pictures in enumerate(zip(*streams, strict=True)):
                 write(scene.picture(index, pictures))
@@ -91,15 +110,25 @@ class Scene:
         self._text_at = (GAP, top - SMALL - 8)
         self._views, bottom, right = place_views(episode.views, top)
         beside = right <= WIDTH // 2
-        panels = place_panels(len(groups), (right if beside else GAP, top if beside else bottom + GAP), 1 if beside else 2)
+        panels = place_panels(
+            len(groups), (right if beside else GAP, top if beside else bottom + GAP), 1 if beside else 2
+        )
         self.width, self.height = WIDTH, even(max([bottom, *(box[3] for box in panels)]) + GAP)
         self._still = Image.new("RGB", (self.width, self.height), BACK)
         draw = ImageDraw.Draw(self._still)
         for i, line in enumerate(lines):
             draw.text((GAP, GAP + i * (TEXT + 6)), line, BRIGHT, font(TEXT))
         for view, box in zip(episode.views, self._views):
-            draw.text((box[0], box[1] - SMALL - 5), fit(f"{view.name}  {view.width}x{view.height}", font(SMALL), box[2] - box[0]), DIM, font(SMALL))
-        self._panels = [Panel(self._still, box, title, rows, episode.action, episode.timestamps) for box, (title, rows) in zip(panels, groups)]
+            draw.text(
+                (box[0], box[1] - SMALL - 5),
+                fit(f"{view.name}  {view.width}x{view.height}", font(SMALL), box[2] - box[0]),
+                DIM,
+                font(SMALL),
+            )
+        self._panels = [
+            Panel(self._still, box, title, rows, episode.action, episode.timestamps)
+            for box, (title, rows) in zip(panels, groups)
+        ]
 
     def picture(self, index: int, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """uint8 [H, W, 3] of frame `index`; `pictures` are its uint8 [h, w, 3], one per view."""
@@ -108,10 +137,18 @@ class Scene:
         for picture, (left, top, right, bottom) in zip(pictures, self._views):
             size = (right - left, bottom - top)
             enlarge = size[0] > picture.shape[1]
-            canvas.paste(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC if enlarge else Image.Resampling.BOX), (left, top))
+            canvas.paste(
+                Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC if enlarge else Image.Resampling.BOX),
+                (left, top),
+            )
         times = episode.timestamps - episode.timestamps[0]
-        draw.text(self._text_at, f"{episode.dataset}   episode {episode.episode_id}   frame {index} of 0-{episode.length - 1}   "
-                                 f"{times[index]:.2f} s of {times[-1]:.2f} s", DIM, font(SMALL))
+        draw.text(
+            self._text_at,
+            f"{episode.dataset}   episode {episode.episode_id}   frame {index} of 0-{episode.length - 1}   "
+            f"{times[index]:.2f} s of {times[-1]:.2f} s",
+            DIM,
+            font(SMALL),
+        )
         for panel in self._panels:
             panel.mark(draw, index)
         return np.asarray(canvas)
@@ -120,16 +157,25 @@ class Scene:
 class Panel:
     """Curves of a few action dimensions over time, drawn once; `mark` paints the cursor and the values of one frame."""
 
-    def __init__(self, canvas: Image.Image, box: Box, title: str, rows: Sequence[tuple[int, str]], action: np.ndarray,
-                 times: np.ndarray) -> None:
+    def __init__(
+        self,
+        canvas: Image.Image,
+        box: Box,
+        title: str,
+        rows: Sequence[tuple[int, str]],
+        action: np.ndarray,
+        times: np.ndarray,
+    ) -> None:
         """`rows`: (dimension, short name) of each curve; `action` [T, d] native; `times` [T] seconds."""
         left, top, right, bottom = box
         self._plot = (left + GUTTER, top + SMALL + 6, right - LEGEND, bottom - SMALL - 4)
-        self._rows, self._values = rows, action[:, [d for d, _ in rows]].astype(np.float64)     # [T, curves]
+        self._rows, self._values = rows, action[:, [d for d, _ in rows]].astype(np.float64)  # [T, curves]
         low, high = float(self._values.min()), float(self._values.max())
         if low == high:
             low, high = low - 0.5, high + 0.5
-        self._x = self._plot[0] + (times - times[0]) / max(float(times[-1] - times[0]), 1e-9) * (self._plot[2] - self._plot[0] - 1)
+        self._x = self._plot[0] + (times - times[0]) / max(float(times[-1] - times[0]), 1e-9) * (
+            self._plot[2] - self._plot[0] - 1
+        )
         draw, small = ImageDraw.Draw(canvas), font(SMALL)
         draw.text((left, top), fit(title, small, right - left), BRIGHT, small)
         x0, y0, x1, y1 = self._plot
@@ -147,7 +193,7 @@ class Panel:
         """The curves at twice the size, then halved: smooth lines."""
         picture = Image.new("RGB", (2 * size[0], 2 * size[1]), PLOT)
         draw, pad = ImageDraw.Draw(picture), 8
-        y = 2 * size[1] - pad - (self._values - low) / (high - low) * (2 * size[1] - 2 * pad)       # [T, curves]
+        y = 2 * size[1] - pad - (self._values - low) / (high - low) * (2 * size[1] - 2 * pad)  # [T, curves]
         x = 2 * (self._x - self._plot[0])
         if low < 0 < high:
             zero = 2 * size[1] - pad + low / (high - low) * (2 * size[1] - 2 * pad)
@@ -167,6 +213,7 @@ class Panel:
 
 
 # --- layout ------------------------------------------------------------------------------------------------------------
+
 
 def group_names(names: Sequence[str]) -> list[tuple[str, list[tuple[int, str]]]]:
     """Dimensions that differ in an index or an axis only, side by side: (title, [(dimension, what differs)]), in order."""
@@ -196,10 +243,12 @@ def place_views(views: Sequence[View], top: int) -> tuple[list[Box], int, int]:
     y, right = top, GAP
     columns = min(len(views), 3 if len(views) != 4 else 2)
     for first in range(0, len(views), columns):
-        row = views[first:first + columns]
+        row = views[first : first + columns]
         y += SMALL + 6
         room = (WIDTH - GAP * (len(row) + 1)) / sum(v.width / v.height for v in row)
-        height = int(min(room, VIEWS_HEIGHT if len(views) <= 3 else VIEWS_HEIGHT * 0.75, ENLARGED * min(v.height for v in row)))
+        height = int(
+            min(room, VIEWS_HEIGHT if len(views) <= 3 else VIEWS_HEIGHT * 0.75, ENLARGED * min(v.height for v in row))
+        )
         x = GAP
         for view in row:
             width = max(1, round(height * view.width / view.height))
@@ -214,17 +263,28 @@ def place_panels(count: int, start: tuple[int, int], columns: int) -> list[Box]:
     left, top = start
     columns = min(columns, count)
     width = (WIDTH - left - GAP * columns) // max(1, columns)
-    return [(left + (i % columns) * (width + GAP), top + (i // columns) * (PANEL_HEIGHT + GAP),
-             left + (i % columns) * (width + GAP) + width, top + (i // columns) * (PANEL_HEIGHT + GAP) + PANEL_HEIGHT) for i in range(count)]
+    return [
+        (
+            left + (i % columns) * (width + GAP),
+            top + (i // columns) * (PANEL_HEIGHT + GAP),
+            left + (i % columns) * (width + GAP) + width,
+            top + (i // columns) * (PANEL_HEIGHT + GAP) + PANEL_HEIGHT,
+        )
+        for i in range(count)
+    ]
 
 
 # --- text --------------------------------------------------------------------------------------------------------------
+
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings; PIL's own font where that is missing."""
     spec = importlib.util.find_spec("matplotlib")
-    path = Path(spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else "") / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    path = (
+        Path(spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else "")
+        / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    )
     return ImageFont.truetype(str(path), size) if path.is_file() else ImageFont.load_default(size)  # type: ignore[return-value]
 
 

@@ -26,7 +26,7 @@ FORMATS = ("episode_hdf5",)
 COMPRESSIONS = ("none", "gzip")
 _LEDGER, _LOCK = "quarantine.jsonl", ".lock"
 
-Progress = Callable[[str, int, int], None]   # (what, done, total)
+Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 @dataclass
@@ -34,11 +34,11 @@ class ExportReport:
     """What happened. Frames and bytes count the whole folder; seconds are wall-clock of this call."""
 
     path: Path
-    episodes: int = 0       # files in the folder
-    kept: int = 0           # of these, found finished
+    episodes: int = 0  # files in the folder
+    kept: int = 0  # of these, found finished
     frames: int = 0
     bytes: int = 0
-    quarantined: int = 0    # lines of quarantine.jsonl
+    quarantined: int = 0  # lines of quarantine.jsonl
     seconds: float = 0.0
 
 
@@ -49,8 +49,14 @@ def check_options(to: str, compression: str) -> None:
             raise unknown(kind, given, allowed)
 
 
-def export(source: Source, out: Path, progress: Progress = lambda *_: None, *, to: str = "episode_hdf5",
-           compression: str = "none") -> ExportReport:
+def export(
+    source: Source,
+    out: Path,
+    progress: Progress = lambda *_: None,
+    *,
+    to: str = "episode_hdf5",
+    compression: str = "none",
+) -> ExportReport:
     """Write every episode of `source` into the folder `out`, or finish an export that was begun there.
 
     A finished file is kept when the episode it came from and the settings are the same. Episodes that cannot be used go to
@@ -70,8 +76,10 @@ def export(source: Source, out: Path, progress: Progress = lambda *_: None, *, t
                 report.frames += _export_one(source, number, path, settings, compression, report)
             except CorruptEpisode as error:
                 if path.exists():
-                    raise UserError(f"{path} was exported before, but now its episode cannot be read ({error}); repair the "
-                                    f"source, or delete the file") from None
+                    raise UserError(
+                        f"{path} was exported before, but now its episode cannot be read ({error}); repair the "
+                        f"source, or delete the file"
+                    ) from None
                 ledger.append({"dataset": source.name, "episode_id": number, "reason": str(error)})
         progress(f"{source.name}: episodes", len(source.episode_ids), len(source.episode_ids))
         write_file(out / _LEDGER, "".join(fingerprint.canonical(line) + "\n" for line in ledger).encode())
@@ -83,7 +91,9 @@ def export(source: Source, out: Path, progress: Progress = lambda *_: None, *, t
     return report
 
 
-def _export_one(source: Source, number: int, path: Path, settings: dict[str, Any], compression: str, report: ExportReport) -> int:
+def _export_one(
+    source: Source, number: int, path: Path, settings: dict[str, Any], compression: str, report: ExportReport
+) -> int:
     """Write or keep one file; returns T."""
     episode = source.load(number)
     if path.exists():
@@ -91,10 +101,21 @@ def _export_one(source: Source, number: int, path: Path, settings: dict[str, Any
         report.kept += 1
     else:
         actions, states = source.action_map, source.state_map
-        attributes = {"embodiment_id": source.config.embodiment_id, "action_dim": actions.native_dim,
-                      "source_hash": episode.source_hash, "settings": fingerprint.canonical(settings)}
-        write_episode(path, episode, actions.to_unified(episode.action), states.to_unified(episode.state), attributes,
-                      {"action_mask": actions.mask, "proprio_mask": states.mask}, None if compression == "none" else compression)
+        attributes = {
+            "embodiment_id": source.config.embodiment_id,
+            "action_dim": actions.native_dim,
+            "source_hash": episode.source_hash,
+            "settings": fingerprint.canonical(settings),
+        }
+        write_episode(
+            path,
+            episode,
+            actions.to_unified(episode.action),
+            states.to_unified(episode.state),
+            attributes,
+            {"action_mask": actions.mask, "proprio_mask": states.mask},
+            None if compression == "none" else compression,
+        )
     report.episodes += 1
     report.bytes += path.stat().st_size
     return episode.length
@@ -102,9 +123,15 @@ def _export_one(source: Source, number: int, path: Path, settings: dict[str, Any
 
 def _settings(source: Source, compression: str) -> dict[str, Any]:
     """All that a file's content depends on besides its episode, as JSON gives it back."""
-    settings = {"dataset": source.name, "embodiment": source.config.embodiment, "views": source.view_names,
-                "control_hz": source.control_hz, "action_map": source.action_map.to_dict(),
-                "state_map": source.state_map.to_dict(), "compression": compression}
+    settings = {
+        "dataset": source.name,
+        "embodiment": source.config.embodiment,
+        "views": source.view_names,
+        "control_hz": source.control_hz,
+        "action_map": source.action_map.to_dict(),
+        "state_map": source.state_map.to_dict(),
+        "compression": compression,
+    }
     return json.loads(fingerprint.canonical(settings))
 
 

@@ -23,8 +23,8 @@ from ...common.files import write_file
 from ...errors import UserError
 from .summary import unified_fields
 
-KIND = "dvla statistics 1"      # first entry of a report; another number when its layout changes
-PARTS = 200                     # of the grid
+KIND = "dvla statistics 1"  # first entry of a report; another number when its layout changes
+PARTS = 200  # of the grid
 GRID = tuple((i + 0.5) / PARTS for i in range(PARTS))
 BATCH_ROWS = 16384
 
@@ -50,29 +50,50 @@ def measure(source: Source, show: Callable[[str, int, int], None]) -> Report:
         rows += len(block.episode_ids)
         show("episodes", episodes + len(refused), total)
     if not rows:
-        raise UserError(f"{source.name}: none of {total} episodes can be used" + (f"; {refused[0][1]}" if refused else ""))
-    about = {"name": source.name, "config": source.config.name, "control_hz": source.control_hz, "episodes": episodes, "rows": rows,
-             "quarantined": [{"episode": e, "reason": reason} for e, reason in refused]}
+        raise UserError(
+            f"{source.name}: none of {total} episodes can be used" + (f"; {refused[0][1]}" if refused else "")
+        )
+    about = {
+        "name": source.name,
+        "config": source.config.name,
+        "control_hz": source.control_hz,
+        "episodes": episodes,
+        "rows": rows,
+        "quarantined": [{"episode": e, "reason": reason} for e, reason in refused],
+    }
     vectors = {what: _vector(mapping, *running[what]) for what, mapping in maps.items() if mapping.native_dim}
     return {"kind": KIND, "action_schema": ACTION_SCHEMA_VERSION, "datasets": [about], **vectors}
 
 
 def _vector(mapping: ActionMap, unified: RunningStatistics, native: RunningStatistics) -> dict[str, Any]:
-    entries = dict(zip(np.flatnonzero(mapping.mask).tolist(), _entries(unified)))     # in the order of the slots
+    entries = dict(zip(np.flatnonzero(mapping.mask).tolist(), _entries(unified)))  # in the order of the slots
     named = {name: {"slot": slot, "unit": unit, **entries[slot]} for slot, name, unit in unified_fields(mapping)}
-    return {"unified": named, "native": {f"{i} {name}": entry for i, (name, entry) in enumerate(zip(mapping.field_names, _entries(native)))}}
+    return {
+        "unified": named,
+        "native": {f"{i} {name}": entry for i, (name, entry) in enumerate(zip(mapping.field_names, _entries(native)))},
+    }
 
 
 def _entries(running: RunningStatistics) -> list[dict[str, Any]]:
     """One JSON-ready entry per dimension."""
     s = running.result(QUANTILES + GRID)
-    assert s.quantiles is not None      # asked for
-    return [{"count": s.count, "mean": float(s.mean[i]), "std": float(s.std[i]), "min": float(s.min[i]), "max": float(s.max[i]),
-             "quantiles": {str(q): float(s.quantiles[q][i]) for q in QUANTILES}, "grid": [float(np.float32(s.quantiles[q][i])) for q in GRID]}
-            for i in range(len(s.mean))]
+    assert s.quantiles is not None  # asked for
+    return [
+        {
+            "count": s.count,
+            "mean": float(s.mean[i]),
+            "std": float(s.std[i]),
+            "min": float(s.min[i]),
+            "max": float(s.max[i]),
+            "quantiles": {str(q): float(s.quantiles[q][i]) for q in QUANTILES},
+            "grid": [float(np.float32(s.quantiles[q][i])) for q in GRID],
+        }
+        for i in range(len(s.mean))
+    ]
 
 
 # --- reports on disk -------------------------------------------------------------------------------------------------
+
 
 def read_report(path: Path) -> Report:
     """A report that `write_report` wrote; `UserError` for another file."""
@@ -101,6 +122,7 @@ def refuse_existing(path: Path | None) -> None:
 
 # --- merging ---------------------------------------------------------------------------------------------------------
 
+
 def merge_reports(reports: Sequence[Report]) -> Report:
     """One report over the rows of all, field by field by unified slot. Native dimensions are kept where all reports are of
     the same dataset config. `UserError` when a dataset is in two of them, or the action schemas differ."""
@@ -108,8 +130,10 @@ def merge_reports(reports: Sequence[Report]) -> Report:
         return reports[0]
     schemas = {r["action_schema"] for r in reports}
     if schemas != {ACTION_SCHEMA_VERSION}:
-        raise UserError(f"reports of action schemas {', '.join(map(str, sorted(schemas)))}: this release's is "
-                        f"{ACTION_SCHEMA_VERSION}; measure the datasets again")
+        raise UserError(
+            f"reports of action schemas {', '.join(map(str, sorted(schemas)))}: this release's is "
+            f"{ACTION_SCHEMA_VERSION}; measure the datasets again"
+        )
     datasets = [d for r in reports for d in r["datasets"]]
     names = [d["name"] for d in datasets]
     twice = sorted({n for n in names if names.count(n) > 1})
@@ -120,7 +144,9 @@ def merge_reports(reports: Sequence[Report]) -> Report:
     for what in ("action", "state"):
         vectors = [r[what] for r in reports if what in r]
         if vectors:
-            merged[what] = {part: _merge_fields([v[part] for v in vectors]) for part in ("unified", "native")[:1 + same]}
+            merged[what] = {
+                part: _merge_fields([v[part] for v in vectors]) for part in ("unified", "native")[: 1 + same]
+            }
     return merged
 
 
@@ -147,8 +173,13 @@ def _merge_entries(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def at(level: float) -> float:
         return float(values[order[min(int(np.searchsorted(reached, level - 1e-9)), len(order) - 1)]])
 
-    return {**entries[0], **{k: float(getattr(total, k)[0]) for k in ("mean", "std", "min", "max")}, "count": total.count,
-            "quantiles": {str(q): at(q) for q in QUANTILES}, "grid": [at(q) for q in GRID]}
+    return {
+        **entries[0],
+        **{k: float(getattr(total, k)[0]) for k in ("mean", "std", "min", "max")},
+        "count": total.count,
+        "quantiles": {str(q): at(q) for q in QUANTILES},
+        "grid": [at(q) for q in GRID],
+    }
 
 
 def _moments(entry: Mapping[str, Any]) -> Statistics:

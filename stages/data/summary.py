@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from ...cache.readers.lerobot.metadata import Metadata
 
 
-DEPTH = 4                   # folders below a given one in which datasets are looked for
-INSTRUCTION_SAMPLE = 2000   # episodes whose instruction is read where that may cost a look into each
-Progress = Callable[[str, int, int], None]      # (what, done, total)
+DEPTH = 4  # folders below a given one in which datasets are looked for
+INSTRUCTION_SAMPLE = 2000  # episodes whose instruction is read where that may cost a look into each
+Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 @dataclass(frozen=True)
 class Summary:
     """One dataset in a few words. What could not be found out is None."""
 
-    path: str                               # as given or found
+    path: str  # as given or found
     name: str
-    format: str                             # a key of FORMATS
-    version: str | None                     # of the format, where it has one
-    episodes: int                           # listed
-    frames: int | None                      # in all of them; None where one cannot be looked into
-    hz: float                               # rows per second by the files
-    cameras: Mapping[str, tuple[int, int] | None]   # short name → (H, W)
-    family: str | None                      # dataset config that fits; None: no shipped one does
-    source: Source | None                   # opened with that config; None: it cannot be
-    meta: Metadata | None = None            # of a LeRobot dataset
-    problem: str = ""                       # why there is no source, one line
+    format: str  # a key of FORMATS
+    version: str | None  # of the format, where it has one
+    episodes: int  # listed
+    frames: int | None  # in all of them; None where one cannot be looked into
+    hz: float  # rows per second by the files
+    cameras: Mapping[str, tuple[int, int] | None]  # short name → (H, W)
+    family: str | None  # dataset config that fits; None: no shipped one does
+    source: Source | None  # opened with that config; None: it cannot be
+    meta: Metadata | None = None  # of a LeRobot dataset
+    problem: str = ""  # why there is no source, one line
 
 
 def find_datasets(folders: Sequence[Path]) -> Iterator[Path]:
@@ -64,7 +64,9 @@ def find_datasets(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def _datasets_below(folder: Path, depth: int) -> Iterator[Path]:
-    children = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
+    children = (
+        sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
+    )
     format = _format_of(folder)
     # the names down to three levels may look like one dataset, though what lies in the folder is of several formats
     if format == "lerobot" or format and not {_format_of(child) for child in children} - {None, format}:
@@ -104,15 +106,25 @@ def summarise(path: str | Path, config: str | None = None) -> Summary:
         return _lerobot_summary(given, None, str(error))
     if format == "lerobot":
         return _lerobot_summary(given, source, "")
-    return Summary(given, source.name, format, None, len(source.episode_ids), _frames(source), source.fps,
-                   _loaded_cameras(source), source.config.name, source)
+    return Summary(
+        given,
+        source.name,
+        format,
+        None,
+        len(source.episode_ids),
+        _frames(source),
+        source.fps,
+        _loaded_cameras(source),
+        source.config.name,
+        source,
+    )
 
 
 def _lerobot_summary(path: str, source: Source | None, problem: str) -> Summary:
     from ...cache.readers.lerobot.metadata import Metadata
     from ...cache.readers.lerobot.source import choose_cameras
 
-    meta = source.meta if source else Metadata(path)    # type: ignore[attr-defined]
+    meta = source.meta if source else Metadata(path)  # type: ignore[attr-defined]
     family = source.config.name if source else None
     if not source:
         try:
@@ -121,8 +133,20 @@ def _lerobot_summary(path: str, source: Source | None, problem: str) -> Summary:
             problem = str(error)
     cameras = choose_cameras(meta.features, source.config.views if source else None)
     sizes = {name: picture_size(meta.features[key]) for name, key in cameras.items()}
-    return Summary(path, meta.name, "lerobot", meta.version, len(meta.episodes), sum(e.length for e in meta.episodes.values()),
-                   float(meta.info["fps"]), sizes, family, source, meta, problem)
+    return Summary(
+        path,
+        meta.name,
+        "lerobot",
+        meta.version,
+        len(meta.episodes),
+        sum(e.length for e in meta.episodes.values()),
+        float(meta.info["fps"]),
+        sizes,
+        family,
+        source,
+        meta,
+        problem,
+    )
 
 
 def _frames(source: Source) -> int | None:
@@ -149,7 +173,7 @@ def picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     if "height" in names and "width" in names and len(names) == 3:
         return int(shape[names.index("height")]), int(shape[names.index("width")])
-    first = shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)     # channels first
+    first = shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)  # channels first
     return (int(shape[1]), int(shape[2])) if first else (int(shape[0]), int(shape[1]))
 
 
@@ -157,12 +181,12 @@ def picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
 class FieldRow:
     """One line of a field map: a named field, a rotation, or dropped dimensions."""
 
-    dims: range                 # native dimensions
-    slots: tuple[int, ...]      # that they fill; () where they are dropped
-    native: tuple[str, ...]     # what the files call the dimensions; () where they do not
-    field: str                  # unified name
-    unit: str                   # of the slots
-    conversion: str             # native → unified
+    dims: range  # native dimensions
+    slots: tuple[int, ...]  # that they fill; () where they are dropped
+    native: tuple[str, ...]  # what the files call the dimensions; () where they do not
+    field: str  # unified name
+    unit: str  # of the slots
+    conversion: str  # native → unified
 
 
 def field_rows(mapping: ActionMap, native_names: Sequence[str] | None) -> list[FieldRow]:
@@ -171,25 +195,44 @@ def field_rows(mapping: ActionMap, native_names: Sequence[str] | None) -> list[F
     start = 0
     for spec in mapping.specs:
         dims = range(start, start + spec.width)
-        native = tuple(native_names[start:dims.stop]) if native_names else ()
+        native = tuple(native_names[start : dims.stop]) if native_names else ()
         start = dims.stop
         if spec.drop:
             rows.append(FieldRow(dims, (), native, "dropped", "", f"{spec.fill:g} on the way back"))
         elif spec.rotation:
             first = SLOTS[f"{spec.prefix}_0"]
-            rows.append(FieldRow(dims, tuple(range(first, first + 6)), native, f"{spec.prefix}_0…5", "6D", f"{spec.rotation} → 6D"))
+            rows.append(
+                FieldRow(
+                    dims, tuple(range(first, first + 6)), native, f"{spec.prefix}_0…5", "6D", f"{spec.rotation} → 6D"
+                )
+            )
         else:
-            parts = ([f"× {spec.scale:.6g}"] * (spec.scale != 1) + [f"{spec.offset:+.6g}"] * (spec.offset != 0)
-                     + [f"× {mapping.control_hz:g} Hz"] * spec.delta)
-            rows += [FieldRow(dims[i:i + 1], (SLOTS[name],), native[i:i + 1], name, unit_of(name), " ".join(parts) or "as it is")
-                     for i, name in enumerate(spec.names)]
+            parts = (
+                [f"× {spec.scale:.6g}"] * (spec.scale != 1)
+                + [f"{spec.offset:+.6g}"] * (spec.offset != 0)
+                + [f"× {mapping.control_hz:g} Hz"] * spec.delta
+            )
+            rows += [
+                FieldRow(
+                    dims[i : i + 1],
+                    (SLOTS[name],),
+                    native[i : i + 1],
+                    name,
+                    unit_of(name),
+                    " ".join(parts) or "as it is",
+                )
+                for i, name in enumerate(spec.names)
+            ]
     return rows
 
 
 def unified_fields(mapping: ActionMap) -> list[tuple[int, str, str]]:
     """(slot, name, unit) of every slot the map fills, in the order of the native dimensions."""
-    names = [name for spec in mapping.specs
-             for name in (spec.names or ([f"{spec.prefix}_{i}" for i in range(6)] if spec.rotation else ()))]
+    names = [
+        name
+        for spec in mapping.specs
+        for name in (spec.names or ([f"{spec.prefix}_{i}" for i in range(6)] if spec.rotation else ()))
+    ]
     return [(SLOTS[name], name, unit_of(name)) for name in names]
 
 
@@ -206,7 +249,7 @@ def dimension_names(features: Mapping[str, Any], columns: Sequence[str]) -> list
 
 
 def _flat(names: Any) -> Iterator[str]:
-    if isinstance(names, Mapping):      # {"motors": […]}
+    if isinstance(names, Mapping):  # {"motors": […]}
         names = list(names.values())
     if isinstance(names, (list, tuple)):
         for part in names:
@@ -220,8 +263,10 @@ def native_names(summary: Summary) -> list[list[str] | None]:
     if not (summary.meta and summary.source):
         return [None, None]
     config = summary.source.config
-    return [None if config.integrate else dimension_names(summary.meta.features, config.action_columns),
-            dimension_names(summary.meta.features, config.state_columns) if config.state else None]
+    return [
+        None if config.integrate else dimension_names(summary.meta.features, config.action_columns),
+        dimension_names(summary.meta.features, config.state_columns) if config.state else None,
+    ]
 
 
 def instructions(summary: Summary, show: Progress) -> Counter[str]:
@@ -231,11 +276,11 @@ def instructions(summary: Summary, show: Progress) -> Counter[str]:
     if summary.meta:
         default = source.config.instruction if source else ""
         return Counter("; ".join(e.tasks) or default for e in summary.meta.episodes.values())
-    assert source is not None       # only a LeRobot dataset is described without
+    assert source is not None  # only a LeRobot dataset is described without
     counts: Counter[str] = Counter()
     wanted = source.episode_ids[:INSTRUCTION_SAMPLE]
     for done, episode_id in enumerate(wanted, start=1):
-        with contextlib.suppress(CorruptEpisode):       # the counts' total says how many were read
+        with contextlib.suppress(CorruptEpisode):  # the counts' total says how many were read
             counts[source.instruction_of(episode_id)] += 1
         show("instructions", done, len(wanted))
     return counts

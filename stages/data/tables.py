@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...cache.readers.episode import Episode
     from .summary import Summary
 
-PIPE_WIDTH = 170        # of wide tables where there is no terminal
+PIPE_WIDTH = 170  # of wide tables where there is no terminal
 SHOWN_INSTRUCTIONS = 5
 SHOWN_REASONS = 10
 SHOWN_NUMBERS = 20
@@ -31,13 +31,27 @@ SHOWN_QUANTILES = ("0.01", "0.5", "0.99")
 def show_families(configs: Sequence[DatasetConfig]) -> None:
     """One row per shipped dataset config; variants, which have a folder, last."""
     fixed = (Column(name, no_wrap=True) for name in ("family", "format", "embodiment", "Hz", "dims", "weight"))
-    table = Table(*fixed, Column("licence", overflow="fold"), Column("source", overflow="fold"), box=SIMPLE_HEAD, caption_justify="left", caption=
-                  "dims: native dimensions of action/state; Hz -: as the files say; a family with / is used only where --dataset-config names it")
+    table = Table(
+        *fixed,
+        Column("licence", overflow="fold"),
+        Column("source", overflow="fold"),
+        box=SIMPLE_HEAD,
+        caption_justify="left",
+        caption="dims: native dimensions of action/state; Hz -: as the files say; a family with / is used only where --dataset-config names it",
+    )
     for c in sorted(configs, key=lambda c: ("/" in c.name, c.name)):
         dims = f"{c.action_width}/{sum(spec.width for spec in c.state)}"
         more = f" (+{len(c.source) - 1})" if len(c.source) > 1 else ""
-        row = (c.name, c.format, c.embodiment, f"{c.control_hz:g}" if c.control_hz else "-", dims, f"{c.sampling_weight:g}", c.license or "-",
-               (c.source or ("-",))[0] + more)
+        row = (
+            c.name,
+            c.format,
+            c.embodiment,
+            f"{c.control_hz:g}" if c.control_hz else "-",
+            dims,
+            f"{c.sampling_weight:g}",
+            c.license or "-",
+            (c.source or ("-",))[0] + more,
+        )
         table.add_row(*map(escape, row))
     _print_wide(table)
 
@@ -46,8 +60,15 @@ def show_datasets(found: Sequence[Summary]) -> None:
     """One row per dataset that lies in the folders."""
     table = Table(Column("dataset", overflow="fold"), "format", "episodes", "frames", "Hz", "cameras (H×W)", "family")
     for s in found:
-        row = (s.path, f"{s.format} {s.version or ''}".strip(), str(s.episodes), "?" if s.frames is None else str(s.frames), f"{s.hz:g}",
-               _cameras(s.cameras, "\n"), s.family or "none")
+        row = (
+            s.path,
+            f"{s.format} {s.version or ''}".strip(),
+            str(s.episodes),
+            "?" if s.frames is None else str(s.frames),
+            f"{s.hz:g}",
+            _cameras(s.cameras, "\n"),
+            s.family or "none",
+        )
         table.add_row(*map(escape, row))
     _print_wide(table)
 
@@ -61,20 +82,31 @@ def show_summary(s: Summary, instructions: Counter[str]) -> None:
     lines = {"dataset": s.path, "format": f"{s.format} {s.version or ''}".strip(), "config": s.family or "none fits"}
     if s.source:
         config = s.source.config
-        lines |= {"embodiment": config.embodiment, "licence": config.license or "not known", "source": ", ".join(config.source),
-                  "note": config.note}
-        lines["rate"] = f"{s.source.control_hz:g} Hz" + (f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else "")
+        lines |= {
+            "embodiment": config.embodiment,
+            "licence": config.license or "not known",
+            "source": ", ".join(config.source),
+            "note": config.note,
+        }
+        lines["rate"] = f"{s.source.control_hz:g} Hz" + (
+            f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else ""
+        )
         ahead = f", {config.action_shift} rows ahead" if config.action_shift else ""
         if config.integrate:
-            lines["integrated"] = f"the action's displacements ({config.integrate.rotation}, {config.integrate.frame} frame) become absolute poses"
-        lines["columns"] = f"action: {' + '.join(config.action_columns)}{ahead}; state: " + \
-            (" + ".join(config.state_columns) if config.state else "none")
+            lines["integrated"] = (
+                f"the action's displacements ({config.integrate.rotation}, {config.integrate.frame} frame) become absolute poses"
+            )
+        lines["columns"] = f"action: {' + '.join(config.action_columns)}{ahead}; state: " + (
+            " + ".join(config.state_columns) if config.state else "none"
+        )
     else:
         lines["rate"] = f"{s.hz:g} Hz"
     lines["episodes"] = f"{s.episodes}, {'an unknown number of' if s.frames is None else s.frames} frames"
     lines["cameras"] = _cameras(s.cameras, ", ")
     counted = instructions.total()
-    lines["instructions"] = f"{len(instructions)} different" + (f" in {counted} of {s.episodes} episodes" if counted < s.episodes else "")
+    lines["instructions"] = f"{len(instructions)} different" + (
+        f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
+    )
     for name, value in lines.items():
         if value:
             console.print(f"{name:<13} {' '.join(value.split())}", markup=False)
@@ -93,7 +125,12 @@ def features_table(features: Mapping[str, Any]) -> Table:
     table = Table("feature", "type", "shape", "names")
     for key, feature in features.items():
         names = dimension_names(features, (key,)) or []
-        table.add_row(escape(key), str(feature.get("dtype")), "×".join(map(str, feature.get("shape") or [1])), escape(", ".join(names)))
+        table.add_row(
+            escape(key),
+            str(feature.get("dtype")),
+            "×".join(map(str, feature.get("shape") or [1])),
+            escape(", ".join(names)),
+        )
     return table
 
 
@@ -101,10 +138,22 @@ def field_table(title: str, mapping: ActionMap, native_names: Sequence[str] | No
     """A field map: native dimension → unified slot."""
     from .summary import field_rows
 
-    table = Table("dim", Column("in the files", overflow="fold"), Column("unified field", overflow="fold"), "slot", "unit",
-                  "native → unified", title=title, title_justify="left")
+    table = Table(
+        "dim",
+        Column("in the files", overflow="fold"),
+        Column("unified field", overflow="fold"),
+        "slot",
+        "unit",
+        "native → unified",
+        title=title,
+        title_justify="left",
+    )
     for row in field_rows(mapping, native_names):
-        table.add_row(*map(escape, (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)))
+        table.add_row(
+            *map(
+                escape, (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)
+            )
+        )
     return table
 
 
@@ -112,8 +161,17 @@ def values_table(title: str, mapping: ActionMap, native_names: Sequence[str] | N
     """The first and the last row of native `values [T, d]`, as they are and unified."""
     from .summary import field_rows
 
-    table = Table("dim", Column("in the files", overflow="fold"), Column("unified field", overflow="fold"), "first row", "last row",
-                  "first, unified", "last, unified", title=title, title_justify="left")
+    table = Table(
+        "dim",
+        Column("in the files", overflow="fold"),
+        Column("unified field", overflow="fold"),
+        "first row",
+        "last row",
+        "first, unified",
+        "last, unified",
+        title=title,
+        title_justify="left",
+    )
     ends = values[[0, -1]]
     unified = mapping.to_unified(ends)
     for row in field_rows(mapping, native_names):
@@ -125,8 +183,11 @@ def values_table(title: str, mapping: ActionMap, native_names: Sequence[str] | N
 
 def show_episode(episode: Episode) -> None:
     """Length, instruction and picture sizes."""
-    console.print(f"episode {episode.episode_id}: {episode.length} frames, {episode.timestamps[-1]:.2f} s, instruction "
-                  f"{episode.instruction!r}, pictures {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}", markup=False)
+    console.print(
+        f"episode {episode.episode_id}: {episode.length} frames, {episode.timestamps[-1]:.2f} s, instruction "
+        f"{episode.instruction!r}, pictures {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}",
+        markup=False,
+    )
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -140,25 +201,44 @@ def _numbers(values: np.ndarray) -> str:
 def statistics_table(title: str, fields: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per field of a report's vector."""
     numbers = ("mean", "std", "min", *SHOWN_QUANTILES, "max")
-    table = Table(Column("field", no_wrap=True), Column("unit", no_wrap=True), "count", *(n if n in ("mean", "std", "min", "max") else f"q{n}" for n in numbers),
-                  title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        Column("field", no_wrap=True),
+        Column("unit", no_wrap=True),
+        "count",
+        *(n if n in ("mean", "std", "min", "max") else f"q{n}" for n in numbers),
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
     for name, f in fields.items():
-        table.add_row(escape(name), f.get("unit", ""), str(f["count"]), *(f"{f.get(n, f['quantiles'].get(n)):.4g}" for n in numbers))
+        table.add_row(
+            escape(name),
+            f.get("unit", ""),
+            str(f["count"]),
+            *(f"{f.get(n, f['quantiles'].get(n)):.4g}" for n in numbers),
+        )
     return table
 
 
 def show_report(report: Mapping[str, Any], out: Path | None, native: bool) -> None:
     """Tables of a report, the reasons of its quarantine, and the closing line."""
     for what in ("action", "state"):
-        for part in ("unified", "native")[:1 + native]:
+        for part in ("unified", "native")[: 1 + native]:
             if part in report.get(what, {}):
                 console.print(statistics_table(f"{what}, {part}", report[what][part]))
     lost = [q for d in report["datasets"] for q in d["quarantined"]]
     for q in lost[:SHOWN_REASONS]:
         errors.print(q["reason"], style="yellow", markup=False)
     if len(lost) > SHOWN_REASONS:
-        errors.print(f"… {len(lost) - SHOWN_REASONS} more" + (f", all in {out}" if out else "; --out writes all"), style="yellow", markup=False)
+        errors.print(
+            f"… {len(lost) - SHOWN_REASONS} more" + (f", all in {out}" if out else "; --out writes all"),
+            style="yellow",
+            markup=False,
+        )
     episodes, rows = (sum(d[k] for d in report["datasets"]) for k in ("episodes", "rows"))
     named = ", ".join(str(q["episode"]) for q in lost[:SHOWN_NUMBERS]) + (", …" if len(lost) > SHOWN_NUMBERS else "")
-    console.print(f"{out or ', '.join(d['name'] for d in report['datasets'])}: {rows} rows of {episodes} episodes, "
-                  f"{len(lost)} episodes in quarantine" + (f" ({named})" if lost else ""), markup=False)
+    console.print(
+        f"{out or ', '.join(d['name'] for d in report['datasets'])}: {rows} rows of {episodes} episodes, "
+        f"{len(lost)} episodes in quarantine" + (f" ({named})" if lost else ""),
+        markup=False,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,14 +17,33 @@ from ...errors import UserError
 
 def ablate_command(
     recipe: Annotated[str, typer.Argument(help="Shipped recipe (configs/ablations) or YAML file.", show_default=False)],
-    out: Annotated[Optional[Path], typer.Option("--out", help="Folder of everything; an interrupted grid goes on there. Default: runs/RECIPE.")] = None,
-    from_cache: Annotated[Optional[str], typer.Option("--from-cache", help="Cache to train from, in place of recording demonstrations and building one.")] = None,
-    seed: Annotated[Optional[list[int]], typer.Option("--seed", help="Seed; may be given several times. Default: the recipe's.")] = None,
-    episodes: Annotated[Optional[int], typer.Option("--episodes", help="Unseen starts per task and seed; default: the recipe's.")] = None,
-    train: Annotated[str, typer.Option("--train", help="Further options of every training, in one string, e.g. \"--model-size base --steps 20000\".")] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of everything; an interrupted grid goes on there. Default: runs/RECIPE."),
+    ] = None,
+    from_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--from-cache", help="Cache to train from, in place of recording demonstrations and building one."
+        ),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="Seed; may be given several times. Default: the recipe's.")
+    ] = None,
+    episodes: Annotated[
+        int | None, typer.Option("--episodes", help="Unseen starts per task and seed; default: the recipe's.")
+    ] = None,
+    train: Annotated[
+        str,
+        typer.Option(
+            "--train", help='Further options of every training, in one string, e.g. "--model-size base --steps 20000".'
+        ),
+    ] = "",
     jobs: Annotated[int, typer.Option("--jobs", help="Cells side by side.")] = 1,
     print_: Annotated[bool, typer.Option("--print", help="Show the cells and an estimate; run nothing.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Write table.md anew from what is finished, and print it; run nothing.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Write table.md anew from what is finished, and print it; run nothing.")
+    ] = False,
 ) -> None:
     """Train and evaluate every variant of a recipe with every seed, and write a table after each; expert, random and a blind policy beside.
 
@@ -59,9 +78,18 @@ def ablate_command(
 
 
 def launch_command(
-    script: Annotated[str, typer.Argument(help="torchrun, torchrun-nodes, slurm-train, slurm-cache, accelerate-fsdp2, accelerate-zero2, or a file *.sh.", show_default=False)],
-    command: Annotated[Optional[list[str]], typer.Argument(help="The dvla command, after --.", show_default=False)] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="A setting of the script, e.g. --set processes=4; may be given several times.")] = None,
+    script: Annotated[
+        str,
+        typer.Argument(
+            help="torchrun, torchrun-nodes, slurm-train, slurm-cache, accelerate-fsdp2, accelerate-zero2, or a file *.sh.",
+            show_default=False,
+        ),
+    ],
+    command: Annotated[list[str] | None, typer.Argument(help="The dvla command, after --.", show_default=False)] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the script, e.g. --set processes=4; may be given several times."),
+    ] = None,
     print_: Annotated[bool, typer.Option("--print", help="Show the script and run nothing.")] = False,
     settings: Annotated[bool, typer.Option("--settings", help="Show the script's settings.")] = False,
 ) -> None:
@@ -84,7 +112,7 @@ def launch_command(
         given[name] = value
     rendered = render(text, command or (), given)
     if print_:
-        print(rendered, end="")     # as it is: to be saved, or given to sbatch
+        print(rendered, end="")  # as it is: to be saved, or given to sbatch
         return
     if code := launch(rendered):
         sys.exit(130 if code < 0 else code)
@@ -94,12 +122,16 @@ def cotrain_command(
     context: typer.Context,
     sources: Annotated[list[str], typer.Argument(help="Dataset folders or hub ids.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted loop is resumed.")],
-    vlm: Annotated[str, typer.Option("--vlm", help="Model: qwen3vl, paligemma2, or a tiny one (configs/models).")] = "qwen3vl",
+    vlm: Annotated[
+        str, typer.Option("--vlm", help="Model: qwen3vl, paligemma2, or a tiny one (configs/models).")
+    ] = "qwen3vl",
     vlm_path: VlmPath = None,
     cache: Annotated[str, typer.Option("--cache", help="Options of every `dvla cache build`, in one string.")] = "",
     train: Annotated[str, typer.Option("--train", help="Options of the first `dvla train`.")] = "",
     finetune: Annotated[str, typer.Option("--finetune", help="Options of every `dvla finetune`.")] = "",
-    retrain: Annotated[Optional[str], typer.Option("--retrain", help="Options of every later `dvla train`; default: those of the first.")] = None,
+    retrain: Annotated[
+        str | None, typer.Option("--retrain", help="Options of every later `dvla train`; default: those of the first.")
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="How often the VLM learns and the cache is made again.")] = 1,
 ) -> None:
     """The loop: train from a cache, fine-tune with LoRA, cache what the VLM learnt, train on from there. Prints every command.
@@ -108,12 +140,18 @@ def cotrain_command(
     """
     from .cotrain import CotrainConfig, cotrain
 
-    cotrain(CotrainConfig(tuple(sources), out, vlm, vlm_path, cache, train, finetune, retrain, rounds), runner_of(context), console.print)
+    cotrain(
+        CotrainConfig(tuple(sources), out, vlm, vlm_path, cache, train, finetune, retrain, rounds),
+        runner_of(context),
+        console.print,
+    )
 
 
 def demo_command(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted demo is resumed.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted demo is resumed.")] = Path(
+        "runs/demo"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes, every command, no claim of success.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of recording, model and training.")] = 0,
 ) -> None:
@@ -128,8 +166,12 @@ def demo_command(
 
 
 def toy_command(
-    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted toy is resumed.")] = Path("runs/toy"),
-    quick: Annotated[bool, typer.Option("--quick", help="About a minute; shows that it runs, not what drifting can do.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted toy is resumed.")] = Path(
+        "runs/toy"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="About a minute; shows that it runs, not what drifting can do.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, initialisation and noise.")] = 0,
 ) -> None:
     """Drifting where the answer is known: the paper's 2-D pictures, and two ways round an obstacle beside flow and diffusion. No GPU.

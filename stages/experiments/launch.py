@@ -40,7 +40,11 @@ def scripts() -> tuple[str, ...]:
 
 def read_script(name_or_file: str) -> str:
     """Text of a shipped script by name, or of a file *.sh. `UserError` for an unknown one."""
-    file = Path(name_or_file).expanduser() if name_or_file.endswith(".sh") else configs_dir() / "launch" / f"{name_or_file}.sh"
+    file = (
+        Path(name_or_file).expanduser()
+        if name_or_file.endswith(".sh")
+        else configs_dir() / "launch" / f"{name_or_file}.sh"
+    )
     if not name_or_file.endswith(".sh") and name_or_file not in scripts():
         raise unknown("launch script", name_or_file, scripts())
     try:
@@ -51,7 +55,11 @@ def read_script(name_or_file: str) -> str:
 
 def settings_of(text: str) -> dict[str, Setting]:
     """What a script leaves open, by name."""
-    return {found[1]: Setting(found[2], found[3].strip()) for line in text.splitlines() if (found := _SETTING.fullmatch(line.rstrip()))}
+    return {
+        found[1]: Setting(found[2], found[3].strip())
+        for line in text.splitlines()
+        if (found := _SETTING.fullmatch(line.rstrip()))
+    }
 
 
 def render(text: str, command: Sequence[str], given: Mapping[str, str]) -> str:
@@ -68,13 +76,19 @@ def render(text: str, command: Sequence[str], given: Mapping[str, str]) -> str:
         if known[name].default.isdigit() and not value.isdigit():
             raise UserError(f"{name}={value!r}: it must be a whole number, as in {name}={known[name].default}")
     if not command:
-        raise UserError("no command to launch; give it after --, as in `dvla launch torchrun -- train --from-cache cache --out run`")
+        raise UserError(
+            "no command to launch; give it after --, as in `dvla launch torchrun -- train --from-cache cache --out run`"
+        )
     cache = "--workers {{" in text
     if cache and list(command[:2]) != ["cache", "build"]:
-        raise UserError(f"this script builds a cache; its command begins with cache build, given: {shlex.join(command)}")
+        raise UserError(
+            f"this script builds a cache; its command begins with cache build, given: {shlex.join(command)}"
+        )
     if not cache and command[0] not in TRAINING:
-        raise UserError(f"'{command[0]}' does not run in several processes that know of each other; give {' or '.join(TRAINING)}"
-                        + (" (for a cache: --workers N, or the script slurm-cache)" if command[0] == "cache" else ""))
+        raise UserError(
+            f"'{command[0]}' does not run in several processes that know of each other; give {' or '.join(TRAINING)}"
+            + (" (for a cache: --workers N, or the script slurm-cache)" if command[0] == "cache" else "")
+        )
     for option in ("--workers", "--strategy"):
         if any(word.split("=")[0] == option for word in command) and f"{option} " in text:
             raise UserError(f"{option} is set by this script; leave it out of the command")
@@ -101,9 +115,11 @@ def launch(script: str) -> int:
         file.write(script)
         file.flush()
         process = subprocess.Popen([program, file.name])
-        with handled(lambda number, frame: process.send_signal(number), (signal.SIGTERM,)):     # the launcher tells its processes: they save
+        with handled(
+            lambda number, frame: process.send_signal(number), (signal.SIGTERM,)
+        ):  # the launcher tells its processes: they save
             while True:
                 try:
                     return process.wait()
-                except KeyboardInterrupt:       # Ctrl-C reached the processes as well
+                except KeyboardInterrupt:  # Ctrl-C reached the processes as well
                     continue

@@ -35,7 +35,9 @@ def command_line(command: Sequence[str]) -> list[str]:
 
 def start(command: Sequence[str], environment: Mapping[str, str], output: IO[str] | None = None) -> subprocess.Popen:
     """`dvla COMMAND…` in a process of its own, what it prints in `output` (None: where this process prints)."""
-    return subprocess.Popen(command_line(command), env=environment, stdout=output, stderr=None if output is None else subprocess.STDOUT)
+    return subprocess.Popen(
+        command_line(command), env=environment, stdout=output, stderr=None if output is None else subprocess.STDOUT
+    )
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
@@ -59,7 +61,9 @@ def words(where: str, text: str, own: Sequence[str], owner: str) -> tuple[str, .
     return found
 
 
-def travel(out: Path, road: Sequence[Step], perform: Callable[[Step], None], say: Callable[..., None], what: str) -> dict[str, float]:
+def travel(
+    out: Path, road: Sequence[Step], perform: Callable[[Step], None], say: Callable[..., None], what: str
+) -> dict[str, float]:
     """Print and `perform` every step that is not done yet; returns seconds by step. `UserError` when `out` holds something else than this
     road, which the message calls `what`."""
     done = _progress(out, road, what)

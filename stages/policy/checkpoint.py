@@ -1,13 +1,13 @@
 """Runs and checkpoints on disk: safetensors + JSON, no pickle. A checkpoint is a policy directory.
 
-    RUN/config.json                     settings of the run
-    RUN/log.jsonl                       one line per logged step
-    RUN/checkpoints/step-00000400/      written under a temporary name, synced, renamed
-        policy.json                     network shape, datasets (field maps, statistics, starts), encoder, training conditions
-        model.safetensors ema.safetensors optimizer.safetensors, and queues.safetensors where the loss has queues
-        adapter/                        LoRA weights, when the vision tower was adapted
-        state.json                      step, sample offset, content hashes of the other files
-    RUN/checkpoints/best                the name of the checkpoint with the smallest held-out error; kept beside the newest ones
+RUN/config.json                     settings of the run
+RUN/log.jsonl                       one line per logged step
+RUN/checkpoints/step-00000400/      written under a temporary name, synced, renamed
+    policy.json                     network shape, datasets (field maps, statistics, starts), encoder, training conditions
+    model.safetensors ema.safetensors optimizer.safetensors, and queues.safetensors where the loss has queues
+    adapter/                        LoRA weights, when the vision tower was adapted
+    state.json                      step, sample offset, content hashes of the other files
+RUN/checkpoints/best                the name of the checkpoint with the smallest held-out error; kept beside the newest ones
 """
 
 from __future__ import annotations
@@ -39,8 +39,15 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found)
 
 
-def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any],
-                    keep_last: int, adapter: Any = None, best: int | None = None) -> Path:
+def save_checkpoint(
+    run: Path,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    documents: dict[str, Any],
+    keep_last: int,
+    adapter: Any = None,
+    best: int | None = None,
+) -> Path:
     """Write `RUN/checkpoints/step-<step>` and drop all but the newest `keep_last` and that of step `best`, if one is named.
 
     `tensors`: file stem → named tensors; `documents`: JSON files but state.json's hashes, with "state" among them;
@@ -54,27 +61,31 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, dict[str, torch.Ten
     temporary.mkdir()
     try:
         write_files(temporary, tensors, documents, adapter)
-        if final.exists():      # the same step again: a resumed run that was stopped before it went on
+        if final.exists():  # the same step again: a resumed run that was stopped before it went on
             shutil.rmtree(final)
         os.replace(temporary, final)
         if best is not None:
             write_file(final.with_name("best"), f"step-{best:08d}\n".encode())
-    except (OSError, SafetensorError) as error:     # the latter is what safetensors makes of the former
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of the former
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}; the checkpoints before it are whole. "
-                        "Make room and run the same command again") from None
+        raise UserError(
+            f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}; the checkpoints before it are whole. "
+            "Make room and run the same command again"
+        ) from None
     for old in checkpoints(run)[:-keep_last]:
         if best is None or old.name != f"step-{best:08d}":
             shutil.rmtree(old)
     return final
 
 
-def write_files(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], adapter: Any = None) -> None:
+def write_files(
+    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], adapter: Any = None
+) -> None:
     """Fill `folder`, which may hold some files already: arguments as in `save_checkpoint`. All of it is synced; state.json, with size and
     crc32c of every other file, comes last."""
     for stem, named in tensors.items():
         save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / f"{stem}.safetensors")
-        (folder / f"{stem}.safetensors").chmod(folder.stat().st_mode & 0o666)       # safetensors lets nobody else read it
+        (folder / f"{stem}.safetensors").chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
     if adapter is not None:
         adapter(folder / "adapter")
     for stem, document in documents.items():
@@ -96,7 +107,11 @@ def load_state(folder: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{folder / name}: {error.strerror}") from None
         if found != (nbytes, crc):
-            how = f"{found[0]} bytes, {nbytes} were written" if found[0] != nbytes else "its bytes are not those that were written"
+            how = (
+                f"{found[0]} bytes, {nbytes} were written"
+                if found[0] != nbytes
+                else "its bytes are not those that were written"
+            )
             raise UserError(f"{folder / name} is damaged ({how})")
     return state
 
@@ -148,8 +163,12 @@ def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Pat
         try:
             snapshot = policy_snapshot(given)
         except UserError as error:
-            raise UserError(f"no run or checkpoint at {path}, and no policy of that name on the hub ({error})") from None
+            raise UserError(
+                f"no run or checkpoint at {path}, and no policy of that name on the hub ({error})"
+            ) from None
         if snapshot is not None:
             return resolve(snapshot, say)
         raise UserError(f"no run or checkpoint at {path}; train one with `dvla train --from-cache CACHE --out {path}`")
-    raise UserError(f"{path} holds no checkpoint yet; give a run folder of `dvla train` or `dvla finetune`, or wait for its first checkpoint")
+    raise UserError(
+        f"{path} holds no checkpoint yet; give a run folder of `dvla train` or `dvla finetune`, or wait for its first checkpoint"
+    )

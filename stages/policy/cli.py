@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,9 +14,17 @@ from ...common.text import size
 
 def push_command(
     policy: Annotated[str, typer.Argument(help="Run, checkpoint or exported policy folder.", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="Model repository, owner/name; made if it is not there.", show_default=False)],
-    evaluation: Annotated[Optional[list[Path]], typer.Option("--eval", help="Folder that `dvla eval --out` wrote, for the card; may be given several times.")] = None,
-    format: Annotated[Optional[list[str]], typer.Option("--format", help="Besides the policy: torch-export or onnx, its network as one graph.")] = None,
+    repo: Annotated[
+        str, typer.Argument(help="Model repository, owner/name; made if it is not there.", show_default=False)
+    ],
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="Folder that `dvla eval --out` wrote, for the card; may be given several times."),
+    ] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Besides the policy: torch-export or onnx, its network as one graph."),
+    ] = None,
     public: Public = False,
     vlm_path: VlmPath = None,
 ) -> None:
@@ -26,15 +34,30 @@ def push_command(
     """
     from .hub import push_policy
 
-    url = push_policy(policy, repo, not public, tuple(evaluation or ()), vlm_path, tuple(format or ()), lambda line: console.print(line, style="yellow", markup=False))
+    url = push_policy(
+        policy,
+        repo,
+        not public,
+        tuple(evaluation or ()),
+        vlm_path,
+        tuple(format or ()),
+        lambda line: console.print(line, style="yellow", markup=False),
+    )
     console.print(f'{url}; Policy.from_pretrained("{repo}") fetches it', markup=False)
 
 
 def export_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Run or checkpoint folder, or RUN/checkpoints/best.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Run or checkpoint folder, or RUN/checkpoints/best.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
-    format: Annotated[Optional[list[str]], typer.Option(
-        "--format", help="Besides the policy folder: torch-export or onnx (dvla\\[onnx]), its network as one graph; lerobot, for lerobot-eval; may be given several times.")] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="Besides the policy folder: torch-export or onnx (dvla\\[onnx]), its network as one graph; lerobot, for lerobot-eval; may be given several times.",
+        ),
+    ] = None,
     vlm_path: VlmPath = None,
 ) -> None:
     """Write a trained policy as a folder for deployment: averaged weights, the VLM's own with LoRA merged, statistics, field maps; nothing of training.
@@ -43,9 +66,12 @@ def export_command(
     """
     from .export import export_policy
 
-    warn = lambda line: console.print(line, style="yellow", markup=False)      # noqa: E731
+    warn = lambda line: console.print(line, style="yellow", markup=False)  # noqa: E731
     done = export_policy(checkpoint, out, tuple(f for f in format or () if f != "policy"), vlm_path, warn)
     merged = f", with {done.merged} fine-tuned weights of the vision tower" if done.merged else ""
-    console.print(f"{done.path}: policy of step {done.step}, {size(done.nbytes)}{merged}; it acts with the VLM {done.vlm}", markup=False)
+    console.print(
+        f"{done.path}: policy of step {done.step}, {size(done.nbytes)}{merged}; it acts with the VLM {done.vlm}",
+        markup=False,
+    )
     for name, difference in done.differences.items():
         console.print(f"{name}: gives what the network gives, within {difference:.1e} of its size", markup=False)

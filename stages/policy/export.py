@@ -40,15 +40,20 @@ class ExportedPolicy:
     """What was written."""
 
     path: Path
-    step: int                                                       # of the checkpoint
-    nbytes: int                                                     # of all files
-    vlm: str                                                        # folder or hub id of the model that acting needs
-    merged: int                                                     # weights of the vision tower that are not the base model's
-    differences: dict[str, float] = field(default_factory=dict)     # format → see policy_graph.TOLERANCE
+    step: int  # of the checkpoint
+    nbytes: int  # of all files
+    vlm: str  # folder or hub id of the model that acting needs
+    merged: int  # weights of the vision tower that are not the base model's
+    differences: dict[str, float] = field(default_factory=dict)  # format → see policy_graph.TOLERANCE
 
 
-def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = (), vlm_path: str | None = None,
-                  say: Callable[[str], None] = print) -> ExportedPolicy:
+def export_policy(
+    path: str | Path,
+    out: str | Path,
+    formats: tuple[str, ...] = (),
+    vlm_path: str | None = None,
+    say: Callable[[str], None] = print,
+) -> ExportedPolicy:
     """Write the checkpoint at `path` (see `checkpoint.resolve`) as the folder `out`, which appears only when complete.
 
     `formats`: graphs to add ("torch-export", "onnx"), and "lerobot" for what LeRobot wants to find beside them. `UserError` when `out` exists, the checkpoint is missing or damaged, a graph cannot be
@@ -81,25 +86,38 @@ def export_policy(path: str | Path, out: str | Path, formats: tuple[str, ...] = 
                 write_file(part / "graph.json", json_bytes(graphs))
             ck.write_files(part, tensors, {"policy": document, "state": kept})
             nbytes = sum(p.stat().st_size for p in part.iterdir())
-    except (OSError, SafetensorError) as error:     # the latter is what safetensors makes of the former
-        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}; choose another --out or make room") from None
-    return ExportedPolicy(out, kept["step"], nbytes, document["encoder"]["spec"]["path"], len(vision or ()), graphs["difference"])
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of the former
+        raise UserError(
+            f"cannot write {out}: {getattr(error, 'strerror', None) or error}; choose another --out or make room"
+        ) from None
+    return ExportedPolicy(
+        out, kept["step"], nbytes, document["encoder"]["spec"]["path"], len(vision or ()), graphs["difference"]
+    )
 
 
-def _vision(folder: Path, document: dict[str, Any], vlm_path: str | None) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
+def _vision(
+    folder: Path, document: dict[str, Any], vlm_path: str | None
+) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
     """(weights of the vision tower that are not the base model's, None if it was never trained; policy.json on that model alone, by its
     whole path)."""
     encoder = document["encoder"]
     spec = {**encoder["spec"], "path": vlm_path or encoder["spec"]["path"]}
     local = Path(spec["path"]).expanduser()
-    spec["path"] = str(local.absolute()) if local.is_dir() else spec["path"]        # the exported folder may be used from elsewhere
+    spec["path"] = (
+        str(local.absolute()) if local.is_dir() else spec["path"]
+    )  # the exported folder may be used from elsewhere
     document = {**document, "encoder": {**encoder, "spec": spec}}
-    if (folder / "vision.safetensors").is_file():       # it was exported before
+    if (folder / "vision.safetensors").is_file():  # it was exported before
         return ck.load_tensors(folder, "vision"), document
     if not ((folder / "adapter").is_dir() or spec.get("adapters")):
         return None, document
     exact = {**spec, "dtype": "float32"}
     tuned = load_policy_encoder(folder, {**document, "encoder": {**encoder, "spec": exact}})
-    alone = {"adapters": ()} if "adapters" in spec else {}      # those of the features that the policy was trained from lie in other runs
+    alone = (
+        {"adapters": ()} if "adapters" in spec else {}
+    )  # those of the features that the policy was trained from lie in other runs
     weights = changed_weights(tuned, load_encoder(from_mapping(EncoderSpec, exact | alone, "policy.json")))
-    return weights, {**document, "encoder": {"spec": spec | alone, "fingerprint": {**encoder["fingerprint"], "adapter": tuned.merged_adapter}}}
+    return weights, {
+        **document,
+        "encoder": {"spec": spec | alone, "fingerprint": {**encoder["fingerprint"], "adapter": tuned.merged_adapter}},
+    }

@@ -27,11 +27,13 @@ from ...drifting.losses import DENOISING, ONE_STEP, LossConfig
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError, unknown
 
-FILES = {"torch-export": "policy.pt2", "onnx": "policy.onnx"}      # format → file
+FILES = {"torch-export": "policy.pt2", "onnx": "policy.onnx"}  # format → file
 LIBRARIES = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
-TOLERANCE = 1e-4        # largest difference of an entry, over the root mean square of the network's output
-ONE_FILE = 1 << 30      # bytes of weights beyond which an ONNX graph keeps them in a file beside it: a protobuf ends at 2 GiB
-SIZES = ((2, 3, 7, 4), (1, 1, 64, 1), (3, 1, 1, 9), (1, 2, 300, 5))     # (B, G, L, Lt) of the check; the first is traced
+TOLERANCE = 1e-4  # largest difference of an entry, over the root mean square of the network's output
+ONE_FILE = (
+    1 << 30
+)  # bytes of weights beyond which an ONNX graph keeps them in a file beside it: a protobuf ends at 2 GiB
+SIZES = ((2, 3, 7, 4), (1, 1, 64, 1), (3, 1, 1, 9), (1, 2, 300, 5))  # (B, G, L, Lt) of the check; the first is traced
 
 Run = Callable[[dict[str, Tensor]], Tensor]
 
@@ -43,14 +45,37 @@ class PolicyGraph(nn.Module):
         super().__init__()
         self.net, self.loss = net, loss
 
-    def forward(self, noise: Tensor, tokens: Tensor, token_mask: Tensor, view_id: Tensor, text: Tensor, text_mask: Tensor, proprio: Tensor,
-                embodiment: Tensor, control_hz: Tensor, alpha: Tensor) -> Tensor:
-        unread = tokens.new_zeros(0)        # a one-step head looks at no action, and at no mask of them
+    def forward(
+        self,
+        noise: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        view_id: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        proprio: Tensor,
+        embodiment: Tensor,
+        control_hz: Tensor,
+        alpha: Tensor,
+    ) -> Tensor:
+        unread = tokens.new_zeros(0)  # a one-step head looks at no action, and at no mask of them
         batch = FeatureBatch(
-            tokens=tokens, token_mask=token_mask, view_id=view_id, frame_id=torch.zeros_like(view_id), text=text, text_mask=text_mask,
-            proprio=proprio, action=unread, action_mask=unread, step_mask=unread, embodiment=embodiment, control_hz=control_hz,
-            dataset=unread, frame_index=unread)
-        return generate(self.net, self.net.encode(batch), noise, alpha, self.loss)      # [B,G,T,128]
+            tokens=tokens,
+            token_mask=token_mask,
+            view_id=view_id,
+            frame_id=torch.zeros_like(view_id),
+            text=text,
+            text_mask=text_mask,
+            proprio=proprio,
+            action=unread,
+            action_mask=unread,
+            step_mask=unread,
+            embodiment=embodiment,
+            control_hz=control_hz,
+            dataset=unread,
+            frame_index=unread,
+        )
+        return generate(self.net, self.net.encode(batch), noise, alpha, self.loss)  # [B,G,T,128]
 
 
 def require_formats(formats: Sequence[str], kind: str) -> None:
@@ -59,18 +84,25 @@ def require_formats(formats: Sequence[str], kind: str) -> None:
         if name not in FILES:
             raise unknown("format", name, ("policy", *FILES, "lerobot"))
         if kind in DENOISING:
-            raise UserError(f"--format {name} is for heads that act in one pass ({', '.join(ONE_STEP)}), and this policy has a {kind} head, "
-                            "which calls its network many times; leave --format out")
+            raise UserError(
+                f"--format {name} is for heads that act in one pass ({', '.join(ONE_STEP)}), and this policy has a {kind} head, "
+                "which calls its network many times; leave --format out"
+            )
         missing = [library for library in LIBRARIES[name] if importlib.util.find_spec(library) is None]
         if missing:
-            raise UserError(f"--format {name} needs {', '.join(missing)}: pip install 'dvla[onnx]'; --format torch-export needs torch alone")
+            raise UserError(
+                f"--format {name} needs {', '.join(missing)}: pip install 'dvla[onnx]'; --format torch-export needs torch alone"
+            )
 
 
 def input_shapes(net: PolicyNet) -> dict[str, tuple[str, tuple[str | int, ...]]]:
     """Name → (dtype, shape) of a graph's inputs, letters for what is free."""
     c = net.config
     return {
-        "noise": ("float32", ("B", "G", c.dit.horizon, c.dit.noise_dim)),   # standard normal; a regression head reads its shape only
+        "noise": (
+            "float32",
+            ("B", "G", c.dit.horizon, c.dit.noise_dim),
+        ),  # standard normal; a regression head reads its shape only
         "tokens": ("float32", ("B", "L", c.feature_width)),
         "token_mask": ("bool", ("B", "L")),
         "view_id": ("int64", ("B", "L")),
@@ -79,14 +111,24 @@ def input_shapes(net: PolicyNet) -> dict[str, tuple[str, tuple[str | int, ...]]]
         "proprio": ("float32", ("B", UNIFIED_DIM)),
         "embodiment": ("int64", ("B",)),
         "control_hz": ("float32", ("B",)),
-        "alpha": ("float32", ("B",)),                                       # guidance scale; 1 where a policy acts
+        "alpha": ("float32", ("B",)),  # guidance scale; 1 where a policy acts
     }
 
 
 def graph_inputs(batch: FeatureBatch, noise: Tensor, alpha: Tensor) -> dict[str, Tensor]:
     """A graph's inputs for observations of one frame: noise [B,G,T,n], guidance scales [B]."""
-    return {"noise": noise, "tokens": batch.tokens.float(), "token_mask": batch.token_mask, "view_id": batch.view_id, "text": batch.text.float(),
-            "text_mask": batch.text_mask, "proprio": batch.proprio, "embodiment": batch.embodiment, "control_hz": batch.control_hz, "alpha": alpha}
+    return {
+        "noise": noise,
+        "tokens": batch.tokens.float(),
+        "token_mask": batch.token_mask,
+        "view_id": batch.view_id,
+        "text": batch.text.float(),
+        "text_mask": batch.text_mask,
+        "proprio": batch.proprio,
+        "embodiment": batch.embodiment,
+        "control_hz": batch.control_hz,
+        "alpha": alpha,
+    }
 
 
 def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -97,7 +139,9 @@ def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folde
     graph = PolicyGraph(net.float().cpu().eval().requires_grad_(False), loss).eval()
     shapes = input_shapes(net)
     free = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "G", "L", "Lt")}
-    dynamic = {name: {i: free[size] for i, size in enumerate(shape) if size in free} for name, (_, shape) in shapes.items()}
+    dynamic = {
+        name: {i: free[size] for i, size in enumerate(shape) if size in free} for name, (_, shape) in shapes.items()
+    }
     with _quiet():
         program = torch.export.export(graph, (), _example(net, *SIZES[0]), dynamic_shapes=dynamic, strict=False)
         errors = {}
@@ -105,8 +149,10 @@ def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folde
             run = (_torch_export if name == "torch-export" else _onnx)(program, folder / FILES[name], tuple(shapes))
             errors[name] = _difference(net, graph, run)
             if not errors[name] <= TOLERANCE:
-                raise UserError(f"the {name} graph gives other actions than the network (by {errors[name]:.2g} of their size, at most {TOLERANCE} is "
-                                "rounding): not with this version of its libraries; nothing was written")
+                raise UserError(
+                    f"the {name} graph gives other actions than the network (by {errors[name]:.2g} of their size, at most {TOLERANCE} is "
+                    "rounding): not with this version of its libraries; nothing was written"
+                )
     output = {"action": {"dtype": "float32", "shape": ["B", "G", net.config.dit.horizon, UNIFIED_DIM]}}
     inputs = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in shapes.items()}
     return {"files": {name: FILES[name] for name in formats}, "inputs": inputs, "outputs": output, "difference": errors}
@@ -126,7 +172,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _torch_export(program: Any, file: Path, names: Sequence[str]) -> Run:
-    made = io.BytesIO()     # torch's own writer ends the process where the disk is full
+    made = io.BytesIO()  # torch's own writer ends the process where the disk is full
     torch.export.save(program, made)
     file.write_bytes(made.getbuffer())
     module = torch.export.load(file).module()
@@ -138,15 +184,17 @@ def _onnx(program: Any, file: Path, names: Sequence[str]) -> Run:
 
     try:
         made = torch.onnx.export(program, input_names=list(names), output_names=["action"], dynamo=True, verbose=False)
-        assert made is not None     # with dynamo a program, without None
+        assert made is not None  # with dynamo a program, without None
         made.save(str(file), external_data=sum(t.nbytes for t in program.state_dict.values()) > ONE_FILE)
     except torch.onnx.OnnxExporterError as error:
         raise UserError(f"torch cannot make the ONNX graph: {' '.join(str(error).split())[:300]}") from None
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3      # errors
+    options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     read = {value.name for value in session.get_inputs()}
-    return lambda inputs: torch.from_numpy(session.run(["action"], {n: x.numpy() for n, x in inputs.items() if n in read})[0])
+    return lambda inputs: torch.from_numpy(
+        session.run(["action"], {n: x.numpy() for n, x in inputs.items() if n in read})[0]
+    )
 
 
 @torch.no_grad()
@@ -177,5 +225,7 @@ def _example(net: PolicyNet, b: int, g: int, l: int, lt: int, seed: int = 0) -> 
         return torch.randn(shape, generator=generator)
 
     sizes = {"B": b, "G": g, "L": l, "Lt": lt}
-    return {name: draw(name, dtype, tuple(size if isinstance(size, int) else sizes[size] for size in shape))
-            for name, (dtype, shape) in input_shapes(net).items()}
+    return {
+        name: draw(name, dtype, tuple(size if isinstance(size, int) else sizes[size] for size in shape))
+        for name, (dtype, shape) in input_shapes(net).items()
+    }

@@ -17,8 +17,15 @@ from .export import export_policy
 from .load import read_document
 
 
-def push_policy(path: str | Path, repo: str, private: bool = True, evaluations: Sequence[str | Path] = (), vlm_path: str | None = None,
-                formats: tuple[str, ...] = (), say: Callable[[str], None] = print) -> str:
+def push_policy(
+    path: str | Path,
+    repo: str,
+    private: bool = True,
+    evaluations: Sequence[str | Path] = (),
+    vlm_path: str | None = None,
+    formats: tuple[str, ...] = (),
+    say: Callable[[str], None] = print,
+) -> str:
     """Upload the policy at `path` (a run, a checkpoint, or what `dvla export` wrote) to the model repository `repo`, "owner/name", which is
     made if it is not there; returns its URL. `evaluations`: folders that `dvla eval --out` wrote, for the card.
 
@@ -33,12 +40,19 @@ def push_policy(path: str | Path, repo: str, private: bool = True, evaluations: 
         document, state = read_document(folder), read_json(folder / "state.json")
         base = document["encoder"]["spec"]["path"]
         if Path(base).expanduser().exists():
-            say(f"acting needs the VLM, which is known as the folder {base}: whoever uses {repo} gives theirs with vlm_path")
+            say(
+                f"acting needs the VLM, which is known as the folder {base}: whoever uses {repo} gives theirs with vlm_path"
+            )
         write_file(folder / "README.md", policy_card(document, state, repo, summaries).encode())
         with hub_errors(repo):
             from huggingface_hub import HfApi
 
             api = HfApi()
             url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=folder, repo_type="model", commit_message=f"Policy of step {state.get('step')}")
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                repo_type="model",
+                commit_message=f"Policy of step {state.get('step')}",
+            )
     return str(url)

@@ -27,11 +27,13 @@ def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
     """
     folder = ck.resolve(checkpoint)
     if not (folder / "adapter").is_dir():
-        raise UserError(f"{folder} holds no adapter, so its features are those of the cache it was trained from; give a run of "
-                        "`dvla finetune --vlm-mode lora` or `full`")
+        raise UserError(
+            f"{folder} holds no adapter, so its features are those of the cache it was trained from; give a run of "
+            "`dvla finetune --vlm-mode lora` or `full`"
+        )
     spec = from_mapping(EncoderSpec, read_json(folder / "policy.json")["encoder"]["spec"], "policy.json")
     given = {name: value for name, value in overrides.items() if value is not None}
-    if "boundary" in given:     # tokens and their kind are made above it
+    if "boundary" in given:  # tokens and their kind are made above it
         given = {"tokens": None, "features": "merged", **given}
     return dataclasses.replace(spec, **given, adapters=(*spec.adapters, str((folder / "adapter").resolve())))
 
@@ -51,14 +53,20 @@ def load_net(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
     return net
 
 
-def load_policy_encoder(folder: Path, document: Mapping[str, Any], device: torch.device | str = "cpu",
-                        vlm_path: str | None = None) -> VisionLanguageEncoder:
+def load_policy_encoder(
+    folder: Path, document: Mapping[str, Any], device: torch.device | str = "cpu", vlm_path: str | None = None
+) -> VisionLanguageEncoder:
     """The encoder a checkpoint belongs to, with its adapter, or the weights it was merged into; refuses other weights, naming the differing fields."""
     spec = from_mapping(EncoderSpec, document["encoder"]["spec"], "policy.json")
     spec = dataclasses.replace(spec, path=vlm_path) if vlm_path else spec
     encoder = load_encoder(spec, device)
-    if (folder / "vision.safetensors").is_file():       # of an exported policy: what features owe to fine-tuning is in them
-        put_weights(encoder, ck.load_tensors(folder, "vision"), document["encoder"]["fingerprint"]["adapter"], str(folder / "vision.safetensors"))
+    if (folder / "vision.safetensors").is_file():  # of an exported policy: what features owe to fine-tuning is in them
+        put_weights(
+            encoder,
+            ck.load_tensors(folder, "vision"),
+            document["encoder"]["fingerprint"]["adapter"],
+            str(folder / "vision.safetensors"),
+        )
     require_encoder(encoder, document["encoder"]["fingerprint"], f"checkpoint {folder}")
     if (folder / "adapter").is_dir():
         load_adapter(encoder, folder / "adapter")

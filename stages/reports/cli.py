@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,8 +16,12 @@ RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)
 
 def report_command(
     run: RunPath,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page; one that this command made before is replaced.")] = Path("report.html"),
-    evaluation: Annotated[Optional[list[Path]], typer.Option("--eval", help="Folder of `dvla eval --out`; may be given several times.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The page; one that this command made before is replaced.")
+    ] = Path("report.html"),
+    evaluation: Annotated[
+        list[Path] | None, typer.Option("--eval", help="Folder of `dvla eval --out`; may be given several times.")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Steps at most that the panels can be looked at after.")] = 12,
 ) -> None:
     """A run as one page that opens from disk: summary, curves, panels with a step slider, datasets, rollouts, settings.
@@ -32,7 +36,7 @@ def report_command(
 
 def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, at least two.", show_default=False)],
-    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Page to write the same to, with curves.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write the same to, with curves.")] = None,
 ) -> None:
     """Runs side by side: where their settings differ, what they reached, dataset by dataset.
 
@@ -55,8 +59,14 @@ def rerun_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, ending in .rrd.")],
     episode: Annotated[int, typer.Option("--episode", help="Number of the episode.")] = 0,
     every: Annotated[int, typer.Option("--every", help="Predict at every n-th frame.")] = 1,
-    dataset_config: Annotated[Optional[str], typer.Option("--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type.")] = None,
-    vlm_path: VlmPath = None, device: Device = "auto",
+    dataset_config: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type."
+        ),
+    ] = None,
+    vlm_path: VlmPath = None,
+    device: Device = "auto",
 ) -> None:
     """A recorded episode with what the policy predicts at each frame, for the Rerun viewer (dvla\\[rerun]; open it with `rerun FILE`).
 
@@ -65,5 +75,18 @@ def rerun_command(
     from .rerun import write_rerun
 
     with progress_bars() as show:
-        done = write_rerun(str(run), source, episode, out, every=every, dataset_config=dataset_config, vlm_path=vlm_path, device=device, progress=show)
-    console.print(f"{done.path}: {done.frames} frames, predictions at {done.predicted} of them, {done.error:.2f} σ of the actions from the expert's", markup=False)
+        done = write_rerun(
+            str(run),
+            source,
+            episode,
+            out,
+            every=every,
+            dataset_config=dataset_config,
+            vlm_path=vlm_path,
+            device=device,
+            progress=show,
+        )
+    console.print(
+        f"{done.path}: {done.frames} frames, predictions at {done.predicted} of them, {done.error:.2f} σ of the actions from the expert's",
+        markup=False,
+    )

@@ -25,10 +25,17 @@ from .report import RunFacts, read_run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS = {"eval/mse": ("held-out MSE", min), "eval/mae": ("MAE", min), "eval/nl2": ("NL2", min), "eval/correlation": ("correlation", max),
-           "eval/coverage": ("coverage, %", None), "eval/mode_coverage": ("modes reached, %", max), "eval/mmd": ("MMD²", min)}
+METRICS = {
+    "eval/mse": ("held-out MSE", min),
+    "eval/mae": ("MAE", min),
+    "eval/nl2": ("NL2", min),
+    "eval/correlation": ("correlation", max),
+    "eval/coverage": ("coverage, %", None),
+    "eval/mode_coverage": ("modes reached, %", max),
+    "eval/mmd": ("MMD²", min),
+}
 """Log entry → (its name, which value is best; None: neither)."""
-PLACES = ("out", "wandb.name")     # settings in which runs differ without being different
+PLACES = ("out", "wandb.name")  # settings in which runs differ without being different
 OTHERWISE = "–"
 
 
@@ -55,22 +62,35 @@ class Comparison:
 def compare(paths: Sequence[Path]) -> Comparison:
     """`UserError` for fewer than two, the same one twice, or a folder that is no run."""
     if len(paths) < 2 or len({p.resolve() for p in paths}) < len(paths):
-        raise UserError(f"{len({p.resolve() for p in paths})} run{'s' * (len({p.resolve() for p in paths}) != 1)} to compare; give at least two different run folders")
+        raise UserError(
+            f"{len({p.resolve() for p in paths})} run{'s' * (len({p.resolve() for p in paths}) != 1)} to compare; give at least two different run folders"
+        )
     runs = tuple(read_run(p) for p in paths)
     flat = [_dotted(public(run.config)) for run in runs]
     keys = sorted({key for settings in flat for key in settings} - set(PLACES))
     differ = [Row(key, tuple(settings.get(key, OTHERWISE) for settings in flat)) for key in keys]
     newest = [(evaluations(run.log) or [{}])[-1] for run in runs]
-    results = [Row("step", tuple(run.log[-1]["step"] for run in runs)), Row("of steps", tuple(run.config["steps"] for run in runs)),
-               Row("loss", tuple(run.log[-1]["loss"] for run in runs)),
-               *(_judged(name, [line.get(key) for line in newest], better) for key, (name, better) in METRICS.items()),
-               _judged("best held-out MSE", [min((line["eval/mse"] for line in evaluations(run.log)), default=None) for run in runs], min),
-               _judged("samples/s", [float(np.median([line["samples_per_second"] for line in run.log])) for run in runs], max),
-               Row("waiting for data, %", tuple(100 * run.log[-1]["wait_share"] for run in runs))]
+    results = [
+        Row("step", tuple(run.log[-1]["step"] for run in runs)),
+        Row("of steps", tuple(run.config["steps"] for run in runs)),
+        Row("loss", tuple(run.log[-1]["loss"] for run in runs)),
+        *(_judged(name, [line.get(key) for line in newest], better) for key, (name, better) in METRICS.items()),
+        _judged(
+            "best held-out MSE",
+            [min((line["eval/mse"] for line in evaluations(run.log)), default=None) for run in runs],
+            min,
+        ),
+        _judged("samples/s", [float(np.median([line["samples_per_second"] for line in run.log])) for run in runs], max),
+        Row("waiting for data, %", tuple(100 * run.log[-1]["wait_share"] for run in runs)),
+    ]
     datasets = list(dict.fromkeys(name for run in runs for name in run.datasets))
-    return Comparison(_names(paths), runs, tuple(row for row in differ if len({str(v) for v in row.values}) > 1),
-                      tuple(row for row in results if any(v is not None for v in row.values)),
-                      tuple(_judged(name, [line.get(f"eval/mse/{name}") for line in newest], min) for name in datasets))
+    return Comparison(
+        _names(paths),
+        runs,
+        tuple(row for row in differ if len({str(v) for v in row.values}) > 1),
+        tuple(row for row in results if any(v is not None for v in row.values)),
+        tuple(_judged(name, [line.get(f"eval/mse/{name}") for line in newest], min) for name in datasets),
+    )
 
 
 def _names(paths: Sequence[Path]) -> tuple[str, ...]:
@@ -83,7 +103,11 @@ def _names(paths: Sequence[Path]) -> tuple[str, ...]:
 def _judged(name: str, values: Sequence[Any], better: Any) -> Row:
     known = [v for v in values if v is not None]
     best = better(known) if better is not None and len(known) > 1 else None
-    return Row(name, tuple(values), tuple(i for i, v in enumerate(values) if best is not None and v == best) if len(set(known)) > 1 else ())
+    return Row(
+        name,
+        tuple(values),
+        tuple(i for i, v in enumerate(values) if best is not None and v == best) if len(set(known)) > 1 else (),
+    )
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -102,8 +126,12 @@ def comparison_figure(found: Comparison, style: Style = LIGHT) -> Figure:
         lines, seen = run.log, evaluations(run.log)
         held.plot([x["step"] for x in seen], [x["eval/mse"] for x in seen], marker="o", label=name, **how)
         error.plot([x["step"] for x in lines], [x["mse"] for x in lines], **how)
-        correlation.plot([x["step"] for x in seen], [x.get("eval/correlation", np.nan) for x in seen], marker="o", **how)
-        pulled = [(x["step"], np.mean(x["mean_square"])) for x in lines if x.get("mean_square") and max(x["mean_square"]) > 0]
+        correlation.plot(
+            [x["step"] for x in seen], [x.get("eval/correlation", np.nan) for x in seen], marker="o", **how
+        )
+        pulled = [
+            (x["step"], np.mean(x["mean_square"])) for x in lines if x.get("mean_square") and max(x["mean_square"]) > 0
+        ]
         if pulled:
             drift.plot(*zip(*((step, value**0.5) for step, value in pulled)), **how)
             drift.set_yscale("log")
@@ -131,20 +159,42 @@ def show_comparison(found: Comparison) -> None:
 
     from ...common.console import console
 
-    for title, rows in (("settings that differ", found.settings), ("results", found.results), ("held-out MSE by dataset", found.datasets)):
+    for title, rows in (
+        ("settings that differ", found.settings),
+        ("results", found.results),
+        ("held-out MSE by dataset", found.datasets),
+    ):
         if rows:
-            table = Table(title, *(Column(escape(name), justify="right", overflow="fold") for name in found.names), box=SIMPLE_HEAD)
+            table = Table(
+                title,
+                *(Column(escape(name), justify="right", overflow="fold") for name in found.names),
+                box=SIMPLE_HEAD,
+            )
             for row in rows:
                 cells = [escape(number(value)) for value in row.values]
-                table.add_row(escape(row.name), *(f"[bold green]{cell}[/bold green]" if i in row.best else cell for i, cell in enumerate(cells)))
+                table.add_row(
+                    escape(row.name),
+                    *(f"[bold green]{cell}[/bold green]" if i in row.best else cell for i, cell in enumerate(cells)),
+                )
             console.print(table)
     console.print(verdict(found), markup=False)
 
 
 def write_comparison(found: Comparison, out: Path) -> int:
     """The page; returns its bytes. `UserError` where it cannot be written."""
-    tables = [("Results", "Newest step and evaluation of each run. Bold: best.", found.results),
-              ("Held-out MSE by dataset", "Averaged weights, normalised units.", found.datasets), ("Settings that differ", "", found.settings)]
-    return write_page(out, "compare.html", version=__version__, made=time.strftime("%Y-%m-%d %H:%M"), names=found.names, verdict=verdict(found),
-                      tables=[table for table in tables if table[2]], curves=picture(lambda style: comparison_figure(found, style)),
-                      configs=[(name, public(run.config)) for name, run in zip(found.names, found.runs)])
+    tables = [
+        ("Results", "Newest step and evaluation of each run. Bold: best.", found.results),
+        ("Held-out MSE by dataset", "Averaged weights, normalised units.", found.datasets),
+        ("Settings that differ", "", found.settings),
+    ]
+    return write_page(
+        out,
+        "compare.html",
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        names=found.names,
+        verdict=verdict(found),
+        tables=[table for table in tables if table[2]],
+        curves=picture(lambda style: comparison_figure(found, style)),
+        configs=[(name, public(run.config)) for name, run in zip(found.names, found.runs)],
+    )

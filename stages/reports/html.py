@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-MARK = "<!-- made by dvla -->"      # the second line of every page: what may be made again in its place
+MARK = "<!-- made by dvla -->"  # the second line of every page: what may be made again in its place
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".mp4": "video/mp4", ".gif": "image/gif"}
 
 
@@ -55,9 +55,17 @@ def write_page(path: Path, template: str, **values: Any) -> int:
 def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    found = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-                        trim_blocks=True, lstrip_blocks=True)
-    found.filters |= {"number": number, "lines": lambda value: json.dumps(value, indent=1, ensure_ascii=False, default=str)}
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
+        "number": number,
+        "lines": lambda value: json.dumps(value, indent=1, ensure_ascii=False, default=str),
+    }
     return found
 
 
@@ -92,4 +100,10 @@ def picture(draw: Callable[[Style], Figure]) -> dict[str, Any]:
     figures = [draw(style) for style in (LIGHT, DARK)]
     light, dark = (data_uri(png(figure), "image/png") for figure in figures)
     width, height = (round(inches * figures[0].dpi) for inches in figures[0].get_size_inches())
-    return {"light": light, "dark": dark, "finding": " ".join(figures[0].get_suptitle().split()), "width": width, "height": height}
+    return {
+        "light": light,
+        "dark": dark,
+        "finding": " ".join(figures[0].get_suptitle().split()),
+        "width": width,
+        "height": height,
+    }

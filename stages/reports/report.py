@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MOST_FILM = 6 << 20         # bytes of a film that goes into the page
+MOST_FILM = 6 << 20  # bytes of a film that goes into the page
 TITLES = {"mse": "MSE", "mae": "MAE", "correlation": "correlation", "coverage": "coverage, %", "nl2": "NL2"}
 
 
@@ -37,10 +37,10 @@ TITLES = {"mse": "MSE", "mae": "MAE", "correlation": "correlation", "coverage": 
 class ReportConfig:
     """What `dvla report` needs."""
 
-    run: Path                           # run folder
-    out: Path                           # the page
+    run: Path  # run folder
+    out: Path  # the page
     evaluations: tuple[Path, ...] = ()  # folders of `dvla eval --out`
-    steps: int = 12                     # positions of the panels' slider at most
+    steps: int = 12  # positions of the panels' slider at most
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,12 @@ class RunFacts:
         """Names, from the policy or, before there is one, from the evaluations."""
         if self.policy:
             return tuple(d["name"] for d in self.policy["datasets"])
-        names = (key.removeprefix("eval/mse/") for line in evaluations(self.log)[-1:] for key in line if key.startswith("eval/mse/"))
+        names = (
+            key.removeprefix("eval/mse/")
+            for line in evaluations(self.log)[-1:]
+            for key in line
+            if key.startswith("eval/mse/")
+        )
         return tuple(name for name in names if not name.startswith("embodiment/"))
 
 
@@ -86,8 +91,22 @@ def log_data(run: RunFacts) -> PanelData:
     """For the panels that show the log alone."""
     bodies = tuple(int(d["embodiment"]) for d in run.policy["datasets"]) if run.policy else (0,) * len(run.datasets)
     none = np.zeros((0, 0, 128), np.float32)
-    return PanelData(run.log[-1]["step"], run.datasets, bodies, np.zeros(0, int), none, none[:, None], none > 0, none[None, :, None], np.zeros(0),
-                     tuple(run.config["loss"]["temperatures"]), np.zeros((0, 128)), np.zeros((0, 128)), np.zeros(0), log=run.log)
+    return PanelData(
+        run.log[-1]["step"],
+        run.datasets,
+        bodies,
+        np.zeros(0, int),
+        none,
+        none[:, None],
+        none > 0,
+        none[None, :, None],
+        np.zeros(0),
+        tuple(run.config["loss"]["temperatures"]),
+        np.zeros((0, 128)),
+        np.zeros((0, 128)),
+        np.zeros(0),
+        log=run.log,
+    )
 
 
 def report(config: ReportConfig) -> int:
@@ -100,17 +119,54 @@ def report(config: ReportConfig) -> int:
     curves = [PANELS[key].draw for key in ("D2", "A2", "D3") if key != "D3" or evaluations(run.log)]
     drawn = panels(run, config.steps)
     return write_page(
-        config.out, "report.html", version=__version__, made=time.strftime("%Y-%m-%d %H:%M"), name=run.name, verdict=verdict(run),
-        tiles=tiles(run, held), curves=[*(picture(lambda style: draw(data, style)) for draw in curves),    # noqa: B023 (drawn at once)
-                                        picture(lambda style: speed_figure(run.log, style))],
-        metrics=[TITLES[m] for m in METRICS], rows=dataset_rows(run), eval_step=(evaluations(run.log) or [last])[-1]["step"],
-        **drawn, evaluations=held, drawn_style=run.config["panels"]["style"],
-        sections=[("summary", "Summary"), *([("findings", "Findings")] if drawn["findings"] else []), ("curves", "Curves"), ("datasets", "Datasets"),
-                  ("panels", "Panels"), *([("rollouts", "Rollouts")] if held else []), ("settings", "Settings")],
-        config=public(run.config), fingerprint=public(run.policy.get("encoder", {})),
-        sources=public([{k: d.get(k) for k in ("name", "license", "views", "control_hz", "environment", "dataset_config", "action_map", "state_map")}
-                        for d in run.policy.get("datasets", [])]),
-        environment=run.environment or {"not recorded": "the run was begun by an earlier release"})
+        config.out,
+        "report.html",
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        name=run.name,
+        verdict=verdict(run),
+        tiles=tiles(run, held),
+        curves=[
+            *(picture(lambda style: draw(data, style)) for draw in curves),  # noqa: B023 (drawn at once)
+            picture(lambda style: speed_figure(run.log, style)),
+        ],
+        metrics=[TITLES[m] for m in METRICS],
+        rows=dataset_rows(run),
+        eval_step=(evaluations(run.log) or [last])[-1]["step"],
+        **drawn,
+        evaluations=held,
+        drawn_style=run.config["panels"]["style"],
+        sections=[
+            ("summary", "Summary"),
+            *([("findings", "Findings")] if drawn["findings"] else []),
+            ("curves", "Curves"),
+            ("datasets", "Datasets"),
+            ("panels", "Panels"),
+            *([("rollouts", "Rollouts")] if held else []),
+            ("settings", "Settings"),
+        ],
+        config=public(run.config),
+        fingerprint=public(run.policy.get("encoder", {})),
+        sources=public(
+            [
+                {
+                    k: d.get(k)
+                    for k in (
+                        "name",
+                        "license",
+                        "views",
+                        "control_hz",
+                        "environment",
+                        "dataset_config",
+                        "action_map",
+                        "state_map",
+                    )
+                }
+                for d in run.policy.get("datasets", [])
+            ]
+        ),
+        environment=run.environment or {"not recorded": "the run was begun by an earlier release"},
+    )
 
 
 def verdict(run: RunFacts) -> str:
@@ -129,10 +185,16 @@ def verdict(run: RunFacts) -> str:
 def tiles(run: RunFacts, held: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(label, value) of the numbers at the top."""
     last, line = run.log[-1], (evaluations(run.log) or [{}])[-1]
-    found = [("of " + f"{run.config['steps']:,} steps", f"{last['step']:,}"), ("held-out MSE", number(line.get("eval/mse"))),
-             ("correlation", number(line.get("eval/correlation"), 3)), ("coverage, %", number(line.get("eval/coverage"), 3)),
-             ("modes reached, %", number(line.get("eval/mode_coverage"), 3)), ("MMD²", number(line.get("eval/mmd"), 2)),
-             ("samples/s", number(float(last["samples_per_second"]), 3)), (f"waiting for data; {last.get('binds', 'compute')} binds", f"{100 * last['wait_share']:.1f} %")]
+    found = [
+        ("of " + f"{run.config['steps']:,} steps", f"{last['step']:,}"),
+        ("held-out MSE", number(line.get("eval/mse"))),
+        ("correlation", number(line.get("eval/correlation"), 3)),
+        ("coverage, %", number(line.get("eval/coverage"), 3)),
+        ("modes reached, %", number(line.get("eval/mode_coverage"), 3)),
+        ("MMD²", number(line.get("eval/mmd"), 2)),
+        ("samples/s", number(float(last["samples_per_second"]), 3)),
+        (f"waiting for data; {last.get('binds', 'compute')} binds", f"{100 * last['wait_share']:.1f} %"),
+    ]
     if "stage_three" in run.config:
         found.append(("stage", "three"))
     for e in held:
@@ -150,16 +212,31 @@ def dataset_rows(run: RunFacts) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         suffix = f"/{name}" if name else ""
-        rows.append({"name": name or "all", "strong": not name or name in bodies, "values": [held[-1].get(f"eval/{m}{suffix}") for m in METRICS],
-                     "first": held[0].get(f"eval/mse{suffix}")})
+        rows.append(
+            {
+                "name": name or "all",
+                "strong": not name or name in bodies,
+                "values": [held[-1].get(f"eval/{m}{suffix}") for m in METRICS],
+                "first": held[0].get(f"eval/mse{suffix}"),
+            }
+        )
     return rows
 
 
 def panels(run: RunFacts, most: int) -> dict[str, Any]:
     """The panels for `report.html`: "positions" of the slider, every picture once, and for each panel which of them is shown at each position."""
-    found = [(step, folder, read_json(folder / "findings.json")) for step, folder in panel_steps(run.path) if (folder / "findings.json").is_file()]
-    found = [(step, folder, {k: v for k, v in titles.items() if k in PANELS and (folder / f"{k}.png").is_file()}) for step, folder, titles in found]
-    looks = [step for step, _, titles in found if any(PANELS[key].predicts for key in titles)] or [step for step, _, _ in found]
+    found = [
+        (step, folder, read_json(folder / "findings.json"))
+        for step, folder in panel_steps(run.path)
+        if (folder / "findings.json").is_file()
+    ]
+    found = [
+        (step, folder, {k: v for k, v in titles.items() if k in PANELS and (folder / f"{k}.png").is_file()})
+        for step, folder, titles in found
+    ]
+    looks = [step for step, _, titles in found if any(PANELS[key].predicts for key in titles)] or [
+        step for step, _, _ in found
+    ]
     if not looks:
         return {"panels": [], "positions": [], "pictures": [], "findings": [], "thinned": "", "last_step": 0}
     positions = [looks[i] for i in sorted({round(i) for i in np.linspace(0, len(looks) - 1, min(most, len(looks)))})]
@@ -167,18 +244,35 @@ def panels(run: RunFacts, most: int) -> dict[str, Any]:
     shown, said = [], []
     for key, panel in PANELS.items():
         at: list[int | None] = []
-        before: tuple[int, int] | None = None       # (step, picture)
+        before: tuple[int, int] | None = None  # (step, picture)
         for position in positions:
-            newest = [(step, folder, titles[key]) for step, folder, titles in found if step <= position and key in titles][-1:]
+            newest = [
+                (step, folder, titles[key]) for step, folder, titles in found if step <= position and key in titles
+            ][-1:]
             if newest and (before is None or before[0] != newest[0][0]):
                 before = newest[0][0], len(pictures)
-                pictures.append({"step": newest[0][0], "uri": file_uri(newest[0][1] / f"{key}.png"), "finding": newest[0][2]})
+                pictures.append(
+                    {"step": newest[0][0], "uri": file_uri(newest[0][1] / f"{key}.png"), "finding": newest[0][2]}
+                )
             at.append(None if before is None else before[1])
         if before is not None:
             shown.append({"key": key, "name": panel.name, "good": panel.good, "at": at})
-            said.append({"key": key, "finding": pictures[before[1]]["finding"].removesuffix(f" ({key})"), "good": panel.good})
-    thinned = f"{len(positions)} of the {len(looks)} steps after which panels were drawn; the others are in {run.path.name}/panels." if len(positions) < len(looks) else ""
-    return {"panels": shown, "positions": positions, "pictures": pictures, "findings": said, "thinned": thinned, "last_step": positions[-1]}
+            said.append(
+                {"key": key, "finding": pictures[before[1]]["finding"].removesuffix(f" ({key})"), "good": panel.good}
+            )
+    thinned = (
+        f"{len(positions)} of the {len(looks)} steps after which panels were drawn; the others are in {run.path.name}/panels."
+        if len(positions) < len(looks)
+        else ""
+    )
+    return {
+        "panels": shown,
+        "positions": positions,
+        "pictures": pictures,
+        "findings": said,
+        "thinned": thinned,
+        "last_step": positions[-1],
+    }
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -192,16 +286,41 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     baselines = [b for b in ("expert", "random", "blind") if any(b in entry for entry in summary["tasks"].values())]
     for name, entry in summary["tasks"].items():
         low, high = entry["ci95"]
-        tasks.append({"name": name, "success": f"{100 * entry['success']:.0f} %", "interval": f"{100 * low:.0f} – {100 * high:.0f} %", "episodes": entry["episodes"],
-                      "baselines": [f"{100 * entry[b]:.0f} %" if b in entry else "–" for b in baselines], "ms": entry.get("ms_per_action")})
+        tasks.append(
+            {
+                "name": name,
+                "success": f"{100 * entry['success']:.0f} %",
+                "interval": f"{100 * low:.0f} – {100 * high:.0f} %",
+                "episodes": entry["episodes"],
+                "baselines": [f"{100 * entry[b]:.0f} %" if b in entry else "–" for b in baselines],
+                "ms": entry.get("ms_per_action"),
+            }
+        )
         still, film = (folder / "videos" / f"{name.replace('/', '_')}{end}" for end in (".png", ".mp4"))
         fits = film.is_file() and film.stat().st_size <= MOST_FILM
-        note = "green border: success, red: failure" if fits or not film.is_file() else f"the film is too large for the page: {film}"
+        note = (
+            "green border: success, red: failure"
+            if fits or not film.is_file()
+            else f"the film is too large for the page: {film}"
+        )
         if fits or still.is_file():
-            films.append({"name": name, "still": _still(still) if still.is_file() else "", "video": file_uri(film) if fits else "", "note": note})
+            films.append(
+                {
+                    "name": name,
+                    "still": _still(still) if still.is_file() else "",
+                    "video": file_uri(film) if fits else "",
+                    "note": note,
+                }
+            )
     if "blind_is" in summary and "blind" in baselines:
         notes.append(f"blind: {summary['blind_is']}. All on the same starts, none of which was trained on.")
-    return {"title": f"{folder.name}: {summary.get('policy', '')}", "tasks": tasks, "baselines": baselines, "films": films, "notes": notes}
+    return {
+        "title": f"{folder.name}: {summary.get('policy', '')}",
+        "tasks": tasks,
+        "baselines": baselines,
+        "films": films,
+        "notes": notes,
+    }
 
 
 def _still(path: Path) -> str:

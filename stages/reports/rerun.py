@@ -26,8 +26,8 @@ from ...cache.readers.episode import CorruptEpisode, Episode
 from ...errors import UserError
 
 INSTALL = 'pip install "dvla[rerun]"'
-AT_ONCE = 16        # observations that the policy sees together
-QUALITY = 85        # of the JPEGs
+AT_ONCE = 16  # observations that the policy sees together
+QUALITY = 85  # of the JPEGs
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,18 @@ class RerunReport:
     error: float
 
 
-def write_rerun(run: str, source: str, episode_id: int, out: Path, *, every: int = 1, dataset_config: str | None = None, vlm_path: str | None = None,
-                device: str = "auto", progress: Callable[[str, int, int], None] = lambda *_: None) -> RerunReport:
+def write_rerun(
+    run: str,
+    source: str,
+    episode_id: int,
+    out: Path,
+    *,
+    every: int = 1,
+    dataset_config: str | None = None,
+    vlm_path: str | None = None,
+    device: str = "auto",
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> RerunReport:
     """Write episode `episode_id` of the dataset `source` with the predictions of policy `run`, made at every `every`-th frame.
 
     `UserError` without the package, for a dataset the policy was not trained on, an episode that is not there or damaged, or a file that exists.
@@ -56,7 +66,9 @@ def write_rerun(run: str, source: str, episode_id: int, out: Path, *, every: int
         raise UserError(f"--every {every}: give at least 1")
     data = open_source(source, dataset_config)
     if episode_id not in data.episode_ids:
-        raise UserError(f"{source} has no episode {episode_id}; its {len(data.episode_ids)} episodes are numbered {data.episode_ids[0]} to {data.episode_ids[-1]}")
+        raise UserError(
+            f"{source} has no episode {episode_id}; its {len(data.episode_ids)} episodes are numbered {data.episode_ids[0]} to {data.episode_ids[-1]}"
+        )
     from ...common.device import pick_device
     from ..policy.policy import Policy
 
@@ -68,11 +80,17 @@ def write_rerun(run: str, source: str, episode_id: int, out: Path, *, every: int
         raise UserError(f"{source}: {error}") from None
 
 
-def _write(policy: Any, episode: Episode, episode_id: int, out: Path, every: int, progress: Callable[[str, int, int], None]) -> RerunReport:
+def _write(
+    policy: Any, episode: Episode, episode_id: int, out: Path, every: int, progress: Callable[[str, int, int], None]
+) -> RerunReport:
     import rerun as rr
 
-    fields = [(i, rr.escape_entity_path_part(name)) for i, name in enumerate(policy.robot.action_map.field_names) if name != "dropped"]
-    mine, spread = [i for i, _ in fields], np.maximum(episode.action.std(0), 1e-3)      # [d]
+    fields = [
+        (i, rr.escape_entity_path_part(name))
+        for i, name in enumerate(policy.robot.action_map.field_names)
+        if name != "dropped"
+    ]
+    mine, spread = [i for i, _ in fields], np.maximum(episode.action.std(0), 1e-3)  # [d]
     part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     record = rr.RecordingStream(f"dvla {episode.dataset}")
     errors: list[float] = []
@@ -96,8 +114,11 @@ def _write(policy: Any, episode: Episode, episode_id: int, out: Path, every: int
                     record.log(f"action/{name}/predicted", rr.Scalars(float(chunk[0, i])))
                 errors.append(float(np.sqrt(np.mean((((chunk[0] - episode.action[step]) / spread)[mine]) ** 2))))
                 record.log("error", rr.Scalars(errors[-1]))
-                coming = episode.action[step:step + len(chunk)]
-                for who, actions, colour in (("expert", coming, (0, 114, 178)), ("predicted", chunk[:len(coming)], (213, 94, 0))):
+                coming = episode.action[step : step + len(chunk)]
+                for who, actions, colour in (
+                    ("expert", coming, (0, 114, 178)),
+                    ("predicted", chunk[: len(coming)], (213, 94, 0)),
+                ):
                     way = _way(policy.robot.action_map, actions)
                     if way is not None:
                         record.log(f"way/{who}", rr.LineStrips3D([way], colors=[colour], labels=[who]))
@@ -122,7 +143,16 @@ def _frames(policy: Any, episode: Episode, every: int) -> Iterator[tuple[dict[st
             continue
         first = step + 1 - len(waiting)
         asked = [i for i in range(len(waiting)) if (first + i) % every == 0]
-        seen = [Observation({v: waiting[i][v] for v in policy.robot.views if v in waiting[i]}, episode.instruction, episode.state[first + i], start=0, step=first + i) for i in asked]
+        seen = [
+            Observation(
+                {v: waiting[i][v] for v in policy.robot.views if v in waiting[i]},
+                episode.instruction,
+                episode.state[first + i],
+                start=0,
+                step=first + i,
+            )
+            for i in asked
+        ]
         chunks = dict(zip(asked, policy.act_batch(seen))) if seen else {}
         yield from ((pictures, chunks.get(i)) for i, pictures in enumerate(waiting))
         waiting = []
@@ -131,7 +161,7 @@ def _frames(policy: Any, episode: Episode, every: int) -> Iterator[tuple[dict[st
 def _way(actions_of: ActionMap, actions: np.ndarray) -> np.ndarray | None:
     """Positions [t,3] in metres that native actions [t,d] lead the (right or only) hand to, the first at the origin for velocities; None where
     actions are joints."""
-    unified = actions_of.to_unified(actions)                                            # [t,128]
+    unified = actions_of.to_unified(actions)  # [t,128]
     position, velocity = ([SLOTS[f"eef_{kind}_{a}"] for a in "xyz"] for kind in ("pos", "vel"))
     if actions_of.mask[position].all():
         return unified[:, position]
@@ -145,6 +175,16 @@ def _blueprint(episode: Episode, fields: Sequence[str]) -> Any:
     import rerun.blueprint as rrb
 
     curves = [rrb.TimeSeriesView(origin=f"action/{name}", name=name) for name in fields]
-    return rrb.Blueprint(rrb.Horizontal(
-        rrb.Vertical(*(rrb.Spatial2DView(origin=f"views/{view.name}", name=view.name) for view in episode.views), rrb.TextDocumentView(origin="instruction")),
-        rrb.Vertical(rrb.Tabs(*curves), rrb.TimeSeriesView(origin="error", name="error"), rrb.Spatial3DView(origin="way", name="coming chunk"))))
+    return rrb.Blueprint(
+        rrb.Horizontal(
+            rrb.Vertical(
+                *(rrb.Spatial2DView(origin=f"views/{view.name}", name=view.name) for view in episode.views),
+                rrb.TextDocumentView(origin="instruction"),
+            ),
+            rrb.Vertical(
+                rrb.Tabs(*curves),
+                rrb.TimeSeriesView(origin="error", name="error"),
+                rrb.Spatial3DView(origin="way", name="coming chunk"),
+            ),
+        )
+    )

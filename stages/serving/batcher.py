@@ -21,7 +21,7 @@ from ..policy.policy import Policy
 from ..policy.stopwatch import Stopwatch
 from .metrics import Metrics
 
-SICK = 3    # passes in a row that failed: the server says that it is not well
+SICK = 3  # passes in a row that failed: the server says that it is not well
 
 
 class PolicyFailed(Exception):
@@ -32,10 +32,10 @@ class PolicyFailed(Exception):
 class Answer:
     """What one request got."""
 
-    actions: np.ndarray         # [T,d] native
-    queue: float                # seconds before the pass began
-    infer: float                # seconds of the pass
-    size: int                   # requests in it
+    actions: np.ndarray  # [T,d] native
+    queue: float  # seconds before the pass began
+    infer: float  # seconds of the pass
+    size: int  # requests in it
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,25 @@ class Request:
     """What waits."""
 
     observation: Observation
-    future: asyncio.Future[Answer]      # cancelled where nobody waits any more
+    future: asyncio.Future[Answer]  # cancelled where nobody waits any more
     since: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
     """`submit` from the event loop, while `work` runs in it."""
 
-    def __init__(self, policy: Policy, max_batch: int, max_wait: float, metrics: Metrics, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, policy: Policy, max_batch: int, max_wait: float, metrics: Metrics, say: Callable[[str], None]
+    ) -> None:
         self._policy, self._max_batch, self._max_wait = policy, max_batch, max_wait
         self._metrics, self._say = metrics, say
         self._waiting: asyncio.Queue[Request] = asyncio.Queue()
         self._pool = ThreadPoolExecutor(1, "policy")
-        self._failures = 0      # in a row
+        self._failures = 0  # in a row
 
     def warm_up(self, passes: Sequence[Sequence[Observation]]) -> float:
         """Forward passes in the thread where later ones are made; seconds of the last one."""
+
         def each() -> float:
             for observations in passes:
                 began = time.perf_counter()
@@ -87,7 +90,9 @@ class Batcher:
                     for request, result in zip(batch, await loop.run_in_executor(self._pool, self._pass, batch)):
                         if request.future.done():
                             continue
-                        request.future.set_exception(result) if isinstance(result, Exception) else request.future.set_result(result)
+                        request.future.set_exception(result) if isinstance(
+                            result, Exception
+                        ) else request.future.set_result(result)
         finally:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -113,9 +118,11 @@ class Batcher:
         began = time.perf_counter()
         watch = Stopwatch(self._policy.encoder.device)
         try:
-            actions = self._policy.act_batch([request.observation for request in batch], watch.mark)       # [N,T,d]
-        except Exception as error:      # whatever it is, the server goes on
-            return [one for request in batch for one in self._pass([request])] if len(batch) > 1 else [self._reason(error)]
+            actions = self._policy.act_batch([request.observation for request in batch], watch.mark)  # [N,T,d]
+        except Exception as error:  # whatever it is, the server goes on
+            return (
+                [one for request in batch for one in self._pass([request])] if len(batch) > 1 else [self._reason(error)]
+            )
         self._failures = 0
         infer, parts = time.perf_counter() - began, watch.seconds()
         self._metrics.counts["batches"] += 1
@@ -125,7 +132,11 @@ class Batcher:
         for request, chunk in zip(batch, actions):
             self._metrics.took("queue", began - request.since)
             good = np.isfinite(chunk).all()
-            out.append(Answer(chunk, began - request.since, infer, len(batch)) if good else PolicyFailed("the policy's actions are not finite"))
+            out.append(
+                Answer(chunk, began - request.since, infer, len(batch))
+                if good
+                else PolicyFailed("the policy's actions are not finite")
+            )
         return out
 
     def _reason(self, error: Exception) -> Exception:

@@ -18,7 +18,9 @@ class PolicyClient:
     Raises `UserError` when there is no server, the token is wrong, or the server answers with an error: the message says what is wrong.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 8000, token: str | None = None, timeout: float | None = 60.0) -> None:
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 8000, token: str | None = None, timeout: float | None = 60.0
+    ) -> None:
         """`timeout`: seconds to wait for an answer; None: for ever."""
         self._where, self._timeout = f"{host}:{port}", timeout
         headers = {"Authorization": f"Api-Key {token}"} if token else None
@@ -55,8 +57,10 @@ class PolicyClient:
         try:
             answer = self._connection.recv(self._timeout)
         except TimeoutError:
-            self.close()        # a late answer would be taken for the next one's
-            raise UserError(f"the policy server at {self._where} did not answer within {self._timeout:g} s; connect again") from None
+            self.close()  # a late answer would be taken for the next one's
+            raise UserError(
+                f"the policy server at {self._where} did not answer within {self._timeout:g} s; connect again"
+            ) from None
         except ConnectionClosed as error:
             raise self._closed(error) from None
         if isinstance(answer, str):

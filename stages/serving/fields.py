@@ -19,8 +19,8 @@ import numpy as np
 from ...errors import UserError, unknown
 from ..policy.observation import Observation
 
-DEPTH = 3               # of nested maps: observation, images, view
-LONGEST_PROMPT = 4096   # characters
+DEPTH = 3  # of nested maps: observation, images, view
+LONGEST_PROMPT = 4096  # characters
 
 
 class ObservationReader:
@@ -37,7 +37,9 @@ class ObservationReader:
                 raise unknown("field of an observation", name, native)
             keys = tuple(_bare(key.strip()) for key in theirs.split(","))
             if not equals or not all(keys) or (len(keys) > 1 and name != "state"):
-                raise UserError(f"field map '{field}': give native=theirs, e.g. images/front=observation/image; only state may have several, with commas")
+                raise UserError(
+                    f"field map '{field}': give native=theirs, e.g. images/front=observation/image; only state may have several, with commas"
+                )
             self._keys[name] = keys
 
     def prompt(self, message: Mapping[Any, Any]) -> str | None:
@@ -73,23 +75,33 @@ class ObservationReader:
         parts, width = [], len(self._state_names)
         for key in self._keys["state"]:
             value = self._value(found, key, f"[{width}] numbers" if len(self._keys["state"]) == 1 else "numbers")
-            part = np.asarray(value) if isinstance(value, (np.ndarray, np.generic, int, float)) or _flat(value) else np.array([None])
+            part = (
+                np.asarray(value)
+                if isinstance(value, (np.ndarray, np.generic, int, float)) or _flat(value)
+                else np.array([None])
+            )
             if part.dtype.kind not in "biuf" or part.ndim > 1:
                 raise UserError(f"'{key}' must be numbers [{width}]; got {_what(value)}")
-            with np.errstate(over="ignore"):        # becomes infinite, and is refused
+            with np.errstate(over="ignore"):  # becomes infinite, and is refused
                 parts.append(part.reshape(-1).astype(np.float32))
         state, name = np.concatenate(parts), ", ".join(self._keys["state"])
         if len(state) != width:
-            raise UserError(f"'{name}' has {len(state)} numbers; the robot's state has {width}: {', '.join(self._state_names)}")
+            raise UserError(
+                f"'{name}' has {len(state)} numbers; the robot's state has {width}: {', '.join(self._state_names)}"
+            )
         if not np.isfinite(state).all():
-            raise UserError(f"'{name}' has numbers that are not finite: {', '.join(self._state_names[i] for i in np.flatnonzero(~np.isfinite(state)))}")
+            raise UserError(
+                f"'{name}' has numbers that are not finite: {', '.join(self._state_names[i] for i in np.flatnonzero(~np.isfinite(state)))}"
+            )
         return state
 
     def _value(self, found: Mapping[str, Any], key: str, what: str) -> Any:
         if key not in found:
             near = difflib.get_close_matches(key, found, n=1, cutoff=0.6)
             names = ", ".join(sorted(found)[:12]) or "nothing"
-            raise UserError(f"'{key}' ({what}) is missing{f'; did you mean it by {near[0]!r:.80}?' if near else ''} (the message has: {names:.300})")
+            raise UserError(
+                f"'{key}' ({what}) is missing{f'; did you mean it by {near[0]!r:.80}?' if near else ''} (the message has: {names:.300})"
+            )
         return found[key]
 
 
@@ -113,4 +125,8 @@ def _flat(value: Any) -> bool:
 
 
 def _what(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, (np.ndarray, np.generic)) else f"{type(value).__name__} {value!r:.40}"
+    return (
+        f"{value.dtype} {list(value.shape)}"
+        if isinstance(value, (np.ndarray, np.generic))
+        else f"{type(value).__name__} {value!r:.40}"
+    )

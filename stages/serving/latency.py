@@ -35,13 +35,19 @@ from ..policy.robot import RobotInterface
 from ..policy.stopwatch import Stopwatch
 
 INSTRUCTION = "pick up the red cube and put it into the bowl"
-WORDS = 16              # Lt where there is no tokenizer
-TOKENS = 196            # K where there is no VLM: Qwen3-VL's of a 448 × 448 picture
+WORDS = 16  # Lt where there is no tokenizer
+TOKENS = 196  # K where there is no VLM: Qwen3-VL's of a 448 × 448 picture
 PERCENTILES = (50, 90, 99)
 WHOLE, SERVED, NEW_TEXT = "whole, Policy.act_batch", "through the server", "a new instruction's text"
-NAMES = {   # marks → rows, in the order of the table; pictures of an encoder without `preprocessing` are one row
-    "preprocessing": "pictures: preprocessing", "tower": "pictures: vision tower", "pictures": "pictures: the rest", "text": "text (known)",
-    "state": "state, batch", "dit": "DiT", "actions": "inverse map, units"}
+NAMES = {  # marks → rows, in the order of the table; pictures of an encoder without `preprocessing` are one row
+    "preprocessing": "pictures: preprocessing",
+    "tower": "pictures: vision tower",
+    "pictures": "pictures: the rest",
+    "text": "text (known)",
+    "state": "state, batch",
+    "dit": "DiT",
+    "actions": "inverse map, units",
+}
 
 Show = Callable[[str, int, int], None]
 
@@ -50,25 +56,29 @@ Show = Callable[[str, int, int], None]
 class LatencyConfig:
     """What is timed. `UserError` for values that make no sense."""
 
-    checkpoint: str | None = None       # run, checkpoint or exported folder; None: random weights
-    dataset: str | None = None          # whose robot, of a policy that was trained on several
-    vlm_path: str | None = None         # in place of the checkpoint's own VLM; with random weights: this VLM's, else the DiT alone
-    vlm: str = "qwen3vl"                # its model, with random weights of the DiT
-    model_size: str = "base"            # of the DiT, with random weights
-    views: int = 2                      # with random weights
-    denoising: int | None = None        # forward passes of a flow or diffusion head; None: as it was trained for
-    batches: tuple[int, ...] = (1,)     # observations per call; through the server: clients at a time
-    picture: tuple[int, int] = (480, 640)   # H, W of a camera
-    warm_up: int = 5                    # calls that are not counted
-    repeats: int = 50                   # calls that are
-    device: str = "auto"                # auto, cpu, cuda
-    compile: bool = False               # torch.compile of the DiT's blocks
-    server: bool = True                 # round trips through a server on this machine as well
+    checkpoint: str | None = None  # run, checkpoint or exported folder; None: random weights
+    dataset: str | None = None  # whose robot, of a policy that was trained on several
+    vlm_path: str | None = (
+        None  # in place of the checkpoint's own VLM; with random weights: this VLM's, else the DiT alone
+    )
+    vlm: str = "qwen3vl"  # its model, with random weights of the DiT
+    model_size: str = "base"  # of the DiT, with random weights
+    views: int = 2  # with random weights
+    denoising: int | None = None  # forward passes of a flow or diffusion head; None: as it was trained for
+    batches: tuple[int, ...] = (1,)  # observations per call; through the server: clients at a time
+    picture: tuple[int, int] = (480, 640)  # H, W of a camera
+    warm_up: int = 5  # calls that are not counted
+    repeats: int = 50  # calls that are
+    device: str = "auto"  # auto, cpu, cuda
+    compile: bool = False  # torch.compile of the DiT's blocks
+    server: bool = True  # round trips through a server on this machine as well
 
     def __post_init__(self) -> None:
         for name in ("views", "repeats", "warm_up"):
             if getattr(self, name) < (name != "warm_up"):
-                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {int(name != 'warm_up')}")
+                raise UserError(
+                    f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {int(name != 'warm_up')}"
+                )
         if not self.batches or min(self.batches) < 1 or min(self.picture) < 1:
             raise UserError("batch sizes and the sides of a picture are at least 1")
 
@@ -76,16 +86,28 @@ class LatencyConfig:
 def measure(config: LatencyConfig, show: Show = lambda name, done, total: None) -> dict[str, Any]:
     """Milliseconds of every part as JSON: {"policy", "device", …, "rows": [{"batch", "part", "p50", "p90", "p99"}]}."""
     device = pick_device(config.device)
-    about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-             "torch": torch.__version__, "python": platform.python_version(), "compiled": config.compile, "repeats": config.repeats}
+    about = {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiled": config.compile,
+        "repeats": config.repeats,
+    }
     if config.checkpoint is None and config.vlm_path is None:
         net = _random_net(config, PolicyNetConfig().feature_width, None, device)
-        about |= _about(net, config.views, 1) | {"policy": f"{config.model_size} DiT alone, random weights; {config.views} × {TOKENS} picture tokens"}
+        about |= _about(net, config.views, 1) | {
+            "policy": f"{config.model_size} DiT alone, random weights; {config.views} × {TOKENS} picture tokens"
+        }
         return about | {"rows": [row for n in config.batches for row in _time_net(net, config, n, device, show)]}
     policy = _policy(config, device)
     about |= _about(policy.net, len(policy.robot.views), sample_steps(policy.loss)) | {
         "policy": config.checkpoint or f"{config.model_size} DiT with random weights behind {config.vlm_path}",
-        "vlm": policy.encoder.spec.path, "dtype": str(policy.encoder.dtype).removeprefix("torch."), "picture": list(config.picture)}
+        "vlm": policy.encoder.spec.path,
+        "dtype": str(policy.encoder.dtype).removeprefix("torch."),
+        "picture": list(config.picture),
+    }
     rows = [row for n in config.batches for row in _time_policy(policy, config, n, show)]
     return about | {"rows": rows + (_time_server(policy, config, show) if config.server else [])}
 
@@ -94,7 +116,10 @@ def table(report: dict[str, Any]) -> Table:
     """One row per part, three columns per batch size."""
     sizes = list(dict.fromkeys(row["batch"] for row in report["rows"]))
     of = {(row["batch"], row["part"]): row for row in report["rows"]}
-    out = Table("part, ms", *(f"{'p' + str(p)}{f', batch {n}' if p == PERCENTILES[0] else ''}" for n in sizes for p in PERCENTILES))
+    out = Table(
+        "part, ms",
+        *(f"{'p' + str(p)}{f', batch {n}' if p == PERCENTILES[0] else ''}" for n in sizes for p in PERCENTILES),
+    )
     for part in dict.fromkeys(row["part"] for row in report["rows"]):
         numbers = [of[n, part][f"p{p}"] if (n, part) in of else None for n in sizes for p in PERCENTILES]
         out.add_row(part, *("" if value is None else f"{value:.2f}" for value in numbers))
@@ -103,13 +128,26 @@ def table(report: dict[str, Any]) -> Table:
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
 
+
 def _about(net: PolicyNet, views: int, passes: int) -> dict[str, Any]:
-    return {"parameters": sum(p.numel() for p in net.parameters()), "views": views, "horizon": net.config.dit.horizon, "passes": passes}
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "views": views,
+        "horizon": net.config.dit.horizon,
+        "passes": passes,
+    }
 
 
 def _random_net(config: LatencyConfig, width: int, text_width: int | None, device: torch.device) -> PolicyNet:
     torch.manual_seed(0)
-    net = PolicyNet(PolicyNetConfig(feature_width=width, text_width=text_width, dit=dit_config(config.model_size), max_views=max(8, config.views)))
+    net = PolicyNet(
+        PolicyNetConfig(
+            feature_width=width,
+            text_width=text_width,
+            dit=dit_config(config.model_size),
+            max_views=max(8, config.views),
+        )
+    )
     if config.compile:
         compile_blocks(net)
     return net.to(device).eval()
@@ -117,27 +155,50 @@ def _random_net(config: LatencyConfig, width: int, text_width: int | None, devic
 
 def _policy(config: LatencyConfig, device: torch.device) -> Policy:
     if config.checkpoint is not None:
-        policy = Policy.from_pretrained(config.checkpoint, dataset=config.dataset, device=device, vlm_path=config.vlm_path, steps=config.denoising)
+        policy = Policy.from_pretrained(
+            config.checkpoint, dataset=config.dataset, device=device, vlm_path=config.vlm_path, steps=config.denoising
+        )
         if config.compile:
             compile_blocks(policy.net)
         return policy
     encoder = load_encoder(encoder_spec(config.vlm, path=config.vlm_path), device)
-    joints = ActionMap([FieldSpec(field=f"right_arm_joint_{i}_pos") for i in range(7)] + [FieldSpec(field="right_gripper_open")], 20.0).to_dict()
+    joints = ActionMap(
+        [FieldSpec(field=f"right_arm_joint_{i}_pos") for i in range(7)] + [FieldSpec(field="right_gripper_open")], 20.0
+    ).to_dict()
     mean, std, low, high = (np.full(UNIFIED_DIM, x) for x in (0.0, 1.0, -1.0, 1.0))
     flat = Statistics(mean, std, low, high, count=1).to_dict()
-    robot = RobotInterface({"name": "random", "views": [f"view {i}" for i in range(config.views)], "environment": None, "starts": [], "embodiment": 0,
-                            "control_hz": 20.0, "action_map": joints, "state_map": joints, "action_stats": flat, "proprio_stats": flat})
+    robot = RobotInterface(
+        {
+            "name": "random",
+            "views": [f"view {i}" for i in range(config.views)],
+            "environment": None,
+            "starts": [],
+            "embodiment": 0,
+            "control_hz": 20.0,
+            "action_map": joints,
+            "state_map": joints,
+            "action_stats": flat,
+            "proprio_stats": flat,
+        }
+    )
     text_width = None if encoder.text_width == encoder.width else encoder.text_width
     return Policy(_random_net(config, encoder.width, text_width, device), encoder, robot)
 
 
 def _observations(policy: Policy, config: LatencyConfig, n: int) -> list[Observation]:
     rng, state = np.random.default_rng(0), policy.robot.state_map.to_native(np.zeros(UNIFIED_DIM))
-    return [Observation({view: rng.integers(0, 255, (*config.picture, 3), np.uint8) for view in policy.robot.views}, INSTRUCTION, state)
-            for _ in range(n)]
+    return [
+        Observation(
+            {view: rng.integers(0, 255, (*config.picture, 3), np.uint8) for view in policy.robot.views},
+            INSTRUCTION,
+            state,
+        )
+        for _ in range(n)
+    ]
 
 
 # --- how --------------------------------------------------------------------------------------------------------------
+
 
 def _repeated(config: LatencyConfig, name: str, show: Show) -> Iterator[bool]:
     """Whether each call counts."""
@@ -148,7 +209,10 @@ def _repeated(config: LatencyConfig, name: str, show: Show) -> Iterator[bool]:
 
 
 def _rows(n: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    return [{"batch": n, "part": part, **{f"p{p}": float(np.percentile(values, p)) * 1e3 for p in PERCENTILES}} for part, values in seconds.items()]
+    return [
+        {"batch": n, "part": part, **{f"p{p}": float(np.percentile(values, p)) * 1e3 for p in PERCENTILES}}
+        for part, values in seconds.items()
+    ]
 
 
 @torch.inference_mode()
@@ -157,12 +221,26 @@ def _time_net(net: PolicyNet, config: LatencyConfig, n: int, device: torch.devic
     c, length = net.config, config.views * TOKENS
     yes, zero = torch.ones(n, length + WORDS, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
     view_id = torch.arange(config.views).repeat_interleave(TOKENS).expand(n, -1).contiguous()
-    batch = FeatureBatch(
-        tokens=torch.randn(n, length, c.feature_width), token_mask=yes[:, :length].contiguous(), view_id=view_id, frame_id=torch.zeros_like(view_id),
-        text=torch.randn(n, WORDS, c.feature_width), text_mask=yes[:, :WORDS].contiguous(), proprio=torch.randn(n, UNIFIED_DIM),
-        action=torch.zeros(n, c.dit.horizon, UNIFIED_DIM), action_mask=torch.ones(n, UNIFIED_DIM, dtype=torch.bool),
-        step_mask=torch.ones(n, c.dit.horizon, dtype=torch.bool), embodiment=zero, control_hz=torch.full((n,), 20.0), dataset=zero,
-        frame_index=zero).check().to(device)
+    batch = (
+        FeatureBatch(
+            tokens=torch.randn(n, length, c.feature_width),
+            token_mask=yes[:, :length].contiguous(),
+            view_id=view_id,
+            frame_id=torch.zeros_like(view_id),
+            text=torch.randn(n, WORDS, c.feature_width),
+            text_mask=yes[:, :WORDS].contiguous(),
+            proprio=torch.randn(n, UNIFIED_DIM),
+            action=torch.zeros(n, c.dit.horizon, UNIFIED_DIM),
+            action_mask=torch.ones(n, UNIFIED_DIM, dtype=torch.bool),
+            step_mask=torch.ones(n, c.dit.horizon, dtype=torch.bool),
+            embodiment=zero,
+            control_hz=torch.full((n,), 20.0),
+            dataset=zero,
+            frame_index=zero,
+        )
+        .check()
+        .to(device)
+    )
     noise, alpha = torch.randn(n, 1, c.dit.horizon, c.dit.noise_dim, device=device), torch.ones(n, device=device)
     seconds: list[float] = []
     for counts in _repeated(config, f"DiT, batch {n}", show):
@@ -200,8 +278,10 @@ def _time_policy(policy: Policy, config: LatencyConfig, n: int, show: Show) -> l
 @contextlib.contextmanager
 def _marking_tower(policy: Policy, watch: Stopwatch) -> Iterator[None]:
     """Preprocessing ends where the encoder's forward begins. An encoder that reads an observation as a whole has none."""
-    hooks = [policy.encoder.register_forward_pre_hook(lambda *_: watch.mark("preprocessing")),
-             policy.encoder.register_forward_hook(lambda *_: watch.mark("tower"))]
+    hooks = [
+        policy.encoder.register_forward_pre_hook(lambda *_: watch.mark("preprocessing")),
+        policy.encoder.register_forward_hook(lambda *_: watch.mark("tower")),
+    ]
     try:
         yield
     finally:
@@ -214,7 +294,9 @@ def _time_server(policy: Policy, config: LatencyConfig, show: Show) -> list[dict
     from .client import PolicyClient
     from .server import PolicyServer, ServeConfig, in_background
 
-    server = PolicyServer(policy, ServeConfig(port=0, max_batch=max(config.batches), max_clients=max(config.batches), max_message=2**30))
+    server = PolicyServer(
+        policy, ServeConfig(port=0, max_batch=max(config.batches), max_clients=max(config.batches), max_message=2**30)
+    )
     server.warm_up()
     rows = []
     with in_background(server) as port:
@@ -234,7 +316,12 @@ def _time_server(policy: Policy, config: LatencyConfig, show: Show) -> list[dict
                 except Exception as error:
                     failed.append(error)
 
-            _together([threading.Thread(target=client, args=(seen, i == 0), daemon=True) for i, seen in enumerate(_observations(policy, config, n))])
+            _together(
+                [
+                    threading.Thread(target=client, args=(seen, i == 0), daemon=True)
+                    for i, seen in enumerate(_observations(policy, config, n))
+                ]
+            )
             if failed:
                 raise failed[0]
             rows += _rows(n, {SERVED: seconds})

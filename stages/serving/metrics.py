@@ -7,7 +7,7 @@ from collections import Counter, deque
 
 import numpy as np
 
-WINDOW = 4096   # latest values that percentiles are of
+WINDOW = 4096  # latest values that percentiles are of
 
 COUNTS = {
     "requests": "answers that needed a forward pass",
@@ -37,7 +37,7 @@ class Metrics:
         self.clients = 0
         self._lock = threading.Lock()
         self._seconds = {name: deque[float](maxlen=WINDOW) for name in TIMES}
-        self._sums = {name: [0, 0.0] for name in TIMES}     # count and sum since the start
+        self._sums = {name: [0, 0.0] for name in TIMES}  # count and sum since the start
 
     def took(self, part: str, seconds: float) -> None:
         with self._lock:
@@ -48,9 +48,16 @@ class Metrics:
     def text(self) -> str:
         lines = ["# HELP dvla_clients connected now", "# TYPE dvla_clients gauge", f"dvla_clients {self.clients}"]
         for name, help in COUNTS.items():
-            lines += [f"# HELP dvla_{name}_total {help}", f"# TYPE dvla_{name}_total counter", f"dvla_{name}_total {self.counts[name]}"]
+            lines += [
+                f"# HELP dvla_{name}_total {help}",
+                f"# TYPE dvla_{name}_total counter",
+                f"dvla_{name}_total {self.counts[name]}",
+            ]
         for name, help in TIMES.items():
-            lines += [f"# HELP dvla_{name}_seconds {help}; percentiles of the latest {WINDOW}", f"# TYPE dvla_{name}_seconds summary"]
+            lines += [
+                f"# HELP dvla_{name}_seconds {help}; percentiles of the latest {WINDOW}",
+                f"# TYPE dvla_{name}_seconds summary",
+            ]
             with self._lock:
                 seconds, (count, total) = list(self._seconds[name]), self._sums[name]
             if seconds:

@@ -41,31 +41,37 @@ from .fields import ObservationReader
 from .metrics import Metrics
 from .session import Session
 
-FULL = 1013         # close code "try again later"
-CLOSING = 2.0       # seconds that a client has to answer a closing handshake
+FULL = 1013  # close code "try again later"
+CLOSING = 2.0  # seconds that a client has to answer a closing handshake
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """Where to listen, and the limits. `UserError` for values that make no sense."""
 
-    host: str = "127.0.0.1"         # interface
-    port: int = 8000                # 0: any free one
-    max_batch: int = 8              # requests of one forward pass
-    max_wait: float = 0.002         # seconds that a request waits for others
-    max_clients: int = 16           # connections at a time
-    max_message: int = 32 * 2**20   # bytes of one message
-    execute: int | None = None      # actions of each chunk that are handed out, one a message; None: whole chunks
-    fields: tuple[str, ...] = ()    # field map, native=theirs
-    answer_timeout: float = 30.0    # seconds before a request is given up
-    send_timeout: float = 10.0      # seconds that a client may not read
-    ping_interval: float = 20.0     # seconds between asking a silent client whether it is there; it has as long to answer
+    host: str = "127.0.0.1"  # interface
+    port: int = 8000  # 0: any free one
+    max_batch: int = 8  # requests of one forward pass
+    max_wait: float = 0.002  # seconds that a request waits for others
+    max_clients: int = 16  # connections at a time
+    max_message: int = 32 * 2**20  # bytes of one message
+    execute: int | None = None  # actions of each chunk that are handed out, one a message; None: whole chunks
+    fields: tuple[str, ...] = ()  # field map, native=theirs
+    answer_timeout: float = 30.0  # seconds before a request is given up
+    send_timeout: float = 10.0  # seconds that a client may not read
+    ping_interval: float = 20.0  # seconds between asking a silent client whether it is there; it has as long to answer
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UserError(f"port {self.port}: must be 0 (any free one) to 65535")
-        for name, least in (("max_batch", 1), ("max_wait", 0), ("max_clients", 1), ("max_message", 1024), ("answer_timeout", 0.001)):
-            if not getattr(self, name) >= least:        # also where it is NaN
+        for name, least in (
+            ("max_batch", 1),
+            ("max_wait", 0),
+            ("max_clients", 1),
+            ("max_message", 1024),
+            ("answer_timeout", 0.001),
+        ):
+            if not getattr(self, name) >= least:  # also where it is NaN
                 raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {least}")
 
     def listen(self, token: str | None = None) -> socket.socket:
@@ -79,30 +85,49 @@ class ServeConfig:
             sock.bind(address)
         except OSError as error:
             sock.close()
-            raise UserError(f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}; choose another --port (0: any free one) "
-                            "or --host") from None
+            raise UserError(
+                f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}; choose another --port (0: any free one) "
+                "or --host"
+            ) from None
         return sock
 
 
 class PolicyServer:
     """One policy and its clients. `run` in the main thread, or `in_background`."""
 
-    def __init__(self, policy: Policy, config: ServeConfig = ServeConfig(), token: str | None = None,
-                 say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: ServeConfig = ServeConfig(),
+        token: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """`UserError` for a bad field map, or more steps to execute than a chunk has. `token`: what clients must send."""
         robot, self.horizon = policy.robot, policy.net.config.dit.horizon
         if config.execute is not None and not 1 <= config.execute <= self.horizon:
-            raise UserError(f"--execute {config.execute}: a chunk of this policy has {self.horizon} steps; give 1 to {self.horizon}")
-        self._reader = ObservationReader(robot.views if policy.needs_images else (), robot.state_map.field_names, config.fields)
+            raise UserError(
+                f"--execute {config.execute}: a chunk of this policy has {self.horizon} steps; give 1 to {self.horizon}"
+            )
+        self._reader = ObservationReader(
+            robot.views if policy.needs_images else (), robot.state_map.field_names, config.fields
+        )
         self._policy, self.config, self._token = policy, config, token
         self.metrics = Metrics()
         self._batcher = Batcher(policy, config.max_batch, config.max_wait, self.metrics, say)
         self._stopped = False
-        self._wake: Callable[[], object] = lambda: None     # tells the event loop, once there is one
+        self._wake: Callable[[], object] = lambda: None  # tells the event loop, once there is one
         self.metadata = {
-            "server": "dvla", "version": __version__, "robot": robot.name, "views": list(robot.views) if policy.needs_images else [],
-            "state": list(robot.state_map.field_names), "actions": list(robot.action_map.field_names), "horizon": self.horizon,
-            "control_hz": robot.control_hz, "execute": config.execute, "max_message": config.max_message}
+            "server": "dvla",
+            "version": __version__,
+            "robot": robot.name,
+            "views": list(robot.views) if policy.needs_images else [],
+            "state": list(robot.state_map.field_names),
+            "actions": list(robot.action_map.field_names),
+            "horizon": self.horizon,
+            "control_hz": robot.control_hz,
+            "execute": config.execute,
+            "max_message": config.max_message,
+        }
 
     def warm_up(self, compiled: bool = False) -> float:
         """Make the first forward passes; seconds of one request's. Where a size costs something once (memory on CUDA, a compilation), also those of
@@ -111,8 +136,13 @@ class PolicyServer:
         pictures = {view: np.zeros((side, side, 3), np.uint8) for view in policy.robot.views}
         state = policy.robot.state_map.to_native(np.zeros(UNIFIED_DIM))
         most = self.config.max_batch if compiled or policy.encoder.device.type == "cuda" else 1
-        return self._batcher.warm_up([[Observation(pictures, text, state)] * size for size in dict.fromkeys((most, min(2, most), 1))
-                                      for text in ("go", "go on, and do what a longer sentence says")])
+        return self._batcher.warm_up(
+            [
+                [Observation(pictures, text, state)] * size
+                for size in dict.fromkeys((most, min(2, most), 1))
+                for text in ("go", "go on, and do what a longer sentence says")
+            ]
+        )
 
     def run(self, sock: socket.socket, ready: Callable[[], None] = lambda: None) -> int | None:
         """Serve until `stop` or a signal, whose number is returned. Clients are told that the server goes away (1001).
@@ -123,11 +153,11 @@ class PolicyServer:
 
         def on_signal(number: int, frame: Any) -> None:
             if number == signal.SIGINT and number in stopped:
-                raise KeyboardInterrupt     # the second Ctrl-C does not wait
+                raise KeyboardInterrupt  # the second Ctrl-C does not wait
             stopped.append(number)
             self.stop()
 
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN     # started in the background: Ctrl-C is not for it
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # started in the background: Ctrl-C is not for it
         with handled(on_signal, (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)):
             asyncio.run(self._serve(sock, ready))
         return stopped[0] if stopped else None
@@ -139,17 +169,29 @@ class PolicyServer:
 
     async def _serve(self, sock: socket.socket, ready: Callable[[], None]) -> None:
         c, ended, loop = self.config, asyncio.Event(), asyncio.get_running_loop()
-        quiet = logging.getLogger("dvla.serve")     # what strangers send is no news
+        quiet = logging.getLogger("dvla.serve")  # what strangers send is no news
         quiet.addHandler(logging.NullHandler())
         quiet.propagate = False
         self._wake = lambda: loop.call_soon_threadsafe(ended.set)
-        if self._stopped:       # a signal may have come before there was a loop
+        if self._stopped:  # a signal may have come before there was a loop
             ended.set()
         work = asyncio.create_task(self._batcher.work())
         work.add_done_callback(lambda task: ended.set())
         try:
-            async with serve(self._client, sock=sock, process_request=self._request, origins=[None], compression=None, max_size=c.max_message, max_queue=1,
-                             ping_interval=c.ping_interval, ping_timeout=c.ping_interval, close_timeout=CLOSING, logger=quiet, server_header=None):
+            async with serve(
+                self._client,
+                sock=sock,
+                process_request=self._request,
+                origins=[None],
+                compression=None,
+                max_size=c.max_message,
+                max_queue=1,
+                ping_interval=c.ping_interval,
+                ping_timeout=c.ping_interval,
+                close_timeout=CLOSING,
+                logger=quiet,
+                server_header=None,
+            ):
                 ready()
                 await ended.wait()
         finally:
@@ -162,8 +204,13 @@ class PolicyServer:
         """None lets a WebSocket begin."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
-            return connection.respond(http.HTTPStatus.OK, "OK\n") if self._batcher.healthy else connection.respond(
-                http.HTTPStatus.SERVICE_UNAVAILABLE, "the last forward passes failed; see the server's log\n")
+            return (
+                connection.respond(http.HTTPStatus.OK, "OK\n")
+                if self._batcher.healthy
+                else connection.respond(
+                    http.HTTPStatus.SERVICE_UNAVAILABLE, "the last forward passes failed; see the server's log\n"
+                )
+            )
         if not allowed(request.headers.get_all("Authorization"), self._token):
             self.metrics.counts["unauthorised"] += 1
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Api-Key TOKEN\n")
@@ -176,7 +223,11 @@ class PolicyServer:
             await connection.close(FULL, f"{self.metrics.clients} clients are connected, the most this server takes")
             return
         self.metrics.clients += 1
-        session, gone, before = Session(self._reader, self.config.execute), asyncio.create_task(connection.wait_closed()), None
+        session, gone, before = (
+            Session(self._reader, self.config.execute),
+            asyncio.create_task(connection.wait_closed()),
+            None,
+        )
         try:
             await self._send(connection, wire.pack(self.metadata))
             async for data in connection:
@@ -192,7 +243,7 @@ class PolicyServer:
             pass
         except TimeoutError:
             self.metrics.counts["slow"] += 1
-            connection.transport.abort()        # a closing handshake would wait for it as well
+            connection.transport.abort()  # a closing handshake would wait for it as well
         finally:
             self.metrics.clients -= 1
             gone.cancel()
@@ -202,7 +253,9 @@ class PolicyServer:
         async with asyncio.timeout(self.config.send_timeout):
             await connection.send(data)
 
-    async def _answer(self, session: Session, data: bytes | str, gone: asyncio.Task[None], before: float | None) -> bytes | str | None:
+    async def _answer(
+        self, session: Session, data: bytes | str, gone: asyncio.Task[None], before: float | None
+    ) -> bytes | str | None:
         """The answer to one message: bytes, one line of text that says what is wrong, or None for nobody. `before`: seconds of the last one."""
         counts, timing = self.metrics.counts, {} if before is None else {"prev_total_ms": before * 1e3}
         try:

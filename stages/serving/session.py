@@ -21,8 +21,8 @@ class Session:
     def __init__(self, reader: ObservationReader, execute: int | None) -> None:
         self._reader, self._execute = reader, execute
         self._episode = self._step = 0
-        self._left: list[np.ndarray] = []       # actions [d] of the chunk that are still to be executed, the next one first
-        self._prompt: str | None = None         # what the chunk is for
+        self._left: list[np.ndarray] = []  # actions [d] of the chunk that are still to be executed, the next one first
+        self._prompt: str | None = None  # what the chunk is for
 
     def ask(self, message: Any) -> Observation | dict[str, Any]:
         """What the policy must be shown, or the answer where it need not be. `UserError` naming what is wrong; nothing has changed then."""
@@ -48,7 +48,7 @@ class Session:
         if self._execute is None:
             self._step += 1
             return {"actions": chunk}
-        self._left, self._prompt = list(chunk[:self._execute]), observation.instruction
+        self._left, self._prompt = list(chunk[: self._execute]), observation.instruction
         return self._next()
 
     def _next(self) -> dict[str, Any]:

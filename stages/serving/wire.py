@@ -51,8 +51,10 @@ def _decode(value: dict[Any, Any]) -> Any:
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 8:
             raise UserError("an array's shape must be a list of at most 8 sizes")
         if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
-            raise UserError(f"an array of shape {shape} and dtype {dtype} needs {math.prod(shape) * dtype.itemsize} bytes of data, "
-                            f"got {len(data) if isinstance(data, bytes) else type(data).__name__}")
+            raise UserError(
+                f"an array of shape {shape} and dtype {dtype} needs {math.prod(shape) * dtype.itemsize} bytes of data, "
+                f"got {len(data) if isinstance(data, bytes) else type(data).__name__}"
+            )
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in value:
         return _dtype(value).type(value.get(b"data"))

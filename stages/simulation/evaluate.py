@@ -27,8 +27,8 @@ from .rollout import EpisodeResult, ExpertPolicy, RandomPolicy, RolloutConfig, a
 from .tables import success_cells
 
 BASELINES = ("expert", "random", "blind")
-NAMED = ("expert", "random")    # policies without a folder
-TIMED_CALLS = 10                # whose median is `ms_per_chunk`
+NAMED = ("expert", "random")  # policies without a folder
+TIMED_CALLS = 10  # whose median is `ms_per_chunk`
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,25 +37,27 @@ Progress = Callable[[str, int, int], None]
 class EvalConfig:
     """What `dvla eval` needs."""
 
-    policies: tuple[str, ...]           # run, checkpoint or exported folders, or "expert" or "random"
-    environments: tuple[str, ...]       # e.g. ("metaworld/push-v3",)
-    episodes: int                       # starts per task, 0 … episodes-1 of the eval split
-    out: Path | None = None             # folder to create; None = print only
+    policies: tuple[str, ...]  # run, checkpoint or exported folders, or "expert" or "random"
+    environments: tuple[str, ...]  # e.g. ("metaworld/push-v3",)
+    episodes: int  # starts per task, 0 … episodes-1 of the eval split
+    out: Path | None = None  # folder to create; None = print only
     baselines: tuple[str, ...] = BASELINES  # run beside the policies, on the same starts
-    blind: str | None = None            # run of a blind policy; None = each policy shown black pictures
-    seed: int = 0                       # chooses the eval starts and the policies' noise
-    replan: int = 4                     # steps of each chunk to execute
-    max_steps: int | None = None        # None = the task's own
-    image_size: int = 128               # picture side in pixels, as recorded
-    workers: int = 1                    # processes
-    videos: int = 10                    # episodes filmed per task
-    vlm_path: str | None = None         # where the VLM is now
-    sample_steps: int | None = None     # forward passes per action of denoising heads; None = those they were trained for
+    blind: str | None = None  # run of a blind policy; None = each policy shown black pictures
+    seed: int = 0  # chooses the eval starts and the policies' noise
+    replan: int = 4  # steps of each chunk to execute
+    max_steps: int | None = None  # None = the task's own
+    image_size: int = 128  # picture side in pixels, as recorded
+    workers: int = 1  # processes
+    videos: int = 10  # episodes filmed per task
+    vlm_path: str | None = None  # where the VLM is now
+    sample_steps: int | None = None  # forward passes per action of denoising heads; None = those they were trained for
 
     def __post_init__(self) -> None:
         if not self.policies or not self.environments or self.episodes < 1:
-            raise UserError(f"{self.episodes} episodes of {len(self.policies)} policies in {len(self.environments)} environments; "
-                            "at least 1 of each is needed")
+            raise UserError(
+                f"{self.episodes} episodes of {len(self.policies)} policies in {len(self.environments)} environments; "
+                "at least 1 of each is needed"
+            )
         for kind, given in (("environment", self.environments), ("policy", self.policies)):
             if again := [one for one in given if given.count(one) > 1]:
                 raise UserError(f"{kind} {again[0]} is given twice")
@@ -80,10 +82,15 @@ def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) 
     """
     began = time.perf_counter()
     labels = label(config.policies)
-    robots = {(policy, name): _robot(policy, name) for policy in config.policies for name in config.environments if policy not in NAMED}
+    robots = {
+        (policy, name): _robot(policy, name)
+        for policy in config.policies
+        for name in config.environments
+        if policy not in NAMED
+    }
     if config.blind:
         for name in config.environments:
-            _robot(config.blind, name)      # refused now rather than after the first rollouts
+            _robot(config.blind, name)  # refused now rather than after the first rollouts
     tasks: dict[str, dict[str, Any]] = {one: {} for one in labels}
     films: dict[str, dict[str, list[EpisodeResult]]] = {one: {} for one in labels}
     for name in config.environments:
@@ -92,8 +99,13 @@ def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) 
             results, chunk = _roll(config, name, policy, progress, film=True)
             if (policy, name) in robots:
                 assert_disjoint(robots[policy, name].starts, [r.start_vector for r in results])
-            rows[one] = {**_rate(results), "successes": [int(r.success) for r in results], "mean_return": fmean(r.return_ for r in results),
-                         "ms_per_action": 1e3 * fmean(r.seconds_per_action for r in results), "ms_per_chunk": chunk}
+            rows[one] = {
+                **_rate(results),
+                "successes": [int(r.success) for r in results],
+                "mean_return": fmean(r.return_ for r in results),
+                "ms_per_action": 1e3 * fmean(r.seconds_per_action for r in results),
+                "ms_per_chunk": chunk,
+            }
             films[one][name] = [r for r in results if r.frames is not None]
         shared = {who: rows[labels[config.policies.index(who)]] for who in NAMED if who in config.policies}
         for who in config.baselines:
@@ -105,11 +117,23 @@ def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) 
             beside = dict(shared)
             if "blind" in config.baselines and not config.blind and policy not in NAMED:
                 beside["blind"] = _rate(_roll(config, name, policy, progress, blind=True)[0])
-            tasks[one][name] = rows[one] | {key: value for who in config.baselines if who in beside
-                                            for key, value in ((who, beside[who]["success"]), (f"{who}_ci95", beside[who]["ci95"]))}
+            tasks[one][name] = rows[one] | {
+                key: value
+                for who in config.baselines
+                if who in beside
+                for key, value in ((who, beside[who]["success"]), (f"{who}_ci95", beside[who]["ci95"]))
+            }
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "policies", "blind")}
-    summaries = {one: {"policy": policy, "tasks": tasks[one], "seconds": time.perf_counter() - began, "settings": settings,
-                       "blind_is": config.blind or "the same policy shown black pictures"} for one, policy in zip(labels, config.policies)}
+    summaries = {
+        one: {
+            "policy": policy,
+            "tasks": tasks[one],
+            "seconds": time.perf_counter() - began,
+            "settings": settings,
+            "blind_is": config.blind or "the same policy shown black pictures",
+        }
+        for one, policy in zip(labels, config.policies)
+    }
     if config.out is not None:
         with new_folder(config.out) as folder:
             for one, summary in summaries.items():
@@ -122,7 +146,9 @@ def label(policies: Sequence[str]) -> list[str]:
     """Names of policies in a table: the ends of their paths, as long as it takes to tell them apart."""
     parts = [[part for part in Path(policy).parts if part not in ("/", "..", "checkpoints")] for policy in policies]
     for count in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(one[-count - one[-1:].count("best"):]) or "policy" for one in parts]     # "best" alone says nothing
+        names = [
+            "-".join(one[-count - one[-1:].count("best") :]) or "policy" for one in parts
+        ]  # "best" alone says nothing
         if len(set(names)) == len(names):
             return names
     return [f"{i}-{name}" for i, name in enumerate(names)]
@@ -133,18 +159,32 @@ def _robot(policy: str, environment: str) -> RobotInterface:
     return RobotInterface(choose_dataset(document["datasets"], None, environment))
 
 
-def _roll(config: EvalConfig, environment: str, policy: str, progress: Progress, *, blind: bool = False,
-          film: bool = False) -> tuple[list[EpisodeResult], float | None]:
+def _roll(
+    config: EvalConfig, environment: str, policy: str, progress: Progress, *, blind: bool = False, film: bool = False
+) -> tuple[list[EpisodeResult], float | None]:
     """(episodes of one policy, its median milliseconds for one observation)."""
     workers = 1 if policy in NAMED else config.workers
-    settings = RolloutConfig(split="eval", seed=config.seed, image_size=config.image_size, max_steps=config.max_steps, replan=config.replan,
-                             workers=workers, record_video=config.videos if film and config.out is not None else 0)
+    settings = RolloutConfig(
+        split="eval",
+        seed=config.seed,
+        image_size=config.image_size,
+        max_steps=config.max_steps,
+        replan=config.replan,
+        workers=workers,
+        record_video=config.videos if film and config.out is not None else 0,
+    )
     factory = functools.partial(make_policy, config, environment, policy, blind)
     built = factory() if workers == 1 or film else None
     chunk = _chunk_ms(built, config, environment) if film and isinstance(built, Policy) else None
     shown = f"{environment}: {'blind' if blind else policy}"
-    return rollout(built if workers == 1 else None, environment, range(config.episodes), settings,
-                   lambda done, total: progress(shown, done, total), factory), chunk
+    return rollout(
+        built if workers == 1 else None,
+        environment,
+        range(config.episodes),
+        settings,
+        lambda done, total: progress(shown, done, total),
+        factory,
+    ), chunk
 
 
 def make_policy(config: EvalConfig, environment: str, policy: str, blind: bool) -> Any:
@@ -153,8 +193,14 @@ def make_policy(config: EvalConfig, environment: str, policy: str, blind: bool) 
         return ExpertPolicy() if policy == "expert" else RandomPolicy(config.seed)
     if config.workers > 1:
         _one_thread()
-    return Policy.from_pretrained(policy, environment=environment, blind=blind, seed=config.seed, vlm_path=config.vlm_path,
-                                  steps=config.sample_steps if not blind or not config.blind else None)
+    return Policy.from_pretrained(
+        policy,
+        environment=environment,
+        blind=blind,
+        seed=config.seed,
+        vlm_path=config.vlm_path,
+        steps=config.sample_steps if not blind or not config.blind else None,
+    )
 
 
 def _one_thread() -> None:
@@ -166,13 +212,15 @@ def _one_thread() -> None:
 
 def _chunk_ms(policy: Policy, config: EvalConfig, environment: str) -> float:
     """Median milliseconds of `act_batch` with one observation, pictures' encoding included."""
-    env = make_environment(environment, "eval", config.seed, config.image_size, render=policy.needs_images, max_steps=config.max_steps)
+    env = make_environment(
+        environment, "eval", config.seed, config.image_size, render=policy.needs_images, max_steps=config.max_steps
+    )
     try:
         observation = env.reset(0)
     finally:
         env.close()
     times = []
-    for _ in range(TIMED_CALLS + 1):    # the first one warms up
+    for _ in range(TIMED_CALLS + 1):  # the first one warms up
         began = time.perf_counter()
         policy.act_batch([observation])
         times.append(time.perf_counter() - began)

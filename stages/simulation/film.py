@@ -16,12 +16,18 @@ from ...common.mp4 import mp4_writer
 from ...errors import UserError
 
 SUCCESS, FAILURE, EMPTY = (46, 160, 67), (207, 34, 46), (32, 32, 32)
-BORDER = 4          # pixels
-LABEL_HEIGHT = 14   # pixels, above a cell when labels are given
+BORDER = 4  # pixels
+LABEL_HEIGHT = 14  # pixels, above a cell when labels are given
 
 
-def write_grid(episodes: Sequence[np.ndarray], successes: Sequence[bool], path: Path,
-               labels: Sequence[str] | None = None, columns: int = 5, fps: float = 20.0) -> None:
+def write_grid(
+    episodes: Sequence[np.ndarray],
+    successes: Sequence[bool],
+    path: Path,
+    labels: Sequence[str] | None = None,
+    columns: int = 5,
+    fps: float = 20.0,
+) -> None:
     """Write E episodes as one mp4 (h264, yuv420p), `columns` side by side; ended episodes hold their last frame.
 
     `episodes`: E arrays uint8 `[F, H, W, 3]` of equal H and W. The border takes its colour on an episode's last frame.
@@ -30,13 +36,20 @@ def write_grid(episodes: Sequence[np.ndarray], successes: Sequence[bool], path: 
     _check(episodes, successes, labels)
     with mp4_writer(path, round(fps)) as write:
         for t in range(max(len(frames) for frames in episodes)):
-            colours = [EMPTY if t < len(frames) - 1 else SUCCESS if won else FAILURE
-                       for frames, won in zip(episodes, successes)]
+            colours = [
+                EMPTY if t < len(frames) - 1 else SUCCESS if won else FAILURE
+                for frames, won in zip(episodes, successes)
+            ]
             write(_grid([frames[min(t, len(frames) - 1)] for frames in episodes], colours, labels, columns))
 
 
-def write_grid_image(episodes: Sequence[np.ndarray], successes: Sequence[bool], path: Path,
-                     labels: Sequence[str] | None = None, columns: int = 5) -> None:
+def write_grid_image(
+    episodes: Sequence[np.ndarray],
+    successes: Sequence[bool],
+    path: Path,
+    labels: Sequence[str] | None = None,
+    columns: int = 5,
+) -> None:
     """Write a png with the first and the last frame of each of E episodes next to each other."""
     _check(episodes, successes, labels)
     pairs = [np.concatenate([frames[0], frames[-1]], axis=1) for frames in episodes]
@@ -52,14 +65,16 @@ def _check(episodes: Sequence[np.ndarray], successes: Sequence[bool], labels: Se
     if not episodes:
         raise UserError("no episode was filmed; ask for at least one (record_video)")
     if len(successes) != len(episodes) or (labels is not None and len(labels) != len(episodes)):
-        raise ValueError(f"{len(episodes)} episodes, {len(successes)} successes, "
-                         f"{'no' if labels is None else len(labels)} labels")
+        raise ValueError(
+            f"{len(episodes)} episodes, {len(successes)} successes, {'no' if labels is None else len(labels)} labels"
+        )
     if len({frames.shape[1:] for frames in episodes}) != 1 or any(not len(frames) for frames in episodes):
         raise ValueError(f"episodes of differing picture sizes or without frames: {[f.shape for f in episodes]}")
 
 
-def _grid(cells: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]], labels: Sequence[str] | None,
-          columns: int) -> np.ndarray:
+def _grid(
+    cells: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]], labels: Sequence[str] | None, columns: int
+) -> np.ndarray:
     """uint8 picture of the cells, row by row, with coloured borders and labels; even sides, as h264 needs."""
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)

@@ -28,27 +28,31 @@ from ...common.mp4 import quiet_libav
 from ...errors import UserError
 from .envs import Environment, Split, check_environment, make_environment
 
-MARKER = "dvla-recording.lock"   # a partial folder holding this file is ours to remove
-VIDEO_CRF = 14                   # h264 constant quality: about 2 kB per 128 px frame, mean error 3 of 255
+MARKER = "dvla-recording.lock"  # a partial folder holding this file is ours to remove
+VIDEO_CRF = 14  # h264 constant quality: about 2 kB per 128 px frame, mean error 3 of 255
 
 
 @dataclass(frozen=True)
 class RecordConfig:
     """What to record."""
 
-    env: str                     # environment name, e.g. "metaworld/push-v3"
-    episodes: int                # episodes to keep
-    out: Path                    # dataset folder to create; must not exist
-    image_size: int = 128        # picture side in pixels (even: the video format halves its colour planes)
-    seed: int = 0                # chooses the family of starts and the action noise
-    split: Split = "train"       # "eval" starts are kept for evaluation
-    noise: float = 0.1           # standard deviation of noise on executed actions, × the environment's `noise_scale`; labels stay clean
-    observation_noise: float = 0.0   # the same on recorded states, × the spread of each number over its episode; actions stay clean
-    pixel_noise: float = 0.0     # the same on recorded pictures, in grey levels of 255
+    env: str  # environment name, e.g. "metaworld/push-v3"
+    episodes: int  # episodes to keep
+    out: Path  # dataset folder to create; must not exist
+    image_size: int = 128  # picture side in pixels (even: the video format halves its colour planes)
+    seed: int = 0  # chooses the family of starts and the action noise
+    split: Split = "train"  # "eval" starts are kept for evaluation
+    noise: float = (
+        0.1  # standard deviation of noise on executed actions, × the environment's `noise_scale`; labels stay clean
+    )
+    observation_noise: float = (
+        0.0  # the same on recorded states, × the spread of each number over its episode; actions stay clean
+    )
+    pixel_noise: float = 0.0  # the same on recorded pictures, in grey levels of 255
     max_steps: int | None = None  # step limit of an attempt; None = the task's own
-    extra_steps: int = 10        # steps recorded after success, so that staying at the goal is shown too
+    extra_steps: int = 10  # steps recorded after success, so that staying at the goal is shown too
     keep_failures: bool = False  # keep attempts that did not reach success
-    workers: int = 1             # processes that simulate and render; the dataset does not depend on it
+    workers: int = 1  # processes that simulate and render; the dataset does not depend on it
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,10 @@ class RecordResult:
     """What was recorded."""
 
     out: Path
-    episodes: int                # episodes in the dataset
-    frames: int                  # control steps in the dataset
-    attempted: int               # starts tried, in order from 0
-    succeeded: int               # of these, how many the expert solved
+    episodes: int  # episodes in the dataset
+    frames: int  # control steps in the dataset
+    attempted: int  # starts tried, in order from 0
+    succeeded: int  # of these, how many the expert solved
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ class Demonstration:
     start_vector: tuple[float, ...]
     success: bool
     instruction: str
-    images: dict[str, np.ndarray]   # view -> uint8 [T, S, S, 3]; empty after a rehearsal that failed
-    state: np.ndarray               # [T, ds] float32
-    action: np.ndarray              # [T, da] float32, noise-free
+    images: dict[str, np.ndarray]  # view -> uint8 [T, S, S, 3]; empty after a rehearsal that failed
+    state: np.ndarray  # [T, ds] float32
+    action: np.ndarray  # [T, da] float32, noise-free
 
 
 def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None = None) -> RecordResult:
@@ -89,8 +93,10 @@ def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None 
         attempted = succeeded = frames = 0
         limit = 3 * config.episodes + 10
         # In this order LeRobot is imported while the workers start.
-        with (_demonstrations(config, limit) as attempts,
-              contextlib.closing(_Writer(config, partial / "dataset")) as writer):
+        with (
+            _demonstrations(config, limit) as attempts,
+            contextlib.closing(_Writer(config, partial / "dataset")) as writer,
+        ):
             for demonstration in attempts:
                 attempted += 1
                 succeeded += demonstration.success
@@ -104,11 +110,22 @@ def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None 
                 if len(starts) == config.episodes:
                     break
         if len(starts) < config.episodes:
-            raise UserError(f"the expert of {config.env} solved only {succeeded} of {attempted} starts, "
-                            f"{config.episodes} were asked for; lower --noise, raise --max-steps, or keep failures")
-        provenance = {"environment": config.env, "split": config.split, "seed": config.seed, "starts": vectors,
-                      "start_numbers": starts, "noise": config.noise, "observation_noise": config.observation_noise,
-                      "pixel_noise": config.pixel_noise, "attempted": attempted, "succeeded": succeeded}
+            raise UserError(
+                f"the expert of {config.env} solved only {succeeded} of {attempted} starts, "
+                f"{config.episodes} were asked for; lower --noise, raise --max-steps, or keep failures"
+            )
+        provenance = {
+            "environment": config.env,
+            "split": config.split,
+            "seed": config.seed,
+            "starts": vectors,
+            "start_numbers": starts,
+            "noise": config.noise,
+            "observation_noise": config.observation_noise,
+            "pixel_noise": config.pixel_noise,
+            "attempted": attempted,
+            "succeeded": succeeded,
+        }
         (partial / "dataset" / "meta" / "dvla.json").write_text(json.dumps(provenance, indent=1) + "\n")
         _refuse_existing(config.out)
         os.rename(partial / "dataset", config.out)
@@ -133,13 +150,16 @@ def with_observation_noise(demonstration: Demonstration, config: RecordConfig) -
 
     A state's number gets noise in proportion to its own standard deviation over the T steps, so none where it never changes.
     """
-    rng = np.random.default_rng([config.seed, demonstration.start, 1])     # apart from the noise on actions
+    rng = np.random.default_rng([config.seed, demonstration.start, 1])  # apart from the noise on actions
     state, images = demonstration.state, demonstration.images
     if config.observation_noise:
         noise = rng.normal(0.0, config.observation_noise, state.shape) * state.std(axis=0)
         state = (state + noise).astype(np.float32)
     if config.pixel_noise:
-        images = {view: np.stack([_noisy(picture, rng, config.pixel_noise) for picture in pictures]) for view, pictures in images.items()}
+        images = {
+            view: np.stack([_noisy(picture, rng, config.pixel_noise) for picture in pictures])
+            for view, pictures in images.items()
+        }
     return dataclasses.replace(demonstration, state=state, images=images)
 
 
@@ -164,13 +184,27 @@ def _attempted(env: Environment, start: int, config: RecordConfig, pictures: boo
         if step >= (env.max_steps - 1 if solved_at is None else solved_at + config.extra_steps):
             break
     images = {view: np.stack([o.images[view] for o in observations]) for view in env.views} if pictures else {}
-    return Demonstration(start, env.start_vector, solved_at is not None, env.instruction, images,
-                         np.stack([o.state for o in observations]), np.stack(actions))
+    return Demonstration(
+        start,
+        env.start_vector,
+        solved_at is not None,
+        env.instruction,
+        images,
+        np.stack([o.state for o in observations]),
+        np.stack(actions),
+    )
 
 
 def _check(config: RecordConfig) -> None:
     check_environment(config.env, config.split, config.seed, config.image_size, config.max_steps)
-    for name, low in (("episodes", 1), ("workers", 1), ("extra_steps", 0), ("noise", 0), ("observation_noise", 0), ("pixel_noise", 0)):
+    for name, low in (
+        ("episodes", 1),
+        ("workers", 1),
+        ("extra_steps", 0),
+        ("noise", 0),
+        ("observation_noise", 0),
+        ("pixel_noise", 0),
+    ):
         if getattr(config, name) < low:
             raise UserError(f"{name} must be {low} or more, got {getattr(config, name)}")
     if config.image_size % 2:
@@ -221,8 +255,9 @@ def _demonstrations(config: RecordConfig, count: int) -> Iterator[Iterator[Demon
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, pending: deque[Future[Demonstration]], config: RecordConfig,
-              count: int) -> Iterator[Demonstration]:
+def _in_order(
+    pool: ProcessPoolExecutor, pending: deque[Future[Demonstration]], config: RecordConfig, count: int
+) -> Iterator[Demonstration]:
     upcoming = len(pending)
     while pending:
         demonstration = pending.popleft().result()
@@ -253,29 +288,44 @@ class _Writer:
         from datasets import disable_progress_bars
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         from lerobot.datasets.video_utils import StreamingVideoEncoder
+
         disable_progress_bars()
         quiet_libav()
         shape = (config.image_size, config.image_size, 3)
         features: dict[str, dict[str, Any]] = {
             f"observation.images.{view}": {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
-            for view in env.views}
+            for view in env.views
+        }
         for key, names in (("observation.state", env.state_names), ("action", env.action_names)):
             features[key] = {"dtype": "float32", "shape": (len(names),), "names": list(names)}
         self._dataset = LeRobotDataset.create(
-            f"dvla/{Path(config.out).name}", fps=int(env.control_hz), features=features, root=root, use_videos=True,
-            robot_type=env.robot_type, vcodec="h264")
+            f"dvla/{Path(config.out).name}",
+            fps=int(env.control_hz),
+            features=features,
+            root=root,
+            use_videos=True,
+            robot_type=env.robot_type,
+            vcodec="h264",
+        )
         # Frames go straight to encoder threads (no PNG files). LeRobot drops frames when its queue is full, so the
         # queue holds a whole episode. `create` offers no quality setting, and its crf 30 blurs the small objects.
         self._dataset._streaming_encoder = StreamingVideoEncoder(
-            int(env.control_hz), vcodec="h264", crf=VIDEO_CRF, queue_maxsize=env.max_steps + config.extra_steps + 1)
+            int(env.control_hz), vcodec="h264", crf=VIDEO_CRF, queue_maxsize=env.max_steps + config.extra_steps + 1
+        )
         env.close()
 
     def add(self, demonstration: Demonstration) -> None:
         """Append one episode."""
         for t in range(len(demonstration.action)):
             frame = {f"observation.images.{view}": images[t] for view, images in demonstration.images.items()}
-            self._dataset.add_frame({**frame, "observation.state": demonstration.state[t],
-                                     "action": demonstration.action[t], "task": demonstration.instruction})
+            self._dataset.add_frame(
+                {
+                    **frame,
+                    "observation.state": demonstration.state[t],
+                    "action": demonstration.action[t],
+                    "task": demonstration.instruction,
+                }
+            )
         self._dataset.save_episode()
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from .envs import Environment, Observation, Split, check_environment, make_envir
 class Policy(Protocol):
     """What `rollout` needs of a policy. To make an episode independent of its batch, draw noise from (start, step)."""
 
-    needs_images: bool   # False: observations come without pictures, nothing is rendered
+    needs_images: bool  # False: observations come without pictures, nothing is rendered
 
     def act_batch(self, observations: Sequence[Observation]) -> np.ndarray:
         """Action chunks `[N, T, d]` float32 in native units for N observations of one task."""
@@ -55,41 +55,47 @@ class RandomPolicy(SimulatorPolicy):
         self._seed = seed
 
     def act_environments(self, environments: Sequence[Environment]) -> np.ndarray:
-        return np.stack([env.sample_action(np.random.default_rng([self._seed, env.start, env.steps]))
-                         for env in environments])[:, None]  # [N, 1, d]
+        return np.stack(
+            [env.sample_action(np.random.default_rng([self._seed, env.start, env.steps])) for env in environments]
+        )[:, None]  # [N, 1, d]
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     """How to roll out."""
 
-    split: Split = "eval"         # which family of starts
-    seed: int = 0                 # chooses the family of starts within the split
-    image_size: int = 128         # picture side in pixels
+    split: Split = "eval"  # which family of starts
+    seed: int = 0  # chooses the family of starts within the split
+    image_size: int = 128  # picture side in pixels
     max_steps: int | None = None  # step limit; None = the task's own
-    replan: int = 4               # steps of each chunk to execute before asking the policy again
-    batch: int = 16               # environments in lock-step in one process
-    workers: int = 1              # processes; more than one needs `policy_factory`
-    record_video: int = 0         # film the first so many episodes
-    video_frames_every: int = 4   # control steps between filmed frames
+    replan: int = 4  # steps of each chunk to execute before asking the policy again
+    batch: int = 16  # environments in lock-step in one process
+    workers: int = 1  # processes; more than one needs `policy_factory`
+    record_video: int = 0  # film the first so many episodes
+    video_frames_every: int = 4  # control steps between filmed frames
 
 
 @dataclass(frozen=True)
 class EpisodeResult:
     """One finished episode."""
 
-    start: int                       # start number
-    success: bool                    # solved at some step
-    steps: int                       # control steps taken; the episode ends with the first success
-    return_: float                   # sum of rewards
+    start: int  # start number
+    success: bool  # solved at some step
+    steps: int  # control steps taken; the episode ends with the first success
+    return_: float  # sum of rewards
     start_vector: tuple[float, ...]  # the simulator's random numbers behind the start
-    seconds_per_action: float        # policy time per control step, a batched call shared equally by its N observations
-    frames: np.ndarray | None        # uint8 [F, H, W, 3] of the first camera, or None when not filmed
+    seconds_per_action: float  # policy time per control step, a batched call shared equally by its N observations
+    frames: np.ndarray | None  # uint8 [F, H, W, 3] of the first camera, or None when not filmed
 
 
-def rollout(policy: Policy | SimulatorPolicy | None, environment_name: str, starts: Sequence[int],
-            config: RolloutConfig, on_progress: Callable[[int, int], None] | None = None,
-            policy_factory: Callable[[], Policy | SimulatorPolicy] | None = None) -> list[EpisodeResult]:
+def rollout(
+    policy: Policy | SimulatorPolicy | None,
+    environment_name: str,
+    starts: Sequence[int],
+    config: RolloutConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+    policy_factory: Callable[[], Policy | SimulatorPolicy] | None = None,
+) -> list[EpisodeResult]:
     """One episode from every start number in `starts`; results in the order of `starts`.
 
     In one process `policy` acts; with `config.workers > 1` each process builds its own with `policy_factory`
@@ -106,8 +112,8 @@ def rollout(policy: Policy | SimulatorPolicy | None, environment_name: str, star
     if len(set(starts)) != len(starts):
         raise ValueError("a start is listed twice")
     size = 1 if opens_alone(environment_name) else min(config.batch, -(-len(starts) // config.workers))
-    pieces = [starts[i:i + size] for i in range(0, len(starts), size)]
-    filmed = frozenset(starts[:config.record_video])
+    pieces = [starts[i : i + size] for i in range(0, len(starts), size)]
+    filmed = frozenset(starts[: config.record_video])
     finished = 0
 
     def count(number: int) -> None:
@@ -127,8 +133,12 @@ def rollout(policy: Policy | SimulatorPolicy | None, environment_name: str, star
     if policy_factory is None:
         raise ValueError("rollout with several workers needs a policy_factory")
     # Spawned, not forked: neither a GL context nor a CUDA context survives a fork.
-    pool = ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"), _start_worker,
-                               (policy_factory, environment_name, config, filmed))
+    pool = ProcessPoolExecutor(
+        config.workers,
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (policy_factory, environment_name, config, filmed),
+    )
     try:
         futures = [pool.submit(_run_in_worker, piece) for piece in pieces]
         for future in as_completed(futures):
@@ -181,15 +191,23 @@ class _Episode:
             self.frames.append(self.env.picture(view) if image is None else image)
 
     def result(self) -> EpisodeResult:
-        return EpisodeResult(self.env.start, self.success, self.steps, self.return_, self.env.start_vector,
-                             self.policy_seconds / self.steps, np.stack(self.frames) if self.filmed else None)
+        return EpisodeResult(
+            self.env.start,
+            self.success,
+            self.steps,
+            self.return_,
+            self.env.start_vector,
+            self.policy_seconds / self.steps,
+            np.stack(self.frames) if self.filmed else None,
+        )
 
 
 class _Runner:
     """One process's policy and environments."""
 
-    def __init__(self, policy: Policy | SimulatorPolicy, name: str, config: RolloutConfig,
-                 filmed: frozenset[int]) -> None:
+    def __init__(
+        self, policy: Policy | SimulatorPolicy, name: str, config: RolloutConfig, filmed: frozenset[int]
+    ) -> None:
         self._policy, self._name, self._config, self._filmed = policy, name, config, filmed
         self._environments: list[Environment] = []
 
@@ -197,16 +215,21 @@ class _Runner:
         """One episode from each start, all in lock-step; finished ones leave the batch."""
         config, images = self._config, self._policy.needs_images
         while len(self._environments) < len(starts):
-            self._environments.append(make_environment(self._name, config.split, config.seed, config.image_size,
-                                                       render=False, max_steps=config.max_steps))
-        episodes = [_Episode(env, env.reset(start, images), start in self._filmed)
-                    for env, start in zip(self._environments, starts)]
+            self._environments.append(
+                make_environment(
+                    self._name, config.split, config.seed, config.image_size, render=False, max_steps=config.max_steps
+                )
+            )
+        episodes = [
+            _Episode(env, env.reset(start, images), start in self._filmed)
+            for env, start in zip(self._environments, starts)
+        ]
         for episode in episodes:
             episode.film()
         active = episodes
         while active:
             chunks, seconds = self._act(active)
-            executed = chunks[:, :config.replan]
+            executed = chunks[:, : config.replan]
             for episode, chunk in zip(active, executed):
                 episode.policy_seconds += seconds / len(active)
                 for i, action in enumerate(chunk):

@@ -20,15 +20,15 @@ from .run_log import WandbConfig
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to zero; EMA of the weights."""
 
-    lr: float = 4e-4                # peak learning rate of the DiT
+    lr: float = 4e-4  # peak learning rate of the DiT
     projector_lr_scale: float = 0.5  # projector's rate = lr × this
-    vlm_lr_scale: float = 0.1       # the VLM's rate (LoRA or tower) = lr × this (stage three)
-    vlm_lr_halved: tuple[int, ...] = ()     # steps from each of which on the VLM's rate is half of what it would be
-    weight_decay: float = 1e-4      # on matrices; vectors have none
+    vlm_lr_scale: float = 0.1  # the VLM's rate (LoRA or tower) = lr × this (stage three)
+    vlm_lr_halved: tuple[int, ...] = ()  # steps from each of which on the VLM's rate is half of what it would be
+    weight_decay: float = 1e-4  # on matrices; vectors have none
     betas: tuple[float, float] = (0.9, 0.95)
-    warmup: int = 500               # steps
-    clip: float = 1.0               # global gradient norm
-    ema: float = 0.9999             # decay, reached gradually: min(ema, (1+step)/(10+step))
+    warmup: int = 500  # steps
+    clip: float = 1.0  # global gradient norm
+    ema: float = 0.9999  # decay, reached gradually: min(ema, (1+step)/(10+step))
 
     def __post_init__(self) -> None:
         for name in ("lr", "projector_lr_scale", "vlm_lr_scale", "weight_decay", "warmup"):
@@ -40,12 +40,21 @@ class OptimizerConfig:
             require("each of optimizer.betas and optimizer.ema", value, at_least=0, below=1)
 
 
-def require(name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf,
-            below: float = math.inf) -> None:
+def require(
+    name: str,
+    value: float,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+) -> None:
     """`UserError` for a number that is out of its range, or none."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     if not (math.isfinite(value) and at_least <= value <= at_most and above < value < below):
-        raise UserError(f"{name} is {value}; it must be {' and '.join(f'{word} {bound}' for word, bound in bounds.items() if math.isfinite(bound))}")
+        raise UserError(
+            f"{name} is {value}; it must be {' and '.join(f'{word} {bound}' for word, bound in bounds.items() if math.isfinite(bound))}"
+        )
 
 
 def _check_dit(name: str, value: Any) -> None:
@@ -67,10 +76,10 @@ def _check_dit(name: str, value: Any) -> None:
 class PanelConfig:
     """Pictures of what is learnt, drawn while training. They do not change what is learnt."""
 
-    every: int = 500                # steps between most panels; the others come 2.5 times as often, half or a quarter as often, or at evaluations; 0 = none
-    share: float = 0.02             # of a run's time that they may take; a turn that would take more is left out; 1 = no limit
-    observations: int = 128         # held-out ones that they look at, always the same
-    draws: int = 8                  # chunks predicted for each
+    every: int = 500  # steps between most panels; the others come 2.5 times as often, half or a quarter as often, or at evaluations; 0 = none
+    share: float = 0.02  # of a run's time that they may take; a turn that would take more is left out; 1 = no limit
+    observations: int = 128  # held-out ones that they look at, always the same
+    draws: int = 8  # chunks predicted for each
     style: Literal["light", "dark"] = "light"
 
     def __post_init__(self) -> None:
@@ -84,55 +93,76 @@ class PanelConfig:
 class TrainConfig:
     """Everything that decides a run, as saved in RUN/config.json."""
 
-    cache: str                              # cache folder, the folder of its WebDataset export, or a URL that fsspec knows
-    out: str                                # run folder
-    init: str | None = None                 # run or checkpoint whose averaged weights the run starts from; None = from nothing
-    model_size: str = "base"                # tiny, small, base, large
-    action_space: Literal["unified", "active"] = "unified"  # the network's: all 128 slots, or those alone that the cache's robots use (an ablation)
-    dit: dict[str, Any] = field(default_factory=dict)   # overrides of the size's DiT fields, e.g. {"horizon": 8}
-    steps: int = 10_000                     # optimiser steps
-    batch_size: int = 16                    # observations per batch and process
-    accumulate: int = 1                     # batches per optimiser step and process
-    draws: int = 4                          # G, noise draws per observation
+    cache: str  # cache folder, the folder of its WebDataset export, or a URL that fsspec knows
+    out: str  # run folder
+    init: str | None = None  # run or checkpoint whose averaged weights the run starts from; None = from nothing
+    model_size: str = "base"  # tiny, small, base, large
+    action_space: Literal["unified", "active"] = (
+        "unified"  # the network's: all 128 slots, or those alone that the cache's robots use (an ablation)
+    )
+    dit: dict[str, Any] = field(default_factory=dict)  # overrides of the size's DiT fields, e.g. {"horizon": 8}
+    steps: int = 10_000  # optimiser steps
+    batch_size: int = 16  # observations per batch and process
+    accumulate: int = 1  # batches per optimiser step and process
+    draws: int = 4  # G, noise draws per observation
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: ConditionMasking = field(default_factory=ConditionMasking)
-    image_aug: bool = False                 # half of the samples are seen augmented: by the cache's variants (--augment of the build), live by any
-    temperature: float = 0.5                # a dataset's share of the samples is ∝ its size to this power: 1 by size, 0 all alike
-    weights: dict[str, float] = field(default_factory=dict)     # dataset → its share in [0, 1], in place of the above
-    order: Literal["global", "block", "sequential"] = "global"  # of samples: shuffled over all, in blocks of neighbours, as stored
-    blind: bool = False                     # pictures always replaced by black frames: the proprioception-only baseline
-    alpha_max: float = 1.0                  # guidance scales are drawn from [1, this]; 1 = no guidance
-    negatives: int = 8                      # unconditional negatives per observation when alpha_max > 1
-    unfreeze: dict[str, int] = field(default_factory=dict)  # beginning of parameter names → step from which these are trained
-    holdout: float = 0.05                   # fraction of episodes kept for evaluation
-    eval_every: int = 1000                  # steps between evaluations on the held-out episodes; 0 = never
-    eval_batches: int = 50                  # batches of one evaluation
-    save_every: int = 1000                  # steps between checkpoints
-    keep_last: int = 2                      # newest checkpoints kept
-    keep_best: bool = True                  # keep the one with the smallest held-out mse as well, saved when it is reached
-    log_every: int = 50                     # steps between log lines
-    seed: int = 0                           # order of samples, noise, initialisation
-    local: str | None = None                # folder for copies of what is read of a cache behind a URL
-    local_gib: float | None = None          # room for shards in it, GiB; None = as many as there are
-    threads: int = 2                        # loader threads
-    cpu_threads: int = 0                    # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
-    device: str = "auto"                    # auto, cpu, cuda
-    precision: Literal["fp32", "bf16"] = "fp32"   # autocast of the forward pass
-    gradient_checkpointing: bool = False    # keep only what enters each block of the VLM and compute the rest again (stage three): less memory, slower
-    compile: bool = False                   # torch.compile the network's blocks; needs a C++ compiler
-    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"    # kernel of the attention; the network is the same
-    strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"  # of several processes: whole copies, shards of all, shards of AdamW's state
-    panels: PanelConfig = field(default_factory=PanelConfig)    # RUN/panels: what is learnt, in pictures
-    wandb: WandbConfig = field(default_factory=WandbConfig)     # Weights & Biases, beside RUN/log.jsonl
+    image_aug: bool = (
+        False  # half of the samples are seen augmented: by the cache's variants (--augment of the build), live by any
+    )
+    temperature: float = 0.5  # a dataset's share of the samples is ∝ its size to this power: 1 by size, 0 all alike
+    weights: dict[str, float] = field(default_factory=dict)  # dataset → its share in [0, 1], in place of the above
+    order: Literal["global", "block", "sequential"] = (
+        "global"  # of samples: shuffled over all, in blocks of neighbours, as stored
+    )
+    blind: bool = False  # pictures always replaced by black frames: the proprioception-only baseline
+    alpha_max: float = 1.0  # guidance scales are drawn from [1, this]; 1 = no guidance
+    negatives: int = 8  # unconditional negatives per observation when alpha_max > 1
+    unfreeze: dict[str, int] = field(
+        default_factory=dict
+    )  # beginning of parameter names → step from which these are trained
+    holdout: float = 0.05  # fraction of episodes kept for evaluation
+    eval_every: int = 1000  # steps between evaluations on the held-out episodes; 0 = never
+    eval_batches: int = 50  # batches of one evaluation
+    save_every: int = 1000  # steps between checkpoints
+    keep_last: int = 2  # newest checkpoints kept
+    keep_best: bool = True  # keep the one with the smallest held-out mse as well, saved when it is reached
+    log_every: int = 50  # steps between log lines
+    seed: int = 0  # order of samples, noise, initialisation
+    local: str | None = None  # folder for copies of what is read of a cache behind a URL
+    local_gib: float | None = None  # room for shards in it, GiB; None = as many as there are
+    threads: int = 2  # loader threads
+    cpu_threads: int = 0  # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
+    device: str = "auto"  # auto, cpu, cuda
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast of the forward pass
+    gradient_checkpointing: bool = False  # keep only what enters each block of the VLM and compute the rest again (stage three): less memory, slower
+    compile: bool = False  # torch.compile the network's blocks; needs a C++ compiler
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"  # kernel of the attention; the network is the same
+    strategy: Literal["ddp", "fsdp2", "zero2"] = (
+        "ddp"  # of several processes: whole copies, shards of all, shards of AdamW's state
+    )
+    panels: PanelConfig = field(default_factory=PanelConfig)  # RUN/panels: what is learnt, in pictures
+    wandb: WandbConfig = field(default_factory=WandbConfig)  # Weights & Biases, beside RUN/log.jsonl
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "draws", "negatives", "eval_batches", "save_every", "keep_last", "log_every", "threads"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "draws",
+            "negatives",
+            "eval_batches",
+            "save_every",
+            "keep_last",
+            "log_every",
+            "threads",
+        ):
             require(name, getattr(self, name), at_least=1)
         for name in ("eval_every", "cpu_threads", "seed"):
             require(name, getattr(self, name), at_least=0)
         require("alpha_max", self.alpha_max, at_least=1)
-        require("temperature", self.temperature, at_least=0, at_most=1)     # from every dataset alike to by size
+        require("temperature", self.temperature, at_least=0, at_most=1)  # from every dataset alike to by size
         require("loss.drift_weight", self.loss.drift_weight, at_least=0)
         require("loss.floor", self.loss.floor, at_least=0)
         for value in self.loss.temperatures or (0.0,):
@@ -142,27 +172,35 @@ class TrainConfig:
         for name, value in self.dit.items():
             _check_dit(name, value)
         if self.alpha_max > 1 and self.loss.kind not in ONE_STEP:
-            raise UserError(f"alpha_max is {self.alpha_max}: it draws unconditional negatives, which a {self.loss.kind} head does not compare; "
-                            f"it must be 1, or loss.kind one of {', '.join(ONE_STEP)}")
+            raise UserError(
+                f"alpha_max is {self.alpha_max}: it draws unconditional negatives, which a {self.loss.kind} head does not compare; "
+                f"it must be 1, or loss.kind one of {', '.join(ONE_STEP)}"
+            )
         if self.action_space == "active" and self.loss.kind not in ONE_STEP:
-            raise UserError(f"action_space active is of heads that act in one pass ({', '.join(ONE_STEP)}); a {self.loss.kind} head reads all 128 slots")
+            raise UserError(
+                f"action_space active is of heads that act in one pass ({', '.join(ONE_STEP)}); a {self.loss.kind} head reads all 128 slots"
+            )
         if late := [name for name, step in self.unfreeze.items() if step < 1]:
-            raise UserError(f"unfreeze of '{late[0]}' is at step {self.unfreeze[late[0]]}; it must be at least 1 (leave it out to train from the start)")
+            raise UserError(
+                f"unfreeze of '{late[0]}' is at step {self.unfreeze[late[0]]}; it must be at least 1 (leave it out to train from the start)"
+            )
         if self.unfreeze and self.strategy == "zero2":
-            raise UserError("unfreeze does not go with strategy zero2, whose shards are laid out once; use ddp or fsdp2")
+            raise UserError(
+                "unfreeze does not go with strategy zero2, whose shards are laid out once; use ddp or fsdp2"
+            )
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Stage three: what it starts from, the pictures, and which VLM weights are trained."""
 
-    start: str                              # run or checkpoint of stage two
-    sources: tuple[str, ...]                # the dataset folders or hub ids behind the cache
-    train: TrainConfig                      # settings of the loop; cache, network and horizon are the start's own
-    lora: LoraSpec | None = None            # None = the VLM stays frozen but live, or
-    full: bool = False                      # all of the vision tower is trained
-    vlm_path: str | None = None             # where the VLM is now, if not where the cache was built from
-    memory_gib: float = 2.0                 # room for decoded pictures
+    start: str  # run or checkpoint of stage two
+    sources: tuple[str, ...]  # the dataset folders or hub ids behind the cache
+    train: TrainConfig  # settings of the loop; cache, network and horizon are the start's own
+    lora: LoraSpec | None = None  # None = the VLM stays frozen but live, or
+    full: bool = False  # all of the vision tower is trained
+    vlm_path: str | None = None  # where the VLM is now, if not where the cache was built from
+    memory_gib: float = 2.0  # room for decoded pictures
 
     def __post_init__(self) -> None:
         if self.full and self.lora is not None:

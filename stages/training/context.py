@@ -43,7 +43,7 @@ class SharedQueues(ChunkQueues):
 
     def push(self, batch: FeatureBatch, pred: torch.Tensor) -> None:
         """Put in the batches of all processes, by rank. Every process must."""
-        read = ("text", "text_mask", "action", "step_mask", "embodiment", "dataset")    # by `ChunkQueues`
+        read = ("text", "text_mask", "action", "step_mask", "embodiment", "dataset")  # by `ChunkQueues`
         batch = dataclasses.replace(batch, **{name: self.world.join_batches(getattr(batch, name)) for name in read})
         super().push(batch, self.world.join_batches(pred.detach()[:, :1]))
 
@@ -55,18 +55,20 @@ class Session:
     config: TrainConfig
     cache: Cache
     net: PolicyNet
-    documents: dict[str, Any]                               # policy.json's content
+    documents: dict[str, Any]  # policy.json's content
     features: Features = cached_features
-    live: bool = False                                      # `features` computes them, so the loader skips them
-    stage_three: dict[str, Any] | None = None               # settings besides `config` that must not change on resume
+    live: bool = False  # `features` computes them, so the loader skips them
+    stage_three: dict[str, Any] | None = None  # settings besides `config` that must not change on resume
     save_adapter: Callable[[Path], None] | None = None
-    learning: Callable[[int], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()     # around features and step of the batch at a position
-    adapter: dict[str, torch.nn.Parameter] = field(default_factory=dict)    # trained VLM parameters by name
-    first: dict[str, float] = field(default_factory=dict)   # what the log's first line says besides
+    learning: Callable[[int], contextlib.AbstractContextManager[None]] = lambda _: (
+        contextlib.nullcontext()
+    )  # around features and step of the batch at a position
+    adapter: dict[str, torch.nn.Parameter] = field(default_factory=dict)  # trained VLM parameters by name
+    first: dict[str, float] = field(default_factory=dict)  # what the log's first line says besides
     on_log: Callable[[dict[str, Any]], None] = lambda _: None
     say: Callable[[str], None] = print
     world: World = ALONE
-    queues: ChunkQueues | None = field(init=False, default=None)    # where the loss wants them
+    queues: ChunkQueues | None = field(init=False, default=None)  # where the loss wants them
 
     def __post_init__(self) -> None:
         if self.config.loss.queue != "none":
@@ -85,24 +87,40 @@ class TrainReport:
     """What a call of the loop did."""
 
     run: Path
-    step: int                           # steps of the run so far
-    first_loss: float | None            # total loss of the run's first step
-    loss: float | None                  # total loss of the run's newest step
-    eval_mse: float | None              # newest held-out MSE, normalised units
-    samples_per_second: float           # observations of all processes, of this call
-    wait_share: float                   # share of the wall-clock spent waiting for the loader
-    interrupted: bool                   # stopped by a signal; run the same command again to go on
+    step: int  # steps of the run so far
+    first_loss: float | None  # total loss of the run's first step
+    loss: float | None  # total loss of the run's newest step
+    eval_mse: float | None  # newest held-out MSE, normalised units
+    samples_per_second: float  # observations of all processes, of this call
+    wait_share: float  # share of the wall-clock spent waiting for the loader
+    interrupted: bool  # stopped by a signal; run the same command again to go on
 
 
-def open_loader(session: Session, split: Literal["train", "eval", "all"], start: int = 0, alone: bool = False) -> Loader:
+def open_loader(
+    session: Session, split: Literal["train", "eval", "all"], start: int = 0, alone: bool = False
+) -> Loader:
     """This process's batches; `alone`: those it would have if there were no other. Held-out ones, and those of "all" episodes, are not masked,
     except that a blind policy stays blind, not augmented, and each dataset comes as often as it is large."""
     config, training = session.config, split == "train"
     masking = config.masking if training else ConditionMasking(0.0, 0.0, 0.0)
     if config.blind:
         masking = dataclasses.replace(masking, images=1.0)
-    return Loader(session.cache, batch_size=config.batch_size, horizon=session.net.config.dit.horizon, seed=config.seed,
-                  threads=config.threads, rank=0 if alone else session.world.rank, world_size=1 if alone else session.world.size, start=start, masking=masking, split=split,
-                  holdout=config.holdout, temperature=config.temperature if training else 1.0, weights=config.weights if training else {},
-                  features=not session.live, augment=config.image_aug and training, order=config.order if training else "global",
-                  device=session.world.device)
+    return Loader(
+        session.cache,
+        batch_size=config.batch_size,
+        horizon=session.net.config.dit.horizon,
+        seed=config.seed,
+        threads=config.threads,
+        rank=0 if alone else session.world.rank,
+        world_size=1 if alone else session.world.size,
+        start=start,
+        masking=masking,
+        split=split,
+        holdout=config.holdout,
+        temperature=config.temperature if training else 1.0,
+        weights=config.weights if training else {},
+        features=not session.live,
+        augment=config.image_aug and training,
+        order=config.order if training else "global",
+        device=session.world.device,
+    )

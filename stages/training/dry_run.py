@@ -31,8 +31,8 @@ from .step import learning_rate, noise_generator, training_step
 from .throughput import copy_seconds, which_binds
 from .train import policy_net
 
-PILOT_STEPS = 20        # timed
-WARM_UP = 3             # before: allocator, kernels, compilation, the first reads
+PILOT_STEPS = 20  # timed
+WARM_UP = 3  # before: allocator, kernels, compilation, the first reads
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class DryRun:
     config: TrainConfig
     device: str
     processes: int
-    banner: tuple[str, ...]             # batch and parameters, as a run says them when it begins
-    memory: dict[str, int]              # bytes: weights, gradients, moments (AdamW), EMA, activations
-    peak: int                           # bytes: CUDA's peak of the pilot, or the process's peak resident memory
-    observations: int                   # of the training split
-    steps_per_second: float             # optimiser steps
-    wait_share: float                   # of the time, spent waiting for the loader
-    binds: str                          # disk, host→device or compute
+    banner: tuple[str, ...]  # batch and parameters, as a run says them when it begins
+    memory: dict[str, int]  # bytes: weights, gradients, moments (AdamW), EMA, activations
+    peak: int  # bytes: CUDA's peak of the pilot, or the process's peak resident memory
+    observations: int  # of the training split
+    steps_per_second: float  # optimiser steps
+    wait_share: float  # of the time, spent waiting for the loader
+    binds: str  # disk, host→device or compute
 
     @property
     def batch(self) -> int:
@@ -74,10 +74,10 @@ def dry_run(config: TrainConfig, progress: Callable[[int, int], None] = lambda *
 
 def _pilot(session: Session, progress: Callable[[int, int], None]) -> DryRun:
     config, world, cuda = session.config, session.world, session.world.device.type == "cuda"
-    said = tuple(banner(session))       # before FSDP2 takes its part of the parameters
+    said = tuple(banner(session))  # before FSDP2 takes its part of the parameters
     shared = share_network(session)
     ema = [p.detach().clone() for p in shared.named.values()]
-    for group in shared.optimizer.param_groups:     # the first step's rate: the warm-up's smallest
+    for group in shared.optimizer.param_groups:  # the first step's rate: the warm-up's smallest
         group["lr"] = learning_rate(0, config) * group["lr_scale"]
     session.net.train()
     if cuda:
@@ -85,15 +85,18 @@ def _pilot(session: Session, progress: Callable[[int, int], None]) -> DryRun:
     kept = SavedTensors(shared.named.values())
     batch: FeatureBatch
     with open_loader(session, split="train") as loader, kernel_threads(config.cpu_threads), memory_errors(world.device):
+
         def following() -> FeatureBatch:
             nonlocal batch
             at = loader.state_dict()["offset"]
             batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
             return batch
 
-        if not cuda:        # no allocator that tells its peak: count what one forward pass leaves behind
+        if not cuda:  # no allocator that tells its peak: count what one forward pass leaves behind
             with shared.batch(last=True), torch.autograd.graph.saved_tensors_hooks(kept.count, lambda x: x):
-                result = training_step(shared.module, following(), config, noise_generator(config.seed, 0, 0), world, session.queues)
+                result = training_step(
+                    shared.module, following(), config, noise_generator(config.seed, 0, 0), world, session.queues
+                )
                 shared.backward(result.total)
         began = waited = 0.0
         for step in range(WARM_UP + PILOT_STEPS):
@@ -102,27 +105,52 @@ def _pilot(session: Session, progress: Callable[[int, int], None]) -> DryRun:
                 began, waited = time.perf_counter(), loader.wait_seconds
             total = optimiser_step(session, shared, ema, following, step)
             if not math.isfinite(total):
-                raise UserError(f"the loss of step {step} of the pilot is {total}; run `dvla cache verify {config.cache}`, or lower the learning rate")
+                raise UserError(
+                    f"the loss of step {step} of the pilot is {total}; run `dvla cache verify {config.cache}`, or lower the learning rate"
+                )
             progress(step + 1, WARM_UP + PILOT_STEPS)
         _wait(world)
         elapsed = time.perf_counter() - began
         waited, observations = loader.wait_seconds - waited, sum(loader.sizes)
     copied = copy_seconds(batch) * PILOT_STEPS * config.accumulate
     weights = sum(nbytes(p) for p in shared.named.values())
-    memory = {"weights": weights, "gradients": sum(nbytes(p.grad) for p in shared.named.values() if p.grad is not None),
-              "moments": sum(nbytes(t) for s in shared.optimizer.state.values() for t in s.values()), "EMA": sum(map(nbytes, ema))}
-    peak = torch.cuda.max_memory_allocated(world.device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = {
+        "weights": weights,
+        "gradients": sum(nbytes(p.grad) for p in shared.named.values() if p.grad is not None),
+        "moments": sum(nbytes(t) for s in shared.optimizer.state.values() for t in s.values()),
+        "EMA": sum(map(nbytes, ema)),
+    }
+    peak = (
+        torch.cuda.max_memory_allocated(world.device)
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     memory["activations"] = max(0, peak - sum(memory.values())) if cuda else kept.nbytes
-    return DryRun(config, str(world.device), world.size, said, memory, peak, observations, PILOT_STEPS / elapsed, waited / elapsed,
-                  which_binds(waited, copied, elapsed))
+    return DryRun(
+        config,
+        str(world.device),
+        world.size,
+        said,
+        memory,
+        peak,
+        observations,
+        PILOT_STEPS / elapsed,
+        waited / elapsed,
+        which_binds(waited, copied, elapsed),
+    )
 
 
-def optimiser_step(session: Session, shared: Replicas, ema: list[torch.Tensor], following: Callable[[], FeatureBatch], step: int) -> float:
+def optimiser_step(
+    session: Session, shared: Replicas, ema: list[torch.Tensor], following: Callable[[], FeatureBatch], step: int
+) -> float:
     """What the training loop does in a step, at a constant rate and without its checks: the mean loss of the batches that `following` gives."""
     config, total = session.config, 0.0
     shared.optimizer.zero_grad(set_to_none=True)
     for k in range(config.accumulate):
-        batch, generator = following(), noise_generator(config.seed, step * config.accumulate + k, 0, session.world.device)
+        batch, generator = (
+            following(),
+            noise_generator(config.seed, step * config.accumulate + k, 0, session.world.device),
+        )
         with shared.batch(last=k == config.accumulate - 1):
             result = training_step(shared.module, batch, config, generator, session.world, session.queues)
             shared.backward(result.total / config.accumulate)
@@ -150,10 +178,17 @@ def resolved(config: TrainConfig, recipe: Mapping[str, Any], overrides: Mapping[
                 lines.append(f"{indent}{name}:")
                 walk(value, recipe[name] if in_recipe else None, f"{dotted}.", indent + "  ")
                 continue
-            text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1 << 20, allow_unicode=True)
-            parents = [dotted.rsplit(".", n)[0] for n in range(dotted.count(".") + 1)]      # "dit={…}" gives dit.horizon
+            text = yaml.safe_dump(
+                list(value) if isinstance(value, tuple) else value,
+                default_flow_style=True,
+                width=1 << 20,
+                allow_unicode=True,
+            )
+            parents = [dotted.rsplit(".", n)[0] for n in range(dotted.count(".") + 1)]  # "dit={…}" gives dit.horizon
             origin = "command line" if given & set(parents) else "recipe" if in_recipe else "default"
-            lines.append(f"{indent}{name}: {text.removesuffix(chr(10)).removesuffix('...').strip()}".ljust(42) + f"  # {origin}")
+            lines.append(
+                f"{indent}{name}: {text.removesuffix(chr(10)).removesuffix('...').strip()}".ljust(42) + f"  # {origin}"
+            )
 
     walk(dataclasses.asdict(config), recipe, "", "")
     return lines
@@ -165,13 +200,19 @@ def report(run: DryRun) -> Iterator[str]:
     yield from run.banner
     yield f"{steps} steps are {steps * run.batch / run.observations:.3g} epochs of {run.observations} observations"
     yield f"memory: {size(sum(run.memory.values()))} ({', '.join(f'{k} {size(v)}' for k, v in run.memory.items())}); {_peak(run)}"
-    yield (f"pilot of {PILOT_STEPS} steps on {run.device}: {run.steps_per_second:.3g} steps/s, {run.steps_per_second * run.batch:.4g} samples/s, "
-           f"waiting for data {run.wait_share:.1%}; {run.binds} binds")
+    yield (
+        f"pilot of {PILOT_STEPS} steps on {run.device}: {run.steps_per_second:.3g} steps/s, {run.steps_per_second * run.batch:.4g} samples/s, "
+        f"waiting for data {run.wait_share:.1%}; {run.binds} binds"
+    )
     yield f"{steps} steps would take {duration(run.hours * 3600)}; evaluations and checkpoints come on top"
 
 
 def _peak(run: DryRun) -> str:
-    what = "peak of the device" if run.device.startswith("cuda") else "the process's peak resident memory, libraries included,"
+    what = (
+        "peak of the device"
+        if run.device.startswith("cuda")
+        else "the process's peak resident memory, libraries included,"
+    )
     return f"{what} {size(run.peak)}"
 
 

@@ -43,8 +43,16 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     batches, began, ending, meter = 0, time.perf_counter(), False, Meter(world, config.batch_size * world.size)
     session.net.train()
-    tracking = Tracker(folder, config.wandb, settings_of(session), step=step) if world.main else contextlib.nullcontext()
-    with open_loader(session, split="train", start=state["offset"]) as loader, signals() as stopped, kernel_threads(config.cpu_threads), tracking as tracker, memory_errors(device):
+    tracking = (
+        Tracker(folder, config.wandb, settings_of(session), step=step) if world.main else contextlib.nullcontext()
+    )
+    with (
+        open_loader(session, split="train", start=state["offset"]) as loader,
+        signals() as stopped,
+        kernel_threads(config.cpu_threads),
+        tracking as tracker,
+        memory_errors(device),
+    ):
         panels = Panels(session, loader)
         while step < last and not ending:
             rate = learning_rate(step, config)
@@ -59,8 +67,14 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
                 at = loader.state_dict()["offset"]
                 with session.learning(at), shared.batch(last=k == config.accumulate - 1):
                     batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
-                    result = training_step(shared.module, batch, config, noise_generator(config.seed, step * config.accumulate + k, 0, device), world,
-                                           session.queues)
+                    result = training_step(
+                        shared.module,
+                        batch,
+                        config,
+                        noise_generator(config.seed, step * config.accumulate + k, 0, device),
+                        world,
+                        session.queues,
+                    )
                     shared.backward(result.total / config.accumulate)
                 value = result.total.item()
                 total += value / config.accumulate
@@ -68,7 +82,7 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
             norm = shared.clip(config.optimizer.clip)
             mine, [total] = total, world.mean(total)
             if not (math.isfinite(total) and math.isfinite(norm)):
-                assert suspect is not None      # of at least one batch
+                assert suspect is not None  # of at least one batch
                 raise _stopped_at(session, step, total, norm, suspect, mine)
             shared.step()
             step += 1
@@ -88,28 +102,66 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
                 best = {"step": step, "mse": metrics["mse"]} if record else best
             if due or step % config.log_every == 0 or step in (1, config.steps):
                 numbers = world.mean(*(x.item() for x in (result.mse, result.drift, result.scale, *result.mean_square)))
-                line = {"step": step, "loss": loss, **dict(zip(("mse", "drift", "scale"), numbers)), "mean_square": numbers[3:], "grad_norm": norm, "lr": rate,
-                        **meter.line(batch), **(session.first if step == 1 else {}), **({f"eval/{name}": v for name, v in metrics.items()} if due else {})}
+                line = {
+                    "step": step,
+                    "loss": loss,
+                    **dict(zip(("mse", "drift", "scale"), numbers)),
+                    "mean_square": numbers[3:],
+                    "grad_norm": norm,
+                    "lr": rate,
+                    **meter.line(batch),
+                    **(session.first if step == 1 else {}),
+                    **({f"eval/{name}": v for name, v in metrics.items()} if due else {}),
+                }
                 if tracker is not None:
                     tracker.log(line)
                 session.on_log(line)
             if turn:
                 panels.draw(turn, seen, tracker)
-            ending = world.any(step == last or bool(stopped))       # read once: a signal after this line ends the next step
+            ending = world.any(step == last or bool(stopped))  # read once: a signal after this line ends the next step
             if step % config.save_every == 0 or ending or record and config.keep_best:
-                save(session, shared, ema, {"step": step, "offset": loader.state_dict()["offset"], "first_loss": first_loss, "loss": loss,
-                                            "metrics": metrics, "best": best, "processes": world.size})
+                save(
+                    session,
+                    shared,
+                    ema,
+                    {
+                        "step": step,
+                        "offset": loader.state_dict()["offset"],
+                        "first_loss": first_loss,
+                        "loss": loss,
+                        "metrics": metrics,
+                        "best": best,
+                        "processes": world.size,
+                    },
+                )
         elapsed, waited = max(time.perf_counter() - began, 1e-9), loader.wait_seconds
-    return TrainReport(folder, step, first_loss, loss, metrics.get("mse"), batches * meter.samples / elapsed, waited / elapsed, ending and step < last)
+    return TrainReport(
+        folder,
+        step,
+        first_loss,
+        loss,
+        metrics.get("mse"),
+        batches * meter.samples / elapsed,
+        waited / elapsed,
+        ending and step < last,
+    )
 
 
 def _stopped_at(session: Session, step: int, loss: float, norm: float, suspect: FeatureBatch, mine: float) -> UserError:
     """What is wrong with a step whose loss or gradient is not finite, naming the batch: of the processes, those whose loss is not."""
     names = [d.name for d in session.cache.datasets]
     rows = [f"{names[d]}:{row}" for d, row in zip(suspect.dataset.tolist(), suspect.frame_index.tolist())]
-    broken = ~torch.stack([x.flatten(1).isfinite().all(1) for x in (suspect.tokens, suspect.text, suspect.proprio, suspect.action)]).all(0)     # [B]
+    broken = ~torch.stack(
+        [x.flatten(1).isfinite().all(1) for x in (suspect.tokens, suspect.text, suspect.proprio, suspect.action)]
+    ).all(0)  # [B]
     found = [row for row, bad in zip(rows, broken.tolist()) if bad]
-    said = ", ".join((found or rows)[:8]) + ("…" if len(found or rows) > 8 else "") + (" hold values that are not finite" if found else "")
+    said = (
+        ", ".join((found or rows)[:8])
+        + ("…" if len(found or rows) > 8 else "")
+        + (" hold values that are not finite" if found else "")
+    )
     guilty = session.world.gather(None if math.isfinite(mine) else said) or [said]
-    return UserError(f"the loss of step {step + 1} is {loss}, its gradient's norm {norm:g}; training stopped before the optimiser step. Its batch: "
-                     f"rows {'; '.join(guilty)}. Lower the learning rate, or run `dvla cache verify {session.config.cache}`")
+    return UserError(
+        f"the loss of step {step + 1} is {loss}, its gradient's norm {norm:g}; training stopped before the optimiser step. Its batch: "
+        f"rows {'; '.join(guilty)}. Lower the learning rate, or run `dvla cache verify {session.config.cache}`"
+    )

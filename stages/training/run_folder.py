@@ -26,8 +26,25 @@ from .context import Session
 from .parallel.replicas import Replicas, place, whole
 from .parallel.world import World
 
-FREE = ("out", "local", "local_gib", "device", "threads", "log_every", "eval_every", "eval_batches", "save_every", "keep_last", "keep_best",
-        "panels", "wandb", "gradient_checkpointing", "compile", "attention", "strategy")
+FREE = (
+    "out",
+    "local",
+    "local_gib",
+    "device",
+    "threads",
+    "log_every",
+    "eval_every",
+    "eval_batches",
+    "save_every",
+    "keep_last",
+    "keep_best",
+    "panels",
+    "wandb",
+    "gradient_checkpointing",
+    "compile",
+    "attention",
+    "strategy",
+)
 """Settings that may change when a run goes on: they do not change what is learnt."""
 FRESH: dict[str, Any] = {"step": 0, "offset": 0, "first_loss": None, "loss": None, "metrics": {}, "best": None}
 
@@ -35,7 +52,11 @@ FRESH: dict[str, Any] = {"step": 0, "offset": 0, "first_loss": None, "loss": Non
 def settings_of(session: Session) -> dict[str, Any]:
     """What RUN/config.json holds."""
     settings = json.loads(json.dumps(dataclasses.asdict(session.config)))
-    return settings if session.stage_three is None else {**settings, "stage_three": json.loads(json.dumps(session.stage_three))}
+    return (
+        settings
+        if session.stage_three is None
+        else {**settings, "stage_three": json.loads(json.dumps(session.stage_three))}
+    )
 
 
 def begin(session: Session) -> tuple[dict[str, Any], Path | None]:
@@ -49,8 +70,10 @@ def begin(session: Session) -> tuple[dict[str, Any], Path | None]:
         place(parameter, stored[name])
     before, now = state.get("processes", 1), session.world.size
     if before != now:
-        session.say(f"it ran in {before} process{'es' if before > 1 else ''} and goes on in {now}: with the same samples in the same order, "
-                    f"{session.config.batch_size * session.config.accumulate * now} to a step")
+        session.say(
+            f"it ran in {before} process{'es' if before > 1 else ''} and goes on in {now}: with the same samples in the same order, "
+            f"{session.config.batch_size * session.config.accumulate * now} to a step"
+        )
     return state, folder
 
 
@@ -63,13 +86,21 @@ def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
             write_file(folder / "config.json", json_bytes(settings))
             write_file(folder / "environment.json", json_bytes(environment(session.world)))
         except OSError as error:
-            raise UserError(f"cannot make run folder {folder}: {error.strerror or error}; choose another --out") from None
+            raise UserError(
+                f"cannot make run folder {folder}: {error.strerror or error}; choose another --out"
+            ) from None
         return dict(FRESH), None
     saved = whole_settings(read_json(folder / "config.json"))
-    lines = fp.diff({k: v for k, v in saved.items() if k not in FREE}, {k: v for k, v in settings.items() if k not in FREE}, was="it has")
+    lines = fp.diff(
+        {k: v for k, v in saved.items() if k not in FREE},
+        {k: v for k, v in settings.items() if k not in FREE},
+        was="it has",
+    )
     if lines:
-        raise UserError(f"run {folder} was begun with other settings: {'; '.join(lines[:6])}. "
-                        "Choose another --out, or repeat its settings")
+        raise UserError(
+            f"run {folder} was begun with other settings: {'; '.join(lines[:6])}. "
+            "Choose another --out, or repeat its settings"
+        )
     found = ck.latest_whole(folder)
     if found is None:
         return dict(FRESH), None
@@ -79,7 +110,9 @@ def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
     documents = json.loads(json.dumps(session.documents))
     lines = fp.diff(_filled(read_json(checkpoint / "policy.json"), documents), documents)
     if lines:
-        raise UserError(f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}")
+        raise UserError(
+            f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}"
+        )
     session.say(f"resuming {folder} at step {state['step']} of {session.config.steps}")
     return {**FRESH, **state}, checkpoint
 
@@ -94,14 +127,24 @@ def environment(world: World) -> dict[str, Any]:
     packages = ("dvla", "torch", "numpy", "transformers", "peft", "flash-attn", "deepspeed")
     versions = {name: found for name in packages if (found := version_of(name))}
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    return {"begun": time.strftime("%Y-%m-%d %H:%M:%S %z"), "device": device, "processes": world.size, "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}", "packages": {**versions, "dvla": __version__}, **({"cuda": torch.version.cuda} if torch.version.cuda else {})}
+    return {
+        "begun": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "device": device,
+        "processes": world.size,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {**versions, "dvla": __version__},
+        **({"cuda": torch.version.cuda} if torch.version.cuda else {}),
+    }
 
 
 def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with the keys that it lacks, at any depth, from `defaults`."""
     out = {**defaults, **values}
-    return {k: _filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v for k, v in out.items()}
+    return {
+        k: _filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
+        for k, v in out.items()
+    }
 
 
 def restore(checkpoint: Path, shared: Replicas, ema: Mapping[str, Tensor]) -> None:
@@ -122,9 +165,17 @@ def save(session: Session, shared: Replicas, ema: Mapping[str, Tensor], progress
         tensors["queues"] = session.queues.state_dict()
     best = progress["best"]["step"] if progress["best"] and session.config.keep_best else None
     with swapped(shared.named, ema) if session.save_adapter else contextlib.nullcontext():
-        session.world.on_main(lambda: ck.save_checkpoint(
-            Path(session.config.out), progress["step"], tensors, {"policy": session.documents, "state": progress},
-            session.config.keep_last, session.save_adapter, best))
+        session.world.on_main(
+            lambda: ck.save_checkpoint(
+                Path(session.config.out),
+                progress["step"],
+                tensors,
+                {"policy": session.documents, "state": progress},
+                session.config.keep_last,
+                session.save_adapter,
+                best,
+            )
+        )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Where a run's numbers go: RUN/log.jsonl always, Weights & Biases when it is asked for.
 
-    RUN/log.jsonl     one JSON object per logged step; needs nothing and no account
-    RUN/wandb.json    the id of the W&B run, so that a resumed run goes on in it
-    RUN/wandb/        W&B's own files (offline: `wandb sync RUN/wandb/offline-run-*` uploads them later)
+RUN/log.jsonl     one JSON object per logged step; needs nothing and no account
+RUN/wandb.json    the id of the W&B run, so that a resumed run goes on in it
+RUN/wandb/        W&B's own files (offline: `wandb sync RUN/wandb/offline-run-*` uploads them later)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class WandbConfig:
 
     mode: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "dvla"
-    name: str | None = None         # what W&B calls the run; None: the run folder's name
+    name: str | None = None  # what W&B calls the run; None: the run folder's name
 
 
 def require_wandb(config: WandbConfig) -> None:
@@ -40,13 +40,17 @@ def require_wandb(config: WandbConfig) -> None:
     if config.mode == "disabled":
         return
     if find_spec("wandb") is None:
-        raise UserError(f"W&B mode {config.mode} needs the package wandb, which is not installed: {INSTALL}, or train with --wandb-mode disabled")
+        raise UserError(
+            f"W&B mode {config.mode} needs the package wandb, which is not installed: {INSTALL}, or train with --wandb-mode disabled"
+        )
     if config.mode == "online":
         import wandb
 
         if not wandb.api.api_key:
-            raise UserError("W&B mode online needs an account and this machine is not logged in: run `wandb login`, or train with "
-                            "--wandb-mode offline and `wandb sync` later")
+            raise UserError(
+                "W&B mode online needs an account and this machine is not logged in: run `wandb login`, or train with "
+                "--wandb-mode offline and `wandb sync` later"
+            )
 
 
 class Tracker:
@@ -74,8 +78,10 @@ class Tracker:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}; the checkpoints are whole. Make room and run the same "
-                            "command again") from None
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror or error}; the checkpoints are whole. Make room and run the same "
+                "command again"
+            ) from None
         if self._run is not None:
             self._run.log(flat(line), step=line["step"])
 
@@ -84,11 +90,13 @@ class Tracker:
         if self._run is not None:
             from wandb import Image
 
-            self._run.log({name: Image(str(path), caption=caption) for name, (path, caption) in pictures.items()}, step=step)
+            self._run.log(
+                {name: Image(str(path), caption=caption) for name, (path, caption) in pictures.items()}, step=step
+            )
 
     def close(self, failed: bool = False) -> None:
         """End the log; `failed` marks the W&B run as crashed."""
-        with contextlib.suppress(OSError):      # of a line that `log` could not write either
+        with contextlib.suppress(OSError):  # of a line that `log` could not write either
             self._file.close()
         if self._run is not None:
             self._run.finish(exit_code=int(failed))
@@ -97,7 +105,9 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close(failed=kind is not None)
 
 
@@ -127,7 +137,9 @@ def flat(line: dict[str, Any]) -> dict[str, Any]:
     """A log line for W&B's charts: lists become "name/0", "name/1", …; numbers that are not finite are left out."""
     out: dict[str, Any] = {}
     for name, value in line.items():
-        for key, number in [(f"{name}/{i}", v) for i, v in enumerate(value)] if isinstance(value, list) else [(name, value)]:
+        for key, number in (
+            [(f"{name}/{i}", v) for i, v in enumerate(value)] if isinstance(value, list) else [(name, value)]
+        ):
             if not isinstance(number, float) or math.isfinite(number):
                 out[key] = number
     return out
@@ -135,7 +147,7 @@ def flat(line: dict[str, Any]) -> dict[str, Any]:
 
 def _begin_wandb(run_folder: Path, config: WandbConfig, settings: dict[str, Any]) -> Any:
     """The W&B run of this folder, begun or gone on with. Prints nothing."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")     # no crash reports to its makers
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no crash reports to its makers
     require_wandb(config)
     import wandb
 
@@ -148,9 +160,26 @@ def _begin_wandb(run_folder: Path, config: WandbConfig, settings: dict[str, Any]
         raise UserError(f"{file} is damaged; delete it to begin a new W&B run") from None
     try:
         return wandb.init(
-            project=config.project, name=config.name or run_folder.resolve().name, id=identity, mode=config.mode, dir=run_folder,
-            resume="allow" if config.mode == "online" else None, config=public(settings), save_code=False,
-            settings=wandb.Settings(silent=True, console="off", show_warnings=False, disable_git=True, disable_code=True,
-                                    disable_job_creation=True, x_disable_meta=True, x_save_requirements=False))
+            project=config.project,
+            name=config.name or run_folder.resolve().name,
+            id=identity,
+            mode=config.mode,
+            dir=run_folder,
+            resume="allow" if config.mode == "online" else None,
+            config=public(settings),
+            save_code=False,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                show_warnings=False,
+                disable_git=True,
+                disable_code=True,
+                disable_job_creation=True,
+                x_disable_meta=True,
+                x_save_requirements=False,
+            ),
+        )
     except wandb.Error as error:
-        raise UserError(f"W&B did not begin ({' '.join(str(error).split())}); train with --wandb-mode offline or disabled") from None
+        raise UserError(
+            f"W&B did not begin ({' '.join(str(error).split())}); train with --wandb-mode offline or disabled"
+        ) from None

@@ -26,9 +26,11 @@ def banner(session: Session) -> list[str]:
     total = counts.pop("total")
     large = sorted(((name, n) for name, n in counts.items() if n >= total / 50), key=lambda item: -item[1])
     parts = ", ".join(f"{name} {_short(n)}" for name, n in [*large, ("other", total - sum(n for _, n in large))])
-    return [f"Batch: {config.batch_size}/{one} × {config.accumulate} accum × {world.size} {plural} = "
-            f"{config.batch_size * config.accumulate * world.size} global",
-            f"Parameters: {total:,} ({parts})"]
+    return [
+        f"Batch: {config.batch_size}/{one} × {config.accumulate} accum × {world.size} {plural} = "
+        f"{config.batch_size * config.accumulate * world.size} global",
+        f"Parameters: {total:,} ({parts})",
+    ]
 
 
 def _short(count: int) -> str:
@@ -42,14 +44,22 @@ def prepare(session: Session) -> None:
     if config.loss.neighbours:
         raise UserError(f"loss.neighbours is {config.loss.neighbours}, but training searches for none; leave it out")
     if config.strategy != "ddp" and not session.world.launched:
-        raise UserError(f"strategy {config.strategy} splits the network over processes and this is one alone; start it with "
-                        "`torchrun --nproc_per_node=N -m dvla.cli train …`, or use --strategy ddp")
+        raise UserError(
+            f"strategy {config.strategy} splits the network over processes and this is one alone; start it with "
+            "`torchrun --nproc_per_node=N -m dvla.cli train …`, or use --strategy ddp"
+        )
     if config.strategy != "ddp" and session.adapter:
-        raise UserError(f"strategy {config.strategy} splits the policy network only, LoRA trains in whole copies; fine-tune with --strategy ddp")
+        raise UserError(
+            f"strategy {config.strategy} splits the policy network only, LoRA trains in whole copies; fine-tune with --strategy ddp"
+        )
     if config.strategy == "zero2":
         require_deepspeed()
-    if config.attention == "flex" and session.world.device.type == "cpu":   # never compiled there; newer versions of torch have no gradient at all
-        raise UserError("attention flex does not train on a CPU, for torch has no gradient of it there; use attention sdpa")
+    if (
+        config.attention == "flex" and session.world.device.type == "cpu"
+    ):  # never compiled there; newer versions of torch have no gradient at all
+        raise UserError(
+            "attention flex does not train on a CPU, for torch has no gradient of it there; use attention sdpa"
+        )
     set_attention(session.net, config.attention)
     if config.compile:
         compile_blocks(session.net)
@@ -93,8 +103,10 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         needed = re.search(r"Tried to allocate ([0-9.]+ \w+)", str(error))
-        raise UserError(f"{device} has too little memory{f' (a further {needed[1]} were asked for)' if needed else ''}: halve --batch-size and double "
-                        "--grad-accumulation, or take fewer --draws, --precision bf16 or a smaller --model-size") from None
+        raise UserError(
+            f"{device} has too little memory{f' (a further {needed[1]} were asked for)' if needed else ''}: halve --batch-size and double "
+            "--grad-accumulation, or take fewer --draws, --precision bf16 or a smaller --model-size"
+        ) from None
 
 
 def share_network(session: Session) -> Replicas:

@@ -29,8 +29,14 @@ def noise_generator(seed: int, step: int, stream: int, device: torch.device | st
     return torch.Generator(device).manual_seed(int(mix(seed, 6, stream, step)) >> 1)
 
 
-def training_step(net: torch.nn.Module, batch: FeatureBatch, config: TrainConfig, generator: torch.Generator, world: World = ALONE,
-                  queues: ChunkQueues | None = None) -> PolicyLoss:
+def training_step(
+    net: torch.nn.Module,
+    batch: FeatureBatch,
+    config: TrainConfig,
+    generator: torch.Generator,
+    world: World = ALONE,
+    queues: ChunkQueues | None = None,
+) -> PolicyLoss:
     """One forward pass and its loss; the same for both stages. `net`: a PolicyNet, or what wraps one.
 
     Noise and guidance scales of the global batch come from `generator`, on its device, and this process takes its part. The loss is
@@ -39,17 +45,31 @@ def training_step(net: torch.nn.Module, batch: FeatureBatch, config: TrainConfig
     inner = cast(PolicyNet, getattr(net, "module", net))
     dit, device, b = inner.config.dit, batch.tokens.device, len(batch)
     shape = (world.size * b, config.draws, dit.horizon, dit.noise_dim)
-    noise = world.slice(torch.randn(shape, generator=generator, device=generator.device)).to(device)       # [B,G,T,n]
-    alpha, negatives, weights = torch.ones(b, device=device), None, None                                    # [B]
-    mine = torch.Generator().manual_seed(int(mix(generator.initial_seed(), 8, world.rank)) >> 1)            # the rest needs no other's
+    noise = world.slice(torch.randn(shape, generator=generator, device=generator.device)).to(device)  # [B,G,T,n]
+    alpha, negatives, weights = torch.ones(b, device=device), None, None  # [B]
+    mine = torch.Generator().manual_seed(
+        int(mix(generator.initial_seed(), 8, world.rank)) >> 1
+    )  # the rest needs no other's
     if config.alpha_max > 1:
         drawn = sample_alpha(world.size * b, high=config.alpha_max, device=generator.device, generator=generator)
-        alpha = world.slice(drawn).to(device)                                                               # [B]
+        alpha = world.slice(drawn).to(device)  # [B]
         on_device = mine if device.type == "cpu" else torch.Generator(device).manual_seed(mine.initial_seed())
-        negatives, weights = batch_negatives(batch, alpha, config.draws, config.negatives, on_device)       # [B,M,T,128], [B,M]
+        negatives, weights = batch_negatives(
+            batch, alpha, config.draws, config.negatives, on_device
+        )  # [B,M,T,128], [B,M]
     with autocast(config, device):
-        return head_loss(net, batch, config.loss, noise=noise, alpha=alpha, generator=mine, negatives=negatives, w_neg=weights,
-                         queues=queues, reduce=world.total if world.size > 1 else None)
+        return head_loss(
+            net,
+            batch,
+            config.loss,
+            noise=noise,
+            alpha=alpha,
+            generator=mine,
+            negatives=negatives,
+            w_neg=weights,
+            queues=queues,
+            reduce=world.total if world.size > 1 else None,
+        )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

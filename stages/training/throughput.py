@@ -10,8 +10,8 @@ import torch
 from ...batch import FeatureBatch
 from .parallel.world import World
 
-BINDING_WAIT = 0.05     # share of the time spent waiting for data from which on reading is what limits
-BINDING_COPY = 0.9      # share of the time in which something is being copied from which on copying is
+BINDING_WAIT = 0.05  # share of the time spent waiting for data from which on reading is what limits
+BINDING_COPY = 0.9  # share of the time in which something is being copied from which on copying is
 
 
 def copy_seconds(batch: FeatureBatch) -> float:
@@ -20,7 +20,7 @@ def copy_seconds(batch: FeatureBatch) -> float:
     if device.type == "cpu":
         return 0.0
     host = torch.empty(batch.tokens.nbytes + batch.text.nbytes, dtype=torch.uint8, pin_memory=True)
-    host.to(device)     # the first one allocates
+    host.to(device)  # the first one allocates
     torch.cuda.synchronize(device)
     began = time.perf_counter()
     host.to(device, non_blocking=True)
@@ -40,8 +40,8 @@ class Meter:
     """Speed of the training steps since the last line of the log, and what they wait for. Evaluations and checkpoints do not count."""
 
     def __init__(self, world: World, samples: int) -> None:
-        self.world, self.samples = world, samples       # of one batch, all processes together
-        self._copying: float | None = None              # seconds that one takes to the device
+        self.world, self.samples = world, samples  # of one batch, all processes together
+        self._copying: float | None = None  # seconds that one takes to the device
         self._batches, self._elapsed, self._waited = 0, 0.0, 0.0
 
     def begin(self, waited: float) -> None:
@@ -58,7 +58,10 @@ class Meter:
         self._copying = copy_seconds(batch) if self._copying is None else self._copying
         elapsed = max(self._elapsed, 1e-9)
         share = self.world.largest(self._waited / elapsed)
-        line = {"samples_per_second": self._batches * self.samples / elapsed, "wait_share": share,
-                "binds": which_binds(share * elapsed, self._copying * self._batches, elapsed)}
+        line = {
+            "samples_per_second": self._batches * self.samples / elapsed,
+            "wait_share": share,
+            "binds": which_binds(share * elapsed, self._copying * self._batches, elapsed),
+        }
         self._batches, self._elapsed, self._waited = 0, 0.0, 0.0
         return line

@@ -30,18 +30,25 @@ from .parallel.world import join
 from .warm_start import start_from
 
 
-def train(config: TrainConfig, on_log: Callable[[dict[str, Any]], None] = lambda _: None,
-          say: Callable[[str], None] = print, stop_after: int | None = None) -> TrainReport:
+def train(
+    config: TrainConfig,
+    on_log: Callable[[dict[str, Any]], None] = lambda _: None,
+    say: Callable[[str], None] = print,
+    stop_after: int | None = None,
+) -> TrainReport:
     """Stage two: train from a cache, or go on with the run in `config.out` if it was begun with the same settings."""
     cache = open_cache(config)
-    require_trainable(config, cache)    # before a run folder is made
+    require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:
         torch.manual_seed(config.seed)
         net = policy_net(config, cache)
         if config.init is not None and not ck.checkpoints(Path(config.out)):
             start_from(config, cache, net, say if world.main else lambda _: None)
         net.to(world.device)
-        return run(Session(config, cache, net, policy_document(net, cache, config), on_log=on_log, say=say, world=world), stop_after)
+        return run(
+            Session(config, cache, net, policy_document(net, cache, config), on_log=on_log, say=say, world=world),
+            stop_after,
+        )
 
 
 def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
@@ -50,7 +57,7 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
     dit = head_dit(dit_config(config.model_size, **config.dit), config.loss.kind)
     slots: tuple[int, ...] = ()
     if config.action_space == "active":
-        used = np.any([mask for d in cache.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)       # [128]
+        used = np.any([mask for d in cache.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)  # [128]
         slots = tuple(np.flatnonzero(used).tolist())
         dit = dataclasses.replace(dit, action_dim=len(slots), proprio_dim=len(slots))
     return PolicyNet(PolicyNetConfig(feature_width=cache.width, text_width=text_width, dit=dit, slots=slots))
@@ -59,7 +66,15 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
 def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[str, Any]:
     """policy.json: all that inference needs besides the weights."""
     encoder = {"spec": cache.datasets[0].attributes["encoder"], "fingerprint": cache.fingerprint["encoder"]}
-    return {"format": ck.POLICY_FORMAT, "net": dataclasses.asdict(net.config), "encoder": encoder,
-            "datasets": [describe_dataset(d) for d in cache.datasets],
-            "loss": {"kind": config.loss.kind, "sample_steps": config.loss.sample_steps},   # how the head samples
-            "conditions": {"blind": config.blind, "masking": dataclasses.asdict(config.masking), "alpha_max": config.alpha_max}}
+    return {
+        "format": ck.POLICY_FORMAT,
+        "net": dataclasses.asdict(net.config),
+        "encoder": encoder,
+        "datasets": [describe_dataset(d) for d in cache.datasets],
+        "loss": {"kind": config.loss.kind, "sample_steps": config.loss.sample_steps},  # how the head samples
+        "conditions": {
+            "blind": config.blind,
+            "masking": dataclasses.asdict(config.masking),
+            "alpha_max": config.alpha_max,
+        },
+    }

@@ -34,12 +34,21 @@ def evaluate(session: Session, seen: PanelData | None = None) -> dict[str, float
         for i in range(math.ceil(batches / world.size)):
             at, block = loader.state_dict()["offset"], i * world.size + world.rank
             batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
-            noise = torch.randn(b, 1, dit.horizon, dit.noise_dim, generator=noise_generator(config.seed, block, 1)).to(device)
-            with autocast(config, device), torch.compiler.set_stance("force_eager"):     # other shapes: not worth compiling for
-                pred = generate(net, net.encode(batch), noise, torch.ones(b, device=device), config.loss)[:, 0]     # [B,T,128]
-            if block < batches:     # the last round may be one too many for some
+            noise = torch.randn(b, 1, dit.horizon, dit.noise_dim, generator=noise_generator(config.seed, block, 1)).to(
+                device
+            )
+            with (
+                autocast(config, device),
+                torch.compiler.set_stance("force_eager"),
+            ):  # other shapes: not worth compiling for
+                pred = generate(net, net.encode(batch), noise, torch.ones(b, device=device), config.loss)[
+                    :, 0
+                ]  # [B,T,128]
+            if block < batches:  # the last round may be one too many for some
                 metrics.update(pred, batch)
     net.train()
     metrics.load_sums(world.total(metrics.sums().to(device)))
     more = {} if seen is None else {name: v for name, v in seen.result.items() if name in ("mmd", "mode_coverage")}
-    return metrics.result() | more | ({} if seen is None else drift_strength(seen.mean_square.tolist(), seen.temperatures))
+    return (
+        metrics.result() | more | ({} if seen is None else drift_strength(seen.mean_square.tolist(), seen.temperatures))
+    )

@@ -38,20 +38,32 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
         seen["adapter"] = adapter_document(folder / "adapter")["adapter"]
     lines = encoder_differences(cache.fingerprint["encoder"], seen, was="the cache has", now="the policy saw")
     if lines:
-        raise UserError(f"policy {folder} saw other features than cache {cache.path} holds: {'; '.join(lines[:6])}; "
-                        f"build a cache of what it sees with `dvla cache build … --adapter {config.init}`, or train without --init")
+        raise UserError(
+            f"policy {folder} saw other features than cache {cache.path} holds: {'; '.join(lines[:6])}; "
+            f"build a cache of what it sees with `dvla cache build … --adapter {config.init}`, or train without --init"
+        )
     if document["conditions"]["blind"] != config.blind:
-        raise UserError(f"{folder} is a {'blind' if document['conditions']['blind'] else 'seeing'} policy; train it on as such, or without --init")
+        raise UserError(
+            f"{folder} is a {'blind' if document['conditions']['blind'] else 'seeing'} policy; train it on as such, or without --init"
+        )
     lines = fp.diff(dataclasses.asdict(net.config), document["net"], "asked for", "it has")
     if lines:
-        raise UserError(f"the network of {folder} is another than is to be trained: {'; '.join(lines[:6])}; "
-                        "leave --model-size and dit out, which are the policy's")
+        raise UserError(
+            f"the network of {folder} is another than is to be trained: {'; '.join(lines[:6])}; "
+            "leave --model-size and dit out, which are the policy's"
+        )
     stored = {d["name"]: d for d in document["datasets"]}
     for dataset in cache.datasets:
         now, before = describe_dataset(dataset), stored.get(dataset.name)
-        different = [key for key in ("action_map", "state_map", "action_stats", "proprio_stats") if before is not None and before[key] != now[key]]
+        different = [
+            key
+            for key in ("action_map", "state_map", "action_stats", "proprio_stats")
+            if before is not None and before[key] != now[key]
+        ]
         if different:
-            raise UserError(f"dataset {dataset.name} of cache {cache.path} has another {different[0]} than {folder} was trained with: its actions would "
-                            "mean something else; train without --init")
+            raise UserError(
+                f"dataset {dataset.name} of cache {cache.path} has another {different[0]} than {folder} was trained with: its actions would "
+                "mean something else; train without --init"
+            )
     net.load_state_dict(ck.policy_tensors(folder, "ema"))
     say(f"going on with the averaged weights of {folder}")

@@ -31,7 +31,7 @@ class Unwritten(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         out = torch.full_like(gradient, torch.nan)
-        out[:ctx.end] = gradient[:ctx.end]
+        out[: ctx.end] = gradient[: ctx.end]
         return out, None
 
 
@@ -40,16 +40,20 @@ def flash_attn(monkeypatch) -> list[str]:
     """A stand-in for the library, in plain torch: the names of its functions that were called."""
     calls: list[str] = []
 
-    def dense(q, k, v):                                                         # [N,S,A,E] each
+    def dense(q, k, v):  # [N,S,A,E] each
         calls.append("dense")
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-    def packed(q, k, v, starts, ends, most_q, most_k):                          # [n,A,E] each
+    def packed(q, k, v, starts, ends, most_q, most_k):  # [n,A,E] each
         calls.append("packed")
-        assert starts.dtype == ends.dtype == torch.int32 and starts.diff().max() <= most_q and ends.diff().max() <= most_k
+        assert (
+            starts.dtype == ends.dtype == torch.int32 and starts.diff().max() <= most_q and ends.diff().max() <= most_k
+        )
         k, v = (Unwritten.apply(x, int(ends[-1])) for x in (k, v))
-        parts = [dense(q[None, a:b], k[None, c:d], v[None, c:d])[0] for a, b, c, d in
-                 zip(starts[:-1].tolist(), starts[1:].tolist(), ends[:-1].tolist(), ends[1:].tolist())]
+        parts = [
+            dense(q[None, a:b], k[None, c:d], v[None, c:d])[0]
+            for a, b, c, d in zip(starts[:-1].tolist(), starts[1:].tolist(), ends[:-1].tolist(), ends[1:].tolist())
+        ]
         return torch.cat(parts)
 
     module = ModuleType("flash_attn")
@@ -78,14 +82,16 @@ def flex_has_a_gradient() -> bool:
 
 
 GRADIENT = flex_has_a_gradient()
-FLEX = pytest.param("flex", marks=pytest.mark.skipif(not GRADIENT, reason="this torch has no gradient of FlexAttention on a CPU"))
+FLEX = pytest.param(
+    "flex", marks=pytest.mark.skipif(not GRADIENT, reason="this torch has no gradient of FlexAttention on a CPU")
+)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("kind", [FLEX, "flash"])
 def test_kernels_agree(kind: str, masked: bool, flash_attn: list[str]) -> None:
     mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(0)) > 0.5
-    mask[:, 0], mask[1, 100:] = True, False                                     # the second observation ends within the first block
+    mask[:, 0], mask[1, 100:] = True, False  # the second observation ends within the first block
     mask, dtype = mask if masked else None, torch.bfloat16 if kind == "flash" else torch.float32
     expected, wanted = attended(attention.sdpa, mask, 20, dtype)
     out, gradients = attended(attention.KERNELS[kind], mask, 20, dtype)
@@ -97,7 +103,7 @@ def test_kernels_agree(kind: str, masked: bool, flash_attn: list[str]) -> None:
         assert not gradients[1][hidden].any() and not gradients[2][hidden].any()
     if kind == "flash":
         assert flash_attn[0] == ("packed" if masked else "dense")
-        attended(attention.flash, mask, 20)                                     # 32-bit: not for flash-attn
+        attended(attention.flash, mask, 20)  # 32-bit: not for flash-attn
         assert len(flash_attn) == (3 if masked else 1)
 
 
@@ -115,13 +121,17 @@ def test_the_policy_is_the_same_function(kind: str, flash_attn: list[str]) -> No
     with torch.autocast("cpu", dtype, enabled=kind == "flash"), torch.set_grad_enabled(GRADIENT or kind == "flash"):
         expected = net(batch, NOISE, ALPHA)
         if kind == "flash":
-            net.dit.attention = attention.flash                                 # `set_attention` refuses it on the CPU
+            net.dit.attention = attention.flash  # `set_attention` refuses it on the CPU
         else:
             set_attention(net, kind)
         out = net(batch, NOISE, ALPHA)
-    assert kind == "flex" or len(flash_attn) > len(net.dit.blocks)              # the stand-in was called
-    torch.testing.assert_close(out, expected, **({"rtol": 0.05, "atol": 0.1} if kind == "flash" else {"rtol": 1e-4, "atol": 1e-5}))
-    assert net.state_dict().keys() == weights.keys() and all(torch.equal(t, weights[n]) for n, t in net.state_dict().items())
+    assert kind == "flex" or len(flash_attn) > len(net.dit.blocks)  # the stand-in was called
+    torch.testing.assert_close(
+        out, expected, **({"rtol": 0.05, "atol": 0.1} if kind == "flash" else {"rtol": 1e-4, "atol": 1e-5})
+    )
+    assert net.state_dict().keys() == weights.keys() and all(
+        torch.equal(t, weights[n]) for n, t in net.state_dict().items()
+    )
     if out.requires_grad:
         out.square().mean().backward()
         assert all(torch.isfinite(p.grad).all() for p in net.parameters())
@@ -145,11 +155,13 @@ def test_what_cannot_run_is_refused_in_one_line(monkeypatch) -> None:
         attention.kernel("flash", torch.device("cuda"), 512)
 
 
-@pytest.mark.parametrize(("kind", "precision", "cross_attention"),
-                         [("sdpa", "fp32", "all"), ("sdpa", "bf16", "front"), pytest.param("flex", "fp32", "all", marks=FLEX.marks)])
+@pytest.mark.parametrize(
+    ("kind", "precision", "cross_attention"),
+    [("sdpa", "fp32", "all"), ("sdpa", "bf16", "front"), pytest.param("flex", "fp32", "all", marks=FLEX.marks)],
+)
 def test_a_training_step_compiles_without_graph_breaks(kind: str, precision: str, cross_attention: str) -> None:
     """Forward, loss and backward, traced as torch's own compiler sees them."""
-    blocks = 3 if cross_attention == "front" else 1                             # the third has no cross-attention
+    blocks = 3 if cross_attention == "front" else 1  # the third has no cross-attention
     net, batch, config = make_net(cross_attention, blocks=blocks), make_batch(), LossConfig()
     set_attention(net, kind)
 

@@ -22,8 +22,11 @@ CASES = [f"p{i}" for i in range(8)]
 
 def arrays(path: Path, case: str) -> dict[str, torch.Tensor]:
     with np.load(path) as file:
-        return {k.split("/")[1]: torch.as_tensor(file[k]) for k in file.files
-                if k.startswith(case + "/") and file[k].dtype.kind in "fb"}
+        return {
+            k.split("/")[1]: torch.as_tensor(file[k])
+            for k in file.files
+            if k.startswith(case + "/") and file[k].dtype.kind in "fb"
+        }
 
 
 def call(a: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -77,7 +80,7 @@ def check_algorithm_2(a: dict[str, torch.Tensor], relative: float) -> None:
         close(field.force[0], a["alg2_V"][k], relative)
         assert field.mean_square[0].item() == pytest.approx(a["alg2_V"][k].square().mean().item(), rel=1e-9)
     gen = args[0].clone().requires_grad_()
-    loss = drifting_loss(gen, *args[1:], floor=None, temperatures=(0.2,))       # coordinates are not rescaled
+    loss = drifting_loss(gen, *args[1:], floor=None, temperatures=(0.2,))  # coordinates are not rescaled
     loss.per_condition.sum().backward()
     close(-gen.grad * gen[0].numel() / 2, a["alg2_V"][options["temperatures"].index(0.2)][None], relative)
 
@@ -124,7 +127,7 @@ def test_translation_scale_and_permutation() -> None:
 @pytest.mark.parametrize("floor", [None, 1e-6])
 def test_attraction_and_repulsion_carry_equal_weight(floor: float | None) -> None:
     """ΣW_pos = ΣW_neg in every row, read off with marker coordinates: (1,0) for negatives, (0,1) for positives."""
-    logits, weight = samples(2, 3, 5, 9), samples(2, 9, seed=1).exp()           # [B,K,G,N], [B,N]
+    logits, weight = samples(2, 3, 5, 9), samples(2, 9, seed=1).exp()  # [B,K,G,N], [B,N]
     y = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 3, dtype=torch.float64).expand(2, 9, 2)
     sums = _pull(torch.zeros(2, 5, 2, dtype=torch.float64), y, logits, weight, negatives=6, floor=floor)
     assert (sums[..., 1] > 1e-3).all()
@@ -173,7 +176,7 @@ def test_autocast_and_matmul_precision_change_nothing() -> None:
     assert torch.equal(plain.per_condition, inside.per_condition)
 
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")    # TF32 on CUDA; bf16 products on CPUs that have them
+    torch.set_float32_matmul_precision("medium")  # TF32 on CUDA; bf16 products on CPUs that have them
     try:
         assert torch.equal(drifting_field(gen, pos).force, plain.field.force)
     finally:
@@ -242,8 +245,10 @@ def test_two_ranks_give_the_single_process_result(tmp_path: Path) -> None:
     gen, pos = samples(5, 4, 8), samples(5, 1, 8, seed=1) * 2
     torch.save((gen, pos), tmp_path / "in.pt")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", WORKER, str(r), str(tmp_path)], env=environment, cwd=tmp_path)
-             for r in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(r), str(tmp_path)], env=environment, cwd=tmp_path)
+        for r in range(2)
+    ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"out{r}.pt") for r in range(2))
     single = drifting_loss(gen, pos)

@@ -68,27 +68,37 @@ def fitted(pairs, draws: int = 40_000):
 def test_pairs_and_sampler_fit_each_other(kind: str) -> None:
     """Predictions fitted to the training pairs, sampled, give the actions' distribution back; one Euler step gives its mean."""
     if kind == "flow":
+
         def sample(noise, steps):
             return euler(lambda x, t: fitted(lambda a, n: flow_pair(a, n, torch.tensor(t)))(x), noise, steps)
+
         mean = sample(random(500, seed=4).double(), 1)
         torch.testing.assert_close(mean, torch.full_like(mean, 0.3), rtol=0, atol=0.01)
     else:
+
         def sample(noise, steps):
-            return ddim(lambda x, level: fitted(lambda a, n: diffusion_pair(a, n, torch.tensor(level)))(x), noise, steps)
+            return ddim(
+                lambda x, level: fitted(lambda a, n: diffusion_pair(a, n, torch.tensor(level)))(x), noise, steps
+            )
+
     drawn = sample(random(20_000, seed=3).double(), 100)
     assert drawn.mean().item() == pytest.approx(0.3, abs=0.01)
-    assert drawn.std().item() == pytest.approx(0.2, rel=0.06)                   # 100 steps of a first-order method
+    assert drawn.std().item() == pytest.approx(0.2, rel=0.06)  # 100 steps of a first-order method
     few = sample(random(20_000, seed=3).double(), 5).std().item()
-    assert 0.05 < few < 0.95 * drawn.std().item()                               # few steps lose spread: the price to compare
+    assert 0.05 < few < 0.95 * drawn.std().item()  # few steps lose spread: the price to compare
 
 
 def test_the_schedule_is_the_squared_cosine() -> None:
     share = signal_levels()
     betas = 1 - share / torch.cat([torch.ones(1).double(), share[:-1]])
     assert share.shape == (100,) and (share.diff() < 0).all() and share[-1] < 1e-6
-    assert betas.max().item() == pytest.approx(0.999) and betas[0].item() == pytest.approx(6.314e-4, rel=1e-3)   # diffusers 0.35
+    assert betas.max().item() == pytest.approx(0.999) and betas[0].item() == pytest.approx(
+        6.314e-4, rel=1e-3
+    )  # diffusers 0.35
     angle = (torch.arange(1, 100).double() / 100 + 0.008) / 1.008 * torch.pi / 2
-    torch.testing.assert_close(share[:99], (angle.cos() / torch.tensor(0.008 / 1.008 * torch.pi / 2).double().cos()) ** 2)
+    torch.testing.assert_close(
+        share[:99], (angle.cos() / torch.tensor(0.008 / 1.008 * torch.pi / 2).double().cos()) ** 2
+    )
 
 
 def test_ddim_visits_levels_spaced_from_the_last() -> None:
@@ -103,7 +113,7 @@ def test_ddim_visits_levels_spaced_from_the_last() -> None:
 @denoising
 def test_masked_entries_have_no_influence(kind: str) -> None:
     net, batch = make_net(kind=kind), cut_batch()
-    active = batch.step_mask[..., None] & batch.action_mask[:, None]            # [B,T,128]
+    active = batch.step_mask[..., None] & batch.action_mask[:, None]  # [B,T,128]
     plain = loss_of(net, batch, kind, NOISY)
     expected = torch.autograd.grad(plain.total, list(net.parameters()))
     for junk in (7.0, float("nan")):
@@ -148,7 +158,11 @@ def test_the_loss_depends_on_the_generator_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["pure_drift", "hybrid"])
 def test_one_pass_kinds_are_the_policy_loss(kind: str) -> None:
     net, batch, config = make_net(), cut_batch(), LossConfig(kind=kind)
-    extra = {"positives": random(B, 2, T, 128, seed=8), "negatives": random(B, 3, T, 128, seed=9), "w_neg": random(B, 3).exp()}
+    extra = {
+        "positives": random(B, 2, T, 128, seed=8),
+        "negatives": random(B, 3, T, 128, seed=9),
+        "w_neg": random(B, 3).exp(),
+    }
     loss = head_loss(net, batch, config, noise=NOISE, alpha=ALPHA, **extra)
     assert torch.equal(loss.total, policy_loss(net(batch, NOISE, ALPHA), batch, config, **extra).total)
     assert torch.equal(generate(net, net.encode(batch), NOISE, ALPHA, config), net(batch, NOISE, ALPHA))
@@ -159,7 +173,9 @@ def test_regression_does_not_see_the_noise() -> None:
     assert torch.equal(loss_of(net, batch, "mse", NOISE).total, loss_of(net, batch, "mse", NOISE + 1).total)
     out = generate(net, net.encode(batch), NOISE, ALPHA, config)
     assert out.shape == (B, G, T, 128) and torch.equal(out, generate(net, net.encode(batch), NOISE + 1, ALPHA, config))
-    assert torch.equal(out[:, 0], out[:, 1]) and (out.diff(dim=2).abs().amax((1, 2, 3)) > 1e-3).all()   # equal draws, unequal steps
+    assert (
+        torch.equal(out[:, 0], out[:, 1]) and (out.diff(dim=2).abs().amax((1, 2, 3)) > 1e-3).all()
+    )  # equal draws, unequal steps
 
 
 @denoising
@@ -197,10 +213,17 @@ def test_heads_share_the_trunk() -> None:
     config = dit_config("base")
     assert all(head_dit(config, kind) == config for kind in ONE_STEP)
     with torch.device("meta"):
-        drift, flow = (parameter_counts(build_dit("base", **dataclasses.asdict(head_dit(config, kind)))) for kind in ("hybrid", "flow"))
+        drift, flow = (
+            parameter_counts(build_dit("base", **dataclasses.asdict(head_dit(config, kind))))
+            for kind in ("hybrid", "flow")
+        )
     differing = {part: flow[part] - n for part, n in drift.items() if flow[part] != n}
     assert differing.pop("total") == sum(differing.values()) < 0.001 * drift["total"]
-    assert differing == {"noise_in": 64 * 768, "skip": 64 * 128, "conditioning": 64 * 768 + 768}    # 128 entries in; the time
+    assert differing == {
+        "noise_in": 64 * 768,
+        "skip": 64 * 128,
+        "conditioning": 64 * 768 + 768,
+    }  # 128 entries in; the time
     trunk = set(dict(make_net().named_parameters())), set(dict(make_net(kind="flow").named_parameters()))
     assert trunk[0] < trunk[1] and {n.split(".")[2] for n in trunk[1] - trunk[0]} == {"time"}
 
@@ -246,11 +269,20 @@ def test_each_head_learns_a_chunk_per_observation(kind: str, steps: int, error: 
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = rate * (1 - step / steps)
-        loss = head_loss(net, batch, config, noise=torch.randn(shape, generator=draw), alpha=torch.ones(B), generator=draw)
+        loss = head_loss(
+            net, batch, config, noise=torch.randn(shape, generator=draw), alpha=torch.ones(B), generator=draw
+        )
         optimiser.zero_grad()
         loss.total.backward()
         optimiser.step()
     with torch.no_grad():
-        drawn = generate(net, net.encode(batch), torch.randn(shape, generator=draw), torch.ones(B), config, steps=1 if kind == "mse" else 5)
+        drawn = generate(
+            net,
+            net.encode(batch),
+            torch.randn(shape, generator=draw),
+            torch.ones(B),
+            config,
+            steps=1 if kind == "mse" else 5,
+        )
     wanted = batch.action[..., :3]
     assert (drawn[..., :3] - wanted[:, None]).square().mean() < error * wanted.square().mean()

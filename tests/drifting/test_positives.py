@@ -27,8 +27,12 @@ def chunks(batch: FeatureBatch, value: float) -> FeatureBatch:
 def same_task(batch: FeatureBatch) -> FeatureBatch:
     """All observations of one embodiment, dataset and instruction."""
     zero = torch.zeros_like(batch.dataset)
-    return batch.replace(embodiment=zero, dataset=zero, text=batch.text[:1].expand_as(batch.text).contiguous(),
-                         text_mask=batch.text_mask[:1].expand_as(batch.text_mask).contiguous())
+    return batch.replace(
+        embodiment=zero,
+        dataset=zero,
+        text=batch.text[:1].expand_as(batch.text).contiguous(),
+        text_mask=batch.text_mask[:1].expand_as(batch.text_mask).contiguous(),
+    )
 
 
 def pred(value: float) -> torch.Tensor:
@@ -43,19 +47,25 @@ def held(drawn, row: int) -> list[float]:
 def test_neighbours_are_the_nearest_of_the_dataset() -> None:
     batch = chunks(make_batch(), 0)
     features = torch.eye(D)[:8] + 0.01 * random(8, D)
-    tokens = features[torch.tensor([0, 0, 0, 1, 2, 2, 0, 0])][:, None].expand(-1, 6, -1)       # directions of pictures
+    tokens = features[torch.tensor([0, 0, 0, 1, 2, 2, 0, 0])][:, None].expand(-1, 6, -1)  # directions of pictures
     bank_rows = [0, 1, 2, 3, 4, 5, 6, 7]
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    many = FeatureBatch(**{n: None if v is None else v[:1].expand(8, *v.shape[1:]).contiguous() for n, v in values.items()})
+    many = FeatureBatch(
+        **{n: None if v is None else v[:1].expand(8, *v.shape[1:]).contiguous() for n, v in values.items()}
+    )
     far = random(8, 6, D, seed=3) * torch.tensor([0, 0.1, 0.3, 0, 0, 0, 0.2, 0])[:, None, None]
-    many = many.replace(tokens=(tokens + far).half(), frame_index=torch.tensor(bank_rows), dataset=torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]),
-                        action=torch.arange(8.0)[:, None, None].expand(8, T, 128).contiguous())
+    many = many.replace(
+        tokens=(tokens + far).half(),
+        frame_index=torch.tensor(bank_rows),
+        dataset=torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]),
+        action=torch.arange(8.0)[:, None, None].expand(8, T, 128).contiguous(),
+    )
     ended = many.step_mask.clone()
-    ended[6, 3:] = False                                                        # a near one whose chunk is not whole
+    ended[6, 3:] = False  # a near one whose chunk is not whole
     bank: Neighbours = FeatureBank.of([many.replace(step_mask=ended)])
     found = bank(many, 2)
     assert found.positives.shape == (8, 2, T, 128) and found.w_pos.dtype == torch.float32
-    assert found.positives[0, :, 0, 0].tolist() == [1, 2]                       # not itself, not the other dataset's, nearest first
+    assert found.positives[0, :, 0, 0].tolist() == [1, 2]  # not itself, not the other dataset's, nearest first
     assert found.positives[4, 0, 0, 0] == 5 and found.positives[5, 0, 0, 0] == 4
     assert not found.w_pos[7].any() and found.w_pos[:7].all()
     wide = bank(many, 9)
@@ -66,8 +76,10 @@ def test_neighbours_are_the_nearest_of_the_dataset() -> None:
 
 def test_pooled_features_ignore_what_is_hidden() -> None:
     batch = make_batch()
-    changed = batch.replace(tokens=batch.tokens.masked_fill(~batch.token_mask[..., None], torch.nan),
-                            text=batch.text.masked_fill(~batch.text_mask[..., None], torch.inf))
+    changed = batch.replace(
+        tokens=batch.tokens.masked_fill(~batch.token_mask[..., None], torch.nan),
+        text=batch.text.masked_fill(~batch.text_mask[..., None], torch.inf),
+    )
     assert torch.equal(pooled(changed), pooled(batch)) and pooled(batch).shape == (B, 2 * D)
     assert torch.isfinite(pooled(batch.replace(token_mask=torch.zeros_like(batch.token_mask)))).all()
     with pytest.raises(ValueError, match="at least one"):
@@ -80,9 +92,16 @@ def test_a_chunk_of_weight_zero_is_not_there(distance: str) -> None:
     gen, near, far = random(B, G, T, 128, seed=5), random(B, 2, T, 128, seed=6), random(B, 3, T, 128, seed=7)
     w_pos, w_neg = random(B, 2, seed=8).exp(), random(B, 3, seed=9).exp()
     plain = policy_loss(gen, batch, config, positives=near, w_pos=w_pos, negatives=far, w_neg=w_neg)
-    close = gen[:, :2] + 1e-3                                                   # so near that they would take most of the softmax
-    padded = policy_loss(gen, batch, config, positives=torch.cat([close, near], 1), w_pos=torch.cat([torch.zeros(B, 2), w_pos], 1),
-                         negatives=torch.cat([far, close], 1), w_neg=torch.cat([w_neg, torch.zeros(B, 2)], 1))
+    close = gen[:, :2] + 1e-3  # so near that they would take most of the softmax
+    padded = policy_loss(
+        gen,
+        batch,
+        config,
+        positives=torch.cat([close, near], 1),
+        w_pos=torch.cat([torch.zeros(B, 2), w_pos], 1),
+        negatives=torch.cat([far, close], 1),
+        w_neg=torch.cat([w_neg, torch.zeros(B, 2)], 1),
+    )
     for name in ("total", "drift", "mean_square", "scale"):
         torch.testing.assert_close(getattr(padded, name), getattr(plain, name), rtol=1e-4, atol=1e-6)
 
@@ -100,9 +119,9 @@ def test_first_in_first_out() -> None:
     assert not queues.draw(batch).weight.any() and queues.draw(batch).positives.shape == (B, 3, T, 128)
     ended = batch.step_mask.clone()
     ended[1:, 2:] = False
-    queues.push(chunks(batch, 10).replace(step_mask=ended), pred(0.5))          # two of the three are not whole
+    queues.push(chunks(batch, 10).replace(step_mask=ended), pred(0.5))  # two of the three are not whole
     assert [held(queues.draw(batch), row) for row in range(B)] == [[10]] * B
-    queues.push(chunks(batch, 20), pred(0.7))                                   # the oldest goes
+    queues.push(chunks(batch, 20), pred(0.7))  # the oldest goes
     drawn = queues.draw(batch)
     assert sorted(held(drawn, 0)) == [20, 21, 22] and torch.equal(drawn.negatives[0], torch.full((3, T, 128), 0.7))
     queues.push(chunks(batch, 30).replace(step_mask=ended), pred(0.9))
@@ -122,12 +141,16 @@ def test_embodiments_and_datasets_are_never_mixed(config: LossConfig) -> None:
 def test_tasks_are_instructions() -> None:
     batch = make_batch()
     batch = batch.replace(embodiment=torch.zeros_like(batch.embodiment))
-    padded = batch.replace(text=torch.cat([batch.text, random(B, 2, D, seed=9).half()], 1),
-                           text_mask=torch.cat([batch.text_mask, torch.zeros(B, 2, dtype=torch.bool)], 1))
+    padded = batch.replace(
+        text=torch.cat([batch.text, random(B, 2, D, seed=9).half()], 1),
+        text_mask=torch.cat([batch.text_mask, torch.zeros(B, 2, dtype=torch.bool)], 1),
+    )
     assert torch.equal(instruction_id(batch), instruction_id(padded)) and len(set(instruction_id(batch).tolist())) == B
-    assert torch.equal(instruction_id(batch), instruction_id(batch.replace(text=batch.text.float(), tokens=batch.tokens.float())))
+    assert torch.equal(
+        instruction_id(batch), instruction_id(batch.replace(text=batch.text.float(), tokens=batch.tokens.float()))
+    )
     swapped = batch.replace(text=batch.text[:, [1, 0, 2, 3]])
-    assert (instruction_id(swapped) != instruction_id(batch))[:2].all()         # the order of words counts
+    assert (instruction_id(swapped) != instruction_id(batch))[:2].all()  # the order of words counts
     task, everything = ChunkQueues(TASK, T), ChunkQueues(GLOBAL, T)
     for queues in (task, everything):
         queues.push(chunks(batch, 10), pred(0.0))
@@ -138,7 +161,7 @@ def test_tasks_are_instructions() -> None:
 def test_resume_is_exact(tmp_path) -> None:
     batch, first = make_batch(), ChunkQueues(TASK, T)
     second = ChunkQueues(TASK, T)
-    second.load_state_dict(first.state_dict())                                  # an empty one, too
+    second.load_state_dict(first.state_dict())  # an empty one, too
     first.push(chunks(batch, 10), random(B, G, T, 128))
     torch.save(first.state_dict(), tmp_path / "queues.pt")
     second.load_state_dict(torch.load(tmp_path / "queues.pt"))
@@ -155,8 +178,12 @@ def test_resume_is_exact(tmp_path) -> None:
 def descended(config: LossConfig, text_differs: bool) -> torch.Tensor:
     """16 free samples for each of two observations, whose experts do +0.5 and −0.5, after descent [2,16]: mean over entries."""
     batch = make_batch()
-    two = FeatureBatch(**{f.name: getattr(batch, f.name)[:2] for f in dataclasses.fields(batch) if getattr(batch, f.name) is not None})
-    two = two.replace(embodiment=torch.zeros(2, dtype=torch.int64), action_mask=(torch.arange(128) < 3).expand(2, 128).contiguous())
+    two = FeatureBatch(
+        **{f.name: getattr(batch, f.name)[:2] for f in dataclasses.fields(batch) if getattr(batch, f.name) is not None}
+    )
+    two = two.replace(
+        embodiment=torch.zeros(2, dtype=torch.int64), action_mask=(torch.arange(128) < 3).expand(2, 128).contiguous()
+    )
     if not text_differs:
         two = two.replace(text=two.text[:1].expand_as(two.text).contiguous())
     samples = (0.3 * random(2, 16, T, 128)).requires_grad_()
@@ -177,6 +204,7 @@ def descended(config: LossConfig, text_differs: bool) -> torch.Tensor:
 @one_thread()
 def test_a_global_queue_forgets_the_condition() -> None:
     """With it each observation's samples go to both experts' actions, p(a); with a queue per task, or none, to its own, p(a | o)."""
+
     def wrong(config: LossConfig, text_differs: bool = True) -> float:
         ends = descended(config, text_differs)
         return torch.cat([ends[0] < -0.1, ends[1] > 0.1]).float().mean().item()
@@ -184,21 +212,28 @@ def test_a_global_queue_forgets_the_condition() -> None:
     everything = LossConfig(kind="pure_drift", queue="global", queue_size=16)
     task = LossConfig(kind="pure_drift", queue="task", queue_size=16)
     assert wrong(LossConfig(kind="pure_drift")) == 0.0 and wrong(task) == 0.0
-    assert wrong(everything) > 0.2 and wrong(task, text_differs=False) > 0.2    # one instruction for two situations: the same mistake
+    assert (
+        wrong(everything) > 0.2 and wrong(task, text_differs=False) > 0.2
+    )  # one instruction for two situations: the same mistake
 
 
 def test_queues_add_to_what_is_given_and_take_the_batch() -> None:
     net, batch, queues = make_net(), make_batch(), ChunkQueues(TASK, T)
     config, common = LossConfig(kind="pure_drift"), {"noise": NOISE, "alpha": ALPHA}
     near = {"positives": random(B, 1, T, 128), "negatives": random(B, 2, T, 128, seed=1), "w_neg": random(B, 2).exp()}
-    first = head_loss(net, batch, config, **common, **near, queues=queues)      # empty queues: as if there were none
+    first = head_loss(net, batch, config, **common, **near, queues=queues)  # empty queues: as if there were none
     torch.testing.assert_close(first.total, head_loss(net, batch, config, **common, **near).total)
     drawn = queues.draw(batch)
     assert torch.equal(drawn.weight, torch.tensor([1.0, 0, 0]).expand(B, 3))
-    assert torch.equal(drawn.positives[:, 0], batch.action) and torch.equal(drawn.negatives[:, 0], net(batch, NOISE, ALPHA)[:, 0])
+    assert torch.equal(drawn.positives[:, 0], batch.action) and torch.equal(
+        drawn.negatives[:, 0], net(batch, NOISE, ALPHA)[:, 0]
+    )
     second = head_loss(net, batch, config, **common, **near, queues=queues)
-    full = {"positives": torch.cat([near["positives"], batch.action[:, None]], 1), "w_neg": torch.cat([near["w_neg"], torch.ones(B, 1)], 1),
-            "negatives": torch.cat([near["negatives"], drawn.negatives[:, :1]], 1)}
+    full = {
+        "positives": torch.cat([near["positives"], batch.action[:, None]], 1),
+        "w_neg": torch.cat([near["w_neg"], torch.ones(B, 1)], 1),
+        "negatives": torch.cat([near["negatives"], drawn.negatives[:, :1]], 1),
+    }
     torch.testing.assert_close(second.total, head_loss(net, batch, config, **common, **full).total)
     assert not torch.allclose(second.mean_square, first.mean_square)
 
@@ -213,6 +248,6 @@ def test_settings_are_checked() -> None:
         LossConfig(queue_size=0)
     with pytest.raises(ValueError, match="none"):
         ChunkQueues(LossConfig(), T)
-    for config in (TASK, LossConfig(neighbours=2)):                             # never without effect
+    for config in (TASK, LossConfig(neighbours=2)):  # never without effect
         with pytest.raises(UserError, match="fills none"):
             head_loss(make_net(), make_batch(), config, noise=NOISE, alpha=ALPHA)

@@ -21,7 +21,7 @@ def test_permute_is_a_permutation_that_its_key_chooses(size: int) -> None:
         np.testing.assert_array_equal(np.sort(image), np.arange(size))
     if size > 16:
         assert all((a != b).any() for a, b in itertools.combinations([np.arange(size), *images], 2))
-    if size > 1000:     # no trend: correlation with the identity is noise
+    if size > 1000:  # no trend: correlation with the identity is noise
         assert all(abs(np.corrcoef(image, np.arange(size))[0, 1]) < 4 / np.sqrt(size) for image in images)
     some = np.random.default_rng(0).integers(0, size, 50)
     np.testing.assert_array_equal(permute(some, size, 1), images[1][some])
@@ -47,11 +47,11 @@ def test_every_sample_once_per_epoch_of_its_dataset(seed: int) -> None:
             assert len(np.unique(epoch)) == len(epoch) and epoch.max() < size
         if len(drawn) >= 2 * size > 0:
             np.testing.assert_array_equal(np.sort(drawn[:size]), np.arange(size))
-            assert (drawn[:size] != drawn[size:2 * size]).any()     # another epoch, another order
+            assert (drawn[:size] != drawn[size : 2 * size]).any()  # another epoch, another order
     for offset, count in ((0, 3), (17, 100), (BLOCK - 5, 10), (3 * BLOCK + 1, BLOCK)):
         part = order.batch(offset, count)
-        np.testing.assert_array_equal(part[0], dataset[offset:offset + count])
-        np.testing.assert_array_equal(part[1], index[offset:offset + count])
+        np.testing.assert_array_equal(part[0], dataset[offset : offset + count])
+        np.testing.assert_array_equal(part[1], index[offset : offset + count])
 
 
 def test_order_is_frozen_across_versions() -> None:
@@ -65,7 +65,7 @@ def test_order_is_mixed_and_depends_on_the_seed() -> None:
     assert (a[0] != b[0]).any() and (a[1] != b[1]).any()
     for dataset, _ in (a, b):
         assert 150 < dataset.sum() < 250
-        assert 150 < (np.diff(dataset) != 0).sum() < 250        # neither sorted nor alternating
+        assert 150 < (np.diff(dataset) != 0).sum() < 250  # neither sorted nor alternating
 
 
 def test_shares_and_overrides() -> None:
@@ -92,8 +92,8 @@ def test_held_out_episodes() -> None:
     ids = np.arange(2000)
     out = held_out("a", ids, 0.1, 0)
     assert 150 < out.sum() < 250
-    np.testing.assert_array_equal(held_out("a", ids[::-1], 0.1, 0), out[::-1])      # by id, not by position
-    np.testing.assert_array_equal(held_out("a", ids[:99], 0.1, 0), out[:99])        # more episodes change no choice
+    np.testing.assert_array_equal(held_out("a", ids[::-1], 0.1, 0), out[::-1])  # by id, not by position
+    np.testing.assert_array_equal(held_out("a", ids[:99], 0.1, 0), out[:99])  # more episodes change no choice
     assert (held_out("b", ids, 0.1, 0) != out).any() and (held_out("a", ids, 0.1, 1) != out).any()
     assert not held_out("a", ids, 0.0, 0).any() and not held_out("a", ids[:1], 0.9, 0).any()
     for fraction in (0.001, 0.999):

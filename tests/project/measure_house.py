@@ -16,20 +16,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.package_source import arrows_between, circles, package_files  # noqa: E402
 
-WIDE = 120          # columns
-LONG = 60           # lines of a function
+WIDE = 120  # columns
+LONG = 60  # lines of a function
 
 
 def tracked(root: Path) -> list[Path]:
     """Python files that git knows, and new ones it does not ignore."""
-    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-co", "--exclude-standard", "*.py"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard", "*.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [root / name for name in sorted(set(listed.stdout.split())) if (root / name).is_file()]
 
 
 def functions(file: Path) -> list[tuple[int, str]]:
     """(lines, name) of every function and method of a file."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [((node.end_lineno or 0) - node.lineno + 1, node.name) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)]
+    return [
+        ((node.end_lineno or 0) - node.lineno + 1, node.name)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, kinds)
+    ]
 
 
 def wide_lines(files: list[Path]) -> int:
@@ -44,7 +53,10 @@ def measure(root: Path) -> dict[str, str]:
     largest, count = rooms.most_common(1)[0]
     rings = sorted(circles(arrows_between(root)), key=len)
     room_rings = circles(arrows_between(root, by_room=True))
-    longest = sorted(((lines, f"{file.relative_to(root)}:{name}") for file in package for lines, name in functions(file)), reverse=True)
+    longest = sorted(
+        ((lines, f"{file.relative_to(root)}:{name}") for file in package for lines, name in functions(file)),
+        reverse=True,
+    )
     lines = {"package": package, "tests": [f for f in files if f.relative_to(root).parts[0] == "tests"], "all": files}
     return {
         "folders of the package": str(len(rooms)),
@@ -52,7 +64,10 @@ def measure(root: Path) -> dict[str, str]:
         "Python files at the root": str(len(list(root.glob("*.py")))),
         "import circles between files": f"{len(rings)} (largest: {len(rings[-1])} files)" if rings else "0",
         "import circles between rooms": str(len(room_rings)),
-        **{f"lines, {name}": f"{sum(len(f.read_text().splitlines()) for f in found):,}" for name, found in lines.items()},
+        **{
+            f"lines, {name}": f"{sum(len(f.read_text().splitlines()) for f in found):,}"
+            for name, found in lines.items()
+        },
         f"lines over {WIDE} columns, package": str(wide_lines(package)),
         f"lines over {WIDE} columns, all": str(wide_lines(files)),
         f"functions over {LONG} lines, package": str(sum(n > LONG for n, _ in longest)),

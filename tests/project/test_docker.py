@@ -21,12 +21,14 @@ DOCKER = ROOT / "docker"
 IMAGES = ("base", "pretrain", "rlbench", "dexgrasp")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-OPTIONAL = "docker/IsaacGym_Preview_4_Package.tar.g[z]"     # the user brings it
+OPTIONAL = "docker/IsaacGym_Preview_4_Package.tar.g[z]"  # the user brings it
 
 
 def instructions(image: str) -> list[tuple[str, str]]:
     """(instruction, rest) of a Dockerfile, continued lines joined, comments left out, arguments of the file filled in."""
-    text = "\n".join(line for line in (DOCKER / f"Dockerfile.{image}").read_text().splitlines() if not line.lstrip().startswith("#"))
+    text = "\n".join(
+        line for line in (DOCKER / f"Dockerfile.{image}").read_text().splitlines() if not line.lstrip().startswith("#")
+    )
     found, values = [], {}
     for line in text.replace("\\\n", " ").splitlines():
         word, _, rest = line.strip().partition(" ")
@@ -53,8 +55,12 @@ def ignored(path: str) -> bool:
         if rule and not rule.startswith("#"):
             pattern = rule.lstrip("!")
             above = [path, *(str(p) for p in Path(path).parents if str(p) != ".")]
-            fits = any(fnmatch(Path(p).name, pattern[3:]) if pattern.startswith("**/") else p.count("/") == pattern.count("/") and fnmatch(p, pattern)
-                       for p in above)
+            fits = any(
+                fnmatch(Path(p).name, pattern[3:])
+                if pattern.startswith("**/")
+                else p.count("/") == pattern.count("/") and fnmatch(p, pattern)
+                for p in above
+            )
             out = (not rule.startswith("!")) if fits else out
     return out
 
@@ -72,14 +78,33 @@ def test_what_is_copied_exists_and_passes_dockerignore(image: str) -> None:
 
 def test_the_base_image_has_the_whole_package() -> None:
     patterns = copied("base")
-    left_out = [name for name in map(name_of, package_files()) if not any(fnmatch(name, p) or name.startswith(p + "/") for p in patterns)]
+    left_out = [
+        name
+        for name in map(name_of, package_files())
+        if not any(fnmatch(name, p) or name.startswith(p + "/") for p in patterns)
+    ]
     assert not left_out
     wanted = {"pyproject.toml", "constraints.txt", PYPROJECT["project"]["readme"], *(p for p in ("configs",))}
     assert wanted <= set(patterns)
 
 
-@pytest.mark.parametrize("path", ["data/push/meta/info.json", "runs/droid/log.jsonl", "caches/droid/zarr.json", ".git/config", ".venv/bin/python",
-                                  "wandb/key", ".netrc", ".env", "shared/x", "tests/test_docker.py", "film.mp4", "stages/__pycache__/a.pyc"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "data/push/meta/info.json",
+        "runs/droid/log.jsonl",
+        "caches/droid/zarr.json",
+        ".git/config",
+        ".venv/bin/python",
+        "wandb/key",
+        ".netrc",
+        ".env",
+        "shared/x",
+        "tests/test_docker.py",
+        "film.mp4",
+        "stages/__pycache__/a.pyc",
+    ],
+)
 def test_nothing_else_reaches_a_build(path: str) -> None:
     assert ignored(path)
 
@@ -102,15 +127,17 @@ def test_base_images_are_pinned(image: str) -> None:
 
 def installs(image: str) -> list[list[str]]:
     """The words after `pip install` of every such command."""
-    commands = [shlex.split(part) for run in rests(image, "RUN") for part in re.split(r"&&|; ", run) if "pip install" in part]
-    return [words[words.index("install") + 1:] for words in commands]
+    commands = [
+        shlex.split(part) for run in rests(image, "RUN") for part in re.split(r"&&|; ", run) if "pip install" in part
+    ]
+    return [words[words.index("install") + 1 :] for words in commands]
 
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_what_is_installed_is_pinned(image: str) -> None:
     assert installs(image)
     for words in installs(image):
-        here = "--python" not in words                  # else another interpreter, with versions of its own
+        here = "--python" not in words  # else another interpreter, with versions of its own
         rest = iter(words)
         for word in rest:
             if word in ("-c", "-r", "--python"):
@@ -130,19 +157,30 @@ def test_what_is_installed_is_pinned(image: str) -> None:
 
 
 UV = shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent)
-COMPILED = {"deepspeed", "flash-attn"}      # in the image, against its torch: what they depend on is known only by running their build
+COMPILED = {
+    "deepspeed",
+    "flash-attn",
+}  # in the image, against its torch: what they depend on is known only by running their build
 
 
 def lines_to_resolve() -> list[tuple[str, list[str], str]]:
     """Image, arguments of `uv pip compile`, and the requirements it reads, of every install line that asks the registry."""
     lines = []
-    python = dict(re.findall(r"ARG (\w*PYTHON_VERSION)=(\S+)", "".join(f.read_text() for f in sorted(DOCKER.glob("Dockerfile.*")))))
+    python = dict(
+        re.findall(
+            r"ARG (\w*PYTHON_VERSION)=(\S+)", "".join(f.read_text() for f in sorted(DOCKER.glob("Dockerfile.*")))
+        )
+    )
     for image in IMAGES:
         for words in installs(image):
             named = [word for word in words if "==" in word and word.split("==")[0] not in COMPILED]
-            extras = [word for i, word in enumerate(words) if "--extra" in words[max(0, i - 1):i + 1]]
-            own = ["--python-version", python["ISAAC_PYTHON_VERSION"]] if "--python" in words else ["--python-version", python["PYTHON_VERSION"], "-c", "constraints.txt"]
-            if named or "-r" in words:      # else this package itself, or compiled
+            extras = [word for i, word in enumerate(words) if "--extra" in words[max(0, i - 1) : i + 1]]
+            own = (
+                ["--python-version", python["ISAAC_PYTHON_VERSION"]]
+                if "--python" in words
+                else ["--python-version", python["PYTHON_VERSION"], "-c", "constraints.txt"]
+            )
+            if named or "-r" in words:  # else this package itself, or compiled
                 lines.append((image, ["pyproject.toml" if "-r" in words else "-", *extras, *own], "\n".join(named)))
     return lines
 
@@ -154,9 +192,26 @@ def test_what_is_installed_can_be() -> None:
     lines = lines_to_resolve()
     assert {image for image, _, _ in lines} == set(IMAGES)
     for image, arguments, named in lines:
-        done = subprocess.run([UV, "pip", "compile", *arguments, "--no-build", "--quiet", "--no-header", "--no-annotate", "--python-platform", "x86_64-manylinux_2_28"],
-                              input=named, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        if "failed to fetch" in done.stderr.lower():      # not that it has no such version
+        done = subprocess.run(
+            [
+                UV,
+                "pip",
+                "compile",
+                *arguments,
+                "--no-build",
+                "--quiet",
+                "--no-header",
+                "--no-annotate",
+                "--python-platform",
+                "x86_64-manylinux_2_28",
+            ],
+            input=named,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if "failed to fetch" in done.stderr.lower():  # not that it has no such version
             pytest.skip("needs a package registry")
         assert done.returncode == 0, f"{image}: {arguments} {named}\n{done.stderr}"
         assert set(named.split()) <= set(done.stdout.split())
@@ -182,11 +237,13 @@ def test_what_the_adapters_ask_for_is_set() -> None:
 def enter(tmp_path: Path, key: str | None, login: str) -> subprocess.CompletedProcess[str]:
     """The entry point before `echo`, with a `python` that does `login` in place of W&B's."""
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/bash\necho \"called with $*, $WANDB_API_KEY\" >> {tmp_path}/calls\n{login}\n")
+    python.write_text(f'#!/bin/bash\necho "called with $*, $WANDB_API_KEY" >> {tmp_path}/calls\n{login}\n')
     python.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DISPLAY": ":0"} | ({"WANDB_API_KEY": key} if key else {})
     assert os.access(DOCKER / "entrypoint.sh", os.X_OK)
-    return subprocess.run([DOCKER / "entrypoint.sh", "echo", "ran", "this"], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [DOCKER / "entrypoint.sh", "echo", "ran", "this"], env=environment, capture_output=True, text=True
+    )
 
 
 def test_the_entry_point_logs_in_only_with_a_key_which_it_never_shows(tmp_path: Path) -> None:
@@ -195,11 +252,23 @@ def test_the_entry_point_logs_in_only_with_a_key_which_it_never_shows(tmp_path: 
     done = enter(tmp_path, "hidden", 'echo "$WANDB_API_KEY" >&2')
     assert (done.returncode, done.stdout, done.stderr) == (0, "ran this\n", "")
     called = (tmp_path / "calls").read_text()
-    assert "wandb.login" in called and "hidden" not in called.partition(",")[0]     # from the environment, not as an argument
+    assert (
+        "wandb.login" in called and "hidden" not in called.partition(",")[0]
+    )  # from the environment, not as an argument
     done = enter(tmp_path, "hidden", "exit 1")
-    assert done.returncode == 0 and done.stdout == "ran this\n" and "did not accept" in done.stderr and "hidden" not in done.stderr
+    assert (
+        done.returncode == 0
+        and done.stdout == "ran this\n"
+        and "did not accept" in done.stderr
+        and "hidden" not in done.stderr
+    )
 
 
 def test_missing_isaac_gym_is_said_in_one_line() -> None:
-    assert any('if [ ! -f /tmp/isaac/IsaacGym_Preview_4_Package.tar.gz ]' in run and "exit 1" in run for run in rests("dexgrasp", "RUN"))
-    assert OPTIONAL in copied("dexgrasp") and len(copied("dexgrasp")) > 1     # a COPY of which nothing matches fails without a reason
+    assert any(
+        "if [ ! -f /tmp/isaac/IsaacGym_Preview_4_Package.tar.gz ]" in run and "exit 1" in run
+        for run in rests("dexgrasp", "RUN")
+    )
+    assert (
+        OPTIONAL in copied("dexgrasp") and len(copied("dexgrasp")) > 1
+    )  # a COPY of which nothing matches fails without a reason

@@ -17,8 +17,8 @@ from support.repository import ROOT
 
 FIXTURES = ROOT / "tests" / "fixtures"
 LANDINGS = sorted(p.name for p in (FIXTURES).iterdir() if p.name.startswith("landing_"))
-ACTIONS = 1e-4      # of the range of the expected actions; other instruction sets differ by 2e-7
-LOSSES = 1e-4       # relative; other instruction sets and thread counts differ by 9e-7
+ACTIONS = 1e-4  # of the range of the expected actions; other instruction sets differ by 2e-7
+LOSSES = 1e-4  # relative; other instruction sets and thread counts differ by 9e-7
 
 
 @pytest.fixture(params=LANDINGS)
@@ -39,7 +39,11 @@ def expected(landing: Path) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -48,7 +52,7 @@ def test_a_cache_verifies_and_the_same_build_reuses_it(landing: Path, dvla: Dvla
     succeeded(dvla("cache", "verify", name, "--live", 4, "--source", "data", "--vlm-path", "vlm", "--device", "cpu"))
     for command in ("status", "inspect"):
         succeeded(dvla("cache", command, name))
-    succeeded(dvla(*BUILDS[name]))      # refused if the fingerprint were another
+    succeeded(dvla(*BUILDS[name]))  # refused if the fingerprint were another
     assert contents(landing / name) == before
 
 
@@ -88,6 +92,11 @@ def test_a_policy_acts_as_it_did(landing: Path, name: str) -> None:
 def test_an_old_checkpoint_is_exported_as_it_was(landing: Path, dvla: Dvla) -> None:
     for run, policy in (("stage_two", "policy"), ("stage_three", "policy_lora")):
         succeeded(dvla("export", run, "--out", f"new_{policy}", "--vlm-path", "vlm"))
-        assert (landing / f"new_{policy}" / "ema.safetensors").read_bytes() == (landing / policy / "ema.safetensors").read_bytes()
-        again = [Policy.from_pretrained(landing / folder, vlm_path="vlm").act(*observation()) for folder in (policy, f"new_{policy}")]
+        assert (landing / f"new_{policy}" / "ema.safetensors").read_bytes() == (
+            landing / policy / "ema.safetensors"
+        ).read_bytes()
+        again = [
+            Policy.from_pretrained(landing / folder, vlm_path="vlm").act(*observation())
+            for folder in (policy, f"new_{policy}")
+        ]
         np.testing.assert_allclose(again[0], again[1], rtol=0, atol=ACTIONS * np.ptp(again[0]))

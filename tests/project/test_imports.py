@@ -47,8 +47,25 @@ OPEN: dict[str, set[str]] = {
 ROOT_FILES = {"__init__.py", "batch.py", "cli.py", "errors.py", "py.typed"}
 # Third party → files, or folders ending in "/", that may import it; "*" is one folder. An entry without a user is refused too.
 FENCES = {
-    "typer": {"cli.py", "common/", *(f"stages/{room}/cli.py" for room in ("caching", "caching/upkeep", "caching/transfer", "data", "experiments", "policy",
-                                                                          "reports", "serving", "simulation", "training"))},
+    "typer": {
+        "cli.py",
+        "common/",
+        *(
+            f"stages/{room}/cli.py"
+            for room in (
+                "caching",
+                "caching/upkeep",
+                "caching/transfer",
+                "data",
+                "experiments",
+                "policy",
+                "reports",
+                "serving",
+                "simulation",
+                "training",
+            )
+        ),
+    },
     "rich": {"common/", "stages/"},
     "transformers": {"cache/vlm/"},
     "flash_attn": {"cache/vlm/blocks.py", "drifting/attention.py"},
@@ -84,11 +101,31 @@ FENCES = {
     "msgpack": {"stages/serving/"},
 }
 # Modules through which pure mathematics could reach a file, the network or another process.
-IO_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "yaml", "mmap", "glob", "subprocess",
-              "socket", "urllib", "requests", "safetensors", "huggingface_hub", "pyarrow", "PIL", "av", "zarr"}
+IO_MODULES = {
+    "os",
+    "io",
+    "pathlib",
+    "shutil",
+    "tempfile",
+    "json",
+    "pickle",
+    "yaml",
+    "mmap",
+    "glob",
+    "subprocess",
+    "socket",
+    "urllib",
+    "requests",
+    "safetensors",
+    "huggingface_hub",
+    "pyarrow",
+    "PIL",
+    "av",
+    "zarr",
+}
 IO_CALLS = {"open", "load", "save", "memmap", "fromfile", "tofile", "loadtxt", "savetxt", "print"}
 HEAVY = ("torch", "transformers", "peft", "av", "pyarrow", "lerobot", "metaworld", "mujoco", "matplotlib")
-MOST_FILES = 16     # of one folder: what one still takes in at a glance
+MOST_FILES = 16  # of one folder: what one still takes in at a glance
 
 
 def may_import(room: str, other: str) -> bool:
@@ -98,19 +135,34 @@ def may_import(room: str, other: str) -> bool:
 
 def test_the_walk_sees_the_package() -> None:
     names = {name_of(p) for p in package_files()}
-    assert {"cli.py", "cache/vlm/encoder.py", "drifting/field.py", "stages/training/train.py", "stages/simulation/envs/metaworld.py"} <= names
+    assert {
+        "cli.py",
+        "cache/vlm/encoder.py",
+        "drifting/field.py",
+        "stages/training/train.py",
+        "stages/simulation/envs/metaworld.py",
+    } <= names
     assert "cache/store/cache.py" in {i.file for i in imports(ROOT / "stages/training/train.py")}
-    assert any(i.module.startswith("transformers") and not i.on_load for i in imports(ROOT / "cache/vlm/qwen3vl.py"))    # inside a function
+    assert any(
+        i.module.startswith("transformers") and not i.on_load for i in imports(ROOT / "cache/vlm/qwen3vl.py")
+    )  # inside a function
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
 def test_every_import_leads_somewhere() -> None:
     """Those inside functions too, which no import of the package would notice."""
-    assert not [f"{name_of(file)} imports {one.file}" for file in package_files() for one in imports(file) if one.file and not (ROOT / one.file).is_file()]
+    assert not [
+        f"{name_of(file)} imports {one.file}"
+        for file in package_files()
+        for one in imports(file)
+        if one.file and not (ROOT / one.file).is_file()
+    ]
 
 
 def test_every_module_is_shipped() -> None:
-    on_disk = {p for part in ("common", "cache", "drifting", "stages") for p in (ROOT / part).rglob("*.py")} | set(ROOT.glob("*.py"))
+    on_disk = {p for part in ("common", "cache", "drifting", "stages") for p in (ROOT / part).rglob("*.py")} | set(
+        ROOT.glob("*.py")
+    )
     assert {name_of(p) for p in on_disk} == {name_of(p) for p in package_files()}
 
 
@@ -122,8 +174,14 @@ def test_the_root_holds_what_it_should() -> None:
 def test_arrows(room: str) -> None:
     files = [file for file in package_files() if room_of(name_of(file)) == room]
     assert files
-    bad = [f"{name_of(file)} imports {one.file}" for file in files for one in imports(file)
-           if one.file and one.file.count("/") > 0 + (one.file.split("/")[0] in ("cache", "stages")) and not may_import(room, room_of(one.file))]
+    bad = [
+        f"{name_of(file)} imports {one.file}"
+        for file in files
+        for one in imports(file)
+        if one.file
+        and one.file.count("/") > 0 + (one.file.split("/")[0] in ("cache", "stages"))
+        and not may_import(room, room_of(one.file))
+    ]
     assert not bad
 
 
@@ -144,13 +202,23 @@ def test_no_folder_is_a_crowd() -> None:
 
 
 def test_imports_inside_the_package_are_relative() -> None:
-    assert not [f"{name_of(file)} imports {i.module}" for file in package_files() for i in imports(file) if i.module.split(".")[0] == "dvla"]
+    assert not [
+        f"{name_of(file)} imports {i.module}"
+        for file in package_files()
+        for i in imports(file)
+        if i.module.split(".")[0] == "dvla"
+    ]
 
 
 @pytest.mark.parametrize("library", FENCES)
 def test_fences(library: str) -> None:
     users = {name_of(file) for file in package_files() for i in imports(file) if i.module.split(".")[0] == library}
-    inside = {user for user in users for fence in FENCES[library] if user == fence or (fence.endswith("/") and user.startswith(fence))}
+    inside = {
+        user
+        for user in users
+        for fence in FENCES[library]
+        if user == fence or (fence.endswith("/") and user.startswith(fence))
+    }
     assert users == inside, f"{library} is imported outside its fence"
     without = {f for f in FENCES[library] if not any(user.startswith(f) for user in users)}
     assert not without, f"{library} is not imported there any more; take the entry out"
@@ -159,7 +227,9 @@ def test_fences(library: str) -> None:
 def test_drifting_does_no_io() -> None:
     files = [f for f in package_files() if room_of(name_of(f)) == "drifting"]
     assert files
-    bad = [f"{name_of(f)} imports {i.module}" for f in files for i in imports(f) if i.module.split(".")[0] in IO_MODULES]
+    bad = [
+        f"{name_of(f)} imports {i.module}" for f in files for i in imports(f) if i.module.split(".")[0] in IO_MODULES
+    ]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call):

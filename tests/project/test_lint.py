@@ -21,15 +21,36 @@ def is_pinned(*packages: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_pinned("mypy", "types-pyyaml", "types-protobuf", "numpy", "torch", "transformers"), reason="needs the pinned versions of mypy and of what it reads")
+@pytest.mark.skipif(
+    not is_pinned("mypy", "types-pyyaml", "types-protobuf", "numpy", "torch", "transformers"),
+    reason="needs the pinned versions of mypy and of what it reads",
+)
 def test_the_package_is_typed(tmp_path: Path) -> None:
-    (tmp_path / "dvla").symlink_to(ROOT)        # the root folder is the package
-    done = subprocess.run([sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(tmp_path / "cache"), "-p", "dvla"],
-                          env={"MYPYPATH": str(tmp_path), "PATH": ""}, cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "dvla").symlink_to(ROOT)  # the root folder is the package
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--config-file",
+            str(ROOT / "pyproject.toml"),
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            "-p",
+            "dvla",
+        ],
+        env={"MYPYPATH": str(tmp_path), "PATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 @pytest.mark.skipif(not is_pinned("ruff"), reason="needs the pinned version of ruff")
-def test_ruff_has_nothing_to_say() -> None:
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", str(ROOT)], capture_output=True, text=True)
+@pytest.mark.parametrize("words", [("check",), ("format", "--check")], ids=" ".join)
+def test_ruff_has_nothing_to_say(words: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *words, "--no-cache", str(ROOT)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]

@@ -103,13 +103,26 @@ class Zygote:
         (folder / "hooks.py").write_text(HOOKS)
         (folder / "builds.py").write_text(BUILDS)
         paths = [str(folder), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                       "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"}
-        with open(folder / "errors", "w") as errors:    # among them what a resource tracker says of processes that were killed
-            self._process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                             text=True, env=environment)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver",
+        }
+        with open(
+            folder / "errors", "w"
+        ) as errors:  # among them what a resource tracker says of processes that were killed
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", ZYGOTE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
         self._folder, self.said = folder, ""
-        self._parent, self._builds = self._number(), set()     # of builds and workers alike
+        self._parent, self._builds = self._number(), set()  # of builds and workers alike
 
     def start(self, **ask: Any) -> int:
         """Process id of a new build."""

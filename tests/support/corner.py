@@ -34,16 +34,23 @@ class Corner:
         shutil.rmtree(self.source, ignore_errors=True)
         shutil.copytree(self.whole, self.source)
         info = json.loads((self.source / "meta/info.json").read_text())
-        (self.source / "meta/info.json").write_text(json.dumps(info | {"total_episodes": episodes, "total_frames": sum(LENGTHS[:episodes])}))
+        (self.source / "meta/info.json").write_text(
+            json.dumps(info | {"total_episodes": episodes, "total_frames": sum(LENGTHS[:episodes])})
+        )
         for file in (the_file(self.source, "meta/episodes/*/*.parquet"), the_file(self.source, "data/*/*.parquet")):
             table = pq.read_table(file)
             pq.write_table(table.filter(pa.compute.less(table["episode_index"], episodes)), file)
         change(self.source)
         return self
 
-    def config(self, mode: str = "new", out: Path | None = None, more: tuple[Path, ...] = (), **changes: Any) -> BuildConfig:
+    def config(
+        self, mode: str = "new", out: Path | None = None, more: tuple[Path, ...] = (), **changes: Any
+    ) -> BuildConfig:
         """`changes`: of the encoder's settings (resolution, tokens) and of the build's."""
-        spec = EncoderSpec(str(self.vlm), **{**self.encoder, **{name: changes.pop(name) for name in ("resolution", "tokens") if name in changes}})
+        spec = EncoderSpec(
+            str(self.vlm),
+            **{**self.encoder, **{name: changes.pop(name) for name in ("resolution", "tokens") if name in changes}},
+        )
         sources = (str(self.source), *map(str, more)) if mode == "new" or not more else tuple(map(str, more))
         settings = {"batch_size": 5, "shard_frames": SHARD, "device": "cpu", "mode": mode, **changes}
         return BuildConfig(sources, spec, out or self.out, **settings)
@@ -54,11 +61,16 @@ class Corner:
 
 def tree(path: Path) -> dict[str, bytes]:
     """All files but the lock."""
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes()
+        for p in sorted(path.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def other_pictures(view: str, episode: int) -> Callable[[Path], None]:
     """Turns the episode's pictures of one view upside down."""
+
     def change(root: Path) -> None:
         def flip(table: Any) -> Any:
             from io import BytesIO
@@ -73,7 +85,9 @@ def other_pictures(view: str, episode: int) -> Callable[[Path], None]:
                     entry = {**entry, "bytes": picture.getvalue()}
                 out.append(entry)
             return with_column(table, column, out)
+
         rewrite(the_file(root, "data/*/*.parquet"), flip)
+
     return change
 
 
@@ -82,7 +96,9 @@ def other_instruction(root: Path) -> None:
     file = root / "meta/tasks.parquet"
     table = pq.read_table(file)
     texts = [t.replace("drawer", "oven") for t in table["__index_level_0__"].to_pylist()]
-    pq.write_table(table.set_column(table.column_names.index("__index_level_0__"), "__index_level_0__", pa.array(texts)), file)
+    pq.write_table(
+        table.set_column(table.column_names.index("__index_level_0__"), "__index_level_0__", pa.array(texts)), file
+    )
     episodes = the_file(root, "meta/episodes/*/*.parquet")
     listed = pq.read_table(episodes)
     tasks = [[t.replace("drawer", "oven") for t in row] for row in listed["tasks"].to_pylist()]

@@ -13,7 +13,7 @@ from PIL import Image
 PERIOD_NS = 33_333_333
 START_NS = 1_744_428_163_583_061_504
 CAMERAS = ("right_pinky_cam", "right_thumb_cam")
-PICTURE_SIZE = (24, 32)     # H, W
+PICTURE_SIZE = (24, 32)  # H, W
 
 
 # --- DexWild ---
@@ -36,15 +36,24 @@ def streams(length: int, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     quaternion = rng.normal(size=(length, 4))
     quaternion /= np.linalg.norm(quaternion, axis=1, keepdims=True)
-    values = {"right_arm_eef": np.hstack([rng.uniform(-0.5, 0.5, (length, 3)), quaternion]),
-              "right_leapv1": rng.uniform(-1.5, 1.5, (length, 16)), "right_leapv2": rng.uniform(0, 1.5, (length, 17)),
-              "right_manus": rng.normal(size=(length, 70))}
+    values = {
+        "right_arm_eef": np.hstack([rng.uniform(-0.5, 0.5, (length, 3)), quaternion]),
+        "right_leapv1": rng.uniform(-1.5, 1.5, (length, 16)),
+        "right_leapv2": rng.uniform(0, 1.5, (length, 17)),
+        "right_manus": rng.normal(size=(length, 70)),
+    }
     times = (START_NS + PERIOD_NS * np.arange(length)).astype(np.float64)[:, None]
     return {name: np.hstack([times, v]) for name, v in values.items()}
 
 
-def write_episode(file: h5py.File, name: str, length: int = 8, seed: int = 0, encoded: bool = False,
-                  change: Callable[[dict[str, np.ndarray]], None] = lambda streams: None) -> None:
+def write_episode(
+    file: h5py.File,
+    name: str,
+    length: int = 8,
+    seed: int = 0,
+    encoded: bool = False,
+    change: Callable[[dict[str, np.ndarray]], None] = lambda streams: None,
+) -> None:
     """One episode group; `change` may edit the streams before they are written; `encoded`: pictures as JPEG bytes."""
     group, values = file.create_group(name), streams(length, seed)
     change(values)
@@ -57,7 +66,9 @@ def write_episode(file: h5py.File, name: str, length: int = 8, seed: int = 0, en
             stored = np.frombuffer(jpeg(picture), np.uint8) if encoded else picture
             folder.create_dataset(f"{START_NS + PERIOD_NS * frame}.jpg", data=stored)
     group.create_group("right_tracker").create_dataset("right_tracker_world.png", data=np.zeros((4, 4, 4), np.uint8))
-    group.create_group("timesteps").create_dataset("timesteps", data="\n".join(str(int(t)) for t in values["right_manus"][:, 0]))
+    group.create_group("timesteps").create_dataset(
+        "timesteps", data="\n".join(str(int(t)) for t in values["right_manus"][:, 0])
+    )
 
 
 def write_dexwild(root: Path, lengths: tuple[int, ...] = (8, 6), task: str = "pour", **how: object) -> Path:
@@ -66,14 +77,14 @@ def write_dexwild(root: Path, lengths: tuple[int, ...] = (8, 6), task: str = "po
     path.parent.mkdir(parents=True)
     with h5py.File(path, "w") as file:
         for number, length in enumerate(lengths):
-            write_episode(file, f"ep_{number:04d}", length, seed=number, **how)   # type: ignore[arg-type]
+            write_episode(file, f"ep_{number:04d}", length, seed=number, **how)  # type: ignore[arg-type]
     return path
 
 
 # --- DexGraspNet 2.0 ---
 
 JOINTS = tuple(f"j{i}" for i in range(16))
-OBJECTS = {5: (0.05, -0.04, 0.035), 14: (-0.09, 0.07, 0.05)}    # number → x, y of the ball on the table and its radius, m
+OBJECTS = {5: (0.05, -0.04, 0.035), 14: (-0.09, 0.07, 0.05)}  # number → x, y of the ball on the table and its radius, m
 NAMES = {5: "013_apple.ply", 14: "darlie_box.ply"}
 
 
@@ -98,8 +109,10 @@ def balls(number: int) -> list[tuple[np.ndarray, float]]:
 def cast(pose: np.ndarray, intrinsics: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """(depth [H, W] in m, label [H, W]) of the objects on a table of 0.8 m, seen by a camera; 0 where nothing is."""
     v, u = np.mgrid[0:height, 0:width]
-    ray = np.stack([(u - intrinsics[0, 2]) / intrinsics[0, 0], (v - intrinsics[1, 2]) / intrinsics[1, 1], np.ones_like(u)], -1)
-    ray, eye = ray @ pose[:3, :3].T, pose[:3, 3]        # in the table's frame, one metre of depth long
+    ray = np.stack(
+        [(u - intrinsics[0, 2]) / intrinsics[0, 0], (v - intrinsics[1, 2]) / intrinsics[1, 1], np.ones_like(u)], -1
+    )
+    ray, eye = ray @ pose[:3, :3].T, pose[:3, 3]  # in the table's frame, one metre of depth long
     down = np.where(ray[..., 2] < -1e-9, -eye[2] / np.minimum(ray[..., 2], -1e-9), np.inf)
     hit = eye[:2] + np.where(np.isfinite(down), down, 0)[..., None] * ray[..., :2]
     depth, label = np.where(np.abs(hit).max(-1) < 0.4, down, np.inf), np.zeros((height, width), np.uint8)
@@ -126,13 +139,24 @@ def grasp_arrays(number: int, count: int, to_scene: np.ndarray) -> dict[str, np.
     def moved(points: np.ndarray) -> np.ndarray:
         return (points @ to_scene[:3, :3].T + to_scene[:3, 3]).astype(np.float32)
 
-    arrays = {"point": moved(centre + radius * normal), "translation": moved(centre + (radius + 0.1) * normal),
-              "rotation": (to_scene[:3, :3] @ rotation).astype(np.float32)}
+    arrays = {
+        "point": moved(centre + radius * normal),
+        "translation": moved(centre + (radius + 0.1) * normal),
+        "rotation": (to_scene[:3, :3] @ rotation).astype(np.float32),
+    }
     return arrays | {j: rng.uniform(-0.5, 1.5, count).astype(np.float32) for j in JOINTS}
 
 
-def write_dexgraspnet(root: Path, scenes: tuple[int, ...] = (0,), views: int = 6, size: tuple[int, int] = (320, 180), grasps: int = 50,
-                      suffix: str = "_gt", photographs: bool = False, network_input: bool = False) -> Path:
+def write_dexgraspnet(
+    root: Path,
+    scenes: tuple[int, ...] = (0,),
+    views: int = 6,
+    size: tuple[int, int] = (320, 180),
+    grasps: int = 50,
+    suffix: str = "_gt",
+    photographs: bool = False,
+    network_input: bool = False,
+) -> Path:
     """The unpacked archives with two objects a scene; `size`: width and height of the depth pictures."""
     from scipy.io import savemat
 
@@ -152,20 +176,36 @@ def write_dexgraspnet(root: Path, scenes: tuple[int, ...] = (0,), views: int = 6
             depth, label = cast(camera, intrinsics, width, height)
             v, u = np.nonzero(depth)
             z = depth[v, u]
-            clouds.append((np.stack([(u - width / 2) * z / intrinsics[0, 0], (v - height / 2) * z / intrinsics[1, 1], z], -1), label[v, u]))
+            clouds.append(
+                (
+                    np.stack([(u - width / 2) * z / intrinsics[0, 0], (v - height / 2) * z / intrinsics[1, 1], z], -1),
+                    label[v, u],
+                )
+            )
             if not network_input:
-                Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(folder / f"depth{suffix}" / f"{i:04d}.png")
+                Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(
+                    folder / f"depth{suffix}" / f"{i:04d}.png"
+                )
                 Image.fromarray(label).save(folder / f"label{suffix}" / f"{i:04d}.png")
-                savemat(folder / "meta" / f"{i:04d}.mat", {"intrinsic_matrix": intrinsics, "factor_depth": np.array([[1000]])})
+                savemat(
+                    folder / "meta" / f"{i:04d}.mat",
+                    {"intrinsic_matrix": intrinsics, "factor_depth": np.array([[1000]])},
+                )
             if photographs:
                 paint = np.array([[200, 200, 200], [180, 20, 20], [20, 120, 40]], np.uint8)[np.digitize(label, (1, 10))]
                 Image.fromarray(paint).save(folder / "rgb" / f"{i:04d}.png")
         if network_input:
             few = min(len(points) for points, _ in clouds)
-            np.savez(folder / "network_input.npz", pc=np.stack([p[:: len(p) // few][:few] for p, _ in clouds]).astype(np.float32),
-                     seg=np.stack([label[:: len(label) // few][:few] for _, label in clouds]).astype(np.int32),
-                     extrinsics=np.stack(cameras), edge=np.zeros((views, few), np.int32))
-        entries = "".join(f"<obj>\n<obj_id>{n}</obj_id>\n<obj_name>{name}</obj_name>\n</obj>\n" for n, name in NAMES.items())
+            np.savez(
+                folder / "network_input.npz",
+                pc=np.stack([p[:: len(p) // few][:few] for p, _ in clouds]).astype(np.float32),
+                seg=np.stack([label[:: len(label) // few][:few] for _, label in clouds]).astype(np.int32),
+                extrinsics=np.stack(cameras),
+                edge=np.zeros((views, few), np.int32),
+            )
+        entries = "".join(
+            f"<obj>\n<obj_id>{n}</obj_id>\n<obj_name>{name}</obj_name>\n</obj>\n" for n, name in NAMES.items()
+        )
         (folder / "annotations" / "0000.xml").write_text(f'<?xml version="1.0" ?>\n<scene>{entries}</scene>\n')
         target = root / "dex_grasps_new" / f"scene_{scene:04d}" / "leap_hand"
         target.mkdir(parents=True)

@@ -39,7 +39,9 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     loop.training_step = counted
     try:
         if stage_three is not None:
-            report, _ = finetune(from_mapping(FinetuneConfig, {**stage_three, "train": job}), say=said.append, stop_after=stop_after)
+            report, _ = finetune(
+                from_mapping(FinetuneConfig, {**stage_three, "train": job}), say=said.append, stop_after=stop_after
+            )
         else:
             report = train_module.train(from_mapping(TrainConfig, job), say=said.append, stop_after=stop_after)
         return {"step": report.step, "interrupted": report.interrupted, "said": said}

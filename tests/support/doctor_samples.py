@@ -15,11 +15,22 @@ from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode, View
 
 EPISODES, ROWS, HZ = 6, 60, 20.0
-POSES = (FieldSpec(fields=("arm_joint_{0..2}_pos",)), FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z")),
-         FieldSpec(rotation="quat_xyzw"), FieldSpec(field="gripper_open"))     # joints 0-2, position 3-5, quaternion 6-9, gripper 10
-DELTAS = (FieldSpec(fields=("eef_vel_x", "eef_vel_y", "eef_vel_z"), delta=True),
-          FieldSpec(fields=("eef_angular_vel_roll", "eef_angular_vel_pitch", "eef_angular_vel_yaw"), delta=True), FieldSpec(field="gripper_open"))
-PLACES = (FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z")), FieldSpec(rotation="euler_xyz"), FieldSpec(field="gripper_open"))
+POSES = (
+    FieldSpec(fields=("arm_joint_{0..2}_pos",)),
+    FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z")),
+    FieldSpec(rotation="quat_xyzw"),
+    FieldSpec(field="gripper_open"),
+)  # joints 0-2, position 3-5, quaternion 6-9, gripper 10
+DELTAS = (
+    FieldSpec(fields=("eef_vel_x", "eef_vel_y", "eef_vel_z"), delta=True),
+    FieldSpec(fields=("eef_angular_vel_roll", "eef_angular_vel_pitch", "eef_angular_vel_yaw"), delta=True),
+    FieldSpec(field="gripper_open"),
+)
+PLACES = (
+    FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z")),
+    FieldSpec(rotation="euler_xyz"),
+    FieldSpec(field="gripper_open"),
+)
 
 
 @dataclasses.dataclass
@@ -30,10 +41,10 @@ class Record:
     state: np.ndarray
     times: np.ndarray
     text: str
-    pictures: dict[str, np.ndarray]     # view → uint8 [T, H, W, 3]
+    pictures: dict[str, np.ndarray]  # view → uint8 [T, H, W, 3]
     listed: int = ROWS
-    fails: str = ""                     # the reader refuses the rows with this message …
-    undecodable: str = ""               # … or a picture with this one
+    fails: str = ""  # the reader refuses the rows with this message …
+    undecodable: str = ""  # … or a picture with this one
 
 
 class MemorySource(Source):
@@ -43,7 +54,9 @@ class MemorySource(Source):
 
     def __init__(self, records: list[Record], config: DatasetConfig, fps: float = HZ) -> None:
         self.records = records
-        super().__init__(Path("."), "memory", config, fps=fps, view_names=tuple(records[0].pictures), episode_ids=range(len(records)))
+        super().__init__(
+            Path("."), "memory", config, fps=fps, view_names=tuple(records[0].pictures), episode_ids=range(len(records))
+        )
 
     @classmethod
     def matches(cls, names: Any, root: Any) -> bool:
@@ -71,6 +84,7 @@ class MemorySource(Source):
                     if record.undecodable:
                         raise CorruptEpisode(f"{where}: {record.undecodable}")
                     yield picture
+
             return frames
 
         return [(View(n, p.shape[1], p.shape[2], len(p), opener(p)), "") for n, p in record.pictures.items()]
@@ -82,7 +96,15 @@ def path(episode: int, rows: int) -> np.ndarray:
     waves = np.sin(2 * np.pi * (0.3 + 0.05 * np.arange(10)) * t + 1.3 * episode + np.arange(10))
     turn = 0.4 * waves[:, 6:9] + [0.2, -0.1, 0.3]
     angle = np.linalg.norm(turn, axis=1, keepdims=True)
-    return np.hstack([0.8 * waves[:, :3], 0.3 + 0.1 * waves[:, 3:6], turn / angle * np.sin(angle / 2), np.cos(angle / 2), 0.5 + 0.4 * waves[:, 9:]])
+    return np.hstack(
+        [
+            0.8 * waves[:, :3],
+            0.3 + 0.1 * waves[:, 3:6],
+            turn / angle * np.sin(angle / 2),
+            np.cos(angle / 2),
+            0.5 + 0.4 * waves[:, 9:],
+        ]
+    )
 
 
 def records(deltas: bool = False, episodes: int = EPISODES) -> list[Record]:
@@ -97,12 +119,34 @@ def records(deltas: bool = False, episodes: int = EPISODES) -> list[Record]:
             action = np.hstack([np.diff(poses[:, 3:6], axis=0), np.diff(turn, axis=0), poses[1:, 10:]])
             state = np.hstack([poses[:-1, 3:6], turn[:-1], poses[:-1, 10:]])
         shift = (100 * poses[:-1, 3:5]).astype(int)
-        pictures = {name: np.stack([np.stack([(x * 6 + 40 * dx + k * 50) % 256, (y * 7 + 30 * dz) % 256, x + y], -1) for dx, dz in shift]).astype(np.uint8)
-                    for k, name in enumerate(("front", "wrist"))}
-        made.append(Record(action.astype(np.float32), state.astype(np.float32), np.arange(ROWS) / HZ, f"do task {episode % 2}", pictures))
+        pictures = {
+            name: np.stack(
+                [np.stack([(x * 6 + 40 * dx + k * 50) % 256, (y * 7 + 30 * dz) % 256, x + y], -1) for dx, dz in shift]
+            ).astype(np.uint8)
+            for k, name in enumerate(("front", "wrist"))
+        }
+        made.append(
+            Record(
+                action.astype(np.float32),
+                state.astype(np.float32),
+                np.arange(ROWS) / HZ,
+                f"do task {episode % 2}",
+                pictures,
+            )
+        )
     return made
 
 
 def config(deltas: bool = False, **changes: Any) -> DatasetConfig:
     action, state = (DELTAS, PLACES) if deltas else (POSES, POSES)
-    return DatasetConfig(**{"name": "t", "match": (), "embodiment": "gripper_eef", "action": action, "state": state, "license": "MIT", **changes})
+    return DatasetConfig(
+        **{
+            "name": "t",
+            "match": (),
+            "embodiment": "gripper_eef",
+            "action": action,
+            "state": state,
+            "license": "MIT",
+            **changes,
+        }
+    )

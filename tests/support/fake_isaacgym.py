@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CODE = '''
+CODE = """
 import json, os, types
 import numpy as np, torch
 REACH = 0.2
@@ -62,8 +62,8 @@ class Gym:
                 if (root[:3] - closed).norm() < REACH:
                     root[2] += hand[-1, 2] - closed[2]
     def destroy_sim(self, sim): print("chatter that is no answer", flush=True)
-'''
-API = '''
+"""
+API = """
 from . import Gym, Record
 acquire_gym = Gym
 SimParams, PlaneParams, AssetOptions, Transform = Record, Record, Record, Record
@@ -72,7 +72,7 @@ class Vec3:
     def __init__(self, x, y, z): self.x, self.y, self.z = x, y, z
 class Quat:
     def __init__(self, x, y, z, w): self.x, self.y, self.z, self.w = x, y, z, w
-'''
+"""
 TORCH = "def wrap_tensor(tensor): return tensor\nunwrap_tensor = wrap_tensor\n"
 
 

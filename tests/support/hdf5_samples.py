@@ -19,11 +19,17 @@ from dvla.cache.readers.config import load_config
 CAN = load_config("robomimic")
 LENGTHS = (7, 5, 9)
 HZ = 20
-OSC_POSE = {"type": "OSC_POSE", "input_max": 1, "input_min": -1, "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
-            "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5], "control_delta": True}     # robosuite's default
-IN_BODY_PARTS = {"type": "BASIC", "body_parts": {"right": {**OSC_POSE, "gripper": {"type": "GRIP"}}}}     # robosuite 1.5
-ARM = tuple(range(6)) + (10,)               # slots of six joints and a gripper
-QUATERNION = (30, 31, 32, 33, 34, 35, 36)   # position, and a quaternion in slots of a 6D rotation
+OSC_POSE = {
+    "type": "OSC_POSE",
+    "input_max": 1,
+    "input_min": -1,
+    "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
+    "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
+    "control_delta": True,
+}  # robosuite's default
+IN_BODY_PARTS = {"type": "BASIC", "body_parts": {"right": {**OSC_POSE, "gripper": {"type": "GRIP"}}}}  # robosuite 1.5
+ARM = tuple(range(6)) + (10,)  # slots of six joints and a gripper
+QUATERNION = (30, 31, 32, 33, 34, 35, 36)  # position, and a quaternion in slots of a 6D rotation
 
 
 def pictures(episode: int, length: int, height: int = 6, width: int = 8) -> np.ndarray:
@@ -50,8 +56,16 @@ def write_episode_file(path: Path, episode: int, length: int, slots=ARM, proprio
         file["language"] = f"task {episode}"
         for k, size in enumerate(((6, 8), (4, 4))):
             file[f"images/view_{k}"] = pictures(episode + k, length, *size)
-        file.attrs.update({"dataset_name": "sample", "embodiment_id": 1, "episode_length": length, "n_views": 2,
-                           "action_dim": len(slots), **attributes})
+        file.attrs.update(
+            {
+                "dataset_name": "sample",
+                "embodiment_id": 1,
+                "episode_length": length,
+                "n_views": 2,
+                "action_dim": len(slots),
+                **attributes,
+            }
+        )
 
 
 def write_episode_folder(folder: Path, **how) -> Path:
@@ -59,12 +73,21 @@ def write_episode_folder(folder: Path, **how) -> Path:
     folder.mkdir(parents=True)
     how = {"control_hz": float(HZ), **how}
     for episode, length in enumerate(LENGTHS):
-        write_episode_file(folder / f"ep_{episode:06d}.hdf5", episode, length, **{k: v for k, v in how.items() if v is not None})
+        write_episode_file(
+            folder / f"ep_{episode:06d}.hdf5", episode, length, **{k: v for k, v in how.items() if v is not None}
+        )
     return folder
 
 
-def write_robomimic(path: Path, *, env_name: str = "PickPlaceCan", controller: dict | None = OSC_POSE, images: bool = True,
-                    control_freq: int | None = HZ, compression: str | None = None) -> Path:
+def write_robomimic(
+    path: Path,
+    *,
+    env_name: str = "PickPlaceCan",
+    controller: dict | None = OSC_POSE,
+    images: bool = True,
+    control_freq: int | None = HZ,
+    compression: str | None = None,
+) -> Path:
     """Three demonstrations, numbered 0, 2 and 10, as robomimic's dataset_states_to_obs.py leaves them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kwargs = {"robots": ["Panda"], "control_freq": control_freq, "controller_configs": controller}
@@ -94,8 +117,14 @@ def write_replay_buffer(path: Path, *, zarr_format: int = 2, pixels: np.ndarray 
 
     group = zarr.open_group(path, mode="w", zarr_format=zarr_format)
     rows = sum(LENGTHS)
-    arrays = {"img": np.concatenate([pictures(e, n) for e, n in enumerate(LENGTHS)]).astype(np.float32) if pixels is None else pixels,
-              "action": values(0, rows, 2) * 512, "state": values(1, rows, 5) * 512, "keypoint": np.ones((rows, 9, 2), np.float32)}
+    arrays = {
+        "img": np.concatenate([pictures(e, n) for e, n in enumerate(LENGTHS)]).astype(np.float32)
+        if pixels is None
+        else pixels,
+        "action": values(0, rows, 2) * 512,
+        "state": values(1, rows, 5) * 512,
+        "keypoint": np.ones((rows, 9, 2), np.float32),
+    }
     for name, data in arrays.items():
         group.create_array(f"data/{name}", data=data, chunks=(chunk, *data.shape[1:]))
     group.create_array("meta/episode_ends", data=np.cumsum(LENGTHS))
@@ -109,9 +138,11 @@ def edit(path, change):
 
 def exchange(name, data, **how):
     """A change that puts another dataset in the place of `name`."""
+
     def change(file):
         del file[name]
         file.create_dataset(name, data=data, **how)
+
     return change
 
 
@@ -119,6 +150,7 @@ def outside(name, target):
     def change(file):
         del file[name]
         file[name] = h5py.ExternalLink(*target)
+
     return change
 
 

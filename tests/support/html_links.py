@@ -17,7 +17,9 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "poster", "action", "data")]
+        self.addresses += [
+            value or "" for name, value in attributes if name in ("src", "href", "srcset", "poster", "action", "data")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data

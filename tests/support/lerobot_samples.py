@@ -34,18 +34,32 @@ def record(root: Path, codec: str | None, one_file_per_episode: bool = False) ->
 
     vector = {"dtype": "float32", "shape": (4,), "names": ["x", "y", "z", "gripper"]}
     features = {"observation.state": vector, "action": vector}
-    features |= {f"observation.images.{name}": {"dtype": "video" if codec else "image", "shape": (*size, 3),
-                                                "names": ["height", "width", "channels"]}
-                 for name, size in VIEWS.items()}
-    dataset = LeRobotDataset.create("dvla/tiny", fps=FPS, features=features, root=root, robot_type="metaworld_sawyer",
-                                    use_videos=codec is not None, vcodec=codec or "h264")
+    features |= {
+        f"observation.images.{name}": {
+            "dtype": "video" if codec else "image",
+            "shape": (*size, 3),
+            "names": ["height", "width", "channels"],
+        }
+        for name, size in VIEWS.items()
+    }
+    dataset = LeRobotDataset.create(
+        "dvla/tiny",
+        fps=FPS,
+        features=features,
+        root=root,
+        robot_type="metaworld_sawyer",
+        use_videos=codec is not None,
+        vcodec=codec or "h264",
+    )
     if one_file_per_episode:  # megabytes after which lerobot begins a new file
         dataset.meta.info |= {"data_files_size_in_mb": 1e-9, "video_files_size_in_mb": 1e-9}
     rng = np.random.default_rng(0)
     for episode, (length, task) in enumerate(zip(LENGTHS, TASKS, strict=True)):
         for frame in range(length):
-            pictures = {f"observation.images.{name}": picture(episode, frame, i, *size)
-                        for i, (name, size) in enumerate(VIEWS.items())}
+            pictures = {
+                f"observation.images.{name}": picture(episode, frame, i, *size)
+                for i, (name, size) in enumerate(VIEWS.items())
+            }
             vectors = {k: rng.uniform(-1, 1, 4).astype(np.float32) for k in ("observation.state", "action")}
             dataset.add_frame({**vectors, **pictures, "task": task})
         dataset.save_episode(parallel_encoding=False)
@@ -70,10 +84,11 @@ def convert_to_v2(source: Path, root: Path, version: str = "v2.1") -> Path:
             chunk, file = e[f"videos/{key}/chunk_index"], e[f"videos/{key}/file_index"]
             source_file = source / f"videos/{key}/chunk-{chunk:03d}/file-{file:03d}.mp4"
             (root / f"videos/chunk-000/{key}/episode_{number:06d}.mp4").write_bytes(source_file.read_bytes())
-    info |= {"codebase_version": version,
-             "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-             "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
-             if keys else None}
+    info |= {
+        "codebase_version": version,
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4" if keys else None,
+    }
     tasks = [{"task_index": i, "task": t} for i, t in zip(texts["task_index"], texts["__index_level_0__"], strict=True)]
     episodes = [{k: e[k] for k in ("episode_index", "tasks", "length")} for e in listed]
     (root / "meta/info.json").write_text(json.dumps(info))
@@ -97,6 +112,12 @@ def with_column(table, name, values):
 
 
 def config_for(recorded_views=None, **changes):
-    fields = {"name": "t", "match": (), "embodiment": "gripper_delta_eef", "views": recorded_views,
-              "action": (FieldSpec(drop=4),), "state": ()}
+    fields = {
+        "name": "t",
+        "match": (),
+        "embodiment": "gripper_delta_eef",
+        "views": recorded_views,
+        "action": (FieldSpec(drop=4),),
+        "state": (),
+    }
     return DatasetConfig(**{**fields, **changes})

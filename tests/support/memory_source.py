@@ -18,7 +18,9 @@ class MemorySource(Source):
     format = "lerobot"
     revision_hash = "memory"
 
-    def __init__(self, config: DatasetConfig, episodes: Mapping[int, Mapping[str, np.ndarray]], fps: float = 10.0) -> None:
+    def __init__(
+        self, config: DatasetConfig, episodes: Mapping[int, Mapping[str, np.ndarray]], fps: float = 10.0
+    ) -> None:
         super().__init__(Path("memory"), "memory", config, fps=fps, view_names=("front",), episode_ids=tuple(episodes))
         self._episodes = episodes
 

@@ -14,9 +14,9 @@ from .repository import ROOT
 class Import(NamedTuple):
     """One imported thing."""
 
-    module: str         # of a third party, or "" for one of this package
-    file: str           # of this package, relative to the repository; "" for a third party
-    on_load: bool       # when the importing file is loaded, or for type checking; not inside a function
+    module: str  # of a third party, or "" for one of this package
+    file: str  # of this package, relative to the repository; "" for a third party
+    on_load: bool  # when the importing file is loaded, or for type checking; not inside a function
 
 
 @cache
@@ -42,7 +42,12 @@ def room_of(name: str) -> str:
 def imports(file: Path, root: Path = ROOT) -> tuple[Import, ...]:
     """Every import of a file, also inside functions and for type checking."""
     tree, found = ast.parse(file.read_text()), []
-    inside = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for node in ast.walk(f)}
+    inside = {
+        id(node)
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(f)
+    }
     for node in ast.walk(tree):
         on_load = id(node) not in inside
         if isinstance(node, ast.Import):
@@ -63,7 +68,10 @@ def _targets(file: Path, node: ast.ImportFrom, root: Path) -> list[str]:
         return [name_of(base.with_suffix(".py"), root)]
     names = [base / f"{alias.name}.py" for alias in node.names]
     packages = [base / alias.name / "__init__.py" for alias in node.names]
-    chosen = [name if name.is_file() else package if package.is_file() else base / "__init__.py" for name, package in zip(names, packages)]
+    chosen = [
+        name if name.is_file() else package if package.is_file() else base / "__init__.py"
+        for name, package in zip(names, packages)
+    ]
     return [name_of(path, root) for path in chosen]
 
 

@@ -15,8 +15,10 @@ from dvla.stages.training.panels.data import PanelData
 
 N, G, T = 48, 6, 8
 DATASETS, EMBODIMENTS = ("cup/arm", "dex<hand>"), (4, 3)
-PLACES = ([SLOTS[f"eef_vel_{a}"] for a in "xyz"] + [SLOTS["gripper_open"]],
-          [SLOTS[f"eef_pos_{a}"] for a in "xyz"] + [SLOTS["dex_finger_joint_3_pos"]])
+PLACES = (
+    [SLOTS[f"eef_vel_{a}"] for a in "xyz"] + [SLOTS["gripper_open"]],
+    [SLOTS[f"eef_pos_{a}"] for a in "xyz"] + [SLOTS["dex_finger_joint_3_pos"]],
+)
 
 
 def expert(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -32,14 +34,35 @@ def expert(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.where(active, target, 0), active, dataset
 
 
-def panel_data(draws: np.ndarray, target: np.ndarray, active: np.ndarray, dataset: np.ndarray, **changes: Any) -> PanelData:
+def panel_data(
+    draws: np.ndarray, target: np.ndarray, active: np.ndarray, dataset: np.ndarray, **changes: Any
+) -> PanelData:
     """Of chunks `draws` [N,G,T,128]; the drift is what it is."""
-    found = drift_of(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (draws.astype(np.float32), target, active, np.asarray(EMBODIMENTS)[dataset])), LossConfig())
+    found = drift_of(
+        *(
+            torch.from_numpy(np.ascontiguousarray(x))
+            for x in (draws.astype(np.float32), target, active, np.asarray(EMBODIMENTS)[dataset])
+        ),
+        LossConfig(),
+    )
     data = PanelData(
-        step=500, datasets=DATASETS, embodiments=EMBODIMENTS, dataset=dataset, target=target, draws=draws.astype(np.float32), active=active,
-        drift=found.step.numpy(), mean_square=found.mean_square.numpy(), temperatures=LossConfig().temperatures,
-        center=np.zeros((2, 128), np.float32), half_range=np.ones((2, 128), np.float32), hz=np.array([10.0, 10.0]),
-        configured=np.array([0.75, 0.25]), drawn=np.array([300, 100]), log=log())
+        step=500,
+        datasets=DATASETS,
+        embodiments=EMBODIMENTS,
+        dataset=dataset,
+        target=target,
+        draws=draws.astype(np.float32),
+        active=active,
+        drift=found.step.numpy(),
+        mean_square=found.mean_square.numpy(),
+        temperatures=LossConfig().temperatures,
+        center=np.zeros((2, 128), np.float32),
+        half_range=np.ones((2, 128), np.float32),
+        hz=np.array([10.0, 10.0]),
+        configured=np.array([0.75, 0.25]),
+        drawn=np.array([300, 100]),
+        log=log(),
+    )
     return dataclasses.replace(data, **changes)
 
 
@@ -50,8 +73,14 @@ def log(worse: bool = False) -> list[dict[str, Any]]:
         fall = 0.7**i
         line = {"step": 100 * i, "loss": 5 + fall, "mse": fall, "mean_square": [0.5 * fall, 0.7 * fall, fall]}
         if i % 3 == 0:
-            line |= {"eval/mse": fall, **{f"eval/{m}/{name}": v for name, e in zip(DATASETS, (fall, 0.4 if worse else fall))
-                                          for m, v in (("mse", e), ("mae", e**0.5), ("correlation", 1 - e), ("coverage", 100 - e))}}
+            line |= {
+                "eval/mse": fall,
+                **{
+                    f"eval/{m}/{name}": v
+                    for name, e in zip(DATASETS, (fall, 0.4 if worse else fall))
+                    for m, v in (("mse", e), ("mae", e**0.5), ("correlation", 1 - e), ("coverage", 100 - e))
+                },
+            }
         lines.append(line)
     return lines
 

@@ -26,13 +26,21 @@ def make_batch() -> FeatureBatch:
     text_mask = torch.ones(B, LT, dtype=torch.bool)
     text_mask[2, 1:] = False
     return FeatureBatch(
-        tokens=random(B, L, D).half(), token_mask=token_mask, view_id=torch.arange(L).expand(B, L) % 2,
-        frame_id=torch.zeros(B, L, dtype=torch.int64), text=random(B, LT, D, seed=1).half(), text_mask=text_mask,
-        proprio=random(B, 128, seed=2), action=random(B, T, 128, seed=3),
-        action_mask=torch.ones(B, 128, dtype=torch.bool), step_mask=torch.ones(B, T, dtype=torch.bool),
+        tokens=random(B, L, D).half(),
+        token_mask=token_mask,
+        view_id=torch.arange(L).expand(B, L) % 2,
+        frame_id=torch.zeros(B, L, dtype=torch.int64),
+        text=random(B, LT, D, seed=1).half(),
+        text_mask=text_mask,
+        proprio=random(B, 128, seed=2),
+        action=random(B, T, 128, seed=3),
+        action_mask=torch.ones(B, 128, dtype=torch.bool),
+        step_mask=torch.ones(B, T, dtype=torch.bool),
         embodiment=torch.tensor([0, 4, 6]),
-        control_hz=torch.tensor([5.0, 30.0, 80.0]), dataset=torch.zeros(B, dtype=torch.int64),
-        frame_index=torch.arange(B)).check()
+        control_hz=torch.tensor([5.0, 30.0, 80.0]),
+        dataset=torch.zeros(B, dtype=torch.int64),
+        frame_index=torch.arange(B),
+    ).check()
 
 
 def make_net(cross_attention: str = "all", trained: bool = True, kind: str = "hybrid", **overrides: int) -> PolicyNet:

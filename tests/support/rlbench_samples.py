@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")
-LENGTH = 4      # of every episode
+LENGTH = 4  # of every episode
 TEXT = {"close_jar": "close the red jar", "open_drawer": "open the bottom drawer"}
 
 
@@ -34,7 +34,7 @@ class Demo:
 
     def __init__(self, observations):
         self._observations = observations
-        self.random_seed = np.random.RandomState(0).get_state()     # a tuple with text, an array and numbers
+        self.random_seed = np.random.RandomState(0).get_state()  # a tuple with text, an array and numbers
         self.num_reset_attempts = None
 
 
@@ -61,11 +61,11 @@ def dump(value, protocol: int = 4) -> bytes:
 
 def as_numpy1(data: bytes) -> bytes:
     """The same pickle as numpy 1 writes it: other module names, so other lengths."""
-    out = data.replace(b"numpy._core.", b"numpy.core.")             # protocol 2 and 3: up to the end of line
-    for tail in (b"multiarray", b"numeric"):                        # protocol 4 and 5: a length before the text
+    out = data.replace(b"numpy._core.", b"numpy.core.")  # protocol 2 and 3: up to the end of line
+    for tail in (b"multiarray", b"numeric"):  # protocol 4 and 5: a length before the text
         new = b"numpy.core." + tail
-        out = out.replace(bytes([0x8c, len(new) + 1]) + new, bytes([0x8c, len(new)]) + new)
-    if data[1] >= 4:                                                # one frame, and its length
+        out = out.replace(bytes([0x8C, len(new) + 1]) + new, bytes([0x8C, len(new)]) + new)
+    if data[1] >= 4:  # one frame, and its length
         assert data[2] == 0x95 and int.from_bytes(data[3:11], "little") == len(data) - 11
         out = out[:3] + (len(out) - 11).to_bytes(8, "little") + out[11:]
     return out
@@ -87,8 +87,12 @@ def observations(length: int, seed: int) -> list[Observation]:
         one.gripper_matrix = np.asfortranarray(rng.normal(size=(4, 4)))
         one.joint_forces = None
         one.ignore_collisions = np.array(True)
-        one.misc = {"front_camera_near": 0.01, "front_camera_extrinsics": rng.normal(size=(4, 4)), "variation_index": 2,
-                    "joint_position_action": None if t == 0 else rng.normal(size=8)}
+        one.misc = {
+            "front_camera_near": 0.01,
+            "front_camera_extrinsics": rng.normal(size=(4, 4)),
+            "variation_index": 2,
+            "joint_position_action": None if t == 0 else rng.normal(size=8),
+        }
         found.append(one)
     return found
 
@@ -105,8 +109,9 @@ def png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def write_episode(folder: Path, number: int, length: int = LENGTH, protocol: int = 4, text: str = "",
-                  plain_list: bool = False) -> None:
+def write_episode(
+    folder: Path, number: int, length: int = LENGTH, protocol: int = 4, text: str = "", plain_list: bool = False
+) -> None:
     """`folder` is episodeN; there are depth and mask folders too, with one picture for brevity."""
     demo = observations(length, seed=number)
     for index, camera in enumerate(CAMERAS):
@@ -123,7 +128,9 @@ def write_episode(folder: Path, number: int, length: int = LENGTH, protocol: int
 def write_task(root: Path, task: str, episodes: int = 2, **how) -> Path:
     """`root`/task/all_variations/episodes/episode0, …, as PerAct has them."""
     for number in range(episodes):
-        write_episode(root / task / "all_variations" / "episodes" / f"episode{number}", number, text=TEXT.get(task, ""), **how)
+        write_episode(
+            root / task / "all_variations" / "episodes" / f"episode{number}", number, text=TEXT.get(task, ""), **how
+        )
     return root / task
 
 

@@ -23,17 +23,17 @@ from dvla.cache.readers import Source
 from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
 
-SPLITS = {"train": (3, 2), "val": (2,)}     # split → records of each shard
+SPLITS = {"train": (3, 2), "val": (2,)}  # split → records of each shard
 EPISODES = 7
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-VIEWS = {"front": ("jpeg", 24, 32), "wrist": ("png", 16, 20)}     # name → encoding, height, width
-NO_VIEWS = {"front_depth": "uint8", "range": "uint16"}            # pictures that are depth by name, and by type
+VIEWS = {"front": ("jpeg", 24, 32), "wrist": ("png", 16, 20)}  # name → encoding, height, width
+NO_VIEWS = {"front_depth": "uint8", "range": "uint16"}  # pictures that are depth by name, and by type
 TASKS = ("open the drawer", "close it", "push the puck")
 
 _CRC = []
 for _n in range(256):
     for _ in range(8):
-        _n = _n >> 1 ^ (0x82F63B78 if _n & 1 else 0)    # Castagnoli, reflected
+        _n = _n >> 1 ^ (0x82F63B78 if _n & 1 else 0)  # Castagnoli, reflected
     _CRC.append(_n)
 
 
@@ -79,6 +79,7 @@ def example(features: Mapping[str, Any]) -> bytes:
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of the length-delimited and varint fields of a protobuf message, by hand."""
+
     def number(at: int) -> tuple[int, int]:
         value = shift = 0
         while True:
@@ -86,6 +87,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
             value, shift = value | (byte & 127) << shift, shift + 7
             if byte < 128:
                 return value, at
+
     at = 0
     while at < len(data):
         tag, at = number(at)
@@ -93,7 +95,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
         if tag & 7 == 0:
             yield tag >> 3, size
         else:
-            yield tag >> 3, data[at:at + size]
+            yield tag >> 3, data[at : at + size]
             at += size
 
 
@@ -106,17 +108,28 @@ def leaf(kind: str, *shape: int | None, dtype: str = "float32", **more: str) -> 
 
 def tree(features: Mapping[str, Any]) -> dict[str, Any]:
     nested = {k: v if "pythonClassName" in v else tree(v) for k, v in features.items()}
-    return {"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
-            "featuresDict": {"features": nested}}
+    return {
+        "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+        "featuresDict": {"features": nested},
+    }
 
 
-def write(root: Path, name: str, features: Mapping[str, Any], records: Sequence[bytes], version: str = "1.0.0",
-          splits: Mapping[str, Sequence[int]] = SPLITS, template: str | None = TEMPLATE) -> Path:
+def write(
+    root: Path,
+    name: str,
+    features: Mapping[str, Any],
+    records: Sequence[bytes],
+    version: str = "1.0.0",
+    splits: Mapping[str, Sequence[int]] = SPLITS,
+    template: str | None = TEMPLATE,
+) -> Path:
     """A version's folder; `records` in the order of splits and shards. A template of None is left out of the JSON."""
     folder = root / name / version
     folder.mkdir(parents=True)
-    steps = {"pythonClassName": "tensorflow_datasets.core.features.dataset_feature.Dataset",
-             "sequence": {"feature": tree(features), "length": "-1"}}
+    steps = {
+        "pythonClassName": "tensorflow_datasets.core.features.dataset_feature.Dataset",
+        "sequence": {"feature": tree(features), "length": "-1"},
+    }
     (folder / "features.json").write_text(json.dumps(tree({"steps": steps, "episode_metadata": tree({})})))
     info = {"fileFormat": "tfrecord", "name": name, "version": version, "splits": []}
     left = list(records)
@@ -126,8 +139,13 @@ def write(root: Path, name: str, features: Mapping[str, Any], records: Sequence[
         for i, length in enumerate(lengths):
             index, count = f"{i:05d}", f"{len(lengths):05d}"
             relative = (template or TEMPLATE).format(
-                DATASET=name, SPLIT=split, FILEFORMAT="tfrecord", SHARD_INDEX=index, NUM_SHARDS=count,
-                SHARD_X_OF_Y=f"{index}-of-{count}")
+                DATASET=name,
+                SPLIT=split,
+                FILEFORMAT="tfrecord",
+                SHARD_INDEX=index,
+                NUM_SHARDS=count,
+                SHARD_X_OF_Y=f"{index}-of-{count}",
+            )
             (folder / relative).parent.mkdir(exist_ok=True)
             (folder / relative).write_bytes(b"".join(frame(r) for r in left[:length]))
             left = left[length:]
@@ -153,12 +171,17 @@ def encoded(array: np.ndarray, kind: str) -> bytes:
 def toy_values(episode: int) -> dict[str, Any]:
     """Step arrays, pictures and text of one episode by path below `steps`; each differs from every other episode's."""
     rng, length = np.random.default_rng(episode), 4 + episode % 3
-    values = {"action/move": rng.uniform(-1, 1, (length, 3)).astype(np.float32),
-              "action/grip": rng.integers(0, 2, length), "action/stop": rng.integers(-2, 3, (length, 2)),
-              "observation/pose": rng.uniform(-1, 1, (length, 2, 2)).astype(np.float32),
-              "observation/packed": rng.uniform(-1, 1, (length, 3)),
-              "is_first": np.arange(length) == 0}
-    values |= {f"observation/{name}": [picture(episode, t, *size) for t in range(length)] for name, (_, *size) in VIEWS.items()}
+    values = {
+        "action/move": rng.uniform(-1, 1, (length, 3)).astype(np.float32),
+        "action/grip": rng.integers(0, 2, length),
+        "action/stop": rng.integers(-2, 3, (length, 2)),
+        "observation/pose": rng.uniform(-1, 1, (length, 2, 2)).astype(np.float32),
+        "observation/packed": rng.uniform(-1, 1, (length, 3)),
+        "is_first": np.arange(length) == 0,
+    }
+    values |= {
+        f"observation/{name}": [picture(episode, t, *size) for t in range(length)] for name, (_, *size) in VIEWS.items()
+    }
     used = TASKS[:2] if episode == 3 else (TASKS[episode % 3],)
     return {**values, "language_instruction": [used[t * len(used) // length] for t in range(length)]}
 
@@ -181,30 +204,47 @@ def toy_record(episode: int, change: Callable[[dict[str, Any]], Any] = lambda f:
 
 
 TOY_FEATURES = {
-    "action": {"move": leaf("tensor", 3, encoding="none"), "grip": leaf("tensor", dtype="bool", encoding="none"),
-               "stop": leaf("tensor", 2, dtype="int32", encoding="none")},
-    "observation": {"pose": leaf("tensor", 2, 2, encoding="none"), "packed": leaf("tensor", 3, dtype="float64", encoding="zlib"),
-                    **{name: leaf("image", h, w, 3, dtype="uint8", encodingFormat=kind) for name, (kind, h, w) in VIEWS.items()},
-                    **{name: leaf("image", 4, 4, 1, dtype=dtype, encodingFormat="png") for name, dtype in NO_VIEWS.items()},
-                    "open_end": leaf("tensor", None, encoding="none"),
-                    "waypoints": {"pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
-                                  "sequence": {"feature": leaf("tensor", 2), "length": "-1"}}},
+    "action": {
+        "move": leaf("tensor", 3, encoding="none"),
+        "grip": leaf("tensor", dtype="bool", encoding="none"),
+        "stop": leaf("tensor", 2, dtype="int32", encoding="none"),
+    },
+    "observation": {
+        "pose": leaf("tensor", 2, 2, encoding="none"),
+        "packed": leaf("tensor", 3, dtype="float64", encoding="zlib"),
+        **{name: leaf("image", h, w, 3, dtype="uint8", encodingFormat=kind) for name, (kind, h, w) in VIEWS.items()},
+        **{name: leaf("image", 4, 4, 1, dtype=dtype, encodingFormat="png") for name, dtype in NO_VIEWS.items()},
+        "open_end": leaf("tensor", None, encoding="none"),
+        "waypoints": {
+            "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "sequence": {"feature": leaf("tensor", 2), "length": "-1"},
+        },
+    },
     "is_first": leaf("tensor", dtype="bool", encoding="none"),
     "language_instruction": leaf("text"),
 }
 
 
-def write_toy(root: Path, name: str = "toy", change: Mapping[int, Callable[[dict[str, Any]], Any]] | None = None,
-              **layout: Any) -> Path:
+def write_toy(
+    root: Path, name: str = "toy", change: Mapping[int, Callable[[dict[str, Any]], Any]] | None = None, **layout: Any
+) -> Path:
     """The toy dataset; `change` alters the features of single episodes."""
     records = [toy_record(e, (change or {}).get(e, lambda f: None)) for e in range(EPISODES)]
     return write(root, name, TOY_FEATURES, records, **layout)
 
 
 def toy_config(**changes: Any) -> DatasetConfig:
-    fields = {"name": "t", "match": (), "embodiment": "gripper_delta_eef", "format": "rlds", "control_hz": 4.0,
-              "action": (FieldSpec(drop=6),), "action_columns": ("action/move", "action/grip", "action/stop"),
-              "state": (FieldSpec(drop=7),), "state_columns": ("observation/pose", "observation/packed")}
+    fields = {
+        "name": "t",
+        "match": (),
+        "embodiment": "gripper_delta_eef",
+        "format": "rlds",
+        "control_hz": 4.0,
+        "action": (FieldSpec(drop=6),),
+        "action_columns": ("action/move", "action/grip", "action/stop"),
+        "state": (FieldSpec(drop=7),),
+        "state_columns": ("observation/pose", "observation/packed"),
+    }
     return DatasetConfig(**{**fields, **changes})
 
 
@@ -229,16 +269,27 @@ def hashes(source: Source) -> dict[int, str | CorruptEpisode]:
 
 # --- rt1: the layout of fractal20220817_data -----------------------------------------------------------------------
 
-RT1_WIDTHS = {"action/world_vector": 3, "action/rotation_delta": 3, "action/gripper_closedness_action": 1,
-              "action/base_displacement_vector": 2, "action/base_displacement_vertical_rotation": 1,
-              "observation/base_pose_tool_reached": 7, "observation/gripper_closed": 1}
+RT1_WIDTHS = {
+    "action/world_vector": 3,
+    "action/rotation_delta": 3,
+    "action/gripper_closedness_action": 1,
+    "action/base_displacement_vector": 2,
+    "action/base_displacement_vertical_rotation": 1,
+    "observation/base_pose_tool_reached": 7,
+    "observation/gripper_closed": 1,
+}
 
 
 def write_rt1(root: Path, name: str = "fractal20220817_data") -> tuple[Path, list[dict[str, np.ndarray]]]:
     """Two episodes with the catalog's names, widths and types, and what was written into them."""
-    features: dict[str, Any] = {"action": {"terminate_episode": leaf("tensor", 3, dtype="int32")}, "observation": {
-        "image": leaf("image", 256, 320, 3, dtype="uint8", encodingFormat="jpeg"),
-        "natural_language_instruction": leaf("tensor", dtype="string"), "workspace_bounds": leaf("tensor", 3, 3)}}
+    features: dict[str, Any] = {
+        "action": {"terminate_episode": leaf("tensor", 3, dtype="int32")},
+        "observation": {
+            "image": leaf("image", 256, 320, 3, dtype="uint8", encodingFormat="jpeg"),
+            "natural_language_instruction": leaf("tensor", dtype="string"),
+            "workspace_bounds": leaf("tensor", 3, 3),
+        },
+    }
     for path, width in RT1_WIDTHS.items():
         group, leaf_name = path.split("/")
         features[group][leaf_name] = leaf("tensor", width)

@@ -21,30 +21,72 @@ from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.simulation.envs import Observation
 
-TINY = TinySpec(vision_depth=2, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
+TINY = TinySpec(
+    vision_depth=2,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
 VIEWS = ("front", "wrist")
 
 
-def make_run(run: Path, vlm: Path, arch: str = "qwen3vl", lora: LoraSpec | None = None, blind: bool = False, kind: str = "hybrid",
-             tower: bool = False, below: tuple[str, ...] = ()) -> Path:
+def make_run(
+    run: Path,
+    vlm: Path,
+    arch: str = "qwen3vl",
+    lora: LoraSpec | None = None,
+    blind: bool = False,
+    kind: str = "hybrid",
+    tower: bool = False,
+    below: tuple[str, ...] = (),
+) -> Path:
     """A run with one checkpoint, whose raw weights are not the averaged ones; with LoRA, or with a vision tower that was trained as a whole,
     on an encoder with the adapters `below`."""
-    encoder = load_encoder(EncoderSpec(str(vlm), vlm=arch, resolution={"qwen3vl": 64, "paligemma2": 56}[arch], dtype="float32", adapters=below))
+    encoder = load_encoder(
+        EncoderSpec(
+            str(vlm), vlm=arch, resolution={"qwen3vl": 64, "paligemma2": 56}[arch], dtype="float32", adapters=below
+        )
+    )
     fingerprint, spec = encoder.fingerprint(), dataclasses.asdict(encoder.spec)
-    actions = ActionMap([FieldSpec(field="right_eef_pos_x"), FieldSpec(field="right_eef_pos_y"), FieldSpec(field="right_gripper_open")], 20.0)
+    actions = ActionMap(
+        [FieldSpec(field="right_eef_pos_x"), FieldSpec(field="right_eef_pos_y"), FieldSpec(field="right_gripper_open")],
+        20.0,
+    )
     statistics = RunningStatistics()
     statistics.update(np.random.default_rng(0).normal(0, 0.3, (50, 128)).astype(np.float32))
     stats = statistics.result().to_dict()
-    robot = {"name": "toy", "views": list(VIEWS), "action_map": actions.to_dict(), "state_map": actions.to_dict(), "action_stats": stats,
-             "proprio_stats": stats, "environment": None, "starts": [], "embodiment": 1, "control_hz": 20.0, "license": "mit", "dataset_config": "toy"}
+    robot = {
+        "name": "toy",
+        "views": list(VIEWS),
+        "action_map": actions.to_dict(),
+        "state_map": actions.to_dict(),
+        "action_stats": stats,
+        "proprio_stats": stats,
+        "environment": None,
+        "starts": [],
+        "embodiment": 1,
+        "control_hz": 20.0,
+        "license": "mit",
+        "dataset_config": "toy",
+    }
     torch.manual_seed(0)
     dit = head_dit(dit_config("tiny", width=32, blocks=2, heads=2, horizon=4), kind)
     net = PolicyNet(PolicyNetConfig(feature_width=encoder.width, dit=dit))
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     tensors = dict(net.state_dict())
-    document = {"format": ck.POLICY_FORMAT, "net": dataclasses.asdict(net.config), "encoder": {"spec": spec, "fingerprint": fingerprint},
-                "datasets": [robot], "loss": {"kind": kind, "sample_steps": 0}, "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0}}
+    document = {
+        "format": ck.POLICY_FORMAT,
+        "net": dataclasses.asdict(net.config),
+        "encoder": {"spec": spec, "fingerprint": fingerprint},
+        "datasets": [robot],
+        "loss": {"kind": kind, "sample_steps": 0},
+        "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0},
+    }
     if lora is not None:
         add_lora(encoder, lora)
         for name, parameter in lora_parameters(encoder):
@@ -54,13 +96,25 @@ def make_run(run: Path, vlm: Path, arch: str = "qwen3vl", lora: LoraSpec | None 
         for _, parameter in tower_parameters(encoder):
             parameter.data += 0.02 * torch.randn_like(parameter)
     raw = {name: tensor + 1 for name, tensor in tensors.items()}
-    ck.save_checkpoint(run, 7, {"model": raw, "ema": tensors, "optimizer": {"exp_avg/x": torch.ones(3)}},
-                       {"policy": document, "state": {"step": 7, "metrics": {"mse": 0.5}, "offset": 28}}, 1,
-                       (lambda folder: save_adapter(encoder, folder)) if lora or tower else None)
+    ck.save_checkpoint(
+        run,
+        7,
+        {"model": raw, "ema": tensors, "optimizer": {"exp_avg/x": torch.ones(3)}},
+        {"policy": document, "state": {"step": 7, "metrics": {"mse": 0.5}, "offset": 28}},
+        1,
+        (lambda folder: save_adapter(encoder, folder)) if lora or tower else None,
+    )
     return run
 
 
 def observations(count: int = 3) -> list[Observation]:
     rng = np.random.default_rng(3)
-    return [Observation({view: rng.integers(0, 255, (70, 90, 3), np.uint8) for view in VIEWS}, ("push the puck", "", "open the drawer")[i % 3],
-                        rng.normal(0, 0.3, 3).astype(np.float32), step=i) for i in range(count)]
+    return [
+        Observation(
+            {view: rng.integers(0, 255, (70, 90, 3), np.uint8) for view in VIEWS},
+            ("push the puck", "", "open the drawer")[i % 3],
+            rng.normal(0, 0.3, 3).astype(np.float32),
+            step=i,
+        )
+        for i in range(count)
+    ]

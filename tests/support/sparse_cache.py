@@ -16,10 +16,12 @@ from dvla.cache.store.zarr_format import commit_file, features_folder
 from dvla.common.files import crc32c
 
 DESCRIPTION = {"state_map": {}, "environment": None, "starts": [], "license": "mit", "encoder": {}}
-BLOCK = 65536   # rows of the tables made at a time
+BLOCK = 65536  # rows of the tables made at a time
 
 
-def make_plan(shards: int, shard_frames: int, tokens: int, width: int, views: tuple[str, ...] = ("front",), episode: int = 200) -> BuildPlan:
+def make_plan(
+    shards: int, shard_frames: int, tokens: int, width: int, views: tuple[str, ...] = ("front",), episode: int = 200
+) -> BuildPlan:
     frames = shards * shard_frames
     lengths = [min(episode, frames - at) for at in range(0, frames, episode)]
     episodes = tuple(EpisodePlan(i, n, f"task {i % 50}", "hash") for i, n in enumerate(lengths))
@@ -34,14 +36,27 @@ def tables(plan: BuildPlan) -> DatasetTables:
     values[:, 0] = np.arange(dataset.frames)
     stats = RunningStatistics()
     for at in range(0, dataset.frames, BLOCK):
-        stats.update(values[at:at + BLOCK])
+        stats.update(values[at : at + BLOCK])
     n, half = len(dataset.instructions), np.float16
     rotation, result = np.zeros(128, bool), stats.result()
-    return DatasetTables(action=values, action_mask=mask, action_rotation=rotation, action_stats=result, proprio=values, proprio_mask=mask,
-                         proprio_rotation=rotation, proprio_stats=result, timestamp=np.arange(dataset.frames) / 30.0,
-                         text=np.ones((n, 16, plan.width), half), text_length=np.full(n, 16), null_text=np.zeros((2, plan.width), half),
-                         null_features={v: np.zeros((plan.tokens, plan.width), half) for v in dataset.views}, embodiment=1, control_hz=30.0,
-                         attributes=DESCRIPTION)
+    return DatasetTables(
+        action=values,
+        action_mask=mask,
+        action_rotation=rotation,
+        action_stats=result,
+        proprio=values,
+        proprio_mask=mask,
+        proprio_rotation=rotation,
+        proprio_stats=result,
+        timestamp=np.arange(dataset.frames) / 30.0,
+        text=np.ones((n, 16, plan.width), half),
+        text_length=np.full(n, 16),
+        null_text=np.zeros((2, plan.width), half),
+        null_features={v: np.zeros((plan.tokens, plan.width), half) for v in dataset.views},
+        embodiment=1,
+        control_hz=30.0,
+        attributes=DESCRIPTION,
+    )
 
 
 def build(path: Path, plan: BuildPlan, marked: bool = True) -> None:
@@ -58,7 +73,11 @@ def build(path: Path, plan: BuildPlan, marked: bool = True) -> None:
                 for i in range(count if marked else 0):
                     os.pwrite(file.fileno(), np.int64(task.start + i).tobytes(), i * record)
                 os.pwrite(file.fileno(), index.tobytes() + np.uint32(crc32c(index)).tobytes(), count * record)
-            writer._commit(commit_file(path, task.dataset, task.array, task.index), {shard: (shard.stat().st_size, 0)}, quarantined=[])
+            writer._commit(
+                commit_file(path, task.dataset, task.array, task.index),
+                {shard: (shard.stat().st_size, 0)},
+                quarantined=[],
+            )
         writer.write_tables("sparse", tables(plan))
         writer.finish()
 

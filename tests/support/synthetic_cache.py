@@ -19,11 +19,17 @@ from dvla.cache.store.writer import CacheWriter, Features
 
 TOKENS, WIDTH, SHARD = 3, 8, 16
 FINGERPRINT = {"encoder": {"resolution": 448, "weights": "abc"}, "prompt": "do {instruction}"}
-DESCRIPTION = {"state_map": {}, "environment": None, "starts": [], "license": "mit", "dataset_config": "synthetic",
-               "encoder": {"vlm": "qwen3vl", "path": "nowhere"}}    # what training copies into a policy
-BROKEN = ("alpha", "wrist", 13)     # (dataset, view, episode id): decoding fails at its third frame
-CHANNELS = np.array([1, 1, 0.5, 2, 1, 1, 3, 1], np.float32)    # channel scales of 8-bit caches
-SETTINGS: dict[str, dict[str, Any]] = {     # ways of storing, as arguments of `make_plan`
+DESCRIPTION = {
+    "state_map": {},
+    "environment": None,
+    "starts": [],
+    "license": "mit",
+    "dataset_config": "synthetic",
+    "encoder": {"vlm": "qwen3vl", "path": "nowhere"},
+}  # what training copies into a policy
+BROKEN = ("alpha", "wrist", 13)  # (dataset, view, episode id): decoding fails at its third frame
+CHANNELS = np.array([1, 1, 0.5, 2, 1, 1, 3, 1], np.float32)  # channel scales of 8-bit caches
+SETTINGS: dict[str, dict[str, Any]] = {  # ways of storing, as arguments of `make_plan`
     "fp16": {},
     "fp16-lz4-stride3": {"format": FeatureFormat("float16", "lz4"), "frame_stride": 3},
     "int8-variants": {"format": FeatureFormat("int8"), "variants": 2},
@@ -36,8 +42,17 @@ def make_plan(shard_frames: int = SHARD, **settings: Any) -> BuildPlan:
     def dataset(name: str, views: tuple[str, ...], lengths: tuple[int, ...], **kw: object) -> DatasetPlan:
         episodes = (EpisodePlan(10 + i, n, f"{name} task {i % 3}", f"hash{i}") for i, n in enumerate(lengths))
         return DatasetPlan(name, views, tuple(episodes), **kw)
-    return BuildPlan((dataset("alpha", ("front", "wrist"), (5, 23, 1, 17, 9, 30, 12), quarantined=((99, "no video"),)),
-                      dataset("beta", ("top",), (8, 40, 3, 21))), TOKENS, WIDTH, shard_frames, **settings)
+
+    return BuildPlan(
+        (
+            dataset("alpha", ("front", "wrist"), (5, 23, 1, 17, 9, 30, 12), quarantined=((99, "no video"),)),
+            dataset("beta", ("top",), (8, 40, 3, 21)),
+        ),
+        TOKENS,
+        WIDTH,
+        shard_frames,
+        **settings,
+    )
 
 
 def generator(*key: object) -> np.random.Generator:
@@ -72,16 +87,21 @@ def make_tables(plan: BuildPlan, name: str) -> DatasetTables:
         rotation[33:39] = True
         tables |= {kind: values, f"{kind}_mask": mask, f"{kind}_rotation": rotation, f"{kind}_stats": stats.result()}
     text_tokens = 4 if name == "alpha" else 6
-    half = lambda *shape: rng.standard_normal(shape).astype(np.float16)     # noqa: E731
-    return DatasetTables(**tables, timestamp=np.arange(dataset.frames) / 30.0, text=half(n, text_tokens, WIDTH),
-                         text_length=np.arange(1, n + 1), null_text=half(2, WIDTH),
-                         null_features={view: half(TOKENS, WIDTH) for view in dataset.views},
-                         embodiment=1 if name == "alpha" else 4, control_hz=30.0 if name == "alpha" else 15.0,
-                         attributes={"licence": "mit", "action_map": {"name": name}, **DESCRIPTION})
+    half = lambda *shape: rng.standard_normal(shape).astype(np.float16)  # noqa: E731
+    return DatasetTables(
+        **tables,
+        timestamp=np.arange(dataset.frames) / 30.0,
+        text=half(n, text_tokens, WIDTH),
+        text_length=np.arange(1, n + 1),
+        null_text=half(2, WIDTH),
+        null_features={view: half(TOKENS, WIDTH) for view in dataset.views},
+        embodiment=1 if name == "alpha" else 4,
+        control_hz=30.0 if name == "alpha" else 15.0,
+        attributes={"licence": "mit", "action_map": {"name": name}, **DESCRIPTION},
+    )
 
 
-def produce(plan: BuildPlan, task: ShardTask, failed: list[tuple[int, str]],
-            delay: float = 0.0) -> Iterator[Features]:
+def produce(plan: BuildPlan, task: ShardTask, failed: list[tuple[int, str]], delay: float = 0.0) -> Iterator[Features]:
     """The observations of one shard, as a decoder and encoder would give them."""
     dataset = next(d for d in plan.datasets if d.name == task.dataset)
     counts = dataset.observations(plan.frame_stride)
@@ -98,8 +118,14 @@ def produce(plan: BuildPlan, task: ShardTask, failed: list[tuple[int, str]],
         yield stored(plan, values[None])
 
 
-def build(path: Path, *, delay: float = 0.0, stop_after: int | None = None, plan: BuildPlan | None = None,
-          arrange: Callable[[list[ShardTask]], list[ShardTask]] = list) -> None:
+def build(
+    path: Path,
+    *,
+    delay: float = 0.0,
+    stop_after: int | None = None,
+    plan: BuildPlan | None = None,
+    arrange: Callable[[list[ShardTask]], list[ShardTask]] = list,
+) -> None:
     """Build or resume; after `stop_after` shards it gives up without finishing."""
     plan = plan or make_plan()
     with CacheWriter.create_or_resume(path, FINGERPRINT, plan) as writer:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from dvla.stages.caching.upkeep.verify import TOLERANCE
 
-OF_RMS = 1e-5       # of the features' RMS: what a float32 encoder's sums differ by; 5e-6 measured, on 24 blocks of width 512
-OF_SPREAD = 2e-3    # of the actions' standard deviation
+OF_RMS = 1e-5  # of the features' RMS: what a float32 encoder's sums differ by; 5e-6 measured, on 24 blocks of width 512
+OF_SPREAD = 2e-3  # of the actions' standard deviation
 
 
 def assert_same_features(found: Any, expected: Any, dtype: str = "float16") -> None:
@@ -39,13 +39,17 @@ def assert_same_features(found: Any, expected: Any, dtype: str = "float16") -> N
         return
     step = np.spacing(np.maximum(np.abs(a), np.abs(b)).astype(np.float16)).astype(np.float64) if rounded else 0.0
     beyond = np.abs(a - b) - step
-    assert beyond.max() <= OF_RMS * rms, f"{beyond.max() / rms:.2g} of the features' RMS beyond one step of float16, at {np.unravel_index(beyond.argmax(), a.shape)}"
+    assert beyond.max() <= OF_RMS * rms, (
+        f"{beyond.max() / rms:.2g} of the features' RMS beyond one step of float16, at {np.unravel_index(beyond.argmax(), a.shape)}"
+    )
 
 
 def assert_same_actions(found: np.ndarray, expected: np.ndarray) -> None:
     """Actions [..., T, d] of one policy for the same observations, in batches of another composition."""
     difference = np.abs(np.asarray(found) - np.asarray(expected)).max()
-    assert difference <= OF_SPREAD * np.std(expected), f"actions differ by {difference / np.std(expected):.2g} of their spread"
+    assert difference <= OF_SPREAD * np.std(expected), (
+        f"actions differ by {difference / np.std(expected):.2g} of their spread"
+    )
 
 
 @contextlib.contextmanager
@@ -55,14 +59,14 @@ def rows_that_decide_the_rounding() -> Iterator[None]:
     real = F.linear
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        rows = x.flatten(0, -2)                                                     # [M,K]
+        rows = x.flatten(0, -2)  # [M,K]
         left = len(rows) % 16
 
         def product(part: torch.Tensor, kernel: int) -> torch.Tensor:
-            at = 1 + kernel * 2654435761 % 2**32 % (weight.shape[1] - 1)            # Knuth's multiplicative hash
+            at = 1 + kernel * 2654435761 % 2**32 % (weight.shape[1] - 1)  # Knuth's multiplicative hash
             return real(part[:, :at], weight[:, :at]) + real(part[:, at:], weight[:, at:], bias)
 
-        parts = [product(rows[:len(rows) - left], len(rows) // 16), product(rows[len(rows) - left:], left)]
+        parts = [product(rows[: len(rows) - left], len(rows) // 16), product(rows[len(rows) - left :], left)]
         return torch.cat(parts).unflatten(0, x.shape[:-1])
 
     with pytest.MonkeyPatch.context() as patch:

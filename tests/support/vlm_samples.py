@@ -13,10 +13,14 @@ import torch.nn.functional as F
 def smooth_pictures(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     """Smooth random pictures, uint8 [n,H,W,3]."""
     coarse = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    return (F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1) * 255).to(torch.uint8).contiguous()
+    return (
+        (F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1) * 255).to(torch.uint8).contiguous()
+    )
 
 
 def weight_files(checkpoint: Path, needed: Callable[[str], object]) -> tuple[list[str], list[str]]:
     """(files without a tensor whose name is `needed`, all files) of a checkpoint in several files."""
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    return sorted(set(index.values()) - {file for name, file in index.items() if needed(name)}), sorted(set(index.values()))
+    return sorted(set(index.values()) - {file for name, file in index.items() if needed(name)}), sorted(
+        set(index.values())
+    )

@@ -19,11 +19,11 @@ import numpy as np
 
 from ....errors import UserError
 
-SIZE = 448          # S, pixels
-VERSION = 1         # raised when the same cloud gives other pictures; part of the hash of rendered views
+SIZE = 448  # S, pixels
+VERSION = 1  # raised when the same cloud gives other pictures; part of the hash of rendered views
 _BACKGROUND = (255, 255, 255)
-_LIGHT = np.array([0.36, 0.24, 0.90])   # direction to the light, unit length, in the frame of the points
-_ONE_AT_A_TIME = threading.Lock()       # an OpenGL context belongs to one thread
+_LIGHT = np.array([0.36, 0.24, 0.90])  # direction to the light, unit length, in the frame of the points
+_ONE_AT_A_TIME = threading.Lock()  # an OpenGL context belongs to one thread
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Camera:
     position: tuple[float, float, float]
     target: tuple[float, float, float] = (0.0, 0.0, 0.0)
     up: tuple[float, float, float] = (0.0, 0.0, 1.0)
-    view_angle: float = 30.0    # degrees from edge to edge: 0.31 m at the object for front and side
+    view_angle: float = 30.0  # degrees from edge to edge: 0.31 m at the object for front and side
 
 
 CAMERAS: dict[str, Camera] = {
     "front": Camera((0.5, 0.0, 0.3)),
     "side": Camera((0.0, 0.5, 0.3)),
-    "top": Camera((0.0, 0.0, 0.8), up=(-1.0, 0.0, 0.0), view_angle=22.0),               # the front camera's side is below
-    "wrist": Camera((0.1, 0.0, 0.15), target=(0.0, 0.0, 0.05), view_angle=60.0),        # a close look
+    "top": Camera((0.0, 0.0, 0.8), up=(-1.0, 0.0, 0.0), view_angle=22.0),  # the front camera's side is below
+    "wrist": Camera((0.1, 0.0, 0.15), target=(0.0, 0.0, 0.05), view_angle=60.0),  # a close look
 }
 
 
@@ -55,8 +55,9 @@ def shade(points: np.ndarray, base: np.ndarray, normals: np.ndarray | None = Non
     return np.clip(base * light[:, None] + 0.5, 0, 255).astype(np.uint8)
 
 
-def render(points: np.ndarray, colors: np.ndarray, spacing: float,
-           cameras: Mapping[str, Camera] = CAMERAS) -> dict[str, np.ndarray]:
+def render(
+    points: np.ndarray, colors: np.ndarray, spacing: float, cameras: Mapping[str, Camera] = CAMERAS
+) -> dict[str, np.ndarray]:
     """The cloud seen by each camera: name → uint8 [S, S, 3] RGB.
 
     `points [N, 3]` in m, `colors` uint8 [N, 3], `spacing`: distance (m) between neighbouring points of a surface. Safe in any
@@ -66,9 +67,11 @@ def render(points: np.ndarray, colors: np.ndarray, spacing: float,
         import pyvista
         from vtkmodules.vtkCommonCore import vtkLogger
     except ImportError as error:
-        raise UserError(f"views of a point cloud are rendered with PyVista, which cannot be imported ({error}); install it with "
-                        "pip install 'dvla[render]'") from None
-    vtkLogger.SetStderrVerbosity(vtkLogger.VERBOSITY_OFF)   # it would report each display that it tries in vain
+        raise UserError(
+            f"views of a point cloud are rendered with PyVista, which cannot be imported ({error}); install it with "
+            "pip install 'dvla[render]'"
+        ) from None
+    vtkLogger.SetStderrVerbosity(vtkLogger.VERBOSITY_OFF)  # it would report each display that it tries in vain
     cloud = pyvista.PolyData(np.ascontiguousarray(points, np.float32))
     with _ONE_AT_A_TIME:
         plotter: Any = pyvista.Plotter(off_screen=True, window_size=[SIZE, SIZE], lighting=None)
@@ -76,8 +79,15 @@ def render(points: np.ndarray, colors: np.ndarray, spacing: float,
             _require_opengl(type(plotter.render_window).__name__)
             plotter.set_background(tuple(c / 255 for c in _BACKGROUND))
             plotter.disable_anti_aliasing()
-            actor = plotter.add_points(cloud, scalars=colors, rgb=True, lighting=False, render_points_as_spheres=False,
-                                       reset_camera=False, show_scalar_bar=False)
+            actor = plotter.add_points(
+                cloud,
+                scalars=colors,
+                rgb=True,
+                lighting=False,
+                render_points_as_spheres=False,
+                reset_camera=False,
+                show_scalar_bar=False,
+            )
             return {name: _picture(plotter, actor, camera, spacing) for name, camera in cameras.items()}
         finally:
             plotter.close()
@@ -85,12 +95,14 @@ def render(points: np.ndarray, colors: np.ndarray, spacing: float,
 
 def _picture(plotter: Any, actor: Any, camera: Camera, spacing: float) -> np.ndarray:
     distance = math.dist(camera.position, camera.target)
-    pixels = spacing / distance * SIZE / 2 / math.tan(math.radians(camera.view_angle / 2))     # between neighbouring points
+    pixels = (
+        spacing / distance * SIZE / 2 / math.tan(math.radians(camera.view_angle / 2))
+    )  # between neighbouring points
     actor.prop.point_size = max(2, math.ceil(1.5 * pixels))
     eye = plotter.camera
     eye.position, eye.focal_point, eye.up, eye.view_angle = camera.position, camera.target, camera.up, camera.view_angle
     eye.clipping_range = (0.01, 10.0)
-    plotter.render()    # a screenshot alone shows the camera before
+    plotter.render()  # a screenshot alone shows the camera before
     return np.ascontiguousarray(plotter.screenshot(return_img=True, transparent_background=False)[..., :3])
 
 
@@ -104,5 +116,7 @@ def _require_opengl(window: str) -> None:
             return
         except OSError:
             continue
-    raise UserError("there is no OpenGL to render point clouds with: neither a display nor EGL nor OSMesa can be used; install "
-                    "one, e.g. apt-get install libegl1 libgl1-mesa-dri, or libosmesa6")
+    raise UserError(
+        "there is no OpenGL to render point clouds with: neither a display nor EGL nor OSMesa can be used; install "
+        "one, e.g. apt-get install libegl1 libgl1-mesa-dri, or libosmesa6"
+    )

@@ -19,32 +19,43 @@ from PIL import Image
 from ....errors import UserError
 from ..episode import CorruptEpisode
 
-CLOUD_VIEWS = 8     # of up to 256 depth pictures, chosen evenly: enough to see an object from all sides
-SPACING = 0.002     # m; one point is kept per cube of this size
-_STRIDE = 3         # pixels of a depth picture between two points: 1.6 mm at 0.5 m
-_RIM = 0.01         # m of depth between neighbours: more is the rim of a surface
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, MemoryError, NotImplementedError, zlib.error,
-           zipfile.BadZipFile, Image.DecompressionBombError)      # what numpy, PIL and scipy raise for damaged files
+CLOUD_VIEWS = 8  # of up to 256 depth pictures, chosen evenly: enough to see an object from all sides
+SPACING = 0.002  # m; one point is kept per cube of this size
+_STRIDE = 3  # pixels of a depth picture between two points: 1.6 mm at 0.5 m
+_RIM = 0.01  # m of depth between neighbours: more is the rim of a surface
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    SyntaxError,
+    MemoryError,
+    NotImplementedError,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)  # what numpy, PIL and scipy raise for damaged files
 
 
 @dataclass(frozen=True)
 class SceneFiles:
     """What a scene's cloud is made of."""
 
-    folder: Path                        # scenes/scene_0000/realsense
-    pictures: tuple[str, ...]           # stems of the depth pictures used, e.g. "0032"; empty: network_input.npz is used
-    suffix: str                         # "_gt" for rendered depth, "" for measured
-    sha256: str                         # hex over the bytes of every file used
+    folder: Path  # scenes/scene_0000/realsense
+    pictures: tuple[str, ...]  # stems of the depth pictures used, e.g. "0032"; empty: network_input.npz is used
+    suffix: str  # "_gt" for rendered depth, "" for measured
+    sha256: str  # hex over the bytes of every file used
 
 
 @dataclass(frozen=True)
 class Cloud:
     """Points of a scene in the table's frame."""
 
-    points: np.ndarray                  # [N, 3] float32
-    labels: np.ndarray                  # [N] int, 0 = no object
-    normals: np.ndarray | None          # [N, 3] float32, unit length
-    colors: np.ndarray | None           # [N, 3] uint8, where the scene has photographs
+    points: np.ndarray  # [N, 3] float32
+    labels: np.ndarray  # [N] int, 0 = no object
+    normals: np.ndarray | None  # [N, 3] float32, unit length
+    colors: np.ndarray | None  # [N, 3] uint8, where the scene has photographs
 
 
 def find_scene(folder: Path) -> SceneFiles:
@@ -58,8 +69,10 @@ def find_scene(folder: Path) -> SceneFiles:
             return SceneFiles(folder, chosen, suffix, _hash(folder, ["camera_poses.npy", "cam0_wrt_table.npy", *names]))
     if (folder / "network_input.npz").is_file():
         return SceneFiles(folder, (), "", _hash(folder, ["network_input.npz"]))
-    raise CorruptEpisode(f"scenes/{folder.parent.name}/{folder.name} has neither depth, label and meta of any view nor a "
-                         f"network_input.npz")
+    raise CorruptEpisode(
+        f"scenes/{folder.parent.name}/{folder.name} has neither depth, label and meta of any view nor a "
+        f"network_input.npz"
+    )
 
 
 def read_cloud(files: SceneFiles) -> Cloud:
@@ -74,11 +87,13 @@ def read_cloud(files: SceneFiles) -> Cloud:
     points, labels = np.concatenate([p.points for p in parts]), np.concatenate([p.labels for p in parts])
     normals, colors = joined("normals"), joined("colors")
     order = np.arange(len(points))
-    if normals is not None:     # of the points in a cube one that has a normal is kept, where there is one
+    if normals is not None:  # of the points in a cube one that has a normal is kept, where there is one
         order = np.argsort(~normals.any(axis=1), kind="stable")
         normals = np.where(normals.any(axis=1, keepdims=True), normals, np.array([0, 0, 1], np.float32))
     kept = order[_one_per_cube(points[order], files.folder.parent.name)]
-    return Cloud(points[kept], labels[kept], None if normals is None else normals[kept], None if colors is None else colors[kept])
+    return Cloud(
+        points[kept], labels[kept], None if normals is None else normals[kept], None if colors is None else colors[kept]
+    )
 
 
 def _one_per_cube(points: np.ndarray, scene: str) -> np.ndarray:
@@ -100,9 +115,10 @@ def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         values = np.asarray(values, np.float64)
     except _DAMAGE as error:
         raise CorruptEpisode(f"{_short(path)} cannot be read ({_reason(error)})") from None
-    if values.shape[values.ndim - len(shape):] != shape or not np.isfinite(values).all():
-        raise CorruptEpisode(f"{_short(path)} is {list(values.shape)}, or not finite; a finite […, {str(list(shape))[1:-1]}] is "
-                             f"expected")
+    if values.shape[values.ndim - len(shape) :] != shape or not np.isfinite(values).all():
+        raise CorruptEpisode(
+            f"{_short(path)} is {list(values.shape)}, or not finite; a finite […, {str(list(shape))[1:-1]}] is expected"
+        )
     return values
 
 
@@ -111,7 +127,7 @@ def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {n: archive[n] for n in names if n in archive.files}
-    except (*_DAMAGE, AttributeError) as error:     # a lone .npy under that name has no files
+    except (*_DAMAGE, AttributeError) as error:  # a lone .npy under that name has no files
         raise CorruptEpisode(f"{_short(path)} cannot be read ({_reason(error)})") from None
 
 
@@ -121,7 +137,9 @@ def _from_depth(files: SceneFiles) -> list[Cloud]:
     parts = []
     for stem in files.pictures:
         if not stem.isdigit() or int(stem) >= len(poses):
-            raise CorruptEpisode(f"{files.folder.parent.name}: depth picture {stem} has none of the {len(poses)} camera poses")
+            raise CorruptEpisode(
+                f"{files.folder.parent.name}: depth picture {stem} has none of the {len(poses)} camera poses"
+            )
         parts.append(_moved(_back_projected(files, stem), table @ poses[int(stem)]))
     return parts
 
@@ -136,9 +154,11 @@ def _back_projected(files: SceneFiles, stem: str) -> Cloud:
     if labels.shape != depth.shape or colors is not None and colors.shape[:2] != depth.shape:
         raise CorruptEpisode(f"{files.folder.parent.name}: depth, label and photograph {stem} differ in size")
     intrinsics, factor = _intrinsics(folder / "meta" / f"{stem}.mat")
-    v, u = np.mgrid[0:depth.shape[0]:_STRIDE, 0:depth.shape[1]:_STRIDE]
+    v, u = np.mgrid[0 : depth.shape[0] : _STRIDE, 0 : depth.shape[1] : _STRIDE]
     z = depth[::_STRIDE, ::_STRIDE] / factor
-    grid = np.stack([(u - intrinsics[0, 2]) * z / intrinsics[0, 0], (v - intrinsics[1, 2]) * z / intrinsics[1, 1], z], -1)
+    grid = np.stack(
+        [(u - intrinsics[0, 2]) * z / intrinsics[0, 0], (v - intrinsics[1, 2]) * z / intrinsics[1, 1], z], -1
+    )
     seen = z > 0
     taken = None if colors is None else colors[::_STRIDE, ::_STRIDE][seen]
     return Cloud(grid[seen], labels[::_STRIDE, ::_STRIDE][seen].astype(np.int64), _normals(grid)[seen], taken)
@@ -157,12 +177,19 @@ def _from_network_input(folder: Path) -> list[Cloud]:
     arrays = load_arrays(folder / "network_input.npz", ("pc", "seg", "extrinsics"))
     shapes = {n: a.shape for n, a in arrays.items()}
     views, count = shapes.get("pc", (0, 0))[:2]
-    if shapes != {"pc": (views, count, 3), "seg": (views, count), "extrinsics": (views, 4, 4)} or not views \
-            or not all(a.dtype.kind in "fiu" and np.isfinite(a).all() for a in arrays.values()):
-        raise CorruptEpisode(f"{_short(folder / 'network_input.npz')} holds {shapes}; finite pc [V, N, 3], seg [V, N] and "
-                             f"extrinsics [V, 4, 4] are expected")
-    return [_moved(Cloud(arrays["pc"][i], arrays["seg"][i].astype(np.int64), None, None), arrays["extrinsics"][i])
-            for i in _evenly(views)]
+    if (
+        shapes != {"pc": (views, count, 3), "seg": (views, count), "extrinsics": (views, 4, 4)}
+        or not views
+        or not all(a.dtype.kind in "fiu" and np.isfinite(a).all() for a in arrays.values())
+    ):
+        raise CorruptEpisode(
+            f"{_short(folder / 'network_input.npz')} holds {shapes}; finite pc [V, N, 3], seg [V, N] and "
+            f"extrinsics [V, 4, 4] are expected"
+        )
+    return [
+        _moved(Cloud(arrays["pc"][i], arrays["seg"][i].astype(np.int64), None, None), arrays["extrinsics"][i])
+        for i in _evenly(views)
+    ]
 
 
 def _evenly(count: int) -> list[int]:
@@ -192,12 +219,17 @@ def _intrinsics(path: Path) -> tuple[np.ndarray, float]:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise UserError("the camera matrices of DexGraspNet 2.0 are MATLAB files, which scipy reads; install it with "
-                        "pip install 'dvla[render]'") from None
+        raise UserError(
+            "the camera matrices of DexGraspNet 2.0 are MATLAB files, which scipy reads; install it with "
+            "pip install 'dvla[render]'"
+        ) from None
     try:
         found = loadmat(io.BytesIO(path.read_bytes()), variable_names=("intrinsic_matrix", "factor_depth"))
-        matrix, factor = np.asarray(found["intrinsic_matrix"], np.float64), float(np.asarray(found["factor_depth"]).reshape(-1)[0])
-    except Exception as error:      # a damaged file makes loadmat raise almost anything
+        matrix, factor = (
+            np.asarray(found["intrinsic_matrix"], np.float64),
+            float(np.asarray(found["factor_depth"]).reshape(-1)[0]),
+        )
+    except Exception as error:  # a damaged file makes loadmat raise almost anything
         raise CorruptEpisode(f"{_short(path)} cannot be read ({_reason(error)})") from None
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or not min(matrix[0, 0], matrix[1, 1], factor) > 0:
         raise CorruptEpisode(f"{_short(path)} holds no camera matrix and depth factor that can be used")

@@ -47,12 +47,12 @@ from ..location import Location
 from .render import CAMERAS, SIZE, VERSION, render, shade
 from .scene import SPACING, find_scene, load_arrays, load_matrix, read_cloud
 
-GRASPS_PER_OBJECT = 8       # grasps listed of an object in a scene
-REACH = 0.3                 # m around the target that is drawn
-_TARGET, _OTHER, _TABLE = (235, 140, 60), (125, 150, 180), (215, 215, 215)     # colours of surfaces without photographs
-_POSE = {"point": (3,), "translation": (3,), "rotation": (3, 3)}    # arrays that every file needs → shape of one grasp
-_CELL = 0.008               # m, within which a grasp's point meets the cloud
-_SURELY_MANY = 64 << 10     # bytes: a file of this size holds more than GRASPS_PER_OBJECT grasps
+GRASPS_PER_OBJECT = 8  # grasps listed of an object in a scene
+REACH = 0.3  # m around the target that is drawn
+_TARGET, _OTHER, _TABLE = (235, 140, 60), (125, 150, 180), (215, 215, 215)  # colours of surfaces without photographs
+_POSE = {"point": (3,), "translation": (3,), "rotation": (3, 3)}  # arrays that every file needs → shape of one grasp
+_CELL = 0.008  # m, within which a grasp's point meets the cloud
+_SURELY_MANY = 64 << 10  # bytes: a file of this size holds more than GRASPS_PER_OBJECT grasps
 _NAMED = re.compile(r"<obj_id>\s*(\d+)\s*</obj_id>\s*<obj_name>\s*([^<]*?)\s*</obj_name>")
 
 
@@ -66,13 +66,17 @@ class DexGraspNetSource(Source):
         other views."""
         root = Path(path_or_repo).expanduser()
         if not (root / "dex_grasps_new").is_dir():
-            raise UserError(f"{path_or_repo} has no folder dex_grasps_new; DexGraspNet 2.0 comes as archives: unpack "
-                            f"dex_grasps_new.tar.gz and scenes.tar.gz into one folder and give that")
+            raise UserError(
+                f"{path_or_repo} has no folder dex_grasps_new; DexGraspNet 2.0 comes as archives: unpack "
+                f"dex_grasps_new.tar.gz and scenes.tar.gz into one folder and give that"
+            )
         self._files = _grasp_files(root / "dex_grasps_new")
         numbers = [key * GRASPS_PER_OBJECT + k for key, path in self._files.items() for k in range(_listed(path))]
         name = Location(str(root), ()).name
         config = config or find_config(self.format, (name,))
-        super().__init__(root, name, config, fps=None, view_names=choose_views(tuple(CAMERAS), config, name), episode_ids=numbers)
+        super().__init__(
+            root, name, config, fps=None, view_names=choose_views(tuple(CAMERAS), config, name), episode_ids=numbers
+        )
         # a few scenes at a time are kept: the grasps of an object follow one another, and so do the objects of a scene
         self._grasps = functools.lru_cache(4)(self._read_grasps)
         self._frame = functools.lru_cache(4)(self._read_frame)
@@ -97,7 +101,7 @@ class DexGraspNetSource(Source):
         return 1
 
     def instruction_of(self, episode_id: int) -> str:
-        """"grasp the banana" where the scene's annotations name the object, else the config's."""
+        """ "grasp the banana" where the scene's annotations name the object, else the config's."""
         self.where(episode_id)
         key = episode_id // GRASPS_PER_OBJECT
         known = self._names(self._folder(key) / "annotations").get(key % 1000)
@@ -116,7 +120,7 @@ class DexGraspNetSource(Source):
             if k >= count:
                 raise CorruptEpisode(f"{self._label(key)} has {count} grasps only")
             row = (2 * k + 1) * count // (2 * GRASPS_PER_OBJECT) if count > GRASPS_PER_OBJECT else k
-            found = {name: values[row:row + 1] for name, values in arrays.items()}
+            found = {name: values[row : row + 1] for name, values in arrays.items()}
             if {"target_translation", "target_rotation"} & set(columns):
                 axes, shift, centre = self._frame(key)
                 found["target_translation"] = found["translation"] @ axes.T + shift - centre
@@ -135,12 +139,12 @@ class DexGraspNetSource(Source):
 
     def _open(self, key: int, view: str, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
         with _named(where):
-            yield self._pictures(key)[view].copy()      # the kept one stays as it is
+            yield self._pictures(key)[view].copy()  # the kept one stays as it is
 
     # --- read once and kept; their messages lack the episode's name ---
 
     def _folder(self, key: int) -> Path:
-        return self.path / "scenes" / self._files[key].parts[-3] / "realsense"     # whose first pose is the grasps' frame
+        return self.path / "scenes" / self._files[key].parts[-3] / "realsense"  # whose first pose is the grasps' frame
 
     def _label(self, key: int) -> str:
         return "/".join(self._files[key].parts[-3:])
@@ -154,7 +158,9 @@ class DexGraspNetSource(Source):
             values = arrays[name]
             tail = _POSE.get(name, values.shape[1:])
             if not count or values.shape != (count, *tail) or values.dtype.kind not in "fiu":
-                raise CorruptEpisode(f"{self._label(key)}: '{name}' is {values.dtype} {list(values.shape)} for {count} grasps")
+                raise CorruptEpisode(
+                    f"{self._label(key)}: '{name}' is {values.dtype} {list(values.shape)} for {count} grasps"
+                )
         if not np.isfinite(arrays["point"]).all():
             raise CorruptEpisode(f"{self._label(key)}: a 'point' is not finite")
         return arrays
@@ -177,8 +183,10 @@ class DexGraspNetSource(Source):
         points, labels = points[near], cloud.labels[near]
         own = _label_at(points, labels, self._grasps(key)["point"] @ axes.T + shift - centre)
         if own is None:
-            raise CorruptEpisode(f"{self._label(key)}: the scene's pictures show no object where its points are; grasps and "
-                                 f"pictures are not of one scene, or not in one frame")
+            raise CorruptEpisode(
+                f"{self._label(key)}: the scene's pictures show no object where its points are; grasps and "
+                f"pictures are not of one scene, or not in one frame"
+            )
         if cloud.colors is not None:
             return render(points, cloud.colors[near], SPACING)
         base = np.where((labels == own)[:, None], _TARGET, np.where((labels > 0)[:, None], _OTHER, _TABLE))
@@ -199,7 +207,9 @@ def _grasp_files(folder: Path) -> dict[int, Path]:
     for path in folder.glob("scene_*/leap_hand/*.npz"):
         scene, thing = path.parts[-3].removeprefix("scene_"), path.stem
         if not (scene.isdecimal() and thing.isdecimal() and int(thing) < 1000):
-            raise UserError(f"{path}: grasps are in scene_<number>/leap_hand/<object number below 1000>.npz; move other files away")
+            raise UserError(
+                f"{path}: grasps are in scene_<number>/leap_hand/<object number below 1000>.npz; move other files away"
+            )
         files[int(scene) * 1000 + int(thing)] = path
     if not files:
         raise UserError(f"{folder} holds no scene_<number>/leap_hand/<object>.npz; unpack dex_grasps_new.tar.gz again")
@@ -212,7 +222,7 @@ def _listed(path: Path) -> int:
         return GRASPS_PER_OBJECT
     try:
         return max(1, min(GRASPS_PER_OBJECT, len(load_arrays(path, ("point",)).get("point", ()))))
-    except (CorruptEpisode, TypeError):     # TypeError: a point without dimensions
+    except (CorruptEpisode, TypeError):  # TypeError: a point without dimensions
         return 1
 
 
@@ -227,6 +237,7 @@ def _object_names(folder: Path) -> dict[int, str]:
 
 def _label_at(points: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> int | None:
     """The label that most of `points [N, 3]` have which lie where `wanted [G, 3]` are; None when no object is there."""
+
     def cells(values: np.ndarray) -> np.ndarray:
         whole = np.floor(values / _CELL).astype(np.int64)
         return (whole[:, 0] * 4096 + whole[:, 1]) * 4096 + whole[:, 2]

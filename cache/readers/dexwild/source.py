@@ -44,7 +44,7 @@ from ..hdf5 import SUFFIXES, find, find_array, opened, text
 from ..location import Location
 from .streams import Alignment, align, find_pictures, is_camera, read_pictures, read_stream
 
-TASKS = {   # task in a file's name → our wording of it, since the files hold no text
+TASKS = {  # task in a file's name → our wording of it, since the files hold no text
     "clothes": "fold the clothes",
     "florist": "put the flowers into the vase",
     "pour": "pour the liquid into the cup",
@@ -53,7 +53,7 @@ TASKS = {   # task in a file's name → our wording of it, since the files hold 
 }
 _EPISODE = re.compile(r"ep_?(\d+)")
 _FILE = re.compile(r"(?:robot|human)_([A-Za-z]+)_data.*")
-_SURVEYED = 3       # readable episodes looked into when a dataset is opened
+_SURVEYED = 3  # readable episodes looked into when a dataset is opened
 
 
 class DexWildSource(Source):
@@ -69,18 +69,28 @@ class DexWildSource(Source):
         self._root = location.root.parent if one_file else location.root
         self._files = [location.root] if one_file else sorted(p for p in self._root.rglob("*") if p.suffix in SUFFIXES)
         if not self._files:
-            raise UserError(f"{path_or_repo} holds no .hdf5 file; DexWild's are published as pieces of tar archives: join and "
-                            f"unpack them (cat *.part_* | tar x) and give the folder with the .hdf5")
+            raise UserError(
+                f"{path_or_repo} holds no .hdf5 file; DexWild's are published as pieces of tar archives: join and "
+                f"unpack them (cat *.part_* | tar x) and give the folder with the .hdf5"
+            )
         entries = [(path, name) for path in self._files for name in _listed(path)]
         if all(name is None for _, name in entries):
-            raise UserError(f"{path_or_repo}: no HDF5 file here can be read and holds groups ep_0000, ep_0001, …; download it "
-                            f"again, or give another folder")
+            raise UserError(
+                f"{path_or_repo}: no HDF5 file here can be read and holds groups ep_0000, ep_0001, …; download it "
+                f"again, or give another folder"
+            )
         self._episodes = dict(enumerate(entries))
         name = location.root.stem if one_file else location.name
         config = config or find_config(self.format, (name, location.hub_id or "", *(p.stem for p in self._files)))
         widths, cameras = self._survey(config, name)
-        super().__init__(self._root, name, config, fps=None, view_names=choose_views(sorted(cameras), config, name),
-                         episode_ids=tuple(self._episodes))
+        super().__init__(
+            self._root,
+            name,
+            config,
+            fps=None,
+            view_names=choose_views(sorted(cameras), config, name),
+            episode_ids=tuple(self._episodes),
+        )
         self._check_width(config.action_columns, self.action_map.native_dim, widths)
         if config.state:
             self._check_width(config.state_columns, self.state_map.native_dim, widths)
@@ -141,7 +151,7 @@ class DexWildSource(Source):
         """Width of each column the config asks for, and names of the cameras, over the first readable episodes."""
         wanted = self._wanted(config)
         widths: dict[str, int] = {}
-        members: dict[str, bool] = {}   # name in an episode → whether it is a camera
+        members: dict[str, bool] = {}  # name in an episode → whether it is a camera
         seen, refusals = 0, []
         for path, name in ((p, n) for p, n in self._episodes.values() if n):
             try:
@@ -157,19 +167,25 @@ class DexWildSource(Source):
         if not seen:
             raise UserError(f"{dataset}: no episode can be read: {refusals[0]}")
         for column in (c for c in wanted if c not in widths):
-            raise UserError(f"{dataset}: {unknown('stream', column, [n for n, camera in members.items() if not camera])}; dataset "
-                            f"config '{config.name}' asks for it")
+            raise UserError(
+                f"{dataset}: {unknown('stream', column, [n for n, camera in members.items() if not camera])}; dataset "
+                f"config '{config.name}' asks for it"
+            )
         return widths, {n for n, camera in members.items() if camera}
 
     def _check_width(self, columns: Sequence[str], described: int, widths: dict[str, int]) -> None:
         width = sum(widths[c] for c in columns)
         hint = "choose or write another dataset config"
         if any("leapv2" in c for c in columns):
-            hint = ("LEAP v2 has 17 joints, a single hand has 16 finger slots: name what becomes of the 17th (the bend of the "
-                    "palm), e.g. 'drop: 1' in the field map after 16 finger joints")
+            hint = (
+                "LEAP v2 has 17 joints, a single hand has 16 finger slots: name what becomes of the 17th (the bend of the "
+                "palm), e.g. 'drop: 1' in the field map after 16 finger joints"
+            )
         if width != described:
-            raise UserError(f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
-                            f"describes {described}; {hint}")
+            raise UserError(
+                f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
+                f"describes {described}; {hint}"
+            )
 
     def _align(self, group: h5py.Group, where: str) -> Alignment:
         return align(group, self.view_names, self._wanted(self.config), 0.5 / self.fps, where)

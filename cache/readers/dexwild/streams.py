@@ -19,7 +19,7 @@ from PIL import Image
 from ..episode import CorruptEpisode
 from ..hdf5 import find, find_array, first_line, numbers, opened, stored_hash
 
-MAX_TRIM_S = 0.5    # seconds of pictures that may lack a row at either end of an episode; more is a stream cut short
+MAX_TRIM_S = 0.5  # seconds of pictures that may lack a row at either end of an episode; more is a stream cut short
 _PICTURE = re.compile(r"(\d+)\.(?:jpe?g|png)", re.IGNORECASE)
 _PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -28,9 +28,9 @@ _PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class Alignment:
     """What makes the T frames of an episode."""
 
-    times: np.ndarray                   # [T] float64 seconds since the first frame
-    columns: dict[str, np.ndarray]      # column → [T, d] float64
-    pictures: dict[str, list[str]]      # view → T names, relative to the episode's group
+    times: np.ndarray  # [T] float64 seconds since the first frame
+    columns: dict[str, np.ndarray]  # column → [T, d] float64
+    pictures: dict[str, list[str]]  # view → T names, relative to the episode's group
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Pictures:
     """The pictures of one view of one episode, found but not decoded."""
 
     path: Path
-    episode: str        # the episode's group
-    names: list[str]    # T, relative to it
-    height: int         # H of the first; all others must agree
-    width: int          # W
-    sha256: str         # hex, over the stored bytes of every picture
+    episode: str  # the episode's group
+    names: list[str]  # T, relative to it
+    height: int  # H of the first; all others must agree
+    width: int  # W
+    sha256: str  # hex, over the stored bytes of every picture
 
 
 def align(group: h5py.Group, views: Sequence[str], columns: Sequence[str], tolerance_s: float, where: str) -> Alignment:
@@ -51,7 +51,7 @@ def align(group: h5py.Group, views: Sequence[str], columns: Sequence[str], toler
     not meet is a `CorruptEpisode`."""
     names = {view: _picture_names(group, view, where) for view in views}
     streams = {column: read_stream(group, column, where) for column in columns}
-    clock = np.array([time for time, _ in names[views[0]]])     # int64, one entry a picture
+    clock = np.array([time for time, _ in names[views[0]]])  # int64, one entry a picture
     stamps = {f"picture of '{v}'": np.array([time for time, _ in n]) for v, n in names.items()}
     stamps |= {f"row of '{c}'": values[:, 0] for c, values in streams.items()}
     nearest, good = {}, np.ones(len(clock), bool)
@@ -60,12 +60,16 @@ def align(group: h5py.Group, views: Sequence[str], columns: Sequence[str], toler
         good &= distance <= tolerance_s * 1e9
         lost = _unexplained(clock, good)
         if lost is not None:
-            raise CorruptEpisode(f"{where}: no {what} within {tolerance_s * 1e3:.0f} ms of the picture at {clock[lost]} (number "
-                                 f"{lost} of the {len(clock)} of '{views[0]}')")
+            raise CorruptEpisode(
+                f"{where}: no {what} within {tolerance_s * 1e3:.0f} ms of the picture at {clock[lost]} (number "
+                f"{lost} of the {len(clock)} of '{views[0]}')"
+            )
     kept = np.flatnonzero(good)
-    return Alignment((clock[kept] - clock[kept[0]]) / 1e9,
-                     {c: values[nearest[f"row of '{c}'"][kept], 1:] for c, values in streams.items()},
-                     {v: [n[i][1] for i in nearest[f"picture of '{v}'"][kept]] for v, n in names.items()})
+    return Alignment(
+        (clock[kept] - clock[kept[0]]) / 1e9,
+        {c: values[nearest[f"row of '{c}'"][kept], 1:] for c, values in streams.items()},
+        {v: [n[i][1] for i in nearest[f"picture of '{v}'"][kept]] for v, n in names.items()},
+    )
 
 
 def read_stream(group: h5py.Group, column: str, where: str) -> np.ndarray:
@@ -103,8 +107,10 @@ def read_pictures(found: Pictures, where: str, start: int, stop: int) -> Iterato
         for name in found.names[start:stop]:
             picture = _decode(group, name, where)
             if picture.shape[:2] != (found.height, found.width):
-                raise CorruptEpisode(f"{where}: '{name}' is {picture.shape[1]}x{picture.shape[0]}, the first picture is "
-                                     f"{found.width}x{found.height}")
+                raise CorruptEpisode(
+                    f"{where}: '{name}' is {picture.shape[1]}x{picture.shape[0]}, the first picture is "
+                    f"{found.width}x{found.height}"
+                )
             yield picture
 
 
@@ -117,8 +123,9 @@ def _picture_names(group: h5py.Group, view: str, where: str) -> list[tuple[int, 
     for name in member:
         match = _PICTURE.fullmatch(name)
         if not match or int(match[1]) >= 2**63:
-            raise CorruptEpisode(f"{where}: picture '{name}' of '{view}' is not named by its time in ns, like "
-                                 f"1744428163583061504.jpg")
+            raise CorruptEpisode(
+                f"{where}: picture '{name}' of '{view}' is not named by its time in ns, like 1744428163583061504.jpg"
+            )
         found.append((int(match[1]), f"{view}/{name}"))
     return sorted(found)
 
@@ -144,7 +151,7 @@ def _unexplained(clock: np.ndarray, good: np.ndarray) -> int | None:
         return 0
     if clock[-1] - clock[kept[-1]] > MAX_TRIM_S * 1e9:
         return len(clock) - 1
-    inside = good[kept[0]:kept[-1] + 1]
+    inside = good[kept[0] : kept[-1] + 1]
     return None if inside.all() else int(kept[0] + inside.argmin())
 
 
@@ -154,8 +161,10 @@ def _decode(group: h5py.Group, name: str, where: str) -> np.ndarray:
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3 and array.size:
         return array[()]
     if array.ndim > 1:
-        raise CorruptEpisode(f"{where}: '{name}' is {array.dtype} {list(array.shape)}; a picture is uint8 [H, W, 3], or a JPEG "
-                             f"file's bytes")
+        raise CorruptEpisode(
+            f"{where}: '{name}' is {array.dtype} {list(array.shape)}; a picture is uint8 [H, W, 3], or a JPEG "
+            f"file's bytes"
+        )
     try:
         with Image.open(io.BytesIO(_bytes(array)), formats=("JPEG", "PNG")) as image:
             return np.asarray(image.convert("RGB"))

@@ -28,7 +28,7 @@ class EpisodeEntry:
     length: int
     tasks: tuple[str, ...]
     data_path: str
-    video_paths: Mapping[str, str]     # video key → file
+    video_paths: Mapping[str, str]  # video key → file
     video_starts: Mapping[str, float]  # video key → seconds into that file at which the episode begins
 
 
@@ -37,15 +37,22 @@ class Metadata:
 
     def __init__(self, path_or_repo: str) -> None:
         files = Location(path_or_repo, ["meta/**"])
-        self.locate, self.root, self.name, self.repo = files.locate, files.root, files.name, files.hub_id or path_or_repo
+        self.locate, self.root, self.name, self.repo = (
+            files.locate,
+            files.root,
+            files.name,
+            files.hub_id or path_or_repo,
+        )
         info_path = self.root / "meta" / "info.json"
         if not info_path.is_file():
             raise UserError(f"{path_or_repo} is not a LeRobot dataset: it has no meta/info.json")
         self.info: dict[str, Any] = _json(info_path)
         self.version = str(self.info.get("codebase_version"))
         if self.version not in VERSIONS:
-            raise UserError(f"{path_or_repo}: LeRobot version {self.version} is not readable; "
-                            f"convert it to one of {', '.join(VERSIONS)}")
+            raise UserError(
+                f"{path_or_repo}: LeRobot version {self.version} is not readable; "
+                f"convert it to one of {', '.join(VERSIONS)}"
+            )
         for key in ("fps", "features", "data_path"):
             if not self.info.get(key):
                 raise UserError(f"{info_path}: '{key}' is missing")
@@ -70,9 +77,13 @@ class Metadata:
             number = int(row["episode_index"])
             values = {"episode_index": number, "episode_chunk": number // int(self.info.get("chunks_size") or 1000)}
             videos = {k: self._fill("video_path", video_key=k, **values) for k in self.video_keys}
-            episodes[number] = EpisodeEntry(int(row["length"]), tuple(row.get("tasks") or ()),
-                                            self._fill("data_path", **values),
-                                            videos, dict.fromkeys(videos, 0.0))
+            episodes[number] = EpisodeEntry(
+                int(row["length"]),
+                tuple(row.get("tasks") or ()),
+                self._fill("data_path", **values),
+                videos,
+                dict.fromkeys(videos, 0.0),
+            )
         return tasks, episodes
 
     def _read_v3(self) -> tuple[dict[int, str], dict[int, EpisodeEntry]]:
@@ -89,8 +100,15 @@ class Metadata:
         episodes = {}
         for row in table.to_pylist():
             try:
-                videos = {k: self._fill("video_path", video_key=k, chunk_index=row[f"videos/{k}/chunk_index"],
-                                        file_index=row[f"videos/{k}/file_index"]) for k in self.video_keys}
+                videos = {
+                    k: self._fill(
+                        "video_path",
+                        video_key=k,
+                        chunk_index=row[f"videos/{k}/chunk_index"],
+                        file_index=row[f"videos/{k}/file_index"],
+                    )
+                    for k in self.video_keys
+                }
                 starts = {k: float(row[f"videos/{k}/from_timestamp"]) for k in self.video_keys}
                 data = self._fill("data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
                 tasks_of = tuple(row.get("tasks") or ())
@@ -103,8 +121,10 @@ class Metadata:
         try:
             path = Path(self.info[template].format(**values))
         except (KeyError, ValueError, IndexError) as error:
-            raise UserError(f"{self.repo}: {template} '{self.info[template]}' of meta/info.json does not fit "
-                            f"{self.version} (known: {', '.join(values)}; {type(error).__name__}: {error})") from None
+            raise UserError(
+                f"{self.repo}: {template} '{self.info[template]}' of meta/info.json does not fit "
+                f"{self.version} (known: {', '.join(values)}; {type(error).__name__}: {error})"
+            ) from None
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{self.repo}: {template} '{self.info[template]}' of meta/info.json leaves its folder")
         return path.as_posix()

@@ -26,7 +26,7 @@ from ..video import VideoExtent, decode, find_extent
 from .metadata import EpisodeEntry, Metadata
 from .tables import ImageRows, decode_images, find_images, read_rows, stream_rows, to_matrix
 
-_CHECKED = ("timestamp", "frame_index", "task_index")     # columns of every LeRobot table that tell whether rows are whole
+_CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table that tell whether rows are whole
 
 
 class LeRobotSource(Source):
@@ -43,8 +43,14 @@ class LeRobotSource(Source):
         if not isinstance(config, DatasetConfig):
             config = find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name), config)
         self._cameras = choose_cameras(meta.features, config.views)  # short name → feature key
-        super().__init__(meta.root, meta.name, config, fps=float(meta.info["fps"]), view_names=tuple(self._cameras),
-                         episode_ids=tuple(meta.episodes))  # as listed; a missing file shows when the episode is loaded
+        super().__init__(
+            meta.root,
+            meta.name,
+            config,
+            fps=float(meta.info["fps"]),
+            view_names=tuple(self._cameras),
+            episode_ids=tuple(meta.episodes),
+        )  # as listed; a missing file shows when the episode is loaded
         self._check_width(config.action_columns, config.action_width)
         if config.state:
             self._check_width(config.state_columns, self.state_map.native_dim)
@@ -111,7 +117,7 @@ class LeRobotSource(Source):
                             left.remove(number)
                             yield number, attempt(self._table_of, number, rows)
             except CorruptEpisode:
-                pass    # the file is missing or damaged: what is left is read one by one, each with its own reason
+                pass  # the file is missing or damaged: what is left is read one by one, each with its own reason
             for number in sorted(left):
                 yield number, attempt(self.table, number)
 
@@ -132,8 +138,11 @@ class LeRobotSource(Source):
         if not np.array_equal(frames, np.arange(length)):
             raise CorruptEpisode(f"{where}: frame_index does not run 0..{length - 1}")
         numbers = to_matrix(rows, "task_index", where)[:, 0].astype(int) if "task_index" in rows.column_names else None
-        return Rows({name: to_matrix(rows, name, where) for name in columns}, self._instruction(entry, numbers, where),
-                    to_matrix(rows, "timestamp", where)[:, 0])
+        return Rows(
+            {name: to_matrix(rows, name, where) for name in columns},
+            self._instruction(entry, numbers, where),
+            to_matrix(rows, "timestamp", where)[:, 0],
+        )
 
     def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
         entry, length, views = self._entry(episode_id), len(table.action), []
@@ -172,17 +181,22 @@ class LeRobotSource(Source):
         for key in columns:
             feature = self.meta.features.get(key)
             if feature is None:
-                raise UserError(f"{self.name}: {unknown('column', key, self.meta.features)}; dataset config "
-                                f"'{self.config.name}' asks for it")
+                raise UserError(
+                    f"{self.name}: {unknown('column', key, self.meta.features)}; dataset config "
+                    f"'{self.config.name}' asks for it"
+                )
             width += math.prod(feature.get("shape") or [1])
         if width != described:
-            raise UserError(f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
-                            f"describes {described}; choose or write another dataset config")
+            raise UserError(
+                f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
+                f"describes {described}; choose or write another dataset config"
+            )
 
 
 def choose_cameras(features: Mapping[str, dict], views: Sequence[str] | None) -> dict[str, str]:
     """Short view name → feature key of `views` (full keys or short names; None = all). Depth maps are no pictures and are
     left out unless named."""
+
     def is_depth(feature: dict) -> bool:
         details = feature.get("info") or feature.get("video_info") or {}
         return bool(details.get("video.is_depth_map"))

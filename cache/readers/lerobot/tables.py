@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..episode import CorruptEpisode
 
-_READ_BYTES = 1 << 20   # read ahead per column; without it a row group is read whole, and a file may be one row group
+_READ_BYTES = 1 << 20  # read ahead per column; without it a row group is read whole, and a file may be one row group
 
 
 def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str) -> Iterator[tuple[int, pa.Table]]:
@@ -33,7 +33,7 @@ def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str)
         names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in schema.names]
         if "episode_index" not in names or not pa.types.is_integer(schema.field("episode_index").type):
             raise CorruptEpisode(f"{where}: {path.name} has no whole numbers in 'episode_index'")
-        missing = _rows_per_episode(file, batch_rows)   # rows still to come
+        missing = _rows_per_episode(file, batch_rows)  # rows still to come
         pieces: dict[int, list[pa.RecordBatch]] = {}
         for batch in file.iter_batches(batch_rows, columns=names):
             for episode_id, piece in _runs(batch):
@@ -108,9 +108,9 @@ class ImageRows:
     path: Path
     episode_id: int
     column: str
-    height: int   # H of the first picture; all others must agree
-    width: int    # W
-    sha256: str   # hex, over the encoded bytes of every picture
+    height: int  # H of the first picture; all others must agree
+    width: int  # W
+    sha256: str  # hex, over the encoded bytes of every picture
 
 
 def find_images(path: Path, episode_id: int, column: str, length: int, where: str) -> ImageRows:
@@ -139,8 +139,10 @@ def decode_images(rows: ImageRows, where: str, start: int, stop: int) -> Iterato
         except (OSError, SyntaxError, ValueError) as error:  # PIL's errors for damaged data
             raise CorruptEpisode(f"{where}: picture {index} of '{rows.column}' cannot be decoded ({error})") from None
         if picture.shape[:2] != (rows.height, rows.width):
-            raise CorruptEpisode(f"{where}: picture {index} of '{rows.column}' is {picture.shape[1]}x"
-                                 f"{picture.shape[0]}, the first is {rows.width}x{rows.height}")
+            raise CorruptEpisode(
+                f"{where}: picture {index} of '{rows.column}' is {picture.shape[1]}x"
+                f"{picture.shape[0]}, the first is {rows.width}x{rows.height}"
+            )
         yield picture
 
 

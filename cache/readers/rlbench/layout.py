@@ -17,19 +17,38 @@ from ..archive import COMPRESSED, SUFFIXES, Archive, open_archive
 from ..location import Location
 
 LOW_DIM, TEXTS = "low_dim_obs.pkl", "variation_descriptions.pkl"
-TASKS = ("close_jar insert_onto_square_peg light_bulb_in meat_off_grill open_drawer place_cups place_shape_in_shape_sorter "
-         "place_wine_at_rack_location push_buttons put_groceries_in_cupboard put_item_in_drawer put_money_in_safe reach_and_drag "
-         "slide_block_to_color_target stack_blocks stack_cups sweep_to_dustpan_of_size turn_tap").split()   # PerAct's 18
+TASKS = [
+    "close_jar",
+    "insert_onto_square_peg",
+    "light_bulb_in",
+    "meat_off_grill",
+    "open_drawer",
+    "place_cups",
+    "place_shape_in_shape_sorter",
+    "place_wine_at_rack_location",
+    "push_buttons",
+    "put_groceries_in_cupboard",
+    "put_item_in_drawer",
+    "put_money_in_safe",
+    "reach_and_drag",
+    "slide_block_to_color_target",
+    "stack_blocks",
+    "stack_cups",
+    "sweep_to_dustpan_of_size",
+    "turn_tap",
+]  # PerAct's 18
 
-_WANTED = r"(_rgb/[^/]*\.png|low_dim_obs\.pkl|variation_descriptions\.pkl)$"    # of the members of a zip or tar
-_PATTERNS = ("*.zip", "*.tar", "*_rgb/*.png", f"*{LOW_DIM}", f"*{TEXTS}")       # what is fetched from the hub
+_WANTED = r"(_rgb/[^/]*\.png|low_dim_obs\.pkl|variation_descriptions\.pkl)$"  # of the members of a zip or tar
+_PATTERNS = ("*.zip", "*.tar", "*_rgb/*.png", f"*{LOW_DIM}", f"*{TEXTS}")  # what is fetched from the hub
 _SIGNS = re.compile(r"(^|/)(low_dim_obs\.pkl|all_variations|variation\d+/episodes)(/|$)")
 _SPLITS = ("train", "val", "valid", "validation", "test")
-_COMMON = re.compile(rf"data|{'|'.join(_SPLITS)}|all_variations|variation\d+|episodes|episode\d+")  # names of parts of datasets
+_COMMON = re.compile(
+    rf"data|{'|'.join(_SPLITS)}|all_variations|variation\d+|episodes|episode\d+"
+)  # names of parts of datasets
 _EPISODE = re.compile(r"episode[0-9]+/")
-_SKIPPED = re.compile(r"\..*|__MACOSX/|.*_(rgb|depth|mask)/")   # never looked into for episodes
+_SKIPPED = re.compile(r"\..*|__MACOSX/|.*_(rgb|depth|mask)/")  # never looked into for episodes
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+(?:/[\w.-]+)*)/([\w.-]+\.(?:zip|tar))(@[\w./-]+)?", re.IGNORECASE)
-_MAX_DEPTH = 8      # folders between the given one and an episode
+_MAX_DEPTH = 8  # folders between the given one and an episode
 
 
 @dataclass(frozen=True)
@@ -37,10 +56,10 @@ class Place:
     """Where one episode is."""
 
     archive: Archive
-    folder: str                 # in the archive, e.g. "close_jar/all_variations/episodes/episode7"; "" is its top
-    path: str                   # the same packed and unpacked: "train/close_jar/all_variations/episodes/episode7"
-    label: str                  # of the archive, in messages: "train/close_jar.zip"; "" for the given folder
-    cameras: tuple[str, ...]    # those with a folder of pictures
+    folder: str  # in the archive, e.g. "close_jar/all_variations/episodes/episode7"; "" is its top
+    path: str  # the same packed and unpacked: "train/close_jar/all_variations/episodes/episode7"
+    label: str  # of the archive, in messages: "train/close_jar.zip"; "" for the given folder
+    cameras: tuple[str, ...]  # those with a folder of pictures
 
     def member(self, name: str) -> str:
         """Name in the archive of something in the episode's folder."""
@@ -85,7 +104,9 @@ def find_episodes(path: Path) -> list[Place]:
     places = sorted(_all_episodes(path), key=lambda p: _natural(p.path))
     for one, other in zip(places, places[1:]):
         if one.path == other.path:
-            raise UserError(f"{one.path} is there twice, in {one.archive.path} and {other.archive.path}; move one of them away")
+            raise UserError(
+                f"{one.path} is there twice, in {one.archive.path} and {other.archive.path}; move one of them away"
+            )
     return places
 
 
@@ -97,13 +118,13 @@ def looks_like_rlbench(names: Sequence[str], root: Path | None) -> bool:
         return True
     if root is None:
         return False
-    tasks = (n for n in names if n.count("/") == 2 and n.split("/")[1] in _SPLITS)      # data/train/close_jar
+    tasks = (n for n in names if n.count("/") == 2 and n.split("/")[1] in _SPLITS)  # data/train/close_jar
     if any((root / n / "all_variations").is_dir() for n in tasks):
         return True
     try:
         return bool(packed) and next(_all_episodes(root / packed[0]), None) is not None
     except UserError:
-        return len(names) == 1      # a file that cannot be read, and all there is: opening it says why
+        return len(names) == 1  # a file that cannot be read, and all there is: opening it says why
 
 
 def _all_episodes(path: Path) -> Iterator[Place]:
@@ -111,7 +132,7 @@ def _all_episodes(path: Path) -> Iterator[Place]:
     if path.is_file():
         yield from _walk(archive, "", path.stem, path.name)
     elif LOW_DIM in archive.entries():
-        yield _place(archive, "", path.name, "")    # the folder of one episode was given
+        yield _place(archive, "", path.name, "")  # the folder of one episode was given
     else:
         yield from _walk(archive, "", "", "")
 
@@ -122,7 +143,7 @@ def _walk(archive: Archive, folder: str, outside: str, label: str, depth: int = 
         inside = f"{folder}/{entry}".strip("/")
         if _EPISODE.fullmatch(entry):
             parent = outside.rpartition("/")[0] if inside.startswith(f"{Path(outside).name}/") else outside
-            yield _place(archive, inside, f"{parent}/{inside}", label)      # close_jar.zip may hold close_jar/ or not
+            yield _place(archive, inside, f"{parent}/{inside}", label)  # close_jar.zip may hold close_jar/ or not
         elif _SKIPPED.fullmatch(entry):
             continue
         elif entry.endswith("/"):
@@ -139,4 +160,6 @@ def _place(archive: Archive, folder: str, path: str, label: str) -> Place:
 
 def _natural(path: str) -> list[list[str | int]]:
     """Sort key in which episode2 comes before episode10."""
-    return [[int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]{1,18})", part))] for part in path.split("/")]
+    return [
+        [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]{1,18})", part))] for part in path.split("/")
+    ]

@@ -22,19 +22,19 @@ _ANY_DTYPE = re.compile(r"[a-zA-Z][0-9]{0,9}")
 class Record:
     """An object of one of the known record classes: its class and its attributes, without any behaviour."""
 
-    kind: str                                               # "Observation" or "Demo"
-    fields: dict[str, Any] = field(default_factory=dict)    # attribute → value as read; arrays as `PickledArray`
+    kind: str  # "Observation" or "Demo"
+    fields: dict[str, Any] = field(default_factory=dict)  # attribute → value as read; arrays as `PickledArray`
 
 
 @dataclass(slots=True, eq=False)
 class PickledArray:
     """A numpy array as stored. Numbers become an array when asked for; text and objects stay closed."""
 
-    dtype: str = ""                         # with byte order, e.g. "<f8"
+    dtype: str = ""  # with byte order, e.g. "<f8"
     shape: tuple[int, ...] = ()
     order: Literal["C", "F"] = "C"
-    raw: bytes | list = b""                 # a list for objects
-    axes: tuple[int, ...] | None = None     # a transposition of `shape`, which is then that in memory
+    raw: bytes | list = b""  # a list for objects
+    axes: tuple[int, ...] | None = None  # a transposition of `shape`, which is then that in memory
 
     def numpy(self) -> np.ndarray | None:
         """The array (read-only), or None when it does not hold numbers."""
@@ -53,8 +53,8 @@ class Name(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Dtype:
-    code: str           # e.g. "f8"
-    order: str = "|"    # "<", ">", "=" or "|"
+    code: str  # e.g. "f8"
+    order: str = "|"  # "<", ">", "=" or "|"
 
 
 class Refused(Exception):
@@ -67,8 +67,13 @@ class Damaged(Exception):
 
 def fill(array: PickledArray, raw: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
     """Check that `raw` is exactly the bytes (or objects) of such an array, and keep it."""
-    if type(dtype) is not Dtype or order not in ("C", "F") or type(shape) is not tuple or len(shape) > 32 \
-            or not all(type(n) is int and n >= 0 for n in shape):
+    if (
+        type(dtype) is not Dtype
+        or order not in ("C", "F")
+        or type(shape) is not tuple
+        or len(shape) > 32
+        or not all(type(n) is int and n >= 0 for n in shape)
+    ):
         raise Damaged("an array of unknown form")
     count = math.prod(shape)
     if dtype.code[0] == "O":
@@ -145,7 +150,13 @@ CALLS: dict[tuple, Callable[..., Any]] = {
     Name("_codecs", "encode"): _encode,
     Name("collections", "OrderedDict"): _ordered,
     **{Name(module, name): _bytes for module in ("builtins", "__builtin__") for name in ("bytes", "bytearray")},
-    **{Name(f"numpy.{core}.{module}", name): call for core in ("core", "_core")  # numpy 1 and numpy 2
-       for module, name, call in (("multiarray", "_reconstruct", _reconstruct), ("multiarray", "scalar", _scalar),
-                                  ("numeric", "_frombuffer", _from_buffer))},
+    **{
+        Name(f"numpy.{core}.{module}", name): call
+        for core in ("core", "_core")  # numpy 1 and numpy 2
+        for module, name, call in (
+            ("multiarray", "_reconstruct", _reconstruct),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _from_buffer),
+        )
+    },
 }

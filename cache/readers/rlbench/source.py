@@ -35,11 +35,18 @@ from .layout import LOW_DIM, TEXTS, Place, dataset_name, find_episodes, locate, 
 from .pickled_values import PickledArray, Record
 from .unpickle import load_records
 
-CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")     # of RLBench, in our order
+CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")  # of RLBench, in our order
 
 _PICTURE = re.compile(r"(?:rgb_)?([0-9]{1,9})\.png")
 _MAX_FRAMES = 100_000
-_PNG_ERRORS = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)   # what PIL raises
+_PNG_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)  # what PIL raises
 
 
 class RlbenchSource(Source):
@@ -54,16 +61,26 @@ class RlbenchSource(Source):
         config = config or find_config(self.format, names)
         places = find_episodes(path)
         if not places:
-            raise UserError(f"{path_or_repo} holds no RLBench episode: a folder like all_variations/episodes/episode0 with "
-                            f"{LOW_DIM}, or {' or '.join(SUFFIXES)} files of them")
+            raise UserError(
+                f"{path_or_repo} holds no RLBench episode: a folder like all_variations/episodes/episode0 with "
+                f"{LOW_DIM}, or {' or '.join(SUFFIXES)} files of them"
+            )
         self._places = dict(enumerate(places))
         # The cameras of at least half of the episodes that have any: one without such a camera is damaged.
         counts, filled = Counter(c for p in places for c in p.cameras), sum(bool(p.cameras) for p in places)
-        cameras = sorted((c for c, n in counts.items() if 2 * n >= filled),
-                         key=lambda c: (CAMERAS.index(c) if c in CAMERAS else len(CAMERAS), c))
+        cameras = sorted(
+            (c for c, n in counts.items() if 2 * n >= filled),
+            key=lambda c: (CAMERAS.index(c) if c in CAMERAS else len(CAMERAS), c),
+        )
         name = dataset_name(names)
-        super().__init__(path, name, config, fps=None, view_names=choose_views(cameras, config, name),
-                         episode_ids=tuple(self._places))
+        super().__init__(
+            path,
+            name,
+            config,
+            fps=None,
+            view_names=choose_views(cameras, config, name),
+            episode_ids=tuple(self._places),
+        )
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -95,12 +112,12 @@ class RlbenchSource(Source):
         place, views = self._places[episode_id], []
         for camera in self.view_names:
             names, spot = _pictures(place, camera, where), place.spot(where)
-            digest, size = hashlib.sha256(), (0, 0)     # width, height
+            digest, size = hashlib.sha256(), (0, 0)  # width, height
             for name in names:
                 data = place.archive.read(name, spot)
                 digest.update(f"{len(data)};".encode() + data)
                 if name == names[0]:
-                    size = _open(data, name, spot).size     # reads the header only
+                    size = _open(data, name, spot).size  # reads the header only
             opener = functools.partial(_decode, place.archive, names, size, spot)
             views.append((View(camera, size[1], size[0], len(names), opener), digest.hexdigest()))
         return views
@@ -116,9 +133,14 @@ def _observations(place: Place, where: str) -> list[Record]:
     found = _load(place, LOW_DIM, where)
     if isinstance(found, Record) and found.kind == "Demo":
         found = found.fields.get("_observations")
-    if not isinstance(found, list) or not 0 < len(found) <= _MAX_FRAMES \
-            or not all(isinstance(o, Record) and o.kind == "Observation" for o in found):
-        raise CorruptEpisode(f"{place.spot(where)}: {place.member(LOW_DIM)} holds no list of 1 to {_MAX_FRAMES:,} observations")
+    if (
+        not isinstance(found, list)
+        or not 0 < len(found) <= _MAX_FRAMES
+        or not all(isinstance(o, Record) and o.kind == "Observation" for o in found)
+    ):
+        raise CorruptEpisode(
+            f"{place.spot(where)}: {place.member(LOW_DIM)} holds no list of 1 to {_MAX_FRAMES:,} observations"
+        )
     return found
 
 
@@ -133,7 +155,9 @@ def _column(observations: Sequence[Record], name: str, spot: str) -> np.ndarray:
         raise CorruptEpisode(f"{spot} has no '{name}' in frame {absent[0]}")
     odd = [i for i, v in enumerate(values) if v.shape != values[0].shape]
     if odd:
-        raise CorruptEpisode(f"{spot}: '{name}' has shape {values[odd[0]].shape} in frame {odd[0]}, {values[0].shape} before")
+        raise CorruptEpisode(
+            f"{spot}: '{name}' has shape {values[odd[0]].shape} in frame {odd[0]}, {values[0].shape} before"
+        )
     return np.stack(values)
 
 
@@ -146,7 +170,7 @@ def _numbers(value: Any) -> np.ndarray | None:
         return None
     try:
         return np.array(value, np.float64)
-    except OverflowError:   # an integer beyond any float
+    except OverflowError:  # an integer beyond any float
         return None
 
 
@@ -176,8 +200,9 @@ def _pictures(place: Place, camera: str, where: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{entry}" for _, entry in found)
 
 
-def _decode(archive: Archive, names: Sequence[str], size: tuple[int, int], spot: str, start: int,
-            stop: int) -> Iterator[np.ndarray]:
+def _decode(
+    archive: Archive, names: Sequence[str], size: tuple[int, int], spot: str, start: int, stop: int
+) -> Iterator[np.ndarray]:
     """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where a picture cannot be decoded."""
     for name in names[start:stop]:
         image = _open(archive.read(name, spot), name, spot)

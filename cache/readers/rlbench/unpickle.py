@@ -19,8 +19,8 @@ from .pickled_values import CALLS, RECORDS, TYPES, Damaged, Dtype, Name, Pickled
 
 __all__ = ["PickledArray", "Record", "load_records"]
 
-MAX_BYTES = 64 << 20        # an episode of 150 observations with camera matrices takes about 0.6 MB
-MAX_OPCODES = 4_000_000     # and 90,000 opcodes, each of which makes at most one object
+MAX_BYTES = 64 << 20  # an episode of 150 observations with camera matrices takes about 0.6 MB
+MAX_OPCODES = 4_000_000  # and 90,000 opcodes, each of which makes at most one object
 
 
 def load_records(data: bytes, name: str, where: str) -> Any:
@@ -43,7 +43,7 @@ class _Machine:
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
-        self.encoded = 0    # bytes made from text so far
+        self.encoded = 0  # bytes made from text so far
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -71,7 +71,7 @@ class _Machine:
         start, self.at = self.at, self.at + count
         if self.at > len(self.data):
             raise Damaged("it ends early")
-        return self.data[start:self.at]
+        return self.data[start : self.at]
 
     def number(self, size: int) -> int:
         """The next `size` bytes as an unsigned little-endian integer."""
@@ -105,7 +105,7 @@ class _Machine:
         keys = items[::2]
         if type(self.stack[-1]) is not dict or len(items) % 2:
             raise Damaged("items for what is no dictionary")
-        if not all(type(k) in (str, int) for k in keys):    # a tuple may be nested as deep as the file is long
+        if not all(type(k) in (str, int) for k in keys):  # a tuple may be nested as deep as the file is long
             raise Refused("has a dictionary with keys that are no text")
         self.stack[-1].update(zip(keys, items[1::2]))
 
@@ -133,7 +133,7 @@ class _Machine:
         if type(function) is not Name or function not in CALLS or type(arguments) is not tuple:
             raise Refused("calls what is not an array or a number")
         made = CALLS[function](*arguments)
-        if type(made) is bytes:     # one text may be named often; bytes of it may not be made more often than it is there
+        if type(made) is bytes:  # one text may be named often; bytes of it may not be made more often than it is there
             self.encoded += len(made)
             if self.encoded > len(self.data):
                 raise Refused("makes more bytes than it has")
@@ -144,7 +144,7 @@ class _Machine:
         if type(target) is Record:
             if type(state) is not dict or target.fields or any(k.startswith("__") for k in state):
                 raise Refused(f"sets more than the attributes of {target.kind}")
-            target.fields = state   # not a copy: a thousand records may share one large state
+            target.fields = state  # not a copy: a thousand records may share one large state
         elif type(target) is PickledArray:
             _version, shape, dtype, fortran, raw = state
             fill(target, raw, dtype, shape, "F" if fortran else "C")
@@ -167,6 +167,7 @@ def _tuple_of(count: int) -> Callable[[_Machine], None]:
             raise Damaged("it takes from an empty stack")
         items = tuple(m.stack[-count:])
         m.stack[-count:] = [items]
+
     return operation
 
 
@@ -179,25 +180,46 @@ def _binary(size: int) -> Callable[[_Machine], None]:
 
 
 _BY_NAME: dict[str, Callable[[_Machine], Any]] = {
-    "PROTO": lambda m: m.take(1), "FRAME": lambda m: m.take(8),
-    "MARK": lambda m: m.marks.append(len(m.stack)), "POP": lambda m: m.stack.pop(), "POP_MARK": _Machine.since_mark,
-    "NONE": _push(lambda m: None), "NEWTRUE": _push(lambda m: True), "NEWFALSE": _push(lambda m: False),
+    "PROTO": lambda m: m.take(1),
+    "FRAME": lambda m: m.take(8),
+    "MARK": lambda m: m.marks.append(len(m.stack)),
+    "POP": lambda m: m.stack.pop(),
+    "POP_MARK": _Machine.since_mark,
+    "NONE": _push(lambda m: None),
+    "NEWTRUE": _push(lambda m: True),
+    "NEWFALSE": _push(lambda m: False),
     "BININT": _push(lambda m: int.from_bytes(m.take(4), "little", signed=True)),
-    "BININT1": _push(lambda m: m.number(1)), "BININT2": _push(lambda m: m.number(2)),
+    "BININT1": _push(lambda m: m.number(1)),
+    "BININT2": _push(lambda m: m.number(2)),
     "LONG1": _push(lambda m: int.from_bytes(m.take(m.number(1)), "little", signed=True)),
     "BINFLOAT": _push(lambda m: struct.unpack(">d", m.take(8))[0]),
-    "SHORT_BINUNICODE": _text(1), "BINUNICODE": _text(4), "BINUNICODE8": _text(8),
-    "SHORT_BINBYTES": _binary(1), "BINBYTES": _binary(4), "BINBYTES8": _binary(8), "BYTEARRAY8": _binary(8),
-    "EMPTY_LIST": _push(lambda m: []), "APPENDS": lambda m: m.append(m.since_mark()),
+    "SHORT_BINUNICODE": _text(1),
+    "BINUNICODE": _text(4),
+    "BINUNICODE8": _text(8),
+    "SHORT_BINBYTES": _binary(1),
+    "BINBYTES": _binary(4),
+    "BINBYTES8": _binary(8),
+    "BYTEARRAY8": _binary(8),
+    "EMPTY_LIST": _push(lambda m: []),
+    "APPENDS": lambda m: m.append(m.since_mark()),
     "APPEND": lambda m: m.append([m.stack.pop()]),
-    "EMPTY_DICT": _push(lambda m: {}), "SETITEMS": lambda m: m.set_items(m.since_mark()),
+    "EMPTY_DICT": _push(lambda m: {}),
+    "SETITEMS": lambda m: m.set_items(m.since_mark()),
     "SETITEM": lambda m: m.set_items([m.stack.pop(), m.stack.pop()][::-1]),
-    "EMPTY_TUPLE": _push(lambda m: ()), "TUPLE": _push(lambda m: tuple(m.since_mark())),
-    "TUPLE1": _tuple_of(1), "TUPLE2": _tuple_of(2), "TUPLE3": _tuple_of(3),
-    "BINPUT": lambda m: m.memoize(m.number(1)), "LONG_BINPUT": lambda m: m.memoize(m.number(4)),
+    "EMPTY_TUPLE": _push(lambda m: ()),
+    "TUPLE": _push(lambda m: tuple(m.since_mark())),
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
+    "BINPUT": lambda m: m.memoize(m.number(1)),
+    "LONG_BINPUT": lambda m: m.memoize(m.number(4)),
     "MEMOIZE": lambda m: m.memoize(len(m.memo)),
-    "BINGET": _push(lambda m: m.memo[m.number(1)]), "LONG_BINGET": _push(lambda m: m.memo[m.number(4)]),
-    "GLOBAL": lambda m: m.name(m.line(), m.line()), "STACK_GLOBAL": _Machine.stack_name,
-    "NEWOBJ": _Machine.new_object, "REDUCE": _Machine.reduce, "BUILD": _Machine.build,
+    "BINGET": _push(lambda m: m.memo[m.number(1)]),
+    "LONG_BINGET": _push(lambda m: m.memo[m.number(4)]),
+    "GLOBAL": lambda m: m.name(m.line(), m.line()),
+    "STACK_GLOBAL": _Machine.stack_name,
+    "NEWOBJ": _Machine.new_object,
+    "REDUCE": _Machine.reduce,
+    "BUILD": _Machine.build,
 }
 _OPCODES = {getattr(pickle, name)[0]: operation for name, operation in _BY_NAME.items()}

@@ -21,8 +21,8 @@ from ..episode import CorruptEpisode
 from ..location import Location
 
 DESCRIPTION = ("dataset_info.json", "features.json")
-_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"     # tfds' own, where a split names none
-_MAX_EPISODES = 10_000_000      # a list of ids is kept in memory; the largest corpora have a hundredth of that
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # tfds' own, where a split names none
+_MAX_EPISODES = 10_000_000  # a list of ids is kept in memory; the largest corpora have a hundredth of that
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -30,10 +30,10 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 class Feature:
     """One feature of a step."""
 
-    kind: str                       # "tensor", "text", "image", or the class of a feature that is not read
-    shape: tuple[int | None, ...]   # of one step; None = not fixed
-    dtype: str                      # as tfds names it: float32, int64, bool, string …
-    encoding: str                   # of a tensor: none, bytes or zlib; of a picture: jpeg, png or "" (its bytes tell)
+    kind: str  # "tensor", "text", "image", or the class of a feature that is not read
+    shape: tuple[int | None, ...]  # of one step; None = not fixed
+    dtype: str  # as tfds names it: float32, int64, bool, string …
+    encoding: str  # of a tensor: none, bytes or zlib; of a picture: jpeg, png or "" (its bytes tell)
 
     @property
     def width(self) -> int | None:
@@ -45,9 +45,9 @@ class Feature:
 class Shard:
     """One TFRecord file as listed; whether it exists shows when it is read."""
 
-    path: str       # relative to the folder
-    first: int      # episode id of its first record
-    length: int     # number of records, one episode each
+    path: str  # relative to the folder
+    first: int  # episode id of its first record
+    length: int  # number of records, one episode each
 
 
 class Metadata:
@@ -61,9 +61,11 @@ class Metadata:
         info, features = (_load(self.root / name) for name in DESCRIPTION)
         given = self.root.absolute()
         label = info.get("name") or (given.parent if _VERSION.fullmatch(given.name) else given).name
-        self.name = re.sub(r"[^\w-]+", "_", str(label))    # safe as a folder name
-        self.names = tuple(dict.fromkeys((self.name, given.name, given.parent.name, self._files.name)))   # to find a config by
-        self.features = dict(_flatten(_steps(features, self.root), ""))     # path below `steps` → feature
+        self.name = re.sub(r"[^\w-]+", "_", str(label))  # safe as a folder name
+        self.names = tuple(
+            dict.fromkeys((self.name, given.name, given.parent.name, self._files.name))
+        )  # to find a config by
+        self.features = dict(_flatten(_steps(features, self.root), ""))  # path below `steps` → feature
         self.shards = tuple(_shards(info, str(label), self.root / DESCRIPTION[0]))
         self._firsts = [s.first for s in self.shards]
 
@@ -102,15 +104,21 @@ def is_rlds(names: Sequence[str]) -> bool:
 
 def _choose(root: Path, given: str) -> str:
     """Folder of the version to read, relative to `root`: itself, or the highest version of the one dataset in it."""
-    found = {p.parent for depth in ("", "*/", "*/*/", "*/*/*/") for p in root.glob(depth + DESCRIPTION[0])
-             if (p.parent / DESCRIPTION[1]).is_file()}
+    found = {
+        p.parent
+        for depth in ("", "*/", "*/*/", "*/*/*/")
+        for p in root.glob(depth + DESCRIPTION[0])
+        if (p.parent / DESCRIPTION[1]).is_file()
+    }
     if root in found:
         return "."
-    versions = {p for p in found if _VERSION.fullmatch(p.name)}     # beside them: leftovers of interrupted conversions
+    versions = {p for p in found if _VERSION.fullmatch(p.name)}  # beside them: leftovers of interrupted conversions
     folders = versions or found
     if not folders:
-        raise UserError(f"{given} holds no RLDS dataset: no folder in it has {' and '.join(DESCRIPTION)}; give the folder of a "
-                        "version, e.g. bridge_dataset/1.0.0")
+        raise UserError(
+            f"{given} holds no RLDS dataset: no folder in it has {' and '.join(DESCRIPTION)}; give the folder of a "
+            "version, e.g. bridge_dataset/1.0.0"
+        )
     if len({p.parent for p in folders}) > 1 or (len(folders) > 1 and not versions):
         listed = ", ".join(sorted(p.relative_to(root).as_posix() for p in folders)[:8])
         raise UserError(f"{given} holds {len(folders)} RLDS datasets; give one of them: {listed}")
@@ -121,7 +129,9 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({(str(error).splitlines() or ['?'])[0]}); copy the dataset again") from None
+        raise UserError(
+            f"{path} cannot be read ({(str(error).splitlines() or ['?'])[0]}); copy the dataset again"
+        ) from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object; copy the dataset again")
     return found
@@ -139,8 +149,14 @@ def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:
             digits = max(5, len(str(len(lengths))))
             for number, length in enumerate(lengths):
                 index, count = f"{number:0{digits}}", f"{len(lengths):0{digits}}"
-                known = {"DATASET": name, "SPLIT": split["name"], "FILEFORMAT": kind, "SHARD_INDEX": index,
-                         "NUM_SHARDS": count, "SHARD_X_OF_Y": f"{index}-of-{count}"}
+                known = {
+                    "DATASET": name,
+                    "SPLIT": split["name"],
+                    "FILEFORMAT": kind,
+                    "SHARD_INDEX": index,
+                    "NUM_SHARDS": count,
+                    "SHARD_X_OF_Y": f"{index}-of-{count}",
+                }
                 shard = re.sub(r"\{(\w*)\}", lambda found: known[found[1]], split.get("filepathTemplate") or _TEMPLATE)
                 if Path(shard).is_absolute() or ".." in Path(shard).parts:
                     raise ValueError(f"'{shard}' leaves the folder")
@@ -150,8 +166,10 @@ def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:
                 first += length
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is not known" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: its splits cannot be read ({reason}); each has a name, shardLengths and a filepathTemplate of "
-                        "{DATASET}, {SPLIT}, {FILEFORMAT}, {SHARD_X_OF_Y}, {SHARD_INDEX}, {NUM_SHARDS}") from None
+        raise UserError(
+            f"{path}: its splits cannot be read ({reason}); each has a name, shardLengths and a filepathTemplate of "
+            "{DATASET}, {SPLIT}, {FILEFORMAT}, {SHARD_X_OF_Y}, {SHARD_INDEX}, {NUM_SHARDS}"
+        ) from None
 
 
 def _steps(features: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -160,8 +178,10 @@ def _steps(features: dict[str, Any], root: Path) -> dict[str, Any]:
         steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]
         return {"featuresDict": {"features": dict(steps["featuresDict"]["features"])}}
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{root / DESCRIPTION[1]} describes no episodes: RLDS has a dataset of features called 'steps', as "
-                        "tfds 4.5 or newer writes it") from None
+        raise UserError(
+            f"{root / DESCRIPTION[1]} describes no episodes: RLDS has a dataset of features called 'steps', as "
+            "tfds 4.5 or newer writes it"
+        ) from None
 
 
 def _flatten(node: Any, path: str) -> Iterator[tuple[str, Feature]]:

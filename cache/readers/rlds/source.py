@@ -28,9 +28,21 @@ from .metadata import Feature, Metadata, is_rlds
 from .tfrecord import index_records, parse_example, read_record, values_of
 
 _INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction")
-_DTYPES = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64"}
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF")   # what tfds writes; PIL would try many more
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)    # PIL's errors for damaged pictures
+_DTYPES = {
+    "bool",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "float16",
+    "float32",
+    "float64",
+}
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what tfds writes; PIL would try many more
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    Image.DecompressionBombError,
+)  # PIL's errors for damaged pictures
 
 
 class RldsSource(Source):
@@ -46,8 +58,10 @@ class RldsSource(Source):
         """
         self._meta = meta = Metadata(path_or_repo)
         config = config or find_config(self.format, meta.names)
-        self._cameras = choose_cameras(meta.features, config, meta.name)    # short name → path below `steps`
-        super().__init__(meta.root, meta.name, config, fps=None, view_names=tuple(self._cameras), episode_ids=meta.episodes)
+        self._cameras = choose_cameras(meta.features, config, meta.name)  # short name → path below `steps`
+        super().__init__(
+            meta.root, meta.name, config, fps=None, view_names=tuple(self._cameras), episode_ids=meta.episodes
+        )
         self._check_width(config.action_columns, config.action_width)
         if config.state:
             self._check_width(config.state_columns, self.state_map.native_dim)
@@ -87,8 +101,9 @@ class RldsSource(Source):
             views.append((View(name, height, width, length, opener), digest.hexdigest()))
         return views
 
-    def _decode(self, episode_id: int, view: str, size: tuple[int, int], where: str,
-                start: int, stop: int) -> Iterator[np.ndarray]:
+    def _decode(
+        self, episode_id: int, view: str, size: tuple[int, int], where: str, start: int, stop: int
+    ) -> Iterator[np.ndarray]:
         """Yield uint8 [H, W, 3] of frames start..stop-1. The record is read again: a source keeps no pictures."""
         pictures = values_of(self._example(episode_id, where), f"steps/{self._cameras[view]}", "bytes", where)
         if stop > len(pictures):
@@ -96,8 +111,10 @@ class RldsSource(Source):
         for index in range(start, stop):
             picture = _decoded(pictures[index], f"{where}: picture {index} of '{view}'")
             if picture.shape[:2] != size:
-                raise CorruptEpisode(f"{where}: picture {index} of '{view}' is {picture.shape[1]}x{picture.shape[0]}, the "
-                                     f"first is {size[1]}x{size[0]}")
+                raise CorruptEpisode(
+                    f"{where}: picture {index} of '{view}' is {picture.shape[1]}x{picture.shape[0]}, the "
+                    f"first is {size[1]}x{size[0]}"
+                )
             yield picture
 
     def _refuse_placeholder(self, example: Mapping[str, Any], view: str, pictures: Sequence[bytes], where: str) -> None:
@@ -110,8 +127,10 @@ class RldsSource(Source):
         index = min(range(len(pictures)), key=lambda i: len(pictures[i]))
         picture = _decoded(pictures[index], f"{where}: picture {index} of '{view}'")
         if (picture == picture[0, 0]).all():
-            raise CorruptEpisode(f"{where}: view '{view}' was not recorded ({flag} is false, picture {index} is one colour); "
-                                 "leave it out by naming the others in the dataset config's `views`")
+            raise CorruptEpisode(
+                f"{where}: view '{view}' was not recorded ({flag} is false, picture {index} is one colour); "
+                "leave it out by naming the others in the dataset config's `views`"
+            )
 
     def _example(self, episode_id: int, where: str) -> Mapping[str, Any]:
         """The episode's record, checked and parsed."""
@@ -119,8 +138,10 @@ class RldsSource(Source):
         path = self._meta.locate(shard, where)
         found = len(index_records(path, where))
         if found > shard.length:
-            raise CorruptEpisode(f"{where}: {shard.path} holds {found} records, dataset_info.json lists {shard.length}: they "
-                                 "are not of one dataset")
+            raise CorruptEpisode(
+                f"{where}: {shard.path} holds {found} records, dataset_info.json lists {shard.length}: they "
+                "are not of one dataset"
+            )
         return parse_example(read_record(path, number, where), where)
 
     def _column(self, example: Mapping[str, Any], name: str, where: str) -> np.ndarray:
@@ -133,7 +154,9 @@ class RldsSource(Source):
         kind = "float" if np.dtype(feature.dtype).kind == "f" else "int64"
         values = values_of(example, f"steps/{name}", kind, where)
         if len(values) % width:
-            raise CorruptEpisode(f"{where}: '{name}' has {len(values)} numbers, which is no multiple of the {width} of one step")
+            raise CorruptEpisode(
+                f"{where}: '{name}' has {len(values)} numbers, which is no multiple of the {width} of one step"
+            )
         return values.reshape(-1, width)
 
     def _instruction(self, example: Mapping[str, Any], lengths: Set[int], where: str) -> str:
@@ -158,27 +181,43 @@ class RldsSource(Source):
         width, config = 0, self.config.name
         for name in columns:
             if name not in numeric:
-                raise UserError(f"{self.name}: {unknown('column', name, numeric)}; dataset config '{config}' asks for it")
+                raise UserError(
+                    f"{self.name}: {unknown('column', name, numeric)}; dataset config '{config}' asks for it"
+                )
             feature = numeric[name]
             if feature.encoding not in ("none", "bytes", "zlib") or feature.dtype not in _DTYPES or not feature.width:
-                raise UserError(f"{self.name}: column '{name}' is {feature.dtype} {list(feature.shape)} with encoding "
-                                f"'{feature.encoding}', which cannot be read; dataset config '{config}' asks for it")
+                raise UserError(
+                    f"{self.name}: column '{name}' is {feature.dtype} {list(feature.shape)} with encoding "
+                    f"'{feature.encoding}', which cannot be read; dataset config '{config}' asks for it"
+                )
             width += feature.width
         if width != described:
-            raise UserError(f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{config}' describes "
-                            f"{described}; choose or write another dataset config")
+            raise UserError(
+                f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{config}' describes "
+                f"{described}; choose or write another dataset config"
+            )
 
 
 def choose_cameras(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, str]:
     """Short view name → path below `steps`, of the 8-bit pictures under `observation`. Depth maps are left out; where two
     cameras share the last part of their path, both keep the whole of it."""
-    keys = [k for k, f in features.items() if f.kind == "image" and f.dtype == "uint8" and k.startswith("observation/")
-            and "depth" not in k.rpartition("/")[2].lower()]
+    keys = [
+        k
+        for k, f in features.items()
+        if f.kind == "image"
+        and f.dtype == "uint8"
+        and k.startswith("observation/")
+        and "depth" not in k.rpartition("/")[2].lower()
+    ]
     count = Counter(k.rpartition("/")[2] for k in keys)
-    short = {k: k.rpartition("/")[2] if count[k.rpartition("/")[2]] == 1 else k.removeprefix("observation/") for k in keys}
+    short = {
+        k: k.rpartition("/")[2] if count[k.rpartition("/")[2]] == 1 else k.removeprefix("observation/") for k in keys
+    }
     short = {k: re.sub(r"[^\w-]+", "_", v) for k, v in short.items()}
     if len(set(short.values())) < len(keys):
-        raise UserError(f"{dataset}: two cameras get the same short name: {', '.join(keys)}; name the ones to use in `views`")
+        raise UserError(
+            f"{dataset}: two cameras get the same short name: {', '.join(keys)}; name the ones to use in `views`"
+        )
     by_name = {v: k for k, v in short.items()} | {k: k for k in keys}
     wanted = short.values() if config.views is None else config.views
     for name in wanted:
@@ -193,7 +232,7 @@ def _unpacked(data: bytes, feature: Feature, where: str) -> np.ndarray:
     expected = (feature.width or 1) * dtype.itemsize
     if feature.encoding == "zlib":
         try:
-            data = zlib.decompressobj().decompress(data, expected + 1)      # never more than can be right
+            data = zlib.decompressobj().decompress(data, expected + 1)  # never more than can be right
         except zlib.error as error:
             raise CorruptEpisode(f"{where} cannot be decompressed ({error})") from None
     if len(data) != expected:
@@ -205,7 +244,7 @@ def _open(data: bytes, where: str) -> Image.Image:
     """The picture with its header read; `CorruptEpisode` for what is none, or has more than 8 bits a channel."""
     try:
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except _DAMAGE:     # their text can hold an address in memory, which differs from run to run
+    except _DAMAGE:  # their text can hold an address in memory, which differs from run to run
         raise CorruptEpisode(f"{where} is not an image") from None
     if picture.mode[0] in "IF":
         raise CorruptEpisode(f"{where} is no 8-bit picture (PIL mode {picture.mode})")

@@ -22,7 +22,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 from ..episode import CorruptEpisode
 
 _HEADER = struct.Struct("<QI")  # length, its checksum
-_FOOTER = struct.Struct("<I")   # checksum of the data
+_FOOTER = struct.Struct("<I")  # checksum of the data
 _FRAME_NBYTES = _HEADER.size + _FOOTER.size
 
 
@@ -30,8 +30,8 @@ _FRAME_NBYTES = _HEADER.size + _FOOTER.size
 class Index:
     """Where the records of a file begin."""
 
-    offsets: np.ndarray     # [N + 1] int64: first byte of each whole record, and where the last one ends
-    damage: str             # why the walk ended before the end of the file; "" when it did not
+    offsets: np.ndarray  # [N + 1] int64: first byte of each whole record, and where the last one ends
+    damage: str  # why the walk ended before the end of the file; "" when it did not
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -61,8 +61,10 @@ def read_record(path: Path, number: int, where: str) -> bytes:
             file.seek(first + _HEADER.size)
             data = file.read(last - first - _HEADER.size)
     except OSError as error:
-        raise CorruptEpisode(f"{where}: record {number} of {path.name} cannot be read ({error.strerror or error})") from None
-    data, footer = data[:-_FOOTER.size], data[-_FOOTER.size:]
+        raise CorruptEpisode(
+            f"{where}: record {number} of {path.name} cannot be read ({error.strerror or error})"
+        ) from None
+    data, footer = data[: -_FOOTER.size], data[-_FOOTER.size :]
     if len(data) != last - first - _FRAME_NBYTES or _FOOTER.pack(_checksum(data)) != footer:
         raise CorruptEpisode(f"{where}: record {number} of {path.name} is damaged: its checksum does not fit")
     return data
@@ -79,7 +81,7 @@ def parse_example(data: bytes, where: str) -> Mapping[str, Any]:
 def values_of(features: Mapping[str, Any], name: str, kind: str, where: str) -> Any:
     """The flat list of one feature: `kind` "float" gives float32 [n], "int64" int64 [n], "bytes" a list of bytes. An empty
     list is written without a kind. `CorruptEpisode` when the feature is absent or of another kind."""
-    if name not in features:    # asking a protobuf map for an absent key would add it
+    if name not in features:  # asking a protobuf map for an absent key would add it
         raise CorruptEpisode(f"{where}: feature '{name}' is missing from its record")
     feature = features[name]
     found = feature.WhichOneof("kind")
@@ -127,7 +129,12 @@ def _example_class() -> type[message.Message]:
         return inside[-1]
 
     def has(owner: Any, name: str, number: int, type: str, label: int = field.LABEL_OPTIONAL, **more: Any) -> None:
-        scalar = {"bytes": field.TYPE_BYTES, "float": field.TYPE_FLOAT, "int64": field.TYPE_INT64, "string": field.TYPE_STRING}
+        scalar = {
+            "bytes": field.TYPE_BYTES,
+            "float": field.TYPE_FLOAT,
+            "int64": field.TYPE_INT64,
+            "string": field.TYPE_STRING,
+        }
         typed = {"type": scalar[type]} if type in scalar else {"type": field.TYPE_MESSAGE, "type_name": f".dvla.{type}"}
         owner.field.add(name=name, number=number, label=label, **typed, **more)
 
@@ -143,7 +150,7 @@ def _example_class() -> type[message.Message]:
     has(entry, "value", 2, "Feature")
     has(features, "feature", 1, "Features.FeatureEntry", field.LABEL_REPEATED)
     has(add("Example"), "features", 1, "Features")
-    pool = descriptor_pool.DescriptorPool()     # of its own: nothing another library registers can clash
+    pool = descriptor_pool.DescriptorPool()  # of its own: nothing another library registers can clash
     pool.AddSerializedFile(file.SerializeToString())
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("dvla.Example"))
 

@@ -35,15 +35,27 @@ class WebDatasetCache(Cache):
         self.index = index["dvla"]
         self.shards, quarantine = index["shardlist"], self.index["quarantine"]
         self.tars = Tars(place, [self.index["meta"], *self.shards, *quarantine], scratch, check)
-        self.fingerprint, self.manifest = (self.tars.json(META, f"cache/store.{n}.json") for n in ("fingerprint", "manifest"))
+        self.fingerprint, self.manifest = (
+            self.tars.json(META, f"cache/store.{n}.json") for n in ("fingerprint", "manifest")
+        )
         if self.manifest["format"] != FORMAT:
-            raise UserError(f"{place.where} holds a cache of format {self.manifest['format']}, this version reads {FORMAT}; "
-                            "import it with the version that exported it")
+            raise UserError(
+                f"{place.where} holds a cache of format {self.manifest['format']}, this version reads {FORMAT}; "
+                "import it with the version that exported it"
+            )
         quantised = FeatureFormat(self.manifest["dtype"]).quantised
         channels = np.array(self.tars.array(META, "cache/store.channel_scale.npy")) if quantised else None
-        self.datasets = tuple(WebDatasetDataset(self.path, d["name"], self.tars, self.index["views"][d["name"]], channels,
-                                                *([e for e in tars if e["dataset"] == d["name"]] for tars in (self.shards, quarantine)))
-                              for d in self.manifest["datasets"])
+        self.datasets = tuple(
+            WebDatasetDataset(
+                self.path,
+                d["name"],
+                self.tars,
+                self.index["views"][d["name"]],
+                channels,
+                *([e for e in tars if e["dataset"] == d["name"]] for tars in (self.shards, quarantine)),
+            )
+            for d in self.manifest["datasets"]
+        )
         self.tokens, self.width, self.frames = self.manifest["tokens"], self.manifest["width"], self.manifest["frames"]
         self.variants, self.format = self.manifest["variants"], self.datasets[0].format
         self.text_width = self.datasets[0].text.shape[2]
@@ -55,21 +67,36 @@ class WebDatasetCache(Cache):
         try:
             return cls(open_place(str(path)), Path(scratch), check)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} is not an export this version can read ({type(error).__name__}: {error}); export it again") from None
+            raise UserError(
+                f"{path} is not an export this version can read ({type(error).__name__}: {error}); export it again"
+            ) from None
 
 
 class WebDatasetDataset(CacheDataset):
     """One dataset of an export: a `CacheDataset` whose tables and features come out of tars. It has no shard files."""
 
-    def __init__(self, root: Path, name: str, tars: Tars, views: Mapping[str, str], channels: np.ndarray | None,
-                 shards: Sequence[Entry], quarantine: Sequence[Entry]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        tars: Tars,
+        views: Mapping[str, str],
+        channels: np.ndarray | None,
+        shards: Sequence[Entry],
+        quarantine: Sequence[Entry],
+    ) -> None:
         def table(field: str) -> np.ndarray:
             return tars.array(META, f"{name}/tables.{field}.npy")
 
         self.name, self.path, self._tars, self._labels = name, root / name, tars, views
         self.attributes = a = tars.json(META, f"{name}/tables.json")
         self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
-        self.tokens, self.width, self.frames, self.shard_frames = a["tokens"], a["width"], a["frames"], a["shard_frames"]
+        self.tokens, self.width, self.frames, self.shard_frames = (
+            a["tokens"],
+            a["width"],
+            a["frames"],
+            a["shard_frames"],
+        )
         self.frame_stride, self.variants = a["frame_stride"], a["variants"]
         self.format, self.channel_scale = FeatureFormat(a["dtype"], a["compression"]), channels
         self.embodiment_id, self.control_hz = a["embodiment"], a["control_hz"]
@@ -80,15 +107,17 @@ class WebDatasetDataset(CacheDataset):
         self.action_mask, self.proprio_mask = np.array(table("action_mask")), np.array(table("proprio_mask"))
         self.text, self.text_length = table("text.embedding"), table("text.length")
         self.null_features = np.stack([table(f"null.{views[view]}") for view in self.views])
-        self.quarantined = np.isin(self.episode_id, a["quarantined"])                               # [E]
-        self.episode_observations = -(-self.episode_length // self.frame_stride)                    # [E]
+        self.quarantined = np.isin(self.episode_id, a["quarantined"])  # [E]
+        self.episode_observations = -(-self.episode_length // self.frame_stride)  # [E]
         self._observation_start = np.cumsum(self.episode_observations) - self.episode_observations
-        self._kinds = []        # (usable, quarantined): (names of the tars, samples up to the end of each, samples before each episode)
+        self._kinds = []  # (usable, quarantined): (names of the tars, samples up to the end of each, samples before each episode)
         for entries, mine in ((shards, ~self.quarantined), (quarantine, self.quarantined)):
             count = self.episode_observations * mine
             ends = np.cumsum([e["nsamples"] for e in entries], dtype=np.int64)
             if int(count.sum()) != (int(ends[-1]) if len(ends) else 0):
-                raise ValueError(f"the tars of {name} hold {int(ends[-1]) if len(ends) else 0} samples, its tables {int(count.sum())}")
+                raise ValueError(
+                    f"the tars of {name} hold {int(ends[-1]) if len(ends) else 0} samples, its tables {int(count.sum())}"
+                )
             self._kinds.append(([e["url"] for e in entries], ends, np.cumsum(count) - count))
 
     def places(self, rows: np.ndarray) -> list[tuple[str, str]]:
@@ -101,15 +130,27 @@ class WebDatasetDataset(CacheDataset):
             out.append((names[int(np.searchsorted(ends, before[e] + i, side="right"))], sample_key(self.name, e, step)))
         return out
 
-    def read_features(self, view: str, rows: np.ndarray, targets: Sequence[memoryview], files: ShardFiles | None = None, *,
-                      scales: Sequence[memoryview] = (), variant: int = 0) -> None:
+    def read_features(
+        self,
+        view: str,
+        rows: np.ndarray,
+        targets: Sequence[memoryview],
+        files: ShardFiles | None = None,
+        *,
+        scales: Sequence[memoryview] = (),
+        variant: int = 0,
+    ) -> None:
         """As `CacheDataset.read_features`; `files` is not needed."""
-        self._array(view, variant, features_folder)     # refuses a view or variant that is not there
+        self._array(view, variant, features_folder)  # refuses a view or variant that is not there
         label, dtype = self._labels[view], self.format.zarr_dtype
         for i, (tar, key) in enumerate(self.places(rows)):
-            self._tars.read(tar, f"{key}.{field_name('features', label, variant)}", dtype, (self.tokens, self.width), targets[i])
+            self._tars.read(
+                tar, f"{key}.{field_name('features', label, variant)}", dtype, (self.tokens, self.width), targets[i]
+            )
             if self.format.quantised:
-                self._tars.read(tar, f"{key}.{field_name('scales', label, variant)}", "float32", (self.tokens,), scales[i])
+                self._tars.read(
+                    tar, f"{key}.{field_name('scales', label, variant)}", "float32", (self.tokens,), scales[i]
+                )
 
     def advise(self, view: str, rows: np.ndarray, files: ShardFiles, variant: int = 0) -> None:
         """As `CacheDataset.advise`: tars that are not on this machine are fetched."""
@@ -119,8 +160,13 @@ class WebDatasetDataset(CacheDataset):
 
 def read_index(place: Place, scratch: Path) -> dict[str, Any]:
     """The index of an export; `UserError` when there is none, or one of another format."""
-    file, _, _ = fetch(place, INDEX, scratch, missing=f"no export at {place.where}: it has no {INDEX}, which an export writes last; "
-                                                      "finish the export, or give its folder or URL")
+    file, _, _ = fetch(
+        place,
+        INDEX,
+        scratch,
+        missing=f"no export at {place.where}: it has no {INDEX}, which an export writes last; "
+        "finish the export, or give its folder or URL",
+    )
     with file:
         try:
             index = json.loads(file.read())

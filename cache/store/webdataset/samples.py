@@ -20,11 +20,30 @@ from ..plan import BuildPlan, DatasetTables, array_name
 from ..zarr_format import commit_file
 from .tars import field_name, labels, npy, sample_key
 
-BLOCK_NBYTES = 32 << 20             # features in memory at a time
+BLOCK_NBYTES = 32 << 20  # features in memory at a time
 # attributes of a dataset that `CacheWriter` derives again from plan and tables
-DERIVED = {"format", "views", "tokens", "width", "shard_frames", "frames", "frame_stride", "variants", "dtype", "compression", "view_hashes",
-           "embodiment", "control_hz", "instructions", "source_hashes", "action_stats", "proprio_stats", "action_rotation",
-           "proprio_rotation", "quarantined"}
+DERIVED = {
+    "format",
+    "views",
+    "tokens",
+    "width",
+    "shard_frames",
+    "frames",
+    "frame_stride",
+    "variants",
+    "dtype",
+    "compression",
+    "view_hashes",
+    "embodiment",
+    "control_hz",
+    "instructions",
+    "source_hashes",
+    "action_stats",
+    "proprio_stats",
+    "action_rotation",
+    "proprio_rotation",
+    "quarantined",
+}
 
 
 class Files:
@@ -40,9 +59,13 @@ class Files:
         try:
             nbytes, crc = file_crc32c(self.cache.path / name)
         except OSError as error:
-            raise UserError(f"cannot read {self.cache.path / name}: {error.strerror}; run `dvla cache verify {self.cache.path}`") from None
+            raise UserError(
+                f"cannot read {self.cache.path / name}: {error.strerror}; run `dvla cache verify {self.cache.path}`"
+            ) from None
         if {"bytes": nbytes, "crc32c": crc} != self.cache.manifest["files"].get(name):
-            raise UserError(f"{self.cache.path / name} is damaged; run `dvla cache verify {self.cache.path}`, nothing of it was exported")
+            raise UserError(
+                f"{self.cache.path / name} is damaged; run `dvla cache verify {self.cache.path}`, nothing of it was exported"
+            )
         self._seen.add(name)
 
     def check_tables(self) -> None:
@@ -55,45 +78,74 @@ class Files:
 def meta_samples(cache: Cache, files: Files) -> Iterator[dict[str, Any]]:
     """The samples of _meta.tar: the store's, and one of tables for each dataset."""
     files.check_tables()
-    ledger: dict[str, list[Any]] = {}       # commit record of a shard → [episode, reason] found bad while it was built
+    ledger: dict[str, list[Any]] = {}  # commit record of a shard → [episode, reason] found bad while it was built
     for task in BuildPlan.from_document(cache.fingerprint["store"]).tasks():
         if bad := read_json(commit_file(cache.path, task.dataset, task.array, task.index))["quarantined"]:
             ledger[f"{task.dataset}/{task.array}/{task.index}"] = bad
-    store = {"__key__": "cache/store", "fingerprint.json": json_bytes(cache.fingerprint), "manifest.json": json_bytes(cache.manifest),
-             "quarantine.json": json_bytes(ledger)}
+    store = {
+        "__key__": "cache/store",
+        "fingerprint.json": json_bytes(cache.fingerprint),
+        "manifest.json": json_bytes(cache.manifest),
+        "quarantine.json": json_bytes(ledger),
+    }
     if (scale := cache.datasets[0].channel_scale) is not None:
         store["channel_scale.npy"] = npy(scale)
     yield store
     for d in cache.datasets:
-        arrays = {name: getattr(d, name) for name in ("action", "proprio", "timestamp", "action_mask", "proprio_mask", "null_text")}
+        arrays = {
+            name: getattr(d, name)
+            for name in ("action", "proprio", "timestamp", "action_mask", "proprio_mask", "null_text")
+        }
         arrays |= {"text.embedding": d.text, "text.length": d.text_length}
-        arrays |= {f"episodes.{name}": getattr(d, f"episode_{name}") for name in ("start", "length", "id", "instruction")}
+        arrays |= {
+            f"episodes.{name}": getattr(d, f"episode_{name}") for name in ("start", "length", "id", "instruction")
+        }
         arrays |= {f"null.{label}": d.null_features[i] for i, label in enumerate(labels(d.views).values())}
-        yield {"__key__": f"{d.name}/tables", "json": json_bytes(d.attributes), **{f"{n}.npy": npy(a) for n, a in arrays.items()}}
+        yield {
+            "__key__": f"{d.name}/tables",
+            "json": json_bytes(d.attributes),
+            **{f"{n}.npy": npy(a) for n, a in arrays.items()},
+        }
 
 
 def _row_document(d: CacheDataset, episode: int, row: int) -> dict[str, Any]:
     """What other tools need to know of one observation."""
-    return {"dataset": d.name, "episode_id": int(d.episode_id[episode]), "step": row - int(d.episode_start[episode]), "row": row,
-            "timestamp": float(d.timestamp[row]), "instruction": d.instructions[int(d.episode_instruction[episode])],
-            "control_hz": d.control_hz, "embodiment": d.embodiment_id, "embodiment_name": d.attributes.get("embodiment_name"),
-            "dtype": d.format.dtype, "frame_stride": d.frame_stride, "quarantined": bool(d.quarantined[episode])}
+    return {
+        "dataset": d.name,
+        "episode_id": int(d.episode_id[episode]),
+        "step": row - int(d.episode_start[episode]),
+        "row": row,
+        "timestamp": float(d.timestamp[row]),
+        "instruction": d.instructions[int(d.episode_instruction[episode])],
+        "control_hz": d.control_hz,
+        "embodiment": d.embodiment_id,
+        "embodiment_name": d.attributes.get("embodiment_name"),
+        "dtype": d.format.dtype,
+        "frame_stride": d.frame_stride,
+        "quarantined": bool(d.quarantined[episode]),
+    }
 
 
 def sample_nbytes(d: CacheDataset, views: dict[str, str]) -> int:
     """Bytes of the largest possible sample in a tar: a header of 512 and whole blocks of 512 for each member."""
     longest = max(range(len(d.episode_id)), key=lambda e: len(d.instructions[int(d.episode_instruction[e])]))
-    document = len(fp.canonical(_row_document(d, longest, int(d.episode_start[longest]))).encode()) + 64   # longer numbers
+    document = (
+        len(fp.canonical(_row_document(d, longest, int(d.episode_start[longest]))).encode()) + 64
+    )  # longer numbers
     members = [document, *[128 + 512] * 2]
-    members += [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantised] * (len(views) * (d.variants + 1))
+    members += [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantised] * (
+        len(views) * (d.variants + 1)
+    )
     return sum(512 + -(-n // 512) * 512 for n in members)
 
 
-def observation_samples(d: CacheDataset, views: dict[str, str], observations: np.ndarray, files: Files) -> Iterator[dict[str, Any]]:
+def observation_samples(
+    d: CacheDataset, views: dict[str, str], observations: np.ndarray, files: Files
+) -> Iterator[dict[str, Any]]:
     """One sample for each of `observations` [n], read in blocks."""
     arrays = [(view, label, k) for view, label in views.items() for k in range(d.variants + 1)]
     size = max(1, BLOCK_NBYTES // (d.format.record_nbytes(d.tokens, d.width) * len(arrays)))
-    for block in (observations[i:i + size] for i in range(0, len(observations), size)):
+    for block in (observations[i : i + size] for i in range(0, len(observations), size)):
         for shard in np.unique(block // d.shard_frames).tolist():
             for view, _, k in arrays:
                 files.check(f"{d.name}/features/{array_name(view, k)}/c/{shard}/0/0")
@@ -103,9 +155,12 @@ def observation_samples(d: CacheDataset, views: dict[str, str], observations: np
         episodes = d.episode_of(rows)
         records = [d.records(view, rows, k) for view, _, k in arrays]
         for i, (row, e) in enumerate(zip(rows.tolist(), episodes.tolist())):
-            sample: dict[str, Any] = {"__key__": sample_key(d.name, e, row - int(d.episode_start[e])),
-                                      "json": fp.canonical(_row_document(d, e, row)).encode(),
-                                      "action.npy": npy(d.action[row]), "proprio.npy": npy(d.proprio[row])}
+            sample: dict[str, Any] = {
+                "__key__": sample_key(d.name, e, row - int(d.episode_start[e])),
+                "json": fp.canonical(_row_document(d, e, row)).encode(),
+                "action.npy": npy(d.action[row]),
+                "proprio.npy": npy(d.proprio[row]),
+            }
             for (_, label, k), (codes, scale) in zip(arrays, records):
                 sample[field_name("features", label, k)] = npy(codes[i])
                 if scale is not None:
@@ -119,7 +174,20 @@ def tables_of(d: CacheDataset) -> DatasetTables:
     stats = {kind: Statistics.from_dict(a[f"{kind}_stats"]) for kind in ("action", "proprio")}
     rotation = {kind: np.isin(slots, a[f"{kind}_rotation"]) for kind in ("action", "proprio")}
     return DatasetTables(
-        action=d.action, action_mask=d.action_mask, action_rotation=rotation["action"], action_stats=stats["action"],
-        proprio=d.proprio, proprio_mask=d.proprio_mask, proprio_rotation=rotation["proprio"], proprio_stats=stats["proprio"],
-        timestamp=d.timestamp, text=d.text, text_length=np.array(d.text_length), null_text=d.null_text, null_features=dict(zip(d.views, d.null_features)),
-        embodiment=d.embodiment_id, control_hz=d.control_hz, attributes={k: v for k, v in a.items() if k not in DERIVED})
+        action=d.action,
+        action_mask=d.action_mask,
+        action_rotation=rotation["action"],
+        action_stats=stats["action"],
+        proprio=d.proprio,
+        proprio_mask=d.proprio_mask,
+        proprio_rotation=rotation["proprio"],
+        proprio_stats=stats["proprio"],
+        timestamp=d.timestamp,
+        text=d.text,
+        text_length=np.array(d.text_length),
+        null_text=d.null_text,
+        null_features=dict(zip(d.views, d.null_features)),
+        embodiment=d.embodiment_id,
+        control_hz=d.control_hz,
+        attributes={k: v for k, v in a.items() if k not in DERIVED},
+    )

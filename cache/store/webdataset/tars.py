@@ -43,7 +43,7 @@ from ....errors import UserError
 from ..locations import Folder, Place, Url, creating, fetch
 
 INDEX, META, EXPORT_FORMAT = "index.json", "_meta.tar", 1
-Entry = dict[str, Any]      # of a tar: url, nsamples, filesize, crc32c
+Entry = dict[str, Any]  # of a tar: url, nsamples, filesize, crc32c
 
 
 def labels(views: Sequence[str]) -> dict[str, str]:
@@ -99,8 +99,10 @@ class Pipe:
 
     def __init__(self, where: str) -> None:
         if "{name}" not in where:
-            raise UserError(f"'{where}' does not say where the name of each file goes; write {{name}} there, as in "
-                            "'pipe:aws s3 cp - s3://bucket/cache/{name}'")
+            raise UserError(
+                f"'{where}' does not say where the name of each file goes; write {{name}} there, as in "
+                "'pipe:aws s3 cp - s3://bucket/cache/{name}'"
+            )
         self.where = where
 
     def url(self, name: str) -> str:
@@ -110,7 +112,7 @@ class Pipe:
         return self._run(name, "wb")
 
     def end(self, name: str, file: Any) -> None:
-        file.close()        # raises when the command failed
+        file.close()  # raises when the command failed
 
     def drop(self, name: str, file: Any) -> None:
         with contextlib.suppress(OSError):
@@ -160,8 +162,8 @@ def write_tar(place: Place, name: str, samples: Iterable[Mapping[str, Any]]) -> 
 
 @dataclass(frozen=True)
 class _Tar:
-    file: BinaryIO                              # seekable; closed with the last reference
-    members: dict[str, tuple[int, int]]         # name → (offset of its data, nbytes)
+    file: BinaryIO  # seekable; closed with the last reference
+    members: dict[str, tuple[int, int]]  # name → (offset of its data, nbytes)
 
 
 class Tars:
@@ -173,7 +175,7 @@ class Tars:
 
     def __init__(self, place: Place, entries: Iterable[Entry], scratch: Path, check: bool) -> None:
         self.place, self.limit, self._scratch, self._check = place, 256, scratch, check
-        self.held: dict[tuple[str, str], bytes] = {}     # (tar, member) → its bytes: of tars that are streamed, not opened
+        self.held: dict[tuple[str, str], bytes] = {}  # (tar, member) → its bytes: of tars that are streamed, not opened
         self._entries = {e["url"]: e for e in entries}
         self._open: OrderedDict[str, _Tar] = OrderedDict()
         self._checked: set[str] = set()
@@ -181,6 +183,7 @@ class Tars:
 
     def read(self, tar: str, member: str, dtype: str, shape: tuple[int, ...], target: memoryview) -> None:
         """Fill `target` with the data of one .npy member. `UserError` naming the tar when it is not that array."""
+
         def check(header: bytes) -> None:
             try:
                 found = _parse_header(header)
@@ -207,7 +210,7 @@ class Tars:
         """A .npy member, memory-mapped read-only."""
         opened, offset, nbytes = self._member(tar, member)
         start = os.pread(opened.file.fileno(), min(nbytes, 10), offset)
-        begin = 10 + int.from_bytes(start[8:10], "little")      # the header of version 1, as written by `npy`
+        begin = 10 + int.from_bytes(start[8:10], "little")  # the header of version 1, as written by `npy`
         try:
             dtype, shape = _parse_header(os.pread(opened.file.fileno(), begin, offset))
         except ValueError as error:
@@ -250,7 +253,9 @@ class Tars:
     def _load(self, name: str) -> _Tar:
         entry = self._entries[name]
         file, nbytes, crc = fetch(self.place, name, self._scratch)
-        if isinstance(self.place, Folder) and self._check and name not in self._checked:    # what was copied has its crc already
+        if (
+            isinstance(self.place, Folder) and self._check and name not in self._checked
+        ):  # what was copied has its crc already
             nbytes, crc = file_crc32c(self.place.path / name)
         if nbytes != entry["filesize"]:
             raise self.damaged(name, f"{nbytes} bytes, {entry['filesize']} were written")

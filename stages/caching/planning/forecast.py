@@ -15,8 +15,8 @@ from ....cache.store.plan import BuildPlan, DatasetPlan
 from ..generations import ViewChange
 from ..sizes import ROOM_MARGIN, plan_nbytes
 
-MEMORY_SHARE = 0.8              # of a machine's memory that may hold pages of a cache
-KINDS = ("new", "again", "copied", "adopted")   # what becomes of features, as `ViewChange` counts
+MEMORY_SHARE = 0.8  # of a machine's memory that may hold pages of a cache
+KINDS = ("new", "again", "copied", "adopted")  # what becomes of features, as `ViewChange` counts
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class ViewCost:
 
     dataset: str
     view: str
-    load: float             # to open an episode: its tables, and the hash over its stored pictures
-    first: float            # to the first picture of an episode
-    following: float        # to each further observation of it, skipped frames included
+    load: float  # to open an episode: its tables, and the hash over its stored pictures
+    first: float  # to the first picture of an episode
+    following: float  # to each further observation of it, skipped frames included
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,19 @@ class Measured:
     """What the pilot measured. Bytes are stored bytes: codes with their scales, after compression."""
 
     views: tuple[ViewCost, ...]
-    encode: float                       # seconds per picture, augmentation and quantisation included
-    compression: float                  # uncompressed over stored bytes
-    write: float                        # bytes/s
-    read: float                         # bytes/s of records in random order, not in memory before
-    read_warm: float                    # bytes/s of records in random order, from memory
-    model: float | None                 # observations/s of a training step of the policy alone
-    storing_error: tuple[float, float]  # RMS of the storing error over the features' RMS: over all, in the worst channel
-    pooling_error: float | None         # RMS of what `--tokens` discards over the RMS of all tokens; None: nothing is pooled
-    stride_change: float | None         # RMS of the change from an observation to the last skipped frame behind it; None: no stride
+    encode: float  # seconds per picture, augmentation and quantisation included
+    compression: float  # uncompressed over stored bytes
+    write: float  # bytes/s
+    read: float  # bytes/s of records in random order, not in memory before
+    read_warm: float  # bytes/s of records in random order, from memory
+    model: float | None  # observations/s of a training step of the policy alone
+    storing_error: tuple[
+        float, float
+    ]  # RMS of the storing error over the features' RMS: over all, in the worst channel
+    pooling_error: float | None  # RMS of what `--tokens` discards over the RMS of all tokens; None: nothing is pooled
+    stride_change: (
+        float | None
+    )  # RMS of the change from an observation to the last skipped frame behind it; None: no stride
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,10 @@ class PlannedView:
 class Share:
     """A part of the features by what the build does with it."""
 
-    kind: str                       # one of `KINDS`
-    pictures: int                   # all views and augmented variants
-    bytes: int                      # stored
-    hours: float                    # of decoding, encoding and writing it
+    kind: str  # one of `KINDS`
+    pictures: int  # all views and augmented variants
+    bytes: int  # stored
+    hours: float  # of decoding, encoding and writing it
 
 
 @dataclass(frozen=True)
@@ -77,25 +81,27 @@ class Forecast:
     measured: Measured
     frames: int
     observations: int
-    pictures: int                   # to encode: all views and augmented variants
-    shares: tuple[Share, ...]       # of `--append` and `--update`: against the finished cache; () for a new one
-    quarantined: int                # episodes whose length cannot be told
-    bytes: int                      # of the cache
-    bytes_to_write: int             # of them: all but shards that stay whole
-    bytes_per_sample: int           # features of one observation, all its views
-    free_bytes: int                 # in the file system of the cache
-    seconds: dict[str, float]       # tables, decode, encode, write
-    binds: str                      # decode, encode or write
+    pictures: int  # to encode: all views and augmented variants
+    shares: tuple[Share, ...]  # of `--append` and `--update`: against the finished cache; () for a new one
+    quarantined: int  # episodes whose length cannot be told
+    bytes: int  # of the cache
+    bytes_to_write: int  # of them: all but shards that stay whole
+    bytes_per_sample: int  # features of one observation, all its views
+    free_bytes: int  # in the file system of the cache
+    seconds: dict[str, float]  # tables, decode, encode, write
+    binds: str  # decode, encode or write
     hours: float
-    cost: float | None              # USD at the price given
-    fits_in_memory: bool            # so that it is read from the disk in the first epoch only
-    read_samples: float             # observations/s by reading alone
-    train_samples: float            # observations/s of stage two, each shared by `draws` draws
+    cost: float | None  # USD at the price given
+    fits_in_memory: bool  # so that it is read from the disk in the first epoch only
+    read_samples: float  # observations/s by reading alone
+    train_samples: float  # observations/s of stage two, each shared by `draws` draws
     draws: int
-    train_binds: str                # reading or model
-    break_even_epoch: int | None    # the first after which the cache has cost no more than a live encoder; None: never
-    cluster: Any = None             # of `--cluster`: what it would take there (cluster_plan.ClusterForecast)
-    boundary: int | None = None     # n, where not features are stored but what enters the last n blocks: `train_samples` is by reading alone
+    train_binds: str  # reading or model
+    break_even_epoch: int | None  # the first after which the cache has cost no more than a live encoder; None: never
+    cluster: Any = None  # of `--cluster`: what it would take there (cluster_plan.ClusterForecast)
+    boundary: int | None = (
+        None  # n, where not features are stored but what enters the last n blocks: `train_samples` is by reading alone
+    )
 
     @property
     def fits(self) -> bool:
@@ -103,25 +109,52 @@ class Forecast:
         return self.bytes_to_write * ROOM_MARGIN <= self.free_bytes
 
 
-def forecast(plan: BuildPlan, m: Measured, *, free: int, memory: int, parallel: int = 1, overlap: bool = True, draws: int = 1,
-             price: float | None = None, changed: Sequence[ViewChange] | None = None) -> Forecast:
+def forecast(
+    plan: BuildPlan,
+    m: Measured,
+    *,
+    free: int,
+    memory: int,
+    parallel: int = 1,
+    overlap: bool = True,
+    draws: int = 1,
+    price: float | None = None,
+    changed: Sequence[ViewChange] | None = None,
+) -> Forecast:
     """`free`, `memory`: bytes on the disk and of this machine. `parallel`: processes that decode and encode, each with a device of its own.
     `overlap`: decoding and encoding do not share processors. `price`: USD per hour for all of it. `changed`: against the finished cache
     that is brought up to date, each view of `m.views`; None: all is new."""
     versions, record = plan.variants + 1, plan.format.record_nbytes(plan.tokens, plan.width)
     datasets = {d.name: d for d in plan.datasets}
     whole = [_all_new(plan, datasets[c.dataset], c.view) for c in m.views]
-    todo = whole if changed is None else [next(t for t in changed if (t.dataset, t.view) == (c.dataset, c.view)) for c in m.views]
-    views = tuple(PlannedView(c.dataset, c.view, datasets[c.dataset].frames, w.new, w.new * versions * record,
-                              versions * _decode_seconds(c, t.episodes, t.new + t.again)) for c, w, t in zip(m.views, whole, todo))
+    todo = (
+        whole
+        if changed is None
+        else [next(t for t in changed if (t.dataset, t.view) == (c.dataset, c.view)) for c in m.views]
+    )
+    views = tuple(
+        PlannedView(
+            c.dataset,
+            c.view,
+            datasets[c.dataset].frames,
+            w.new,
+            w.new * versions * record,
+            versions * _decode_seconds(c, t.episodes, t.new + t.again),
+        )
+        for c, w, t in zip(m.views, whole, todo)
+    )
     shares = {kind: _share(kind, plan, m, todo, parallel, overlap) for kind in KINDS}
     observations = sum(int(d.observations(plan.frame_stride).sum()) for d in plan.datasets)
     each_variant, pictures = sum(v.observations for v in views), shares["new"].pictures + shares["again"].pictures
     sample, stored = each_variant / observations * record / m.compression, sum(v.bytes for v in views)
     nbytes = plan_nbytes(plan) - stored + int(stored / m.compression)
     to_write = nbytes - shares["adopted"].bytes
-    seconds = {"tables": sum(len(datasets[c.dataset].episodes) * c.load / len(datasets[c.dataset].views) for c in m.views),
-               "decode": sum(v.decode_seconds for v in views), "encode": pictures * m.encode, "write": to_write / m.write}
+    seconds = {
+        "tables": sum(len(datasets[c.dataset].episodes) * c.load / len(datasets[c.dataset].views) for c in m.views),
+        "decode": sum(v.decode_seconds for v in views),
+        "encode": pictures * m.encode,
+        "write": to_write / m.write,
+    }
     work = elapsed(seconds["decode"] / parallel, seconds["encode"] / parallel, seconds["write"], overlap)
     total = seconds["tables"] + work
 
@@ -133,14 +166,34 @@ def forecast(plan: BuildPlan, m: Measured, *, free: int, memory: int, parallel: 
     saved = live - max(observations / read_samples, step)
     hours = total / 3600
     return Forecast(
-        views, m, sum(d.frames for d in plan.datasets), observations, pictures, () if changed is None else tuple(shares.values()),
-        sum(len(d.quarantined) for d in plan.datasets), nbytes, to_write, round(sample), free, seconds, max(("decode", "encode", "write"), key=lambda name: seconds[name]), hours,
-        None if price is None else hours * price, in_memory, read_samples, min(read_samples, m.model or math.inf), draws,
-        "model" if m.model and m.model < read_samples else "reading", math.ceil(total / saved) if saved > 0 else None)
+        views,
+        m,
+        sum(d.frames for d in plan.datasets),
+        observations,
+        pictures,
+        () if changed is None else tuple(shares.values()),
+        sum(len(d.quarantined) for d in plan.datasets),
+        nbytes,
+        to_write,
+        round(sample),
+        free,
+        seconds,
+        max(("decode", "encode", "write"), key=lambda name: seconds[name]),
+        hours,
+        None if price is None else hours * price,
+        in_memory,
+        read_samples,
+        min(read_samples, m.model or math.inf),
+        draws,
+        "model" if m.model and m.model < read_samples else "reading",
+        math.ceil(total / saved) if saved > 0 else None,
+    )
 
 
 def _all_new(plan: BuildPlan, dataset: DatasetPlan, view: str) -> ViewChange:
-    return ViewChange(dataset.name, view, int(dataset.observations(plan.frame_stride).sum()), 0, 0, 0, len(dataset.episodes))
+    return ViewChange(
+        dataset.name, view, int(dataset.observations(plan.frame_stride).sum()), 0, 0, 0, len(dataset.episodes)
+    )
 
 
 def _decode_seconds(cost: ViewCost, episodes: int, observations: int) -> float:
@@ -154,8 +207,10 @@ def _share(kind: str, plan: BuildPlan, m: Measured, todo: Sequence[ViewChange], 
     pictures = versions * sum(getattr(t, kind) for t in todo)
     nbytes, decode, encode = int(pictures * record / m.compression), 0.0, 0.0
     if kind in ("new", "again"):
-        decode = versions * sum(_decode_seconds(c, t.episodes, t.new + t.again) * getattr(t, kind) / max(1, t.new + t.again)
-                                for c, t in zip(m.views, todo))
+        decode = versions * sum(
+            _decode_seconds(c, t.episodes, t.new + t.again) * getattr(t, kind) / max(1, t.new + t.again)
+            for c, t in zip(m.views, todo)
+        )
         encode = pictures * m.encode
     write = 0.0 if kind == "adopted" else nbytes / m.write
     return Share(kind, pictures, nbytes, elapsed(decode / parallel, encode / parallel, write, overlap) / 3600)

@@ -28,21 +28,21 @@ from ...training.config import TrainConfig
 from ...training.step import noise_generator, training_step
 from ..sizes import existing_folder, free_nbytes
 
-FILE_NBYTES = 128 << 20     # of the temporary shard, before compression
-MOST_RECORDS = 8192         # in it, however small they are
-READ_THREADS = 2            # as a training run has them
-BATCH_ROWS = 16             # records read at a time, as for a batch of one view
-STEP_SECONDS = 2.0          # a training step is repeated for about so long
+FILE_NBYTES = 128 << 20  # of the temporary shard, before compression
+MOST_RECORDS = 8192  # in it, however small they are
+READ_THREADS = 2  # as a training run has them
+BATCH_ROWS = 16  # records read at a time, as for a batch of one view
+STEP_SECONDS = 2.0  # a training step is repeated for about so long
 
 
 @dataclass(frozen=True)
 class DiskRates:
     """In stored bytes per second: codes with their scales, after compression."""
 
-    compression: float      # uncompressed over stored bytes of the pilot's features
-    write: float            # one writer, checksum and sync included
-    read: float             # random records, the pages dropped before
-    read_warm: float        # random records, from memory
+    compression: float  # uncompressed over stored bytes of the pilot's features
+    write: float  # one writer, checksum and sync included
+    read: float  # random records, the pages dropped before
+    read_warm: float  # random records, from memory
 
 
 def disk_rates(out: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray | None) -> DiskRates:
@@ -59,7 +59,9 @@ def disk_rates(out: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder} to measure its speed: {error.strerror}; choose another --out") from None
+        raise UserError(
+            f"cannot write to {folder} to measure its speed: {error.strerror}; choose another --out"
+        ) from None
 
 
 def _measure(work: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray | None, count: int) -> DiskRates:
@@ -68,23 +70,23 @@ def _measure(work: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray 
     began = time.perf_counter()
     with ShardWriter(shard, (1, *codes.shape[1:]), codes.dtype, count, compression) as writer:
         for at in range(0, count, len(codes)):
-            writer.append(codes[:count - at])
+            writer.append(codes[: count - at])
         stored, _ = writer.commit()
     stored -= index_nbytes(count)
     if scales is not None:
         with ShardWriter(beside, (1, scales.shape[1]), "float32", count) as writer:
             for at in range(0, count, len(scales)):
-                writer.append(scales[:count - at])
+                writer.append(scales[: count - at])
             stored += writer.commit()[0] - index_nbytes(count)
     write = stored / (time.perf_counter() - began)
     for path in (shard, beside) if scales is not None else (shard,):
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)      # synced before, so every page can go
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # synced before, so every page can go
         finally:
             os.close(handle)
     rows = np.random.default_rng(0).permutation(count)
-    batches = [rows[at:at + BATCH_ROWS] for at in range(0, count, BATCH_ROWS)]
+    batches = [rows[at : at + BATCH_ROWS] for at in range(0, count, BATCH_ROWS)]
     files = ShardFiles()
 
     def read(part: np.ndarray) -> None:
@@ -117,7 +119,7 @@ def model_rate(size: str, draws: int, views: int, plan: BuildPlan, device: torch
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if not began:       # the first step warms up
+        if not began:  # the first step warms up
             began = time.perf_counter()
         else:
             done += 1
@@ -132,9 +134,18 @@ def _random_batch(b: int, views: int, plan: BuildPlan, horizon: int) -> FeatureB
         return torch.randn(*shape, generator=generator)
 
     return FeatureBatch(
-        tokens=normal(b, length, plan.width).half(), token_mask=torch.ones(b, length, dtype=torch.bool),
-        view_id=torch.arange(views).repeat_interleave(plan.tokens).expand(b, -1).contiguous(), frame_id=torch.zeros(b, length, dtype=torch.int64),
-        text=normal(b, words, plan.width).half(), text_mask=torch.ones(b, words, dtype=torch.bool), proprio=normal(b, UNIFIED_DIM),
-        action=normal(b, horizon, UNIFIED_DIM), action_mask=(torch.arange(UNIFIED_DIM) < 10).expand(b, -1).contiguous(),
-        step_mask=torch.ones(b, horizon, dtype=torch.bool), embodiment=torch.zeros(b, dtype=torch.int64), control_hz=torch.full((b,), 10.0),
-        dataset=torch.zeros(b, dtype=torch.int64), frame_index=torch.arange(b)).check()
+        tokens=normal(b, length, plan.width).half(),
+        token_mask=torch.ones(b, length, dtype=torch.bool),
+        view_id=torch.arange(views).repeat_interleave(plan.tokens).expand(b, -1).contiguous(),
+        frame_id=torch.zeros(b, length, dtype=torch.int64),
+        text=normal(b, words, plan.width).half(),
+        text_mask=torch.ones(b, words, dtype=torch.bool),
+        proprio=normal(b, UNIFIED_DIM),
+        action=normal(b, horizon, UNIFIED_DIM),
+        action_mask=(torch.arange(UNIFIED_DIM) < 10).expand(b, -1).contiguous(),
+        step_mask=torch.ones(b, horizon, dtype=torch.bool),
+        embodiment=torch.zeros(b, dtype=torch.int64),
+        control_hz=torch.full((b,), 10.0),
+        dataset=torch.zeros(b, dtype=torch.int64),
+        frame_index=torch.arange(b),
+    ).check()

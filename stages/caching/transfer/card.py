@@ -12,8 +12,22 @@ def cache_card(cache: Cache, url: str) -> str:
     attributes = [{"license": "", "control_hz": 0.0, **d.attributes, "name": d.name} for d in cache.datasets]
     encoder = cache.fingerprint.get("encoder", {})
     head = {"tags": ["robotics", "dvla", "feature-cache"], **_licence([a["license"] for a in attributes])}
-    return "\n".join([
-        _front(head), f"# {url.rsplit('/', 1)[-1]}", "",
-        f"Features of a frozen vision-language model ({encoder.get('vlm', 'unnamed')}, {encoder.get('features', 'features')}, {cache.tokens} tokens of width {cache.width} a picture) and unified "
-        f"actions of {cache.frames} frames: a cache of dvla {__version__}, plain Zarr v3.", "", *_sources(attributes), "", "## Use", "", "```",
-        f"dvla cache pull {url} --out cache", "dvla train --from-cache cache --out run", "```", ""])
+    return "\n".join(
+        [
+            _front(head),
+            f"# {url.rsplit('/', 1)[-1]}",
+            "",
+            f"Features of a frozen vision-language model ({encoder.get('vlm', 'unnamed')}, {encoder.get('features', 'features')}, {cache.tokens} tokens of width {cache.width} a picture) and unified "
+            f"actions of {cache.frames} frames: a cache of dvla {__version__}, plain Zarr v3.",
+            "",
+            *_sources(attributes),
+            "",
+            "## Use",
+            "",
+            "```",
+            f"dvla cache pull {url} --out cache",
+            "dvla train --from-cache cache --out run",
+            "```",
+            "",
+        ]
+    )

@@ -28,7 +28,7 @@ HUB = "hf://datasets/"
 PUSHING, PULLING = ".pushing", ".pulling"
 THREADS = 8
 
-Progress = Callable[[int, int], None]   # bytes done, of all
+Progress = Callable[[int, int], None]  # bytes done, of all
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Transfer:
     """What was moved."""
 
     where: str
-    files: int      # of the cache
-    found: int      # of these, there already
-    nbytes: int     # of the cache
+    files: int  # of the cache
+    found: int  # of these, there already
+    nbytes: int  # of the cache
 
 
 def push_cache(path: Path | str, url: str, private: bool = True, progress: Progress = lambda *_: None) -> Transfer:
@@ -49,7 +49,9 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Progr
     """
     cache = Cache.open(path)
     if not is_remote(url):
-        raise UserError(f"{url} is not a URL; give one such as s3://bucket/cache or {HUB}owner/name (a folder is copied with cp)")
+        raise UserError(
+            f"{url} is not a URL; give one such as s3://bucket/cache or {HUB}owner/name (a folder is copied with cp)"
+        )
     root, files = cache.path, cache.manifest["files"]
     if url.startswith(HUB):
         return _push_to_hub(cache, url, private, progress)
@@ -71,7 +73,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Progr
 
     def send(name: str) -> bool:
         if place.size(name) == files[name]["bytes"]:
-            return True     # an object appears when it is whole
+            return True  # an object appears when it is whole
         with creating(place, name) as sink, open(root / name, "rb") as file:
             while block := file.read(8 * BLOCK):
                 sink.write(block)
@@ -110,7 +112,7 @@ def pull_cache(url: str, out: Path | str, progress: Progress = lambda *_: None) 
 
     def take(name: str) -> bool:
         path = out / name
-        if path.exists():   # it appeared whole
+        if path.exists():  # it appeared whole
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
         fetch_checked(place, name, files[name], path)
@@ -135,9 +137,13 @@ def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> T
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         if api.file_exists(repo, "manifest.json", repo_type="dataset"):
             raise UserError(f"a cache lies in {repo} already; choose another repository, or delete it on the hub first")
-        api.upload_large_folder(repo_id=repo, folder_path=root, repo_type="dataset", allow_patterns=list(files), print_report=False)
+        api.upload_large_folder(
+            repo_id=repo, folder_path=root, repo_type="dataset", allow_patterns=list(files), print_report=False
+        )
         api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo, repo_type="dataset")
-        api.upload_file(path_or_fileobj=root / "manifest.json", path_in_repo="manifest.json", repo_id=repo, repo_type="dataset")
+        api.upload_file(
+            path_or_fileobj=root / "manifest.json", path_in_repo="manifest.json", repo_id=repo, repo_type="dataset"
+        )
     progress(_total(files), _total(files))
     return Transfer(url, len(files), 0, _total(files))
 

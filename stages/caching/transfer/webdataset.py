@@ -37,8 +37,8 @@ from ....common import fingerprint as fp
 from ....errors import UserError, unknown
 
 FORMATS = ("webdataset",)
-CLAIM = ".export.json"              # whose unfinished export a folder holds
-Progress = Callable[[str, int, int], None]      # (stage, done, total)
+CLAIM = ".export.json"  # whose unfinished export a folder holds
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass
@@ -46,16 +46,17 @@ class ExchangeReport:
     """What an export or import did. `found`: tars, or shards, that were there already."""
 
     where: str
-    samples: int = 0            # observations
-    parts: int = 0              # tars of an export, shards of an import
+    samples: int = 0  # observations
+    parts: int = 0  # tars of an export, shards of an import
     found: int = 0
     bytes: int = 0
-    rewritten: int = 0          # files of an import with other bytes than the exported cache's, of the same content (see above)
+    rewritten: int = 0  # files of an import with other bytes than the exported cache's, of the same content (see above)
     seconds: float = 0.0
 
 
-def export(path: Path, out: str, format: str = "webdataset", shard_nbytes: int = 1 << 30,
-           progress: Progress = lambda *_: None) -> ExchangeReport:
+def export(
+    path: Path, out: str, format: str = "webdataset", shard_nbytes: int = 1 << 30, progress: Progress = lambda *_: None
+) -> ExchangeReport:
     """Write the finished cache at `path` as tars of at most about `shard_nbytes` to a folder, fsspec URL or pipe.
 
     Run again to finish an interrupted one. `UserError` when a file of the cache is damaged, or `out` holds something else.
@@ -86,17 +87,30 @@ def export(path: Path, out: str, format: str = "webdataset", shard_nbytes: int =
         quarantine: list[Entry] = []
         for dataset in cache.datasets:
             per_tar = max(1, shard_nbytes // sample_nbytes(dataset, views[dataset.name]))
-            bad = np.repeat(dataset.quarantined, dataset.episode_observations)                      # [observations]
+            bad = np.repeat(dataset.quarantined, dataset.episode_observations)  # [observations]
             for entries, chosen, prefix in ((shards, ~bad, ""), (quarantine, bad, "_quarantine-")):
                 rows = np.flatnonzero(chosen)
                 for i, begin in enumerate(range(0, len(rows), per_tar)):
-                    part = rows[begin:begin + per_tar]
+                    part = rows[begin : begin + per_tar]
                     name = f"{prefix}{dataset.name}-{i:06d}.tar"
-                    entries.append({**write(name, lambda: observation_samples(dataset, views[dataset.name], part, files)), "dataset": dataset.name})
+                    entries.append(
+                        {
+                            **write(name, lambda: observation_samples(dataset, views[dataset.name], part, files)),
+                            "dataset": dataset.name,
+                        }
+                    )
                     done += len(part)
                     progress(dataset.name, done, total)
-        _write_json(place, INDEX, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards,
-                                   "dvla": {**claim, "meta": meta, "quarantine": quarantine, "views": views}})
+        _write_json(
+            place,
+            INDEX,
+            {
+                "__kind__": "wids-shard-index-v1",
+                "wids_version": 1,
+                "shardlist": shards,
+                "dvla": {**claim, "meta": meta, "quarantine": quarantine, "views": views},
+            },
+        )
         if place.resumable:
             for name in [*map(_record, (e["url"] for e in (meta, *shards, *quarantine))), CLAIM]:
                 if _size(place, name) is not None:
@@ -148,7 +162,9 @@ def _finished(place: Place, claim: dict[str, Any]) -> dict[str, Entry]:
     else:
         mine, entries = claim, []
     if different := [key for key in claim if mine.get(key) != claim[key]]:
-        what = {"shard_nbytes": "with another --shard-size", "cache": "of another cache"}.get(different[0], "of another version")
+        what = {"shard_nbytes": "with another --shard-size", "cache": "of another cache"}.get(
+            different[0], "of another version"
+        )
         raise UserError(f"{place.where} holds an export {what}; choose another --out, or remove it")
     if INDEX not in names and CLAIM not in names:
         _write_json(place, CLAIM, claim)
@@ -174,10 +190,12 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
         ledger = exported.tars.json(META, "cache/store.quarantine.json")
     with _sense(source), CacheWriter.create_or_resume(out, settings, plan) as writer:
         order = [d.name for d in plan.datasets]
-        missing = sorted(writer.missing(), key=lambda t: (order.index(t.dataset), t.index))     # so that each tar is fetched once
+        missing = sorted(
+            writer.missing(), key=lambda t: (order.index(t.dataset), t.index)
+        )  # so that each tar is fetched once
         report.parts = len(plan.tasks())
         report.found, total, done = report.parts - len(missing), sum(t.stop - t.start for t in missing), 0
-        writer.channel_scale(lambda: exported.datasets[0].channel_scale)    # type: ignore[arg-type, return-value]
+        writer.channel_scale(lambda: exported.datasets[0].channel_scale)  # type: ignore[arg-type, return-value]
         for name in writer.tables_missing():
             writer.write_tables(name, tables_of(exported.dataset(name)))
         for task in missing:
@@ -195,9 +213,11 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
 
 def _chunks(exported: WebDatasetCache, d: CacheDataset, task: ShardTask) -> Iterator[Features]:
     """A shard's records, in blocks."""
-    assert isinstance(d, WebDatasetDataset)     # as all of an export
+    assert isinstance(d, WebDatasetDataset)  # as all of an export
     size = max(1, BLOCK_NBYTES // d.format.record_nbytes(d.tokens, d.width))
-    exported.tars.limit = 1 + len({tar for tar, _ in d.places(d.frame_of(np.arange(task.start, task.stop)))})   # copies on disk
+    exported.tars.limit = 1 + len(
+        {tar for tar, _ in d.places(d.frame_of(np.arange(task.start, task.stop)))}
+    )  # copies on disk
     for begin in range(task.start, task.stop, size):
         codes, scale = d.records(task.view, d.frame_of(np.arange(begin, min(begin + size, task.stop))), task.variant)
         yield codes if scale is None else (codes, scale)
@@ -210,10 +230,14 @@ def _compare(out: Path, manifest: dict[str, Any], plan: BuildPlan, source: str) 
         files |= read_json(record)["files"]
     different = sorted(name for name, entry in files.items() if manifest["files"].get(name) != entry)
     compressed = plan.format.compression != "none"
-    wrong = [n for n in different if not n.endswith("/zarr.json") and not (compressed and n.split("/")[1] == "features")]
+    wrong = [
+        n for n in different if not n.endswith("/zarr.json") and not (compressed and n.split("/")[1] == "features")
+    ]
     if wrong:
-        raise UserError(f"{source} does not give back the cache it was exported from: {wrong[0]} differs, and {len(wrong) - 1} other files; "
-                        f"its tars and index were changed together. Export the cache again, and remove {out}")
+        raise UserError(
+            f"{source} does not give back the cache it was exported from: {wrong[0]} differs, and {len(wrong) - 1} other files; "
+            f"its tars and index were changed together. Export the cache again, and remove {out}"
+        )
     return len(different)
 
 
@@ -223,4 +247,6 @@ def _sense(source: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{source} does not describe a cache this version can build ({type(error).__name__}: {error}); export it again") from error
+        raise UserError(
+            f"{source} does not describe a cache this version can build ({type(error).__name__}: {error}); export it again"
+        ) from error

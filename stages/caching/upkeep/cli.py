@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,10 @@ from ....common.console import console, errors, progress_bars
 from ....common.options import Device, Json, VlmPath
 from ....common.text import size
 
-Moved = Annotated[Optional[list[str]], typer.Option("--source", help="Dataset folders, if moved since the build; may be given several times.")]
+Moved = Annotated[
+    list[str] | None,
+    typer.Option("--source", help="Dataset folders, if moved since the build; may be given several times."),
+]
 CachePath = Annotated[Path, typer.Argument(help="Cache folder.", show_default=False)]
 
 
@@ -29,12 +32,21 @@ def cache_verify(
     from .verify import verify
 
     with progress_bars() as show:
-        problems, check = verify(path, live, tuple(source or ()), vlm_path, device, progress=lambda done, total: show("checksums", done, total))
+        problems, check = verify(
+            path,
+            live,
+            tuple(source or ()),
+            vlm_path,
+            device,
+            progress=lambda done, total: show("checksums", done, total),
+        )
     for line in problems:
         errors.print(line, style="red", markup=False)
     if check is not None:
-        console.print(f"{check.count} frames recomputed: largest difference {check.largest:.2g}, RMS of the difference "
-                      f"{check.relative:.2g} of the features' ({check.scale:.2g})")
+        console.print(
+            f"{check.count} frames recomputed: largest difference {check.largest:.2g}, RMS of the difference "
+            f"{check.relative:.2g} of the features' ({check.scale:.2g})"
+        )
     if problems:
         raise typer.Exit(1)
     console.print(f"{path}: all files are as they were written")
@@ -56,8 +68,16 @@ def cache_status(path: CachePath, json: Json = None) -> None:
 
 def cache_inspect(
     path: CachePath,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Folder for a picture of the token norms of each view; nothing there is overwritten.")] = None,
-    html: Annotated[Optional[Path], typer.Option("--html", help="Page to write: datasets, pictures, token norms, action ranges, masks, bytes.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for a picture of the token norms of each view; nothing there is overwritten."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Page to write: datasets, pictures, token norms, action ranges, masks, bytes."),
+    ] = None,
     source: Moved = None,
 ) -> None:
     """What a finished cache was built with, its episodes, instructions and action slots.
@@ -110,14 +130,20 @@ def cache_repair(path: CachePath, source: Moved = None, vlm_path: VlmPath = None
     from .repair import repair
 
     with progress_bars() as show:
-        report = repair(path, tuple(source or ()), vlm_path, device, lambda line: console.print(line, markup=False), show)
+        report = repair(
+            path, tuple(source or ()), vlm_path, device, lambda line: console.print(line, markup=False), show
+        )
     if report.whole:
         console.print(f"{path}: all files are as they were written")
         return
     console.print(f"{path}: whole again; {report.parts} were written again")
     if report.other_bytes:
-        console.print(f"{len(report.other_bytes)} files have other bytes than before, as encoding on other hardware or in other batches gives: "
-                      f"{', '.join(report.other_bytes[:3])}{', …' if len(report.other_bytes) > 3 else ''}", style="yellow", markup=False)
+        console.print(
+            f"{len(report.other_bytes)} files have other bytes than before, as encoding on other hardware or in other batches gives: "
+            f"{', '.join(report.other_bytes[:3])}{', …' if len(report.other_bytes) > 3 else ''}",
+            style="yellow",
+            markup=False,
+        )
 
 
 def cache_gc(

@@ -14,7 +14,7 @@ from ....cache.store.cache import Cache, CacheDataset
 from ....common import fingerprint as fp
 from ....errors import UserError
 
-BLOCK = 256 << 20       # bytes of features compared at a time
+BLOCK = 256 << 20  # bytes of features compared at a time
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ArrayDiff:
 
     dataset: str
     array: str
-    compared: int           # frames
-    equal: bool             # as stored, byte for byte, in all frames compared
+    compared: int  # frames
+    equal: bool  # as stored, byte for byte, in all frames compared
     relative: float | None  # RMS of the difference over the RMS in the first cache; None: of other shape
 
 
@@ -34,19 +34,19 @@ class Drift:
 
     dataset: str
     frames: int
-    relative: float         # RMS of the difference over the RMS in the first cache
-    cosine: float           # of a token in one cache and in the other, mean over tokens
+    relative: float  # RMS of the difference over the RMS in the first cache
+    cosine: float  # of a token in one cache and in the other, mean over tokens
 
 
 @dataclass(frozen=True)
 class CacheDiff:
     """How two finished caches differ; `same` when they do not."""
 
-    fingerprint: tuple[str, ...]        # differing fields, episodes not among them
-    only: tuple[str, ...]               # datasets, views and episodes in one of them, and episodes whose source differs
+    fingerprint: tuple[str, ...]  # differing fields, episodes not among them
+    only: tuple[str, ...]  # datasets, views and episodes in one of them, and episodes whose source differs
     arrays: tuple[ArrayDiff, ...]
-    same_files: bool                    # features and tables were written with the same checksums, all of them
-    drifts: tuple[Drift, ...] = ()      # of datasets whose features have one shape in both
+    same_files: bool  # features and tables were written with the same checksums, all of them
+    drifts: tuple[Drift, ...] = ()  # of datasets whose features have one shape in both
 
     @property
     def same(self) -> bool:
@@ -54,7 +54,9 @@ class CacheDiff:
         return self.same_files and not self.fingerprint and not self.only and all(a.equal for a in self.arrays)
 
 
-def diff(a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None) -> CacheDiff:
+def diff(
+    a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> CacheDiff:
     """Compare two finished caches: actions, proprio and instructions of all common episodes, features of up to `samples` random frames
     of each view, and the checksums of everything. `UserError` as `Cache.open`."""
     first, second = Cache.open(a), Cache.open(b)
@@ -73,7 +75,10 @@ def diff(a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Callable
         arrays += found
         drifts += drift
         progress("comparing", i + 1, len(common))
-    files = [{name: entry for name, entry in c.manifest["files"].items() if not name.endswith("zarr.json")} for c in (first, second)]
+    files = [
+        {name: entry for name, entry in c.manifest["files"].items() if not name.endswith("zarr.json")}
+        for c in (first, second)
+    ]
     return CacheDiff(tuple(lines), tuple(only), tuple(arrays), files[0] == files[1], tuple(drifts))
 
 
@@ -85,7 +90,9 @@ def _settings(cache: Cache) -> dict[str, Any]:
 
 def _only(x: CacheDataset, y: CacheDataset) -> list[str]:
     lines = [f"view {x.name}/{v} only in {'A' if v in x.views else 'B'}" for v in sorted(set(x.views) ^ set(y.views))]
-    one, two = (dict(zip(d.episode_id.tolist(), zip(d.attributes["source_hashes"], d.quarantined.tolist()))) for d in (x, y))
+    one, two = (
+        dict(zip(d.episode_id.tolist(), zip(d.attributes["source_hashes"], d.quarantined.tolist()))) for d in (x, y)
+    )
     for name, mine, other in (("A", one, two), ("B", two, one)):
         alone = sorted(mine.keys() - other.keys())
         if alone:
@@ -93,8 +100,11 @@ def _only(x: CacheDataset, y: CacheDataset) -> list[str]:
     changed = sorted(e for e in one.keys() & two.keys() if one[e][0] != two[e][0])
     if changed:
         lines.append(f"{len(changed)} episodes of {x.name} were recorded otherwise: {_few(changed)}")
-    lines += [f"episode {e} of {x.name} is in quarantine only in {'A' if one[e][1] else 'B'}"
-              for e in sorted(one.keys() & two.keys()) if one[e][1] != two[e][1]]
+    lines += [
+        f"episode {e} of {x.name} is in quarantine only in {'A' if one[e][1] else 'B'}"
+        for e in sorted(one.keys() & two.keys())
+        if one[e][1] != two[e][1]
+    ]
     return lines
 
 
@@ -102,11 +112,17 @@ def _few(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
 
 
-def _compare(x: CacheDataset, y: CacheDataset, samples: int, rng: np.random.Generator) -> tuple[list[ArrayDiff], list[Drift]]:
+def _compare(
+    x: CacheDataset, y: CacheDataset, samples: int, rng: np.random.Generator
+) -> tuple[list[ArrayDiff], list[Drift]]:
     """Tables of all frames of common episodes of the same length; features of some of those that are observations in both."""
     positions = {e: i for i, e in enumerate(y.episode_id.tolist())}
     pairs = [(i, positions[e]) for i, e in enumerate(x.episode_id.tolist()) if e in positions]
-    pairs = [(i, j) for i, j in pairs if x.episode_length[i] == y.episode_length[j] and not x.quarantined[i] and not y.quarantined[j]]
+    pairs = [
+        (i, j)
+        for i, j in pairs
+        if x.episode_length[i] == y.episode_length[j] and not x.quarantined[i] and not y.quarantined[j]
+    ]
     if not pairs:
         return [], []
     step = np.concatenate([np.arange(x.episode_length[i]) for i, _ in pairs])
@@ -120,21 +136,30 @@ def _compare(x: CacheDataset, y: CacheDataset, samples: int, rng: np.random.Gene
     chosen = np.sort(rng.choice(seen, min(samples, len(seen)), replace=False))
     arrays = [(view, k) for view in x.views if view in y.views for k in range(min(x.variants, y.variants) + 1)]
     found = [_features(x, y, view, k, rows[0][chosen], rows[1][chosen]) for view, k in arrays]
-    square, scale, cosine, tokens = np.sum([sums for (_, k), (_, sums) in zip(arrays, found) if k == 0] or [np.zeros(4)], 0)
-    drift = [Drift(x.name, len(chosen), float(square / max(scale, 1e-30)) ** 0.5, float(cosine / tokens))] if tokens else []
+    square, scale, cosine, tokens = np.sum(
+        [sums for (_, k), (_, sums) in zip(arrays, found) if k == 0] or [np.zeros(4)], 0
+    )
+    drift = (
+        [Drift(x.name, len(chosen), float(square / max(scale, 1e-30)) ** 0.5, float(cosine / tokens))] if tokens else []
+    )
     return out + [array for array, _ in found], drift
 
 
 def _table(dataset: str, kind: str, a: np.ndarray, b: np.ndarray, rows: np.ndarray, others: np.ndarray) -> ArrayDiff:
     equal, square, scale = True, 0.0, 0.0
     for at in range(0, len(rows), 65536):
-        one, two = a[rows[at:at + 65536]], b[others[at:at + 65536]]
+        one, two = a[rows[at : at + 65536]], b[others[at : at + 65536]]
         equal &= one.tobytes() == two.tobytes()
-        square, scale = square + float(((one - two).astype(np.float64) ** 2).sum()), scale + float((one.astype(np.float64) ** 2).sum())
+        square, scale = (
+            square + float(((one - two).astype(np.float64) ** 2).sum()),
+            scale + float((one.astype(np.float64) ** 2).sum()),
+        )
     return ArrayDiff(dataset, kind, len(rows), equal, (square / max(scale, 1e-30)) ** 0.5)
 
 
-def _features(x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: np.ndarray, others: np.ndarray) -> tuple[ArrayDiff, np.ndarray]:
+def _features(
+    x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: np.ndarray, others: np.ndarray
+) -> tuple[ArrayDiff, np.ndarray]:
     """The difference, and [4] sums: of its squares, of the squares in x, of the tokens' cosines, and how many tokens these are."""
     array = f"{view}.aug{variant}" if variant else view
     if (x.tokens, x.width) != (y.tokens, y.width):
@@ -149,7 +174,12 @@ def _features(x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: n
             stored = zip(x.records(view, rows[part], variant), y.records(view, others[part], variant))
             equal = all(u is None or v is not None and u.tobytes() == v.tobytes() for u, v in stored)
         one, two = (d.features(view, r[part], variant).astype(np.float32) for d, r in ((x, rows), (y, others)))
-        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)                                  # [n,K]
-        cosine = (one * two).sum(-1) / np.maximum(norms, 1e-30)                                             # [n,K]
-        sums += (np.square(one - two).sum(dtype=np.float64), np.square(one).sum(dtype=np.float64), cosine.sum(dtype=np.float64), cosine.size)
+        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)  # [n,K]
+        cosine = (one * two).sum(-1) / np.maximum(norms, 1e-30)  # [n,K]
+        sums += (
+            np.square(one - two).sum(dtype=np.float64),
+            np.square(one).sum(dtype=np.float64),
+            cosine.sum(dtype=np.float64),
+            cosine.size,
+        )
     return ArrayDiff(x.name, array, len(rows), equal, float(sums[0] / max(sums[1], 1e-30)) ** 0.5), sums

@@ -19,7 +19,7 @@ class Garbage:
     """Something beside or in a cache that it does not need. `frees`: bytes that no file outside the list shares (hard links)."""
 
     path: Path
-    kind: str       # earlier generation, unfinished generation, temporary file, pilot's folder
+    kind: str  # earlier generation, unfinished generation, temporary file, pilot's folder
     bytes: int
     frees: int
 
@@ -28,13 +28,18 @@ def garbage(path: Path) -> list[Garbage]:
     """What `gc` may remove: never the current generation. `UserError` when there is no cache, or an exchange was interrupted."""
     following = next_generation(path)
     if not path.exists() and (following / "manifest.json").exists():
-        raise UserError(f"{path} is in the middle of taking its next generation in; run the same `dvla cache build` command again first")
+        raise UserError(
+            f"{path} is in the middle of taking its next generation in; run the same `dvla cache build` command again first"
+        )
     plan_of(path)
     found = [(p, "earlier generation") for p in generations(path)]
     found += [(following, "unfinished generation")] if following.exists() else []
     found += [(p, "temporary file") for p in sorted(path.rglob(TEMPORARY))]
     found += [(p, "pilot's folder") for p in sorted(path.parent.glob(f".{path.name}.pilot-*"))]
-    files = {p: [f.lstat() for f in ([p] if not p.is_dir() else p.rglob("*")) if not f.is_dir() or f.is_symlink()] for p, _ in found}
+    files = {
+        p: [f.lstat() for f in ([p] if not p.is_dir() else p.rglob("*")) if not f.is_dir() or f.is_symlink()]
+        for p, _ in found
+    }
     seen: dict[tuple[int, int], int] = {}
     for entry in (e for entries in files.values() for e in entries):
         seen[entry.st_dev, entry.st_ino] = seen.get((entry.st_dev, entry.st_ino), 0) + 1
@@ -42,7 +47,9 @@ def garbage(path: Path) -> list[Garbage]:
     counted: set[tuple[int, int]] = set()
     for p, kind in found:
         alone = {(e.st_dev, e.st_ino): e.st_size for e in files[p] if seen[e.st_dev, e.st_ino] >= e.st_nlink}
-        out.append(Garbage(p, kind, sum(e.st_size for e in files[p]), sum(n for key, n in alone.items() if key not in counted)))
+        out.append(
+            Garbage(p, kind, sum(e.st_size for e in files[p]), sum(n for key, n in alone.items() if key not in counted))
+        )
         counted |= alone.keys()
     return out
 

@@ -18,8 +18,8 @@ from ....cache.store.cache import Cache, CacheDataset
 from ....errors import UserError
 from .status import summary
 
-CELL = 16               # pixels of one token in a picture of norms
-GAP = 4                 # pixels between frames
+CELL = 16  # pixels of one token in a picture of norms
+GAP = 4  # pixels between frames
 SHOWN_FRAMES = 8
 
 
@@ -45,11 +45,11 @@ class DatasetFacts:
     quarantined: int
     frames: int
     observations: int
-    lengths: tuple[int, int, int]       # shortest, median, longest episode, frames
+    lengths: tuple[int, int, int]  # shortest, median, longest episode, frames
     control_hz: float
     embodiment: str
     source: str
-    instructions: tuple[tuple[str, int], ...]   # (text, episodes), most frequent first
+    instructions: tuple[tuple[str, int], ...]  # (text, episodes), most frequent first
     action: tuple[SlotRow, ...]
     proprio: tuple[SlotRow, ...]
 
@@ -61,16 +61,22 @@ class CacheFacts:
     path: str
     bytes: int
     files: int
-    encoder: dict[str, Any]             # the encoder's settings
-    fingerprint: dict[str, Any]         # the fingerprint in short
+    encoder: dict[str, Any]  # the encoder's settings
+    fingerprint: dict[str, Any]  # the fingerprint in short
     datasets: tuple[DatasetFacts, ...]
 
 
 def inspect(path: Path) -> CacheFacts:
     """Read the tables of a finished cache; no features. `UserError` as `Cache.open`."""
     cache = Cache.open(path)
-    return CacheFacts(str(path), cache.manifest["bytes"], len(cache.manifest["files"]), cache.datasets[0].attributes.get("encoder", {}),
-                      summary(cache.fingerprint), tuple(_facts(d) for d in cache.datasets))
+    return CacheFacts(
+        str(path),
+        cache.manifest["bytes"],
+        len(cache.manifest["files"]),
+        cache.datasets[0].attributes.get("encoder", {}),
+        summary(cache.fingerprint),
+        tuple(_facts(d) for d in cache.datasets),
+    )
 
 
 def _facts(d: CacheDataset) -> DatasetFacts:
@@ -78,15 +84,29 @@ def _facts(d: CacheDataset) -> DatasetFacts:
     order = np.argsort(-counts, kind="stable")
     lengths = d.episode_length
     return DatasetFacts(
-        d.name, d.views, len(d.episode_id), int(d.quarantined.sum()), d.frames, d.observations,
-        (int(lengths.min()), int(np.median(lengths)), int(lengths.max())), d.control_hz, str(d.attributes.get("embodiment_name", d.embodiment_id)),
-        str(d.attributes.get("source", "")), tuple((d.instructions[i], int(counts[i])) for i in order), _slots(d, "action"), _slots(d, "proprio"))
+        d.name,
+        d.views,
+        len(d.episode_id),
+        int(d.quarantined.sum()),
+        d.frames,
+        d.observations,
+        (int(lengths.min()), int(np.median(lengths)), int(lengths.max())),
+        d.control_hz,
+        str(d.attributes.get("embodiment_name", d.embodiment_id)),
+        str(d.attributes.get("source", "")),
+        tuple((d.instructions[i], int(counts[i])) for i in order),
+        _slots(d, "action"),
+        _slots(d, "proprio"),
+    )
 
 
 def _slots(d: CacheDataset, kind: str) -> tuple[SlotRow, ...]:
     stats = Statistics.from_dict(d.attributes[f"{kind}_stats"])
     rows = np.flatnonzero(d.action_mask if kind == "action" else d.proprio_mask).tolist()
-    return tuple(SlotRow(i, slots()[i].name, *(float(getattr(stats, field)[i]) for field in ("mean", "std", "min", "max"))) for i in rows)
+    return tuple(
+        SlotRow(i, slots()[i].name, *(float(getattr(stats, field)[i]) for field in ("mean", "std", "min", "max")))
+        for i in rows
+    )
 
 
 def norm_pictures(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
@@ -122,10 +142,10 @@ def norm_strip(d: CacheDataset, view: str, rows: np.ndarray) -> tuple[np.ndarray
     """The norms of the token grids of frames `rows` side by side, dark to bright, uint8 [H,W,3], and (smallest, largest norm)."""
     from matplotlib import colormaps
 
-    norms = np.linalg.norm(d.features(view, rows).astype(np.float32), axis=-1)              # [n,K]
+    norms = np.linalg.norm(d.features(view, rows).astype(np.float32), axis=-1)  # [n,K]
     low, high = (float(norms.min()), float(norms.max())) if norms.size else (0.0, 0.0)
     side = math.isqrt(d.tokens)
-    grid = norms.reshape(len(rows), *((side, side) if side * side == d.tokens else (1, d.tokens)))   # [n,S,S]
+    grid = norms.reshape(len(rows), *((side, side) if side * side == d.tokens else (1, d.tokens)))  # [n,S,S]
     scaled = (grid - low) / max(high - low, 1e-12)
     tiles = [np.kron(frame, np.ones((CELL, CELL))) for frame in scaled]
     strips = [(colormaps["viridis"](tile)[..., :3] * 255).astype(np.uint8) for tile in tiles]

@@ -31,9 +31,9 @@ from .status import one_status
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = 4           # frames of each view
-HEIGHT = 120        # pixels of a thumbnail
-TEXTS = 12          # instructions listed
+SHOWN = 4  # frames of each view
+HEIGHT = 120  # pixels of a thumbnail
+TEXTS = 12  # instructions listed
 
 
 def range_figure(name: str, stats: Statistics, places: Sequence[int], style: Style = LIGHT) -> Figure:
@@ -53,8 +53,14 @@ def range_figure(name: str, stats: Statistics, places: Sequence[int], style: Sty
         axis.axvline(edge, color=style.text, linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(places)), [slots()[i].name for i in places])
     axis.invert_yaxis()
-    axis.set_xlabel("value, normalised: 0 mean, 1 is 5 σ; thin: all, thick: 1 to 99 %, mark: median; dashed: clipped beyond")
-    verdict = f"{outside} of {len(places)} dimensions reach beyond 5 σ and are clipped there" if outside else "nothing is clipped"
+    axis.set_xlabel(
+        "value, normalised: 0 mean, 1 is 5 σ; thin: all, thick: 1 to 99 %, mark: median; dashed: clipped beyond"
+    )
+    verdict = (
+        f"{outside} of {len(places)} dimensions reach beyond 5 σ and are clipped there"
+        if outside
+        else "nothing is clipped"
+    )
     return finish(figure, f"{name}: {verdict}", style)
 
 
@@ -63,10 +69,17 @@ def mask_figure(datasets: Sequence[CacheDataset], style: Style = LIGHT) -> Figur
     from matplotlib.colors import ListedColormap
 
     used = np.flatnonzero(np.any([d.action_mask | d.proprio_mask for d in datasets], 0))
-    table = np.stack([d.action_mask[used] * 2 + d.proprio_mask[used] for d in datasets]).astype(float)      # [D,places]
+    table = np.stack([d.action_mask[used] * 2 + d.proprio_mask[used] for d in datasets]).astype(float)  # [D,places]
     figure = new_figure(style, max(6.0, 0.24 * len(used) + 2), 0.3 * len(datasets) + 2.6)
     axis = figure.subplots()
-    axis.imshow(table, aspect="auto", cmap=ListedColormap((style.faint, style.cycle[2], style.predicted, style.expert)), vmin=-0.5, vmax=3.5, interpolation="nearest")
+    axis.imshow(
+        table,
+        aspect="auto",
+        cmap=ListedColormap((style.faint, style.cycle[2], style.predicted, style.expert)),
+        vmin=-0.5,
+        vmax=3.5,
+        interpolation="nearest",
+    )
     for n, label in ((3, "action and state"), (2, "action alone"), (1, "state alone"), (0, "neither")):
         axis.plot([], [], "s", color=(style.faint, style.cycle[2], style.predicted, style.expert)[n], label=label)
     axis.set_xticks(range(len(used)), [slots()[i].name for i in used], rotation=90)
@@ -76,7 +89,9 @@ def mask_figure(datasets: Sequence[CacheDataset], style: Style = LIGHT) -> Figur
     return finish(figure, f"Actions fill {filled} of 128 places; {shared} of them in every dataset", style, "outside")
 
 
-def write_cache_page(path: Path, out: Path, given: Sequence[str] = (), progress: Callable[[str, int, int], None] = lambda *_: None) -> int:
+def write_cache_page(
+    path: Path, out: Path, given: Sequence[str] = (), progress: Callable[[str, int, int], None] = lambda *_: None
+) -> int:
     """Write the page of the cache at `path`; returns its bytes. `given`: sources that moved. `UserError` as `Cache.open` and `write_page`."""
     require_page(out)
     facts, cache = inspect(path), Cache.open(path)
@@ -84,28 +99,66 @@ def write_cache_page(path: Path, out: Path, given: Sequence[str] = (), progress:
     arrays = one_status(path).arrays
     shown: list[dict[str, Any]] = []
     for i, (d, fact) in enumerate(zip(cache.datasets, facts.datasets)):
-        shown.append(_dataset(d, fact, moved.get(d.name), [(a.array, a.shards, a.bytes) for a in arrays if a.dataset == d.name]))
+        shown.append(
+            _dataset(d, fact, moved.get(d.name), [(a.array, a.shards, a.bytes) for a in arrays if a.dataset == d.name])
+        )
         progress("datasets", i + 1, len(cache.datasets))
     total = sum(d.frames for d in facts.datasets)
-    tiles = [("datasets", len(facts.datasets)), ("episodes", sum(d.episodes for d in facts.datasets)), ("frames", total),
-             ("observations", sum(d.observations for d in facts.datasets)), ("in quarantine", sum(d.quarantined for d in facts.datasets)),
-             ("in all", size(facts.bytes)), ("files", facts.files), ("tokens × width", f"{cache.tokens} × {cache.width}")]
-    return write_page(out, "cache.html", version=__version__, made=time.strftime("%Y-%m-%d %H:%M"), name=Path(path).resolve().name, tiles=tiles, datasets=shown,
-                      masks=picture(lambda style: mask_figure(cache.datasets, style)), encoder=public(facts.encoder), fingerprint=public(facts.fingerprint))
+    tiles = [
+        ("datasets", len(facts.datasets)),
+        ("episodes", sum(d.episodes for d in facts.datasets)),
+        ("frames", total),
+        ("observations", sum(d.observations for d in facts.datasets)),
+        ("in quarantine", sum(d.quarantined for d in facts.datasets)),
+        ("in all", size(facts.bytes)),
+        ("files", facts.files),
+        ("tokens × width", f"{cache.tokens} × {cache.width}"),
+    ]
+    return write_page(
+        out,
+        "cache.html",
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        name=Path(path).resolve().name,
+        tiles=tiles,
+        datasets=shown,
+        masks=picture(lambda style: mask_figure(cache.datasets, style)),
+        encoder=public(facts.encoder),
+        fingerprint=public(facts.fingerprint),
+    )
 
 
-def _dataset(d: CacheDataset, fact: DatasetFacts, source: Source | None, arrays: list[tuple[str, int, int]]) -> dict[str, Any]:
+def _dataset(
+    d: CacheDataset, fact: DatasetFacts, source: Source | None, arrays: list[tuple[str, int, int]]
+) -> dict[str, Any]:
     """One dataset for the template."""
     rows = shown_rows(d, SHOWN)
     photos, said = _photos(d, rows, source)
     views = []
     for view in d.views:
         strip, (low, high) = norm_strip(d, view, rows)
-        views.append({"name": view, "photos": photos.get(view, []), "norms": image_uri(Image.fromarray(strip), "png"), "low": low, "high": high})
+        views.append(
+            {
+                "name": view,
+                "photos": photos.get(view, []),
+                "norms": image_uri(Image.fromarray(strip), "png"),
+                "low": low,
+                "high": high,
+            }
+        )
     actions = Statistics.from_dict(d.attributes["action_stats"]), np.flatnonzero(d.action_mask).tolist()
-    return {"name": fact.name, "fact": fact, "views": views, "said": said, "texts": fact.instructions[:TEXTS], "more": len(fact.instructions) - TEXTS,
-            "range": picture(lambda style: range_figure(f"Actions of {fact.name}", *actions, style)), "arrays": [(array, shards, size(n)) for array, shards, n in arrays],
-            "steps": ", ".join(map(str, rows.tolist())), "source": public(fact.source)}
+    return {
+        "name": fact.name,
+        "fact": fact,
+        "views": views,
+        "said": said,
+        "texts": fact.instructions[:TEXTS],
+        "more": len(fact.instructions) - TEXTS,
+        "range": picture(lambda style: range_figure(f"Actions of {fact.name}", *actions, style)),
+        "arrays": [(array, shards, size(n)) for array, shards, n in arrays],
+        "steps": ", ".join(map(str, rows.tolist())),
+        "source": public(fact.source),
+    }
 
 
 def _photos(d: CacheDataset, rows: np.ndarray, source: Source | None) -> tuple[dict[str, list[str]], str]:
@@ -114,7 +167,10 @@ def _photos(d: CacheDataset, rows: np.ndarray, source: Source | None) -> tuple[d
     try:
         if source is None:
             if not where or not Path(where).exists():
-                return {}, f"No pictures: the source {public(where) or 'of this cache'} is not on this machine; give --source."
+                return (
+                    {},
+                    f"No pictures: the source {public(where) or 'of this cache'} is not on this machine; give --source.",
+                )
             source = open_source(where, config_of(d.attributes))
         found: dict[str, list[str]] = {view: [] for view in d.views}
         for row, position in zip(rows.tolist(), d.episode_of(rows).tolist()):

@@ -40,21 +40,25 @@ from ..sources import Corpus, Progress, make_tables, read_corpus
 from .garbage import no_builder
 from .status import plan_of
 
-Files = dict[str, dict[str, int]]       # name → {"bytes", "crc32c"} as written
-CHANNELS = "channel_scale"              # the channel scales of an 8-bit cache
-PLACES = ("source", "encoder", "config")    # attributes that are kept: a folder that moved, or views named now, change no byte
-NEEDED = (*PLACES, "views")                 # attributes of a dataset that say how it was built
+Files = dict[str, dict[str, int]]  # name → {"bytes", "crc32c"} as written
+CHANNELS = "channel_scale"  # the channel scales of an 8-bit cache
+PLACES = (
+    "source",
+    "encoder",
+    "config",
+)  # attributes that are kept: a folder that moved, or views named now, change no byte
+NEEDED = (*PLACES, "views")  # attributes of a dataset that say how it was built
 
 
 @dataclass(frozen=True)
 class RepairReport:
     """What was wrong and what was done."""
 
-    damaged: dict[str, str]             # file → what was wrong with it
-    shards: int                         # built again
-    tables: tuple[str, ...]             # datasets whose tables were written again
-    other_bytes: tuple[str, ...]        # files whose new bytes are not the old ones, though the settings are
-    whole: bool = False                 # nothing had to be done
+    damaged: dict[str, str]  # file → what was wrong with it
+    shards: int  # built again
+    tables: tuple[str, ...]  # datasets whose tables were written again
+    other_bytes: tuple[str, ...]  # files whose new bytes are not the old ones, though the settings are
+    whole: bool = False  # nothing had to be done
 
     @property
     def parts(self) -> str:
@@ -66,17 +70,23 @@ class RepairReport:
 class _Findings:
     """What is wrong with a cache, and what has to be built for it."""
 
-    written: Files                      # all files, as they were written
+    written: Files  # all files, as they were written
     damaged: dict[str, str]
-    drop: tuple[Path, ...]              # commit records that go
+    drop: tuple[Path, ...]  # commit records that go
     shards: int
     tables: tuple[str, ...]
-    channels: bool                      # the channel scales are among it
-    whole: bool                         # nothing at all is wrong
+    channels: bool  # the channel scales are among it
+    whole: bool  # nothing at all is wrong
 
 
-def repair(path: Path, sources: Sequence[str] = (), vlm_path: str | None = None, device: str = "auto",
-           say: Callable[[str], None] = print, progress: Progress = lambda *_: None) -> RepairReport:
+def repair(
+    path: Path,
+    sources: Sequence[str] = (),
+    vlm_path: str | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = print,
+    progress: Progress = lambda *_: None,
+) -> RepairReport:
     """Find and rebuild what is damaged or missing in the cache at `path`; an interrupted repair or build is finished with it.
 
     `sources` and `vlm_path` where these are not where they were. `UserError`, before anything is touched, when the sources or the
@@ -99,7 +109,9 @@ def repair(path: Path, sources: Sequence[str] = (), vlm_path: str | None = None,
             (path / "manifest.json").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot repair {path}: {error.strerror}; it must be writable") from None
-    with CacheWriter.create_or_resume(path, {key: value for key, value in cached.items() if key != "store"}, plan) as writer:
+    with CacheWriter.create_or_resume(
+        path, {key: value for key, value in cached.items() if key != "store"}, plan
+    ) as writer:
         if job is not None:
             job.run(writer, progress)
         manifest = writer.finish()
@@ -115,18 +127,27 @@ def parts(shards: int, tables: Sequence[str]) -> str:
 
 # --- finding -------------------------------------------------------------------------------------------------------------
 
+
 def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Progress) -> _Findings:
     """Check every file against its commit record, or the manifest where it has none. Nothing is changed."""
     records = {p: _json(p) for p in sorted((path / ".commits").rglob("*.json"))}
     manifest = _json(path / "manifest.json")
     if manifest is not None and not records:
-        raise UserError(f"cache {path} has no commit records (.commits), as after a copy without hidden files; copy the whole folder again")
+        raise UserError(
+            f"cache {path} has no commit records (.commits), as after a copy without hidden files; copy the whole folder again"
+        )
     committed: Files = {name: entry for r in records.values() if r is not None for name, entry in r["files"].items()}
     written = {**(manifest["files"] if manifest else {}), **committed}
     damaged = damaged_files(path, written, lambda done, total: progress("checksums", done, total))
     if "fingerprint.json" in damaged:
-        raise UserError(f"{path}/fingerprint.json is damaged, and it alone says what the cache was built from; put back a copy of it, or build again")
-    agrees = manifest is not None and _describes(manifest, plan, cached) and all(manifest["files"].get(n) == e for n, e in committed.items())
+        raise UserError(
+            f"{path}/fingerprint.json is damaged, and it alone says what the cache was built from; put back a copy of it, or build again"
+        )
+    agrees = (
+        manifest is not None
+        and _describes(manifest, plan, cached)
+        and all(manifest["files"].get(n) == e for n, e in committed.items())
+    )
     if not agrees and (path / "manifest.json").exists():
         damaged["manifest.json"] = "cannot be read, or is not what the build wrote"
     drop = []
@@ -141,8 +162,15 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
     tables = {d.name for d in plan.datasets if commit_file(path, d.name) in gone} | set(begun.tables_missing())
     scales = path / ".commits" / f"{CHANNELS}.json"
     channels = plan.format.quantised and (scales in gone or not scales.exists())
-    return _Findings(written, damaged, tuple(drop), len(shards), tuple(sorted(tables)), channels,
-                     agrees and not (damaged or shards or tables or channels))
+    return _Findings(
+        written,
+        damaged,
+        tuple(drop),
+        len(shards),
+        tuple(sorted(tables)),
+        channels,
+        agrees and not (damaged or shards or tables or channels),
+    )
 
 
 def _json(file: Path) -> dict[str, Any] | None:
@@ -156,9 +184,19 @@ def _json(file: Path) -> dict[str, Any] | None:
 
 def _describes(manifest: dict[str, Any], plan: BuildPlan, cached: dict[str, Any]) -> bool:
     """Whether what the manifest says of the cache is so."""
-    said = {"complete": True, "format": FORMAT, "fingerprint": fp.digest(cached), "tokens": plan.tokens, "width": plan.width,
-            "shard_frames": plan.shard_frames, "dtype": plan.format.dtype, "frame_stride": plan.frame_stride, "variants": plan.variants,
-            "frames": sum(d.frames for d in plan.datasets), "bytes": sum(e["bytes"] for e in manifest["files"].values())}
+    said = {
+        "complete": True,
+        "format": FORMAT,
+        "fingerprint": fp.digest(cached),
+        "tokens": plan.tokens,
+        "width": plan.width,
+        "shard_frames": plan.shard_frames,
+        "dtype": plan.format.dtype,
+        "frame_stride": plan.frame_stride,
+        "variants": plan.variants,
+        "frames": sum(d.frames for d in plan.datasets),
+        "bytes": sum(e["bytes"] for e in manifest["files"].values()),
+    }
     names = [(d.name, d.frames, len(d.episodes), list(d.views)) for d in plan.datasets]
     try:
         rows = [(d["name"], d["frames"], d["episodes"], d["views"]) for d in manifest["datasets"]]
@@ -171,11 +209,14 @@ def _attributes_agree(path: Path, file: Path, record: dict[str, Any], damaged: d
     """Whether a record of tables holds the attributes that the dataset's metadata, known to be whole, holds too."""
     if file.name != "tables.json" or not agrees or f"{file.parent.name}/zarr.json" in damaged:
         return True
-    stored = {k: v for k, v in read_json(path / file.parent.name / "zarr.json")["attributes"].items() if k != "quarantined"}
+    stored = {
+        k: v for k, v in read_json(path / file.parent.name / "zarr.json")["attributes"].items() if k != "quarantined"
+    }
     return record.get("attributes") == stored
 
 
 # --- building again ------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class _Described:
@@ -201,30 +242,53 @@ class _Job:
     encoder: VisionLanguageEncoder
     corpora: tuple[Corpus, ...]
     attributes: dict[str, dict[str, Any]]
-    channels: np.ndarray | None         # float32 [D], when those of the cache are damaged
+    channels: np.ndarray | None  # float32 [D], when those of the cache are damaged
 
     @classmethod
-    def prepare(cls, path: Path, plan: BuildPlan, cached: dict[str, Any], found: _Findings, sources: Sequence[str], vlm_path: str | None,
-                device: str, progress: Progress) -> _Job:
+    def prepare(
+        cls,
+        path: Path,
+        plan: BuildPlan,
+        cached: dict[str, Any],
+        found: _Findings,
+        sources: Sequence[str],
+        vlm_path: str | None,
+        device: str,
+        progress: Progress,
+    ) -> _Job:
         """Open sources and VLM as the cache has them recorded. `UserError` when they are others."""
         described = _Recorded(path, tuple(_Described(d.name, _attributes(path, d.name, found)) for d in plan.datasets))
         spec = from_mapping(EncoderSpec, described.datasets[0].attributes["encoder"], "cache")
-        opened = sources_of(described, tuple(sources))      # type: ignore[arg-type]
+        opened = sources_of(described, tuple(sources))  # type: ignore[arg-type]
         encoder = load_encoder(dataclasses.replace(spec, path=vlm_path) if vlm_path else spec, pick_device(device))
         corpora = tuple(read_corpus(source, encoder.by_observation, progress) for source in opened)
-        config = BuildConfig(tuple(sources), encoder.spec, path, cached["batch_size"], plan.shard_frames, device, format=plan.format,
-                             frame_stride=plan.frame_stride, augment=plan.variants)
-        now = {**make_fingerprint(encoder, corpora, config), "store": make_plan(config, [c.plan for c in corpora], encoder).document()}
+        config = BuildConfig(
+            tuple(sources),
+            encoder.spec,
+            path,
+            cached["batch_size"],
+            plan.shard_frames,
+            device,
+            format=plan.format,
+            frame_stride=plan.frame_stride,
+            augment=plan.variants,
+        )
+        now = {
+            **make_fingerprint(encoder, corpora, config),
+            "store": make_plan(config, [c.plan for c in corpora], encoder).document(),
+        }
         if lines := fp.diff(cached, now):
             more = f"; … {len(lines) - 8} more" if len(lines) > 8 else ""
-            raise UserError(f"cache {path} was not built from these sources and this VLM: {'; '.join(lines[:8])}{more}. Give those it was built from "
-                            "(--source, --vlm-path), or build it again")
+            raise UserError(
+                f"cache {path} was not built from these sources and this VLM: {'; '.join(lines[:8])}{more}. Give those it was built from "
+                "(--source, --vlm-path), or build it again"
+            )
         channels = _channels(path, plan, found, corpora, encoder) if found.channels else None
         return cls(config.batch_size, encoder, corpora, {d.name: d.attributes for d in described.datasets}, channels)
 
     def run(self, writer: CacheWriter, progress: Progress) -> None:
         """Write the tables and shards that are missing."""
-        channels = writer.channel_scale(lambda: self.channels)      # type: ignore[arg-type, return-value]
+        channels = writer.channel_scale(lambda: self.channels)  # type: ignore[arg-type, return-value]
         by_name = {c.plan.name: c for c in self.corpora}
         for name in writer.tables_missing():
             tables = make_tables(by_name[name], self.encoder)
@@ -233,23 +297,38 @@ class _Job:
         todo, done = units(writer.missing(), self.encoder.by_observation), 0
         total = sum(unit.records for unit in todo)
         for unit in todo:
-            run_unit(writer, unit, by_name[unit.dataset].source, self.encoder, self.batch_size, channels, Earlier(None),
-                     lambda records: progress("repair", done + records, total))
+            run_unit(
+                writer,
+                unit,
+                by_name[unit.dataset].source,
+                self.encoder,
+                self.batch_size,
+                channels,
+                Earlier(None),
+                lambda records: progress("repair", done + records, total),
+            )
             done += unit.records
 
 
 def _attributes(path: Path, dataset: str, found: _Findings) -> dict[str, Any]:
     """How the dataset was built: from its metadata, or from the commit record of its tables where that is damaged."""
     record, metadata = commit_file(path, dataset), f"{dataset}/zarr.json"
-    for file, damaged in ((path / metadata, metadata in found.damaged), (record, record.relative_to(path).as_posix() in found.damaged)):
+    for file, damaged in (
+        (path / metadata, metadata in found.damaged),
+        (record, record.relative_to(path).as_posix() in found.damaged),
+    ):
         if not damaged and file.exists():
             attributes = read_json(file).get("attributes", {})
             if all(key in attributes for key in NEEDED):
                 return attributes
-    raise UserError(f"neither {path}/{metadata} nor its commit record says what dataset {dataset} was built from; build the cache again")
+    raise UserError(
+        f"neither {path}/{metadata} nor its commit record says what dataset {dataset} was built from; build the cache again"
+    )
 
 
-def _channels(path: Path, plan: BuildPlan, found: _Findings, corpora: Sequence[Corpus], encoder: VisionLanguageEncoder) -> np.ndarray:
+def _channels(
+    path: Path, plan: BuildPlan, found: _Findings, corpora: Sequence[Corpus], encoder: VisionLanguageEncoder
+) -> np.ndarray:
     """float32 [D]: the channel scales again, from an earlier generation that has the same or measured. Every code depends on them: where
     they cannot be had to the bit, `UserError`."""
     name = f"{CHANNELS}/c/0"
@@ -261,6 +340,8 @@ def _channels(path: Path, plan: BuildPlan, found: _Findings, corpora: Sequence[C
     with tempfile.TemporaryDirectory() as scratch:
         written = write_table(Path(scratch) / CHANNELS, scales, ("channel",))[Path(scratch) / name]
     if entry and written != (entry["bytes"], entry["crc32c"]):
-        raise UserError(f"{path}/{name} is damaged, and the channel scales measured now are not those its features were stored with (another "
-                        "machine, or episodes were appended since); put back a copy of it, or build the cache again")
+        raise UserError(
+            f"{path}/{name} is damaged, and the channel scales measured now are not those its features were stored with (another "
+            "machine, or episodes were appended since); put back a copy of it, or build the cache again"
+        )
     return scales

@@ -16,7 +16,7 @@ from ....errors import UserError
 from ..generations import generations, next_generation
 from ..sizes import plan_nbytes
 
-TEMPORARY = ".*.tmp-*"      # of a shard or table that is being written, or was when its builder was killed
+TEMPORARY = ".*.tmp-*"  # of a shard or table that is being written, or was when its builder was killed
 
 
 def plan_of(path: Path) -> BuildPlan:
@@ -31,7 +31,9 @@ def plan_of(path: Path) -> BuildPlan:
             raise UserError(f"cache {path} has format {store['format']}, this version reads {FORMAT}; rebuild it")
         return BuildPlan.from_document(store)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}/fingerprint.json is damaged ({type(error).__name__}: {error}); a cache cannot be told without it") from None
+        raise UserError(
+            f"{path}/fingerprint.json is damaged ({type(error).__name__}: {error}); a cache cannot be told without it"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,17 @@ class CacheStatus:
     """One folder that holds a cache, finished or not."""
 
     path: str
-    finished: bool                      # it has a manifest, and nothing is missing
-    building: bool                      # a builder holds the lock
+    finished: bool  # it has a manifest, and nothing is missing
+    building: bool  # a builder holds the lock
     frames: int
     episodes: int
     arrays: tuple[ArrayStatus, ...]
-    tables_missing: tuple[str, ...]     # datasets without tables
-    bytes: int                          # done
-    planned_bytes: int                  # of all of it, before compression
-    quarantined: int                    # episodes, as far as known
-    leftovers: int                      # temporary files, of a running builder or of one that was killed
-    fingerprint: dict[str, Any]         # what it was built from, in short
+    tables_missing: tuple[str, ...]  # datasets without tables
+    bytes: int  # done
+    planned_bytes: int  # of all of it, before compression
+    quarantined: int  # episodes, as far as known
+    leftovers: int  # temporary files, of a running builder or of one that was killed
+    fingerprint: dict[str, Any]  # what it was built from, in short
 
     @property
     def shards(self) -> tuple[int, int]:
@@ -73,7 +75,7 @@ def status(path: Path) -> list[CacheStatus]:
     following = next_generation(path)
     found = [p for p in (path, following) if (p / "fingerprint.json").exists()]
     if not found:
-        plan_of(path)       # says what is wrong
+        plan_of(path)  # says what is wrong
     return [one_status(p) for p in [*found, *reversed(generations(path))]]
 
 
@@ -91,12 +93,18 @@ def one_status(path: Path) -> CacheStatus:
         row[1] += 1
         if manifest:
             names = [f"{features_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0/0"]
-            names += [f"{scales_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0"] * plan.format.quantised
+            names += [
+                f"{scales_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0"
+            ] * plan.format.quantised
             done = all(name in written and _whole(path, name, written[name]) for name in names)
             nbytes = sum(written[name]["bytes"] for name in names) if done else 0
         else:
             done = task not in missing
-            record = read_json(commit_file(path, task.dataset, task.array, task.index)) if done else {"files": {}, "quarantined": []}
+            record = (
+                read_json(commit_file(path, task.dataset, task.array, task.index))
+                if done
+                else {"files": {}, "quarantined": []}
+            )
             lines |= {(task.dataset, episode) for episode, _ in record.get("quarantined", [])}
             nbytes = sum(entry["bytes"] for entry in record["files"].values())
             total += nbytes
@@ -105,11 +113,27 @@ def one_status(path: Path) -> CacheStatus:
     arrays = tuple(ArrayStatus(dataset, array, *row) for (dataset, array), row in counts.items())
     tables = tuple(CacheWriter(path, plan, None).tables_missing()) if not manifest else ()
     if not manifest:
-        total += sum(e["bytes"] for d in plan.datasets if d.name not in tables for e in read_json(commit_file(path, d.name))["files"].values())
+        total += sum(
+            e["bytes"]
+            for d in plan.datasets
+            if d.name not in tables
+            for e in read_json(commit_file(path, d.name))["files"].values()
+        )
     finished = manifest is not None and all(_whole(path, name, entry) for name, entry in written.items())
     return CacheStatus(
-        str(path), finished, locked(path), sum(d.frames for d in plan.datasets), sum(len(d.episodes) for d in plan.datasets), arrays, tables, total,
-        plan_nbytes(plan), manifest["quarantine_count"] if manifest else len(lines), sum(1 for _ in path.rglob(TEMPORARY)), summary(document))
+        str(path),
+        finished,
+        locked(path),
+        sum(d.frames for d in plan.datasets),
+        sum(len(d.episodes) for d in plan.datasets),
+        arrays,
+        tables,
+        total,
+        plan_nbytes(plan),
+        manifest["quarantine_count"] if manifest else len(lines),
+        sum(1 for _ in path.rglob(TEMPORARY)),
+        summary(document),
+    )
 
 
 def summary(document: dict[str, Any]) -> dict[str, Any]:
@@ -117,9 +141,17 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
     encoder, store = document.get("encoder", {}), document["store"]
     short = {name: encoder[name] for name in ("vlm", "features", "boundary", "resolution") if name in encoder}
     weights = encoder.get("weights_sha256", encoder.get("weights"))
-    return {**short, **({"weights": str(weights)[:12]} if weights else {}), "tokens": store["tokens"], "width": store["width"],
-            "dtype": store["dtype"], "compression": store["compression"], "frame_stride": store["frame_stride"], "variants": store["variants"],
-            "digest": fp.digest(document)[:12]}
+    return {
+        **short,
+        **({"weights": str(weights)[:12]} if weights else {}),
+        "tokens": store["tokens"],
+        "width": store["width"],
+        "dtype": store["dtype"],
+        "compression": store["compression"],
+        "frame_stride": store["frame_stride"],
+        "variants": store["variants"],
+        "digest": fp.digest(document)[:12],
+    }
 
 
 def locked(path: Path) -> bool:

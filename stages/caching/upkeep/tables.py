@@ -31,13 +31,21 @@ def show_status(found: Sequence[CacheStatus]) -> None:
         state += ", being built now" if s.building else ""
         planned = "" if s.finished else f" of {size(s.planned_bytes)}"
         leftovers = f", {s.leftovers} temporary files" if s.leftovers else ""
-        console.print(f"{s.path}: {state}, {done} of {total} shards, {size(s.bytes)}{planned}, {s.frames} frames, {s.episodes} episodes, "
-                      f"{s.quarantined} in quarantine{leftovers}", markup=False)
+        console.print(
+            f"{s.path}: {state}, {done} of {total} shards, {size(s.bytes)}{planned}, {s.frames} frames, {s.episodes} episodes, "
+            f"{s.quarantined} in quarantine{leftovers}",
+            markup=False,
+        )
         console.print("  " + ", ".join(f"{k} {v}" for k, v in s.fingerprint.items()), markup=False, style="dim")
         table = _table("dataset", "array", *_right("shards", "bytes"), "tables")
         for a in s.arrays:
-            table.add_row(escape(a.dataset), escape(a.array), f"{a.done}/{a.shards}", size(a.bytes),
-                          "missing" if a.dataset in s.tables_missing else "done")
+            table.add_row(
+                escape(a.dataset),
+                escape(a.array),
+                f"{a.done}/{a.shards}",
+                size(a.bytes),
+                "missing" if a.dataset in s.tables_missing else "done",
+            )
         console.print(table)
 
 
@@ -53,8 +61,11 @@ def show_facts(f: CacheFacts) -> None:
 def _show_dataset(d: DatasetFacts) -> None:
     low, middle, high = d.lengths
     source = f"; from {d.source}" if d.source else ""
-    console.print(f"\n{d.name}: {d.embodiment}, {d.control_hz:g} Hz, views {', '.join(d.views)}; {d.episodes} episodes of {low} to {high} frames "
-                  f"(median {middle}), {d.quarantined} in quarantine; {d.frames} frames, {d.observations} observations{source}", markup=False)
+    console.print(
+        f"\n{d.name}: {d.embodiment}, {d.control_hz:g} Hz, views {', '.join(d.views)}; {d.episodes} episodes of {low} to {high} frames "
+        f"(median {middle}), {d.quarantined} in quarantine; {d.frames} frames, {d.observations} observations{source}",
+        markup=False,
+    )
     texts = [f"“{text}” ({count})" for text, count in d.instructions[:SHOWN_INSTRUCTIONS]]
     more = f", {len(d.instructions) - SHOWN_INSTRUCTIONS} more" if len(d.instructions) > SHOWN_INSTRUCTIONS else ""
     console.print(f"{len(d.instructions)} instructions: {', '.join(texts)}{more}", markup=False)
@@ -86,14 +97,21 @@ def show_diff(d: CacheDiff) -> None:
         table = _table("dataset", "array", *_right("compared"), "", *_right("relative difference"))
         for a in d.arrays:
             relative = "other shape" if a.relative is None else "0" if a.equal else f"{a.relative:.2g}"
-            table.add_row(escape(a.dataset), escape(a.array), str(a.compared), "equal" if a.equal else "differs", relative)
+            table.add_row(
+                escape(a.dataset), escape(a.array), str(a.compared), "equal" if a.equal else "differs", relative
+            )
         console.print(table)
     for drift in d.drifts if not d.same else ():
-        console.print(f"feature drift of {drift.dataset}, {drift.frames} frames: relative RMS {drift.relative:.3g}, cosine {drift.cosine:.5f}", markup=False)
+        console.print(
+            f"feature drift of {drift.dataset}, {drift.frames} frames: relative RMS {drift.relative:.3g}, cosine {drift.cosine:.5f}",
+            markup=False,
+        )
     if d.same:
         console.print("the caches are equal: features and tables were written with the same checksums")
     elif not d.same_files and not d.fingerprint and not d.only and all(a.equal for a in d.arrays):
-        console.print("what was compared is equal, but some files were written with other checksums; give more --samples to find where")
+        console.print(
+            "what was compared is equal, but some files were written with other checksums; give more --samples to find where"
+        )
 
 
 def show_garbage(items: Sequence[Garbage]) -> None:

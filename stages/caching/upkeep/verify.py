@@ -31,13 +31,20 @@ class LiveCheck:
     """Cached against recomputed features of `count` frames (all views of each)."""
 
     count: int
-    largest: float      # largest absolute difference
-    scale: float        # RMS of the cached features
-    relative: float     # RMS of the difference / scale
+    largest: float  # largest absolute difference
+    scale: float  # RMS of the cached features
+    relative: float  # RMS of the difference / scale
 
 
-def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: str | None = None, device: str = "auto",
-           seed: int = 0, progress: Callable[[int, int], None] | None = None) -> tuple[list[str], LiveCheck | None]:
+def verify(
+    path: Path,
+    live: int = 0,
+    sources: tuple[str, ...] = (),
+    vlm_path: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[str], LiveCheck | None]:
     """(problems, live check). Problems: a line per damaged file, and one when live features differ by more than `TOLERANCE` allows.
 
     `sources` defaults to the folders the cache was built from. `UserError` when VLM or sources are missing or others.
@@ -56,25 +63,36 @@ def verify(path: Path, live: int = 0, sources: tuple[str, ...] = (), vlm_path: s
     sizes = np.array([d.observations for d in cache.datasets])
     ids = rng.choice(len(sizes), live, p=sizes / sizes.sum())
     at = (rng.random(live) * sizes[ids]).astype(np.int64)
-    rows = np.array([int(cache.datasets[d].frame_of(at[i:i + 1])[0]) for i, d in enumerate(ids)], np.int64)
-    usable = np.array([not cache.datasets[d].quarantined[cache.datasets[d].episode_of(rows[i:i + 1])[0]] for i, d in enumerate(ids)])
+    rows = np.array([int(cache.datasets[d].frame_of(at[i : i + 1])[0]) for i, d in enumerate(ids)], np.int64)
+    usable = np.array(
+        [not cache.datasets[d].quarantined[cache.datasets[d].episode_of(rows[i : i + 1])[0]] for i, d in enumerate(ids)]
+    )
     if not usable.any():
-        raise UserError(f"all of the {live} frames drawn are in quarantine; ask for more, or see {path}/quarantine.jsonl")
+        raise UserError(
+            f"all of the {live} frames drawn are in quarantine; ask for more, or see {path}/quarantine.jsonl"
+        )
     ids, rows = ids[usable], rows[usable]
     square, scale, largest = 0.0, 0.0, 0.0
     for begin in range(0, len(rows), 16):
         part = slice(begin, begin + 16)
         cached = gather(cache, ids[part], rows[part], 1)
         with torch.inference_mode():
-            again = features(gather(cache, ids[part], rows[part], 1, features=False), np.zeros(len(rows[part]), bool)).tokens.cpu()
+            again = features(
+                gather(cache, ids[part], rows[part], 1, features=False), np.zeros(len(rows[part]), bool)
+            ).tokens.cpu()
         seen = cached.token_mask
         difference = (cached.tokens.float() - again.float())[seen]
-        square, scale = square + float(difference.square().sum()), scale + float(cached.tokens.float()[seen].square().sum())
+        square, scale = (
+            square + float(difference.square().sum()),
+            scale + float(cached.tokens.float()[seen].square().sum()),
+        )
         largest = max(largest, float(difference.abs().max()))
     count = len(rows)
     check = LiveCheck(count, largest, (scale / max(1, count * cache.width)) ** 0.5, (square / max(scale, 1e-30)) ** 0.5)
     if check.relative > TOLERANCE[cache.format.dtype]:
-        problems.append(f"live features of {count} frames differ by {check.relative:.2g} of their RMS, more than "
-                        f"{TOLERANCE[cache.format.dtype]} that {cache.format.dtype} allows; "
-                        "the cache was built with other weights, preprocessing or hardware")
+        problems.append(
+            f"live features of {count} frames differ by {check.relative:.2g} of their RMS, more than "
+            f"{TOLERANCE[cache.format.dtype]} that {cache.format.dtype} allows; "
+            "the cache was built with other weights, preprocessing or hardware"
+        )
     return problems, check

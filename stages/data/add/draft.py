@@ -39,7 +39,7 @@ class Request:
     answers: Mapping[str, str]
     fields: tuple[str, ...] = ()
     action_columns: tuple[str, ...] = ("action",)
-    state_columns: tuple[str, ...] | None = None    # None: observation.state where there is one
+    state_columns: tuple[str, ...] | None = None  # None: observation.state where there is one
     name: str | None = None
     license: str = ""
 
@@ -67,9 +67,13 @@ def draft(meta: Metadata, request: Request) -> tuple[str, list[Question]]:
         for first, last in _gaps(targets):
             span = f"{what}.{first}-{last}" if last > first else f"{what}.{first}"
             called = f"{names[first]} … {names[last]}" if last > first else names[first]
-            ask.missing[span] = Question("--field", f"what {called} stands for: slots, rotation:FORM or drop", str, f"{span}=")
+            ask.missing[span] = Question(
+                "--field", f"what {called} stands for: slots, rotation:FORM or drop", str, f"{span}="
+            )
         moving = kind if what == "action" else "absolute"
-        lines[what] = [f"  - {_flow(_entry(t, what, moving, ask))}  # {_origin(t)}" for t in targets if t.kind != "unknown"]
+        lines[what] = [
+            f"  - {_flow(_entry(t, what, moving, ask))}  # {_origin(t)}" for t in targets if t.kind != "unknown"
+        ]
     return _text(meta, request, ask, columns, lines), list(ask.missing.values())
 
 
@@ -109,6 +113,7 @@ class _Asker:
 
 # --- dimensions ------------------------------------------------------------------------------------------------------
 
+
 def _dimensions(meta: Metadata, what: str, columns: Sequence[str]) -> list[str]:
     """What the files call each dimension; "action[3]" where they do not."""
     for column in columns:
@@ -124,8 +129,10 @@ def _given(fields: Sequence[str]) -> dict[str, dict[int, tuple[int, str]]]:
     for text in fields:
         parts = re.fullmatch(r"(action|state)\.(\d+)(?:-(\d+))?=(.+)", text.strip())
         if not parts:
-            raise UserError(f"--field '{text}': expected e.g. action.6=gripper_open, state.0-5='arm_joint_{{0..5}}_pos', "
-                            "action.3-6=rotation:quat_xyzw or action.7=drop")
+            raise UserError(
+                f"--field '{text}': expected e.g. action.6=gripper_open, state.0-5='arm_joint_{{0..5}}_pos', "
+                "action.3-6=rotation:quat_xyzw or action.7=drop"
+            )
         first = int(parts[2])
         if first in found[parts[1]]:
             raise UserError(f"--field '{text}': {parts[1]}.{first} was named before")
@@ -141,10 +148,12 @@ def _given_targets(what: str, given: Mapping[int, tuple[int, str]], names: Seque
             raise UserError(f"{where}: the {what} has dimensions 0 to {len(names) - 1}, each to be named once")
         for element in [f"drop:{last + 1 - first}"] if text == "drop" else text.split(","):
             for target in _elements(element.strip()):
-                targets[at] = dataclasses.replace(target, native=tuple(names[at:at + target.width]), guessed=False)
+                targets[at] = dataclasses.replace(target, native=tuple(names[at : at + target.width]), guessed=False)
                 at += target.width
         if at != last + 1:
-            raise UserError(f"{where}: it describes {at - first} dimensions, {what}.{first}-{last} are {last + 1 - first}")
+            raise UserError(
+                f"{where}: it describes {at - first} dimensions, {what}.{first}-{last} are {last + 1 - first}"
+            )
     return targets
 
 
@@ -169,6 +178,7 @@ def _gaps(targets: Sequence[Target]) -> list[tuple[int, int]]:
 
 # --- entries ---------------------------------------------------------------------------------------------------------
 
+
 def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
     """The field map entry of one target of a vector that holds absolute values, displacements or velocities."""
     moving = kind != "absolute" and target.guessed
@@ -179,7 +189,9 @@ def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
         return {"rotation": target.form or ask("--rotation"), **prefix}
     if target.kind == "rotation":
         if target.form:
-            raise UserError(f"{what}: {', '.join(target.native)} cannot be a {kind} as a quaternion; say what they are with --field")
+            raise UserError(
+                f"{what}: {', '.join(target.native)} cannot be a {kind} as a quaternion; say what they are with --field"
+            )
         side = target.prefix.removesuffix("eef_angle")
         slots = [f"{side}eef_angular_vel_{axis}" for axis in ("roll", "pitch", "yaw")]
     else:
@@ -188,14 +200,18 @@ def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
     entry: dict[str, Any] = {"field": slots[0]} if len(slots) == 1 else {"fields": slots}
     entry |= {"scale": scale} if scale != 1 else {}
     entry |= {"offset": offset} if offset else {}
-    return entry | ({"delta": True} if kind == "delta" and "_vel" in slots[0] and not slots[0].startswith("base") else {})
+    return entry | (
+        {"delta": True} if kind == "delta" and "_vel" in slots[0] and not slots[0].startswith("base") else {}
+    )
 
 
 def _velocity(slot: str, what: str, native: str) -> str:
     """The slot of this quantity's rate of change; a gripper stays absolute, a base is a velocity already."""
     if "gripper_open" in slot or "_vel" in slot:
         return slot
-    found = slot.replace("eef_pos_", "eef_vel_").replace("_pos", "_vel") if "arm_joint" in slot or "eef_pos" in slot else ""
+    found = (
+        slot.replace("eef_pos_", "eef_vel_").replace("_pos", "_vel") if "arm_joint" in slot or "eef_pos" in slot else ""
+    )
     if found not in SLOTS:
         raise UserError(f"{what}: {native} looks like {slot}, which has no velocity slot; say what it is with --field")
     return found
@@ -218,6 +234,7 @@ def _scale(slot: str, what: str, ask: _Asker) -> tuple[float, float]:
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
+
 def _flow(entry: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f"{k}: {json.dumps(v)}" for k, v in entry.items()) + "}"
 
@@ -227,7 +244,9 @@ def _origin(target: Target) -> str:
     return f"guessed from {names}" if target.guessed else f"{names}, by --field"
 
 
-def _text(meta: Metadata, request: Request, ask: _Asker, columns: Mapping[str, Sequence[str]], lines: Mapping[str, list[str]]) -> str:
+def _text(
+    meta: Metadata, request: Request, ask: _Asker, columns: Mapping[str, Sequence[str]], lines: Mapping[str, list[str]]
+) -> str:
     from ....cache.readers.lerobot.source import choose_cameras
 
     robot = str(meta.info.get("robot_type") or "")
@@ -235,9 +254,10 @@ def _text(meta: Metadata, request: Request, ask: _Asker, columns: Mapping[str, S
     sizes = ", ".join("×".join(map(str, picture_size(meta.features[key]) or "?")) for key in cameras.values())
     told = ", ".join(f"{option} {answer}" for option, answer in ask.used.items() if option != "--embodiment")
     head = [
-        f"# {meta.name}: LeRobot {meta.version}, {float(meta.info['fps']):g} Hz. Written by `dvla data add`: look at every line marked \"guessed\".",
+        f'# {meta.name}: LeRobot {meta.version}, {float(meta.info["fps"]):g} Hz. Written by `dvla data add`: look at every line marked "guessed".',
         f"name: {json.dumps(request.name or meta.name)}",
-        f"match: [{json.dumps(robot or meta.name)}]  # guessed from " + (f"robot_type {json.dumps(robot)}" if robot else "the dataset's name"),
+        f"match: [{json.dumps(robot or meta.name)}]  # guessed from "
+        + (f"robot_type {json.dumps(robot)}" if robot else "the dataset's name"),
         f"embodiment: {ask.used.get('--embodiment')}",
         f"license: {json.dumps(request.license)}" + ("" if request.license else "  # info.json does not say"),
         f"source: [{json.dumps(meta.repo)}]",

@@ -17,25 +17,79 @@ from ....cache.actions.slots import SLOTS
 _HAND = {"eef", "ee", "tcp", "hand", "end", "effector", "cartesian"}
 _ANGLE = {"rotation", "rot", "angle", "orientation", "euler"}
 _QUATERNION = {"q", "quat", "quaternion"}
-_NOISE = _HAND | _ANGLE | _QUATERNION | {
-    "main", "follower", "leader", "robot", "arm", "k", "pos", "position", "state", "observation", "action", "target", "goal", "cmd", "command",
-    "value", "rad", "deg", "m", "open", "closed", "closedness", "width", "delta", "rel", "relative", "world", "vector", "left", "right"}
-_ARM = {"joint", "j", "shoulder", "elbow", "wrist", "forearm", "waist", "pan", "lift", "flex", "pitch", "roll", "yaw", "rotate", "upper"}
+_NOISE = (
+    _HAND
+    | _ANGLE
+    | _QUATERNION
+    | {
+        "main",
+        "follower",
+        "leader",
+        "robot",
+        "arm",
+        "k",
+        "pos",
+        "position",
+        "state",
+        "observation",
+        "action",
+        "target",
+        "goal",
+        "cmd",
+        "command",
+        "value",
+        "rad",
+        "deg",
+        "m",
+        "open",
+        "closed",
+        "closedness",
+        "width",
+        "delta",
+        "rel",
+        "relative",
+        "world",
+        "vector",
+        "left",
+        "right",
+    }
+)
+_ARM = {
+    "joint",
+    "j",
+    "shoulder",
+    "elbow",
+    "wrist",
+    "forearm",
+    "waist",
+    "pan",
+    "lift",
+    "flex",
+    "pitch",
+    "roll",
+    "yaw",
+    "rotate",
+    "upper",
+}
 _FINGERS = {"thumb", "index", "middle", "ring", "pinky", "little", "finger"}
 _DROPPED = {"terminate", "done", "pad", "padding", "terminated"}
-_GROUPS = (("quat:x", "quat:y", "quat:z", "quat:w"), ("turn:roll", "turn:pitch", "turn:yaw"), ("vector:x", "vector:y", "vector:z"))
+_GROUPS = (
+    ("quat:x", "quat:y", "quat:z", "quat:w"),
+    ("turn:roll", "turn:pitch", "turn:yaw"),
+    ("vector:x", "vector:y", "vector:z"),
+)
 
 
 @dataclass(frozen=True)
 class Target:
     """What the next native dimensions are taken for."""
 
-    kind: str                   # field, rotation (absolute pose or turn per step), drop or unknown
-    native: tuple[str, ...]     # what the files call them; "action[3]" where they do not
-    slot: str = ""              # of a field: its unified name
-    form: str = ""              # of a rotation: "quat_xyzw"; "" = three numbers of a form to be asked for
-    prefix: str = ""            # of a rotation: eef_angle or left_eef_angle
-    guessed: bool = True        # False: given by an option
+    kind: str  # field, rotation (absolute pose or turn per step), drop or unknown
+    native: tuple[str, ...]  # what the files call them; "action[3]" where they do not
+    slot: str = ""  # of a field: its unified name
+    form: str = ""  # of a rotation: "quat_xyzw"; "" = three numbers of a form to be asked for
+    prefix: str = ""  # of a rotation: eef_angle or left_eef_angle
+    guessed: bool = True  # False: given by an option
 
     @property
     def width(self) -> int:
@@ -51,22 +105,31 @@ def guess(names: Sequence[str], given: Mapping[int, Target] | None = None) -> li
     sides = {s for w in words for s in _side(w)}
     roles = ["given" if i in taken else _role(w, bool(sides)) for i, w in enumerate(words)]
     count: Counter[tuple[str, str]] = Counter()
-    first: dict[tuple[str, str], int] = {}      # the number in the first name of a kind and side
+    first: dict[tuple[str, str], int] = {}  # the number in the first name of a kind and side
     targets: list[Target] = []
     i = 0
     while i < len(names):
         side = "left_" if "left" in words[i] else ""
         kind, _, part = roles[i].partition(":")
-        group = next((g for g in _GROUPS if tuple(roles[i:i + len(g)]) == g and len(set(map(_side, words[i:i + len(g)]))) == 1), ())
+        group = next(
+            (
+                g
+                for g in _GROUPS
+                if tuple(roles[i : i + len(g)]) == g and len(set(map(_side, words[i : i + len(g)]))) == 1
+            ),
+            (),
+        )
         if kind == "given":
             targets.append(given[i])
         elif group:
             form = "quat_xyzw" if len(group) == 4 else ""
-            targets.append(Target("rotation", tuple(names[i:i + len(group)]), form=form, prefix=f"{side}eef_angle"))
+            targets.append(Target("rotation", tuple(names[i : i + len(group)]), form=form, prefix=f"{side}eef_angle"))
         else:
             written = next((int(w) for w in words[i] if w.isdigit()), None)
             base = first.setdefault((kind, side), 0 if written is None else written)
-            in_order = kind != "joint" or base < 2 and written in (None, base + count[kind, side])    # from 0 or 1, no gaps
+            in_order = (
+                kind != "joint" or base < 2 and written in (None, base + count[kind, side])
+            )  # from 0 or 1, no gaps
             targets.append(_field(names[i], kind if in_order else "", part, side, count[kind, side], sides))
             count[kind, side] += 1
         i += targets[-1].width
@@ -78,16 +141,21 @@ def _field(name: str, kind: str, part: str, side: str, number: int, sides: set[s
     if kind == "drop":
         return Target("drop", (name,))
     slot = {
-        "joint": f"{side}arm_joint_{number}_pos", "finger": f"{side}dex_finger_joint_{number}_pos", "position": f"{side}eef_pos_{part}",
-        "head": f"head_joint_{number}", "torso": f"torso_joint_{number}_pos", "spine": "spine_joint" if not number else "",
-        "gripper": f"{side}gripper_open" if not number else "", "base": {"x": "base_vel_x", "y": "base_vel_y", "theta": "base_angular_vel"}.get(part),
+        "joint": f"{side}arm_joint_{number}_pos",
+        "finger": f"{side}dex_finger_joint_{number}_pos",
+        "position": f"{side}eef_pos_{part}",
+        "head": f"head_joint_{number}",
+        "torso": f"torso_joint_{number}_pos",
+        "spine": "spine_joint" if not number else "",
+        "gripper": f"{side}gripper_open" if not number else "",
+        "base": {"x": "base_vel_x", "y": "base_vel_y", "theta": "base_angular_vel"}.get(part),
     }.get(kind)
-    crowded = kind == "finger" and len(sides) > 1 and number >= 12      # there the left hand begins
+    crowded = kind == "finger" and len(sides) > 1 and number >= 12  # there the left hand begins
     return Target("field", (name,), slot) if slot in SLOTS and not crowded else Target("unknown", (name,))
 
 
 def _words(name: str) -> tuple[str, ...]:
-    """"kLeftShoulderPitch" → k left shoulder pitch; "joint_0.pos" → joint 0 pos."""
+    """ "kLeftShoulderPitch" → k left shoulder pitch; "joint_0.pos" → joint 0 pos."""
     apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
     return tuple(re.findall(r"[a-z]+|\d+", apart.lower()))
 

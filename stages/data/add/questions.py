@@ -11,8 +11,8 @@ from ....cache.actions.slots import EMBODIMENTS
 from ....errors import UserError, unknown
 
 _LENGTHS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
-_ANGLES = {"rad": 1.0, "deg": math.pi / 180, "percent": 0.01}   # percent: -100 … 100 of a joint's range becomes -1 … 1
-_FORMS = ("euler_xyz", "axis_angle")                            # of three numbers
+_ANGLES = {"rad": 1.0, "deg": math.pi / 180, "percent": 0.01}  # percent: -100 … 100 of a joint's range becomes -1 … 1
+_FORMS = ("euler_xyz", "axis_angle")  # of three numbers
 _KINDS = ("absolute", "delta", "velocity")
 
 
@@ -21,6 +21,7 @@ def _one_of(kind: str, allowed: Sequence[str]) -> Callable[[str], str]:
         if text not in allowed:
             raise unknown(kind, text, allowed)
         return text
+
     return read
 
 
@@ -30,7 +31,9 @@ def _number(text: str, names: Mapping[str, float]) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"'{text}' is neither a number nor one of {', '.join(names)}" if names else f"'{text}' is not a number")
+        raise UserError(
+            f"'{text}' is neither a number nor one of {', '.join(names)}" if names else f"'{text}' is not a number"
+        )
     return value
 
 
@@ -39,15 +42,19 @@ def _unit(names: Mapping[str, float]) -> Callable[[str], float]:
         if not (value := _number(text, names)):
             raise UserError("a unit of 0 would lose the values")
         return value
+
     return read
 
 
-def _pair(read_first: Callable[[str], float], read_second: Callable[[str], float]) -> Callable[[str], tuple[float, float]]:
+def _pair(
+    read_first: Callable[[str], float], read_second: Callable[[str], float]
+) -> Callable[[str], tuple[float, float]]:
     def read(text: str) -> tuple[float, float]:
         parts = [p.strip() for p in text.split(",")]
         if len(parts) != 2:
             raise UserError(f"'{text}': expected two values with a comma between, like 1,0")
         return read_first(parts[0]), read_second(parts[1])
+
     return read
 
 
@@ -62,10 +69,10 @@ def _ends(text: str) -> tuple[float, float]:
 class Question:
     """What info.json does not say."""
 
-    option: str                         # that answers it, e.g. "--joint-unit"
+    option: str  # that answers it, e.g. "--joint-unit"
     text: str
-    read: Callable[[str], Any]          # the answer's value; `UserError` for one that is none
-    prefix: str = ""                    # of the option's value before the answer: "action.0-3=" for --field
+    read: Callable[[str], Any]  # the answer's value; `UserError` for one that is none
+    prefix: str = ""  # of the option's value before the answer: "action.0-3=" for --field
 
     @property
     def usage(self) -> str:
@@ -73,16 +80,42 @@ class Question:
         return f"{self.option}{f' {self.prefix}…' if self.prefix else ''}: {self.text}"
 
 
-QUESTIONS = {q.option: q for q in (
-    Question("--embodiment", f"embodiment, one of {', '.join(EMBODIMENTS)}", _one_of("embodiment", EMBODIMENTS)),
-    Question("--action-kind", "whether an action is an absolute target, a delta (displacement per step) or a velocity",
-             _one_of("kind of action", _KINDS)),
-    Question("--joint-unit", "unit of joints (rad, deg, percent = -100…100 of the range, or radians per unit)", _unit(_ANGLES)),
-    Question("--finger-unit", "unit of finger joints (rad, deg, percent, or radians per unit; 1 keeps normalised ones)", _unit(_ANGLES)),
-    Question("--position-unit", "unit of positions (m, cm, mm, or metres per unit)", _unit(_LENGTHS)),
-    Question("--delta-scale", "metres and radians that 1 in the hand's displacement or velocity means, e.g. 1,1 or 0.02,0.05", _pair(_unit(_LENGTHS), _unit(_ANGLES))),
-    Question("--base-unit", "units of the base's velocity, e.g. m,rad or m,deg (per second)", _pair(_unit(_LENGTHS), _unit(_ANGLES))),
-    Question("--gripper", "what the gripper's number is when open, and when closed, e.g. 1,0 or 0,100", _ends),
-    Question("--state-gripper", "the same for the state, where it differs", _ends),
-    Question("--rotation", f"form of the three rotation numbers, which must be in radians ({', '.join(_FORMS)})", _one_of("rotation form", _FORMS)),
-)}
+QUESTIONS = {
+    q.option: q
+    for q in (
+        Question("--embodiment", f"embodiment, one of {', '.join(EMBODIMENTS)}", _one_of("embodiment", EMBODIMENTS)),
+        Question(
+            "--action-kind",
+            "whether an action is an absolute target, a delta (displacement per step) or a velocity",
+            _one_of("kind of action", _KINDS),
+        ),
+        Question(
+            "--joint-unit",
+            "unit of joints (rad, deg, percent = -100…100 of the range, or radians per unit)",
+            _unit(_ANGLES),
+        ),
+        Question(
+            "--finger-unit",
+            "unit of finger joints (rad, deg, percent, or radians per unit; 1 keeps normalised ones)",
+            _unit(_ANGLES),
+        ),
+        Question("--position-unit", "unit of positions (m, cm, mm, or metres per unit)", _unit(_LENGTHS)),
+        Question(
+            "--delta-scale",
+            "metres and radians that 1 in the hand's displacement or velocity means, e.g. 1,1 or 0.02,0.05",
+            _pair(_unit(_LENGTHS), _unit(_ANGLES)),
+        ),
+        Question(
+            "--base-unit",
+            "units of the base's velocity, e.g. m,rad or m,deg (per second)",
+            _pair(_unit(_LENGTHS), _unit(_ANGLES)),
+        ),
+        Question("--gripper", "what the gripper's number is when open, and when closed, e.g. 1,0 or 0,100", _ends),
+        Question("--state-gripper", "the same for the state, where it differs", _ends),
+        Question(
+            "--rotation",
+            f"form of the three rotation numbers, which must be in radians ({', '.join(_FORMS)})",
+            _one_of("rotation form", _FORMS),
+        ),
+    )
+}

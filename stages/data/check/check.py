@@ -33,9 +33,9 @@ from .numeric_rules import limits
 from .rules import judge
 from .table_stats import Following, TableStats, dimensions
 
-SAMPLED = 64        # episodes whose pictures are decoded by default
-OPENED = 1000       # of more episodes, only those sampled have their picture files opened
-THREADS = 4         # episodes whose pictures are decoded at a time
+SAMPLED = 64  # episodes whose pictures are decoded by default
+OPENED = 1000  # of more episodes, only those sampled have their picture files opened
+THREADS = 4  # episodes whose pictures are decoded at a time
 COLOURS = {"error": "red", "warning": "yellow", "info": "dim"}
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
@@ -45,12 +45,12 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total)
 class CheckConfig:
     """What `dvla data check` needs."""
 
-    source: str                         # dataset folder, file or hub id
-    episodes: int | None = None         # episodes whose pictures are decoded, evenly spread; None = SAMPLED
-    frames: int = 8                     # frames decoded of each view of these
-    everything: bool = False            # decode every frame of every episode instead
-    out: Path | None = None             # JSON report to write
-    dataset_config: str | None = None   # YAML of the field map, or a shipped name
+    source: str  # dataset folder, file or hub id
+    episodes: int | None = None  # episodes whose pictures are decoded, evenly spread; None = SAMPLED
+    frames: int = 8  # frames decoded of each view of these
+    everything: bool = False  # decode every frame of every episode instead
+    out: Path | None = None  # JSON report to write
+    dataset_config: str | None = None  # YAML of the field map, or a shipped name
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CheckReport:
 
     source: Source
     facts: Facts
-    findings: tuple[Finding, ...]       # the gravest first
+    findings: tuple[Finding, ...]  # the gravest first
     seconds: float
 
     @property
@@ -72,9 +72,13 @@ class CheckReport:
         f, counts = self.facts, {s: sum(x.severity == s for x in self.findings) for s in COLOURS}
         usable, rows = len(f.listed) - len({e for e, _ in f.failures}), sum(f.lengths.values())
         decoded, looked = sum(p.frames for p in f.pictures), len({p.episode for p in f.pictures if p.frames})
-        found = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in zip(("error", "warning", "note"), counts.values()))
-        return (f"{self.source.name}: {usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} pictures of {looked} episodes "
-                f"decoded; {found}; {self.seconds:.1f} s")
+        found = ", ".join(
+            f"{n} {word}{'' if n == 1 else 's'}" for word, n in zip(("error", "warning", "note"), counts.values())
+        )
+        return (
+            f"{self.source.name}: {usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} pictures of {looked} episodes "
+            f"decoded; {found}; {self.seconds:.1f} s"
+        )
 
 
 def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckReport:
@@ -110,27 +114,58 @@ def findings_table(report: CheckReport) -> Table:
 def as_json(report: CheckReport) -> dict[str, Any]:
     """The report as plain JSON values."""
     f, source = report.facts, report.source
-    dims = [{"table": d.table, "index": d.index, "name": d.name, "kind": d.kind, "min": float(t.low[d.index]), "max": float(t.high[d.index]),
-             "share_at_min": float(t.at_low[d.index] / t.rows), "share_at_max": float(t.at_high[d.index] / t.rows)}
-            for t in f.tables if t.rows for d in t.dims]
+    dims = [
+        {
+            "table": d.table,
+            "index": d.index,
+            "name": d.name,
+            "kind": d.kind,
+            "min": float(t.low[d.index]),
+            "max": float(t.high[d.index]),
+            "share_at_min": float(t.at_low[d.index] / t.rows),
+            "share_at_max": float(t.at_high[d.index] / t.rows),
+        }
+        for t in f.tables
+        if t.rows
+        for d in t.dims
+    ]
     return {
-        "dvla": __version__, "dataset": source.name, "format": source.format, "dataset_config": source.config.name,
-        "revision": source.revision_hash, "must_fix": report.must_fix, "seconds": round(report.seconds, 3), "rows_per_second": source.fps,
-        "control_hz": source.control_hz, "episodes_listed": len(f.listed), "episodes_readable": len(f.lengths), "rows": sum(f.lengths.values()),
-        "findings": [dataclasses.asdict(x) for x in report.findings], "failures": [{"episode": e, "reason": r} for e, r in f.failures],
-        "dimensions": dims, "cameras": [dataclasses.asdict(p) for p in f.pictures],
+        "dvla": __version__,
+        "dataset": source.name,
+        "format": source.format,
+        "dataset_config": source.config.name,
+        "revision": source.revision_hash,
+        "must_fix": report.must_fix,
+        "seconds": round(report.seconds, 3),
+        "rows_per_second": source.fps,
+        "control_hz": source.control_hz,
+        "episodes_listed": len(f.listed),
+        "episodes_readable": len(f.lengths),
+        "rows": sum(f.lengths.values()),
+        "findings": [dataclasses.asdict(x) for x in report.findings],
+        "failures": [{"episode": e, "reason": r} for e, r in f.failures],
+        "dimensions": dims,
+        "cameras": [dataclasses.asdict(p) for p in f.pictures],
         "instructions": [{"text": text, "episodes": len(e)} for text, e in f.instructions.items()],
     }
 
 
 # --- tables ------------------------------------------------------------------------------------------------------------
 
+
 def _read_tables(source: Source, progress: Progress) -> Facts:
     maps = {"action": source.action_map, "state": source.state_map}
     dims = {name: dimensions(name, m) for name, m in maps.items()}
     tables = {name: TableStats(name, m, *limits(dims[name])) for name, m in maps.items() if m.native_dim}
-    facts = Facts(source.episode_ids, tuple(tables.values()), Following(dims["action"], dims["state"], source.control_hz), source.fps,
-                  source.control_hz, source.config.license, *_declared(source))
+    facts = Facts(
+        source.episode_ids,
+        tuple(tables.values()),
+        Following(dims["action"], dims["state"], source.control_hz),
+        source.fps,
+        source.control_hz,
+        source.config.license,
+        *_declared(source),
+    )
     seen: dict[bytes, int] = {}
     for i, number in enumerate(source.episode_ids):
         try:
@@ -173,13 +208,20 @@ def _declared(source: Source) -> tuple[dict[str, int], tuple[int, ...]]:
     """Totals by a LeRobot dataset's metadata, and episodes that have a v2 table file without being listed."""
     if source.format != "lerobot":
         return {}, ()
-    info = json.loads((source.path / "meta" / "info.json").read_text())     # the reader has read it already
-    totals = {short: int(info[key]) for short, key in (("episodes", "total_episodes"), ("frames", "total_frames")) if key in info}
-    files = (re.fullmatch(r"episode_(\d+)\.parquet", p.name) for p in (source.path / "data").glob("*/episode_*.parquet"))
+    info = json.loads((source.path / "meta" / "info.json").read_text())  # the reader has read it already
+    totals = {
+        short: int(info[key])
+        for short, key in (("episodes", "total_episodes"), ("frames", "total_frames"))
+        if key in info
+    }
+    files = (
+        re.fullmatch(r"episode_(\d+)\.parquet", p.name) for p in (source.path / "data").glob("*/episode_*.parquet")
+    )
     return totals, tuple(sorted({int(m[1]) for m in files if m} - set(source.episode_ids)))
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------------
+
 
 def _look_at_pictures(source: Source, facts: Facts, config: CheckConfig, count: int, progress: Progress) -> None:
     """Decode a sample, or everything; open the files of the others where they are here and not too many."""
@@ -187,7 +229,7 @@ def _look_at_pictures(source: Source, facts: Facts, config: CheckConfig, count: 
     decoded = set(usable if config.everything else sample_episodes(usable, count))
     is_here = Path(config.source).expanduser().exists()
     chosen = [e for e in usable if e in decoded or (is_here and len(usable) <= OPENED)]
-    stats, stop = facts.tables[-1], threading.Event()   # of the state, or of the action where there is none
+    stats, stop = facts.tables[-1], threading.Event()  # of the state, or of the action where there is none
 
     def look(number: int) -> tuple[int, list[CameraFacts], str | None]:
         seen: list[CameraFacts] = []
@@ -196,8 +238,14 @@ def _look_at_pictures(source: Source, facts: Facts, config: CheckConfig, count: 
             for view in episode.views:
                 frames: Sequence[tuple[int, int]] = ()
                 if number in decoded:
-                    frames = [(0, view.length)] if config.everything else sample_frames(view.length, config.frames, number % 2 > 0)
-                seen.append(scan(number, view, frames, _position(stats, getattr(episode, stats.dims[0].table)), stop.is_set))
+                    frames = (
+                        [(0, view.length)]
+                        if config.everything
+                        else sample_frames(view.length, config.frames, number % 2 > 0)
+                    )
+                seen.append(
+                    scan(number, view, frames, _position(stats, getattr(episode, stats.dims[0].table)), stop.is_set)
+                )
         except CorruptEpisode as error:
             return number, seen, _reason(source, number, error)
         return number, seen, None
@@ -210,7 +258,7 @@ def _look_at_pictures(source: Source, facts: Facts, config: CheckConfig, count: 
             facts.pictures += seen
             facts.failures += [(number, reason)] if reason else []
             progress(f"{source.name}: pictures", done, len(chosen))
-    finally:    # on Ctrl-C, too: what has not begun is dropped, what has ends with its frame
+    finally:  # on Ctrl-C, too: what has not begun is dropped, what has ends with its frame
         stop.set()
         pool.shutdown(cancel_futures=True)
     facts.pictures.sort(key=lambda p: (p.episode, source.view_names.index(p.view)))
@@ -225,12 +273,14 @@ def _position(stats: TableStats, native: np.ndarray) -> np.ndarray:
 
 # --- shared ------------------------------------------------------------------------------------------------------------
 
+
 def _reason(source: Source, number: int, error: CorruptEpisode) -> str:
     return str(error).removeprefix(f"{source.where(number)}: ")
 
 
 def as_text(report: dict[str, Any]) -> str:
     """JSON with one line per entry, and per element of a list of objects."""
+
     def entry(value: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return "[\n  " + ",\n  ".join(json.dumps(v, ensure_ascii=False) for v in value) + "\n ]"

@@ -16,9 +16,9 @@ Severity = Literal["error", "warning", "info"]
 class Finding:
     """One line of the report."""
 
-    rule: str                       # id of the kind of trouble, e.g. "camera-black"
+    rule: str  # id of the kind of trouble, e.g. "camera-black"
     severity: Severity
-    message: str                    # one line: what, where, what to do
+    message: str  # one line: what, where, what to do
     episodes: tuple[int, ...] = ()  # all concerned, where it is about single episodes
 
 
@@ -26,21 +26,23 @@ class Finding:
 class Facts:
     """What was gathered about one dataset."""
 
-    listed: tuple[int, ...]                                             # episode ids by the metadata
-    tables: tuple[TableStats, ...]                                      # action, and state where there is one
+    listed: tuple[int, ...]  # episode ids by the metadata
+    tables: tuple[TableStats, ...]  # action, and state where there is one
     following: Following
-    fps: float                                                          # rows per second by the files
-    control_hz: float                                                   # rows per second by the config
+    fps: float  # rows per second by the files
+    control_hz: float  # rows per second by the config
     license: str
-    declared: dict[str, int] = field(default_factory=dict)              # "episodes", "frames" as the metadata totals them
-    unlisted: tuple[int, ...] = ()                                      # episodes with files that the metadata does not list
-    failures: list[tuple[int, str]] = field(default_factory=list)       # (episode, reason) of those that cannot be used
-    lengths: dict[int, int] = field(default_factory=dict)               # rows of each usable table
-    listed_lengths: dict[int, int] = field(default_factory=dict)        # rows by the metadata
-    gaps: list[tuple[int, int, float]] = field(default_factory=list)    # (episode, frame, step in seconds) out of rhythm
-    drifts: list[tuple[int, float, float]] = field(default_factory=list)    # (episode, seconds off at its end, rows per second)
-    instructions: dict[str, list[int]] = field(default_factory=dict)    # text → episodes
-    twins: list[tuple[int, int]] = field(default_factory=list)          # (episode, earlier one with the same numbers)
+    declared: dict[str, int] = field(default_factory=dict)  # "episodes", "frames" as the metadata totals them
+    unlisted: tuple[int, ...] = ()  # episodes with files that the metadata does not list
+    failures: list[tuple[int, str]] = field(default_factory=list)  # (episode, reason) of those that cannot be used
+    lengths: dict[int, int] = field(default_factory=dict)  # rows of each usable table
+    listed_lengths: dict[int, int] = field(default_factory=dict)  # rows by the metadata
+    gaps: list[tuple[int, int, float]] = field(default_factory=list)  # (episode, frame, step in seconds) out of rhythm
+    drifts: list[tuple[int, float, float]] = field(
+        default_factory=list
+    )  # (episode, seconds off at its end, rows per second)
+    instructions: dict[str, list[int]] = field(default_factory=dict)  # text → episodes
+    twins: list[tuple[int, int]] = field(default_factory=list)  # (episode, earlier one with the same numbers)
     pictures: list[CameraFacts] = field(default_factory=list)
 
 
@@ -65,8 +67,9 @@ def about_episodes(rule: str, severity: Severity, episodes: Iterable[int], what:
     return [Finding(rule, severity, f"episode {chosen[0]} {what(chosen[0])}{several}", chosen)]
 
 
-def about_cameras(rule: str, severity: Severity, facts: Facts, test: Callable[[CameraFacts], bool],
-                   what: Callable[[CameraFacts], str]) -> list[Finding]:
+def about_cameras(
+    rule: str, severity: Severity, facts: Facts, test: Callable[[CameraFacts], bool], what: Callable[[CameraFacts], str]
+) -> list[Finding]:
     """One finding per view."""
     found = []
     for view in dict.fromkeys(p.view for p in facts.pictures):
@@ -74,8 +77,15 @@ def about_cameras(rule: str, severity: Severity, facts: Facts, test: Callable[[C
         bad = [p for p in seen if test(p)]
         if bad:
             episodes = tuple(sorted(p.episode for p in bad))
-            found.append(Finding(rule, severity, f"view '{view}' of episode {bad[0].episode} {what(bad[0])}; {len(bad)} of {len(seen)} episodes "
-                                 f"looked at ({ranges(episodes)})", episodes))
+            found.append(
+                Finding(
+                    rule,
+                    severity,
+                    f"view '{view}' of episode {bad[0].episode} {what(bad[0])}; {len(bad)} of {len(seen)} episodes "
+                    f"looked at ({ranges(episodes)})",
+                    episodes,
+                )
+            )
     return found
 
 

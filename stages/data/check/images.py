@@ -12,11 +12,11 @@ import numpy as np
 
 from ....cache.readers.episode import View
 
-BLOCK = 8               # pixels of a picture's side that make one of its thumbnail's
-DARK = 2.0              # grey levels: mean and spread of a black picture stay below
-SAME = 0.5              # grey levels: no block of two identical pictures differs more
-STILL = 3.0             # grey levels: no block of a frozen camera leaves its first picture by more (lossy coding moves a little)
-MOVES = 0.05            # share of a dimension's range over the dataset that counts as the robot having moved
+BLOCK = 8  # pixels of a picture's side that make one of its thumbnail's
+DARK = 2.0  # grey levels: mean and spread of a black picture stay below
+SAME = 0.5  # grey levels: no block of two identical pictures differs more
+STILL = 3.0  # grey levels: no block of a frozen camera leaves its first picture by more (lossy coding moves a little)
+MOVES = 0.05  # share of a dimension's range over the dataset that counts as the robot having moved
 
 
 @dataclass
@@ -25,14 +25,14 @@ class CameraFacts:
 
     episode: int
     view: str
-    height: int             # H
-    width: int              # W
-    frames: int = 0         # decoded
-    black: int = 0          # of these, black
-    pairs: int = 0          # neighbouring frames between which the robot moves
-    repeated: int = 0       # of these, with the same picture twice
-    change: float = 0.0     # largest departure of a block from the first frame, grey levels
-    way: float = 0.0        # largest departure of the robot from where it was then, as a share of a dimension's range
+    height: int  # H
+    width: int  # W
+    frames: int = 0  # decoded
+    black: int = 0  # of these, black
+    pairs: int = 0  # neighbouring frames between which the robot moves
+    repeated: int = 0  # of these, with the same picture twice
+    change: float = 0.0  # largest departure of a block from the first frame, grey levels
+    way: float = 0.0  # largest departure of the robot from where it was then, as a share of a dimension's range
 
     @property
     def is_black(self) -> bool:
@@ -44,13 +44,18 @@ class CameraFacts:
         return not self.is_black and self.way > MOVES and self.change <= STILL
 
 
-def scan(episode: int, view: View, frames: Sequence[tuple[int, int]], position: np.ndarray,
-         stopped: Callable[[], bool] = lambda: False) -> CameraFacts:
+def scan(
+    episode: int,
+    view: View,
+    frames: Sequence[tuple[int, int]],
+    position: np.ndarray,
+    stopped: Callable[[], bool] = lambda: False,
+) -> CameraFacts:
     """Decode the ranges (start, stop) `frames` of a view, until `stopped`. `position` [T, k]: state (or action) as shares of
     its range over the dataset, to know when the robot moves. `CorruptEpisode` where a frame cannot be decoded."""
     found = CameraFacts(episode, view.name, view.height, view.width)
     steps = np.abs(np.diff(position, axis=0)).max(1, initial=0)
-    moving = (steps > MOVES / 50) & (steps >= (np.median(steps) if len(steps) else 0))     # [T-1]
+    moving = (steps > MOVES / 50) & (steps >= (np.median(steps) if len(steps) else 0))  # [T-1]
     first = before = np.zeros(0)
     for start, stop in frames:
         for index, picture in enumerate(view.frames(start, stop), start):
@@ -74,8 +79,12 @@ def thumbnail(picture: np.ndarray) -> np.ndarray:
     """float32 [h, w, 3]: means over blocks of BLOCK × BLOCK pixels (of the whole side where the picture is smaller)."""
     by, bx = min(BLOCK, picture.shape[0]), min(BLOCK, picture.shape[1])
     h, w = picture.shape[0] // by, picture.shape[1] // bx
-    rows = picture[:h * by, :w * bx].reshape(h, by, w * bx * 3).sum(1, dtype=np.uint16)     # in two steps: 30 times faster than one mean
-    return np.add.reduceat(rows.reshape(h, w * bx, 3), np.arange(0, w * bx, bx), axis=1, dtype=np.float32) / np.float32(by * bx)
+    rows = (
+        picture[: h * by, : w * bx].reshape(h, by, w * bx * 3).sum(1, dtype=np.uint16)
+    )  # in two steps: 30 times faster than one mean
+    return np.add.reduceat(rows.reshape(h, w * bx, 3), np.arange(0, w * bx, bx), axis=1, dtype=np.float32) / np.float32(
+        by * bx
+    )
 
 
 def sample_frames(length: int, frames: int, odd: bool = False) -> list[tuple[int, int]]:
@@ -84,7 +93,9 @@ def sample_frames(length: int, frames: int, odd: bool = False) -> list[tuple[int
     if length <= frames or length < 2:
         return [(0, length)]
     first = int(odd and length > 2)
-    starts = np.unique(first + 2 * np.linspace(0, (length - 2 - first) // 2, max(1, frames // 2)).round().astype(int)).tolist()
+    starts = np.unique(
+        first + 2 * np.linspace(0, (length - 2 - first) // 2, max(1, frames // 2)).round().astype(int)
+    ).tolist()
     ranges: list[tuple[int, int]] = []
     for start in starts:
         if ranges and ranges[-1][1] >= start:

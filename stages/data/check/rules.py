@@ -11,9 +11,9 @@ from collections.abc import Callable
 from .findings import Facts, Finding, about_cameras, about_episodes, ranges
 from .numeric_rules import action_follows, constant, jumps, rotations, saturated, units
 
-CHUNK = 16              # rows of an action chunk by default
-REPEATED = 0.75         # share of equal neighbouring pictures while the robot moves
-KINDS_OF_FAILURE = (    # rule, pattern of the reader's message; the first that fits
+CHUNK = 16  # rows of an action chunk by default
+REPEATED = 0.75  # share of equal neighbouring pictures while the robot moves
+KINDS_OF_FAILURE = (  # rule, pattern of the reader's message; the first that fits
     ("missing-file", r" (is|are) missing$| is missing from '|does not exist"),
     ("not-finite", r"\b(nan|-?inf)\b at frame"),
     ("rotation-norm", r"is not a rotation"),
@@ -25,6 +25,7 @@ KINDS_OF_FAILURE = (    # rule, pattern of the reader's message; the first that 
 
 # --- files and counts --------------------------------------------------------------------------------------------------
 
+
 def failures(facts: Facts) -> list[Finding]:
     """Episodes a build would put into quarantine, one finding per kind of reason."""
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
@@ -34,7 +35,11 @@ def failures(facts: Facts) -> list[Finding]:
     found = []
     for (rule, _), group in groups.items():
         episodes = tuple(sorted({e for e, _ in group}))
-        several = f", and alike in {len(episodes)} of {len(facts.listed)} episodes ({ranges(episodes)})" if len(episodes) > 1 else ""
+        several = (
+            f", and alike in {len(episodes)} of {len(facts.listed)} episodes ({ranges(episodes)})"
+            if len(episodes) > 1
+            else ""
+        )
         found.append(Finding(rule, "error", f"episode {group[0][0]}: {group[0][1]}{several}", episodes))
     return found
 
@@ -44,66 +49,112 @@ def listed_count(facts: Facts) -> list[Finding]:
     actual = {"episodes": len(facts.listed), "frames": sum(facts.listed_lengths.values())}
     if len(facts.listed_lengths) < len(facts.listed):
         del actual["frames"]
-    return [Finding("listed-count", "warning", f"the metadata says {facts.declared[what]} {what} in all but lists {count}")
-            for what, count in actual.items() if facts.declared.get(what, count) != count]
+    return [
+        Finding("listed-count", "warning", f"the metadata says {facts.declared[what]} {what} in all but lists {count}")
+        for what, count in actual.items()
+        if facts.declared.get(what, count) != count
+    ]
 
 
 def row_count(facts: Facts) -> list[Finding]:
     """Rows of each table against the metadata."""
     wrong = {e: n for e, n in facts.lengths.items() if facts.listed_lengths.get(e, n) != n}
-    return about_episodes("row-count", "error", wrong, lambda e: f"has {wrong[e]} rows, the metadata lists {facts.listed_lengths[e]}")
+    return about_episodes(
+        "row-count", "error", wrong, lambda e: f"has {wrong[e]} rows, the metadata lists {facts.listed_lengths[e]}"
+    )
 
 
 def unlisted_files(facts: Facts) -> list[Finding]:
-    return about_episodes("unlisted-files", "warning", facts.unlisted, lambda _: "has files here but is not listed in the metadata")
+    return about_episodes(
+        "unlisted-files", "warning", facts.unlisted, lambda _: "has files here but is not listed in the metadata"
+    )
 
 
 def short_episodes(facts: Facts) -> list[Finding]:
     """One row is a static pose where the whole dataset is like that; a chunk longer than the episode is masked."""
     single = [e for e, n in facts.lengths.items() if n < 2]
     static = len(single) == len(facts.lengths)
-    found = about_episodes("single-row", "info" if static else "warning", single, lambda _: "has one row only, a pose without motion")
+    found = about_episodes(
+        "single-row", "info" if static else "warning", single, lambda _: "has one row only, a pose without motion"
+    )
     short = [e for e, n in facts.lengths.items() if 2 <= n < CHUNK]
-    return found + about_episodes("short-episode", "info", short, lambda e: f"has {facts.lengths[e]} rows, fewer than a chunk of {CHUNK}; "
-                                   "steps past its end are masked")
+    return found + about_episodes(
+        "short-episode",
+        "info",
+        short,
+        lambda e: f"has {facts.lengths[e]} rows, fewer than a chunk of {CHUNK}; steps past its end are masked",
+    )
 
 
 def twin_episodes(facts: Facts) -> list[Finding]:
     earlier = dict(facts.twins)
-    return about_episodes("twin-episodes", "warning", earlier, lambda e: f"has exactly the numbers of episode {earlier[e]}; recorded or "
-                           "copied twice?")
+    return about_episodes(
+        "twin-episodes",
+        "warning",
+        earlier,
+        lambda e: f"has exactly the numbers of episode {earlier[e]}; recorded or copied twice?",
+    )
 
 
 # --- time --------------------------------------------------------------------------------------------------------------
 
+
 def time_gaps(facts: Facts) -> list[Finding]:
     at = {e: (frame, step) for e, frame, step in reversed(facts.gaps)}
-    return about_episodes("time-gap", "warning", sorted(at), lambda e: f"comes {at[e][1]:.4g} s after the row before at frame {at[e][0]}; "
-                           f"rows are 1/{facts.fps:g} = {1 / facts.fps:.4g} s apart")
+    return about_episodes(
+        "time-gap",
+        "warning",
+        sorted(at),
+        lambda e: (
+            f"comes {at[e][1]:.4g} s after the row before at frame {at[e][0]}; "
+            f"rows are 1/{facts.fps:g} = {1 / facts.fps:.4g} s apart"
+        ),
+    )
 
 
 def time_drift(facts: Facts) -> list[Finding]:
     at = {e: (off, rate) for e, off, rate in facts.drifts}
-    return about_episodes("time-drift", "warning", at, lambda e: f"has {at[e][1]:.4g} rows per second by its timestamps, {facts.fps:g} by the "
-                           f"metadata: {at[e][0]:+.3g} s at its end")
+    return about_episodes(
+        "time-drift",
+        "warning",
+        at,
+        lambda e: (
+            f"has {at[e][1]:.4g} rows per second by its timestamps, {facts.fps:g} by the "
+            f"metadata: {at[e][0]:+.3g} s at its end"
+        ),
+    )
 
 
 def rate_differs(facts: Facts) -> list[Finding]:
     if abs(facts.control_hz / facts.fps - 1) < 0.01:
         return []
-    return [Finding("rate-differs", "info", f"the dataset config says {facts.control_hz:g} rows per second, the files {facts.fps:g}; "
-                    "displacements become velocities by the config's")]
+    return [
+        Finding(
+            "rate-differs",
+            "info",
+            f"the dataset config says {facts.control_hz:g} rows per second, the files {facts.fps:g}; "
+            "displacements become velocities by the config's",
+        )
+    ]
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------------
 
+
 def camera_black(facts: Facts) -> list[Finding]:
-    return about_cameras("camera-black", "error", facts, lambda p: p.is_black, lambda p: f"is black in all {p.frames} frames looked at")
+    return about_cameras(
+        "camera-black", "error", facts, lambda p: p.is_black, lambda p: f"is black in all {p.frames} frames looked at"
+    )
 
 
 def camera_frozen(facts: Facts) -> list[Finding]:
-    return about_cameras("camera-frozen", "error", facts, lambda p: p.is_frozen,
-                          lambda p: f"shows one picture in all {p.frames} frames looked at while the robot moves")
+    return about_cameras(
+        "camera-frozen",
+        "error",
+        facts,
+        lambda p: p.is_frozen,
+        lambda p: f"shows one picture in all {p.frames} frames looked at while the robot moves",
+    )
 
 
 def camera_repeats(facts: Facts) -> list[Finding]:
@@ -113,9 +164,15 @@ def camera_repeats(facts: Facts) -> list[Finding]:
         scans = [p for p in facts.pictures if p.view == view and not (p.is_black or p.is_frozen)]
         pairs, repeated = sum(p.pairs for p in scans), sum(p.repeated for p in scans)
         if repeated > max(2, 0.02 * pairs):
-            found.append(Finding("camera-repeats", "warning" if repeated > max(4, REPEATED * pairs) else "info",
-                                 f"view '{view}': {repeated} of {pairs} pairs of neighbouring frames are the same picture while the robot "
-                                 "moves; the camera is slower than the rows", tuple(sorted({p.episode for p in scans if p.repeated}))))
+            found.append(
+                Finding(
+                    "camera-repeats",
+                    "warning" if repeated > max(4, REPEATED * pairs) else "info",
+                    f"view '{view}': {repeated} of {pairs} pairs of neighbouring frames are the same picture while the robot "
+                    "moves; the camera is slower than the rows",
+                    tuple(sorted({p.episode for p in scans if p.repeated})),
+                )
+            )
     return found
 
 
@@ -134,16 +191,23 @@ def picture_sizes(facts: Facts) -> list[Finding]:
 
 # --- text and terms ----------------------------------------------------------------------------------------------------
 
+
 def instructions(facts: Facts) -> list[Finding]:
-    found = about_episodes("instruction-empty", "warning", facts.instructions.get("", ()), lambda _: "has no instruction; give one in the dataset "
-                            "config where all share it")
+    found = about_episodes(
+        "instruction-empty",
+        "warning",
+        facts.instructions.get("", ()),
+        lambda _: "has no instruction; give one in the dataset config where all share it",
+    )
     spellings: dict[str, list[str]] = {}
     for text in facts.instructions:
         spellings.setdefault(" ".join(re.sub(r"[^\w\s]", " ", text).casefold().split()), []).append(text)
     for plain, texts in spellings.items():
         if plain and len(texts) > 1:
             shown = ", ".join(f"{t!r} ({len(facts.instructions[t])} episodes)" for t in texts[:4])
-            found.append(Finding("instruction-spelling", "warning", f"one instruction under {len(texts)} spellings: {shown}"))
+            found.append(
+                Finding("instruction-spelling", "warning", f"one instruction under {len(texts)} spellings: {shown}")
+            )
     return found
 
 
@@ -152,8 +216,28 @@ def license_missing(facts: Facts) -> list[Finding]:
 
 
 RULES: tuple[Callable[[Facts], list[Finding]], ...] = (
-    failures, listed_count, row_count, unlisted_files, short_episodes, twin_episodes, time_gaps, time_drift, rate_differs, camera_black,
-    camera_frozen, camera_repeats, picture_sizes, constant, saturated, units, rotations, jumps, action_follows, instructions, license_missing)
+    failures,
+    listed_count,
+    row_count,
+    unlisted_files,
+    short_episodes,
+    twin_episodes,
+    time_gaps,
+    time_drift,
+    rate_differs,
+    camera_black,
+    camera_frozen,
+    camera_repeats,
+    picture_sizes,
+    constant,
+    saturated,
+    units,
+    rotations,
+    jumps,
+    action_follows,
+    instructions,
+    license_missing,
+)
 
 
 def judge(facts: Facts) -> list[Finding]:

@@ -16,20 +16,20 @@ from ....cache.actions.action_map import ActionMap
 from ....cache.actions.rotations import matrix_from_rot6d, to_rot6d
 from ....cache.actions.slots import SLOTS, kind_of
 
-TOP = 4                 # examples kept per dimension
-BINS, PER_OCTAVE, LOWEST = 160, 2, -40      # step sizes 2^-40 .. 2^40, two bins an octave
-LAGS = range(-4, 9)     # rows by which the state may follow the action
+TOP = 4  # examples kept per dimension
+BINS, PER_OCTAVE, LOWEST = 160, 2, -40  # step sizes 2^-40 .. 2^40, two bins an octave
+LAGS = range(-4, 9)  # rows by which the state may follow the action
 
 
 @dataclass(frozen=True)
 class Dimension:
     """One native dimension of a table."""
 
-    table: str      # "action" or "state"
-    index: int      # in the native vector
-    name: str       # as in ActionMap.field_names
-    kind: str       # a value of KINDS, "angle" (Euler, axis-angle), "rotation" (other forms), "dropped" or "other"
-    gain: float     # mapped = native · gain + offset
+    table: str  # "action" or "state"
+    index: int  # in the native vector
+    name: str  # as in ActionMap.field_names
+    kind: str  # a value of KINDS, "angle" (Euler, axis-angle), "rotation" (other forms), "dropped" or "other"
+    gain: float  # mapped = native · gain + offset
     offset: float
 
     def __str__(self) -> str:
@@ -47,7 +47,9 @@ def dimensions(table: str, mapping: ActionMap) -> tuple[Dimension, ...]:
                 kind = "angle" if spec.rotation in ("euler_xyz", "axis_angle") else "rotation"
             else:
                 kind = "dropped" if spec.drop else kind_of(spec.names[i])
-            found.append(Dimension(table, index, mapping.field_names[index], kind, spec.scale * rate, spec.offset * rate))
+            found.append(
+                Dimension(table, index, mapping.field_names[index], kind, spec.scale * rate, spec.offset * rate)
+            )
     return tuple(found)
 
 
@@ -55,8 +57,10 @@ class Steps:
     """Sizes of steps from row to row, per column: a histogram in octaves and the largest few with their place."""
 
     def __init__(self, width: int) -> None:
-        self.counts = np.zeros((width, BINS), np.int64)     # of steps that are not 0
-        self.top: list[list[tuple[float, int, int]]] = [[] for _ in range(width)]   # (size, episode, frame it arrives at)
+        self.counts = np.zeros((width, BINS), np.int64)  # of steps that are not 0
+        self.top: list[list[tuple[float, int, int]]] = [
+            [] for _ in range(width)
+        ]  # (size, episode, frame it arrives at)
 
     def update(self, episode: int, sizes: np.ndarray) -> None:
         """`sizes` [T-1, width], 0 or more."""
@@ -88,11 +92,11 @@ class TableStats:
     def __init__(self, table: str, mapping: ActionMap, soft: np.ndarray, hard: np.ndarray) -> None:
         """`soft`, `hard` [d, 2]: limits on mapped values, beyond which they look odd and wrong; infinite for none."""
         self.dims, self.rows, width = dimensions(table, mapping), 0, mapping.native_dim
-        self.low, self.high = np.full(width, np.inf), np.full(width, -np.inf)       # native
-        self.at_low, self.at_high = np.zeros(width, np.int64), np.zeros(width, np.int64)    # rows at exactly that value
-        self.worst = np.zeros(width)                                    # mapped value furthest beyond `soft`
-        self.worst_at: list[tuple[int, int]] = [(-1, -1)] * width       # (episode, frame) of it
-        self.odd, self.wrong = np.zeros(width, np.int64), np.zeros(width, np.int64)     # rows beyond `soft`, `hard`
+        self.low, self.high = np.full(width, np.inf), np.full(width, -np.inf)  # native
+        self.at_low, self.at_high = np.zeros(width, np.int64), np.zeros(width, np.int64)  # rows at exactly that value
+        self.worst = np.zeros(width)  # mapped value furthest beyond `soft`
+        self.worst_at: list[tuple[int, int]] = [(-1, -1)] * width  # (episode, frame) of it
+        self.odd, self.wrong = np.zeros(width, np.int64), np.zeros(width, np.int64)  # rows beyond `soft`, `hard`
         self.steps = Steps(width)
         self.rotations = [RotationStats(form, span) for form, span in rotation_spans(mapping)]
         self._soft, self._hard = soft, hard
@@ -108,12 +112,12 @@ class TableStats:
             count[:] = np.where(new, here, count + here * (best == extreme))
             extreme[new] = best[new]
         mapped = native * self._gain + self._offset
-        beyond = np.maximum(self._soft[:, 0] - mapped, mapped - self._soft[:, 1])       # [T, d], > 0 outside
+        beyond = np.maximum(self._soft[:, 0] - mapped, mapped - self._soft[:, 1])  # [T, d], > 0 outside
         self.odd += (beyond > 0).sum(0)
         self.wrong += ((mapped < self._hard[:, 0]) | (mapped > self._hard[:, 1])).sum(0)
         rows = beyond.argmax(0)
         known = np.maximum(self._soft[:, 0] - self.worst, self.worst - self._soft[:, 1])
-        for i in np.flatnonzero((beyond[rows, np.arange(len(rows))] > np.maximum(known, 0))):
+        for i in np.flatnonzero(beyond[rows, np.arange(len(rows))] > np.maximum(known, 0)):
             self.worst[i], self.worst_at[i] = mapped[rows[i], i], (episode, int(rows[i]))
         self.steps.update(episode, np.abs(np.diff(native.astype(np.float64), axis=0)))
         for rotation in self.rotations:
@@ -126,7 +130,7 @@ class RotationStats:
     def __init__(self, form: str, span: slice) -> None:
         self.form, self.span = form, span
         self.defective = self.flips = self.rows = 0
-        self.worst, self.worst_at = 0.0, (-1, -1)       # largest `rotation_defect` and where
+        self.worst, self.worst_at = 0.0, (-1, -1)  # largest `rotation_defect` and where
         self.first_flip = (-1, -1)
         self.steps = Steps(1)
 
@@ -162,14 +166,16 @@ def rotation_defect(form: str, values: np.ndarray) -> np.ndarray:
 def step_angles(form: str, values: np.ndarray) -> np.ndarray:
     """[T-1] angle (rad, 0 to π) between consecutive rotations [T, width]."""
     matrix = matrix_from_rot6d(to_rot6d(form, values))
-    sine = np.linalg.norm((matrix[1:] - matrix[:-1]).reshape(-1, 9), axis=1) / np.sqrt(8)     # |A-B| = √8 · sin(angle / 2)
+    sine = np.linalg.norm((matrix[1:] - matrix[:-1]).reshape(-1, 9), axis=1) / np.sqrt(8)  # |A-B| = √8 · sin(angle / 2)
     return 2 * np.arcsin(np.clip(sine, 0, 1))
 
 
 def rotation_spans(mapping: ActionMap) -> list[tuple[str, slice]]:
     """(form, native columns) of each rotation of a field map."""
     stops = np.cumsum([spec.width for spec in mapping.specs]).tolist()
-    return [(spec.rotation, slice(stop - spec.width, stop)) for spec, stop in zip(mapping.specs, stops) if spec.rotation]
+    return [
+        (spec.rotation, slice(stop - spec.width, stop)) for spec, stop in zip(mapping.specs, stops) if spec.rotation
+    ]
 
 
 class Following:
@@ -180,10 +186,14 @@ class Following:
 
     def __init__(self, action: Sequence[Dimension], state: Sequence[Dimension], control_hz: float) -> None:
         measured = {SLOTS[d.name]: d for d in state if d.kind in ("joint", "position")}
-        wanted = [(a, SLOTS[a.name.replace("_vel_", "_pos_")]) for a in action if a.kind in ("joint", "position") or "eef_vel" in a.name]
+        wanted = [
+            (a, SLOTS[a.name.replace("_vel_", "_pos_")])
+            for a in action
+            if a.kind in ("joint", "position") or "eef_vel" in a.name
+        ]
         self.pairs = [(a, measured[slot]) for a, slot in wanted if slot in measured]
         self._hz = control_hz
-        self.products = np.zeros((3, len(LAGS), len(self.pairs)))   # Σ xy, Σ xx, Σ yy
+        self.products = np.zeros((3, len(LAGS), len(self.pairs)))  # Σ xy, Σ xx, Σ yy
 
     def update(self, action: np.ndarray, state: np.ndarray) -> None:
         """Add one episode: native rows [T, da] and [T, ds]."""
@@ -194,12 +204,12 @@ class Following:
             mapped = action[:, a.index] * a.gain + a.offset
             commanded.append(mapped[:-1] / self._hz if a.kind == "speed" else np.diff(mapped))
             moved.append(np.diff(state[:, s.index] * s.gain + s.offset))
-        x, y = np.stack(commanded, 1).astype(np.float64), np.stack(moved, 1).astype(np.float64)     # [T-1, pairs]
+        x, y = np.stack(commanded, 1).astype(np.float64), np.stack(moved, 1).astype(np.float64)  # [T-1, pairs]
         for i, lag in enumerate(LAGS):
             if abs(lag) >= len(x):
                 continue
-            before, after = x[max(0, -lag):len(x) - max(0, lag)], y[max(0, lag):len(y) + min(0, lag)]
-            self.products[:, i] += (before * after).sum(0), (before ** 2).sum(0), (after ** 2).sum(0)
+            before, after = x[max(0, -lag) : len(x) - max(0, lag)], y[max(0, lag) : len(y) + min(0, lag)]
+            self.products[:, i] += (before * after).sum(0), (before**2).sum(0), (after**2).sum(0)
 
     def correlation(self) -> np.ndarray:
         """[lags, pairs] in -1..1; 0 where a dimension never moves."""

@@ -27,12 +27,18 @@ from ..runner import start, stop
 from .recipe import Cell, Recipe, cells, preparation, rows
 from .table import training_seconds, write
 
-POLL = 0.5      # seconds between looks at the running cells
-PREPARED = ("data", "cache")    # what may be there before: demonstrations and a cache that were made by hand
+POLL = 0.5  # seconds between looks at the running cells
+PREPARED = ("data", "cache")  # what may be there before: demonstrations and a cache that were made by hand
 
 
-def ablate(recipe: Recipe, out: Path, jobs: int, from_cache: str | None, say: Callable[..., None],
-           progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
+def ablate(
+    recipe: Recipe,
+    out: Path,
+    jobs: int,
+    from_cache: str | None,
+    say: Callable[..., None],
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
     """Record, build, train and evaluate what is missing, `jobs` cells at a time; returns what results.json holds.
 
     `UserError` for a folder that holds something else or the results of another recipe (the differences are named), and at the end where a
@@ -56,7 +62,9 @@ def ablate(recipe: Recipe, out: Path, jobs: int, from_cache: str | None, say: Ca
         failed = _run_all(todo, out, jobs, environment, say, progress, lambda: write(recipe, out, settings), check)
     found = write(recipe, out, settings)
     if failed:
-        raise UserError(f"{len(failed)} of {len(todo)} cells failed: {', '.join(failed)}; see {out}/logs, then run the same command again")
+        raise UserError(
+            f"{len(failed)} of {len(todo)} cells failed: {', '.join(failed)}; see {out}/logs, then run the same command again"
+        )
     return found
 
 
@@ -66,17 +74,31 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
     Cells do not depend on each other, so rows and seeds may be added to what was begun, or left out; what a row is may not change.
     """
     common = {k: v for k, v in asdict(recipe).items() if k not in ("variants", "axes")}
-    settings = {**common, "seeds": list(recipe.seeds), "from_cache": from_cache, "rows": {name: asdict(row) for name, row in rows(recipe).items()}}
+    settings = {
+        **common,
+        "seeds": list(recipe.seeds),
+        "from_cache": from_cache,
+        "rows": {name: asdict(row) for name, row in rows(recipe).items()},
+    }
     path = out / "recipe.json"
     if path.exists():
         before = read_json(path)
         known = before["rows"].keys() & settings["rows"].keys()
-        was, now = ({**{k: v for k, v in one.items() if k not in ("title", "seeds")}, "rows": {name: one["rows"][name] for name in known}}
-                    for one in (before, settings))
+        was, now = (
+            {
+                **{k: v for k, v in one.items() if k not in ("title", "seeds")},
+                "rows": {name: one["rows"][name] for name in known},
+            }
+            for one in (before, settings)
+        )
         if lines := fp.diff(was, now, was="it has", now="now asked"):
-            raise UserError(f"{out} was begun with another recipe: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings")
+            raise UserError(
+                f"{out} was begun with another recipe: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings"
+            )
         settings["rows"] = {**before["rows"], **settings["rows"]}
-    elif out.exists() and any(p.name not in PREPARED and not p.name.startswith(("vlm-", "cache-", ".")) for p in out.iterdir()):
+    elif out.exists() and any(
+        p.name not in PREPARED and not p.name.startswith(("vlm-", "cache-", ".")) for p in out.iterdir()
+    ):
         raise UserError(f"{out} holds other files; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_file(path, json_bytes(settings))
@@ -99,7 +121,11 @@ def _prepare(command: tuple[str, ...], environment: dict[str, str], say: Callabl
     finally:
         stop([process])
     if code:
-        raise KeyboardInterrupt if code == 130 else UserError(f"dvla {' '.join(command[:2])} stopped with exit code {code}; what it said stands above")
+        raise (
+            KeyboardInterrupt
+            if code == 130
+            else UserError(f"dvla {' '.join(command[:2])} stopped with exit code {code}; what it said stands above")
+        )
 
 
 class _Job:
@@ -128,8 +154,16 @@ class _Job:
         return code
 
 
-def _run_all(todo: list[Cell], out: Path, jobs: int, environment: dict[str, str], say: Callable[..., None],
-             progress: Callable[[str, int, int], None], note: Callable[[], Any], check: Callable[[], None]) -> list[str]:
+def _run_all(
+    todo: list[Cell],
+    out: Path,
+    jobs: int,
+    environment: dict[str, str],
+    say: Callable[..., None],
+    progress: Callable[[str, int, int], None],
+    note: Callable[[], Any],
+    check: Callable[[], None],
+) -> list[str]:
     """Run the cells that are not done, in order; returns the names of those that failed."""
     waiting = [cell for cell in todo if not all(product.exists() for product in cell.products)]
     done, failed, times = len(todo) - len(waiting), [], []
@@ -149,40 +183,63 @@ def _run_all(todo: list[Cell], out: Path, jobs: int, environment: dict[str, str]
                 if code := job.process.returncode:
                     failed.append(job.cell.name)
                     last = "".join(job.log.read_text().strip().splitlines()[-1:])
-                    say(f"[red]{escape(job.cell.name)} failed with exit code {code}: {escape(last)}; see {escape(str(job.log))}[/red]")
+                    say(
+                        f"[red]{escape(job.cell.name)} failed with exit code {code}: {escape(last)}; see {escape(str(job.log))}[/red]"
+                    )
                     continue
                 done += 1
                 times.append(took)
                 note()
                 progress("cells", done, len(todo))
                 left = fmean(times) * (len(waiting) + len(running)) / jobs
-                say(f"{job.cell.name}: {duration(took)}; {done} of {len(todo)} cells" + (f", about {duration(left)} left" if waiting or running else ""))
+                say(
+                    f"{job.cell.name}: {duration(took)}; {done} of {len(todo)} cells"
+                    + (f", about {duration(left)} left" if waiting or running else "")
+                )
             time.sleep(POLL)
     finally:
         stop([job.process for job in running])
     return failed
 
 
-def outline(recipe: Recipe, out: Path, jobs: int, from_cache: str | None) -> tuple[list[tuple[str, str, list[str]]], str]:
+def outline(
+    recipe: Recipe, out: Path, jobs: int, from_cache: str | None
+) -> tuple[list[tuple[str, str, list[str]]], str]:
     """What would run: (name, state, commands) of every step, and a line with an estimate from the cells that are finished here, if any."""
-    steps = [] if from_cache else [(product.name if product.name != "manifest.json" else product.parent.name, product.exists(), [command])
-                                   for product, command in preparation(recipe, out, jobs)]
+    steps = (
+        []
+        if from_cache
+        else [
+            (product.name if product.name != "manifest.json" else product.parent.name, product.exists(), [command])
+            for product, command in preparation(recipe, out, jobs)
+        ]
+    )
     todo = cells(recipe, out, from_cache)
     done = [cell for cell in todo if all(product.exists() for product in cell.products)]
     steps += [(cell.name, cell in done, list(cell.commands)) for cell in todo]
     trainings = sum(command[0] == "train" for cell in todo for command in cell.commands)
-    rollouts = sum(recipe.episodes * len(recipe.environments) * command.count("--compare") + recipe.episodes * len(recipe.environments)
-                   for cell in todo for command in cell.commands if command[0] == "eval")
+    rollouts = sum(
+        recipe.episodes * len(recipe.environments) * command.count("--compare")
+        + recipe.episodes * len(recipe.environments)
+        for cell in todo
+        for command in cell.commands
+        if command[0] == "eval"
+    )
     line = f"{len(todo)} cells: {trainings} trainings, {rollouts} rollouts; {len(done)} done."
     times = [_seconds(out, cell) for cell in done]
     if times and len(done) < len(todo):
         line += f" A finished cell took {duration(fmean(times))}: about {duration(fmean(times) * (len(todo) - len(done)) / jobs)} left with --jobs {jobs}."
     elif not done:
         line += " How long they take is known when the first ones are finished; `dvla train --dry-run` with a cell's options tells its speed."
-    return [(name, "done" if state else "to do", [shlex.join(command) for command in commands]) for name, state, commands in steps], line
+    return [
+        (name, "done" if state else "to do", [shlex.join(command) for command in commands])
+        for name, state, commands in steps
+    ], line
 
 
 def _seconds(out: Path, cell: Cell) -> float:
     """How long a finished cell's training and evaluations took."""
     summaries = [read_json(path) for product in cell.products for path in [next(product.rglob("summary.json"))]]
-    return sum(s["seconds"] for s in summaries) + sum(training_seconds(Path(c[-1])) for c in cell.commands if c[0] == "train")
+    return sum(s["seconds"] for s in summaries) + sum(
+        training_seconds(Path(c[-1])) for c in cell.commands if c[0] == "train"
+    )

@@ -26,23 +26,40 @@ def results(recipe: Recipe, out: Path, settings: dict[str, Any]) -> dict[str, An
     found: dict[str, Any] = {}
     for name, variant in rows(recipe).items():
         of = slug(variant.of or name)
-        found[name] = _row(recipe, {s: out / "eval" / f"{slug(name)}-{s}" for s in recipe.seeds}, {s: out / "runs" / f"{of}-{s}" for s in recipe.seeds})
+        found[name] = _row(
+            recipe,
+            {s: out / "eval" / f"{slug(name)}-{s}" for s in recipe.seeds},
+            {s: out / "runs" / f"{of}-{s}" for s in recipe.seeds},
+        )
         if found[name] is not None:
             found[name] |= {"of": variant.of, "cache": cache_of(recipe, out, variant.of or name).name}
     if recipe.blind is not None:
-        found["blind"] = _row(recipe, {s: out / "eval" / f"blind-{s}" for s in recipe.seeds}, {s: out / "runs" / f"blind-{s}" for s in recipe.seeds})
+        found["blind"] = _row(
+            recipe,
+            {s: out / "eval" / f"blind-{s}" for s in recipe.seeds},
+            {s: out / "runs" / f"blind-{s}" for s in recipe.seeds},
+        )
     for name in REFERENCES:
         found[name] = _row(recipe, {s: out / "eval" / f"references-{s}" / name for s in recipe.seeds}, {})
     if found["random"] is not None:
-        found["random"]["eval_seconds"] = {}    # rolled out together with the expert, whose seconds are both's
-    return {"settings": settings, "seeds": list(recipe.seeds), "episodes": recipe.episodes, "title": recipe.title,
-            "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "platform": platform.platform()},
-            "rows": {name: row for name, row in found.items() if row is not None}}
+        found["random"]["eval_seconds"] = {}  # rolled out together with the expert, whose seconds are both's
+    return {
+        "settings": settings,
+        "seeds": list(recipe.seeds),
+        "episodes": recipe.episodes,
+        "title": recipe.title,
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "rows": {name: row for name, row in found.items() if row is not None},
+    }
 
 
 def _row(recipe: Recipe, evaluations: dict[int, Path], runs: dict[int, Path]) -> dict[str, Any] | None:
     """One row, over the seeds whose evaluation is finished; None where there is none."""
-    summaries = {seed: read_json(folder / "summary.json") for seed, folder in evaluations.items() if (folder / "summary.json").exists()}
+    summaries = {
+        seed: read_json(folder / "summary.json")
+        for seed, folder in evaluations.items()
+        if (folder / "summary.json").exists()
+    }
     if not summaries:
         return None
     tasks = {}
@@ -50,21 +67,35 @@ def _row(recipe: Recipe, evaluations: dict[int, Path], runs: dict[int, Path]) ->
         each = {seed: summary["tasks"][env] for seed, summary in summaries.items()}
         won, total = sum(sum(one["successes"]) for one in each.values()), sum(one["episodes"] for one in each.values())
         chunk = [one["ms_per_chunk"] for one in each.values() if one["ms_per_chunk"] is not None]
-        tasks[env] = {"success": won / total, "ci95": list(wilson_interval(won, total)), "episodes": total,
-                      "by_seed": {str(seed): one["success"] for seed, one in each.items()},
-                      "mean_return": fmean(one["mean_return"] for one in each.values()),
-                      "ms_per_action": fmean(one["ms_per_action"] for one in each.values()), "ms_per_chunk": fmean(chunk) if chunk else None}
+        tasks[env] = {
+            "success": won / total,
+            "ci95": list(wilson_interval(won, total)),
+            "episodes": total,
+            "by_seed": {str(seed): one["success"] for seed, one in each.items()},
+            "mean_return": fmean(one["mean_return"] for one in each.values()),
+            "ms_per_action": fmean(one["ms_per_action"] for one in each.values()),
+            "ms_per_chunk": fmean(chunk) if chunk else None,
+        }
     trained = {seed: _training(runs[seed]) for seed in summaries if seed in runs}
-    return {"tasks": tasks, "seeds": list(summaries), "eval_seconds": {str(s): summary["seconds"] for s, summary in summaries.items()},
-            "held_out_mse": {str(s): t["held_out_mse"] for s, t in trained.items()}, "train_seconds": {str(s): t["seconds"] for s, t in trained.items()},
-            "steps_per_second": fmean(t["steps_per_second"] for t in trained.values()) if trained else None}
+    return {
+        "tasks": tasks,
+        "seeds": list(summaries),
+        "eval_seconds": {str(s): summary["seconds"] for s, summary in summaries.items()},
+        "held_out_mse": {str(s): t["held_out_mse"] for s, t in trained.items()},
+        "train_seconds": {str(s): t["seconds"] for s, t in trained.items()},
+        "steps_per_second": fmean(t["steps_per_second"] for t in trained.values()) if trained else None,
+    }
 
 
 def _training(run: Path) -> dict[str, Any]:
     """Speed, time and last held-out error of a run, from its log."""
     lines, seconds = read_log(run), training_seconds(run)
     held = evaluations(lines)
-    return {"seconds": seconds, "steps_per_second": lines[-1]["step"] / seconds, "held_out_mse": held[-1]["eval/mse"] if held else None}
+    return {
+        "seconds": seconds,
+        "steps_per_second": lines[-1]["step"] / seconds,
+        "held_out_mse": held[-1]["eval/mse"] if held else None,
+    }
 
 
 def training_seconds(run: Path) -> float:
@@ -80,36 +111,62 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) of the table."""
     names = found["rows"]
     envs = list(next(iter(names.values()))["tasks"]) if names else []
-    head = ["", *(env.partition("/")[2] for env in envs), "mean", "ms/chunk", "ms/action", "held-out mse", "steps/s", "training", "seeds"]
+    head = [
+        "",
+        *(env.partition("/")[2] for env in envs),
+        "mean",
+        "ms/chunk",
+        "ms/action",
+        "held-out mse",
+        "steps/s",
+        "training",
+        "seeds",
+    ]
     out = []
     for name, row in names.items():
         tasks = [row["tasks"][env] for env in envs]
         chunk = [t["ms_per_chunk"] for t in tasks if t["ms_per_chunk"] is not None]
-        own = row.get("of") is None     # or training, speed and held-out error are another row's
+        own = row.get("of") is None  # or training, speed and held-out error are another row's
         errors = [e for e in row["held_out_mse"].values() if e is not None and own]
         seconds = row["train_seconds"].values() if own else ()
         acts = name not in REFERENCES
-        out.append([name, *map(_success, tasks), f"{fmean(t['success'] for t in tasks):.0%}", f"{fmean(chunk):.1f}" if chunk else "–",
-                    f"{fmean(t['ms_per_action'] for t in tasks):.2f}" if acts else "–", f"{fmean(errors):.4f}" if errors else "–",
-                    f"{row['steps_per_second']:.1f}" if seconds else "–",
-                    duration(fmean(seconds)) if seconds else "–" if own else f"that of {row['of']}", ", ".join(map(str, row["seeds"]))])
+        out.append(
+            [
+                name,
+                *map(_success, tasks),
+                f"{fmean(t['success'] for t in tasks):.0%}",
+                f"{fmean(chunk):.1f}" if chunk else "–",
+                f"{fmean(t['ms_per_action'] for t in tasks):.2f}" if acts else "–",
+                f"{fmean(errors):.4f}" if errors else "–",
+                f"{row['steps_per_second']:.1f}" if seconds else "–",
+                duration(fmean(seconds)) if seconds else "–" if own else f"that of {row['of']}",
+                ", ".join(map(str, row["seeds"])),
+            ]
+        )
     return head, out
 
 
 def _success(task: dict[str, Any]) -> str:
     low, high = task["ci95"]
-    each = "" if len(task["by_seed"]) < 2 else f"; {' / '.join(f'{100 * rate:.0f}' for rate in task['by_seed'].values())}"
+    each = (
+        "" if len(task["by_seed"]) < 2 else f"; {' / '.join(f'{100 * rate:.0f}' for rate in task['by_seed'].values())}"
+    )
     return f"{task['success']:.0%} ({100 * low:.0f} – {100 * high:.0f}{each})"
 
 
 def document(found: dict[str, Any]) -> str:
     """table.md."""
-    seconds = sum(sum(row["eval_seconds"].values()) + (0 if row.get("of") else sum(row["train_seconds"].values())) for row in found["rows"].values())
-    return (f"**{found['title']}**\n\n{markdown_table(*cells(found))}\n"
-            f"Success over all seeds (95 % Wilson interval; each seed), {found['episodes']} unseen starts per task and seed, the same for all rows of a seed; "
-            "ms/chunk: one call for one observation, pictures included; ms/action: policy time per control step in the rollouts, where episodes share "
-            f"calls; mse: on held-out demonstrations; training: mean of one. {duration(seconds)} of training and evaluation in all, "
-            f"{found['hardware']['cores']} CPU cores.\n")
+    seconds = sum(
+        sum(row["eval_seconds"].values()) + (0 if row.get("of") else sum(row["train_seconds"].values()))
+        for row in found["rows"].values()
+    )
+    return (
+        f"**{found['title']}**\n\n{markdown_table(*cells(found))}\n"
+        f"Success over all seeds (95 % Wilson interval; each seed), {found['episodes']} unseen starts per task and seed, the same for all rows of a seed; "
+        "ms/chunk: one call for one observation, pictures included; ms/action: policy time per control step in the rollouts, where episodes share "
+        f"calls; mse: on held-out demonstrations; training: mean of one. {duration(seconds)} of training and evaluation in all, "
+        f"{found['hardware']['cores']} CPU cores.\n"
+    )
 
 
 def write(recipe: Recipe, out: Path, settings: dict[str, Any]) -> dict[str, Any]:

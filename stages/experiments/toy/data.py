@@ -16,15 +16,15 @@ from torch import Tensor
 
 def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
     """[n,2] within about [−1, 1]: two turns of a spiral with noise of std 0.03."""
-    angle = 0.5 * math.pi + 4 * math.pi * torch.rand(n, generator=generator)    # [n]
-    points = angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1) / (4.5 * math.pi)      # [n,2]
+    angle = 0.5 * math.pi + 4 * math.pi * torch.rand(n, generator=generator)  # [n]
+    points = angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1) / (4.5 * math.pi)  # [n,2]
     return points + 0.03 * torch.randn(n, 2, generator=generator)
 
 
 def checkerboard(n: int, generator: torch.Generator) -> Tensor:
     """[n,2] in [−1, 1]: the dark half of 4 × 4 squares."""
-    odd = torch.randint(0, 2, (n, 1), generator=generator)                      # [n,1]
-    square = 2 * torch.randint(0, 2, (n, 2), generator=generator) + odd         # [n,2]
+    odd = torch.randint(0, 2, (n, 1), generator=generator)  # [n,1]
+    square = 2 * torch.randint(0, 2, (n, 2), generator=generator) + odd  # [n,2]
     return (square + torch.rand(n, 2, generator=generator)) / 2 - 1
 
 
@@ -33,10 +33,10 @@ PICTURES = {"swiss roll": swiss_roll, "checkerboard": checkerboard}
 
 # --- two ways round an obstacle ------------------------------------------------------------------------------------------
 
-OBSERVED = 2        # entries of an observation, each uniform in [−1, 1]
-STEPS = 4           # of an expert chunk, two coordinates each, unless told otherwise
-NOISE = 0.03        # std of an expert within its mode, per entry; normalised actions as a whole have std 0.2
-BULGE = 0.3         # greatest sideways distance from the straight way
+OBSERVED = 2  # entries of an observation, each uniform in [−1, 1]
+STEPS = 4  # of an expert chunk, two coordinates each, unless told otherwise
+NOISE = 0.03  # std of an expert within its mode, per entry; normalised actions as a whole have std 0.2
+BULGE = 0.3  # greatest sideways distance from the straight way
 
 
 def right_share(observation: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def right_share(observation: Tensor) -> Tensor:
 
 def shares(observation: Tensor) -> Tensor:
     """Probabilities [n,2] of the modes, in the order of `modes`."""
-    right = right_share(observation)                                            # [n]
+    right = right_share(observation)  # [n]
     return torch.stack([1 - right, right], dim=1)
 
 
@@ -57,20 +57,20 @@ def modes(observation: Tensor, steps: int = STEPS) -> Tensor:
     The way ends in a direction and at a distance that the observation decides, so that the middle between the modes is no chunk of
     another observation.
     """
-    time = torch.arange(1, steps + 1) / steps                                   # [T]
-    heading = 0.25 * math.pi * observation[:, 1]                                # [n] rad
-    reach = 0.3 + 0.1 * observation[:, 0]                                       # [n]
-    forward = torch.stack([heading.cos(), heading.sin()], dim=1)                # [n,2]
-    left = torch.stack([-heading.sin(), heading.cos()], dim=1)                  # [n,2]
-    straight = (reach[:, None] * time)[..., None] * forward[:, None]            # [n,T,2]
-    aside = (BULGE * (math.pi * time).sin())[:, None] * left[:, None]           # [n,T,2]
+    time = torch.arange(1, steps + 1) / steps  # [T]
+    heading = 0.25 * math.pi * observation[:, 1]  # [n] rad
+    reach = 0.3 + 0.1 * observation[:, 0]  # [n]
+    forward = torch.stack([heading.cos(), heading.sin()], dim=1)  # [n,2]
+    left = torch.stack([-heading.sin(), heading.cos()], dim=1)  # [n,2]
+    straight = (reach[:, None] * time)[..., None] * forward[:, None]  # [n,T,2]
+    aside = (BULGE * (math.pi * time).sin())[:, None] * left[:, None]  # [n,T,2]
     return torch.stack([straight + aside, straight - aside], dim=1).flatten(2)  # [n,2,D]
 
 
 def expert(observation: Tensor, generator: torch.Generator, steps: int = STEPS) -> Tensor:
     """One chunk [n,D] for each observation: a mode by `right_share`, and noise."""
-    right = torch.rand(len(observation), generator=generator) < right_share(observation)    # [n]
-    chunk = modes(observation, steps)[torch.arange(len(observation)), right.long()]     # [n,D]
+    right = torch.rand(len(observation), generator=generator) < right_share(observation)  # [n]
+    chunk = modes(observation, steps)[torch.arange(len(observation)), right.long()]  # [n,D]
     return chunk + NOISE * torch.randn(chunk.shape, generator=generator)
 
 

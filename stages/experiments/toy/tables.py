@@ -7,7 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
-METRICS = {"share_error": "share error", "coverage": "both modes live", "between": "off both modes", "distance": "distance to mode"}
+METRICS = {
+    "share_error": "share error",
+    "coverage": "both modes live",
+    "between": "off both modes",
+    "distance": "distance to mode",
+}
 
 
 def plane_rows(plane: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -21,21 +26,56 @@ def action_rows(actions: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]
     for name, results in actions.items():
         for passes in results[0]["metrics"]:
             values = {m: [r["metrics"][passes][m] for r in results] for m in METRICS}
-            settings = {k: v for k, v in results[0].items() if k not in ("metrics", "shown", "seed", "steps", "seconds")}
-            rows.append({"name": name, "passes": int(passes), "seeds": [r["seed"] for r in results], **settings,
-                         **{m: [statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0] for m, v in values.items()}})
+            settings = {
+                k: v for k, v in results[0].items() if k not in ("metrics", "shown", "seed", "steps", "seconds")
+            }
+            rows.append(
+                {
+                    "name": name,
+                    "passes": int(passes),
+                    "seeds": [r["seed"] for r in results],
+                    **settings,
+                    **{m: [statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0] for m, v in values.items()},
+                }
+            )
     return rows
 
 
 def _plane_cells(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    head = ["picture, recipe", "at the start", "at the end", "data to data", "ratio", "to nearest", "data's own", "steps", "s"]
-    return head, [[name, f"{r['start']:.3f}", f"{r['distance']:.3f}", f"{r['data_to_data']:.3f}", f"{r['ratio']:.1f}", f"{r['nearest']:.3f}",
-                   f"{r['nearest_data']:.3f}", str(r["steps"]), f"{r['seconds']:.0f}"] for name, r in rows.items()]
+    head = [
+        "picture, recipe",
+        "at the start",
+        "at the end",
+        "data to data",
+        "ratio",
+        "to nearest",
+        "data's own",
+        "steps",
+        "s",
+    ]
+    return head, [
+        [
+            name,
+            f"{r['start']:.3f}",
+            f"{r['distance']:.3f}",
+            f"{r['data_to_data']:.3f}",
+            f"{r['ratio']:.1f}",
+            f"{r['nearest']:.3f}",
+            f"{r['nearest_data']:.3f}",
+            str(r["steps"]),
+            f"{r['seconds']:.0f}",
+        ]
+        for name, r in rows.items()
+    ]
 
 
 def label(row: dict[str, Any]) -> str:
     """Name of a row, with the forward passes of methods that take several."""
-    return f"{row['name']}, {row['passes']} pass{'es' * (row['passes'] > 1)}" if row["kind"] in ("flow", "diffusion") else row["name"]
+    return (
+        f"{row['name']}, {row['passes']} pass{'es' * (row['passes'] > 1)}"
+        if row["kind"] in ("flow", "diffusion")
+        else row["name"]
+    )
 
 
 def _action_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -44,7 +84,9 @@ def _action_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
             return f"{mean:.3f}" if metric == "distance" else f"{100 * mean:.1f} %"
         return f"{mean:.3f} ± {std:.3f}" if metric == "distance" else f"{100 * mean:.1f} ± {100 * std:.1f} %"
 
-    return ["method", "passes", *METRICS.values()], [[r["name"], str(r["passes"]), *(cell(m, *r[m]) for m in METRICS)] for r in rows]
+    return ["method", "passes", *METRICS.values()], [
+        [r["name"], str(r["passes"]), *(cell(m, *r[m]) for m in METRICS)] for r in rows
+    ]
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> str:
@@ -62,7 +104,10 @@ def _rich(title: str, head: list[str], cells: list[list[str]]) -> Table:
 
 def plane_table(rows: dict[str, dict[str, Any]]) -> Table:
     """Sliced-Wasserstein distances in the plane."""
-    return _rich("Sliced-Wasserstein distance to fresh data, and mean distance to the nearest of 2048 fresh points", *_plane_cells(rows))
+    return _rich(
+        "Sliced-Wasserstein distance to fresh data, and mean distance to the nearest of 2048 fresh points",
+        *_plane_cells(rows),
+    )
 
 
 def action_table(rows: list[dict[str, Any]]) -> Table:
@@ -74,5 +119,10 @@ def markdown(summary: dict[str, Any]) -> str:
     """Both tables."""
     out = []
     for head, cells in (_plane_cells(summary["plane"]), _action_cells(summary["actions"])):
-        out += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in cells), ""]
+        out += [
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
+            *("| " + " | ".join(row) + " |" for row in cells),
+            "",
+        ]
     return "\n".join(out)

@@ -38,14 +38,14 @@ class ToyScale:
 
     plane_steps: int
     action_steps: int
-    seeds: int          # of every action run
+    seeds: int  # of every action run
 
 
 FULL = ToyScale(plane_steps=2000, action_steps=2000, seeds=3)
 QUICK = ToyScale(plane_steps=40, action_steps=40, seeds=1)
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "Algorithm 2, τ 0.05": {"temperatures": (0.05,), "floor": None},    # as in the paper's notebook
+    "Algorithm 2, τ 0.05": {"temperatures": (0.05,), "floor": None},  # as in the paper's notebook
     "released field, floor 1e-6": {},
     "released field, floor 1e-12": {"floor": 1e-12},
     "released field, floor 1e-6, spread 0.5": {"skip_std": 0.5},
@@ -60,7 +60,7 @@ METHODS = {
     "hybrid λ 0.1": ActionRun("hybrid", drift_weight=0.1),
     "hybrid λ 1": ActionRun("hybrid", drift_weight=1.0),
 }
-SWEEPS = {      # each changes what its name says of `ActionRun`'s defaults
+SWEEPS = {  # each changes what its name says of `ActionRun`'s defaults
     "drifting, G 1": ActionRun("pure_drift", draws=1),
     "drifting, G 2": ActionRun("pure_drift", draws=2),
     "drifting, G 4": ActionRun("pure_drift", draws=4),
@@ -96,25 +96,49 @@ def toy(out: Path, quick: bool, seed: int, say: Callable[..., None], show: Show)
     `UserError` when `out` holds something else or a toy with other settings. Uses one thread, which is fastest for networks this small.
     """
     scale = QUICK if quick else FULL
-    _claim(out, {"scale": dataclasses.asdict(scale), "seed": seed,
-                 "plane": {name: dataclasses.asdict(run) for name, run in _plane().items()},
-                 "actions": {name: dataclasses.asdict(run) for name, run in (METHODS | SWEEPS).items()}})
+    _claim(
+        out,
+        {
+            "scale": dataclasses.asdict(scale),
+            "seed": seed,
+            "plane": {name: dataclasses.asdict(run) for name, run in _plane().items()},
+            "actions": {name: dataclasses.asdict(run) for name, run in (METHODS | SWEEPS).items()},
+        },
+    )
     runs = {name: [run] * scale.seeds for name, run in (METHODS | SWEEPS).items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         bar = _bar(show, "in the plane", [scale.plane_steps] * len(_plane()))
-        plane = {name: _run(out, name, lambda tick: train_plane(run, scale.plane_steps, seed, tick), next(bar))
-                 for name, run in _plane().items()}
+        plane = {
+            name: _run(out, name, lambda tick: train_plane(run, scale.plane_steps, seed, tick), next(bar))
+            for name, run in _plane().items()
+        }
         bar = _bar(show, "actions", [scale.action_steps * run.longer for repeated in runs.values() for run in repeated])
-        actions = {name: [_run(out, f"{name}, seed {seed + i}", lambda tick: train_actions(run, scale.action_steps, seed + i, tick), next(bar))
-                          for i, run in enumerate(repeated)] for name, repeated in runs.items()}
+        actions = {
+            name: [
+                _run(
+                    out,
+                    f"{name}, seed {seed + i}",
+                    lambda tick: train_actions(run, scale.action_steps, seed + i, tick),
+                    next(bar),
+                )
+                for i, run in enumerate(repeated)
+            ]
+            for name, repeated in runs.items()
+        }
     finally:
         torch.set_num_threads(threads)
     actions = {"expert": [expert_metrics(s) for s in range(seed, seed + scale.seeds)], **actions}
-    summary = {"seed": seed, "seeds": scale.seeds, "quick": quick,
-               "seconds": sum(r["seconds"] for r in plane.values()) + sum(r["seconds"] for rs in actions.values() for r in rs if "seconds" in r),
-               "plane": plane_rows(plane), "actions": action_rows(actions)}
+    summary = {
+        "seed": seed,
+        "seeds": scale.seeds,
+        "quick": quick,
+        "seconds": sum(r["seconds"] for r in plane.values())
+        + sum(r["seconds"] for rs in actions.values() for r in rs if "seconds" in r),
+        "plane": plane_rows(plane),
+        "actions": action_rows(actions),
+    }
     write_file(out / "summary.json", json_bytes(summary))
     write_file(out / "tables.md", markdown(summary).encode())
     evolution_figure(plane, out / "plane.png")
@@ -124,13 +148,22 @@ def toy(out: Path, quick: bool, seed: int, say: Callable[..., None], show: Show)
     sample_figure(actions, out / "action_samples.png")
     say(plane_table(summary["plane"]))
     say(action_table(summary["actions"]))
-    say(f"{summary['seconds']:.0f} s of training; seed {seed}" + (" (quick: shows that it runs, not what drifting can do)" if quick else ""))
-    say(f"pictures and numbers: {out}/summary.json, tables.md, plane.png, plane.gif, plane_curves.png, actions.png, action_samples.png")
+    say(
+        f"{summary['seconds']:.0f} s of training; seed {seed}"
+        + (" (quick: shows that it runs, not what drifting can do)" if quick else "")
+    )
+    say(
+        f"pictures and numbers: {out}/summary.json, tables.md, plane.png, plane.gif, plane_curves.png, actions.png, action_samples.png"
+    )
     return summary
 
 
 def _plane() -> dict[str, PlaneRun]:
-    return {f"{picture}, {name}": PlaneRun(picture, **settings) for picture in ("swiss roll", "checkerboard") for name, settings in RECIPES.items()}
+    return {
+        f"{picture}, {name}": PlaneRun(picture, **settings)
+        for picture in ("swiss roll", "checkerboard")
+        for name, settings in RECIPES.items()
+    }
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -148,6 +181,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 def _bar(show: Show, name: str, steps: list[int]) -> Iterator[Tick]:
     """One `Tick` per run of so many steps, all moving the same bar."""
     for i in range(len(steps)):
+
         def tick(step: int, before: int = sum(steps[:i])) -> None:
             show(name, before + step, sum(steps))
 
@@ -161,13 +195,22 @@ def _run(out: Path, name: str, train: Callable[[Tick], dict[str, Any]], tick: Ti
     if not numbers.exists():
         began = time.perf_counter()
         result = train(tick)
-        tensors: dict[str, Any] = {key: value.numpy() for key, value in result.items() if isinstance(value, torch.Tensor)}
+        tensors: dict[str, Any] = {
+            key: value.numpy() for key, value in result.items() if isinstance(value, torch.Tensor)
+        }
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **tensors)
         write_file(arrays, buffer.getvalue())
         # The numbers come last: a run that has them is whole.
-        write_file(numbers, json_bytes({**{key: value for key, value in result.items() if key not in tensors},
-                                           "seconds": time.perf_counter() - began}))
+        write_file(
+            numbers,
+            json_bytes(
+                {
+                    **{key: value for key, value in result.items() if key not in tensors},
+                    "seconds": time.perf_counter() - began,
+                }
+            ),
+        )
     result = read_json(numbers)
     tick(result["steps"])
     try:

@@ -23,7 +23,7 @@ from . import data
 
 Tick = Callable[[int], None]
 """Told the number of finished steps."""
-SHOWN = 64          # draws of one test observation that are kept for the picture
+SHOWN = 64  # draws of one test observation that are kept for the picture
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,27 @@ class PlaneRun:
     """Pure drifting of a generator noise [2] → [2]. The paper's notebook trains the same network from 32 noise entries with batches of 2048
     at rate 1e-3: with an eighth of the batch, two entries and a higher rate show the same pictures in under a minute."""
 
-    picture: str                                        # of toy_data.PICTURES
-    temperatures: tuple[float, ...] = TEMPERATURES      # kernel widths
-    floor: float | None = AFFINITY_FLOOR                # None: Algorithm 2, as in the notebook
-    skip_std: float = 0.0                               # spread of a linear skip from noise to sample; 0: no skip, as in the notebook
-    batch: int = 256                                    # generated and expert samples of a step, each
+    picture: str  # of toy_data.PICTURES
+    temperatures: tuple[float, ...] = TEMPERATURES  # kernel widths
+    floor: float | None = AFFINITY_FLOOR  # None: Algorithm 2, as in the notebook
+    skip_std: float = 0.0  # spread of a linear skip from noise to sample; 0: no skip, as in the notebook
+    batch: int = 256  # generated and expert samples of a step, each
 
 
 @dataclass(frozen=True)
 class ActionRun:
     """One method on the two-way toy; all share network, data, optimiser and steps."""
 
-    kind: str                               # mse, flow, diffusion, pure_drift, hybrid
-    draws: int = 8                          # G
-    positives: int = 1                      # P: 1 is the observation's own chunk, more are those of its nearest neighbours too
-    temperatures: tuple[float, ...] = TEMPERATURES      # kernel widths
-    floor: float | None = AFFINITY_FLOOR    # of the field; None: Algorithm 2 (raw coordinates)
-    skip_std: float = 0.2                   # std of the initial samples; the actions' own std is 0.2
-    drift_weight: float = 1.0               # λ of hybrid
-    observations: int = 4096                # N trained on, each with one expert chunk
-    horizon: int = data.STEPS               # steps of a chunk; D = 2 · this
-    longer: int = 1                         # times as many training steps
+    kind: str  # mse, flow, diffusion, pure_drift, hybrid
+    draws: int = 8  # G
+    positives: int = 1  # P: 1 is the observation's own chunk, more are those of its nearest neighbours too
+    temperatures: tuple[float, ...] = TEMPERATURES  # kernel widths
+    floor: float | None = AFFINITY_FLOOR  # of the field; None: Algorithm 2 (raw coordinates)
+    skip_std: float = 0.2  # std of the initial samples; the actions' own std is 0.2
+    drift_weight: float = 1.0  # λ of hybrid
+    observations: int = 4096  # N trained on, each with one expert chunk
+    horizon: int = data.STEPS  # steps of a chunk; D = 2 · this
+    longer: int = 1  # times as many training steps
 
     @property
     def passes(self) -> tuple[int, ...]:
@@ -79,8 +79,8 @@ class Generator(nn.Module):
 
     def forward(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
         """noise […,noise], context […,context] or None → […,out]."""
-        body = self.body(noise if context is None else torch.cat([context, noise], dim=-1))     # […,out]
-        return body if self.skip is None else body + self.skip(noise)           # […,out]
+        body = self.body(noise if context is None else torch.cat([context, noise], dim=-1))  # […,out]
+        return body if self.skip is None else body + self.skip(noise)  # […,out]
 
 
 def _descend(net: Generator, steps: int, lr: float, loss_of: Callable[[int], Tensor], tick: Tick) -> None:
@@ -110,7 +110,7 @@ def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int 
     # A generator of its own for measuring: what is measured does not change what is trained.
     measure = torch.Generator().manual_seed(seed + 1_000_003)
     net = Generator(0, 2, 2, 256, run.skip_std or None, seed)
-    shown = torch.randn(1000, 2, generator=measure)                             # [1000,2]
+    shown = torch.randn(1000, 2, generator=measure)  # [1000,2]
     between = [sliced_wasserstein(sample(measured, measure), sample(measured, measure)) for _ in range(16)]
     curve: list[dict[str, Any]] = []
     samples: list[Tensor] = []
@@ -118,15 +118,22 @@ def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int 
 
     def note(step: int, loss: DriftLoss) -> None:
         with torch.no_grad():
-            made = net(torch.randn(measured, 2, generator=measure))             # [measured,2]
+            made = net(torch.randn(measured, 2, generator=measure))  # [measured,2]
             samples.append(net(shown))
         distance = [sliced_wasserstein(made, sample(measured, measure)) for _ in range(4)]
-        curve.append({"step": step, "distance": sum(distance) / len(distance),
-                      "log_mean_square": loss.field.mean_square.clamp(min=1e-30).log().tolist()})
+        curve.append(
+            {
+                "step": step,
+                "distance": sum(distance) / len(distance),
+                "log_mean_square": loss.field.mean_square.clamp(min=1e-30).log().tolist(),
+            }
+        )
 
     def loss_of(step: int) -> Tensor:
-        made = net(torch.randn(run.batch, 2, generator=random))                 # [batch,2]
-        loss = drifting_loss(made[None], sample(run.batch, random)[None], temperatures=run.temperatures, floor=run.floor)
+        made = net(torch.randn(run.batch, 2, generator=random))  # [batch,2]
+        loss = drifting_loss(
+            made[None], sample(run.batch, random)[None], temperatures=run.temperatures, floor=run.floor
+        )
         if step in at:
             note(step, loss)
         return loss.per_condition.mean()
@@ -134,23 +141,34 @@ def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int 
     _descend(net, steps, 1e-2, loss_of, tick)
     loss_of(steps)
     with torch.no_grad():
-        made, fresh = net(torch.randn(measured, 2, generator=measure)), sample(measured, measure)   # [measured,2] each
+        made, fresh = net(torch.randn(measured, 2, generator=measure)), sample(measured, measure)  # [measured,2] each
     nearest = [torch.cdist(x, fresh).min(1).values.mean().item() for x in (made, sample(measured, measure))]
     reference = sum(between) / len(between)
-    return {**dataclasses.asdict(run), "steps": steps, "seed": seed, "curve": curve, "start": curve[0]["distance"],
-            "distance": curve[-1]["distance"], "data_to_data": reference, "ratio": curve[-1]["distance"] / reference,
-            "nearest": nearest[0], "nearest_data": nearest[1],
-            "samples": torch.stack(samples)}
+    return {
+        **dataclasses.asdict(run),
+        "steps": steps,
+        "seed": seed,
+        "curve": curve,
+        "start": curve[0]["distance"],
+        "distance": curve[-1]["distance"],
+        "data_to_data": reference,
+        "ratio": curve[-1]["distance"] / reference,
+        "nearest": nearest[0],
+        "nearest_data": nearest[1],
+        "samples": torch.stack(samples),
+    }
 
 
-def train_actions(run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: int = 64, tested: int = 64, draws: int = 256) -> dict[str, Any]:
+def train_actions(
+    run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: int = 64, tested: int = 64, draws: int = 256
+) -> dict[str, Any]:
     """Train `steps` · `run.longer` steps on one expert chunk for each of N observations;
     measure on `tested` new ones. `metrics`: passes → `ModeMetrics`;
     `shown` [SHOWN,D]: draws of one test observation at the greatest number of passes."""
     random = torch.Generator().manual_seed(seed)
-    observed = data.observations(run.observations, random)                      # [N,o]
-    expert = data.expert(observed, random, run.horizon)                         # [N,D]
-    near = data.neighbours(observed, run.positives)                             # [N,P] each observation first
+    observed = data.observations(run.observations, random)  # [N,o]
+    expert = data.expert(observed, random, run.horizon)  # [N,D]
+    near = data.neighbours(observed, run.positives)  # [N,P] each observation first
     d, g = expert.shape[1], 1 if run.kind == "mse" else run.draws
     net = Generator(data.OBSERVED + 1, d, d, 128, run.skip_std, seed)
 
@@ -160,29 +178,31 @@ def train_actions(run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: i
         return net(x, torch.cat([observation[:, None].expand(-1, x.shape[1], -1), time], dim=-1))
 
     def loss_of(step: int) -> Tensor:
-        rows = torch.randint(run.observations, (batch,), generator=random)      # [B]
-        noise = torch.randn(batch, g, d, generator=random)                      # [B,G,D]
-        observation, own = observed[rows], expert[rows][:, None]                # [B,o], [B,1,D]
+        rows = torch.randint(run.observations, (batch,), generator=random)  # [B]
+        noise = torch.randn(batch, g, d, generator=random)  # [B,G,D]
+        observation, own = observed[rows], expert[rows][:, None]  # [B,o], [B,1,D]
         if run.kind == "mse":
             return (predict(observation, torch.zeros_like(noise), 0.0) - own).square().mean()
         if run.kind == "flow":
-            time = torch.rand(batch, g, 1, generator=random)                    # [B,G,1]
-            x, target = flow_pair(own, noise, time)                             # [B,G,D] each
+            time = torch.rand(batch, g, 1, generator=random)  # [B,G,1]
+            x, target = flow_pair(own, noise, time)  # [B,G,D] each
             return (predict(observation, x, time) - target).square().mean()
         if run.kind == "diffusion":
-            level = torch.randint(DIFFUSION_STEPS, (batch, g, 1), generator=random)     # [B,G,1]
-            x, target = diffusion_pair(own, noise, level)                       # [B,G,D] each
+            level = torch.randint(DIFFUSION_STEPS, (batch, g, 1), generator=random)  # [B,G,1]
+            x, target = diffusion_pair(own, noise, level)  # [B,G,D] each
             return (predict(observation, x, (level + 1) / DIFFUSION_STEPS) - target).square().mean()
-        made = predict(observation, noise, 0.0)                                 # [B,G,D]
-        drift = drifting_loss(made, expert[near[rows]], temperatures=run.temperatures, floor=run.floor).per_condition.mean()
+        made = predict(observation, noise, 0.0)  # [B,G,D]
+        drift = drifting_loss(
+            made, expert[near[rows]], temperatures=run.temperatures, floor=run.floor
+        ).per_condition.mean()
         return drift if run.kind == "pure_drift" else (made - own).square().mean() + run.drift_weight * drift
 
     steps = steps * run.longer
     _descend(net, steps, 3e-3, loss_of, tick)
 
     test = torch.Generator().manual_seed(seed + 1_000_003)
-    observation = data.unseen(tested, test)                                     # [tested,o]
-    noise = torch.randn(tested, draws, d, generator=test)                       # [tested,S,D]
+    observation = data.unseen(tested, test)  # [tested,o]
+    noise = torch.randn(tested, draws, d, generator=test)  # [tested,S,D]
     metrics = {}
     with torch.no_grad():
         for passes in run.passes:
@@ -192,14 +212,20 @@ def train_actions(run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: i
                 made = ddim(lambda x, level: predict(observation, x, (level + 1) / DIFFUSION_STEPS), noise, passes)
             else:
                 made = predict(observation, torch.zeros_like(noise) if run.kind == "mse" else noise, 0.0)
-            metrics[passes] = dataclasses.asdict(mode_metrics(made, data.modes(observation, run.horizon), data.shares(observation)))
+            metrics[passes] = dataclasses.asdict(
+                mode_metrics(made, data.modes(observation, run.horizon), data.shares(observation))
+            )
     return {**dataclasses.asdict(run), "steps": steps, "seed": seed, "metrics": metrics, "shown": made[0, :SHOWN]}
 
 
 def expert_metrics(seed: int, tested: int = 64, draws: int = 256) -> dict[str, Any]:
     """What the expert itself would score with as many draws; the shape of `train_actions`'s answer."""
     test = torch.Generator().manual_seed(seed + 2_000_003)
-    observation = data.unseen(tested, test)                                     # [tested,o]
-    made = data.expert(observation.repeat_interleave(draws, 0), test).unflatten(0, (tested, draws))     # [tested,S,D]
-    return {"kind": "expert", "seed": seed, "metrics": {1: dataclasses.asdict(mode_metrics(made, data.modes(observation), data.shares(observation)))},
-            "shown": made[0, :SHOWN]}
+    observation = data.unseen(tested, test)  # [tested,o]
+    made = data.expert(observation.repeat_interleave(draws, 0), test).unflatten(0, (tested, draws))  # [tested,S,D]
+    return {
+        "kind": "expert",
+        "seed": seed,
+        "metrics": {1: dataclasses.asdict(mode_metrics(made, data.modes(observation), data.shares(observation)))},
+        "shown": made[0, :SHOWN],
+    }

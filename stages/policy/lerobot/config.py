@@ -33,16 +33,18 @@ TYPE = "dvla"
 class DvlaConfig(PreTrainedConfig):
     """config.json of an exported policy."""
 
-    dataset: str | None = None          # whose robot it acts for, where it was trained on several
-    horizon: int = 16                   # T, steps of a chunk
-    n_action_steps: int | None = None   # of them carried out before the next forward pass; None: all
-    vlm_path: str | None = None         # where the VLM is, if not where the policy says
-    push_to_hub: bool = False           # `dvla push` does that
+    dataset: str | None = None  # whose robot it acts for, where it was trained on several
+    horizon: int = 16  # T, steps of a chunk
+    n_action_steps: int | None = None  # of them carried out before the next forward pass; None: all
+    vlm_path: str | None = None  # where the VLM is, if not where the policy says
+    push_to_hub: bool = False  # `dvla push` does that
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_action_steps is not None and not 1 <= self.n_action_steps <= self.horizon:
-            raise ValueError(f"n_action_steps is {self.n_action_steps}; a chunk has {self.horizon} steps: give 1 to {self.horizon}")
+            raise ValueError(
+                f"n_action_steps is {self.n_action_steps}; a chunk has {self.horizon} steps: give 1 to {self.horizon}"
+            )
 
     @property
     def observation_delta_indices(self) -> None:
@@ -66,13 +68,24 @@ class DvlaConfig(PreTrainedConfig):
         """Nothing to infer: an exported policy says what it sees."""
 
 
-def make_dvla_pre_post_processors(config: DvlaConfig, dataset_stats: Any = None) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+def make_dvla_pre_post_processors(
+    config: DvlaConfig, dataset_stats: Any = None
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """Names, a batch dimension, devices. Nothing is normalised here: the policy speaks the robot's units."""
     before = PolicyProcessorPipeline[dict[str, Any], dict[str, Any]](
-        steps=[RenameObservationsProcessorStep(rename_map={}), AddBatchDimensionProcessorStep(), DeviceProcessorStep(device=config.device)],
-        name=POLICY_PREPROCESSOR_DEFAULT_NAME)
-    after = PolicyProcessorPipeline[Any, Any](steps=[DeviceProcessorStep(device="cpu")], name=POLICY_POSTPROCESSOR_DEFAULT_NAME,
-                                              to_transition=policy_action_to_transition, to_output=transition_to_policy_action)
+        steps=[
+            RenameObservationsProcessorStep(rename_map={}),
+            AddBatchDimensionProcessorStep(),
+            DeviceProcessorStep(device=config.device),
+        ],
+        name=POLICY_PREPROCESSOR_DEFAULT_NAME,
+    )
+    after = PolicyProcessorPipeline[Any, Any](
+        steps=[DeviceProcessorStep(device="cpu")],
+        name=POLICY_POSTPROCESSOR_DEFAULT_NAME,
+        to_transition=policy_action_to_transition,
+        to_output=transition_to_policy_action,
+    )
     return before, after
 
 
@@ -86,15 +99,20 @@ def write_lerobot(document: dict[str, Any], folder: Path, side: int = 224) -> No
     inputs = {f"{OBS_IMAGES}.{view}": PolicyFeature(FeatureType.VISUAL, (3, side, side)) for view in views}
     inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (len(robot.state_map.field_names),))
     outputs = {ACTION: PolicyFeature(FeatureType.ACTION, (len(robot.action_map.field_names),))}
-    config = DvlaConfig(input_features=inputs, output_features=outputs, device="cpu", horizon=document["net"]["dit"]["horizon"],
-                        dataset=robot.name if len(document["datasets"]) > 1 else None)
-    config._save_pretrained(folder)     # `save_pretrained` would make a folder
+    config = DvlaConfig(
+        input_features=inputs,
+        output_features=outputs,
+        device="cpu",
+        horizon=document["net"]["dit"]["horizon"],
+        dataset=robot.name if len(document["datasets"]) > 1 else None,
+    )
+    config._save_pretrained(folder)  # `save_pretrained` would make a folder
     for pipeline in make_dvla_pre_post_processors(config):
         pipeline.save_pretrained(folder)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "DvlaPolicy":    # LeRobot looks for the policy in the module of its configuration
+    if name == "DvlaPolicy":  # LeRobot looks for the policy in the module of its configuration
         from .plugin import DvlaPolicy
 
         return DvlaPolicy

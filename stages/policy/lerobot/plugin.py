@@ -40,17 +40,21 @@ class DvlaPolicy(PreTrainedPolicy):
 
     def __init__(self, config: DvlaConfig, policy: Policy) -> None:
         super().__init__(config)
-        self.net = policy.net       # a module of this one, so that its device and size can be asked
+        self.net = policy.net  # a module of this one, so that its device and size can be asked
         self._policy = policy
         self._episode = 0
         self._chunk: deque[torch.Tensor] = deque()
         self._step = 0
 
     @classmethod
-    def from_pretrained(cls, pretrained_name_or_path: str | Path, *, config: DvlaConfig | None = None, **_: Any) -> DvlaPolicy:
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path, *, config: DvlaConfig | None = None, **_: Any
+    ) -> DvlaPolicy:
         """What `dvla export --format lerobot` wrote, or its repository on the hub."""
         config = config or PreTrainedConfig.from_pretrained(pretrained_name_or_path)
-        policy = Policy.from_pretrained(pretrained_name_or_path, dataset=config.dataset, device=config.device, vlm_path=config.vlm_path)
+        policy = Policy.from_pretrained(
+            pretrained_name_or_path, dataset=config.dataset, device=config.device, vlm_path=config.vlm_path
+        )
         return cls(config, policy).eval()
 
     def get_optim_params(self) -> dict[str, Any]:
@@ -68,16 +72,35 @@ class DvlaPolicy(PreTrainedPolicy):
         """Pictures [B,3,H,W] in [0,1], state [B,ds], "task" a text for each → native actions [B,T,d] float32.
 
         The noise depends on the robot's place in the batch, the episode and the step."""
-        policy, state = self._policy, batch[OBS_STATE].float().cpu().numpy()                    # [B,ds]
+        policy, state = self._policy, batch[OBS_STATE].float().cpu().numpy()  # [B,ds]
         views = policy.robot.views if policy.needs_images else ()
         missing = [f"{OBS_IMAGES}.{view}" for view in views if f"{OBS_IMAGES}.{view}" not in batch]
         if missing:
-            raise UserError(f"{missing[0]} is missing; the observation has {', '.join(k for k in batch if k.startswith('observation'))}: rename it with --rename_map")
-        pictures = {view: (batch[f"{OBS_IMAGES}.{view}"].float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy() for view in views}
+            raise UserError(
+                f"{missing[0]} is missing; the observation has {', '.join(k for k in batch if k.startswith('observation'))}: rename it with --rename_map"
+            )
+        pictures = {
+            view: (batch[f"{OBS_IMAGES}.{view}"].float() * 255)
+            .round()
+            .clamp(0, 255)
+            .byte()
+            .permute(0, 2, 3, 1)
+            .cpu()
+            .numpy()
+            for view in views
+        }
         tasks = batch.get("task") or [""] * len(state)
         tasks = [tasks] * len(state) if isinstance(tasks, str) else tasks
-        observations = [Observation({view: np.ascontiguousarray(p[i]) for view, p in pictures.items()}, tasks[i], state[i], self._episode * 4096 + i, self._step)
-                        for i in range(len(state))]
+        observations = [
+            Observation(
+                {view: np.ascontiguousarray(p[i]) for view, p in pictures.items()},
+                tasks[i],
+                state[i],
+                self._episode * 4096 + i,
+                self._step,
+            )
+            for i in range(len(state))
+        ]
         return torch.from_numpy(policy.act_batch(observations)).to(batch[OBS_STATE].device)
 
     @torch.no_grad()
@@ -85,6 +108,6 @@ class DvlaPolicy(PreTrainedPolicy):
         """The next action of every robot [B,d]; a forward pass when the chunk is used up."""
         if not self._chunk:
             steps = self.config.n_action_steps or self.config.horizon
-            self._chunk.extend(self.predict_action_chunk(batch)[:, :steps].transpose(0, 1))        # steps times [B,d]
+            self._chunk.extend(self.predict_action_chunk(batch)[:, :steps].transpose(0, 1))  # steps times [B,d]
         self._step += 1
         return self._chunk.popleft()

@@ -7,8 +7,16 @@ from ...policy.observation import Observation
 from . import aloha, isaac, maniskill, metaworld, metaworld_two_ways, rlbench, robosuite
 from .base import SPLITS, Environment, Setup, Split, StepResult
 
-__all__ = ["Environment", "Observation", "Split", "StepResult", "check_environment", "environment_names",
-           "make_environment", "opens_alone"]
+__all__ = [
+    "Environment",
+    "Observation",
+    "Split",
+    "StepResult",
+    "check_environment",
+    "environment_names",
+    "make_environment",
+    "opens_alone",
+]
 
 # Each has PREFIX, names() of its tasks, require() that raises where its simulator is missing, and make(setup).
 ADAPTERS = (metaworld, metaworld_two_ways, maniskill, aloha, robosuite, rlbench, isaac)
@@ -19,8 +27,9 @@ def environment_names() -> tuple[str, ...]:
     return tuple(sorted(name for adapter in ADAPTERS for name in adapter.names()))
 
 
-def check_environment(name: str, split: str = "train", seed: int = 0, image_size: int = 128,
-                      max_steps: int | None = None) -> None:
+def check_environment(
+    name: str, split: str = "train", seed: int = 0, image_size: int = 128, max_steps: int | None = None
+) -> None:
     """`UserError` for an unknown name (nearest one named), a simulator that is not installed, or a bad setting."""
     if name not in environment_names():
         raise unknown("environment", name, environment_names())
@@ -35,8 +44,14 @@ def check_environment(name: str, split: str = "train", seed: int = 0, image_size
         raise UserError(f"max_steps must be 1 or more, got {max_steps}")
 
 
-def make_environment(name: str, split: Split = "train", seed: int = 0, image_size: int = 128, render: bool = True,
-                     max_steps: int | None = None) -> Environment:
+def make_environment(
+    name: str,
+    split: Split = "train",
+    seed: int = 0,
+    image_size: int = 128,
+    render: bool = True,
+    max_steps: int | None = None,
+) -> Environment:
     """Open the task `name`.
 
     `split` and `seed` choose the family of starts; train and eval starts are disjoint whatever the seeds.

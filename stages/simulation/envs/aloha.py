@@ -21,18 +21,21 @@ from .base import Environment, Setup, start_seed
 from .mujoco_render import load_mujoco, renderer, unseen_hidden
 
 PREFIX = "aloha_sim/"
-MAX_STEPS = 400     # the experts need 340 and 275
+MAX_STEPS = 400  # the experts need 340 and 275
 # Instruction and scene.
 TASKS = {
     "insertion": ("insert the red peg into the blue socket", "bimanual_viperx_insertion.xml"),
-    "transfer_cube": ("pick up the cube with the right arm and hand it to the left arm", "bimanual_viperx_transfer_cube.xml"),
+    "transfer_cube": (
+        "pick up the cube with the right arm and hand it to the left arm",
+        "bimanual_viperx_transfer_cube.xml",
+    ),
 }
-FIELD_OF_VIEW = 55                                      # degrees; gym-aloha's is 78
+FIELD_OF_VIEW = 55  # degrees; gym-aloha's is 78
 JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
-REST = np.array([0, -0.96, 1.16, 0, -0.3, 0])           # rad, of both arms; gym-aloha's START_ARM_POSE
-REST_FINGER = 0.02239                                   # m
-FINGER_CLOSED, FINGER_OPEN = 0.01844, 0.058             # m, what 0 and 1 of the gripper mean
-SUBSTEPS = 10                                           # of 2 ms in one control step
+REST = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # rad, of both arms; gym-aloha's START_ARM_POSE
+REST_FINGER = 0.02239  # m
+FINGER_CLOSED, FINGER_OPEN = 0.01844, 0.058  # m, what 0 and 1 of the gripper mean
+SUBSTEPS = 10  # of 2 ms in one control step
 # Where objects start: low and high of x, y (gym_aloha.utils); z is 0.05.
 PEG, SOCKET, CUBE = ((0.1, 0.2), (0.4, 0.6)), ((-0.2, -0.1), (0.4, 0.6)), ((0.0, 0.2), (0.4, 0.6))
 
@@ -56,7 +59,7 @@ class AlohaEnvironment(Environment):
     views = ("top", "angle")
     state_names = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in JOINTS)
     action_names = state_names
-    noise_scale = np.tile([0.05] * 6 + [0.0], 2)    # rad
+    noise_scale = np.tile([0.05] * 6 + [0.0], 2)  # rad
     rehearse = True
 
     def __init__(self, setup: Setup) -> None:
@@ -64,14 +67,14 @@ class AlohaEnvironment(Environment):
         self._mujoco = load_mujoco()
         instruction, scene = TASKS[setup.task]
         spec = importlib.util.find_spec("gym_aloha")
-        assert spec is not None and spec.submodule_search_locations is not None     # a package, which is there
+        assert spec is not None and spec.submodule_search_locations is not None  # a package, which is there
         folder = Path(next(iter(spec.submodule_search_locations)))
         self._scene = str(folder / "assets" / scene)
         self._model = self._mujoco.MjModel.from_xml_path(self._scene)
         self._data = self._mujoco.MjData(self._model)
         for view in self.views:
             self._model.camera(view).fovy = FIELD_OF_VIEW
-        joints = self._model.actuator_ctrlrange.reshape(2, 8, 2)[:, :6]      # of each arm; then come its two fingers
+        joints = self._model.actuator_ctrlrange.reshape(2, 8, 2)[:, :6]  # of each arm; then come its two fingers
         gripper = np.broadcast_to([0.0, 1.0], (2, 1, 2))
         low, high = np.concatenate([joints, gripper], axis=1).reshape(14, 2).T
         super().__init__(setup, instruction, MAX_STEPS, low, high)
@@ -100,12 +103,15 @@ class AlohaEnvironment(Environment):
 
     def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, float]]:
         fingers = FINGER_CLOSED + action[[6, 13]] * (FINGER_OPEN - FINGER_CLOSED)
-        arms = [[*action[7 * i:7 * i + 6], fingers[i], -fingers[i]] for i in (0, 1)]
+        arms = [[*action[7 * i : 7 * i + 6], fingers[i], -fingers[i]] for i in (0, 1)]
         self._data.ctrl[:] = np.concatenate(arms)
         for _ in range(SUBSTEPS):
             self._mujoco.mj_step(self._model, self._data)
         kinds = self._mujoco.mjtWarning
-        if any(self._data.warning[kind].number for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)):
+        if any(
+            self._data.warning[kind].number
+            for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)
+        ):
             # Targets that jump from limit to limit: MuJoCo went back to a pose of its own, so the episode cannot be solved any more.
             return 0.0, False, {"unstable": 1.0}
         reward = float(self._reward())
@@ -146,9 +152,13 @@ class AlohaEnvironment(Environment):
         return expert.transfer() if self.task == "transfer_cube" else expert.insert()
 
 
-GRASP = 0.14                                                # m from the hand's link to where the fingers hold things
-UPPER, FORE, HAND = (0.05955, 0.3), 0.3, 0.069744 + GRASP   # m: shoulder to elbow (forward, up), elbow to wrist, wrist to grasp
-SHOULDER_HEIGHT, BASE_X, BASE_Y = 0.12705, 0.469, 0.5       # m
+GRASP = 0.14  # m from the hand's link to where the fingers hold things
+UPPER, FORE, HAND = (
+    (0.05955, 0.3),
+    0.3,
+    0.069744 + GRASP,
+)  # m: shoulder to elbow (forward, up), elbow to wrist, wrist to grasp
+SHOULDER_HEIGHT, BASE_X, BASE_Y = 0.12705, 0.469, 0.5  # m
 # Dry friction holds a joint until its position controller's error exceeds friction / kp (rad), so that much is added.
 FRICTION = np.array([50 / 800, 60 / 1600, 60 / 800, 30 / 10, 30 / 50, 30 / 20])
 
@@ -162,10 +172,10 @@ def joint_angles(side: str, xyz: np.ndarray, pitch: float, roll: float) -> np.nd
     forward, aside = toward * (xyz[0] + toward * BASE_X), toward * (xyz[1] - BASE_Y)
     wrist = np.array([np.hypot(forward, aside) - HAND * np.cos(pitch), xyz[2] - SHOULDER_HEIGHT + HAND * np.sin(pitch)])
     upper, distance = float(np.hypot(*UPPER)), float(np.hypot(*wrist))
-    cosine = (upper ** 2 + distance ** 2 - FORE ** 2) / (2 * upper * distance)
-    alpha = np.arctan2(wrist[1], wrist[0]) + np.arccos(np.clip(cosine, -1, 1))    # of the upper arm, elbow up
+    cosine = (upper**2 + distance**2 - FORE**2) / (2 * upper * distance)
+    alpha = np.arctan2(wrist[1], wrist[0]) + np.arccos(np.clip(cosine, -1, 1))  # of the upper arm, elbow up
     elbow = upper * np.array([np.cos(alpha), np.sin(alpha)])
-    down = -np.arctan2(wrist[1] - elbow[1], wrist[0] - elbow[0])                  # of the forearm
+    down = -np.arctan2(wrist[1] - elbow[1], wrist[0] - elbow[0])  # of the forearm
     shoulder = np.arctan2(UPPER[1], UPPER[0]) - alpha
     return np.array([np.arctan2(aside, forward), shoulder, down - shoulder, 0.0, pitch - down, roll])
 
@@ -177,7 +187,7 @@ class _Expert:
         self._data = data
         # side -> where its hand was sent last: xyz [3], pitch, roll (rad), gripper opening
         self._hands: dict[str, tuple] = {side: (*self._forward(side), 0.0, 0.0) for side in ("left", "right")}
-        self._push = np.zeros((2, 6))       # rad added to the targets against friction
+        self._push = np.zeros((2, 6))  # rad added to the targets against friction
 
     def _forward(self, side: str) -> tuple[np.ndarray, float]:
         """(grasp point [3], pitch) of a hand now."""
@@ -185,12 +195,14 @@ class _Expert:
         axis = link.xmat.reshape(3, 3)[:, 0]
         return link.xpos + GRASP * axis, float(np.arcsin(-axis[2]))
 
-    def _move(self, steps: int, left: tuple | None = None, right: tuple | None = None) -> Generator[np.ndarray, None, None]:
+    def _move(
+        self, steps: int, left: tuple | None = None, right: tuple | None = None
+    ) -> Generator[np.ndarray, None, None]:
         """Both hands to (xyz, pitch, roll, grip) in straight lines; None = stay."""
         begin = self._hands
         end = {"left": left or begin["left"], "right": right or begin["right"]}
         for i in range(steps):
-            share = min(1.0, (i + 1) / (0.8 * steps))       # the rest of the time is for settling
+            share = min(1.0, (i + 1) / (0.8 * steps))  # the rest of the time is for settling
             target, grips = np.zeros((2, 6)), []
             for k, side in enumerate(("left", "right")):
                 a, b = begin[side], end[side]
@@ -240,10 +252,10 @@ class _Expert:
         yield from self._move(70, (left, pick, 0.0, 0.0), (right, pick, 0.0, 0.0))
         # The peg droops and slips a little in its grip: measure again before each move, first aligning, then closing in.
         for k in range(align + approach):
-            apart = np.clip(self._object("socket") - self._object("peg"), -0.04, 0.04)     # more if it was dropped
+            apart = np.clip(self._object("socket") - self._object("peg"), -0.04, 0.04)  # more if it was dropped
             right = right + [0, apart[1], apart[2]]
-            pitch -= np.clip(np.arcsin(self._data.body("peg").xmat[6]), -0.1, 0.1)         # of the peg's axis out of level
-            if k >= align:      # the peg touches the pin at 0.1 m
+            pitch -= np.clip(np.arcsin(self._data.body("peg").xmat[6]), -0.1, 0.1)  # of the peg's axis out of level
+            if k >= align:  # the peg touches the pin at 0.1 m
                 gap = self._object("peg")[0] - self._object("socket")[0] - 0.07
                 step = np.array([gap / (align + approach - k) / 2, 0, 0])
                 left, right = left + step, right - step

@@ -26,8 +26,8 @@ class StepResult:
 
     observation: Observation
     reward: float
-    success: bool                   # the task is solved in this very state
-    done: bool                      # success, or the episode's step limit is reached
+    success: bool  # the task is solved in this very state
+    done: bool  # success, or the episode's step limit is reached
     info: dict[str, float] = field(default_factory=dict)  # whatever else the simulator measured
 
 
@@ -35,12 +35,12 @@ class StepResult:
 class Setup:
     """How an environment was asked for; see `make_environment`."""
 
-    name: str                       # e.g. "metaworld/push-v3"
-    split: Split = "train"          # family of starts
-    seed: int = 0                   # chooses the family within the split
-    image_size: int = 128           # H = W of pictures
-    render: bool = True             # whether pictures are taken where a call does not say
-    max_steps: int | None = None    # step limit; None = the task's own
+    name: str  # e.g. "metaworld/push-v3"
+    split: Split = "train"  # family of starts
+    seed: int = 0  # chooses the family within the split
+    image_size: int = 128  # H = W of pictures
+    render: bool = True  # whether pictures are taken where a call does not say
+    max_steps: int | None = None  # step limit; None = the task's own
 
     @property
     def task(self) -> str:
@@ -55,24 +55,26 @@ class Environment(abc.ABC):
     """
 
     control_hz: float
-    robot_type: str                 # as written into recorded datasets
-    views: tuple[str, ...]          # camera names, in the order policies and datasets use
+    robot_type: str  # as written into recorded datasets
+    views: tuple[str, ...]  # camera names, in the order policies and datasets use
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
-    noise_scale: float | np.ndarray = 1.0  # action noise of 1 while recording means so much, in action units; one number or [da]
-    alone = False                   # only one of its kind can be open in a process
-    unrecordable = ""               # why demonstrations cannot be recorded, where that is so
-    rehearse = False                # recording tries without pictures first: the expert fails often or pictures are slow
+    noise_scale: float | np.ndarray = (
+        1.0  # action noise of 1 while recording means so much, in action units; one number or [da]
+    )
+    alone = False  # only one of its kind can be open in a process
+    unrecordable = ""  # why demonstrations cannot be recorded, where that is so
+    rehearse = False  # recording tries without pictures first: the expert fails often or pictures are slow
 
     def __init__(self, setup: Setup, instruction: str, max_steps: int, low: np.ndarray, high: np.ndarray) -> None:
         self.name, self.task, self.split, self.seed = setup.name, setup.task, setup.split, setup.seed
         self.image_size, self.render = setup.image_size, setup.render
         self.instruction = instruction
-        self.max_steps = setup.max_steps or max_steps   # control steps after which `done` is reported
-        self.action_low, self.action_high = np.asarray(low, np.float64), np.asarray(high, np.float64)   # [da]
-        self.start, self.steps = -1, 0                  # number of the current start; control steps since reset
+        self.max_steps = setup.max_steps or max_steps  # control steps after which `done` is reported
+        self.action_low, self.action_high = np.asarray(low, np.float64), np.asarray(high, np.float64)  # [da]
+        self.start, self.steps = -1, 0  # number of the current start; control steps since reset
         self._plan: Generator[np.ndarray, None, None] | None = None  # the expert at work
-        self._planned: tuple[int, np.ndarray] = (-1, np.zeros(0))   # the step it acted at last, and how
+        self._planned: tuple[int, np.ndarray] = (-1, np.zeros(0))  # the step it acted at last, and how
 
     def reset(self, start: int, render: bool | None = None) -> Observation:
         """Go to start number `start` >= 0. `render` overrides for this call whether pictures are taken."""
@@ -156,7 +158,7 @@ class Environment(abc.ABC):
 
     def _drop_plan(self) -> None:
         if self._plan is not None:
-            self._plan.close()      # a generator's `finally` runs now, not when the collector finds it
+            self._plan.close()  # a generator's `finally` runs now, not when the collector finds it
             self._plan = None
 
 

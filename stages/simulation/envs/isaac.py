@@ -33,13 +33,17 @@ from .base import SPLITS, Environment, Setup
 PREFIX = "isaac_dexgrasp/"
 TASKS = ("leap",)
 JOINTS = tuple(f"j{i}" for i in range(16))
-FLEXION = np.array([i for i in range(16) if i % 4])    # of each finger the joints that bend it; the first one moves it sideways
-OPEN_BY, PRESS_BY = -0.25, 0.2                          # rad
-AWAY, UP, LIFTED = 0.1, 0.2, 0.03                       # m
-STEPS = (30, 20, 20, 60)                                # of 1/60 s: in, close, press, lift
+FLEXION = np.array(
+    [i for i in range(16) if i % 4]
+)  # of each finger the joints that bend it; the first one moves it sideways
+OPEN_BY, PRESS_BY = -0.25, 0.2  # rad
+AWAY, UP, LIFTED = 0.1, 0.2, 0.03  # m
+STEPS = (30, 20, 20, 60)  # of 1/60 s: in, close, press, lift
 HAND, OBJECT = "robot_models/urdf/leap_hand_simplified_free.urdf", "meshdata/{:03d}/nontextured_simplified.urdf"
 IMAGE = "docker build -f docker/Dockerfile.dexgrasp -t dvla:dexgrasp . (docs/simulators.md)"
-_POSED = re.compile(r"<obj_id>\s*(\d+)\s*</obj_id>.*?<pos_in_world>([^<]*)</pos_in_world>\s*<ori_in_world>([^<]*)</ori_in_world>", re.S)
+_POSED = re.compile(
+    r"<obj_id>\s*(\d+)\s*</obj_id>.*?<pos_in_world>([^<]*)</pos_in_world>\s*<ori_in_world>([^<]*)</ori_in_world>", re.S
+)
 
 
 def names() -> tuple[str, ...]:
@@ -50,14 +54,22 @@ def names() -> tuple[str, ...]:
 def require() -> None:
     """`UserError` with the install step when Isaac Gym or the dataset is missing."""
     if not os.access(os.environ.get("DVLA_ISAAC_PYTHON", ""), os.X_OK):
-        raise UserError("the simulator Isaac Gym is not installed: DVLA_ISAAC_PYTHON names no Python 3.8 that has it; download "
-                        f"Preview 4 from NVIDIA, accepting its licence, then: {IMAGE}")
+        raise UserError(
+            "the simulator Isaac Gym is not installed: DVLA_ISAAC_PYTHON names no Python 3.8 that has it; download "
+            f"Preview 4 from NVIDIA, accepting its licence, then: {IMAGE}"
+        )
     root = os.environ.get("DVLA_DEXGRASPNET", "")
-    missing = [name for name in ("dex_grasps_new", "scenes", "meshdata", "robot_models") if not (Path(root) / name).is_dir()]
+    missing = [
+        name for name in ("dex_grasps_new", "scenes", "meshdata", "robot_models") if not (Path(root) / name).is_dir()
+    ]
     if not root or missing:
-        raise UserError(f"DVLA_DEXGRASPNET={root or '(not set)'} must name a folder of DexGraspNet 2.0; missing in it: {', '.join(missing)}")
+        raise UserError(
+            f"DVLA_DEXGRASPNET={root or '(not set)'} must name a folder of DexGraspNet 2.0; missing in it: {', '.join(missing)}"
+        )
     if importlib.util.find_spec("pyvista") is None:
-        raise UserError("the pictures of DexGraspNet's scenes need pyvista; install it with: pip install 'dvla[render]'")
+        raise UserError(
+            "the pictures of DexGraspNet's scenes need pyvista; install it with: pip install 'dvla[render]'"
+        )
 
 
 def waypoints(action: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -68,10 +80,12 @@ def waypoints(action: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """
     action = np.asarray(action, np.float64)
     place, joints = action[:3], action[12:28]
-    matrix = matrix_from_rot6d(action[3:12].reshape(3, 3)[:, :2].T.ravel())     # a policy's columns need not be orthonormal
+    matrix = matrix_from_rot6d(
+        action[3:12].reshape(3, 3)[:, :2].T.ravel()
+    )  # a policy's columns need not be orthonormal
     # R = Rx·Ry·Rz is the inverse of Rz(-c)·Ry(-b)·Rx(-a), whose angles are what "euler_xyz" means.
     angles = -from_quaternion("euler_xyz", conjugate(to_quaternion("matrix", matrix.ravel())))
-    out = place / max(float(np.linalg.norm(place)), 1e-6)       # the object's middle is the target frame's origin
+    out = place / max(float(np.linalg.norm(place)), 1e-6)  # the object's middle is the target frame's origin
     bend = np.isin(np.arange(16), FLEXION)
     opened, pressed = joints + OPEN_BY * bend, joints + PRESS_BY * bend
     here = place + centre
@@ -83,7 +97,9 @@ def object_pose(place: Sequence[float], quaternion_wxyz: Sequence[float], to_tab
     """An annotation's pose in its camera's frame → [7] m and quaternion xyzw in the table's; `to_table` [4, 4]."""
     w, x, y, z = quaternion_wxyz
     turned = to_table[:3, :3] @ from_quaternion("matrix", np.array([x, y, z, w])).reshape(3, 3)
-    return np.concatenate([to_table[:3, :3] @ np.asarray(place) + to_table[:3, 3], to_quaternion("matrix", turned.ravel())])
+    return np.concatenate(
+        [to_table[:3, :3] @ np.asarray(place) + to_table[:3, 3], to_quaternion("matrix", turned.ravel())]
+    )
 
 
 def lifted(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -139,16 +155,24 @@ class DexGraspEnvironment(Environment):
 
     def _begin(self, start: int) -> None:
         if start >= len(self._episodes):
-            raise UserError(f"{self._root} has {len(self._episodes)} grasps of split {self.split}; start {start} was asked for")
+            raise UserError(
+                f"{self._root} has {len(self._episodes)} grasps of split {self.split}; start {start} was asked for"
+            )
         self._id = int(self._episodes[start])
         self._episode = self._source.load(self._id)
         self.instruction = self._episode.instruction
 
     def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, float]]:
         objects = scene_objects(self._root, _scene(self._id))
-        request = {"hand": str(self._root / HAND), "joints": JOINTS, "steps": STEPS,
-                   "waypoints": waypoints(action, self._source.centre_of(self._id)).tolist(),
-                   "objects": [{"urdf": str(self._root / OBJECT.format(n)), "pose": pose.tolist()} for n, pose in objects.items()]}
+        request = {
+            "hand": str(self._root / HAND),
+            "joints": JOINTS,
+            "steps": STEPS,
+            "waypoints": waypoints(action, self._source.centre_of(self._id)).tolist(),
+            "objects": [
+                {"urdf": str(self._root / OBJECT.format(n)), "pose": pose.tolist()} for n, pose in objects.items()
+            ],
+        }
         answer = self._ask(request)
         risen = dict(zip(objects, lifted(answer["before"], answer["after"])))
         own = float(risen[self._object()])
@@ -156,9 +180,13 @@ class DexGraspEnvironment(Environment):
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._worker is None:
-            self._worker = subprocess.Popen([os.environ["DVLA_ISAAC_PYTHON"], str(Path(__file__).with_name("isaac_worker.py"))],
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._worker.stdin is not None and self._worker.stdout is not None       # pipes
+            self._worker = subprocess.Popen(
+                [os.environ["DVLA_ISAAC_PYTHON"], str(Path(__file__).with_name("isaac_worker.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._worker.stdin is not None and self._worker.stdout is not None  # pipes
         try:
             self._worker.stdin.write(json.dumps(request) + "\n")
             self._worker.stdin.flush()
@@ -197,8 +225,13 @@ def scene_objects(root: Path, scene: int) -> dict[int, np.ndarray]:
         if found and path.stem.isdecimal():
             camera = load_matrix(folder / "camera_poses.npy", (4, 4))[int(path.stem)]
             to_table = load_matrix(folder / "cam0_wrt_table.npy", (4, 4)) @ camera
-            return {int(n): object_pose([float(v) for v in p.split()], [float(v) for v in q.split()], to_table) for n, p, q in found}
-    raise UserError(f"{folder} has no annotation with pos_in_world and ori_in_world of its objects; unpack scenes.tar.gz again")
+            return {
+                int(n): object_pose([float(v) for v in p.split()], [float(v) for v in q.split()], to_table)
+                for n, p, q in found
+            }
+    raise UserError(
+        f"{folder} has no annotation with pos_in_world and ori_in_world of its objects; unpack scenes.tar.gz again"
+    )
 
 
 make = DexGraspEnvironment

@@ -16,8 +16,8 @@ import os
 import sys
 
 HZ = 60
-ROOT_DRIVE, FINGER_DRIVE = (4000.0, 200.0), (20.0, 1.0)     # stiffness, damping of position drives
-OBJECT_MASS, FRICTION = 0.1, 1.0                            # kg; as in DexGraspNet 2.0's evaluation
+ROOT_DRIVE, FINGER_DRIVE = (4000.0, 200.0), (20.0, 1.0)  # stiffness, damping of position drives
+OBJECT_MASS, FRICTION = 0.1, 1.0  # kg; as in DexGraspNet 2.0's evaluation
 
 
 def drive_order(names, joints):
@@ -25,7 +25,10 @@ def drive_order(names, joints):
     missing = [joint for joint in joints if joint not in names]
     roots = [name for name in names if name not in joints]
     if missing or len(roots) != 6:
-        raise ValueError("the hand's URDF has the joints %s; six of a virtual root and %s are needed" % (", ".join(names), ", ".join(joints)))
+        raise ValueError(
+            "the hand's URDF has the joints %s; six of a virtual root and %s are needed"
+            % (", ".join(names), ", ".join(joints))
+        )
     places = {name: i for i, name in enumerate(roots + list(joints))}
     return [places[name] for name in names]
 
@@ -45,7 +48,7 @@ def simulate(request, gymapi, gymtorch, torch):
     params.dt, params.substeps, params.up_axis, params.use_gpu_pipeline = 1.0 / HZ, 2, gymapi.UP_AXIS_Z, False
     params.gravity = gymapi.Vec3(0.0, 0.0, -9.81)
     params.physx.solver_type, params.physx.num_position_iterations, params.physx.contact_offset = 1, 8, 0.002
-    sim = gym.create_sim(0, -1, gymapi.SIM_PHYSX, params)       # -1: no graphics
+    sim = gym.create_sim(0, -1, gymapi.SIM_PHYSX, params)  # -1: no graphics
     if sim is None:
         raise RuntimeError("Isaac Gym made no simulation; is there an NVIDIA GPU with its driver?")
     try:
@@ -57,8 +60,8 @@ def simulate(request, gymapi, gymtorch, torch):
         for number, thing in enumerate(request["objects"]):
             _add_object(gym, gymapi, sim, env, number, thing)
         gym.prepare_sim(sim)
-        roots = gymtorch.wrap_tensor(gym.acquire_actor_root_state_tensor(sim))      # [1 + N, 13], the hand first
-        dofs = gymtorch.wrap_tensor(gym.acquire_dof_state_tensor(sim))              # [D, 2] angle and speed
+        roots = gymtorch.wrap_tensor(gym.acquire_actor_root_state_tensor(sim))  # [1 + N, 13], the hand first
+        dofs = gymtorch.wrap_tensor(gym.acquire_dof_state_tensor(sim))  # [D, 2] angle and speed
         gym.refresh_actor_root_state_tensor(sim)
         before = roots[1:].tolist()
         first = torch.tensor([request["waypoints"][0][i] for i in order], dtype=torch.float32)
@@ -91,7 +94,7 @@ def _add_hand(gym, gymapi, sim, env, request):
 
 def _add_object(gym, gymapi, sim, env, number, thing):
     options = gymapi.AssetOptions()
-    options.vhacd_enabled = True        # meshes are not convex
+    options.vhacd_enabled = True  # meshes are not convex
     asset = gym.load_asset(sim, os.path.dirname(thing["urdf"]), os.path.basename(thing["urdf"]), options)
     place = gymapi.Transform()
     place.p, place.r = gymapi.Vec3(*thing["pose"][:3]), gymapi.Quat(*thing["pose"][3:])
@@ -107,13 +110,14 @@ def _add_object(gym, gymapi, sim, env, number, thing):
 
 def main():
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                       # Isaac Gym prints on stdout
+    os.dup2(2, 1)  # Isaac Gym prints on stdout
     import torch  # Isaac Gym refuses to be imported after it
     from isaacgym import gymapi, gymtorch
+
     for line in sys.stdin:
         try:
             answer = simulate(json.loads(line), gymapi, gymtorch, torch)
-        except Exception as error:      # whatever it is, the one who asked should read it
+        except Exception as error:  # whatever it is, the one who asked should read it
             answer = {"error": "%s: %s" % (type(error).__name__, error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -28,9 +28,11 @@ from .base import Environment, Setup, start_seed
 from .mujoco_render import choose_gl_backend
 
 PREFIX = "maniskill/"
-FINGER_TRAVEL = 0.04        # metres of one finger, fully open
-DRIVER = ("no Vulkan driver that SAPIEN can draw with was found (Debian 12's own Mesa is too old); install one with: make vulkan "
-          "(mesa-vulkan-drivers 23 or newer), or set VK_ICD_FILENAMES to a driver's .json file")
+FINGER_TRAVEL = 0.04  # metres of one finger, fully open
+DRIVER = (
+    "no Vulkan driver that SAPIEN can draw with was found (Debian 12's own Mesa is too old); install one with: make vulkan "
+    "(mesa-vulkan-drivers 23 or newer), or set VK_ICD_FILENAMES to a driver's .json file"
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Task:
     """What ManiSkill does not say about a task."""
 
     instruction: str
-    max_steps: int              # control steps; the experts need more than ManiSkill's own limits
-    expert: str                 # function of mani_skill.examples.motionplanning.panda.solutions
-    fov: float | None = 1.2     # field of view of the front camera, rad; None = ManiSkill's
-    noise: float = 0.05         # what recording noise of 1 means for a joint, rad; experts that insert bear little
+    max_steps: int  # control steps; the experts need more than ManiSkill's own limits
+    expert: str  # function of mani_skill.examples.motionplanning.panda.solutions
+    fov: float | None = 1.2  # field of view of the front camera, rad; None = ManiSkill's
+    noise: float = 0.05  # what recording noise of 1 means for a joint, rad; experts that insert bear little
 
 
 TASKS = {
@@ -53,7 +55,7 @@ TASKS = {
     "PushCube-v1": Task("push the cube onto the target", 100, "solvePushCube"),
     "StackCube-v1": Task("stack the red cube onto the green cube", 160, "solveStackCube"),
 }
-VIEWS = {"base": "base_camera", "hand": "hand_camera"}   # view name -> ManiSkill's sensor
+VIEWS = {"base": "base_camera", "hand": "hand_camera"}  # view name -> ManiSkill's sensor
 
 
 def names() -> tuple[str, ...]:
@@ -72,13 +74,14 @@ def _modules() -> tuple[Any, Any]:
     """(ManiSkill's registered tasks by name, the module of its experts), imported on first use (about 5 s)."""
     require()
     render_backend()
-    _restore_copy_into()    # before mplib is imported: it copies the table
-    choose_gl_backend()     # before mujoco is imported, which ManiSkill does: another simulator may follow in this process
+    _restore_copy_into()  # before mplib is imported: it copies the table
+    choose_gl_backend()  # before mujoco is imported, which ManiSkill does: another simulator may follow in this process
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.examples.motionplanning.panda import solutions
     from mani_skill.utils.registration import REGISTERED_ENVS
-    for name in ("mani_skill", "mani_skill "):      # its logger's name ends in a space
-        logging.getLogger(name).setLevel(logging.ERROR)     # warns that the camera on the hand is not in its own lists
+
+    for name in ("mani_skill", "mani_skill "):  # its logger's name ends in a space
+        logging.getLogger(name).setLevel(logging.ERROR)  # warns that the camera on the hand is not in its own lists
     return REGISTERED_ENVS, solutions
 
 
@@ -103,7 +106,7 @@ def render_backend() -> str:
     Asked before a scene is made, which needs one even without pictures and may end the process where there is none.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # about a missing libvulkan: SAPIEN brings one
+        warnings.simplefilter("ignore")  # about a missing libvulkan: SAPIEN brings one
         import sapien
     sapien.render.set_log_level("off")
     try:
@@ -133,12 +136,18 @@ class ManiSkillEnvironment(Environment):
         if task.fov is not None:
             cameras["base_camera"] = {"fov": task.fov}
         self._sim = registered[setup.task].cls(
-            num_envs=1, obs_mode="none", control_mode="pd_joint_pos", robot_uids="panda_wristcam", sim_backend="physx_cpu",
-            render_backend=render_backend(), sensor_configs=cameras)
+            num_envs=1,
+            obs_mode="none",
+            control_mode="pd_joint_pos",
+            robot_uids="panda_wristcam",
+            sim_backend="physx_cpu",
+            render_backend=render_backend(),
+            sensor_configs=cameras,
+        )
         space = self._sim.single_action_space
         super().__init__(setup, task.instruction, task.max_steps, space.low, space.high)
         assert self._sim.control_freq == self.control_hz
-        self.noise_scale = np.array([task.noise] * 7 + [0.0])    # the gripper is left alone: it would let go of things
+        self.noise_scale = np.array([task.noise] * 7 + [0.0])  # the gripper is left alone: it would let go of things
         self._setup, self._solve = setup, getattr(self._solutions, task.expert)
         self._vector = np.zeros(0)
 
@@ -174,7 +183,7 @@ class ManiSkillEnvironment(Environment):
         return float(reward), bool(info["success"]), numbers
 
     def _state(self) -> np.ndarray:
-        position = self._sim.agent.robot.get_qpos()[0].numpy()   # [9]: joints, two fingers (m)
+        position = self._sim.agent.robot.get_qpos()[0].numpy()  # [9]: joints, two fingers (m)
         return np.append(position[:7], position[7:].mean() / FINGER_TRAVEL)
 
     def _rest_action(self) -> np.ndarray:

@@ -103,7 +103,9 @@ def _modules() -> tuple[Any, Any, Any]:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
     except (ImportError, AttributeError) as error:
-        raise UserError(f"metaworld cannot be imported: {error}; install it again with: pip install 'dvla[sim]'") from error
+        raise UserError(
+            f"metaworld cannot be imported: {error}; install it again with: pip install 'dvla[sim]'"
+        ) from error
     return mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
 
 
@@ -116,7 +118,9 @@ class MetaWorldEnvironment(Environment):
     state_names = ("x", "y", "z", "gripper")
     action_names = ("dx", "dy", "dz", "gripper")
 
-    def __init__(self, setup: Setup, scene: str | None = None, instruction: str = "", limit: int = DEFAULT_MAX_STEPS) -> None:
+    def __init__(
+        self, setup: Setup, scene: str | None = None, instruction: str = "", limit: int = DEFAULT_MAX_STEPS
+    ) -> None:
         """`scene`: the Meta-World task whose scene a task of our own is set in, with its instruction and step limit."""
         self._mujoco, self._tasks, self._experts = _modules()
         self._scene = scene or setup.task

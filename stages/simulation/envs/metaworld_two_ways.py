@@ -20,14 +20,18 @@ __all__ = ["PREFIX", "make", "names", "require"]
 
 TASK, SCENE = "reach-wall-two-ways", "reach-wall-v3"
 INSTRUCTION = "reach the goal behind the wall without touching the wall"
-MAX_STEPS = 100                                     # the expert needs 50 to 75
-HAND = np.array([0.0, 0.56, 0.12])                   # where the hand begins; its fingers are lower than the wall
+MAX_STEPS = 100  # the expert needs 50 to 75
+HAND = np.array([0.0, 0.56, 0.12])  # where the hand begins; its fingers are lower than the wall
 WALL, WALL_HALF_WIDTH = np.array([0.0, 0.75, 0.06]), 0.05
 GOAL_LOW, GOAL_HIGH = (-0.1, 0.9, 0.075), (0.1, 0.9, 0.075)
-GOAL_RADIUS = 0.035                                 # of the red ball that shows the goal
-PUCK = (0.3, 0.6, 0.015)                            # out of the way
-ASIDE, BESIDE, BEHIND = 0.14, 0.67, 0.85            # |x| of the ways; y where the hand must have that x; y where the wall is passed
-GAIN = 10.0                                         # of the expert: action per metre
+GOAL_RADIUS = 0.035  # of the red ball that shows the goal
+PUCK = (0.3, 0.6, 0.015)  # out of the way
+ASIDE, BESIDE, BEHIND = (
+    0.14,
+    0.67,
+    0.85,
+)  # |x| of the ways; y where the hand must have that x; y where the wall is passed
+GAIN = 10.0  # of the expert: action per metre
 
 
 def names() -> tuple[str, ...]:
@@ -41,12 +45,12 @@ class TwoWays(MetaWorldEnvironment):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, SCENE, INSTRUCTION, MAX_STEPS)
         self._sim.hand_init_pos = HAND.copy()
-        space = self._sim._random_reset_space       # of the puck's and the goal's place
+        space = self._sim._random_reset_space  # of the puck's and the goal's place
         space.low[:], space.high[:] = (*PUCK, *GOAL_LOW), (*PUCK, *GOAL_HIGH)
         wall = self._model.body("wall")
         wall.pos[:] = WALL
         self._wall = set(range(wall.geomadr[0], wall.geomadr[0] + wall.geomnum[0]))
-        for geom in self._wall:     # smaller than it was, so MuJoCo's precomputed bounds stay true
+        for geom in self._wall:  # smaller than it was, so MuJoCo's precomputed bounds stay true
             self._model.geom_size[geom][0] = WALL_HALF_WIDTH
         self._model.site("goal").size[0] = GOAL_RADIUS
         self._side, self._touched = 0.0, False
@@ -56,7 +60,9 @@ class TwoWays(MetaWorldEnvironment):
         return (*super().start_vector, self._side)
 
     def _begin(self, start: int) -> None:
-        super()._begin(start // 2 if self.split == "train" else start)     # what is shown with one way is shown with the other, too
+        super()._begin(
+            start // 2 if self.split == "train" else start
+        )  # what is shown with one way is shown with the other, too
         self._side = 1.0 if start % 2 else -1.0
         self._touched = False
 
@@ -71,7 +77,10 @@ class TwoWays(MetaWorldEnvironment):
     def way(self, side: float) -> Generator[np.ndarray, None, None]:
         """The expert that passes the wall on one side: -1 left, 1 right, 0 straight on, into it."""
         goal = self._sim._target_pos
-        for place, reached in ((np.array([side * ASIDE, BESIDE, HAND[2]]), BESIDE - 0.02), (np.array([side * ASIDE, 1.0, HAND[2]]), BEHIND)):
+        for place, reached in (
+            (np.array([side * ASIDE, BESIDE, HAND[2]]), BESIDE - 0.02),
+            (np.array([side * ASIDE, 1.0, HAND[2]]), BEHIND),
+        ):
             while self._obs[1] < reached:
                 yield self._toward(place)
         while True:

@@ -17,8 +17,8 @@ import numpy as np
 
 from ....errors import UserError
 
-HIDDEN_GROUP = 5                       # MuJoCo geom group that is never drawn
-MAX_RENDERERS = 4                      # GL contexts kept open in one process
+HIDDEN_GROUP = 5  # MuJoCo geom group that is never drawn
+MAX_RENDERERS = 4  # GL contexts kept open in one process
 
 
 def choose_gl_backend() -> str | None:
@@ -42,8 +42,10 @@ def load_mujoco() -> Any:
     try:
         import mujoco
     except (ImportError, AttributeError) as error:  # PyOpenGL raises AttributeError when the chosen library is absent
-        raise UserError(f"mujoco cannot be imported with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; "
-                        "install libosmesa6 (or libegl1) or unset MUJOCO_GL") from error
+        raise UserError(
+            f"mujoco cannot be imported with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; "
+            "install libosmesa6 (or libegl1) or unset MUJOCO_GL"
+        ) from error
     return mujoco
 
 
@@ -63,8 +65,10 @@ class Renderer:
             self._gl.make_current()
             self._context = self._mujoco.MjrContext(model, self._mujoco.mjtFontScale.mjFONTSCALE_150)
         except Exception as error:  # whatever the GL binding in use raises
-            raise UserError(f"cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; "
-                            "install libosmesa6 or libegl1, or set MUJOCO_GL to osmesa, egl or glfw") from error
+            raise UserError(
+                f"cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; "
+                "install libosmesa6 or libegl1, or set MUJOCO_GL to osmesa, egl or glfw"
+            ) from error
         self._mujoco.mjr_setBuffer(self._mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = self._mujoco.MjvScene(model, 1000)
         for flag in (self._mujoco.mjtRndFlag.mjRND_SHADOW, self._mujoco.mjtRndFlag.mjRND_REFLECTION):
@@ -80,8 +84,9 @@ class Renderer:
         """uint8 `[S, S, 3]`, top row first; a view of a reused buffer."""
         self._gl.make_current()
         self._camera.fixedcamid = model.camera(camera).id
-        self._mujoco.mjv_updateScene(model, data, self._options, self._perturb, self._camera,
-                                     self._mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        self._mujoco.mjv_updateScene(
+            model, data, self._options, self._perturb, self._camera, self._mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
         self._mujoco.mjr_render(self._view, self._scene, self._context)
         self._mujoco.mjr_readPixels(self._pixels, None, self._view, self._context)
         return self._pixels[::-1]
@@ -90,7 +95,7 @@ class Renderer:
         """Whether its context still is one: it ends with EGL, which another library of the process may have shut down."""
         try:
             self._gl.make_current()
-        except Exception:       # whatever the GL binding in use raises
+        except Exception:  # whatever the GL binding in use raises
             return False
         return True
 
@@ -100,8 +105,8 @@ class Renderer:
             self._context.free()
             self._gl.free()
         else:
-            self._gl._context = None        # gone with its display: freeing it would raise
-            _leave_context()                # numbers of its objects mean others in a context that is current
+            self._gl._context = None  # gone with its display: freeing it would raise
+            _leave_context()  # numbers of its objects mean others in a context that is current
             self._context.free()
 
 
@@ -122,7 +127,7 @@ def _leave_context() -> None:
     egl.EGL.eglMakeCurrent(egl.EGL_DISPLAY, egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_CONTEXT)
 
 
-_renderers: dict[tuple[Hashable, int], Renderer] = {}   # the most recently used last
+_renderers: dict[tuple[Hashable, int], Renderer] = {}  # the most recently used last
 
 
 def renderer(task: Hashable, size: int, make_model: Callable[[], Any]) -> Renderer:
@@ -139,7 +144,9 @@ def renderer(task: Hashable, size: int, make_model: Callable[[], Any]) -> Render
             _renderers.pop(next(iter(_renderers))).close()
         found = Renderer(make_model(), size)
         if not _renderers:
-            atexit.register(_close_renderers)   # after the first context: MuJoCo's shutdown of EGL, set up with it, runs later
+            atexit.register(
+                _close_renderers
+            )  # after the first context: MuJoCo's shutdown of EGL, set up with it, runs later
     _renderers[task, size] = found
     return found
 

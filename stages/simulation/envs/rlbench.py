@@ -28,13 +28,41 @@ from .base import Environment, Setup, seeded, start_seed
 
 PREFIX = "rlbench/"
 # Of PerAct's 18 tasks; those three that only its fork of RLBench has stand beside RLBench's own of the same kind.
-TASKS = ("close_jar", "insert_onto_square_peg", "light_bulb_in", "meat_off_grill", "open_drawer", "place_cups",
-         "place_shape_in_shape_sorter", "place_wine_at_rack_location", "push_buttons", "put_groceries_in_cupboard",
-         "put_item_in_drawer", "put_money_in_safe", "reach_and_drag", "slide_block_to_color_target", "slide_block_to_target",
-         "stack_blocks", "stack_cups", "stack_wine", "sweep_to_dustpan", "sweep_to_dustpan_of_size", "turn_tap")
+TASKS = (
+    "close_jar",
+    "insert_onto_square_peg",
+    "light_bulb_in",
+    "meat_off_grill",
+    "open_drawer",
+    "place_cups",
+    "place_shape_in_shape_sorter",
+    "place_wine_at_rack_location",
+    "push_buttons",
+    "put_groceries_in_cupboard",
+    "put_item_in_drawer",
+    "put_money_in_safe",
+    "reach_and_drag",
+    "slide_block_to_color_target",
+    "slide_block_to_target",
+    "stack_blocks",
+    "stack_cups",
+    "stack_wine",
+    "sweep_to_dustpan",
+    "sweep_to_dustpan_of_size",
+    "turn_tap",
+)
 CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")
-MAX_STEPS = 400                             # of 0.05 s; RLBench's demonstrations of these tasks take up to about 300
-LOW = (-2, -2, -2, -1, -1, -1, -1, 0)       # m, wider than the arm reaches: RLBench itself refuses what it cannot reach; quaternion; gripper
+MAX_STEPS = 400  # of 0.05 s; RLBench's demonstrations of these tasks take up to about 300
+LOW = (
+    -2,
+    -2,
+    -2,
+    -1,
+    -1,
+    -1,
+    -1,
+    0,
+)  # m, wider than the arm reaches: RLBench itself refuses what it cannot reach; quaternion; gripper
 HIGH = (2, 2, 2, 1, 1, 1, 1, 1)
 IMAGE = "docker build -f docker/Dockerfile.rlbench -t dvla:rlbench . (docs/simulators.md)"
 
@@ -72,7 +100,7 @@ def to_observation(observation: Any, views: Sequence[str] = CAMERAS) -> tuple[di
         if picture is None:
             raise UserError(f"RLBench's observation has no picture {view}_rgb; cameras: {', '.join(CAMERAS)}")
         picture = np.asarray(picture)
-        if picture.dtype.kind == "f":       # PyRep's own, 0 to 1; RLBench since 1.1 gives bytes
+        if picture.dtype.kind == "f":  # PyRep's own, 0 to 1; RLBench since 1.1 gives bytes
             picture = np.rint(np.clip(picture, 0, 1) * 255)
         images[view] = np.ascontiguousarray(picture.astype(np.uint8))
     return images, np.append(np.asarray(pose, np.float64), float(opening)).astype(np.float32)
@@ -97,8 +125,8 @@ class RlbenchEnvironment(Environment):
     views = CAMERAS
     state_names = ("x", "y", "z", "qx", "qy", "qz", "qw", "gripper_open")
     action_names = state_names
-    alone = True            # PyRep allows no more
-    noise_scale = 0.0       # demonstrations are played back, so noise on actions cannot be carried out
+    alone = True  # PyRep allows no more
+    noise_scale = 0.0  # demonstrations are played back, so noise on actions cannot be carried out
 
     def __init__(self, setup: Setup) -> None:
         require()
@@ -109,7 +137,11 @@ class RlbenchEnvironment(Environment):
         from rlbench.backend.exceptions import DemoError, InvalidActionError, NoWaypointsError, WaypointError
         from rlbench.environment import Environment as Simulator
         from rlbench.observation_config import ObservationConfig
-        self._refused, self._unplanned = InvalidActionError, (DemoError, WaypointError, NoWaypointsError, ConfigurationPathError, IKError)
+
+        self._refused, self._unplanned = (
+            InvalidActionError,
+            (DemoError, WaypointError, NoWaypointsError, ConfigurationPathError, IKError),
+        )
         self._arm_modes = EndEffectorPoseViaIK(), EndEffectorPoseViaPlanning()
         self._mode = MoveArmThenGripper(self._arm_modes[0], Discrete())
         config = ObservationConfig(task_low_dim_state=True)
@@ -120,7 +152,7 @@ class RlbenchEnvironment(Environment):
         self._sim = Simulator(self._mode, obs_config=config, headless=True)
         super().__init__(setup, setup.task.replace("_", " "), MAX_STEPS, np.array(LOW), np.array(HIGH))
         self._setup, self._vector = setup, np.zeros(0)
-        self._coming: deque[Any] = deque()      # observations of the demonstration that is being played back
+        self._coming: deque[Any] = deque()  # observations of the demonstration that is being played back
         try:
             self._sim.launch()
             self._task = self._sim.get_task(_task_class(setup.task))
@@ -154,7 +186,7 @@ class RlbenchEnvironment(Environment):
             if not np.allclose(action, to_observation(self._coming[0], ())[1], atol=1e-3):
                 raise RuntimeError(f"{self.name}: a demonstration of RLBench cannot be left before its end")
             self._seen = self._coming.popleft()
-            return float(not self._coming), not self._coming, {}    # RLBench keeps no demonstration that fails
+            return float(not self._coming), not self._coming, {}  # RLBench keeps no demonstration that fails
         for mode in self._arm_modes:
             self._mode.arm_action_mode = mode
             try:
@@ -174,7 +206,7 @@ class RlbenchEnvironment(Environment):
     def _expert(self) -> Generator[np.ndarray, None, None]:
         """RLBench plays its way points from here to the end and gives what it saw, which is then handed out step by step."""
         try:
-            demo = self._task._scene.get_demo()     # `get_demos` would begin another episode
+            demo = self._task._scene.get_demo()  # `get_demos` would begin another episode
         except self._unplanned:
             return
         self._coming = deque(list(demo)[1:])
@@ -184,10 +216,14 @@ class RlbenchEnvironment(Environment):
 def _task_class(task: str) -> type:
     """The class of a task; `UserError` where the RLBench that is installed lacks it."""
     try:
-        return getattr(importlib.import_module(f"rlbench.tasks.{task}"), "".join(word.capitalize() for word in task.split("_")))
+        return getattr(
+            importlib.import_module(f"rlbench.tasks.{task}"), "".join(word.capitalize() for word in task.split("_"))
+        )
     except (ModuleNotFoundError, AttributeError) as error:
-        raise UserError(f"the RLBench that is installed has no task {task}; PerAct's fork has its 18 tasks, RLBench's own has "
-                        "slide_block_to_target, stack_wine and sweep_to_dustpan in place of three of them") from error
+        raise UserError(
+            f"the RLBench that is installed has no task {task}; PerAct's fork has its 18 tasks, RLBench's own has "
+            "slide_block_to_target, stack_wine and sweep_to_dustpan in place of three of them"
+        ) from error
 
 
 make = RlbenchEnvironment

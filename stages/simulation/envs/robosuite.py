@@ -29,13 +29,25 @@ from .mujoco_render import HIDDEN_GROUP, load_mujoco, renderer, unseen_hidden
 
 PREFIX = "robosuite/"
 TASKS = {"dex_lift": "lift the red cube with the hand", "dex_two_lift": "lift both cubes, each with one hand"}
-MAX_STEPS = 160                         # the experts need about 85
-MOVE, TURN = 0.05, 0.5                  # m and rad of the hand's command 1 (robosuite's default_panda_dex.json)
+MAX_STEPS = 160  # the experts need about 85
+MOVE, TURN = 0.05, 0.5  # m and rad of the hand's command 1 (robosuite's default_panda_dex.json)
 DRIVES = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
-FINGERS = ("pinky_proximal", "ring_proximal", "middle_proximal", "index_proximal", "thumb_proximal_2", "thumb_proximal_1")
-COLLISION_GROUP = 0                     # robosuite's geom group of collision shapes, which nobody should see
-HAND, BASE = "gripper{}_right_grip_site", "robot{}_base"    # what the controller of an arm moves, and its frame; the base stands along the world's axes
-NEUTRAL = np.array([0.0, 0.70711, 0.70711, 0.0])    # quaternion xyzw of the hand with its fingers down, about as at the start
+FINGERS = (
+    "pinky_proximal",
+    "ring_proximal",
+    "middle_proximal",
+    "index_proximal",
+    "thumb_proximal_2",
+    "thumb_proximal_1",
+)
+COLLISION_GROUP = 0  # robosuite's geom group of collision shapes, which nobody should see
+HAND, BASE = (
+    "gripper{}_right_grip_site",
+    "robot{}_base",
+)  # what the controller of an arm moves, and its frame; the base stands along the world's axes
+NEUTRAL = np.array(
+    [0.0, 0.70711, 0.70711, 0.0]
+)  # quaternion xyzw of the hand with its fingers down, about as at the start
 
 
 def names() -> tuple[str, ...]:
@@ -59,7 +71,9 @@ def _robosuite() -> Any:
     try:
         import robosuite
     except (ImportError, AttributeError) as error:
-        raise UserError(f"robosuite cannot be imported: {error}; install it again with: pip install 'dvla[robosuite]'") from error
+        raise UserError(
+            f"robosuite cannot be imported: {error}; install it again with: pip install 'dvla[robosuite]'"
+        ) from error
     return robosuite
 
 
@@ -71,21 +85,30 @@ class DexLiftEnvironment(Environment):
     views: tuple[str, ...] = ("agent", "hand")
     state_names: tuple[str, ...] = ("x", "y", "z", "qx", "qy", "qz", "qw", *DRIVES)
     action_names: tuple[str, ...] = ("dx", "dy", "dz", "rx", "ry", "rz", *DRIVES)
-    noise_scale = np.array([0.5] * 6 + [0.0] * 6)   # the fingers get none: they would let go of the cube
+    noise_scale = np.array([0.5] * 6 + [0.0] * 6)  # the fingers get none: they would let go of the cube
     cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # of `views`
-    cubes: tuple[str, ...] = ("cube_main",)         # body of each hand's cube
+    cubes: tuple[str, ...] = ("cube_main",)  # body of each hand's cube
 
     def __init__(self, setup: Setup) -> None:
         self._mujoco = load_mujoco()
         with seeded(0):
-            self._sim = self._make_simulator(has_renderer=False, has_offscreen_renderer=False, use_camera_obs=False, hard_reset=False,
-                                             ignore_done=True, control_freq=int(self.control_hz))
+            self._sim = self._make_simulator(
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                use_camera_obs=False,
+                hard_reset=False,
+                ignore_done=True,
+                control_freq=int(self.control_hz),
+            )
         super().__init__(setup, TASKS[setup.task], MAX_STEPS, *self._sim.action_spec)
         self._setup = setup
         self._model, self._data = self._sim.sim.model._model, self._sim.sim.data._data
         self._model.geom_group[self._model.geom_group == COLLISION_GROUP] = HIDDEN_GROUP
-        joints = [[self._model.joint(f"gripper{k}_right_joint_r_{finger}").qposadr[0] for finger in FINGERS] for k in range(len(self.cubes))]
-        self._fingers = np.array(joints)            # [K, 6]
+        joints = [
+            [self._model.joint(f"gripper{k}_right_joint_r_{finger}").qposadr[0] for finger in FINGERS]
+            for k in range(len(self.cubes))
+        ]
+        self._fingers = np.array(joints)  # [K, 6]
         self._vector = np.zeros(0)
 
     def _make_simulator(self, **settings: Any) -> Any:
@@ -108,36 +131,45 @@ class DexLiftEnvironment(Environment):
     def _begin(self, start: int) -> None:
         with seeded(start_seed(self._setup, start)):
             self._sim.reset()
-        self._vector = self._data.qpos.copy()       # the arms' noisy angles, the fingers, the cubes' poses
+        self._vector = self._data.qpos.copy()  # the arms' noisy angles, the fingers, the cubes' poses
 
     def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, float]]:
         _, reward, _, _ = self._sim.step(action)
         kinds = self._mujoco.mjtWarning
-        if any(self._data.warning[kind].number for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)):
-            return 0.0, False, {"unstable": 1.0}    # MuJoCo went back to a pose of its own: the episode is lost
+        if any(
+            self._data.warning[kind].number
+            for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)
+        ):
+            return 0.0, False, {"unstable": 1.0}  # MuJoCo went back to a pose of its own: the episode is lost
         return float(reward), bool(self._sim._check_success()), {}
 
     def hand(self, k: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """(place [3] m in the frame of its base, quaternion xyzw [4]) of a hand."""
         site = self._data.site(HAND.format(k))
         quaternion = to_quaternion("matrix", site.xmat)
-        return site.xpos - self._data.body(BASE.format(k)).xpos, quaternion * (1.0 if quaternion @ NEUTRAL >= 0 else -1.0)
+        return site.xpos - self._data.body(BASE.format(k)).xpos, quaternion * (
+            1.0 if quaternion @ NEUTRAL >= 0 else -1.0
+        )
 
     def cube(self, k: int = 0) -> tuple[np.ndarray, float]:
         """(place [3] m in the base's frame, angle in rad by which a side is turned about z, -π/4 to π/4) of a hand's cube."""
         body = self._data.body(self.cubes[k])
         quarter = np.pi / 2
-        return (body.xpos - self._data.body(BASE.format(k)).xpos,
-                float((np.arctan2(body.xmat[3], body.xmat[0]) + quarter / 2) % quarter - quarter / 2))
+        return (
+            body.xpos - self._data.body(BASE.format(k)).xpos,
+            float((np.arctan2(body.xmat[3], body.xmat[0]) + quarter / 2) % quarter - quarter / 2),
+        )
 
     def _state(self) -> np.ndarray:
-        return np.concatenate([part for k, fingers in enumerate(self._fingers) for part in (*self.hand(k), self._data.qpos[fingers])])
+        return np.concatenate(
+            [part for k, fingers in enumerate(self._fingers) for part in (*self.hand(k), self._data.qpos[fingers])]
+        )
 
     def _rest_action(self) -> np.ndarray:
         return np.tile(np.concatenate([np.zeros(6), OPEN]), len(self.cubes))
 
     def _expert(self) -> Generator[np.ndarray, None, None]:
-        for actions in zip(*(_lift(self, k) for k in range(len(self.cubes)))):      # both take the same number of steps
+        for actions in zip(*(_lift(self, k) for k in range(len(self.cubes)))):  # both take the same number of steps
             yield np.concatenate(actions)
 
 
@@ -153,7 +185,12 @@ class TwoHandEnvironment(DexLiftEnvironment):
     cubes = ("left_cube_main", "right_cube_main")
 
     def _make_simulator(self, **settings: Any) -> Any:
-        return _two_lift()(robots=["PandaDexRH", "PandaDexRH"], env_configuration="parallel", initialization_noise="default", **settings)
+        return _two_lift()(
+            robots=["PandaDexRH", "PandaDexRH"],
+            env_configuration="parallel",
+            initialization_noise="default",
+            **settings,
+        )
 
 
 @functools.cache
@@ -183,10 +220,19 @@ def _two_lift() -> type:
             cubes = [BoxObject(name=f"{side}_cube", size=[0.021] * 3, rgba=colours[side]) for side in self.sides]
             self.placement_initializer = SequentialCompositeSampler(name="cubes")
             for cube, sign in zip(cubes, self.sides.values()):
-                self.placement_initializer.append_sampler(UniformRandomSampler(
-                    name=f"{cube.name}_place", mujoco_objects=cube, x_range=[-0.03, 0.03], y_range=[0.15 * sign - 0.03, 0.15 * sign + 0.03],
-                    rotation=None, ensure_object_boundary_in_range=False, ensure_valid_placement=True,
-                    reference_pos=self.table_offset, z_offset=0.01))
+                self.placement_initializer.append_sampler(
+                    UniformRandomSampler(
+                        name=f"{cube.name}_place",
+                        mujoco_objects=cube,
+                        x_range=[-0.03, 0.03],
+                        y_range=[0.15 * sign - 0.03, 0.15 * sign + 0.03],
+                        rotation=None,
+                        ensure_object_boundary_in_range=False,
+                        ensure_valid_placement=True,
+                        reference_pos=self.table_offset,
+                        z_offset=0.01,
+                    )
+                )
             self.model = ManipulationTask(arena, [robot.robot_model for robot in self.robots], cubes)
 
         def _reset_internal(self) -> None:
@@ -196,7 +242,9 @@ def _two_lift() -> type:
 
         def heights(self) -> list[float]:
             """Of the cubes' centres above the table, m."""
-            return [float(self.sim.data.get_body_xpos(f"{side}_cube_main")[2] - self.table_offset[2]) for side in self.sides]
+            return [
+                float(self.sim.data.get_body_xpos(f"{side}_cube_main")[2] - self.table_offset[2]) for side in self.sides
+            ]
 
         def reward(self, action: Any = None) -> float:
             """Share of the cubes that are lifted."""
@@ -208,10 +256,10 @@ def _two_lift() -> type:
     return TwoHandLift
 
 
-OPEN, CLOSED = -np.ones(6), np.ones(6)      # of the fingers' drives
-GRASP = np.array([-0.015, -0.14, 0.035])    # m, where the cube is in the hand's frame when the fingers close
-TILT = 0.85                                 # rad that the fingers lean from straight down: the palm faces the cube, tips stay off the table
-GAIN = 2.0                                  # command per error: the controller goes about half of a displacement in one step
+OPEN, CLOSED = -np.ones(6), np.ones(6)  # of the fingers' drives
+GRASP = np.array([-0.015, -0.14, 0.035])  # m, where the cube is in the hand's frame when the fingers close
+TILT = 0.85  # rad that the fingers lean from straight down: the palm faces the cube, tips stay off the table
+GAIN = 2.0  # command per error: the controller goes about half of a displacement in one step
 
 
 def _lift(env: DexLiftEnvironment, k: int) -> Generator[np.ndarray, None, None]:
@@ -227,12 +275,19 @@ def _lift(env: DexLiftEnvironment, k: int) -> Generator[np.ndarray, None, None]:
     yield from _move(env, k, 40, grasp + [0, 0, 0.12], facing, CLOSED, CLOSED)
 
 
-def _move(env: DexLiftEnvironment, k: int, steps: int, to: np.ndarray, facing: np.ndarray, grip: np.ndarray,
-          grip_at_end: np.ndarray) -> Generator[np.ndarray, None, None]:
+def _move(
+    env: DexLiftEnvironment,
+    k: int,
+    steps: int,
+    to: np.ndarray,
+    facing: np.ndarray,
+    grip: np.ndarray,
+    grip_at_end: np.ndarray,
+) -> Generator[np.ndarray, None, None]:
     """The hand in a straight line to a place [3], at once turned to a quaternion [4]; the fingers from one command to another."""
     begin, _ = env.hand(k)
     for i in range(steps):
-        share = min(1.0, (i + 1) / (0.8 * steps))       # the rest of the time is for settling
+        share = min(1.0, (i + 1) / (0.8 * steps))  # the rest of the time is for settling
         place, turned = env.hand(k)
         ahead = begin + share * (to - begin) - place
         turn = from_quaternion("axis_angle", multiply(facing, conjugate(turned)))

@@ -13,9 +13,9 @@ from ....common.figures import LIGHT, Style, finish, grid, new_figure, say_nothi
 from .data import PanelData
 
 UNIT = "normalised units, 1 is 5 σ of the expert"
-GOOD_R2 = 0.8       # from which on a dimension counts as predicted
-HARD = 2.0          # × the median error from which on a dimension stands out
-GROWTH = 50.0       # percent from first to last step that is too much
+GOOD_R2 = 0.8  # from which on a dimension counts as predicted
+HARD = 2.0  # × the median error from which on a dimension stands out
+GROWTH = 50.0  # percent from first to last step that is too much
 
 
 def prediction_scatter(data: PanelData, style: Style = LIGHT) -> Figure:
@@ -35,8 +35,16 @@ def prediction_scatter(data: PanelData, style: Style = LIGHT) -> Figure:
     figure.supylabel("predicted", fontsize=8, color=style.text)
     moving = [r for i, r in explained.items() if data.target[..., i][data.active[..., i]].std() >= 1e-4]
     good = sum(r >= GOOD_R2 for r in moving)
-    verdict = "nothing is predicted better than by its mean" if moving and max(moving) <= 0.05 else f"median R² {np.median(moving):.2f}" if moving else "the expert never moves"
-    return finish(figure, f"{good} of {len(moving)} moving dimensions predicted (R² ≥ {GOOD_R2}); {verdict} (A3)", style)
+    verdict = (
+        "nothing is predicted better than by its mean"
+        if moving and max(moving) <= 0.05
+        else f"median R² {np.median(moving):.2f}"
+        if moving
+        else "the expert never moves"
+    )
+    return finish(
+        figure, f"{good} of {len(moving)} moving dimensions predicted (R² ≥ {GOOD_R2}); {verdict} (A3)", style
+    )
 
 
 def error_by_dimension(data: PanelData, style: Style = LIGHT) -> Figure:
@@ -56,17 +64,19 @@ def error_by_dimension(data: PanelData, style: Style = LIGHT) -> Figure:
     axis.set_xlabel(f"mean absolute error ({UNIT}); dashed: median")
     times = values[worst] / max(median, 1e-9)
     stands = f"{times:.1f} × the median" if times >= HARD else "none stands out"
-    return finish(figure, f"Hardest dimension: {slots()[worst].name}, MAE {values[worst]:.3f}, {stands} (A4)", style, "outside")
+    return finish(
+        figure, f"Hardest dimension: {slots()[worst].name}, MAE {values[worst]:.3f}, {stands} (A4)", style, "outside"
+    )
 
 
 def error_heatmap(data: PanelData, style: Style = LIGHT) -> Figure:
     """B2: mean absolute error by dimension and step of the chunk; good: one colour."""
     places = data.used
-    count = data.active[..., places].sum(0)                                             # [T,n]
-    error = np.where(count > 0, np.nansum(np.abs(data.error[..., places]), 0) / np.maximum(count, 1), np.nan).T     # [n,T]
+    count = data.active[..., places].sum(0)  # [T,n]
+    error = np.where(count > 0, np.nansum(np.abs(data.error[..., places]), 0) / np.maximum(count, 1), np.nan).T  # [n,T]
     figure = new_figure(style, 8, 0.2 * len(places) + 1.5)
     axis = figure.subplots()
-    steps = (0.5, error.shape[1] + 0.5, len(places) - 0.5, -0.5)                        # the first is step 1
+    steps = (0.5, error.shape[1] + 0.5, len(places) - 0.5, -0.5)  # the first is step 1
     picture = axis.imshow(error, aspect="auto", cmap=style.map, vmin=0, interpolation="nearest", extent=steps)
     axis.set_yticks(range(len(places)), [slots()[i].name for i in places])
     axis.set_xlabel("step of the chunk")
@@ -82,15 +92,31 @@ def region_summary(data: PanelData, style: Style = LIGHT) -> Figure:
     """B3: error, correlation and coverage of each region; good: all alike."""
     names = list(dict.fromkeys(slots()[i].region for i in data.used))
     figure = new_figure(style, 9, 0.42 * len(names) + 1.6)
-    kinds = (("mae", f"MAE ({UNIT.split(',')[0]})", None), ("correlation", "correlation with the expert", 1.0), ("coverage", "coverage of the expert's range, %", 100.0))
+    kinds = (
+        ("mae", f"MAE ({UNIT.split(',')[0]})", None),
+        ("correlation", "correlation with the expert", 1.0),
+        ("coverage", "coverage of the expert's range, %", 100.0),
+    )
     found: dict[str, np.ndarray] = {}
     for axis, (metric, label, best) in zip(figure.subplots(1, 3, sharey=True), kinds):
         values = data.of_slot(metric)
-        members = [[values[i] for i in data.used if slots()[i].region == name and np.isfinite(values[i])] for name in names]
+        members = [
+            [values[i] for i in data.used if slots()[i].region == name and np.isfinite(values[i])] for name in names
+        ]
         found[metric] = np.array([np.mean(m) if m else np.nan for m in members])
-        axis.barh(range(len(names)), np.nan_to_num(found[metric]), color=[style.cycle[n % len(style.cycle)] for n in range(len(names))])
+        axis.barh(
+            range(len(names)),
+            np.nan_to_num(found[metric]),
+            color=[style.cycle[n % len(style.cycle)] for n in range(len(names))],
+        )
         for n, value in enumerate(found[metric]):
-            axis.text(0 if np.isnan(value) else value, n, " constant" if np.isnan(value) else f" {value:.3g}", va="center", fontsize=7)
+            axis.text(
+                0 if np.isnan(value) else value,
+                n,
+                " constant" if np.isnan(value) else f" {value:.3g}",
+                va="center",
+                fontsize=7,
+            )
         if best is not None:
             axis.axvline(best, color=style.text, linewidth=0.8, linestyle="--")
         axis.set_xlabel(label)
@@ -101,26 +127,53 @@ def region_summary(data: PanelData, style: Style = LIGHT) -> Figure:
     if not len(known):
         return finish(figure, "The expert never moves: no region can be judged (B3)", style)
     if found["correlation"][known].max() < 0.2:
-        return finish(figure, f"No region is predicted: the best correlation is {found['correlation'][known].max():.2f} (B3)", style)
+        return finish(
+            figure,
+            f"No region is predicted: the best correlation is {found['correlation'][known].max():.2f} (B3)",
+            style,
+        )
     worst, best = known[found["correlation"][known].argmin()], known[found["correlation"][known].argmax()]
     gap = found["correlation"][best] - found["correlation"][worst]
     spread = f"weakest region: {names[worst]}, correlation {found['correlation'][worst]:.2f}, coverage {found['coverage'][worst]:.0f} %"
-    return finish(figure, (f"Regions are alike; {spread}" if gap < 0.2 else spread[0].upper() + spread[1:]) + " (B3)", style)
+    return finish(
+        figure, (f"Regions are alike; {spread}" if gap < 0.2 else spread[0].upper() + spread[1:]) + " (B3)", style
+    )
 
 
 def temporal_error(data: PanelData, style: Style = LIGHT) -> Figure:
     """B5: error by step of the chunk with the middle 80 % of observations; good: flat or rising slowly."""
-    count = data.active.sum(2)                                                          # [N,T]
-    each = np.where(count > 0, np.nansum(np.abs(data.error), 2) / np.maximum(count, 1), np.nan)     # [N,T]
+    count = data.active.sum(2)  # [N,T]
+    each = np.where(count > 0, np.nansum(np.abs(data.error), 2) / np.maximum(count, 1), np.nan)  # [N,T]
     seen = np.isfinite(each).any(0)
     if not seen.any():
         return say_nothing(new_figure(style), "No step counts (B5)", style)
     mean, (low, high) = np.nanmean(each[:, seen], 0), np.nanpercentile(each[:, seen], (10, 90), axis=0)
     figure = new_figure(style, 8, 3.6)
     axis, steps = figure.subplots(), np.flatnonzero(seen) + 1
-    axis.fill_between(steps, low, high, color=style.predicted, alpha=0.25, linewidth=0, label=f"middle 80 % of {len(each)} {data.what}")
+    axis.fill_between(
+        steps,
+        low,
+        high,
+        color=style.predicted,
+        alpha=0.25,
+        linewidth=0,
+        label=f"middle 80 % of {len(each)} {data.what}",
+    )
     axis.plot(steps, mean, color=style.predicted, marker="o", markersize=4, label="mean")
     axis.set(xlabel="step of the chunk", ylabel=f"MAE ({UNIT})", ylim=(0, None))
     growth = 100 * (mean[-1] / max(mean[0], 1e-9) - 1)
-    verdict = "rises too fast: the end of a chunk is guessed" if growth > GROWTH else "its end is no harder than its beginning" if growth < 10 else "rises slowly"
-    return finish(figure, f"Error {growth:+.0f} % from first to last step: {verdict} (B5)" if mean[0] > 1e-6 else "No error at the first step (B5)", style, "lower left")
+    verdict = (
+        "rises too fast: the end of a chunk is guessed"
+        if growth > GROWTH
+        else "its end is no harder than its beginning"
+        if growth < 10
+        else "rises slowly"
+    )
+    return finish(
+        figure,
+        f"Error {growth:+.0f} % from first to last step: {verdict} (B5)"
+        if mean[0] > 1e-6
+        else "No error at the first step (B5)",
+        style,
+        "lower left",
+    )

@@ -20,7 +20,7 @@ from ..context import Session, open_loader
 from ..step import autocast, noise_generator
 from .data import PanelData
 
-FEW = 2     # draws at most of a head that takes many passes
+FEW = 2  # draws at most of a head that takes many passes
 
 
 @torch.no_grad()
@@ -39,34 +39,58 @@ def collect(session: Session, step: int = 0) -> PanelData:
         loader, held_out = _loader(session)
         with loader:
             count = min(config.panels.observations, sum(loader.sizes))
-            noise = torch.randn(-(-count // b) * b, g, dit.horizon, dit.noise_dim, generator=noise_generator(config.seed, 0, 3))     # [N,G,T,n]
+            noise = torch.randn(
+                -(-count // b) * b, g, dit.horizon, dit.noise_dim, generator=noise_generator(config.seed, 0, 3)
+            )  # [N,G,T,n]
             found: list[tuple[FeatureBatch, torch.Tensor]] = []
             for start in range(0, count, b):
                 at = loader.state_dict()["offset"]
                 batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
-                with autocast(config, device), torch.compiler.set_stance("force_eager"):     # other shapes: not worth compiling for
-                    pred = generate(net, net.encode(batch), noise[start:start + b].to(device), torch.ones(b, device=device), config.loss)     # [B,G,T,128]
+                with (
+                    autocast(config, device),
+                    torch.compiler.set_stance("force_eager"),
+                ):  # other shapes: not worth compiling for
+                    pred = generate(
+                        net,
+                        net.encode(batch),
+                        noise[start : start + b].to(device),
+                        torch.ones(b, device=device),
+                        config.loss,
+                    )  # [B,G,T,128]
                 found.append((_light(batch), pred.float().cpu()))
     finally:
         net.train(training)
-    draws = torch.cat([pred for _, pred in found])[:count]                              # [N,G,T,128]
-    target, active, body, dataset = (torch.cat([get(batch) for batch, _ in found])[:count].cpu() for get in (
-        lambda x: x.action, counting, lambda x: x.embodiment, lambda x: x.dataset))
+    draws = torch.cat([pred for _, pred in found])[:count]  # [N,G,T,128]
+    target, active, body, dataset = (
+        torch.cat([get(batch) for batch, _ in found])[:count].cpu()
+        for get in (lambda x: x.action, counting, lambda x: x.embodiment, lambda x: x.dataset)
+    )
     draws = draws.masked_fill(~active[:, None], 0.0)
     drift = drift_of(draws, target, active, body, config.loss)
     tables = session.cache.datasets
     return PanelData(
-        step=step, datasets=tuple(d.name for d in tables), embodiments=tuple(d.embodiment_id for d in tables), dataset=dataset.numpy(),
-        target=target.numpy(), draws=draws.numpy(), active=active.numpy(), drift=drift.step.numpy(), mean_square=drift.mean_square.numpy(),
-        temperatures=config.loss.temperatures, center=np.stack([d.action_normalizer.center for d in tables]),
-        half_range=np.stack([d.action_normalizer.half_range for d in tables]), hz=np.array([d.control_hz for d in tables]), held_out=held_out)
+        step=step,
+        datasets=tuple(d.name for d in tables),
+        embodiments=tuple(d.embodiment_id for d in tables),
+        dataset=dataset.numpy(),
+        target=target.numpy(),
+        draws=draws.numpy(),
+        active=active.numpy(),
+        drift=drift.step.numpy(),
+        mean_square=drift.mean_square.numpy(),
+        temperatures=config.loss.temperatures,
+        center=np.stack([d.action_normalizer.center for d in tables]),
+        half_range=np.stack([d.action_normalizer.half_range for d in tables]),
+        hz=np.array([d.control_hz for d in tables]),
+        held_out=held_out,
+    )
 
 
 def _loader(session: Session) -> tuple[Loader, bool]:
     """The batches that one process alone would see, and whether they are held out."""
     try:
         return open_loader(session, split="eval", alone=True), True
-    except UserError:       # none are held out
+    except UserError:  # none are held out
         return open_loader(session, split="all", alone=True), False
 
 

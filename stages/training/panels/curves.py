@@ -16,8 +16,8 @@ from ....common.figures import LIGHT, MARKERS, Style, finish, new_figure, say_no
 from ..run_log import evaluations
 from .data import PanelData
 
-BALANCED = 0.2      # relative difference of a dataset's share from the configured one that is still balanced
-STAGNANT = 0.02     # relative fall of the error over the last third of the evaluations below which a dataset stands still
+BALANCED = 0.2  # relative difference of a dataset's share from the configured one that is still balanced
+STAGNANT = 0.02  # relative fall of the error over the last third of the evaluations below which a dataset stands still
 
 
 def by_dataset(line: dict[str, Any], metric: str, datasets: Sequence[str]) -> np.ndarray:
@@ -32,14 +32,30 @@ def eval_dashboard(data: PanelData, style: Style = LIGHT) -> Figure:
         return say_nothing(new_figure(style), "No evaluation on held-out episodes yet (D1)", style)
     figure = new_figure(style, 11, 0.34 * len(data.datasets) + 1.7)
     bodies = sorted(set(data.embodiments))
-    kinds = (("mse", "MSE (normalised²)", None), ("mae", "MAE (normalised)", None), ("correlation", "correlation", 1.0), ("coverage", "coverage, %", 100.0))
+    kinds = (
+        ("mse", "MSE (normalised²)", None),
+        ("mae", "MAE (normalised)", None),
+        ("correlation", "correlation", 1.0),
+        ("coverage", "coverage, %", 100.0),
+    )
     for axis, (metric, label, best) in zip(figure.subplots(1, 4, sharey=True), kinds):
         values = by_dataset(found[-1], metric, data.datasets)
         for n, body in enumerate(bodies):
             mine = [k for k, b in enumerate(data.embodiments) if b == body]
-            axis.barh(mine, np.nan_to_num(values[mine]), color=style.cycle[n % len(style.cycle)], label=EMBODIMENTS[body] if metric == "coverage" else None)
+            axis.barh(
+                mine,
+                np.nan_to_num(values[mine]),
+                color=style.cycle[n % len(style.cycle)],
+                label=EMBODIMENTS[body] if metric == "coverage" else None,
+            )
         for k, value in enumerate(values):
-            axis.text(0 if np.isnan(value) else value, k, " –" if np.isnan(value) else f" {value:.3g}", va="center", fontsize=7)
+            axis.text(
+                0 if np.isnan(value) else value,
+                k,
+                " –" if np.isnan(value) else f" {value:.3g}",
+                va="center",
+                fontsize=7,
+            )
         axis.set_xlabel(label)
         axis.margins(x=0.3)
         if best is not None:
@@ -48,8 +64,14 @@ def eval_dashboard(data: PanelData, style: Style = LIGHT) -> Figure:
     axis.set_yticks(range(len(data.datasets)), data.datasets)
     axis.invert_yaxis()
     errors = by_dataset(found[-1], "mse", data.datasets)
-    worst = f"; worst: {data.datasets[int(np.nanargmax(errors))]}, {np.nanmax(errors):.4f}" if np.isfinite(errors).sum() > 1 else ""
-    return finish(figure, f"Held-out MSE {found[-1]['eval/mse']:.4f} at step {found[-1]['step']}{worst} (D1)", style, "outside")
+    worst = (
+        f"; worst: {data.datasets[int(np.nanargmax(errors))]}, {np.nanmax(errors):.4f}"
+        if np.isfinite(errors).sum() > 1
+        else ""
+    )
+    return finish(
+        figure, f"Held-out MSE {found[-1]['eval/mse']:.4f} at step {found[-1]['step']}{worst} (D1)", style, "outside"
+    )
 
 
 def training_curves(data: PanelData, style: Style = LIGHT) -> Figure:
@@ -65,17 +87,41 @@ def training_curves(data: PanelData, style: Style = LIGHT) -> Figure:
     middle.plot(steps, [line["mse"] for line in lines], color=style.expert, label="training batch")
     held = evaluations(lines)
     if held:
-        middle.plot([line["step"] for line in held], [line["eval/mse"] for line in held], color=style.predicted, marker="o", label="held out, averaged weights")
+        middle.plot(
+            [line["step"] for line in held],
+            [line["eval/mse"] for line in held],
+            color=style.predicted,
+            marker="o",
+            label="held out, averaged weights",
+        )
     middle.set(xlabel="training step", ylabel="MSE (normalised²)", title="error", yscale="log")
-    drift = [(line["step"], np.mean(line["mean_square"])) for line in lines if line.get("mean_square") and max(line["mean_square"]) > 0]
+    drift = [
+        (line["step"], np.mean(line["mean_square"]))
+        for line in lines
+        if line.get("mean_square") and max(line["mean_square"]) > 0
+    ]
     if drift:
         right.plot(*zip(*((step, np.sqrt(value)) for step, value in drift)), color=style.cycle[2])
         right.set(yscale="log")
-    right.set(xlabel="training step", ylabel="RMS drift (mean over τ)", title="drift" if drift else "this head has no drift")
-    what, curve = ("Held-out MSE", [line["eval/mse"] for line in held]) if len(held) > 1 else ("MSE", [line["mse"] for line in lines])
+    right.set(
+        xlabel="training step", ylabel="RMS drift (mean over τ)", title="drift" if drift else "this head has no drift"
+    )
+    what, curve = (
+        ("Held-out MSE", [line["eval/mse"] for line in held])
+        if len(held) > 1
+        else ("MSE", [line["mse"] for line in lines])
+    )
     times = curve[0] / max(curve[-1], 1e-12)
     best = int(np.argmin(curve))
-    verdict = "it got worse" if times < 1 else "it hardly falls" if times < 1.1 else "rising again since its best: it may overfit" if held and len(held) > 3 and curve[-1] > 1.2 * curve[best] else f"{times:.1f} × smaller"
+    verdict = (
+        "it got worse"
+        if times < 1
+        else "it hardly falls"
+        if times < 1.1
+        else "rising again since its best: it may overfit"
+        if held and len(held) > 3 and curve[-1] > 1.2 * curve[best]
+        else f"{times:.1f} × smaller"
+    )
     return finish(figure, f"{what} {curve[0]:.4f} → {curve[-1]:.4f}: {verdict} (D2)", style)
 
 
@@ -87,19 +133,34 @@ def learning_curves(data: PanelData, style: Style = LIGHT) -> Figure:
     figure = new_figure(style, 10, 4)
     left, right = figure.subplots(1, 2)
     steps = [line["step"] for line in found]
-    errors = np.array([by_dataset(line, "mse", data.datasets) for line in found])       # [n,K]
+    errors = np.array([by_dataset(line, "mse", data.datasets) for line in found])  # [n,K]
     for k, name in enumerate(data.datasets):
-        how = {"color": style.cycle[k % len(style.cycle)], "marker": MARKERS[k // len(style.cycle) % len(MARKERS)], "markersize": 4}
+        how = {
+            "color": style.cycle[k % len(style.cycle)],
+            "marker": MARKERS[k // len(style.cycle) % len(MARKERS)],
+            "markersize": 4,
+        }
         left.plot(steps, errors[:, k], label=name if len(data.datasets) <= 16 else None, **how)
         right.plot(steps, [by_dataset(line, "correlation", data.datasets)[k] for line in found], **how)
     left.set(xlabel="training step", ylabel="held-out MSE (normalised²)", yscale="log")
     right.set(xlabel="training step", ylabel="held-out correlation", ylim=(min(0, *right.get_ylim()), 1.02))
     if len(found) < 3:
-        return finish(figure, f"{len(found)} evaluation{'s' * (len(found) > 1)}: too few to see who improves (D3)", style)
+        return finish(
+            figure, f"{len(found)} evaluation{'s' * (len(found) > 1)}: too few to see who improves (D3)", style
+        )
     before, now = errors[-1 - max(1, len(found) // 3)], errors[-1]
     still = [name for name, a, b in zip(data.datasets, before, now) if np.isfinite(a) and b > (1 - STAGNANT) * a]
     named = ", ".join(still[:3]) + (", …" if len(still) > 3 else "")
-    return finish(figure, (f"{len(still)} of {len(data.datasets)} datasets no longer improve: {named}" if still else "All datasets improve") + " (D3)", style)
+    return finish(
+        figure,
+        (
+            f"{len(still)} of {len(data.datasets)} datasets no longer improve: {named}"
+            if still
+            else "All datasets improve"
+        )
+        + " (D3)",
+        style,
+    )
 
 
 def data_balance(data: PanelData, style: Style = LIGHT) -> Figure:
@@ -110,12 +171,17 @@ def data_balance(data: PanelData, style: Style = LIGHT) -> Figure:
     figure = new_figure(style, 8, 0.5 * len(wanted) + 1.5)
     axis, places = figure.subplots(), np.arange(len(wanted))
     axis.barh(places - 0.2, 100 * wanted, 0.38, color=style.expert, label="configured")
-    axis.barh(places + 0.2, 100 * got, 0.38, color=style.predicted, label=f"of the last {int(data.drawn.sum())} samples")
+    axis.barh(
+        places + 0.2, 100 * got, 0.38, color=style.predicted, label=f"of the last {int(data.drawn.sum())} samples"
+    )
     axis.set_yticks(places, data.datasets)
     axis.invert_yaxis()
     axis.set_xlabel("share of the training samples, %")
     off = np.abs(got - wanted) / np.maximum(wanted, 1e-9)
     worst = int(off.argmax())
-    verdict = "The mixture is as configured" if off[worst] < BALANCED else \
-        f"{data.datasets[worst]} has {100 * got[worst]:.1f} % of the samples, {100 * wanted[worst]:.1f} % are configured"
+    verdict = (
+        "The mixture is as configured"
+        if off[worst] < BALANCED
+        else f"{data.datasets[worst]} has {100 * got[worst]:.1f} % of the samples, {100 * wanted[worst]:.1f} % are configured"
+    )
     return finish(figure, f"{verdict}; smallest share {100 * got.min():.1f} % (D4)", style)

@@ -16,7 +16,7 @@ import torch
 from ....cache.actions.slots import EMBODIMENTS
 from ....drifting.metrics import ActionMetrics, set_metrics
 
-MOST_SHOWN = 12     # dimensions in a panel that has a small picture for each
+MOST_SHOWN = 12  # dimensions in a panel that has a small picture for each
 
 
 @dataclass
@@ -30,7 +30,7 @@ class PanelData:
 
     step: int
     datasets: tuple[str, ...]
-    embodiments: tuple[int, ...]        # of each dataset, an index into EMBODIMENTS
+    embodiments: tuple[int, ...]  # of each dataset, an index into EMBODIMENTS
     dataset: np.ndarray
     target: np.ndarray
     draws: np.ndarray
@@ -41,7 +41,7 @@ class PanelData:
     center: np.ndarray
     half_range: np.ndarray
     hz: np.ndarray
-    held_out: bool = True               # else observations that are trained on, for lack of others
+    held_out: bool = True  # else observations that are trained on, for lack of others
     configured: np.ndarray | None = None
     drawn: np.ndarray | None = None
     log: Sequence[dict[str, Any]] = field(default=(), repr=False)
@@ -68,8 +68,8 @@ class PanelData:
         error = np.square((self.draws - self.target[:, None])[active]).mean()
         spread = []
         for k in np.unique(self.dataset):
-            on, values = self.active[self.dataset == k], self.target[self.dataset == k]             # [n,T,128]
-            mean = np.where(on, values, 0).sum((0, 1)) / np.maximum(on.sum((0, 1)), 1)              # [128]
+            on, values = self.active[self.dataset == k], self.target[self.dataset == k]  # [n,T,128]
+            mean = np.where(on, values, 0).sum((0, 1)) / np.maximum(on.sum((0, 1)), 1)  # [128]
             spread.append((values - mean)[on])
         return float(np.sqrt(error / max(np.square(np.concatenate(spread)).mean(), 1e-12)))
 
@@ -77,20 +77,33 @@ class PanelData:
     def metrics(self) -> ActionMetrics:
         """Of `pred`, by dataset, embodiment and place."""
         metrics = ActionMetrics(self.datasets, EMBODIMENTS)
-        metrics.add(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (
-            self.pred, self.target, self.active, self.dataset.astype(np.int64), np.asarray(self.embodiments, np.int64)[self.dataset])))
+        metrics.add(
+            *(
+                torch.from_numpy(np.ascontiguousarray(x))
+                for x in (
+                    self.pred,
+                    self.target,
+                    self.active,
+                    self.dataset.astype(np.int64),
+                    np.asarray(self.embodiments, np.int64)[self.dataset],
+                )
+            )
+        )
         return metrics
 
     @functools.cached_property
     def result(self) -> dict[str, float]:
         """`metrics` over everything, with those of the set of chunks: "mmd", "mode_coverage"."""
-        tensors = (torch.from_numpy(np.ascontiguousarray(x)) for x in (self.pred, self.target, self.active, self.dataset.astype(np.int64)))
+        tensors = (
+            torch.from_numpy(np.ascontiguousarray(x))
+            for x in (self.pred, self.target, self.active, self.dataset.astype(np.int64))
+        )
         return {**self.metrics.result(), **set_metrics(*tensors)}
 
     def of_slot(self, metric: str) -> np.ndarray:
         """[128] of a metric: mean over the datasets that define it, NaN where none does."""
-        values = self.metrics.slots()[metric].numpy()               # [K,128]
-        count = np.isfinite(values).sum(0)                          # [128]
+        values = self.metrics.slots()[metric].numpy()  # [K,128]
+        count = np.isfinite(values).sum(0)  # [128]
         return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
     def shown(self) -> list[int]:

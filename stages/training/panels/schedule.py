@@ -1,7 +1,7 @@
 """Panels while a run trains: when they are due, what they may cost, where they go. Nothing here can stop a run.
 
-    RUN/panels/step-00000500/A1.png …        what was drawn after that step
-    RUN/panels/step-00000500/findings.json   panel → its title
+RUN/panels/step-00000500/A1.png …        what was drawn after that step
+RUN/panels/step-00000500/findings.json   panel → its title
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .catalogue import PANELS, Panel, due
 from .collect import collect
 from .data import PanelData
 
-GUESS = 0.3         # seconds that a panel takes, until one was drawn
-LATELY = 256        # batches whose datasets are counted
+GUESS = 0.3  # seconds that a panel takes, until one was drawn
+LATELY = 256  # batches whose datasets are counted
 
 
 class Panels:
@@ -33,23 +33,35 @@ class Panels:
     def __init__(self, session: Session, loader: Loader) -> None:
         self.session, self.loader, self.config = session, loader, session.config.panels
         self._began, self._start = time.perf_counter(), loader.state_dict()["offset"]
-        self._spent, self._drawing, self._drawn, self._looked, self._said = 0.0, 0.0, 0, 0.0, False     # seconds, but for a count and a flag
+        self._spent, self._drawing, self._drawn, self._looked, self._said = (
+            0.0,
+            0.0,
+            0,
+            0.0,
+            False,
+        )  # seconds, but for a count and a flag
         self._last: PanelData | None = None
 
     def turn(self, step: int, evaluated: bool) -> list[Panel]:
         """What is drawn after `step`: what is due, unless it would take more than `panels.share` of the time so far. A run's last step
         always is, if it is long enough for a first turn. The same in every process."""
         last = step == self.session.config.steps and step >= self.config.every
-        panels = due(step, self.config.every, evaluated, last) if last or not evaluated or step >= self.config.every else []
+        panels = (
+            due(step, self.config.every, evaluated, last) if last or not evaluated or step >= self.config.every else []
+        )
         if not panels or last or self.config.share == 1:
             return panels
         each = self._drawing / self._drawn if self._drawn else GUESS
         elapsed = time.perf_counter() - self._began
-        late = self.session.world.any(self.session.world.main and self._spent + each * len(panels) + self._looked > self.config.share * elapsed)
+        late = self.session.world.any(
+            self.session.world.main and self._spent + each * len(panels) + self._looked > self.config.share * elapsed
+        )
         if late and not self._said:
             self._said = True
-            self.session.say(f"no panels after step {step}: they would take more than {100 * self.config.share:g} % of the time so far; the next ones are "
-                             "drawn when they take less, or give --set panels.share=1")
+            self.session.say(
+                f"no panels after step {step}: they would take more than {100 * self.config.share:g} % of the time so far; the next ones are "
+                "drawn when they take less, or give --set panels.share=1"
+            )
         return [] if late else panels
 
     def look(self, step: int, panels: list[Panel], evaluated: bool) -> PanelData | None:
@@ -61,12 +73,14 @@ class Panels:
         try:
             self._last = collect(self.session, step)
             return self._last
-        except Exception as error:      # whatever it is, the run is worth more
-            self.session.say(f"no panels after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        except Exception as error:  # whatever it is, the run is worth more
+            self.session.say(
+                f"no panels after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
             return None
         finally:
             self._looked = time.perf_counter() - began
-            self._spent += 0.0 if evaluated else self._looked       # an evaluation looks in any case
+            self._spent += 0.0 if evaluated else self._looked  # an evaluation looks in any case
 
     def draw(self, panels: list[Panel], seen: PanelData | None, tracker: Tracker | None) -> None:
         """Draw `panels` from `seen`, write and log them; a panel that fails is said and left out. `tracker`: of the process that draws."""
@@ -82,20 +96,38 @@ class Panels:
                 write_file(folder / f"{panel.key}.png", png(figure))
                 findings[panel.key] = " ".join(figure.get_suptitle().split())
             except Exception as error:
-                self.session.say(f"panel {panel.key} after step {seen.step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                self.session.say(
+                    f"panel {panel.key} after step {seen.step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                )
         try:
             write_file(folder / "findings.json", (json.dumps(findings, indent=1, ensure_ascii=False) + "\n").encode())
-            tracker.pictures(seen.step, {f"panels/{key} {PANELS[key].name}": (folder / f"{key}.png", finding) for key, finding in findings.items()})
+            tracker.pictures(
+                seen.step,
+                {
+                    f"panels/{key} {PANELS[key].name}": (folder / f"{key}.png", finding)
+                    for key, finding in findings.items()
+                },
+            )
         except Exception as error:
-            self.session.say(f"panels after step {seen.step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self.session.say(
+                f"panels after step {seen.step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
         elapsed = time.perf_counter() - began
-        self._spent, self._drawing, self._drawn = self._spent + elapsed, self._drawing + elapsed, self._drawn + len(panels)
+        self._spent, self._drawing, self._drawn = (
+            self._spent + elapsed,
+            self._drawing + elapsed,
+            self._drawn + len(panels),
+        )
 
     def _counts(self) -> np.ndarray:
         """[K]: this process's samples of each dataset in the last batches since the run began or went on."""
         offset, size = self.loader.state_dict()["offset"], self.session.config.batch_size * self.session.world.size
         seen = [self.loader.samples(at)[0] for at in range(max(self._start, offset - LATELY * size), offset, size)]
-        return np.bincount(np.concatenate(seen), minlength=len(self.session.cache.datasets)) if seen else np.zeros(len(self.session.cache.datasets))
+        return (
+            np.bincount(np.concatenate(seen), minlength=len(self.session.cache.datasets))
+            if seen
+            else np.zeros(len(self.session.cache.datasets))
+        )
 
 
 def panel_folder(run: Path, step: int) -> Path:

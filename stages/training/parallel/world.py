@@ -20,7 +20,7 @@ from ....common.device import pick_device
 from ....errors import UserError
 
 T = TypeVar("T")
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")     # a launcher sets all of them
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class World:
     device: torch.device = torch.device("cpu")
     rank: int = 0
     size: int = 1
-    launched: bool = False      # by a launcher: there is a process group, even when it is of one
+    launched: bool = False  # by a launcher: there is a process group, even when it is of one
 
     @property
     def main(self) -> bool:
@@ -115,8 +115,10 @@ def join(device: str) -> Iterator[World]:
     if picked.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; start "
-                            "at most so many (--nproc_per_node), or train with --device cpu")
+            raise UserError(
+                f"process {local} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; start "
+                "at most so many (--nproc_per_node), or train with --device cpu"
+            )
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
     if not begun:
@@ -133,4 +135,4 @@ def leave() -> None:
     gloo's threads let go of the last tensors a moment after a collective returned, which needs the interpreter, and a wrapped network keeps
     the group and its threads alive beyond its destruction."""
     dist.destroy_process_group()
-    time.sleep(0.2)     # the interpreter is free meanwhile
+    time.sleep(0.2)  # the interpreter is free meanwhile

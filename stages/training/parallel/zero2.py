@@ -20,7 +20,7 @@ from .replicas import MOMENTS, Replicas, parameter_groups
 class Zero2(Replicas):
     """The strategy zero2."""
 
-    optimizer: Any      # DeepSpeed's own, around AdamW
+    optimizer: Any  # DeepSpeed's own, around AdamW
 
     def __init__(self, session: Session) -> None:
         import deepspeed
@@ -31,10 +31,19 @@ class Zero2(Replicas):
         self._get, self._set = safe_get_full_optimizer_state, safe_set_full_optimizer_state
         config, adam = session.config, session.config.optimizer
         self._adamw = torch.optim.AdamW(parameter_groups(self.named, adam), lr=adam.lr, betas=adam.betas)
-        self._engine, self.optimizer, *_ = deepspeed.initialize(model=session.net, optimizer=self._adamw, dist_init_required=False, config={
-            "train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": config.accumulate,
-            "gradient_clipping": adam.clip, "zero_optimization": {"stage": 2}, "steps_per_print": 1 << 40,
-            **({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if config.precision == "bf16" else {})})
+        self._engine, self.optimizer, *_ = deepspeed.initialize(
+            model=session.net,
+            optimizer=self._adamw,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": config.batch_size,
+                "gradient_accumulation_steps": config.accumulate,
+                "gradient_clipping": adam.clip,
+                "zero_optimization": {"stage": 2},
+                "steps_per_print": 1 << 40,
+                **({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if config.precision == "bf16" else {}),
+            },
+        )
         self.module = self._engine
 
     def share(self) -> None:
@@ -46,12 +55,12 @@ class Zero2(Replicas):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss, scale_wrt_gas=False)    # the loop has divided by the number of batches
+        self._engine.backward(loss, scale_wrt_gas=False)  # the loop has divided by the number of batches
 
     def clip(self, limit: float) -> float:
         """The norm before; the engine scales the gradients in its step."""
         norm = float(self.optimizer.scaled_global_norm())
-        return norm if norm >= 0 else float("nan")      # it says −1 of one that is not finite
+        return norm if norm >= 0 else float("nan")  # it says −1 of one that is not finite
 
     def step(self) -> None:
         self._engine.step()
@@ -62,7 +71,11 @@ class Zero2(Replicas):
             return {}
         self._link()
         steps = {id(p): state[flat]["step"] for group, flat in self._groups() for p in group}
-        return {f"{name}:{kind}": steps[id(p)].clone() if kind == "step" else self._get(p, kind) for name, p in self.named.items() for kind in MOMENTS}
+        return {
+            f"{name}:{kind}": steps[id(p)].clone() if kind == "step" else self._get(p, kind)
+            for name, p in self.named.items()
+            for kind in MOMENTS
+        }
 
     def load_moments(self, stored: Mapping[str, Tensor]) -> None:
         if not stored:
@@ -80,7 +93,7 @@ class Zero2(Replicas):
         """Tell each parameter where its part of AdamW's state is: the engine does so within its first step, when only the first group's exists."""
         for group, flat in self._groups():
             for p in group:
-                if p._hp_mapping is not None:       # a part of it is this process's
+                if p._hp_mapping is not None:  # a part of it is this process's
                     p._hp_mapping.set_optim_state_fragment(flat, self._adamw.state[flat])
 
     def _groups(self) -> list[tuple[list[Any], Tensor]]:

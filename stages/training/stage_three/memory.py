@@ -54,8 +54,10 @@ def live_memory(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarra
     one, two = (_activations(session, encoder, ids[:n], rows[:n]) for n in (1, 2))
     kept = one + (two - one) * (session.config.batch_size - 1)
     parts = {"weights": own + vlm, "gradients": learnt, "AdamW": 2 * learnt, "EMA": learnt, "activations about": kept}
-    return (f"Memory: {size(sum(parts.values()))} ({', '.join(f'{name} {size(value)}' for name, value in parts.items())}); of the weights "
-            f"{size(vlm)} are the VLM's, and {size(learnt)} are trained")
+    return (
+        f"Memory: {size(sum(parts.values()))} ({', '.join(f'{name} {size(value)}' for name, value in parts.items())}); of the weights "
+        f"{size(vlm)} are the VLM's, and {size(learnt)} are trained"
+    )
 
 
 def _activations(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarray, rows: np.ndarray) -> int:
@@ -64,6 +66,11 @@ def _activations(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarr
     kept = SavedTensors([*session.net.parameters(), *encoder.parameters()])
     given = gather(session.cache, ids, rows, horizon, features=not session.live).to(device)
     with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda x: x):
-        result = training_step(session.net, session.features(given, none.astype(bool), none), session.config, noise_generator(session.config.seed, 0, 2))
+        result = training_step(
+            session.net,
+            session.features(given, none.astype(bool), none),
+            session.config,
+            noise_generator(session.config.seed, 0, 2),
+        )
     del result
     return kept.nbytes

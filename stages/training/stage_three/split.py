@@ -38,31 +38,37 @@ class SplitFeatures:
     def __init__(self, encoder: VisionLanguageEncoder, cache: Cache) -> None:
         assert cache.boundary is not None
         self.encoder, self._cache, self._n = encoder, cache, cache.boundary
-        self._null = [encoder.encode_upper(torch.from_numpy(d.null_features).to(encoder.device), self._n).half().to(encoder.dtype)
-                      for d in cache.datasets]                                                              # [V,K,D] each
+        self._null = [
+            encoder.encode_upper(torch.from_numpy(d.null_features).to(encoder.device), self._n).half().to(encoder.dtype)
+            for d in cache.datasets
+        ]  # [V,K,D] each
 
     def __call__(self, batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray | None = None) -> FeatureBatch:
         """`batch` of hidden states, tokens [B,V·S,C], with live tokens [B,V·K,D]. `masked` [B] bool: the null features take the place of
         these samples' pictures. `variant` is unused: the loader has read the variants it drew."""
         encoder, device = self.encoder, batch.tokens.device
-        hidden = batch.tokens.unflatten(1, (-1, self._cache.tokens))                                        # [B,V,S,C]
-        seen = batch.token_mask.unflatten(1, (-1, self._cache.tokens))[..., 0]                              # [B,V] there is such a camera
+        hidden = batch.tokens.unflatten(1, (-1, self._cache.tokens))  # [B,V,S,C]
+        seen = batch.token_mask.unflatten(1, (-1, self._cache.tokens))[..., 0]  # [B,V] there is such a camera
         seen = seen & ~torch.from_numpy(masked).to(device)[:, None]
-        tokens = torch.zeros(*seen.shape, encoder.tokens, encoder.width, dtype=encoder.dtype, device=device)    # [B,V,K,D]
+        tokens = torch.zeros(
+            *seen.shape, encoder.tokens, encoder.width, dtype=encoder.dtype, device=device
+        )  # [B,V,K,D]
         for i in np.flatnonzero(masked).tolist():
             null = self._null[int(batch.dataset[i])]
-            tokens[i, :len(null)] = null
+            tokens[i, : len(null)] = null
         if bool(seen.any()):
-            tokens[seen] = encoder.encode_upper(hidden[seen], self._n)                                      # [P,K,D]
+            tokens[seen] = encoder.encode_upper(hidden[seen], self._n)  # [P,K,D]
         return with_tokens(batch, tokens, self._cache)
 
 
 def split_features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncoder) -> SplitFeatures:
     """Of the policy's `encoder` on the split cache. `UserError` when the two do not belong together, or for augmentation that it does not hold."""
     if encoder.by_observation:
-        raise UserError(f"{config.start} was trained on features of depth language, and cache {cache.path} stops inside the vision tower (--boundary): "
-                        "fine-tune it on a cache of its features")
-    assert cache.boundary is not None       # a split cache
+        raise UserError(
+            f"{config.start} was trained on features of depth language, and cache {cache.path} stops inside the vision tower (--boundary): "
+            "fine-tune it on a cache of its features"
+        )
+    assert cache.boundary is not None  # a split cache
     require_encoder(encoder.at_boundary(cache.boundary), cache.fingerprint["encoder"], f"cache {cache.path}")
     if config.train.image_aug:
         require_variants(cache)
@@ -75,21 +81,31 @@ def above_boundary(config: FinetuneConfig, cache: Cache) -> FinetuneConfig:
     if n is None or lora is None:
         return config
     if lora.last_n_blocks is not None and lora.last_n_blocks > n:
-        raise UserError(f"LoRA in the last {lora.last_n_blocks} blocks: cache {cache.path} holds what enters the last {n} (--boundary {n}), and only those "
-                        f"run; give at most {n}, or build the cache with --boundary {lora.last_n_blocks}")
+        raise UserError(
+            f"LoRA in the last {lora.last_n_blocks} blocks: cache {cache.path} holds what enters the last {n} (--boundary {n}), and only those "
+            f"run; give at most {n}, or build the cache with --boundary {lora.last_n_blocks}"
+        )
     return dataclasses.replace(config, lora=dataclasses.replace(lora, last_n_blocks=lora.last_n_blocks or n))
 
 
-def same_samples(config: FinetuneConfig, cache: Cache, features: SplitFeatures, ids: np.ndarray, rows: np.ndarray,
-                 horizon: int) -> tuple[FeatureBatch, FeatureBatch] | None:
+def same_samples(
+    config: FinetuneConfig, cache: Cache, features: SplitFeatures, ids: np.ndarray, rows: np.ndarray, horizon: int
+) -> tuple[FeatureBatch, FeatureBatch] | None:
     """Samples (dataset, frame row int64 [B]) of the split cache, as stage two saw them and as fine-tuning will: (with cached features, with
     those of the last n blocks). Of the samples that the run's own cache holds too; where that is gone or has none of them, the first are
     encoded whole from the sources given; None without these."""
     encoder, device = features.encoder, features.encoder.device
     found = _run_cache(config)
     if found is not None:
-        twins = {d: t for d, dataset in enumerate(cache.datasets) for t, twin in enumerate(found.datasets) if _alike(dataset, twin)}
-        kept = np.array([d in twins and _has(found.datasets[twins[d]], row) for d, row in zip(ids.tolist(), rows.tolist())], bool)
+        twins = {
+            d: t
+            for d, dataset in enumerate(cache.datasets)
+            for t, twin in enumerate(found.datasets)
+            if _alike(dataset, twin)
+        }
+        kept = np.array(
+            [d in twins and _has(found.datasets[twins[d]], row) for d, row in zip(ids.tolist(), rows.tolist())], bool
+        )
         if kept.any():
             ids, rows = ids[kept], rows[kept]
             cached = gather(found, np.array([twins[d] for d in ids.tolist()]), rows, horizon).to(device)
@@ -117,7 +133,11 @@ def _run_cache(config: FinetuneConfig) -> Cache | None:
 
 def _alike(a: CacheDataset, b: CacheDataset) -> bool:
     """Whether two caches hold the same frames of the same cameras under the same rows."""
-    return a.name == b.name and a.views == b.views and all(a.attributes[key] == b.attributes[key] for key in ("source_hashes", "action_map", "state_map"))
+    return (
+        a.name == b.name
+        and a.views == b.views
+        and all(a.attributes[key] == b.attributes[key] for key in ("source_hashes", "action_map", "state_map"))
+    )
 
 
 def _has(dataset: CacheDataset, row: int) -> bool:

@@ -125,19 +125,27 @@ def test_any_six_numbers_give_a_rotation(values):
     np.testing.assert_allclose(matrix_from_rot6d(np.zeros(6)), np.eye(3))
 
 
-@pytest.mark.parametrize(("form", "good", "bad"), [
-    ("quat_xyzw", (0, 0, 0.5, 0), (0, 0, 0, 0)), ("quat_xyzw", (0, 0, 0, -2), (0, 0, 0, 2.001)),
-    ("quat_xyzw", (0.5, 0.5, 0.5, 0.5), (0.2, 0.2, 0.2, 0.2)),
-    ("matrix", (0, -1, 0, 1, 0, 0, 0, 0, 1), (0, 1, 0, 1, 0, 0, 0, 0, 1)),      # a reflection
-    ("matrix", (1, 0, 0, 0, 1, 0.004, 0, 0, 1), (0,) * 9), ("matrix", np.eye(3).ravel(), 1.1 * np.eye(3).ravel()),
-    ("rot6d", (0, 1, 0, 0, 0, 1), (1, 0, 0, 1, 0, 0)), ("rot6d", (1, 0, 0, 0.004, 1, 0), (0,) * 6),
-])
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ("quat_xyzw", (0, 0, 0.5, 0), (0, 0, 0, 0)),
+        ("quat_xyzw", (0, 0, 0, -2), (0, 0, 0, 2.001)),
+        ("quat_xyzw", (0.5, 0.5, 0.5, 0.5), (0.2, 0.2, 0.2, 0.2)),
+        ("matrix", (0, -1, 0, 1, 0, 0, 0, 0, 1), (0, 1, 0, 1, 0, 0, 0, 0, 1)),  # a reflection
+        ("matrix", (1, 0, 0, 0, 1, 0.004, 0, 0, 1), (0,) * 9),
+        ("matrix", np.eye(3).ravel(), 1.1 * np.eye(3).ravel()),
+        ("rot6d", (0, 1, 0, 0, 0, 1), (1, 0, 0, 1, 0, 0)),
+        ("rot6d", (1, 0, 0, 0.004, 1, 0), (0,) * 6),
+    ],
+)
 def test_what_is_no_rotation_is_refused_by_row(form, good, bad):
     mapping = ActionMap([FieldSpec(field="gripper_open"), FieldSpec(rotation=form)], 10.0)
     native = np.array([[0, *good], [0, *good], [0, *bad]], dtype=float)
     mapping.check(native[:2])
     for call in (mapping.check, mapping.to_unified):
-        with pytest.raises(NotARotation, match=rf"^row 2: \(.*\) is not a rotation as {form}; .*check the field map") as caught:
+        with pytest.raises(
+            NotARotation, match=rf"^row 2: \(.*\) is not a rotation as {form}; .*check the field map"
+        ) as caught:
             call(native)
         assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
 
@@ -146,7 +154,7 @@ def test_matrix_is_row_major():
     turn = elementary(2, 0.3) @ elementary(0, 1.1)
     np.testing.assert_allclose(to_rot6d("matrix", turn.ravel()), np.concatenate([turn[:, 0], turn[:, 1]]), atol=1e-12)
     np.testing.assert_allclose(from_rot6d("matrix", to_rot6d("matrix", turn.ravel())), turn.ravel(), atol=1e-12)
-    stored = turn.astype(np.float16)    # rounded, then made orthonormal again
+    stored = turn.astype(np.float16)  # rounded, then made orthonormal again
     np.testing.assert_allclose(matrix_from_rot6d(to_rot6d("matrix", stored.ravel())), turn, atol=2e-3)
 
 
@@ -155,7 +163,9 @@ def test_quaternions_and_forms_are_the_same_rotations(form, axis, angle, vector)
     given_as = to_rot6d("axis_angle", axis / np.linalg.norm(axis) * angle)
     native, matrix = from_rot6d(form, given_as), matrix_from_rot6d(given_as)
     q = to_quaternion(form, native)
-    np.testing.assert_allclose(rotate(q, vector), matrix @ vector, atol=1e-7)      # Euler near gimbal lock: 1e-8 · its condition
+    np.testing.assert_allclose(
+        rotate(q, vector), matrix @ vector, atol=1e-7
+    )  # Euler near gimbal lock: 1e-8 · its condition
     np.testing.assert_allclose(to_rot6d(form, from_quaternion(form, q)), to_rot6d(form, native), atol=1e-7)
     np.testing.assert_allclose(rotate(multiply(q, q), vector), matrix @ matrix @ vector, atol=1e-7)
     np.testing.assert_allclose(multiply(q, conjugate(q)), [0, 0, 0, 1], atol=1e-12)
@@ -166,9 +176,14 @@ def test_quaternions_and_forms_are_the_same_rotations(form, axis, angle, vector)
 
 @given(rows(3), numbers(1.0, 100.0), numbers(0.01, 10.0), numbers(-2.0, 2.0))
 def test_scale_offset_and_delta(native, hz, scale, offset):
-    mapping = ActionMap([FieldSpec(field="eef_vel_z", scale=scale, offset=offset, delta=True),
-                         FieldSpec(drop=1, fill=7.0),
-                         FieldSpec(field="left_gripper_open", scale=-scale, offset=offset)], hz)
+    mapping = ActionMap(
+        [
+            FieldSpec(field="eef_vel_z", scale=scale, offset=offset, delta=True),
+            FieldSpec(drop=1, fill=7.0),
+            FieldSpec(field="left_gripper_open", scale=-scale, offset=offset),
+        ],
+        hz,
+    )
     unified = mapping.to_unified(native)
     exact = native.astype(np.float64)
     np.testing.assert_allclose(unified[:, 41], (exact[:, 0] * scale + offset) * hz, rtol=1e-6, atol=1e-6)
@@ -196,18 +211,22 @@ def test_leading_shapes_and_rotation_slots():
     np.testing.assert_array_equal(mapping.to_native(mapping.to_unified(native[0, 0])), native[0, 0])
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"field": "arm_joint_0_poss"}, "did you mean 'arm_joint_0_pos'"),
-    ({"field": "eef_angle_0"}, "use 'rotation:' .*rot6d"),
-    ({"field": "arm_joint_0_pos", "delta": True}, "velocity slot"),
-    ({"field": "arm_joint_0_pos", "scale": 0.0}, "scale not 0"),
-    ({}, "exactly one of"),
-    ({"field": "arm_joint_0_pos", "drop": 1}, "exactly one of"),
-    ({"drop": 0}, "at least 1"),
-    ({"drop": 1, "scale": 2.0}, "only"),
-    ({"rotation": "quat_xyzw", "prefix": "eef_angel"}, "did you mean 'eef_angle'"),
-    ({"rotation": "quat_xyzw", "scale": 2.0}, "only"), ({"drop": 1, "legacy": True}, "legacy not to 'drop'"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"field": "arm_joint_0_poss"}, "did you mean 'arm_joint_0_pos'"),
+        ({"field": "eef_angle_0"}, "use 'rotation:' .*rot6d"),
+        ({"field": "arm_joint_0_pos", "delta": True}, "velocity slot"),
+        ({"field": "arm_joint_0_pos", "scale": 0.0}, "scale not 0"),
+        ({}, "exactly one of"),
+        ({"field": "arm_joint_0_pos", "drop": 1}, "exactly one of"),
+        ({"drop": 0}, "at least 1"),
+        ({"drop": 1, "scale": 2.0}, "only"),
+        ({"rotation": "quat_xyzw", "prefix": "eef_angel"}, "did you mean 'eef_angle'"),
+        ({"rotation": "quat_xyzw", "scale": 2.0}, "only"),
+        ({"drop": 1, "legacy": True}, "legacy not to 'drop'"),
+    ],
+)
 def test_wrong_entries_are_refused_by_name(values, message):
     with pytest.raises(UserError, match=message):
         FieldSpec(**values)

@@ -32,22 +32,27 @@ def turns(rng: np.random.Generator, count: int, largest: float) -> np.ndarray:
 
 def same_poses(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_allclose(a[:, :3], b[:, :3], atol=1e-9)
-    np.testing.assert_allclose(np.abs((a[:, 3:] * b[:, 3:]).sum(1)), 1.0, atol=1e-12)    # q and -q are one rotation
+    np.testing.assert_allclose(np.abs((a[:, 3:] * b[:, 3:]).sum(1)), 1.0, atol=1e-12)  # q and -q are one rotation
     np.testing.assert_allclose(multiply(a[:, 3:], b[:, 3:] * [-1, -1, -1, 1])[:, :3], 0, atol=1e-9)
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.sampled_from(FORMS), st.sampled_from(FRAMES), st.integers(0, 2**31), st.sampled_from([1, 2, 3, 8, 64]),
-       st.sampled_from([0.0, 1e-9, 0.3, 3.1, np.pi - 1e-7]))
+@given(
+    st.sampled_from(FORMS),
+    st.sampled_from(FRAMES),
+    st.integers(0, 2**31),
+    st.sampled_from([1, 2, 3, 8, 64]),
+    st.sampled_from([0.0, 1e-9, 0.3, 3.1, np.pi - 1e-7]),
+)
 def test_differentiate_inverts_integrate(form, frame, seed, steps, largest):
     rng = np.random.default_rng(seed)
-    q = turns(rng, steps, min(largest, 1.4) if form == "euler_xyz" else largest)    # Euler angles are not unique at ±π/2
+    q = turns(rng, steps, min(largest, 1.4) if form == "euler_xyz" else largest)  # Euler angles are not unique at ±π/2
     deltas = np.concatenate([rng.uniform(-0.1, 0.1, (steps, 3)), from_quaternion(form, q)], axis=1)
     poses = integrate(START, deltas, form, frame)
     assert poses.shape == (steps, 7) and poses.dtype == np.float64
     np.testing.assert_allclose(np.linalg.norm(poses[:, 3:], axis=1), 1, atol=1e-14)
     np.testing.assert_allclose(differentiate(START, poses, form, frame), deltas, atol=1e-9)
-    assert ((poses[1:, 3:] * poses[:-1, 3:]).sum(1) >= 0).all()     # no jumps of sign
+    assert ((poses[1:, 3:] * poses[:-1, 3:]).sum(1) >= 0).all()  # no jumps of sign
 
 
 @settings(max_examples=120, deadline=None)
@@ -71,14 +76,16 @@ def test_the_doubling_is_the_step_by_step_formula(frame):
     same_poses(integrate(START, deltas, "axis_angle", frame), np.array(expected))
 
 
-@pytest.mark.parametrize(("frame", "position", "axis"), [
-    ("world", [0.05, 0, 0], [1, 0, 0]), ("body", [0, 0.05, 0], [0, 1, 0]), ("mixed", [0.05, 0, 0], [0, 1, 0])])
+@pytest.mark.parametrize(
+    ("frame", "position", "axis"),
+    [("world", [0.05, 0, 0], [1, 0, 0]), ("body", [0, 0.05, 0], [0, 1, 0]), ("mixed", [0.05, 0, 0], [0, 1, 0])],
+)
 def test_a_hand_yawed_by_90_degrees(frame, position, axis):
     """5 cm along x and 0.1 rad about x: of the world, or of the hand, whose x is the world's y."""
     start = np.array([0, 0, 0, 0, 0, np.sqrt(0.5), np.sqrt(0.5)])
     pose = integrate(start, np.array([[0.05, 0, 0, 0.1, 0, 0]]), "axis_angle", frame)[0]
     np.testing.assert_allclose(pose[:3], position, atol=1e-12)
-    turn = to_quaternion("axis_angle", 0.1 * np.array(axis))      # in world axes
+    turn = to_quaternion("axis_angle", 0.1 * np.array(axis))  # in world axes
     np.testing.assert_allclose(pose[3:], multiply(turn, start[3:]), atol=1e-12)
 
 
@@ -96,8 +103,14 @@ def test_no_step_and_no_rotation():
 
 def config(**changes: object) -> DatasetConfig:
     hand = (FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z")), FieldSpec(rotation="quat_xyzw"))
-    fields = {"name": "t", "match": (), "embodiment": "gripper_eef", "action": (*hand, FieldSpec(field="gripper_open")),
-              "state": hand, "integrate": Integration("axis_angle", "world", 0.02, 0.05)}
+    fields = {
+        "name": "t",
+        "match": (),
+        "embodiment": "gripper_eef",
+        "action": (*hand, FieldSpec(field="gripper_open")),
+        "state": hand,
+        "integrate": Integration("axis_angle", "world", 0.02, 0.05),
+    }
     return DatasetConfig(**{**fields, **changes})
 
 
@@ -118,22 +131,30 @@ def test_a_source_integrates_from_the_measured_pose(steps):
     # and back: unified → absolute → what the robot was told
     back = source.action_map.to_native(source.action_map.to_unified(table.action))
     pose = source.state_map.hand_pose(table.state[0])
-    np.testing.assert_allclose(source.config.integrate.undo(pose, back), stored, atol=3e-5)     # float32 poses / 0.02 m
+    np.testing.assert_allclose(source.config.integrate.undo(pose, back), stored, atol=3e-5)  # float32 poses / 0.02 m
 
 
 def test_a_pose_that_is_none_ends_that_episode_alone():
     source = MemorySource(config(), {0: episode(3), 1: episode(3, np.zeros(7)), 2: episode(3)})
-    with pytest.raises(CorruptEpisode, match=r"^memory episode 1: state, row 0: \(0, 0, 0, 0\) is not a rotation as quat_xyzw"):
+    with pytest.raises(
+        CorruptEpisode, match=r"^memory episode 1: state, row 0: \(0, 0, 0, 0\) is not a rotation as quat_xyzw"
+    ):
         source.table(1)
     assert len(source.table(2).action) == 3
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"state": ()}, "starts from the measured pose"),
-    ({"state": (FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z", "arm_joint_0_pos")),)}, "starts from the measured pose"),
-    ({"action": (FieldSpec(drop=8),)}, "begins with eef_pos_x, eef_pos_y"),
-    ({"action_shift": 1}, "give one of them"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state": ()}, "starts from the measured pose"),
+        (
+            {"state": (FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z", "arm_joint_0_pos")),)},
+            "starts from the measured pose",
+        ),
+        ({"action": (FieldSpec(drop=8),)}, "begins with eef_pos_x, eef_pos_y"),
+        ({"action_shift": 1}, "give one of them"),
+    ],
+)
 def test_a_config_that_cannot_be_integrated_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         config(**changes)
@@ -145,7 +166,9 @@ def test_wrong_options_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not apply to quaternions"):
         Integration("quat_xyzw", rotation_scale=0.5)
     path = tmp_path / "mine.yaml"
-    path.write_text("match: []\nembodiment: gripper_eef\naction: [{drop: 1}]\nstate: []\nintegrate: {rotation: euler_zyx}\n")
+    path.write_text(
+        "match: []\nembodiment: gripper_eef\naction: [{drop: 1}]\nstate: []\nintegrate: {rotation: euler_zyx}\n"
+    )
     with pytest.raises(UserError, match="did you mean 'euler_xyz'"):
         load_config(path)
 
@@ -159,7 +182,7 @@ def test_shipped_absolute_configs_describe_what_their_family_stores():
             assert getattr(absolute, field) == getattr(family, field), (name, field)
         assert dataclasses.replace(absolute, integrate=None).action[2:] == family.action[2:]
         assert absolute.integrate.width == 3 + WIDTH["euler_xyz"]
-        scales = [s.scale for s in family.action[:2]]       # m and rad per stored unit, as the family's velocities have them
+        scales = [s.scale for s in family.action[:2]]  # m and rad per stored unit, as the family's velocities have them
         assert [absolute.integrate.position_scale, absolute.integrate.rotation_scale] == scales
         assert ActionMap(absolute.action, 1.0).rotation_slots.sum() == 6
 

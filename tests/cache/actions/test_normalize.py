@@ -39,8 +39,8 @@ def test_streamed_and_merged_statistics_equal_those_of_the_whole(x, data):
         for name, value in (("mean", x.mean(0)), ("std", x.std(0)), ("min", x.min(0)), ("max", x.max(0))):
             np.testing.assert_allclose(getattr(stats, name), value, rtol=1e-9, atol=1e-6)
         assert stats.count == len(x)
-    assert moments.quantiles is None    # those of a whole do not follow from those of its parts
-    for q, value in both.result().quantiles.items():        # few rows: exact
+    assert moments.quantiles is None  # those of a whole do not follow from those of its parts
+    for q, value in both.result().quantiles.items():  # few rows: exact
         np.testing.assert_array_equal(value, np.quantile(x, q, axis=0, method="inverted_cdf"))
 
 
@@ -74,11 +74,20 @@ def test_the_same_rows_give_the_same_bits_however_they_are_cut(lengths, seed):
 
 def distributions(n: int) -> dict[str, np.ndarray]:
     rng, t = np.random.default_rng(3), np.arange(n)
-    return {"normal": rng.normal(size=n), "log-normal": rng.lognormal(0, 4, n), "constant": np.full(n, 0.3),
-            "gripper": (rng.random(n) < 0.3).astype(float), "rare": (rng.random(n) < 0.005).astype(float),
-            "bimodal": rng.normal(size=n) * 1e-3 + np.where(rng.random(n) < 0.5, -1e6, 1e6), "rising": t.astype(float),
-            "falling": -t.astype(float), "periodic": np.sin(t * (2 * np.pi / 8)), "blocks": (t // 5000 % 7).astype(float),
-            "alternating": t % 2 * 1.0, "steps": np.round(rng.normal(size=n), 1)}
+    return {
+        "normal": rng.normal(size=n),
+        "log-normal": rng.lognormal(0, 4, n),
+        "constant": np.full(n, 0.3),
+        "gripper": (rng.random(n) < 0.3).astype(float),
+        "rare": (rng.random(n) < 0.005).astype(float),
+        "bimodal": rng.normal(size=n) * 1e-3 + np.where(rng.random(n) < 0.5, -1e6, 1e6),
+        "rising": t.astype(float),
+        "falling": -t.astype(float),
+        "periodic": np.sin(t * (2 * np.pi / 8)),
+        "blocks": (t // 5000 % 7).astype(float),
+        "alternating": t % 2 * 1.0,
+        "steps": np.round(rng.normal(size=n), 1),
+    }
 
 
 def rank_error(x: np.ndarray, q: float, value: float) -> float:
@@ -90,15 +99,15 @@ def assert_good(stats: Statistics, columns: dict[str, np.ndarray], bound: float)
     for i, (name, x) in enumerate(columns.items()):
         for q, values in stats.quantiles.items():
             assert rank_error(x, q, values[i]) <= bound, (name, q)
-            assert values[i] in x[np.argsort(np.abs(x - values[i]))[:1]], name      # a value that occurs
+            assert values[i] in x[np.argsort(np.abs(x - values[i]))[:1]], name  # a value that occurs
 
 
 def test_ranks_of_quantiles_keep_their_bound():
     columns = distributions(ROWS)
     stats = running(np.stack(list(columns.values()), axis=1)).result()
-    assert_good(stats, columns, math.log2(ROWS / BLOCK) / (2 * BLOCK))      # 0.16 %
+    assert_good(stats, columns, math.log2(ROWS / BLOCK) / (2 * BLOCK))  # 0.16 %
     assert stats.quantiles[0.5][list(columns).index("constant")] == 0.3
-    assert stats.quantiles[0.5][list(columns).index("gripper")] == 0.0      # never in between
+    assert stats.quantiles[0.5][list(columns).index("gripper")] == 0.0  # never in between
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -106,11 +115,11 @@ def test_ranks_keep_their_bound_through_merges_of_any_shape(seed):
     columns, rng = distributions(ROWS), np.random.default_rng(seed)
     x = np.stack(list(columns.values()), axis=1)
     parts = [running(p) for p in np.split(x, np.sort(rng.integers(0, ROWS, 40)))]
-    while len(parts) > 1:   # in a random tree
+    while len(parts) > 1:  # in a random tree
         a, b = rng.choice(len(parts), 2, replace=False)
         before = parts[b].result().to_dict() if parts[b]._filled else None
         parts[a].merge(parts[b])
-        assert before is None or parts[b].result().to_dict() == before      # what is merged stays as it is
+        assert before is None or parts[b].result().to_dict() == before  # what is merged stays as it is
         parts.pop(b)
     stats = parts[0].result()
     assert_good(stats, columns, math.log2(ROWS / BLOCK) / (2 * BLOCK))
@@ -127,7 +136,7 @@ def test_memory_stays_flat():
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     block = BLOCK * 4 * 8
-    assert held < 12 * block and peak < 20 * block      # 168 blocks went through; log2 of it are kept
+    assert held < 12 * block and peak < 20 * block  # 168 blocks went through; log2 of it are kept
 
 
 # --- normalisation ---

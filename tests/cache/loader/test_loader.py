@@ -17,7 +17,7 @@ from dvla.cache.store.cache import Cache
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
 
-FIELDS = [f.name for f in dataclasses.fields(FeatureBatch) if f.default is dataclasses.MISSING]    # of fp16 caches
+FIELDS = [f.name for f in dataclasses.fields(FeatureBatch) if f.default is dataclasses.MISSING]  # of fp16 caches
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 # --- order ---
 
+
 @pytest.mark.parametrize(("world", "threads"), [(1, 1), (2, 1), (3, 2), (1, 4)])
 def test_same_global_batches_for_any_ranks_and_threads(cache: Cache, world: int, threads: int) -> None:
     masking = ConditionMasking(0.3, 0.3, 0.3)
@@ -50,8 +51,9 @@ def test_same_global_batches_for_any_ranks_and_threads(cache: Cache, world: int,
         expected = take(single, 6)
     ranks = []
     for rank in range(world):
-        with Loader(cache, batch_size=12 // world, seed=3, threads=threads, rank=rank, world_size=world,
-                    masking=masking) as loader:
+        with Loader(
+            cache, batch_size=12 // world, seed=3, threads=threads, rank=rank, world_size=world, masking=masking
+        ) as loader:
             ranks.append(take(loader, 6))
     for step, batch in enumerate(expected):
         assert_same(joined([r[step] for r in ranks]), batch)
@@ -63,10 +65,12 @@ def test_resume_is_exact_also_on_other_ranks(cache: Cache) -> None:
     with Loader(cache, batch_size=6, seed=1, masking=ConditionMasking()) as loader:
         first = take(loader, 3)
         state = loader.state_dict()
-    assert state == {"offset": 18}      # batches read ahead do not count
+    assert state == {"offset": 18}  # batches read ahead do not count
     second = []
-    loaders = [Loader(cache, batch_size=5, seed=1, rank=r, world_size=2, start=state["offset"],
-                      masking=ConditionMasking()) for r in range(2)]
+    loaders = [
+        Loader(cache, batch_size=5, seed=1, rank=r, world_size=2, start=state["offset"], masking=ConditionMasking())
+        for r in range(2)
+    ]
     for _ in range(3):
         second += [take(loader, 1)[0] for loader in loaders]
     for loader in loaders:
@@ -87,19 +91,19 @@ def test_every_usable_frame_exactly_once_per_epoch(cache: Cache) -> None:
         drawn = seen["frame_index"][seen["dataset"] == d].numpy()
         assert len(drawn) > 2 * len(rows)
         for epoch in range(2):
-            np.testing.assert_array_equal(np.sort(drawn[epoch * len(rows):(epoch + 1) * len(rows)]), rows)
+            np.testing.assert_array_equal(np.sort(drawn[epoch * len(rows) : (epoch + 1) * len(rows)]), rows)
 
 
 def test_splits_are_disjoint_and_whole(cache: Cache) -> None:
     rows = {}
     for split in ("train", "eval", "all"):
-        for seed in (0, 5):     # the sampling seed must not move episodes between the splits
+        for seed in (0, 5):  # the sampling seed must not move episodes between the splits
             with Loader(cache, batch_size=64, seed=seed, split=split, holdout=0.4, features=False) as loader:
                 seen = joined(take(loader, 10))
             rows[split, seed] = set(zip(seen["dataset"].tolist(), seen["frame_index"].tolist()))
         assert rows[split, 0] == rows[split, 5]
     assert not rows["train", 0] & rows["eval", 0] and rows["train", 0] | rows["eval", 0] == rows["all", 0]
-    for split in ("train", "eval"):     # whole episodes
+    for split in ("train", "eval"):  # whole episodes
         for d, row in rows[split, 0]:
             e = cache.datasets[d].episode_of(np.array([row]))[0]
             start = cache.datasets[d].episode_start[e]
@@ -117,6 +121,7 @@ def test_quarantined_frames_are_refused(cache: Cache) -> None:
 
 # --- contents ---
 
+
 def test_batch_is_what_the_tables_and_shards_hold(cache: Cache) -> None:
     """Against a slow reference, sample by sample; mixed view counts, windows at the ends of episodes, text lengths."""
     horizon, plan = 10, synthetic.make_plan()
@@ -132,7 +137,7 @@ def test_batch_is_what_the_tables_and_shards_hold(cache: Cache) -> None:
         end = dataset.starts[episode] + dataset.episodes[episode].length
         inside = min(horizon, end - row)
         action = np.zeros((horizon, 128), np.float32)
-        action[:inside] = source.action_normalizer.normalize(tables.action[row:row + inside])
+        action[:inside] = source.action_normalizer.normalize(tables.action[row : row + inside])
         np.testing.assert_array_equal(batch["action"][i], action)
         np.testing.assert_array_equal(batch["step_mask"][i], np.arange(horizon) < inside)
         np.testing.assert_array_equal(batch["proprio"][i], source.proprio_normalizer.normalize(tables.proprio[row]))
@@ -150,10 +155,12 @@ def test_batch_is_what_the_tables_and_shards_hold(cache: Cache) -> None:
         np.testing.assert_array_equal(batch["text"][i, :n], tables.text[t, :n])
         assert (batch["text"][i, n:] == 0).all()
     assert (batch["frame_id"] == 0).all()
-    assert batch["action"][..., 30:33].abs().max() <= 1 < batch["action"][..., 33:39].abs().max()   # 6D is left alone
+    assert batch["action"][..., 30:33].abs().max() <= 1 < batch["action"][..., 33:39].abs().max()  # 6D is left alone
     some = slice(0, 9)
-    assert_same({n: v[some] for n, v in batch.items()},
-                take_one(gather(cache, batch["dataset"][some].numpy(), batch["frame_index"][some].numpy(), horizon)))
+    assert_same(
+        {n: v[some] for n, v in batch.items()},
+        take_one(gather(cache, batch["dataset"][some].numpy(), batch["frame_index"][some].numpy(), horizon)),
+    )
 
 
 def take_one(batch: FeatureBatch) -> dict[str, torch.Tensor]:
@@ -177,8 +184,9 @@ def test_condition_masking_uses_the_null_features(cache: Cache) -> None:
                 np.testing.assert_array_equal(masked["text"][i, :n], source.null_text)
                 assert masked["text_mask"][i].sum() == n and (masked["text"][i, n:] == 0).all()
             if kind == "images":
-                np.testing.assert_array_equal(masked["tokens"][i][masked["token_mask"][i]],
-                                              source.null_features.reshape(-1, synthetic.WIDTH))
+                np.testing.assert_array_equal(
+                    masked["tokens"][i][masked["token_mask"][i]], source.null_features.reshape(-1, synthetic.WIDTH)
+                )
             if kind == "proprio":
                 assert (masked["proprio"][i] == 0).all()
 
@@ -188,7 +196,7 @@ def test_masking_is_drawn_by_position_alone() -> None:
     draws = masking.draw(5, position)
     for drawn, p in zip(draws, (0.1, 0.2, 0.3)):
         assert abs(drawn.mean() - p) < 0.015
-    assert abs((draws[0] & draws[1]).mean() - 0.02) < 0.006      # independent of each other
+    assert abs((draws[0] & draws[1]).mean() - 0.02) < 0.006  # independent of each other
     for whole, part in zip(draws, masking.draw(5, position[123:456])):
         np.testing.assert_array_equal(whole[123:456], part)
     assert (masking.draw(6, position)[0] != draws[0]).any()
@@ -220,14 +228,15 @@ def test_without_features(cache: Cache) -> None:
 
 # --- buffers, damage ---
 
+
 def test_kept_batches_are_never_overwritten_and_dropped_ones_are_reused(cache: Cache) -> None:
     with Loader(cache, batch_size=4, seed=8, prefetch=3) as loader:
         expected = take(loader, 60)
         pointers = {next(loader).tokens.untyped_storage().data_ptr() for _ in range(60)}
-        assert len(pointers) <= 3 + 2 + 2       # plus what the islice above may still have held
+        assert len(pointers) <= 3 + 2 + 2  # plus what the islice above may still have held
     with Loader(cache, batch_size=4, seed=8, prefetch=3) as loader:
         kept = [next(loader) for _ in range(30)]
-        rows = [next(loader).proprio[1:3] for _ in range(30)]       # a view of one field holds its whole batch
+        rows = [next(loader).proprio[1:3] for _ in range(30)]  # a view of one field holds its whole batch
         gc.collect()
         for _ in range(20):
             next(loader)
@@ -235,7 +244,7 @@ def test_kept_batches_are_never_overwritten_and_dropped_ones_are_reused(cache: C
             assert_same(take_one(batch), copy)
         for row, copy in zip(rows, expected[30:]):
             assert torch.equal(row, copy["proprio"][1:3])
-    for batch, copy in zip(kept, expected):     # also after close
+    for batch, copy in zip(kept, expected):  # also after close
         assert_same(take_one(batch), copy)
 
 
@@ -245,7 +254,7 @@ def test_a_damaged_shard_stops_the_loader_by_name(tmp_path: Path) -> None:
     shard = cache.dataset("beta").shard_path("top", 1)
     shard.write_bytes(shard.read_bytes()[:-9])
     with Loader(cache, batch_size=16) as loader:
-        for _ in range(2):      # and it does not go on past the batch it could not make
+        for _ in range(2):  # and it does not go on past the batch it could not make
             with pytest.raises(UserError, match=str(shard)):
                 for _ in range(50):
                     next(loader)
@@ -254,8 +263,9 @@ def test_a_damaged_shard_stops_the_loader_by_name(tmp_path: Path) -> None:
 
 def test_loader_writes_nothing_and_closes_its_files(cache: Cache) -> None:
     import os
+
     before = {p: p.stat().st_mtime_ns for p in cache.path.rglob("*")}
-    gc.collect()    # what earlier tests left
+    gc.collect()  # what earlier tests left
     handles = len(os.listdir("/proc/self/fd"))
     with Loader(cache, batch_size=16) as loader:
         take(loader, 5)
@@ -266,8 +276,20 @@ def test_loader_writes_nothing_and_closes_its_files(cache: Cache) -> None:
     assert {p: p.stat().st_mtime_ns for p in cache.path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"rank": 1}, {"threads": 0}, {"start": -1}, {"horizon": 0},
-                                 {"split": "test"}, {"split": "eval"}, {"holdout": 1.0}, {"weights": {"gamma": 0.5}}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"batch_size": 0},
+        {"rank": 1},
+        {"threads": 0},
+        {"start": -1},
+        {"horizon": 0},
+        {"split": "test"},
+        {"split": "eval"},
+        {"holdout": 1.0},
+        {"weights": {"gamma": 0.5}},
+    ],
+)
 def test_bad_settings_are_refused(cache: Cache, bad: dict) -> None:
     with pytest.raises(UserError):
         Loader(cache, **{"batch_size": 4, **bad})

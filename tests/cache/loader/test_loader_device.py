@@ -45,7 +45,11 @@ def test_batches_are_decoded_on_the_cpu(cache: Cache, device: Any) -> None:
     with Loader(cache, batch_size=8, seed=4, device=device) as loader:
         for expected in on_host(cache):
             batch = next(loader)
-            assert batch.tokens.dtype == batch.text.dtype == torch.float16 and batch.token_scale is None and batch.channel_scale is None
+            assert (
+                batch.tokens.dtype == batch.text.dtype == torch.float16
+                and batch.token_scale is None
+                and batch.channel_scale is None
+            )
             assert_same(values(batch), expected)
 
 
@@ -84,7 +88,7 @@ class Record:
 
         class Stream:
             def __init__(self, device: Any = None, name: str = "side") -> None:
-                self.name, self.device = name, torch.device("cpu")      # where copies go
+                self.name, self.device = name, torch.device("cpu")  # where copies go
 
             def wait_event(self, event: Any) -> None:
                 record.log.append(("wait", event, self.name))
@@ -110,7 +114,9 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Record:
     for name in ("Event", "Stream", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))
     monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **kw: zeros(*args, **kw))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: made.log.append(("used", self.data_ptr(), stream.name)))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: made.log.append(("used", self.data_ptr(), stream.name))
+    )
     return made
 
 
@@ -119,11 +125,11 @@ def test_the_next_batch_is_copied_while_one_is_in_use(cache: Cache, record: Reco
     with Loader(cache, batch_size=8, seed=4, device="cuda", prefetch=3) as loader:
         for step in range(STEPS):
             for future in list(loader._coming)[:2]:
-                future.result()         # the disk is fast
+                future.result()  # the disk is fast
             begun = len(record.log)
             batch = next(loader)
             asked = record.log[begun:]
-            assert len(loader._side) == 1           # the one after it is on its way
+            assert len(loader._side) == 1  # the one after it is on its way
             waited = [event for what, event, *_ in asked if what == "wait"]
             recorded = [event for what, event, *where in record.log if what == "record" and where == ["side"]]
             # the main stream waits for this batch's own last event, and both memories are marked as used by it
@@ -140,16 +146,18 @@ def test_a_buffer_is_not_filled_again_before_its_copy_is_over(cache: Cache, reco
         for _ in range(10):
             next(loader)
         copying = [flat.data_ptr() for flat, _ in loader._side._copying]
-        assert len(copying) >= 10 and len(set(copying)) == len(copying)         # no copy has ended: each has a buffer of its own
+        assert len(copying) >= 10 and len(set(copying)) == len(
+            copying
+        )  # no copy has ended: each has a buffer of its own
         assert loader._assemble.pool.empty()
         record.finished |= {event for what, event, *_ in record.log if what == "record"}
-        loader._coming[0].result()      # so that another copy begins
+        loader._coming[0].result()  # so that another copy begins
         next(loader)
         assert len(loader._side._copying) <= 2
         free = []
         while not loader._assemble.pool.empty():
             free.append(loader._assemble.pool.get())
-        assert len(free) >= 6       # they are back, without an event of their own to wait for
+        assert len(free) >= 6  # they are back, without an event of their own to wait for
         assert all(storage._event is None for storage in free)
 
 
@@ -169,10 +177,13 @@ def test_an_error_ahead_waits_for_its_turn(tmp_path: Path, record: Record) -> No
     assert delivered[0] == delivered[1]
 
 
-def test_a_device_without_room_leaves_no_batch_out(cache: Cache, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_room_leaves_no_batch_out(
+    cache: Cache, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever makes room and asks again gets the batch that did not fit; its buffer is kept until the copy that had begun is over."""
     expected, real, fits = on_host(cache), delivery.decoded, [True] * 4 + [False] + [True] * 99
     with Loader(cache, batch_size=8, seed=4, device="cuda") as loader:
+
         def decoded(batch: Any) -> Any:
             if not fits.pop(0):
                 assert len({flat.data_ptr() for flat, _ in loader._side._copying}) == 5

@@ -61,22 +61,33 @@ def most_pieces(blocks: Blocks, first: int, count: int, size: int) -> int:
     number will do for all permutations: one that puts the n most often cut runs into the window attains it when no two pieces meet.
     """
     begin = first - first % (blocks.group * blocks.shard)
-    length = min(blocks.group * blocks.shard, size - begin)                     # of the group
+    length = min(blocks.group * blocks.shard, size - begin)  # of the group
     whole, rest = divmod(length, blocks.run)
-    ends = np.arange(blocks.shard, length, blocks.shard)                        # of the group's shards but the last
-    inside = ends[ends % blocks.run != 0]                                       # strictly inside a run
-    cuts = np.bincount(inside // blocks.run, minlength=whole + 1)               # [runs] c of each run's place
-    runs = count // blocks.run                                                  # whole ones in the window
-    assert runs * blocks.run == count or first + count == begin + length        # the window with the short run is the last
-    most = runs + int(np.sort(cuts[:whole])[whole - runs:].sum())
+    ends = np.arange(blocks.shard, length, blocks.shard)  # of the group's shards but the last
+    inside = ends[ends % blocks.run != 0]  # strictly inside a run
+    cuts = np.bincount(inside // blocks.run, minlength=whole + 1)  # [runs] c of each run's place
+    runs = count // blocks.run  # whole ones in the window
+    assert runs * blocks.run == count or first + count == begin + length  # the window with the short run is the last
+    most = runs + int(np.sort(cuts[:whole])[whole - runs :].sum())
     return most + (1 + int(cuts[whole]) if count % blocks.run else 0)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 50), st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**40))
-@example(size=1157, shard=89, run=9, runs=5, group=6, key=6127072)      # the ends of three shards fall into one window: 8 pieces
-@example(size=1157, shard=3, run=50, runs=2, group=9, key=0)            # runs longer than a shard
-def test_blocks_are_a_permutation_of_nearby_samples(size: int, shard: int, run: int, runs: int, group: int, key: int) -> None:
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 300),
+    st.integers(1, 50),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.integers(0, 2**40),
+)
+@example(
+    size=1157, shard=89, run=9, runs=5, group=6, key=6127072
+)  # the ends of three shards fall into one window: 8 pieces
+@example(size=1157, shard=3, run=50, runs=2, group=9, key=0)  # runs longer than a shard
+def test_blocks_are_a_permutation_of_nearby_samples(
+    size: int, shard: int, run: int, runs: int, group: int, key: int
+) -> None:
     blocks, k = Blocks(shard, run, run * runs, group), np.arange(size)
     image = blocks.permute(k, size, np.full(size, key, np.uint64))
     np.testing.assert_array_equal(np.sort(image), k)
@@ -101,17 +112,21 @@ def test_every_sample_once_per_pass(order: str, seed: int) -> None:
     for d, size in enumerate(SIZES):
         drawn = index[dataset == d]
         for epoch in range(len(drawn) // max(size, 1)):
-            np.testing.assert_array_equal(np.sort(drawn[epoch * size:(epoch + 1) * size]), np.arange(size))
+            np.testing.assert_array_equal(np.sort(drawn[epoch * size : (epoch + 1) * size]), np.arange(size))
         if order == "sequential" or not size:
             continue
-        np.testing.assert_array_equal(samples.positions(d, 3, 60), position[dataset == d][3:60])    # the inverse of `draws`
-        assert (drawn[:size] != drawn[size:2 * size]).any()     # another epoch, another order
+        np.testing.assert_array_equal(
+            samples.positions(d, 3, 60), position[dataset == d][3:60]
+        )  # the inverse of `draws`
+        assert (drawn[:size] != drawn[size : 2 * size]).any()  # another epoch, another order
     if order == "sequential":
         whole = [(d, i) for d, size in enumerate(SIZES) for i in range(size)]
-        assert list(zip(dataset.tolist(), index.tolist()))[:2 * len(whole)] == 2 * whole
+        assert list(zip(dataset.tolist(), index.tolist()))[: 2 * len(whole)] == 2 * whole
     else:
-        np.testing.assert_array_equal(dataset, SampleOrder(SIZES, mixture(SIZES), seed).batch(0, 5 * BLOCK)[0])     # the same mixture
-    some = np.random.default_rng(0).integers(0, 5 * BLOCK, 99)      # positions alone decide
+        np.testing.assert_array_equal(
+            dataset, SampleOrder(SIZES, mixture(SIZES), seed).batch(0, 5 * BLOCK)[0]
+        )  # the same mixture
+    some = np.random.default_rng(0).integers(0, 5 * BLOCK, 99)  # positions alone decide
     np.testing.assert_array_equal(samples.index(*samples.draws(some)), index[some])
 
 
@@ -119,14 +134,18 @@ def test_windows_hold_their_draws() -> None:
     samples = SampleOrder(SIZES, mixture(SIZES), 3, "block", BLOCKS)
     rank = np.arange(12_000)
     windows = samples.windows(3, rank)
-    assert [first for first, _ in windows] == [0, *(end for _, end in windows[:-1])] and windows[-1][1] >= 12_000    # no gap, no overlap
-    assert all(5000 in (first, end) or not first < 5000 < end for first, end in windows)        # an epoch is whole windows
-    assert samples.windows(3, np.array([100, 101, 5003])) == [(96, 120), (5000, 5032)]     # a group ends at 120
+    assert [first for first, _ in windows] == [0, *(end for _, end in windows[:-1])] and windows[-1][
+        1
+    ] >= 12_000  # no gap, no overlap
+    assert all(5000 in (first, end) or not first < 5000 < end for first, end in windows)  # an epoch is whole windows
+    assert samples.windows(3, np.array([100, 101, 5003])) == [(96, 120), (5000, 5032)]  # a group ends at 120
 
 
 def test_block_order_is_frozen_across_versions() -> None:
     """A checkpoint's offset means the same samples for ever; change this order only with a new checkpoint format."""
-    dataset, index = SampleOrder([10, 333, 5000], mixture([10, 333, 5000]), 42, "block", [Blocks(160, 5, 1280, 16)] * 3).batch(10_000, 8)
+    dataset, index = SampleOrder(
+        [10, 333, 5000], mixture([10, 333, 5000]), 42, "block", [Blocks(160, 5, 1280, 16)] * 3
+    ).batch(10_000, 8)
     assert list(zip(dataset.tolist(), index.tolist())) == FROZEN
 
 
@@ -137,12 +156,16 @@ def test_an_unknown_order_is_refused(cache: Cache) -> None:
 
 # --- ranks and resumption ---
 
-LEG = st.tuples(st.sampled_from([1, 2, 3, 8]), st.integers(1, 9), st.integers(1, 12))   # ranks, batch size, steps until it is interrupted
+LEG = st.tuples(
+    st.sampled_from([1, 2, 3, 8]), st.integers(1, 9), st.integers(1, 12)
+)  # ranks, batch size, steps until it is interrupted
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(ORDERS), st.integers(0, 2**40), st.lists(LEG, min_size=1, max_size=3))
-def test_any_ranks_interrupted_anywhere_draw_one_sequence(cache: Cache, order: str, seed: int, legs: list[tuple[int, int, int]]) -> None:
+def test_any_ranks_interrupted_anywhere_draw_one_sequence(
+    cache: Cache, order: str, seed: int, legs: list[tuple[int, int, int]]
+) -> None:
     offset, parts = 0, []
     for world, batch_size, steps in legs:
         for step in range(steps):
@@ -159,7 +182,7 @@ def test_any_ranks_interrupted_anywhere_draw_one_sequence(cache: Cache, order: s
     for d, source in enumerate(cache.datasets):
         rows, usable = drawn[1][drawn[0] == d], np.flatnonzero(~np.repeat(source.quarantined, source.episode_length))
         for epoch in range(0, len(rows), len(usable)):
-            part = rows[epoch:epoch + len(usable)]
+            part = rows[epoch : epoch + len(usable)]
             assert len(set(part.tolist())) == len(part) and set(part.tolist()) <= set(usable.tolist())
             assert len(part) < len(usable) or set(part.tolist()) == set(usable.tolist())
 
@@ -170,8 +193,17 @@ def bare(cache: Cache, order: str, seed: int, batch_size: int, rank: int, world:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "_submit", lambda self: None)
-        loader = Loader(cache, batch_size=batch_size, seed=seed, rank=rank, world_size=world, start=start, order=order, features=False,
-                        masking=ConditionMasking(0.3, 0.2, 0.1))
+        loader = Loader(
+            cache,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world,
+            start=start,
+            order=order,
+            features=False,
+            masking=ConditionMasking(0.3, 0.2, 0.1),
+        )
     loader.close()
     return loader
 
@@ -188,7 +220,7 @@ def test_what_is_delivered_is_what_is_drawn(cache: Cache, order: str) -> None:
         for i, (d, r) in enumerate(zip(dataset.tolist(), row.tolist())):
             source = cache.datasets[d]
             expected = np.concatenate([synthetic.feature(source.name, view, r) for view in source.views])
-            np.testing.assert_array_equal(batch.tokens[i, :len(expected)], expected)
+            np.testing.assert_array_equal(batch.tokens[i, : len(expected)], expected)
     both = [Loader(cache, batch_size=6, seed=5, threads=2, order=order, rank=rank, world_size=2) for rank in range(2)]
     for step in range(8):
         assert torch.equal(torch.cat([next(loader).tokens for loader in both]), straight[step].tokens)
@@ -202,21 +234,28 @@ def test_what_is_delivered_is_what_is_drawn(cache: Cache, order: str) -> None:
 
 # --- reading ahead ---
 
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_windows_are_read_ahead_in_order_and_no_more(cache: Cache, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
     advised: list[tuple[str, str, list[int]]] = []
     real = CacheDataset.advise
-    monkeypatch.setattr(CacheDataset, "advise", lambda self, view, rows, files, variant=0:
-                        (advised.append((self.name, view, rows.tolist())), real(self, view, rows, files, variant)))
+    monkeypatch.setattr(
+        CacheDataset,
+        "advise",
+        lambda self, view, rows, files, variant=0: (
+            advised.append((self.name, view, rows.tolist())),
+            real(self, view, rows, files, variant),
+        ),
+    )
     delivered = set()
     with Loader(cache, batch_size=4, seed=2, order="block", rank=world - 1, world_size=world) as loader:
         for _ in range(12):
             batch = next(loader)
             known = {(name, row) for name, _, rows in list(advised) for row in rows}
             mine = {(cache.datasets[d].name, row) for d, row in zip(batch.dataset.tolist(), batch.frame_index.tolist())}
-            assert mine <= known        # before it was read
+            assert mine <= known  # before it was read
             delivered |= mine
-        ends = 4 * world * 12 + 4 * world * 6       # what may have been submitted by now
+        ends = 4 * world * 12 + 4 * world * 6  # what may have been submitted by now
         dataset, rank = loader.order.draws(np.arange(ends))
         allowed = set()
         for d, source in enumerate(cache.datasets):
@@ -227,8 +266,8 @@ def test_windows_are_read_ahead_in_order_and_no_more(cache: Cache, monkeypatch: 
                 position = position[position // 4 % world == world - 1]
                 allowed |= {(source.name, row) for row in loader._draws_at(position).row.tolist()}
     assert {(name, row) for name, _, rows in advised for row in rows} <= allowed
-    for name, _, rows in advised:
-        assert rows == sorted(rows) and len({row // synthetic.SHARD for row in rows}) == 1      # one shard, front to back
+    for _, _, rows in advised:
+        assert rows == sorted(rows) and len({row // synthetic.SHARD for row in rows}) == 1  # one shard, front to back
 
 
 def test_a_damaged_shard_is_named_by_who_reads_it(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_shares_go_as_factor_times_size_to_the_temperature():
     np.testing.assert_allclose(mixture([100, 400], 0.5, [1, 1]), mixture([100, 400]))
     np.testing.assert_allclose(mixture([100, 400], 0.5, [6, 1]), [60 / 80, 20 / 80])
     np.testing.assert_allclose(mixture([100, 400], 0.0, [1, 3]), [0.25, 0.75])
-    np.testing.assert_allclose(mixture([100, 0, 400], 1.0, [4, 9, 1]), [0.5, 0, 0.5])   # an empty dataset has no share
+    np.testing.assert_allclose(mixture([100, 0, 400], 1.0, [4, 9, 1]), [0.5, 0, 0.5])  # an empty dataset has no share
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def shares(path: Path, recorded: dict[str, float], **options: object) -> np.ndar
     """[2] share of each dataset in one block of the order, with `sampling_weight`s as a cache records them."""
     cache = Cache.open(path)
     for dataset in cache.datasets:
-        dataset.attributes.pop("sampling_weight", None)     # as in caches of earlier releases
+        dataset.attributes.pop("sampling_weight", None)  # as in caches of earlier releases
         if dataset.name in recorded:
             dataset.attributes["sampling_weight"] = recorded[dataset.name]
     with Loader(cache, batch_size=BLOCK, prefetch=1, threads=1, split="all", features=False, **options) as loader:
@@ -45,4 +45,6 @@ def test_the_loader_draws_by_the_recorded_weights(path: Path) -> None:
     np.testing.assert_allclose(plain, mixture(sizes), atol=1 / BLOCK)
     np.testing.assert_allclose(shares(path, {"alpha": 1.0, "beta": 1.0}), plain)
     np.testing.assert_allclose(shares(path, {"beta": 5.0}), mixture(sizes, 0.5, [1, 5]), atol=1 / BLOCK)
-    np.testing.assert_allclose(shares(path, {"beta": 5.0}, weights={"beta": 0.25}), [0.75, 0.25], atol=1 / BLOCK)   # given: fixed
+    np.testing.assert_allclose(
+        shares(path, {"beta": 5.0}, weights={"beta": 0.25}), [0.75, 0.25], atol=1 / BLOCK
+    )  # given: fixed

@@ -16,8 +16,13 @@ from dvla.cache.readers.archive import open_archive
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.errors import UserError
 
-FILES = {"a/b/0.png": b"first" * 100, "a/b/10.png": b"", "a/c.pkl": bytes(range(256)) * 40, "top.pkl": b"x",
-         "a/b/no.txt": b"not wanted"}
+FILES = {
+    "a/b/0.png": b"first" * 100,
+    "a/b/10.png": b"",
+    "a/c.pkl": bytes(range(256)) * 40,
+    "top.pkl": b"x",
+    "a/b/no.txt": b"not wanted",
+}
 WANTED = r"\.(png|pkl)$"
 
 
@@ -46,9 +51,13 @@ def packed(tmp_path_factory):
     for name, data in FILES.items():
         (root / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "folder" / name).write_bytes(data)
-    long = {f"./{n}": d for n, d in FILES.items()}      # "./a/b" as `tar -cf x.tar .` writes it
-    return {"folder": root / "folder", "deflated": a_zip(root / "d.zip", FILES), "tar": a_tar(root / "t.tar", long),
-            "stored": a_zip(root / "S.ZIP", FILES, zipfile.ZIP_STORED)}
+    long = {f"./{n}": d for n, d in FILES.items()}  # "./a/b" as `tar -cf x.tar .` writes it
+    return {
+        "folder": root / "folder",
+        "deflated": a_zip(root / "d.zip", FILES),
+        "tar": a_tar(root / "t.tar", long),
+        "stored": a_zip(root / "S.ZIP", FILES, zipfile.ZIP_STORED),
+    }
 
 
 def refused(path, message):
@@ -103,8 +112,17 @@ def test_the_index_is_kept_and_renewed(packed, tmp_path, monkeypatch):
 # --- members that leave the archive --------------------------------------------------------------------------------
 
 
-OUTSIDE = ["../x.png", "a/../../x.png", "/etc/x.png", "C:/x.png", "c:x.png", "..\\x.png", "\\\\server\\x.png", "a\\..\\..\\x.txt",
-           "a/b/.."]
+OUTSIDE = [
+    "../x.png",
+    "a/../../x.png",
+    "/etc/x.png",
+    "C:/x.png",
+    "c:x.png",
+    "..\\x.png",
+    "\\\\server\\x.png",
+    "a\\..\\..\\x.txt",
+    "a/b/..",
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -124,13 +142,21 @@ def test_links_and_devices(tmp_path):
             file.writestr(info, "/etc/passwd")
         refused(tmp_path / "x.zip", "member 'link.txt' is a link or a device; the archive is refused")
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
-        refused(a_tar(tmp_path / "x.tar", {"link.txt": b""}, type=kind, linkname="/etc/passwd"),
-                "member 'link.txt' is a link, a device or sparse; the archive is refused")
+        refused(
+            a_tar(tmp_path / "x.tar", {"link.txt": b""}, type=kind, linkname="/etc/passwd"),
+            "member 'link.txt' is a link, a device or sparse; the archive is refused",
+        )
 
 
 def test_names_that_are_no_names(tmp_path):
-    refused(a_zip(tmp_path / "deep.zip", {"a/" * 5000 + "x.png": b""}), "lies more than 64 folders deep; the archive is refused")
-    refused(a_zip(tmp_path / "line.zip", {"a\nb\x1b[2J.png": b""}), r"member 'a\?b\?\[2J.png' has characters in its name that")
+    refused(
+        a_zip(tmp_path / "deep.zip", {"a/" * 5000 + "x.png": b""}),
+        "lies more than 64 folders deep; the archive is refused",
+    )
+    refused(
+        a_zip(tmp_path / "line.zip", {"a\nb\x1b[2J.png": b""}),
+        r"member 'a\?b\?\[2J.png' has characters in its name that",
+    )
     refused(a_tar(tmp_path / "line.tar", {"a\rb/x.png": b""}), r"member 'a\?b/x.png' has characters in its name that")
     refused(a_zip(tmp_path / "empty.zip", {"./.": b"1"}), "member './.' has no name; the archive is refused")
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "twice.zip", "w") as file:
@@ -154,12 +180,24 @@ def test_other_packings(tmp_path):
     secret = patched(a_zip(tmp_path / "secret.zip", {"x.png": b"1"}), 8, "<H", 1)
     refused(secret, "member 'x.png' is encrypted; the archive is refused")
     for method, number in ((zipfile.ZIP_BZIP2, 12), (zipfile.ZIP_LZMA, 14)):
-        refused(a_zip(tmp_path / "other.zip", {"x.png": b"1"}, method), f"member 'x.png' is packed by method {number}, not")
-    assert open_archive(a_zip(tmp_path / "other.zip", {"x.txt": b"1"}, zipfile.ZIP_LZMA), WANTED).entries() == ()   # not wanted
-    for name, mode in {"x.tar.gz": "w:gz", "x.tgz": "w:gz", "x.tar.xz": "w:xz", "bz2.tar": "w:bz2", "gz.tar": "w:gz"}.items():
+        refused(
+            a_zip(tmp_path / "other.zip", {"x.png": b"1"}, method), f"member 'x.png' is packed by method {number}, not"
+        )
+    assert (
+        open_archive(a_zip(tmp_path / "other.zip", {"x.txt": b"1"}, zipfile.ZIP_LZMA), WANTED).entries() == ()
+    )  # not wanted
+    for name, mode in {
+        "x.tar.gz": "w:gz",
+        "x.tgz": "w:gz",
+        "x.tar.xz": "w:xz",
+        "bz2.tar": "w:bz2",
+        "gz.tar": "w:gz",
+    }.items():
         with tarfile.open(tmp_path / name, mode) as file:
             file.addfile(tarfile.TarInfo("x.png"))
-        refused(tmp_path / name, "is compressed as a whole, so single pictures cannot be read from it; extract it first")
+        refused(
+            tmp_path / name, "is compressed as a whole, so single pictures cannot be read from it; extract it first"
+        )
     (tmp_path / "x.rar").write_bytes(b"Rar!")
     refused(tmp_path / "x.rar", "compressed as a whole")
     for name in ("x.zip", "x.tar"):
@@ -168,9 +206,9 @@ def test_other_packings(tmp_path):
 
 
 def test_bombs(tmp_path, monkeypatch):
-    lie = patched(a_zip(tmp_path / "lie.zip", {"x.png": b"1"}), 24, "<L", 0xfffffff0)
+    lie = patched(a_zip(tmp_path / "lie.zip", {"x.png": b"1"}), 24, "<L", 0xFFFFFFF0)
     corrupt(lie, "x.png", "its 3 bytes say that they unpack to 4,294,967,280")
-    bomb = a_zip(tmp_path / "bomb.zip", {"x.png": bytes(50_000_000)})           # a thousand to one, as deflate can
+    bomb = a_zip(tmp_path / "bomb.zip", {"x.png": bytes(50_000_000)})  # a thousand to one, as deflate can
     assert bomb.stat().st_size < 60_000
     monkeypatch.setattr(archive, "MAX_MEMBER", 1 << 20)
     corrupt(bomb, "x.png", "say that they unpack to 50,000,000")
@@ -187,7 +225,9 @@ def test_bombs(tmp_path, monkeypatch):
             return out
 
     monkeypatch.setattr(archive.zlib, "decompressobj", Watch)
-    corrupt(patched(bomb, 24, "<L", 5000), "x.png", "is damaged .its checksum does not fit")     # a small size that is a lie
+    corrupt(
+        patched(bomb, 24, "<L", 5000), "x.png", "is damaged .its checksum does not fit"
+    )  # a small size that is a lie
     assert held == [5001]
     for kind in ("big.tar", "big.png"):
         data = {"big.png": bytes((1 << 20) + 1)}
@@ -204,7 +244,7 @@ def test_damaged_members(tmp_path):
     moved = patched(a_zip(tmp_path / "y.zip", {"x.png": b"1" * 99}), 0, "<L", 0, b"PK\x03\x04")
     corrupt(moved, "x.png", "is damaged .its header is not where the index says")
     deflated = a_zip(tmp_path / "z.zip", {"x.png": bytes(range(250)) * 20})
-    corrupt(patched(deflated, 35, "<L", 0xffffffff, b"PK\x03\x04"), "x.png", "is damaged")
+    corrupt(patched(deflated, 35, "<L", 0xFFFFFFFF, b"PK\x03\x04"), "x.png", "is damaged")
 
 
 @pytest.mark.parametrize("kind", ["deflated", "tar"])
@@ -224,7 +264,7 @@ def test_damage_anywhere_is_one_of_our_errors(packed, tmp_path_factory, data):
     good = packed[kind].read_bytes()
     at, count = data.draw(st.integers(0, len(good))), data.draw(st.integers(0, 6))
     path = tmp_path_factory.mktemp("damaged") / packed[kind].name
-    path.write_bytes(good[:at] + data.draw(st.binary(max_size=8)) + good[at + count:])
+    path.write_bytes(good[:at] + data.draw(st.binary(max_size=8)) + good[at + count :])
     found = open_archive(path, WANTED)
     for name in FILES:
         try:

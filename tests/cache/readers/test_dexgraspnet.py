@@ -22,7 +22,7 @@ from dvla.cache.readers.episode import CorruptEpisode
 from dvla.errors import UserError
 from support.dex_samples import JOINTS, OBJECTS, balls, grasp_arrays, write_dexgraspnet
 
-pytest.importorskip("scipy")    # writes the samples' camera matrices, as the reader reads them
+pytest.importorskip("scipy")  # writes the samples' camera matrices, as the reader reads them
 GRASPS = 50
 STORED = ("translation", "rotation", *JOINTS)
 
@@ -64,8 +64,14 @@ def orange(picture):
 def test_a_grasp_is_an_episode_of_one_frame(scenes):
     source = open_source(scenes)
     assert source.format == detect_format(scenes) == "dexgraspnet"
-    assert source.control_hz == 1 and source.config.embodiment == "dex_hand" and source.view_names == ("front", "side", "top", "wrist")
-    assert source.episode_ids == tuple(first_of(s, n) + k for s in (0, 7) for n in OBJECTS for k in range(GRASPS_PER_OBJECT))
+    assert (
+        source.control_hz == 1
+        and source.config.embodiment == "dex_hand"
+        and source.view_names == ("front", "side", "top", "wrist")
+    )
+    assert source.episode_ids == tuple(
+        first_of(s, n) + k for s in (0, 7) for n in OBJECTS for k in range(GRASPS_PER_OBJECT)
+    )
     episode = source.load(first_of(7, 14))
     assert episode.length == source.length_of(first_of(7, 14)) == 1 and episode.state.shape == (1, 0)
     assert episode.action.shape == (1, 3 + 9 + 16) and np.array_equal(episode.timestamps, [0.0])
@@ -82,12 +88,19 @@ def test_stored_poses_come_out_as_they_are_and_evenly_chosen(scenes):
     assert len(set(chosen)) == GRASPS_PER_OBJECT and chosen[0] > 0 and chosen[-1] < GRASPS - 1
     for k, row in enumerate(chosen):
         action = source.table(first_of(7, 5) + k).action[0]
-        assert np.array_equal(action, np.concatenate([stored["translation"][row], stored["rotation"][row].ravel(),
-                                                      [stored[j][row] for j in JOINTS]]).astype(np.float32))
+        assert np.array_equal(
+            action,
+            np.concatenate(
+                [stored["translation"][row], stored["rotation"][row].ravel(), [stored[j][row] for j in JOINTS]]
+            ).astype(np.float32),
+        )
 
 
 def test_poses_are_in_the_frame_of_the_cameras_whatever_the_scene_is_seen_from(scenes):
-    source, as_stored = open_source(scenes), open_source(scenes, dataclasses.replace(load_config("dexgraspnet"), action_columns=STORED))
+    source, as_stored = (
+        open_source(scenes),
+        open_source(scenes, dataclasses.replace(load_config("dexgraspnet"), action_columns=STORED)),
+    )
     for number in OBJECTS:
         on_table = grasp_arrays(number, GRASPS, np.eye(4))
         centre = (on_table["point"].min(0) + on_table["point"].max(0)) / 2
@@ -105,8 +118,8 @@ def test_wrist_and_sixteen_joints_have_their_slots_and_come_back(scenes):
     native = np.concatenate([source.table(e).action for e in source.episode_ids])
     unified = source.action_map.to_unified(native)
     assert np.array_equal(unified[:, 103:119], native[:, 12:]) and source.action_map.mask.sum() == 3 + 6 + 16
-    columns = native[:, 3:12].reshape(-1, 3, 3).transpose(0, 2, 1)      # 6D: the first two columns of the matrix
-    assert np.allclose(unified[:, SLOTS["eef_angle_0"]:][:, :6], columns[:, :2].reshape(-1, 6), atol=1e-6)
+    columns = native[:, 3:12].reshape(-1, 3, 3).transpose(0, 2, 1)  # 6D: the first two columns of the matrix
+    assert np.allclose(unified[:, SLOTS["eef_angle_0"] :][:, :6], columns[:, :2].reshape(-1, 6), atol=1e-6)
     assert np.abs(source.action_map.to_native(unified) - native).max() < 1e-6
 
 
@@ -129,18 +142,20 @@ def test_views_show_the_target_and_differ(scenes, renderer, capfd):
             where = np.argwhere(orange(picture))
             assert len(where) > 300 and picture.std() > 5, name
             assert (where.min(0) > 0).all() and (where.max(0) < 447).all(), f"{name}: the target leaves the frame"
-            if name != "wrist":     # the others look at the target frame's origin
+            if name != "wrist":  # the others look at the target frame's origin
                 assert np.abs((where.min(0) + where.max(0)) / 2 - 224).max() < 40, name
         names = list(pictures)
         assert all((pictures[a] != pictures[b]).mean() > 0.05 for i, a in enumerate(names) for b in names[:i])
-    assert capfd.readouterr().err == ""     # VTK tries a display first, and must not report it
+    assert capfd.readouterr().err == ""  # VTK tries a display first, and must not report it
 
 
 def test_cameras_see_the_axes_in_which_poses_are_given(renderer):
     def spot(*at):
         points = np.array(at) + np.random.default_rng(0).uniform(-0.004, 0.004, (500, 3))
         pictures = point_render.render(points, np.full((500, 3), 10, np.uint8), 0.002)
-        return {name: np.argwhere((p < 60).all(-1)).mean(0) - 223.5 for name, p in pictures.items()}     # (down, right) of the middle
+        return {
+            name: np.argwhere((p < 60).all(-1)).mean(0) - 223.5 for name, p in pictures.items()
+        }  # (down, right) of the middle
 
     forward, left, up = spot(0.03, 0, 0), spot(0, 0.03, 0), spot(0, 0, 0.03)
     assert left["front"][1] > 30 and abs(left["front"][0]) < 3 and up["front"][0] < -20 and abs(up["front"][1]) < 3
@@ -176,7 +191,9 @@ def test_rendering_leaves_no_window_and_costs_little(scenes, renderer):
 def test_pictures_are_hashed_by_what_they_are_made_of(scenes, damaged):
     def hashes(root):
         source = open_source(root)
-        return [source.load(first_of(0, n)).source_hash for n in OBJECTS], [source.load(first_of(7, n)).source_hash for n in OBJECTS]
+        return [source.load(first_of(0, n)).source_hash for n in OBJECTS], [
+            source.load(first_of(7, n)).source_hash for n in OBJECTS
+        ]
 
     before = hashes(scenes)
     assert before == hashes(damaged) and len({*before[0], *before[1]}) == 4
@@ -203,7 +220,10 @@ def test_the_networks_input_serves_where_there_is_no_depth(tmp_path, renderer):
 def test_scenes_without_names_take_the_configs_text(damaged):
     shutil.rmtree(damaged / "scenes/scene_0000/realsense/annotations")
     source = open_source(damaged)
-    assert source.load(first_of(0, 5)).instruction == "grasp the object" and source.load(first_of(7, 5)).instruction == "grasp the apple"
+    assert (
+        source.load(first_of(0, 5)).instruction == "grasp the object"
+        and source.load(first_of(7, 5)).instruction == "grasp the apple"
+    )
 
 
 # --- what is not there ---
@@ -266,48 +286,84 @@ def pickled(path):
     grasps_with(path, translation=values)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda p: p.write_bytes(p.read_bytes()[:400]), "005.npz cannot be read"),
-    (lambda p: p.write_bytes(p.read_bytes()[:-400]), "005.npz cannot be read"),
-    (lambda p: p.write_bytes(b""), "005.npz cannot be read"),
-    (lambda p: np.save(p.open("wb"), np.zeros(3)), "005.npz cannot be read"),
-    (pickled, "005.npz cannot be read .*allow_pickle=False"),
-    (lambda p: grasps_with(p, j7=None), "column 'j7' is missing"),
-    (lambda p: grasps_with(p, rotation=None), "has no array 'rotation'"),
-    (lambda p: grasps_with(p, point=None), "has no array 'point'"),
-    (lambda p: grasps_with(p, j3=np.zeros(GRASPS - 1)), "'j3' is float64 \\[49\\] for 50 grasps"),
-    (lambda p: grasps_with(p, j3=np.float64(1)), "'j3' is float64 \\[\\] for 50 grasps"),
-    (lambda p: grasps_with(p, rotation=np.zeros((GRASPS, 9))), "'rotation' is float64 \\[50, 9\\] for 50 grasps"),
-    (lambda p: grasps_with(p, translation=np.full((GRASPS, 3), "x")), "'translation' is <U1 \\[50, 3\\] for 50 grasps"),
-    (lambda p: grasps_with(p, j3=np.full(GRASPS, np.nan)), "column 'j3' is nan"),
-    (lambda p: grasps_with(p, point=np.full((GRASPS, 3), np.inf)), "a 'point' is not finite"),
-    (lambda p: grasps_with(p, rotation=np.zeros((GRASPS, 3, 3))), "rotation"),
-    (lambda p: shutil.rmtree(p.parents[3] / "scenes/scene_0000"), "cannot be read"),
-    (lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.eye(4) * 2), "no rotation and shift"),
-    (lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.eye(3)), "cam0_wrt_table.npy is \\[3, 3\\]"),
-    (lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.array([Evil()])), "allow_pickle=False"),
-    (lambda p: shutil.rmtree(p.parents[3] / "scenes/scene_0000/realsense/depth_gt"), "has neither depth"),
-    (lambda p: (p.parents[3] / "scenes/scene_0000/realsense/camera_poses.npy").unlink(), "camera_poses.npy cannot be read"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:400]), "005.npz cannot be read"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-400]), "005.npz cannot be read"),
+        (lambda p: p.write_bytes(b""), "005.npz cannot be read"),
+        (lambda p: np.save(p.open("wb"), np.zeros(3)), "005.npz cannot be read"),
+        (pickled, "005.npz cannot be read .*allow_pickle=False"),
+        (lambda p: grasps_with(p, j7=None), "column 'j7' is missing"),
+        (lambda p: grasps_with(p, rotation=None), "has no array 'rotation'"),
+        (lambda p: grasps_with(p, point=None), "has no array 'point'"),
+        (lambda p: grasps_with(p, j3=np.zeros(GRASPS - 1)), "'j3' is float64 \\[49\\] for 50 grasps"),
+        (lambda p: grasps_with(p, j3=np.float64(1)), "'j3' is float64 \\[\\] for 50 grasps"),
+        (lambda p: grasps_with(p, rotation=np.zeros((GRASPS, 9))), "'rotation' is float64 \\[50, 9\\] for 50 grasps"),
+        (
+            lambda p: grasps_with(p, translation=np.full((GRASPS, 3), "x")),
+            "'translation' is <U1 \\[50, 3\\] for 50 grasps",
+        ),
+        (lambda p: grasps_with(p, j3=np.full(GRASPS, np.nan)), "column 'j3' is nan"),
+        (lambda p: grasps_with(p, point=np.full((GRASPS, 3), np.inf)), "a 'point' is not finite"),
+        (lambda p: grasps_with(p, rotation=np.zeros((GRASPS, 3, 3))), "rotation"),
+        (lambda p: shutil.rmtree(p.parents[3] / "scenes/scene_0000"), "cannot be read"),
+        (
+            lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.eye(4) * 2),
+            "no rotation and shift",
+        ),
+        (
+            lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.eye(3)),
+            "cam0_wrt_table.npy is \\[3, 3\\]",
+        ),
+        (
+            lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.array([Evil()])),
+            "allow_pickle=False",
+        ),
+        (lambda p: shutil.rmtree(p.parents[3] / "scenes/scene_0000/realsense/depth_gt"), "has neither depth"),
+        (
+            lambda p: (p.parents[3] / "scenes/scene_0000/realsense/camera_poses.npy").unlink(),
+            "camera_poses.npy cannot be read",
+        ),
+    ],
+)
 def test_a_damaged_file_is_one_line_and_costs_only_its_grasps(damaged, damage, message):
     damage(damaged / "dex_grasps_new/scene_0000/leap_hand/005.npz")
     source = open_source(damaged)
     with pytest.raises(CorruptEpisode, match=f"^dexgraspnet episode {first_of(0, 5)}: .*{message}") as error:
         source.action_map.to_unified(source.load(first_of(0, 5)).action)
     assert "\n" not in str(error.value)
-    assert source.load(first_of(7, 5)).length == 1      # nothing else is lost
+    assert source.load(first_of(7, 5)).length == 1  # nothing else is lost
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "depth_gt/0002.png").write_bytes((f / "depth_gt/0002.png").read_bytes()[:200]), "depth_gt/0002.png cannot be decoded"),
-    (lambda f: (f / "label_gt/0002.png").write_bytes(b""), "label_gt/0002.png cannot be decoded"),
-    (lambda f: Image.new("L", (8, 8)).save(f / "label_gt/0002.png"), "depth, label and photograph 0002 differ in size"),
-    (lambda f: Image.new("RGB", (8, 8)).save(f / "depth_gt/0002.png"), "depth_gt/0002.png is uint8 \\[8, 8, 3\\]"),
-    (lambda f: (f / "meta/0002.mat").write_bytes((f / "meta/0002.mat").read_bytes()[:200]), "meta/0002.mat cannot be read"),
-    (lambda f: np.save(f / "camera_poses.npy", np.tile(np.eye(4), (2, 1, 1))), "depth picture 0002 has none of the 2 camera poses"),
-    (lambda f: np.save(f / "camera_poses.npy", np.load(f / "camera_poses.npy") + np.array([0, 0, 0, 0.3])), "show no object where its points are"),
-    (lambda f: [Image.new("I;16", (320, 180)).save(p) for p in (f / "depth_gt").glob("*.png")], "hold no point"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda f: (f / "depth_gt/0002.png").write_bytes((f / "depth_gt/0002.png").read_bytes()[:200]),
+            "depth_gt/0002.png cannot be decoded",
+        ),
+        (lambda f: (f / "label_gt/0002.png").write_bytes(b""), "label_gt/0002.png cannot be decoded"),
+        (
+            lambda f: Image.new("L", (8, 8)).save(f / "label_gt/0002.png"),
+            "depth, label and photograph 0002 differ in size",
+        ),
+        (lambda f: Image.new("RGB", (8, 8)).save(f / "depth_gt/0002.png"), "depth_gt/0002.png is uint8 \\[8, 8, 3\\]"),
+        (
+            lambda f: (f / "meta/0002.mat").write_bytes((f / "meta/0002.mat").read_bytes()[:200]),
+            "meta/0002.mat cannot be read",
+        ),
+        (
+            lambda f: np.save(f / "camera_poses.npy", np.tile(np.eye(4), (2, 1, 1))),
+            "depth picture 0002 has none of the 2 camera poses",
+        ),
+        (
+            lambda f: np.save(f / "camera_poses.npy", np.load(f / "camera_poses.npy") + np.array([0, 0, 0, 0.3])),
+            "show no object where its points are",
+        ),
+        (lambda f: [Image.new("I;16", (320, 180)).save(p) for p in (f / "depth_gt").glob("*.png")], "hold no point"),
+    ],
+)
 def test_damaged_pictures_are_refused_when_a_view_is_drawn(damaged, damage, message):
     damage(damaged / "scenes/scene_0000/realsense")
     source = open_source(damaged)

@@ -28,7 +28,7 @@ from support.dex_samples import (
     write_episode,
 )
 
-VIEWS = ("right_thumb_cam", "right_pinky_cam")      # the config's order
+VIEWS = ("right_thumb_cam", "right_pinky_cam")  # the config's order
 
 
 @pytest.fixture
@@ -61,7 +61,9 @@ def test_episodes_are_what_was_written(dexwild):
     for number, length in enumerate((8, 6)):
         episode, written = source.load(number), streams(length, seed=number)
         native = np.hstack([written["right_arm_eef"][:, 1:], written["right_leapv1"][:, 1:]])
-        assert np.array_equal(episode.action, native[[*range(1, length), length - 1]].astype(np.float32))   # one frame ahead
+        assert np.array_equal(
+            episode.action, native[[*range(1, length), length - 1]].astype(np.float32)
+        )  # one frame ahead
         assert np.array_equal(episode.state, written["right_arm_eef"][:, 1:].astype(np.float32))
         assert np.allclose(episode.timestamps, np.arange(length) * PERIOD_NS / 1e9, atol=1e-12)
         assert episode.instruction == source.instruction_of(number) == "pour the liquid into the cup"
@@ -77,10 +79,10 @@ def test_sixteen_fingers_and_the_wrist_have_their_slots_and_come_back(dexwild):
     table = source.table(0)
     unified = source.action_map.to_unified(table.action)
     assert np.array_equal(unified[:, 103:119], table.action[:, 7:])
-    assert np.array_equal(unified[:, SLOTS["eef_pos_x"]:][:, :3], table.action[:, :3])
+    assert np.array_equal(unified[:, SLOTS["eef_pos_x"] :][:, :3], table.action[:, :3])
     assert source.action_map.mask.sum() == 3 + 6 + 16
     back = source.action_map.to_native(unified)
-    sign = np.sign((back[:, 3:7] * table.action[:, 3:7]).sum(1, keepdims=True))     # q and -q are one rotation
+    sign = np.sign((back[:, 3:7] * table.action[:, 3:7]).sum(1, keepdims=True))  # q and -q are one rotation
     back[:, 3:7] *= sign
     assert np.abs(back - table.action).max() < 1e-6
 
@@ -129,7 +131,10 @@ def test_files_of_several_tasks_are_one_dataset(tmp_path):
     for task in ("toy", "pour"):
         write_dexwild(tmp_path / "dexwild", (6,), task=task)
     source = open_source(tmp_path / "dexwild")
-    assert [source.instruction_of(e) for e in source.episode_ids] == ["pour the liquid into the cup", "put the toy into the box"]
+    assert [source.instruction_of(e) for e in source.episode_ids] == [
+        "pour the liquid into the cup",
+        "put the toy into the box",
+    ]
 
 
 def test_text_in_the_file_wins_over_the_task_of_its_name(dexwild):
@@ -157,7 +162,7 @@ def test_streams_that_start_late_or_stop_early_shorten_the_episode(tmp_path):
 
 def test_rows_are_found_by_time_not_by_order_or_count(tmp_path):
     def shuffled_and_dense(values):
-        between = values["right_leapv1"].copy()     # rows between the pictures, out of order, must not be taken
+        between = values["right_leapv1"].copy()  # rows between the pictures, out of order, must not be taken
         between[:, 0] += PERIOD_NS / 2.5
         between[:, 1:] = 99
         values["right_leapv1"] = np.vstack([values["right_leapv1"], between])[np.random.default_rng(1).permutation(16)]
@@ -170,18 +175,38 @@ def test_a_clock_that_runs_apart_is_followed_while_it_is_near(tmp_path):
     def jitter(values):
         values["right_arm_eef"][:, 0] += np.linspace(-0.4, 0.4, 8) * PERIOD_NS
 
-    assert np.array_equal(loaded(one_episode(tmp_path, jitter)).state, streams(8)["right_arm_eef"][:, 1:].astype(np.float32))
+    assert np.array_equal(
+        loaded(one_episode(tmp_path, jitter)).state, streams(8)["right_arm_eef"][:, 1:].astype(np.float32)
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda v: v.update(right_leapv1=np.delete(v["right_leapv1"], 4, axis=0)), "no row of 'right_leapv1' within 17 ms of the picture"),
-    (lambda v: v.update(right_arm_eef=v["right_arm_eef"][:20]), "no row of 'right_arm_eef' within 17 ms .*number 39 of the 40"),
-    (lambda v: v.update(right_arm_eef=v["right_arm_eef"][20:]), "no row of 'right_arm_eef' within 17 ms .*number 0 of the 40"),
-    (lambda v: v["right_arm_eef"].__setitem__((slice(None), 0), 5.0), "no row of 'right_arm_eef' within 17 ms"),
-    (lambda v: v["right_arm_eef"].__setitem__((3, 0), np.nan), "a time of 'right_arm_eef/right_arm_eef' is not finite"),
-    (lambda v: v["right_leapv1"].__setitem__((3, 2), np.nan), "column 'right_leapv1' is nan at frame 3, dimension 1"),
-    (lambda v: v["right_arm_eef"].__setitem__((5, slice(4, 8)), 0.0), "quaternion|rotation"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda v: v.update(right_leapv1=np.delete(v["right_leapv1"], 4, axis=0)),
+            "no row of 'right_leapv1' within 17 ms of the picture",
+        ),
+        (
+            lambda v: v.update(right_arm_eef=v["right_arm_eef"][:20]),
+            "no row of 'right_arm_eef' within 17 ms .*number 39 of the 40",
+        ),
+        (
+            lambda v: v.update(right_arm_eef=v["right_arm_eef"][20:]),
+            "no row of 'right_arm_eef' within 17 ms .*number 0 of the 40",
+        ),
+        (lambda v: v["right_arm_eef"].__setitem__((slice(None), 0), 5.0), "no row of 'right_arm_eef' within 17 ms"),
+        (
+            lambda v: v["right_arm_eef"].__setitem__((3, 0), np.nan),
+            "a time of 'right_arm_eef/right_arm_eef' is not finite",
+        ),
+        (
+            lambda v: v["right_leapv1"].__setitem__((3, 2), np.nan),
+            "column 'right_leapv1' is nan at frame 3, dimension 1",
+        ),
+        (lambda v: v["right_arm_eef"].__setitem__((5, slice(4, 8)), 0.0), "quaternion|rotation"),
+    ],
+)
 def test_an_episode_that_does_not_fit_together_is_refused(tmp_path, change, message):
     write_dexwild(tmp_path / "dexwild", (8,), task="toy")
     one_episode(tmp_path, change, length=40)
@@ -189,7 +214,7 @@ def test_an_episode_that_does_not_fit_together_is_refused(tmp_path, change, mess
     with pytest.raises(CorruptEpisode, match=f"^dexwild episode 0.*({message})") as error:
         source.action_map.to_unified(source.load(0).action)
     assert "\n" not in str(error.value)
-    assert source.load(1).length == 8       # nothing else is lost
+    assert source.load(1).length == 8  # nothing else is lost
 
 
 def test_a_picture_of_another_view_that_is_missing_is_refused(dexwild):
@@ -210,12 +235,18 @@ def test_the_seventeenth_joint_needs_a_named_conversion(dexwild):
     assert np.array_equal(episode.action[:-1, 7:], streams(8)["right_leapv2"][1:, 1:].astype(np.float32))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"action_columns": ("right_arm_eef", "right_leap1")}, "unknown stream 'right_leap1'; did you mean 'right_leapv1'"),
-    ({"views": ("right_tumb_cam",)}, "unknown view 'right_tumb_cam'; did you mean 'right_thumb_cam'"),
-    ({"state_columns": ("right_manus",)}, "'right_manus' has 70 dimensions.*describes 7"),
-    ({"control_hz": None}, "add control_hz"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"action_columns": ("right_arm_eef", "right_leap1")},
+            "unknown stream 'right_leap1'; did you mean 'right_leapv1'",
+        ),
+        ({"views": ("right_tumb_cam",)}, "unknown view 'right_tumb_cam'; did you mean 'right_thumb_cam'"),
+        ({"state_columns": ("right_manus",)}, "'right_manus' has 70 dimensions.*describes 7"),
+        ({"control_hz": None}, "add control_hz"),
+    ],
+)
 def test_a_config_that_does_not_fit_is_refused_when_opened(dexwild, changes, message):
     with pytest.raises(UserError, match=message):
         loaded(dexwild, **changes)
@@ -224,7 +255,9 @@ def test_a_config_that_does_not_fit_is_refused_when_opened(dexwild, changes, mes
 def test_arrays_called_otherwise_than_their_group_are_named_by_path(dexwild):
     with h5py.File(next(dexwild.rglob("*.hdf5")), "a") as file:
         for name in file:
-            file[f"{name}/right_tracker/right_tracker_world_clipped_abs"] = file[f"{name}/right_arm_eef/right_arm_eef"][()]
+            file[f"{name}/right_tracker/right_tracker_world_clipped_abs"] = file[f"{name}/right_arm_eef/right_arm_eef"][
+                ()
+            ]
             del file[f"{name}/right_arm_eef"]
     column = "right_tracker/right_tracker_world_clipped_abs"
     episode = loaded(dexwild, action_columns=(column, "right_leapv1"), state_columns=(column,))
@@ -253,29 +286,46 @@ def test_pictures_cut_short_or_of_another_size_are_refused(tmp_path):
     with h5py.File(path, "a") as file:
         folder = file["ep_0000/right_thumb_cam"]
         names = sorted(folder)
-        for name, data in ((names[2], jpeg(dex_picture(1, 2))[:300]), (names[4], jpeg(dex_picture(1, 4, 16, 16))), (names[6], b"no")):
+        for name, data in (
+            (names[2], jpeg(dex_picture(1, 2))[:300]),
+            (names[4], jpeg(dex_picture(1, 4, 16, 16))),
+            (names[6], b"no"),
+        ):
             del folder[name]
             folder[name] = np.frombuffer(data, np.uint8)
     view = open_source(path).load(0).views[0]
     assert len(list(view.frames(0, 2))) == 2
-    for frame, message in ((2, "cannot be decoded"), (4, "is 16x16, the first picture is 32x24"), (6, "cannot be decoded")):
+    for frame, message in (
+        (2, "cannot be decoded"),
+        (4, "is 16x16, the first picture is 32x24"),
+        (6, "cannot be decoded"),
+    ):
         with pytest.raises(CorruptEpisode, match=f"^robot_pour_data episode 0 .*{message}"):
             list(view.frames(frame, frame + 1))
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda g: g.pop("right_leapv1"), "'right_leapv1' is missing"),
-    (lambda g: g.pop("right_pinky_cam"), "'right_pinky_cam' is missing"),
-    (lambda g: g["right_pinky_cam"].clear(), "'right_pinky_cam' holds no pictures"),
-    (lambda g: g["right_pinky_cam"].create_dataset("cover.jpg", data=[1]), "picture 'cover.jpg' of 'right_pinky_cam' is not named"),
-    (lambda g: g["right_pinky_cam"].create_dataset(f"{10**30}.jpg", data=[1]), "is not named by its time"),
-    (lambda g: replace(g["right_leapv1"], np.zeros(4)), "is \\[4\\], a stream"),
-    (lambda g: replace(g["right_leapv1"], np.zeros((0, 17))), "is \\[0, 17\\], a stream"),
-    (lambda g: replace(g["right_leapv1"], np.array([[b"a", b"b"]])), "is not numeric"),
-    (lambda g: replace(g["right_leapv1"], streams(8)["right_leapv1"][:, :16]), "22 dimensions"),
-    (lambda g: (g.pop("right_leapv1"), g.__setitem__("right_leapv1", h5py.ExternalLink("other.h5", "/"))), "link into another file"),
-    (lambda g: g.create_dataset("language/language", data=[1.0]), "is not text"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda g: g.pop("right_leapv1"), "'right_leapv1' is missing"),
+        (lambda g: g.pop("right_pinky_cam"), "'right_pinky_cam' is missing"),
+        (lambda g: g["right_pinky_cam"].clear(), "'right_pinky_cam' holds no pictures"),
+        (
+            lambda g: g["right_pinky_cam"].create_dataset("cover.jpg", data=[1]),
+            "picture 'cover.jpg' of 'right_pinky_cam' is not named",
+        ),
+        (lambda g: g["right_pinky_cam"].create_dataset(f"{10**30}.jpg", data=[1]), "is not named by its time"),
+        (lambda g: replace(g["right_leapv1"], np.zeros(4)), "is \\[4\\], a stream"),
+        (lambda g: replace(g["right_leapv1"], np.zeros((0, 17))), "is \\[0, 17\\], a stream"),
+        (lambda g: replace(g["right_leapv1"], np.array([[b"a", b"b"]])), "is not numeric"),
+        (lambda g: replace(g["right_leapv1"], streams(8)["right_leapv1"][:, :16]), "22 dimensions"),
+        (
+            lambda g: (g.pop("right_leapv1"), g.__setitem__("right_leapv1", h5py.ExternalLink("other.h5", "/"))),
+            "link into another file",
+        ),
+        (lambda g: g.create_dataset("language/language", data=[1.0]), "is not text"),
+    ],
+)
 def test_every_damage_of_an_episode_is_one_line_and_costs_only_that_episode(dexwild, damage, message):
     with h5py.File(next(dexwild.rglob("*.hdf5")), "a") as file:
         damage(file["ep_0000"])

@@ -24,7 +24,7 @@ from support.repository import ROOT
 
 NAMES = config_names()
 FAMILIES = tuple(n for n in NAMES if "/" not in n)
-SPAN = 2 * np.pi    # rad, rad/s, m, m/s: no slot of these families goes beyond ±2π
+SPAN = 2 * np.pi  # rad, rad/s, m, m/s: no slot of these families goes beyond ±2π
 
 
 def width(specs) -> int:
@@ -78,7 +78,7 @@ def test_native_unified_native(name, part):
             if spec.rotation:
                 before, after = (to_rot6d(spec.rotation, x[:, span]) for x in (native, back))
                 np.testing.assert_allclose(after, before, atol=1e-6)
-                if spec.rotation == "euler_xyz":    # its numbers are worth 1 / cos(pitch) of the rotation's
+                if spec.rotation == "euler_xyz":  # its numbers are worth 1 / cos(pitch) of the rotation's
                     allowed = allowed / np.cos(native[:, span][:, 1:2])
             assert (np.abs(back[:, span] - native[:, span]) <= allowed).all(), (spec, native[:, span], back[:, span])
 
@@ -104,7 +104,7 @@ def facts(shared_dir) -> dict[str, dict]:
 
 
 def hub_ids(text: str) -> list[str]:
-    """"a/x-{i:04d} (also b/y)" → a/x-0000, a/x-0049, b/y; "a/{x,y}_z" → a/x_z, a/y_z."""
+    """ "a/x-{i:04d} (also b/y)" → a/x-0000, a/x-0049, b/y; "a/{x,y}_z" → a/x_z, a/y_z."""
     found = []
     for part in re.findall(r"[\w.-]+/[\w.{},:-]+", text):
         choices = re.search(r"\{([^}]*)\}", part)
@@ -125,7 +125,7 @@ def test_exactly_one_family_fits_every_hub_id_of_the_facts(facts):
         assert ids, family
         for hub_id in ids:
             listed = {s for c in configs for s in c.source if lies_in(s, hub_id)}
-            for wanted in listed or {hub_id}:       # the root of a repository may hold several datasets
+            for wanted in listed or {hub_id}:  # the root of a repository may hold several datasets
                 name = wanted.rsplit("/", 1)[-1].lower()
                 fitting = [c.name for c in configs if any(fnmatch.fnmatchcase(name, p.lower()) for p in c.match)]
                 assert fitting == [family], wanted
@@ -141,7 +141,7 @@ def test_widths_are_those_of_the_facts(facts):
         assert len(config.views or fact["cameras"]) == len(fact["cameras"]), family
         if isinstance(fact["hz"], (int, float)):
             assert config.control_hz in (None, fact["hz"]), family
-    assert load_config("cmu_stretch").control_hz == 10     # the hub's 5 is a converter's default
+    assert load_config("cmu_stretch").control_hz == 10  # the hub's 5 is a converter's default
 
 
 def test_every_embodiment_has_a_family():
@@ -154,7 +154,9 @@ def test_every_family_says_where_it_is_from():
     for name in NAMES:
         config = load_config(name)
         assert config.license and config.note and config.sampling_weight == 1.0, name
-        assert config.source or name in ("metaworld", "maniskill", "robosuite", "robosuite_two", "rlbench_panda"), name     # recorded here
+        assert config.source or name in ("metaworld", "maniskill", "robosuite", "robosuite_two", "rlbench_panda"), (
+            name
+        )  # recorded here
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -173,15 +175,21 @@ def test_behavior1k_state_picks_the_documented_indices():
     state = np.arange(256.0)
     state[[189, 190, 191, 192]], state[[228, 229, 230, 231]] = (0, 0, 0, 1), (0, 0, 0, 1)
     u = unified("behavior1k", "state", state)
-    for slots, columns in (((50, 57), (158, 165)), ((0, 7), (197, 204)), ((80, 83), (186, 189)), ((30, 33), (225, 228)),
-                           ((95, 99), (236, 240)), ((100, 103), (253, 256))):
+    for slots, columns in (
+        ((50, 57), (158, 165)),
+        ((0, 7), (197, 204)),
+        ((80, 83), (186, 189)),
+        ((30, 33), (225, 228)),
+        ((95, 99), (236, 240)),
+        ((100, 103), (253, 256)),
+    ):
         np.testing.assert_array_equal(u[slice(*slots)], state[slice(*columns)])
     assert u[60] == 20 * 193 and u[10] == 20 * 232
     np.testing.assert_array_equal(u[[*range(83, 89), *range(33, 39)]], [1, 0, 0, 0, 1, 0] * 2)
     u = unified("behavior1k", "action", np.arange(23.0))
     for slots, columns in (((100, 103), (0, 3)), ((95, 99), (3, 7)), ((50, 57), (7, 14)), ((0, 7), (15, 22))):
         np.testing.assert_array_equal(u[slice(*slots)], np.arange(*columns))
-    assert unified("behavior1k", "action", np.full(23, -1.0))[[60, 10]].tolist() == [0, 0]       # -1 is closed
+    assert unified("behavior1k", "action", np.full(23, -1.0))[[60, 10]].tolist() == [0, 0]  # -1 is closed
 
 
 def test_one_franka_not_two_and_terminate_is_no_motion():
@@ -197,8 +205,13 @@ def test_one_franka_not_two_and_terminate_is_no_motion():
 
 def test_dexora_left_before_right():
     u = unified("dexora", "action", np.arange(39.0))
-    for slots, columns in (((50, 56), (0, 6)), ((0, 6), (6, 12)), ((115, 127), (12, 24)), ((103, 115), (24, 36)),
-                           ((45, 48), (36, 39))):
+    for slots, columns in (
+        ((50, 56), (0, 6)),
+        ((0, 6), (6, 12)),
+        ((115, 127), (12, 24)),
+        ((103, 115), (24, 36)),
+        ((45, 48), (36, 39)),
+    ):
         np.testing.assert_array_equal(u[slice(*slots)], np.arange(*columns))
 
 
@@ -208,20 +221,35 @@ def test_grippers_are_1_open():
         native = np.concatenate([np.full(s.width, 0.5 if s.rotation == "quat_xyzw" else 0.0) for s in specs])
         native[column] = value
         return unified(name, part, native)[10]
+
     for name, part, column, closed, opened in (
-            ("droid", "action", 7, 1, 0), ("droid", "state", 7, 1, 0), ("bc_z", "action", 6, 0, 1), ("bc_z", "state", 7, 1, 0),
-            ("taco_play", "action", 6, 0, 1), ("stanford_hydra", "action", 6, 0, 1), ("utaustin_mutex", "action", 6, 0, 1),
-            ("nyu_franka", "action", 13, -1, 1), ("metaworld", "action", 3, 1, -1), ("aloha", "action", 13, 0, 1),
-            ("behavior1k", "action", 22, -1, 1), ("utaustin_mutex", "state", 7, 0, 1 / 13.21),
-            ("stanford_hydra", "state", 7, 0, 1 / 12.324)):
+        ("droid", "action", 7, 1, 0),
+        ("droid", "state", 7, 1, 0),
+        ("bc_z", "action", 6, 0, 1),
+        ("bc_z", "state", 7, 1, 0),
+        ("taco_play", "action", 6, 0, 1),
+        ("stanford_hydra", "action", 6, 0, 1),
+        ("utaustin_mutex", "action", 6, 0, 1),
+        ("nyu_franka", "action", 13, -1, 1),
+        ("metaworld", "action", 3, 1, -1),
+        ("aloha", "action", 13, 0, 1),
+        ("behavior1k", "action", 22, -1, 1),
+        ("utaustin_mutex", "state", 7, 0, 1 / 13.21),
+        ("stanford_hydra", "state", 7, 0, 1 / 12.324),
+    ):
         assert gripper(name, part, column, closed) == pytest.approx(0, abs=1e-6), (name, part)
         assert gripper(name, part, column, opened) == pytest.approx(1, abs=1e-6), (name, part)
 
 
 def test_displacements_are_velocities_in_their_slots():
     """Full deflection per step: taco 0.02 m and 0.05 rad at 15 Hz, MUTEX 0.05 m and 1 rad at 20 Hz, the others as stored."""
-    for name, hz, metres, radians in (("taco_play", 15, 0.3, 0.75), ("utaustin_mutex", 20, 1, 20), ("bc_z", 5, 5, 5),
-                                      ("stanford_hydra", 10, 10, 10), ("cmu_stretch", 10, 10, 10)):
+    for name, hz, metres, radians in (
+        ("taco_play", 15, 0.3, 0.75),
+        ("utaustin_mutex", 20, 1, 20),
+        ("bc_z", 5, 5, 5),
+        ("stanford_hydra", 10, 10, 10),
+        ("cmu_stretch", 10, 10, 10),
+    ):
         config = load_config(name)
         u = ActionMap(config.action, config.control_hz or hz).to_unified(np.ones(config.action_width))
         np.testing.assert_allclose(u[39:45], [metres] * 3 + [radians] * 3, rtol=1e-6)
@@ -229,12 +257,19 @@ def test_displacements_are_velocities_in_their_slots():
 
 # --- by name only ---
 
-LEGACY = {"bc_z": [*range(6), 10], "taco_play": [*range(6), 10], "droid": [*range(6), 10], "stanford_hydra": [10, *range(30, 36)],
-          "utaustin_mutex": [10, *range(30, 36)], "cmu_stretch": [10, *range(30, 36)],
-          "nyu_franka": [*range(6), 10, *range(50, 56), 60],
-          "behavior1k": [*range(7), 10, *range(50, 57), 60, 100, 101, 102],
-          "dexwild": [*range(30, 37), *range(103, 119)], "dexgraspnet": [*range(30, 37), *range(103, 119)],
-          "rlbench": [10, *range(30, 37)]}     # slots of the first description; aloha and dexora are unchanged
+LEGACY = {
+    "bc_z": [*range(6), 10],
+    "taco_play": [*range(6), 10],
+    "droid": [*range(6), 10],
+    "stanford_hydra": [10, *range(30, 36)],
+    "utaustin_mutex": [10, *range(30, 36)],
+    "cmu_stretch": [10, *range(30, 36)],
+    "nyu_franka": [*range(6), 10, *range(50, 56), 60],
+    "behavior1k": [*range(7), 10, *range(50, 57), 60, 100, 101, 102],
+    "dexwild": [*range(30, 37), *range(103, 119)],
+    "dexgraspnet": [*range(30, 37), *range(103, 119)],
+    "rlbench": [10, *range(30, 37)],
+}  # slots of the first description; aloha and dexora are unchanged
 
 
 @pytest.mark.parametrize("name", sorted(n.removeprefix("legacy/") for n in NAMES if n.startswith("legacy/")))
@@ -243,8 +278,17 @@ def test_legacy_layouts(name):
     mapping = ActionMap(legacy.action, 10.0)
     assert mapping.mask.nonzero()[0].tolist() == LEGACY[name] and not mapping.rotation_slots.any()
     assert legacy.name == f"legacy/{name}" and legacy.match == () and legacy.action_width == family.action_width
-    for field in ("format", "source", "license", "control_hz", "views", "state", "action_columns", "state_columns",
-                  "action_shift"):
+    for field in (
+        "format",
+        "source",
+        "license",
+        "control_hz",
+        "views",
+        "state",
+        "action_columns",
+        "state_columns",
+        "action_shift",
+    ):
         assert getattr(legacy, field) == getattr(family, field), field
 
 
@@ -261,15 +305,18 @@ def test_what_lies_in_a_folder_is_never_found_by_name_of_the_data():
 # --- finding a config ---
 
 
-@pytest.mark.parametrize(("robot", "repo", "expected"), [
-    ("Unitree_G1_Inspire", "anything", "unitree_g1_inspire"),
-    ("metaworld_sawyer", "push", "metaworld"),
-    ("unknown", "lerobot/aloha_sim_transfer_cube_human_image", "aloha"),
-    ("unknown", "lerobot/droid_1.0.1", "droid"),
-    (None, "berkeley_autolab_ur5", "bc_z"),
-    ("R1Pro", "lerobot/behavior1k-task0017", "behavior1k"),
-    ("airbot_dexterous", "airbot_assemble", "dexora"),
-])
+@pytest.mark.parametrize(
+    ("robot", "repo", "expected"),
+    [
+        ("Unitree_G1_Inspire", "anything", "unitree_g1_inspire"),
+        ("metaworld_sawyer", "push", "metaworld"),
+        ("unknown", "lerobot/aloha_sim_transfer_cube_human_image", "aloha"),
+        ("unknown", "lerobot/droid_1.0.1", "droid"),
+        (None, "berkeley_autolab_ur5", "bc_z"),
+        ("R1Pro", "lerobot/behavior1k-task0017", "behavior1k"),
+        ("airbot_dexterous", "airbot_assemble", "dexora"),
+    ],
+)
 def test_config_detection(robot, repo, expected):
     assert find_config("lerobot", (robot, repo)).name == expected
 

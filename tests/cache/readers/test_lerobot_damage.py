@@ -21,7 +21,7 @@ pytest.importorskip("lerobot", reason="lerobot is an optional dependency: pip in
 
 def cut(path, fraction):
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * fraction)])
+    path.write_bytes(data[: int(len(data) * fraction)])
 
 
 def drop_column(name):
@@ -74,15 +74,27 @@ def garbage(root, pattern):
 
 
 DAMAGE = {  # name: (dataset, how, message about episode 1)
-    "mp4 without its end": ("hevc", lambda r: cut(the_file(r, "videos/*front/*/*.mp4", 1), 0.6),
-                            "file-001.mp4 (is cut off|has no frame|cannot be)"),
-    "mp4 without its beginning": ("h264", lambda r: garbage(r, "videos/*front/*/*.mp4"),
-                                  "file-000.mp4 cannot be read as video"),
-    "mp4 missing": ("h264", lambda r: shutil.rmtree(r / "videos/observation.images.wrist"),
-                    "wrist/chunk-000/file-000.mp4 is missing"),
+    "mp4 without its end": (
+        "hevc",
+        lambda r: cut(the_file(r, "videos/*front/*/*.mp4", 1), 0.6),
+        "file-001.mp4 (is cut off|has no frame|cannot be)",
+    ),
+    "mp4 without its beginning": (
+        "h264",
+        lambda r: garbage(r, "videos/*front/*/*.mp4"),
+        "file-000.mp4 cannot be read as video",
+    ),
+    "mp4 missing": (
+        "h264",
+        lambda r: shutil.rmtree(r / "videos/observation.images.wrist"),
+        "wrist/chunk-000/file-000.mp4 is missing",
+    ),
     "video shorter than the table": ("hevc", shorter_video, r"no frame for row 10 at 0.500 s \(13 rows, 10 stored"),
-    "parquet without footer": ("image", lambda r: cut(the_file(r, "data/*/*.parquet"), 0.9),
-                               "file-000.parquet cannot be read as parquet"),
+    "parquet without footer": (
+        "image",
+        lambda r: cut(the_file(r, "data/*/*.parquet"), 0.9),
+        "file-000.parquet cannot be read as parquet",
+    ),
     "parquet missing": ("image", lambda r: shutil.rmtree(r / "data"), "data/chunk-000/file-000.parquet is missing"),
     "NaN action": ("image", nan_action, "column 'action' is nan at frame 3, dimension 2"),
     "row missing": ("image", remove_rows, "has 12 rows, meta/ lists 13"),
@@ -91,8 +103,11 @@ DAMAGE = {  # name: (dataset, how, message about episode 1)
     "picture missing": ("image", null_picture, "'observation.images.wrist' holds no picture bytes"),
     "action column missing": ("image", drop_column("action"), "column 'action' is missing"),
     "episode column missing": ("image", drop_column("episode_index"), "column 'episode_index' is missing"),
-    "picture column missing": ("image", drop_column("observation.images.front"),
-                               "column 'observation.images.front' is missing"),
+    "picture column missing": (
+        "image",
+        drop_column("observation.images.front"),
+        "column 'observation.images.front' is missing",
+    ),
 }
 
 
@@ -140,7 +155,7 @@ def test_video_damage_found_only_by_decoding(copy_of):
         spot = next(p for p in packets if p.pts * p.time_base >= (LENGTHS[0] + 4) / FPS and p.is_keyframe)
         position, size = spot.pos, spot.size
     data = bytearray(path.read_bytes())
-    data[position + 4:position + size] = b"\xff" * (size - 4)
+    data[position + 4 : position + size] = b"\xff" * (size - 4)
     path.write_bytes(data)
     with pytest.raises(CorruptEpisode, match="h264 episode 1: (frame|file-000.mp4)"):
         list(open_source(root).load(1).views[0].frames())
@@ -155,18 +170,21 @@ def edit_info(root, **changes):
     (root / "meta/info.json").write_text(json.dumps({**info, **changes}))
 
 
-@pytest.mark.parametrize(("harm", "message"), [
-    (lambda r: (r / "meta/info.json").unlink(), "holds none of the formats that can be read"),
-    (lambda r: (r / "meta/info.json").write_text("{"), "cannot be read as JSON"),
-    (lambda r: edit_info(r, codebase_version="v1.6"), "version v1.6 is not readable"),
-    (lambda r: edit_info(r, fps=None), "'fps' is missing"),
-    (lambda r: edit_info(r, robot_type="toaster"), "no dataset config fits"),
-    (lambda r: edit_info(r, data_path="data/{episode_chunk}.parquet"), "data_path .* does not fit v3.0"),
-    (lambda r: edit_info(r, video_path="../{video_key}/{chunk_index}-{file_index}.mp4"), "leaves its folder"),
-    (lambda r: edit_info(r, video_path=None), "no 'video_path'"),
-    (lambda r: shutil.rmtree(r / "meta/episodes"), "was the recording finalised"),
-    (lambda r: cut(r / "meta/tasks.parquet", 0.5), "tasks.parquet cannot be read as parquet"),
-])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda r: (r / "meta/info.json").unlink(), "holds none of the formats that can be read"),
+        (lambda r: (r / "meta/info.json").write_text("{"), "cannot be read as JSON"),
+        (lambda r: edit_info(r, codebase_version="v1.6"), "version v1.6 is not readable"),
+        (lambda r: edit_info(r, fps=None), "'fps' is missing"),
+        (lambda r: edit_info(r, robot_type="toaster"), "no dataset config fits"),
+        (lambda r: edit_info(r, data_path="data/{episode_chunk}.parquet"), "data_path .* does not fit v3.0"),
+        (lambda r: edit_info(r, video_path="../{video_key}/{chunk_index}-{file_index}.mp4"), "leaves its folder"),
+        (lambda r: edit_info(r, video_path=None), "no 'video_path'"),
+        (lambda r: shutil.rmtree(r / "meta/episodes"), "was the recording finalised"),
+        (lambda r: cut(r / "meta/tasks.parquet", 0.5), "tasks.parquet cannot be read as parquet"),
+    ],
+)
 def test_unusable_datasets_are_refused(copy_of, harm, message):
     root = copy_of("h264")
     harm(root)
@@ -201,7 +219,9 @@ def test_hub_dataset_is_fetched_file_by_file(recorded, tmp_path, monkeypatch):
         (commit / filename).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(remote / filename, commit / filename)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, repo_type, revision: ["meta/info.json"])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda self, repo, repo_type, revision: ["meta/info.json"]
+    )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     monkeypatch.chdir(tmp_path)
@@ -237,6 +257,6 @@ def test_libav_never_logs_through_python(copy_of):
             opening()
         return lines
 
-    av.logging.set_level(av.logging.DEBUG)      # as other libraries leave it
+    av.logging.set_level(av.logging.DEBUG)  # as other libraries leave it
     assert logged(lambda: av.open(str(path)))
     assert not logged(lambda: video.find_extent(path, np.arange(3) / 20, "here"))

@@ -194,12 +194,18 @@ def test_revision_hash_and_starts(copy_of):
     source = open_source(root)
     before = source.revision_hash
     assert source.starts is None and open_source(root).revision_hash == before
-    (root / "meta/dvla.json").write_text(json.dumps({"environment": "metaworld/push-v3", "starts": {"0": [0.5, 1], "2": [2.0]}}))
+    (root / "meta/dvla.json").write_text(
+        json.dumps({"environment": "metaworld/push-v3", "starts": {"0": [0.5, 1], "2": [2.0]}})
+    )
     again = open_source(root)
-    assert again.starts == {0: [0.5, 1.0], 2: [2.0]} and again.revision_hash != before and again.environment == "metaworld/push-v3"
+    assert (
+        again.starts == {0: [0.5, 1.0], 2: [2.0]}
+        and again.revision_hash != before
+        and again.environment == "metaworld/push-v3"
+    )
     (root / "meta/dvla.json").write_text("{}")
     with pytest.raises(UserError, match="dvla.json is damaged"):
-        open_source(root).starts
+        _ = open_source(root).starts
 
 
 # --- configs meet datasets -----------------------------------------------------------------------------------------
@@ -237,8 +243,11 @@ def test_cameras_with_the_same_last_name(copy_of):
     root = copy_of("image")
     info = json.loads((root / "meta/info.json").read_text())
     picture = info["features"]["observation.images.front"]
-    info["features"] |= {"observation.images.rgb.head": picture, "observation.images.tactile.head": picture,
-                         "observation.images.depth.head": {**picture, "info": {"video.is_depth_map": True}}}
+    info["features"] |= {
+        "observation.images.rgb.head": picture,
+        "observation.images.tactile.head": picture,
+        "observation.images.depth.head": {**picture, "info": {"video.is_depth_map": True}},
+    }
     (root / "meta/info.json").write_text(json.dumps(info))
     assert open_source(root).view_names == ("front", "wrist", "rgb_head", "tactile_head")
 

@@ -20,10 +20,18 @@ zarr = pytest.importorskip("zarr")
 ROWS = sum(LENGTHS)
 ENDS = np.cumsum(LENGTHS).tolist()
 CHUNK = 4
-IMAGES = np.concatenate([pictures(e, n) for e, n in enumerate(LENGTHS)])     # uint8 [N, H, W, 3]
+IMAGES = np.concatenate([pictures(e, n) for e, n in enumerate(LENGTHS)])  # uint8 [N, H, W, 3]
 PUSHT = load_config("pusht")
-PLAIN = DatasetConfig(name="plain", match=(), format="replay_buffer", embodiment="gripper_eef", state=(), control_hz=10.0,
-                      action=(FieldSpec(fields=("eef_pos_x", "eef_pos_y")),), action_columns=("action",))
+PLAIN = DatasetConfig(
+    name="plain",
+    match=(),
+    format="replay_buffer",
+    embodiment="gripper_eef",
+    state=(),
+    control_hz=10.0,
+    action=(FieldSpec(fields=("eef_pos_x", "eef_pos_y")),),
+    action_columns=("action",),
+)
 
 
 @pytest.fixture(params=[2, 3], ids=["v2", "v3"])
@@ -72,7 +80,9 @@ def check_pusht(source):
     for number, stop in enumerate(ENDS):
         start, episode = stop - LENGTHS[number], source.load(number)
         assert episode.length == source.length_of(number) == LENGTHS[number]
-        assert episode.instruction == source.instruction_of(number) == "Push the T-shaped block onto the T-shaped target."
+        assert (
+            episode.instruction == source.instruction_of(number) == "Push the T-shaped block onto the T-shaped target."
+        )
         assert np.array_equal(episode.action, action[start:stop]) and np.array_equal(episode.state, state[start:stop])
         assert np.array_equal(frames(episode.views[0]), pictures(number, LENGTHS[number]))
         assert np.array_equal(frames(episode.views[0], 2, 5), pictures(number, LENGTHS[number])[2:5])
@@ -91,12 +101,23 @@ def test_zip(pusht, tmp_path, folder):
     source = open_source(path)
     check_pusht(source)
     assert source.revision_hash == open_source(pusht, PUSHT).revision_hash
-    assert [source.load(n).source_hash for n in range(3)] == [open_source(pusht, PUSHT).load(n).source_hash for n in range(3)]
+    assert [source.load(n).source_hash for n in range(3)] == [
+        open_source(pusht, PUSHT).load(n).source_hash for n in range(3)
+    ]
 
 
-@pytest.mark.parametrize("pixels", [IMAGES, IMAGES.astype(np.float64), (IMAGES / 255).astype(np.float32), (IMAGES / 255).astype(np.float16),
-                                    np.moveaxis(IMAGES, 3, 1), np.moveaxis(IMAGES, 3, 1) / 255],
-                         ids=["uint8", "float 255", "float 1", "half 1", "colours first", "colours first, float 1"])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        IMAGES,
+        IMAGES.astype(np.float64),
+        (IMAGES / 255).astype(np.float32),
+        (IMAGES / 255).astype(np.float16),
+        np.moveaxis(IMAGES, 3, 1),
+        np.moveaxis(IMAGES, 3, 1) / 255,
+    ],
+    ids=["uint8", "float 255", "float 1", "half 1", "colours first", "colours first, float 1"],
+)
 def test_ways_to_store_pictures(tmp_path, version, pixels):
     source = open_source(write_replay_buffer(tmp_path / "x.zarr", zarr_format=version, pixels=pixels), PLAIN)
     for number, length in enumerate(LENGTHS):
@@ -109,11 +130,13 @@ def test_only_the_chunks_of_an_episode_are_read(pusht, version):
     """Episode 0 has rows 0..6 and so chunks 0 and 1."""
     kept = [open_source(pusht, PUSHT).load(0).source_hash, open_source(pusht, PUSHT).load(2).source_hash]
     for array, dims in (("img", 4), ("action", 2), ("state", 2)):
-        chunk_file(pusht, version, array, 2, dims).unlink()     # rows 8..11: all of them are episode 1's
-    shutil.rmtree(pusht / "data" / "keypoint")                  # not used
+        chunk_file(pusht, version, array, 2, dims).unlink()  # rows 8..11: all of them are episode 1's
+    shutil.rmtree(pusht / "data" / "keypoint")  # not used
     source = open_source(pusht, PUSHT)
     assert [source.load(0).source_hash, source.load(2).source_hash] == kept
-    with pytest.raises(CorruptEpisode, match="pusht_tiny.zarr episode 1: data/action/.*2.* is missing; zarr would read it as 0.0"):
+    with pytest.raises(
+        CorruptEpisode, match="pusht_tiny.zarr episode 1: data/action/.*2.* is missing; zarr would read it as 0.0"
+    ):
         source.load(1)
 
 
@@ -145,9 +168,12 @@ def test_damaged_chunk(pusht, version, array, damage):
     path = chunk_file(pusht, version, array, 2, 4 if array == "img" else 2)
     data = path.read_bytes()
     path.unlink() if damage == "missing" else path.write_bytes(
-        {"cut": data[:len(data) // 2], "garbage": b"\xf7" * len(data), "empty": b""}[damage])
+        {"cut": data[: len(data) // 2], "garbage": b"\xf7" * len(data), "empty": b""}[damage]
+    )
     source = open_source(pusht, PUSHT)
-    message = "is missing; zarr would" if damage == "missing" else f"data/{array} cannot be decoded|bytes, its header says"
+    message = (
+        "is missing; zarr would" if damage == "missing" else f"data/{array} cannot be decoded|bytes, its header says"
+    )
     with pytest.raises(CorruptEpisode, match=message) as caught:
         frames(source.load(1).views[0])
     assert str(caught.value).startswith("pusht_tiny.zarr episode 1: ") and "\n" not in str(caught.value)
@@ -171,11 +197,20 @@ def test_picture_out_of_range(pusht, value):
     assert len(frames(open_source(pusht, PUSHT).load(0).views[0])) == LENGTHS[0]
 
 
-@pytest.mark.parametrize("ends, message", [
-    ([5, 5, ROWS], r"does not increase at episode 1 \(5 after 5\)"), ([9, 5, ROWS], r"does not increase at episode 1 \(5 after 9\)"),
-    ([0, ROWS], r"does not increase at episode 0 \(0 after 0\)"), ([-3, ROWS], "does not increase at episode 0"),
-    ([7, ROWS + 1], f"data/action has {ROWS} rows, meta/episode_ends ends at {ROWS + 1}"), ([7, ROWS - 1], f"ends at {ROWS - 1}"),
-    ([], "expected the end of at least one episode"), ([[7, ROWS]], "expected the end of at least one"), ([7.0, ROWS], "is float64")])
+@pytest.mark.parametrize(
+    "ends, message",
+    [
+        ([5, 5, ROWS], r"does not increase at episode 1 \(5 after 5\)"),
+        ([9, 5, ROWS], r"does not increase at episode 1 \(5 after 9\)"),
+        ([0, ROWS], r"does not increase at episode 0 \(0 after 0\)"),
+        ([-3, ROWS], "does not increase at episode 0"),
+        ([7, ROWS + 1], f"data/action has {ROWS} rows, meta/episode_ends ends at {ROWS + 1}"),
+        ([7, ROWS - 1], f"ends at {ROWS - 1}"),
+        ([], "expected the end of at least one episode"),
+        ([[7, ROWS]], "expected the end of at least one"),
+        ([7.0, ROWS], "is float64"),
+    ],
+)
 def test_episode_ends(pusht, ends, message):
     group = zarr.open_group(pusht, mode="a")
     del group["meta/episode_ends"]
@@ -209,20 +244,28 @@ def test_missing_parts(pusht, version):
 @pytest.mark.parametrize("codec", ["imagecodecs_jpegxl", "pickle"])
 def test_codec_that_is_not_there_is_named(pusht, version, codec):
     """JPEG XL is what UMI stores; pickle would run code."""
+
     def change(about):
         if version == 2:
             about["compressor"] = {"id": codec, "level": 99}
         else:
             about["codecs"] = [{"name": f"numcodecs.{codec}", "configuration": {}}]
+
     edit_metadata(pusht, version, "data/img", change)
-    with pytest.raises(UserError, match=f"data/img is stored with the codec '(numcodecs.)?{codec}', which is not available here"):
+    with pytest.raises(
+        UserError, match=f"data/img is stored with the codec '(numcodecs.)?{codec}', which is not available here"
+    ):
         open_source(pusht, PUSHT)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda about: about.pop("shape"), "does not describe an array of numbers .'shape'"),
-    (lambda about: about.update(shape="ten"), "does not describe an array of numbers"),
-    (lambda about: about.update({"dtype": "|O", "data_type": "string"}), "does not describe an array of numbers")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda about: about.pop("shape"), "does not describe an array of numbers .'shape'"),
+        (lambda about: about.update(shape="ten"), "does not describe an array of numbers"),
+        (lambda about: about.update({"dtype": "|O", "data_type": "string"}), "does not describe an array of numbers"),
+    ],
+)
 def test_damaged_metadata(pusht, version, change, message):
     edit_metadata(pusht, version, "data/action", change)
     with pytest.raises(UserError, match=message):
@@ -242,11 +285,16 @@ def test_sharded_arrays_are_refused(tmp_path):
         open_source(path, PUSHT)
 
 
-@pytest.mark.parametrize("pixels, message", [
-    (np.zeros((ROWS, 6, 8, 3), np.float32), "data/img is float32 and may range to 1 or to 255"),
-    (np.ones((ROWS, 6, 8, 3), np.float32), "may range to 1 or to 255"),
-    (IMAGES / 127.5 - 1, "may range to 1 or to 255"), (IMAGES / 127.5, "may range to 1 or to 255"),
-    (np.full((ROWS, 3, 6, 3), 7, np.uint8), r"data/img \[21, 3, 6, 3\] has its colours first or last")])
+@pytest.mark.parametrize(
+    "pixels, message",
+    [
+        (np.zeros((ROWS, 6, 8, 3), np.float32), "data/img is float32 and may range to 1 or to 255"),
+        (np.ones((ROWS, 6, 8, 3), np.float32), "may range to 1 or to 255"),
+        (IMAGES / 127.5 - 1, "may range to 1 or to 255"),
+        (IMAGES / 127.5, "may range to 1 or to 255"),
+        (np.full((ROWS, 3, 6, 3), 7, np.uint8), r"data/img \[21, 3, 6, 3\] has its colours first or last"),
+    ],
+)
 def test_pictures_whose_meaning_is_open(tmp_path, pixels, message):
     zarr.config.set({"array.write_empty_chunks": True})
     with pytest.raises(UserError, match=message):
@@ -262,6 +310,7 @@ def test_no_camera(tmp_path):
 def test_what_the_config_must_say(pusht):
     def config(**changes):
         return DatasetConfig(**{**vars(PLAIN), **changes})
+
     with pytest.raises(UserError, match="do not say how many rows there are per second; add control_hz"):
         open_source(pusht, config(control_hz=None))
     with pytest.raises(UserError, match="'action' has 2 dimensions, dataset config 'plain' describes 1"):
@@ -277,11 +326,11 @@ def test_what_the_config_must_say(pusht):
 def test_damaged_zip(pusht, tmp_path, damage, version):
     path = zipped(pusht, tmp_path / "pusht.zarr.zip")
     data = bytearray(path.read_bytes())
-    if damage == "chunk":       # one byte of a stored chunk differs from what its checksum says
+    if damage == "chunk":  # one byte of a stored chunk differs from what its checksum says
         with zipfile.ZipFile(path) as file:
             info = file.getinfo("data/img/" + ("2.0.0.0" if version == 2 else "c/2/0/0/0"))
         data[info.header_offset + 30 + len(info.filename) + 5] ^= 1
-    path.write_bytes({"half": data[:len(data) // 2], "garbage": b"no zip" * 99, "chunk": data}[damage])
+    path.write_bytes({"half": data[: len(data) // 2], "garbage": b"no zip" * 99, "chunk": data}[damage])
     if damage != "chunk":
         with pytest.raises(UserError, match="pusht.zarr.zip"):
             ReplayBufferSource(str(path))

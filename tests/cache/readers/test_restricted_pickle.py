@@ -64,12 +64,19 @@ def test_a_demo_reads_as_it_was(protocol, numpy):
     data = as_numpy1(data) if numpy == 1 else data
     assert (b"numpy.core." in data, b"numpy._core." in data) == (numpy == 1, numpy == 2)
     assert equal(plain(load(data)), demo)
-    assert "rlbench" not in sys.modules      # nothing was imported, and nothing had to be
+    assert "rlbench" not in sys.modules  # nothing was imported, and nothing had to be
 
 
-ARRAYS = {t: np.arange(6).astype(t).reshape(2, 3) for t in ("f2", "f4", "f8", ">f8", "i1", "i2", ">i4", "i8", "u1", "u8", "?")}
-ARRAYS |= {"columns first": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "scalar": np.array(3.5), "empty": np.zeros((0, 7)),
-           "strided": np.arange(12.0)[::2], "transposed": np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1)}
+ARRAYS = {
+    t: np.arange(6).astype(t).reshape(2, 3) for t in ("f2", "f4", "f8", ">f8", "i1", "i2", ">i4", "i8", "u1", "u8", "?")
+}
+ARRAYS |= {
+    "columns first": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "scalar": np.array(3.5),
+    "empty": np.zeros((0, 7)),
+    "strided": np.arange(12.0)[::2],
+    "transposed": np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1),
+}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -80,12 +87,20 @@ def test_arrays_and_numbers_of_numpy(protocol):
     numbers = [np.float64(1.5), np.float32(0.25), np.int64(-7), np.bool_(True)]
     assert plain(load(pickle.dumps(numbers, protocol))) == [1.5, 0.25, -7, True]
     closed = plain(load(pickle.dumps([np.array(["text"]), np.array([1, None, []], object)], protocol)))
-    assert closed == [None, None]           # text and objects are kept closed
+    assert closed == [None, None]  # text and objects are kept closed
 
 
-simple = st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False) | st.text() | st.binary()
-nested = st.recursive(simple, lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner)
-                      | st.lists(inner, max_size=5).map(tuple), max_leaves=40)
+simple = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text() | st.binary()
+nested = st.recursive(
+    simple,
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(), inner)
+        | st.lists(inner, max_size=5).map(tuple)
+    ),
+    max_leaves=40,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -97,6 +112,7 @@ def test_plain_values_read_as_python_reads_them(value, protocol):
 
 def test_long_values_shared_values_and_ordered_dicts():
     from collections import OrderedDict
+
     shared = ["x" * 300, b"y" * 300, bytes(70_000), "z" * 70_000]
     value = [shared, shared, list(range(3000)), {str(i): i for i in range(3000)}, OrderedDict(a=1, b=[2])]
     for protocol in PROTOCOLS:
@@ -123,15 +139,40 @@ def named(module, name, *arguments, tail=b"R."):
     return b"\x80\x04" + texts[0] + texts[1] + b"\x93(" + b"".join(texts[2:]) + b"t" + tail
 
 
-GADGETS = [("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("builtins", "eval"), ("builtins", "exec"),
-           ("builtins", "getattr"), ("builtins", "__import__"), ("__builtin__", "eval"), ("builtins", "object"),
-           ("rlbench.demo", "Demo.__init__.__globals__"), ("rlbench.demo", "__builtins__"), ("rlbench.backend.observation", "np"),
-           ("builtins", "type"), ("numpy", "load"), ("numpy", "fromfile"), ("numpy", "memmap"), ("numpy", "ndarray.tofile"),
-           ("numpy.lib.npyio", "load"), ("numpy.testing._private.utils", "runstring"), ("numpy.f2py.crackfortran", "myeval"),
-           ("numpy", "frombuffer"),
-           ("numpy._core.multiarray", "fromfile"), ("numpy._core.numeric", "_frombuffer.__globals__"), ("_codecs", "decode"),
-           ("functools", "partial"), ("operator", "attrgetter"), ("types", "FunctionType"), ("pickle", "loads"),
-           ("copyreg", "_reconstructor"), ("collections", "defaultdict"), ("shutil", "rmtree"), ("pathlib", "PosixPath")]
+GADGETS = [
+    ("os", "system"),
+    ("posix", "system"),
+    ("subprocess", "Popen"),
+    ("builtins", "eval"),
+    ("builtins", "exec"),
+    ("builtins", "getattr"),
+    ("builtins", "__import__"),
+    ("__builtin__", "eval"),
+    ("builtins", "object"),
+    ("rlbench.demo", "Demo.__init__.__globals__"),
+    ("rlbench.demo", "__builtins__"),
+    ("rlbench.backend.observation", "np"),
+    ("builtins", "type"),
+    ("numpy", "load"),
+    ("numpy", "fromfile"),
+    ("numpy", "memmap"),
+    ("numpy", "ndarray.tofile"),
+    ("numpy.lib.npyio", "load"),
+    ("numpy.testing._private.utils", "runstring"),
+    ("numpy.f2py.crackfortran", "myeval"),
+    ("numpy", "frombuffer"),
+    ("numpy._core.multiarray", "fromfile"),
+    ("numpy._core.numeric", "_frombuffer.__globals__"),
+    ("_codecs", "decode"),
+    ("functools", "partial"),
+    ("operator", "attrgetter"),
+    ("types", "FunctionType"),
+    ("pickle", "loads"),
+    ("copyreg", "_reconstructor"),
+    ("collections", "defaultdict"),
+    ("shutil", "rmtree"),
+    ("pathlib", "PosixPath"),
+]
 
 
 @pytest.mark.parametrize("gadget", GADGETS, ids=".".join)
@@ -146,13 +187,19 @@ def test_code_does_not_run(tmp_path, protocol):
     marker = tmp_path / "ran"
     hidden = Observation()
     hidden.gripper_pose, hidden.misc = np.zeros(7), {"deep": [Call(os.system, f"touch {marker}")]}
-    attacks = [Call(os.system, f"touch {marker}"), Call(eval, f"open({str(marker)!r}, 'w')"), Call(open, str(marker), "w"),
-               Call(subprocess.run, ["touch", str(marker)]), Demo([hidden]), Call(np.load, str(marker)),
-               np.array([Call(os.mkdir, str(marker))], object)]
+    attacks = [
+        Call(os.system, f"touch {marker}"),
+        Call(eval, f"open({str(marker)!r}, 'w')"),
+        Call(open, str(marker), "w"),
+        Call(subprocess.run, ["touch", str(marker)]),
+        Demo([hidden]),
+        Call(np.load, str(marker)),
+        np.array([Call(os.mkdir, str(marker))], object),
+    ]
     for attack in attacks:
         refused(dump(attack, protocol), "asks for .*, which is not an observation record; refused|asks for .*; refused")
         assert not marker.exists()
-    pickle.loads(dump(Call(os.mkdir, str(marker)), protocol))      # Python's own would have done it
+    pickle.loads(dump(Call(os.mkdir, str(marker)), protocol))  # Python's own would have done it
     assert marker.exists()
 
 
@@ -193,27 +240,48 @@ def test_forged_objects(name, protocol):
     refused(dump(forged()[name], protocol), "refused$|damaged")
 
 
-STATES = {"slots": (None, {"__class__": 1}), "a list": [1], "a class": {"__class__": 1}, "a number": {1: 2},
-          "a reduce": {"gripper_open": 1.0, "__reduce__": 1}}
+STATES = {
+    "slots": (None, {"__class__": 1}),
+    "a list": [1],
+    "a class": {"__class__": 1},
+    "a number": {1: 2},
+    "a reduce": {"gripper_open": 1.0, "__reduce__": 1},
+}
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_record_takes_only_attributes(name):
     state = pickle.dumps(STATES[name], 2)[2:-1]
     refused(b"\x80\x02crlbench.backend.observation\nObservation\n)\x81" + state + b"b.")
-    refused(b"\x80\x02crlbench.demo\nDemo\n)\x81}X\x0d\x00\x00\x00_observations]crlbench.backend.observation\nObservation\n)\x81"
-            + state + b"basb.")
+    refused(
+        b"\x80\x02crlbench.demo\nDemo\n)\x81}X\x0d\x00\x00\x00_observations]crlbench.backend.observation\nObservation\n)\x81"
+        + state
+        + b"basb."
+    )
 
 
-RAW = {     # hand-made streams: opcode tricks
-    "persistent id": b"\x80\x04U\x01xQ.", "extension": b"\x80\x04\x82\x01.", "instance": b"\x80\x02(cos\nsystem\nos\nsystem\n.",
-    "old object": b"\x80\x02(ios\nsystem\n.", "protocol 0": b"cos\nsystem\n(S'x'\ntR.", "protocol 9": b"\x80\x09N.",
-    "empty": b"", "nothing on the stack": b"\x80\x04.", "state of a list": b"\x80\x04]}b.", "state of nothing": b"\x80\x04}b.",
-    "items of a number": b"\x80\x04K\x01K\x01a.", "odd items": b"\x80\x04}(K\x01u.", "no mark": b"\x80\x04K\x01t.",
-    "unknown memo": b"\x80\x04h\x07.", "text without end": b"\x80\x04X\xff\xff\xff\x7fab.",
+RAW = {  # hand-made streams: opcode tricks
+    "persistent id": b"\x80\x04U\x01xQ.",
+    "extension": b"\x80\x04\x82\x01.",
+    "instance": b"\x80\x02(cos\nsystem\nos\nsystem\n.",
+    "old object": b"\x80\x02(ios\nsystem\n.",
+    "protocol 0": b"cos\nsystem\n(S'x'\ntR.",
+    "protocol 9": b"\x80\x09N.",
+    "empty": b"",
+    "nothing on the stack": b"\x80\x04.",
+    "state of a list": b"\x80\x04]}b.",
+    "state of nothing": b"\x80\x04}b.",
+    "items of a number": b"\x80\x04K\x01K\x01a.",
+    "odd items": b"\x80\x04}(K\x01u.",
+    "no mark": b"\x80\x04K\x01t.",
+    "unknown memo": b"\x80\x04h\x07.",
+    "text without end": b"\x80\x04X\xff\xff\xff\x7fab.",
     "no text": b"\x80\x04\x8c\x02\xff\xfe.",
-    "gigabytes of bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", "no stop": b"\x80\x04]]]", "list called": b"\x80\x04])R.",
-    "name of numbers": b"\x80\x04K\x01K\x01\x93.", "name with line ends": b"\x80\x04\x8c\x04o\ns\r\x8c\x01x\x93.",
+    "gigabytes of bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
+    "no stop": b"\x80\x04]]]",
+    "list called": b"\x80\x04])R.",
+    "name of numbers": b"\x80\x04K\x01K\x01\x93.",
+    "name with line ends": b"\x80\x04\x8c\x04o\ns\r\x8c\x01x\x93.",
     "dict of two states": b"\x80\x02crlbench.demo\nDemo\n)\x81}X\x01\x00\x00\x00aNsb}X\x01\x00\x00\x00bNsb.",
 }
 
@@ -225,10 +293,10 @@ def test_opcode_tricks(name):
 
 def test_resources_are_bounded():
     """What fells Python's own unpickler: nesting that overflows the C stack, memo numbers and lengths of gigabytes."""
-    refused(b"\x80\x04})" + b"\x85" * 500_000 + b"Ns.", "keys that are no text")    # a key nested half a million deep
+    refused(b"\x80\x04})" + b"\x85" * 500_000 + b"Ns.", "keys that are no text")  # a key nested half a million deep
     load(b"\x80\x04)" + b"\x85" * 500_000 + b".")
     load(b"\x80\x04" + b"](" * 100_000 + b"e" * 100_000 + b".")
-    assert load(b"\x80\x04Nr\xff\xff\xff\xff.") is None                             # memo number 4 billion: one entry
+    assert load(b"\x80\x04Nr\xff\xff\xff\xff.") is None  # memo number 4 billion: one entry
     text = b"X\x10\x27\x00\x00" + b"x" * 10_000 + b"q\x00X\x06\x00\x00\x00latin1q\x01c_codecs\nencode\nq\x02"
     refused(b"\x80\x02" + text + b"h\x02h\x00h\x01\x86R" * 100 + b".", "makes more bytes than it has")
     with pytest.MonkeyPatch.context() as patch:
@@ -264,5 +332,5 @@ def test_random_bytes(data):
 def test_damage_anywhere(data, draw):
     at = draw.draw(st.integers(0, len(data) - 1))
     refused(data[:at])
-    safe(data[:at] + bytes([draw.draw(st.integers(0, 255))]) + data[at + 1:])
-    safe(data[:at] + data[at + draw.draw(st.integers(1, 40)):])
+    safe(data[:at] + bytes([draw.draw(st.integers(0, 255))]) + data[at + 1 :])
+    safe(data[:at] + data[at + draw.draw(st.integers(1, 40)) :])

@@ -51,10 +51,10 @@ def test_an_episode_is_what_was_recorded(tree):
     assert (source.name, source.config.name, source.control_hz) == ("rlbench_train", "rlbench", 20.0)
     assert source.episode_ids == tuple(range(13)) and source.view_names == CAMERAS
     for number, seed, text in ((0, 0, "close_jar"), (2, 2, "close_jar"), (10, 10, "close_jar"), (12, 1, "open_drawer")):
-        episode, recorded = source.load(number), observations(LENGTH, seed)     # episode10 is number 10, not 2
+        episode, recorded = source.load(number), observations(LENGTH, seed)  # episode10 is number 10, not 2
         native = np.stack([[*o.gripper_pose, o.gripper_open] for o in recorded]).astype(np.float32)
         np.testing.assert_array_equal(episode.state, native)
-        np.testing.assert_array_equal(episode.action, native[[1, 2, 3, 3]])     # the pose reached next; the end holds
+        np.testing.assert_array_equal(episode.action, native[[1, 2, 3, 3]])  # the pose reached next; the end holds
         np.testing.assert_allclose(episode.timestamps, np.arange(LENGTH) / 20)
         assert episode.instruction == source.instruction_of(number) == TEXT[text] and source.length_of(number) == LENGTH
         for index, view in enumerate(episode.views):
@@ -83,17 +83,28 @@ def test_every_way_of_packing_gives_the_same_episodes(tree, tmp_path):
             np.testing.assert_array_equal(frame, picture(1, 3, 4))
 
 
-@pytest.mark.parametrize("part, name, numbers", [
-    ("", "rlbench_train", 13), ("close_jar", "rlbench_train_close_jar", 11),
-    ("close_jar/all_variations", "rlbench_train_close_jar_all_variations", 11),
-    ("open_drawer/all_variations/episodes", "train_open_drawer_all_variations_episodes", 2),
-    ("open_drawer/all_variations/episodes/episode1", "open_drawer_all_variations_episodes_episode1", 1)])
+@pytest.mark.parametrize(
+    "part, name, numbers",
+    [
+        ("", "rlbench_train", 13),
+        ("close_jar", "rlbench_train_close_jar", 11),
+        ("close_jar/all_variations", "rlbench_train_close_jar_all_variations", 11),
+        ("open_drawer/all_variations/episodes", "train_open_drawer_all_variations_episodes", 2),
+        ("open_drawer/all_variations/episodes/episode1", "open_drawer_all_variations_episodes_episode1", 1),
+    ],
+)
 def test_any_folder_can_be_given(tree, part, name, numbers):
     source = open_source(str(tree / part), CONFIG)
     assert (source.name, len(source.episode_ids)) == (name, numbers)
     assert source.load(numbers - 1).instruction in TEXT.values()
-    assert RlbenchSource.matches([p.relative_to(tree / part).as_posix() for p in (tree / part).glob("**/*")
-                                  if len(p.relative_to(tree / part).parts) <= 3], tree / part)
+    assert RlbenchSource.matches(
+        [
+            p.relative_to(tree / part).as_posix()
+            for p in (tree / part).glob("**/*")
+            if len(p.relative_to(tree / part).parts) <= 3
+        ],
+        tree / part,
+    )
 
 
 def test_a_zip_alone(tree, tmp_path):
@@ -113,11 +124,13 @@ def test_what_is_on_the_hub_is_known_by_name():
 def test_hub_zip_and_folder(tree, tmp_path, monkeypatch):
     """A hub id, a folder of one and a zip of one: only what is below it is asked for, and the names say whence it is."""
     import huggingface_hub
+
     snapshot, asked = tmp_path / "0123abcd", []
     for split in ("train", "val"):
         pack(tree / "open_drawer", snapshot / "data" / split / "open_drawer.zip")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                        lambda repo, allow_patterns, **_: asked.append(allow_patterns) or snapshot)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, allow_patterns, **_: asked.append(allow_patterns) or snapshot
+    )
     source = RlbenchSource("hqfang/RLBench-18-Tasks")
     assert (source.name, len(source.episode_ids), source.config.name) == ("RLBench-18-Tasks", 4, "rlbench")
     folder = RlbenchSource("hqfang/RLBench-18-Tasks/data/val")
@@ -143,11 +156,22 @@ def test_variations_in_folders_and_plain_lists(tmp_path):
 def test_other_columns_views_and_the_default_text(one):
     root, folder = one
     (folder / "variation_descriptions.pkl").unlink()
-    fields = tuple(f for f in CONFIG.action if f.field) + (dataclasses.replace(CONFIG.action[2], field=None, drop=16 + 2),)
-    config = dataclasses.replace(CONFIG, action=fields, state=(), views=("wrist",), instruction="do it", action_shift=0,
-                                 action_columns=("gripper_open", "gripper_matrix", "gripper_joint_positions"))
+    fields = tuple(f for f in CONFIG.action if f.field) + (
+        dataclasses.replace(CONFIG.action[2], field=None, drop=16 + 2),
+    )
+    config = dataclasses.replace(
+        CONFIG,
+        action=fields,
+        state=(),
+        views=("wrist",),
+        instruction="do it",
+        action_shift=0,
+        action_columns=("gripper_open", "gripper_matrix", "gripper_joint_positions"),
+    )
     episode = open_source(root, config).load(1)
-    expected = [[o.gripper_open, *o.gripper_matrix.ravel(), *o.gripper_joint_positions] for o in observations(LENGTH, 1)]
+    expected = [
+        [o.gripper_open, *o.gripper_matrix.ravel(), *o.gripper_joint_positions] for o in observations(LENGTH, 1)
+    ]
     np.testing.assert_array_equal(episode.action, np.array(expected, np.float32))
     assert [v.name for v in episode.views] == ["wrist"] and episode.instruction == "do it"
     with pytest.raises(UserError, match="did you mean 'wrist'"):
@@ -156,7 +180,10 @@ def test_other_columns_views_and_the_default_text(one):
 
 def test_hashes_see_changes(one):
     root, folder = one
-    before, revision = [open_source(root, CONFIG).load(i).source_hash for i in (0, 1)], open_source(root, CONFIG).revision_hash
+    before, revision = (
+        [open_source(root, CONFIG).load(i).source_hash for i in (0, 1)],
+        open_source(root, CONFIG).revision_hash,
+    )
     (folder / "overhead_rgb" / "2.png").write_bytes(png(picture(1, 3, 3)))
     after = [open_source(root, CONFIG).load(i).source_hash for i in (0, 1)]
     assert before[0] == after[0] and before[1] != after[1] and open_source(root, CONFIG).revision_hash == revision
@@ -187,4 +214,6 @@ def test_formats_are_told_apart(tree, tmp_path):
     assert RlbenchSource.matches(names, root) and not RlbenchSource.matches(names, None)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
         file.writestr("data/.zgroup", "{}")
-    assert not RlbenchSource.matches(["other.zip"], tmp_path) and not RlbenchSource.matches(["train", "meta/info.json"], tmp_path)
+    assert not RlbenchSource.matches(["other.zip"], tmp_path) and not RlbenchSource.matches(
+        ["train", "meta/info.json"], tmp_path
+    )

@@ -64,35 +64,64 @@ class Attack:
 DAMAGE = {
     "no observations": (lambda f: (f / "low_dim_obs.pkl").unlink(), "episode1/low_dim_obs.pkl is missing"),
     "observations cut off": (lambda f: cut(f / "low_dim_obs.pkl"), "low_dim_obs.pkl is cut off or damaged"),
-    "a pickle that runs code": (lambda f: (f / "low_dim_obs.pkl").write_bytes(pickle.dumps(Attack())),
-                                "low_dim_obs.pkl asks for posix.mkdir, which is not an observation record; refused"),
-    "code in the texts": (lambda f: (f / "variation_descriptions.pkl").write_bytes(pickle.dumps([Attack()])),
-                          "variation_descriptions.pkl asks for posix.mkdir"),
-    "another pickle": (lambda f: (f / "low_dim_obs.pkl").write_bytes(dump([1, 2])), "holds no list of 1 to 100,000 observations"),
+    "a pickle that runs code": (
+        lambda f: (f / "low_dim_obs.pkl").write_bytes(pickle.dumps(Attack())),
+        "low_dim_obs.pkl asks for posix.mkdir, which is not an observation record; refused",
+    ),
+    "code in the texts": (
+        lambda f: (f / "variation_descriptions.pkl").write_bytes(pickle.dumps([Attack()])),
+        "variation_descriptions.pkl asks for posix.mkdir",
+    ),
+    "another pickle": (
+        lambda f: (f / "low_dim_obs.pkl").write_bytes(dump([1, 2])),
+        "holds no list of 1 to 100,000 observations",
+    ),
     "an empty demo": (lambda f: (f / "low_dim_obs.pkl").write_bytes(dump(Demo([]))), "holds no list of 1 to"),
-    "texts that are none": (lambda f: (f / "variation_descriptions.pkl").write_bytes(dump({"a": 1})), "holds no list of texts"),
-    "a field that is None": (lambda f: change(f, gripper_pose=None), "no numbers called 'gripper_pose' .it has gripper_joint"),
+    "texts that are none": (
+        lambda f: (f / "variation_descriptions.pkl").write_bytes(dump({"a": 1})),
+        "holds no list of texts",
+    ),
+    "a field that is None": (
+        lambda f: change(f, gripper_pose=None),
+        "no numbers called 'gripper_pose' .it has gripper_joint",
+    ),
     "None in one frame": (lambda f: change(f, gripper_open=[1.0, None, 1.0, 1.0]), "has no 'gripper_open' in frame 1"),
-    "a shape that changes": (lambda f: change(f, gripper_pose=[*map(np.ones, (7, 7, 6, 7))]),
-                             r"'gripper_pose' has shape \(6,\) in frame 2, \(7,\) before"),
+    "a shape that changes": (
+        lambda f: change(f, gripper_pose=[*map(np.ones, (7, 7, 6, 7))]),
+        r"'gripper_pose' has shape \(6,\) in frame 2, \(7,\) before",
+    ),
     "a text for a number": (lambda f: change(f, gripper_open="open"), "no numbers called 'gripper_open'"),
     "an object array": (lambda f: change(f, gripper_pose=np.array([None] * 7)), "no numbers called 'gripper_pose'"),
     "a number beyond floats": (lambda f: change(f, gripper_open=10**400), "no numbers called 'gripper_open'"),
     "NaN": (lambda f: change(f, gripper_open=[1.0, 1.0, float("nan"), 1.0]), "'gripper_open' is nan at frame 2"),
     "a pose too short": (lambda f: change(f, gripper_pose=np.ones(6)), "its action has 7 dimensions, .* describes 8"),
     "a quaternion of zeros": (lambda f: change(f, gripper_pose=np.zeros(7)), "is not a rotation"),
-    "a camera missing": (lambda f: shutil.rmtree(f / "wrist_rgb"),
-                         "wrist_rgb is missing or empty, so there is no picture of 'wrist'"),
-    "a picture missing": (lambda f: (f / "front_rgb" / "2.png").unlink(), "front_rgb has 3.png where picture 2 should be"),
+    "a camera missing": (
+        lambda f: shutil.rmtree(f / "wrist_rgb"),
+        "wrist_rgb is missing or empty, so there is no picture of 'wrist'",
+    ),
+    "a picture missing": (
+        lambda f: (f / "front_rgb" / "2.png").unlink(),
+        "front_rgb has 3.png where picture 2 should be",
+    ),
     "the last picture missing": (lambda f: (f / "front_rgb" / "3.png").unlink(), "3 pictures of 'front' for 4 rows"),
-    "one observation more": (lambda f: (f / "low_dim_obs.pkl").write_bytes(dump(Demo(observations(5, 1)))),
-                             "4 pictures of 'front' for 5 rows"),
-    "no picture": (lambda f: (f / "front_rgb" / "0.png").write_bytes(b"GIF89a"), "front_rgb/0.png is not a PNG picture"),
+    "one observation more": (
+        lambda f: (f / "low_dim_obs.pkl").write_bytes(dump(Demo(observations(5, 1)))),
+        "4 pictures of 'front' for 5 rows",
+    ),
+    "no picture": (
+        lambda f: (f / "front_rgb" / "0.png").write_bytes(b"GIF89a"),
+        "front_rgb/0.png is not a PNG picture",
+    ),
     "a picture cut off": (lambda f: cut(f / "overhead_rgb" / "1.png"), "overhead_rgb/1.png cannot be decoded"),
-    "a picture of another size": (lambda f: (f / "wrist_rgb" / "3.png").write_bytes(png(picture(0, 0, 0, (8, 8)))),
-                                  "wrist_rgb/3.png is 8x8, the first is 16x12"),
-    "everything missing": (lambda f: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in f.iterdir()],
-                           "episode1/low_dim_obs.pkl is missing"),
+    "a picture of another size": (
+        lambda f: (f / "wrist_rgb" / "3.png").write_bytes(png(picture(0, 0, 0, (8, 8)))),
+        "wrist_rgb/3.png is 8x8, the first is 16x12",
+    ),
+    "everything missing": (
+        lambda f: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in f.iterdir()],
+        "episode1/low_dim_obs.pkl is missing",
+    ),
 }
 
 
@@ -108,7 +137,7 @@ def test_damage_is_one_clear_line_and_loses_nothing_else(one, tmp_path, monkeypa
     source = open_source(root, CONFIG)
     assert source.episode_ids == (0, 1)
     text = corrupt(source, 1, message)
-    assert "episode1/" not in text or ("close_jar.zip: " in text) == packed     # where the file is, when one is to blame
+    assert "episode1/" not in text or ("close_jar.zip: " in text) == packed  # where the file is, when one is to blame
     assert source.load(0).source_hash == good and not (tmp_path / "ran").exists()
 
 
@@ -117,7 +146,7 @@ def test_damage_is_one_clear_line_and_loses_nothing_else(one, tmp_path, monkeypa
 def test_damaged_pictures_are_never_another_error(tree, data):
     good = (tree / "close_jar/all_variations/episodes/episode0/front_rgb/1.png").read_bytes()
     at = data.draw(st.integers(0, len(good) - 1))
-    bad = good[:at] + data.draw(st.binary(max_size=8)) + good[at + data.draw(st.integers(0, 8)):]
+    bad = good[:at] + data.draw(st.binary(max_size=8)) + good[at + data.draw(st.integers(0, 8)) :]
     try:
         _open(bad, "x", "y").convert("RGB")
     except (CorruptEpisode, *_PNG_ERRORS):
@@ -139,11 +168,14 @@ def test_sources_that_cannot_be_opened(tree, tmp_path):
     root.mkdir()
     refuse(root, "holds no RLBench episode: a folder like all_variations/episodes/episode0")
     path = pack(tree / "open_drawer", root / "train" / "open_drawer.zip")
-    shutil.copytree(tree / "open_drawer", root / "train" / "open_drawer")   # unpacked beside it
-    refuse(root, "train/open_drawer/all_variations/episodes/episode0 is there twice, in .*open_drawer.*; move one of them away")
+    shutil.copytree(tree / "open_drawer", root / "train" / "open_drawer")  # unpacked beside it
+    refuse(
+        root,
+        "train/open_drawer/all_variations/episodes/episode0 is there twice, in .*open_drawer.*; move one of them away",
+    )
     shutil.rmtree(root / "train" / "open_drawer")
     whole = path.read_bytes()
-    path.write_bytes(whole[:len(whole) // 2])
+    path.write_bytes(whole[: len(whole) // 2])
     refuse(root, "open_drawer.zip is cut off or damaged .*; fetch it again")
     refuse(path, "open_drawer.zip is cut off or damaged")
     with zipfile.ZipFile(path, "w") as file:
@@ -165,7 +197,9 @@ def test_five_of_a_hundred_episodes_are_there(tree, tmp_path):
             shutil.copytree(tree / "close_jar/all_variations/episodes/episode4", folder)
         else:
             folder.mkdir(parents=True)
-    shutil.copytree(tmp_path / inner / "episode7" / "wrist_rgb", tmp_path / inner / "episode7" / "extra_rgb")   # in one alone
+    shutil.copytree(
+        tmp_path / inner / "episode7" / "wrist_rgb", tmp_path / inner / "episode7" / "extra_rgb"
+    )  # in one alone
     source = open_source(tmp_path / "rlbench", CONFIG)
     assert len(source.episode_ids) == 100 and source.view_names == CAMERAS
     bad = [n for n in source.episode_ids if n % 20 != 7]

@@ -43,7 +43,9 @@ def test_every_episode_comes_back(toy):
         move, grip, stop = (expected[f"action/{n}"] for n in ("move", "grip", "stop"))
         np.testing.assert_array_equal(episode.action, np.column_stack([move, grip, stop]).astype(np.float32))
         pose = expected["observation/pose"].reshape(length, 4)
-        np.testing.assert_array_equal(episode.state, np.column_stack([pose, expected["observation/packed"]]).astype(np.float32))
+        np.testing.assert_array_equal(
+            episode.state, np.column_stack([pose, expected["observation/packed"]]).astype(np.float32)
+        )
         np.testing.assert_array_equal(episode.timestamps, np.arange(length) / 4)
         assert episode.instruction == "; ".join(dict.fromkeys(expected["language_instruction"]))
         for view in episode.views:
@@ -73,8 +75,10 @@ def test_hashes_tell_episodes_apart_and_follow_the_bytes(toy, tmp_path):
     assert [n for n in first if first[n] != second[n]] == [4]
 
 
-@pytest.mark.parametrize(("views", "expected"), [(None, ("front", "wrist")), (("wrist",), ("wrist",)),
-                                                 (("observation/wrist", "front"), ("wrist", "front"))])
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [(None, ("front", "wrist")), (("wrist",), ("wrist",)), (("observation/wrist", "front"), ("wrist", "front"))],
+)
 def test_views_are_chosen_by_short_or_full_name(toy, views, expected):
     source = open_source(toy, toy_config(views=views))
     assert source.view_names == expected == tuple(v.name for v in source.load(0).views)
@@ -141,17 +145,23 @@ def test_a_hub_dataset_fetches_a_shard_when_it_is_needed(toy, tmp_path, monkeypa
         assert fetched[2:] == ["toy/1.0.0/toy-val.tfrecord-00000-of-00001"]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"action_columns": ("action/mov",)}, "unknown column 'action/mov'; did you mean 'action/move'"),
-    ({"action_columns": ("action",)}, "unknown column 'action'"),
-    ({"state_columns": ("observation/waypoints",)}, "unknown column 'observation/waypoints'"),
-    ({"state_columns": ("observation/open_end",)}, "'observation/open_end' is float32 .None. with encoding 'none', which cannot"),
-    ({"action_columns": ("action/move",)}, "'action/move' has 3 dimensions, dataset config 't' describes 6"),
-    ({"views": ("fornt",)}, "unknown view 'fornt'; did you mean 'front'"),
-    ({"views": ("front_depth",)}, "unknown view 'front_depth'"),
-    ({"views": ("range",)}, "unknown view 'range'"),
-    ({"control_hz": None}, "add control_hz to dataset config 't'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"action_columns": ("action/mov",)}, "unknown column 'action/mov'; did you mean 'action/move'"),
+        ({"action_columns": ("action",)}, "unknown column 'action'"),
+        ({"state_columns": ("observation/waypoints",)}, "unknown column 'observation/waypoints'"),
+        (
+            {"state_columns": ("observation/open_end",)},
+            "'observation/open_end' is float32 .None. with encoding 'none', which cannot",
+        ),
+        ({"action_columns": ("action/move",)}, "'action/move' has 3 dimensions, dataset config 't' describes 6"),
+        ({"views": ("fornt",)}, "unknown view 'fornt'; did you mean 'front'"),
+        ({"views": ("front_depth",)}, "unknown view 'front_depth'"),
+        ({"views": ("range",)}, "unknown view 'range'"),
+        ({"control_hz": None}, "add control_hz to dataset config 't'"),
+    ],
+)
 def test_a_config_that_does_not_fit_is_one_line(toy, changes, message):
     with pytest.raises(UserError, match=message):
         open_source(toy, toy_config(**changes))
@@ -168,9 +178,20 @@ def test_revision_follows_the_description(toy_copy):
 # --- shipped configs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "family"), [
-    ("bridge_dataset", "bridge_v2"), ("bridge_orig", "bridge_v2"), ("bridge", "bridge_v2"), ("bridge_data_v2", "bridge_v2"),
-    ("fractal20220817_data", "rt1"), ("rt_1", "rt1"), ("RT-1", "rt1"), ("rt1", "rt1"), ("rt_1_paper_release", "rt1")])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("bridge_dataset", "bridge_v2"),
+        ("bridge_orig", "bridge_v2"),
+        ("bridge", "bridge_v2"),
+        ("bridge_data_v2", "bridge_v2"),
+        ("fractal20220817_data", "rt1"),
+        ("rt_1", "rt1"),
+        ("RT-1", "rt1"),
+        ("rt1", "rt1"),
+        ("rt_1_paper_release", "rt1"),
+    ],
+)
 def test_folder_names_find_their_family(name, family):
     assert find_config("rlds", ["1.0.0", name]).name == family
 
@@ -243,9 +264,9 @@ def test_real_bridge(bridge):
         assert np.corrcoef(asked[:, d], moved[:, d])[0, 1] > 0.7
         assert 0.6 < np.polyfit(asked[:, d], moved[:, d], 1)[0] < 1.1
     assert np.abs(action[..., :3]).max() <= 0.05 and np.abs(action[..., 3:6]).max() <= 0.26
-    assert 0 <= action[..., 6].min() and action[..., 6].max() <= 1 and np.abs(action[:, 0, :6]).max() < 1e-6
+    assert action[..., 6].min() >= 0 and action[..., 6].max() <= 1 and np.abs(action[:, 0, :6]).max() < 1e-6
     open_now, before = action[:, :-2, 6].ravel(), state[:, 2:, 6].ravel()
-    assert np.corrcoef(open_now, before)[0, 1] > 0.7     # the gripper follows its command with the same sign
+    assert np.corrcoef(open_now, before)[0, 1] > 0.7  # the gripper follows its command with the same sign
     unified = source.action_map.to_unified(action)
     np.testing.assert_allclose(unified[..., 39:42], action[..., :3] * 5, rtol=1e-5)
     np.testing.assert_allclose(source.action_map.to_native(unified), action, atol=1e-6)
@@ -257,7 +278,7 @@ def test_real_bridge_against_an_independent_parse(bridge):
     data = next((bridge / "1.0.0").glob("*-val.tfrecord-*")).read_bytes()
     (first,) = struct.unpack_from("<Q", data)
     (size,) = struct.unpack_from("<Q", data, first + 16)
-    record = data[first + 28:first + 28 + size]
+    record = data[first + 28 : first + 28 + size]
     found = {}
     for _, entry in fields(dict(fields(record))[1]):
         parts = dict(fields(entry))
@@ -279,6 +300,8 @@ def test_real_bridge_has_no_wrist_camera(bridge):
     """Every has_image flag of the sample is false, but only image_3 is black: that one is refused, the others are kept."""
     source = open_source(bridge, dataclasses.replace(load_config("bridge_v2"), views=("image_0", "image_3")))
     for number in source.episode_ids:
-        with pytest.raises(CorruptEpisode, match="view 'image_3' was not recorded .episode_metadata/has_image_3 is false"):
+        with pytest.raises(
+            CorruptEpisode, match="view 'image_3' was not recorded .episode_metadata/has_image_3 is false"
+        ):
             source.load(number)
     assert open_source(bridge).view_names == ("image_0",)

@@ -24,6 +24,7 @@ def describe(**changes):
         info["splits"][0] |= split
         info |= {k: v for k, v in changes.items() if k not in split}
         (folder / "dataset_info.json").write_text(json.dumps(info))
+
     return change
 
 
@@ -31,25 +32,31 @@ def spoil(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (describe(fileFormat="array_record"), "'array_record' files, only tfrecord"),
-    (describe(filepathTemplate="../{SHARD_X_OF_Y}"), "leaves the folder"),
-    (describe(filepathTemplate="/etc/{SHARD_INDEX}"), "leaves the folder"),
-    (describe(filepathTemplate="{FOO}-{SPLIT}"), "'FOO' is not known"),
-    (describe(shardLengths=["-1"]), "-1 records"),
-    (describe(shardLengths=["99999999999999"]), "99999999999999 records"),
-    (describe(shardLengths=["many"]), "'many'"),
-    (describe(shardLengths=None), "splits cannot be read"),
-    (describe(name=7), "splits cannot be read"),
-    (describe(splits=5), "splits cannot be read"),
-    (spoil("dataset_info.json", "{"), "dataset_info.json cannot be read"),
-    (spoil("dataset_info.json", "[]"), "no JSON object"),
-    (spoil("features.json", "\ufffe"), "features.json cannot be read"),
-    (spoil("features.json", "[" * 100_000), "features.json cannot be read"),
-    (spoil("features.json", '{"featuresDict": {"features": {}}}'), "no episodes"),
-    (spoil("features.json", '{"type": "tensorflow_datasets.core.features.FeaturesDict", "content": {}}'), "no episodes"),
-    (lambda folder: (folder / "features.json").unlink(), "holds no RLDS dataset"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (describe(fileFormat="array_record"), "'array_record' files, only tfrecord"),
+        (describe(filepathTemplate="../{SHARD_X_OF_Y}"), "leaves the folder"),
+        (describe(filepathTemplate="/etc/{SHARD_INDEX}"), "leaves the folder"),
+        (describe(filepathTemplate="{FOO}-{SPLIT}"), "'FOO' is not known"),
+        (describe(shardLengths=["-1"]), "-1 records"),
+        (describe(shardLengths=["99999999999999"]), "99999999999999 records"),
+        (describe(shardLengths=["many"]), "'many'"),
+        (describe(shardLengths=None), "splits cannot be read"),
+        (describe(name=7), "splits cannot be read"),
+        (describe(splits=5), "splits cannot be read"),
+        (spoil("dataset_info.json", "{"), "dataset_info.json cannot be read"),
+        (spoil("dataset_info.json", "[]"), "no JSON object"),
+        (spoil("features.json", "\ufffe"), "features.json cannot be read"),
+        (spoil("features.json", "[" * 100_000), "features.json cannot be read"),
+        (spoil("features.json", '{"featuresDict": {"features": {}}}'), "no episodes"),
+        (
+            spoil("features.json", '{"type": "tensorflow_datasets.core.features.FeaturesDict", "content": {}}'),
+            "no episodes",
+        ),
+        (lambda folder: (folder / "features.json").unlink(), "holds no RLDS dataset"),
+    ],
+)
 def test_a_description_that_cannot_be_used_is_one_line(toy_copy, change, message):
     change(toy_copy)
     with pytest.raises(UserError, match=message) as error:
@@ -69,40 +76,69 @@ def offsets(path):
 
 
 def flip(path, position):
-    rewritten(path, lambda d: d[:position] + bytes([d[position] ^ 16]) + d[position + 1:])
+    rewritten(path, lambda d: d[:position] + bytes([d[position] ^ 16]) + d[position + 1 :])
 
 
 def second(folder, what):
     """Byte of record 1 of the first shard: its length, the length's checksum, its data, the data's checksum."""
     start, stop = offsets(shard(folder))[1:3]
-    return {"length": start + 1, "length checksum": start + 9, "data": (start + stop) // 2, "data checksum": stop - 2}[what]
+    return {"length": start + 1, "length checksum": start + 9, "data": (start + stop) // 2, "data checksum": stop - 2}[
+        what
+    ]
 
 
 def bogus_length(folder):
     """Record 1 claims 2⁶² bytes, with a checksum that fits."""
     start = offsets(shard(folder))[1]
-    rewritten(shard(folder), lambda d: d[:start] + frame(b"", length=2**62)[:12] + d[start + 12:])
+    rewritten(shard(folder), lambda d: d[:start] + frame(b"", length=2**62)[:12] + d[start + 12 :])
 
 
-@pytest.mark.parametrize(("damage", "refused", "message"), [
-    (lambda f: shard(f, number=1).unlink(), {3, 4}, "shard toy-train.tfrecord-00001-of-00002 is missing"),
-    (lambda f: rewritten(shard(f), lambda d: d[:offsets(shard(f))[1] + 40]), {1, 2}, "cut short: record 1 claims"),
-    (lambda f: rewritten(shard(f), lambda d: d[:offsets(shard(f))[2] + 5]), {2}, "cut short in the header of record 2"),
-    (lambda f: rewritten(shard(f), lambda d: d[:offsets(shard(f))[2]]), {2}, "record 2 of .* ends after 2 records"),
-    (lambda f: rewritten(shard(f), lambda d: b""), {0, 1, 2}, "ends after 0 records"),
-    (lambda f: rewritten(shard(f), lambda d: bytes(len(d))), {0, 1, 2}, "length of record 0, at byte 0, is damaged"),
-    (lambda f: rewritten(shard(f), lambda d: d + frame(toy_record(0))), {0, 1, 2}, "holds 4 records, dataset_info.json lists 3"),
-    (lambda f: flip(shard(f), second(f, "data")), {1}, "record 1 of .*-00000-of-00002 is damaged: its checksum does not fit"),
-    (lambda f: flip(shard(f), second(f, "data checksum")), {1}, "is damaged: its checksum does not fit"),
-    (lambda f: flip(shard(f), second(f, "length")), {1, 2}, "length of record 1, at byte .* is damaged"),
-    (lambda f: flip(shard(f), second(f, "length checksum")), {1, 2}, "length of record 1, at byte .* is damaged"),
-    (bogus_length, {1, 2}, "record 1 claims 4611686018427387904 bytes"),
-    (lambda f: rewritten(shard(f, "val"), lambda d: frame(b"\xff\xff") + frame(toy_record(6))), {5}, "no tf.train.Example"),
-    (lambda f: (shard(f, "val").unlink(), shard(f, "val").mkdir()), {5, 6}, "shard toy-val.* is missing"),
-])
+@pytest.mark.parametrize(
+    ("damage", "refused", "message"),
+    [
+        (lambda f: shard(f, number=1).unlink(), {3, 4}, "shard toy-train.tfrecord-00001-of-00002 is missing"),
+        (lambda f: rewritten(shard(f), lambda d: d[: offsets(shard(f))[1] + 40]), {1, 2}, "cut short: record 1 claims"),
+        (
+            lambda f: rewritten(shard(f), lambda d: d[: offsets(shard(f))[2] + 5]),
+            {2},
+            "cut short in the header of record 2",
+        ),
+        (
+            lambda f: rewritten(shard(f), lambda d: d[: offsets(shard(f))[2]]),
+            {2},
+            "record 2 of .* ends after 2 records",
+        ),
+        (lambda f: rewritten(shard(f), lambda d: b""), {0, 1, 2}, "ends after 0 records"),
+        (
+            lambda f: rewritten(shard(f), lambda d: bytes(len(d))),
+            {0, 1, 2},
+            "length of record 0, at byte 0, is damaged",
+        ),
+        (
+            lambda f: rewritten(shard(f), lambda d: d + frame(toy_record(0))),
+            {0, 1, 2},
+            "holds 4 records, dataset_info.json lists 3",
+        ),
+        (
+            lambda f: flip(shard(f), second(f, "data")),
+            {1},
+            "record 1 of .*-00000-of-00002 is damaged: its checksum does not fit",
+        ),
+        (lambda f: flip(shard(f), second(f, "data checksum")), {1}, "is damaged: its checksum does not fit"),
+        (lambda f: flip(shard(f), second(f, "length")), {1, 2}, "length of record 1, at byte .* is damaged"),
+        (lambda f: flip(shard(f), second(f, "length checksum")), {1, 2}, "length of record 1, at byte .* is damaged"),
+        (bogus_length, {1, 2}, "record 1 claims 4611686018427387904 bytes"),
+        (
+            lambda f: rewritten(shard(f, "val"), lambda d: frame(b"\xff\xff") + frame(toy_record(6))),
+            {5},
+            "no tf.train.Example",
+        ),
+        (lambda f: (shard(f, "val").unlink(), shard(f, "val").mkdir()), {5, 6}, "shard toy-val.* is missing"),
+    ],
+)
 def test_damaged_files_lose_only_what_is_damaged(toy, toy_copy, damage, refused, message):
     whole = hashes(open_source(toy, toy_config()))
-    source = open_source(toy_copy, toy_config())    # opened before: a file that changes later is noticed too
+    source = open_source(toy_copy, toy_config())  # opened before: a file that changes later is noticed too
     assert hashes(source) == whole
     damage(toy_copy)
     for found in (hashes(source), hashes(open_source(toy_copy, toy_config()))):
@@ -130,25 +166,43 @@ def small(dtype):
     return encoded(np.ones((5, 6), dtype), "png")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda f: f.pop("steps/action/move"), "feature 'steps/action/move' is missing"),
-    (lambda f: f.pop("steps/observation/wrist"), "feature 'steps/observation/wrist' is missing"),
-    (replace("action/move", np.zeros(11, np.float32)), "'action/move' has 11 numbers, which is no multiple of the 3"),
-    (replace("action/move", np.zeros(12, np.float32)), "columns differ in length .action/move 4, action/grip 5"),
-    (replace("action/move", np.zeros(15, np.int64)), "'steps/action/move' is a int64_list, float_list was expected"),
-    (edited("action/move", lambda v: v.__setitem__((3, 1), np.nan)), "'action/move' is nan at frame 3, dimension 1"),
-    (replace("observation/pose", np.zeros(16, np.float32)), "columns differ in length"),
-    (edited("observation/packed", lambda v: v.__setitem__(2, b"no")), "step 2 of 'observation/packed' cannot be decompressed"),
-    (edited("observation/packed", lambda v: v.__setitem__(2, v[2][:-9])), "is not the 24 bytes of float64"),
-    (edited("observation/wrist", list.pop), "4 pictures of 'wrist' for 5 rows"),
-    (edited("observation/wrist", lambda v: v.__setitem__(0, b"GIF")), "picture 0 of 'wrist' is not an image"),
-    (edited("observation/wrist", lambda v: v.__setitem__(3, v[3][:len(v[3]) // 2])), "picture 3 of 'wrist' cannot be decoded"),
-    (edited("observation/front", lambda v: v.__setitem__(2, small(np.uint8))), "is 6x5, the first is 32x24"),
-    (edited("observation/wrist", lambda v: v.__setitem__(0, small(np.uint16))), "no 8-bit picture"),
-    (edited("language_instruction", list.pop), "4 texts of 'language_instruction' for 5 rows"),
-    (edited("language_instruction", lambda v: v.__setitem__(1, b"\xff")), "not UTF-8"),
-    (lambda f: [f.update({k: [] if isinstance(v, list) else v[:0]}) for k, v in f.items()], "it has no rows"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("steps/action/move"), "feature 'steps/action/move' is missing"),
+        (lambda f: f.pop("steps/observation/wrist"), "feature 'steps/observation/wrist' is missing"),
+        (
+            replace("action/move", np.zeros(11, np.float32)),
+            "'action/move' has 11 numbers, which is no multiple of the 3",
+        ),
+        (replace("action/move", np.zeros(12, np.float32)), "columns differ in length .action/move 4, action/grip 5"),
+        (
+            replace("action/move", np.zeros(15, np.int64)),
+            "'steps/action/move' is a int64_list, float_list was expected",
+        ),
+        (
+            edited("action/move", lambda v: v.__setitem__((3, 1), np.nan)),
+            "'action/move' is nan at frame 3, dimension 1",
+        ),
+        (replace("observation/pose", np.zeros(16, np.float32)), "columns differ in length"),
+        (
+            edited("observation/packed", lambda v: v.__setitem__(2, b"no")),
+            "step 2 of 'observation/packed' cannot be decompressed",
+        ),
+        (edited("observation/packed", lambda v: v.__setitem__(2, v[2][:-9])), "is not the 24 bytes of float64"),
+        (edited("observation/wrist", list.pop), "4 pictures of 'wrist' for 5 rows"),
+        (edited("observation/wrist", lambda v: v.__setitem__(0, b"GIF")), "picture 0 of 'wrist' is not an image"),
+        (
+            edited("observation/wrist", lambda v: v.__setitem__(3, v[3][: len(v[3]) // 2])),
+            "picture 3 of 'wrist' cannot be decoded",
+        ),
+        (edited("observation/front", lambda v: v.__setitem__(2, small(np.uint8))), "is 6x5, the first is 32x24"),
+        (edited("observation/wrist", lambda v: v.__setitem__(0, small(np.uint16))), "no 8-bit picture"),
+        (edited("language_instruction", list.pop), "4 texts of 'language_instruction' for 5 rows"),
+        (edited("language_instruction", lambda v: v.__setitem__(1, b"\xff")), "not UTF-8"),
+        (lambda f: [f.update({k: [] if isinstance(v, list) else v[:0]}) for k, v in f.items()], "it has no rows"),
+    ],
+)
 def test_a_record_that_contradicts_its_description(tmp_path, change, message):
     found = hashes(open_source(write_toy(tmp_path, change={1: change}), toy_config()))
     assert [n for n, v in found.items() if isinstance(v, CorruptEpisode)] == [1]
@@ -163,7 +217,7 @@ def test_any_flipped_byte_is_noticed(toy, toy_copy):
     whole = {n: open_source(toy, toy_config()).table(n) for n in range(3)}
     source = open_source(toy_copy, toy_config())
     for position in (*range(12), *range(starts[1] - 4, starts[1] + 13), *rng.sample(range(len(data)), 60)):
-        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1:])
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1 :])
         record = sum(position >= s for s in starts[1:])
         in_length = position - starts[record] < 12
         for number in range(3):
@@ -179,7 +233,9 @@ def test_a_bogus_length_takes_no_memory(tmp_path):
     path.write_bytes(frame(b"data") + frame(b"", length=2**40))
     tracemalloc.start()
     assert read_record(path, 0, "t") == b"data"
-    with pytest.raises(CorruptEpisode, match="t: record 1 of x cannot be found: .* record 1 claims 1099511627776 bytes, 0 are"):
+    with pytest.raises(
+        CorruptEpisode, match="t: record 1 of x cannot be found: .* record 1 claims 1099511627776 bytes, 0 are"
+    ):
         read_record(path, 1, "t")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
@@ -198,11 +254,13 @@ def test_a_packed_bomb_takes_no_memory(tmp_path):
 
 def black(start=0, flag=0):
     """Black pictures from frame `start` on; the flag that says whether the camera was there, None for no flag."""
+
     def change(features):
         pictures = features["steps/observation/wrist"]
         pictures[start:] = [encoded(np.zeros((16, 20, 3), np.uint8), "png")] * (len(pictures) - start)
         if flag is not None:
             features["episode_metadata/has_wrist"] = np.array([flag])
+
     return change
 
 
@@ -212,7 +270,9 @@ def test_a_camera_that_was_not_there_is_refused(tmp_path):
     folder = write_toy(tmp_path, change=change)
     found = hashes(open_source(folder, toy_config()))
     assert [n for n, v in found.items() if isinstance(v, CorruptEpisode)] == [1, 4]
-    with pytest.raises(CorruptEpisode, match="view 'wrist' was not recorded .*has_wrist is false, picture 3 is one colour"):
+    with pytest.raises(
+        CorruptEpisode, match="view 'wrist' was not recorded .*has_wrist is false, picture 3 is one colour"
+    ):
         raise found[4]
     source = open_source(folder, toy_config(views=("front",)))
     assert not [v for v in hashes(source).values() if isinstance(v, CorruptEpisode)]

@@ -55,7 +55,10 @@ def like_a_vlm(decades: float, seed: int = 0) -> torch.Tensor:
 
 # --- 8-bit codes ---
 
-@pytest.mark.parametrize(("dtype", "overall", "worst"), [("int8", 0.008, 0.0085), ("float8_e4m3fn", 0.0275, 0.029), ("float16", 3e-4, 3e-4)])
+
+@pytest.mark.parametrize(
+    ("dtype", "overall", "worst"), [("int8", 0.008, 0.0085), ("float8_e4m3fn", 0.0275, 0.029), ("float16", 3e-4, 3e-4)]
+)
 @pytest.mark.parametrize("decades", [0.0, 2.0, 4.0])
 def test_the_error_is_small_in_every_channel(dtype: str, overall: float, worst: float, decades: float) -> None:
     x = like_a_vlm(decades)
@@ -66,8 +69,10 @@ def test_the_error_is_small_in_every_channel(dtype: str, overall: float, worst: 
 def test_token_scales_alone_lose_the_quiet_channels() -> None:
     x, ones = like_a_vlm(4.0), np.ones(256, np.float32)
     alone, both = (relative_error(x, FeatureFormat("int8"), scale) for scale in (ones, channel_scale(x)))
-    assert alone[0] > 1.7 * both[0] and alone[1] == pytest.approx(1.0, abs=1e-3)        # some channels become zeros altogether
-    x = like_a_vlm(8.0)     # the exponent of float8 holds out for four decades, but not for eight
+    assert alone[0] > 1.7 * both[0] and alone[1] == pytest.approx(
+        1.0, abs=1e-3
+    )  # some channels become zeros altogether
+    x = like_a_vlm(8.0)  # the exponent of float8 holds out for four decades, but not for eight
     alone, both = (relative_error(x, FeatureFormat("float8_e4m3fn"), scale) for scale in (ones, channel_scale(x)))
     assert alone[1] > 0.5 and both[1] < 0.029
 
@@ -90,16 +95,22 @@ def test_codes_are_a_fixed_point(dtype: str, values: list[float], loud: float) -
     x = torch.tensor(values).reshape(1, 3, 4)
     channels = torch.tensor([1.0, loud, 1 / loud, 1.0])
     codes, scale = quantise(x, channels, dtype)
-    assert codes.dtype == (torch.int8 if dtype == "int8" else torch.uint8) and scale.dtype == torch.float32 and scale.shape == (1, 3)
+    assert (
+        codes.dtype == (torch.int8 if dtype == "int8" else torch.uint8)
+        and scale.dtype == torch.float32
+        and scale.shape == (1, 3)
+    )
     assert (scale > 0).all() and torch.isfinite(scale).all()
     back = dequantise(codes, scale, channels, torch.float32)
     numbers = codes.float() if dtype == "int8" else codes.view(torch.float8_e4m3fn).float()
     assert torch.isfinite(back).all() and numbers.abs().max() <= QUANTISED[dtype][0]
-    assert ((x / channels).abs().amax(-1) > 1e-30).eq(numbers.abs().amax(-1) == QUANTISED[dtype][0]).all()      # the range is used
-    step = 0.5 if dtype == "int8" else 16.0          # half a step of int8, and of float8 in its top binade
+    assert (
+        ((x / channels).abs().amax(-1) > 1e-30).eq(numbers.abs().amax(-1) == QUANTISED[dtype][0]).all()
+    )  # the range is used
+    step = 0.5 if dtype == "int8" else 16.0  # half a step of int8, and of float8 in its top binade
     assert ((back - x).abs() <= 1.001 * step * scale[..., None] * channels + 1e-30).all()
     again, _ = quantise(back, channels, dtype)
-    same = again.eq(codes) | (numbers == 0)         # -0 may become 0
+    same = again.eq(codes) | (numbers == 0)  # -0 may become 0
     assert same.all()
 
 
@@ -114,7 +125,7 @@ def test_zeros_and_silent_channels() -> None:
         back = dequantise(codes, scale, torch.from_numpy(scales), torch.float16)
         assert back.dtype == torch.float16 and not back[0, 3].any() and not back[..., 7].any() and scale[0, 3] == 1
     loud = x.clone()
-    loud[..., 7] = 0.5      # a channel that was silent in the frames looked at and is not later
+    loud[..., 7] = 0.5  # a channel that was silent in the frames looked at and is not later
     codes, scale = quantise(loud, torch.from_numpy(scales), "int8")
     assert torch.isfinite(dequantise(codes, scale, torch.from_numpy(scales), torch.float32)).all()
 
@@ -123,25 +134,31 @@ def test_zeros_and_silent_channels() -> None:
 def test_codes_do_not_depend_on_the_batch(dtype: str) -> None:
     x = like_a_vlm(2.0)[:6]
     scales = torch.from_numpy(channel_scale(x))
-    whole, one = quantise(x, scales, dtype), [quantise(x[i:i + 1], scales, dtype) for i in range(6)]
-    assert torch.equal(whole[0], torch.cat([c for c, _ in one])) and torch.equal(whole[1], torch.cat([s for _, s in one]))
+    whole, one = quantise(x, scales, dtype), [quantise(x[i : i + 1], scales, dtype) for i in range(6)]
+    assert torch.equal(whole[0], torch.cat([c for c, _ in one])) and torch.equal(
+        whole[1], torch.cat([s for _, s in one])
+    )
 
 
 def test_formats() -> None:
     assert feature_format() == FeatureFormat() and feature_format("fp8", "lz4") == FeatureFormat("float8_e4m3fn", "lz4")
     assert [feature_format(d).record_nbytes(49, 2048) for d in ("fp16", "int8", "fp8")] == [200704, 100548, 100548]
-    for given_dtype, compression, said in (("fp61", "none", "did you mean 'fp16'"), ("int4", "none", "did you mean 'int8'"),
-                                           ("fp16", "zst", "did you mean 'zstd'"), ("fp16", "gzip", "allowed: lz4, none, zstd")):
+    for given_dtype, compression, said in (
+        ("fp61", "none", "did you mean 'fp16'"),
+        ("int4", "none", "did you mean 'int8'"),
+        ("fp16", "zst", "did you mean 'zstd'"),
+        ("fp16", "gzip", "allowed: lz4, none, zstd"),
+    ):
         with pytest.raises(UserError, match=said):
             feature_format(given_dtype, compression)
     with pytest.raises(UserError, match="float16"):
-        FeatureFormat("float32")    # type: ignore[arg-type]
+        FeatureFormat("float32")  # type: ignore[arg-type]
 
 
 def test_pooling() -> None:
     x = torch.randn(2, 36, 5)
     assert average_pool(x, 36) is x
-    grid = x.reshape(2, 3, 2, 3, 2, 5)                                              # rows, in a cell, columns, in a cell
+    grid = x.reshape(2, 3, 2, 3, 2, 5)  # rows, in a cell, columns, in a cell
     torch.testing.assert_close(average_pool(x, 9), grid.mean((2, 4)).reshape(2, 9, 5))
     torch.testing.assert_close(average_pool(x, 1), x.mean(1, keepdim=True))
     assert average_pool(x, 16).shape == (2, 16, 5)
@@ -152,6 +169,7 @@ def test_pooling() -> None:
 
 
 # --- lossless compression ---
+
 
 @pytest.mark.parametrize("name", ["zstd", "lz4"])
 @pytest.mark.parametrize("dtype", ["float16", "int8", "uint8"])
@@ -181,10 +199,13 @@ def test_a_damaged_record_names_its_shard(tmp_path: Path, name: str) -> None:
     shard.write_bytes(b"\xff" * 40 + shard.read_bytes()[40:])
     with pytest.raises(UserError, match="top/c/1/0/0 is damaged"):
         beta.feature("top", 16)
-    np.testing.assert_array_equal(beta.feature("top", 25), synthetic.feature("beta", "top", 25))    # records stand for themselves
+    np.testing.assert_array_equal(
+        beta.feature("top", 25), synthetic.feature("beta", "top", 25)
+    )  # records stand for themselves
 
 
 # --- what training sees ---
+
 
 @pytest.fixture(scope="module", params=["int8-variants", "int8-zstd-stride2-variant", "fp8", "fp16-lz4-stride3"])
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cache:
@@ -201,12 +222,14 @@ def test_batches_decode_to_the_features(cache: Cache) -> None:
             assert batch.token_scale is None and batch.tokens.dtype == torch.float16
             plain = decoded(batch)
             assert plain.tokens.dtype == torch.float16 and plain.token_scale is None and plain.channel_scale is None
-            tokens = plain.tokens.reshape(8, 2, cache.tokens, cache.width)                      # [B,V,K,D]
+            tokens = plain.tokens.reshape(8, 2, cache.tokens, cache.width)  # [B,V,K,D]
             for b, (d, row) in enumerate(zip(batch.dataset.tolist(), batch.frame_index.tolist())):
                 dataset = cache.datasets[d]
                 for v, view in enumerate(dataset.views):
-                    np.testing.assert_array_equal(tokens[b, v].numpy(), dataset.features(view, np.array([row]), int(variants[b]))[0])
-                assert not tokens[b, len(dataset.views):].any()
+                    np.testing.assert_array_equal(
+                        tokens[b, v].numpy(), dataset.features(view, np.array([row]), int(variants[b]))[0]
+                    )
+                assert not tokens[b, len(dataset.views) :].any()
 
 
 def test_masked_pictures_are_the_null_features(cache: Cache) -> None:
@@ -214,9 +237,14 @@ def test_masked_pictures_are_the_null_features(cache: Cache) -> None:
     none = np.zeros(2, bool)
     batch = decoded(gather(cache, np.array([1, 1]), rows, 2, masked=(none, np.array([True, False]), none)))
     exact = beta.null_features[0].astype(np.float32)
-    bound = {"float16": 0.0, "int8": 0.005, "float8_e4m3fn": 0.04}[cache.format.dtype] * np.abs(exact / synthetic.CHANNELS).max()
-    assert (np.abs(batch.tokens[0, :cache.tokens].float().numpy() - exact) <= bound * synthetic.CHANNELS + 1e-3 * np.abs(exact)).all()
-    np.testing.assert_array_equal(batch.tokens[1, :cache.tokens].numpy(), beta.features("top", rows[1:])[0])
+    bound = {"float16": 0.0, "int8": 0.005, "float8_e4m3fn": 0.04}[cache.format.dtype] * np.abs(
+        exact / synthetic.CHANNELS
+    ).max()
+    assert (
+        np.abs(batch.tokens[0, : cache.tokens].float().numpy() - exact)
+        <= bound * synthetic.CHANNELS + 1e-3 * np.abs(exact)
+    ).all()
+    np.testing.assert_array_equal(batch.tokens[1, : cache.tokens].numpy(), beta.features("top", rows[1:])[0])
 
 
 def test_an_epoch_visits_exactly_the_observations(cache: Cache) -> None:
@@ -227,9 +255,12 @@ def test_an_epoch_visits_exactly_the_observations(cache: Cache) -> None:
             for d, row in zip(batch.dataset.tolist(), batch.frame_index.tolist()):
                 drawn[d].append(row)
     for dataset, rows, size in zip(cache.datasets, drawn, loader.sizes):
-        observations = [start + t for start, length, bad in zip(dataset.episode_start, dataset.episode_length, dataset.quarantined)
-                        for t in range(0, 0 if bad else length, dataset.frame_stride)]
-        assert size == len(observations) and sorted(rows[:size]) == sorted(rows[size:2 * size]) == observations
+        observations = [
+            start + t
+            for start, length, bad in zip(dataset.episode_start, dataset.episode_length, dataset.quarantined)
+            for t in range(0, 0 if bad else length, dataset.frame_stride)
+        ]
+        assert size == len(observations) and sorted(rows[:size]) == sorted(rows[size : 2 * size]) == observations
         np.testing.assert_array_equal(dataset.frame_of(dataset.observation_of(np.array(observations))), observations)
 
 
@@ -238,7 +269,7 @@ def test_actions_keep_every_frame(cache: Cache) -> None:
     beta = cache.dataset("beta")
     row = int(beta.episode_start[1]) + 2 * cache.datasets[0].frame_stride
     batch = gather(cache, np.array([1]), np.array([row]), 5)
-    expected = beta.action_normalizer.normalize(beta.action[row:row + 5])
+    expected = beta.action_normalizer.normalize(beta.action[row : row + 5])
     np.testing.assert_array_equal(batch.action[0].numpy(), expected)
     assert batch.step_mask.all()
 
@@ -252,23 +283,47 @@ def test_variants_are_drawn_by_position_alone(cache: Cache) -> None:
     for batch_size, world, threads in ((12, 1, 2), (4, 3, 1), (6, 2, 2)):
         parts = []
         for rank in range(world):
-            with Loader(cache, batch_size=batch_size, world_size=world, rank=rank, threads=threads, seed=9, augment=True) as loader:
+            with Loader(
+                cache, batch_size=batch_size, world_size=world, rank=rank, threads=threads, seed=9, augment=True
+            ) as loader:
                 parts.append([(loader.variants(12 * step), loader.samples(12 * step)) for step in range(40)])
         draws[world] = np.concatenate([p[step][0] for step in range(40) for p in parts])
         rows[world] = np.concatenate([p[step][1][1] for step in range(40) for p in parts])
-    assert all(np.array_equal(draws[1], d) for d in draws.values()) and all(np.array_equal(rows[1], r) for r in rows.values())
+    assert all(np.array_equal(draws[1], d) for d in draws.values()) and all(
+        np.array_equal(rows[1], r) for r in rows.values()
+    )
     share = np.bincount(draws[1], minlength=cache.variants + 1) / draws[1].size
-    assert len(share) == cache.variants + 1 and abs(share[0] - 0.5) < 0.08 and (np.abs(share[1:] - 0.5 / cache.variants) < 0.08).all()
+    assert (
+        len(share) == cache.variants + 1
+        and abs(share[0] - 0.5) < 0.08
+        and (np.abs(share[1:] - 0.5 / cache.variants) < 0.08).all()
+    )
     with Loader(cache, batch_size=12, seed=10, augment=True) as other, Loader(cache, batch_size=12, seed=9) as plain:
         assert not np.array_equal(other.variants(0), draws[1][:12])
         assert not any(plain.variants(12 * step).any() for step in range(40))
-        np.testing.assert_array_equal(plain.samples(0)[1], rows[1][:12])        # augmentation does not move the order
+        np.testing.assert_array_equal(plain.samples(0)[1], rows[1][:12])  # augmentation does not move the order
 
 
 def test_held_out_pictures_are_never_augmented(cache: Cache) -> None:
-    config = from_mapping(TrainConfig, {"cache": str(cache.path), "out": "unused", "batch_size": 6, "holdout": 0.4, "seed": 3,
-                                        "image_aug": cache.variants > 0, "threads": 1})
-    session = SimpleNamespace(config=config, cache=cache, live=False, world=ALONE, net=SimpleNamespace(config=SimpleNamespace(dit=SimpleNamespace(horizon=4))))
+    config = from_mapping(
+        TrainConfig,
+        {
+            "cache": str(cache.path),
+            "out": "unused",
+            "batch_size": 6,
+            "holdout": 0.4,
+            "seed": 3,
+            "image_aug": cache.variants > 0,
+            "threads": 1,
+        },
+    )
+    session = SimpleNamespace(
+        config=config,
+        cache=cache,
+        live=False,
+        world=ALONE,
+        net=SimpleNamespace(config=SimpleNamespace(dit=SimpleNamespace(horizon=4))),
+    )
     used = {}
     for split in ("train", "eval"):
         with open_loader(session, split) as loader:
@@ -277,14 +332,16 @@ def test_held_out_pictures_are_never_augmented(cache: Cache) -> None:
                 batch = decoded(next(loader))
                 for b, (d, row) in enumerate(zip(batch.dataset.tolist(), batch.frame_index.tolist())):
                     expected = cache.datasets[d].features(cache.datasets[d].views[0], np.array([row]))[0]
-                    np.testing.assert_array_equal(batch.tokens[b, :cache.tokens].numpy(), expected)
+                    np.testing.assert_array_equal(batch.tokens[b, : cache.tokens].numpy(), expected)
     assert used == {"train": set(range(cache.variants + 1)), "eval": {0}}
 
 
 def test_masking_and_variants_are_independent(cache: Cache) -> None:
     if not cache.variants:
         pytest.skip("this cache has no variants")
-    with Loader(cache, batch_size=500, seed=0, masking=ConditionMasking(0.5, 0.5, 0.5), augment=True, features=True) as loader:
+    with Loader(
+        cache, batch_size=500, seed=0, masking=ConditionMasking(0.5, 0.5, 0.5), augment=True, features=True
+    ) as loader:
         variants, masked = loader.variants(0), np.stack(loader.masked(0))
     for condition in masked:
         shares = [condition[variants == k].mean() for k in range(cache.variants + 1)]
@@ -293,15 +350,16 @@ def test_masking_and_variants_are_independent(cache: Cache) -> None:
 
 # --- augmented pictures ---
 
+
 def test_augment_is_a_function_of_its_key() -> None:
     rng = np.random.default_rng(0)
-    smooth = np.kron(rng.integers(40, 215, (4, 6, 8, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)                   # [4,48,64,3]
+    smooth = np.kron(rng.integers(40, 215, (4, 6, 8, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)  # [4,48,64,3]
     images, keys = torch.from_numpy(smooth), frame_keys("d", "front", 3, np.arange(4), 1)
     first = augment(images, keys)
     assert first.shape == images.shape and first.dtype == torch.uint8 and torch.equal(images, torch.from_numpy(smooth))
     assert torch.equal(first, augment(images, keys))
-    for i in range(4):      # neither neighbours in the batch nor their order matter
-        assert torch.equal(augment(images[i:i + 1], keys[i:i + 1])[0], first[i])
+    for i in range(4):  # neither neighbours in the batch nor their order matter
+        assert torch.equal(augment(images[i : i + 1], keys[i : i + 1])[0], first[i])
     order = [2, 0, 3, 1]
     assert torch.equal(augment(images[order], keys[order]), first[order])
     other = augment(images, frame_keys("d", "front", 3, np.arange(4), 2))
@@ -322,7 +380,15 @@ def test_augment_keeps_the_picture_recognisable() -> None:
 
 
 def test_keys_differ_by_dataset_view_episode_frame_and_variant() -> None:
-    keys = [int(k) for dataset in ("alpha", "beta") for view in ("front", "wrist") for episode in (0, 1, 10**6)
-            for variant in (1, 2, 3) for k in frame_keys(dataset, view, episode, np.arange(50), variant)]
+    keys = [
+        int(k)
+        for dataset in ("alpha", "beta")
+        for view in ("front", "wrist")
+        for episode in (0, 1, 10**6)
+        for variant in (1, 2, 3)
+        for k in frame_keys(dataset, view, episode, np.arange(50), variant)
+    ]
     assert len(set(keys)) == len(keys) == 2 * 2 * 3 * 3 * 50
-    np.testing.assert_array_equal(frame_keys("alpha", "front", 1, np.arange(50), 2)[[4, 9]], frame_keys("alpha", "front", 1, np.array([4, 9]), 2))
+    np.testing.assert_array_equal(
+        frame_keys("alpha", "front", 1, np.arange(50), 2)[[4, 9]], frame_keys("alpha", "front", 1, np.array([4, 9]), 2)
+    )

@@ -18,9 +18,13 @@ from dvla.cache.store.codec import FeatureFormat, dequantise
 from dvla.cache.store.plan import array_name
 from support import synthetic_cache as synthetic
 
-FORMATS = [FeatureFormat(dtype, compression) for dtype in ("float16", "int8", "float8_e4m3fn") for compression in ("none", "zstd", "lz4")]
-TABLES = pytest.mark.parametrize("cache", FORMATS[3:4], indirect=True, ids=["int8"])     # tables are stored alike in all
-Array = Any     # of the library: indexed like numpy
+FORMATS = [
+    FeatureFormat(dtype, compression)
+    for dtype in ("float16", "int8", "float8_e4m3fn")
+    for compression in ("none", "zstd", "lz4")
+]
+TABLES = pytest.mark.parametrize("cache", FORMATS[3:4], indirect=True, ids=["int8"])  # tables are stored alike in all
+Array = Any  # of the library: indexed like numpy
 
 
 @pytest.fixture(scope="module", params=FORMATS, ids=lambda f: f"{f.dtype}-{f.compression}")
@@ -37,10 +41,11 @@ def zarr_python(path: Path) -> Callable[[str], Array]:
     import zarr
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")      # nothing in the metadata is outside the specification
+        warnings.simplefilter("error")  # nothing in the metadata is outside the specification
         root = zarr.open_consolidated(str(path))
-        assert {name for name, _ in root.members(max_depth=None)} == \
-            {p.parent.relative_to(path).as_posix() for p in path.rglob("zarr.json")} - {"."}
+        assert {name for name, _ in root.members(max_depth=None)} == {
+            p.parent.relative_to(path).as_posix() for p in path.rglob("zarr.json")
+        } - {"."}
     return lambda name: root[name]
 
 
@@ -49,11 +54,14 @@ def tensorstore(path: Path) -> Callable[[str], Array]:
 
     class Read:
         def __init__(self, name: str) -> None:
-            self._array = library.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}}, read=True).result()
+            self._array = library.open(
+                {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}}, read=True
+            ).result()
             self.shape, self.dtype = self._array.shape, self._array.dtype.numpy_dtype
 
         def __getitem__(self, where: Any) -> np.ndarray:
             return np.asarray(self._array[where].read().result())
+
     return Read
 
 
@@ -66,6 +74,7 @@ def xarray(path: Path) -> Callable[[str], Array]:
             warnings.simplefilter("error")
             dataset = library.open_zarr(str(path), group=group or None, consolidated=True, chunks=None)
         return dataset[variable]
+
     return open_array
 
 
@@ -93,7 +102,7 @@ def test_features_and_scales(cache: Cache, opened: Callable[[str], Array]) -> No
             for array, expected in found:
                 assert tuple(array.shape) == expected.shape and np.dtype(array.dtype) == expected.dtype
                 np.testing.assert_array_equal(np.asarray(array[:]), expected)
-                np.testing.assert_array_equal(np.asarray(array[5:18, 1]), expected[5:18, 1])            # across a shard's end
+                np.testing.assert_array_equal(np.asarray(array[5:18, 1]), expected[5:18, 1])  # across a shard's end
                 np.testing.assert_array_equal(np.asarray(array[::7]), expected[::7])
                 for i in (0, 15, 16, len(expected) - 1):
                     np.testing.assert_array_equal(np.asarray(array[i]), expected[i])
@@ -114,10 +123,18 @@ def test_decoding_with_what_they_read(cache: Cache, opened: Callable[[str], Arra
 @TABLES
 def test_tables(cache: Cache, opened: Callable[[str], Array]) -> None:
     for d in cache.datasets:
-        expected = {"action": d.action, "proprio": d.proprio, "timestamp": d.timestamp, "action_mask": d.action_mask, "proprio_mask": d.proprio_mask,
-                    "text/embedding": d.text, "text/length": d.text_length, "null_text": d.null_text,
-                    **{f"episodes/{n}": getattr(d, f"episode_{n}") for n in ("start", "length", "id", "instruction")},
-                    **{f"null/{view}": d.null_features[i] for i, view in enumerate(d.views)}}
+        expected = {
+            "action": d.action,
+            "proprio": d.proprio,
+            "timestamp": d.timestamp,
+            "action_mask": d.action_mask,
+            "proprio_mask": d.proprio_mask,
+            "text/embedding": d.text,
+            "text/length": d.text_length,
+            "null_text": d.null_text,
+            **{f"episodes/{n}": getattr(d, f"episode_{n}") for n in ("start", "length", "id", "instruction")},
+            **{f"null/{view}": d.null_features[i] for i, view in enumerate(d.views)},
+        }
         for name, values in expected.items():
             array = opened(f"{d.name}/{name}")
             assert np.dtype(array.dtype) == values.dtype
@@ -134,7 +151,9 @@ def test_metadata_says_what_the_numbers_mean(cache: Cache) -> None:
         features = library.open_zarr(str(cache.path), group=f"{d.name}/features", consolidated=True, chunks=None)
         assert features.sizes == {"observation": d.observations, "token": d.tokens, "channel": d.width}
         for _, _, name in arrays(d):
-            assert features[name].attrs.get("encoding") == ("float8_e4m3fn" if cache.format.dtype == "float8_e4m3fn" else None)
+            assert features[name].attrs.get("encoding") == (
+                "float8_e4m3fn" if cache.format.dtype == "float8_e4m3fn" else None
+            )
 
 
 @TABLES
@@ -147,4 +166,6 @@ def test_xarray_opens_the_whole_tree(cache: Cache) -> None:
     for d in cache.datasets:
         np.testing.assert_array_equal(tree[f"{d.name}/action"].values, d.action)
         for view, variant, name in arrays(d):
-            np.testing.assert_array_equal(tree[f"{d.name}/features/{name}"][3].values, d.records(view, d.frame_of(np.array([3])), variant)[0][0])
+            np.testing.assert_array_equal(
+                tree[f"{d.name}/features/{name}"][3].values, d.records(view, d.frame_of(np.array([3])), variant)[0][0]
+            )

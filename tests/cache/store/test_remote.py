@@ -74,13 +74,19 @@ def nbytes(paths: list[Path]) -> int:
 def assert_same_batches(a: Loader, b: Loader, steps: int) -> None:
     for one, other in itertools.islice(zip(a, b), steps):
         for name, value in vars(one).items():
-            assert (value is None) == (getattr(other, name) is None) and (value is None or torch.equal(value, getattr(other, name))), name
+            assert (value is None) == (getattr(other, name) is None) and (
+                value is None or torch.equal(value, getattr(other, name))
+            ), name
 
 
 @pytest.mark.parametrize("order", ["global", "block"])
-def test_the_same_batches_and_each_file_once(built: Path, url: str, fetched: Counter, tmp_path: Path, order: str) -> None:
+def test_the_same_batches_and_each_file_once(
+    built: Path, url: str, fetched: Counter, tmp_path: Path, order: str
+) -> None:
     cache = Cache.open(url, local=tmp_path / "local")
-    assert set(fetched) == {n for n in cache.manifest["files"] if not remote._is_shard(n)} | {"manifest.json"}    # tables, at once
+    assert set(fetched) == {n for n in cache.manifest["files"] if not remote._is_shard(n)} | {
+        "manifest.json"
+    }  # tables, at once
     arguments = {"batch_size": 8, "seed": 3, "threads": 4, "order": order, "augment": True}
     with Loader(cache, **arguments) as ours, Loader(Cache.open(built), **arguments) as theirs:
         assert_same_batches(ours, theirs, 30)
@@ -99,9 +105,11 @@ def test_a_bound_holds_and_the_oldest_go(built: Path, url: str, fetched: Counter
     with Loader(cache, **arguments) as ours, Loader(Cache.open(built), **arguments) as theirs:
         for _ in range(4):
             assert_same_batches(ours, theirs, 5)
-            assert nbytes(shards(cache.path)) <= (5 + 3) * size      # and what each thread has just fetched
-            removed = [shard for shard in list(ours._assemble.files._open.values()) if not os.fstat(shard.handle).st_nlink]
-            assert len(removed) <= 2 * 3        # a file that is removed is let go, so that its room is free
+            assert nbytes(shards(cache.path)) <= (5 + 3) * size  # and what each thread has just fetched
+            removed = [
+                shard for shard in list(ours._assemble.files._open.values()) if not os.fstat(shard.handle).st_nlink
+            ]
+            assert len(removed) <= 2 * 3  # a file that is removed is let go, so that its room is free
     assert nbytes(shards(cache.path)) <= 5 * size and max(fetched.values()) > 1
     front = cache.dataset("alpha")
     files = cache.shard_files()
@@ -109,7 +117,9 @@ def test_a_bound_holds_and_the_oldest_go(built: Path, url: str, fetched: Counter
     front.read_features("front", np.array([0]), out[0], files, scales=out[1])
     for path in shards(cache.path):
         path.unlink()
-    front.read_features("front", np.array([1]), out[0], files, scales=out[1])       # a file in use stays readable when it is removed
+    front.read_features(
+        "front", np.array([1]), out[0], files, scales=out[1]
+    )  # a file in use stays readable when it is removed
     files.close()
 
 
@@ -123,7 +133,9 @@ def test_a_file_altered_on_the_way_is_not_used(url: str, fetched: Counter, tmp_p
         fetched.clear()
         with pytest.raises(UserError, match=f"{name}.*(damaged|FileNotFound|{name})"):
             cache.dataset("beta").features("top", np.array([16]))
-        assert fetched[name] == remote.ATTEMPTS and not [p for p in cache.path.rglob("*") if p.parent.name == "0" and "/1/" in str(p)]
+        assert fetched[name] == remote.ATTEMPTS and not [
+            p for p in cache.path.rglob("*") if p.parent.name == "0" and "/1/" in str(p)
+        ]
     memory.pipe(path, data)
     assert cache.dataset("beta").features("top", np.array([16])).shape == (1, synthetic.TOKENS, synthetic.WIDTH)
 
@@ -172,9 +184,11 @@ class Loud(MemoryFileSystem):
             raise
 
 
-def test_a_store_that_logs_does_not_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_logs_does_not_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fsspec.register_implementation("loud", Loud)
-    monkeypatch.setattr(logging.root, "handlers", [])       # as in a process of its own: what nobody handles is printed
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a process of its own: what nobody handles is printed
     logging.getLogger(__name__).error("heard")
     with pytest.raises(UserError, match="Name or service not known"):
         Cache.open("loud://bucket/cache", local=tmp_path)
@@ -190,17 +204,27 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(url: str, tmp_path: 
             Cache.open(url, local=tmp_path / "local")
 
 
-def test_what_is_there_already_is_opened_without_tending(built: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_already_is_opened_without_tending(
+    built: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Looking after fetched files costs a call for each open one: only when one is fetched. Who opens a file marks it as used."""
     cache = Cache.open(url, local=tmp_path / "local")
-    everything = [(d, view, rows) for d in cache.datasets for view in d.views for rows in (np.arange(0, d.observations, synthetic.SHARD),)]
+    everything = [
+        (d, view, rows)
+        for d in cache.datasets
+        for view in d.views
+        for rows in (np.arange(0, d.observations, synthetic.SHARD),)
+    ]
     for d, view, rows in everything:
         d.features(view, rows)
     tended, path = [], cache.dataset("beta").shard_path("top", 0)
     os.utime(path, (0, 0))
     monkeypatch.setattr(ShardFiles, "_tend", lambda self: tended.append(self))
     for d, view, rows in everything:
-        out = [memoryview(bytearray(synthetic.TOKENS * synthetic.WIDTH)) for _ in rows], [memoryview(bytearray(4 * synthetic.TOKENS)) for _ in rows]
+        out = (
+            [memoryview(bytearray(synthetic.TOKENS * synthetic.WIDTH)) for _ in rows],
+            [memoryview(bytearray(4 * synthetic.TOKENS)) for _ in rows],
+        )
         d.read_features(view, rows, out[0], cache.shard_files(), scales=out[1])
     assert not tended and path.stat().st_mtime > 0
 
@@ -237,7 +261,9 @@ def test_two_processes_share_a_folder_over_http(built: Path, tmp_path: Path) -> 
             super().do_GET()
 
     shutil.copytree(built, tmp_path / "www/cache")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path / "www")))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path / "www"))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         where = f"http://127.0.0.1:{server.server_port}/cache"
@@ -250,4 +276,6 @@ def test_two_processes_share_a_folder_over_http(built: Path, tmp_path: Path) -> 
     with Loader(Cache.open(built), batch_size=8, threads=1, seed=1) as loader:
         expected = sum(float(next(loader).tokens.double().sum()) for _ in range(12))
     assert [r.returncode for r in readers] == [0, 0] and [float(s) for s in said] == [expected, expected]
-    assert {n for n, count in asked.items() if count > 1} <= {"/cache/manifest.json"}     # each of the others once, by one of them
+    assert {n for n, count in asked.items() if count > 1} <= {
+        "/cache/manifest.json"
+    }  # each of the others once, by one of them

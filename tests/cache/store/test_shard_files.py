@@ -42,16 +42,18 @@ def test_the_limit_is_a_part_of_what_the_process_may_open(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("order", ["global", "block", "sequential"])
 def test_many_shards_are_read_through_few_files(many: Path, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (128, 128))     # so 16 files
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (128, 128))  # so 16 files
     cache = Cache.open(many)
-    gc.collect()    # what earlier tests left
+    gc.collect()  # what earlier tests left
     before, threads, seen = handles(), 8, []
     with Loader(cache, batch_size=40, threads=threads, order=order, seed=1) as loader:
         for _ in range(SHARDS * ROWS // 40):
             batch = next(loader)
-            assert handles() <= before + 16 + threads + 4       # what is being read, what is read ahead
+            assert handles() <= before + 16 + threads + 4  # what is being read, what is read ahead
             np.testing.assert_array_equal(sparse.row_of(batch.tokens.numpy()), batch.frame_index)
-            np.testing.assert_array_equal(sparse.row_of(batch.tokens[:, 2:].numpy()), batch.frame_index)    # the second view
+            np.testing.assert_array_equal(
+                sparse.row_of(batch.tokens[:, 2:].numpy()), batch.frame_index
+            )  # the second view
             seen += batch.frame_index.tolist()
     assert sorted(seen) == list(range(SHARDS * ROWS))
     assert handles() == before
@@ -61,7 +63,9 @@ def test_an_index_is_read_once(many: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Shards without gaps are opened again without reading their index, unless they have changed in size."""
     reads, dataset = [], Cache.open(many).datasets[0]
     real = shard._read_index
-    monkeypatch.setattr(shard, "_read_index", lambda handle, path, chunks: reads.append(path) or real(handle, path, chunks))
+    monkeypatch.setattr(
+        shard, "_read_index", lambda handle, path, chunks: reads.append(path) or real(handle, path, chunks)
+    )
     files, out = ShardFiles(limit=1), [memoryview(bytearray(32))]
     for _ in range(3):
         for row in (0, ROWS, 2 * ROWS):
@@ -90,14 +94,23 @@ def test_what_is_remembered_of_shards_is_bounded(many: Path, monkeypatch: pytest
 def test_neighbours_come_in_one_call_and_nothing_is_read_ahead(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the disk is asked for: each run of neighbours at once, in files that are said to be read at random."""
     calls, advice, (read, advise) = [], [], (os.preadv, os.posix_fadvise)
-    monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: calls.append((len(buffers), at)) or read(handle, buffers, at))
-    monkeypatch.setattr(os, "posix_fadvise", lambda handle, at, size, kind: advice.append((handle, at, size, kind)) or advise(handle, at, size, kind))
+    monkeypatch.setattr(
+        os, "preadv", lambda handle, buffers, at: calls.append((len(buffers), at)) or read(handle, buffers, at)
+    )
+    monkeypatch.setattr(
+        os,
+        "posix_fadvise",
+        lambda handle, at, size, kind: advice.append((handle, at, size, kind)) or advise(handle, at, size, kind),
+    )
     files, out = ShardFiles(), np.zeros((8, 2, 8), np.float16)
-    rows = np.array([7, 2, 0, 1, 9, 8, 13, 4])      # shards of 5: 0-1-2, 4 | 7-8-9 | 13
+    rows = np.array([7, 2, 0, 1, 9, 8, 13, 4])  # shards of 5: 0-1-2, 4 | 7-8-9 | 13
     Cache.open(many).datasets[0].read_features("wrist", rows, [memoryview(o).cast("B") for o in out], files)
     assert calls == [(3, 0), (1, 4 * 32), (3, 2 * 32), (1, 3 * 32)]
     np.testing.assert_array_equal(sparse.row_of(out), rows)
-    assert sorted(advice) == sorted((opened.handle, 0, 0, os.POSIX_FADV_RANDOM) for opened in files._open.values()) and len(advice) == 3
+    assert (
+        sorted(advice) == sorted((opened.handle, 0, 0, os.POSIX_FADV_RANDOM) for opened in files._open.values())
+        and len(advice) == 3
+    )
     files.close()
 
 
@@ -113,7 +126,7 @@ def test_a_cache_is_opened_without_a_look_at_its_shards(many: Path, monkeypatch:
     monkeypatch.setattr(shard, "open_file", lambda path, folder=None: opened.append(path) or real(path, folder))
     with Loader(cache, batch_size=4, threads=1, prefetch=1) as loader:
         next(loader)
-    assert 0 < len(opened) <= 3 * 4 * 2     # batches made so far, samples, views
+    assert 0 < len(opened) <= 3 * 4 * 2  # batches made so far, samples, views
 
 
 def test_files_in_use_outlive_their_place_in_the_table(tmp_path: Path) -> None:
@@ -121,7 +134,7 @@ def test_files_in_use_outlive_their_place_in_the_table(tmp_path: Path) -> None:
     records = np.arange(60, dtype=np.int64).reshape(60, 1)
     for i in range(20):
         with ShardWriter(tmp_path / f"c/{i}/0/0", (1, 1), "int64", 3) as writer:
-            writer.append(records[3 * i:3 * i + 3])
+            writer.append(records[3 * i : 3 * i + 3])
             writer.commit()
     gc.collect()
     files, wrong, before = ShardFiles(limit=2), [], handles()

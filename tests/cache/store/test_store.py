@@ -26,8 +26,11 @@ from support import synthetic_cache as synthetic
 
 def tree(path: Path) -> dict[str, bytes]:
     """Every file of a cache but the lock."""
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*"))
-            if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes()
+        for p in sorted(path.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 def test_zarr_python_reads_what_was_written(whole: Path) -> None:
     import zarr
+
     plan = synthetic.make_plan()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -56,19 +60,25 @@ def test_zarr_python_reads_what_was_written(whole: Path) -> None:
     for dataset in plan.datasets:
         tables = synthetic.make_tables(plan, dataset.name)
         for view in dataset.views:
-            array = zarr.open_array(str(whole / dataset.name / "features" / view), mode="r")    # its own zarr.json
+            array = zarr.open_array(str(whole / dataset.name / "features" / view), mode="r")  # its own zarr.json
             expected = np.stack([synthetic.feature(dataset.name, view, row) for row in range(dataset.frames)])
             if (dataset.name, view) == synthetic.BROKEN[:2]:
                 start = dataset.starts[[e.episode_id for e in dataset.episodes].index(synthetic.BROKEN[2])]
-                expected[start + 2:start + 17] = 0
+                expected[start + 2 : start + 17] = 0
             assert array.dtype == np.float16 and array.chunks == (1, synthetic.TOKENS, synthetic.WIDTH)
             np.testing.assert_array_equal(array[:], expected)
             np.testing.assert_array_equal(members[f"{dataset.name}/features/{view}"][5:20], expected[5:20])
             np.testing.assert_array_equal(root[f"{dataset.name}/null/{view}"][:], tables.null_features[view])
-        for name, values in {"action": tables.action, "proprio": tables.proprio, "timestamp": tables.timestamp,
-                             "action_mask": tables.action_mask, "proprio_mask": tables.proprio_mask,
-                             "null_text": tables.null_text, "text/length": tables.text_length,
-                             "episodes/start": dataset.starts}.items():
+        for name, values in {
+            "action": tables.action,
+            "proprio": tables.proprio,
+            "timestamp": tables.timestamp,
+            "action_mask": tables.action_mask,
+            "proprio_mask": tables.proprio_mask,
+            "null_text": tables.null_text,
+            "text/length": tables.text_length,
+            "episodes/start": dataset.starts,
+        }.items():
             stored = root[f"{dataset.name}/{name}"]
             assert stored.dtype == values.dtype
             np.testing.assert_array_equal(stored[:], values)
@@ -87,10 +97,13 @@ def test_reader_gives_the_same_arrays(whole: Path) -> None:
         assert [stored.instructions[i] for i in stored.episode_instruction] == [e.instruction for e in dataset.episodes]
         assert stored.attributes["action_map"] == {"name": dataset.name}
         for row in (0, 15, 16, dataset.frames - 1):
-            np.testing.assert_array_equal(stored.feature(dataset.views[0], row),
-                                          synthetic.feature(dataset.name, dataset.views[0], row))
-        np.testing.assert_array_equal(stored.episode_of(np.arange(dataset.frames)),
-                                      np.repeat(np.arange(len(dataset.episodes)), [e.length for e in dataset.episodes]))
+            np.testing.assert_array_equal(
+                stored.feature(dataset.views[0], row), synthetic.feature(dataset.name, dataset.views[0], row)
+            )
+        np.testing.assert_array_equal(
+            stored.episode_of(np.arange(dataset.frames)),
+            np.repeat(np.arange(len(dataset.episodes)), [e.length for e in dataset.episodes]),
+        )
         with pytest.raises(ValueError, match="rows"):
             stored.episode_of(np.array([dataset.frames]))
     with pytest.raises(UserError, match="alpha"):
@@ -102,8 +115,9 @@ def test_tables_of_any_size_are_arrays_zarr_reads(tmp_path: Path, shape: tuple[i
     import zarr
 
     from dvla.cache.store.zarr_format import open_table, write_table
+
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    write_table(tmp_path / "t", values, tuple("abc"[:len(shape)]))
+    write_table(tmp_path / "t", values, tuple("abc"[: len(shape)]))
     np.testing.assert_array_equal(zarr.open_array(str(tmp_path / "t"), mode="r")[:], values)
     np.testing.assert_array_equal(open_table(tmp_path / "t"), values)
 
@@ -111,8 +125,10 @@ def test_tables_of_any_size_are_arrays_zarr_reads(tmp_path: Path, shape: tuple[i
 def test_quarantine_is_a_ledger_and_a_count(whole: Path) -> None:
     cache = Cache.open(whole)
     lines = [json.loads(line) for line in (whole / "quarantine.jsonl").read_text().splitlines()]
-    assert lines == [{"dataset": "alpha", "episode_id": 13, "reason": "video ends at frame 2"},
-                     {"dataset": "alpha", "episode_id": 99, "reason": "no video"}]
+    assert lines == [
+        {"dataset": "alpha", "episode_id": 13, "reason": "video ends at frame 2"},
+        {"dataset": "alpha", "episode_id": 99, "reason": "no video"},
+    ]
     assert cache.manifest["quarantine_count"] == 2
     assert cache.dataset("alpha").episode_id[cache.dataset("alpha").quarantined].tolist() == [13]
     assert not cache.dataset("beta").quarantined.any()
@@ -131,7 +147,7 @@ def test_order_and_interruptions_do_not_change_a_byte(whole: Path, tmp_path: Pat
         synthetic.build(path)
         assert tree(path) == expected
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
-    synthetic.build(whole)      # already complete: nothing is written
+    synthetic.build(whole)  # already complete: nothing is written
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
@@ -143,6 +159,7 @@ def test_error_inside_a_shard_leaves_no_trace_of_it(tmp_path: Path) -> None:
         def broken():
             yield synthetic.feature("alpha", "front", 0)
             raise RuntimeError("encoder")
+
         with pytest.raises(RuntimeError, match="encoder"):
             writer.write_shard(task, broken())
         assert tree(tmp_path / "c") == before and task in writer.missing()
@@ -161,7 +178,7 @@ def test_killed_builds_resume_to_the_same_bytes(whole: Path, tmp_path: Path) -> 
         commits, deadline = tmp_path / "c" / ".commits", time.monotonic() + 30
         while len(list(commits.glob("*/*/*.json"))) < shards or not list((tmp_path / "c").glob("alpha/**/.*.tmp-*")):
             if process.poll() is not None or time.monotonic() > deadline:
-                break       # too late for the temporary file; kill (or not) where it stands
+                break  # too late for the temporary file; kill (or not) where it stands
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 2
@@ -190,6 +207,7 @@ def test_stopped_between_any_two_files(tmp_path: Path, monkeypatch: pytest.Monke
             if left < 0:
                 raise Stop
             publish(temporary, path)
+
         for place in places:
             monkeypatch.setattr(place, "publish", limited)
         path = tmp_path / f"n{n}"
@@ -268,8 +286,10 @@ def test_damage_is_found_and_named(copy: Path) -> None:
     table = copy / "beta/action/c/0/0"
     table.write_bytes(table.read_bytes()[:-1] + b"\xff")
     problems = verify_checksums(copy)
-    assert [p.split(":")[0] for p in problems] == [*(f"alpha/features/front/c/{i}/0/0" for i in range(3)),
-                                                   "beta/action/c/0/0"]
+    assert [p.split(":")[0] for p in problems] == [
+        *(f"alpha/features/front/c/{i}/0/0" for i in range(3)),
+        "beta/action/c/0/0",
+    ]
     dataset = Cache.open(copy).dataset("alpha")
     for row, path in ((17, short), (33, gone)):
         with pytest.raises(UserError, match=f"shard {path}"):
@@ -290,11 +310,11 @@ def test_read_only_folder(copy: Path) -> None:
     for path in [copy, *copy.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
-        before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}     # root ignores permissions
+        before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}  # root ignores permissions
         cache = Cache.open(copy)
         assert cache.dataset("beta").feature("top", 3).shape == (synthetic.TOKENS, synthetic.WIDTH)
         assert verify_checksums(copy) == []
-        synthetic.build(copy)           # finished: nothing to do, no lock needed
+        synthetic.build(copy)  # finished: nothing to do, no lock needed
         assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
     finally:
         for path in [copy, *copy.rglob("*")]:
@@ -321,9 +341,8 @@ def test_shard_index_and_scattered_reads(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not hold row 1350"):
         two = [memoryview(bytearray(48)) for _ in range(2)]
         read_records(files, tmp_path / "c", np.array([3, 1350]), two, capacity)
-    with pytest.raises(ValueError, match="more than"):
-        with ShardWriter(tmp_path / "x", (1, 6), "int64", 2) as writer:
-            writer.append(records[:3])
+    with pytest.raises(ValueError, match="more than"), ShardWriter(tmp_path / "x", (1, 6), "int64", 2) as writer:
+        writer.append(records[:3])
     assert not list(tmp_path.glob("*x*"))
     files.close()
 
@@ -347,8 +366,10 @@ def test_fingerprint_is_canonical_and_names_nested_differences() -> None:
     a = {"x": {"y": [1, {"z": 2}], "w": None}, "same": 1.5, "list": [1]}
     b = {"x": {"y": [1, {"z": 3}], "w": None}, "same": 1.5, "list": [1, 2], "new": True}
     assert fingerprint.diff(a, a) == []
-    assert fingerprint.diff(a, b) == ["list: cache has [1], this run asks [1, 2]",
-                                      "new: cache has no such field, this run asks true",
-                                      "x.y[1].z: cache has 2, this run asks 3"]
+    assert fingerprint.diff(a, b) == [
+        "list: cache has [1], this run asks [1, 2]",
+        "new: cache has no such field, this run asks true",
+        "x.y[1].z: cache has 2, this run asks 3",
+    ]
     with pytest.raises(ValueError):
         fingerprint.canonical({"a": float("nan")})

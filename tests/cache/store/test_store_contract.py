@@ -58,8 +58,16 @@ def test_datasets_tables_and_attributes(backend: tuple[str, Cache]) -> None:
     setting, cache = backend
     plan = synthetic.make_plan(**synthetic.SETTINGS[setting])
     assert [d.name for d in cache.datasets] == [d.name for d in plan.datasets]
-    assert (cache.tokens, cache.width, cache.variants, cache.format) == (plan.tokens, plan.width, plan.variants, plan.format)
-    assert cache.frames == sum(d.frames for d in plan.datasets) and cache.fingerprint["encoder"] == synthetic.FINGERPRINT["encoder"]
+    assert (cache.tokens, cache.width, cache.variants, cache.format) == (
+        plan.tokens,
+        plan.width,
+        plan.variants,
+        plan.format,
+    )
+    assert (
+        cache.frames == sum(d.frames for d in plan.datasets)
+        and cache.fingerprint["encoder"] == synthetic.FINGERPRINT["encoder"]
+    )
     for d, expected in zip(cache.datasets, plan.datasets):
         tables = synthetic.make_tables(plan, d.name)
         assert d.views == expected.views and d.frames == expected.frames and d.frame_stride == plan.frame_stride
@@ -75,7 +83,9 @@ def test_datasets_tables_and_attributes(backend: tuple[str, Cache]) -> None:
         assert d.episode_id.tolist() == [e.episode_id for e in expected.episodes]
         assert d.episode_length.tolist() == [e.length for e in expected.episodes]
         assert [d.instructions[i] for i in d.episode_instruction] == [e.instruction for e in expected.episodes]
-        assert d.attributes["action_map"] == {"name": d.name} and d.attributes["source_hashes"] == [e.source_hash for e in expected.episodes]
+        assert d.attributes["action_map"] == {"name": d.name} and d.attributes["source_hashes"] == [
+            e.source_hash for e in expected.episodes
+        ]
         assert (d.embodiment_id, d.control_hz) == (tables.embodiment, tables.control_hz)
         np.testing.assert_array_equal(d.action_normalizer.center, cache.dataset(d.name).action_normalizer.center)
     with pytest.raises(UserError, match="alpha"):
@@ -87,7 +97,9 @@ def test_features_of_every_observation(backend: tuple[str, Cache]) -> None:
     plan = synthetic.make_plan(**synthetic.SETTINGS[setting])
     for d in cache.datasets:
         rows = d.frame_of(np.arange(d.observations))
-        assert rows.tolist() == [s + t for s, n in zip(d.episode_start, d.episode_length) for t in range(0, n, plan.frame_stride)]
+        assert rows.tolist() == [
+            s + t for s, n in zip(d.episode_start, d.episode_length) for t in range(0, n, plan.frame_stride)
+        ]
         for view, variant in itertools.product(d.views, range(plan.variants + 1)):
             expected = synthetic.stored(plan, pictures(plan, d, view, rows, variant))
             codes, scale = d.records(view, rows, variant)
@@ -96,7 +108,7 @@ def test_features_of_every_observation(backend: tuple[str, Cache]) -> None:
                 np.testing.assert_array_equal(scale, expected[1])
             else:
                 np.testing.assert_array_equal(codes, expected)
-            some = np.random.default_rng(0).choice(rows, 7)         # any order, repeats allowed
+            some = np.random.default_rng(0).choice(rows, 7)  # any order, repeats allowed
             features = d.features(view, some, variant)
             exact = pictures(plan, d, view, some, variant).astype(np.float32)
             bound = {"float16": 0, "int8": 0.02, "float8_e4m3fn": 0.07}[plan.format.dtype]
@@ -135,9 +147,17 @@ def test_refusals(backend: tuple[str, Cache]) -> None:
 def test_training_reads_the_same_batches(stored: tuple[str, Path], backend: tuple[str, Cache]) -> None:
     """The loader, whatever it reads from, gives the batches of the cache as it was built."""
     settings = synthetic.SETTINGS[stored[0]]
-    arguments = {"batch_size": 6, "seed": 2, "threads": 2, "horizon": 4, "masking": ConditionMasking(0.2, 0.2, 0.2),
-                 "augment": bool(settings.get("variants"))}
+    arguments = {
+        "batch_size": 6,
+        "seed": 2,
+        "threads": 2,
+        "horizon": 4,
+        "masking": ConditionMasking(0.2, 0.2, 0.2),
+        "augment": bool(settings.get("variants")),
+    }
     with Loader(Cache.open(stored[1] / "zarr"), **arguments) as first, Loader(backend[1], **arguments) as second:
         for a, b in itertools.islice(zip(first, second), 6):
             for name, value in vars(a).items():
-                assert (value is None) == (getattr(b, name) is None) and (value is None or torch.equal(value, getattr(b, name))), name
+                assert (value is None) == (getattr(b, name) is None) and (
+                    value is None or torch.equal(value, getattr(b, name))
+                ), name

@@ -29,7 +29,7 @@ from dvla.stages.caching.transfer import webdataset as exchange
 from dvla.stages.caching.transfer.webdataset import export, import_cache
 from support import synthetic_cache as synthetic
 
-SHARD = 150_000      # bytes: several tars per dataset
+SHARD = 150_000  # bytes: several tars per dataset
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,7 +42,11 @@ def unsynced() -> Iterator[None]:
 
 def tree(path: Path) -> dict[str, bytes]:
     """Every file but the lock."""
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes()
+        for p in sorted(path.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +69,29 @@ def tars(base: Path, tmp_path: Path) -> Path:
 
 # --- content ---
 
+
 @pytest.mark.parametrize("setting", synthetic.SETTINGS)
 def test_there_and_back_byte_for_byte(tmp_path: Path, setting: str) -> None:
     synthetic.build(tmp_path / "cache", plan=synthetic.make_plan(**synthetic.SETTINGS[setting]))
     exported = export(tmp_path / "cache", str(tmp_path / "tars"), shard_nbytes=SHARD)
-    assert exported.found == 0 and exported.bytes == sum(len(v) for n, v in tree(tmp_path / "tars").items() if n.endswith(".tar"))
+    assert exported.found == 0 and exported.bytes == sum(
+        len(v) for n, v in tree(tmp_path / "tars").items() if n.endswith(".tar")
+    )
     report = import_cache(str(tmp_path / "tars"), tmp_path / "back")
     assert tree(tmp_path / "back") == tree(tmp_path / "cache")
     assert report.rewritten == 0 and report.samples == exported.samples
 
 
 def test_tars_of_any_size_hold_the_same_cache(base: Path, tmp_path: Path) -> None:
-    export(base / "cache", str(tmp_path / "large"))         # one tar of each kind
-    assert sorted(tree(tmp_path / "large")) == ["_meta.tar", "_quarantine-alpha-000000.tar", "alpha-000000.tar", "beta-000000.tar", "index.json"]
-    export(base / "cache", str(tmp_path / "small"), shard_nbytes=1)         # one observation in each
+    export(base / "cache", str(tmp_path / "large"))  # one tar of each kind
+    assert sorted(tree(tmp_path / "large")) == [
+        "_meta.tar",
+        "_quarantine-alpha-000000.tar",
+        "alpha-000000.tar",
+        "beta-000000.tar",
+        "index.json",
+    ]
+    export(base / "cache", str(tmp_path / "small"), shard_nbytes=1)  # one observation in each
     assert len(tree(tmp_path / "small")) == 2 + sum(d.observations for d in Cache.open(base / "cache").datasets)
     for name in ("large", "small"):
         import_cache(str(tmp_path / name), tmp_path / f"{name}-back")
@@ -89,6 +102,7 @@ def test_tars_of_any_size_hold_the_same_cache(base: Path, tmp_path: Path) -> Non
 
 def test_plain_webdataset_reads_it(base: Path) -> None:
     import webdataset
+
     cache, index = Cache.open(base / "cache"), json.loads((base / "tars/index.json").read_text())
     entries = index["shardlist"]
     assert len(entries) > 5
@@ -117,7 +131,11 @@ def test_plain_webdataset_reads_it(base: Path) -> None:
     assert meta.keys() == {"cache/store", "alpha/tables", "beta/tables"}
     np.testing.assert_array_equal(meta["cache/store"]["channel_scale.npy"], synthetic.CHANNELS)
     np.testing.assert_array_equal(meta["alpha/tables"]["action.npy"], cache.dataset("alpha").action)
-    lost = list(webdataset.WebDataset([str(base / "tars" / e["url"]) for e in index["dvla"]["quarantine"]], shardshuffle=False).decode())
+    lost = list(
+        webdataset.WebDataset(
+            [str(base / "tars" / e["url"]) for e in index["dvla"]["quarantine"]], shardshuffle=False
+        ).decode()
+    )
     assert {s["json"]["episode_id"] for s in lost} == {13} and all(s["json"]["quarantined"] for s in lost)
 
 
@@ -128,7 +146,7 @@ def test_tars_are_reproducible_and_bounded(base: Path) -> None:
         assert (len(data), crc32c(data)) == (entry["filesize"], entry["crc32c"])
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
-        assert entry["url"] == "_meta.tar" or len(data) <= SHARD + 10240       # the end of a tar is padded to 10 KiB
+        assert entry["url"] == "_meta.tar" or len(data) <= SHARD + 10240  # the end of a tar is padded to 10 KiB
 
 
 def test_views_that_webdataset_would_confuse() -> None:
@@ -139,7 +157,7 @@ def test_views_that_webdataset_would_confuse() -> None:
 
 def test_long_and_awkward_names_survive(tmp_path: Path) -> None:
     plan = synthetic.make_plan()
-    alpha, name = plan.datasets[0], "Lab.v2_" + "x" * 110          # dots in a key's folder, longer than a tar header's field
+    alpha, name = plan.datasets[0], "Lab.v2_" + "x" * 110  # dots in a key's folder, longer than a tar header's field
     episodes = tuple(e for e in alpha.episodes[:3])
     plan = BuildPlan((DatasetPlan(name, ("Front.RGB", "front.rgb"), episodes),), plan.tokens, plan.width, 16)
     with CacheWriter.create_or_resume(tmp_path / "cache", synthetic.FINGERPRINT, plan) as writer:
@@ -151,12 +169,16 @@ def test_long_and_awkward_names_survive(tmp_path: Path) -> None:
     import_cache(str(tmp_path / "tars"), tmp_path / "back")
     assert tree(tmp_path / "back") == tree(tmp_path / "cache")
     import webdataset
-    sample = next(iter(webdataset.WebDataset(str(tmp_path / "tars" / f"{name}-000000.tar"), shardshuffle=False).decode()))
+
+    sample = next(
+        iter(webdataset.WebDataset(str(tmp_path / "tars" / f"{name}-000000.tar"), shardshuffle=False).decode())
+    )
     assert sample["__key__"].startswith(f"{name}/")
     np.testing.assert_array_equal(sample["features.view1.npy"], synthetic.feature(name, "front.rgb", 0))
 
 
 # --- places ---
+
 
 def test_urls_and_pipes(base: Path, tmp_path: Path) -> None:
     expected, cache = tree(base / "tars"), tree(base / "cache")
@@ -174,15 +196,23 @@ def test_urls_and_pipes(base: Path, tmp_path: Path) -> None:
     import_cache(url, tmp_path / "c")
     for name in "abc":
         assert tree(tmp_path / name) == cache
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "file", "pipe"]          # no copies are left
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c", "file", "pipe"]  # no copies are left
     fs.pipe_file("/exchange/cache/beta-000000.tar", fs.cat("/exchange/cache/beta-000000.tar")[:-512])
     with pytest.raises(UserError, match="memory://exchange/cache/beta-000000.tar is damaged"):
         import_cache(url, tmp_path / "d")
 
 
-@pytest.mark.parametrize(("out", "message"), [
-    ("nosuch://x/y", "nosuch"), ("pipe:cat > x", "write {name} there"), ("pipe:cat > /nowhere/at/all/{name}", "exit code|cannot write"),
-    ("pipe:exit 3 # {name}", "exit code 3|cannot write"), ("{file}", "cannot write to"), ("{file}/below", "cannot write to")])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("nosuch://x/y", "nosuch"),
+        ("pipe:cat > x", "write {name} there"),
+        ("pipe:cat > /nowhere/at/all/{name}", "exit code|cannot write"),
+        ("pipe:exit 3 # {name}", "exit code 3|cannot write"),
+        ("{file}", "cannot write to"),
+        ("{file}/below", "cannot write to"),
+    ],
+)
 def test_places_that_do_not_work(base: Path, tmp_path: Path, out: str, message: str) -> None:
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(UserError, match=message) as error:
@@ -213,6 +243,7 @@ def test_foreign_folders_are_refused(base: Path, tmp_path: Path, tars: Path) -> 
 
 # --- interruptions ---
 
+
 class Stop(BaseException):
     pass
 
@@ -242,7 +273,7 @@ def test_interrupted_export_keeps_what_is_finished(base: Path, tmp_path: Path, m
     monkeypatch.setattr(exchange, "write_tar", write)
     assert len(before) == 2 and export(base / "cache", str(out), shard_nbytes=SHARD).found == 2
     assert tree(out) == tree(base / "tars") and {n: (out / n).stat().st_mtime_ns for n in before} == before
-    (out / "alpha-000001.tar").unlink()         # lost afterwards: that one alone is written again
+    (out / "alpha-000001.tar").unlink()  # lost afterwards: that one alone is written again
     report = export(base / "cache", str(out), shard_nbytes=SHARD)
     assert report.found == report.parts - 1 and tree(out) == tree(base / "tars")
 
@@ -266,7 +297,7 @@ def test_interrupted_import_goes_on(base: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(CacheWriter, "write_shard", write)
     assert import_cache(str(base / "tars"), tmp_path / "back").found == shards
     assert tree(tmp_path / "back") == tree(base / "cache")
-    report = import_cache(str(base / "tars"), tmp_path / "back")        # finished: nothing to do
+    report = import_cache(str(base / "tars"), tmp_path / "back")  # finished: nothing to do
     assert report.found == report.parts
 
 
@@ -277,6 +308,7 @@ def test_two_exports_at_once(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match="another process is writing"):
             export(base / "cache", str(tmp_path / "tars"), shard_nbytes=SHARD)
         return write(*arguments)
+
     monkeypatch.setattr(exchange, "write_tar", second)
     export(base / "cache", str(tmp_path / "tars"), shard_nbytes=SHARD)
     assert tree(tmp_path / "tars") == tree(base / "tars")
@@ -284,15 +316,22 @@ def test_two_exports_at_once(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 # --- damage ---
 
+
 @pytest.mark.parametrize("name", ["_meta.tar", "alpha-000001.tar", "beta-000000.tar", "_quarantine-alpha-000000.tar"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "empty"])
 def test_damaged_tars_are_named(tars: Path, tmp_path: Path, name: str, damage: str) -> None:
     path = tars / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    {"missing": path.unlink, "cut": lambda: os.truncate(path, 20480), "flipped": lambda: path.write_bytes(data),
-     "empty": lambda: os.truncate(path, 0)}[damage]()
-    said = {"missing": ": No such file", "flipped": " is damaged .crc32c"}.get(damage, " is damaged .[0-9]+ bytes, [0-9]+ were written")
+    {
+        "missing": path.unlink,
+        "cut": lambda: os.truncate(path, 20480),
+        "flipped": lambda: path.write_bytes(data),
+        "empty": lambda: os.truncate(path, 0),
+    }[damage]()
+    said = {"missing": ": No such file", "flipped": " is damaged .crc32c"}.get(
+        damage, " is damaged .[0-9]+ bytes, [0-9]+ were written"
+    )
     with pytest.raises(UserError, match=name + said) as error:
         import_cache(str(tars), tmp_path / "back")
     assert "\n" not in str(error.value) and not (tmp_path / "back/manifest.json").exists()
@@ -325,18 +364,45 @@ def forge(tars: Path, name: str, change) -> None:
     (tars / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
-    ("beta-000000.tar", lambda n, d: None if n.endswith("000002.features.top.npy") else d, "beta-000000.tar is damaged .it does not hold"),
-    ("beta-000000.tar", lambda n, d: d.replace(b"(3, 8)", b"(8, 3)"), "beta-000000.tar is damaged .*not int8"),
-    ("beta-000000.tar", lambda n, d: b"junk" if n.endswith("top.npy") else d, "beta-000000.tar is damaged"),
-    ("beta-000000.tar", lambda n, d: d[:-4] + b"\0\0\0\1" if ".scales." in n else d, "does not give back|not finite"),
-    ("_meta.tar", lambda n, d: b"{}" if n == "alpha/tables.json" else d, "not an export this version can read"),
-    ("_meta.tar", lambda n, d: b"[1" if n == "cache/store.fingerprint.json" else d, "_meta.tar is damaged"),
-    ("_meta.tar", lambda n, d: b'{"store": {}}' if n == "cache/store.fingerprint.json" else d, "does not describe a cache"),
-    ("_meta.tar", lambda n, d: d[:40] + b"O" + d[41:] if n == "alpha/tables.action.npy" else d, "_meta.tar is damaged|not an export"),
-    ("_meta.tar", lambda n, d: None if n == "beta/tables.action.npy" else d, "does not hold beta/tables.action.npy"),
-    ("_meta.tar", lambda n, d: d[:-4] + b"\0\0\0\1" if n == "beta/tables.action.npy" else d, "does not give back the cache"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "beta-000000.tar",
+            lambda n, d: None if n.endswith("000002.features.top.npy") else d,
+            "beta-000000.tar is damaged .it does not hold",
+        ),
+        ("beta-000000.tar", lambda n, d: d.replace(b"(3, 8)", b"(8, 3)"), "beta-000000.tar is damaged .*not int8"),
+        ("beta-000000.tar", lambda n, d: b"junk" if n.endswith("top.npy") else d, "beta-000000.tar is damaged"),
+        (
+            "beta-000000.tar",
+            lambda n, d: d[:-4] + b"\0\0\0\1" if ".scales." in n else d,
+            "does not give back|not finite",
+        ),
+        ("_meta.tar", lambda n, d: b"{}" if n == "alpha/tables.json" else d, "not an export this version can read"),
+        ("_meta.tar", lambda n, d: b"[1" if n == "cache/store.fingerprint.json" else d, "_meta.tar is damaged"),
+        (
+            "_meta.tar",
+            lambda n, d: b'{"store": {}}' if n == "cache/store.fingerprint.json" else d,
+            "does not describe a cache",
+        ),
+        (
+            "_meta.tar",
+            lambda n, d: d[:40] + b"O" + d[41:] if n == "alpha/tables.action.npy" else d,
+            "_meta.tar is damaged|not an export",
+        ),
+        (
+            "_meta.tar",
+            lambda n, d: None if n == "beta/tables.action.npy" else d,
+            "does not hold beta/tables.action.npy",
+        ),
+        (
+            "_meta.tar",
+            lambda n, d: d[:-4] + b"\0\0\0\1" if n == "beta/tables.action.npy" else d,
+            "does not give back the cache",
+        ),
+    ],
+)
 def test_forged_content_is_refused(tars: Path, tmp_path: Path, name: str, change, message: str) -> None:
     """Altered together with the index: checksums agree, and still it is a line, not a traceback."""
     forge(tars, name, change)
@@ -345,8 +411,19 @@ def test_forged_content_is_refused(tars: Path, tmp_path: Path, name: str, change
     assert "\n" not in str(error.value) and not (tmp_path / "back/manifest.json").exists()
 
 
-@pytest.mark.parametrize("index", [b"", b"{", b"[]", b"{}", b'{"dvla": {}}', b'{"dvla": {"export": 99}}', b'{"dvla": {"export": 1}}',
-                                   b'{"dvla": {"export": 1, "meta": {"url": "../x"}, "quarantine": []}, "shardlist": []}'])
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"dvla": {}}',
+        b'{"dvla": {"export": 99}}',
+        b'{"dvla": {"export": 1}}',
+        b'{"dvla": {"export": 1, "meta": {"url": "../x"}, "quarantine": []}, "shardlist": []}',
+    ],
+)
 def test_damaged_index(base: Path, tars: Path, tmp_path: Path, index: bytes) -> None:
     (tars / "index.json").write_bytes(index)
     with pytest.raises(UserError) as error:
@@ -357,8 +434,11 @@ def test_damaged_index(base: Path, tars: Path, tmp_path: Path, index: bytes) -> 
 
 
 def test_damaged_caches_are_not_exported(base: Path, tmp_path: Path) -> None:
-    for name, said in (("alpha/features/front.aug1/c/1/0/0", "front.aug1/c/1/0/0"), ("beta/scales/top/c/0/0", "top/c/0/0"),
-                       ("beta/action/c/0/0", "beta/action")):
+    for name, said in (
+        ("alpha/features/front.aug1/c/1/0/0", "front.aug1/c/1/0/0"),
+        ("beta/scales/top/c/0/0", "top/c/0/0"),
+        ("beta/action/c/0/0", "beta/action"),
+    ):
         cache = tmp_path / name.replace("/", "-")
         for file, data in tree(base / "cache").items():
             (cache / file).parent.mkdir(parents=True, exist_ok=True)
@@ -379,19 +459,26 @@ def test_reader_without_checks_names_a_damaged_tar(tars: Path) -> None:
         beta.features("top", np.array([0]))
 
 
-def test_another_version_of_zstd_gives_the_same_numbers(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_zstd_gives_the_same_numbers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other compressed bytes and other metadata are counted, not refused; a build from this point on knows the cache as its own."""
     from numcodecs import Zstd
 
     from dvla.cache.store import codec
     from dvla.cache.store import zarr_format as layout
+
     document = layout.array_document
     with monkeypatch.context() as patch:
         patch.setattr(codec.Compression, "_make", lambda self: Zstd(level=19))
-        patch.setattr(layout, "array_document", lambda *a, **k: {**document(*a, **k), "attributes": {"written": "elsewhere"}})
+        patch.setattr(
+            layout, "array_document", lambda *a, **k: {**document(*a, **k), "attributes": {"written": "elsewhere"}}
+        )
         report = import_cache(str(base / "tars"), tmp_path / "back")
     first, second = Cache.open(base / "cache"), Cache.open(tmp_path / "back")
-    assert report.rewritten > 20 and verify_checksums(tmp_path / "back") == [] and first.fingerprint == second.fingerprint
+    assert (
+        report.rewritten > 20 and verify_checksums(tmp_path / "back") == [] and first.fingerprint == second.fingerprint
+    )
     for a, b in zip(first.datasets, second.datasets):
         rows = a.frame_of(np.arange(a.observations))
         for view, variant in itertools.product(a.views, (0, 1)):
@@ -402,6 +489,7 @@ def test_another_version_of_zstd_gives_the_same_numbers(base: Path, tmp_path: Pa
 
 # --- commands ---
 
+
 def test_sizes() -> None:
     assert [parse_size(t) for t in ("1GiB", "500 MB", "1.5kib", "77", "1tb")] == [2**30, 5 * 10**8, 1536, 77, 10**12]
     for bad in ("", "GiB", "-1", "1 parsec", "0", "1e9", "nan"):
@@ -410,12 +498,28 @@ def test_sizes() -> None:
 
 
 def test_commands(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(["cache", "export", str(base / "cache"), "--format", "webdataset", "--out", str(tmp_path / "tars"), "--shard-size", "150KB"])
+    run(
+        [
+            "cache",
+            "export",
+            str(base / "cache"),
+            "--format",
+            "webdataset",
+            "--out",
+            str(tmp_path / "tars"),
+            "--shard-size",
+            "150KB",
+        ]
+    )
     assert "observations in" in capsys.readouterr().out and tree(tmp_path / "tars") == tree(base / "tars")
     run(["cache", "import", str(tmp_path / "tars"), "--out", str(tmp_path / "back")])
     assert "byte for byte" in capsys.readouterr().out and tree(tmp_path / "back") == tree(base / "cache")
-    for arguments in (["export", str(tmp_path), "--out", "x"], ["export", str(base / "cache"), "--out", "x", "--shard-size", "big"],
-                      ["import", str(tmp_path / "none"), "--out", str(tmp_path / "x")], ["import", str(base / "cache"), "--out", "x"]):
+    for arguments in (
+        ["export", str(tmp_path), "--out", "x"],
+        ["export", str(base / "cache"), "--out", "x", "--shard-size", "big"],
+        ["import", str(tmp_path / "none"), "--out", str(tmp_path / "x")],
+        ["import", str(base / "cache"), "--out", "x"],
+    ):
         with pytest.raises(UserError) as error:
             run(["cache", *arguments])
         assert "\n" not in str(error.value)
@@ -424,6 +528,7 @@ def test_commands(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_memory_does_not_grow_with_a_tar(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a single observation give the same bytes: nothing depends on how much is read at a time."""
     from dvla.cache.store.webdataset import samples as webdataset_samples
+
     for module in (webdataset_samples, exchange):
         monkeypatch.setattr(module, "BLOCK_NBYTES", 1)
     export(base / "cache", str(tmp_path / "tars"), shard_nbytes=SHARD)

@@ -24,7 +24,7 @@ from dvla.errors import UserError
 from support.tolerances import assert_same_features
 from support.vlm_samples import smooth_pictures, weight_files
 
-R = 64      # resolution of most tests: 16 patches, 4 tokens
+R = 64  # resolution of most tests: 16 patches, 4 tokens
 SMALL = TinySpec(vision_depth=3, vision_width=32, vision_heads=2, out_width=64, init_std=0.1)
 
 
@@ -43,6 +43,7 @@ def copied(checkpoint, tmp_path):
 def model(checkpoint):
     """transformers' own complete model."""
     from transformers import Qwen3VLForConditionalGeneration
+
     found, info = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return found.eval()
@@ -65,10 +66,16 @@ def tower_output(output):
 def official(pixels, spec):
     """Patch rows of transformers' torch image processor for square uint8 pictures, resized to spec.resolution."""
     from transformers import Qwen2VLImageProcessorFast
+
     limits = {"shortest_edge": (spec.resolution - 1) ** 2, "longest_edge": (spec.resolution + 1) ** 2}
     processor = Qwen2VLImageProcessorFast(
-        size=limits, patch_size=spec.patch_size, merge_size=spec.merge_size,
-        temporal_patch_size=spec.temporal_patch_size, image_mean=list(spec.mean), image_std=list(spec.std))
+        size=limits,
+        patch_size=spec.patch_size,
+        merge_size=spec.merge_size,
+        temporal_patch_size=spec.temporal_patch_size,
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+    )
     batch = processor(images=list(pixels.permute(0, 3, 1, 2)), return_tensors="pt")
     grid = spec.resolution // spec.patch_size
     assert batch["image_grid_thw"].tolist() == [[1, grid, grid]] * len(pixels)
@@ -76,6 +83,7 @@ def official(pixels, spec):
 
 
 # --- the toy checkpoint ----------------------------------------------------------------------------------------------
+
 
 def test_tiny_checkpoint_bytes_depend_on_the_spec_only(checkpoint, tmp_path):
     torch.manual_seed(123)
@@ -88,7 +96,7 @@ def test_tiny_checkpoint_bytes_depend_on_the_spec_only(checkpoint, tmp_path):
     other = make_tiny_qwen3vl(tmp_path / "other", TinySpec(**{**SMALL.__dict__, "seed": 1}))
     changed = {n for n in names if (checkpoint / n).read_bytes() != (other / n).read_bytes()}
     assert changed and all(n.endswith(".safetensors") for n in changed)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]     # no temporary folder left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]  # no temporary folder left
     with pytest.raises(UserError, match="exists"):
         make_tiny_qwen3vl(again, SMALL)
 
@@ -101,6 +109,7 @@ def test_tiny_refuses_sizes_that_do_not_divide(sizes):
 
 def test_tiny_checkpoint_loads_with_the_auto_classes(checkpoint, model):
     from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
     config = AutoConfig.from_pretrained(checkpoint)
     assert config.model_type == "qwen3_vl" and config.vision_config.depth == SMALL.vision_depth
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -108,7 +117,7 @@ def test_tiny_checkpoint_loads_with_the_auto_classes(checkpoint, model):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == config.image_token_id
     assert len(tokenizer) == config.text_config.vocab_size
-    assert len(tokenizer("push the puck to the goal")["input_ids"]) == 6    # the words of the corpus are single tokens
+    assert len(tokenizer("push the puck to the goal")["input_ids"]) == 6  # the words of the corpus are single tokens
     assert AutoImageProcessor.from_pretrained(checkpoint).patch_size == SMALL.patch_size
 
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -121,11 +130,15 @@ def test_tiny_checkpoint_loads_with_the_auto_classes(checkpoint, model):
 
 # --- preprocessing ---------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("native, resolution", [(64, 64), (128, 96), (50, 64), (97, 64)])
-@pytest.mark.parametrize("mean, std", [
-    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-])
+@pytest.mark.parametrize(
+    "mean, std",
+    [
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    ],
+)
 def test_preprocess_is_the_official_processor_bit_for_bit(native, resolution, mean, std):
     spec = ImageSpec(resolution, 16, 2, 2, mean, std)
     pixels = pictures(3, native, native)
@@ -139,8 +152,8 @@ def test_padding_centres_the_image_on_black(h, w):
     side = max(h, w)
     top, left = (side - h) // 2, (side - w) // 2
     assert square.shape == (2, side, side, 3)
-    assert torch.equal(square[:, top:top + h, left:left + w], pixels)
-    assert int(square.sum()) == int(pixels.sum())       # everything else is zero
+    assert torch.equal(square[:, top : top + h, left : left + w], pixels)
+    assert int(square.sum()) == int(pixels.sum())  # everything else is zero
     spec = ImageSpec(64, 16, 2, 2, (0.5,) * 3, (0.5,) * 3)
     assert torch.equal(preprocess(pixels, spec), preprocess(square.numpy(), spec))
 
@@ -157,6 +170,7 @@ def test_preprocess_refuses_other_inputs():
 
 # --- features --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("resolution", [32, 64, 160])
 def test_features_equal_transformers_forward(checkpoint, model, resolution):
     encoder = load_encoder(EncoderSpec(path=str(checkpoint), resolution=resolution))
@@ -164,7 +178,7 @@ def test_features_equal_transformers_forward(checkpoint, model, resolution):
     rows, grid = official(pixels, encoder.image)
     with torch.no_grad():
         wanted = tower_output(model.model.visual(rows, grid)).reshape(5, -1, SMALL.out_width)
-        own = tower_output(encoder.vision(rows, grid)).reshape_as(wanted)       # proves the rebuilt rotary buffers
+        own = tower_output(encoder.vision(rows, grid)).reshape_as(wanted)  # proves the rebuilt rotary buffers
     features = encoder.encode_images(pixels)
     assert features.shape == (5, encoder.tokens, encoder.width) == wanted.shape
     assert wanted.std() > 0.1
@@ -182,8 +196,8 @@ def test_patch_features_are_the_last_blocks_output_row_by_row(checkpoint, model,
     with torch.no_grad():
         model.model.visual(rows, grid)
     hook.remove()
-    blocks = seen[0].reshape(3, side // 2, side // 2, 2, 2, -1)                 # merge order: 2 x 2 neighbours together
-    wanted = blocks.transpose(2, 3).reshape(3, side * side, -1)                 # row by row
+    blocks = seen[0].reshape(3, side // 2, side // 2, 2, 2, -1)  # merge order: 2 x 2 neighbours together
+    wanted = blocks.transpose(2, 3).reshape(3, side * side, -1)  # row by row
     features = encoder.encode_images(pixels)
     assert features.shape == (3, encoder.tokens, encoder.width) == (3, side * side, SMALL.vision_width)
     assert encoder.text_width == SMALL.out_width == encoder.encode_text(["push"])[0].shape[2]
@@ -191,13 +205,15 @@ def test_patch_features_are_the_last_blocks_output_row_by_row(checkpoint, model,
     whole = load_encoder(EncoderSpec(path=str(checkpoint), resolution=resolution))
     changed = encoder.fingerprint()
     assert [k for k, v in whole.fingerprint().items() if changed[k] != v] == ["features", "tokens"]
-    merged = whole.vision.merger(blocks.reshape(-1, SMALL.vision_width))        # the merger finishes what patch features begin
+    merged = whole.vision.merger(
+        blocks.reshape(-1, SMALL.vision_width)
+    )  # the merger finishes what patch features begin
     torch.testing.assert_close(merged.reshape(3, -1, SMALL.out_width), whole.encode_images(pixels), rtol=0, atol=2e-5)
 
 
 def test_pooling_196_tokens_to_49_is_the_mean_of_2_by_2_cells(checkpoint):
     whole, pooled = (load_encoder(EncoderSpec(path=str(checkpoint), resolution=448, tokens=t)) for t in (None, 49))
-    features = whole.encode_images(pictures(1))                                 # [1,196,D], row by row
+    features = whole.encode_images(pictures(1))  # [1,196,D], row by row
     assert (whole.tokens, pooled.tokens) == (196, 49) == (features.shape[1], pooled.null_image_features(1).shape[1])
     cells = features.reshape(1, 7, 2, 7, 2, -1).mean((2, 4)).flatten(1, 2)
     torch.testing.assert_close(pooled.encode_images(pictures(1)), cells)
@@ -206,7 +222,9 @@ def test_pooling_196_tokens_to_49_is_the_mean_of_2_by_2_cells(checkpoint):
 
 @pytest.mark.parametrize("tokens", [0, -4, 5, 25])
 def test_counts_that_cannot_be_pooled_are_refused_in_one_line(checkpoint, tokens):
-    with pytest.raises(UserError, match=f"--tokens {tokens}: this model gives 16 tokens.*choose one of 1, 4, 9, 16$") as caught:
+    with pytest.raises(
+        UserError, match=f"--tokens {tokens}: this model gives 16 tokens.*choose one of 1, 4, 9, 16$"
+    ) as caught:
         load_encoder(EncoderSpec(path=str(checkpoint), resolution=128, tokens=tokens))
     assert "\n" not in str(caught.value)
 
@@ -218,12 +236,14 @@ def test_without_flash_attn_or_on_the_cpu_torchs_attention_is_used(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         given = [x.to(dtype) for x in (q, k, v)]
         assert torch.equal(attention_module.attention(*given), F.scaled_dot_product_attention(*given))
-    assert not called                                                           # CPU tensors never ask for it
+    assert not called  # CPU tensors never ask for it
     weights = (q @ k.transpose(2, 3) / 4).softmax(-1)
     torch.testing.assert_close(attention_module.attention(q, k, v), weights @ v)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or attention_module.flash_kernel() is None, reason="needs CUDA and flash-attn")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or attention_module.flash_kernel() is None, reason="needs CUDA and flash-attn"
+)
 @pytest.mark.parametrize("width", [64, 72])
 def test_flash_attn_equals_torchs_attention_up_to_rounding(width):
     q, k, v = torch.randn(3, 2, 4, 100, width, generator=torch.Generator().manual_seed(0)).cuda().to(torch.bfloat16)
@@ -234,6 +254,7 @@ def test_flash_attn_equals_torchs_attention_up_to_rounding(width):
 
 def test_flash_attn_is_called_with_heads_after_tokens(monkeypatch):
     """Its layout is [N,S,A,E]; shown with a stand-in, on tensors that say they are on CUDA."""
+
     class Cuda(torch.Tensor):
         is_cuda = True
 
@@ -292,6 +313,7 @@ def test_null_features_are_those_of_any_black_picture(encoder):
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
+
 
 def files_of(folder):
     """(files without a vision or embedding tensor, all files)."""
@@ -359,8 +381,9 @@ def damage(folder, kind):
     return "not valid JSON"
 
 
-@pytest.mark.parametrize("kind", ["missing shard", "truncated shard", "other model", "other sizes", "no config",
-                                  "no tokenizer", "bad json"])
+@pytest.mark.parametrize(
+    "kind", ["missing shard", "truncated shard", "other model", "other sizes", "no config", "no tokenizer", "bad json"]
+)
 def test_a_damaged_checkpoint_is_named_in_one_line(copied, kind):
     wanted = damage(copied, kind)
     with pytest.raises(UserError, match=wanted) as caught:
@@ -370,6 +393,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(copied, kind):
 
 def test_bad_paths_and_models_are_refused(tmp_path, monkeypatch):
     import huggingface_hub
+
     with pytest.raises(UserError, match="does not exist"):
         load_encoder(EncoderSpec(path=str(tmp_path / "nothing")))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -389,6 +413,7 @@ def test_from_the_hub_only_the_needed_files_are_asked_for(checkpoint, encoder, m
     import fnmatch
 
     import huggingface_hub
+
     asked = []
 
     def download(repo, revision, allow_patterns):
@@ -424,7 +449,10 @@ def test_fingerprint_follows_what_features_depend_on(copied, encoder):
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("targets, last, layers", [("qv", None, 3), ("attention", None, 6), ("attention", 1, 2), ("all-linear", 2, 10)])
+
+@pytest.mark.parametrize(
+    "targets, last, layers", [("qv", None, 3), ("attention", None, 6), ("attention", 1, 2), ("all-linear", 2, 10)]
+)
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(encoder, targets, last, layers):
     base, before = encoder.encode_images(pictures(3)), encoder.fingerprint()
     add_lora(encoder, LoraSpec(r=4, targets=targets, last_n_blocks=last))

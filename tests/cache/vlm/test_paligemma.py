@@ -26,8 +26,10 @@ from support.lerobot_samples import LENGTHS
 from support.tolerances import assert_same_features
 from support.vlm_samples import smooth_pictures, weight_files
 
-R = 56      # resolution of most tests: 16 patches of 14 pixels
-SMALL = TinyPaliGemmaSpec(vision_depth=3, vision_width=32, vision_heads=2, image_size=R, out_width=96, vocabulary=600)   # sqrt(96) rounds
+R = 56  # resolution of most tests: 16 patches of 14 pixels
+SMALL = TinyPaliGemmaSpec(
+    vision_depth=3, vision_width=32, vision_heads=2, image_size=R, out_width=96, vocabulary=600
+)  # sqrt(96) rounds
 TEXTS = ["push the puck to the goal", "", "open the drawer"]
 
 
@@ -46,7 +48,10 @@ def copied(checkpoint, tmp_path):
 def model(checkpoint):
     """transformers' own complete model; eager attention, since its others leave out Gemma 2's soft caps."""
     from transformers import PaliGemmaForConditionalGeneration
-    found, info = PaliGemmaForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True, attn_implementation="eager")
+
+    found, info = PaliGemmaForConditionalGeneration.from_pretrained(
+        checkpoint, output_loading_info=True, attn_implementation="eager"
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return found.eval()
 
@@ -67,7 +72,10 @@ def pictures(n, h=R, w=R, seed=0):
 def official(pixels, resolution, mean=0.5, std=0.5):
     """float32 [N,3,R,R] of transformers' torch image processor for square uint8 pictures."""
     from transformers import SiglipImageProcessorFast
-    processor = SiglipImageProcessorFast(size={"height": resolution, "width": resolution}, image_mean=[mean] * 3, image_std=[std] * 3)
+
+    processor = SiglipImageProcessorFast(
+        size={"height": resolution, "width": resolution}, image_mean=[mean] * 3, image_std=[std] * 3
+    )
     return processor(images=list(pixels.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
 
 
@@ -75,23 +83,28 @@ def run(model, tokenizer, views, instruction):
     """(what enters Gemma's first layer, its last hidden state), each [1,V*S+Lt,D], of transformers' forward on one observation."""
     seen = []
     hook = model.model.language_model.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
     places = len(views) * (R // 14) ** 2
     ids = tokenizer("<image>" * places + f"<bos>{instruction}\n", add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
-        prefix = torch.zeros_like(ids["input_ids"])     # all of it: every token sees every other
-        out = model.model(**ids, token_type_ids=prefix, pixel_values=torch.cat([official(v, R) for v in views]).to(model.dtype))
+        prefix = torch.zeros_like(ids["input_ids"])  # all of it: every token sees every other
+        out = model.model(
+            **ids, token_type_ids=prefix, pixel_values=torch.cat([official(v, R) for v in views]).to(model.dtype)
+        )
     hook.remove()
     return seen[0], out.last_hidden_state
 
 
 # --- the toy checkpoint ----------------------------------------------------------------------------------------------
 
+
 def test_the_toy_is_a_paligemma_2_that_transformers_runs(checkpoint, model, encoder):
     from transformers import AutoProcessor, PaliGemmaProcessor
+
     processor = AutoProcessor.from_pretrained(checkpoint)
     assert isinstance(processor, PaliGemmaProcessor) and type(model.model.language_model).__name__ == "Gemma2Model"
-    assert len(processor.tokenizer) == model.config.text_config.vocab_size      # nothing had to be added
+    assert len(processor.tokenizer) == model.config.text_config.vocab_size  # nothing had to be added
     inputs = processor(images=[pictures(1)[0].numpy()], text="<image>open the drawer", return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(model.config.image_token_id) == 16
@@ -111,22 +124,26 @@ def test_the_same_spec_gives_the_same_bytes(checkpoint, tmp_path):
 
 # --- preprocessing ---------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("native, resolution", [(56, 56), (128, 56), (40, 56), (97, 112)])
 @pytest.mark.parametrize("mean, std", [(0.5, 0.5), (0.4, 0.27)])
 def test_preprocess_is_the_official_processor_bit_for_bit(native, resolution, mean, std):
     pixels = pictures(3, native, native)
-    rows = preprocess(pixels, ImageSpec(resolution, 14, 1, 1, (mean,) * 3, (std,) * 3))             # [3,S,3*14*14]
-    cut = F.unfold(official(pixels, resolution, mean, std), 14, stride=14).transpose(1, 2)          # the convolution's own order
+    rows = preprocess(pixels, ImageSpec(resolution, 14, 1, 1, (mean,) * 3, (std,) * 3))  # [3,S,3*14*14]
+    cut = F.unfold(official(pixels, resolution, mean, std), 14, stride=14).transpose(
+        1, 2
+    )  # the convolution's own order
     assert torch.equal(rows, cut)
 
 
 # --- features --------------------------------------------------------------------------------------------------------
 
+
 def test_features_are_what_the_language_model_is_given(model, encoder):
     pixels = pictures(4)
     with torch.no_grad():
         found = model.model.get_image_features(official(pixels, R))
-    found = found if isinstance(found, torch.Tensor) else found.pooler_output       # an object in version 5
+    found = found if isinstance(found, torch.Tensor) else found.pooler_output  # an object in version 5
     divided_by = 96**0.5 if Version(transformers.__version__) < Version("5.4") else 1.0
     given, _ = run(model, encoder.tokenizer, [pixels[:1]], TEXTS[0])
     features = encoder.encode_images(pixels)
@@ -134,7 +151,7 @@ def test_features_are_what_the_language_model_is_given(model, encoder):
     torch.testing.assert_close(features[:1], given[:, :16], rtol=0, atol=2e-5)
     torch.testing.assert_close(features, found * divided_by, rtol=0, atol=2e-5)
     text, lengths = encoder.encode_text(TEXTS)
-    assert torch.equal(text[0, :lengths[0]], given[0, 17:17 + lengths[0]])      # after the image tokens and <bos>
+    assert torch.equal(text[0, : lengths[0]], given[0, 17 : 17 + lengths[0]])  # after the image tokens and <bos>
 
 
 def test_text_features_carry_gemmas_scale_in_its_rounding(checkpoint, model, encoder):
@@ -144,12 +161,12 @@ def test_text_features_carry_gemmas_scale_in_its_rounding(checkpoint, model, enc
         assert out.dtype == dtype and lengths.tolist()[1] == 1
         for text, row, length in zip(TEXTS, out, lengths):
             ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"] or [pad]
-            wanted = table[ids].to(dtype) * torch.tensor(96**0.5, dtype=dtype)          # as Gemma2Model.forward
+            wanted = table[ids].to(dtype) * torch.tensor(96**0.5, dtype=dtype)  # as Gemma2Model.forward
             assert torch.equal(row[:length], wanted) and not row[length:].any()
     half = load_encoder(encoder.spec, dtype=torch.bfloat16)
     given, _ = run(copy.deepcopy(model).to(torch.bfloat16), encoder.tokenizer, [pictures(1)], TEXTS[0])
     text, lengths = half.encode_text(TEXTS[:1])
-    assert torch.equal(text[0], given[0, 17:17 + lengths[0]])
+    assert torch.equal(text[0], given[0, 17 : 17 + lengths[0]])
     real, rounded = encoder.encode_images(pictures(4)), half.encode_images(pictures(4))
     assert rounded.dtype == torch.bfloat16 and (real - rounded.float()).norm() < 0.03 * real.norm()
     assert half.fingerprint() == encoder.fingerprint() | {"dtype": "bfloat16"}
@@ -165,7 +182,7 @@ def test_patch_features_are_siglips_output_at_any_resolution(checkpoint, model, 
     assert features.shape == (2, (resolution // 14) ** 2, 32) == (2, encoder.tokens, encoder.width)
     assert encoder.text_width == 96 == encoder.encode_text(TEXTS)[0].shape[2]
     torch.testing.assert_close(features, wanted, rtol=0, atol=2e-5)
-    own = encoder.vision.siglip                                                 # proves the rebuilt buffers
+    own = encoder.vision.siglip  # proves the rebuilt buffers
     if resolution == R:
         torch.testing.assert_close(own(official(pixels, R)).last_hidden_state, wanted, rtol=0, atol=2e-5)
 
@@ -174,15 +191,15 @@ def test_patch_features_are_siglips_output_at_any_resolution(checkpoint, model, 
 def test_language_depth_is_gemmas_last_hidden_state_over_the_image_tokens(checkpoint, model, instruction):
     encoder = load_encoder(spec_of(checkpoint, depth="language"))
     views = [pictures(2, seed=1), pictures(2, seed=2)]
-    features = encoder.encode_observation(views, instruction)                   # [N,V,K,D]
+    features = encoder.encode_observation(views, instruction)  # [N,V,K,D]
     assert features.shape == (2, 2, 16, 96) and not features.requires_grad
     for i in range(2):
-        _, last = run(model, encoder.tokenizer, [v[i:i + 1] for v in views], instruction)
+        _, last = run(model, encoder.tokenizer, [v[i : i + 1] for v in views], instruction)
         torch.testing.assert_close(features[i].flatten(0, 1), last[0, :32], rtol=0, atol=2e-4)
     other = encoder.encode_observation(views, instruction + " slowly")
-    assert (features - other).abs().amax((0, 2, 3)).min() > 1e-3                # every view's features depend on it
+    assert (features - other).abs().amax((0, 2, 3)).min() > 1e-3  # every view's features depend on it
     changed = encoder.encode_observation([views[0], 255 - views[1]], instruction)
-    assert (features - changed)[:, 0].abs().max() > 1e-3                        # and on the other views
+    assert (features - changed)[:, 0].abs().max() > 1e-3  # and on the other views
 
 
 def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_pictures(checkpoint, tmp_path):
@@ -194,7 +211,11 @@ def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_pictu
         whole.encode_images(views[0])
     plain = load_encoder(spec_of(checkpoint))
     apart = torch.stack([plain.encode_images(v) for v in views], 1)
-    assert torch.equal(plain.encode_observation(views, "push"), apart) and not plain.by_observation and whole.by_observation
+    assert (
+        torch.equal(plain.encode_observation(views, "push"), apart)
+        and not plain.by_observation
+        and whole.by_observation
+    )
     with pytest.raises(UserError, match="more than the 8192"):
         whole.encode_observation([views[0]] * 512, "push")
     with pytest.raises(UserError, match="8176 image tokens and a prompt of .* are more than the 8192"):
@@ -208,7 +229,7 @@ def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_pictu
 
 def test_pooling_averages_cells_of_the_grid(checkpoint, encoder):
     pooled = load_encoder(spec_of(checkpoint, tokens=4))
-    whole = encoder.encode_images(pictures(3))                                  # [3,16,96], row by row
+    whole = encoder.encode_images(pictures(3))  # [3,16,96], row by row
     cells = whole.reshape(3, 2, 2, 2, 2, 96).mean((2, 4)).reshape(3, 4, 96)
     torch.testing.assert_close(pooled.encode_images(pictures(3)), cells)
     with pytest.raises(UserError, match="--tokens 5.*choose one of 1, 4, 9, 16") as caught:
@@ -229,6 +250,7 @@ def test_null_features_frozen_weights_and_the_batch(encoder):
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
+
 def files_of(folder):
     """(files without a vision or embedding tensor, all files)."""
     return weight_files(folder, canonical)
@@ -248,7 +270,7 @@ def test_language_shards_may_be_missing_unless_they_are_asked_for(copied, encode
 
 def in_layout(name, kind):
     """A hub tensor's name as other versions of transformers store it."""
-    if kind == "one model":     # everything under "model."
+    if kind == "one model":  # everything under "model."
         return "model." + name.replace("language_model.model.", "language_model.")
     return "model." + re.sub(r"^(vision_tower|language_model)\.(vision_model|model)\.", r"\1.", name)
 
@@ -269,15 +291,24 @@ def test_other_layouts_of_the_same_weights_are_the_same_encoder(copied, encoder,
     assert torch.equal(load_encoder(spec_of(copied)).encode_images(pictures(2)), encoder.encode_images(pictures(2)))
     tensors.pop(in_layout(EMBEDDING_NAME, kind))
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks weights of a PaliGemma 2 model: language_model.model.embed_tokens.weight"):
+    with pytest.raises(
+        UserError, match="lacks weights of a PaliGemma 2 model: language_model.model.embed_tokens.weight"
+    ):
         load_encoder(spec_of(copied))
 
 
-@pytest.mark.parametrize("kind, wanted", [
-    ("other model", "'qwen3_vl' checkpoint; --vlm paligemma2 needs model_type 'paligemma'"),
-    ("first paligemma", "'gemma' checkpoint; --vlm paligemma2 needs text_config.model_type 'gemma2'"),
-    ("other sizes", "do not fit its config"), ("no tokenizer", "has no tokenizer"), ("missing shard", "is incomplete"),
-    ("truncated shard", "is damaged"), ("no processor", "processor_config.json")])
+@pytest.mark.parametrize(
+    "kind, wanted",
+    [
+        ("other model", "'qwen3_vl' checkpoint; --vlm paligemma2 needs model_type 'paligemma'"),
+        ("first paligemma", "'gemma' checkpoint; --vlm paligemma2 needs text_config.model_type 'gemma2'"),
+        ("other sizes", "do not fit its config"),
+        ("no tokenizer", "has no tokenizer"),
+        ("missing shard", "is incomplete"),
+        ("truncated shard", "is damaged"),
+        ("no processor", "processor_config.json"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_in_one_line(copied, kind, wanted):
     spare, files = files_of(copied)
     shard = copied / next(f for f in files if f not in spare)
@@ -301,7 +332,9 @@ def test_a_damaged_checkpoint_is_named_in_one_line(copied, kind, wanted):
         load_encoder(spec_of(copied))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="multiple of 14"):
-        load_encoder(spec_of(copied, resolution=60)) if kind == "truncated shard" else ImageSpec(60, 14, 1, 1, (0,) * 3, (1,) * 3)
+        load_encoder(spec_of(copied, resolution=60)) if kind == "truncated shard" else ImageSpec(
+            60, 14, 1, 1, (0,) * 3, (1,) * 3
+        )
 
 
 def test_specs_and_the_fingerprint(checkpoint, copied, encoder):
@@ -315,7 +348,11 @@ def test_specs_and_the_fingerprint(checkpoint, copied, encoder):
         return sorted(k for k in base if base[k] != other[k])
 
     assert differ(resolution=28) == ["resolution", "tokens"] and differ(tokens=4) == ["tokens"]
-    assert differ(features="patch") == ["features"] and differ(depth="language") == ["depth", "vision_config", "weights_sha256"]
+    assert differ(features="patch") == ["features"] and differ(depth="language") == [
+        "depth",
+        "vision_config",
+        "weights_sha256",
+    ]
     for file in copied.glob("*.safetensors"):
         tensors = load_file(file)
         if "multi_modal_projector.linear.bias" in tensors:
@@ -327,8 +364,17 @@ def test_specs_and_the_fingerprint(checkpoint, copied, encoder):
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("features, targets, last, layers", [
-    ("merged", "qv", None, 6), ("merged", "attention", None, 12), ("merged", "attention", 1, 4), ("merged", "all-linear", 2, 13), ("patch", "all-linear", 2, 12)])
+
+@pytest.mark.parametrize(
+    "features, targets, last, layers",
+    [
+        ("merged", "qv", None, 6),
+        ("merged", "attention", None, 12),
+        ("merged", "attention", 1, 4),
+        ("merged", "all-linear", 2, 13),
+        ("patch", "all-linear", 2, 12),
+    ],
+)
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(checkpoint, features, targets, last, layers):
     encoder = load_encoder(spec_of(checkpoint, features=features))
     base, before = encoder.encode_images(pictures(3)), encoder.fingerprint()
@@ -345,12 +391,17 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(checkpoint, feat
 
 
 def test_at_language_depth_the_gradient_reaches_the_adapter_through_a_frozen_gemma(checkpoint):
-    encoder, views = load_encoder(spec_of(checkpoint, depth="language")), [pictures(2, seed=1), pictures(2, 40, 70, seed=2)]
+    encoder, views = (
+        load_encoder(spec_of(checkpoint, depth="language")),
+        [pictures(2, seed=1), pictures(2, 40, 70, seed=2)],
+    )
     base = encoder.encode_observation(views, "push")
     add_lora(encoder, LoraSpec(r=4, targets="all-linear"))
-    out = encoder.encode_observation(views, "push")                             # [2,2,16,96]
+    out = encoder.encode_observation(views, "push")  # [2,2,16,96]
     assert torch.equal(out, base)
-    (out[:, 0] * torch.randn(out[:, 0].shape, generator=torch.Generator().manual_seed(0))).sum().backward()     # of one view alone
+    (
+        out[:, 0] * torch.randn(out[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    ).sum().backward()  # of one view alone
     named = dict(lora_parameters(encoder))
     assert all(p.grad.abs().sum() > 0 for n, p in named.items() if "lora_B" in n)
     assert {n for n, p in encoder.named_parameters() if p.grad is not None} == {"vision." + n for n in named}
@@ -388,10 +439,12 @@ def test_adapter_round_trip_merge_and_learning(checkpoint, encoder, tmp_path):
 
 # --- from a recording to a policy ------------------------------------------------------------------------------------
 
+
 def first_observation(source):
     """The first frame of a recording, as a robot would show it."""
     from dvla.cache.readers import open_source
     from dvla.stages.simulation.envs import Observation
+
     episode = open_source(str(source)).load(0)
     return Observation({v.name: next(v.frames(0, 1)) for v in episode.views}, episode.instruction, episode.state[0])
 
@@ -410,8 +463,11 @@ def test_patch_features_through_build_training_live_features_and_policy(recorded
     from dvla.stages.training.config import TrainConfig
     from dvla.stages.training.stage_three.finetune import finetune, finetune_config
     from dvla.stages.training.train import train
+
     if vlm == "qwen3vl":
-        checkpoint = make_tiny_qwen3vl(tmp_path / "qwen", TinySpec(vision_depth=2, vision_width=32, vision_heads=2, out_width=96))
+        checkpoint = make_tiny_qwen3vl(
+            tmp_path / "qwen", TinySpec(vision_depth=2, vision_width=32, vision_heads=2, out_width=96)
+        )
     spec = spec_of(checkpoint, vlm=vlm, resolution=56 if vlm == "paligemma2" else 64, features="patch", tokens=4)
     source, out = str(recorded["h264"]), tmp_path / "cache"
     build(BuildConfig((source,), spec, out, batch_size=8, device="cpu"))
@@ -420,13 +476,24 @@ def test_patch_features_through_build_training_live_features_and_policy(recorded
     batch = gather(cache, np.zeros(3, np.int64), np.arange(3), 4, masked=(np.array([True, False, False]),) * 3)
     assert batch.tokens.shape == (3, 8, 32) and batch.text.shape[2] == 96
     wanted, lengths = load_encoder(spec).encode_text(cache.datasets[0].instructions[:1])
-    torch.testing.assert_close(batch.text[1, :lengths[0]], wanted[0].half())
+    torch.testing.assert_close(batch.text[1, : lengths[0]], wanted[0].half())
     problems, check = verify(out, live=4, device="cpu")
     assert not problems and check.relative < 1e-3
-    run = from_mapping(TrainConfig, {"cache": str(out), "out": str(tmp_path / "two"), "steps": 2, "batch_size": 2, "model_size": "tiny",
-                                     "device": "cpu"})
+    run = from_mapping(
+        TrainConfig,
+        {
+            "cache": str(out),
+            "out": str(tmp_path / "two"),
+            "steps": 2,
+            "batch_size": 2,
+            "model_size": "tiny",
+            "device": "cpu",
+        },
+    )
     train(run, say=lambda _: None)
-    again = finetune_config(tmp_path / "two", (source,), LoraSpec(r=2, targets="all-linear"), {"out": str(tmp_path / "three"), "steps": 1})
+    again = finetune_config(
+        tmp_path / "two", (source,), LoraSpec(r=2, targets="all-linear"), {"out": str(tmp_path / "three"), "steps": 1}
+    )
     _, continuity = finetune(again, say=lambda _: None)
     assert continuity.jump < 1e-3
     policy = Policy.from_pretrained(tmp_path / "three")
@@ -437,19 +504,62 @@ def test_patch_features_through_build_training_live_features_and_policy(recorded
 def test_build_verify_train_finetune_and_act(recorded, tmp_path, monkeypatch):
     from dvla.cli import run as command
     from dvla.stages.policy.policy import Policy
+
     monkeypatch.chdir(tmp_path)
     command(["vlm", "tiny", "--arch", "paligemma2", "--out", "vlm"])
-    build = ["cache", "build", str(recorded["h264"]), "--vlm", "tiny_paligemma2", "--vlm-path", "vlm", "--tokens", "16", "--device", "cpu"]
+    build = [
+        "cache",
+        "build",
+        str(recorded["h264"]),
+        "--vlm",
+        "tiny_paligemma2",
+        "--vlm-path",
+        "vlm",
+        "--tokens",
+        "16",
+        "--device",
+        "cpu",
+    ]
     command([*build, "--out", "cache"])
     with pytest.raises(UserError, match="features: unknown value 'pach'; did you mean 'patch'"):
         command([*build, "--features", "pach", "--out", "other"])
-    command(["cache", "verify", "cache", "--live", "8", "--device", "cpu"])     # exits 1 when something differs
+    command(["cache", "verify", "cache", "--live", "8", "--device", "cpu"])  # exits 1 when something differs
     from dvla.cache.store.cache import Cache
+
     cache = Cache.open(tmp_path / "cache")
     assert (cache.tokens, cache.width, cache.datasets[0].frames) == (16, 128, sum(LENGTHS))
-    command(["train", "--from-cache", "cache", "--out", "runs/two", "--model-size", "tiny", "--steps", "2", "--batch-size", "4",
-             "--device", "cpu"])
-    command(["finetune", "runs/two", "--source", str(recorded["h264"]), "--out", "runs/three", "--steps", "1", "--batch-size", "2",
-             "--device", "cpu"])
+    command(
+        [
+            "train",
+            "--from-cache",
+            "cache",
+            "--out",
+            "runs/two",
+            "--model-size",
+            "tiny",
+            "--steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--device",
+            "cpu",
+        ]
+    )
+    command(
+        [
+            "finetune",
+            "runs/two",
+            "--source",
+            str(recorded["h264"]),
+            "--out",
+            "runs/three",
+            "--steps",
+            "1",
+            "--batch-size",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     policy = Policy.from_pretrained(tmp_path / "runs/three")
     assert np.isfinite(policy.act_batch([first_observation(recorded["h264"])])).all()

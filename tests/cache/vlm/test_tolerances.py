@@ -16,8 +16,12 @@ from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from support.tolerances import assert_same_actions, assert_same_features, rows_that_decide_the_rounding
 from support.vlm_samples import smooth_pictures
 
-KINDS: dict[str, dict[str, Any]] = {"merged": {}, "patch": {"features": "patch"}, "hidden": {"boundary": 1},
-                                    "language": {"vlm": "paligemma2", "resolution": 56, "tokens": 4, "depth": "language"}}
+KINDS: dict[str, dict[str, Any]] = {
+    "merged": {},
+    "patch": {"features": "patch"},
+    "hidden": {"boundary": 1},
+    "language": {"vlm": "paligemma2", "resolution": 56, "tokens": 4, "depth": "language"},
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -27,13 +31,17 @@ def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         make_tiny_paligemma2(folder, TinyPaliGemmaSpec(image_size=56, vocabulary=600))
     else:
         make_tiny_qwen3vl(folder, TinySpec(vocabulary=512, init_std=0.1))
-    return load_encoder(EncoderSpec(**{"path": str(folder), "resolution": 64, "dtype": "float32", **KINDS[request.param]}))
+    return load_encoder(
+        EncoderSpec(**{"path": str(folder), "resolution": 64, "dtype": "float32", **KINDS[request.param]})
+    )
 
 
 def in_batches(encoder: VisionLanguageEncoder, size: int) -> torch.Tensor:
     pictures = smooth_pictures(11, 48, 64)
     with torch.inference_mode():
-        return torch.cat([encoder.encode_observation([pictures[at:at + size]], "push") for at in range(0, len(pictures), size)])
+        return torch.cat(
+            [encoder.encode_observation([pictures[at : at + size]], "push") for at in range(0, len(pictures), size)]
+        )
 
 
 def test_other_batches_change_no_more_than_the_rounding(encoder: VisionLanguageEncoder) -> None:
@@ -46,7 +54,12 @@ def test_other_batches_change_no_more_than_the_rounding(encoder: VisionLanguageE
         for size in (1, 2, 3, 8):
             found = in_batches(encoder, size)
             assert not torch.equal(found, there)
-            for a, b in ((found, there), (found.half(), there.half()), (found.half(), there), (found.half(), here.half())):
+            for a, b in (
+                (found, there),
+                (found.half(), there.half()),
+                (found.half(), there),
+                (found.half(), here.half()),
+            ):
                 assert_same_features(a, b)
     for size in (1, 2, 3, 8):
         assert_same_features(in_batches(encoder, size), here)
@@ -56,7 +69,7 @@ def test_what_is_not_the_rounding_is_seen() -> None:
     values = np.random.default_rng(0).normal(size=(5, 4, 32))
     half = values.astype(np.float16)
     assert_same_features(half, values)
-    assert_same_features(np.nextafter(half, np.float16(9)), half)       # one step, everywhere
+    assert_same_features(np.nextafter(half, np.float16(9)), half)  # one step, everywhere
     large = np.unravel_index(np.abs(half).argmax(), half.shape)
     other, moved, swapped = half.copy(), values.copy(), half[[1, 0, 2, 3, 4]]
     other[large] = np.nextafter(np.nextafter(half[large], np.float16(9)), np.float16(9))

@@ -33,7 +33,16 @@ from support import rlbench_samples
 from support.lerobot_samples import LENGTHS, VIEWS, convert_to_v2, rewrite, with_column
 from support.tolerances import assert_same_features
 
-TINY = TinySpec(vision_depth=1, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
+TINY = TinySpec(
+    vision_depth=1,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
 LISTED, PRESENT = 100, 11
 HARMED = {  # episode → what the ledger says about it, after "damaged episode N: "
     1: r"episode_000001\.mp4 (is cut off|cannot be read as video|has no frame).*",
@@ -44,8 +53,8 @@ HARMED = {  # episode → what the ledger says about it, after "damaged episode 
     7: r"data/chunk-000/episode_000007\.parquet has 12 rows, meta/ lists 13",
     8: r"videos/chunk-000/observation\.images\.wrist/episode_000008\.mp4 is missing",
 }
-HEALTHY = [n for n in range(PRESENT) if n not in HARMED]     # 0, 3, 9, 10
-MIDWAY = 6      # found while pictures are decoded: its rows are in the cache, marked
+HEALTHY = [n for n in range(PRESENT) if n not in HARMED]  # 0, 3, 9, 10
+MIDWAY = 6  # found while pictures are decoded: its rows are in the cache, marked
 
 
 def lay_out(recorded: Path, root: Path) -> Path:
@@ -58,7 +67,10 @@ def lay_out(recorded: Path, root: Path) -> Path:
     for number in range(PRESENT):
         (root / "data/chunk-000").mkdir(parents=True, exist_ok=True)
         table = pq.read_table(first / f"data/chunk-000/episode_{number % 3:06d}.parquet")
-        pq.write_table(with_column(table, "episode_index", [number] * table.num_rows), root / f"data/chunk-000/episode_{number:06d}.parquet")
+        pq.write_table(
+            with_column(table, "episode_index", [number] * table.num_rows),
+            root / f"data/chunk-000/episode_{number:06d}.parquet",
+        )
         for view in VIEWS:
             folder = Path(f"videos/chunk-000/observation.images.{view}")
             (root / folder).mkdir(parents=True, exist_ok=True)
@@ -68,6 +80,7 @@ def lay_out(recorded: Path, root: Path) -> Path:
 
 def harm(root: Path) -> None:
     """What `HARMED` lists."""
+
     def table(number: int) -> Path:
         return root / f"data/chunk-000/episode_{number:06d}.parquet"
 
@@ -79,7 +92,7 @@ def harm(root: Path) -> None:
         action[3][2] = float("nan")
         return with_column(rows, "action", action)
 
-    video(1).write_bytes(video(1).read_bytes()[:video(1).stat().st_size * 6 // 10])
+    video(1).write_bytes(video(1).read_bytes()[: video(1).stat().st_size * 6 // 10])
     table(2).write_bytes(table(2).read_bytes()[:-300])
     rewrite(table(4), nan_action)
     shutil.copy(video(3), video(5))
@@ -94,7 +107,7 @@ def spoil_picture(path: Path, frame: int) -> None:
         packets = sorted((p.pts, p.pos, p.size) for p in container.demux(video=0) if p.pts is not None)
     _, position, size = packets[frame]
     data = bytearray(path.read_bytes())
-    data[position + 4:position + size] = b"\xff" * (size - 4)
+    data[position + 4 : position + size] = b"\xff" * (size - 4)
     path.write_bytes(data)
 
 
@@ -105,7 +118,19 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(vlm: Path, source: Path, out: Path, **changes: Any) -> BuildReport:
     spec = EncoderSpec(str(vlm), resolution=64, dtype="float32")
-    return build(BuildConfig(**{"sources": (str(source),), "encoder": spec, "out": out, "batch_size": 8, "shard_frames": 16, "device": "cpu", **changes}))
+    return build(
+        BuildConfig(
+            **{
+                "sources": (str(source),),
+                "encoder": spec,
+                "out": out,
+                "batch_size": 8,
+                "shard_frames": 16,
+                "device": "cpu",
+                **changes,
+            }
+        )
+    )
 
 
 def ledger(cache: Path) -> dict[int, str]:
@@ -114,7 +139,9 @@ def ledger(cache: Path) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def damaged(recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, BuildReport]:
+def damaged(
+    recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path, BuildReport]:
     """(damaged dataset, its cache, the cache of the same dataset before, report of the damaged one's build)."""
     base = tmp_path_factory.mktemp("bad")
     root = lay_out(recorded["hevc"], base / "damaged")
@@ -126,10 +153,13 @@ def damaged(recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempP
 
 # --- a dataset with everything wrong at once ---------------------------------------------------------------------------
 
+
 def test_each_damage_is_one_line_in_the_ledger(damaged: tuple[Path, Path, Path, BuildReport]) -> None:
     _, cache, _, report = damaged
     reasons = ledger(cache)
-    assert set(reasons) == set(HARMED) | set(range(PRESENT, LISTED)) and report.quarantined == len(reasons) == LISTED - len(HEALTHY)
+    assert set(reasons) == set(HARMED) | set(range(PRESENT, LISTED)) and report.quarantined == len(
+        reasons
+    ) == LISTED - len(HEALTHY)
     for number, pattern in HARMED.items():
         assert re.fullmatch(f"damaged episode {number}: {pattern}", reasons[number]), reasons[number]
     for number in range(PRESENT, LISTED):
@@ -147,10 +177,15 @@ def test_nothing_else_is_lost(damaged: tuple[Path, Path, Path, BuildReport]) -> 
         here, there = (int(d.episode_start[d.episode_id.tolist().index(number)]) for d in (ours, all_of_it))
         length = LENGTHS[number % 3]
         for view in VIEWS:
-            assert_same_features(ours.features(view, np.arange(here, here + length)), all_of_it.features(view, np.arange(there, there + length)))
-        np.testing.assert_array_equal(ours.action[here:here + length], all_of_it.action[there:there + length])
-        np.testing.assert_array_equal(ours.proprio[here:here + length], all_of_it.proprio[there:there + length])
-        mine, theirs = (d.instructions[d.episode_instruction[d.episode_id.tolist().index(number)]] for d in (ours, all_of_it))
+            assert_same_features(
+                ours.features(view, np.arange(here, here + length)),
+                all_of_it.features(view, np.arange(there, there + length)),
+            )
+        np.testing.assert_array_equal(ours.action[here : here + length], all_of_it.action[there : there + length])
+        np.testing.assert_array_equal(ours.proprio[here : here + length], all_of_it.proprio[there : there + length])
+        mine, theirs = (
+            d.instructions[d.episode_instruction[d.episode_id.tolist().index(number)]] for d in (ours, all_of_it)
+        )
         assert mine == theirs
 
 
@@ -176,17 +211,24 @@ def test_the_doctor_finds_the_same_episodes(damaged: tuple[Path, Path, Path, Bui
     report = check(CheckConfig(str(root), everything=True))
     found, reasons = dict(report.facts.failures), ledger(cache)
     assert found.keys() == reasons.keys() and report.must_fix
-    assert {n: f"damaged episode {n}: {r}" for n, r in found.items() if n != MIDWAY} == {n: r for n, r in reasons.items() if n != MIDWAY}
-    missing, = [f for f in report.findings if f.rule == "missing-file" and len(f.episodes) > 1]
-    assert missing.episodes == tuple(range(PRESENT, LISTED))    # 89 files in one finding
+    assert {n: f"damaged episode {n}: {r}" for n, r in found.items() if n != MIDWAY} == {
+        n: r for n, r in reasons.items() if n != MIDWAY
+    }
+    (missing,) = [f for f in report.findings if f.rule == "missing-file" and len(f.episodes) > 1]
+    assert missing.episodes == tuple(range(PRESENT, LISTED))  # 89 files in one finding
 
 
 # --- refused as a whole ------------------------------------------------------------------------------------------------
 
+
 def test_unknown_field_name(recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
-    config.write_text("embodiment: gripper_eef\naction:\n  - {fields: [eef_pos_x, eef_pos_y, eef_poz_z, gripper_open]}\nstate: []\n")
-    with pytest.raises(UserError, match=r"mine.yaml: .*unknown action field 'eef_poz_z'; did you mean 'eef_pos_z'\?") as caught:
+    config.write_text(
+        "embodiment: gripper_eef\naction:\n  - {fields: [eef_pos_x, eef_pos_y, eef_poz_z, gripper_open]}\nstate: []\n"
+    )
+    with pytest.raises(
+        UserError, match=r"mine.yaml: .*unknown action field 'eef_poz_z'; did you mean 'eef_pos_z'\?"
+    ) as caught:
         run(vlm, recorded["h264"], tmp_path / "cache", dataset_config=str(config))
     assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()
 
@@ -194,12 +236,15 @@ def test_unknown_field_name(recorded: dict[str, Path], vlm: Path, tmp_path: Path
 def test_nothing_present_at_all(recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
     root = lay_out(recorded["hevc"], tmp_path / "empty")
     shutil.rmtree(root / "data")
-    with pytest.raises(UserError, match=r"has no usable episode \(empty episode 0: data/chunk-000/episode_000000.parquet is missing\)"):
+    with pytest.raises(
+        UserError, match=r"has no usable episode \(empty episode 0: data/chunk-000/episode_000000.parquet is missing\)"
+    ):
         run(vlm, root, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 # --- archives and pickles ----------------------------------------------------------------------------------------------
+
 
 class Runs:
     """A pickle of this makes a folder when it is loaded by Python's own unpickler."""
@@ -217,11 +262,16 @@ def test_pickle_that_runs_code(vlm: Path, tmp_path: Path) -> None:
     victim.write_bytes(pickle.dumps(Runs(trap)))
     report = run(vlm, tmp_path / "rlbench", tmp_path / "cache", views=("front",))
     dataset = Cache.open(tmp_path / "cache").datasets[0]
-    assert report.quarantined == 1 and dataset.episode_id.tolist() == [0, 2] and report.timing.images == dataset.frames > 0
-    assert re.fullmatch(r"rlbench episode 1: .*low_dim_obs.pkl asks for \w+.mkdir, which is not an observation record; refused", ledger(tmp_path / "cache")[1])
+    assert (
+        report.quarantined == 1 and dataset.episode_id.tolist() == [0, 2] and report.timing.images == dataset.frames > 0
+    )
+    assert re.fullmatch(
+        r"rlbench episode 1: .*low_dim_obs.pkl asks for \w+.mkdir, which is not an observation record; refused",
+        ledger(tmp_path / "cache")[1],
+    )
     assert not trap.exists()
     pickle.loads(victim.read_bytes())
-    assert trap.exists()        # the trap works
+    assert trap.exists()  # the trap works
 
 
 def test_archive_member_outside_its_folder(vlm: Path, tmp_path: Path) -> None:
@@ -233,6 +283,12 @@ def test_archive_member_outside_its_folder(vlm: Path, tmp_path: Path) -> None:
             file.write(path, path.relative_to(tmp_path / "loose"))
         file.writestr("../../evil.png", b"evil")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"close_jar.zip: member '../../evil.png' lies outside its folder; the archive is refused") as caught:
+    with pytest.raises(
+        UserError, match=r"close_jar.zip: member '../../evil.png' lies outside its folder; the archive is refused"
+    ) as caught:
         run(vlm, packed.parent, tmp_path / "cache")
-    assert "\n" not in str(caught.value) and sorted(tmp_path.rglob("*")) == before and not (tmp_path.parent / "evil.png").exists()
+    assert (
+        "\n" not in str(caught.value)
+        and sorted(tmp_path.rglob("*")) == before
+        and not (tmp_path.parent / "evil.png").exists()
+    )

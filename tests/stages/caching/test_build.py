@@ -40,10 +40,18 @@ from support.finetune_samples import caught_encoders
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 from support.tolerances import assert_same_actions, assert_same_features
 
-Recorded = dict[str, Path]      # kind of recording → folder
+Recorded = dict[str, Path]  # kind of recording → folder
 SHARD, FRAMES = 8, sum(LENGTHS)
-TINY = TinySpec(vision_depth=2, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1,
-                vocabulary=512, init_std=0.1)
+TINY = TinySpec(
+    vision_depth=2,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
 LORA = LoraSpec(r=2, alpha=4.0)
 
 
@@ -59,8 +67,17 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configure(source: Path, vlm: Path, out: Path, **changes: Any) -> BuildConfig:
     resolution = changes.pop("resolution", 64)
     spec = EncoderSpec(str(vlm), resolution=resolution, dtype="float32")
-    return BuildConfig(**{"sources": (str(source),), "encoder": spec, "out": out, "batch_size": 5,
-                          "shard_frames": SHARD, "device": "cpu", **changes})
+    return BuildConfig(
+        **{
+            "sources": (str(source),),
+            "encoder": spec,
+            "out": out,
+            "batch_size": 5,
+            "shard_frames": SHARD,
+            "device": "cpu",
+            **changes,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +90,15 @@ def cache(recorded: Recorded, vlm: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*"))
-            if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes()
+        for p in sorted(path.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 # --- stage one ----------------------------------------------------------------------------------------------------
+
 
 def test_the_cache_is_what_was_recorded(recorded: Recorded, vlm: Path, cache: Path) -> None:
     opened, source = Cache.open(cache), open_source(str(recorded["h264"]))
@@ -109,11 +130,11 @@ def test_verify_sees_other_features_and_damage(cache: Path, tmp_path: Path, monk
         for shard in copy.glob(f"*/features/{view}/c/*/0/0"):
             content = bytearray(shard.read_bytes())
             nbytes = min(SHARD, FRAMES - SHARD * int(shard.parts[-3])) * 256
-            content[:nbytes] = content[256:nbytes] + content[:256]      # every frame shows its successor
+            content[:nbytes] = content[256:nbytes] + content[:256]  # every frame shows its successor
             shard.write_bytes(content)
     problems, check = verify(copy, live=4, device="cpu")
     assert len(problems) == 2 * -(-FRAMES // SHARD) and all("altered" in line for line in problems) and check is None
-    monkeypatch.setattr(verify_module, "verify_checksums", lambda *_: [])       # as if it had been built like that
+    monkeypatch.setattr(verify_module, "verify_checksums", lambda *_: [])  # as if it had been built like that
     problems, check = verify(copy, live=12, device="cpu")
     assert check.relative > TOLERANCE["float16"] and "live features of 12 frames differ" in problems[0]
 
@@ -162,12 +183,18 @@ for out, target, when in moments:
 
 
 def test_killed_and_resumed_equals_uninterrupted(recorded: Recorded, vlm: Path, cache: Path, tmp_path: Path) -> None:
-    moments = [(str(tmp_path / "tables"), "/proprio/zarr.json", "before"),              # among the tables
-               (str(tmp_path / "shard"), "/features/front/c/2/0/0", "before"),          # a shard written, not renamed
-               (str(tmp_path / "record"), "/features/wrist/c/1/0/0", "after"),          # renamed, not committed
-               (str(tmp_path / "manifest"), "/manifest.json", "before")]                # all but the manifest
-    done = subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(recorded["h264"]), str(vlm), json.dumps(moments)],
-                          capture_output=True, text=True, timeout=200)
+    moments = [
+        (str(tmp_path / "tables"), "/proprio/zarr.json", "before"),  # among the tables
+        (str(tmp_path / "shard"), "/features/front/c/2/0/0", "before"),  # a shard written, not renamed
+        (str(tmp_path / "record"), "/features/wrist/c/1/0/0", "after"),  # renamed, not committed
+        (str(tmp_path / "manifest"), "/manifest.json", "before"),
+    ]  # all but the manifest
+    done = subprocess.run(
+        [sys.executable, "-c", KILL_SCRIPT, str(recorded["h264"]), str(vlm), json.dumps(moments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.stdout.split() == [str(int(signal.SIGKILL))] * 4, done.stderr
     expected, shards = tree(cache), {"tables": 0, "shard": 2, "record": 6, "manifest": 10}
     for name, finished in shards.items():
@@ -178,13 +205,14 @@ def test_killed_and_resumed_equals_uninterrupted(recorded: Recorded, vlm: Path, 
         assert tree(out) == expected
 
 
-def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(recorded: Recorded, copy_of: Any, vlm: Path,
-                                                                   tmp_path: Path) -> None:
+def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(
+    recorded: Recorded, copy_of: Any, vlm: Path, tmp_path: Path
+) -> None:
     root = copy_of("image")
 
     def change(table: Any) -> Any:
         pictures = table["observation.images.front"].to_pylist()
-        pictures[15]["bytes"] = pictures[15]["bytes"][:60]      # frame 5 of episode 1: header intact, data cut
+        pictures[15]["bytes"] = pictures[15]["bytes"][:60]  # frame 5 of episode 1: header intact, data cut
         actions = table["action"].to_pylist()
         actions[LENGTHS[0] + LENGTHS[1] + 3][1] = float("nan")  # in episode 2
         return with_column(with_column(table, "observation.images.front", pictures), "action", actions)
@@ -199,15 +227,15 @@ def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(recorded: Rec
     build(configure(recorded["image"], vlm, tmp_path / "whole"))
     damaged, whole = (Cache.open(tmp_path / name).datasets[0] for name in ("damaged", "whole"))
     assert damaged.episode_id.tolist() == [0, 1] and damaged.quarantined.tolist() == [False, True]
-    for row in range(LENGTHS[0]):       # the first episode: in the same batches, so the same bits
+    for row in range(LENGTHS[0]):  # the first episode: in the same batches, so the same bits
         for view in VIEWS:
             np.testing.assert_array_equal(damaged.feature(view, row), whole.feature(view, row))
-    np.testing.assert_array_equal(damaged.action[:LENGTHS[0]], whole.action[:LENGTHS[0]])
+    np.testing.assert_array_equal(damaged.action[: LENGTHS[0]], whole.action[: LENGTHS[0]])
     assert not damaged.feature("front", LENGTHS[0] + 5).any() and whole.feature("front", LENGTHS[0] + 5).any()
     with pytest.raises(ValueError, match="quarantined"):
         gather(Cache.open(tmp_path / "damaged"), [0], [LENGTHS[0] + 1], 4)
     problems, check = verify(tmp_path / "damaged", live=8, device="cpu")
-    assert problems == [] and 0 < check.count < 8       # rows in quarantine are not compared
+    assert problems == [] and 0 < check.count < 8  # rows in quarantine are not compared
 
 
 def test_a_dataset_without_a_usable_episode(copy_of: Any, vlm: Path, tmp_path: Path) -> None:
@@ -219,11 +247,17 @@ def test_a_dataset_without_a_usable_episode(copy_of: Any, vlm: Path, tmp_path: P
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("changes, field", [({"resolution": 96}, "resolution: cache has 64, this run asks 96"),
-                                            ({"shard_frames": 4}, "shard_frames: cache has 8, this run asks 4"),
-                                            ({"batch_size": 6}, "batch_size: cache has 5, this run asks 6")])
-def test_other_settings_are_refused(recorded: Recorded, vlm: Path, cache: Path, changes: dict[str, Any],
-                                    field: str) -> None:
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"resolution": 96}, "resolution: cache has 64, this run asks 96"),
+        ({"shard_frames": 4}, "shard_frames: cache has 8, this run asks 4"),
+        ({"batch_size": 6}, "batch_size: cache has 5, this run asks 6"),
+    ],
+)
+def test_other_settings_are_refused(
+    recorded: Recorded, vlm: Path, cache: Path, changes: dict[str, Any], field: str
+) -> None:
     before = tree(cache)
     with pytest.raises(UserError, match=f"built from other settings: .*{field}"):
         build(configure(recorded["h264"], vlm, cache, **changes))
@@ -256,26 +290,55 @@ def test_real_robot_recordings_go_the_whole_way(shared_dir: Path, vlm: Path, tmp
     assert report.quarantined == 95 and report.timing.images == report.frames > 1000
     problems, check = verify(tmp_path / "cache", live=4, device="cpu")
     assert not problems and check is not None and check.relative < TOLERANCE["float16"]
-    settings = {"cache": str(tmp_path / "cache"), "out": str(tmp_path / "run"), "model_size": "tiny", "steps": 2, "batch_size": 4,
-                "draws": 2, "eval_every": 0, "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}, "device": "cpu"}
+    settings = {
+        "cache": str(tmp_path / "cache"),
+        "out": str(tmp_path / "run"),
+        "model_size": "tiny",
+        "steps": 2,
+        "batch_size": 4,
+        "draws": 2,
+        "eval_every": 0,
+        "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
+        "device": "cpu",
+    }
     assert train(from_mapping(TrainConfig, settings), say=lambda _: None).step == 2
     config = finetune_config(tmp_path / "run", (source,), LoraSpec(r=2), {"out": str(tmp_path / "lora"), "steps": 1})
     done, continuity = finetune(config, say=lambda _: None)
     assert done.step == 1 and continuity.jump < 1e-3
-    chunk = Policy.from_pretrained(tmp_path / "lora").act({"cam_high": np.zeros((480, 640, 3), np.uint8)}, "pick", np.zeros(26, np.float32))
+    chunk = Policy.from_pretrained(tmp_path / "lora").act(
+        {"cam_high": np.zeros((480, 640, 3), np.uint8)}, "pick", np.zeros(26, np.float32)
+    )
     assert chunk.shape == (4, 26) and np.isfinite(chunk).all()
 
 
 # --- stage three --------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def stage_two(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two") / "run"
-    train(from_mapping(TrainConfig, {
-        "cache": str(cache), "out": str(out), "model_size": "tiny",
-        "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}, "steps": 3, "batch_size": 4, "draws": 2,
-        "holdout": 0.0, "eval_every": 0, "save_every": 2, "log_every": 1, "threads": 1,
-        "device": "cpu", "optimizer": {"lr": 1e-2, "vlm_lr_scale": 1.0, "warmup": 1, "ema": 0.5}}), say=quiet)
+    train(
+        from_mapping(
+            TrainConfig,
+            {
+                "cache": str(cache),
+                "out": str(out),
+                "model_size": "tiny",
+                "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
+                "steps": 3,
+                "batch_size": 4,
+                "draws": 2,
+                "holdout": 0.0,
+                "eval_every": 0,
+                "save_every": 2,
+                "log_every": 1,
+                "threads": 1,
+                "device": "cpu",
+                "optimizer": {"lr": 1e-2, "vlm_lr_scale": 1.0, "warmup": 1, "ema": 0.5},
+            },
+        ),
+        say=quiet,
+    )
     return out
 
 
@@ -283,7 +346,7 @@ def stage_two(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class StageThree:
     run: Path
     continuity: Any
-    encoder: Any        # as training left it
+    encoder: Any  # as training left it
     said: list[str]
 
 
@@ -302,8 +365,11 @@ def again(recorded: Recorded, start: Path, out: Path, lora: LoraSpec | None = LO
 
 
 def all_tensors(run: Path) -> dict[str, torch.Tensor]:
-    return {f"{p.relative_to(ck.resolve(run))}/{n}": t for p in sorted(ck.resolve(run).rglob("*.safetensors"))
-            for n, t in load_file(p).items()}
+    return {
+        f"{p.relative_to(ck.resolve(run))}/{n}": t
+        for p in sorted(ck.resolve(run).rglob("*.safetensors"))
+        for n, t in load_file(p).items()
+    }
 
 
 def observation(recorded: Recorded, step: int = 2) -> Observation:
@@ -322,7 +388,7 @@ def test_lora_learns_and_the_base_does_not(vlm: Path, stage_three: StageThree) -
     stored = load_file(ck.resolve(stage_three.run) / "model.safetensors")
     adapter = {n: t for n, t in stored.items() if n.startswith("adapter.")}
     assert len(adapter) == 2 * 2 * TINY.vision_depth and all("lora_" in n for n in adapter)
-    assert all(t.abs().max() > 0 for t in adapter.values())     # B began at zero
+    assert all(t.abs().max() > 0 for t in adapter.values())  # B began at zero
     tower = stage_three.encoder.vision
     trained = {n for n, p in tower.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in lora_parameters(stage_three.encoder)}
@@ -331,8 +397,9 @@ def test_lora_learns_and_the_base_does_not(vlm: Path, stage_three: StageThree) -
     assert base.keys() == fresh.keys() and all(torch.equal(base[n], fresh[n]) for n in fresh)
 
 
-def test_fine_tuning_resumes_exactly(recorded: Recorded, stage_two: Path, stage_three: StageThree,
-                                     tmp_path: Path) -> None:
+def test_fine_tuning_resumes_exactly(
+    recorded: Recorded, stage_two: Path, stage_three: StageThree, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     config = again(recorded, stage_two, out)
     assert finetune(config, say=quiet, stop_after=2)[0].step == 2
@@ -343,14 +410,16 @@ def test_fine_tuning_resumes_exactly(recorded: Recorded, stage_two: Path, stage_
 
 
 @pytest.mark.parametrize("lora, field", [(LoraSpec(r=4, alpha=4.0), "stage_three.lora.r"), (None, "stage_three.lora")])
-def test_another_adapter_is_refused(recorded: Recorded, stage_two: Path, stage_three: StageThree, lora: LoraSpec | None,
-                                    field: str) -> None:
+def test_another_adapter_is_refused(
+    recorded: Recorded, stage_two: Path, stage_three: StageThree, lora: LoraSpec | None, field: str
+) -> None:
     with pytest.raises(UserError, match=f"begun with other settings: {field}"):
         finetune(again(recorded, stage_two, stage_three.run, lora), say=quiet)
 
 
-def test_fine_tuning_does_not_start_from_what_it_cannot(recorded: Recorded, cache: Path, stage_two: Path,
-                                                        stage_three: StageThree, tmp_path: Path) -> None:
+def test_fine_tuning_does_not_start_from_what_it_cannot(
+    recorded: Recorded, cache: Path, stage_two: Path, stage_three: StageThree, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="is a stage-three run; start from its stage-two run"):
         again(recorded, stage_three.run, tmp_path / "run")
     with pytest.raises(UserError, match="holds dataset 'h264', for which no source was given"):
@@ -363,8 +432,9 @@ def test_fine_tuning_does_not_start_from_what_it_cannot(recorded: Recorded, cach
     assert not (tmp_path / "run").exists()
 
 
-def test_a_jump_of_the_loss_stops_before_training(recorded: Recorded, stage_two: Path, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jump_of_the_loss_stops_before_training(
+    recorded: Recorded, stage_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load = finetune_module.load_policy_encoder
 
     def wrong(*arguments: Any) -> Any:
@@ -381,9 +451,11 @@ def test_a_jump_of_the_loss_stops_before_training(recorded: Recorded, stage_two:
 
 # --- the policy ---------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("stage", ["two", "three"])
-def test_policy_acts_the_same_after_loading(recorded: Recorded, stage_two: Path, stage_three: StageThree,
-                                            tmp_path: Path, stage: str) -> None:
+def test_policy_acts_the_same_after_loading(
+    recorded: Recorded, stage_two: Path, stage_three: StageThree, tmp_path: Path, stage: str
+) -> None:
     run, seen = stage_two if stage == "two" else stage_three.run, observation(recorded)
     first = Policy.from_pretrained(run).act(seen.images, seen.instruction, seen.state)
     assert first.shape == (4, 4) and first.dtype == np.float32 and np.isfinite(first).all()

@@ -35,7 +35,17 @@ from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_colu
 
 SHARD, FRAMES = 4, sum(LENGTHS)
 SHARDS = len(VIEWS) * -(-FRAMES // SHARD)
-TINY = TinySpec(vision_depth=1, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
+TINY = TinySpec(
+    vision_depth=1,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
+
 
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
@@ -50,12 +60,32 @@ def vlm(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(source: Path, vlm: Path, out: Path, *more: str) -> list[str]:
-    return ["cache", "build", str(source), "--vlm", "tiny_qwen3vl", "--vlm-path", str(vlm), "--resolution", "64", "--out", str(out),
-            "--batch-size", "3", "--shard-frames", str(SHARD), "--device", "cpu", *more]
+    return [
+        "cache",
+        "build",
+        str(source),
+        "--vlm",
+        "tiny_qwen3vl",
+        "--vlm-path",
+        str(vlm),
+        "--resolution",
+        "64",
+        "--out",
+        str(out),
+        "--batch-size",
+        "3",
+        "--shard-frames",
+        str(SHARD),
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
-def whole(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(
+    zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
     """The files of an uninterrupted build."""
     out = tmp_path_factory.mktemp("whole") / "cache"
     assert zygote.run(arguments=command(recorded["image"], vlm, out)) == 0, zygote.said
@@ -63,7 +93,11 @@ def whole(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path_factory
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes()
+        for p in sorted(path.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def finished(out: Path) -> int:
@@ -73,7 +107,7 @@ def finished(out: Path) -> int:
 def open_files(pid: int) -> list[str]:
     files = []
     for file in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):    # closed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             files.append(os.readlink(file))
     return files
 
@@ -89,11 +123,13 @@ def require_sound(out: Path) -> None:
 
 # --- kill -9 -------------------------------------------------------------------------------------------------------------
 
-def test_fifty_kills_of_workers_and_parents_in_one_build(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes],
-                                                         tmp_path: Path) -> None:
+
+def test_fifty_kills_of_workers_and_parents_in_one_build(
+    zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     """With four workers, one and none, each killed at random moments and then the parent; last all four workers at once."""
     rng, out, kills = random.Random(1), tmp_path / "cache", 0
-    (tmp_path / "cache.fault").write_text(json.dumps({"all": "slow", "wrist/9": "sleep"}))      # never whole
+    (tmp_path / "cache.fault").write_text(json.dumps({"all": "slow", "wrist/9": "sleep"}))  # never whole
     for i, workers in enumerate(itertools.cycle([4, 0, 1, 4])):
         if kills >= 50:
             break
@@ -101,7 +137,7 @@ def test_fifty_kills_of_workers_and_parents_in_one_build(zygote: Zygote, recorde
         pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", str(workers)))
         for _ in range(workers):
             time.sleep(rng.uniform(0, 0.4))
-            until(lambda: zygote.workers() or not zygote.alive(pid))    # dask may be replacing one
+            until(lambda: zygote.workers() or not zygote.alive(pid))  # dask may be replacing one
             for worker in rng.sample(alive := zygote.workers(), min(1, len(alive))):
                 os.kill(worker, signal.SIGKILL)
                 kills += 1
@@ -111,52 +147,87 @@ def test_fifty_kills_of_workers_and_parents_in_one_build(zygote: Zygote, recorde
         if zygote.alive(pid):
             os.kill(pid, signal.SIGKILL)
             kills += 1
-        code = zygote.wait(pid)                                 # 2: too many workers died while they started
-        assert code == -signal.SIGKILL or code == 2 and re.fullmatch(r"error: .*run the same command again\n", zygote.said), zygote.said
-        until(lambda: not zygote.workers())                     # they go with their parent
+        code = zygote.wait(pid)  # 2: too many workers died while they started
+        assert (
+            code == -signal.SIGKILL or code == 2 and re.fullmatch(r"error: .*run the same command again\n", zygote.said)
+        ), zygote.said
+        until(lambda: not zygote.workers())  # they go with their parent
         require_sound(out)
     assert 0 < finished(out) < SHARDS
     (tmp_path / "cache.fault").write_text(json.dumps({"wrist/9": "sleep"}))
     pid = zygote.start(arguments=command(recorded["image"], vlm, out, "--workers", "4"))
 
     def making_the_last() -> list[int]:
-        return [worker for worker in zygote.workers() if any("wrist/c/9/0/.0.tmp-" in name for name in open_files(worker))]
+        return [
+            worker for worker in zygote.workers() if any("wrist/c/9/0/.0.tmp-" in name for name in open_files(worker))
+        ]
 
     until(lambda: finished(out) == SHARDS - 1 and making_the_last())
     (tmp_path / "cache.fault").unlink()
     asleep = making_the_last()
     others = [worker for worker in zygote.workers() if worker not in asleep]
     assert len(asleep) == 1 and len(others) == 3
-    for worker in (*asleep, *others):                           # all at once: the shard is handed from one to the next and blamed for each
+    for worker in (*asleep, *others):  # all at once: the shard is handed from one to the next and blamed for each
         os.kill(worker, signal.SIGKILL)
-    assert zygote.wait(pid) == 0, zygote.said                   # dask replaces them
+    assert zygote.wait(pid) == 0, zygote.said  # dask replaces them
     assert tree(out) == whole and not zygote.workers()
 
 
-def test_four_workers_finish_shards_in_another_order(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes],
-                                                     tmp_path: Path) -> None:
+def test_four_workers_finish_shards_in_another_order(
+    zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     out = tmp_path / "cache"
     (tmp_path / "cache.fault").write_text(json.dumps({f"front/{i}": "slow" for i in (0, 3, 4, 7)}))
     assert zygote.run(arguments=command(recorded["image"], vlm, out, "--workers", "4")) == 0, zygote.said
     records = sorted(out.glob(".commits/*/*/*.json"), key=lambda record: record.stat().st_mtime_ns)
-    planned = [f"{task.array}/{task.index}.json" for task in BuildPlan.from_document(json.loads(whole["fingerprint.json"])["store"]).tasks()]
+    planned = [
+        f"{task.array}/{task.index}.json"
+        for task in BuildPlan.from_document(json.loads(whole["fingerprint.json"])["store"]).tasks()
+    ]
     order = ["/".join(record.parts[-2:]) for record in records]
     assert sorted(order) == sorted(planned) and order != planned
     assert tree(out) == whole
 
 
-def test_units_of_several_shards_killed_with_and_without_workers(zygote: Zygote, recorded: dict[str, Path], tmp_path: Path) -> None:
+def test_units_of_several_shards_killed_with_and_without_workers(
+    zygote: Zygote, recorded: dict[str, Path], tmp_path: Path
+) -> None:
     """At depth language one pass makes the shards of both views. Killed while one of a unit's shards is there and the other is not."""
-    sizes = TinyPaliGemmaSpec(vision_depth=1, vision_width=32, vision_heads=2, image_size=28, out_width=32, text_layers=1, vocabulary=512)
+    sizes = TinyPaliGemmaSpec(
+        vision_depth=1, vision_width=32, vision_heads=2, image_size=28, out_width=32, text_layers=1, vocabulary=512
+    )
     vlm, whole, out = make_tiny_paligemma2(tmp_path / "vlm", sizes), tmp_path / "whole", tmp_path / "cache"
 
     def arguments(folder: Path, workers: int) -> list[str]:
-        return ["cache", "build", str(recorded["image"]), "--vlm", "tiny_paligemma2", "--vlm-path", str(vlm), "--depth", "language", "--resolution", "28",
-                "--out", str(folder), "--batch-size", "6", "--shard-frames", str(SHARD), "--device", "cpu", "--workers", str(workers)]
+        return [
+            "cache",
+            "build",
+            str(recorded["image"]),
+            "--vlm",
+            "tiny_paligemma2",
+            "--vlm-path",
+            str(vlm),
+            "--depth",
+            "language",
+            "--resolution",
+            "28",
+            "--out",
+            str(folder),
+            "--batch-size",
+            "6",
+            "--shard-frames",
+            str(SHARD),
+            "--device",
+            "cpu",
+            "--workers",
+            str(workers),
+        ]
 
     assert zygote.run(arguments=arguments(whole, 0)) == 0, zygote.said
     for workers, fault in ((0, "wrist/2"), (2, "front/5")):
-        (tmp_path / "cache.fault").write_text(json.dumps({fault: "sleep", "wrist/9": "sleep"}))     # the unit's other shard is committed alone
+        (tmp_path / "cache.fault").write_text(
+            json.dumps({fault: "sleep", "wrist/9": "sleep"})
+        )  # the unit's other shard is committed alone
         pid = zygote.start(arguments=arguments(out, workers))
         array, index = fault.split("/")
         other = "front" if array == "wrist" else "wrist"
@@ -180,22 +251,29 @@ def test_fifty_kills_of_a_build_without_workers(zygote: Zygote, tmp_path: Path) 
         time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         assert zygote.wait(pid) == -signal.SIGKILL
-    assert 0 < finished(out) and not (out / "manifest.json").exists()
+    assert finished(out) > 0 and not (out / "manifest.json").exists()
     synthetic.build(out, plan=synthetic.make_plan(2), arrange=lambda tasks: random.Random(5).sample(tasks, len(tasks)))
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_a_shard_that_kills_every_worker_ends_the_build(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
+def test_a_shard_that_kills_every_worker_ends_the_build(
+    zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path
+) -> None:
     (tmp_path / "cache.fault").write_text(json.dumps({"front/1": "kill"}))
     assert zygote.run(arguments=command(recorded["image"], vlm, tmp_path / "cache", "--workers", "1")) == 2
-    assert re.fullmatch(r"error: shard 1 of image/front killed 3 workers one after another, twice .*run the same command again\n", zygote.said)
+    assert re.fullmatch(
+        r"error: shard 1 of image/front killed 3 workers one after another, twice .*run the same command again\n",
+        zygote.said,
+    )
     assert finished(tmp_path / "cache") == 1 and not zygote.workers()
 
 
 # --- what a worker has to say ----------------------------------------------------------------------------------------------
 
-def test_an_error_in_a_worker_arrives_as_its_line(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes],
-                                                  tmp_path: Path) -> None:
+
+def test_an_error_in_a_worker_arrives_as_its_line(
+    zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     (tmp_path / "cache.fault").write_text(json.dumps({"front/3": "break"}))
     arguments = command(recorded["image"], vlm, tmp_path / "cache", "--workers", "1")
     assert zygote.run(arguments=arguments) == 2
@@ -216,7 +294,9 @@ def test_workers_quarantine_as_one_process_does(zygote: Zygote, copy_of: Any, vl
     assert zygote.run(arguments=command(root, vlm, tmp_path / "one")) == 0, zygote.said
     assert zygote.run(arguments=command(root, vlm, tmp_path / "two", "--workers", "2")) == 0, zygote.said
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
-    assert "1 episodes in quarantine" in zygote.said and Cache.open(tmp_path / "two").datasets[0].quarantined.tolist() == [False, True, False]
+    assert "1 episodes in quarantine" in zygote.said and Cache.open(tmp_path / "two").datasets[
+        0
+    ].quarantined.tolist() == [False, True, False]
 
 
 def test_workers_that_cannot_help_say_so(whole: dict[str, bytes], vlm: Path, tmp_path: Path) -> None:
@@ -225,18 +305,32 @@ def test_workers_that_cannot_help_say_so(whole: dict[str, bytes], vlm: Path, tmp
     job = Job("key", EncoderSpec(str(vlm), resolution=96), "cpu", 3, {}, tmp_path, None, None)
     unit = units(plan.tasks(), by_observation=False)[0]
     missing = make_unit(job, unit)
-    assert isinstance(missing, UserError) and f"does not see {tmp_path}; give an --out that all workers share" in str(missing)
+    assert isinstance(missing, UserError) and f"does not see {tmp_path}; give an --out that all workers share" in str(
+        missing
+    )
     (tmp_path / "fingerprint.json").write_bytes(whole["fingerprint.json"])
     other = make_unit(job, unit)
-    assert isinstance(other, UserError) and "has another encoder than the build: resolution: cache has 64, this run asks 96" in str(other)
+    assert isinstance(
+        other, UserError
+    ) and "has another encoder than the build: resolution: cache has 64, this run asks 96" in str(other)
     assert [p.name for p in tmp_path.iterdir()] == ["fingerprint.json"]
 
 
 # --- Ctrl-C and walltimes --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("workers, number", [("0", signal.SIGINT), ("0", signal.SIGTERM), ("2", signal.SIGINT), ("2", signal.SIGTERM)])
-def test_interrupted_builds_end_quietly(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path,
-                                        workers: str, number: int) -> None:
+
+@pytest.mark.parametrize(
+    "workers, number", [("0", signal.SIGINT), ("0", signal.SIGTERM), ("2", signal.SIGINT), ("2", signal.SIGTERM)]
+)
+def test_interrupted_builds_end_quietly(
+    zygote: Zygote,
+    recorded: dict[str, Path],
+    vlm: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    workers: str,
+    number: int,
+) -> None:
     out, fault = tmp_path / "cache", tmp_path / "cache.fault"
     fault.write_text(json.dumps({"all": "slow"}))
     arguments = command(recorded["image"], vlm, out, "--workers", workers)
@@ -269,7 +363,9 @@ def test_a_signal_whose_exception_is_lost_ends_the_build_at_its_next_step() -> N
 
 def test_workers_do_not_see_ctrl_c(zygote: Zygote) -> None:
     """In a terminal the whole foreground group gets it. The worker that replaces a lost one does not see it either."""
-    assert zygote.run(script="""
+    assert (
+        zygote.run(
+            script="""
 import dask, os, signal
 from dvla.stages.caching.dask_cluster import client_of
 from dvla.stages.caching.config import WorkerSpec
@@ -279,24 +375,32 @@ with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}), cl
     print(signal.SIGINT in asked(*mask), signal.SIGINT in signal.pthread_sigmask(*mask[1:]))
     os.kill(first, signal.SIGKILL)
     print(signal.SIGINT in asked(*mask), asked(os.getpid) != first)
-""") == 0
+"""
+        )
+        == 0
+    )
     assert zygote.said.split() == ["True", "False", "True", "True"]
 
 
 # --- no room ---------------------------------------------------------------------------------------------------------------
 
-def test_a_file_too_large_for_the_disk(zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+
+def test_a_file_too_large_for_the_disk(
+    zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     """A real short write, by a limit on the size of one file: first of a table, then of a shard."""
     out, shard = tmp_path / "cache", SHARD * 4 * 32 * 2
     arguments = command(recorded["image"], vlm, out)
     for done in ({"all": "break"}, {}):
         (tmp_path / "cache.fault").write_text("{}")
         assert zygote.run(arguments=arguments, room=shard - 100) == 2
-        assert re.fullmatch(r"error: cannot go on writing \S+cache: File too large .*run the same command again\n", zygote.said)
+        assert re.fullmatch(
+            r"error: cannot go on writing \S+cache: File too large .*run the same command again\n", zygote.said
+        )
         assert (out / ".commits" / "image" / "tables.json").exists() == (not done) and finished(out) == 0
         assert not list(out.rglob(".*.tmp-*")) and not list(out.glob("*/features/*/c/*/0/0"))
         (tmp_path / "cache.fault").write_text(json.dumps(done))
-        zygote.run(arguments=arguments)     # with room: its tables, then all of it
+        zygote.run(arguments=arguments)  # with room: its tables, then all of it
     require_sound(out)
     assert tree(out) == whole
 
@@ -323,7 +427,10 @@ def test_the_disk_fills_up_at_every_file(tmp_path: Path, monkeypatch: pytest.Mon
             break
         except UserError as error:
             failures += 1
-            assert re.search(r"cannot go on writing \S+: No space left on device \([\d.]+ GiB are free\); .*run the same command again", str(error))
+            assert re.search(
+                r"cannot go on writing \S+: No space left on device \([\d.]+ GiB are free\); .*run the same command again",
+                str(error),
+            )
             assert not list(out.rglob(".*.tmp-*"))
             for name, content in tree(out).items():
                 assert expected[name] == content, name
@@ -364,10 +471,16 @@ shutil.copytree(root + "/cache", whole + "/second")
 """
 
 
-def test_a_small_disk_that_fills_up_amid_a_shard(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
+def test_a_small_disk_that_fills_up_amid_a_shard(
+    zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path
+) -> None:
     """A real tmpfs, checked for room while there is some: one line, nothing half-written, and the same command goes on."""
     (tmp_path / "disk").mkdir()
-    arguments = [*command(recorded["image"], vlm, tmp_path / "unused"), "--shard-frames", "20"]     # 5 KiB a shard: two pages
+    arguments = [
+        *command(recorded["image"], vlm, tmp_path / "unused"),
+        "--shard-frames",
+        "20",
+    ]  # 5 KiB a shard: two pages
     script = f"import sys; sys.argv = {['', str(tmp_path / 'disk'), str(tmp_path), *arguments]!r}\n{SMALL_DISK}"
     code = zygote.run(script=script)
     if code == 77:
@@ -375,7 +488,9 @@ def test_a_small_disk_that_fills_up_amid_a_shard(zygote: Zygote, recorded: dict[
     assert code == 0, zygote.said
     lines = [line for line in zygote.said.splitlines() if line.startswith(("error", "code"))]
     assert len(lines) == 3 and lines[1:] == ["code 2", "code 0 0"], zygote.said
-    assert re.fullmatch(r"error: cannot go on writing \S+disk/cache: No space left on device \(.*run the same command again", lines[0])
+    assert re.fullmatch(
+        r"error: cannot go on writing \S+disk/cache: No space left on device \(.*run the same command again", lines[0]
+    )
     first, second, whole = (tree(tmp_path / name) for name in ("first", "second", "whole"))
     assert "image/features/front/c/0/0/0" in first and "manifest.json" not in first and first.items() < whole.items()
     assert not list((tmp_path / "first").rglob(".*.tmp-*"))
@@ -384,13 +499,16 @@ def test_a_small_disk_that_fills_up_amid_a_shard(zygote: Zygote, recorded: dict[
 
 # --- two at once, and a plan that travels ----------------------------------------------------------------------------------
 
-def test_a_second_builder_is_refused_whatever_its_workers(zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
+
+def test_a_second_builder_is_refused_whatever_its_workers(
+    zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "cache"
     (tmp_path / "cache.fault").write_text(json.dumps({"front/2": "sleep"}))
     first = zygote.start(arguments=command(recorded["image"], vlm, out))
     until(lambda: finished(out) == 2)
-    log = (Path(zygote._folder) / "log")
-    log.rename(tmp_path / "log")        # the first goes on writing there
+    log = Path(zygote._folder) / "log"
+    log.rename(tmp_path / "log")  # the first goes on writing there
     for workers in ("0", "1"):
         assert zygote.run(arguments=command(recorded["image"], vlm, out, "--workers", workers)) == 2
         assert zygote.said == f"error: another process is building {out}; wait for it or stop it, then run again\n"
@@ -403,14 +521,19 @@ def test_ctrl_c_stays_ours_beside_jobqueue(tmp_path: Path, monkeypatch: pytest.M
     from dvla.stages.caching.config import WorkerSpec
     from dvla.stages.caching.dask_cluster import client_of
 
-    (tmp_path / "dask_jobqueue.py").write_text("import signal, sys\nsignal.signal(signal.SIGINT, lambda *_: sys.exit())\n"
-                                               "def SLURMCluster(**settings): raise ValueError('no queue')\n")
+    (tmp_path / "dask_jobqueue.py").write_text(
+        "import signal, sys\nsignal.signal(signal.SIGINT, lambda *_: sys.exit())\n"
+        "def SLURMCluster(**settings): raise ValueError('no queue')\n"
+    )
     (tmp_path / "slurm.yaml").write_text("queue: gpu\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "dask_jobqueue", raising=False)
     with terminable():
         before = signal.getsignal(signal.SIGINT)
-        with pytest.raises(UserError, match="no queue"), client_of(WorkerSpec(count=1, slurm=str(tmp_path / "slurm.yaml"))):
+        with (
+            pytest.raises(UserError, match="no queue"),
+            client_of(WorkerSpec(count=1, slurm=str(tmp_path / "slurm.yaml"))),
+        ):
             pass
         assert signal.getsignal(signal.SIGINT) is before
     del sys.modules["dask_jobqueue"]
@@ -421,7 +544,13 @@ def test_the_shipped_slurm_recipe_describes_a_job() -> None:
         jobqueue = pytest.importorskip("dask_jobqueue")
     with jobqueue.SLURMCluster(processes=1, **load_yaml(configs_dir() / "launch" / "slurm.yaml")) as cluster:
         script = cluster.job_script()
-    for line in ("#SBATCH --cpus-per-task=8", "#SBATCH --gres=gpu:1", "#SBATCH -t 04:00:00", "--nthreads 1", "--lifetime 3h50m"):
+    for line in (
+        "#SBATCH --cpus-per-task=8",
+        "#SBATCH --gres=gpu:1",
+        "#SBATCH -t 04:00:00",
+        "--nthreads 1",
+        "--lifetime 3h50m",
+    ):
         assert line in script
 
 

@@ -35,16 +35,33 @@ from support.cli_runner import Dvla, refused
 from support.lerobot_samples import LENGTHS, VIEWS
 
 FRAMES = sum(LENGTHS)
-TINY = TinySpec(vision_depth=1, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
+TINY = TinySpec(
+    vision_depth=1,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
 Usage = collections.namedtuple("Usage", "total used free")
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes()
+        for p in sorted(path.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def times(path: Path) -> dict[str, int]:
-    return {p.relative_to(path).as_posix(): p.stat().st_mtime_ns for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(path).as_posix(): p.stat().st_mtime_ns
+        for p in sorted(path.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def flip(file: Path, at: int = 7) -> None:
@@ -78,7 +95,17 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configure(source: Path, vlm: Path, out: Path, **changes: Any) -> BuildConfig:
     spec = EncoderSpec(str(vlm), resolution=64, dtype="float32")
-    return BuildConfig(**{"sources": (str(source),), "encoder": spec, "out": out, "batch_size": 5, "shard_frames": 8, "device": "cpu", **changes})
+    return BuildConfig(
+        **{
+            "sources": (str(source),),
+            "encoder": spec,
+            "out": out,
+            "batch_size": 5,
+            "shard_frames": 8,
+            "device": "cpu",
+            **changes,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +119,7 @@ def built(recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPat
 
 # --- status ------------------------------------------------------------------------------------------------------------
 
+
 def test_status_of_unfinished_finished_and_next(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
     path, plan = tmp_path / "cache", synthetic.make_plan()
     synthetic.build(path, stop_after=3)
@@ -99,11 +127,19 @@ def test_status_of_unfinished_finished_and_next(dvla: Dvla, whole: Path, tmp_pat
     result = dvla("cache", "status", path, "--json", tmp_path / "status.json")
     assert result.code == 0 and result.err == ""
     total = len(plan.tasks())
-    assert f"{path}: unfinished, 3 of {total} shards" in result.out and "1 temporary files" in result.out and "missing" in result.out
+    assert (
+        f"{path}: unfinished, 3 of {total} shards" in result.out
+        and "1 temporary files" in result.out
+        and "missing" in result.out
+    )
     (found,) = json.loads((tmp_path / "status.json").read_text())
     counts = {(a["dataset"], a["array"]): (a["done"], a["shards"]) for a in found["arrays"]}
     rows = {d.name: d.frames for d in plan.datasets}
-    assert counts == {(d.name, v): (3 if v == "front" else 0, -(-rows[d.name] // synthetic.SHARD)) for d in plan.datasets for v in d.views}
+    assert counts == {
+        (d.name, v): (3 if v == "front" else 0, -(-rows[d.name] // synthetic.SHARD))
+        for d in plan.datasets
+        for v in d.views
+    }
     assert found["quarantined"] == 1 and not found["building"] and found["tables_missing"] == ["alpha", "beta"]
     assert found["bytes"] == sum(p.stat().st_size for p in path.glob("*/features/*/c/*/0/0"))
 
@@ -126,30 +162,50 @@ def test_status_sees_a_builder(dvla: Dvla, copy: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("status",), ("inspect",), ("repair",), ("gc",), ("diff", ".")], ids=" ".join)
-def test_no_cache_is_refused(dvla: Dvla, tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cache_is_refused(
+    dvla: Dvla, tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     where = "." if command[0] == "diff" else "folder"
-    refused(dvla("cache", *command, tmp_path / "none"), *(["is not a dvla cache"] if command[0] == "diff" else ["no cache at", "none"]))
+    refused(
+        dvla("cache", *command, tmp_path / "none"),
+        *(["is not a dvla cache"] if command[0] == "diff" else ["no cache at", "none"]),
+    )
     refused(dvla("cache", *command, tmp_path / "folder"), f"{where} is not a dvla cache")
     assert list((tmp_path / "folder").iterdir()) == []
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------------
 
+
 def test_inspect_and_norm_pictures(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
     result = dvla("cache", "inspect", whole, "--out", tmp_path / "norms")
     assert result.code == 0 and result.err == ""
-    for words in ("97 frames", "7 episodes of 1 to 30 frames", "30 Hz", "3 instructions", "“alpha task 0” (3)", "qwen3vl", "eef_pos_x"):
+    for words in (
+        "97 frames",
+        "7 episodes of 1 to 30 frames",
+        "30 Hz",
+        "3 instructions",
+        "“alpha task 0” (3)",
+        "qwen3vl",
+        "eef_pos_x",
+    ):
         assert words in result.out, words
     names = {"alpha.front.png", "alpha.wrist.png", "beta.top.png"}
     assert {p.name for p in (tmp_path / "norms").iterdir()} == names
     picture = np.asarray(Image.open(tmp_path / "norms" / "beta.top.png")).astype(int)
     dataset = Cache.open(whole).dataset("beta")
     rows = np.unique(np.linspace(0, dataset.frames - 1, 8).astype(int))
-    norms = np.linalg.norm(dataset.features("top", rows).astype(np.float32), axis=-1)       # [8,3], one row of tokens
-    cells = np.stack([picture[8, f * 52 + 8 + 16 * t] for f in range(8) for t in range(3)]).sum(1)   # viridis brightens with the norm
-    assert np.argmax(cells) == np.argmax(norms) and np.argmin(cells) == np.argmin(norms) and picture.shape == (16, 8 * 52 - 4, 3)
+    norms = np.linalg.norm(dataset.features("top", rows).astype(np.float32), axis=-1)  # [8,3], one row of tokens
+    cells = np.stack([picture[8, f * 52 + 8 + 16 * t] for f in range(8) for t in range(3)]).sum(
+        1
+    )  # viridis brightens with the norm
+    assert (
+        np.argmax(cells) == np.argmax(norms)
+        and np.argmin(cells) == np.argmin(norms)
+        and picture.shape == (16, 8 * 52 - 4, 3)
+    )
     before = times(tmp_path / "norms")
     refused(dvla("cache", "inspect", whole, "--out", tmp_path / "norms"), "exists; choose another --out")
     assert times(tmp_path / "norms") == before
@@ -157,26 +213,35 @@ def test_inspect_and_norm_pictures(dvla: Dvla, whole: Path, tmp_path: Path) -> N
 
 # --- diff --------------------------------------------------------------------------------------------------------------
 
+
 def test_diff_of_equal_and_other_caches(dvla: Dvla, whole: Path, copy: Path, tmp_path: Path) -> None:
     result = dvla("cache", "diff", whole, copy)
     assert result.code == 0 and "the caches are equal" in result.out and result.err == ""
 
-    synthetic.build(tmp_path / "shards", plan=synthetic.make_plan(shard_frames=5))      # other files, the same features
+    synthetic.build(tmp_path / "shards", plan=synthetic.make_plan(shard_frames=5))  # other files, the same features
     result = dvla("cache", "diff", whole, tmp_path / "shards", "--json", tmp_path / "diff.json")
     found = json.loads((tmp_path / "diff.json").read_text())
-    assert result.code == 1 and found["fingerprint"] == ["store.shard_frames: A has 16, B has 5"] and found["only"] == []
+    assert (
+        result.code == 1 and found["fingerprint"] == ["store.shard_frames: A has 16, B has 5"] and found["only"] == []
+    )
     assert all(a["equal"] and a["relative"] == 0 for a in found["arrays"]) and not found["same_files"]
-    assert {(a["dataset"], a["array"]) for a in found["arrays"]} >= {("alpha", "wrist"), ("beta", "top"), ("beta", "action")}
+    assert {(a["dataset"], a["array"]) for a in found["arrays"]} >= {
+        ("alpha", "wrist"),
+        ("beta", "top"),
+        ("beta", "action"),
+    }
 
     synthetic.build(tmp_path / "int8", plan=synthetic.make_plan(**synthetic.SETTINGS["int8-zstd-stride2-variant"]))
     assert dvla("cache", "diff", whole, tmp_path / "int8", "--json", tmp_path / "diff.json").code == 1
     found = json.loads((tmp_path / "diff.json").read_text())
     features = [a for a in found["arrays"] if a["array"] in ("front", "wrist", "top")]
     assert len(features) == 3 and all(0 < a["relative"] < 0.02 and not a["equal"] for a in features)
-    assert any("store.dtype: A has float16, B has int8" == line for line in found["fingerprint"])
+    assert any(line == "store.dtype: A has float16, B has int8" for line in found["fingerprint"])
 
 
-def test_diff_names_episodes_and_unsampled_changes(dvla: Dvla, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diff_names_episodes_and_unsampled_changes(
+    dvla: Dvla, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = synthetic.make_plan()
     alpha = dataclasses.replace(plan.datasets[0], episodes=plan.datasets[0].episodes[:-2])
     changed = dataclasses.replace(alpha.episodes[0], source_hash="another")
@@ -184,22 +249,35 @@ def test_diff_names_episodes_and_unsampled_changes(dvla: Dvla, whole: Path, tmp_
     synthetic.build(tmp_path / "less", plan=dataclasses.replace(plan, datasets=(alpha,)))
     result = dvla("cache", "diff", whole, tmp_path / "less")
     assert result.code == 1
-    for line in ("dataset beta only in A", "2 episodes of alpha only in A: 15, 16", "1 episodes of alpha were recorded otherwise: 10"):
+    for line in (
+        "dataset beta only in A",
+        "2 episodes of alpha only in A: 15, 16",
+        "1 episodes of alpha were recorded otherwise: 10",
+    ):
         assert line in result.out
 
     feature = synthetic.feature
-    monkeypatch.setattr(synthetic, "feature", lambda d, v, row, variant=0: feature(d, v, row, variant) + np.float16((d, row) == ("beta", 50)))
+    monkeypatch.setattr(
+        synthetic,
+        "feature",
+        lambda d, v, row, variant=0: feature(d, v, row, variant) + np.float16((d, row) == ("beta", 50)),
+    )
     synthetic.build(tmp_path / "one")
     refused(dvla("cache", "diff", whole, tmp_path / "one", "--samples", 0), "at least 1 frame")
     found = dvla("cache", "diff", whole, tmp_path / "one", "--samples", 1000)
     assert found.code == 1 and [line.split()[1] for line in found.out.splitlines() if "differs" in line] == ["top"]
-    few = dvla("cache", "diff", whole, tmp_path / "one", "--samples", 1)        # frame 50 is not drawn; the checksums still tell
+    few = dvla(
+        "cache", "diff", whole, tmp_path / "one", "--samples", 1
+    )  # frame 50 is not drawn; the checksums still tell
     assert few.code == 1 and "some files were written with other checksums" in few.out
 
 
 # --- gc ----------------------------------------------------------------------------------------------------------------
 
-def test_gc_lists_asks_and_leaves_the_cache_alone(dvla: Dvla, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_gc_lists_asks_and_leaves_the_cache_alone(
+    dvla: Dvla, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "nothing to remove" in dvla("cache", "gc", copy).out
     old, shared = tmp_path / "cache.gen-1", "beta/features/top/c/0/0/0"
     shutil.copytree(copy, old)
@@ -211,12 +289,16 @@ def test_gc_lists_asks_and_leaves_the_cache_alone(dvla: Dvla, copy: Path, tmp_pa
     before, sizes = tree(copy), sum(p.stat().st_size for p in old.rglob("*") if p.is_file())
     listed = dvla("cache", "gc", copy)
     assert listed.code == 0 and "nothing was removed; give --yes" in listed.out
-    assert all(kind in listed.out for kind in ("earlier generation", "unfinished generation", "temporary file")) and tree(copy) == before
+    assert (
+        all(kind in listed.out for kind in ("earlier generation", "unfinished generation", "temporary file"))
+        and tree(copy) == before
+    )
     with open(copy / ".lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(dvla("cache", "gc", copy, "--yes"), "another process is building")
     assert old.exists() and tree(copy) == before
     from dvla.stages.caching.upkeep.garbage import garbage
+
     frees = {g.kind: (g.bytes, g.frees) for g in garbage(copy)}
     assert frees["earlier generation"] == (sizes, sizes - len(before[shared])) and frees["temporary file"] == (100, 100)
     assert dvla("cache", "gc", copy, "--yes").code == 0
@@ -242,7 +324,11 @@ def test_gc_leaves_an_interrupted_exchange(dvla: Dvla, copy: Path, tmp_path: Pat
 
 # --- repair ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("damage", ["zarr.json", "manifest.json", "manifest entry", "manifest value", "quarantine.jsonl", "features/front/zarr.json"])
+
+@pytest.mark.parametrize(
+    "damage",
+    ["zarr.json", "manifest.json", "manifest entry", "manifest value", "quarantine.jsonl", "features/front/zarr.json"],
+)
 def test_metadata_is_repaired_without_a_vlm(dvla: Dvla, copy: Path, damage: str) -> None:
     before = tree(copy)
     if damage.startswith("manifest "):
@@ -257,7 +343,12 @@ def test_metadata_is_repaired_without_a_vlm(dvla: Dvla, copy: Path, damage: str)
     else:
         flip(copy / ("alpha" if "/" in damage else ".") / damage, 0)
     result = dvla("cache", "repair", copy)
-    assert result.code == 0 and result.err == "" and ": whole again; the metadata were written again" in result.out and tree(copy) == before
+    assert (
+        result.code == 0
+        and result.err == ""
+        and ": whole again; the metadata were written again" in result.out
+        and tree(copy) == before
+    )
 
 
 def test_repair_of_a_whole_cache_changes_nothing(dvla: Dvla, copy: Path) -> None:
@@ -268,7 +359,12 @@ def test_repair_of_a_whole_cache_changes_nothing(dvla: Dvla, copy: Path) -> None
 def test_what_cannot_be_repaired_is_refused(dvla: Dvla, copy: Path) -> None:
     flip(copy / "alpha/features/front/c/0/0/0")
     before = tree(copy)
-    declined(dvla("cache", "repair", copy), "alpha/features/front/c/0/0/0", "neither", "says what dataset alpha was built from")     # a synthetic cache has no source
+    declined(
+        dvla("cache", "repair", copy),
+        "alpha/features/front/c/0/0/0",
+        "neither",
+        "says what dataset alpha was built from",
+    )  # a synthetic cache has no source
     flip(copy / "fingerprint.json", 40)
     refused(dvla("cache", "repair", copy), "fingerprint.json is damaged")
     assert tree(copy) == before | {"fingerprint.json": (copy / "fingerprint.json").read_bytes()}
@@ -299,13 +395,21 @@ def test_repair_gives_the_undamaged_bytes_and_only_those(dvla: Dvla, built: Path
     result = dvla("cache", "repair", cache, "--device", "cpu")
     assert result.code == 0, result
     assert tree(cache) == tree(built) and verify_checksums(cache) == []
-    assert "whole again; 4 shards, the tables of source, the metadata were written again" in result.out and "source/features/front/c/2/0/0: altered" in result.out and "other bytes" not in result.out
+    assert (
+        "whole again; 4 shards, the tables of source, the metadata were written again" in result.out
+        and "source/features/front/c/2/0/0: altered" in result.out
+        and "other bytes" not in result.out
+    )
     after = times(cache)
     shards = {name for name in before if "/features/" in name and "/c/" in name}
-    assert {n for n in shards if before[n] != after[n]} == {f"source/features/{n}/0/0" for n in ("front/c/2", "front/c/4", "wrist/c/3", "wrist.aug1/c/1")}
+    assert {n for n in shards if before[n] != after[n]} == {
+        f"source/features/{n}/0/0" for n in ("front/c/2", "front/c/4", "wrist/c/3", "wrist.aug1/c/1")
+    }
 
 
-def test_an_interrupted_repair_leaves_an_unfinished_cache(dvla: Dvla, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_repair_leaves_an_unfinished_cache(
+    dvla: Dvla, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = shutil.copytree(built, tmp_path / "cache")
     flip(cache / "source/features/front/c/2/0/0")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
@@ -316,14 +420,22 @@ def test_an_interrupted_repair_leaves_an_unfinished_cache(dvla: Dvla, built: Pat
     assert dvla("cache", "repair", cache, "--device", "cpu").code == 0 and tree(cache) == tree(built)
 
 
-def test_channel_scales_come_back_to_the_bit_or_not_at_all(dvla: Dvla, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channel_scales_come_back_to_the_bit_or_not_at_all(
+    dvla: Dvla, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = shutil.copytree(built, tmp_path / "cache")
     flip(cache / "channel_scale/c/0")
     before, measure = tree(cache), cache_repair.pilot_features
-    monkeypatch.setattr(cache_repair, "pilot_features", lambda *a: 1.01 * measure(*a))      # as after --append, or on other hardware
-    declined(dvla("cache", "repair", cache, "--device", "cpu"), "channel_scale/c/0", "channel scales measured now are not those")
+    monkeypatch.setattr(
+        cache_repair, "pilot_features", lambda *a: 1.01 * measure(*a)
+    )  # as after --append, or on other hardware
+    declined(
+        dvla("cache", "repair", cache, "--device", "cpu"),
+        "channel_scale/c/0",
+        "channel scales measured now are not those",
+    )
     assert tree(cache) == before
-    shutil.copytree(built, tmp_path / "cache.gen-1")        # an earlier generation has them
+    shutil.copytree(built, tmp_path / "cache.gen-1")  # an earlier generation has them
     assert dvla("cache", "repair", cache, "--device", "cpu").code == 0 and tree(cache) == tree(built)
 
 
@@ -332,55 +444,155 @@ def test_repair_refuses_another_source_or_vlm(dvla: Dvla, built: Path, tmp_path:
     flip(cache / "source/features/front/c/2/0/0")
     before = tree(cache)
     other = make_tiny_qwen3vl(tmp_path / "other", dataclasses.replace(TINY, seed=1))
-    declined(dvla("cache", "repair", cache, "--vlm-path", other, "--device", "cpu"), "source/features/front/c/2/0/0", "was not built from", "encoder.weights_sha256")
+    declined(
+        dvla("cache", "repair", cache, "--vlm-path", other, "--device", "cpu"),
+        "source/features/front/c/2/0/0",
+        "was not built from",
+        "encoder.weights_sha256",
+    )
     moved = shutil.copytree(built.parent / "source", tmp_path / "source")
     info = moved / "meta" / "info.json"
     content = json.loads(info.read_text())
     info.write_text(json.dumps(content | {"robot_type": content["robot_type"], "note": "edited"}))
-    declined(dvla("cache", "repair", cache, "--source", moved, "--device", "cpu"), "source/features/front/c/2/0/0", "was not built from", "sources.source.revision")
+    declined(
+        dvla("cache", "repair", cache, "--source", moved, "--device", "cpu"),
+        "source/features/front/c/2/0/0",
+        "was not built from",
+        "sources.source.revision",
+    )
     assert tree(cache) == before
-    shutil.copy(built.parent / "source" / "meta" / "info.json", info)       # the same source at another place
+    shutil.copy(built.parent / "source" / "meta" / "info.json", info)  # the same source at another place
     flip(cache / "source/action/c/0/0")
     assert dvla("cache", "repair", cache, "--source", moved, "--device", "cpu").code == 0 and tree(cache) == tree(built)
 
 
 # --- plan --------------------------------------------------------------------------------------------------------------
 
+
 def test_plan_counts_what_a_build_writes(dvla: Dvla, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
-    options = (recorded["h264"], "--vlm", "tiny_qwen3vl", "--vlm-path", vlm, "--resolution", 128, "--tokens", 4, "--dtype", "int8", "--frame-stride", 3,
-               "--augment", 1, "--out", tmp_path / "cache", "--device", "cpu", "--shard-frames", 8)
-    result = dvla("cache", "plan", *options, "--price", 2.5, "--pilot", 8, "--json", tmp_path / "plan.json", "--model-size", "tiny", "--draws", 2,
-                  "--train-samples-per-second", "measured")
+    options = (
+        recorded["h264"],
+        "--vlm",
+        "tiny_qwen3vl",
+        "--vlm-path",
+        vlm,
+        "--resolution",
+        128,
+        "--tokens",
+        4,
+        "--dtype",
+        "int8",
+        "--frame-stride",
+        3,
+        "--augment",
+        1,
+        "--out",
+        tmp_path / "cache",
+        "--device",
+        "cpu",
+        "--shard-frames",
+        8,
+    )
+    result = dvla(
+        "cache",
+        "plan",
+        *options,
+        "--price",
+        2.5,
+        "--pilot",
+        8,
+        "--json",
+        tmp_path / "plan.json",
+        "--model-size",
+        "tiny",
+        "--draws",
+        2,
+        "--train-samples-per-second",
+        "measured",
+    )
     assert result.code == 0 and result.err == "", result
-    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]        # the temporary shard is gone
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]  # the temporary shard is gone
     found = json.loads((tmp_path / "plan.json").read_text())
     measured = found["measured"]
     told = dvla("cache", "build", *options)
     assert told.code == 0 and "stored as int8: relative error 0.0" in told.out
-    assert float(re.search(r"pooled to 4 tokens: relative error (\S+)", told.out)[1]) == pytest.approx(measured["pooling_error"], rel=0.5)
+    assert float(re.search(r"pooled to 4 tokens: relative error (\S+)", told.out)[1]) == pytest.approx(
+        measured["pooling_error"], rel=0.5
+    )
     cache = Cache.open(tmp_path / "cache")
     dataset = cache.datasets[0]
-    assert (found["frames"], found["observations"], found["pictures"]) == (FRAMES, dataset.observations, 4 * dataset.observations)
+    assert (found["frames"], found["observations"], found["pictures"]) == (
+        FRAMES,
+        dataset.observations,
+        4 * dataset.observations,
+    )
     assert found["bytes_per_sample"] == 2 * 4 * (32 + 4)
-    features = sum(e["bytes"] for n, e in cache.manifest["files"].items() if "/c/" in n and ("/features/" in n or "/scales/" in n))
+    features = sum(
+        e["bytes"] for n, e in cache.manifest["files"].items() if "/c/" in n and ("/features/" in n or "/scales/" in n)
+    )
     plan = BuildPlan.from_document(cache.fingerprint["store"])
     data = sum(e["bytes"] for n, e in cache.manifest["files"].items() if "/c/" in n)
     assert sizes.features_nbytes(plan, plan.tasks()) == features and found["bytes"] == pytest.approx(data, rel=0.1)
-    assert 0 < measured["storing_error"][0] < 0.05 and 0 < measured["pooling_error"] < 1 and 0 < measured["stride_change"] < 3
+    assert (
+        0 < measured["storing_error"][0] < 0.05
+        and 0 < measured["pooling_error"] < 1
+        and 0 < measured["stride_change"] < 3
+    )
     assert found["hours"] > 0 and found["cost"] == pytest.approx(2.5 * found["hours"])
     assert 0 < found["train_samples"] <= min(found["read_samples"], measured["model"])
-    assert {(v["dataset"], v["view"], v["observations"]) for v in found["views"]} == {("h264", v, dataset.observations) for v in VIEWS}
+    assert {(v["dataset"], v["view"], v["observations"]) for v in found["views"]} == {
+        ("h264", v, dataset.observations) for v in VIEWS
+    }
 
 
 def test_plan_without_pooling_or_stride(dvla: Dvla, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
-    options = (recorded["image"], "--vlm", "tiny_qwen3vl", "--vlm-path", vlm, "--resolution", 64, "--out", tmp_path / "deep" / "cache", "--device", "cpu")
-    result = dvla("cache", "plan", *options, "--pilot", 4, "--json", tmp_path / "p.json", "--disk-rate", 1e-6, "--train-samples-per-second", 1e9)
+    options = (
+        recorded["image"],
+        "--vlm",
+        "tiny_qwen3vl",
+        "--vlm-path",
+        vlm,
+        "--resolution",
+        64,
+        "--out",
+        tmp_path / "deep" / "cache",
+        "--device",
+        "cpu",
+    )
+    result = dvla(
+        "cache",
+        "plan",
+        *options,
+        "--pilot",
+        4,
+        "--json",
+        tmp_path / "p.json",
+        "--disk-rate",
+        1e-6,
+        "--train-samples-per-second",
+        1e9,
+    )
     found = json.loads((tmp_path / "p.json").read_text())
-    assert result.code == 0 and found["measured"]["pooling_error"] is None and found["measured"]["stride_change"] is None and found["cost"] is None
-    assert found["train_binds"] == "reading" and found["read_samples"] == pytest.approx(1e3 / (2 * 4 * 32 * 2)) and "tables" in result.out
-    for wrong, words in ((("--pilot", 1), "--pilot 1"), (("--price", -1), "--price"), (("--train-samples-per-second", "fast"), "a number, or 'measured'"),
-                         (("--frame-stride", 0), "--frame-stride 0"), (("--json", tmp_path / "none" / "p.json"), "cannot write"),
-                         (("--dtype", "int4"), "unknown --dtype"), (("--model-size", "huge", "--train-samples-per-second", "measured"), "DiT size")):
+    assert (
+        result.code == 0
+        and found["measured"]["pooling_error"] is None
+        and found["measured"]["stride_change"] is None
+        and found["cost"] is None
+    )
+    assert (
+        found["train_binds"] == "reading"
+        and found["read_samples"] == pytest.approx(1e3 / (2 * 4 * 32 * 2))
+        and "tables" in result.out
+    )
+    for wrong, words in (
+        (("--pilot", 1), "--pilot 1"),
+        (("--price", -1), "--price"),
+        (("--train-samples-per-second", "fast"), "a number, or 'measured'"),
+        (("--frame-stride", 0), "--frame-stride 0"),
+        (("--json", tmp_path / "none" / "p.json"), "cannot write"),
+        (("--dtype", "int4"), "unknown --dtype"),
+        (("--model-size", "huge", "--train-samples-per-second", "measured"), "DiT size"),
+    ):
         refused(dvla("cache", "plan", *options, "--pilot", 4, *wrong), words)
     refused(dvla("cache", "plan", "--vlm-path", vlm), "no source given")
 
@@ -392,26 +604,52 @@ def one_dataset(lengths: tuple[int, ...], **settings: Any) -> BuildPlan:
 
 def measured(**changes: Any) -> Measured:
     views = tuple(ViewCost("d", view, load=0.5, first=0.25, following=0.125) for view in ("a", "b"))
-    return Measured(**{"views": views, "encode": 1.0, "compression": 1.0, "write": 1e9, "read": 1e6, "read_warm": 1e8, "model": None,
-                       "storing_error": (0, 0), "pooling_error": None, "stride_change": None, **changes})
+    return Measured(
+        **{
+            "views": views,
+            "encode": 1.0,
+            "compression": 1.0,
+            "write": 1e9,
+            "read": 1e6,
+            "read_warm": 1e8,
+            "model": None,
+            "storing_error": (0, 0),
+            "pooling_error": None,
+            "stride_change": None,
+            **changes,
+        }
+    )
 
 
 def test_forecast_is_the_arithmetic_it_says() -> None:
     plan = one_dataset((10, 5))
     f = forecast(plan, measured(), free=10**9, memory=0, price=36.0)
     decode = 2 * (2 * 0.75 + 13 * 0.125)
-    assert f.seconds == {"tables": pytest.approx(1.0), "decode": pytest.approx(decode), "encode": 30.0, "write": pytest.approx(f.bytes / 1e9)}
+    assert f.seconds == {
+        "tables": pytest.approx(1.0),
+        "decode": pytest.approx(decode),
+        "encode": 30.0,
+        "write": pytest.approx(f.bytes / 1e9),
+    }
     assert f.binds == "encode" and f.hours * 3600 == pytest.approx(1.0 + 30.0) and f.cost == pytest.approx(31 / 100)
-    assert f.read_samples == pytest.approx(1e6 / f.bytes_per_sample) and f.bytes_per_sample == 2 * 4 * 32 * 2 and f.bytes == plan_nbytes(plan)
-    assert forecast(plan, measured(), free=0, memory=10**12).read_samples == pytest.approx(1e8 / f.bytes_per_sample)     # it stays in memory
+    assert (
+        f.read_samples == pytest.approx(1e6 / f.bytes_per_sample)
+        and f.bytes_per_sample == 2 * 4 * 32 * 2
+        and f.bytes == plan_nbytes(plan)
+    )
+    assert forecast(plan, measured(), free=0, memory=10**12).read_samples == pytest.approx(
+        1e8 / f.bytes_per_sample
+    )  # it stays in memory
     assert f.fits and not forecast(plan, measured(), free=f.bytes, memory=0).fits
     shared = forecast(plan, measured(), free=0, memory=0, overlap=False)
     assert shared.hours * 3600 == pytest.approx(1 + 30 + decode + f.seconds["write"])
     half = forecast(plan, measured(), free=0, memory=0, parallel=2)
     assert half.hours * 3600 == pytest.approx(1 + 15)
-    assert f.break_even_epoch == 2      # one live epoch takes 30 s, the build 31 s
+    assert f.break_even_epoch == 2  # one live epoch takes 30 s, the build 31 s
     assert forecast(one_dataset((10, 5), variants=3), measured(), free=0, memory=0).break_even_epoch == 5
-    assert forecast(plan, measured(read=1.0), free=0, memory=0).break_even_epoch is None     # reading is slower than encoding
+    assert (
+        forecast(plan, measured(read=1.0), free=0, memory=0).break_even_epoch is None
+    )  # reading is slower than encoding
     assert forecast(plan, measured(compression=2.0), free=0, memory=0).bytes_per_sample == f.bytes_per_sample / 2
     bound = forecast(plan, measured(model=5.0), free=0, memory=0)
     assert bound.train_samples == 5.0 and bound.train_binds == "model"
@@ -424,15 +662,28 @@ def test_forecast_of_an_update_counts_what_stays() -> None:
     changed = [ViewChange("d", "a", 0, 5, 2, 8, 1), ViewChange("d", "b", 5, 0, 2, 8, 1)]
     f = forecast(plan, measured(), free=10**9, memory=0, changed=changed)
     whole = forecast(plan, measured(), free=10**9, memory=0)
-    assert [(s.kind, s.pictures, s.bytes) for s in f.shares] == [("new", 10, 10 * record), ("again", 10, 10 * record), ("copied", 8, 8 * record),
-                                                                ("adopted", 32, 32 * record)]
+    assert [(s.kind, s.pictures, s.bytes) for s in f.shares] == [
+        ("new", 10, 10 * record),
+        ("again", 10, 10 * record),
+        ("copied", 8, 8 * record),
+        ("adopted", 32, 32 * record),
+    ]
     assert [s.hours * 3600 for s in f.shares] == pytest.approx([10.0, 10.0, 8 * record / 1e9, 0.0])
     assert f.seconds["decode"] == pytest.approx(2 * 2 * (0.75 + 4 * 0.125)) and f.seconds["encode"] == f.pictures == 20
-    assert f.seconds["tables"] == whole.seconds["tables"] and f.bytes == whole.bytes and f.bytes_to_write == f.bytes - 32 * record
-    assert f.hours * 3600 == pytest.approx(1.0 + 20.0) and f.fits and not forecast(plan, measured(), free=f.bytes_to_write, memory=0, changed=changed).fits
+    assert (
+        f.seconds["tables"] == whole.seconds["tables"]
+        and f.bytes == whole.bytes
+        and f.bytes_to_write == f.bytes - 32 * record
+    )
+    assert (
+        f.hours * 3600 == pytest.approx(1.0 + 20.0)
+        and f.fits
+        and not forecast(plan, measured(), free=f.bytes_to_write, memory=0, changed=changed).fits
+    )
 
 
 # --- room --------------------------------------------------------------------------------------------------------------
+
 
 def test_plan_bytes_are_those_of_a_cache(whole: Path, tmp_path: Path) -> None:
     manifest = Cache.open(whole).manifest
@@ -441,20 +692,46 @@ def test_plan_bytes_are_those_of_a_cache(whole: Path, tmp_path: Path) -> None:
     assert plan_nbytes(plan) == pytest.approx(data, rel=0.1)
 
 
-def test_a_build_that_the_disk_cannot_hold_is_refused(dvla: Dvla, recorded: dict[str, Path], vlm: Path, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("cache", "build", recorded["h264"], "--vlm", "tiny_qwen3vl", "--vlm-path", vlm, "--resolution", 64, "--out", tmp_path / "cache",
-               "--device", "cpu", "--shard-frames", 8, "--batch-size", 5)
+def test_a_build_that_the_disk_cannot_hold_is_refused(
+    dvla: Dvla, recorded: dict[str, Path], vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (
+        "cache",
+        "build",
+        recorded["h264"],
+        "--vlm",
+        "tiny_qwen3vl",
+        "--vlm-path",
+        vlm,
+        "--resolution",
+        64,
+        "--out",
+        tmp_path / "cache",
+        "--device",
+        "cpu",
+        "--shard-frames",
+        8,
+        "--batch-size",
+        5,
+    )
     room = [60_000]
     monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(10**9, 0, room[0]))
-    refused(dvla(*options), "takes 62.7 KiB more", "58.6 KiB free", "--dtype", "--tokens", "--frame-stride", "dvla cache plan")
+    refused(
+        dvla(*options),
+        "takes 62.7 KiB more",
+        "58.6 KiB free",
+        "--dtype",
+        "--tokens",
+        "--frame-stride",
+        "dvla cache plan",
+    )
     assert not (tmp_path / "cache").exists()
     room[0] = 10**6
     assert dvla(*options).code == 0
     for shard in (tmp_path / "cache").glob("h264/features/front/c/*/0/0"):
         if shard.parts[-3] != "0":
             shard.unlink()
-    room[0] = 10_000        # four of ten shards are missing
+    room[0] = 10_000  # four of ten shards are missing
     assert dvla(*options).code == 0 and verify_checksums(tmp_path / "cache") == []
 
 
@@ -464,5 +741,5 @@ def test_room_counts_only_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     require_room(plan, tmp_path / "a" / "b", plan.tasks()[:2], [])
     with pytest.raises(UserError, match="takes .* more, and its disk has 4.4 KiB free"):
         require_room(plan, tmp_path / "a" / "b", plan.tasks()[:6], [])
-    packed = dataclasses.replace(plan, format=FeatureFormat("float16", "zstd"))      # may become smaller, so is counted so
+    packed = dataclasses.replace(plan, format=FeatureFormat("float16", "zstd"))  # may become smaller, so is counted so
     require_room(packed, tmp_path, plan.tasks()[:6], [])

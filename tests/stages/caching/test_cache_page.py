@@ -33,8 +33,15 @@ def test_the_page(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
     found = Links(page)
     text = html.unescape(" ".join(found.text.split()))
     assert all(a.startswith(("data:image/", "#")) for a in found.addresses) and "<script" not in page
-    for words in ("7 episodes of 1 to 30 frames", "alpha task 0", "3 instructions", "wrist", "eef_vel_x", "No pictures: the source of this cache is not on this machine",
-                  f"{Cache.open(whole).manifest['bytes'] / 1024:.1f} KiB"):
+    for words in (
+        "7 episodes of 1 to 30 frames",
+        "alpha task 0",
+        "3 instructions",
+        "wrist",
+        "eef_vel_x",
+        "No pictures: the source of this cache is not on this machine",
+        f"{Cache.open(whole).manifest['bytes'] / 1024:.1f} KiB",
+    ):
         assert words in text, words
     refused(dvla("cache", "inspect", whole, "--html", tmp_path / "page.txt"), "ends in .html")
     refused(dvla("cache", "inspect", tmp_path, "--html", tmp_path / "page.html"), "is not a dvla cache")
@@ -54,7 +61,10 @@ def test_ranges_say_what_is_clipped() -> None:
     figure = range_figure("cube", stats(), places)
     assert figure.get_suptitle() == "cube: nothing is clipped"
     x, _ = figure.axes[0].lines[0].get_data()
-    assert np.allclose(x, (-0.6, 0.6), atol=0.02) and [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["eef_vel_x", "gripper_open"]
+    assert np.allclose(x, (-0.6, 0.6), atol=0.02) and [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
+        "eef_vel_x",
+        "gripper_open",
+    ]
     values[0, places[0]] = 50
     assert "1 of 2 dimensions reach beyond 5 σ" in range_figure("cube", stats(), places).get_suptitle()
 
@@ -64,7 +74,9 @@ def test_masks_and_norms(whole: Path) -> None:
     figure = mask_figure(cache.datasets)
     assert figure.get_suptitle() == "Actions fill 15 of 128 places; 15 of them in every dataset"
     picture = figure.axes[0].images[0].get_array()
-    assert picture.shape == (2, 20) and (picture[:, :15] == 3).all() and (picture[:, 15:] == 1).all()      # the state has five more
+    assert (
+        picture.shape == (2, 20) and (picture[:, :15] == 3).all() and (picture[:, 15:] == 1).all()
+    )  # the state has five more
     alpha = cache.dataset("alpha")
     rows = shown_rows(alpha, 4)
     assert len(rows) == 4 and not alpha.quarantined[alpha.episode_of(rows)].any()

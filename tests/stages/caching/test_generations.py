@@ -29,8 +29,17 @@ from support.corner import SHARD, Corner, other_instruction, other_pictures, tre
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 from support.tolerances import assert_same_features
 
-OLD = sum(LENGTHS[:2])      # frames of the dataset before it grew
-TINY = TinySpec(vision_depth=1, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
+OLD = sum(LENGTHS[:2])  # frames of the dataset before it grew
+TINY = TinySpec(
+    vision_depth=1,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,7 @@ def observed(path: Path, dataset: str = "data") -> np.ndarray:
 
 # --- append ----------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("changes", [{}, {"format": FeatureFormat("int8", "zstd"), "frame_stride": 3, "augment": 1}])
 def test_only_new_episodes_are_encoded(corner: Corner, changes: dict[str, Any]) -> None:
     stride, arrays = changes.get("frame_stride", 1), len(VIEWS) * (1 + changes.get("augment", 0))
@@ -80,7 +90,9 @@ def test_only_new_episodes_are_encoded(corner: Corner, changes: dict[str, Any]) 
         for variant in range(1 + changes.get("augment", 0)):
             for a, b in zip(first.records(view, kept, variant), second.records(view, kept, variant)):
                 np.testing.assert_array_equal(a, b)
-            assert_same_features(second.features(view, new, variant), fresh.features(view, new, variant), second.format.dtype)
+            assert_same_features(
+                second.features(view, new, variant), fresh.features(view, new, variant), second.format.dtype
+            )
 
 
 def test_a_second_dataset_is_appended(corner: Corner, recorded: dict[str, Path]) -> None:
@@ -108,8 +120,10 @@ def test_nothing_new_changes_nothing(corner: Corner) -> None:
 def test_append_refuses_what_is_not_new(corner: Corner, recorded: dict[str, Path]) -> None:
     corner.record(2).build()
     before = tree(corner.out)
-    for change, line in ((other_pictures("front", 1), "episode 1 of data changed or is gone"),
-                         (other_instruction, "episode 1 of data changed or is gone")):
+    for change, line in (
+        (other_pictures("front", 1), "episode 1 of data changed or is gone"),
+        (other_instruction, "episode 1 of data changed or is gone"),
+    ):
         corner.record(3, change)
         with pytest.raises(UserError, match=f"--append adds new episodes only, but {line}; use --update"):
             corner.build("append")
@@ -128,13 +142,16 @@ def test_append_refuses_what_is_not_new(corner: Corner, recorded: dict[str, Path
 
 # --- update ----------------------------------------------------------------------------------------------------------------
 
+
 def test_update_does_only_what_changed(corner: Corner) -> None:
     corner.record(3).build()
     planned = plan_build(corner.record(3, other_pictures("wrist", 1)).config("update"), PilotConfig(pictures=4))
     report = corner.build("update")
-    assert report.timing.images == LENGTHS[1]       # one episode, one view
+    assert report.timing.images == LENGTHS[1]  # one episode, one view
     shards = -(-sum(LENGTHS) // SHARD)
-    assert report.adopted_shards == shards + LENGTHS[0] // SHARD        # all of front, and of wrist what lies before the episode
+    assert (
+        report.adopted_shards == shards + LENGTHS[0] // SHARD
+    )  # all of front, and of wrist what lies before the episode
     foreseen = {share.kind: share.pictures for share in planned.shares}
     before = LENGTHS[0] // SHARD * SHARD
     assert foreseen == {"new": 0, "again": LENGTHS[1], "copied": report.timing.reused, "adopted": sum(LENGTHS) + before}
@@ -156,15 +173,26 @@ def test_an_instruction_costs_no_picture(corner: Corner) -> None:
     assert tree(corner.out) == tree(corner.folder / "fresh")
 
 
-@pytest.mark.parametrize("changes, images", [({"tokens": 1}, 2 * OLD), ({"format": FeatureFormat("int8")}, 2 * OLD),
-                                             ({"frame_stride": 2}, 0), ({"shard_frames": 4}, 0), ({"batch_size": 4}, 0),
-                                             ({"format": FeatureFormat(compression="lz4")}, 0), ({"views": ("wrist",)}, 0)])
+@pytest.mark.parametrize(
+    "changes, images",
+    [
+        ({"tokens": 1}, 2 * OLD),
+        ({"format": FeatureFormat("int8")}, 2 * OLD),
+        ({"frame_stride": 2}, 0),
+        ({"shard_frames": 4}, 0),
+        ({"batch_size": 4}, 0),
+        ({"format": FeatureFormat(compression="lz4")}, 0),
+        ({"views": ("wrist",)}, 0),
+    ],
+)
 def test_settings_redo_what_they_touch(corner: Corner, changes: dict[str, Any], images: int) -> None:
     corner.record(2).build()
     report = corner.build("update", **changes)
     assert report.timing.images == images and verify_checksums(corner.out) == []
     if not images:
-        np.testing.assert_array_equal(features(corner.out, "wrist"), features(report.previous, "wrist")[observed(corner.out)])
+        np.testing.assert_array_equal(
+            features(corner.out, "wrist"), features(report.previous, "wrist")[observed(corner.out)]
+        )
     corner.build(out=corner.folder / "fresh", **changes)
     if images:
         assert tree(corner.out) == tree(corner.folder / "fresh")
@@ -178,17 +206,19 @@ def test_an_episode_that_is_gone_moves_the_rest(corner: Corner) -> None:
     def drop(root: Path) -> None:
         def nan(table: Any) -> Any:
             actions = table["action"].to_pylist()
-            actions[2][0] = float("nan")    # in episode 0
+            actions[2][0] = float("nan")  # in episode 0
             return with_column(table, "action", actions)
+
         rewrite(the_file(root, "data/*/*.parquet"), nan)
 
     report = corner.record(3, drop).build("update")
     assert (report.quarantined, report.timing.images) == (1, 0) and report.timing.reused == 2 * sum(LENGTHS[1:])
     for view in VIEWS:
-        np.testing.assert_array_equal(features(corner.out, view), features(report.previous, view)[LENGTHS[0]:])
+        np.testing.assert_array_equal(features(corner.out, view), features(report.previous, view)[LENGTHS[0] :])
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------------
+
 
 class Killed(BaseException):
     pass
@@ -215,6 +245,7 @@ def test_stopped_anywhere_equals_uninterrupted(corner: Corner, monkeypatch: pyte
             if left < 0:
                 raise Killed
             return done
+
         return counted
 
     monkeypatch.setattr(CacheWriter, "_commit", count(commit))
@@ -240,7 +271,7 @@ def test_a_plain_build_mends_a_cut_exchange(corner: Corner) -> None:
     before = tree(corner.out)
     (corner.out).rename(corner.folder / "cache.next")
     shutil.copytree(corner.folder / "cache.next", corner.folder / "cache.gen-1")
-    with lock_folder(corner.folder / "cache.gen-1"):    # whoever makes the generation is between its two renames
+    with lock_folder(corner.folder / "cache.gen-1"):  # whoever makes the generation is between its two renames
         with pytest.raises(UserError, match="another process is building"):
             corner.build()
     assert corner.build().timing.images == 0 and tree(corner.out) == before
@@ -253,7 +284,7 @@ def test_one_next_generation_at_a_time(corner: Corner) -> None:
         for mode in ("append", "update"):
             with pytest.raises(UserError, match="another process is building .*cache; wait for it"):
                 corner.build(mode)
-        assert corner.record(2).build().timing.images == 0      # a finished cache is found finished all the same
+        assert corner.record(2).build().timing.images == 0  # a finished cache is found finished all the same
     assert corner.record(3).build("append").previous is not None
 
 
@@ -263,7 +294,9 @@ def test_a_generation_begun_for_something_else_is_named(corner: Corner, monkeypa
         patch.setattr(build_module, "exchange", lambda out: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             corner.record(2).build("append")
-    with pytest.raises(UserError, match="cache.next is a generation begun from other sources or settings .*; remove that folder"):
+    with pytest.raises(
+        UserError, match="cache.next is a generation begun from other sources or settings .*; remove that folder"
+    ):
         corner.record(3).build("append")
     shutil.rmtree(corner.folder / "cache.next")
     assert corner.build("append").timing.images == 2 * sum(LENGTHS[1:])

@@ -45,8 +45,10 @@ def test_there_and_back(cache: Path, url: str, tmp_path: Path, dvla: Dvla) -> No
     assert got.code == 0 and "all as they were written" in got.out
     assert contents(tmp_path / "copy") == contents(cache) and verify_checksums(tmp_path / "copy") == []
     assert not list(tmp_path.glob("copy/.pull*")) and PUSHING not in Url(url).names()
-    with Loader(Cache.open(url, local=tmp_path / "local"), batch_size=4, horizon=2) as remote, \
-            Loader(Cache.open(cache), batch_size=4, horizon=2) as here:
+    with (
+        Loader(Cache.open(url, local=tmp_path / "local"), batch_size=4, horizon=2) as remote,
+        Loader(Cache.open(cache), batch_size=4, horizon=2) as here,
+    ):
         assert (next(remote).tokens == next(here).tokens).all()
     again = push_cache(cache, url), pull_cache(url, tmp_path / "copy")
     assert [t.found for t in again] == [t.files for t in again]
@@ -125,13 +127,18 @@ def test_the_hub_gets_the_manifest_last(cache: Path, monkeypatch: pytest.MonkeyP
             return repo == "me/taken"
 
         def upload_large_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str], **_: Any) -> None:
-            assert "manifest.json" not in allow_patterns and all((folder_path / name).is_file() for name in allow_patterns)
+            assert "manifest.json" not in allow_patterns and all(
+                (folder_path / name).is_file() for name in allow_patterns
+            )
             calls.append(len(allow_patterns))
 
         def upload_file(self, path_or_fileobj: Any, path_in_repo: str, **_: Any) -> None:
             calls.append(path_in_repo)
             if path_in_repo == "README.md":
-                assert b"| alpha | mit |" in path_or_fileobj and b"dvla cache pull hf://datasets/me/cache" in path_or_fileobj
+                assert (
+                    b"| alpha | mit |" in path_or_fileobj
+                    and b"dvla cache pull hf://datasets/me/cache" in path_or_fileobj
+                )
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     done = push_cache(cache, "hf://datasets/me/cache")
@@ -164,7 +171,18 @@ with Loader(Cache.open(url, local=scratch + "/local"), batch_size=4, horizon=2) 
 server.stop()
 print("same")
 """
-    environment = {**os.environ, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
-    done = subprocess.run([sys.executable, "-c", code, str(cache), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120)
+    environment = {
+        **os.environ,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(cache), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-2000:]
     assert contents(tmp_path / "copy") == contents(cache)

@@ -24,9 +24,16 @@ from support.repository import ROOT
 
 @pytest.fixture
 def examine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CheckReport]:
-    def run(made: list[Record], deltas: bool = False, fps: float = HZ, settings: dict[str, Any] | None = None, **changes: Any) -> CheckReport:
+    def run(
+        made: list[Record],
+        deltas: bool = False,
+        fps: float = HZ,
+        settings: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> CheckReport:
         monkeypatch.setattr(check_module, "open_source", lambda *_: MemorySource(made, config(deltas, **changes), fps))
         return check(CheckConfig(".", **(settings or {})))
+
     return run
 
 
@@ -39,10 +46,13 @@ def fails(message: str) -> Change:
     return lambda made: setattr(made[2], "fails", message)
 
 
-def scaled(table: str, columns: slice, factor: float, episodes: slice = slice(None), rows: slice = slice(None)) -> Change:
+def scaled(
+    table: str, columns: slice, factor: float, episodes: slice = slice(None), rows: slice = slice(None)
+) -> Change:
     def change(made: list[Record]) -> None:
         for record in made[episodes]:
             getattr(record, table)[rows, columns] *= factor
+
     return change
 
 
@@ -51,6 +61,7 @@ def filled(columns: slice, value: float, tables: tuple[str, ...] = ("action",)) 
         for record in made:
             for table in tables:
                 getattr(record, table)[:, columns] = value
+
     return change
 
 
@@ -58,7 +69,10 @@ def clipped(table: str, column: int) -> Change:
     def change(made: list[Record]) -> None:
         values = np.concatenate([getattr(r, table)[:, column] for r in made])
         for record in made:
-            np.minimum(getattr(record, table)[:, column], np.quantile(values, 0.7), out=getattr(record, table)[:, column])
+            np.minimum(
+                getattr(record, table)[:, column], np.quantile(values, 0.7), out=getattr(record, table)[:, column]
+            )
+
     return change
 
 
@@ -67,6 +81,7 @@ def cut(rows: int) -> Change:
         r = made[2]
         r.action, r.state, r.times, r.listed = r.action[:rows], r.state[:rows], r.times[:rows], rows
         r.pictures = {n: p[:rows] for n, p in r.pictures.items()}
+
     return change
 
 
@@ -82,6 +97,7 @@ def slower_camera(share: int) -> Change:
     def change(made: list[Record]) -> None:
         for record in made:
             record.pictures["front"] = record.pictures["front"][np.arange(ROWS) // share * share]
+
     return change
 
 
@@ -94,14 +110,17 @@ def flipped(made: list[Record]) -> None:
 
 
 def turned(made: list[Record]) -> None:
-    made[3].state[40:, 6:10] = made[3].state[40:, 6:10] @ np.array([[0, 0, 0, 1], [0, 0, 1, 0], [0, -1, 0, 0], [-1, 0, 0, 0]], np.float32)
+    made[3].state[40:, 6:10] = made[3].state[40:, 6:10] @ np.array(
+        [[0, 0, 0, 1], [0, 0, 1, 0], [0, -1, 0, 0], [-1, 0, 0, 0]], np.float32
+    )
 
 
 def shifted(rows: int) -> Change:
     def change(made: list[Record]) -> None:
         for e, record in enumerate(made):
             poses = path(e, ROWS + 8).astype(np.float32)
-            record.state, record.action = poses[4:ROWS + 4], poses[4 + rows:ROWS + 4 + rows]
+            record.state, record.action = poses[4 : ROWS + 4], poses[4 + rows : ROWS + 4 + rows]
+
     return change
 
 
@@ -120,7 +139,11 @@ BY_POSES: dict[str, tuple[str, str, Change]] = {
     "time repeats": ("time-order", "error", retimed(lambda t: np.where(np.arange(ROWS) == 9, t[8], t))),
     "fewer pictures": ("row-count", "error", seen(lambda p: p[:-1])),
     "rows against the list": ("row-count", "error", lambda made: setattr(made[2], "listed", 61)),
-    "undecodable": ("unreadable-file", "error", lambda made: setattr(made[2], "undecodable", "frame 3 of a.mp4 cannot be decoded")),
+    "undecodable": (
+        "unreadable-file",
+        "error",
+        lambda made: setattr(made[2], "undecodable", "frame 3 of a.mp4 cannot be decoded"),
+    ),
     "anything else": ("unusable-episode", "error", fails("the moon is in the wrong house")),
     "one row": ("single-row", "warning", cut(1)),
     "short": ("short-episode", "info", cut(9)),
@@ -161,7 +184,7 @@ BY_DELTAS: dict[str, tuple[str, str, Change]] = {
     "wrong scale": ("action-scale", "warning", scaled("action", slice(2, 3), 0.05)),
     "no action": ("constant", "error", filled(slice(None), 0.0)),
 }
-ELSEWHERE = {"listed-count", "unlisted-files", "rate-differs", "license-missing"}   # tested below
+ELSEWHERE = {"listed-count", "unlisted-files", "rate-differs", "license-missing"}  # tested below
 
 
 @pytest.mark.parametrize("deltas", [False, True])
@@ -169,16 +192,26 @@ ELSEWHERE = {"listed-count", "unlisted-files", "rate-differs", "license-missing"
 def test_a_healthy_dataset_has_no_finding(examine: Callable[..., CheckReport], deltas: bool, everything: bool) -> None:
     report = examine(records(deltas), deltas, settings={"everything": everything})
     assert report.findings == () and not report.must_fix
-    assert report.summary.startswith(f"memory: 6 of 6 episodes usable, 360 rows; {720 if everything else 96} pictures of 6 episodes decoded; "
-                                     "0 errors, 0 warnings, 0 notes")
+    assert report.summary.startswith(
+        f"memory: 6 of 6 episodes usable, 360 rows; {720 if everything else 96} pictures of 6 episodes decoded; "
+        "0 errors, 0 warnings, 0 notes"
+    )
 
 
-@pytest.mark.parametrize(("cases", "name"), [(cases, name) for cases in (BY_POSES, BY_DELTAS) for name in cases], ids=lambda v: v if isinstance(v, str) else "")
-def test_breaking_one_rule_is_that_finding(examine: Callable[..., CheckReport], cases: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(
+    ("cases", "name"),
+    [(cases, name) for cases in (BY_POSES, BY_DELTAS) for name in cases],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_breaking_one_rule_is_that_finding(
+    examine: Callable[..., CheckReport], cases: dict[str, Any], name: str
+) -> None:
     rule, severity, change = cases[name]
     made = records(cases is BY_DELTAS)
     change(made)
-    changes = {"state": ()} if rule == "unit-speed" else {}     # with a state, it would also be seen to move less than the action says
+    changes = (
+        {"state": ()} if rule == "unit-speed" else {}
+    )  # with a state, it would also be seen to move less than the action says
     report = examine(made, cases is BY_DELTAS, **changes)
     assert {(f.rule, f.severity) for f in report.findings} == {(rule, severity)}, [f.message for f in report.findings]
     assert all("\n" not in f.message for f in report.findings) and report.must_fix == (severity == "error")
@@ -196,16 +229,26 @@ def test_findings_say_where(examine: Callable[..., CheckReport]) -> None:
     moved_pose(made)
     for number in (0, 1, 2, 4):
         made[number].fails = f"clip {number}00 is missing"
-    missing, = [f for f in examine(made).findings if f.rule == "missing-file"]
-    assert missing.message == "episode 0: clip 000 is missing, and alike in 4 of 6 episodes (0-2, 4)" and missing.episodes == (0, 1, 2, 4)
+    (missing,) = [f for f in examine(made).findings if f.rule == "missing-file"]
+    assert (
+        missing.message == "episode 0: clip 000 is missing, and alike in 4 of 6 episodes (0-2, 4)"
+        and missing.episodes == (0, 1, 2, 4)
+    )
     made = records()
     moved_pose(made)
-    jump, = examine(made).findings
-    assert jump.message.startswith("state 3 (eef_pos_x) jumps by 0.99") and "episode 1 frame 30" in jump.message and jump.episodes == (1,)
+    (jump,) = examine(made).findings
+    assert (
+        jump.message.startswith("state 3 (eef_pos_x) jumps by 0.99")
+        and "episode 1 frame 30" in jump.message
+        and jump.episodes == (1,)
+    )
     made = records()
     scaled("state", slice(0, 3), 57.3)(made)
-    unit, = examine(made).findings
-    assert unit.message.startswith("state 0-2 (arm_joint_0_pos, arm_joint_1_pos, … 1 more) leaves -6.333 … 6.333") and "0.0174533" in unit.message
+    (unit,) = examine(made).findings
+    assert (
+        unit.message.startswith("state 0-2 (arm_joint_0_pos, arm_joint_1_pos, … 1 more) leaves -6.333 … 6.333")
+        and "0.0174533" in unit.message
+    )
 
 
 def test_what_must_not_be_called_wrong(examine: Callable[..., CheckReport]) -> None:
@@ -264,6 +307,7 @@ def test_bad_settings(values: dict[str, Any]) -> None:
 
 
 # --- the report --------------------------------------------------------------------------------------------------------
+
 
 def test_report_is_json_and_never_overwrites(examine: Callable[..., CheckReport], tmp_path: Path) -> None:
     made, out = records(), tmp_path / "new" / "report.json"

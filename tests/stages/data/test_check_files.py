@@ -34,9 +34,12 @@ from support.lerobot_samples import FPS, LENGTHS, convert_to_v2, rewrite, with_c
 
 # --- on files ----------------------------------------------------------------------------------------------------------
 
+
 def plausible(table: Any) -> Any:
     """Recorded files hold random numbers; these are smooth, with the gripper between its ends, and the state follows the action."""
-    values = np.concatenate([np.stack([path(e, n + 1)[:, [3, 4, 5, 10]] for _ in "a"])[0][:-1] for e, n in enumerate(LENGTHS)])
+    values = np.concatenate(
+        [np.stack([path(e, n + 1)[:, [3, 4, 5, 10]] for _ in "a"])[0][:-1] for e, n in enumerate(LENGTHS)]
+    )
     action = np.concatenate([np.diff(path(e, n + 1)[:, [3, 4, 5, 10]], axis=0) * 100 for e, n in enumerate(LENGTHS)])
     action[:, 3] = np.clip(action[:, 3], -1, 1)
     return with_column(with_column(table, "observation.state", values.tolist()), "action", action.tolist())
@@ -50,6 +53,7 @@ def healthy(copy_of: Any) -> Callable[[str], Path]:
         if len(files) == 1:
             rewrite(files[0], plausible)
         return root
+
     return make
 
 
@@ -68,13 +72,21 @@ def test_older_layout_listed_and_present(healthy: Callable[[str], Path], tmp_pat
     with (root / "meta/episodes.jsonl").open("a") as file:
         file.write("\n".join(lines) + "\n")
     report = check(CheckConfig(str(root), dataset_config="metaworld"))
-    assert [(f.rule, f.severity) for f in report.findings] == [("missing-file", "error"), ("listed-count", "warning"), ("listed-count", "warning"),
-                                                              ("short-episode", "info")]
-    assert report.findings[0].message == ("episode 3: data/chunk-000/episode_000003.parquet is missing, and alike in 97 of 100 episodes (3-99)")
+    assert [(f.rule, f.severity) for f in report.findings] == [
+        ("missing-file", "error"),
+        ("listed-count", "warning"),
+        ("listed-count", "warning"),
+        ("short-episode", "info"),
+    ]
+    assert report.findings[0].message == (
+        "episode 3: data/chunk-000/episode_000003.parquet is missing, and alike in 97 of 100 episodes (3-99)"
+    )
     assert "says 3 episodes in all but lists 100" in report.findings[1].message
-    (root / "meta/episodes.jsonl").write_text("\n".join(lines[:0] + (root / "meta/episodes.jsonl").read_text().splitlines()[:2]) + "\n")
+    (root / "meta/episodes.jsonl").write_text(
+        "\n".join(lines[:0] + (root / "meta/episodes.jsonl").read_text().splitlines()[:2]) + "\n"
+    )
     report = check(CheckConfig(str(root), dataset_config="metaworld"))
-    unlisted, = [f for f in report.findings if f.rule == "unlisted-files"]
+    (unlisted,) = [f for f in report.findings if f.rule == "unlisted-files"]
     assert unlisted.episodes == (2,)
 
 
@@ -88,14 +100,19 @@ def test_damaged_files(healthy: Callable[[str], Path]) -> None:
     video.write_bytes(video.read_bytes()[:1000])
     report = check(CheckConfig(str(root), episodes=1))
     unreadable = [f for f in report.findings if f.rule == "unreadable-file"]
-    assert {f.episodes for f in unreadable} == {(1,), (2,)} and "file-001.mp4" in " ".join(f.message for f in unreadable)
+    assert {f.episodes for f in unreadable} == {(1,), (2,)} and "file-001.mp4" in " ".join(
+        f.message for f in unreadable
+    )
     assert report.facts.lengths.keys() == {0, 1}
 
 
 def test_exit_codes(healthy: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = healthy("h264")
     cli.run(["data", "check", str(root), "--out", str(tmp_path / "report.json")])
-    assert "3 of 3 episodes usable" in capsys.readouterr().out and json.loads((tmp_path / "report.json").read_text())["must_fix"] is False
+    assert (
+        "3 of 3 episodes usable" in capsys.readouterr().out
+        and json.loads((tmp_path / "report.json").read_text())["must_fix"] is False
+    )
     with pytest.raises(UserError, match="report.json exists"):
         cli.run(["data", "check", str(root), "--out", str(tmp_path / "report.json")])
     sorted(root.glob("videos/*front/*/*.mp4"))[0].unlink()
@@ -115,6 +132,7 @@ def test_real_recordings(shared_dir: Path) -> None:
 
 
 # --- what is remembered ------------------------------------------------------------------------------------------------
+
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 2**31))
@@ -144,7 +162,7 @@ def test_quantile_of_steps_is_within_half_an_octave(count: int, q: float, seed: 
     for part in np.array_split(sizes, 3):
         steps.update(7, part)
     exact = np.quantile(sizes[:, 0], q, method="inverted_cdf")
-    assert exact <= steps.quantile(q)[0] <= exact * 2 ** 0.5 * 1.0001 and steps.quantile(q)[1] == 0
+    assert exact <= steps.quantile(q)[0] <= exact * 2**0.5 * 1.0001 and steps.quantile(q)[1] == 0
     assert steps.largest(0)[0][0] == sizes[:, 0].max()
 
 
@@ -152,7 +170,7 @@ def test_quantile_of_steps_is_within_half_an_octave(count: int, q: float, seed: 
 def test_following_finds_the_lag(lag: int) -> None:
     rng = np.random.default_rng(0)
     walk = np.cumsum(np.convolve(rng.normal(size=500), np.ones(3), "same"))[:, None]
-    action, state = walk[20:400], walk[20 - lag:400 - lag]
+    action, state = walk[20:400], walk[20 - lag : 400 - lag]
     dims = dimensions("action", ActionMap((FieldSpec(field="arm_joint_0_pos"),), HZ))
     following = Following(dims, dims, HZ)
     for part in (slice(0, 100), slice(100, 380)):
@@ -166,14 +184,28 @@ def test_rotations() -> None:
     quaternions = np.array([[0, 0, 0, 1.0], [0, 0, np.sin(half), np.cos(half)], [0, 0, 0, 2.0]])
     np.testing.assert_allclose(step_angles("quat_xyzw", quaternions), [np.pi / 3] * 2)
     np.testing.assert_allclose(rotation_defect("quat_xyzw", quaternions), [0, 0, 1])
-    np.testing.assert_allclose(rotation_defect("rot6d", np.array([[1.0, 0, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0], [2, 0, 0, 0, 1, 0]])), [0, 1, 3])
+    np.testing.assert_allclose(
+        rotation_defect("rot6d", np.array([[1.0, 0, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0], [2, 0, 0, 0, 1, 0]])), [0, 1, 3]
+    )
     assert step_angles("axis_angle", np.array([[0, 0, 0.1], [0, 0, 0.1 - 2 * np.pi]])) == pytest.approx(0, abs=1e-6)
 
 
 def test_kinds() -> None:
-    names = {"left_arm_joint_3_pos": "joint", "torso_joint_0_pos": "joint", "spine_joint": "joint", "right_gripper_open": "gripper",
-             "left_dex_finger_joint_2_pos": "finger", "gripper_joint_1_pos": "finger", "left_eef_pos_z": "position", "eef_vel_x": "speed",
-             "base_vel_y": "speed", "base_angular_vel": "turn", "eef_angular_vel_yaw": "turn", "arm_joint_2_vel": "turn", "gripper_open_vel": "other"}
+    names = {
+        "left_arm_joint_3_pos": "joint",
+        "torso_joint_0_pos": "joint",
+        "spine_joint": "joint",
+        "right_gripper_open": "gripper",
+        "left_dex_finger_joint_2_pos": "finger",
+        "gripper_joint_1_pos": "finger",
+        "left_eef_pos_z": "position",
+        "eef_vel_x": "speed",
+        "base_vel_y": "speed",
+        "base_angular_vel": "turn",
+        "eef_angular_vel_yaw": "turn",
+        "arm_joint_2_vel": "turn",
+        "gripper_open_vel": "other",
+    }
     assert {name: kind_of(name) for name in names} == names
 
 
@@ -195,11 +227,17 @@ def test_thumbnail_is_the_mean_of_blocks(size: tuple[int, int]) -> None:
     small = thumbnail(picture)
     assert small.shape == (size[0] // by, size[1] // bx, 3) and small.dtype == np.float32
     for y, x in np.ndindex(small.shape[:2]):
-        np.testing.assert_allclose(small[y, x], picture[y * by:(y + 1) * by, x * bx:(x + 1) * bx].reshape(-1, 3).mean(0), rtol=1e-6)
+        np.testing.assert_allclose(
+            small[y, x], picture[y * by : (y + 1) * by, x * bx : (x + 1) * bx].reshape(-1, 3).mean(0), rtol=1e-6
+        )
 
 
 def test_sampled_episodes_and_ranges() -> None:
-    assert sample_episodes([3, 5, 8, 9, 20], 3) == [3, 8, 20] and sample_episodes([1, 2], 5) == [1, 2] and sample_episodes([1, 2], 0) == []
+    assert (
+        sample_episodes([3, 5, 8, 9, 20], 3) == [3, 8, 20]
+        and sample_episodes([1, 2], 5) == [1, 2]
+        and sample_episodes([1, 2], 0) == []
+    )
     assert ranges([5, 0, 1, 2, 2]) == "0-2, 5" and ranges(range(0, 40, 2)) == "0, 2, 4, 6, 8, 10, … 14 more"
 
 

@@ -31,33 +31,71 @@ METAWORLD = ("x", "y", "z", "gripper")
 CAMERA = "observation.images.front"
 
 
-def write_dataset(root: Path, lengths=(10, 13, 16), action=METAWORLD, state=METAWORLD, robot="metaworld_sawyer", group=None, seed=0) -> Path:
+def write_dataset(
+    root: Path, lengths=(10, 13, 16), action=METAWORLD, state=METAWORLD, robot="metaworld_sawyer", group=None, seed=0
+) -> Path:
     """A LeRobot v3.0 dataset without its video files, all rows in one parquet file: lerobot's row groups of one episode each,
     or of `group` rows. `action`, `state`: names of the dimensions, or a width."""
     rng, width = np.random.default_rng(seed), {}
     features = {CAMERA: {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channels"]}}
     for key, names in (("action", action), ("observation.state", state)):
         width[key] = names if isinstance(names, int) else len(names)
-        features[key] = {"dtype": "float32", "shape": [width[key]], "names": None if isinstance(names, int) else list(names)}
+        features[key] = {
+            "dtype": "float32",
+            "shape": [width[key]],
+            "names": None if isinstance(names, int) else list(names),
+        }
     for folder in ("meta/episodes/chunk-000", "data/chunk-000"):
         (root / folder).mkdir(parents=True)
-    info = {"codebase_version": "v3.0", "robot_type": robot, "fps": HZ, "features": features,
-            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"}
+    info = {
+        "codebase_version": "v3.0",
+        "robot_type": robot,
+        "fps": HZ,
+        "features": features,
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    }
     (root / "meta/info.json").write_text(json.dumps(info))
-    pq.write_table(pa.table({"task_index": [0, 1], "__index_level_0__": ["push the puck", "open the drawer"]}), root / "meta/tasks.parquet")
+    pq.write_table(
+        pa.table({"task_index": [0, 1], "__index_level_0__": ["push the puck", "open the drawer"]}),
+        root / "meta/tasks.parquet",
+    )
     n = len(lengths)
     tasks = [["push the puck", "open the drawer"][i % 2] for i in range(n)]
     zeros = [0] * n
-    pq.write_table(pa.table({"episode_index": range(n), "length": lengths, "tasks": [[t] for t in tasks], "data/chunk_index": zeros,
-                             "data/file_index": zeros, f"videos/{CAMERA}/chunk_index": zeros, f"videos/{CAMERA}/file_index": zeros,
-                             f"videos/{CAMERA}/from_timestamp": [0.0] * n}), root / "meta/episodes/chunk-000/file-000.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                "episode_index": range(n),
+                "length": lengths,
+                "tasks": [[t] for t in tasks],
+                "data/chunk_index": zeros,
+                "data/file_index": zeros,
+                f"videos/{CAMERA}/chunk_index": zeros,
+                f"videos/{CAMERA}/file_index": zeros,
+                f"videos/{CAMERA}/from_timestamp": [0.0] * n,
+            }
+        ),
+        root / "meta/episodes/chunk-000/file-000.parquet",
+    )
     parts = []
     for i, length in enumerate(lengths):
         frames = np.arange(length)
-        vectors = {k: pa.array(list(rng.uniform(0, 1, (length, w)).astype(np.float32)), pa.list_(pa.float32())) for k, w in width.items()}
-        parts.append(pa.table({**vectors, "timestamp": (frames / HZ).astype(np.float32), "frame_index": frames,
-                               "episode_index": np.full(length, i), "task_index": np.full(length, i % 2)}))
+        vectors = {
+            k: pa.array(list(rng.uniform(0, 1, (length, w)).astype(np.float32)), pa.list_(pa.float32()))
+            for k, w in width.items()
+        }
+        parts.append(
+            pa.table(
+                {
+                    **vectors,
+                    "timestamp": (frames / HZ).astype(np.float32),
+                    "frame_index": frames,
+                    "episode_index": np.full(length, i),
+                    "task_index": np.full(length, i % 2),
+                }
+            )
+        )
     with pq.ParquetWriter(data_file(root), parts[0].schema) as writer:
         for part in parts if group is None else [pa.concat_tables(parts)]:
             writer.write_table(part, row_group_size=group)
@@ -78,10 +116,12 @@ def replaced(name: str, row: int, value: object) -> Callable[[Path], None]:
         values = table[name].to_pylist()
         values[row] = value
         return table.set_column(table.column_names.index(name), name, pa.array(values, table.schema.field(name).type))
+
     return lambda root: change(root, how)
 
 
 # --- the stream of tables --------------------------------------------------------------------------------------------
+
 
 def one_by_one(source: Source) -> tuple[dict[int, tuple], dict[int, str]]:
     """(tables, refusals) by `table`."""
@@ -101,11 +141,14 @@ def assert_stream_equals_tables(source: Source, batch_rows: int) -> None:
     for block in source.tables(batch_rows):
         assert block.state.dtype == block.action.dtype == np.float32
         assert len(block.episode_ids) == len(block.state) == len(block.action)
-        assert block.state.shape[1] == source.state_map.native_dim and block.action.shape[1] == source.action_map.native_dim
+        assert (
+            block.state.shape[1] == source.state_map.native_dim
+            and block.action.shape[1] == source.action_map.native_dim
+        )
         longest = max((len(t[1]) for t in tables.values()), default=0)
-        assert len(block.action) < batch_rows + longest     # bounded: a block and an episode
+        assert len(block.action) < batch_rows + longest  # bounded: a block and an episode
         for number in np.unique(block.episode_ids).tolist():
-            assert number not in found      # whole episodes only
+            assert number not in found  # whole episodes only
             found[number] = (block.state[block.episode_ids == number], block.action[block.episode_ids == number])
         found_refused += block.refused
     assert dict(found_refused) == refused and len(found_refused) == len(refused)
@@ -117,13 +160,15 @@ def assert_stream_equals_tables(source: Source, batch_rows: int) -> None:
 
 def interleave(root: Path) -> None:
     """Rows of episodes 0 and 1 in turn: still in frame order each, so every episode is whole."""
-    change(root, lambda t: t.take([*(i for pair in zip(range(10), range(10, 20)) for i in pair), *range(20, t.num_rows)]))
+    change(
+        root, lambda t: t.take([*(i for pair in zip(range(10), range(10, 20)) for i in pair), *range(20, t.num_rows)])
+    )
 
 
 def cut_in_the_middle(root: Path) -> None:
     data = bytearray(data_file(root).read_bytes())
     place = pq.ParquetFile(data_file(root)).metadata.row_group(1).column(0).dictionary_page_offset
-    data[place:place + 40] = b"\xff" * 40     # the header of the page of row group 1 (episode 1)
+    data[place : place + 40] = b"\xff" * 40  # the header of the page of row group 1 (episode 1)
     data_file(root).write_bytes(data)
 
 
@@ -190,6 +235,7 @@ def test_a_file_of_many_episodes_is_opened_once(tmp_path: Path, monkeypatch: pyt
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def dvla(dvla: Dvla) -> Dvla:
     """`dvla(*arguments)` runs one `dvla data` command."""
@@ -223,7 +269,11 @@ def test_list_of_folders(dvla: Dvla, tmp_path: Path) -> None:
     assert f"{tmp_path}/a/b/good │ lerobot v3.0 │ 3 │ 39 │ 20 │ front 48×64 │ metaworld │" in out
     assert f"{tmp_path}/a/toaster │ lerobot v3.0 │ 3 │ 39 │ 20 │ front 48×64 │ none │" in out
     lines = result.err.splitlines()
-    for name, reason in (("a/json", "cannot be read as JSON"), ("nothing", "meta/info.json"), ("narrow", "has 3 dimensions")):
+    for name, reason in (
+        ("a/json", "cannot be read as JSON"),
+        ("nothing", "meta/info.json"),
+        ("narrow", "has 3 dimensions"),
+    ):
         assert sum(line.startswith(f"{tmp_path / name}: ") and reason in line for line in lines) == 1
     assert len(lines) == 3
     (tmp_path / "empty").mkdir()
@@ -250,10 +300,20 @@ def test_show(dvla: Dvla, tmp_path: Path) -> None:
     result = dvla("show", root)
     out = squeezed(result.out)
     assert result.code == 0 and result.err == ""
-    for words in ("config metaworld", "embodiment gripper_delta_eef", "licence MIT", "rate 20 Hz", "episodes 3, 39 frames",
-                  "cameras front 48×64", "instructions 2 different", "2 × 'push the puck'", "1 × 'open the drawer'",
-                  "│ 2 │ z │ eef_vel_z │ 41 │ m/s │ × 0.01 × 20 Hz │", "│ 3 │ gripper │ gripper_open │ 10 │ 1 open │ × -0.5 +0.5 │",
-                  "│ 0 │ x │ eef_pos_x │ 30 │ m │ as it is │"):
+    for words in (
+        "config metaworld",
+        "embodiment gripper_delta_eef",
+        "licence MIT",
+        "rate 20 Hz",
+        "episodes 3, 39 frames",
+        "cameras front 48×64",
+        "instructions 2 different",
+        "2 × 'push the puck'",
+        "1 × 'open the drawer'",
+        "│ 2 │ z │ eef_vel_z │ 41 │ m/s │ × 0.01 × 20 Hz │",
+        "│ 3 │ gripper │ gripper_open │ 10 │ 1 open │ × -0.5 +0.5 │",
+        "│ 0 │ x │ eef_pos_x │ 30 │ m │ as it is │",
+    ):
         assert words in out, words
     refused(dvla("show", root, "--dataset-config", "droid"), "describes 8")
     refused(dvla("show", root, "--dataset-config", "metawrld"), "did you mean 'metaworld'")
@@ -268,7 +328,10 @@ def test_show_an_episode(dvla: Dvla, recorded: dict[str, Path]) -> None:
     out = squeezed(dvla("show", recorded["h264"], "--episode", 1).out)
     assert "episode 1: 13 frames, 0.60 s, instruction 'open the drawer', pictures front 64×64, wrist 48×80" in out
     first, last = (f"{episode.action[i, 0]:.4g}" for i in (0, -1))
-    unified = [f"{open_source(recorded['h264']).action_map.to_unified(episode.action)[i, SLOTS['eef_vel_x']]:.4g}" for i in (0, -1)]
+    unified = [
+        f"{open_source(recorded['h264']).action_map.to_unified(episode.action)[i, SLOTS['eef_vel_x']]:.4g}"
+        for i in (0, -1)
+    ]
     assert f"│ 0 │ x │ eef_vel_x │ {first} │ {last} │ {unified[0]} │ {unified[1]} │" in out
 
 
@@ -282,6 +345,7 @@ def test_show_without_a_config(dvla: Dvla, tmp_path: Path) -> None:
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
+
 
 def report_of(root: Path) -> dict:
     return statistics.measure(open_source(root), lambda *_: None)
@@ -306,8 +370,16 @@ def test_statistics_are_those_of_all_rows(dvla: Dvla, tmp_path: Path) -> None:
     assert result.code == 0 and f"{out}: 1300 rows of 2 episodes, 1 episodes in quarantine (1)" in result.out
     assert result.err == "d episode 1: column 'action' is nan at frame 50, dimension 1\n"
     report, source = json.loads(out.read_text()), open_source(root)
-    assert report["datasets"] == [{"name": "d", "config": "metaworld", "control_hz": HZ, "episodes": 2, "rows": 1300, "quarantined": [
-        {"episode": 1, "reason": "d episode 1: column 'action' is nan at frame 50, dimension 1"}]}]
+    assert report["datasets"] == [
+        {
+            "name": "d",
+            "config": "metaworld",
+            "control_hz": HZ,
+            "episodes": 2,
+            "rows": 1300,
+            "quarantined": [{"episode": 1, "reason": "d episode 1: column 'action' is nan at frame 50, dimension 1"}],
+        }
+    ]
     for what, mapping in (("action", source.action_map), ("state", source.state_map)):
         native = np.concatenate([getattr(source.table(i), what) for i in (0, 2)])
         unified = mapping.to_unified(native)
@@ -323,8 +395,10 @@ def test_statistics_are_those_of_all_rows(dvla: Dvla, tmp_path: Path) -> None:
 def test_merged_statistics_are_those_of_all_rows(dvla: Dvla, tmp_path: Path) -> None:
     roots = [write_dataset(tmp_path / f"d{i}", lengths=(400 * (i + 1),), seed=i) for i in range(3)]
     values = [open_source(r).table(0).action * (i + 1) for i, r in enumerate(roots)]
-    for root, changed in zip(roots, values):    # of different spread
-        change(root, lambda t, changed=changed: t.set_column(0, "action", pa.array(list(changed), pa.list_(pa.float32()))))
+    for root, changed in zip(roots, values):  # of different spread
+        change(
+            root, lambda t, changed=changed: t.set_column(0, "action", pa.array(list(changed), pa.list_(pa.float32())))
+        )
     files = [tmp_path / f"{i}.json" for i in range(3)]
     for root, file in zip(roots[:2], files):
         assert dvla("stats", root, "--out", file).code == 0
@@ -342,13 +416,27 @@ def test_merged_statistics_are_those_of_all_rows(dvla: Dvla, tmp_path: Path) -> 
 def test_merge_of_different_robots(tmp_path: Path) -> None:
     """By slot, also where the two families call it by other names; native dimensions of two families are not mixed."""
     hand = report_of(write_dataset(tmp_path / "hand"))
-    arms = statistics.measure(open_source(write_dataset(tmp_path / "arms", action=14, state=14), load_config("aloha")), lambda *_: None)
+    arms = statistics.measure(
+        open_source(write_dataset(tmp_path / "arms", action=14, state=14), load_config("aloha")), lambda *_: None
+    )
     assert statistics.merge_reports([hand]) == hand
     both = statistics.merge_reports([hand, arms])
-    assert "native" not in both["action"] and both["action"]["unified"].keys() == hand["action"]["unified"].keys() | arms["action"]["unified"].keys()
+    assert (
+        "native" not in both["action"]
+        and both["action"]["unified"].keys() == hand["action"]["unified"].keys() | arms["action"]["unified"].keys()
+    )
     assert both["action"]["unified"]["eef_vel_x"] == hand["action"]["unified"]["eef_vel_x"]
     assert both["action"]["unified"]["gripper_open"]["count"] == 78
-    one = {"slot": 0, "count": 2, "mean": 0.0, "std": 0.0, "min": 0.0, "max": 0.0, "quantiles": {"0.5": 0.0}, "grid": [0.0] * statistics.PARTS}
+    one = {
+        "slot": 0,
+        "count": 2,
+        "mean": 0.0,
+        "std": 0.0,
+        "min": 0.0,
+        "max": 0.0,
+        "quantiles": {"0.5": 0.0},
+        "grid": [0.0] * statistics.PARTS,
+    }
     fields = statistics._merge_fields([{"arm_joint_0_pos": one}, {"right_arm_joint_0_pos": one}])
     assert list(fields) == ["arm_joint_0_pos"] and fields["arm_joint_0_pos"]["count"] == 4
 
@@ -369,6 +457,7 @@ def test_statistics_refusals(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.Mon
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
+
     monkeypatch.setattr(statistics.RunningStatistics, "update", interrupted)
     result = dvla("stats", write_dataset(tmp_path / "e"), "--out", tmp_path / "t.json")
     assert result.code == 130 and not (tmp_path / "t.json").exists()
@@ -377,35 +466,50 @@ def test_statistics_refusals(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.Mon
 # --- add -------------------------------------------------------------------------------------------------------------
 
 SO100 = [f"main_{j}" for j in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")]
-ALOHA = [f"{s}_{j}" for s in ("left", "right") for j in ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")]
+ALOHA = [
+    f"{s}_{j}"
+    for s in ("left", "right")
+    for j in ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
+]
 HAND = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 ARM6 = [f"arm_joint_{i}_pos" for i in range(6)]
 
 
-@pytest.mark.parametrize("names, expected", [
-    (SO100, [*ARM6[:5], "gripper_open"]),
-    ([n.removeprefix("main_") + ".pos" for n in SO100], [*ARM6[:5], "gripper_open"]),
-    (ALOHA, [*(f"left_{n}" for n in ARM6), "left_gripper_open", *ARM6, "gripper_open"]),
-    (["joint_1", "joint_2", "joint_3", "gripper_position"], [*ARM6[:3], "gripper_open"]),
-    (["kLeftShoulderPitch", "kLeftElbow", "kRightWristYaw", "kLeftHandThumb0"],
-     ["left_arm_joint_0_pos", "left_arm_joint_1_pos", "arm_joint_0_pos", "left_dex_finger_joint_0_pos"]),
-    (["arm_elbow_flex.pos", "x.vel", "y.vel", "theta.vel"], ["arm_joint_0_pos", "base_vel_x", "base_vel_y", "base_angular_vel"]),
-    (HAND, ["eef_pos_x", "eef_pos_y", "eef_pos_z", "rotation::3", "gripper_open"]),
-    (["ee.x", "delta_y", "dz", "rx", "ry", "rz"], ["eef_pos_x", "eef_pos_y", "eef_pos_z", "rotation::3"]),
-    (["qx", "qy", "qz", "qw"], ["rotation:quat_xyzw:4"]),
-    (["qw", "qx", "qy", "qz"], ["unknown"] * 4),                # another order is not guessed
-    (["roll", "yaw", "pitch"], ["unknown"] * 3),
-    (["joint_0", "joint_2"], ["arm_joint_0_pos", "unknown"]),   # a gap
-    (["motor_0", "motor_1"], ["unknown"] * 2),                  # a motor may be anything
-    (["joint_0_vel", "eef_vel_x", "gripper_l", "base_x", "hand_joint_0"], ["unknown"] * 5),
-    (["gripper_a", "gripper", "gripper"], ["unknown", "gripper_open", "unknown"]),      # an arm has one
-    (["joint_7", "joint_8"], ["unknown"] * 2),
-    (["waist_yaw", "left_elbow", "head_pan", "head_tilt", "head_roll"], ["torso_joint_0_pos", "left_arm_joint_0_pos", "head_joint_0", "head_joint_1", "unknown"]),
-    (["terminate_episode", "x"], ["drop", "eef_pos_x"]),
-])
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (SO100, [*ARM6[:5], "gripper_open"]),
+        ([n.removeprefix("main_") + ".pos" for n in SO100], [*ARM6[:5], "gripper_open"]),
+        (ALOHA, [*(f"left_{n}" for n in ARM6), "left_gripper_open", *ARM6, "gripper_open"]),
+        (["joint_1", "joint_2", "joint_3", "gripper_position"], [*ARM6[:3], "gripper_open"]),
+        (
+            ["kLeftShoulderPitch", "kLeftElbow", "kRightWristYaw", "kLeftHandThumb0"],
+            ["left_arm_joint_0_pos", "left_arm_joint_1_pos", "arm_joint_0_pos", "left_dex_finger_joint_0_pos"],
+        ),
+        (
+            ["arm_elbow_flex.pos", "x.vel", "y.vel", "theta.vel"],
+            ["arm_joint_0_pos", "base_vel_x", "base_vel_y", "base_angular_vel"],
+        ),
+        (HAND, ["eef_pos_x", "eef_pos_y", "eef_pos_z", "rotation::3", "gripper_open"]),
+        (["ee.x", "delta_y", "dz", "rx", "ry", "rz"], ["eef_pos_x", "eef_pos_y", "eef_pos_z", "rotation::3"]),
+        (["qx", "qy", "qz", "qw"], ["rotation:quat_xyzw:4"]),
+        (["qw", "qx", "qy", "qz"], ["unknown"] * 4),  # another order is not guessed
+        (["roll", "yaw", "pitch"], ["unknown"] * 3),
+        (["joint_0", "joint_2"], ["arm_joint_0_pos", "unknown"]),  # a gap
+        (["motor_0", "motor_1"], ["unknown"] * 2),  # a motor may be anything
+        (["joint_0_vel", "eef_vel_x", "gripper_l", "base_x", "hand_joint_0"], ["unknown"] * 5),
+        (["gripper_a", "gripper", "gripper"], ["unknown", "gripper_open", "unknown"]),  # an arm has one
+        (["joint_7", "joint_8"], ["unknown"] * 2),
+        (
+            ["waist_yaw", "left_elbow", "head_pan", "head_tilt", "head_roll"],
+            ["torso_joint_0_pos", "left_arm_joint_0_pos", "head_joint_0", "head_joint_1", "unknown"],
+        ),
+        (["terminate_episode", "x"], ["drop", "eef_pos_x"]),
+    ],
+)
 def test_guesses(names: list[str], expected: list[str]) -> None:
     targets = guess(names)
-    assert [n for t in targets for n in t.native] == names      # every dimension once, in order
+    assert [n for t in targets for n in t.native] == names  # every dimension once, in order
     assert [f"rotation:{t.form}:{t.width}" if t.kind == "rotation" else t.slot or t.kind for t in targets] == expected
 
 
@@ -416,13 +520,29 @@ def entries(path: Path) -> list[str]:
 def test_add_joints_in_degrees(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = write_dataset(tmp_path / "cubes", action=SO100, state=SO100, robot="so100")
-    command = ("add", root, "--embodiment", "gripper_joint", "--action-kind", "absolute", "--joint-unit", "deg", "--gripper", "100,0")
+    command = (
+        "add",
+        root,
+        "--embodiment",
+        "gripper_joint",
+        "--action-kind",
+        "absolute",
+        "--joint-unit",
+        "deg",
+        "--gripper",
+        "100,0",
+    )
     result = dvla(*command)
     assert result.code == 0 and "--dataset-config cubes.yaml" in result.out
     path = tmp_path / "cubes.yaml"
     assert path.read_text() in result.out
     config = load_config(path)
-    assert (config.name, config.match, config.embodiment, config.views) == ("cubes", ("so100",), "gripper_joint", ("front",))
+    assert (config.name, config.match, config.embodiment, config.views) == (
+        "cubes",
+        ("so100",),
+        "gripper_joint",
+        ("front",),
+    )
     assert len(entries(path)) == 12
     for line, name in zip(entries(path), SO100 * 2):
         assert line.endswith(f'# guessed from "{name}"')
@@ -438,8 +558,29 @@ def test_add_displacements_of_the_hand(dvla: Dvla, tmp_path: Path) -> None:
     names = [*HAND, "terminate_episode"]
     root = write_dataset(tmp_path / "d", action=names, state=HAND, robot="new")
     out = tmp_path / "new.yaml"
-    result = dvla("add", root, "--out", out, "--name", "kitchen", "--license", "MIT", "--embodiment", "gripper_delta_eef", "--action-kind", "delta",
-                  "--delta-scale", "0.02,deg", "--position-unit", "mm", "--gripper=-1,1", "--state-gripper", "1,0", "--rotation", "euler_xyz")
+    result = dvla(
+        "add",
+        root,
+        "--out",
+        out,
+        "--name",
+        "kitchen",
+        "--license",
+        "MIT",
+        "--embodiment",
+        "gripper_delta_eef",
+        "--action-kind",
+        "delta",
+        "--delta-scale",
+        "0.02,deg",
+        "--position-unit",
+        "mm",
+        "--gripper=-1,1",
+        "--state-gripper",
+        "1,0",
+        "--rotation",
+        "euler_xyz",
+    )
     assert result.code == 0, result
     config = load_config(out)
     assert (config.name, config.license) == ("kitchen", "MIT")
@@ -454,11 +595,28 @@ def test_add_displacements_of_the_hand(dvla: Dvla, tmp_path: Path) -> None:
 
 def test_add_keeps_to_what_fields_say(dvla: Dvla, tmp_path: Path) -> None:
     """An absolute position in an action of displacements keeps its own unit; a rotation given with its form is not asked for."""
-    root = write_dataset(tmp_path / "d", action=9, state=("lever",), robot="new\"\nembodiment: bimanual")
+    root = write_dataset(tmp_path / "d", action=9, state=("lever",), robot='new"\nembodiment: bimanual')
     out = tmp_path / "o.yaml"
-    result = dvla("add", root, "--out", out, "--embodiment", "gripper_eef", "--action-kind", "delta", "--delta-scale", "0.5,1", "--position-unit", "cm",
-                  "--gripper", "1,0", "--field", "action.0-8=eef_pos_z,eef_vel_x,rotation:quat_xyzw:left_eef_angle,left_gripper_open,drop:2",
-                  "--field", "state.0=drop")
+    result = dvla(
+        "add",
+        root,
+        "--out",
+        out,
+        "--embodiment",
+        "gripper_eef",
+        "--action-kind",
+        "delta",
+        "--delta-scale",
+        "0.5,1",
+        "--position-unit",
+        "cm",
+        "--gripper",
+        "1,0",
+        "--field",
+        "action.0-8=eef_pos_z,eef_vel_x,rotation:quat_xyzw:left_eef_angle,left_gripper_open,drop:2",
+        "--field",
+        "state.0=drop",
+    )
     assert result.code == 0, result
     config = load_config(out)
     assert [s.width for s in config.action] == [1, 1, 4, 1, 2] and config.embodiment == "gripper_eef"
@@ -468,37 +626,74 @@ def test_add_keeps_to_what_fields_say(dvla: Dvla, tmp_path: Path) -> None:
 
 def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
     """Nothing that info.json does not say is assumed: without a terminal each missing option is named, and no file appears."""
-    root, out = write_dataset(tmp_path / "d", action=HAND, state=("motor_0", "motor_1"), robot="new"), tmp_path / "o.yaml"
-    refused(dvla("add", root, "--out", out), "--embodiment: ", "--action-kind: ", "--position-unit: ", "--rotation: ", "--gripper: ",
-            "--field state.0-1=…: ")
-    known = ("add", root, "--out", out, "--embodiment", "gripper_eef", "--action-kind", "absolute", "--position-unit", "m", "--gripper", "1,0")
+    root, out = (
+        write_dataset(tmp_path / "d", action=HAND, state=("motor_0", "motor_1"), robot="new"),
+        tmp_path / "o.yaml",
+    )
+    refused(
+        dvla("add", root, "--out", out),
+        "--embodiment: ",
+        "--action-kind: ",
+        "--position-unit: ",
+        "--rotation: ",
+        "--gripper: ",
+        "--field state.0-1=…: ",
+    )
+    known = (
+        "add",
+        root,
+        "--out",
+        out,
+        "--embodiment",
+        "gripper_eef",
+        "--action-kind",
+        "absolute",
+        "--position-unit",
+        "m",
+        "--gripper",
+        "1,0",
+    )
     refused(dvla(*known, "--rotation", "axis_angle"), "--field state.0-1=…: what motor_0 … motor_1 stands for")
     assert dvla(*known, "--rotation", "axis_angle", "--field", "state.0-1=eef_pos_z,drop").code == 0
     assert any(line.endswith('# "motor_0", by --field') for line in entries(out))
     assert load_config(out).state_columns == ("observation.state",)
 
 
-@pytest.mark.parametrize("options, words", [
-    (("--embodiment", "griper_eef"), ("--embodiment: unknown embodiment 'griper_eef'", "did you mean 'gripper_eef'")),
-    (("--action-kind", "relative"), ("unknown kind of action 'relative'",)),
-    (("--position-unit", "inch"), ("--position-unit: 'inch' is neither a number nor one of m, cm, mm",)),
-    (("--position-unit", "0"), ("a unit of 0",)),
-    (("--gripper", "1"), ("--gripper: '1': expected two values",)),
-    (("--gripper", "1,1"), ("open and closed are the same number",)),
-    (("--rotation", "euler_zyx"), ("did you mean 'euler_xyz'",)),
-    (("--field", "action.6=gripper_opne"), ("unknown action field 'gripper_opne'", "did you mean 'gripper_open'")),
-    (("--field", "action.6-7=drop"), ("the action has dimensions 0 to 6",)),
-    (("--field", "action.3-5=rotation:quat_xyzw"), ("it describes 4 dimensions, action.3-5 are 3",)),
-    (("--field", "action.6=drop", "--field", "action.6=drop"), ("action.6 was named before",)),
-    (("--field", "6=drop"), ("expected e.g. action.6=gripper_open",)),
-    (("--field", "action.0=eef_pos_y"), ("fill 'eef_pos_y'",)),
-    (("--action-column", "actoin"), ("unknown column 'actoin'", "did you mean 'action'")),
-    (("--out", "config.txt"), ("a dataset config is a .yaml file",)),
-])
-def test_add_refusals(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            ("--embodiment", "griper_eef"),
+            ("--embodiment: unknown embodiment 'griper_eef'", "did you mean 'gripper_eef'"),
+        ),
+        (("--action-kind", "relative"), ("unknown kind of action 'relative'",)),
+        (("--position-unit", "inch"), ("--position-unit: 'inch' is neither a number nor one of m, cm, mm",)),
+        (("--position-unit", "0"), ("a unit of 0",)),
+        (("--gripper", "1"), ("--gripper: '1': expected two values",)),
+        (("--gripper", "1,1"), ("open and closed are the same number",)),
+        (("--rotation", "euler_zyx"), ("did you mean 'euler_xyz'",)),
+        (("--field", "action.6=gripper_opne"), ("unknown action field 'gripper_opne'", "did you mean 'gripper_open'")),
+        (("--field", "action.6-7=drop"), ("the action has dimensions 0 to 6",)),
+        (("--field", "action.3-5=rotation:quat_xyzw"), ("it describes 4 dimensions, action.3-5 are 3",)),
+        (("--field", "action.6=drop", "--field", "action.6=drop"), ("action.6 was named before",)),
+        (("--field", "6=drop"), ("expected e.g. action.6=gripper_open",)),
+        (("--field", "action.0=eef_pos_y"), ("fill 'eef_pos_y'",)),
+        (("--action-column", "actoin"), ("unknown column 'actoin'", "did you mean 'action'")),
+        (("--out", "config.txt"), ("a dataset config is a .yaml file",)),
+    ],
+)
+def test_add_refusals(
+    dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     monkeypatch.chdir(tmp_path)
     root = write_dataset(tmp_path / "d", action=HAND, state=HAND, robot="new")
-    given = {"--embodiment": "gripper_eef", "--action-kind": "absolute", "--position-unit": "m", "--gripper": "1,0", "--rotation": "euler_xyz"}
+    given = {
+        "--embodiment": "gripper_eef",
+        "--action-kind": "absolute",
+        "--position-unit": "m",
+        "--gripper": "1,0",
+        "--rotation": "euler_xyz",
+    }
     given.pop(options[0], None)
     refused(dvla("add", root, *(x for pair in given.items() for x in pair), *options), *words)
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
@@ -516,14 +711,36 @@ class Terminal(io.StringIO):
 
 def test_add_asks_on_a_terminal(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One question after another, a wrong answer asked again; the result is that of the same answers as options."""
-    root = write_dataset(tmp_path / "d", action=("joint_0", "motor", "gripper"), state=("joint_0", "motor", "gripper"), robot="new")
+    root = write_dataset(
+        tmp_path / "d", action=("joint_0", "motor", "gripper"), state=("joint_0", "motor", "gripper"), robot="new"
+    )
     answers = ["bimanul", "bimanual", "absolute", "arm_joint_1_po", "arm_joint_1_pos", "deg", "2,0", "arm_joint_1_pos"]
     monkeypatch.setattr(sys, "stdin", Terminal("".join(a + "\n" for a in answers)))
     asked = dvla("add", root, "--out", tmp_path / "asked.yaml")
     assert asked.code == 0, asked
-    assert len(asked.err.splitlines()) == 2 and "did you mean 'bimanual'" in asked.err and "did you mean 'arm_joint_1_pos'" in asked.err
-    given = dvla("add", root, "--out", tmp_path / "given.yaml", "--embodiment", "bimanual", "--action-kind", "absolute", "--joint-unit", "deg",
-                 "--gripper", "2,0", "--field", "action.1=arm_joint_1_pos", "--field", "state.1=arm_joint_1_pos")
+    assert (
+        len(asked.err.splitlines()) == 2
+        and "did you mean 'bimanual'" in asked.err
+        and "did you mean 'arm_joint_1_pos'" in asked.err
+    )
+    given = dvla(
+        "add",
+        root,
+        "--out",
+        tmp_path / "given.yaml",
+        "--embodiment",
+        "bimanual",
+        "--action-kind",
+        "absolute",
+        "--joint-unit",
+        "deg",
+        "--gripper",
+        "2,0",
+        "--field",
+        "action.1=arm_joint_1_pos",
+        "--field",
+        "state.1=arm_joint_1_pos",
+    )
     assert given.code == 0 and (tmp_path / "given.yaml").read_text() == (tmp_path / "asked.yaml").read_text()
     monkeypatch.setattr(sys, "stdin", Terminal("bimanual\nabsolute\n"))
     assert dvla("add", root, "--out", tmp_path / "half.yaml").code == 130 and not (tmp_path / "half.yaml").exists()
@@ -533,6 +750,22 @@ def test_every_embodiment_can_be_chosen(dvla: Dvla, tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "d", action=SO100, state=SO100, robot="so100")
     for name in EMBODIMENTS:
         out = tmp_path / f"{name}.yaml"
-        assert dvla("add", root, "--out", out, "--embodiment", name, "--action-kind", "absolute", "--joint-unit", "percent", "--gripper", "100,0").code == 0
+        assert (
+            dvla(
+                "add",
+                root,
+                "--out",
+                out,
+                "--embodiment",
+                name,
+                "--action-kind",
+                "absolute",
+                "--joint-unit",
+                "percent",
+                "--gripper",
+                "100,0",
+            ).code
+            == 0
+        )
         assert yaml.safe_load(out.read_text())["embodiment"] == name
     shutil.rmtree(root)

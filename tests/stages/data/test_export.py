@@ -26,14 +26,32 @@ def test_export_and_read_back(demos, tmp_path, compression):
     assert (report.episodes, report.frames, report.quarantined, report.kept) == (3, sum(LENGTHS), 0, 0)
     assert report.bytes == sum(p.stat().st_size for p in out.glob("ep_*"))
     assert seen[-1][1:] == (3, 3)
-    assert sorted(p.name for p in out.glob("*")) == [".lock", "ep_000000.hdf5", "ep_000002.hdf5", "ep_000010.hdf5", "quarantine.jsonl"]
+    assert sorted(p.name for p in out.glob("*")) == [
+        ".lock",
+        "ep_000000.hdf5",
+        "ep_000002.hdf5",
+        "ep_000010.hdf5",
+        "quarantine.jsonl",
+    ]
     same_unified(source, open_source(out))
-    with h5py.File(out / "ep_000002.hdf5") as file:     # the layout of the description
+    with h5py.File(out / "ep_000002.hdf5") as file:  # the layout of the description
         assert {k: (v.shape, v.dtype) for k, v in file.items() if k in ("actions", "proprio", "action_mask")} == {
-            "actions": ((5, 128), np.float32), "proprio": ((5, 128), np.float32), "action_mask": ((128,), np.bool_)}
-        assert file["language"].asstr()[()] == "" and file["images/view_0"].compression == (None if compression == "none" else compression)
-        assert {k: file.attrs[k] for k in ("dataset_name", "embodiment_id", "episode_length", "n_views", "action_dim")} == {
-            "dataset_name": "PickPlaceCan_image", "embodiment_id": 4, "episode_length": 5, "n_views": 2, "action_dim": 7}
+            "actions": ((5, 128), np.float32),
+            "proprio": ((5, 128), np.float32),
+            "action_mask": ((128,), np.bool_),
+        }
+        assert file["language"].asstr()[()] == "" and file["images/view_0"].compression == (
+            None if compression == "none" else compression
+        )
+        assert {
+            k: file.attrs[k] for k in ("dataset_name", "embodiment_id", "episode_length", "n_views", "action_dim")
+        } == {
+            "dataset_name": "PickPlaceCan_image",
+            "embodiment_id": 4,
+            "episode_length": 5,
+            "n_views": 2,
+            "action_dim": 7,
+        }
 
 
 def test_export_of_an_export_is_the_same(episode_folder, tmp_path):
@@ -56,6 +74,7 @@ def test_export_bytes_do_not_depend_on_interruptions(demos, tmp_path, monkeypatc
             def broken_off(start, stop):
                 yield next(last.open(start, stop))
                 raise KeyboardInterrupt
+
             return replace(episode, views=(first, replace(last, open=broken_off)))
         return episode
 
@@ -66,7 +85,9 @@ def test_export_bytes_do_not_depend_on_interruptions(demos, tmp_path, monkeypatc
     (tmp_path / "out" / ".ep_000002.hdf5.tmp-1").write_bytes(b"left by a killed export")
     first = (tmp_path / "out" / "ep_000000.hdf5").stat().st_mtime_ns
     report = export(source, tmp_path / "out")
-    assert (report.episodes, report.kept) == (3, 1) and (tmp_path / "out" / "ep_000000.hdf5").stat().st_mtime_ns == first
+    assert (report.episodes, report.kept) == (3, 1) and (
+        tmp_path / "out" / "ep_000000.hdf5"
+    ).stat().st_mtime_ns == first
     names = sorted(os.listdir(tmp_path / "whole"))
     assert sorted(os.listdir(tmp_path / "out")) == names
     assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)
@@ -79,12 +100,15 @@ def test_export_quarantines_what_cannot_be_used(tmp_path):
     with h5py.File(path) as file:
         offset = file["data/demo_10/obs/agentview_image"].id.get_chunk_info(0).byte_offset
     data = bytearray(path.read_bytes())
-    data[offset + 2:offset + 40] = b"\xff" * 38     # found only by decoding
+    data[offset + 2 : offset + 40] = b"\xff" * 38  # found only by decoding
     path.write_bytes(data)
     report = export(open_source(path, CAN), tmp_path / "out")
     assert (report.episodes, report.quarantined) == (1, 2)
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(line["dataset"], line["episode_id"]) for line in lines] == [("PickPlaceCan_image", 2), ("PickPlaceCan_image", 10)]
+    assert [(line["dataset"], line["episode_id"]) for line in lines] == [
+        ("PickPlaceCan_image", 2),
+        ("PickPlaceCan_image", 10),
+    ]
     assert "'actions' is nan at frame 1" in lines[0]["reason"] and "cannot be decoded" in lines[1]["reason"]
     assert open_source(tmp_path / "out").episode_ids == (0,)
     edit(path, lambda f: f["data/demo_0/actions"].__setitem__((1, 1), np.nan))
@@ -128,10 +152,20 @@ def test_export_refuses_what_is_not_its_own(demos, episode_folder, tmp_path, mon
         export(source, tmp_path / "file")
 
 
-@pytest.mark.parametrize("how, message", [
-    (lambda pictures: pictures[:-1], "4 pictures of 'robot0_eye_in_hand' for 5 rows"),
-    (lambda pictures: [*pictures, pictures[0]], r"picture 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected were 5 of"),
-    (lambda pictures: [pictures[0][:4], *pictures[1:]], r"picture 0 of 'robot0_eye_in_hand' is \[4, 8, 3\], expected were 5 of")])
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (lambda pictures: pictures[:-1], "4 pictures of 'robot0_eye_in_hand' for 5 rows"),
+        (
+            lambda pictures: [*pictures, pictures[0]],
+            r"picture 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected were 5 of",
+        ),
+        (
+            lambda pictures: [pictures[0][:4], *pictures[1:]],
+            r"picture 0 of 'robot0_eye_in_hand' is \[4, 8, 3\], expected were 5 of",
+        ),
+    ],
+)
 def test_pictures_that_are_not_what_their_view_says(demos, tmp_path, monkeypatch, how, message):
     source, load = open_source(demos, CAN), RobomimicSource.load
 

@@ -35,11 +35,23 @@ from support.cli_runner import Dvla, refused
 from support.policy_samples import ALPHA, NOISE, make_batch, make_net
 from support.toy_environment import install
 
-RECIPE = Recipe(title="two", environments={"toy/near": 3, "toy/far": 4}, train="--steps 10", eval="--replan 8", seeds=(0, 1), episodes=5, variants={
-    "MSE": Variant(train="--loss-type mse"), "flow, 10": Variant(train="--loss-type flow"), "flow, 1": Variant(of="flow, 10", eval="--sample-steps 1")})
+RECIPE = Recipe(
+    title="two",
+    environments={"toy/near": 3, "toy/far": 4},
+    train="--steps 10",
+    eval="--replan 8",
+    seeds=(0, 1),
+    episodes=5,
+    variants={
+        "MSE": Variant(train="--loss-type mse"),
+        "flow, 10": Variant(train="--loss-type flow"),
+        "flow, 1": Variant(of="flow, 10", eval="--sample-steps 1"),
+    },
+)
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_are_commands_that_exist(name: str) -> None:
@@ -62,29 +74,51 @@ def test_shipped_recipes_are_commands_that_exist(name: str) -> None:
 
 
 def test_axes_are_combined() -> None:
-    recipe = Recipe("grid", {"toy/near": 1}, variants={"plain": Variant()}, axes={
-        "G": {"G 1": Variant(train="--draws 1"), "G 4": Variant(train="--draws 4", cache="--tokens 4")},
-        "loss": {"mse": Variant(train="--loss-type mse"), "other VLM": Variant(vlm="paligemma2", eval="--replan 2")}})
+    recipe = Recipe(
+        "grid",
+        {"toy/near": 1},
+        variants={"plain": Variant()},
+        axes={
+            "G": {"G 1": Variant(train="--draws 1"), "G 4": Variant(train="--draws 4", cache="--tokens 4")},
+            "loss": {
+                "mse": Variant(train="--loss-type mse"),
+                "other VLM": Variant(vlm="paligemma2", eval="--replan 2"),
+            },
+        },
+    )
     assert list(rows(recipe)) == ["plain", "G 1, mse", "G 1, other VLM", "G 4, mse", "G 4, other VLM"]
     assert rows(recipe)["G 4, mse"] == Variant(train="--draws 4 --loss-type mse", cache="--tokens 4")
-    assert rows(recipe)["G 4, other VLM"] == Variant(train="--draws 4", eval="--replan 2", cache="--tokens 4", vlm="paligemma2")
+    assert rows(recipe)["G 4, other VLM"] == Variant(
+        train="--draws 4", eval="--replan 2", cache="--tokens 4", vlm="paligemma2"
+    )
     products = [product.relative_to("o").as_posix() for product, _ in preparation(recipe, Path("o"), 1)]
-    assert products == ["data/near", "vlm-qwen3vl", "vlm-paligemma2", "cache/manifest.json", "cache-g-1-other-vlm/manifest.json",
-                        "cache-g-4-mse/manifest.json", "cache-g-4-other-vlm/manifest.json"]
+    assert products == [
+        "data/near",
+        "vlm-qwen3vl",
+        "vlm-paligemma2",
+        "cache/manifest.json",
+        "cache-g-1-other-vlm/manifest.json",
+        "cache-g-4-mse/manifest.json",
+        "cache-g-4-other-vlm/manifest.json",
+    ]
     build = shlex.join(preparation(recipe, Path("o"), 1)[-1][1])
     assert "--vlm tiny_paligemma2 --vlm-path o/vlm-paligemma2 --tokens 4 --out o/cache-g-4-other-vlm" in build
 
 
 def test_cells_follow_the_seeds() -> None:
     found = cells(RECIPE, Path("o"))
-    assert [cell.name for cell in found] == [f"{name}-{seed}" for seed in (0, 1) for name in ("references", "blind", "mse", "flow-10")]
+    assert [cell.name for cell in found] == [
+        f"{name}-{seed}" for seed in (0, 1) for name in ("references", "blind", "mse", "flow-10")
+    ]
     train, ten, one = found[3].commands
     assert shlex.join(train) == "train --from-cache o/cache --steps 10 --loss-type flow --seed 0 --out o/runs/flow-10-0"
-    assert ten[:2] == one[:2] == ("eval", "o/runs/flow-10-0") and "--sample-steps" in one and "--sample-steps" not in ten
+    assert (
+        ten[:2] == one[:2] == ("eval", "o/runs/flow-10-0") and "--sample-steps" in one and "--sample-steps" not in ten
+    )
     assert found[3].products == (Path("o/eval/flow-10-0"), Path("o/eval/flow-1-0"))
     # Every policy of a seed meets the same starts; the baselines run in cells of their own.
     evaluations = [c for cell in found for c in cell.commands if c[0] == "eval"]
-    assert {shlex.join(c[c.index("--episodes"):c.index("--seed")]) for c in evaluations} == {"--episodes 5"}
+    assert {shlex.join(c[c.index("--episodes") : c.index("--seed")]) for c in evaluations} == {"--episodes 5"}
     assert all(c[c.index("--baselines") + 1] == "none" and c[c.index("--seed") + 1] == c[-1][-1] for c in evaluations)
     assert "--blind" in found[1].commands[0] and "--blind" not in found[2].commands[0]
     assert [c.name for c in cells(dataclasses.replace(RECIPE, blind=None), Path("o"))][:2] == ["references-0", "mse-0"]
@@ -94,13 +128,27 @@ def test_cells_follow_the_seeds() -> None:
         cells(own, Path("o"), "caches/mine")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"variants": {}}, "0 variants"), ({"seeds": [1, 1]}, "must be different"), ({"episodes": 0}, "0 episodes"), ({"variantz": {}}, "did you mean 'variants'"),
-    ({"train": "--seed 3"}, "--seed is for `dvla ablate` to set"), ({"eval": "--out x"}, "--out is for"), ({"blind": "--from-cache=x"}, "--from-cache is for"),
-    ({"variants": {"a": {"train": "--loss-type 'mse"}}}, "No closing quotation"), ({"variants": {"a": {"trian": ""}}}, "did you mean 'train'"),
-    ({"variants": {"a b": {}, "A-B": {}}}, "like that of 'a b'"), ({"variants": {"blind": {}}}, "needs another name"),
-    ({"variants": {"a": {"of": "bb"}, "b": {}}}, "did you mean 'b'"), ({"variants": {"a": {"of": "b", "train": "--steps 1"}, "b": {}}}, "eval options only"),
-    ({"vlm": None}, "name one with --vlm"), ({"environments": {"x/a": 1, "y/a": 1}}, "two of one name"), ({"environments": {"x/a": "many"}}, "expected int")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"variants": {}}, "0 variants"),
+        ({"seeds": [1, 1]}, "must be different"),
+        ({"episodes": 0}, "0 episodes"),
+        ({"variantz": {}}, "did you mean 'variants'"),
+        ({"train": "--seed 3"}, "--seed is for `dvla ablate` to set"),
+        ({"eval": "--out x"}, "--out is for"),
+        ({"blind": "--from-cache=x"}, "--from-cache is for"),
+        ({"variants": {"a": {"train": "--loss-type 'mse"}}}, "No closing quotation"),
+        ({"variants": {"a": {"trian": ""}}}, "did you mean 'train'"),
+        ({"variants": {"a b": {}, "A-B": {}}}, "like that of 'a b'"),
+        ({"variants": {"blind": {}}}, "needs another name"),
+        ({"variants": {"a": {"of": "bb"}, "b": {}}}, "did you mean 'b'"),
+        ({"variants": {"a": {"of": "b", "train": "--steps 1"}, "b": {}}}, "eval options only"),
+        ({"vlm": None}, "name one with --vlm"),
+        ({"environments": {"x/a": 1, "y/a": 1}}, "two of one name"),
+        ({"environments": {"x/a": "many"}}, "expected int"),
+    ],
+)
 def test_recipes_without_sense_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     values = {"title": "t", "environments": {"toy/near": 1}, "variants": {"a": {}}, **changes}
     (tmp_path / "r.yaml").write_text(json.dumps(values))
@@ -117,7 +165,7 @@ def test_unknown_recipe() -> None:
 
 # --- the grid -------------------------------------------------------------------------------------------------------
 
-STAND_IN = '''
+STAND_IN = """
 import json, pathlib, sys
 words = sys.argv[1:]
 out = pathlib.Path(words[-1])
@@ -148,7 +196,7 @@ elif words[:2] == ["cache", "build"]:
     (out / "manifest.json").write_text("{}")
 else:
     out.mkdir(parents=True)
-'''
+"""
 
 
 @pytest.fixture
@@ -178,13 +226,24 @@ def test_a_grid_runs_once_and_its_table_pools_the_seeds(grid: Path) -> None:
     words = called(grid)
     assert sum(line.startswith("train") for line in words) == 6 and sum(line.startswith("eval") for line in words) == 10
     row = found["rows"]["flow, 10"]
-    assert row["tasks"]["toy/near"]["success"] == 0.8 and row["tasks"]["toy/near"]["episodes"] == 10 and row["tasks"]["toy/far"]["by_seed"] == {"0": 0.8, "1": 0.8}
-    assert row["tasks"]["toy/near"]["ci95"] == pytest.approx([0.490, 0.943], abs=1e-3)     # Wilson's, 8 of 10
-    assert row["steps_per_second"] == 2.0 and row["train_seconds"] == {"0": 5.0, "1": 5.0} and row["held_out_mse"] == {"0": 0.5, "1": 0.5}
+    assert (
+        row["tasks"]["toy/near"]["success"] == 0.8
+        and row["tasks"]["toy/near"]["episodes"] == 10
+        and row["tasks"]["toy/far"]["by_seed"] == {"0": 0.8, "1": 0.8}
+    )
+    assert row["tasks"]["toy/near"]["ci95"] == pytest.approx([0.490, 0.943], abs=1e-3)  # Wilson's, 8 of 10
+    assert (
+        row["steps_per_second"] == 2.0
+        and row["train_seconds"] == {"0": 5.0, "1": 5.0}
+        and row["held_out_mse"] == {"0": 0.5, "1": 0.5}
+    )
     assert list(found["rows"]) == ["MSE", "flow, 10", "flow, 1", "blind", "expert", "random"]
     table = (grid / "table.md").read_text()
     assert table == document(found) and json.loads((grid / "results.json").read_text()) == found
-    assert "| flow, 1 | 40% (17 – 69; 40 / 40) | 40% (17 – 69; 40 / 40) | 40% | 9.0 | 2.00 | – | – | that of flow, 10 | 0, 1 |" in table
+    assert (
+        "| flow, 1 | 40% (17 – 69; 40 / 40) | 40% (17 – 69; 40 / 40) | 40% | 9.0 | 2.00 | – | – | that of flow, 10 | 0, 1 |"
+        in table
+    )
     assert sum("of 8 cells" in line for line in said) == 8
     # Again: nothing is left to do, and the numbers are read from the folder.
     again, said = run(grid)
@@ -197,9 +256,11 @@ def test_rows_and_seeds_may_be_added_but_not_changed(grid: Path) -> None:
     found, _ = run(grid)
     assert "out/runs/mse-0" not in " ".join(called(grid)) and found["rows"]["MSE"]["seeds"] == [0, 1]
     changed = {**RECIPE.variants, "MSE": Variant(train="--loss-type mse --draws 1")}
-    for recipe, words in [(dataclasses.replace(RECIPE, episodes=6), "episodes: it has 5, now asked 6"),
-                          (dataclasses.replace(RECIPE, train="--steps 20"), "train: it has --steps 10, now asked --steps 20"),
-                          (dataclasses.replace(RECIPE, variants=changed), "rows.MSE.train: it has --loss-type mse, now asked")]:
+    for recipe, words in [
+        (dataclasses.replace(RECIPE, episodes=6), "episodes: it has 5, now asked 6"),
+        (dataclasses.replace(RECIPE, train="--steps 20"), "train: it has --steps 10, now asked --steps 20"),
+        (dataclasses.replace(RECIPE, variants=changed), "rows.MSE.train: it has --loss-type mse, now asked"),
+    ]:
         with pytest.raises(UserError, match=words):
             begin(recipe, grid, None)
     # A row that is left out now may not come back as something else.
@@ -225,7 +286,11 @@ def test_what_fails_is_named_and_the_rest_is_run(grid: Path) -> None:
     (tmp / "break-mse-0").unlink()
     called(tmp)
     found, said = run(tmp)
-    assert [line.split()[0] for line in called(tmp)] == ["train", "eval"] and "7 of 8 cells were done before" in said and found["rows"]["MSE"]["seeds"] == [0, 1]
+    assert (
+        [line.split()[0] for line in called(tmp)] == ["train", "eval"]
+        and "7 of 8 cells were done before" in said
+        and found["rows"]["MSE"]["seeds"] == [0, 1]
+    )
 
 
 def test_a_failed_preparation_stops_the_grid(grid: Path) -> None:
@@ -236,7 +301,7 @@ def test_a_failed_preparation_stops_the_grid(grid: Path) -> None:
     assert [line.split()[0] for line in called(grid)] == ["data", "data"]
     (grid / "break-far").unlink()
     run(grid)
-    assert "toy/near" not in called(grid)[0]    # recorded before
+    assert "toy/near" not in called(grid)[0]  # recorded before
 
 
 def test_an_interruption_ends_the_cells_at_work(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,10 +338,24 @@ def test_one_at_a_time_in_a_folder(grid: Path) -> None:
 
 
 def test_the_command(grid: Path, dvla: Dvla, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(json.dumps({"title": "two", "environments": {"toy/near": 3, "toy/far": 4}, "seeds": [0], "episodes": 5,
-                                                 "variants": {"MSE": {"train": "--loss-type mse"}}}))
+    (tmp_path / "r.yaml").write_text(
+        json.dumps(
+            {
+                "title": "two",
+                "environments": {"toy/near": 3, "toy/far": 4},
+                "seeds": [0],
+                "episodes": 5,
+                "variants": {"MSE": {"train": "--loss-type mse"}},
+            }
+        )
+    )
     shown = dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--print")
-    assert shown.code == 0 and "dvla train --from-cache" in shown.out and "3 cells: 2 trainings, 40 rollouts; 0 done" in shown.out and not grid.exists()
+    assert (
+        shown.code == 0
+        and "dvla train --from-cache" in shown.out
+        and "3 cells: 2 trainings, 40 rollouts; 0 done" in shown.out
+        and not grid.exists()
+    )
     refused(dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--table"), "holds no results")
     refused(dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--jobs", "0"), "--jobs 0")
     done = dvla("ablate", tmp_path / "r.yaml", "--out", grid)
@@ -285,7 +364,9 @@ def test_the_command(grid: Path, dvla: Dvla, tmp_path: Path) -> None:
     again = dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--table")
     assert again.code == 0 and again.out.startswith("**two**") and (grid / "table.md").read_text() in again.out
     assert "done" in dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--print").out
-    refused(dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--train", "--steps 4"), "begun with another recipe", "train")
+    refused(
+        dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--train", "--steps 4"), "begun with another recipe", "train"
+    )
     refused(dvla("ablate", "lamda"), "did you mean 'lambda'")
 
 
@@ -297,6 +378,7 @@ def test_the_estimate_comes_from_finished_cells(grid: Path) -> None:
 
 
 # --- the embodiment token -------------------------------------------------------------------------------------------
+
 
 def test_without_its_token_the_embodiment_changes_nothing() -> None:
     batch = make_batch()

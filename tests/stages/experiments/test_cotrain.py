@@ -19,9 +19,20 @@ from dvla.stages.training.config import OptimizerConfig, load_recipe, train_conf
 from dvla.stages.training.parallel.replicas import parameter_groups
 from dvla.stages.training.stage_three import finetune as finetune_module
 
-TINY = TinySpec(vision_depth=2, vision_width=32, vision_heads=2, vision_mlp=2, out_width=32, text_layers=1, vocabulary=512, init_std=0.1)
-TRAIN = ("--model-size tiny --set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=4 --batch-size 4 --draws 2 --steps 2 "
-         "--set holdout=0.3 --eval-every 2 --eval-batches 1 --log-every 1 --lr 1e-3 --device cpu")
+TINY = TinySpec(
+    vision_depth=2,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
+TRAIN = (
+    "--model-size tiny --set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=4 --batch-size 4 --draws 2 --steps 2 "
+    "--set holdout=0.3 --eval-every 2 --eval-batches 1 --log-every 1 --lr 1e-3 --device cpu"
+)
 
 
 def words(config: CotrainConfig) -> list[str]:
@@ -30,9 +41,13 @@ def words(config: CotrainConfig) -> list[str]:
 
 # --- the staged recipe ----------------------------------------------------------------------------------------------
 
+
 def test_the_vlm_rate_is_halved_at_its_steps() -> None:
-    named = {"adapter.a": torch.nn.Parameter(torch.zeros(2, 2)), "proj_seq.0.weight": torch.nn.Parameter(torch.zeros(2, 2)),
-             "dit.x": torch.nn.Parameter(torch.zeros(2, 2))}
+    named = {
+        "adapter.a": torch.nn.Parameter(torch.zeros(2, 2)),
+        "proj_seq.0.weight": torch.nn.Parameter(torch.zeros(2, 2)),
+        "dit.x": torch.nn.Parameter(torch.zeros(2, 2)),
+    }
     groups = parameter_groups(named, OptimizerConfig(vlm_lr_halved=(3, 5)))
     assert [(g["halved"], g["lr_scale"]) for g in groups] == [((3, 5), 0.1), ((), 0.5), ((), 1.0)]
     with pytest.raises(UserError, match="each step of optimizer.vlm_lr_halved is 0; it must be at least 1"):
@@ -51,8 +66,18 @@ def test_the_loop_trains_by_the_stages(loop: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     sources = tuple(json.loads((loop / "sources.json").read_text()))
-    config = finetune_module.finetune_config(loop / "run" / "train-0", sources, finetune_module.LoraSpec(r=2), {
-        "out": str(loop / "staged"), "steps": 4, "unfreeze": {"adapter.": 1}, "optimizer.vlm_lr_halved": [2, 3], "optimizer.projector_lr_scale": 1.0})
+    config = finetune_module.finetune_config(
+        loop / "run" / "train-0",
+        sources,
+        finetune_module.LoraSpec(r=2),
+        {
+            "out": str(loop / "staged"),
+            "steps": 4,
+            "unfreeze": {"adapter.": 1},
+            "optimizer.vlm_lr_halved": [2, 3],
+            "optimizer.projector_lr_scale": 1.0,
+        },
+    )
     finetune_module.finetune(config, say=lambda _: None)
     assert [trained for *_, trained in rates] == [False, True, True, True]
     for (dit, lora, _), factor in zip(rates, (1, 1, 0.5, 0.25)):
@@ -71,10 +96,13 @@ def test_the_recipe(dvla: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(finetune_module, "finetune_config", stop)
     assert dvla("finetune", "a", "--source", "s", "--out", "R", "--recipe", "cotrain").code == 2
-    assert seen[0]["unfreeze"] == {"adapter.": 5000} == load_recipe("cotrain")["unfreeze"] and seen[0]["optimizer.vlm_lr_halved"] == [50000]
+    assert seen[0]["unfreeze"] == {"adapter.": 5000} == load_recipe("cotrain")["unfreeze"] and seen[0][
+        "optimizer.vlm_lr_halved"
+    ] == [50000]
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def loop(recorded: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -84,8 +112,15 @@ def loop(recorded: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("loop")
     vlm = make_tiny_qwen3vl(folder / "vlm", TINY)
     said: list[str] = []
-    config = CotrainConfig((str(recorded["h264"]),), folder / "run", "tiny_qwen3vl", str(vlm), "--batch-size 8", TRAIN,
-                           "--steps 2 --lora-r 2 --vlm-lr-scale 1.0 --device cpu")
+    config = CotrainConfig(
+        (str(recorded["h264"]),),
+        folder / "run",
+        "tiny_qwen3vl",
+        str(vlm),
+        "--batch-size 8",
+        TRAIN,
+        "--steps 2 --lora-r 2 --vlm-lr-scale 1.0 --device cpu",
+    )
     summary = cotrain(config, cli.run, lambda line, **_: said.append(line))
     (folder / "said.json").write_text(json.dumps(said))
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -97,13 +132,19 @@ def test_one_command_runs_the_loop(recorded: dict[str, Path], loop: Path) -> Non
     said, summary = (json.loads((loop / f"{name}.json").read_text()) for name in ("said", "summary"))
     names = ["cache build", "train", "finetune", "cache build", "cache diff", "train"]
     shown = [line for line in said if line.startswith("[bold]$ dvla ")]
-    assert [line.startswith(f"[bold]$ dvla {name} ") for line, name in zip(shown, names)] == [True] * 6 and len(shown) == 6
+    assert [line.startswith(f"[bold]$ dvla {name} ") for line, name in zip(shown, names)] == [True] * 6 and len(
+        shown
+    ) == 6
     assert json.loads((loop / "run" / "summary.json").read_text()) == summary
-    assert list(summary["held_out_mse"]) == ["train-0", "lora-1", "train-1"] and all(v > 0 for v in summary["held_out_mse"].values())
+    assert list(summary["held_out_mse"]) == ["train-0", "lora-1", "train-1"] and all(
+        v > 0 for v in summary["held_out_mse"].values()
+    )
     [[drift]] = summary["drift"]
     assert drift["dataset"] == "h264" and drift["relative"] > 0
     assert "held-out error (mse): train-0 " in said[-1] and "→ lora-1" in said[-1]
-    before, after = (json.loads((loop / "run" / f"cache-{n}" / "fingerprint.json").read_text())["encoder"]["adapter"] for n in (0, 1))
+    before, after = (
+        json.loads((loop / "run" / f"cache-{n}" / "fingerprint.json").read_text())["encoder"]["adapter"] for n in (0, 1)
+    )
     assert before is None and set(after) == {"sha256", "scaling"}
     assert json.loads((loop / "run" / "train-1" / "config.json").read_text())["init"] == str(loop / "run" / "lora-1")
 
@@ -115,7 +156,7 @@ def test_an_interrupted_loop_goes_on(recorded: dict[str, Path], loop: Path, tmp_
     def broken(command: list[str]) -> None:
         ran.append(command)
         if command[:2] == ["cache", "diff"]:
-            raise SystemExit(1)     # they differ: the loop goes on
+            raise SystemExit(1)  # they differ: the loop goes on
         if len(ran) == 4:
             raise KeyboardInterrupt
 
@@ -131,25 +172,47 @@ def test_an_interrupted_loop_goes_on(recorded: dict[str, Path], loop: Path, tmp_
     with pytest.raises(UserError, match="holds a cotraining with other settings; choose another --out"):
         cotrain(dataclasses.replace(config, rounds=1), broken, lambda *_, **__: None)
     with pytest.raises(SystemExit):
-        cotrain(dataclasses.replace(config, out=tmp_path / "other"), lambda _: (_ for _ in ()).throw(SystemExit(1)), lambda *_, **__: None)
+        cotrain(
+            dataclasses.replace(config, out=tmp_path / "other"),
+            lambda _: (_ for _ in ()).throw(SystemExit(1)),
+            lambda *_, **__: None,
+        )
 
 
 def test_its_commands() -> None:
-    config = CotrainConfig(("data/a b",), Path("loop"), vlm_path="V", cache="--tokens 49", train="--recipe base", finetune="--steps 9", retrain="--steps 5")
+    config = CotrainConfig(
+        ("data/a b",),
+        Path("loop"),
+        vlm_path="V",
+        cache="--tokens 49",
+        train="--recipe base",
+        finetune="--steps 9",
+        retrain="--steps 5",
+    )
     assert words(config) == [
         "cache build 'data/a b' --vlm qwen3vl --vlm-path V --tokens 49 --out loop/cache-0",
         "train --from-cache loop/cache-0 --recipe base --out loop/train-0",
         "finetune --vlm-mode lora loop/train-0 --source 'data/a b' --steps 9 --out loop/lora-1",
         "cache build 'data/a b' --adapter loop/lora-1 --tokens 49 --out loop/cache-1",
         "cache diff loop/cache-0 loop/cache-1 --json loop/drift-1.json",
-        "train --from-cache loop/cache-1 --init loop/lora-1 --steps 5 --out loop/train-1"]
-    assert words(dataclasses.replace(config, rounds=2, retrain=None))[-1] == "train --from-cache loop/cache-2 --init loop/lora-2 --recipe base --out loop/train-2"
+        "train --from-cache loop/cache-1 --init loop/lora-1 --steps 5 --out loop/train-1",
+    ]
+    assert (
+        words(dataclasses.replace(config, rounds=2, retrain=None))[-1]
+        == "train --from-cache loop/cache-2 --init loop/lora-2 --recipe base --out loop/train-2"
+    )
 
 
-@pytest.mark.parametrize("changes, message", [({"train": "--out x"}, "--train '--out x': --out is for `dvla cotrain` to set"),
-                                              ({"cache": "--vlm=paligemma2"}, "--vlm is for `dvla cotrain` to set"),
-                                              ({"finetune": "'"}, "No closing quotation"), ({"rounds": 0}, "--rounds 0: give at least 1"),
-                                              ({"sources": ()}, "no source given")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train": "--out x"}, "--train '--out x': --out is for `dvla cotrain` to set"),
+        ({"cache": "--vlm=paligemma2"}, "--vlm is for `dvla cotrain` to set"),
+        ({"finetune": "'"}, "No closing quotation"),
+        ({"rounds": 0}, "--rounds 0: give at least 1"),
+        ({"sources": ()}, "no source given"),
+    ],
+)
 def test_what_the_loop_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CotrainConfig(**{"sources": ("s",), "out": Path("o"), **changes})

@@ -11,7 +11,8 @@ import pytest
 
 needs_simulator = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("metaworld", "lerobot")),
-    reason="needs the extras: pip install 'dvla[lerobot,sim]'")
+    reason="needs the extras: pip install 'dvla[lerobot,sim]'",
+)
 
 
 def dvla(monkeypatch, *arguments: str) -> int:
@@ -37,8 +38,11 @@ def test_quick_demo(tmp_path, monkeypatch, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["stages"]) == {"stage_two", "stage_three"} and len(summary["tasks"]) == 2
     for row in summary["tasks"].values():
-        assert row["expert"] == 1.0     # the scripted expert solves these starts: the simulator and its success test work
-        assert all(0 <= row[name] <= 1 for name in ("success", "random", "blind")) and row["ci95"][0] <= row["success"] <= row["ci95"][1]
+        assert row["expert"] == 1.0  # the scripted expert solves these starts: the simulator and its success test work
+        assert (
+            all(0 <= row[name] <= 1 for name in ("success", "random", "blind"))
+            and row["ci95"][0] <= row["success"] <= row["ci95"][1]
+        )
     assert summary["frames"] > 100 and summary["cache_bytes"] > summary["frames"] * 2 * 16 * 128 * 2
     assert np.isfinite(summary["loss"]["stage_two"] + summary["loss"]["stage_three"]).all()
     for picture in ("loss.png", "switch.png", "success.png", "eval3_metaworld_button-press-topdown-v3.mp4"):

@@ -28,7 +28,14 @@ def command_of(name: str) -> tuple[str, ...]:
 
 
 def test_what_is_shipped() -> None:
-    assert scripts() == ("accelerate-fsdp2", "accelerate-zero2", "slurm-cache", "slurm-train", "torchrun", "torchrun-nodes")
+    assert scripts() == (
+        "accelerate-fsdp2",
+        "accelerate-zero2",
+        "slurm-cache",
+        "slurm-train",
+        "torchrun",
+        "torchrun-nodes",
+    )
 
 
 @pytest.mark.parametrize("name", scripts())
@@ -40,7 +47,10 @@ def test_every_script_is_one_a_shell_reads(name: str, dvla: Dvla) -> None:
     assert done.returncode == 0 and not done.stderr
     assert shlex.join(command_of(name)) in shown.out
     listed = dvla("launch", name, "--settings")
-    assert all(setting.meaning and f"{n}={setting.default}" in listed.out for n, setting in settings_of(read_script(name)).items())
+    assert all(
+        setting.meaning and f"{n}={setting.default}" in listed.out
+        for n, setting in settings_of(read_script(name)).items()
+    )
 
 
 def test_refusals(dvla: Dvla, tmp_path: Path) -> None:
@@ -78,33 +88,72 @@ def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: st
     """Against stand-ins for Slurm's programs. Before the walltime Slurm tells the step alone, which ends as dvla does after SIGTERM, with 130; a job that
     somebody cancelled is told as a whole, and must not come back."""
     programs = tmp_path / "bin"
-    program(programs, "srun", f'echo "$@" > asked; echo up > up; {dict(finished="exit 0", failed="exit 2", walltime="exit 130", cancelled="exec sleep 60")[how]}')
+    program(
+        programs,
+        "srun",
+        f'echo "$@" > asked; echo up > up; {dict(finished="exit 0", failed="exit 2", walltime="exit 130", cancelled="exec sleep 60")[how]}',
+    )
     program(programs, "scontrol", 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo node7; fi')
     script = render(read_script(name), command_of(name), {"processes": "2"})
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]"}
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+    }
     job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, start_new_session=True)
     if how == "cancelled":
         until((tmp_path / "up").exists)
         os.killpg(job.pid, signal.SIGTERM)
     code = job.wait(timeout=60)
-    assert (code, (tmp_path / "requeued").exists()) == {"finished": (0, False), "failed": (2, False), "walltime": (0, True), "cancelled": (-15, False)}[how]
+    assert (code, (tmp_path / "requeued").exists()) == {
+        "finished": (0, False),
+        "failed": (2, False),
+        "walltime": (0, True),
+        "cancelled": (-15, False),
+    }[how]
     if how == "walltime":
         assert (tmp_path / "requeued").read_text() == "42\n"
     words = (tmp_path / "asked").read_text()
-    assert words.rstrip().endswith("dvla train --from-cache my cache --out run" if name == "slurm-train" else "dvla cache build data/push --out cache --workers 2")
+    assert words.rstrip().endswith(
+        "dvla train --from-cache my cache --out run"
+        if name == "slurm-train"
+        else "dvla cache build data/push --out cache --workers 2"
+    )
 
 
 def test_the_processes_of_a_slurm_step_find_each_other(tmp_path: Path) -> None:
     """What the job's srun starts: here each in turn, with the variables Slurm sets for it."""
-    program(tmp_path / "bin", "srun", 'while [[ "$1" == --* ]]; do shift; done; for i in 0 1; do SLURM_PROCID=$((2 + i)) SLURM_LOCALID=$i SLURM_NTASKS=4 "$@"; done')
+    program(
+        tmp_path / "bin",
+        "srun",
+        'while [[ "$1" == --* ]]; do shift; done; for i in 0 1; do SLURM_PROCID=$((2 + i)) SLURM_LOCALID=$i SLURM_NTASKS=4 "$@"; done',
+    )
     program(tmp_path / "bin", "scontrol", "printf 'node7\nnode8\n'")
-    program(tmp_path / "bin", "dvla", f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $@" >> {tmp_path}/said')
+    program(
+        tmp_path / "bin",
+        "dvla",
+        f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $@" >> {tmp_path}/said',
+    )
     script = render(read_script("slurm-train"), TRAIN, {"nodes": "2", "processes": "2", "port": "29511"})
-    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]"}
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+    }
     assert subprocess.run(["bash", "-c", script], env=environment, timeout=60).returncode == 0
     said = (tmp_path / "said").read_text().splitlines()
-    assert said == [f"{rank} {local} 4 node7 29511 train --from-cache my cache --out run" for rank, local in ((2, 0), (3, 1))]
-    assert set(ENVIRONMENT) == {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}      # what `join` asks for
+    assert said == [
+        f"{rank} {local} 4 node7 29511 train --from-cache my cache --out run" for rank, local in ((2, 0), (3, 1))
+    ]
+    assert set(ENVIRONMENT) == {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }  # what `join` asks for
 
 
 @pytest.mark.parametrize("name", ["torchrun", "accelerate-fsdp2"])
@@ -112,12 +161,52 @@ def test_two_processes_train(tmp_path: Path, name: str) -> None:
     if name.startswith("accelerate") and find_spec("accelerate") is None:
         pytest.skip("needs accelerate, which comes with lerobot")
     synthetic.build(tmp_path / "cache")
-    command = ["train", "--from-cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--model-size", "tiny", "--steps", "1", "--batch-size", "2",
-               "--draws", "2", "--device", "cpu", "--eval-every", "0", "--set", "dit.width=32", "--set", "dit.blocks=1", "--set", "dit.heads=2", "--set",
-               "dit.horizon=2"]
+    command = [
+        "train",
+        "--from-cache",
+        str(tmp_path / "cache"),
+        "--out",
+        str(tmp_path / "run"),
+        "--model-size",
+        "tiny",
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--draws",
+        "2",
+        "--device",
+        "cpu",
+        "--eval-every",
+        "0",
+        "--set",
+        "dit.width=32",
+        "--set",
+        "dit.blocks=1",
+        "--set",
+        "dit.heads=2",
+        "--set",
+        "dit.horizon=2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run([sys.executable, "-m", "dvla.cli", "launch", name, "--set", "processes=2", *(["--set", "port=29541"] if name != "torchrun" else []),
-                           "--", *command], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "dvla.cli",
+            "launch",
+            name,
+            "--set",
+            "processes=2",
+            *(["--set", "port=29541"] if name != "torchrun" else []),
+            "--",
+            *command,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Batch: 2/process × 1 accum × 2 processes = 4 global" in done.stdout
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 1
@@ -126,7 +215,11 @@ def test_two_processes_train(tmp_path: Path, name: str) -> None:
 
 
 def test_sigterm_reaches_what_was_launched(tmp_path: Path) -> None:
-    program(tmp_path / "bin", "torchrun", f"trap 'echo saved > {tmp_path}/saved; exit 130' TERM; echo up > {tmp_path}/up; while :; do sleep 0.05; done")
+    program(
+        tmp_path / "bin",
+        "torchrun",
+        f"trap 'echo saved > {tmp_path}/saved; exit 130' TERM; echo up > {tmp_path}/up; while :; do sleep 0.05; done",
+    )
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     job = subprocess.Popen([sys.executable, "-m", "dvla.cli", "launch", "torchrun", "--", *TRAIN], env=environment)
     until((tmp_path / "up").exists)

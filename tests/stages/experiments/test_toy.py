@@ -34,6 +34,7 @@ def random(seed: int = 0) -> torch.Generator:
 
 # --- sliced Wasserstein ------------------------------------------------------------------------------------------------
 
+
 def test_distance_is_zero_on_itself_and_symmetric() -> None:
     x, y = torch.randn(500, 2, generator=random()), torch.rand(500, 2, generator=random(1))
     assert sliced_wasserstein(x, x[torch.randperm(500, generator=random(2))]) == 0
@@ -58,15 +59,15 @@ def test_pictures(picture: str) -> None:
     points = data.PICTURES[picture](4000, random())
     assert points.shape == (4000, 2) and points.abs().max() < 1.2
     assert torch.equal(points, data.PICTURES[picture](4000, random()))
-    if picture == "checkerboard":       # only squares whose row and column are both even or both odd, all eight of them
+    if picture == "checkerboard":  # only squares whose row and column are both even or both odd, all eight of them
         row, column = ((points + 1) * 2).floor().long().T
         assert ((row + column) % 2 == 0).all() and len(set(zip(row.tolist(), column.tolist()))) == 8
 
 
 # --- two ways round an obstacle ------------------------------------------------------------------------------------------
 
-OBSERVATION = torch.tensor([[-0.5, 0.3], [0.5, -0.8]])      # 70/30 and 50/50
-CENTRE = data.modes(OBSERVATION)                            # [2,2,D]
+OBSERVATION = torch.tensor([[-0.5, 0.3], [0.5, -0.8]])  # 70/30 and 50/50
+CENTRE = data.modes(OBSERVATION)  # [2,2,D]
 
 
 def measured(chunks: torch.Tensor, observation: torch.Tensor) -> ModeMetrics:
@@ -88,15 +89,15 @@ def test_metrics_of_one_mode() -> None:
     found = measured(draws([10, 10]), OBSERVATION)
     assert found.share_error == pytest.approx((0.3 + 0.5) / 2)
     assert (found.coverage, found.between) == (0, 0)
-    assert measured(draws([9, 10]), OBSERVATION).coverage == 0.5     # one draw of ten is enough
+    assert measured(draws([9, 10]), OBSERVATION).coverage == 0.5  # one draw of ten is enough
 
 
 def test_metrics_of_the_middle() -> None:
-    middle = CENTRE.mean(1, keepdim=True)                                       # [2,1,D]
+    middle = CENTRE.mean(1, keepdim=True)  # [2,1,D]
     found = measured(middle.expand(-1, 10, -1), OBSERVATION)
     apart = (CENTRE[:, 0] - CENTRE[:, 1]).norm(dim=1) / 2 / math.sqrt(CENTRE.shape[2])
     assert (found.coverage, found.between) == (0, 1) and found.distance == pytest.approx(apart.mean().item(), rel=1e-4)
-    tenth = torch.cat([draws([5, 5], 9), middle], dim=1)                        # one of ten in the middle
+    tenth = torch.cat([draws([5, 5], 9), middle], dim=1)  # one of ten in the middle
     assert measured(tenth, OBSERVATION).between == pytest.approx(0.1)
 
 
@@ -107,7 +108,7 @@ def test_the_expert_is_what_it_says() -> None:
     assert found.share_error < 0.02 and found.coverage == 1 and found.between < 1e-3
     assert found.distance == pytest.approx(data.NOISE, rel=0.05)
     spread = data.expert(data.observations(4000, random(1)), random(2)).std()
-    assert spread == pytest.approx(0.2, abs=0.03)       # like normalised robot actions
+    assert spread == pytest.approx(0.2, abs=0.03)  # like normalised robot actions
 
 
 def test_neighbours_begin_with_oneself() -> None:
@@ -118,6 +119,7 @@ def test_neighbours_begin_with_oneself() -> None:
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
+
 
 def equal(a: dict, b: dict) -> bool:
     return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a.keys() | b.keys())
@@ -134,13 +136,19 @@ def test_a_short_run_in_the_plane_approaches_the_data_and_repeats_itself() -> No
 
 def test_the_released_floor_holds_a_large_collapsed_set_back() -> None:
     """Among 512 samples the floor is half of each one's affinities: see docs/toy.md."""
-    held, free = (train_plane(PlaneRun("checkerboard", floor=floor), 40, 0, lambda step: None, measured=256) for floor in (1e-6, 1e-12))
+    held, free = (
+        train_plane(PlaneRun("checkerboard", floor=floor), 40, 0, lambda step: None, measured=256)
+        for floor in (1e-6, 1e-12)
+    )
     assert held["distance"] > 2 * free["distance"] and held["start"] == free["start"]
 
 
 @pytest.mark.parametrize("kind", ["mse", "flow", "diffusion", "pure_drift", "hybrid"])
 def test_action_runs_repeat_themselves(kind: str) -> None:
-    run, few = ActionRun(kind, positives=4, observations=128, horizon=6, longer=2), {"batch": 8, "tested": 4, "draws": 64}
+    run, few = (
+        ActionRun(kind, positives=4, observations=128, horizon=6, longer=2),
+        {"batch": 8, "tested": 4, "draws": 64},
+    )
     ticks: list[int] = []
     first = train_actions(run, 3, 5, ticks.append, **few)
     assert equal(first, train_actions(run, 3, 5, lambda step: None, **few))
@@ -148,19 +156,30 @@ def test_action_runs_repeat_themselves(kind: str) -> None:
     assert first["steps"] == 6 and ticks == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(value) for row in first["metrics"].values() for value in row.values())
     if kind == "mse":
-        assert (first["shown"] == first["shown"][0]).all()      # no noise, one answer
+        assert (first["shown"] == first["shown"][0]).all()  # no noise, one answer
     else:
         assert first["shown"].std(0).min() > 0
 
 
 def test_rows_are_mean_and_sample_std() -> None:
-    results = [{"kind": "flow", "seed": s, "metrics": {"10": {"share_error": 0.1 * s, "coverage": 1.0, "between": 0.0, "distance": 0.5}}}
-               for s in (1, 2, 3)]
-    row, = action_rows({"flow": results})
-    assert row["share_error"] == pytest.approx([0.2, 0.1]) and row["coverage"] == [1, 0] and (row["passes"], row["seeds"]) == (10, [1, 2, 3])
+    results = [
+        {
+            "kind": "flow",
+            "seed": s,
+            "metrics": {"10": {"share_error": 0.1 * s, "coverage": 1.0, "between": 0.0, "distance": 0.5}},
+        }
+        for s in (1, 2, 3)
+    ]
+    (row,) = action_rows({"flow": results})
+    assert (
+        row["share_error"] == pytest.approx([0.2, 0.1])
+        and row["coverage"] == [1, 0]
+        and (row["passes"], row["seeds"]) == (10, [1, 2, 3])
+    )
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +198,10 @@ def test_command_resumes_and_refuses(small, dvla: Dvla, tmp_path, monkeypatch) -
     assert result.code == 0, result
     assert "drifting" in result.out and "quick" in result.out and torch.get_num_threads() == threads
     summary = json.loads((whole / "summary.json").read_text())
-    assert {"distance", "data_to_data", "ratio", "seconds", "seed"} <= summary["plane"]["swiss roll, Algorithm 2, τ 0.05"].keys()
-    assert [row["name"] for row in summary["actions"]].count("flow") == 2      # 1 and 10 steps
+    assert {"distance", "data_to_data", "ratio", "seconds", "seed"} <= summary["plane"][
+        "swiss roll, Algorithm 2, τ 0.05"
+    ].keys()
+    assert [row["name"] for row in summary["actions"]].count("flow") == 2  # 1 and 10 steps
     for name in ("plane.png", "plane.gif", "plane_curves.png", "actions.png", "action_samples.png", "tables.md"):
         assert (whole / name).stat().st_size > 500
 
@@ -197,11 +218,13 @@ def test_command_resumes_and_refuses(small, dvla: Dvla, tmp_path, monkeypatch) -
     assert dvla("toy", "--quick", "--out", broken).code == 130
     assert not (broken / "summary.json").exists() and len(list((broken / "runs").glob("*.json"))) == 4 + 2
     assert dvla("toy", "--quick", "--out", broken).code == 0
-    assert len(calls) == 3 + len(toys.METHODS) + len(toys.SWEEPS) - 2      # finished runs are not repeated
+    assert len(calls) == 3 + len(toys.METHODS) + len(toys.SWEEPS) - 2  # finished runs are not repeated
     for file in (whole / "runs").glob("*.npz"):
         with np.load(file) as a, np.load(broken / "runs" / file.name) as b:
             assert all(np.array_equal(a[k], b[k]) for k in a.files)
-        mine, theirs = (json.loads((folder / "runs" / file.with_suffix(".json").name).read_text()) for folder in (whole, broken))
+        mine, theirs = (
+            json.loads((folder / "runs" / file.with_suffix(".json").name).read_text()) for folder in (whole, broken)
+        )
         assert mine.pop("seconds") > 0 < theirs.pop("seconds") and mine == theirs
 
     # A damaged result is named, other settings and foreign folders are refused; nothing is overwritten.
@@ -222,4 +245,6 @@ def test_runs_have_files_of_their_own() -> None:
 
     names = [*toys._plane(), *toys.METHODS, *toys.SWEEPS]
     assert len({re.sub(r"[^\w.]+", "_", name) for name in names}) == len(names)
-    assert len({json.dumps(dataclasses.asdict(run)) for run in (toys.METHODS | toys.SWEEPS).values()}) == len(toys.METHODS | toys.SWEEPS)
+    assert len({json.dumps(dataclasses.asdict(run)) for run in (toys.METHODS | toys.SWEEPS).values()}) == len(
+        toys.METHODS | toys.SWEEPS
+    )

@@ -37,13 +37,16 @@ from support.policy_samples import ALPHA, NOISE, make_batch, make_net
 from support.run_samples import TINY, make_run, observations
 
 LORA = LoraSpec(r=2, alpha=4.0, targets="all-linear")
-ROUNDING = 2e-3     # of the actions' spread: a merged weight rounds otherwise, and features are rounded to float16
+ROUNDING = 2e-3  # of the actions' spread: a merged weight rounds otherwise, and features are rounded to float16
 
 
 @pytest.fixture(scope="module")
 def vlms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("vlm")
-    return {"qwen3vl": make_tiny_qwen3vl(base / "qwen", TINY), "paligemma2": make_tiny_paligemma2(base / "pali", TinyPaliGemmaSpec())}
+    return {
+        "qwen3vl": make_tiny_qwen3vl(base / "qwen", TINY),
+        "paligemma2": make_tiny_paligemma2(base / "pali", TinyPaliGemmaSpec()),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +65,14 @@ def files(folder: Path) -> set[str]:
 
 # --- the folder ---------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("blind", [False, True])
-def test_without_lora_it_acts_alike_to_the_bit(vlms: dict[str, Path], tmp_path: Path, blind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lora_it_acts_alike_to_the_bit(
+    vlms: dict[str, Path], tmp_path: Path, blind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path / "run", vlms["qwen3vl"], blind=blind)
     expected = Policy.from_pretrained(run).act_batch(observations())
-    with monkeypatch.context() as patch:        # nothing has to be merged: the VLM need not be there
+    with monkeypatch.context() as patch:  # nothing has to be merged: the VLM need not be there
         patch.setattr(export_module, "load_policy_encoder", lambda *_: pytest.fail("read the VLM"))
         done = export_policy(run, tmp_path / "deep" / "policy")
     shutil.rmtree(run)
@@ -77,7 +83,9 @@ def test_without_lora_it_acts_alike_to_the_bit(vlms: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("arch, lora", [("qwen3vl", LORA), ("paligemma2", LORA), ("qwen3vl", None)])
-def test_with_what_fine_tuning_changed_it_acts_alike(vlms: dict[str, Path], tmp_path: Path, arch: str, lora: LoraSpec | None) -> None:
+def test_with_what_fine_tuning_changed_it_acts_alike(
+    vlms: dict[str, Path], tmp_path: Path, arch: str, lora: LoraSpec | None
+) -> None:
     run = make_run(tmp_path / "run", vlms[arch], arch, lora, tower=lora is None)
     checkpoint = Policy.from_pretrained(run)
     expected = checkpoint.act_batch(observations())
@@ -93,7 +101,9 @@ def test_with_what_fine_tuning_changed_it_acts_alike(vlms: dict[str, Path], tmp_
     assert all(t.dtype == torch.float32 and "lora" not in name for name, t in weights.items())
     assert files(done.path) == {"policy.json", "ema.safetensors", "vision.safetensors", "state.json"}
     assert not any(name.startswith("adapter.") for name in load_file(done.path / "ema.safetensors"))
-    policy.encoder.vision.load_state_dict(load_encoder(policy.encoder.spec).vision.state_dict())    # the base model's again
+    policy.encoder.vision.load_state_dict(
+        load_encoder(policy.encoder.spec).vision.state_dict()
+    )  # the base model's again
     assert np.abs(policy.act_batch(observations()) - expected).max() > 10 * ROUNDING * spread
 
 
@@ -111,30 +121,56 @@ def test_adapters_below_the_policy_are_merged_too(vlms: dict[str, Path], tmp_pat
     assert policy.encoder.fingerprint() == checkpoint.encoder.fingerprint() and policy.encoder.spec.adapters == ()
 
 
-def test_an_export_can_be_exported(adapted: Path, vlms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(vlms["qwen3vl"].parent)       # a relative path of the VLM becomes a whole one
+def test_an_export_can_be_exported(
+    adapted: Path, vlms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(vlms["qwen3vl"].parent)  # a relative path of the VLM becomes a whole one
     first = export_policy(adapted, tmp_path / "first", vlm_path="qwen")
     monkeypatch.chdir(tmp_path)
     second = export_policy(first.path, tmp_path / "second")
-    assert {f: (tmp_path / "first" / f).read_bytes() for f in files(first.path)} == {f: (tmp_path / "second" / f).read_bytes() for f in files(second.path)}
+    assert {f: (tmp_path / "first" / f).read_bytes() for f in files(first.path)} == {
+        f: (tmp_path / "second" / f).read_bytes() for f in files(second.path)
+    }
     assert (first.vlm, second.merged) == (str(vlms["qwen3vl"]), first.merged)
     assert np.isfinite(Policy.from_pretrained(second.path).act_batch(observations())).all()
 
 
 def test_it_loads_without_anything_of_training(adapted: Path, tmp_path: Path) -> None:
     export_policy(adapted, tmp_path / "policy")
-    code = ("import sys, json, numpy as np\nfrom dvla.stages.policy import Policy\n"
-            "policy = Policy.from_pretrained(sys.argv[1])\n"
-            "chunk = policy.act({v: np.zeros((64, 64, 3), np.uint8) for v in ('front', 'wrist')}, 'push', np.zeros(3))\n"
-            "print(json.dumps([list(chunk.shape), sorted(sys.modules)]))")
+    code = (
+        "import sys, json, numpy as np\nfrom dvla.stages.policy import Policy\n"
+        "policy = Policy.from_pretrained(sys.argv[1])\n"
+        "chunk = policy.act({v: np.zeros((64, 64, 3), np.uint8) for v in ('front', 'wrist')}, 'push', np.zeros(3))\n"
+        "print(json.dumps([list(chunk.shape), sorted(sys.modules)]))"
+    )
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    out = subprocess.run([sys.executable, "-c", code, tmp_path / "policy"], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+    out = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "policy"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=env,
+    )
     shape, loaded = json.loads(out.stdout.splitlines()[-1])
     assert shape == [4, 3]
     stages = {name.split(".")[2] for name in loaded if name.startswith("dvla.stages.")}
     assert stages == {"policy"}
-    training = {"dvla.cache.loader.loader", "dvla.cache.store.writer", "dvla.cache.loader.assembler", "dvla.cache.loader.prefetch", "peft", "wandb", "deepspeed", "dask",
-                "distributed", "webdataset", "lerobot", "typer", "rich"}
+    training = {
+        "dvla.cache.loader.loader",
+        "dvla.cache.store.writer",
+        "dvla.cache.loader.assembler",
+        "dvla.cache.loader.prefetch",
+        "peft",
+        "wandb",
+        "deepspeed",
+        "dask",
+        "distributed",
+        "webdataset",
+        "lerobot",
+        "typer",
+        "rich",
+    }
     assert training & set(loaded) == set()
 
 
@@ -142,7 +178,9 @@ def test_a_damaged_or_foreign_export_is_refused(adapted: Path, vlms: dict[str, P
     export_policy(adapted, tmp_path / "policy")
     other = make_tiny_qwen3vl(tmp_path / "other", dataclasses.replace(TINY, seed=1))
     wider = make_tiny_qwen3vl(tmp_path / "wider", dataclasses.replace(TINY, vision_mlp=4))
-    with pytest.raises(UserError, match="vision.safetensors does not fit .*wider: blocks.0.*give the VLM that it was trained on"):
+    with pytest.raises(
+        UserError, match="vision.safetensors does not fit .*wider: blocks.0.*give the VLM that it was trained on"
+    ):
         Policy.from_pretrained(tmp_path / "policy", vlm_path=str(wider))
     with pytest.raises(UserError, match="belongs to another VLM than .*other: weights_sha256"):
         Policy.from_pretrained(tmp_path / "policy", vlm_path=str(other))
@@ -158,39 +196,54 @@ def test_a_damaged_or_foreign_export_is_refused(adapted: Path, vlms: dict[str, P
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
+
 def test_the_command(adapted: Path, vlms: dict[str, Path], tmp_path: Path, dvla: Dvla) -> None:
     result = dvla("export", adapted, "--out", tmp_path / "policy", "--format", "policy")
     said = " ".join(result.out.split())
-    assert result.code == 0 and "policy of step 7" in said and "with 10 fine-tuned weights" in said and str(vlms["qwen3vl"]) in said.replace(" ", "")
+    assert (
+        result.code == 0
+        and "policy of step 7" in said
+        and "with 10 fine-tuned weights" in said
+        and str(vlms["qwen3vl"]) in said.replace(" ", "")
+    )
     before = {f: (tmp_path / "policy" / f).read_bytes() for f in files(tmp_path / "policy")}
     refused(dvla("export", adapted, "--out", tmp_path / "policy"), "exists already", "--out")
     assert {f: (tmp_path / "policy" / f).read_bytes() for f in files(tmp_path / "policy")} == before
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("{tmp}/none", "--out", "{tmp}/out"), ("no run or checkpoint at",)),
-    (("{run}", "--out", "{tmp}/file/out"), ("cannot write", "choose another --out")),
-    (("{run}", "--out", "{tmp}/file"), ("exists already",)),
-    (("{run}", "--out", "{tmp}/out", "--format", "onx"), ("unknown format 'onx'", "did you mean 'onnx'?")),
-    (("{run}", "--out", "{tmp}/out", "--vlm-path", "{tmp}/none"), ("does not exist",)),
-    (("{run}",), ("--out",)),
-])
-def test_bad_input_is_one_line(adapted: Path, tmp_path: Path, dvla: Dvla, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("{tmp}/none", "--out", "{tmp}/out"), ("no run or checkpoint at",)),
+        (("{run}", "--out", "{tmp}/file/out"), ("cannot write", "choose another --out")),
+        (("{run}", "--out", "{tmp}/file"), ("exists already",)),
+        (("{run}", "--out", "{tmp}/out", "--format", "onx"), ("unknown format 'onx'", "did you mean 'onnx'?")),
+        (("{run}", "--out", "{tmp}/out", "--vlm-path", "{tmp}/none"), ("does not exist",)),
+        (("{run}",), ("--out",)),
+    ],
+)
+def test_bad_input_is_one_line(
+    adapted: Path, tmp_path: Path, dvla: Dvla, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     (tmp_path / "file").write_text("mine")
     refused(dvla("export", *(a.format(run=adapted, tmp=tmp_path) for a in arguments)), *words)
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("limit", [1 << 12, 1 << 18])
-def test_a_full_disk_is_one_line(plain: Path, tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_a_full_disk_is_one_line(
+    plain: Path, tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
     """Files end at `limit` bytes, which the policy's weights do not reach in the second case, and its graph does."""
-    graph = lambda _, file, names: file.write_bytes(bytes(1 << 20))     # noqa: E731
+    graph = lambda _, file, names: file.write_bytes(bytes(1 << 20))  # noqa: E731
     monkeypatch.setattr(policy_graph.torch.export, "export", lambda *_, **__: None)
     monkeypatch.setattr(policy_graph, "_torch_export", graph)
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        result = dvla("export", plain, "--out", tmp_path / "policy", *(("--format", "torch-export") if limit > 1 << 12 else ()))
+        result = dvla(
+            "export", plain, "--out", tmp_path / "policy", *(("--format", "torch-export") if limit > 1 << 12 else ())
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -198,18 +251,25 @@ def test_a_full_disk_is_one_line(plain: Path, tmp_path: Path, dvla: Dvla, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_a_graph_is_refused(plain: Path, vlms: dict[str, Path], tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_a_graph_is_refused(
+    plain: Path, vlms: dict[str, Path], tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flow = make_run(tmp_path / "flow", vlms["qwen3vl"], kind="flow")
     for name in policy_graph.FILES:
         refused(dvla("export", flow, "--out", tmp_path / "out", "--format", name), "a flow head", "leave --format out")
     assert dvla("export", flow, "--out", tmp_path / "out").code == 0
     find = policy_graph.importlib.util.find_spec
-    monkeypatch.setattr(policy_graph.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    refused(dvla("export", plain, "--out", tmp_path / "graph", "--format", "onnx"), "onnxscript", "pip install 'dvla[onnx]'")
+    monkeypatch.setattr(
+        policy_graph.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+    )
+    refused(
+        dvla("export", plain, "--out", tmp_path / "graph", "--format", "onnx"), "onnxscript", "pip install 'dvla[onnx]'"
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"flow", "out"}
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def graphs(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
@@ -227,12 +287,14 @@ def graphs(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def through_the_graph(policy: Policy, name: str, folder: Path) -> np.ndarray:
     """What `Policy.act_batch` computes, with the graph in the place of the network."""
     batch, dit = policy._batch(observations()), policy.net.config.dit
-    noise = torch.stack([policy._noise(o, (dit.horizon, dit.noise_dim)) for o in observations()])[:, None]      # [N,1,T,n]
+    noise = torch.stack([policy._noise(o, (dit.horizon, dit.noise_dim)) for o in observations()])[:, None]  # [N,1,T,n]
     inputs = policy_graph.graph_inputs(batch, noise, torch.ones(len(noise)))
     if name == "torch-export":
         out = torch.export.load(folder / "policy.pt2").module()(**inputs)
     else:
-        session = pytest.importorskip("onnxruntime").InferenceSession(str(folder / "policy.onnx"), providers=["CPUExecutionProvider"])
+        session = pytest.importorskip("onnxruntime").InferenceSession(
+            str(folder / "policy.onnx"), providers=["CPUExecutionProvider"]
+        )
         out = torch.from_numpy(session.run(["action"], {k: v.numpy() for k, v in inputs.items()})[0])
     return policy.robot.actions(out[:, 0].detach().numpy())
 
@@ -242,11 +304,16 @@ def test_a_graph_acts_as_the_policy(graphs: tuple[Path, dict[str, float]], name:
     folder, differences = graphs
     if name not in differences:
         pytest.skip("onnx, onnxscript or onnxruntime is not installed")
-    policy = Policy.from_pretrained(folder)         # the folder is a policy as well
+    policy = Policy.from_pretrained(folder)  # the folder is a policy as well
     expected = policy.act_batch(observations())
-    np.testing.assert_allclose(through_the_graph(policy, name, folder), expected, atol=policy_graph.TOLERANCE * np.std(expected))
+    np.testing.assert_allclose(
+        through_the_graph(policy, name, folder), expected, atol=policy_graph.TOLERANCE * np.std(expected)
+    )
     described = json.loads((folder / "graph.json").read_text())
-    assert described["files"][name] == policy_graph.FILES[name] and described["difference"][name] == differences[name] <= policy_graph.TOLERANCE
+    assert (
+        described["files"][name] == policy_graph.FILES[name]
+        and described["difference"][name] == differences[name] <= policy_graph.TOLERANCE
+    )
     assert described["inputs"]["noise"] == {"dtype": "float32", "shape": ["B", "G", 4, 64]}
     assert described["outputs"]["action"]["shape"] == ["B", "G", 4, 128]
 

@@ -60,20 +60,24 @@ def test_there_and_back_it_acts_alike(vlm: Path, hub: Path, tmp_path: Path, lora
     run = make_run(tmp_path / "run", vlm, lora=lora)
     policy, said = Policy.from_pretrained(run), []
     assert push_policy(run, REPO, say=said.append) == f"hub/{REPO}"
-    assert any("gives theirs with vlm_path" in line for line in said)      # the VLM is a folder of this machine
+    assert any("gives theirs with vlm_path" in line for line in said)  # the VLM is a folder of this machine
     again = Policy.from_pretrained(f"{REPO}@main")
     expected, found = policy.act_batch(observations()), again.act_batch(observations())
     if lora is None:
         np.testing.assert_array_equal(found, expected)
-    else:       # merged weights round otherwise
+    else:  # merged weights round otherwise
         np.testing.assert_allclose(found, expected, atol=2e-3 * float(np.abs(expected).max()))
     assert not (hub / REPO / "optimizer.safetensors").exists()
     again.push_to_hub("me/copy")
     np.testing.assert_array_equal(Policy.from_pretrained("me/copy").act_batch(observations()), found)
 
 
-def test_what_the_hub_does_not_have(vlm: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dvla: Dvla) -> None:
-    with pytest.raises(UserError, match="no run or checkpoint at me/none, and no policy of that name on the hub .*404: me/none"):
+def test_what_the_hub_does_not_have(
+    vlm: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dvla: Dvla
+) -> None:
+    with pytest.raises(
+        UserError, match="no run or checkpoint at me/none, and no policy of that name on the hub .*404: me/none"
+    ):
         Policy.from_pretrained("me/none")
     run = make_run(tmp_path / "run", vlm)
     refused(dvla("push", str(run), "no-owner"), "'no-owner' is not a repository of the hub; give owner/name")
@@ -107,11 +111,15 @@ def test_the_card_names_licences_results_and_limits(vlm: Path, hub: Path, tmp_pa
     document, state = read_json(folder / "policy.json"), read_json(folder / "state.json")
     other = {**document["datasets"][0], "name": "grasps", "license": "CC-BY-NC-4.0"}
     unknown = {**other, "name": "lost", "license": ""}
-    card = policy_card({**document, "datasets": [*document["datasets"], other, unknown]}, {**state, "metrics": {}}, REPO)
+    card = policy_card(
+        {**document, "datasets": [*document["datasets"], other, unknown]}, {**state, "metrics": {}}, REPO
+    )
     assert front(card)["license"] == "other"
-    assert "made from grasps, whose licence forbids commercial use" in card and "**No licence is stated** for lost" in card
+    assert (
+        "made from grasps, whose licence forbids commercial use" in card and "**No licence is stated** for lost" in card
+    )
     assert "No held-out error was measured" in card and "No closed-loop success was measured" in card
     namespace: dict[str, Any] = {}
     code = card.split("```python\n")[1].split("```")[0]
-    with pytest.raises(UserError, match="no policy of that name"):      # the lines compile, and ask the hub
+    with pytest.raises(UserError, match="no policy of that name"):  # the lines compile, and ask the hub
         exec(code.replace(REPO, "me/none"), namespace)

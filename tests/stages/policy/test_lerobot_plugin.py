@@ -44,26 +44,45 @@ def test_lerobot_loads_it_and_it_acts_as_ours(exported: Path) -> None:
 
     load_plugin(lerobot_plugin.__name__)
     config = PreTrainedConfig.from_pretrained(exported, n_action_steps=2)
-    assert config.type == "dvla" and config.horizon == 4 and list(config.image_features) == [f"observation.images.{v}" for v in VIEWS]
+    assert (
+        config.type == "dvla"
+        and config.horizon == 4
+        and list(config.image_features) == [f"observation.images.{v}" for v in VIEWS]
+    )
     config.n_action_steps, config.pretrained_path = 2, exported
     policy = get_policy_class("dvla").from_pretrained(exported, config=config)
-    before, after = make_pre_post_processors(config, exported, preprocessor_overrides={
-        "device_processor": {"device": "cpu"}, "rename_observations_processor": {"rename_map": {"observation.images.top": f"observation.images.{VIEWS[0]}"}}})
+    before, after = make_pre_post_processors(
+        config,
+        exported,
+        preprocessor_overrides={
+            "device_processor": {"device": "cpu"},
+            "rename_observations_processor": {
+                "rename_map": {"observation.images.top": f"observation.images.{VIEWS[0]}"}
+            },
+        },
+    )
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (2, 2, 48, 48, 3), dtype=np.uint8)          # [V,B,H,W,3]
-    state = rng.normal(0, 0.3, (2, 3)).astype(np.float32)                       # [B,ds]
+    pictures = rng.integers(0, 256, (2, 2, 48, 48, 3), dtype=np.uint8)  # [V,B,H,W,3]
+    state = rng.normal(0, 0.3, (2, 3)).astype(np.float32)  # [B,ds]
     names = ("observation.images.top", f"observation.images.{VIEWS[1]}")
     batch = {name: torch.from_numpy(p).permute(0, 3, 1, 2).float() / 255 for name, p in zip(names, pictures)}
     batch |= {"observation.state": torch.from_numpy(state), "task": ["put it there", "and that"]}
 
     ours = Policy.from_pretrained(exported)
-    expected = ours.act_batch([Observation({v: pictures[k, i] for k, v in enumerate(VIEWS)}, batch["task"][i], state[i], 4096 + i, 0) for i in range(2)])
+    expected = ours.act_batch(
+        [
+            Observation({v: pictures[k, i] for k, v in enumerate(VIEWS)}, batch["task"][i], state[i], 4096 + i, 0)
+            for i in range(2)
+        ]
+    )
     policy.reset()
     actions = [after(policy.select_action(before(dict(batch)))) for _ in range(3)]
     np.testing.assert_allclose(np.stack(actions[:2], 1), expected[:, :2], rtol=1e-5, atol=1e-6)
-    assert actions[2].shape == (2, 3) and not np.allclose(actions[2], expected[:, 2])      # planned anew after two steps, with other noise
+    assert actions[2].shape == (2, 3) and not np.allclose(
+        actions[2], expected[:, 2]
+    )  # planned anew after two steps, with other noise
     policy.reset()
-    assert not np.allclose(after(policy.select_action(before(dict(batch)))), actions[0])     # another episode, other noise
+    assert not np.allclose(after(policy.select_action(before(dict(batch)))), actions[0])  # another episode, other noise
     del batch[names[1]]
     with pytest.raises(Exception, match=f"observation.images.{VIEWS[1]} is missing.*--rename_map"):
         policy.reset() or policy.select_action(before(dict(batch)))
@@ -76,15 +95,27 @@ class Toy(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
     action_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    observation_space = gymnasium.spaces.Dict({
-        "pixels": gymnasium.spaces.Dict({name: gymnasium.spaces.Box(0, 255, (48, 48, 3), np.uint8) for name in ("top", VIEWS[1])}),
-        "agent_pos": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)})
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "pixels": gymnasium.spaces.Dict(
+                {name: gymnasium.spaces.Box(0, 255, (48, 48, 3), np.uint8) for name in ("top", VIEWS[1])}
+            ),
+            "agent_pos": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64),
+        }
+    )
     task_description = "put it there"
 
     def _observation(self) -> dict[str, Any]:
-        return {"pixels": {name: self.np_random.integers(0, 256, (48, 48, 3), dtype=np.uint8) for name in ("top", VIEWS[1])}, "agent_pos": np.zeros(3)}
+        return {
+            "pixels": {
+                name: self.np_random.integers(0, 256, (48, 48, 3), dtype=np.uint8) for name in ("top", VIEWS[1])
+            },
+            "agent_pos": np.zeros(3),
+        }
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
         return self._observation(), {"is_success": False}
 
@@ -96,13 +127,23 @@ class Toy(gymnasium.Env):
         return np.zeros((48, 48, 3), np.uint8)
 
 
-def test_lerobot_eval_runs_it(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lerobot_eval_runs_it(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lerobot.envs.configs import EnvConfig
     from lerobot.scripts.lerobot_eval import eval_main
 
-    keys = {"pixels/top": "observation.images.top", f"pixels/{VIEWS[1]}": f"observation.images.{VIEWS[1]}", "agent_pos": "observation.state", "action": "action"}
+    keys = {
+        "pixels/top": "observation.images.top",
+        f"pixels/{VIEWS[1]}": f"observation.images.{VIEWS[1]}",
+        "agent_pos": "observation.state",
+        "action": "action",
+    }
     kinds = {"agent_pos": FeatureType.STATE, "action": FeatureType.ACTION}
-    features = {name: PolicyFeature(kinds[name], (3,)) if name in kinds else PolicyFeature(FeatureType.VISUAL, (48, 48, 3)) for name in keys}
+    features = {
+        name: PolicyFeature(kinds[name], (3,)) if name in kinds else PolicyFeature(FeatureType.VISUAL, (48, 48, 3))
+        for name in keys
+    }
 
     @EnvConfig.register_subclass("dvla_toy")
     @dataclasses.dataclass
@@ -117,8 +158,20 @@ def test_lerobot_eval_runs_it(exported: Path, tmp_path: Path, monkeypatch: pytes
 
     gymnasium.register(ToyConfig.gym_id, entry_point=Toy, max_episode_steps=3)
     renamed = json.dumps({"observation.images.top": f"observation.images.{VIEWS[0]}"})
-    monkeypatch.setattr("sys.argv", ["lerobot-eval", "--env.discover_packages_path=dvla.stages.policy.lerobot", f"--policy.path={exported}", "--policy.n_action_steps=2",
-                                     "--env.type=dvla_toy", "--eval.n_episodes=3", "--eval.batch_size=2", f"--rename_map={renamed}", f"--output_dir={tmp_path}"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "lerobot-eval",
+            "--env.discover_packages_path=dvla.stages.policy.lerobot",
+            f"--policy.path={exported}",
+            "--policy.n_action_steps=2",
+            "--env.type=dvla_toy",
+            "--eval.n_episodes=3",
+            "--eval.batch_size=2",
+            f"--rename_map={renamed}",
+            f"--output_dir={tmp_path}",
+        ],
+    )
     eval_main()
     assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["pc_success"] == 100.0
 
@@ -128,7 +181,8 @@ def test_from_the_command_line(run: Path, tmp_path: Path, dvla: Dvla) -> None:
     assert done.code == 0
     config = json.loads((tmp_path / "policy" / "config.json").read_text())
     assert config["type"] == "dvla" and config["output_features"]["action"]["shape"] == [3]
-    assert {"policy_preprocessor.json", "policy_postprocessor.json", "policy.json"} <= {p.name for p in (tmp_path / "policy").iterdir()}
-    Policy.from_pretrained(tmp_path / "policy")     # still one of ours
+    assert {"policy_preprocessor.json", "policy_postprocessor.json", "policy.json"} <= {
+        p.name for p in (tmp_path / "policy").iterdir()
+    }
+    Policy.from_pretrained(tmp_path / "policy")  # still one of ours
     refused(dvla("export", str(run), "--out", str(tmp_path / "x"), "--format", "lerobto"), "did you mean 'lerobot'?")
-

@@ -15,7 +15,17 @@ from dvla.stages.reports import rerun as rerun_export
 from dvla.stages.reports.rerun import _way, _write, write_rerun
 from support.cli_runner import Dvla, refused
 
-T, MAP = 7, ActionMap([FieldSpec(fields=("eef_vel_x", "eef_vel_y", "eef_vel_z"), delta=True, scale=0.01), FieldSpec(drop=1), FieldSpec(rotation="euler_xyz")], 10.0)
+T, MAP = (
+    7,
+    ActionMap(
+        [
+            FieldSpec(fields=("eef_vel_x", "eef_vel_y", "eef_vel_z"), delta=True, scale=0.01),
+            FieldSpec(drop=1),
+            FieldSpec(rotation="euler_xyz"),
+        ],
+        10.0,
+    ),
+)
 
 
 def pictures(start: int, stop: int):
@@ -25,8 +35,18 @@ def pictures(start: int, stop: int):
 @pytest.fixture
 def episode() -> Episode:
     rng = np.random.default_rng(0)
-    return Episode("cube", 3, "hash", "lift <it>", 10.0, T, tuple(View(v, 4, 6, T, pictures) for v in ("top", "wrist")),
-                   rng.standard_normal((T, 2)).astype(np.float32), rng.standard_normal((T, MAP.native_dim)).astype(np.float32), np.arange(T) / 10)
+    return Episode(
+        "cube",
+        3,
+        "hash",
+        "lift <it>",
+        10.0,
+        T,
+        tuple(View(v, 4, 6, T, pictures) for v in ("top", "wrist")),
+        rng.standard_normal((T, 2)).astype(np.float32),
+        rng.standard_normal((T, MAP.native_dim)).astype(np.float32),
+        np.arange(T) / 10,
+    )
 
 
 class Known:
@@ -35,30 +55,44 @@ class Known:
     robot = SimpleNamespace(action_map=MAP, views=("wrist",))
 
     def act_batch(self, observations: list) -> np.ndarray:
-        assert all(list(o.images) == ["wrist"] and (o.images["wrist"] == o.step).all() and o.instruction == "lift <it>" for o in observations)
+        assert all(
+            list(o.images) == ["wrist"] and (o.images["wrist"] == o.step).all() and o.instruction == "lift <it>"
+            for o in observations
+        )
         return np.stack([np.full((3, MAP.native_dim), float(o.step)) for o in observations])
 
 
-def test_the_file_holds_what_was_done_and_predicted(episode: Episode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_holds_what_was_done_and_predicted(
+    episode: Episode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rr = pytest.importorskip("rerun")
-    monkeypatch.setattr(rerun_export, "AT_ONCE", 2)     # several calls of the policy
+    monkeypatch.setattr(rerun_export, "AT_ONCE", 2)  # several calls of the policy
     done = _write(Known(), episode, 3, tmp_path / "deep" / "e.rrd", 2, lambda *_: None)
     assert (done.frames, done.predicted) == (T, 4) and [p.name for p in (tmp_path / "deep").iterdir()] == ["e.rrd"]
-    expected = [np.sqrt(np.mean((((step - episode.action[step]) / episode.action.std(0))[[0, 1, 2, 4, 5, 6]]) ** 2)) for step in range(0, T, 2)]
+    expected = [
+        np.sqrt(np.mean((((step - episode.action[step]) / episode.action.std(0))[[0, 1, 2, 4, 5, 6]]) ** 2))
+        for step in range(0, T, 2)
+    ]
     assert done.error == pytest.approx(np.mean(expected), rel=1e-4)
     table = rr.dataframe.load_recording(done.path).view(index="frame", contents="/**").select().read_all().to_pydict()
     assert table["frame"] == list(range(T))
-    column = {name.split(":")[0]: [None if v is None else v[0] for v in values] for name, values in table.items() if "Scalar" in name}
+    column = {
+        name.split(":")[0]: [None if v is None else v[0] for v in values]
+        for name, values in table.items()
+        if "Scalar" in name
+    }
     assert np.allclose(column["/action/eef_vel_x/expert"], episode.action[:, 0])
     assert column["/action/eef_vel_x/predicted"] == [0, None, 2, None, 4, None, 6] and len(column["/error"]) == T
-    assert len(column) == 2 * 6 + 1 and not [name for name in column if "dropped" in name]      # dropped dimensions mean nothing
+    assert len(column) == 2 * 6 + 1 and not [
+        name for name in column if "dropped" in name
+    ]  # dropped dimensions mean nothing
     names = " ".join(table)
     assert "/views/top" in names and "/views/wrist" in names and "/way/predicted" in names
 
 
 def test_a_way_of_velocities_is_in_metres() -> None:
     actions = np.ones((4, MAP.native_dim))
-    assert np.allclose(_way(MAP, actions)[:, 0], 0.01 * np.arange(5))               # 0.01 m a step
+    assert np.allclose(_way(MAP, actions)[:, 0], 0.01 * np.arange(5))  # 0.01 m a step
     place = ActionMap([FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z"))], 10.0)
     assert np.allclose(_way(place, np.ones((4, 3))), 1)
     assert _way(ActionMap([FieldSpec(field="gripper_open")], 10.0), np.ones((4, 1))) is None

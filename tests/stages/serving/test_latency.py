@@ -46,6 +46,7 @@ def parts_of(report: dict[str, Any], batch: int) -> dict[str, dict[str, float]]:
 
 # --- the stopwatch ----------------------------------------------------------------------------------------------------
 
+
 def test_parts_add_up_to_the_whole() -> None:
     began, watch = time.perf_counter(), Stopwatch("cpu")
     for part in ("a", "b", "a"):
@@ -102,46 +103,77 @@ def test_a_policy_keeps_so_many_instructions_and_no_more(run: Path, monkeypatch:
 
 # --- the measurement --------------------------------------------------------------------------------------------------
 
+
 def test_every_part_of_a_checkpoint_is_timed(run: Path) -> None:
     shown: list[tuple[str, int, int]] = []
     report = measure(LatencyConfig(str(run), batches=(1, 2), **QUICK), lambda *line: shown.append(line))
     for batch in (1, 2):
         rows = parts_of(report, batch)
         assert set(rows) == {*NAMES.values(), WHOLE, NEW_TEXT, SERVED}
-        for part in NAMES.values():     # of every single call, and so of every percentile
+        for part in NAMES.values():  # of every single call, and so of every percentile
             assert rows[part]["p50"] <= rows[WHOLE]["p50"] and rows[part]["p99"] <= rows[WHOLE]["p99"]
-    assert (report["views"], report["horizon"], report["passes"], report["picture"], report["dtype"]) == (2, 4, 1, [48, 64], "float32")
-    assert {(name, total) for name, _, total in shown} == {(f"{kind}{n}{after}", 3) for n in (1, 2) for kind, after in (("policy, batch ", ""), ("server, ", " clients"))}
+    assert (report["views"], report["horizon"], report["passes"], report["picture"], report["dtype"]) == (
+        2,
+        4,
+        1,
+        [48, 64],
+        "float32",
+    )
+    assert {(name, total) for name, _, total in shown} == {
+        (f"{kind}{n}{after}", 3) for n in (1, 2) for kind, after in (("policy, batch ", ""), ("server, ", " clients"))
+    }
     assert not Policy.from_pretrained(run).encoder._forward_hooks
 
 
-def test_an_encoder_of_whole_observations_has_pictures_as_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_of_whole_observations_has_pictures_as_one_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_tiny_paligemma2(tmp_path / "pali", TinyPaliGemmaSpec())
-    monkeypatch.setattr(latency, "encoder_spec", lambda vlm, path: EncoderSpec(path, vlm=vlm, resolution=56, depth="language"))
-    rows = parts_of(measure(LatencyConfig(vlm_path=str(folder), vlm="paligemma2", model_size="tiny", views=3, server=False, **QUICK)), 1)
+    monkeypatch.setattr(
+        latency, "encoder_spec", lambda vlm, path: EncoderSpec(path, vlm=vlm, resolution=56, depth="language")
+    )
+    rows = parts_of(
+        measure(
+            LatencyConfig(vlm_path=str(folder), vlm="paligemma2", model_size="tiny", views=3, server=False, **QUICK)
+        ),
+        1,
+    )
     assert set(rows) == {"pictures", *(NAMES[part] for part in PARTS[1:]), WHOLE, NEW_TEXT}
 
 
 def test_random_weights_behind_a_vlm_are_a_whole_policy(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "encoder_spec", lambda vlm, path: EncoderSpec(path, vlm=vlm, resolution=64))
     report = measure(LatencyConfig(vlm_path=str(vlm), model_size="tiny", views=3, server=False, **QUICK))
-    assert report["views"] == 3 and set(parts_of(report, 1)) == {*NAMES.values(), WHOLE, NEW_TEXT} and str(vlm) in report["policy"]
+    assert (
+        report["views"] == 3
+        and set(parts_of(report, 1)) == {*NAMES.values(), WHOLE, NEW_TEXT}
+        and str(vlm) in report["policy"]
+    )
 
 
 def test_without_a_vlm_it_is_the_dit_alone() -> None:
     report = measure(LatencyConfig(model_size="tiny", views=9, batches=(1, 2), **QUICK | {"warm_up": 0}))
-    assert set(parts_of(report, 1)) == set(parts_of(report, 2)) == {NAMES["dit"]} and report["views"] == 9 and report["horizon"] == 16
+    assert (
+        set(parts_of(report, 1)) == set(parts_of(report, 2)) == {NAMES["dit"]}
+        and report["views"] == 9
+        and report["horizon"] == 16
+    )
 
 
 def test_compile_reaches_the_network(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(latency, "compile_blocks", compiled.append)
-    for config in (LatencyConfig(str(run), compile=True, server=False, **QUICK), LatencyConfig(model_size="tiny", views=1, compile=True, **QUICK)):
+    for config in (
+        LatencyConfig(str(run), compile=True, server=False, **QUICK),
+        LatencyConfig(model_size="tiny", views=1, compile=True, **QUICK),
+    ):
         assert measure(config)["compiled"]
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("changes", [{"repeats": 0}, {"warm_up": -1}, {"views": 0}, {"batches": ()}, {"batches": (0,)}, {"picture": (0, 5)}])
+@pytest.mark.parametrize(
+    "changes", [{"repeats": 0}, {"warm_up": -1}, {"views": 0}, {"batches": ()}, {"batches": (0,)}, {"picture": (0, 5)}]
+)
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         LatencyConfig(**changes)
@@ -149,9 +181,28 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> Non
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
+
 def test_the_command_shows_and_writes_the_same(run: Path, tmp_path: Path, dvla: Dvla) -> None:
     file = tmp_path / "latency.json"
-    result = dvla("bench", "latency", run, "--batch-size", 1, "--batch-size", 2, "--repeats", 3, "--warm-up", 0, "--image-size", "48x64", "--device", "cpu", "--json", file)
+    result = dvla(
+        "bench",
+        "latency",
+        run,
+        "--batch-size",
+        1,
+        "--batch-size",
+        2,
+        "--repeats",
+        3,
+        "--warm-up",
+        0,
+        "--image-size",
+        "48x64",
+        "--device",
+        "cpu",
+        "--json",
+        file,
+    )
     assert result.code == 0, result
     for row in json.loads(file.read_text())["rows"]:
         line = next(line for line in result.out.splitlines() if row["part"] in line)

@@ -52,7 +52,7 @@ def policy(run: Path) -> Policy:
 def acting(policy: Policy, act_batch: Callable[..., np.ndarray]) -> Policy:
     """The policy with another `act_batch`."""
     other = copy.copy(policy)
-    other.act_batch = act_batch     # type: ignore[method-assign]
+    other.act_batch = act_batch  # type: ignore[method-assign]
     return other
 
 
@@ -88,7 +88,9 @@ def raw(port: int, **options: Any) -> ClientConnection:
 
 
 def get(port: int, path: str, token: str | None = None) -> tuple[int, str]:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Api-Key {token}"} if token else {})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Api-Key {token}"} if token else {}
+    )
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
             return answer.status, answer.read().decode()
@@ -98,15 +100,25 @@ def get(port: int, path: str, token: str | None = None) -> tuple[int, str]:
 
 # --- what it answers --------------------------------------------------------------------------------------------------
 
+
 def test_it_answers_as_the_policy_acts(policy: Policy) -> None:
     seen = observations(1)[0]
     with serving(policy) as (server, port), PolicyClient(port=port) as client:
         assert client.metadata == {**server.metadata, "execute": None}
-        assert (client.metadata["views"], client.metadata["horizon"], len(client.metadata["actions"])) == (list(VIEWS), 4, 3)
+        assert (client.metadata["views"], client.metadata["horizon"], len(client.metadata["actions"])) == (
+            list(VIEWS),
+            4,
+            3,
+        )
         first, second = client.infer(message(seen)), client.infer(message(seen))
         np.testing.assert_array_equal(first["actions"], policy.act(seen.images, seen.instruction, seen.state))
-        assert first["actions"].dtype == np.float32 and not np.array_equal(first["actions"], second["actions"])     # step 1: other noise
-        assert first["server_timing"]["batch"] == 1 and second["server_timing"]["prev_total_ms"] >= second["server_timing"]["infer_ms"] / 1e3
+        assert first["actions"].dtype == np.float32 and not np.array_equal(
+            first["actions"], second["actions"]
+        )  # step 1: other noise
+        assert (
+            first["server_timing"]["batch"] == 1
+            and second["server_timing"]["prev_total_ms"] >= second["server_timing"]["infer_ms"] / 1e3
+        )
         client.reset()
         assert server.metrics.counts["requests"] == 2
     with serving(policy) as (_, port), PolicyClient(port=port) as client:
@@ -186,18 +198,34 @@ def test_warming_up_covers_what_costs_something_once(policy: Policy) -> None:
 
 # --- what is wrong with a message -------------------------------------------------------------------------------------
 
+
 def truncated(seen: Observation) -> bytes:
     return pack(message(seen))[:-5]
 
 
 BAD: dict[str, tuple[Callable[[Observation], bytes | str], str]] = {
-    "text": (lambda seen: "hello", "binary"), "nothing": (lambda seen: b"", "msgpack"), "garbage": (lambda seen: b"\xc1\xff\x00" * 50, "msgpack"),
-    "truncated": (truncated, "msgpack"), "a list": (lambda seen: pack([1, 2]), "got list"), "nested too deep": (lambda seen: b"\x91" * 5000, "msgpack"),
+    "text": (lambda seen: "hello", "binary"),
+    "nothing": (lambda seen: b"", "msgpack"),
+    "garbage": (lambda seen: b"\xc1\xff\x00" * 50, "msgpack"),
+    "truncated": (truncated, "msgpack"),
+    "a list": (lambda seen: pack([1, 2]), "got list"),
+    "nested too deep": (lambda seen: b"\x91" * 5000, "msgpack"),
     "no view": (lambda seen: pack({**message(seen), "images": {"front": seen.images["front"]}}), "'images/wrist'"),
-    "wrong dtype": (lambda seen: pack({**message(seen), "images": {v: p / 255 for v, p in seen.images.items()}}), "uint8 [H, W, 3]"),
-    "wrong shape": (lambda seen: pack({**message(seen), "state": np.zeros(5)}), "has 5 numbers; the robot's state has 3"),
+    "wrong dtype": (
+        lambda seen: pack({**message(seen), "images": {v: p / 255 for v, p in seen.images.items()}}),
+        "uint8 [H, W, 3]",
+    ),
+    "wrong shape": (
+        lambda seen: pack({**message(seen), "state": np.zeros(5)}),
+        "has 5 numbers; the robot's state has 3",
+    ),
     "not finite": (lambda seen: pack({**message(seen), "state": np.full(3, np.nan)}), "not finite"),
-    "pickle": (lambda seen: msgpack.packb({**{"prompt": "x"}, "state": {b"__ndarray__": True, b"data": b"c", b"dtype": "|O", b"shape": [1]}}), "'|O'"),
+    "pickle": (
+        lambda seen: msgpack.packb(
+            {**{"prompt": "x"}, "state": {b"__ndarray__": True, b"data": b"c", b"dtype": "|O", b"shape": [1]}}
+        ),
+        "'|O'",
+    ),
 }
 
 
@@ -208,7 +236,9 @@ def plain_server(policy: Policy) -> Iterator[tuple[PolicyServer, int]]:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_messages_are_answered_in_one_line(plain_server: tuple[PolicyServer, int], policy: Policy, name: str) -> None:
+def test_bad_messages_are_answered_in_one_line(
+    plain_server: tuple[PolicyServer, int], policy: Policy, name: str
+) -> None:
     (server, port), (make, words), seen = plain_server, BAD[name], observations(1)[0]
     before = server.metrics.counts["malformed"]
     with raw(port) as connection:
@@ -216,8 +246,10 @@ def test_bad_messages_are_answered_in_one_line(plain_server: tuple[PolicyServer,
             connection.send(make(seen))
             answer = connection.recv(10)
             assert isinstance(answer, str) and words in answer and "\n" not in answer
-        connection.send(pack(message(seen)))        # the connection is still usable
-        np.testing.assert_array_equal(unpack(connection.recv(10))["actions"], policy.act(seen.images, seen.instruction, seen.state))
+        connection.send(pack(message(seen)))  # the connection is still usable
+        np.testing.assert_array_equal(
+            unpack(connection.recv(10))["actions"], policy.act(seen.images, seen.instruction, seen.state)
+        )
     assert server.metrics.counts["malformed"] == before + 2
 
 
@@ -234,7 +266,12 @@ def test_a_message_that_is_too_large_closes_its_connection_only(policy: Policy) 
 
 def test_strangers_do_no_harm(plain_server: tuple[PolicyServer, int]) -> None:
     _, port = plain_server
-    for sent in (b"\x00\xff garbage \r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", b""):
+    for sent in (
+        b"\x00\xff garbage \r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n",
+        b"",
+    ):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger:
             stranger.sendall(sent)
             stranger.shutdown(socket.SHUT_WR)
@@ -246,6 +283,7 @@ def test_strangers_do_no_harm(plain_server: tuple[PolicyServer, int]) -> None:
 
 
 # --- what is wrong with the policy ------------------------------------------------------------------------------------
+
 
 def test_one_request_does_not_spoil_the_others(policy: Policy) -> None:
     def act(seen: Sequence[Observation], mark: Callable[[str], None]) -> np.ndarray:
@@ -265,12 +303,16 @@ def test_one_request_does_not_spoil_the_others(policy: Policy) -> None:
             client.send(pack({**message(seen), "prompt": prompt}))
         answers = [client.recv(10) for client in clients]
         assert_same_actions(unpack(answers[0])["actions"], policy.act(seen.images, prompts[0], seen.state))
-        assert answers[1:] == ["the policy failed: ValueError: no idea", "that is too long", "the policy's actions are not finite"]
-        for client in clients:      # all still usable, and now they wait for nobody
+        assert answers[1:] == [
+            "the policy failed: ValueError: no idea",
+            "that is too long",
+            "the policy's actions are not finite",
+        ]
+        for client in clients:  # all still usable, and now they wait for nobody
             client.send(pack(message(seen)))
         assert all(isinstance(client.recv(10), bytes) for client in clients)
         assert (server.metrics.counts["failed"], server.metrics.counts["malformed"]) == (2, 1)
-    assert len(log) == 1 and "Traceback" in log[0]      # for who runs the server
+    assert len(log) == 1 and "Traceback" in log[0]  # for who runs the server
 
 
 def test_health_tells_of_a_policy_that_keeps_failing(policy: Policy) -> None:
@@ -295,6 +337,7 @@ def test_health_tells_of_a_policy_that_keeps_failing(policy: Policy) -> None:
 
 # --- clients that are slow, gone, or too many -------------------------------------------------------------------------
 
+
 def test_a_request_that_takes_too_long_is_given_up(policy: Policy) -> None:
     gate, seen = Gate(policy), observations(1)[0]
     with serving(gate.policy, answer_timeout=0.2) as (server, port), raw(port) as connection:
@@ -302,8 +345,10 @@ def test_a_request_that_takes_too_long_is_given_up(policy: Policy) -> None:
         assert "not answered within 0.2 s" in connection.recv(10)
         gate.open.set()
         until(lambda: server.metrics.counts["batches"] == 1)
-        connection.send(pack(message(seen)))        # and its late answer is not taken for the next one's
-        np.testing.assert_array_equal(unpack(connection.recv(10))["actions"], policy.act(seen.images, seen.instruction, seen.state))
+        connection.send(pack(message(seen)))  # and its late answer is not taken for the next one's
+        np.testing.assert_array_equal(
+            unpack(connection.recv(10))["actions"], policy.act(seen.images, seen.instruction, seen.state)
+        )
         assert server.metrics.counts["timeouts"] == 1
 
 
@@ -311,19 +356,22 @@ def test_what_vanished_clients_asked_is_not_computed(policy: Policy) -> None:
     gate, seen = Gate(policy), observations(3)
     with serving(gate.policy, max_wait=0.0) as (server, port), raw(port) as first:
         first.send(pack(message(seen[0])))
-        until(lambda: len(gate.passes) == 1)        # this one is at work, and those queue behind it
+        until(lambda: len(gate.passes) == 1)  # this one is at work, and those queue behind it
         gone = [raw(port), raw(port)]
         for connection in gone:
             connection.send(pack(message(seen[1])))
         until(lambda: server._batcher._waiting.qsize() == 2)
         for connection in gone:
-            connection.socket.shutdown(socket.SHUT_RDWR)        # without a word
+            connection.socket.shutdown(socket.SHUT_RDWR)  # without a word
         until(lambda: server.metrics.counts["vanished"] == 2)
         gate.open.set()
         assert isinstance(first.recv(10), bytes)
         first.send(pack(message(seen[2])))
         assert isinstance(first.recv(10), bytes)
-        assert [[one.instruction for one in each] for each in gate.passes] == [[seen[0].instruction], [seen[2].instruction]]
+        assert [[one.instruction for one in each] for each in gate.passes] == [
+            [seen[0].instruction],
+            [seen[2].instruction],
+        ]
         until(lambda: server.metrics.clients == 1)
 
 
@@ -343,11 +391,11 @@ def test_a_client_that_vanishes_during_its_pass_does_no_harm(policy: Policy) -> 
 def test_a_client_that_never_reads_is_disconnected(policy: Policy) -> None:
     def act(seen: Sequence[Observation], mark: Callable[[str], None]) -> np.ndarray:
         policy.act_batch(seen, mark)
-        return np.zeros((len(seen), 4000, 1000), np.float32)      # 16 MB: more than a socket's buffers
+        return np.zeros((len(seen), 4000, 1000), np.float32)  # 16 MB: more than a socket's buffers
 
     with serving(acting(policy, act), send_timeout=0.3, max_wait=0.0) as (server, port):
         deaf = raw(port, max_queue=1)
-        for _ in range(6):      # read nothing: the client library's buffer is full after a few frames
+        for _ in range(6):  # read nothing: the client library's buffer is full after a few frames
             deaf.send(pack(message(observations(1)[0])))
         with raw(port) as other:
             until(lambda: server.metrics.counts["slow"] == 1)
@@ -359,8 +407,10 @@ def test_a_client_that_never_reads_is_disconnected(policy: Policy) -> None:
 def test_a_silent_connection_that_is_gone_is_closed(policy: Policy) -> None:
     """A peer that answers no ping: its host lost power, or its process hangs."""
     with serving(policy, ping_interval=0.2) as (server, port), socket.create_connection(("127.0.0.1", port)) as peer:
-        peer.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-                     b"Sec-WebSocket-Version: 13\r\n\r\n")
+        peer.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            b"Sec-WebSocket-Version: 13\r\n\r\n"
+        )
         until(lambda: server.metrics.clients == 1)
         until(lambda: server.metrics.clients == 0)
 
@@ -379,12 +429,17 @@ def test_one_client_too_many_is_told(policy: Policy) -> None:
 
 # --- who is let in ----------------------------------------------------------------------------------------------------
 
+
 def test_a_token_is_asked_for(policy: Policy) -> None:
     with serving(policy, TOKEN) as (server, port):
         for wrong in (None, TOKEN + "x", TOKEN[:-1]):
             with pytest.raises(UserError, match="401"):
                 PolicyClient(port=port, token=wrong)
-        assert get(port, "/metrics")[0] == 401 and get(port, "/healthz")[0] == 200 and get(port, "/metrics", TOKEN)[0] == 200
+        assert (
+            get(port, "/metrics")[0] == 401
+            and get(port, "/healthz")[0] == 200
+            and get(port, "/metrics", TOKEN)[0] == 200
+        )
         with PolicyClient(port=port, token=TOKEN) as client:
             client.infer(message(observations(1)[0]))
         assert server.metrics.counts["unauthorised"] == 4
@@ -402,13 +457,22 @@ def test_metrics_over_http(policy: Policy) -> None:
             client.infer(message(observations(1)[0]))
         status, text = get(port, "/metrics")
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert status == 200 and values["dvla_clients"] == "1" and values["dvla_requests_total"] == values["dvla_batches_total"] == "3"
+    assert (
+        status == 200
+        and values["dvla_clients"] == "1"
+        and values["dvla_requests_total"] == values["dvla_batches_total"] == "3"
+    )
     for part in ("queue", "encode", "dit", "total"):
-        assert values[f"dvla_{part}_seconds_count"] == "3" and float(values[f'dvla_{part}_seconds{{quantile="0.5"}}']) >= 0
-    assert float(values["dvla_encode_seconds_sum"]) + float(values["dvla_dit_seconds_sum"]) <= float(values["dvla_total_seconds_sum"])
+        assert (
+            values[f"dvla_{part}_seconds_count"] == "3" and float(values[f'dvla_{part}_seconds{{quantile="0.5"}}']) >= 0
+        )
+    assert float(values["dvla_encode_seconds_sum"]) + float(values["dvla_dit_seconds_sum"]) <= float(
+        values["dvla_total_seconds_sum"]
+    )
 
 
 # --- the client -------------------------------------------------------------------------------------------------------
+
 
 def test_the_client_says_what_is_wrong(policy: Policy) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
@@ -447,15 +511,20 @@ def test_openpis_client(plain_server: tuple[PolicyServer, int], policy: Policy) 
     theirs = pytest.importorskip("openpi_client.websocket_client_policy")
     seen, client = observations(1)[0], theirs.WebsocketClientPolicy("127.0.0.1", plain_server[1])
     assert client.get_server_metadata()["robot"] == "toy"
-    np.testing.assert_array_equal(client.infer(message(seen))["actions"], policy.act(seen.images, seen.instruction, seen.state))
+    np.testing.assert_array_equal(
+        client.infer(message(seen))["actions"], policy.act(seen.images, seen.instruction, seen.state)
+    )
     with pytest.raises(RuntimeError, match="Error in inference server:\n'images/front'"):
         client.infer({"prompt": "push", "state": seen.state})
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_the_command_and_the_documented_client(run: Path, tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch, number: int, code: int) -> None:
+def test_the_command_and_the_documented_client(
+    run: Path, tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
     """The command serves in this thread; another one asks with the lines of docs/serving.md, and then sends the signal while a client is connected."""
     page = (ROOT / "docs" / "serving.md").read_text()
     snippet = page.split("<!-- standalone client; run by the tests -->\n```python\n")[1].split("```")[0]
@@ -471,7 +540,9 @@ def test_the_command_and_the_documented_client(run: Path, tmp_path: Path, dvla: 
             header = f', additional_headers={{"Authorization": "Api-Key {token}"}}' if token else ""
             script = snippet.replace(":8000", f":{found[0]}").replace("max_size=None", f"max_size=None{header}")
             with PolicyClient(port=found[0], token=token):
-                found.append(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path))
+                found.append(
+                    subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+                )
         finally:
             os.kill(os.getpid(), number)
 
@@ -487,7 +558,9 @@ def test_the_command_and_the_documented_client(run: Path, tmp_path: Path, dvla: 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_bad_options_are_refused_before_anything_is_loaded(run: Path, tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_options_are_refused_before_anything_is_loaded(
+    run: Path, tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DVLA_TOKEN", raising=False)
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "from_pretrained", lambda *_, **__: pytest.fail("loaded the policy"))
@@ -498,6 +571,9 @@ def test_bad_options_are_refused_before_anything_is_loaded(run: Path, tmp_path: 
         with socket.create_server(("127.0.0.1", 0)) as taken:
             refused(dvla("serve", run, "--port", taken.getsockname()[1]), "in use", "--port")
     refused(dvla("serve", tmp_path / "nothing", "--port", 0), "nothing")
-    for options, words in ((("--execute", 9), "--execute 9: a chunk of this policy has 4 steps"), (("--field", "imges/front=a"), "did you mean 'images/front'")):
+    for options, words in (
+        (("--execute", 9), "--execute 9: a chunk of this policy has 4 steps"),
+        (("--field", "imges/front=a"), "did you mean 'images/front'"),
+    ):
         result = dvla("serve", run, "--port", 0, "--device", "cpu", *options)
         assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1

@@ -22,7 +22,10 @@ from dvla.stages.serving.session import Session
 from dvla.stages.serving.wire import pack, unpack
 from dvla.stages.simulation.envs import Observation
 
-ARRAYS = hnp.arrays(st.sampled_from(["|b1", "|u1", "<i2", ">i4", "<u8", "<f2", "<f4", ">f8"]), hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+ARRAYS = hnp.arrays(
+    st.sampled_from(["|b1", "|u1", "<i2", ">i4", "<u8", "<f2", "<f4", ">f8"]),
+    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+)
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 STATE = np.array([0.5, -1.0, 2.0], np.float32)
 
@@ -44,6 +47,7 @@ def refusal(call: Any, *arguments: Any) -> str:
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
+
 @settings(max_examples=60, deadline=None)
 @given(ARRAYS)
 def test_arrays_survive(array: np.ndarray) -> None:
@@ -56,7 +60,8 @@ def test_the_form_is_openpis() -> None:
     array = np.array([[1.5, 2.0]], np.float32)
     assert msgpack.unpackb(pack({"a": array, "n": np.int16(3)})) == {
         "a": {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": "<f4", b"shape": [1, 2]},
-        "n": {b"__npgeneric__": True, b"data": 3, b"dtype": "<i2"}}
+        "n": {b"__npgeneric__": True, b"data": 3, b"dtype": "<i2"},
+    }
     number = unpack(pack(np.float32(0.25)))
     assert number == 0.25 and number.dtype == np.float32
 
@@ -89,35 +94,77 @@ def array_map(**changes: Any) -> bytes:
     return msgpack.packb({key.encode(): value for key, value in fields.items() if value is not None})
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"dtype": "|O"}, "'|O'"), ({"dtype": "<c8"}, "'<c8'"), ({"dtype": "<U2"}, "'<U2'"), ({"dtype": "f4,f4"}, "'f4,f4'"), ({"dtype": "<f3"}, "f3"),
-    ({"dtype": ["<f4"]}, "dtype"), ({"dtype": None}, "dtype"), ({"data": "text"}, "needs 8 bytes of data, got str"), ({"data": bytes(7)}, "got 7"),
-    ({"shape": [-2]}, "shape"), ({"shape": 2}, "shape"), ({"shape": [True, 2]}, "shape"), ({"shape": [2**62, 2**62]}, "got 8"), ({"shape": [1] * 9}, "shape")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"dtype": "|O"}, "'|O'"),
+        ({"dtype": "<c8"}, "'<c8'"),
+        ({"dtype": "<U2"}, "'<U2'"),
+        ({"dtype": "f4,f4"}, "'f4,f4'"),
+        ({"dtype": "<f3"}, "f3"),
+        ({"dtype": ["<f4"]}, "dtype"),
+        ({"dtype": None}, "dtype"),
+        ({"data": "text"}, "needs 8 bytes of data, got str"),
+        ({"data": bytes(7)}, "got 7"),
+        ({"shape": [-2]}, "shape"),
+        ({"shape": 2}, "shape"),
+        ({"shape": [True, 2]}, "shape"),
+        ({"shape": [2**62, 2**62]}, "got 8"),
+        ({"shape": [1] * 9}, "shape"),
+    ],
+)
 def test_arrays_that_are_none_are_refused(changes: dict[str, Any], words: str) -> None:
     assert unpack(array_map()).tolist() == [0, 0]
     assert words in refusal(unpack, array_map(**changes))
 
 
-@pytest.mark.parametrize("value", [np.array([object()]), np.array([1j]), np.array(["text"]), np.zeros(2, "f4,i4"), {1, 2}, object()])
+@pytest.mark.parametrize(
+    "value", [np.array([object()]), np.array([1j]), np.array(["text"]), np.zeros(2, "f4,i4"), {1, 2}, object()]
+)
 def test_what_would_need_pickle_is_not_sent(value: Any) -> None:
     refusal(pack, {"a": value})
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------
 
-FLAT = {"observation/images/front": PICTURE, "observation/images/wrist": PICTURE + 1, "observation/state": STATE.tolist(), "prompt": "push the puck"}
-DROID = {"observation/exterior_image_1_left": PICTURE, "observation/wrist_image_left": PICTURE + 1, "observation/joint_position": STATE[:2].astype(np.float64),
-         "observation/gripper_position": 2.0, "prompt": "push the puck"}
-DROID_FIELDS = ("images/front=observation/exterior_image_1_left", "images/wrist=observation/wrist_image_left",
-                "state=observation/joint_position, observation/gripper_position")
+FLAT = {
+    "observation/images/front": PICTURE,
+    "observation/images/wrist": PICTURE + 1,
+    "observation/state": STATE.tolist(),
+    "prompt": "push the puck",
+}
+DROID = {
+    "observation/exterior_image_1_left": PICTURE,
+    "observation/wrist_image_left": PICTURE + 1,
+    "observation/joint_position": STATE[:2].astype(np.float64),
+    "observation/gripper_position": 2.0,
+    "prompt": "push the puck",
+}
+DROID_FIELDS = (
+    "images/front=observation/exterior_image_1_left",
+    "images/wrist=observation/wrist_image_left",
+    "state=observation/joint_position, observation/gripper_position",
+)
 
 
-@pytest.mark.parametrize("given_, fields", [
-    (message(), ()), ({"observation": message(), "prompt": "push the puck"}, ()), (FLAT, ()), (DROID, DROID_FIELDS), ({**message(), "seq": 3, b"x": 1}, ()),
-    (message(images={"front": PICTURE.transpose(2, 0, 1), "wrist": PICTURE + 1}), ())])
+@pytest.mark.parametrize(
+    "given_, fields",
+    [
+        (message(), ()),
+        ({"observation": message(), "prompt": "push the puck"}, ()),
+        (FLAT, ()),
+        (DROID, DROID_FIELDS),
+        ({**message(), "seq": 3, b"x": 1}, ()),
+        (message(images={"front": PICTURE.transpose(2, 0, 1), "wrist": PICTURE + 1}), ()),
+    ],
+)
 def test_all_names_give_the_same_observation(given_: dict[Any, Any], fields: tuple[str, ...]) -> None:
     found = reader(*fields).observation(unpack(pack(given_)), 3, 4)
-    assert list(found.images) == ["front", "wrist"] and (found.instruction, found.start, found.step) == ("push the puck", 3, 4)
+    assert list(found.images) == ["front", "wrist"] and (found.instruction, found.start, found.step) == (
+        "push the puck",
+        3,
+        4,
+    )
     np.testing.assert_array_equal(found.images["front"], PICTURE)
     np.testing.assert_array_equal(found.images["wrist"], PICTURE + 1)
     np.testing.assert_array_equal(found.state, STATE)
@@ -129,11 +176,17 @@ def without(name: str) -> dict[str, Any]:
 
 
 WRONG = {
-    "no view": (message(images={"front": PICTURE, "wirst": PICTURE}), ("'images/wrist' (uint8 [H, W, 3]) is missing", "'images/wirst'")),
+    "no view": (
+        message(images={"front": PICTURE, "wirst": PICTURE}),
+        ("'images/wrist' (uint8 [H, W, 3]) is missing", "'images/wirst'"),
+    ),
     "no images": (without("images"), ("'images/front'", "is missing", "prompt, state")),
     "no state": (without("state"), ("'state' ([3] numbers) is missing",)),
     "no prompt": (without("prompt"), ("'prompt' (text) is missing",)),
-    "float picture": (message(images={"front": PICTURE / 255, "wrist": PICTURE}), ("'images/front' must be a picture", "float64 [4, 6, 3]")),
+    "float picture": (
+        message(images={"front": PICTURE / 255, "wrist": PICTURE}),
+        ("'images/front' must be a picture", "float64 [4, 6, 3]"),
+    ),
     "grey picture": (message(images={"front": PICTURE[..., 0], "wrist": PICTURE}), ("'images/front'", "uint8 [4, 6]")),
     "batch of pictures": (message(images={"front": PICTURE[None], "wrist": PICTURE}), ("uint8 [1, 4, 6, 3]",)),
     "empty picture": (message(images={"front": PICTURE[:0], "wrist": PICTURE}), ("uint8 [0, 6, 3]",)),
@@ -161,9 +214,15 @@ def test_a_blind_policy_needs_no_pictures() -> None:
     assert reader(views=()).observation(without("images")).images == {}
 
 
-@pytest.mark.parametrize("field, words", [
-    ("images/frnt=a", "did you mean 'images/front'"), ("images/front", "give native=theirs"), ("images/front=a,b", "only state may have several"),
-    ("state=a,,b", "give native=theirs")])
+@pytest.mark.parametrize(
+    "field, words",
+    [
+        ("images/frnt=a", "did you mean 'images/front'"),
+        ("images/front", "give native=theirs"),
+        ("images/front=a,b", "only state may have several"),
+        ("state=a,,b", "give native=theirs"),
+    ],
+)
 def test_field_maps_that_are_none_are_refused(field: str, words: str) -> None:
     assert words in refusal(reader, field)
 
@@ -182,7 +241,7 @@ def test_whole_chunks_are_keyed_by_episode_and_step() -> None:
         np.testing.assert_array_equal(session.answer(asked, CHUNK)["actions"], CHUNK)
     assert keys == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert session.ask({"reset": True}) == {"reset": True} == session.ask({"reset": True})
-    assert session.ask(message()).start == 2      # two resets in a row are one
+    assert session.ask(message()).start == 2  # two resets in a row are one
 
 
 def test_a_chunk_is_handed_out_step_by_step() -> None:
@@ -248,12 +307,15 @@ def test_this_machine_needs_none() -> None:
 
 
 def test_only_the_token_opens() -> None:
-    assert allowed([], None) and allowed([f"Api-Key {TOKEN}"], TOKEN) and allowed(["Basic x", f"Api-Key {TOKEN}"], TOKEN)
+    assert (
+        allowed([], None) and allowed([f"Api-Key {TOKEN}"], TOKEN) and allowed(["Basic x", f"Api-Key {TOKEN}"], TOKEN)
+    )
     for headers in ([], [TOKEN], [f"Api-Key {TOKEN[:-1]}"], [f"Api-Key {TOKEN}x"], ["Api-Key "], ["Api-Key \udcff"]):
         assert not allowed(headers, TOKEN)
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
+
 
 def test_metrics_are_prometheus_text() -> None:
     metrics = Metrics()
@@ -262,18 +324,28 @@ def test_metrics_are_prometheus_text() -> None:
     metrics.counts["requests"] += 3
     values = dict(line.rsplit(" ", 1) for line in metrics.text().splitlines() if not line.startswith("#"))
     assert values["dvla_requests_total"] == "3" and values["dvla_clients"] == "0"
-    assert abs(float(values['dvla_queue_seconds{quantile="0.5"}']) - 0.495) < 1e-6 and values["dvla_queue_seconds_count"] == "100"
-    assert float(values['dvla_queue_seconds{quantile="0.99"}']) > 0.97 and 'dvla_dit_seconds{quantile="0.5"}' not in values
+    assert (
+        abs(float(values['dvla_queue_seconds{quantile="0.5"}']) - 0.495) < 1e-6
+        and values["dvla_queue_seconds_count"] == "100"
+    )
+    assert (
+        float(values['dvla_queue_seconds{quantile="0.99"}']) > 0.97 and 'dvla_dit_seconds{quantile="0.5"}' not in values
+    )
     assert {f"dvla_{name}_total" for name in COUNTS} | {f"dvla_{name}_seconds_count" for name in TIMES} <= set(values)
 
 
 def test_without_its_packages_serving_says_what_to_install() -> None:
-    code = ("import sys\nsys.modules['msgpack'] = None\nfrom dvla.errors import UserError\n"
-            "try:\n    import dvla.stages.serving.client\nexcept UserError as error:\n    print(error)")
+    code = (
+        "import sys\nsys.modules['msgpack'] = None\nfrom dvla.errors import UserError\n"
+        "try:\n    import dvla.stages.serving.client\nexcept UserError as error:\n    print(error)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install 'dvla[serve]'" in out
 
 
 def test_the_client_needs_no_torch() -> None:
     code = "import sys, dvla.stages.serving.client; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )

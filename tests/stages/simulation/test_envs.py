@@ -126,7 +126,7 @@ def test_pictures(push):
         np.testing.assert_array_equal(second.images[view], whole)
     # Upright: the lower half of corner2 is the wooden table (brown: red well above blue), the top rows the grey wall.
     red, blue = (first.images["corner2"][..., c].astype(float) for c in (0, 2))
-    assert (red - blue)[SIZE // 2:].mean() > (red - blue)[: SIZE // 8, SIZE // 2:].mean() + 20
+    assert (red - blue)[SIZE // 2 :].mean() > (red - blue)[: SIZE // 8, SIZE // 2 :].mean() + 20
     assert push.reset(0, render=False).images == {}
 
 
@@ -226,6 +226,7 @@ def test_grid(tmp_path):
 def test_recorded_dataset_is_lerobots_own_and_independent_of_workers(push, tmp_path, monkeypatch):
     pytest.importorskip("lerobot", reason="lerobot is not installed (pip install 'dvla[lerobot]')")
     import socket
+
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("recording must not use the network"))
     settings = dict(env="metaworld/handle-press-v3", episodes=2, image_size=SIZE, seed=5, noise=0.2, extra_steps=4)
     seen = []
@@ -235,6 +236,7 @@ def test_recorded_dataset_is_lerobots_own_and_independent_of_workers(push, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]  # no partial folder is left
 
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
     dataset = LeRobotDataset("dvla/one", root=tmp_path / "one", video_backend="pyav")
     assert dataset.num_episodes == 2 and len(dataset) == result.frames and dataset.fps == 80
     assert dataset.meta.robot_type == "metaworld_sawyer"
@@ -252,8 +254,10 @@ def test_recorded_dataset_is_lerobots_own_and_independent_of_workers(push, tmp_p
             shown = frame[f"observation.images.{view}"].numpy().transpose(1, 2, 0) * 255
             assert np.abs(shown - observation.images[view]).mean() < 6
 
-    one, two = ({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
-                for name in ("one", "two"))
+    one, two = (
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("one", "two")
+    )
     assert set(one) == set(two)
     differing = {str(p) for p in one if one[p] != two[p]} - {"meta/stats.json"}
     assert not differing
@@ -282,6 +286,7 @@ def test_recording_refuses_what_is_in_the_way(push, tmp_path):
 
     def interrupt(kept, wanted):
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         record(RecordConfig(PUSH, 2, tmp_path / "out", image_size=SIZE, max_steps=2, keep_failures=True), interrupt)
     gc.collect()

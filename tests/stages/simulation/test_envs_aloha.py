@@ -28,8 +28,10 @@ def task(request):
 @pytest.fixture(scope="module")
 def simulator():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MUJOCO_GL", "disable")    # else dm_control, imported here, shuts our OpenGL display down at exit
-        return pytest.importorskip("gym_aloha.tasks.sim", reason="gym-aloha is not installed (pip install 'dvla[aloha]')")
+        patch.setenv("MUJOCO_GL", "disable")  # else dm_control, imported here, shuts our OpenGL display down at exit
+        return pytest.importorskip(
+            "gym_aloha.tasks.sim", reason="gym-aloha is not installed (pip install 'dvla[aloha]')"
+        )
 
 
 def test_missing_simulator_names_the_install_step(monkeypatch):
@@ -49,7 +51,7 @@ def test_the_field_map_of_recordings_gives_actions_back():
     actions = np.linspace(0, 1, 42).reshape(3, 14).astype(np.float32)
     unified = mapping.to_unified(actions)
     assert adapter.AlohaEnvironment.action_names[13] == "right_gripper"
-    np.testing.assert_allclose(unified[:, [60, 10]], actions[:, [6, 13]], atol=1e-6)     # left, right: 1 open
+    np.testing.assert_allclose(unified[:, [60, 10]], actions[:, [6, 13]], atol=1e-6)  # left, right: 1 open
     np.testing.assert_allclose(mapping.to_native(unified), actions, atol=1e-6)
 
 
@@ -60,11 +62,14 @@ def test_starts_are_reproduced_and_splits_are_disjoint(task):
         for start in range(6):
             env.reset(start)
             vectors.setdefault(split, []).append(env.start_vector)
-            for name, place in zip(("box",) if env.task == "transfer_cube" else ("peg", "socket"),
-                                   np.reshape(env.start_vector, (-1, 2)), strict=True):
+            for name, place in zip(
+                ("box",) if env.task == "transfer_cube" else ("peg", "socket"),
+                np.reshape(env.start_vector, (-1, 2)),
+                strict=True,
+            ):
                 np.testing.assert_array_equal(env._data.body(name).xpos, [*place, 0.05])
         env.step(env.sample_action(np.random.default_rng(0)))
-        assert env.reset(2).state.tolist() == env.reset(3).state.tolist()     # the arms rest
+        assert env.reset(2).state.tolist() == env.reset(3).state.tolist()  # the arms rest
         env.close()
     assert_disjoint(vectors["train"], vectors["eval"])
     assert len({*vectors["train"], *vectors["eval"]}) == 12
@@ -75,7 +80,7 @@ def test_starts_are_reproduced_and_splits_are_disjoint(task):
 def test_step_contract(task):
     before = task.reset(0).state
     action = before.copy()
-    action[[0, 6, 13]] = before[0] + 0.2, 1.0, 7.0       # left waist; both grippers open, one asked beyond its limit
+    action[[0, 6, 13]] = before[0] + 0.2, 1.0, 7.0  # left waist; both grippers open, one asked beyond its limit
     for _ in range(30):
         result = task.step(action)
     after = result.observation.state
@@ -104,8 +109,10 @@ def test_inverse_kinematics_reach_what_they_are_asked_for(task):
 def test_expert_solves_and_state_and_reward_are_gym_alohas(task, simulator):
     kind = simulator.TransferCubeTask if task.task == "transfer_cube" else simulator.InsertionTask
     name = task._mujoco.mj_id2name
-    physics = SimpleNamespace(data=task._data, model=SimpleNamespace(
-        id2name=lambda index, _: name(task._model, task._mujoco.mjtObj.mjOBJ_GEOM, index)))
+    physics = SimpleNamespace(
+        data=task._data,
+        model=SimpleNamespace(id2name=lambda index, _: name(task._model, task._mujoco.mjtObj.mjOBJ_GEOM, index)),
+    )
     theirs, rewards = kind(), []
     task.reset(0)
     for _ in range(task.max_steps):
@@ -119,7 +126,7 @@ def test_expert_solves_and_state_and_reward_are_gym_alohas(task, simulator):
 
 
 def test_an_unstable_episode_is_lost_until_the_next_one(task, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)     # MuJoCo writes MUJOCO_LOG.TXT
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
     monkeypatch.setattr(task, "_reward", lambda: 4)
     task.reset(0)
     task._data.qvel[0] = 1e12
@@ -137,7 +144,7 @@ def test_demonstration_has_pictures_of_both_cameras(task):
     try:
         done = demonstrate(task, 1, config)
         rehearsed = demonstrate(task, 1, RecordConfig(task.name, 1, None, image_size=SIZE))
-    except UserError as error:      # no OpenGL library
+    except UserError as error:  # no OpenGL library
         pytest.skip(str(error))
     finally:
         task.max_steps = limit
@@ -145,7 +152,7 @@ def test_demonstration_has_pictures_of_both_cameras(task):
     for view in ("top", "angle"):
         picture = done.images[view][0].astype(int)
         assert done.images[view].shape == (3, SIZE, SIZE, 3)
-        row, column = (where.mean() for where in np.nonzero(picture[..., 0] - picture[..., 1] > 60))    # the cube or peg
+        row, column = (where.mean() for where in np.nonzero(picture[..., 0] - picture[..., 1] > 60))  # the cube or peg
         # Upright: the right hand's object lies right of the middle, and the dark wall is above the table.
         assert column > SIZE / 2 and row > SIZE / 3
-        assert picture[:4].mean() < picture[SIZE // 2:].mean()
+        assert picture[:4].mean() < picture[SIZE // 2 :].mean()

@@ -19,7 +19,7 @@ from support.dex_samples import NAMES, OBJECTS, balls, write_dexgraspnet
 from support.fake_isaacgym import write_isaacgym
 
 LEAP = "isaac_dexgrasp/leap"
-pytest.importorskip("scipy")    # the samples' camera matrices
+pytest.importorskip("scipy")  # the samples' camera matrices
 
 
 def turn(axis: int, angle: float) -> np.ndarray:
@@ -43,9 +43,11 @@ def dataset(tmp_path_factory):
         entries = ""
         for number in OBJECTS:
             place = to_scene[:3, :3] @ balls(number)[0][0] + to_scene[:3, 3]
-            x, y, z, w = to_quaternion("matrix", to_scene[:3, :3].ravel())     # upright on the table
-            entries += (f"<obj>\n<obj_id>{number}</obj_id>\n<obj_name>{NAMES.get(number, 'x')}</obj_name>\n<obj_path>x</obj_path>\n"
-                        f"<pos_in_world>{' '.join(map(str, place))}</pos_in_world>\n<ori_in_world>{w} {x} {y} {z}</ori_in_world>\n</obj>\n")
+            x, y, z, w = to_quaternion("matrix", to_scene[:3, :3].ravel())  # upright on the table
+            entries += (
+                f"<obj>\n<obj_id>{number}</obj_id>\n<obj_name>{NAMES.get(number, 'x')}</obj_name>\n<obj_path>x</obj_path>\n"
+                f"<pos_in_world>{' '.join(map(str, place))}</pos_in_world>\n<ori_in_world>{w} {x} {y} {z}</ori_in_world>\n</obj>\n"
+            )
         (folder / "annotations/0000.xml").write_text(f"<scene>\n{entries}</scene>\n")
     for name in (adapter.HAND, *(adapter.OBJECT.format(n) for n in OBJECTS)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,9 @@ def test_what_is_missing_is_said_with_the_install_step(monkeypatch, tmp_path):
 
 def test_an_action_is_what_the_dataset_holds():
     config = load_config("dexgraspnet")
-    assert sum({"target_translation": 3, "target_rotation": 9}.get(c, 1) for c in config.action_columns) == len(adapter.DexGraspEnvironment.action_names)
+    assert sum({"target_translation": 3, "target_rotation": 9}.get(c, 1) for c in config.action_columns) == len(
+        adapter.DexGraspEnvironment.action_names
+    )
     assert config.action_columns[2:] == adapter.JOINTS
 
 
@@ -87,14 +91,14 @@ def test_way_points_hold_the_grasp_in_the_tables_frame():
         centre = rng.uniform(-0.3, 0.3, 3)
         rows = adapter.waypoints(action, centre)
         assert rows.shape == (5, 22)
-        for row in rows:      # the root's joints turn about x, then the turned y, then the turned z
+        for row in rows:  # the root's joints turn about x, then the turned y, then the turned z
             np.testing.assert_allclose(turn(0, row[3]) @ turn(1, row[4]) @ turn(2, row[5]), matrix, atol=1e-9)
         away, there, closed, pressed, up = rows
         np.testing.assert_allclose(closed[:3], action[:3] + centre)
         np.testing.assert_allclose(closed[6:], action[12:])
         np.testing.assert_allclose(away[:3] - closed[:3], 0.1 * action[:3] / np.linalg.norm(action[:3]))
         np.testing.assert_allclose(up - pressed, [0, 0, 0.2] + [0] * 19, atol=1e-12)
-        sideways = [6, 10, 14, 18]      # the first joint of each finger
+        sideways = [6, 10, 14, 18]  # the first joint of each finger
         np.testing.assert_allclose(there[sideways], closed[sideways])
         assert (np.delete(pressed[6:], [0, 4, 8, 12]) > np.delete(there[6:], [0, 4, 8, 12])).all()
 
@@ -142,7 +146,9 @@ def test_recorded_grasps_lift_their_objects_and_others_do_not(simulator):
             observation = env.reset(start)
             vectors[split].append(env.start_vector)
             assert observation.instruction.startswith("grasp the ") and observation.state.shape == (0,)
-            assert {view: image.shape for view, image in observation.images.items()} == {v: (32, 32, 3) for v in (env.views if split == "eval" else ())}
+            assert {view: image.shape for view, image in observation.images.items()} == {
+                v: (32, 32, 3) for v in (env.views if split == "eval" else ())
+            }
             result = env.step(env.expert_action())
             assert result.success and result.done and result.info["lifted"] == pytest.approx(0.2, abs=1e-5)
             env.reset(start, render=False)

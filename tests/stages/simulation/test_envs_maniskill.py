@@ -88,7 +88,7 @@ def test_the_field_map_gives_actions_back():
     actions = np.linspace(-1, 1, 24).reshape(3, 8).astype(np.float32)
     unified = mapping.to_unified(actions)
     assert mapping.mask.nonzero()[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 10]
-    np.testing.assert_allclose(unified[:, 10], actions[:, 7] / 2 + 0.5, atol=1e-6)   # 1 open
+    np.testing.assert_allclose(unified[:, 10], actions[:, 7] / 2 + 0.5, atol=1e-6)  # 1 open
     np.testing.assert_allclose(mapping.to_native(unified), actions, atol=1e-6)
 
 
@@ -138,7 +138,9 @@ def test_expert_solves_with_pictures_only_of_successes(push):
 def test_mujoco_still_draws_after_maniskill(push):
     if importlib.util.find_spec("metaworld") is None:
         pytest.skip("metaworld is not installed (pip install 'dvla[sim]')")
-    env = make_environment("metaworld/push-v3", image_size=SIZE)     # ManiSkill imports mujoco too, and knows no OpenGL library
+    env = make_environment(
+        "metaworld/push-v3", image_size=SIZE
+    )  # ManiSkill imports mujoco too, and knows no OpenGL library
     try:
         assert set(env.reset(0).images) == set(env.views)
     except UserError as error:

@@ -91,11 +91,16 @@ class Task:
 @pytest.fixture
 def simulator(monkeypatch, tmp_path):
     """A stand-in for the packages, CoppeliaSim and the display."""
+
     class Simulator:
         open = False
 
         def __init__(self, mode, obs_config, headless):
-            assert headless and obs_config.wrist_camera.image_size in ((16, 16), (128, 128)) and not obs_config.wrist_camera.depth
+            assert (
+                headless
+                and obs_config.wrist_camera.image_size in ((16, 16), (128, 128))
+                and not obs_config.wrist_camera.depth
+            )
             self.mode, self.running = mode, False
 
         def launch(self):
@@ -121,10 +126,17 @@ def simulator(monkeypatch, tmp_path):
     for name in ("rlbench", "rlbench.backend", "rlbench.action_modes", "rlbench.tasks", "pyrep"):
         module(monkeypatch, name, __path__=[], __spec__=object())
     module(monkeypatch, "pyrep.errors", ConfigurationPathError=KeyError, IKError=IndexError)
-    module(monkeypatch, "rlbench.action_modes.action_mode",
-           MoveArmThenGripper=lambda arm, gripper: types.SimpleNamespace(arm_action_mode=arm))
-    module(monkeypatch, "rlbench.action_modes.arm_action_modes", EndEffectorPoseViaIK=lambda: Mode(0.1),
-           EndEffectorPoseViaPlanning=lambda: Mode(1.0))
+    module(
+        monkeypatch,
+        "rlbench.action_modes.action_mode",
+        MoveArmThenGripper=lambda arm, gripper: types.SimpleNamespace(arm_action_mode=arm),
+    )
+    module(
+        monkeypatch,
+        "rlbench.action_modes.arm_action_modes",
+        EndEffectorPoseViaIK=lambda: Mode(0.1),
+        EndEffectorPoseViaPlanning=lambda: Mode(1.0),
+    )
     module(monkeypatch, "rlbench.action_modes.gripper_action_modes", Discrete=object)
     module(monkeypatch, "rlbench.backend.exceptions", DemoError=Failed, InvalidActionError=Refused, **exceptions)
     module(monkeypatch, "rlbench.environment", Environment=Simulator)
@@ -138,7 +150,9 @@ def test_what_is_missing_is_said_with_the_install_step(monkeypatch):
     assert set(adapter.names()) <= set(environment_names())
     monkeypatch.delenv("COPPELIASIM_ROOT", raising=False)
     monkeypatch.delenv("DISPLAY", raising=False)
-    with pytest.raises(UserError, match=r"rlbench and pyrep.*CoppeliaSim 4\.1.*DISPLAY.*docker/Dockerfile\.rlbench") as refused:
+    with pytest.raises(
+        UserError, match=r"rlbench and pyrep.*CoppeliaSim 4\.1.*DISPLAY.*docker/Dockerfile\.rlbench"
+    ) as refused:
         make_environment(JAR)
     assert "\n" not in str(refused.value)
 
@@ -155,7 +169,7 @@ def test_observations_and_actions_are_those_that_recorded_data_gives(tmp_path):
         np.testing.assert_allclose(state, episode.state[t], atol=1e-6)
         for view in episode.views:
             np.testing.assert_array_equal(images[view.name], list(view.frames())[t])
-    np.testing.assert_allclose(adapter.demonstrated(demo), episode.action[:LENGTH - 1], atol=1e-6)
+    np.testing.assert_allclose(adapter.demonstrated(demo), episode.action[: LENGTH - 1], atol=1e-6)
     assert {v.name for v in episode.views} == set(adapter.CAMERAS)
 
 
@@ -174,7 +188,13 @@ def test_float_pictures_become_bytes_and_what_lacks_is_named():
 def test_actions_that_rlbench_would_refuse_are_made_allowed():
     action = np.array([0.1, 0.2, 0.9, 0, 0, 3, 4, 0.6], np.float32)
     np.testing.assert_allclose(adapter.to_action(action), [0.1, 0.2, 0.9, 0, 0, 0.6, 0.8, 1.0], atol=1e-7)
-    assert adapter.to_action(np.append(action[:3], [0, 0, 0, 0, 0.4]))[3:].tolist() == [0, 0, 0, 1, 0]   # no rotation: none
+    assert adapter.to_action(np.append(action[:3], [0, 0, 0, 0, 0.4]))[3:].tolist() == [
+        0,
+        0,
+        0,
+        1,
+        0,
+    ]  # no rotation: none
 
 
 def test_the_field_map_of_recordings_is_that_of_rlbenchs_own_data():
@@ -194,13 +214,21 @@ def test_starts_and_instructions_follow_from_the_seed(simulator):
             assert vectors.setdefault((split, start), env.start_vector) == env.start_vector
         env.close()
     assert np.random.get_state()[1].tolist() == before
-    assert len(set(vectors.values())) == 4 and len(set(texts.values())) > 1 and all(t.startswith("close jar") for t in texts.values())
+    assert (
+        len(set(vectors.values())) == 4
+        and len(set(texts.values())) > 1
+        and all(t.startswith("close jar") for t in texts.values())
+    )
 
 
 def test_near_poses_are_reached_directly_far_ones_by_a_plan_and_others_not_at_all(simulator):
     env = make_environment(JAR, image_size=16)
     observation = env.reset(0)
-    assert observation.state[:3].tolist() == pytest.approx([0.3, 0, 1]) and observation.images["wrist"].shape == (12, 16, 3)
+    assert observation.state[:3].tolist() == pytest.approx([0.3, 0, 1]) and observation.images["wrist"].shape == (
+        12,
+        16,
+        3,
+    )
     for z, reach in ((1.05, 0.1), (1.15, 0.1), (0.8, 1.0)):
         action = np.append(observation.state, [])
         action[2] = z
@@ -220,7 +248,7 @@ def test_a_demonstration_is_played_back_and_recorded_with_its_instruction(simula
     done = demonstrate(env, 2, RecordConfig(JAR, 1, None, image_size=16, noise=0.5, extra_steps=2))
     demo = seen(6, seed=3)
     assert done.success and done.instruction == env.instruction != "close jar" and len(done.action) == 7
-    np.testing.assert_allclose(done.action[:5], adapter.demonstrated(demo), atol=1e-6)     # noise cannot be carried out
+    np.testing.assert_allclose(done.action[:5], adapter.demonstrated(demo), atol=1e-6)  # noise cannot be carried out
     np.testing.assert_allclose(done.state[1:6], adapter.demonstrated(demo), atol=1e-6)
     np.testing.assert_array_equal(done.images["front"][3], demo[3].front_rgb)
     Image.fromarray(done.images["wrist"][0])
@@ -235,7 +263,7 @@ def test_a_demonstration_cannot_be_left_halfway_and_may_fail(simulator):
         env.step(action + 0.1)
     env.reset(0)
     env._task.demo_fails = True
-    np.testing.assert_allclose(env.expert_action(), env.reset(0).state, atol=1e-6)       # it stays where it is
+    np.testing.assert_allclose(env.expert_action(), env.reset(0).state, atol=1e-6)  # it stays where it is
     env.close()
 
 

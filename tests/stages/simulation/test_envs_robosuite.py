@@ -42,8 +42,10 @@ def test_the_field_map_of_recordings_gives_actions_back():
     mapping = ActionMap(family.action, KIND.control_hz)
     actions = np.linspace(-1, 1, 36).reshape(3, 12).astype(np.float32)
     unified = mapping.to_unified(actions)
-    np.testing.assert_allclose(unified[:, SLOTS["eef_vel_x"]], actions[:, 0] * adapter.MOVE * 20, atol=1e-6)            # m/s
-    np.testing.assert_allclose(unified[:, SLOTS["eef_angular_vel_yaw"]], actions[:, 5] * adapter.TURN * 20, atol=1e-6)  # rad/s
+    np.testing.assert_allclose(unified[:, SLOTS["eef_vel_x"]], actions[:, 0] * adapter.MOVE * 20, atol=1e-6)  # m/s
+    np.testing.assert_allclose(
+        unified[:, SLOTS["eef_angular_vel_yaw"]], actions[:, 5] * adapter.TURN * 20, atol=1e-6
+    )  # rad/s
     assert np.nonzero(mapping.mask)[0].tolist() == [*range(39, 45), *range(103, 109)]
     np.testing.assert_allclose(mapping.to_native(unified), actions, atol=1e-6)
 
@@ -55,9 +57,16 @@ def test_the_field_map_of_two_hands_is_that_of_one_twice():
     mapping, single = ActionMap(two.action, KIND.control_hz), ActionMap(one.action, KIND.control_hz)
     unified = mapping.to_unified(actions)
     np.testing.assert_allclose(mapping.to_native(unified), actions, atol=1e-6)
-    np.testing.assert_allclose(unified[:, [*range(39, 45), *range(103, 109)]], single.to_unified(actions[:, 12:])[:, single.mask], atol=1e-6)
-    np.testing.assert_allclose(unified[:, [*range(89, 95), *range(115, 121)]], single.to_unified(actions[:, :12])[:, single.mask], atol=1e-6)
-    assert adapter.TwoHandEnvironment.action_names[12] == "right_dx" and ActionMap(two.state, KIND.control_hz).native_dim == 26
+    np.testing.assert_allclose(
+        unified[:, [*range(39, 45), *range(103, 109)]], single.to_unified(actions[:, 12:])[:, single.mask], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        unified[:, [*range(89, 95), *range(115, 121)]], single.to_unified(actions[:, :12])[:, single.mask], atol=1e-6
+    )
+    assert (
+        adapter.TwoHandEnvironment.action_names[12] == "right_dx"
+        and ActionMap(two.state, KIND.control_hz).native_dim == 26
+    )
 
 
 def test_the_finger_targets_of_the_field_map_are_the_simulators(lift):
@@ -77,7 +86,7 @@ def test_starts_are_reproduced_and_splits_are_disjoint(lift):
             env.reset(start)
             vectors.setdefault(split, []).append(env.start_vector)
         env.close()
-    assert np.random.get_state()[1].tolist() == before      # robosuite draws from numpy's global generator
+    assert np.random.get_state()[1].tolist() == before  # robosuite draws from numpy's global generator
     assert_disjoint(vectors["train"], vectors["eval"])
     assert len({*vectors["train"], *vectors["eval"]}) == 8
     lift.reset(1)
@@ -106,20 +115,26 @@ def test_displacements_and_turns_are_along_the_axes_of_the_base(lift, part):
         lift.step(action)
     _, turned = lift.hand()
     axis = np.eye(3)[part]
-    np.testing.assert_allclose(rotate(turned, rotate(facing * [-1, -1, -1, 1], axis)), axis, atol=0.15)    # the axis of the turn stays
+    np.testing.assert_allclose(
+        rotate(turned, rotate(facing * [-1, -1, -1, 1], axis)), axis, atol=0.15
+    )  # the axis of the turn stays
     assert np.abs(turned @ facing) < 0.999
 
 
 def test_step_contract(lift):
     lift.reset(0)
     action = lift._rest_action()
-    action[9:] = 1.0, 1.0, 7.0      # index finger and thumb bend, more than allowed
+    action[9:] = 1.0, 1.0, 7.0  # index finger and thumb bend, more than allowed
     for _ in range(12):
         result = lift.step(action)
     fingers = result.observation.state[7:]
     assert result.observation.images == {} and not result.done and result.observation.state.shape == (13,)
     assert (fingers[3:] > [0.5, 0.4, 0.8]).all() and (np.abs(fingers[:3]) < 0.15).all()
-    np.testing.assert_allclose(to_quaternion("matrix", lift._data.site(adapter.HAND.format(0)).xmat) @ result.observation.state[3:7], 1, atol=1e-6)
+    np.testing.assert_allclose(
+        to_quaternion("matrix", lift._data.site(adapter.HAND.format(0)).xmat) @ result.observation.state[3:7],
+        1,
+        atol=1e-6,
+    )
     with pytest.raises(ValueError, match="12 finite numbers"):
         lift.step(np.zeros(7))
 
@@ -136,11 +151,11 @@ def test_the_expert_lifts_the_cube_and_success_is_robosuites(lift):
             if result.success:
                 break
         assert result.success and result.reward == 1.0
-    assert min(rewards) < 0.5       # the shaped reward grows as the hand comes nearer
+    assert min(rewards) < 0.5  # the shaped reward grows as the hand comes nearer
 
 
 def test_an_unstable_episode_is_lost_until_the_next_one(lift, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)     # MuJoCo writes MUJOCO_LOG.TXT
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
     lift.reset(0)
     lift._data.qvel[0] = 1e12
     result = lift.step(lift._rest_action())
@@ -154,14 +169,14 @@ def test_demonstration_has_pictures_of_both_cameras(lift):
     limit, lift.max_steps = lift.max_steps, 3
     try:
         done = demonstrate(lift, 1, config)
-    except UserError as error:      # no OpenGL library
+    except UserError as error:  # no OpenGL library
         pytest.skip(str(error))
     finally:
         lift.max_steps = limit
     for view in ("agent", "hand"):
         picture = done.images[view][0].astype(int)
         assert done.images[view].shape == (3, SIZE, SIZE, 3)
-        assert (picture[..., 0] - picture[..., 1] > 60).sum() > 4      # the red cube
+        assert (picture[..., 0] - picture[..., 1] > 60).sum() > 4  # the red cube
     assert done.action.shape == (3, 12) and done.state.shape == (3, 13)
 
 
@@ -172,11 +187,15 @@ def test_two_hands_lift_a_cube_each():
         observation = env.reset(0, render=True)
     except UserError as error:
         pytest.skip(str(error))
-    assert {v: p.shape for v, p in observation.images.items()} == {v: (SIZE, SIZE, 3) for v in ("agent", "left_hand", "right_hand")}
-    assert observation.state.shape == (26,) and not np.allclose(observation.state[:13], observation.state[13:], atol=1e-4)
+    assert {v: p.shape for v, p in observation.images.items()} == {
+        v: (SIZE, SIZE, 3) for v in ("agent", "left_hand", "right_hand")
+    }
+    assert observation.state.shape == (26,) and not np.allclose(
+        observation.state[:13], observation.state[13:], atol=1e-4
+    )
     vector = env.start_vector
     left = env._rest_action()
-    left[[0, 9]] = 0.5, 1.0     # the left arm forward, its index finger bent; the right one rests
+    left[[0, 9]] = 0.5, 1.0  # the left arm forward, its index finger bent; the right one rests
     for _ in range(5):
         moved = env.step(left).observation.state
     assert moved[0] - observation.state[0] > 0.02 and moved[10] > 0.3

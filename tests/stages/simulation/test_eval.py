@@ -49,12 +49,19 @@ def world(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_every_policy_stands_beside_the_baselines(world: list[dict[str, Any]], tmp_path: Path) -> None:
     seen: list[str] = []
-    config = EvalConfig(("runs/fast", "runs/slow"), ("toy/near", "toy/far"), 6, tmp_path / "out", videos=2, image_size=32)
+    config = EvalConfig(
+        ("runs/fast", "runs/slow"), ("toy/near", "toy/far"), 6, tmp_path / "out", videos=2, image_size=32
+    )
     found = evaluate_policies(config, lambda name, done, total: seen.append(name))
     assert list(found) == ["fast", "slow"] and set(found["fast"]["tasks"]) == {"toy/near", "toy/far"}
     fast, slow = (found[name]["tasks"] for name in found)
-    assert fast["toy/near"]["success"] == fast["toy/far"]["success"] == slow["toy/near"]["success"] == 1 and slow["toy/far"]["success"] == 0
-    assert slow["toy/far"]["successes"] == [0] * 6 and slow["toy/far"]["ci95"][0] == 0 < slow["toy/far"]["ci95"][1] < 0.5
+    assert (
+        fast["toy/near"]["success"] == fast["toy/far"]["success"] == slow["toy/near"]["success"] == 1
+        and slow["toy/far"]["success"] == 0
+    )
+    assert (
+        slow["toy/far"]["successes"] == [0] * 6 and slow["toy/far"]["ci95"][0] == 0 < slow["toy/far"]["ci95"][1] < 0.5
+    )
     for tasks in (fast, slow):
         for row in tasks.values():
             assert (row["expert"], row["blind"]) == (1, 0) and 0 <= row["random"] <= 1 and row["episodes"] == 6
@@ -63,42 +70,68 @@ def test_every_policy_stands_beside_the_baselines(world: list[dict[str, Any]], t
     # Expert and random are rolled out once per task for both; without --blind each policy has a blind self.
     assert seen.count("toy/near: expert") == seen.count("toy/near: random") == 6 and seen.count("toy/far: blind") == 12
     assert sorted((m["path"], m["blind"]) for m in world if m["environment"] == "toy/near") == [
-        ("runs/fast", False), ("runs/fast", True), ("runs/slow", False), ("runs/slow", True)]
+        ("runs/fast", False),
+        ("runs/fast", True),
+        ("runs/slow", False),
+        ("runs/slow", True),
+    ]
     # One table, and a folder for each that holds what a single evaluation writes.
     for name in found:
         assert json.loads((tmp_path / "out" / name / "summary.json").read_text())["tasks"] == found[name]["tasks"]
-        assert {p.name for p in (tmp_path / "out" / name / "videos").iterdir()} == {f"toy_{t}.{e}" for t in ("near", "far") for e in ("mp4", "png")}
+        assert {p.name for p in (tmp_path / "out" / name / "videos").iterdir()} == {
+            f"toy_{t}.{e}" for t in ("near", "far") for e in ("mp4", "png")
+        }
     table = (tmp_path / "out" / "table.md").read_text()
     assert table == markdown_table(*success_cells(found)) and "| toy/far | slow | 0% of 6 | 0% – 39% | 100% |" in table
 
 
 def test_named_policies_and_chosen_baselines(world: list[dict[str, Any]], tmp_path: Path) -> None:
-    found = evaluate_policies(EvalConfig(("expert", "random", "runs/fast"), ("toy/near",), 3, tmp_path / "a", baselines=(), videos=0))
+    found = evaluate_policies(
+        EvalConfig(("expert", "random", "runs/fast"), ("toy/near",), 3, tmp_path / "a", baselines=(), videos=0)
+    )
     rows = {name: summary["tasks"]["toy/near"] for name, summary in found.items()}
-    assert rows["expert"]["success"] == 1 and rows["expert"]["ms_per_chunk"] is None and not {"expert", "random", "blind"} & rows["fast"].keys()
+    assert (
+        rows["expert"]["success"] == 1
+        and rows["expert"]["ms_per_chunk"] is None
+        and not {"expert", "random", "blind"} & rows["fast"].keys()
+    )
     assert not (tmp_path / "a" / "fast" / "videos").exists() and len(world) == 1
     head, cells = success_cells(found)
     assert [c[head.index("blind")] for c in cells] == ["–"] * 3 and cells[0][-1] == "–"
     # The expert is not run again for its own column.
     seen: list[str] = []
     found = evaluate_policies(EvalConfig(("expert",), ("toy/near",), 3), lambda name, done, total: seen.append(name))
-    assert found["expert"]["tasks"]["toy/near"]["expert"] == 1 and seen.count("toy/near: expert") == 3 and not any("blind" in name for name in seen)
+    assert (
+        found["expert"]["tasks"]["toy/near"]["expert"] == 1
+        and seen.count("toy/near: expert") == 3
+        and not any("blind" in name for name in seen)
+    )
     # A run trained blind is run once for all policies, with its own number of passes.
     world.clear()
-    found = evaluate_policies(EvalConfig(("runs/fast", "runs/slow"), ("toy/near",), 3, blind="runs/none", sample_steps=1))
-    assert [(m["path"], m["blind"], m["steps"]) for m in world] == [("runs/fast", False, 1), ("runs/slow", False, 1), ("runs/none", True, None)]
+    found = evaluate_policies(
+        EvalConfig(("runs/fast", "runs/slow"), ("toy/near",), 3, blind="runs/none", sample_steps=1)
+    )
+    assert [(m["path"], m["blind"], m["steps"]) for m in world] == [
+        ("runs/fast", False, 1),
+        ("runs/slow", False, 1),
+        ("runs/none", True, None),
+    ]
     assert found["slow"]["blind_is"] == "runs/none"
 
 
 def test_one_policy_keeps_its_files_together(world: list[dict[str, Any]], tmp_path: Path) -> None:
-    config = EvalConfig(("runs/fast",), ("toy/near",), 3, tmp_path / "one", baselines=("expert",), videos=1, image_size=32)
+    config = EvalConfig(
+        ("runs/fast",), ("toy/near",), 3, tmp_path / "one", baselines=("expert",), videos=1, image_size=32
+    )
     found = evaluate_policies(config)
     assert {p.name for p in (tmp_path / "one").iterdir()} == {"summary.json", "table.md", "videos"} and len(found) == 1
     with pytest.raises(UserError, match="exists; choose another --out"):
         EvalConfig(("runs/fast",), ("toy/near",), 3, tmp_path / "one")
 
 
-def test_starts_that_were_trained_on_are_refused(world: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_that_were_trained_on_are_refused(
+    world: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = evaluate_policies(EvalConfig(("expert",), ("toy/near",), 2, tmp_path / "e", baselines=()))
     assert known
     from dvla.stages.simulation.envs import make_environment
@@ -111,19 +144,33 @@ def test_starts_that_were_trained_on_are_refused(world: list[dict[str, Any]], tm
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("paths, names", [
-    (("runs/a",), ["a"]), (("runs/a", "runs/b"), ["a", "b"]), (("s0/a", "s1/a"), ["s0-a", "s1-a"]), (("/x/a/", "../a", "expert"), ["x-a", "a", "expert"]),
-    (("r/checkpoints/best", "r/checkpoints/step-00000400"), ["r-best", "step-00000400"]), (("a", "./a"), ["0-a", "1-a"])])
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (("runs/a",), ["a"]),
+        (("runs/a", "runs/b"), ["a", "b"]),
+        (("s0/a", "s1/a"), ["s0-a", "s1-a"]),
+        (("/x/a/", "../a", "expert"), ["x-a", "a", "expert"]),
+        (("r/checkpoints/best", "r/checkpoints/step-00000400"), ["r-best", "step-00000400"]),
+        (("a", "./a"), ["0-a", "1-a"]),
+    ],
+)
 def test_labels_tell_policies_apart(paths: tuple[str, ...], names: list[str]) -> None:
     assert label(paths) == names
 
 
 def test_the_command(world: list[dict[str, Any]], dvla: Dvla, tmp_path: Path) -> None:
-    done = dvla("eval", "expert", "--compare", "runs/slow", "--env", "toy/near", "--episodes", "2", "--out", tmp_path / "out")
+    done = dvla(
+        "eval", "expert", "--compare", "runs/slow", "--env", "toy/near", "--episodes", "2", "--out", tmp_path / "out"
+    )
     assert done.code == 0 and "The same 2 starts for all" in done.out and "100% of 2" in done.out
     assert (tmp_path / "out" / "slow" / "summary.json").exists()
     refused(dvla("eval", "expert", "--env", "toy/near", "--baselines", "expret"), "expret", "did you mean 'expert'")
-    refused(dvla("eval", "expert", "--env", "toy/near", "--baselines", "none", "--blind", "runs/b"), "--blind runs/b", "add blind")
+    refused(
+        dvla("eval", "expert", "--env", "toy/near", "--baselines", "none", "--blind", "runs/b"),
+        "--blind runs/b",
+        "add blind",
+    )
     refused(dvla("eval", "expert", "--env", "toy/nea"), "did you mean 'toy/near'")
     refused(dvla("eval", "expert", "--compare", "expert", "--env", "toy/near"), "policy expert is given twice")
     refused(dvla("eval", "expert", "--env", "toy/near", "--env", "toy/near"), "environment toy/near is given twice")

@@ -19,13 +19,41 @@ from support.repository import ROOT
 HERE = ROOT / "tests"
 GOLDEN = HERE / "golden" / "losses.json"
 LANDING = HERE / "fixtures" / "landing_16"
-REGENERATE = "if the change is meant, write them again: DVLA_WRITE_GOLDEN=1 python -m pytest -n 0 tests/test_golden_losses.py"
+REGENERATE = (
+    "if the change is meant, write them again: DVLA_WRITE_GOLDEN=1 python -m pytest -n 0 tests/test_golden_losses.py"
+)
 STEPS = 20
-TOLERANCE = 3e-5    # relative; another instruction set (ATen default, oneDNN SSE4.1, MKL compatible) differs by 2.1e-6 at most, another number of threads not at all
-COMMON = ("--steps", STEPS, "--batch-size", 8, "--draws", 3, "--lr", "3e-3", "--cond-mask-prob", 0.2, "--log-every", 1, "--eval-every", 0, "--save-every", STEPS,
-          "--num-workers", 1, "--device", "cpu", "--set", "optimizer.warmup=5", "--set", "panels.every=0", "--set", "cpu_threads=1")
+TOLERANCE = 3e-5  # relative; another instruction set (ATen default, oneDNN SSE4.1, MKL compatible) differs by 2.1e-6 at most, another number of threads not at all
+COMMON = (
+    "--steps",
+    STEPS,
+    "--batch-size",
+    8,
+    "--draws",
+    3,
+    "--lr",
+    "3e-3",
+    "--cond-mask-prob",
+    0.2,
+    "--log-every",
+    1,
+    "--eval-every",
+    0,
+    "--save-every",
+    STEPS,
+    "--num-workers",
+    1,
+    "--device",
+    "cpu",
+    "--set",
+    "optimizer.warmup=5",
+    "--set",
+    "panels.every=0",
+    "--set",
+    "cpu_threads=1",
+)
 KINDS = {
-    "hybrid": (),                                   # the default
+    "hybrid": (),  # the default
     "pure_drift": ("--loss-type", "pure_drift"),
     "guided": ("--set", "alpha_max=2.0", "--set", "negatives=4", "--grad-accumulation", 2),
     "queue": ("--set", "loss.queue=task"),
@@ -45,7 +73,9 @@ def compare(name: str, run: Path) -> None:
         return
     wanted = golden[name]
     for step, (loss, was) in enumerate(zip(found.values(), wanted, strict=True), 1):
-        assert loss == pytest.approx(was, rel=TOLERANCE), f"{name}: the loss of step {step} is {loss}, golden/losses.json has {was}; {REGENERATE}"
+        assert loss == pytest.approx(was, rel=TOLERANCE), (
+            f"{name}: the loss of step {step} is {loss}, golden/losses.json has {was}; {REGENERATE}"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,6 +91,8 @@ def test_losses_with_the_live_encoder(tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copytree(LANDING, tmp_path / "landing")
     monkeypatch.chdir(tmp_path / "landing")
     _, command = RUNS["stage_three"]
-    result = dvla(*command, "--out", "golden", "--steps", STEPS, "--save-every", STEPS, "--lora-dropout", 0.1, "--lr", "3e-3")
+    result = dvla(
+        *command, "--out", "golden", "--steps", STEPS, "--save-every", STEPS, "--lora-dropout", 0.1, "--lr", "3e-3"
+    )
     assert result.code == 0, result
     compare("lora", tmp_path / "landing" / "golden")

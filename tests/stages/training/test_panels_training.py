@@ -33,6 +33,7 @@ LOOK = {"every": 2, "share": 1.0, "observations": 12, "draws": 3}
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     """All but two panels drawn as an empty figure with a title: test_panels.py has the real ones."""
+
     def empty(key: str) -> Any:
         return lambda data, style: finish(new_figure(style, 2, 1), f"step {data.step} ({key})", style)
 
@@ -77,7 +78,9 @@ def test_panels_are_written_when_they_are_due(drawn: Path) -> None:
         findings = json.loads((folder / "findings.json").read_text())
         assert set(findings) == found[step] and all(text.endswith(f"({key})") for key, text in findings.items())
     line = read_log(drawn)[-1]
-    assert {"eval/mmd", "eval/lambda/0.02", "eval/lambda/0.2"} <= line.keys() and read_json(ck.resolve(drawn) / "state.json")["metrics"]["lambda/0.05"] < 0
+    assert {"eval/mmd", "eval/lambda/0.02", "eval/lambda/0.2"} <= line.keys() and read_json(
+        ck.resolve(drawn) / "state.json"
+    )["metrics"]["lambda/0.05"] < 0
 
 
 def test_a_look_is_the_same_for_any_batch_and_leaves_nothing(cache: Path) -> None:
@@ -112,7 +115,9 @@ def test_a_panel_that_fails_is_said(cache: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(PANELS, "B1", dataclasses.replace(PANELS["B1"], draw=broken))
     said: list[str] = []
     report = train(configure(cache, tmp_path / "run", panels=LOOK), say=said.append)
-    assert report.step == 4 and [line for line in said if "panel" in line] == [f"panel B1 after step {step}: RuntimeError: no ink" for step in (2, 4)]
+    assert report.step == 4 and [line for line in said if "panel" in line] == [
+        f"panel B1 after step {step}: RuntimeError: no ink" for step in (2, 4)
+    ]
     assert {p.stem for p in panel_steps(tmp_path / "run")[-1][1].glob("*.png")} == set(PANELS) - {"B1"}
 
     monkeypatch.setattr(during, "collect", broken)
@@ -131,22 +136,25 @@ def test_panels_take_no_more_than_their_share(cache: Path, monkeypatch: pytest.M
     mine.config = dataclasses.replace(mine.config, panels=config)
     with open_loader(mine, split="train") as loader:
         panels = Panels(mine, loader)
-        assert panels.turn(50, False) == [] and said == []          # not due
+        assert panels.turn(50, False) == [] and said == []  # not due
         clock[0] = 10
-        assert panels.turn(100, False) == []                        # ten panels are guessed to take 3 s; 0.2 s are allowed
+        assert panels.turn(100, False) == []  # ten panels are guessed to take 3 s; 0.2 s are allowed
         assert panels.turn(200, False) == [] and len(said) == 1 and "panels.share=1" in said[0]
         clock[0] = 300
-        assert len(panels.turn(300, False)) == 9                    # of 6 s
-        assert len(panels.turn(1000, True)) == 17                   # the end always
+        assert len(panels.turn(300, False)) == 9  # of 6 s
+        assert len(panels.turn(1000, True)) == 17  # the end always
         assert [p.key for p in panels.turn(340, True)] == ["D1", "D3", "D4"]
-        assert panels.turn(90, True) == []                          # before the first turn
+        assert panels.turn(90, True) == []  # before the first turn
     short = dataclasses.replace(mine.config, steps=90)
     mine.config = short
     with open_loader(mine, split="train") as loader:
-        assert Panels(mine, loader).turn(90, True) == []            # shorter than a turn
+        assert Panels(mine, loader).turn(90, True) == []  # shorter than a turn
 
 
-@pytest.mark.parametrize("setting, value", [("every", -1), ("share", 0), ("share", 1.5), ("observations", 4), ("draws", 1), ("style", "grey")])
+@pytest.mark.parametrize(
+    "setting, value",
+    [("every", -1), ("share", 0), ("share", 1.5), ("observations", 4), ("draws", 1), ("style", "grey")],
+)
 def test_settings_out_of_range(cache: Path, setting: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"{setting}"):
         configure(cache, cache.parent / "none", panels={setting: value})

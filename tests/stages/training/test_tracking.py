@@ -24,32 +24,37 @@ def test_one_line_per_step_also_after_a_crash(tmp_path: Path) -> None:
     with Tracker(run, OFF, {}, step=0) as tracker:
         for step in (1, 50, 100, 150, 200):
             tracker.log({"step": step, "loss": 1 / step})
-            assert steps(run)[-1] == step                   # on disk at once
+            assert steps(run)[-1] == step  # on disk at once
     with open(run / "log.jsonl", "a") as file:
-        file.write('{"step": 250, "lo')                     # killed while it wrote
-    with Tracker(run, OFF, {}, step=100) as tracker:        # the newest checkpoint is step 100's
+        file.write('{"step": 250, "lo')  # killed while it wrote
+    with Tracker(run, OFF, {}, step=100) as tracker:  # the newest checkpoint is step 100's
         assert steps(run) == [1, 50, 100]
         tracker.log({"step": 120, "loss": 0.5})
     assert steps(run) == [1, 50, 100, 120]
     before = (run / "log.jsonl").stat().st_mtime_ns
-    Tracker(run, OFF, {}, step=120).close()                 # a finished run is not rewritten
+    Tracker(run, OFF, {}, step=120).close()  # a finished run is not rewritten
     assert (run / "log.jsonl").stat().st_mtime_ns == before
     assert sorted(p.name for p in run.iterdir()) == ["log.jsonl"]
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot write .*log.jsonl: No space left on device; the checkpoints are whole"):
-        with Tracker(tmp_path / "run", OFF, {}, step=0) as tracker:
-            tracker._file.close()
-            tracker._file = open("/dev/full", "w")
-            tracker.log({"step": 1})
+    with (
+        pytest.raises(UserError, match=r"cannot write .*log.jsonl: No space left on device; the checkpoints are whole"),
+        Tracker(tmp_path / "run", OFF, {}, step=0) as tracker,
+    ):
+        tracker._file.close()
+        tracker._file = open("/dev/full", "w")
+        tracker.log({"step": 1})
     with Tracker(tmp_path / "run", OFF, {}, step=0) as tracker:
         tracker.log({"step": 1})
     assert steps(tmp_path / "run") == [1]
 
 
 def test_kept_lines_drop_what_is_no_line() -> None:
-    assert kept_lines('{"step": 1}\nnot json\n[1]\n{"loss": 2}\n{"step": 2}\n{"step": 3}\n', 2) == '{"step": 1}\n{"step": 2}\n'
+    assert (
+        kept_lines('{"step": 1}\nnot json\n[1]\n{"loss": 2}\n{"step": 2}\n{"step": 3}\n', 2)
+        == '{"step": 1}\n{"step": 2}\n'
+    )
 
 
 def test_lines_for_charts() -> None:
@@ -58,15 +63,25 @@ def test_lines_for_charts() -> None:
 
 
 def test_secrets_in_addresses_are_left_out() -> None:
-    settings = {"cache": "s3://key:secret@host/bucket?token=abc", "nested": {"list": ["https://user@host/x", "runs/a@b?c"]}, "steps": 3}
-    assert public(settings) == {"cache": "s3://host/bucket", "nested": {"list": ["https://host/x", "runs/a@b?c"]}, "steps": 3}
+    settings = {
+        "cache": "s3://key:secret@host/bucket?token=abc",
+        "nested": {"list": ["https://user@host/x", "runs/a@b?c"]},
+        "steps": 3,
+    }
+    assert public(settings) == {
+        "cache": "s3://host/bucket",
+        "nested": {"list": ["https://host/x", "runs/a@b?c"]},
+        "steps": 3,
+    }
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     require_wandb(OFF)
     for mode in ("online", "offline"):
-        with pytest.raises(UserError, match=r'W&B mode .* which is not installed: pip install "dvla\[wandb\]"') as error:
+        with pytest.raises(
+            UserError, match=r'W&B mode .* which is not installed: pip install "dvla\[wandb\]"'
+        ) as error:
             Tracker(tmp_path / "run", WandbConfig(mode), {}, step=0)
         assert "\n" not in str(error.value)
 
@@ -74,11 +89,15 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_online_without_an_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(type(wandb.api), "api_key", None)
-    with pytest.raises(UserError, match="this machine is not logged in: run `wandb login`, or train with --wandb-mode offline"):
+    with pytest.raises(
+        UserError, match="this machine is not logged in: run `wandb login`, or train with --wandb-mode offline"
+    ):
         require_wandb(WandbConfig("online"))
 
 
-def test_offline_keeps_its_run_id_and_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_keeps_its_run_id_and_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("DVLA_TEST_SECRET", "hunter2-environment")
     run, begun, settings = tmp_path / "run", [], {"cache": "s3://key:hunter2-address@host/bucket", "steps": 4}

@@ -205,7 +205,10 @@ def test_non_finite_loss_stops_before_the_step(
     change_weights(folder, "proj_seq.0.weight", value)
     steps, before = [], tensors(out)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: steps.append(1))
-    with pytest.raises(UserError, match="the loss of step 4 is nan, .*; training stopped before the optimiser step. Its batch: rows (alpha|beta):"):
+    with pytest.raises(
+        UserError,
+        match="the loss of step 4 is nan, .*; training stopped before the optimiser step. Its batch: rows (alpha|beta):",
+    ):
         train(configure(cache, out), say=quiet)
     assert not steps
     assert ck.checkpoints(out)[-1] == folder and ck.load_state(folder)["step"] == 3
@@ -222,12 +225,22 @@ def test_rows_that_are_not_finite_are_named(cache: Path, tmp_path: Path) -> None
 
     with pytest.raises(UserError) as error:
         run(Session(config, opened, policy_net(config, opened), {}, features=poisoned, say=quiet))
-    assert f"the loss of step 1 is nan, its gradient's norm nan; training stopped before the optimiser step. Its batch: rows {seen[0]} hold " in str(error.value)
+    assert (
+        f"the loss of step 1 is nan, its gradient's norm nan; training stopped before the optimiser step. Its batch: rows {seen[0]} hold "
+        in str(error.value)
+    )
 
 
 def test_a_full_gpu_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"cuda:0 has too little memory \(a further 2.50 GiB were asked for\): halve --batch-size"), memory_errors(torch.device("cuda:0")):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB")
+    with (
+        pytest.raises(
+            UserError, match=r"cuda:0 has too little memory \(a further 2.50 GiB were asked for\): halve --batch-size"
+        ),
+        memory_errors(torch.device("cuda:0")),
+    ):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"
+        )
 
 
 def test_non_finite_gradient_stops_before_the_step(
@@ -254,7 +267,7 @@ def test_failed_save_leaves_the_one_before(cache: Path, tmp_path: Path, monkeypa
 
     limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), ck.save_checkpoint
 
-    def without_room(*args: Any) -> Path:       # files end at 4 KiB: writing more is an error of the system
+    def without_room(*args: Any) -> Path:  # files end at 4 KiB: writing more is an error of the system
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
             return save(*args)
@@ -265,7 +278,12 @@ def test_failed_save_leaves_the_one_before(cache: Path, tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     for where, name, broken in ((ck, "save_checkpoint", without_room), (ck, "write_file", full)):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write checkpoint .*step-00000002: .*(File too large|No space left)") as error:
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(
+                UserError, match="cannot write checkpoint .*step-00000002: .*(File too large|No space left)"
+            ) as error,
+        ):
             patch.setattr(where, name, broken)
             train(config, say=quiet)
         assert "\n" not in str(error.value)
@@ -319,7 +337,7 @@ def test_signal_during_a_save(cache: Path, tmp_path: Path, monkeypatch: pytest.M
             report = train(config, say=quiet)
         finally:
             signal.signal(signal.SIGTERM, before)
-    assert not reached      # nor does the second signal, of the last save, end it before it is saved
+    assert not reached  # nor does the second signal, of the last save, end it before it is saved
     assert report.interrupted and ck.load_state(ck.resolve(tmp_path / "run"))["step"] == report.step == 3
 
 
@@ -341,7 +359,10 @@ def test_what_this_machine_cannot_do_is_refused_first(cache: Path, tmp_path: Pat
         with pytest.raises(UserError, match=message) as error:
             train(configure(cache, tmp_path / "run", **changes), say=quiet)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="memory://none is not on this machine; give a folder for copies of what is read: --local-cache FOLDER"):
+    with pytest.raises(
+        UserError,
+        match="memory://none is not on this machine; give a folder for copies of what is read: --local-cache FOLDER",
+    ):
         train(configure("memory://none", tmp_path / "run"), say=quiet)
     assert not (tmp_path / "run").exists()
 
@@ -459,8 +480,10 @@ def test_staged_unfreezing(cache: Path, tmp_path: Path) -> None:
     train(config, say=quiet)  # resumed where the first is let go
     for step, trained in ((2, ()), (3, ("dit.skip.weight",)), (4, ("dit.skip.weight", "dit.noise_in.weight"))):
         before, after = tensors(tmp_path / "run", step - 1), tensors(tmp_path / "run", step)
-        moved = {n.removeprefix("model/") for n in after if n.startswith("model/") and not torch.equal(before[n], after[n])}
-        assert "dit.action_head.3.weight" in moved      # the others train all the time
+        moved = {
+            n.removeprefix("model/") for n in after if n.startswith("model/") and not torch.equal(before[n], after[n])
+        }
+        assert "dit.action_head.3.weight" in moved  # the others train all the time
         assert moved & {"dit.skip.weight", "dit.noise_in.weight"} == set(trained)
     with pytest.raises(UserError, match="name in unfreeze 'dit.skipp'; did you mean 'dit.skip"):
         train(configure(cache, tmp_path / "no", unfreeze={"dit.skipp": 3}), say=quiet)
@@ -469,7 +492,9 @@ def test_staged_unfreezing(cache: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
-def test_compiled_run_is_the_same_run(cache: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_run_is_the_same_run(
+    cache: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Traced and differentiated ahead of time, but without generating C++, which takes a minute."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))

@@ -45,7 +45,7 @@ SETTINGS = {
 }
 THAW = {"unfreeze": {"dit.blocks.1": 2}, "eval_every": 0}
 QUEUES = {"loss": {"queue": "task", "queue_size": 3}, "eval_every": 0, "accumulate": 2}
-RUNS: dict[str, dict[str, Any]] = {     # in two processes; the same name in ONE: in one process
+RUNS: dict[str, dict[str, Any]] = {  # in two processes; the same name in ONE: in one process
     "ddp": {"accumulate": 2},
     "fsdp2": {"accumulate": 2, "strategy": "fsdp2"},
     "mixed": {"accumulate": 2, "stop_after": 2},
@@ -77,12 +77,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "two" / "foreign").mkdir(parents=True)
     (base / "two" / "foreign" / "notes.txt").write_text("mine")
     jobs = [{**common, "out": str(base / "two" / name), **changes} for name, changes in RUNS.items()]
-    jobs.append({**common, "out": str(base / "two" / "mixed"), "accumulate": 2, "strategy": "fsdp2"})     # the other half, otherwise
+    jobs.append(
+        {**common, "out": str(base / "two" / "mixed"), "accumulate": 2, "strategy": "fsdp2"}
+    )  # the other half, otherwise
     if "zero2" in RUNS:
         jobs.append({**common, "out": str(base / "two" / "zero2"), "accumulate": 2, "strategy": "zero2"})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = str(ROOT / "tests" / "support" / "distributed_runs.py")
-    done = subprocess.run([*launch, script, json.dumps(jobs)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, script, json.dumps(jobs)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for name, changes in ONE.items():
         train(from_mapping(TrainConfig, {**common, "out": str(base / "one" / name), **changes}), say=lambda _: None)
@@ -91,7 +99,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     folder = ck.resolve(run)
-    return {f"{stem}/{n}": t for stem in ("model", "ema", "optimizer") for n, t in load_file(folder / f"{stem}.safetensors").items()}
+    return {
+        f"{stem}/{n}": t
+        for stem in ("model", "ema", "optimizer")
+        for n, t in load_file(folder / f"{stem}.safetensors").items()
+    }
 
 
 def log(run: Path) -> list[dict[str, Any]]:
@@ -102,8 +114,18 @@ def reports(runs: Path, name: str) -> list[dict[str, Any]]:
     return json.loads((runs / "two" / f"{name}.report").read_text())
 
 
-@pytest.mark.parametrize("two, one", [("ddp", "ddp"), ("fsdp2", "ddp"), ("mixed", "ddp"), ("thaw", "thaw"), ("thaw-fsdp2", "thaw"), ("queues", "queues"),
-                                      ("zero2", "ddp")])
+@pytest.mark.parametrize(
+    "two, one",
+    [
+        ("ddp", "ddp"),
+        ("fsdp2", "ddp"),
+        ("mixed", "ddp"),
+        ("thaw", "thaw"),
+        ("thaw-fsdp2", "thaw"),
+        ("queues", "queues"),
+        ("zero2", "ddp"),
+    ],
+)
 def test_two_processes_learn_what_one_does(runs: Path, two: str, one: str) -> None:
     if two not in RUNS:
         pytest.skip("needs the package deepspeed")
@@ -112,7 +134,7 @@ def test_two_processes_learn_what_one_does(runs: Path, two: str, one: str) -> No
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
     lines, others = log(runs / "two" / two), log(runs / "one" / one)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]     # written once, by the first process
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]  # written once, by the first process
     for line, other in zip(lines, others):
         for key in ("loss", "mse", "drift", "scale", "grad_norm", "mean_square"):
             assert line[key] == pytest.approx(other[key], rel=1e-4), key
@@ -121,7 +143,11 @@ def test_two_processes_learn_what_one_does(runs: Path, two: str, one: str) -> No
 
 def test_queues_hold_the_chunks_of_all_processes(runs: Path) -> None:
     found, expected = (load_file(ck.resolve(runs / n / "queues") / "queues.safetensors") for n in ("two", "one"))
-    assert torch.equal(found["keys"], expected["keys"]) and torch.equal(found["pushed"], expected["pushed"]) and found["pushed"].sum() > 8
+    assert (
+        torch.equal(found["keys"], expected["keys"])
+        and torch.equal(found["pushed"], expected["pushed"])
+        and found["pushed"].sum() > 8
+    )
     torch.testing.assert_close(found["chunks"], expected["chunks"], rtol=1e-5, atol=1e-6)
 
 
@@ -157,7 +183,13 @@ def test_other_heads_train_and_evaluate(runs: Path) -> None:
 
 def test_a_run_goes_on_in_another_number_of_processes(runs: Path) -> None:
     said: list[str] = []
-    settings = {**SETTINGS, "cache": str(runs / "cache"), "out": str(runs / "two" / "moved"), "steps": 6, "eval_every": 0}
+    settings = {
+        **SETTINGS,
+        "cache": str(runs / "cache"),
+        "out": str(runs / "two" / "moved"),
+        "steps": 6,
+        "eval_every": 0,
+    }
     train(from_mapping(TrainConfig, settings), say=said.append)
     assert said[1] == "it ran in 2 processes and goes on in 1: with the same samples in the same order, 4 to a step"
     assert read_json(ck.resolve(runs / "two" / "moved") / "state.json")["offset"] == 2 * 8 + 4 * 4
@@ -165,13 +197,17 @@ def test_a_run_goes_on_in_another_number_of_processes(runs: Path) -> None:
 
 def test_sharding_needs_processes(runs: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "cache": str(runs / "cache"), "out": str(tmp_path / "run"), "strategy": "fsdp2"}
-    with pytest.raises(UserError, match="strategy fsdp2 splits the network over processes and this is one alone; .*torchrun"):
+    with pytest.raises(
+        UserError, match="strategy fsdp2 splits the network over processes and this is one alone; .*torchrun"
+    ):
         train(from_mapping(TrainConfig, settings), say=lambda _: None)
 
 
 def test_zero2_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'zero2 needs the package deepspeed, which is not installed: pip install "dvla\[deepspeed\]"'):
+    with pytest.raises(
+        UserError, match=r'zero2 needs the package deepspeed, which is not installed: pip install "dvla\[deepspeed\]"'
+    ):
         checks.require_deepspeed()
 
 
@@ -180,5 +216,7 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     with join("cpu") as world:
         assert world == World(torch.device("cpu")) and world.main and not world.launched
-        assert world.mean(1.5, 2.0) == [1.5, 2.0] and world.any(True) and not world.any(False) and world.gather(None) == []
+        assert (
+            world.mean(1.5, 2.0) == [1.5, 2.0] and world.any(True) and not world.any(False) and world.gather(None) == []
+        )
         assert world.on_main(lambda: 3) == 3

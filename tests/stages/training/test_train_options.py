@@ -38,8 +38,17 @@ from dvla.stages.training.throughput import which_binds
 from support import synthetic_cache as synthetic
 from support.cli_runner import Dvla, refused
 
-SETTINGS = {"model_size": "tiny", "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}, "steps": 1000, "batch_size": 4, "draws": 2,
-            "holdout": 0.3, "threads": 1, "cpu_threads": 1, "device": "cpu"}
+SETTINGS = {
+    "model_size": "tiny",
+    "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
+    "steps": 1000,
+    "batch_size": 4,
+    "draws": 2,
+    "holdout": 0.3,
+    "threads": 1,
+    "cpu_threads": 1,
+    "device": "cpu",
+}
 
 
 def configure(cache: Path, **changes: Any) -> TrainConfig:
@@ -52,7 +61,11 @@ def configure(cache: Path, **changes: Any) -> TrainConfig:
 def test_a_network_of_the_slots_in_use(cache: Path, tmp_path: Path) -> None:
     """It reads and gives those alone, learns as the whole one does, and goes on where it stopped."""
     opened, runs = Cache.open(cache), {}
-    used = tuple(np.flatnonzero(np.any([mask for d in opened.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)).tolist())
+    used = tuple(
+        np.flatnonzero(
+            np.any([mask for d in opened.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)
+        ).tolist()
+    )
     assert 0 < len(used) < 128
     for name, space, stops in (("all", "unified", (None,)), ("few", "active", (None,)), ("again", "active", (2, None))):
         config = configure(cache, out=str(tmp_path / name), action_space=space, steps=4, eval_every=0, log_every=1)
@@ -63,7 +76,10 @@ def test_a_network_of_the_slots_in_use(cache: Path, tmp_path: Path) -> None:
     few, whole = runs["few"][0], runs["all"][0]
     assert few.config.slots == used and few.config.dit.action_dim == len(used) and not whole.config.slots
     assert sum(p.numel() for p in few.parameters()) < sum(p.numel() for p in whole.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(few.state_dict().values(), runs["again"][0].state_dict().values())) and runs["few"][1] == runs["again"][1]
+    assert (
+        all(torch.equal(a, b) for a, b in zip(few.state_dict().values(), runs["again"][0].state_dict().values()))
+        and runs["few"][1] == runs["again"][1]
+    )
     batch = gather(opened, np.array([0, 1]), np.array([3, 2]), 4)
     noise, alpha = torch.randn(2, 3, 4, few.config.dit.noise_dim), torch.ones(2)
     out = few(batch, noise, alpha)
@@ -91,7 +107,14 @@ def asked(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, *options: Any) -> TrainCo
 def test_without_options_the_defaults_hold(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
     config = asked(dvla, monkeypatch)
     assert config == TrainConfig("C", "R")
-    proposal = {"model_size": "base", "batch_size": 16, "steps": 10_000, "eval_batches": 50, "image_aug": False, "attention": "auto"}
+    proposal = {
+        "model_size": "base",
+        "batch_size": 16,
+        "steps": 10_000,
+        "eval_batches": 50,
+        "image_aug": False,
+        "attention": "auto",
+    }
     assert {name: getattr(config, name) for name in proposal} == proposal
     assert (config.optimizer.lr, config.loss.kind, config.wandb.mode) == (4e-4, "hybrid", "disabled")
     assert dataclasses.astuple(config.masking) == (0.1, 0.1, 0.1) and config.optimizer.vlm_lr_scale == 0.1
@@ -99,25 +122,107 @@ def test_without_options_the_defaults_hold(dvla: Dvla, monkeypatch: pytest.Monke
 
 def test_every_option_reaches_its_setting(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
     given = asked(
-        dvla, monkeypatch, "--model-size", "small", "--loss-type", "flow", "--max-steps", 7, "--batch-size", 3, "--grad-accumulation", 5,
-        "--draws", 2, "--lr", 1e-3, "--cond-mask-prob", 0.2, "--image-aug", "--blind", "--weight", "a=b=0.25", "--weight", "droid_1.0.1=0.5",
-        "--temperature", 1, "--order", "block", "--seed", 9, "--num-workers", 4, "--precision", "bf16", "--compile", "--use-flash-attn",
-        "--strategy", "fsdp2", "--local-cache", "L", "--log-every", 11, "--eval-every", 0, "--eval-batches", 13, "--save-every", 17, "--wandb-mode", "offline",
-        "--wandb-project", "p", "--set", "wandb.name=n", "--set", "masking.text=0.3", "--device", "cpu")
-    expected = {"model_size": "small", "steps": 7, "batch_size": 3, "accumulate": 5, "draws": 2, "image_aug": True, "blind": True,
-                "weights": {"a=b": 0.25, "droid_1.0.1": 0.5}, "temperature": 1.0, "order": "block", "seed": 9, "threads": 4, "precision": "bf16",
-                "compile": True, "attention": "flash", "strategy": "fsdp2", "log_every": 11, "eval_every": 0, "eval_batches": 13,
-                "save_every": 17, "local": "L", "device": "cpu", "wandb": WandbConfig("offline", "p", "n")}
+        dvla,
+        monkeypatch,
+        "--model-size",
+        "small",
+        "--loss-type",
+        "flow",
+        "--max-steps",
+        7,
+        "--batch-size",
+        3,
+        "--grad-accumulation",
+        5,
+        "--draws",
+        2,
+        "--lr",
+        1e-3,
+        "--cond-mask-prob",
+        0.2,
+        "--image-aug",
+        "--blind",
+        "--weight",
+        "a=b=0.25",
+        "--weight",
+        "droid_1.0.1=0.5",
+        "--temperature",
+        1,
+        "--order",
+        "block",
+        "--seed",
+        9,
+        "--num-workers",
+        4,
+        "--precision",
+        "bf16",
+        "--compile",
+        "--use-flash-attn",
+        "--strategy",
+        "fsdp2",
+        "--local-cache",
+        "L",
+        "--log-every",
+        11,
+        "--eval-every",
+        0,
+        "--eval-batches",
+        13,
+        "--save-every",
+        17,
+        "--wandb-mode",
+        "offline",
+        "--wandb-project",
+        "p",
+        "--set",
+        "wandb.name=n",
+        "--set",
+        "masking.text=0.3",
+        "--device",
+        "cpu",
+    )
+    expected = {
+        "model_size": "small",
+        "steps": 7,
+        "batch_size": 3,
+        "accumulate": 5,
+        "draws": 2,
+        "image_aug": True,
+        "blind": True,
+        "weights": {"a=b": 0.25, "droid_1.0.1": 0.5},
+        "temperature": 1.0,
+        "order": "block",
+        "seed": 9,
+        "threads": 4,
+        "precision": "bf16",
+        "compile": True,
+        "attention": "flash",
+        "strategy": "fsdp2",
+        "log_every": 11,
+        "eval_every": 0,
+        "eval_batches": 13,
+        "save_every": 17,
+        "local": "L",
+        "device": "cpu",
+        "wandb": WandbConfig("offline", "p", "n"),
+    }
     assert {name: getattr(given, name) for name in expected} == expected
     assert (given.loss.kind, given.optimizer.lr, given.masking.text, given.masking.images) == ("flow", 1e-3, 0.3, 0.2)
     assert set(cli_train.OPTIONS) | {"flash", "weight", "set_", "stop_after", "dry_run", "recipe"} >= {
-        p for p in cli_train.train_command.__annotations__ if p != "return"}      # no option is forgotten
+        p for p in cli_train.train_command.__annotations__ if p != "return"
+    }  # no option is forgotten
 
 
 def test_the_command_line_wins_over_the_recipe(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("steps: 5\ndevice: cpu\nbatch_size: 2\noptimizer: {lr: 1.0, warmup: 3}\n")
     config = asked(dvla, monkeypatch, "--recipe", tmp_path / "r.yaml", "--steps", 6, "--lr", 0.5)
-    assert (config.steps, config.device, config.batch_size, config.optimizer.lr, config.optimizer.warmup) == (6, "cpu", 2, 0.5, 3)
+    assert (config.steps, config.device, config.batch_size, config.optimizer.lr, config.optimizer.warmup) == (
+        6,
+        "cpu",
+        2,
+        0.5,
+        3,
+    )
 
 
 def test_finetune_takes_a_recipe_over_the_run(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,20 +233,54 @@ def test_finetune_takes_a_recipe_over_the_run(dvla: Dvla, monkeypatch: pytest.Mo
         raise UserError("seen")
 
     monkeypatch.setattr(finetune, "finetune_config", stop)
-    refused(dvla("finetune", "runs/a", "--source", "s", "--out", "R", "--recipe", "posttrain", "--steps", 9, "--wandb-mode", "offline"), "seen")
-    expected = {"steps": 9, "batch_size": 64, "accumulate": 2, "image_aug": True, "optimizer.vlm_lr_scale": 0.05, "masking.text": 0.1,
-                "wandb.project": "drifting-vla-posttrain", "wandb.mode": "offline", "out": "R", "device": "auto"}
-    assert {name: seen[0][name] for name in expected} == expected and "cache" not in seen[0] and "model_size" not in seen[0]
+    refused(
+        dvla(
+            "finetune",
+            "runs/a",
+            "--source",
+            "s",
+            "--out",
+            "R",
+            "--recipe",
+            "posttrain",
+            "--steps",
+            9,
+            "--wandb-mode",
+            "offline",
+        ),
+        "seen",
+    )
+    expected = {
+        "steps": 9,
+        "batch_size": 64,
+        "accumulate": 2,
+        "image_aug": True,
+        "optimizer.vlm_lr_scale": 0.05,
+        "masking.text": 0.1,
+        "wandb.project": "drifting-vla-posttrain",
+        "wandb.mode": "offline",
+        "out": "R",
+        "device": "auto",
+    }
+    assert (
+        {name: seen[0][name] for name in expected} == expected
+        and "cache" not in seen[0]
+        and "model_size" not in seen[0]
+    )
 
 
 def test_finetune_keeps_the_network(cache: Path, tmp_path: Path) -> None:
     config = configure(cache, out=str(tmp_path / "run"), steps=1, eval_every=0)
     train_module.train(config, say=lambda _: None)
-    for overrides, message in (({"dit.horizon": 8}, "dit is .*'horizon': 8.*; fine-tuning goes on with its network: leave dit out"),
-                               ({"model_size": "small"}, "model_size is small and that of .* is tiny; .* leave model_size out")):
+    for overrides, message in (
+        ({"dit.horizon": 8}, "dit is .*'horizon': 8.*; fine-tuning goes on with its network: leave dit out"),
+        ({"model_size": "small"}, "model_size is small and that of .* is tiny; .* leave model_size out"),
+    ):
         with pytest.raises(UserError, match=message):
             finetune.finetune_config(config.out, ("s",), None, {"out": str(tmp_path / "two"), **overrides})
-    kept = finetune.finetune_config(config.out, ("s",), None, {"out": str(tmp_path / "two"), "model_size": "tiny", "steps": 2})
+    kept = finetune.finetune_config(
+        config.out, ("s",), None, {"out": str(tmp_path / "two"), "model_size": "tiny", "steps": 2}
+    )
     assert (kept.train.dit, kept.train.steps) == (config.dit, 2)
 
 
@@ -178,8 +317,13 @@ def test_shipped_recipes_load(name: str) -> None:
 
 def test_the_proposals_runs() -> None:
     pretrain, posttrain = (train_config(name, {"cache": "c", "out": "o"}) for name in ("pretrain", "posttrain"))
-    assert pretrain.batch_size * pretrain.accumulate * 64 == 8192       # on 64 GPUs
-    assert (pretrain.steps, posttrain.steps, pretrain.image_aug, posttrain.image_aug) == (1_000_000, 200_000, False, True)
+    assert pretrain.batch_size * pretrain.accumulate * 64 == 8192  # on 64 GPUs
+    assert (pretrain.steps, posttrain.steps, pretrain.image_aug, posttrain.image_aug) == (
+        1_000_000,
+        200_000,
+        False,
+        True,
+    )
 
 
 # --- what a cache cannot give --------------------------------------------------------------------------------------------
@@ -189,7 +333,10 @@ def test_the_proposals_runs() -> None:
     "changes, message",
     [
         ({"image_aug": True}, "holds no augmented pictures; build it with --augment 4"),
-        ({"dit": {"horizon": 41}}, "the horizon is 41 steps and the longest episode of .* has 40 frames; ask for a shorter one"),
+        (
+            {"dit": {"horizon": 41}},
+            "the horizon is 41 steps and the longest episode of .* has 40 frames; ask for a shorter one",
+        ),
         ({"weights": {"gamma": 0.5}}, "unknown dataset in weights 'gamma'.*alpha, beta"),
         ({"weights": {"alpha": 0.7, "beta": 0.7}}, "the weights given sum to 1.4"),
         ({"dit": {"embodiments": 4}}, "dit.embodiments is 4 and .* holds embodiment number 4; it must be at least 5"),
@@ -206,15 +353,19 @@ def test_what_the_cache_cannot_give(cache: Path, changes: dict[str, Any], messag
 def test_what_it_can_give(cache: Path) -> None:
     opened = Cache.open(cache)
     require_trainable(configure(cache, weights={"alpha": 0.7}, dit={"horizon": 40}), opened)
-    require_trainable(configure(cache, image_aug=True), opened, live=True)      # made at each step
+    require_trainable(configure(cache, image_aug=True), opened, live=True)  # made at each step
 
 
 def test_single_episodes_cannot_be_held_out(tmp_path: Path) -> None:
     plan = synthetic.make_plan()
-    plan = dataclasses.replace(plan, datasets=tuple(dataclasses.replace(d, episodes=d.episodes[1:2]) for d in plan.datasets))
+    plan = dataclasses.replace(
+        plan, datasets=tuple(dataclasses.replace(d, episodes=d.episodes[1:2]) for d in plan.datasets)
+    )
     synthetic.build(tmp_path / "cache", plan=plan)
     opened = Cache.open(tmp_path / "cache")
-    with pytest.raises(UserError, match="no dataset of .* has two usable episodes, so none can be held out .* --set holdout=0"):
+    with pytest.raises(
+        UserError, match="no dataset of .* has two usable episodes, so none can be held out .* --set holdout=0"
+    ):
         require_trainable(configure(tmp_path / "cache"), opened)
     require_trainable(configure(tmp_path / "cache", holdout=0.0), opened)
     require_trainable(configure(tmp_path / "cache", eval_every=0), opened)
@@ -222,27 +373,62 @@ def test_single_episodes_cannot_be_held_out(tmp_path: Path) -> None:
 
 def test_too_many_views(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements.PolicyNetConfig, "max_views", 1)
-    with pytest.raises(UserError, match="has 2 views and the network tells 1 apart; build the cache with fewer, by --view"):
+    with pytest.raises(
+        UserError, match="has 2 views and the network tells 1 apart; build the cache with fewer, by --view"
+    ):
         require_trainable(configure(cache), Cache.open(cache))
 
 
 # --- dry run -------------------------------------------------------------------------------------------------------------
 
 
-def test_dry_run_shows_everything_and_writes_nothing(dvla: Dvla, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_shows_everything_and_writes_nothing(
+    dvla: Dvla, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text("steps: 1000\ndit: {width: 32, blocks: 1, heads: 2}\noptimizer: {lr: 1.0e-5}\n")
     before = {p: p.stat().st_mtime_ns for p in cache.rglob("*")}
-    result = dvla("train", "--from-cache", cache, "--out", "run", "--recipe", "r.yaml", "--model-size", "tiny", "--batch-size", 4, "--set", "dit.horizon=4",
-                  "--device", "cpu", "--grad-accumulation", 2, "--set", "cpu_threads=1", "--dry-run")
+    result = dvla(
+        "train",
+        "--from-cache",
+        cache,
+        "--out",
+        "run",
+        "--recipe",
+        "r.yaml",
+        "--model-size",
+        "tiny",
+        "--batch-size",
+        4,
+        "--set",
+        "dit.horizon=4",
+        "--device",
+        "cpu",
+        "--grad-accumulation",
+        2,
+        "--set",
+        "cpu_threads=1",
+        "--dry-run",
+    )
     assert (result.code, result.err) == (0, "")
     settings, found = result.out.split("\n\n")
-    config = from_mapping(TrainConfig, yaml.safe_load(settings))        # the settings are a recipe
-    assert (config.batch_size, config.optimizer.lr, config.dit, config.out) == (4, 1e-5, {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}, "run")
+    config = from_mapping(TrainConfig, yaml.safe_load(settings))  # the settings are a recipe
+    assert (config.batch_size, config.optimizer.lr, config.dit, config.out) == (
+        4,
+        1e-5,
+        {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
+        "run",
+    )
     origin = {line.split(":")[0]: line.rsplit("# ", 1)[1] for line in settings.splitlines() if "# " in line}
     assert {k: origin[k] for k in ("batch_size", "steps", "  width", "  horizon", "  lr", "  warmup", "seed")} == {
-        "batch_size": "command line", "steps": "recipe", "  width": "recipe", "  horizon": "command line", "  lr": "recipe",
-        "  warmup": "default", "seed": "default"}
+        "batch_size": "command line",
+        "steps": "recipe",
+        "  width": "recipe",
+        "  horizon": "command line",
+        "  lr": "recipe",
+        "  warmup": "default",
+        "seed": "default",
+    }
     assert f"pilot of {PILOT_STEPS} steps on cpu" in found and "binds" in found and "1000 steps would take" in found
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yaml"]
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*")} == before
@@ -251,13 +437,22 @@ def test_dry_run_shows_everything_and_writes_nothing(dvla: Dvla, cache: Path, tm
 def test_the_pilot_measures_memory(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[tuple[int, int]] = []
     monkeypatch.setattr(dry_run_module, "PILOT_STEPS", 3)
-    small, large = (dry_run(configure(cache, accumulate=2, draws=draws), lambda *at: shown.append(at)) for draws in (2, 8))
+    small, large = (
+        dry_run(configure(cache, accumulate=2, draws=draws), lambda *at: shown.append(at)) for draws in (2, 8)
+    )
     assert shown[-1][0] == shown[-1][1] and (small.batch, small.processes, small.device) == (8, 1, "cpu")
     weights = small.memory["weights"]
-    assert weights == small.memory["gradients"] == small.memory["EMA"] and 2 * weights <= small.memory["moments"] < 2.1 * weights
-    assert large.memory["activations"] > 1.5 * small.memory["activations"] > 0 and small.peak > sum(small.memory.values())
+    assert (
+        weights == small.memory["gradients"] == small.memory["EMA"]
+        and 2 * weights <= small.memory["moments"] < 2.1 * weights
+    )
+    assert large.memory["activations"] > 1.5 * small.memory["activations"] > 0 and small.peak > sum(
+        small.memory.values()
+    )
     assert small.hours == pytest.approx(1000 / small.steps_per_second / 3600) and 0 <= small.wait_share < 1
-    assert 0.5 < small.observations / sum(d.observations for d in Cache.open(cache).datasets) < 1    # without the held-out ones
+    assert (
+        0.5 < small.observations / sum(d.observations for d in Cache.open(cache).datasets) < 1
+    )  # without the held-out ones
     text = "\n".join(report(small))
     assert f"Parameters: {weights // 4:,}" in text and "weights" in text and "samples/s" in text
 
@@ -266,7 +461,9 @@ def test_both_refuse_before_anything_is_made(dvla: Dvla, cache: Path, tmp_path: 
     out = tmp_path / "run"
     for more in (["--dry-run"], ["--out", out]):
         refused(dvla("train", "--from-cache", cache, "--image-aug", *more), "holds no augmented pictures")
-        refused(dvla("train", "--from-cache", cache, "--weight", "gama=0.5", *more), "unknown dataset in weights 'gama'")
+        refused(
+            dvla("train", "--from-cache", cache, "--weight", "gama=0.5", *more), "unknown dataset in weights 'gama'"
+        )
         refused(dvla("train", "--from-cache", cache / "none", *more), "no cache at")
     assert not out.exists()
 
@@ -274,10 +471,14 @@ def test_both_refuse_before_anything_is_made(dvla: Dvla, cache: Path, tmp_path: 
 def test_a_killed_run_logs_every_step_once(cache: Path, tmp_path: Path) -> None:
     config = configure(cache, out=str(tmp_path / "run"), steps=5, save_every=2, log_every=1, eval_every=0)
     train_module.train(config, say=lambda _: None, stop_after=3)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000003")   # killed before it was saved
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000003")  # killed before it was saved
     train_module.train(config, say=lambda _: None)
     lines = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in lines] == [1, 2, 3, 4, 5] and {"binds", "wait_share", "samples_per_second"} <= lines[0].keys()
+    assert [entry["step"] for entry in lines] == [1, 2, 3, 4, 5] and {
+        "binds",
+        "wait_share",
+        "samples_per_second",
+    } <= lines[0].keys()
 
 
 def test_printed_settings_are_the_settings(cache: Path) -> None:
@@ -295,18 +496,26 @@ def line(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": 0.5, "mse": 0.25, "samples_per_second": 369.2, "wait_share": 0.004, **more}
 
 
-def test_training_lines_say_speed_waiting_what_binds_and_what_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_lines_say_speed_waiting_what_binds_and_what_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, shown = iter([0.0, 10.0, 20.0, 30.0]), []
     monkeypatch.setattr(training_console.time, "perf_counter", lambda: next(clock))
     on_log = training_console.training_lines(lambda *at: shown.append(at), 100)
-    for entry in (line(51), line(61, binds="disk"), line(71, binds="host→device", **{"eval/mse": 0.125}), line(100, binds="compute")):
+    for entry in (
+        line(51),
+        line(61, binds="disk"),
+        line(71, binds="host→device", **{"eval/mse": 0.125}),
+        line(100, binds="compute"),
+    ):
         on_log(entry)
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
         "step     51/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%",
         "step     61/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%, disk binds  39 s left",
         "step     71/100  loss 0.5000  mse 0.2500  held-out mse 0.1250  369 samples/s  waiting for data 0.4%, host→device binds  29 s left",
-        "step    100/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%, compute binds"]
+        "step    100/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%, compute binds",
+    ]
     assert shown == [("training", step, 100) for step in (51, 61, 71, 100)]
 
 
@@ -318,10 +527,14 @@ def test_the_meter_counts_steps_alone_and_anew_after_each_line(cache: Path, monk
         meter.begin(waited)
         meter.end(2, waited + 0.5)
     assert meter.line(batch) == {"samples_per_second": 4 * 8 / 2, "wait_share": 0.5, "binds": "disk"}
-    meter.begin(1.0)        # after 94 s of evaluation
+    meter.begin(1.0)  # after 94 s of evaluation
     meter.end(2, 1.0)
     assert meter.line(batch) == {"samples_per_second": 2 * 8 / 1, "wait_share": 0.0, "binds": "compute"}
-    assert [which_binds(*x) for x in ((0.04, 0.9, 1.0), (0.06, 1.0, 1.0), (0.0, 0.5, 1.0))] == ["host→device", "disk", "compute"]
+    assert [which_binds(*x) for x in ((0.04, 0.9, 1.0), (0.06, 1.0, 1.0), (0.0, 0.5, 1.0))] == [
+        "host→device",
+        "disk",
+        "compute",
+    ]
 
 
 def test_durations() -> None:
@@ -345,9 +558,20 @@ def test_the_pilot_on_a_gpu(cache: Path) -> None:
     assert found.device.startswith("cuda") and found.peak == sum(found.memory.values())
 
 
-@pytest.mark.parametrize("options, lora, full", [((), True, False), (("--lora",), True, False), (("--frozen",), False, False), (("--vlm-mode", "lora"), True, False),
-                                                 (("--vlm-mode", "frozen"), False, False), (("--vlm-mode", "full"), False, True)])
-def test_what_is_trained_of_the_vlm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], lora: bool, full: bool) -> None:
+@pytest.mark.parametrize(
+    "options, lora, full",
+    [
+        ((), True, False),
+        (("--lora",), True, False),
+        (("--frozen",), False, False),
+        (("--vlm-mode", "lora"), True, False),
+        (("--vlm-mode", "frozen"), False, False),
+        (("--vlm-mode", "full"), False, True),
+    ],
+)
+def test_what_is_trained_of_the_vlm(
+    dvla: Dvla, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], lora: bool, full: bool
+) -> None:
     seen: list[Any] = []
 
     def stop(*given: Any) -> None:
@@ -360,5 +584,12 @@ def test_what_is_trained_of_the_vlm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_vlm_modes_that_exclude_each_other(dvla: Dvla) -> None:
-    refused(dvla("finetune", "a", "--source", "s", "--out", "R", "--vlm-mode", "whole"), "unknown --vlm-mode 'whole'", "full")
-    refused(dvla("finetune", "a", "--source", "s", "--out", "R", "--vlm-mode", "full", "--lora"), "--lora is short for --vlm-mode lora; given as well: --vlm-mode full")
+    refused(
+        dvla("finetune", "a", "--source", "s", "--out", "R", "--vlm-mode", "whole"),
+        "unknown --vlm-mode 'whole'",
+        "full",
+    )
+    refused(
+        dvla("finetune", "a", "--source", "s", "--out", "R", "--vlm-mode", "full", "--lora"),
+        "--lora is short for --vlm-mode lora; given as well: --vlm-mode full",
+    )
