@@ -62,9 +62,9 @@ def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
     _require_none(encoder)
     config = LoraConfig(
         r=spec.r,
-        lora_alpha=spec.alpha,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # only divided by r
         lora_dropout=spec.dropout,
-        bias="none",  # type: ignore[arg-type]  # only divided by r
+        bias="none",
         target_modules=_target_pattern(spec, encoder),
     )
     with torch.random.fork_rng(devices=[]):
