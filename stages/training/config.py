@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...cache.loader.loader import ConditionMasking
+from ...cache.loader.loader import ConditionDropout
 from ...cache.vlm.lora import LoraSpec
 from ...common.config import configs_dir, from_mapping, load_yaml
 from ...drifting.dit import DiTConfig
@@ -107,7 +107,7 @@ class TrainConfig:
     draws: int = 4  # G, noise draws per observation
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    masking: ConditionMasking = field(default_factory=ConditionMasking)
+    masking: ConditionDropout = field(default_factory=ConditionDropout)
     image_aug: bool = (
         False  # half of the samples are seen augmented: by the cache's variants (--augment of the build), live by any
     )

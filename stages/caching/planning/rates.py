@@ -25,7 +25,7 @@ from ....drifting.dit import dit_config
 from ....drifting.policy_net import PolicyNet, PolicyNetConfig
 from ....errors import UserError
 from ...training.config import TrainConfig
-from ...training.step import noise_generator, training_step
+from ...training.step import batch_loss, noise_generator
 from ..sizes import existing_folder, free_nbytes
 
 FILE_NBYTES = 128 << 20  # of the temporary shard, before compression
@@ -115,7 +115,7 @@ def model_rate(size: str, draws: int, views: int, plan: BuildPlan, device: torch
     done, began = 0, 0.0
     while not began or time.perf_counter() - began < STEP_SECONDS:
         optimizer.zero_grad(set_to_none=True)
-        training_step(net, batch, config, noise_generator(0, done, 0)).total.backward()
+        batch_loss(net, batch, config, noise_generator(0, done, 0)).total.backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

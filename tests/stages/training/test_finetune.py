@@ -411,7 +411,7 @@ def test_training_goes_on_from_stage_three(recorded: Recorded, loop: Loop, tmp_p
     train(going_on(loop.cache, tmp_path / "still", loop.three, steps=1, optimizer={"lr": 0.0}), say=said.append)
     still = ck.policy_tensors(ck.resolve(tmp_path / "still"), "model")
     assert all(torch.equal(still[n], start[n]) for n in start) and said[0].startswith(
-        "going on with the averaged weights of "
+        "starting from the averaged weights of "
     )
     for stop in (1, None):
         train(going_on(loop.cache, tmp_path / "stopped", loop.three), say=quiet, stop_after=stop)
@@ -446,14 +446,16 @@ def test_what_does_not_go_on(
     ):
         with pytest.raises(UserError, match=message):
             train(going_on(from_cache, tmp_path / "run", init), say=quiet)
-    with pytest.raises(UserError, match="is another than is to be trained: dit.width: asked for 64, it has 32"):
+    with pytest.raises(
+        UserError, match="leave out --model-size and dit, .*: dit.width: you requested 64, the policy has 32"
+    ):
         train(
             going_on(
                 loop.cache, tmp_path / "run", loop.three, dit={"width": 64, "blocks": 1, "heads": 2, "horizon": 4}
             ),
             say=quiet,
         )
-    with pytest.raises(UserError, match="is another than is to be trained: dit.*; leave --model-size"):
+    with pytest.raises(UserError, match="leave out --model-size and dit, .* differs: dit"):
         train(going_on(loop.cache, tmp_path / "run", loop.three, loss={"kind": "flow"}), say=quiet)
     with pytest.raises(UserError, match="is a seeing policy"):
         train(going_on(loop.cache, tmp_path / "run", loop.three, blind=True), say=quiet)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dvla.batch import FeatureBatch
 from dvla.cache.loader.live import LiveFeatures
-from dvla.cache.loader.loader import ConditionMasking, Loader, gather
+from dvla.cache.loader.loader import ConditionDropout, Loader, gather
 from dvla.cache.loader.provenance import sources_of
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.encoder import VisionLanguageEncoder
@@ -39,7 +39,7 @@ from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.run_log import read_log
 from dvla.stages.training.stage_three.finetune import finetune, finetune_config
 from dvla.stages.training.stage_three.split import SplitFeatures
-from dvla.stages.training.step import noise_generator, training_step
+from dvla.stages.training.step import noise_generator, batch_loss
 from dvla.stages.training.train import policy_net, train
 from support.cli_runner import Dvla, refused
 from support.repository import ROOT
@@ -233,19 +233,25 @@ def test_features_and_gradients_are_those_of_the_live_tower(
     live = LiveFeatures(encoder, whole, sources_of(whole, (str(recorded["h264"]),)))
     add_lora(encoder, LORA)
     adapter = learn_apart(encoder)
-    with Loader(cache, batch_size=12, horizon=4, masking=ConditionMasking(0.3, 0.3, 0.3), augment=True) as loader:
-        drawn, masked, variants = next(loader), loader.masked(0), loader.variants(0)
-    assert 0 < masked[1].sum() < 12 and 0 < variants.sum() < 12
-    bare = gather(whole, drawn.dataset.numpy(), drawn.frame_index.numpy(), 4, masked=masked, features=False)
+    with Loader(cache, batch_size=12, horizon=4, dropout=ConditionDropout(0.3, 0.3, 0.3), augment=True) as loader:
+        sample = next(loader)
+    drawn = sample.drawn
+    dropped = (drawn.no_text, drawn.no_images, drawn.no_proprio)
+    assert 0 < drawn.no_images.sum() < 12 and 0 < drawn.variant.sum() < 12
+    bare = gather(whole, drawn.dataset, drawn.row, 4, dropped=dropped, features=False)
     config = from_mapping(TrainConfig, {"cache": "", "out": "", "model_size": "tiny", "dit": DIT, "draws": 2})
     torch.manual_seed(0)
     net = policy_net(config, whole)
     with torch.no_grad():  # an untrained one begins with gates that are shut
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    losses, gradients, batches = [], [], (live(bare, masked[1], variants), above(drawn, masked[1]))
+    losses, gradients, batches = (
+        [],
+        [],
+        (live(bare, drawn.no_images, drawn.variant), above(sample.batch, drawn.no_images)),
+    )
     for batch in batches:
-        loss = training_step(net, batch, config, noise_generator(0, 0, 0)).total
+        loss = batch_loss(net, batch, config, noise_generator(0, 0, 0)).total
         found = torch.autograd.grad(loss, list(adapter.values()))
         assert all(g.abs().max() > 0 for g in found)
         losses.append(loss.item())

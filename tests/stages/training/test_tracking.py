@@ -39,7 +39,9 @@ def test_one_line_per_step_also_after_a_crash(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=r"cannot write .*log.jsonl: No space left on device; the checkpoints are whole"),
+        pytest.raises(
+            UserError, match=r"cannot write .*log.jsonl: No space left on device; the checkpoints are intact"
+        ),
         Tracker(tmp_path / "run", OFF, {}, step=0) as tracker,
     ):
         tracker._file.close()
