@@ -39,7 +39,7 @@ from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.run_log import read_log
 from dvla.stages.training.stage_three.finetune import finetune, finetune_config
 from dvla.stages.training.stage_three.split import SplitFeatures
-from dvla.stages.training.step import noise_generator, batch_loss
+from dvla.stages.training.step import batch_loss, noise_generator
 from dvla.stages.training.train import policy_net, train
 from support.cli_runner import Dvla, refused
 from support.repository import ROOT
@@ -415,13 +415,13 @@ def test_refusals(
     tmp_path: Path,
     dvla: Dvla,
 ) -> None:
-    with pytest.raises(UserError, match="LoRA in the last 3 blocks: .* holds what enters the last 2 .*--boundary 3"):
+    with pytest.raises(UserError, match="LoRA is in the last 3 blocks; give at most 2, or .*--boundary 3: only the last 2 run"):
         finetune(on_split(stage_two, split, tmp_path / "run", dataclasses.replace(LORA, last_n_blocks=3)), say=quiet)
     with pytest.raises(UserError, match="belongs to another VLM than .*vision_config"):
         finetune(on_split(stage_two, {"qwen3vl": split["paligemma2"]}, tmp_path / "run"), say=quiet)
     plain = tmp_path / "plain"
     build(configure(recorded["h264"], spec_of(checkpoints, boundary=BOUNDARY), plain))
-    with pytest.raises(UserError, match="holds no augmented pictures"):
+    with pytest.raises(UserError, match="holds no augmented images"):
         finetune(on_split(stage_two, {"qwen3vl": plain}, tmp_path / "run", image_aug=True), say=quiet)
     refused(
         dvla("train", "--from-cache", plain, "--out", tmp_path / "run"),

@@ -275,7 +275,7 @@ def test_finetune_keeps_the_network(cache: Path, tmp_path: Path) -> None:
     train_module.train(config, say=lambda _: None)
     for overrides, message in (
         ({"dit.horizon": 8}, "dit is .*'horizon': 8.*: leave dit out"),
-        ({"model_size": "small"}, "model_size is small and that of .* is tiny; .* leave model_size out"),
+        ({"model_size": "small"}, "model_size is small, but .* whose model_size is tiny: leave model_size out"),
     ):
         with pytest.raises(UserError, match=message):
             finetune.finetune_config(config.out, ("s",), None, {"out": str(tmp_path / "two"), **overrides})
@@ -333,15 +333,15 @@ def test_the_proposals_runs() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"image_aug": True}, "holds no augmented pictures; build it with --augment 4"),
+        ({"image_aug": True}, "holds no augmented images; build it with --augment 4"),
         (
             {"dit": {"horizon": 41}},
-            "the horizon is 41 steps and the longest episode of .* has 40 frames; ask for a shorter one",
+            "the horizon is 41 steps and the longest episode of .* has 40 frames; give a shorter one",
         ),
         ({"weights": {"gamma": 0.5}}, "unknown dataset in weights 'gamma'.*alpha, beta"),
         ({"weights": {"alpha": 0.7, "beta": 0.7}}, "the weights given sum to 1.4"),
-        ({"dit": {"embodiments": 4}}, "dit.embodiments is 4 and .* holds embodiment number 4; it must be at least 5"),
-        ({"loss": {"embodiments": 2}}, "loss.embodiments is 2 "),
+        ({"dit": {"embodiments": 4}}, "dit.embodiments is 4; it must be at least 5: cache .* holds embodiment number 4"),
+        ({"loss": {"embodiments": 2}}, "loss.embodiments is 2;"),
         ({"holdout": 1.0}, "held-out fraction is 1.0"),
     ],
 )
@@ -463,7 +463,7 @@ def test_the_pilot_measures_memory(cache: Path, monkeypatch: pytest.MonkeyPatch)
 def test_both_refuse_before_anything_is_made(dvla: Dvla, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for more in (["--dry-run"], ["--out", out]):
-        refused(dvla("train", "--from-cache", cache, "--image-aug", *more), "holds no augmented pictures")
+        refused(dvla("train", "--from-cache", cache, "--image-aug", *more), "holds no augmented images")
         refused(
             dvla("train", "--from-cache", cache, "--weight", "gama=0.5", *more), "unknown dataset in weights 'gama'"
         )
