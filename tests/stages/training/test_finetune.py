@@ -168,7 +168,7 @@ def test_full_resumes_exactly(recorded: Recorded, stage_two: Path, full: Full, t
     assert finetune(config, say=quiet)[0].step == 4
     first, second = tensors(tmp_path / "run"), tensors(full.run)
     assert first.keys() == second.keys() and [n for n in first if not torch.equal(first[n], second[n])] == []
-    with pytest.raises(UserError, match="begun with other settings: stage_three.full"):
+    with pytest.raises(UserError, match="has other settings: stage_three.full"):
         finetune(configure(recorded, stage_two, full.run), say=quiet)
 
 
@@ -279,10 +279,10 @@ def test_augmented_and_masked_fine_tuning_resumes_exactly(
     settings = {"image_aug": True, "masking.images": 0.4, "masking.text": 0.4, "masking.proprio": 0.4}
     call = LiveFeatures.__call__
 
-    def noted(self: Any, batch: Any, masked: np.ndarray, variant: np.ndarray | None = None) -> Any:
+    def noted(self: Any, batch: Any, dropped: np.ndarray | None = None, variant: np.ndarray | None = None) -> Any:
         if variant is not None and len(batch) == 4:
-            seen.setdefault(run, []).append((variant.tolist(), masked.tolist()))
-        return call(self, batch, masked, variant)
+            seen.setdefault(run, []).append((variant.tolist(), dropped.tolist()))
+        return call(self, batch, dropped, variant)
 
     monkeypatch.setattr(LiveFeatures, "__call__", noted)
     for run, stops in (("straight", (None,)), ("resumed", (2, None)), ("plain", (None,))):
@@ -457,7 +457,7 @@ def test_what_does_not_go_on(
         )
     with pytest.raises(UserError, match="leave out --model-size and dit, .* differs: dit"):
         train(going_on(loop.cache, tmp_path / "run", loop.three, loss={"kind": "flow"}), say=quiet)
-    with pytest.raises(UserError, match="is a seeing policy"):
+    with pytest.raises(UserError, match="blind is true, but .* was trained with blind false"):
         train(going_on(loop.cache, tmp_path / "run", loop.three, blind=True), say=quiet)
     with pytest.raises(UserError, match="no run or checkpoint at .*none"):
         train(going_on(loop.cache, tmp_path / "run", tmp_path / "none"), say=quiet)

@@ -415,7 +415,9 @@ def test_refusals(
     tmp_path: Path,
     dvla: Dvla,
 ) -> None:
-    with pytest.raises(UserError, match="LoRA is in the last 3 blocks; give at most 2, or .*--boundary 3: only the last 2 run"):
+    with pytest.raises(
+        UserError, match="LoRA is in the last 3 blocks; give at most 2, or .*--boundary 3: only the last 2 run"
+    ):
         finetune(on_split(stage_two, split, tmp_path / "run", dataclasses.replace(LORA, last_n_blocks=3)), say=quiet)
     with pytest.raises(UserError, match="belongs to another VLM than .*vision_config"):
         finetune(on_split(stage_two, {"qwen3vl": split["paligemma2"]}, tmp_path / "run"), say=quiet)

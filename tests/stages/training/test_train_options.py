@@ -340,7 +340,10 @@ def test_the_proposals_runs() -> None:
         ),
         ({"weights": {"gamma": 0.5}}, "unknown dataset in weights 'gamma'.*alpha, beta"),
         ({"weights": {"alpha": 0.7, "beta": 0.7}}, "the weights given sum to 1.4"),
-        ({"dit": {"embodiments": 4}}, "dit.embodiments is 4; it must be at least 5: cache .* holds embodiment number 4"),
+        (
+            {"dit": {"embodiments": 4}},
+            "dit.embodiments is 4; it must be at least 5: cache .* holds embodiment number 4",
+        ),
         ({"loss": {"embodiments": 2}}, "loss.embodiments is 2;"),
         ({"holdout": 1.0}, "held-out fraction is 1.0"),
     ],
