@@ -57,11 +57,13 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
-def _table(*columns: str | Column) -> Table:
+def simple_table(*columns: str | Column) -> Table:
+    """An empty table without borders: one rule under its head."""
     return Table(*columns, box=SIMPLE_HEAD)
 
 
-def _right(*names: str) -> list[Column]:
+def right_aligned(*names: str) -> list[Column]:
+    """Columns of numbers."""
     return [Column(name, justify="right") for name in names]
 
 
