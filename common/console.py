@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from ..errors import UserError
+from .text import duration
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
+
+Show = Callable[[str, int, int], None]  # (name, done, total); a name tells what is counted, as in "push/front: images"
+
+
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """`show(name, done, total)`: one rich bar per name; on a pipe or in a log file, nothing but the closing lines."""
+def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
+    """`show(name, done, total)`: one bar per name; on a pipe or in a log file, a line per name and `every` seconds (None: no lines)."""
+    if not console.is_terminal:
+        yield (lambda *_: None) if every is None else progress_lines(every)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -32,7 +42,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=900) as bars:
+    with Progress(*columns, console=console, speed_estimate_period=900) as bars:
         tasks: dict[str, Any] = {}
 
         def show(name: str, done: int, total: int) -> None:
@@ -41,6 +51,23 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[name], completed=done, total=total)
 
         yield show
+
+
+def progress_lines(every: float, clock: Callable[[], float] = time.monotonic) -> Show:
+    """A `show` that prints done, total, rate and time left of a name, at most once in `every` seconds."""
+    first: dict[str, tuple[float, int]] = {}  # name → when it was first shown, and what was done then
+    printed: dict[str, float] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        now = clock()
+        began, before = first.setdefault(name, (now, done))
+        if now == began or done >= total or now - printed.get(name, began) < every:
+            return
+        printed[name], rate = now, (done - before) / (now - began)
+        left = f", {duration((total - done) / rate)} left" if rate else ""
+        console.print(f"{name} {done}/{total}, {rate:.3g}/s{left}", markup=False)
+
+    return show
 
 
 def table(head: list[str], rows: list[list[str]], title: str | None = None) -> Table:
