@@ -18,7 +18,8 @@ from ...errors import UserError, unknown
 from ..actions.normalizer import Normalizer
 from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import Statistics
-from .codec import FeatureFormat, dequantise, quantise
+from .codec import dequantise, quantise
+from .feature_format import FeatureFormat
 from .manifest import read_json
 from .mirror import Mirror, is_remote
 from .plan import FORMAT, array_name

@@ -17,8 +17,8 @@ from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import encode_observations
 from ...common.config import from_mapping
 from ...common.hashing import mix
+from ...drifting.config import LossConfig
 from ...drifting.heads import generate
-from ...drifting.losses import LossConfig
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError, unknown
 from ..policy.observation import Observation

@@ -18,7 +18,7 @@ from dvla.cache.loader.provenance import sources_of
 from dvla.cache.readers import open_source
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
-from dvla.cache.store.codec import FeatureFormat
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, ShardTask, Unit, units
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.observations import encode_observations, encoder_calls
