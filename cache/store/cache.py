@@ -19,9 +19,9 @@ from ..actions.normalizer import Normalizer
 from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import Statistics
 from .codec import FeatureFormat, dequantise, quantise
-from .manifest import read_json
+from .manifest import read_attributes, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
-from .plan import FORMAT, array_name
+from .plan import array_name
 from .shard_reader import Folder, ShardFiles, advise_records, read_records
 from .zarr_format import features_folder, open_table, record_compression, scales_folder
 
@@ -53,7 +53,7 @@ class CacheDataset:
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
         self._shard_folders: dict[tuple[str, int, Callable[[Path, str, str], Path]], str] = {}
-        self.attributes = read_json(self.path / "zarr.json")["attributes"]
+        self.attributes = read_attributes(root, name)
         a = self.attributes
         self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
         self.tokens, self.width = a["tokens"], a["width"]
@@ -267,15 +267,15 @@ class Cache:
                     "Cache.open(URL, local=FOLDER)"
                 )
             mirror = Mirror(str(path), local, local_nbytes)
-            manifest = _read_manifest(mirror.folder)
-            return cls(mirror.folder, read_json(mirror.folder / "fingerprint.json"), manifest, None, mirror)
+            manifest = read_manifest(mirror.folder)
+            return cls(mirror.folder, read_fingerprint(mirror.folder), manifest, None, mirror)
         path = Path(str(path).removeprefix("file://"))
         for attempt in range(21):
             try:
-                manifest = _read_manifest(path)
+                manifest = read_manifest(path)
                 folder = Folder(path)
-                cache = cls(path, read_json(path / "fingerprint.json"), manifest, folder)
-                if folder.is_at(path) and _read_manifest(path) == manifest:
+                cache = cls(path, read_fingerprint(path), manifest, folder)
+                if folder.is_at(path) and read_manifest(path) == manifest:
                     return cache
             except (UserError, OSError):  # no folder, or half of this and half of the next generation
                 # Where both are on their way at the moment of asking, neither is there: that is asked again.
@@ -300,20 +300,3 @@ def beside(path: Path, suffix: str) -> Path:
     """The folder of another generation of the cache at `path`, which may be "."."""
     whole = Path(path).absolute()
     return whole.with_name(f"{whole.name}.{suffix}")
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"no cache at {path}; build one with `dvla cache build … --out {path}`")
-    if not (path / "fingerprint.json").exists():
-        raise UserError(f"{path} is not a dvla cache (it has no fingerprint.json)")
-    if not (path / "manifest.json").exists():
-        shards = sum(1 for _ in (path / ".commits").glob("*/*/*.json"))
-        raise UserError(
-            f"cache {path} is incomplete ({shards} shards are finished); "
-            f"re-run the same `dvla cache build` command to resume it"
-        )
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT or manifest.get("complete") is not True:
-        raise UserError(f"cache {path} has format {manifest.get('format')}, this version reads {FORMAT}; rebuild it")
-    return manifest

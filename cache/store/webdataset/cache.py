@@ -16,6 +16,7 @@ from ....errors import UserError
 from ..cache import Cache, CacheDataset
 from ..codec import FeatureFormat
 from ..locations import Folder, Place, fetch
+from ..manifest import FINGERPRINT, MANIFEST
 from ..plan import FORMAT
 from ..shard_reader import ShardFiles
 from ..zarr_format import features_folder
@@ -36,7 +37,7 @@ class WebDatasetCache(Cache):
         self.shards, quarantine = index["shardlist"], self.index["quarantine"]
         self.tars = Tars(place, [self.index["meta"], *self.shards, *quarantine], scratch, check)
         self.fingerprint, self.manifest = (
-            self.tars.json(META, f"cache/store.{n}.json") for n in ("fingerprint", "manifest")
+            self.tars.json(META, f"cache/store.{name}") for name in (FINGERPRINT, MANIFEST)
         )
         if self.manifest["format"] != FORMAT:
             raise UserError(

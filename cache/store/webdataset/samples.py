@@ -15,9 +15,8 @@ from ....common.files import file_crc32c
 from ....errors import UserError
 from ...actions.statistics import Statistics
 from ..cache import Cache, CacheDataset
-from ..manifest import json_bytes, read_json
+from ..manifest import FINGERPRINT, MANIFEST, json_bytes, read_commit, shard_commit
 from ..plan import BuildPlan, DatasetTables, array_name
-from ..zarr_format import commit_file
 from .tars import field_name, labels, npy, sample_key
 
 BLOCK_NBYTES = 32 << 20  # features in memory at a time
@@ -80,12 +79,12 @@ def meta_samples(cache: Cache, files: Files) -> Iterator[dict[str, Any]]:
     files.check_tables()
     ledger: dict[str, list[Any]] = {}  # commit record of a shard → [episode, reason] found bad while it was built
     for task in BuildPlan.from_document(cache.fingerprint["store"]).tasks():
-        if bad := read_json(commit_file(cache.path, task.dataset, task.array, task.index))["quarantined"]:
+        if bad := read_commit(shard_commit(cache.path, task))["quarantined"]:
             ledger[f"{task.dataset}/{task.array}/{task.index}"] = bad
     store = {
         "__key__": "cache/store",
-        "fingerprint.json": json_bytes(cache.fingerprint),
-        "manifest.json": json_bytes(cache.manifest),
+        FINGERPRINT: json_bytes(cache.fingerprint),
+        MANIFEST: json_bytes(cache.manifest),
         "quarantine.json": json_bytes(ledger),
     }
     if (scale := cache.datasets[0].channel_scale) is not None:
