@@ -18,7 +18,7 @@ from ...errors import UserError, unknown
 from ..actions.normalizer import Normalizer
 from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import Statistics
-from .codec import FeatureFormat, dequantise, quantise
+from .codec import FeatureFormat, dequantize, quantize
 from .manifest import read_attributes, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
 from .plan import array_name
@@ -72,7 +72,7 @@ class CacheDataset:
         self.proprio_mask = np.array(open_table(self.path / "proprio_mask"))
         self.text = np.asarray(open_table(self.path / "text" / "embedding"))
         self.text_length = np.array(open_table(self.path / "text" / "length"))
-        self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantised else None
+        self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantized else None
         self.null_features = np.stack([open_table(self.path / "null" / view) for view in self.views])
         self.quarantined = np.isin(self.episode_id, a["quarantined"])
         self.episode_observations = -(-self.episode_length // self.frame_stride)
@@ -81,9 +81,9 @@ class CacheDataset:
     @cached_property
     def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:
         """The null features as they would be stored: (float16 or codes [views, tokens, D], token scales [views, tokens])."""
-        if not self.format.quantised:
+        if not self.format.quantized:
             return self.null_features, None
-        codes, scale = quantise(
+        codes, scale = quantize(
             torch.from_numpy(self.null_features), torch.from_numpy(self.channel_scale), self.format.dtype
         )
         return codes.numpy(), scale.numpy()
@@ -159,7 +159,7 @@ class CacheDataset:
             self.shard_frames,
             compression=self._compression,
         )
-        if self.format.quantised:
+        if self.format.quantized:
             read_records(files, self._shards(view, variant, scales_folder), at, scales, self.shard_frames, tail="0")
 
     def advise(self, view: str, rows: np.ndarray, files: ShardFiles, variant: int = 0) -> None:
@@ -173,7 +173,7 @@ class CacheDataset:
             0 if self._compression else record,
             self.shard_frames,
         )
-        if self.format.quantised:
+        if self.format.quantized:
             advise_records(
                 files, self._shards(view, variant, scales_folder), at, 4 * self.tokens, self.shard_frames, tail="0"
             )
@@ -183,7 +183,7 @@ class CacheDataset:
         codes, scale = self.records(view, rows, variant)
         if scale is None:
             return codes
-        return dequantise(
+        return dequantize(
             torch.from_numpy(codes), torch.from_numpy(scale), torch.from_numpy(self.channel_scale), torch.float16
         ).numpy()
 
@@ -191,7 +191,7 @@ class CacheDataset:
         """As stored, of frames `rows`: (float16 or codes [n, tokens, width], token scales float32 [n, tokens] or None)."""
         n, format = len(rows), self.format
         codes = np.empty((n, self.tokens, self.width), format.zarr_dtype)
-        scale = np.empty((n, self.tokens), np.float32) if format.quantised else None
+        scale = np.empty((n, self.tokens), np.float32) if format.quantized else None
         self.read_features(
             view,
             rows,

@@ -44,8 +44,8 @@ class WebDatasetCache(Cache):
                 f"{place.where} holds a cache of format {self.manifest['format']}, this version reads {FORMAT}; "
                 "import it with the version that exported it"
             )
-        quantised = FeatureFormat(self.manifest["dtype"]).quantised
-        channels = np.array(self.tars.array(META, "cache/store.channel_scale.npy")) if quantised else None
+        quantized = FeatureFormat(self.manifest["dtype"]).quantized
+        channels = np.array(self.tars.array(META, "cache/store.channel_scale.npy")) if quantized else None
         self.datasets = tuple(
             WebDatasetDataset(
                 self.path,
@@ -148,7 +148,7 @@ class WebDatasetDataset(CacheDataset):
             self._tars.read(
                 tar, f"{key}.{field_name('features', label, variant)}", dtype, (self.tokens, self.width), targets[i]
             )
-            if self.format.quantised:
+            if self.format.quantized:
                 self._tars.read(
                     tar, f"{key}.{field_name('scales', label, variant)}", "float32", (self.tokens,), scales[i]
                 )
