@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from ....common.console import _right, _table, console
+from ....common.console import console, right_aligned, simple_table
 from ....common.text import duration, size
 from .forecast import Forecast
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def show_forecast(f: Forecast) -> None:
     """What `plan` found, and what it means."""
-    m, table = f.measured, _table("dataset", "view", *_right("frames", "observations", "features", "decode"))
+    m, table = (
+        f.measured,
+        simple_table("dataset", "view", *right_aligned("frames", "observations", "features", "decode")),
+    )
     for v in f.views:
         table.add_row(
             escape(v.dataset),

@@ -20,7 +20,7 @@ import numpy as np
 
 from ....cache.store.cache import Cache, CacheDataset
 from ....cache.store.locations import Place, creating, errors, fetch
-from ....cache.store.manifest import json_bytes, read_json
+from ....cache.store.manifest import commit_records, json_bytes
 from ....cache.store.plan import BuildPlan, ShardTask
 from ....cache.store.webdataset.cache import WebDatasetCache, WebDatasetDataset, read_index
 from ....cache.store.webdataset.samples import (
@@ -225,9 +225,9 @@ def _chunks(exported: WebDatasetCache, d: CacheDataset, task: ShardTask) -> Iter
 
 def _compare(out: Path, manifest: dict[str, Any], plan: BuildPlan, source: str) -> int:
     """How many files have other bytes than the exported cache's, of the same content; `UserError` for any with other content."""
-    files: dict[str, Any] = {}
-    for record in (out / ".commits").rglob("*.json"):
-        files |= read_json(record)["files"]
+    files = {
+        name: entry for record in commit_records(out).values() if record for name, entry in record["files"].items()
+    }
     different = sorted(name for name, entry in files.items() if manifest["files"].get(name) != entry)
     compressed = plan.format.compression != "none"
     wrong = [

@@ -66,9 +66,9 @@ def test_batches_on_a_cuda_device(cache: Cache) -> None:
             kept.append((batch.tokens.double().sum(), batch.action.double().sum(), batch if step % 5 == 0 else None))
             assert loader.state_dict() == {"offset": 8 * (step + 1)}
     for (tokens, action, batch), expected in zip(kept, on_host(cache)):
-        assert tokens.item() == expected["tokens"].double().sum().item() or cache.format.quantised
+        assert tokens.item() == expected["tokens"].double().sum().item() or cache.format.quantized
         assert abs(action.item() - expected["action"].double().sum().item()) < 1e-9
-        if batch is not None and not cache.format.quantised:
+        if batch is not None and not cache.format.quantized:
             assert_same(values(batch), expected)
 
 

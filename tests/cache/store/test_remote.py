@@ -242,8 +242,8 @@ def test_another_generation_is_another_folder(built: Path, url: str, tmp_path: P
 
 READ = """
 import sys
-from dvla.cache.store import Cache
-from dvla.cache.loader import Loader
+from dvla.cache.store.cache import Cache
+from dvla.cache.loader.loader import Loader
 with Loader(Cache.open(sys.argv[1], local=sys.argv[2]), batch_size=8, threads=4, seed=int(sys.argv[3])) as loader:
     print(sum(float(next(loader).tokens.double().sum()) for _ in range(12)))
 """

@@ -141,7 +141,7 @@ def test_order_and_interruptions_do_not_change_a_byte(whole: Path, tmp_path: Pat
     for stop in (0, 1, 5):
         path = tmp_path / f"stop{stop}"
         synthetic.build(path, stop_after=stop)
-        with pytest.raises(UserError, match="re-run the same `dvla cache build`"):
+        with pytest.raises(UserError, match="rerun the same `dvla cache build`"):
             Cache.open(path)
         synthetic.build(path, stop_after=2)
         synthetic.build(path)

@@ -103,7 +103,7 @@ def test_features_of_every_observation(backend: tuple[str, Cache]) -> None:
         for view, variant in itertools.product(d.views, range(plan.variants + 1)):
             expected = synthetic.stored(plan, pictures(plan, d, view, rows, variant))
             codes, scale = d.records(view, rows, variant)
-            if plan.format.quantised:
+            if plan.format.quantized:
                 np.testing.assert_array_equal(codes, expected[0])
                 np.testing.assert_array_equal(scale, expected[1])
             else:
