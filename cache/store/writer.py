@@ -133,7 +133,7 @@ class CacheWriter:
             )
             beside = (
                 stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames))
-                if plan.format.quantised
+                if plan.format.quantized
                 else None
             )
             for chunk in chunks:
@@ -163,7 +163,7 @@ class CacheWriter:
     @names_full_disk
     def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:
         """float32 [D] of an 8-bit cache, measured and stored on the first call of a build, None of a 16-bit one. Before any shard."""
-        if not self.plan.format.quantised:
+        if not self.plan.format.quantized:
             return None
         folder = self.path / "channel_scale"
         if not is_committed(self.path, scale_commit(self.path)):
@@ -261,7 +261,7 @@ class CacheWriter:
 
     def _committed_work(self) -> tuple[Files, dict[str, dict[str, Any]], dict[str, set[tuple[int, str]]]]:
         """What the commit records hold: all files, and of each dataset its attributes and its quarantined (episode, reason)."""
-        files: Files = read_commit(scale_commit(self.path))["files"] if self.plan.format.quantised else {}
+        files: Files = read_commit(scale_commit(self.path))["files"] if self.plan.format.quantized else {}
         attributes, quarantined = {}, {d.name: set(d.quarantined) for d in self.plan.datasets}
         for name in quarantined:
             tables = read_commit(tables_commit(self.path, name))

@@ -123,14 +123,14 @@ def dataset_nodes(
     dataset: DatasetPlan, plan: BuildPlan, attributes: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, document) of a dataset's groups and feature arrays; those of its tables are written with them."""
-    quantised = plan.format.quantised
+    quantized = plan.format.quantized
     yield dataset.name, group_document(attributes)
-    for group in ("features", "episodes", "text", "null", *(("scales",) if quantised else ())):
+    for group in ("features", "episodes", "text", "null", *(("scales",) if quantized else ())):
         yield f"{dataset.name}/{group}", group_document()
     rows = int(dataset.observations(plan.frame_stride).sum())
     for array in (array_name(view, k) for view in dataset.views for k in range(plan.variants + 1)):
         yield f"{dataset.name}/features/{array}", features_document(rows, plan)
-        if quantised:
+        if quantized:
             yield f"{dataset.name}/scales/{array}", scales_document(rows, plan)
 
 

@@ -84,7 +84,7 @@ class Earlier:
         scales = scales_folder(self._cache.path, task.dataset, task.array) / "c"
         for index in np.unique(dataset.observation_of(frames) // dataset.shard_frames).tolist():
             self._require_sound(self._cache, dataset.shard_path(task.view, index, task.variant))
-            if dataset.format.quantised:
+            if dataset.format.quantized:
                 self._require_sound(self._cache, scales / str(index) / "0")
         return dataset.records(task.view, frames, task.variant)
 

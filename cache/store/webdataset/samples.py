@@ -132,7 +132,7 @@ def sample_nbytes(d: CacheDataset, views: dict[str, str]) -> int:
         len(fp.canonical(_row_document(d, longest, int(d.episode_start[longest]))).encode()) + 64
     )  # longer numbers
     members = [document, *[128 + 512] * 2]
-    members += [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantised] * (
+    members += [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantized] * (
         len(views) * (d.variants + 1)
     )
     return sum(512 + -(-n // 512) * 512 for n in members)
@@ -148,7 +148,7 @@ def observation_samples(
         for shard in np.unique(block // d.shard_frames).tolist():
             for view, _, k in arrays:
                 files.check(f"{d.name}/features/{array_name(view, k)}/c/{shard}/0/0")
-                if d.format.quantised:
+                if d.format.quantized:
                     files.check(f"{d.name}/scales/{array_name(view, k)}/c/{shard}/0")
         rows = d.frame_of(block)
         episodes = d.episode_of(rows)

@@ -172,7 +172,7 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
     shards = {t for t in plan.tasks() if shard_commit(path, t) in gone} | set(begun.missing())
     tables = {d.name for d in plan.datasets if tables_commit(path, d.name) in gone} | set(begun.tables_missing())
     scales = scale_commit(path)
-    channels = plan.format.quantised and (scales in gone or not scales.exists())
+    channels = plan.format.quantized and (scales in gone or not scales.exists())
     return _Findings(
         written,
         damaged,

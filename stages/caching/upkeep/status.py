@@ -85,7 +85,7 @@ def one_status(path: Path) -> CacheStatus:
             names = [f"{features_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0/0"]
             names += [
                 f"{scales_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0"
-            ] * plan.format.quantised
+            ] * plan.format.quantized
             done = all(name in written and has_size(path / name, written[name]) for name in names)
             nbytes = sum(written[name]["bytes"] for name in names) if done else 0
         else:
