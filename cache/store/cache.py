@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...common.files import crc32c
+from ...common.text import public, size
 from ...errors import UserError, unknown
 from ..actions.normalizer import Normalizer
 from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import Statistics
 from .codec import FeatureFormat, dequantize, quantize
-from .manifest import read_attributes, read_fingerprint, read_manifest
+from .manifest import json_bytes, read_attributes, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
 from .plan import array_name
+from .samples import CacheSamples
 from .shard_reader import Folder, ShardFiles, advise_records, read_records
 from .zarr_format import features_folder, open_table, record_compression, scales_folder
 
@@ -228,6 +231,7 @@ class Cache:
 
     folder: Folder | None = None  # so that a reader stays with its generation when the next one takes its place
     mirror: Mirror | None = None  # of a remote cache: fetches what is not in `path` yet
+    opened: tuple[Any, ...]  # arguments of `open`
 
     def __init__(
         self,
@@ -268,13 +272,16 @@ class Cache:
                 )
             mirror = Mirror(str(path), local, local_nbytes)
             manifest = read_manifest(mirror.folder)
-            return cls(mirror.folder, read_fingerprint(mirror.folder), manifest, None, mirror)
+            cache = cls(mirror.folder, read_fingerprint(mirror.folder), manifest, None, mirror)
+            cache.opened = (str(path), Path(local).absolute(), local_nbytes)
+            return cache
         path = Path(str(path).removeprefix("file://"))
         for attempt in range(21):
             try:
                 manifest = read_manifest(path)
                 folder = Folder(path)
                 cache = cls(path, read_fingerprint(path), manifest, folder)
+                cache.opened = (path.absolute(),)
                 if folder.is_at(path) and read_manifest(path) == manifest:
                     return cache
             except (UserError, OSError):  # no folder, or half of this and half of the next generation
@@ -288,12 +295,38 @@ class Cache:
         """Files of this generation's shards, to be closed by whoever asks for them."""
         return ShardFiles(folder=self.folder, fetch=self.mirror.ensure if self.mirror else None)
 
-    def dataset(self, name: str) -> CacheDataset:
+    def __len__(self) -> int:
+        return int(self.frames)
+
+    def __repr__(self) -> str:
+        episodes = sum(len(d.episode_id) for d in self.datasets)
+        return (
+            f"Cache('{public(str(self.path))}': {self.frames} frames of {episodes} episodes in {len(self.datasets)} datasets, "
+            f"{self.tokens} tokens × {self.width} per view, {self.format.dtype}, {size(self.manifest['bytes'])})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For worker processes, which open it again."""
+        return _reopen, (type(self), self.opened, crc32c(json_bytes(self.manifest)))
+
+    def dataset(self, *, horizon: int = 16) -> CacheSamples:
+        """Its observations as a map-style dataset for `torch.utils.data.DataLoader`: convenient, and slow beside `dvla.Loader`."""
+        return CacheSamples(self, horizon)
+
+    def named(self, name: str) -> CacheDataset:
         """The dataset of that name; `UserError` with the nearest name otherwise."""
         for dataset in self.datasets:
             if dataset.name == name:
                 return dataset
         raise unknown("dataset", name, [d.name for d in self.datasets])
+
+
+def _reopen(kind: type[Cache], opened: tuple[Any, ...], digest: int) -> Cache:
+    """In a worker process, the cache that was opened with these arguments. `UserError` when it is another one by now."""
+    cache = kind.open(*opened)
+    if crc32c(json_bytes(cache.manifest)) != digest:
+        raise UserError(f"cache {cache.path} was replaced since it was opened; open it again")
+    return cache
 
 
 def beside(path: Path, suffix: str) -> Path:

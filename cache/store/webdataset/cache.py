@@ -66,11 +66,13 @@ class WebDatasetCache(Cache):
         """An export at a folder, fsspec URL or pipe. `scratch`: where tars are copied that are not local; `check`: compare every tar
         with its checksum before using it. `UserError` when there is none, or it does not make sense."""
         try:
-            return cls(open_place(str(path)), Path(scratch), check)
+            cache = cls(open_place(str(path)), Path(scratch), check)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
                 f"{path} is not an export this version can read ({type(error).__name__}: {error}); export it again"
             ) from None
+        cache.opened = (path, scratch, check)
+        return cache
 
 
 class WebDatasetDataset(CacheDataset):

@@ -197,10 +197,10 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
         report.found, total, done = report.parts - len(missing), sum(t.stop - t.start for t in missing), 0
         writer.channel_scale(lambda: exported.datasets[0].channel_scale)  # type: ignore[arg-type, return-value]
         for name in writer.tables_missing():
-            writer.write_tables(name, tables_of(exported.dataset(name)))
+            writer.write_tables(name, tables_of(exported.named(name)))
         for task in missing:
             bad = [(episode, reason) for episode, reason in ledger.get(f"{task.dataset}/{task.array}/{task.index}", [])]
-            writer.write_shard(task, _chunks(exported, exported.dataset(task.dataset), task), bad)
+            writer.write_shard(task, _chunks(exported, exported.named(task.dataset), task), bad)
             done += task.stop - task.start
             progress(task.dataset, done, total)
         if not writer.complete:

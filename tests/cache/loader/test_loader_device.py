@@ -164,7 +164,7 @@ def test_a_buffer_is_not_filled_again_before_its_copy_is_over(cache: Cache, reco
 def test_an_error_ahead_waits_for_its_turn(tmp_path: Path, record: Record) -> None:
     synthetic.build(tmp_path / "c")
     cache = Cache.open(tmp_path / "c")
-    shard = cache.dataset("beta").shard_path("top", 2)
+    shard = cache.named("beta").shard_path("top", 2)
     shard.write_bytes(shard.read_bytes()[:-9])
     delivered = []
     for device in (None, "cuda"):

@@ -194,7 +194,7 @@ def test_compression_and_damage(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", ["zstd", "lz4"])
 def test_a_damaged_record_names_its_shard(tmp_path: Path, name: str) -> None:
     synthetic.build(tmp_path / "c", plan=synthetic.make_plan(format=FeatureFormat("float16", name)))
-    beta = Cache.open(tmp_path / "c").dataset("beta")
+    beta = Cache.open(tmp_path / "c").named("beta")
     shard = beta.shard_path("top", 1)
     shard.write_bytes(b"\xff" * 40 + shard.read_bytes()[40:])
     with pytest.raises(UserError, match="top/c/1/0/0 is damaged"):
@@ -233,7 +233,7 @@ def test_batches_decode_to_the_features(cache: Cache) -> None:
 
 
 def test_masked_pictures_are_the_null_features(cache: Cache) -> None:
-    beta, rows = cache.dataset("beta"), np.array([0, 6])
+    beta, rows = cache.named("beta"), np.array([0, 6])
     none = np.zeros(2, bool)
     batch = decoded(gather(cache, np.array([1, 1]), rows, 2, masked=(none, np.array([True, False]), none)))
     exact = beta.null_features[0].astype(np.float32)
@@ -266,7 +266,7 @@ def test_an_epoch_visits_exactly_the_observations(cache: Cache) -> None:
 
 def test_actions_keep_every_frame(cache: Cache) -> None:
     """A stride thins the pictures, not the action chunk."""
-    beta = cache.dataset("beta")
+    beta = cache.named("beta")
     row = int(beta.episode_start[1]) + 2 * cache.datasets[0].frame_stride
     batch = gather(cache, np.array([1]), np.array([row]), 5)
     expected = beta.action_normalizer.normalize(beta.action[row : row + 5])

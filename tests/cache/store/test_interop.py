@@ -110,7 +110,7 @@ def test_features_and_scales(cache: Cache, opened: Callable[[str], Array]) -> No
 
 def test_decoding_with_what_they_read(cache: Cache, opened: Callable[[str], Array]) -> None:
     """features = codes · scales · channel_scale, from their arrays alone, is `CacheDataset.features`."""
-    d = cache.dataset("beta")
+    d = cache.named("beta")
     rows = d.frame_of(np.arange(d.observations))
     codes = torch.from_numpy(np.array(opened("beta/features/top")[:]))
     if cache.format.quantized:
