@@ -24,6 +24,11 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def say(line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, markup=False)
+
+
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 Show = Callable[[str, int, int], None]  # (name, done, total); a name tells what is counted, as in "push/front: images"
@@ -84,14 +89,15 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
-def simple_table(*columns: str | Column) -> Table:
-    """An empty table without borders: one rule under its head."""
-    return Table(*columns, box=SIMPLE_HEAD)
+def simple_table(*columns: str | Column, **options: Any) -> Table:
+    """An empty table with one rule, under its head. Where it is too wide, words are folded: nothing is cut off."""
+    folded = (Column(c, overflow="fold") if isinstance(c, str) else c for c in columns)
+    return Table(*folded, box=SIMPLE_HEAD, **options)
 
 
 def right_aligned(*names: str) -> list[Column]:
-    """Columns of numbers."""
-    return [Column(name, justify="right") for name in names]
+    """Columns of numbers, which stay in one line."""
+    return [Column(name, justify="right", no_wrap=True) for name in names]
 
 
 def write_json(file: Path | None, values: Any) -> None:

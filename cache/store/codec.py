@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...errors import UserError
-from .feature_format import QUANTISED, FeatureFormat
+from .feature_format import QUANTIZED, FeatureFormat
 
 CHANNEL_FLOOR = 1e-6  # of a channel that is silent in the frames looked at
 
@@ -25,9 +25,9 @@ def channel_scale(features: torch.Tensor) -> np.ndarray:
     return flat.square().mean(0).sqrt().clamp(min=CHANNEL_FLOOR).float().cpu().numpy()
 
 
-def quantise(features: torch.Tensor, channels: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(features: torch.Tensor, channels: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """features [n,K,D] (finite), channel scales [D] → (codes int8 or uint8 [n,K,D], token scales float32 [n,K])."""
-    largest, _ = QUANTISED[dtype]
+    largest, _ = QUANTIZED[dtype]
     x = features.float() / channels  # [n,K,D]
     scale = x.abs().amax(-1) / largest  # [n,K]
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a token of zeros
@@ -36,8 +36,8 @@ def quantise(features: torch.Tensor, channels: torch.Tensor, dtype: str) -> tupl
     return codes, scale
 
 
-def dequantise(codes: torch.Tensor, scale: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `quantise` up to its rounding: codes [...,K,D], token scales [...,K], channel scales [D] → `dtype` [...,K,D]."""
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of `quantize` up to its rounding: codes [...,K,D], token scales [...,K], channel scales [D] → `dtype` [...,K,D]."""
     x = codes.float() if codes.dtype == torch.int8 else codes.view(torch.float8_e4m3fn).float()
     return (x * scale[..., None] * channels).to(dtype)
 
@@ -46,9 +46,9 @@ def relative_error(features: torch.Tensor, format: FeatureFormat, channels: np.n
     """(overall, worst channel): RMS of the storing error over the RMS of `features` [n,K,D]."""
     exact = features.detach().float()
     stored = features.half().float()
-    if format.quantised:
+    if format.quantized:
         scales = torch.from_numpy(channels).to(exact.device)
-        stored = dequantise(*quantise(exact, scales, format.dtype), scales, torch.float32)
+        stored = dequantize(*quantize(exact, scales, format.dtype), scales, torch.float32)
     difference, size = (stored - exact).square().flatten(0, -2).mean(0), exact.square().flatten(0, -2).mean(0)  # [D]
     overall = (difference.mean() / size.mean().clamp(min=1e-30)).sqrt()
     worst = (difference / size.clamp(min=CHANNEL_FLOOR**2)).max().sqrt()

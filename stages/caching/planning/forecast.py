@@ -35,7 +35,7 @@ class Measured:
     """What the pilot measured. Bytes are stored bytes: codes with their scales, after compression."""
 
     views: tuple[ViewCost, ...]
-    encode: float  # seconds per picture, augmentation and quantisation included
+    encode: float  # seconds per picture, augmentation and quantization included
     compression: float  # uncompressed over stored bytes
     write: float  # bytes/s
     read: float  # bytes/s of records in random order, not in memory before

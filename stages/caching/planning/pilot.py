@@ -24,7 +24,7 @@ import torch
 from ....cache.readers import Source
 from ....cache.readers.episode import CorruptEpisode, View
 from ....cache.store.cache import Cache
-from ....cache.store.codec import channel_scale, quantise, relative_error
+from ....cache.store.codec import channel_scale, quantize, relative_error
 from ....cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from ....cache.vlm.augment import augment
 from ....cache.vlm.encoder import VisionLanguageEncoder
@@ -129,8 +129,8 @@ def plan_build(
     progress("pilot: encoded", 2, 4)
     channels = channel_scale(features)
     codes, scales = features.half().numpy(), None
-    if plan.format.quantised:
-        codes, scales = (x.numpy() for x in quantise(features, torch.from_numpy(channels), plan.format.dtype))
+    if plan.format.quantized:
+        codes, scales = (x.numpy() for x in quantize(features, torch.from_numpy(channels), plan.format.dtype))
     disk = disk_rates(config.out, plan, codes, scales)
     progress("pilot: written and read", 3, 4)
     views = max(len(d.views) for d in datasets)
@@ -232,7 +232,7 @@ def _decode(
 def _encode(
     looks: Sequence[_Look], encoder: VisionLanguageEncoder, batch_size: int, plan: BuildPlan
 ) -> tuple[torch.Tensor, float]:
-    """(features float32 [n,K,D] of all pictures, seconds per picture of the build: encoding, a share of it augmented, quantised)."""
+    """(features float32 [n,K,D] of all pictures, seconds per picture of the build: encoding, a share of it augmented, quantized)."""
     calls = encoder_calls(encoder, *_observations(looks), batch_size)
     few = calls[0].views if encoder.device.type == "cuda" else [images[:1] for images in calls[0].views]
     _synchronised(encoder, lambda: encoder.encode_observation(few, calls[0].instruction))  # warms up
@@ -257,11 +257,11 @@ def _encode(
     found = torch.cat(features)  # [n,K,D]
     if not torch.isfinite(found).all():
         raise UserError("the encoder gave a value that is not finite; check the weights and their dtype")
-    if plan.format.quantised:
+    if plan.format.quantized:
         on_device = found.to(encoder.device)
         scales = torch.from_numpy(channel_scale(found)).to(encoder.device)
         began = time.perf_counter()
-        _synchronised(encoder, lambda: quantise(on_device, scales, plan.format.dtype))
+        _synchronised(encoder, lambda: quantize(on_device, scales, plan.format.dtype))
         seconds += time.perf_counter() - began
     return found, seconds / len(found)
 
