@@ -168,6 +168,13 @@ class Loader(BatchIterator):
         )
         self._begin()
 
+    def __repr__(self) -> str:
+        episodes = sum(len(e) for e in self._episodes)
+        return (
+            f"Loader({sum(self.sizes)} samples of {episodes} episodes, batch size {self._batch_size}, "
+            f"horizon {self._assemble.horizon}, order {self.order.order}, at offset {self._delivered}, {self.cache!r})"
+        )
+
     def samples(self, offset: int) -> tuple[np.ndarray, np.ndarray]:
         """(dataset, frame row) int64 [batch_size] of this rank's batch whose global batch begins at `offset`."""
         draws = self._draws(offset)

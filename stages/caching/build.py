@@ -187,7 +187,7 @@ def _calibrate(
     `missing`: whether there are shards to write.
     """
     plan = writer.plan
-    pilot = pilot_features(corpora, plan, encoder) if config.format.quantised and missing else None
+    pilot = pilot_features(corpora, plan, encoder) if config.format.quantized and missing else None
     if encoder.tokens < encoder.native_tokens and missing:
         few = pilot_features(corpora, plan, encoder.unpooled(), POOLING_IMAGES)
         report.pooled = pooling_error(few, encoder.tokens)

@@ -23,7 +23,7 @@ import torch
 from ....cache.readers import Source
 from ....cache.readers.episode import CorruptEpisode
 from ....cache.store.cache import Cache
-from ....cache.store.codec import channel_scale, quantise, relative_error
+from ....cache.store.codec import channel_scale, quantize, relative_error
 from ....cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from ....cache.vlm.augment import augment
 from ....cache.vlm.encoder import VisionLanguageEncoder
@@ -139,8 +139,8 @@ def _measure(
     progress("pilot: encoded", 2, 4)
     channels = channel_scale(features)
     codes, scales = features.half().numpy(), None
-    if plan.format.quantised:
-        codes, scales = (x.numpy() for x in quantise(features, torch.from_numpy(channels), plan.format.dtype))
+    if plan.format.quantized:
+        codes, scales = (x.numpy() for x in quantize(features, torch.from_numpy(channels), plan.format.dtype))
     disk = disk_rates(config.out, plan, codes, scales)
     progress("pilot: written and read", 3, 4)
     model = pilot.train_rate
@@ -197,10 +197,10 @@ def _encode(
     found = torch.cat(features)  # [n,K,D]
     if not torch.isfinite(found).all():
         raise UserError("the encoder gave a value that is not finite; check the weights and their dtype")
-    if plan.format.quantised:
+    if plan.format.quantized:
         on_device = found.to(encoder.device)
         scales = torch.from_numpy(channel_scale(found)).to(encoder.device)
-        seconds += _timed(encoder, lambda: quantise(on_device, scales, plan.format.dtype))[1]
+        seconds += _timed(encoder, lambda: quantize(on_device, scales, plan.format.dtype))[1]
     return found, seconds / len(found)
 
 

@@ -107,7 +107,7 @@ def test_reader_gives_the_same_arrays(whole: Path) -> None:
         with pytest.raises(ValueError, match="rows"):
             stored.episode_of(np.array([dataset.frames]))
     with pytest.raises(UserError, match="alpha"):
-        cache.dataset("alhpa")
+        cache.named("alhpa")
 
 
 @pytest.mark.parametrize("shape", [(1,), (128,), (7, 128), (3000, 128), (5000,), (2, 700, 400)])
@@ -130,8 +130,8 @@ def test_quarantine_is_a_ledger_and_a_count(whole: Path) -> None:
         {"dataset": "alpha", "episode_id": 99, "reason": "no video"},
     ]
     assert cache.manifest["quarantine_count"] == 2
-    assert cache.dataset("alpha").episode_id[cache.dataset("alpha").quarantined].tolist() == [13]
-    assert not cache.dataset("beta").quarantined.any()
+    assert cache.named("alpha").episode_id[cache.named("alpha").quarantined].tolist() == [13]
+    assert not cache.named("beta").quarantined.any()
 
 
 def test_order_and_interruptions_do_not_change_a_byte(whole: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_order_and_interruptions_do_not_change_a_byte(whole: Path, tmp_path: Pat
     for stop in (0, 1, 5):
         path = tmp_path / f"stop{stop}"
         synthetic.build(path, stop_after=stop)
-        with pytest.raises(UserError, match="re-run the same `dvla cache build`"):
+        with pytest.raises(UserError, match="rerun the same `dvla cache build`"):
             Cache.open(path)
         synthetic.build(path, stop_after=2)
         synthetic.build(path)
@@ -290,7 +290,7 @@ def test_damage_is_found_and_named(copy: Path) -> None:
         *(f"alpha/features/front/c/{i}/0/0" for i in range(3)),
         "beta/action/c/0/0",
     ]
-    dataset = Cache.open(copy).dataset("alpha")
+    dataset = Cache.open(copy).named("alpha")
     for row, path in ((17, short), (33, gone)):
         with pytest.raises(UserError, match=f"shard {path}"):
             dataset.feature("front", row)
@@ -312,7 +312,7 @@ def test_read_only_folder(copy: Path) -> None:
     try:
         before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}  # root ignores permissions
         cache = Cache.open(copy)
-        assert cache.dataset("beta").feature("top", 3).shape == (synthetic.TOKENS, synthetic.WIDTH)
+        assert cache.named("beta").feature("top", 3).shape == (synthetic.TOKENS, synthetic.WIDTH)
         assert verify_checksums(copy) == []
         synthetic.build(copy)  # finished: nothing to do, no lock needed
         assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
@@ -349,7 +349,7 @@ def test_shard_index_and_scattered_reads(tmp_path: Path) -> None:
 
 def test_open_files_stay_bounded(whole: Path) -> None:
     files = ShardFiles(limit=2)
-    dataset, before = Cache.open(whole).dataset("alpha"), len(os.listdir("/proc/self/fd"))
+    dataset, before = Cache.open(whole).named("alpha"), len(os.listdir("/proc/self/fd"))
     out = np.empty((dataset.frames, dataset.tokens, dataset.width), np.float16)
     rows = np.random.default_rng(0).permutation(dataset.frames)
     dataset.read_features("front", rows, [memoryview(o).cast("B") for o in out], files)

@@ -212,7 +212,7 @@ def test_killed_and_resumed_equals_uninterrupted(recorded: Recorded, vlm: Path, 
     expected, shards = tree(cache), {"tables": 0, "shard": 2, "record": 6, "manifest": 10}
     for name, finished in shards.items():
         out = tmp_path / name
-        with pytest.raises(UserError, match=rf"is incomplete \({finished} shards are finished\); re-run the same"):
+        with pytest.raises(UserError, match=rf"is incomplete \({finished} shards are finished\); rerun the same"):
             Cache.open(out)
         assert build(configure(recorded["h264"], vlm, out)).resumed_shards == finished
         assert tree(out) == expected

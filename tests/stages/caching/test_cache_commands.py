@@ -195,7 +195,7 @@ def test_inspect_and_norm_pictures(dvla: Dvla, whole: Path, tmp_path: Path) -> N
     names = {"alpha.front.png", "alpha.wrist.png", "beta.top.png"}
     assert {p.name for p in (tmp_path / "norms").iterdir()} == names
     picture = np.asarray(Image.open(tmp_path / "norms" / "beta.top.png")).astype(int)
-    dataset = Cache.open(whole).dataset("beta")
+    dataset = Cache.open(whole).named("beta")
     rows = np.unique(np.linspace(0, dataset.frames - 1, 8).astype(int))
     norms = np.linalg.norm(dataset.features("top", rows).astype(np.float32), axis=-1)  # [8,3], one row of tokens
     cells = np.stack([picture[8, f * 52 + 8 + 16 * t] for f in range(8) for t in range(3)]).sum(

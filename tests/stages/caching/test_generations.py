@@ -53,12 +53,12 @@ def corner(recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> Corner:
 
 
 def features(path: Path, view: str, frames: int | None = None, dataset: str = "data") -> np.ndarray:
-    return Cache.open(path).dataset(dataset).features(view, observed(path, dataset)[:frames])
+    return Cache.open(path).named(dataset).features(view, observed(path, dataset)[:frames])
 
 
 def observed(path: Path, dataset: str = "data") -> np.ndarray:
     """The frames that have features."""
-    found = Cache.open(path).dataset(dataset)
+    found = Cache.open(path).named(dataset)
     ends = found.episode_start + found.episode_length
     return np.concatenate([np.arange(start, end, found.frame_stride) for start, end in zip(found.episode_start, ends)])
 
