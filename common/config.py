@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
-    """Build the frozen dataclass `cls` from `values`; nested dataclasses are built from nested mappings, lists become tuples.
+    """Build the frozen dataclass `cls` from `values`: nested dataclasses from nested mappings, tuples from lists.
 
     Raises `UserError` for an unknown key (nearest name suggested), a missing one, or a value of the wrong type.
     """
@@ -27,14 +28,10 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            error = unknown("setting", str(key), fields)
-            raise UserError(f"{where}: {error}")
+            raise UserError(f"{where}: {unknown('setting', str(key), fields)}")
     kwargs = {name: _convert(hints[name], values[name], f"{where}.{name}") for name in fields if name in values}
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
+    required = (n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING)
+    missing = [name for name in required if name not in kwargs]
     if missing:
         raise UserError(f"{where}: missing {', '.join(missing)}")
     return cls(**kwargs)
@@ -90,13 +87,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return from_mapping(hint, value, where)
     if hint is Any:
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        try:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
             return float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            pass
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -18,7 +18,6 @@ from dvla.cache.store.cache import Cache
 from dvla.common import console
 from dvla.common.config import from_mapping
 from dvla.common.files import read_json
-from dvla.common.text import duration
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.load import load_net
@@ -535,10 +534,6 @@ def test_the_meter_counts_steps_alone_and_anew_after_each_line(cache: Path, monk
         "disk",
         "compute",
     ]
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (45, 600, 9000, 60 * 86400)] == ["45 s", "10.0 min", "2.5 h", "60.0 days"]
 
 
 def test_a_resumed_bar_begins_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
