@@ -718,7 +718,7 @@ def test_a_build_that_the_disk_cannot_hold_is_refused(
     monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(10**9, 0, room[0]))
     refused(
         dvla(*options),
-        "takes 62.7 KiB more",
+        "needs 62.7 KiB more",
         "58.6 KiB free",
         "--dtype",
         "--tokens",

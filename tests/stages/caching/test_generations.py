@@ -145,7 +145,7 @@ def test_append_refuses_what_is_not_new(corner: Corner, recorded: dict[str, Path
 
 def test_update_does_only_what_changed(corner: Corner) -> None:
     corner.record(3).build()
-    planned = plan_build(corner.record(3, other_pictures("wrist", 1)).config("update"), PilotConfig(pictures=4))
+    planned = plan_build(corner.record(3, other_pictures("wrist", 1)).config("update"), PilotConfig(images=4))
     report = corner.build("update")
     assert report.timing.images == LENGTHS[1]  # one episode, one view
     shards = -(-sum(LENGTHS) // SHARD)
