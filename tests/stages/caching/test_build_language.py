@@ -27,8 +27,8 @@ from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.errors import UserError
 from dvla.stages.caching.build import BuildReport, build
-from dvla.stages.caching.config import BuildConfig
-from dvla.stages.caching.planning.pilot import PilotConfig, plan_build
+from dvla.stages.caching.config import BuildConfig, PilotConfig
+from dvla.stages.caching.planning.pilot import plan_build
 from dvla.stages.caching.upkeep.repair import repair
 from dvla.stages.caching.upkeep.verify import TOLERANCE, verify
 from dvla.stages.policy import checkpoint as ck
