@@ -1,4 +1,4 @@
-"""What a build makes: its plan, its fingerprint, and what an earlier generation saves."""
+"""What a build makes: its plan, its fingerprint, and what it reuses of the previous generation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from ...cache.vlm.augment import AUGMENTATION_VERSION
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...common import fingerprint as fp
 from .config import SHARD_NBYTES, SHARD_ROWS, BuildConfig
-from .generations import (
-    Earlier,
-    require_only_new,
-    same_features,
-)
+from .generations import Earlier, require_only_new, same_features
 from .sources import Corpus, Progress, read_corpus
 
 TRANSFORM_VERSION = 2  # raised when the build writes other content from the same inputs
@@ -26,7 +22,7 @@ TRANSFORM_VERSION = 2  # raised when the build writes other content from the sam
 
 @dataclass(frozen=True)
 class Decision:
-    """What a build has to make of its sources, and what it may take from the generation before."""
+    """What a build has to make of its sources, and what it may reuse of the previous generation."""
 
     corpora: dict[str, Corpus]  # dataset → its plan and tables
     plan: BuildPlan
@@ -42,8 +38,10 @@ def decide(
     earlier: Cache | None,
     progress: Progress,
 ) -> Decision:
-    """Read the sources' tables and hashes, and compare with the finished cache `earlier` (None: a new one). `UserError` for what that
-    mode of building refuses, and for observations that are more than the encoder reads at once."""
+    """Read the sources' tables and hashes, and compare them with the finished cache `earlier` (None: a new one).
+
+    `UserError` for changes that the mode of building refuses, and for observations longer than the encoder's context.
+    """
     corpora = [read_corpus(source, encoder.by_observation, progress) for source in sources]
     plan = make_plan(config, [c.plan for c in corpora], encoder)
     fingerprint = make_fingerprint(encoder, corpora, config)
@@ -55,7 +53,7 @@ def decide(
 
 
 def make_plan(config: BuildConfig, datasets: Sequence[DatasetPlan], encoder: VisionLanguageEncoder) -> BuildPlan:
-    """What the cache will hold. `UserError` for observations that are more than the encoder reads at once."""
+    """What the cache will hold. `UserError` for observations longer than the encoder's context."""
     for dataset in datasets:
         encoder.require_fits(len(dataset.views), dataset.instructions)
     record = config.format.record_nbytes(encoder.tokens, encoder.width)

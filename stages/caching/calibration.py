@@ -13,15 +13,17 @@ from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...errors import UserError
 from .sources import Corpus
 
-PILOT_PICTURES = 64  # looked at for the channel scales of an 8-bit cache, about
-POOLING_PICTURES = 8  # and to tell what pooling loses
+PILOT_IMAGES = 64  # for the channel scales of an 8-bit cache, about
+POOLING_IMAGES = 8  # for the error of pooling
 
 
 def pilot_observations(
     corpora: Sequence[Corpus], plan: BuildPlan, count: int
 ) -> Iterator[tuple[list[np.ndarray], str]]:
-    """Observations with about `count` pictures (uint8 [H,W,3] of each view, the instruction), evenly over datasets and episodes: the same
-    for the same plan."""
+    """Observations with about `count` images, spread evenly over datasets and episodes; the same for the same plan.
+
+    Yields (uint8 [H,W,3] of each view, the instruction).
+    """
     each = max(1, count // sum(len(c.plan.views) for c in corpora))
     for corpus in corpora:
         episodes = corpus.plan.episodes
@@ -32,22 +34,19 @@ def pilot_observations(
             try:
                 views = [next(view.frames(frame, frame + 1)) for view in corpus.source.load(entry.episode_id).views]
             except CorruptEpisode:
-                continue  # the build will say so
+                continue  # the build reports it
             yield views, entry.instruction
 
 
 def pilot_features(
-    corpora: Sequence[Corpus], plan: BuildPlan, encoder: VisionLanguageEncoder, count: int = PILOT_PICTURES
+    corpora: Sequence[Corpus], plan: BuildPlan, encoder: VisionLanguageEncoder, count: int = PILOT_IMAGES
 ) -> torch.Tensor:
-    """float32 [n,K,D]: features of about `count` pictures."""
+    """float32 [n,K,D]: features of about `count` images."""
     features = []
     with torch.inference_mode():
         for views, instruction in pilot_observations(corpora, plan, count):
-            features.append(
-                encoder.encode_observation([picture[None] for picture in views], instruction)[0].float().cpu()
-            )  # [V,K,D]
+            found = encoder.encode_observation([image[None] for image in views], instruction)  # [1,V,K,D]
+            features.append(found[0].float().cpu())
     if not features:
-        raise UserError(
-            "no picture could be decoded to measure what storing them loses; run `dvla data check` on the sources"
-        )
+        raise UserError("no image could be decoded to measure the storage error; run `dvla data check` on the sources")
     return torch.cat(features)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...common.console import console, progress_bars
+from ...common.console import console, progress_bars, say
 from ...common.options import Device, Json, VlmPath
 from ...common.text import duration, size
 from ...errors import UserError
@@ -159,10 +159,10 @@ def cache_build(
 
     config = _build_config(options)
     with progress_bars() as show:
-        report = build(config, show)
+        report = build(config, show, say)
     timing = report.timing
     rate = (
-        f"{timing.images / report.seconds:.0f} pictures/s, {timing.binds} binds"
+        f"{report.images_per_second:.0f} images/s, bottleneck: {timing.bottleneck}"
         if timing.images
         else "nothing was missing"
     )
@@ -260,7 +260,7 @@ def cache_plan(
         pilot, price, rate, train_rate == "measured", model_size, draws, None if disk_rate is None else disk_rate * 1e9
     )
     with progress_bars() as show:
-        found = plan_build(_build_config(options), settings, show)
+        found = plan_build(_build_config(options), settings, show, say)
     if config is not None:
         found = dataclasses.replace(
             found, cluster=cluster_forecast(work_of(found, frames, shard_frames), config, model=found.measured.model)

@@ -180,7 +180,7 @@ def require_only_new(earlier: Cache, fingerprint: Mapping[str, Any], plan: Build
         )
 
 
-def require_whole(earlier: Cache) -> None:
+def require_intact(earlier: Cache) -> None:
     """`UserError` naming a file of the earlier generation that is missing or of another size (its bytes are checked when copied)."""
     for name, entry in earlier.manifest["files"].items():
         file = earlier.path / name

@@ -49,9 +49,9 @@ class Timing:
             setattr(self, name, getattr(self, name) + value)
 
     @property
-    def binds(self) -> str:
+    def bottleneck(self) -> str:
         """The part that took most of the time."""
-        parts = {"decode": self.decode_wait, "encode": self.encode, "write": self.write_wait}
+        parts = {"decoding": self.decode_wait, "encoding": self.encode, "writing": self.write_wait}
         return max(parts, key=lambda name: parts[name])
 
 

@@ -180,7 +180,7 @@ def train_command(
         return
     from .train import train
 
-    with progress_bars() as bar:
+    with progress_bars(every=None) as bar:  # the run's own log lines tell
         report = train(config, training_lines(bar, config.steps), console.print, stop_after)
     _finish(report)
 
@@ -285,7 +285,7 @@ def finetune_command(
         vlm_path,
         mode == "full",
     )
-    with progress_bars() as bar:
+    with progress_bars(every=None) as bar:  # the run's own log lines tell
         report, _ = finetune(config, training_lines(bar, config.train.steps), console.print, stop_after)
     _finish(report)
 

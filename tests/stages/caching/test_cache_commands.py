@@ -739,7 +739,7 @@ def test_room_counts_only_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     plan = synthetic.make_plan()
     monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(0, 0, 4500))
     require_room(plan, tmp_path / "a" / "b", plan.tasks()[:2], [])
-    with pytest.raises(UserError, match="takes .* more, and its disk has 4.4 KiB free"):
+    with pytest.raises(UserError, match="needs .* more, and its disk has 4.4 KiB free"):
         require_room(plan, tmp_path / "a" / "b", plan.tasks()[:6], [])
     packed = dataclasses.replace(plan, format=FeatureFormat("float16", "zstd"))  # may become smaller, so is counted so
     require_room(packed, tmp_path, plan.tasks()[:6], [])
