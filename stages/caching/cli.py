@@ -84,7 +84,7 @@ Update = Annotated[
 
 def _build_config(o: dict[str, Any]) -> BuildConfig:
     """From the parameters of `build` or `plan` by name."""
-    from ...cache.store.codec import feature_format
+    from ...cache.store.feature_format import feature_format
     from ...cache.vlm.spec import encoder_spec
     from ..policy.load import adapted_spec
     from .config import BuildConfig, WorkerSpec

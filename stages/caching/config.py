@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...cache.store.codec import FeatureFormat
+from ...cache.store.feature_format import FeatureFormat
 from ...cache.vlm.spec import EncoderSpec
 from ...errors import UserError
 

@@ -21,7 +21,7 @@ CHARACTERS_PER_TOKEN = 3  # of an instruction; few words have more tokens
 def features_nbytes(plan: BuildPlan, tasks: Iterable[ShardTask]) -> int:
     """Bytes of the shards of `tasks` before compression: features, token scales and indexes."""
     record = plan.format.record_nbytes(plan.tokens, plan.width)
-    index = index_nbytes(plan.shard_frames) * (1 + plan.format.quantised)
+    index = index_nbytes(plan.shard_frames) * (1 + plan.format.quantized)
     return sum((t.stop - t.start) * record + index for t in tasks)
 
 
@@ -65,6 +65,6 @@ def require_room(
     needed, free = int((features + tables) * ROOM_MARGIN), free_nbytes(out)
     if needed > free:
         raise UserError(
-            f"{out} needs {size(needed)} more, and its disk has {size(free)} free; choose --dtype int8, fewer --tokens, "
-            "a larger --frame-stride or another --out (`dvla cache plan` compares them)"
+            f"{out} needs {size(needed)} more, and its disk has {size(free)} free; choose --dtype int8, fewer "
+            "--tokens, a larger --frame-stride or another --out (`dvla cache plan` compares them)"
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...cache.store.manifest import read_manifest
 from ...common.files import json_bytes, read_json, write_file
 from ...errors import UserError
 from ..simulation.envs import check_environment
@@ -271,7 +272,7 @@ def _run(step: Step, out: Path, run: Callable[[list[str]], None]) -> None:
 
 def summarise(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]:
     """`summary.json`: `tasks` is the result after stage three, `stages` has it after both."""
-    manifest = read_json(out / "cache" / "manifest.json")
+    manifest = read_manifest(out / "cache")
     stages = {
         name: read_json(out / folder / "summary.json")["tasks"]
         for name, folder in (("stage_two", "eval2"), ("stage_three", "eval3"))

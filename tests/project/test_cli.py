@@ -157,7 +157,7 @@ def test_incomplete_cache(dvla: Dvla, tmp_path: Path) -> None:
         ("train", "--from-cache", tmp_path / "cache", "--out", tmp_path / "run"),
         ("cache", "verify", tmp_path / "cache"),
     ):
-        refused(dvla(*arguments), "is incomplete (3 shards are finished)", "re-run the same `dvla cache build`")
+        refused(dvla(*arguments), "is incomplete (3 shards are finished)", "rerun the same `dvla cache build`")
     (tmp_path / "empty").mkdir()
     refused(dvla("cache", "verify", tmp_path / "empty"), "is not a dvla cache")
 

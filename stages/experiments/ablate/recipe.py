@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ....cache.store.manifest import MANIFEST
 from ....common.config import configs_dir, from_mapping, load_yaml
 from ....errors import UserError, unknown
 from ..runner import words
@@ -214,7 +215,7 @@ def preparation(recipe: Recipe, out: Path, workers: int) -> list[tuple[Path, tup
                 str(folder),
             ),
         )
-    return steps + [(folder / "manifest.json", command) for folder, command in built.items()]
+    return steps + [(folder / MANIFEST, command) for folder, command in built.items()]
 
 
 def cache_of(recipe: Recipe, out: Path, name: str) -> Path:

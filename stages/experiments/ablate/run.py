@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from ....cache.store.manifest import MANIFEST
 from ....common import fingerprint as fp
 from ....common.files import hold, json_bytes, read_json, write_file
 from ....common.signals import terminable
@@ -210,7 +211,7 @@ def outline(
         []
         if from_cache
         else [
-            (product.name if product.name != "manifest.json" else product.parent.name, product.exists(), [command])
+            (product.name if product.name != MANIFEST else product.parent.name, product.exists(), [command])
             for product, command in preparation(recipe, out, jobs)
         ]
     )

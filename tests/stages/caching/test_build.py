@@ -20,8 +20,8 @@ from dvla.cache.loader.loader import gather
 from dvla.cache.readers import open_source
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, add_lora, lora_parameters
-from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.lora import add_lora, lora_parameters
+from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.common.config import from_mapping
 from dvla.errors import UserError
@@ -212,7 +212,7 @@ def test_killed_and_resumed_equals_uninterrupted(recorded: Recorded, vlm: Path, 
     expected, shards = tree(cache), {"tables": 0, "shard": 2, "record": 6, "manifest": 10}
     for name, finished in shards.items():
         out = tmp_path / name
-        with pytest.raises(UserError, match=rf"is incomplete \({finished} shards are finished\); re-run the same"):
+        with pytest.raises(UserError, match=rf"is incomplete \({finished} shards are finished\); rerun the same"):
             Cache.open(out)
         assert build(configure(recorded["h264"], vlm, out)).resumed_shards == finished
         assert tree(out) == expected
