@@ -123,7 +123,19 @@ IO_MODULES = {
     "zarr",
 }
 IO_CALLS = {"open", "load", "save", "memmap", "fromfile", "tofile", "loadtxt", "savetxt", "print"}
-HEAVY = ("torch", "transformers", "peft", "av", "pyarrow", "lerobot", "metaworld", "mujoco", "matplotlib")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "av",
+    "pyarrow",
+    "lerobot",
+    "metaworld",
+    "mujoco",
+    "matplotlib",
+    "numpy",
+    "websockets",
+)
 MOST_FILES = 16  # of one folder: what one still takes in at a glance
 
 
