@@ -10,8 +10,10 @@ what was pushed without pulling it.
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,12 +146,18 @@ def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> T
 
 
 def _all(work: Callable[[str], bool], files: Mapping[str, Mapping[str, Any]], progress: Progress) -> int:
-    """`work` on every file, some at a time; returns how many were there already."""
+    """`work` on every file, few at a time and not far ahead of what is reported; returns how many were there already."""
     total, done, found = _total(files), 0, 0
     with ThreadPoolExecutor(THREADS) as pool:
+        names, begun = iter(files), deque[tuple[str, Future[bool]]]()
         try:
-            for name, there in zip(files, pool.map(work, files)):
-                done, found = done + files[name]["bytes"], found + there
+            while True:
+                begun += [(name, pool.submit(work, name)) for name in itertools.islice(names, 2 * THREADS - len(begun))]
+                if not begun:
+                    break
+                name, task = begun.popleft()
+                found += task.result()
+                done += files[name]["bytes"]
                 progress(done, total)
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -23,7 +23,6 @@ from dvla.cache.store.webdataset.tars import labels
 from dvla.cache.store.writer import CacheWriter
 from dvla.cli import run
 from dvla.common.files import crc32c
-from dvla.common.text import parse_size
 from dvla.errors import UserError
 from dvla.stages.caching.transfer import webdataset as exchange
 from dvla.stages.caching.transfer.webdataset import export, import_cache
@@ -488,13 +487,6 @@ def test_another_version_of_zstd_gives_the_same_numbers(
 
 
 # --- commands ---
-
-
-def test_sizes() -> None:
-    assert [parse_size(t) for t in ("1GiB", "500 MB", "1.5kib", "77", "1tb")] == [2**30, 5 * 10**8, 1536, 77, 10**12]
-    for bad in ("", "GiB", "-1", "1 parsec", "0", "1e9", "nan"):
-        with pytest.raises(UserError, match="is not a size"):
-            parse_size(bad)
 
 
 def test_commands(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
