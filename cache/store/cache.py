@@ -20,7 +20,8 @@ from ...errors import UserError, unknown
 from ..actions.normalizer import Normalizer
 from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import Statistics
-from .codec import FeatureFormat, dequantize, quantize
+from .codec import dequantize, quantize
+from .feature_format import FeatureFormat
 from .manifest import json_bytes, read_attributes, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
 from .plan import array_name

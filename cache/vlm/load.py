@@ -10,7 +10,9 @@ import torch
 from ...common import fingerprint as fp
 from ...errors import UserError, unknown
 from .encoder import VisionLanguageEncoder
-from .spec import DTYPES, EncoderSpec
+from .spec import EncoderSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 NAMES = {"qwen3vl": "Qwen3-VL", "paligemma2": "PaliGemma 2"}
 

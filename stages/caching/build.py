@@ -1,4 +1,4 @@
-"""`dvla cache build`: datasets → shards of features, unified actions and tables; resumable, and the same bytes every time.
+"""`dvla cache build`: datasets → shards of features, unified actions and tables; resumable, with reproducible bytes.
 
 A build writes into its cache folder. Once the cache is finished, `--append` and `--update` write the next generation
 beside it and copy (or link) every feature whose images and encoder are the same. Then the two change places: OUT is the
@@ -24,18 +24,16 @@ from ...cache.store.codec import channel_scale, relative_error
 from ...cache.store.plan import BuildPlan, ShardTask, Unit, units
 from ...cache.store.writer import CacheWriter
 from ...cache.vlm.encoder import VisionLanguageEncoder
-from ...cache.vlm.load import load_encoder
 from ...cache.vlm.pooling import pooling_error
-from ...common.device import pick_device
 from ...common.files import lock_folder
 from ...common.signals import terminable
-from .build_plan import decide
+from .build_plan import decide, open_all
 from .calibration import POOLING_IMAGES, pilot_features
 from .config import BuildConfig, check_settings
 from .generations import Earlier, exchange, finish_exchange, next_generation, require_intact, require_same_start
 from .pipeline import Timing, run_unit
 from .sizes import require_room
-from .sources import Corpus, Progress, located, make_tables, open_sources, sources_to_append
+from .sources import Corpus, Progress, located, make_tables
 from .workers import run_with_workers
 
 
@@ -99,7 +97,6 @@ def build(
     """
     began = time.perf_counter()
     check_settings(config)
-    device = pick_device(config.device)
     report = BuildReport(config.out)
     with terminable() as check, contextlib.ExitStack() as stack:
 
@@ -113,10 +110,7 @@ def build(
             Cache.open(config.out)  # reports what is wrong before there is anything to lock
             held = stack.enter_context(lock_folder(config.out))
             earlier = Cache.open(config.out)
-        sources = open_sources(config.sources, config.dataset_config, config.views)
-        if earlier is not None and config.mode == "append":
-            sources = sources_to_append(earlier, sources)
-        encoder = load_encoder(config.encoder, device, say=say)
+        sources, encoder = open_all(config, earlier, say)
         found = decide(config, sources, encoder, earlier, checked)
         plan, reused, target = found.plan, found.reused, config.out
         if earlier is not None and found.unchanged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,12 @@ from ...cache.store.cache import Cache
 from ...cache.store.plan import BuildPlan, DatasetPlan
 from ...cache.vlm.augment import AUGMENTATION_VERSION
 from ...cache.vlm.encoder import VisionLanguageEncoder
+from ...cache.vlm.load import load_encoder
 from ...common import fingerprint as fp
+from ...common.device import pick_device
 from .config import SHARD_NBYTES, SHARD_ROWS, BuildConfig
 from .generations import Earlier, require_only_new, same_features
-from .sources import Corpus, Progress, read_corpus
+from .sources import Corpus, Progress, open_sources, read_corpus, sources_to_append
 
 TRANSFORM_VERSION = 2  # raised when the build writes other content from the same inputs
 
@@ -29,6 +31,17 @@ class Decision:
     fingerprint: dict[str, Any]  # without the plan
     unchanged: bool  # the finished cache is what was asked for
     reused: Earlier
+
+
+def open_all(
+    config: BuildConfig, earlier: Cache | None, say: Callable[[str], None]
+) -> tuple[list[Source], VisionLanguageEncoder]:
+    """The sources and the encoder of `config`; with `--append` also the sources of the finished cache `earlier`."""
+    device = pick_device(config.device)  # refuses before anything is read
+    sources = open_sources(config.sources, config.dataset_config, config.views)
+    if earlier is not None and config.mode == "append":
+        sources = sources_to_append(earlier, sources)
+    return sources, load_encoder(config.encoder, device, say=say)
 
 
 def decide(

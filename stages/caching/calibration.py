@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,15 +38,26 @@ def pilot_observations(
             yield views, entry.instruction
 
 
+def encode_singly(
+    encoder: VisionLanguageEncoder, observations: Iterable[tuple[Sequence[np.ndarray], str]]
+) -> torch.Tensor | None:
+    """float32 [n,K,D] on the CPU: features of `observations`, one at a time since sizes may differ; None of none.
+
+    `observations`: (uint8 [H,W,3] of each view, the instruction).
+    """
+    with torch.inference_mode():
+        features = [
+            encoder.encode_observation([image[None] for image in views], instruction)[0].float().cpu()  # [V,K,D]
+            for views, instruction in observations
+        ]
+    return torch.cat(features) if features else None
+
+
 def pilot_features(
     corpora: Sequence[Corpus], plan: BuildPlan, encoder: VisionLanguageEncoder, count: int = PILOT_IMAGES
 ) -> torch.Tensor:
     """float32 [n,K,D]: features of about `count` images."""
-    features = []
-    with torch.inference_mode():
-        for views, instruction in pilot_observations(corpora, plan, count):
-            found = encoder.encode_observation([image[None] for image in views], instruction)  # [1,V,K,D]
-            features.append(found[0].float().cpu())
-    if not features:
+    features = encode_singly(encoder, pilot_observations(corpora, plan, count))
+    if features is None:
         raise UserError("no image could be decoded to measure the storage error; run `dvla data check` on the sources")
-    return torch.cat(features)
+    return features

@@ -65,6 +65,6 @@ def require_room(
     needed, free = int((features + tables) * ROOM_MARGIN), free_nbytes(out)
     if needed > free:
         raise UserError(
-            f"{out} needs {size(needed)} more, and its disk has {size(free)} free; choose --dtype int8, fewer --tokens, "
-            "a larger --frame-stride or another --out (`dvla cache plan` compares them)"
+            f"{out} needs {size(needed)} more, and its disk has {size(free)} free; choose --dtype int8, fewer "
+            "--tokens, a larger --frame-stride or another --out (`dvla cache plan` compares them)"
         )

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
-from dvla.cache.store.codec import FeatureFormat
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
@@ -718,7 +718,7 @@ def test_a_build_that_the_disk_cannot_hold_is_refused(
     monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(10**9, 0, room[0]))
     refused(
         dvla(*options),
-        "takes 62.7 KiB more",
+        "needs 62.7 KiB more",
         "58.6 KiB free",
         "--dtype",
         "--tokens",
