@@ -56,24 +56,24 @@ def test_every_script_is_one_a_shell_reads(name: str, dvla: Dvla) -> None:
 def test_refusals(dvla: Dvla, tmp_path: Path) -> None:
     refused(dvla("launch", "torchrnu", "--", *TRAIN), "unknown launch script 'torchrnu'; did you mean 'torchrun'?")
     refused(dvla("launch", "torchrun", "--set", "procesess=2", "--", *TRAIN), "did you mean 'processes'?")
-    refused(dvla("launch", "torchrun", "--set", "processes=two", "--", *TRAIN), "it must be a whole number")
-    refused(dvla("launch", "torchrun-nodes", "--set", "head=a; rm -rf /", "--", *TRAIN), "letters, digits and")
+    refused(dvla("launch", "torchrun", "--set", "processes=two", "--", *TRAIN), "give a whole number")
+    refused(dvla("launch", "torchrun-nodes", "--set", "head=a; rm -rf /", "--", *TRAIN), "use only letters, digits and")
     refused(dvla("launch", "torchrun", "--set", "processes", "--", *TRAIN), "give NAME=VALUE")
     refused(dvla("launch", "torchrun"), "no command to launch")
-    refused(dvla("launch", "torchrun", "--", "eval", "run"), "'eval' does not run in several processes")
+    refused(dvla("launch", "torchrun", "--", "eval", "run"), "'eval' cannot run on several processes")
     refused(dvla("launch", "torchrun", "--", *BUILD), "--workers N, or the script slurm-cache")
-    refused(dvla("launch", "slurm-cache", "--", *TRAIN), "its command begins with cache build")
+    refused(dvla("launch", "slurm-cache", "--", *TRAIN), "begin the command with cache build")
     refused(dvla("launch", "slurm-cache", "--", *BUILD, "--workers=3"), "--workers is set by this script")
     refused(dvla("launch", "accelerate-fsdp2", "--", *TRAIN, "--strategy", "ddp"), "--strategy is set by this script")
     refused(dvla("launch", str(tmp_path / "none.sh"), "--", *TRAIN), "cannot read")
     (tmp_path / "mine.sh").write_text("echo {{command}} {{nodes}}\n")
-    with pytest.raises(UserError, match="asks for {{nodes}} and has no line '#: nodes=…'"):
+    with pytest.raises(UserError, match="uses {{nodes}} but has no line '#: nodes=…'"):
         render(read_script(str(tmp_path / "mine.sh")), TRAIN, {})
 
 
 def test_slurm_needs_slurm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused(dvla("launch", "slurm-train", "--", *TRAIN), "sbatch is not here; see the script with --print")
+    refused(dvla("launch", "slurm-train", "--", *TRAIN), "sbatch is not installed; show the script with --print")
 
 
 def program(folder: Path, name: str, body: str) -> None:
