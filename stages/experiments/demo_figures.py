@@ -53,7 +53,10 @@ def _curves(axis: Any, lines: list[dict[str, Any]], offset: int, color: str, hel
 
 
 def success_figure(stages: dict[str, dict[str, Any]], path: Path) -> None:
-    """Success with its 95 % interval per task: expert, each stage, blind, random. `stages`: name → summary of `dvla eval`."""
+    """Success with its 95 % interval per task: expert, each stage, blind, random.
+
+    `stages`: name → summary of `dvla eval`.
+    """
     tasks = list(next(iter(stages.values()))["tasks"])
     figure = new_figure(LIGHT, 5.5 * len(tasks), 3.5)
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):

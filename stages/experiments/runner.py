@@ -1,6 +1,7 @@
-"""Runs lists of `dvla` commands for `demo`, `cotrain` and `ablate`: in order or several at a time, stopped cleanly and resumed.
+"""Runs lists of `dvla` commands, in order or several at a time, for `demo`, `cotrain` and `ablate`.
 
-`run_in_order` notes what has finished in `OUT/progress.json`; `run_side_by_side` runs jobs that are finished once their products exist.
+`run_in_order` notes what has finished in `OUT/progress.json`, so that an interrupted list resumes; `run_side_by_side`
+runs jobs that are finished once their products exist. Both end the processes at work when they are interrupted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Job:
 
 
 class Running:
-    """A job at work: its commands one after the other, each in a process of its own, their output appended to one log."""
+    """A job at work: its commands one after the other, each in its own process, their output appended to one log."""
 
     def __init__(
         self, name: str, commands: Sequence[Command], environment: Mapping[str, str], log: Path | None
@@ -100,7 +101,7 @@ def stop(running: Sequence[Running]) -> None:
 
 
 def options(**values: Any) -> Command:
-    """Keywords as command-line options, in their order: `from_cache="c"` → `--from-cache c`; a list or tuple repeats its option."""
+    """Keywords as command-line options: `from_cache="c"` → `--from-cache c`; a list or tuple repeats its option."""
     return tuple(
         word
         for name, value in values.items()

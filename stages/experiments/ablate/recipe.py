@@ -1,7 +1,7 @@
 """Recipes of `dvla ablate`: what is recorded, cached, trained and evaluated, as the commands a user would type.
 
-A recipe is YAML (configs/ablations); its fields are those of `Recipe`. The table has a row for each of its `variants`, and one for each
-combination of the values of its `axes`. Everything lies in one folder:
+A recipe is YAML (configs/ablations); its fields are those of `Recipe`. The table has a row for each of its `variants`,
+and one for each combination of the values of its `axes`. Everything lies in one folder:
 
     OUT/recipe.json                           what the folder was begun with
     OUT/data/<task>  OUT/vlm-<arch>           demonstrations; toy VLM, where the recipe asks for one
@@ -194,7 +194,7 @@ def cache_of(recipe: Recipe, out: Path, name: str) -> Path:
 
 
 def cells(recipe: Recipe, out: Path, from_cache: str | None = None) -> list[Job]:
-    """One job per training and the evaluations of its policy: seed by seed the references, the blind baseline, the variants."""
+    """One job per training and its evaluations: for each seed the references, the blind baseline, the variants."""
     table = rows(recipe)
     if from_cache is not None and (own := [name for name, v in table.items() if v.cache or v.vlm]):
         raise UserError(f"--from-cache {from_cache}: variant '{own[0]}' has a cache of its own; leave --from-cache out")

@@ -1,6 +1,7 @@
-"""`dvla ablate`: runs a recipe's cells, several side by side, and keeps a table of those finished. Folder: see recipe.py.
+"""`dvla ablate`: runs a recipe's cells, several side by side, and keeps a table of those that have finished.
 
-What is done shows in the folder: a cell has finished when its evaluations exist, and an interrupted training resumes.
+What is done shows in the folder, which recipe.py describes: a cell has finished when its evaluations exist, and an
+interrupted training resumes.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
         )
         if lines := fp.diff(was, now, was="folder has", now="you requested"):
             raise UserError(
-                f"{out} was begun with another recipe; choose another --out, or repeat its settings: {'; '.join(lines[:6])}"
+                f"{out} was begun with another recipe; choose another --out, or repeat its settings: "
+                f"{'; '.join(lines[:6])}"
             )
         settings["rows"] = {**before["rows"], **settings["rows"]}
     elif out.exists() and any(
@@ -162,7 +164,7 @@ def _missing(cell: Job) -> Job:
 def outline(
     recipe: Recipe, out: Path, jobs: int, from_cache: str | None
 ) -> tuple[list[tuple[str, str, list[str]]], str]:
-    """What would run: (name, state, commands) of every job, and a line with an estimate from the finished cells, if any."""
+    """What would run: (name, state, commands) of every job, and a line with an estimate from finished cells."""
     todo = cells(recipe, out, from_cache)
     done = [cell for cell in todo if cell.finished]
     commands = [command for cell in todo for command in cell.commands]

@@ -153,11 +153,11 @@ def document(found: dict[str, Any]) -> str:
     )
     return (
         f"**{found['title']}**\n\n{markdown_table(*cells(found))}\n"
-        f"Success over all seeds (95 % Wilson interval; each seed), {found['episodes']} held-out initial states per task "
-        "and seed, the same for all rows of a seed; ms/chunk: one call for one observation, images included; "
-        "ms/action: policy time per control step in the rollouts, where episodes share calls; held-out MSE: on held-out "
-        f"demonstrations; training: mean time of one run. Training and evaluation took {duration(seconds)} in total on "
-        f"{found['hardware']['cores']} CPU cores.\n"
+        f"Success over all seeds (95 % Wilson interval; each seed), {found['episodes']} held-out initial states per "
+        "task and seed, the same for all rows of a seed; ms/chunk: one call for one observation, images included; "
+        "ms/action: policy time per control step in the rollouts, where episodes share calls; held-out MSE: on "
+        "held-out demonstrations; training: mean time of one run. Training and evaluation took "
+        f"{duration(seconds)} in total on {found['hardware']['cores']} CPU cores.\n"
     )
 
 

@@ -1,4 +1,5 @@
-"""`dvla ablate`: recipes, the cells that follow from them, and the grid that runs them (by commands that stand in for `dvla`)."""
+"""`dvla ablate`: recipes, the cells that follow from them, and the grid that runs them (by commands that stand in for
+`dvla`)."""
 
 from __future__ import annotations
 
@@ -181,13 +182,16 @@ if (out.parent.parent / "wait").exists():
 if words[0] == "train":
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({"batch_size": 8, "accumulate": 1}))
-    (out / "log.jsonl").write_text("".join(json.dumps({"step": s, "samples_per_second": 16.0, "loss": 1.0, **({"eval/mse": 0.5} if s == 10 else {})}) + "\\n" for s in (1, 10)))
+    with open(out / "log.jsonl", "w") as log:
+        for step, held_out in ((1, {}), (10, {"eval/mse": 0.5})):
+            log.write(json.dumps({"step": step, "samples_per_second": 16.0, "loss": 1.0, **held_out}) + "\\n")
 elif words[0] == "eval":
-    seed, wins = int(words[words.index("--seed") + 1]), {"mse": 0, "flow-10": 4, "flow-1": 2, "blind": 1, "expert": 5, "random": 0, "more": 5}
+    seed = int(words[words.index("--seed") + 1])
+    wins = {"mse": 0, "flow-10": 4, "flow-1": 2, "blind": 1, "expert": 5, "random": 0, "more": 5}
     for name in ("expert", "random") if "--compare" in words else (None,):
         won = wins[name or out.name.rsplit("-", 1)[0]]
-        row = {"successes": [1] * won + [0] * (5 - won), "success": won / 5, "ci95": [0, 1], "episodes": 5, "mean_return": 1.5, "ms_per_action": 2.0,
-               "ms_per_chunk": None if name else 9.0}
+        row = {"successes": [1] * won + [0] * (5 - won), "success": won / 5, "ci95": [0, 1], "episodes": 5,
+               "mean_return": 1.5, "ms_per_action": 2.0, "ms_per_chunk": None if name else 9.0}
         folder = out / name if name else out
         folder.mkdir(parents=True)
         (folder / "part").write_text(json.dumps({"tasks": {"toy/near": row, "toy/far": row}, "seconds": 3.0}))

@@ -30,8 +30,8 @@ TINY = TinySpec(
     init_std=0.1,
 )
 TRAIN = (
-    "--model-size tiny --set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=4 --batch-size 4 --draws 2 --steps 2 "
-    "--set holdout=0.3 --eval-every 2 --eval-batches 1 --log-every 1 --lr 1e-3 --device cpu"
+    "--model-size tiny --set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=4 --batch-size 4 "
+    "--draws 2 --steps 2 --set holdout=0.3 --eval-every 2 --eval-batches 1 --log-every 1 --lr 1e-3 --device cpu"
 )
 
 

@@ -1,4 +1,5 @@
-"""Launch scripts: what they say, that a shell can read them, and what they start, as far as two processes on a CPU reach."""
+"""Launch scripts: what they say, that a shell can read them, and what they start, as far as two processes on a CPU
+reach."""
 
 from __future__ import annotations
 
@@ -85,13 +86,14 @@ def program(folder: Path, name: str, body: str) -> None:
 @pytest.mark.parametrize("name", ["slurm-train", "slurm-cache"])
 @pytest.mark.parametrize("how", ["finished", "failed", "walltime", "cancelled"])
 def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: str, how: str) -> None:
-    """Against stand-ins for Slurm's programs. Before the walltime Slurm tells the step alone, which ends as dvla does after SIGTERM, with 130; a job that
-    somebody cancelled is told as a whole, and must not come back."""
+    """Against stand-ins for Slurm's programs. Before the walltime Slurm tells the step alone, which ends as dvla does
+    after SIGTERM, with 130; a job that somebody cancelled is told as a whole, and must not come back."""
     programs = tmp_path / "bin"
     program(
         programs,
         "srun",
-        f'echo "$@" > asked; echo up > up; {dict(finished="exit 0", failed="exit 2", walltime="exit 130", cancelled="exec sleep 60")[how]}',
+        'echo "$@" > asked; echo up > up; '
+        + dict(finished="exit 0", failed="exit 2", walltime="exit 130", cancelled="exec sleep 60")[how],
     )
     program(programs, "scontrol", 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo node7; fi')
     script = render(read_script(name), command_of(name), {"processes": "2"})
@@ -127,7 +129,8 @@ def test_the_processes_of_a_slurm_step_find_each_other(tmp_path: Path) -> None:
     program(
         tmp_path / "bin",
         "srun",
-        'while [[ "$1" == --* ]]; do shift; done; for i in 0 1; do SLURM_PROCID=$((2 + i)) SLURM_LOCALID=$i SLURM_NTASKS=4 "$@"; done',
+        'while [[ "$1" == --* ]]; do shift; done; '
+        'for i in 0 1; do SLURM_PROCID=$((2 + i)) SLURM_LOCALID=$i SLURM_NTASKS=4 "$@"; done',
     )
     program(tmp_path / "bin", "scontrol", "printf 'node7\nnode8\n'")
     program(

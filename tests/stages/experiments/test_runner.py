@@ -1,4 +1,4 @@
-"""The runner of commands: what it notes, what it resumes and what it refuses (with commands that stand in for `dvla`)."""
+"""The runner of commands: what it notes, resumes and refuses (with commands that stand in for `dvla`)."""
 
 from __future__ import annotations
 
