@@ -1,7 +1,7 @@
 """FeatureBatch: the one contract between the loader (or the live encoder) and the model.
 
-Letters: B observations, L vision tokens of all views, D feature width, Lt text tokens, Dt their width (D, unless features are taken
-before the VLM's projection into its language model), T action steps.
+Letters: B observations, L vision tokens of all views, D feature width, Lt text tokens, Dt their width (D, unless
+features are taken before the VLM's projection into its language model), T action steps.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ UNIFIED_DIM = 128
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """One training or inference batch. `tokens` and `text` are fp16 (or the live encoder's dtype); the rest float32/bool/int64.
+    """One training or inference batch. `tokens` and `text` are fp16 (or the live encoder's dtype); the rest
+    float32/bool/int64.
 
-    A loader on an 8-bit cache gives codes as `tokens` with both scales; they are decoded on the model's device, so that the
-    bus carries bytes only. The model takes decoded batches alone.
+    A loader on an 8-bit cache gives codes as `tokens` with both scales; they are decoded on the model's device, so that
+    the bus carries bytes only. The model takes decoded batches alone.
 
     Actions and proprio are normalised. A False in a mask means: the model must not see it (tokens, text) or the loss
     must not count it (action dims, steps past the episode's end).
@@ -90,3 +91,10 @@ class FeatureBatch:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def __repr__(self) -> str:
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        shapes = (
+            f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for name, x in fields if x is not None
+        )
+        return f"FeatureBatch({', '.join(shapes)}, on {self.tokens.device})"

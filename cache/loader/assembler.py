@@ -20,7 +20,7 @@ import torch
 from ...batch import UNIFIED_DIM, FeatureBatch
 from ..actions.normalizer import Normalizer
 from ..store.cache import Cache, CacheDataset
-from ..store.codec import dequantise
+from ..store.codec import dequantize
 
 _DTYPES = {
     torch.float16: np.float16,
@@ -141,7 +141,7 @@ class Assembler:
         text = max(max(d.text.shape[1], len(d.null_text)) for d in cache.datasets), cache.text_width
         half, real, integer, boolean = torch.float16, torch.float32, torch.int64, torch.bool
         stored = getattr(torch, cache.format.zarr_dtype) if features else half
-        self.slots, self.quantised = b * self.views, features and cache.format.quantised
+        self.slots, self.quantized = b * self.views, features and cache.format.quantized
         shapes = {
             "tokens": ((b, length, width), stored),
             "token_mask": ((b, length), boolean),
@@ -158,7 +158,7 @@ class Assembler:
             "dataset": ((b,), integer),
             "frame_index": ((b,), integer),
         }
-        if self.quantised:
+        if self.quantized:
             shapes |= {"token_scale": ((b, length), real), "channel_scale": ((width,), real)}
         self.fields = Fields(shapes)
         self._tables = [
@@ -177,7 +177,7 @@ class Assembler:
         out = storage.arrays
         out["dataset"][:], out["frame_index"][:] = draws.dataset, draws.row
         out["view_id"][:], out["frame_id"][:] = np.repeat(np.arange(self.views), self.cache.tokens), 0  # [L]
-        if self.quantised:
+        if self.quantized:
             out["channel_scale"][:] = self.cache.datasets[0].channel_scale
         for d in _values(draws.dataset):
             where = np.flatnonzero(draws.dataset == d)
@@ -216,7 +216,7 @@ class Assembler:
         null, null_scale = source.null_records if hidden.any() else (None, None)
         fields: list[tuple[np.ndarray, np.ndarray | None]] = []
         fields.append((storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null))  # [B, V, P, D]
-        if self.quantised:
+        if self.quantized:
             fields.append((storage.arrays["token_scale"].reshape(-1, views, p), null_scale))  # [B, V, P]
         for array, nulls in fields:
             if len(source.views) < views:
@@ -233,7 +233,7 @@ class Assembler:
                     rows,
                     [storage.records[i] for i in at],
                     self.files,
-                    scales=[storage.scales[i] for i in at] if self.quantised else (),
+                    scales=[storage.scales[i] for i in at] if self.quantized else (),
                     variant=k,
                 )
 
@@ -242,5 +242,5 @@ def decoded(batch: FeatureBatch) -> FeatureBatch:
     """The batch with 8-bit tokens decoded, on the device it is on, to the dtype of its text; others as they are. Checked."""
     if batch.token_scale is None or batch.channel_scale is None:
         return batch.check()
-    tokens = dequantise(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)  # [B, L, D]
+    tokens = dequantize(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)  # [B, L, D]
     return batch.replace(tokens=tokens, token_scale=None, channel_scale=None)

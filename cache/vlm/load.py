@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,16 +10,24 @@ import torch
 from ...common import fingerprint as fp
 from ...errors import UserError, unknown
 from .encoder import VisionLanguageEncoder
-from .spec import DTYPES, EncoderSpec
+from .spec import EncoderSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+NAMES = {"qwen3vl": "Qwen3-VL", "paligemma2": "PaliGemma 2"}
 
 
 def load_encoder(
-    spec: EncoderSpec, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    spec: EncoderSpec,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> VisionLanguageEncoder:
     """Read the vision part, the embedding table and the tokenizer of `spec.path`; frozen, in eval mode, on `device`.
 
-    `dtype` overrides `spec.dtype`. `UserError` when the checkpoint is missing, incomplete, damaged or of another
-    architecture, when resolution or tokens do not fit its patches, or when an adapter was trained on other weights.
+    `dtype` overrides `spec.dtype`. `say` gets a line before the work begins, which takes minutes for a large model.
+    `UserError` when the checkpoint is missing, incomplete, damaged or of another architecture, when resolution or tokens
+    do not fit its patches, or when an adapter was trained on other weights.
     """
     from . import adapter as adapters  # they import this module
     from . import paligemma2, qwen3vl
@@ -30,6 +38,7 @@ def load_encoder(
     device = torch.device(device)
     if dtype is None:
         dtype = DTYPES.get(spec.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    say(f"loading {NAMES[spec.vlm]} from {spec.path}")
     encoder = families[spec.vlm](spec, device, dtype).requires_grad_(False).eval()
     for folder in spec.adapters:
         adapters.merge_adapter(encoder, folder)

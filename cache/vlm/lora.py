@@ -14,42 +14,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ...common.files import new_folder
-from ...errors import UserError, unknown
+from ...errors import UserError
 from .encoder import VisionLanguageEncoder
+from .spec import LoraSpec
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-TARGETS = ("qv", "attention", "all-linear")
 FUSED = "qkv"  # a layer of this name gives queries, keys and values, a third of its rows each
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """Size and place of the adapter."""
-
-    r: int = 16  # rank
-    alpha: float = 32.0  # the update is scaled by alpha / r
-    dropout: float = 0.0  # on the adapter's input, in training (`lora_dropout`)
-    targets: Literal["qv", "attention", "all-linear"] = "attention"  # see above
-    last_n_blocks: int | None = None  # only the last n (and the projection); None = all
-    seed: int = 0  # of the random matrices A
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"LoRA rank r is {self.r}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.targets not in TARGETS:
-            raise unknown("LoRA target", self.targets, TARGETS)
 
 
 def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:

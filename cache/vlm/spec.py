@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
-
-from ...common.config import configs_dir, from_mapping, load_yaml
+from ...common.config import Option, configs_dir, from_mapping, load_yaml
 from ...errors import UserError, unknown
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TARGETS = ("qv", "attention", "all-linear")
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,35 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
     if "path" not in values:
         raise UserError(f"model '{model}' has no default checkpoint; give the folder (--vlm-path DIR)")
     return from_mapping(EncoderSpec, values, where=f"model {model}")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Size and place of the adapter."""
+
+    r: Annotated[int, Option("--lora-r", help="Rank of LoRA.")] = 16
+    alpha: Annotated[float, Option("--lora-alpha", help="Scale of LoRA: the update is scaled by alpha / r.")] = 32.0
+    dropout: Annotated[float, Option("--lora-dropout", help="Dropout on LoRA's input in training.")] = 0.0
+    targets: Annotated[
+        Literal["qv", "attention", "all-linear"],
+        Option("--lora-targets", help="Layers that LoRA adapts: qv (queries and values), attention or all-linear."),
+    ] = "attention"
+    last_n_blocks: Annotated[
+        int | None,
+        Option(
+            "--lora-last-blocks",
+            help="Adapt the last n vision blocks alone; default: all, or those above the cache's boundary.",
+        ),
+    ] = None
+    seed: int = 0  # of the random matrices A
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"LoRA rank r is {self.r}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.targets not in TARGETS:
+            raise unknown("LoRA target", self.targets, TARGETS)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...cache.store.manifest import read_manifest
 from ...common.files import json_bytes, read_json, write_file
 from ..simulation.envs import check_environment
 from ..training.run_log import read_log
@@ -178,7 +179,7 @@ def closing_lines(out: Path, summary: dict[str, Any], quick: bool) -> list[str]:
 
 def summarize(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]:
     """`summary.json`: `tasks` is the result after stage three, `stages` has it after both."""
-    manifest = read_json(out / "cache" / "manifest.json")
+    manifest = read_manifest(out / "cache")
     stages = {
         name: read_json(out / folder / "summary.json")["tasks"]
         for name, folder in (("stage_two", "eval2"), ("stage_three", "eval3"))

@@ -47,6 +47,10 @@ class PolicyClient:
     def close(self) -> None:
         self._connection.close()
 
+    def __repr__(self) -> str:
+        views = ", ".join(self.metadata.get("views", ()))
+        return f"PolicyClient({self._where}, robot {self.metadata.get('robot')}, views {views or 'none'})"
+
     def __enter__(self) -> PolicyClient:
         return self
 

@@ -28,7 +28,6 @@ from websockets.exceptions import ConnectionClosed
 
 from ... import __version__
 from ...batch import UNIFIED_DIM
-from ...common.device import pick_device
 from ...common.signals import handled
 from ...errors import UserError
 from ..policy.compile import compile_blocks
@@ -286,7 +285,7 @@ class PolicyServer:
 
 def load_policy(path: Path, device: str, compile: bool = False, **options: Any) -> Policy:
     """The policy to serve; `options` as of `Policy.from_pretrained`."""
-    policy = Policy.from_pretrained(path, device=pick_device(device), **options)
+    policy = Policy.from_pretrained(path, device=device, **options)
     if compile:
         compile_blocks(policy.net)
     return policy

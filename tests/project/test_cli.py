@@ -157,7 +157,7 @@ def test_incomplete_cache(dvla: Dvla, tmp_path: Path) -> None:
         ("train", "--from-cache", tmp_path / "cache", "--out", tmp_path / "run"),
         ("cache", "verify", tmp_path / "cache"),
     ):
-        refused(dvla(*arguments), "is incomplete (3 shards are finished)", "re-run the same `dvla cache build`")
+        refused(dvla(*arguments), "is incomplete (3 shards are finished)", "rerun the same `dvla cache build`")
     (tmp_path / "empty").mkdir()
     refused(dvla("cache", "verify", tmp_path / "empty"), "is not a dvla cache")
 
@@ -183,7 +183,7 @@ def test_build_verify_and_mismatched_fingerprint(
     assert (
         result.code == 0 and "39 frames" in result.out and "0 episodes in quarantine" in result.out and result.err == ""
     )
-    assert "nothing was missing" in dvla(*build, 64).out
+    assert "already complete" in dvla(*build, 64).out
     refused(dvla(*build, 96), "encoder.resolution: cache has 64, this run asks 96", "Choose another --out")
     verify = dvla("cache", "verify", tmp_path / "cache", "--live", 4, "--device", "cpu")
     assert (

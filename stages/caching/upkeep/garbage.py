@@ -8,10 +8,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ....cache.store.manifest import is_finished, read_fingerprint
 from ....common.files import lock_folder
 from ....errors import UserError
 from ..generations import generations, next_generation
-from .status import TEMPORARY, plan_of
+from .status import TEMPORARY
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Garbage:
 def garbage(path: Path) -> list[Garbage]:
     """What `gc` may remove: never the current generation. `UserError` when there is no cache, or an exchange was interrupted."""
     following = next_generation(path)
-    if not path.exists() and (following / "manifest.json").exists():
+    if not path.exists() and is_finished(following):
         raise UserError(
             f"{path} is in the middle of taking its next generation in; run the same `dvla cache build` command again first"
         )
-    plan_of(path)
+    read_fingerprint(path)
     found = [(p, "earlier generation") for p in generations(path)]
     found += [(following, "unfinished generation")] if following.exists() else []
     found += [(p, "temporary file") for p in sorted(path.rglob(TEMPORARY))]

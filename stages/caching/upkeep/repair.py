@@ -7,7 +7,6 @@ is unfinished in just that place. The order makes an interrupted repair harmless
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,25 @@ import numpy as np
 from ....cache.loader.provenance import sources_of
 from ....cache.store.checksums import damaged_files
 from ....cache.store.codec import channel_scale
-from ....cache.store.manifest import read_json
-from ....cache.store.plan import FORMAT, BuildPlan, units
+from ....cache.store.manifest import (
+    FINGERPRINT,
+    MANIFEST,
+    Files,
+    commit_records,
+    find_manifest,
+    is_finished,
+    manifest_document,
+    read_attributes,
+    read_commit,
+    read_fingerprint,
+    read_plan,
+    scale_commit,
+    shard_commit,
+    tables_commit,
+)
+from ....cache.store.plan import BuildPlan, units
 from ....cache.store.writer import CacheWriter
-from ....cache.store.zarr_format import commit_file, open_table, write_table
+from ....cache.store.zarr_format import open_table, write_table
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.load import load_encoder
 from ....cache.vlm.spec import EncoderSpec
@@ -38,9 +52,7 @@ from ..generations import Earlier, generations
 from ..pipeline import run_unit
 from ..sources import Corpus, Progress, make_tables, read_corpus
 from .garbage import no_builder
-from .status import plan_of
 
-Files = dict[str, dict[str, int]]  # name → {"bytes", "crc32c"} as written
 CHANNELS = "channel_scale"  # the channel scales of an 8-bit cache
 PLACES = (
     "source",
@@ -92,7 +104,7 @@ def repair(
     `sources` and `vlm_path` where these are not where they were. `UserError`, before anything is touched, when the sources or the
     VLM are not those of the cache (the differing fields are named), or while a builder runs.
     """
-    plan, cached = plan_of(path), read_json(path / "fingerprint.json")
+    plan, cached = read_plan(path), read_fingerprint(path)
     with no_builder(path):
         found = _examine(path, plan, cached, progress)
         if found.whole:
@@ -106,7 +118,7 @@ def repair(
         try:
             for record in found.drop:
                 record.unlink()
-            (path / "manifest.json").unlink(missing_ok=True)
+            (path / MANIFEST).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot repair {path}: {error.strerror}; it must be writable") from None
     with CacheWriter.create_or_resume(
@@ -130,8 +142,7 @@ def parts(shards: int, tables: Sequence[str]) -> str:
 
 def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Progress) -> _Findings:
     """Check every file against its commit record, or the manifest where it has none. Nothing is changed."""
-    records = {p: _json(p) for p in sorted((path / ".commits").rglob("*.json"))}
-    manifest = _json(path / "manifest.json")
+    records, manifest = commit_records(path), find_manifest(path)
     if manifest is not None and not records:
         raise UserError(
             f"cache {path} has no commit records (.commits), as after a copy without hidden files; copy the whole folder again"
@@ -139,17 +150,17 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
     committed: Files = {name: entry for r in records.values() if r is not None for name, entry in r["files"].items()}
     written = {**(manifest["files"] if manifest else {}), **committed}
     damaged = damaged_files(path, written, lambda done, total: progress("checksums", done, total))
-    if "fingerprint.json" in damaged:
+    if FINGERPRINT in damaged:
         raise UserError(
-            f"{path}/fingerprint.json is damaged, and it alone says what the cache was built from; put back a copy of it, or build again"
+            f"{path}/{FINGERPRINT} is damaged, and it alone says what the cache was built from; put back a copy of it, or build again"
         )
     agrees = (
         manifest is not None
         and _describes(manifest, plan, cached)
         and all(manifest["files"].get(n) == e for n, e in committed.items())
     )
-    if not agrees and (path / "manifest.json").exists():
-        damaged["manifest.json"] = "cannot be read, or is not what the build wrote"
+    if not agrees and is_finished(path):
+        damaged[MANIFEST] = "cannot be read, or is not what the build wrote"
     drop = []
     for file, record in records.items():
         if record is None or not _attributes_agree(path, file, record, damaged, agrees):
@@ -158,10 +169,10 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
         elif damaged.keys() & record["files"].keys():
             drop.append(file)
     gone, begun = set(drop), CacheWriter(path, plan, None)
-    shards = {t for t in plan.tasks() if commit_file(path, t.dataset, t.array, t.index) in gone} | set(begun.missing())
-    tables = {d.name for d in plan.datasets if commit_file(path, d.name) in gone} | set(begun.tables_missing())
-    scales = path / ".commits" / f"{CHANNELS}.json"
-    channels = plan.format.quantised and (scales in gone or not scales.exists())
+    shards = {t for t in plan.tasks() if shard_commit(path, t) in gone} | set(begun.missing())
+    tables = {d.name for d in plan.datasets if tables_commit(path, d.name) in gone} | set(begun.tables_missing())
+    scales = scale_commit(path)
+    channels = plan.format.quantized and (scales in gone or not scales.exists())
     return _Findings(
         written,
         damaged,
@@ -173,45 +184,22 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
     )
 
 
-def _json(file: Path) -> dict[str, Any] | None:
-    """A document with "files", or None when it is not there or damaged."""
-    try:
-        found = json.loads(file.read_bytes())
-        return found if all({"bytes", "crc32c"} <= entry.keys() for entry in found["files"].values()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def _describes(manifest: dict[str, Any], plan: BuildPlan, cached: dict[str, Any]) -> bool:
     """Whether what the manifest says of the cache is so."""
-    said = {
-        "complete": True,
-        "format": FORMAT,
-        "fingerprint": fp.digest(cached),
-        "tokens": plan.tokens,
-        "width": plan.width,
-        "shard_frames": plan.shard_frames,
-        "dtype": plan.format.dtype,
-        "frame_stride": plan.frame_stride,
-        "variants": plan.variants,
-        "frames": sum(d.frames for d in plan.datasets),
-        "bytes": sum(e["bytes"] for e in manifest["files"].values()),
-    }
-    names = [(d.name, d.frames, len(d.episodes), list(d.views)) for d in plan.datasets]
     try:
-        rows = [(d["name"], d["frames"], d["episodes"], d["views"]) for d in manifest["datasets"]]
-        return rows == names and all(manifest[key] == value for key, value in said.items())
+        quarantined = {d["name"]: d["quarantined"] for d in manifest["datasets"]}
+        expected = manifest_document(plan, cached, manifest["files"], quarantined)
     except (KeyError, TypeError):
         return False
+    return all(manifest.get(key) == value for key, value in expected.items())
 
 
 def _attributes_agree(path: Path, file: Path, record: dict[str, Any], damaged: dict[str, str], agrees: bool) -> bool:
     """Whether a record of tables holds the attributes that the dataset's metadata, known to be whole, holds too."""
-    if file.name != "tables.json" or not agrees or f"{file.parent.name}/zarr.json" in damaged:
+    dataset = file.parent.name
+    if file != tables_commit(path, dataset) or not agrees or f"{dataset}/zarr.json" in damaged:
         return True
-    stored = {
-        k: v for k, v in read_json(path / file.parent.name / "zarr.json")["attributes"].items() if k != "quarantined"
-    }
+    stored = {k: v for k, v in read_attributes(path, dataset).items() if k != "quarantined"}
     return record.get("attributes") == stored
 
 
@@ -312,15 +300,15 @@ class _Job:
 
 def _attributes(path: Path, dataset: str, found: _Findings) -> dict[str, Any]:
     """How the dataset was built: from its metadata, or from the commit record of its tables where that is damaged."""
-    record, metadata = commit_file(path, dataset), f"{dataset}/zarr.json"
-    for file, damaged in (
-        (path / metadata, metadata in found.damaged),
-        (record, record.relative_to(path).as_posix() in found.damaged),
-    ):
-        if not damaged and file.exists():
-            attributes = read_json(file).get("attributes", {})
-            if all(key in attributes for key in NEEDED):
-                return attributes
+    record, metadata = tables_commit(path, dataset), f"{dataset}/zarr.json"
+    recorded = []
+    if metadata not in found.damaged and (path / metadata).exists():
+        recorded.append(read_attributes(path, dataset))
+    if record.relative_to(path).as_posix() not in found.damaged and record.exists():
+        recorded.append(read_commit(record).get("attributes", {}))
+    for attributes in recorded:
+        if all(key in attributes for key in NEEDED):
+            return attributes
     raise UserError(
         f"neither {path}/{metadata} nor its commit record says what dataset {dataset} was built from; build the cache again"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Column
 
-from ....common.console import _right, _table, console
+from ....common.console import console, right_aligned, simple_table
 from ....common.text import size
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def show_status(found: Sequence[CacheStatus]) -> None:
             markup=False,
         )
         console.print("  " + ", ".join(f"{k} {v}" for k, v in s.fingerprint.items()), markup=False, style="dim")
-        table = _table("dataset", "array", *_right("shards", "bytes"), "tables")
+        table = simple_table("dataset", "array", *right_aligned("shards", "bytes"), "tables")
         for a in s.arrays:
             table.add_row(
                 escape(a.dataset),
@@ -69,7 +69,7 @@ def _show_dataset(d: DatasetFacts) -> None:
     texts = [f"“{text}” ({count})" for text, count in d.instructions[:SHOWN_INSTRUCTIONS]]
     more = f", {len(d.instructions) - SHOWN_INSTRUCTIONS} more" if len(d.instructions) > SHOWN_INSTRUCTIONS else ""
     console.print(f"{len(d.instructions)} instructions: {', '.join(texts)}{more}", markup=False)
-    table = _table("", *_right("slot"), "name", *_right("mean", "std", "min", "max"))
+    table = simple_table("", *right_aligned("slot"), "name", *right_aligned("mean", "std", "min", "max"))
     for kind, rows in (("action", d.action), ("proprio", d.proprio)):
         for i, row in enumerate(rows):
             table.add_row("" if i else kind, *_slot(row))
@@ -94,7 +94,7 @@ def show_diff(d: CacheDiff) -> None:
         if len(lines) > SHOWN_LINES:
             console.print(f"… {len(lines) - SHOWN_LINES} more")
     if d.arrays:
-        table = _table("dataset", "array", *_right("compared"), "", *_right("relative difference"))
+        table = simple_table("dataset", "array", *right_aligned("compared"), "", *right_aligned("relative difference"))
         for a in d.arrays:
             relative = "other shape" if a.relative is None else "0" if a.equal else f"{a.relative:.2g}"
             table.add_row(
@@ -116,7 +116,7 @@ def show_diff(d: CacheDiff) -> None:
 
 def show_garbage(items: Sequence[Garbage]) -> None:
     """One row per thing that can go."""
-    table = _table(Column("path", overflow="fold"), "what", *_right("size", "frees"))
+    table = simple_table(Column("path", overflow="fold"), "what", *right_aligned("size", "frees"))
     for g in items:
         table.add_row(escape(str(g.path)), g.kind, size(g.bytes), size(g.frees))
     console.print(table)

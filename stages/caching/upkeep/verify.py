@@ -22,7 +22,7 @@ from ....common.device import pick_device
 from ....errors import UserError
 
 # Of the features' RMS. float16 rounds at 5e-4 relative, int8 with channel and token scales at 8e-3, fp8 at 2.6e-2; batches of another
-# size add their own rounding.
+# size add their own rounding: 2e-5 with a float32 encoder (docs/concepts.md).
 TOLERANCE = {"float16": 2e-3, "int8": 2e-2, "float8_e4m3fn": 6e-2}
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ....cache.store.manifest import MANIFEST
 from ....common.config import configs_dir, from_mapping, load_yaml
 from ....errors import UserError, unknown
 from ..runner import Command, Job, options, split_options
@@ -183,7 +184,7 @@ def preparation(recipe: Recipe, out: Path, workers: int) -> list[Job]:
         vlm = options(vlm=f"tiny_{arch}", vlm_path=out / f"vlm-{arch}") if arch else ()
         own = (*vlm, *_options("cache", recipe.cache), *_options("cache", variant.cache), "--out", str(folder))
         command = ("cache", "build", *map(str, data.values()), *own)
-        jobs.append(Job(folder.name, (command,), products=(folder / "manifest.json",)))
+        jobs.append(Job(folder.name, (command,), products=(folder / MANIFEST,)))
     return jobs
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ....common.files import json_bytes, read_json, write_file
-from ....drifting.losses import POLICY_TEMPERATURES
+from ....drifting.config import POLICY_TEMPERATURES
 from ....errors import UserError
 from .figures import action_figure, curve_figure, evolution_figure, evolution_gif, sample_figure
 from .tables import action_rows, action_table, markdown, plane_rows, plane_table

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....drifting.field import AFFINITY_FLOOR, TEMPERATURES
+from ....drifting.config import AFFINITY_FLOOR, DIFFUSION_STEPS, TEMPERATURES
 from ....drifting.heads import ddim, diffusion_pair, euler, flow_pair
-from ....drifting.losses import DIFFUSION_STEPS, DriftLoss, drifting_loss
+from ....drifting.losses import DriftLoss, drifting_loss
 from ....drifting.metrics import mode_metrics, sliced_wasserstein
 from . import data
 

@@ -189,7 +189,7 @@ def test_any_ranks_interrupted_anywhere_draw_one_sequence(
 
 def bare(cache: Cache, order: str, seed: int, batch_size: int, rank: int, world: int, start: int) -> Loader:
     """A loader that has read nothing; its draws can be asked for."""
-    from dvla.cache.loader.loader import ConditionMasking
+    from dvla.cache.loader.masking import ConditionMasking
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "_submit", lambda self: None)
@@ -273,7 +273,7 @@ def test_windows_are_read_ahead_in_order_and_no_more(cache: Cache, monkeypatch: 
 def test_a_damaged_shard_is_named_by_who_reads_it(tmp_path: Path) -> None:
     synthetic.build(tmp_path / "c")
     cache = Cache.open(tmp_path / "c")
-    shard = cache.dataset("beta").shard_path("top", 2)
+    shard = cache.named("beta").shard_path("top", 2)
     shard.write_bytes(shard.read_bytes()[:-9])
     with Loader(cache, batch_size=16, order="block") as loader, pytest.raises(UserError, match=str(shard)):
         for _ in range(50):

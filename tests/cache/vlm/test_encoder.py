@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from dvla.cache.vlm import blocks as attention_module
 from dvla.cache.vlm import encoder as encoder_module
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, add_lora, load_lora, lora_dropout, lora_parameters, merge_lora, save_lora
+from dvla.cache.vlm.lora import add_lora, load_lora, lora_dropout, lora_parameters, merge_lora, save_lora
 from dvla.cache.vlm.preprocess import ImageSpec, pad_to_square, preprocess
 from dvla.cache.vlm.qwen3vl import EMBEDDING_NAME
-from dvla.cache.vlm.spec import EncoderSpec, encoder_spec
+from dvla.cache.vlm.spec import EncoderSpec, LoraSpec, encoder_spec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from support.tolerances import assert_same_features

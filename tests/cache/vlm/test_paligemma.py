@@ -16,10 +16,10 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, add_lora, load_lora, lora_parameters, merge_lora, save_lora
+from dvla.cache.vlm.lora import add_lora, load_lora, lora_parameters, merge_lora, save_lora
 from dvla.cache.vlm.paligemma2 import EMBEDDING_NAME, canonical
 from dvla.cache.vlm.preprocess import ImageSpec, preprocess
-from dvla.cache.vlm.spec import EncoderSpec, encoder_spec
+from dvla.cache.vlm.spec import EncoderSpec, LoraSpec, encoder_spec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.errors import UserError
 from support.lerobot_samples import LENGTHS

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
-from dvla.cache.store.codec import FeatureFormat
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
@@ -195,7 +195,7 @@ def test_inspect_and_norm_pictures(dvla: Dvla, whole: Path, tmp_path: Path) -> N
     names = {"alpha.front.png", "alpha.wrist.png", "beta.top.png"}
     assert {p.name for p in (tmp_path / "norms").iterdir()} == names
     picture = np.asarray(Image.open(tmp_path / "norms" / "beta.top.png")).astype(int)
-    dataset = Cache.open(whole).dataset("beta")
+    dataset = Cache.open(whole).named("beta")
     rows = np.unique(np.linspace(0, dataset.frames - 1, 8).astype(int))
     norms = np.linalg.norm(dataset.features("top", rows).astype(np.float32), axis=-1)  # [8,3], one row of tokens
     cells = np.stack([picture[8, f * 52 + 8 + 16 * t] for f in range(8) for t in range(3)]).sum(
@@ -718,7 +718,7 @@ def test_a_build_that_the_disk_cannot_hold_is_refused(
     monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(10**9, 0, room[0]))
     refused(
         dvla(*options),
-        "takes 62.7 KiB more",
+        "needs 62.7 KiB more",
         "58.6 KiB free",
         "--dtype",
         "--tokens",
@@ -739,7 +739,7 @@ def test_room_counts_only_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_p
     plan = synthetic.make_plan()
     monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(0, 0, 4500))
     require_room(plan, tmp_path / "a" / "b", plan.tasks()[:2], [])
-    with pytest.raises(UserError, match="takes .* more, and its disk has 4.4 KiB free"):
+    with pytest.raises(UserError, match="needs .* more, and its disk has 4.4 KiB free"):
         require_room(plan, tmp_path / "a" / "b", plan.tasks()[:6], [])
     packed = dataclasses.replace(plan, format=FeatureFormat("float16", "zstd"))  # may become smaller, so is counted so
     require_room(packed, tmp_path, plan.tasks()[:6], [])

@@ -77,7 +77,7 @@ def test_masks_and_norms(whole: Path) -> None:
     assert (
         picture.shape == (2, 20) and (picture[:, :15] == 3).all() and (picture[:, 15:] == 1).all()
     )  # the state has five more
-    alpha = cache.dataset("alpha")
+    alpha = cache.named("alpha")
     rows = shown_rows(alpha, 4)
     assert len(rows) == 4 and not alpha.quarantined[alpha.episode_of(rows)].any()
     strip, (low, high) = norm_strip(alpha, "front", rows)

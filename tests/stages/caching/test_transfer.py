@@ -160,8 +160,8 @@ host, port = server.get_host_and_port()
 import boto3, os
 os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
 boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
-from dvla.cache.loader import Loader
-from dvla.cache.store import Cache
+from dvla.cache.loader.loader import Loader
+from dvla.cache.store.cache import Cache
 from dvla.stages.caching.transfer.object_store import pull_cache, push_cache
 cache, scratch, url = sys.argv[1], sys.argv[2], "s3://bucket/deep/cache"
 assert push_cache(cache, url).found == 0

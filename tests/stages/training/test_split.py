@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 
 from dvla.batch import FeatureBatch
 from dvla.cache.loader.live import LiveFeatures
-from dvla.cache.loader.loader import ConditionMasking, Loader, gather
+from dvla.cache.loader.loader import Loader, gather
+from dvla.cache.loader.masking import ConditionMasking
 from dvla.cache.loader.provenance import sources_of
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.encoder import VisionLanguageEncoder
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, add_lora, lora_parameters
-from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.lora import add_lora, lora_parameters
+from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.common.config import from_mapping
