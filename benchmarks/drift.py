@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dvla.batch import FeatureBatch
 from dvla.drifting.attention import kernel
+from dvla.drifting.config import TEMPERATURES, LossConfig
 from dvla.drifting.dit import SIZES, build_dit, dit_config, parameter_counts, set_attention
-from dvla.drifting.field import TEMPERATURES, drifting_field
+from dvla.drifting.field import drifting_field
 from dvla.drifting.heads import generate, head_dit, head_loss
-from dvla.drifting.losses import LossConfig, policy_loss
+from dvla.drifting.losses import policy_loss
 from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
 from dvla.errors import UserError
 

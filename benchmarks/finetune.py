@@ -41,8 +41,8 @@ from dvla.cache.loader.loader import Loader, gather
 from dvla.cache.loader.provenance import sources_of
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, add_lora, lora_parameters
-from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.lora import add_lora, lora_parameters
+from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.common.mp4 import quiet_libav
 from dvla.stages.caching.build import build

@@ -9,47 +9,23 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
 from ...batch import FeatureBatch
-from ...common.hashing import uniform
 from ...errors import UserError
 from ..store.cache import Cache, CacheDataset
 from ..vlm.augment import draw_variants
 from .assembler import Assembler, Draws, decoded
+from .masking import ConditionMasking
 from .order import Order, SampleOrder, held_out, mixture, override, quotas
 from .prefetch import BatchIterator
 from .read_ahead import ReadAhead, blocks_of
 
 LIVE_VARIANTS = 1 << 16  # a live encoder makes any variant; so many differ
 DRAWN_AHEAD = 4096  # samples of this rank whose draws are made in one go
-
-
-@dataclass(frozen=True)
-class ConditionMasking:
-    """How often a condition is replaced by its null, for classifier-free guidance; each drawn on its own.
-
-    Null text and images are the cache's features of an empty instruction and of black frames; null proprio is zeros.
-    """
-
-    text: float = 0.1  # probability
-    images: float = 0.1  # probability, all views of a sample together; 1.0 trains a blind policy
-    proprio: float = 0.1  # probability
-
-    def __post_init__(self) -> None:
-        for name in ("text", "images", "proprio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"condition masking of {name} is {getattr(self, name)}; a probability lies in 0…1")
-
-    def draw(self, seed: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(text, images, proprio) bool [n]: what is masked at these global sample positions."""
-        p = (self.text, self.images, self.proprio)
-        text, images, proprio = (uniform(seed, 4, stream, position) < p[stream] for stream in range(3))
-        return text, images, proprio
 
 
 def gather(
@@ -171,8 +147,8 @@ class Loader(BatchIterator):
     def __repr__(self) -> str:
         episodes = sum(len(e) for e in self._episodes)
         return (
-            f"Loader({sum(self.sizes)} samples of {episodes} episodes, batch size {self._batch_size}, "
-            f"horizon {self._assemble.horizon}, order {self.order.order}, at offset {self._delivered}, {self.cache!r})"
+            f"Loader(samples {sum(self.sizes)}, episodes {episodes}, batch size {self._batch_size}, "
+            f"horizon {self._assemble.horizon}, order {self.order.order}, offset {self._delivered}, {self.cache!r})"
         )
 
     def samples(self, offset: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,8 @@ from ...errors import UserError, unknown
 from ..actions.normalizer import Normalizer
 from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import Statistics
-from .codec import FeatureFormat, dequantize, quantize
+from .codec import dequantize, quantize
+from .feature_format import FeatureFormat
 from .manifest import json_bytes, read_attributes, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
 from .plan import array_name
@@ -301,8 +302,8 @@ class Cache:
     def __repr__(self) -> str:
         episodes = sum(len(d.episode_id) for d in self.datasets)
         return (
-            f"Cache('{public(str(self.path))}': {self.frames} frames of {episodes} episodes in {len(self.datasets)} datasets, "
-            f"{self.tokens} tokens × {self.width} per view, {self.format.dtype}, {size(self.manifest['bytes'])})"
+            f"Cache('{public(str(self.path))}': datasets {len(self.datasets)}, episodes {episodes}, frames {self.frames}, "
+            f"tokens {self.tokens} × {self.width} per view, {self.format.dtype}, {size(self.manifest['bytes'])})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -31,7 +31,8 @@ import numpy as np
 
 from ...common.files import write_file
 from ...errors import UserError
-from .codec import Compression, FeatureFormat
+from .codec import Compression
+from .feature_format import FeatureFormat
 from .manifest import json_bytes
 from .plan import FORMAT, BuildPlan, DatasetPlan, array_name
 from .shard_writer import ShardWriter

@@ -20,8 +20,8 @@ from ...cache.vlm.observations import encode_observations
 from ...common.config import from_mapping
 from ...common.device import pick_device
 from ...common.hashing import mix
+from ...drifting.config import LossConfig
 from ...drifting.heads import generate
-from ...drifting.losses import LossConfig
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError
 from . import checkpoint as ck

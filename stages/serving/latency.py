@@ -23,9 +23,9 @@ from ...cache.actions.statistics import Statistics
 from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import encoder_spec
 from ...common.device import pick_device
+from ...drifting.config import LossConfig
 from ...drifting.dit import dit_config
 from ...drifting.heads import generate, sample_steps
-from ...drifting.losses import LossConfig
 from ...drifting.policy_net import PolicyNet, PolicyNetConfig
 from ...errors import UserError
 from ..policy.compile import compile_blocks

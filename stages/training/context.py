@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from ...batch import FeatureBatch
-from ...cache.loader.loader import ConditionMasking, Loader
+from ...cache.loader.loader import Loader
+from ...cache.loader.masking import ConditionMasking
 from ...cache.store.cache import Cache
-from ...drifting.losses import LossConfig
+from ...drifting.config import LossConfig
 from ...drifting.policy_net import PolicyNet
 from ...drifting.queues import ChunkQueues
 from .config import TrainConfig

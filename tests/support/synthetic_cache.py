@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from dvla.cache.actions.statistics import RunningStatistics
-from dvla.cache.store.codec import FeatureFormat, quantize
+from dvla.cache.store.codec import quantize
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, DatasetTables, EpisodePlan, ShardTask
 from dvla.cache.store.writer import CacheWriter, Features
 

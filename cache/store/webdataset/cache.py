@@ -14,7 +14,7 @@ import numpy as np
 
 from ....errors import UserError
 from ..cache import Cache, CacheDataset
-from ..codec import FeatureFormat
+from ..feature_format import FeatureFormat
 from ..locations import Folder, Place, fetch
 from ..manifest import FINGERPRINT, MANIFEST
 from ..plan import FORMAT

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dvla.batch import FeatureBatch
-from dvla.cache.loader.loader import ConditionMasking, Loader, gather
+from dvla.cache.loader.loader import Loader, gather
+from dvla.cache.loader.masking import ConditionMasking
 from dvla.cache.store.cache import Cache
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic

@@ -189,7 +189,7 @@ def test_any_ranks_interrupted_anywhere_draw_one_sequence(
 
 def bare(cache: Cache, order: str, seed: int, batch_size: int, rank: int, world: int, start: int) -> Loader:
     """A loader that has read nothing; its draws can be asked for."""
-    from dvla.cache.loader.loader import ConditionMasking
+    from dvla.cache.loader.masking import ConditionMasking
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "_submit", lambda self: None)

@@ -15,19 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvla.cache.loader.assembler import decoded
-from dvla.cache.loader.loader import ConditionMasking, Loader, gather
+from dvla.cache.loader.loader import Loader, gather
+from dvla.cache.loader.masking import ConditionMasking
 from dvla.cache.store.cache import Cache
-from dvla.cache.store.codec import (
-    CHANNEL_FLOOR,
-    QUANTIZED,
-    Compression,
-    FeatureFormat,
-    channel_scale,
-    dequantize,
-    feature_format,
-    quantize,
-    relative_error,
-)
+from dvla.cache.store.codec import CHANNEL_FLOOR, Compression, channel_scale, dequantize, quantize, relative_error
+from dvla.cache.store.feature_format import QUANTIZED, FeatureFormat, feature_format
 from dvla.cache.vlm.augment import augment, frame_keys
 from dvla.cache.vlm.pooling import average_pool, check_pooling
 from dvla.common.config import from_mapping

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dvla.cache.loader.loader import ConditionMasking, Loader, gather
+from dvla.cache.loader.loader import Loader, gather
+from dvla.cache.loader.masking import ConditionMasking
 from dvla.cache.store.cache import Cache, CacheDataset
 from dvla.cache.store.webdataset.cache import WebDatasetCache
 from dvla.errors import UserError

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
-from dvla.cache.store.codec import FeatureFormat
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl

@@ -17,14 +17,15 @@ import pytest
 
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
-from dvla.cache.store.codec import FeatureFormat
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.writer import CacheWriter
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.common.files import lock_folder
 from dvla.errors import UserError
 from dvla.stages.caching import build as build_module
 from dvla.stages.caching import generations as generations_module
-from dvla.stages.caching.planning.pilot import PilotConfig, plan_build
+from dvla.stages.caching.config import PilotConfig
+from dvla.stages.caching.planning.pilot import plan_build
 from support.corner import SHARD, Corner, other_instruction, other_pictures, tree
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 from support.tolerances import assert_same_features

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dvla.cache.vlm.lora import LoraSpec
+from dvla.cache.vlm.spec import LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.files import read_json
 from dvla.errors import UserError

@@ -9,7 +9,8 @@ import pytest
 
 from dvla.errors import UserError
 from dvla.stages.training import run_log as tracking
-from dvla.stages.training.run_log import Tracker, WandbConfig, flat, kept_lines, require_wandb
+from dvla.stages.training.config import WandbConfig
+from dvla.stages.training.run_log import Tracker, flat, kept_lines, require_wandb
 
 OFF = WandbConfig()
 
