@@ -1,4 +1,5 @@
-"""`dvla bench latency`: every part is there, parts lie inside the whole, and timing changes nothing. How long things take is not asserted."""
+"""`dvla bench latency`: every part is there, parts lie inside the whole, and timing changes nothing. How long things
+take is not asserted."""
 
 from __future__ import annotations
 

@@ -148,7 +148,8 @@ def test_a_blind_policy_asks_for_no_pictures(run: Path) -> None:
 
 
 def test_what_waits_goes_through_one_pass(policy: Policy) -> None:
-    """Four clients ask while the first one's pass is at work; with at most three a pass, that makes passes of 1, 3 and 1."""
+    """Four clients ask while the first one's pass is at work; with at most three a pass, that makes passes of 1, 3 and
+    1."""
     gate, seen = Gate(policy), observations(3) + observations(2)
     found: dict[int, np.ndarray] = {}
 
@@ -526,7 +527,8 @@ def test_openpis_client(plain_server: tuple[PolicyServer, int], policy: Policy) 
 def test_the_command_and_the_documented_client(
     run: Path, tmp_path: Path, dvla: Dvla, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    """The command serves in this thread; another one asks with the lines of docs/serving.md, and then sends the signal while a client is connected."""
+    """The command serves in this thread; another one asks with the lines of docs/serving.md, and then sends the signal
+    while a client is connected."""
     page = (ROOT / "docs" / "serving.md").read_text()
     snippet = page.split("<!-- standalone client; run by the tests -->\n```python\n")[1].split("```")[0]
     token, found, ready, serve = TOKEN if code else None, [], threading.Event(), PolicyServer.run

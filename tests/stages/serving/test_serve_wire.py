@@ -1,4 +1,7 @@
-"""What travels between a robot and a policy server, and what becomes of it: bytes, names of fields, chunks, tokens. No connections."""
+"""What travels between a robot and a policy server, and what becomes of it: bytes, names of fields, chunks, tokens.
+
+No connections.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""DexGraspNet in Isaac Gym: conversions on tensors of the documented shapes, and the whole adapter against a stand-in program."""
+"""DexGraspNet in Isaac Gym: conversions on tensors of the documented shapes, and the whole adapter against a stand-in
+program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The RLBench adapter: conversions on recorded structures, and the rest against a stand-in with RLBench's documented calls."""
+"""The RLBench adapter: conversions on recorded structures, and the rest against a stand-in with RLBench's documented
+calls."""
 
 from __future__ import annotations
 
