@@ -3,10 +3,10 @@
     python benchmarks/cache_build.py                 # one thread encodes: as with a GPU, another core is free to decode
     python benchmarks/cache_build.py --threads 2
 
-"Encoder alone" receives decoded images in the same batches as the build and rounds to float16. The build decodes h264,
-encodes, writes and syncs; the time of its shards is also listed without its start (libraries, checkpoint, tables, hashes
-of the source). Memory is measured for each size in a process of its own. The tower is small with random weights at the
-real image size, slow enough on a CPU that encoding is the bottleneck.
+"Encoder alone" receives decoded images in the same batches as the build and rounds to float16. The build decodes
+h264, encodes, writes and syncs; the time of its shards is also listed without its start (libraries, checkpoint,
+tables, source hashes). Memory is measured for each size in a process of its own. The tower is small with random
+weights at the real image size, slow enough on a CPU that encoding is the bottleneck.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/cluster_plan.py
 
-Three builds with one worker calibrate the model: two sizes for the seconds until a worker encodes and per image, and one
-with small shards for the overhead per shard. Every other build is predicted from them, then run. Where workers share
-processors, the model gets the number that can work at a time (`--devices`, default: the cores). The tower is small with
-random weights, one thread per worker.
+Three builds with one worker calibrate the model: two sizes for the seconds until a worker encodes and per image, and
+one with small shards for the overhead per shard. Every other build is predicted from them, then run. Where workers
+share processors, the model gets the number that can work at a time (`--devices`, default: the cores). The tower is
+small with random weights, one thread per worker.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def main() -> None:
         each = max(0.0, (second - first) / (VIEWS * (sizes[1] - sizes[0])) - overhead / args.shard_frames)
         start = max(0.0, first - VIEWS * sizes[0] * each - overhead * VIEWS * -(-sizes[0] // args.shard_frames))
         print(
-            f"from three builds with one worker ({first:.1f}, {second:.1f}, {cut:.1f} s): {start:.1f} s until it encodes, "
+            f"three builds with one worker ({first:.1f}, {second:.1f}, {cut:.1f} s): {start:.1f} s until it encodes, "
             f"{1 / each:.1f} images/s, {overhead:.3f} s per shard; {args.devices} workers at a time\n"
         )
         print(
-            "| frames | frames per shard | workers | predicted | measured | predicted / measured |\n|---|---|---|---|---|---|"
+            "| frames | frames per shard | workers | predicted | measured | predicted / measured |\n" + 6 * "|---" + "|"
         )
         for n, shard_frames in cases:
             for workers in sorted({*args.workers} - {1}):  # the model was fitted to one worker

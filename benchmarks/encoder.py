@@ -6,9 +6,10 @@
     python benchmarks/encoder.py --vlm paligemma2                   # SigLIP so400m/14 and its projector
 
 Plain: transformers' image processor (its torch version, on the device; then its PIL version) and the vision tower as
-`from_pretrained` returns it, with `sdpa` attention by default; for Qwen3-VL that includes DeepStack's mergers, which dvla
-leaves out. dvla: the two halves of `encode_images`. Both receive the same uint8 images in memory and leave features on
-the device; both run in one process, in turn. "total" is the sum of both parts. Features must agree to rounding.
+`from_pretrained` returns it, with `sdpa` attention by default; for Qwen3-VL that includes DeepStack's mergers, which
+dvla leaves out. dvla: the two halves of `encode_images`. Both receive the same uint8 images in memory and leave
+features on the device; both run in one process, in turn. "total" is the sum of both parts. Features must agree to
+rounding.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def main() -> None:
         "--size", type=int, default=480, help=f"side of the square images, which are resized to {RESOLUTION}"
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
-    parser.add_argument("--attention", default="sdpa", help="attention of transformers: sdpa, flash_attention_2, eager")
+    parser.add_argument("--attention", default="sdpa", help="of transformers: sdpa, flash_attention_2, eager")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.threads:
@@ -207,8 +208,8 @@ def main() -> None:
         plain = Plain(folder, args.vlm, device, dtype, args.attention)
         encoder = load_encoder(EncoderSpec(str(folder), args.vlm, resolution=RESOLUTION), device, dtype)
     print(
-        f"{encoder.blocks} blocks; {count([plain.tower, plain.projector]):.0f} M parameters in transformers' vision part, "
-        f"{count([encoder.vision]):.0f} M of them read by dvla; an image is {encoder.tokens} × {encoder.width}"
+        f"{encoder.blocks} blocks; {count([plain.tower, plain.projector]):.0f} M parameters in transformers' vision "
+        f"part, {count([encoder.vision]):.0f} M of them read by dvla; an image is {encoder.tokens} × {encoder.width}"
     )
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (max(args.batch), args.size, args.size, 3), np.uint8)

@@ -9,11 +9,11 @@
 - LoRA-live, last n: with LoRA in the last n blocks only; all of them run.
 - LoRA-split: the same LoRA, on a cache of the input of these n blocks; only they run.
 
-Every step is the training loop's own (features, forward, backward, clip, AdamW, EMA) on the same samples, in one process,
-in turn; images are decoded in advance and stay in memory, which favors the live ways. Before the clock starts, features
-and gradients of LoRA-split are compared with those of LoRA-live, last n. The VLM has random weights; at the scaled size,
-attention has about the share of a block's work that it has in Qwen3-VL-2B at 448 pixels (0.13 of the rest). FLOPs are
-2·m·n·k for every matrix product, counted by torch over a forward and backward pass.
+Every step is the training loop's own (features, forward, backward, clip, AdamW, EMA) on the same samples, in one
+process, in turn; images are decoded in advance and stay in memory, which favors the live ways. Before the clock
+starts, features and gradients of LoRA-split are compared with those of LoRA-live, last n. The VLM has random weights;
+at the scaled size, attention has about the share of a block's work that it has in Qwen3-VL-2B at 448 pixels (0.13 of
+the rest). FLOPs are 2·m·n·k for every matrix product, counted by torch over a forward and backward pass.
 """
 
 from __future__ import annotations

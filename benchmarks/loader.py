@@ -4,12 +4,12 @@
     python benchmarks/loader.py --gib 8 --folder /mnt/nvme --repeats 7
 
 Samples are single images of 196 × 2048 and 784 × 1024 float16 (784 KiB and 1.53 MiB). Every way yields batches of 32 as
-one float16 tensor; dvla's batches also have text, actions, masks and everything else. All read in turn, for a given time,
-and "×" is within the same repeat (median, min – max): against one thread that calls `preadv` on random records into a
-ring of buffers, and against the fastest number of such threads. Warm: everything was read once before. Cold: synced and
-dropped from the page cache before each pass (of all records, in windows of an eighth of them); a hypervisor may still
-have it, so look first at what "dd" reaches. HDF5 holds fewer records, since gzip is slow to write. Last: the time to open
-a cache of a million frames in 10,000 shards, and memory. Letters: K tokens, D width, B batch.
+one float16 tensor; dvla's batches also have text, actions, masks and everything else. All read in turn, for a given
+time, and "×" is within the same repeat (median, min – max): against one thread that calls `preadv` on random records
+into a ring of buffers, and against the fastest number of such threads. Warm: everything was read once before. Cold:
+synced and dropped from the page cache before each pass (of all records, in windows of an eighth of them); a hypervisor
+may still have it, so look first at what "dd" reaches. HDF5 holds fewer records, since gzip is slow to write. Last: the
+time to open a cache of a million frames in 10,000 shards, and memory. Letters: K tokens, D width, B batch.
 """
 
 from __future__ import annotations

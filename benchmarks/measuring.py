@@ -1,18 +1,25 @@
-"""What the benchmarks share: alternating turns, medians with their range, the machine in a line, the tiny tower."""
+"""What the benchmarks share: alternating turns, medians with their range, the machine in a line, the tiny tower.
+
+torch is imported only where it is used, so that a benchmark of memory does not measure it.
+"""
 
 from __future__ import annotations
 
 import os
 import statistics
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec
+    from dvla.cache.vlm.tiny_qwen3vl import TinySpec
 
 
 def tower(depth: int = 6, width: int = 256, heads: int = 4, out_width: int = 512, **more: int) -> TinySpec:
     """A vision tower of Qwen3-VL's architecture with little text around it, for random weights."""
+    from dvla.cache.vlm.tiny_qwen3vl import TinySpec
+
     shape = {"vision_depth": depth, "vision_width": width, "vision_heads": heads, "out_width": out_width}
     return TinySpec(**{**shape, "text_layers": 1, "vocabulary": 512, **more})
 
@@ -39,12 +46,19 @@ def spread(values: list[float], form: str = ".3g") -> str:
 
 
 def machine(device: str = "cpu") -> str:
-    """Processor or GPU, load and torch's version."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
-    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; torch {torch.__version__}"
+    """Processor or GPU, load, and torch's version and threads."""
+    import torch
+
+    name = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
+    return (
+        f"{name}{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; torch {torch.__version__}, "
+        f"threads: {torch.get_num_threads()}"
+    )
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has finished its work."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measuring import machine, spread
+from measuring import spread
 
 WIDTH, EPISODE, HZ, CAMERA = 26, 300, 30, "observation.images.cam_high"
 
@@ -123,7 +124,7 @@ def main() -> None:
     if args.measure:
         measure(*args.measure)
         return
-    print(machine())
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
     print(
         "| rows | row groups | table | seconds, median (min – max) | rows/s | memory after opening | peak beyond that |"
     )

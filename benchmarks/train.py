@@ -9,12 +9,12 @@
 - live, decoding: each image is first decoded from its video, in the training process.
 - lerobot: `DataLoader(LeRobotDataset)` with worker processes decodes the same videos, for the same encoder.
 
-All ways train the same network on the same samples' tables with the training loop's own step (forward, backward, clip,
-AdamW, EMA), in one process, in turn. lerobot's writer records the dataset (two cameras, h264), `dvla cache build` caches
-it. The VLM has random weights; "full" has the sizes of Qwen3-VL-2B's tower, "scaled" the same architecture with about the
-same cost relative to the tiny policy (FLOPs per sample are printed). FLOPs are 2·m·n·k for every matrix product, attention
-included, counted by torch over one forward and backward pass of the policy; TFLOP/s and MFU are those of the policy
-alone, over the device's dense bf16 peak.
+All ways train the same network on the same samples' tables with the training loop's own step (forward, backward,
+clip, AdamW, EMA), in one process, in turn. lerobot's writer records the dataset (two cameras, h264), `dvla cache
+build` caches it. The VLM has random weights; "full" has the sizes of Qwen3-VL-2B's tower, "scaled" the same
+architecture with about the same cost relative to the tiny policy (FLOPs per sample are printed). FLOPs are 2·m·n·k
+for every matrix product, attention included, counted by torch over one forward and backward pass of the policy;
+TFLOP/s and MFU are those of the policy alone, over the device's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Bench:
         self.cache = Cache.open(out)
         print(
             f"{self.cache.frames} frames × {len(CAMERAS)} cameras of {args.pixels} px; "
-            f"cache {self.cache.manifest['bytes'] / 2**20:.0f} MiB, {self.cache.tokens} × {self.cache.width} per image, "
+            f"cache {self.cache.manifest['bytes'] / 2**20:.0f} MiB, {self.cache.tokens} × {self.cache.width} an image, "
             f"ready in {time.perf_counter() - began:.0f} s",
             flush=True,
         )
@@ -256,8 +256,8 @@ def compare(bench: Bench, draws: int) -> None:
         None,
     )
     print(
-        f"\n{args.size} ({parameters / 1e6:.1f} M parameters), batch {args.batch}, {draws} noise samples, {args.precision}"
-        f"{', compiled' if args.compile else ''}; {work / args.batch / 1e9:.3g} GFLOP per sample, "
+        f"\n{args.size} ({parameters / 1e6:.1f} M parameters), batch {args.batch}, {draws} noise samples, "
+        f"{args.precision}{', compiled' if args.compile else ''}; {work / args.batch / 1e9:.3g} GFLOP per sample, "
         f"the VLM's {bench.vlm_flops / 1e9:.4g}\n"
     )
     print(

@@ -78,8 +78,8 @@ def main() -> None:
             xlabel="x (m)",
         )
         print(
-            f"{name}: {won} of {len(episodes)} solved; passed the wall on the left {sum(at < 0 for at in beside)} times, "
-            f"on the right {sum(at > 0 for at in beside)} times",
+            f"{name}: {won} of {len(episodes)} solved; passed the wall on the left {sum(at < 0 for at in beside)} "
+            f"times, on the right {sum(at > 0 for at in beside)} times",
             flush=True,
         )
     figure.axes[0].set_ylabel("y (m)")
