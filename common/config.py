@@ -28,6 +28,16 @@ class Option:
         self.names, self.help, self.type = names, help, type
 
 
+DEVICE = Option("--device", help="Device: cpu, cuda, cuda:N, or auto (CUDA where there is one).")
+VLM_PATH = Option("--vlm-path", help="Checkpoint folder or hub id of the VLM; default: the model's own.")
+DATASET_CONFIG = Option(
+    "--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type or name."
+)
+SAMPLE_STEPS = Option(
+    "--sample-steps", help="Forward passes per action of a flow or diffusion head; default: as it was trained for."
+)
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
     """Build the frozen dataclass `cls` from `values`: nested dataclasses from nested mappings, tuples from lists.
 

@@ -11,6 +11,7 @@ A setting says in its dataclass how it is given on the command line (`config.Opt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -23,12 +24,10 @@ import yaml
 from typer.core import TyperCommand
 
 from ..errors import UserError
-from .config import Option
+from .config import DEVICE, VLM_PATH, Option
 
-VlmPath = Annotated[
-    str | None, typer.Option("--vlm-path", help="Checkpoint folder or hub id; default: the model's own.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+VlmPath = Annotated[str | None, typer.Option(*VLM_PATH.names, help=VLM_PATH.help)]
+Device = Annotated[str, typer.Option(*DEVICE.names, help=DEVICE.help)]
 Json = Annotated[Path | None, typer.Option("--json", help="File to write the same as JSON to.")]
 Public = Annotated[bool, typer.Option("--public", help="A new repository is public; default: private.")]
 Set = Annotated[
@@ -43,11 +42,11 @@ Given = dict[str, Any]
 class Options:
     """Marks a command's parameter as standing for the settings `order` of the dataclass `config`: dotted names in the order of --help.
 
-    The name of another parameter of the command puts that one in its place. `defaults=False`: an option that is not given is not
-    among the given, for settings that a recipe may hold.
+    The name of another parameter of the command puts that one in its place, and `p.x` the setting x of a parameter p that stands for
+    settings as well. `defaults=False`: an option that is not given is not among the given, for settings that a recipe may hold.
     """
 
-    def __init__(self, config: type, order: str, *, defaults: bool = True) -> None:
+    def __init__(self, config: type, order: str = "", *, defaults: bool = True) -> None:
         self.config, self.order, self.defaults = config, order.split(), defaults
 
 
@@ -71,9 +70,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             if setting in own:
                 place(setting)
                 continue
-            made = f"{name}__{setting.replace('.', '_')}"
-            placed.append(_parameter(made, groups[name], setting))
-            settings[made] = name, setting
+            other, _, rest = setting.partition(".")
+            group, setting = (other, rest) if rest and other in groups else (name, setting)
+            made = f"{group}__{setting.replace('.', '_')}"
+            placed.append(_parameter(made, groups[group], setting))
+            settings[made] = group, setting
 
     for name in own:
         place(name)
@@ -101,24 +102,27 @@ def _parameter(name: str, options: Options, setting: str) -> inspect.Parameter:
     hint, default = _setting(options.config, setting)
     option = next(m for m in hint.__metadata__ if isinstance(m, Option))
     kind = option.type or _type_of(hint.__origin__)
-    if typing.get_origin(kind) is list or not options.defaults and default is not inspect.Parameter.empty:
+    if default is not inspect.Parameter.empty and (typing.get_origin(kind) is list or not options.defaults):
         default = False if kind is bool else None
     annotation = Annotated[kind | None if default is None else kind, typer.Option(*option.names, help=option.help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _setting(config: type, setting: str) -> tuple[Any, Any]:
-    """(annotation, default) of a dotted setting; in a group that has no default, nothing is given: None."""
+    """(annotation, default) of a dotted setting; a default that is empty: it must be given."""
     group, _, rest = setting.partition(".")
-    field = next(f for f in dataclasses.fields(config) if f.name == group)
-    hint = typing.get_type_hints(config, include_extras=True)[group]
-    known = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    hint = _hints(config)[group]
     if rest:
-        hint, default = _setting(hint, rest)
-        return hint, default if known else None
+        return _setting(hint, rest)
+    field = next(f for f in dataclasses.fields(config) if f.name == group)
     if field.default_factory is not dataclasses.MISSING:
         return hint, field.default_factory()
-    return hint, field.default if known else inspect.Parameter.empty
+    return hint, inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config, include_extras=True)
 
 
 def _type_of(hint: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from ...cache.loader.masking import ConditionMasking
 from ...cache.vlm.spec import LoraSpec
-from ...common.config import Option, apply, configs_dir, from_mapping, load_yaml
+from ...common.config import DEVICE, Option, apply, configs_dir, from_mapping, load_yaml
 from ...drifting.config import ONE_STEP, LossConfig
 from ...errors import UserError, unknown
 
@@ -170,7 +170,7 @@ class TrainConfig:
     local_gib: float | None = None  # room for shards in it, GiB; None = as many as there are
     threads: Annotated[int, Option("--num-workers", help="Loader threads.")] = 2
     cpu_threads: int = 0  # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
-    device: Annotated[str, Option("--device", help="Device: auto (the default), cpu, cuda or cuda:N.")] = "auto"
+    device: Annotated[str, DEVICE] = "auto"
     precision: Annotated[
         Literal["fp32", "bf16"], Option("--precision", help="Precision of the forward pass (autocast): fp32 or bf16.")
     ] = "fp32"

@@ -122,7 +122,19 @@ IO_MODULES = {
     "zarr",
 }
 IO_CALLS = {"open", "load", "save", "memmap", "fromfile", "tofile", "loadtxt", "savetxt", "print"}
-HEAVY = ("torch", "transformers", "peft", "av", "pyarrow", "lerobot", "metaworld", "mujoco", "matplotlib")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "av",
+    "pyarrow",
+    "lerobot",
+    "metaworld",
+    "mujoco",
+    "matplotlib",
+    "numpy",
+    "websockets",
+)
 
 
 def may_import(room: str, other: str) -> bool:

@@ -14,7 +14,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -32,7 +31,7 @@ from ....cache.vlm.pooling import pooling_error
 from ....errors import UserError
 from ..build_plan import decide, make_plan, open_all
 from ..calibration import encode_singly
-from ..config import BuildConfig, WorkerSpec, check_settings
+from ..config import BuildConfig, PilotConfig, WorkerSpec, check_settings
 from ..generations import ViewChange, changes
 from ..sizes import free_nbytes
 from ..sources import Progress
@@ -44,35 +43,9 @@ Result = TypeVar("Result")
 PAIRS = 8  # images encoded once more, to measure what pooling and strides lose
 
 
-@dataclass(frozen=True)
-class PilotConfig:
-    """What `plan` needs besides the build's own settings."""
-
-    images: int = 64  # to measure with, over all datasets and views
-    price: float | None = None  # USD per hour of all that builds
-    train_rate: float | None = None  # observations/s of the policy alone; None = unknown
-    measure_model: bool = False  # measure it here
-    model_size: str = "base"  # of the policy measured
-    draws: int = 4  # noise samples that share one observation
-    disk_rate: float | None = None  # bytes/s of the disk to train from; None = measured here
-
-    def __post_init__(self) -> None:
-        if self.images < 2:
-            raise UserError(f"--pilot {self.images}: give at least 2 images to measure with")
-        if self.draws < 1:
-            raise UserError(f"--draws {self.draws}: give at least 1 noise sample")
-        for option, value in (
-            ("--price", self.price),
-            ("--train-samples-per-second", self.train_rate),
-            ("--disk-rate", self.disk_rate),
-        ):
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{option}: {value:g} is not above 0")
-
-
 def plan_build(
     config: BuildConfig,
-    pilot: PilotConfig = PilotConfig(),
+    pilot: PilotConfig = PilotConfig(),  # noqa: B008  # frozen
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Forecast:

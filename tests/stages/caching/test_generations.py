@@ -24,7 +24,8 @@ from dvla.common.files import lock_folder
 from dvla.errors import UserError
 from dvla.stages.caching import build as build_module
 from dvla.stages.caching import generations as generations_module
-from dvla.stages.caching.planning.pilot import PilotConfig, plan_build
+from dvla.stages.caching.config import PilotConfig
+from dvla.stages.caching.planning.pilot import plan_build
 from support.corner import SHARD, Corner, other_instruction, other_pictures, tree
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 from support.tolerances import assert_same_features
