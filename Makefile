@@ -1,11 +1,11 @@
-# `make demo` and `make test` do all the set-up by themselves; `make` alone lists the targets.
+# `make demo` and `make test` set everything up by themselves; `make` alone lists the targets.
 # Options: ARGS='…' for dvla demo or pytest, PYTHON=/path/to/python3.11 for the interpreter of .venv.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help venv system vulkan demo test lint docs audit wheel clean-venv
+.PHONY: help venv system vulkan demo test lint docs site audit wheel clean-venv
 
 VENV := .venv
 STAMP := $(VENV)/.dvla-installed
@@ -17,7 +17,7 @@ define NEED_PYTHON
 [ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer found; install python3.11, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 endef
 
-# apt WHY PACKAGE [FALLBACK]: installs as root or through sudo, or says in one line what to type
+# apt WHY PACKAGE [FALLBACK]: installs as root or through sudo, or prints in one line what to type
 define APT
 apt() {
   local why=$$1 sudo=; shift
@@ -29,15 +29,15 @@ apt() {
       if $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$$package" >/dev/null; then return 0; fi
     done
   fi
-  echo "error: $$why; install it as root and run again: apt-get install $$1" >&2
+  echo "error: $$why; as root, run: apt-get install $$1, then rerun make" >&2
   exit 1
 }
 endef
 
-help:  ## this list
+help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
-venv: $(STAMP)  ## make or refresh .venv (pinned by constraints.txt)
+venv: $(STAMP)  ## create or update .venv (pinned by constraints.txt)
 
 $(STAMP): constraints.txt pyproject.toml
 	@$(NEED_PYTHON)
@@ -58,18 +58,18 @@ $(STAMP): constraints.txt pyproject.toml
 	  $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VENV)/bin/python -m ensurepip >/dev/null
 	  $(VENV)/bin/python -m pip install --quiet uv
 	fi
-	echo "installing dvla and what it needs into $(VENV) (about 8 GB with torch's CUDA libraries)"
+	echo "installing dvla and its dependencies into $(VENV) (about 8 GB with torch's CUDA libraries)"
 	"$$uv" pip install --python $(VENV)/bin/python -e ".[lerobot,sim,dev]" -c constraints.txt
 	touch $@
 
-system:  ## the library that simulators render with (OSMesa or EGL), by apt-get where it is missing
+system:  ## install a headless rendering library (OSMesa or EGL) with apt-get if missing
 	@if [ "$$(uname -s)" != Linux ] || [ -n "$${MUJOCO_GL:-}" ]; then exit 0; fi
 	$(NEED_PYTHON)
 	$(APT)
 	found='import sys, ctypes.util as c; sys.exit(not (c.find_library("OSMesa") or c.find_library("EGL")))'
 	if ! "$(PYTHON)" -c "$$found"; then apt "no libOSMesa or libEGL for headless rendering" libosmesa6 libegl1; fi
 
-vulkan:  ## the software Vulkan driver that ManiSkill draws with, by apt-get (Debian 12: from its backports; its own is too old)
+vulkan:  ## install the software Vulkan driver that ManiSkill needs with apt-get (Debian 12: from backports)
 	@if [ "$$(uname -s)" != Linux ] || [ -n "$${VK_ICD_FILENAMES:-}" ]; then exit 0; fi
 	$(APT)
 	package=mesa-vulkan-drivers
@@ -84,26 +84,30 @@ vulkan:  ## the software Vulkan driver that ManiSkill draws with, by apt-get (De
 	fi
 	apt "a Vulkan driver for ManiSkill" $$package
 
-demo: system $(STAMP)  ## all three stages on two simulated tasks, on a CPU, in 8 to 12 minutes
+demo: system $(STAMP)  ## run all three stages on two simulated tasks, on a CPU, in 8 to 12 minutes
 	@$(VENV)/bin/dvla demo $(ARGS)
 
-test: system $(STAMP)  ## every test, in two processes (ARGS='-n 0 tests/test_x.py': some, in one)
+test: system $(STAMP)  ## run every test, in two processes (ARGS='-n 0 tests/drifting': some, in one)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: $(STAMP)  ## ruff (rules and format), and mypy over the package
+lint: $(STAMP)  ## run ruff (rules and format), and mypy over the package
 	@$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	mkdir -p $(VENV)/mypy
 	ln -sfn "$(CURDIR)" $(VENV)/mypy/dvla     # the root folder is the package dvla
 	MYPYPATH=$(VENV)/mypy $(VENV)/bin/mypy --cache-dir $(VENV)/mypy/cache -p dvla
 
-docs: $(STAMP)  ## docs/cli.md from the commands' own help
+docs: $(STAMP)  ## regenerate docs/cli.md from the commands' help
 	@$(VENV)/bin/python -m typer dvla.cli utils docs --name dvla --title "Command line" --output docs/cli.md
 
-audit: $(STAMP)  ## known vulnerabilities among the pinned versions (asks PyPI)
+site: $(STAMP)  ## build the documentation site in build/site, offline; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	echo build/site/index.html
+
+audit: $(STAMP)  ## check the pinned versions for known vulnerabilities (asks PyPI)
 	@$(UV)x pip-audit -r constraints.txt --no-deps --disable-pip
 
-wheel: $(STAMP)  ## dist/dvla-*.whl
+wheel: $(STAMP)  ## build dist/dvla-*.whl
 	@rm -rf build
 	$(UV) build --quiet --wheel --python $(VENV)/bin/python --out-dir dist
 	rm -rf build

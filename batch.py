@@ -136,6 +136,13 @@ class FeatureBatch:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def __repr__(self) -> str:
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        shapes = (
+            f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for name, x in fields if x is not None
+        )
+        return f"FeatureBatch({', '.join(shapes)}, on {self.tokens.device})"
+
 
 def random_batch(
     b: int, views: int, tokens: int, width: int, horizon: int, *, text_width: int | None = None, words: int = 16

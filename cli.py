@@ -13,6 +13,7 @@ from . import __version__
 from .common.command_line import run_command
 from .common.console import console, errors
 from .common.doctor import doctor_command
+from .common.options import Command, with_options
 from .errors import UserError
 from .stages.caching import cli as caching
 from .stages.caching.transfer import cli as transfer
@@ -25,7 +26,6 @@ from .stages.serving import cli as serving
 from .stages.simulation import cli as simulation
 from .stages.training import cli as training
 
-Command = Callable[..., None]
 app = typer.Typer(
     name="dvla",
     no_args_is_help=True,
@@ -35,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run the frozen VLM **once** into a feature cache, train a one-step Drifting DiT from it, bring the VLM back with LoRA.",
 )
-GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "data": (
         "Record, describe, check and show datasets.",
         {
@@ -69,7 +69,7 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     ),
     "bench": ("Measurements on this machine.", {"latency": serving.latency_command}),
 }
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": training.train_command,
     "finetune": training.finetune_command,
     "cotrain": experiments.cotrain_command,
@@ -89,10 +89,10 @@ COMMANDS: dict[str, Command] = {
 for group, (text, commands) in GROUPS.items():
     room = typer.Typer(no_args_is_help=True, help=text)
     for name, command in commands.items():
-        room.command(name)(command)
+        room.command(name, cls=Command)(with_options(command))
     app.add_typer(room, name=group)
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, cls=Command)(with_options(command))
 
 
 @app.callback(invoke_without_command=True)
@@ -118,7 +118,7 @@ def main() -> None:
         errors.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to go on", style="yellow")
+        errors.print("interrupted; rerun the same command to resume", style="yellow")
         sys.exit(130)
 
 

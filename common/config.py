@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -16,8 +17,29 @@ from ..errors import UserError, unknown
 T = TypeVar("T")
 
 
+class Option:
+    """How a setting is given on the command line: `lr: Annotated[float, Option("--lr", help="Peak learning rate.")] = 4e-4`.
+
+    `common/options.py` makes the options of a command from these; every setting, with an Option or without, can also be
+    given as `--set NAME=VALUE` or `--NAME=VALUE` where a command has --set. `type` is the option's where it differs.
+    """
+
+    def __init__(self, *names: str, help: str, type: Any = None) -> None:
+        self.names, self.help, self.type = names, help, type
+
+
+DEVICE = Option("--device", help="Device: cpu, cuda, cuda:N, or auto (CUDA where there is one).")
+VLM_PATH = Option("--vlm-path", help="Checkpoint folder or hub id of the VLM; default: the model's own.")
+DATASET_CONFIG = Option(
+    "--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type or name."
+)
+SAMPLE_STEPS = Option(
+    "--sample-steps", help="Forward passes per action of a flow or diffusion head; default: as it was trained for."
+)
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
-    """Build the frozen dataclass `cls` from `values`; nested dataclasses are built from nested mappings, lists become tuples.
+    """Build the frozen dataclass `cls` from `values`: nested dataclasses from nested mappings, tuples from lists.
 
     Raises `UserError` for an unknown key (nearest name suggested), a missing one, or a value of the wrong type.
     """
@@ -27,17 +49,34 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            error = unknown("setting", str(key), fields)
-            raise UserError(f"{where}: {error}")
+            raise UserError(f"{where}: {unknown('setting', str(key), fields)}")
     kwargs = {name: _convert(hints[name], values[name], f"{where}.{name}") for name in fields if name in values}
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
+    required = (n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING)
+    missing = [name for name in required if name not in kwargs]
     if missing:
         raise UserError(f"{where}: missing {', '.join(missing)}")
     return cls(**kwargs)
+
+
+def from_dotted(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
+    """`from_mapping` of dotted names: {"optimizer.lr": 1e-4}. None: not given."""
+    return from_mapping(cls, apply({}, values), where)
+
+
+def apply(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with dotted `overrides` ("optimizer.lr": 1e-4) put in; those that are None are not given."""
+    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        *groups, name = key.split(".")
+        node = out
+        for part in groups:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"setting '{key}': '{part}' is a value, not a group of settings")
+        node[name] = value
+    return out
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -87,16 +126,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: expected a mapping, got {value!r}")
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value, where)
+        return value if isinstance(value, hint) else from_mapping(hint, value, where)
     if hint is Any:
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        try:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
             return float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            pass
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

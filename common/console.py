@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from ..errors import UserError
+from .text import duration
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def say(line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, markup=False)
+
+
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
+
+Show = Callable[[str, int, int], None]  # (name, done, total); a name tells what is counted, as in "push/front: images"
+
+
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """`show(name, done, total)`: one rich bar per name; on a pipe or in a log file, nothing but the closing lines."""
+def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
+    """`show(name, done, total)`: a bar per name; off a terminal, a line per name and `every` seconds (None: no lines)."""
+    if not console.is_terminal:
+        yield (lambda *_: None) if every is None else progress_lines(every)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -32,7 +47,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=900) as bars:
+    with Progress(*columns, console=console, speed_estimate_period=900) as bars:
         tasks: dict[str, Any] = {}
 
         def show(name: str, done: int, total: int) -> None:
@@ -41,6 +56,23 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[name], completed=done, total=total)
 
         yield show
+
+
+def progress_lines(every: float, clock: Callable[[], float] = time.monotonic) -> Show:
+    """A `show` that prints done, total, rate and time left of a name, at most once in `every` seconds."""
+    first: dict[str, tuple[float, int]] = {}  # name → when it was first shown, and what was done then
+    printed: dict[str, float] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        now = clock()
+        began, before = first.setdefault(name, (now, done))
+        if now == began or done >= total or now - printed.get(name, began) < every:
+            return
+        printed[name], rate = now, (done - before) / (now - began)
+        left = f", {duration((total - done) / rate)} left" if rate else ""
+        console.print(f"{name} {done}/{total}, {rate:.3g}/s{left}", markup=False)
+
+    return show
 
 
 def table(head: list[str], rows: list[list[str]], title: str | None = None) -> Table:
@@ -57,12 +89,15 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
-def _table(*columns: str | Column) -> Table:
-    return Table(*columns, box=SIMPLE_HEAD)
+def simple_table(*columns: str | Column, **options: Any) -> Table:
+    """An empty, narrow table with one rule, under its head. Where it is too wide, words are folded: nothing is cut off."""
+    folded = (Column(c, overflow="fold") if isinstance(c, str) else c for c in columns)
+    return Table(*folded, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **options)
 
 
-def _right(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]
+def right_aligned(*names: str) -> list[Column]:
+    """Columns of numbers, which stay in one line."""
+    return [Column(name, justify="right", no_wrap=True) for name in names]
 
 
 def write_json(file: Path | None, values: Any) -> None:

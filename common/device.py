@@ -14,7 +14,7 @@ def pick_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", name):
         raise UserError(f"device '{name}' is not one of auto, cpu, cuda, cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"device '{name}': this machine has no CUDA device torch can use; run `dvla doctor`, or use cpu"
-        )
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+        raise UserError(f"device '{name}': torch finds no CUDA device on this machine; run `dvla doctor`, or use cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -28,95 +28,56 @@ class Finding:
 
 
 def version_of(package: str) -> str | None:
-    """Version of an installed package; None: it is missing."""
+    """Version of an installed package; None when it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
+REQUIRED = ("torch", "transformers", "peft", "av", "pyarrow", "google-crc32c", "distributed", "webdataset")
+OPTIONAL = (  # package, what does not work without it, how to get it
+    ("flash-attn", "nothing: torch's own attention is used", "pip install 'dvla[gpu]' on a CUDA machine"),
+    (
+        "lerobot",
+        "`dvla data record` cannot write datasets (reading needs only av and pyarrow)",
+        "pip install 'dvla[lerobot]'",
+    ),
+    ("metaworld", "`dvla demo` cannot run; no Meta-World tasks", "pip install 'dvla[sim]'"),
+    ("mani-skill", "no ManiSkill tasks", "pip install 'dvla[maniskill]'; see docs/simulators.md"),
+    ("gym-aloha", "no bimanual ALOHA tasks", "pip install 'dvla[aloha]'"),
+    ("robosuite", "no dexterous-hand tasks", "pip install 'dvla[robosuite]'"),
+    ("wandb", "no --wandb-mode; RUN/log.jsonl holds the same numbers", "pip install 'dvla[wandb]'"),
+    ("rerun-sdk", "no `dvla rerun`; reports need nothing", "pip install 'dvla[rerun]'"),
+    ("onnxruntime", "no `dvla export --format onnx`; torch-export works", "pip install 'dvla[onnx]'"),
+    ("websockets", "no `dvla serve`", "pip install 'dvla[serve]'"),
+    ("deepspeed", "no strategy zero2; ddp and fsdp2 work", "pip install 'dvla[deepspeed]'"),
+    ("pyvista", "DexGraspNet scenes cannot be rendered", "pip install 'dvla[render]'"),
+    ("dask-jobqueue", "no --slurm; --workers and --scheduler work", "pip install 'dvla[slurm]'"),
+)
+
+
 def examine() -> list[Finding]:
     """Look at this machine. Imports nothing but torch."""
-    findings = [Finding("python", platform.python_version(), required=True)]
-    for package in ("torch", "transformers", "peft", "av", "pyarrow", "google-crc32c", "distributed", "webdataset"):
-        findings.append(Finding(package, version_of(package), "nothing runs", "pip install dvla", required=True))
-    findings.append(
+    return [
+        Finding("python", platform.python_version(), required=True),
+        *(Finding(name, version_of(name), "nothing runs", "pip install dvla", required=True) for name in REQUIRED),
         Finding(
             "CUDA",
             _cuda(),
             "the 2 B VLM and the base model are slow on a CPU; the tiny sizes run",
             "a CUDA GPU with its driver, and a torch build for it",
-        )
-    )
-    findings += [
-        Finding(
-            "flash-attn",
-            version_of("flash-attn"),
-            "nothing: torch's own attention is used",
-            "pip install 'dvla[gpu]' on a CUDA machine",
         ),
+        Finding("ffmpeg", _ffmpeg(), "no video can be decoded", "pip install av"),
         Finding(
-            "ffmpeg",
-            shutil.which("ffmpeg") or (f"libraries inside av {version_of('av')}" if version_of("av") else None),
-            "no video can be decoded",
-            "pip install av",
+            "headless OpenGL", _opengl(), "simulators cannot render images", "apt-get install libosmesa6 (or libegl1)"
         ),
-        Finding(
-            "lerobot",
-            version_of("lerobot"),
-            "`dvla data record` cannot write datasets (reading needs only av and pyarrow)",
-            "pip install 'dvla[lerobot]'",
-        ),
-        Finding(
-            "metaworld",
-            version_of("metaworld"),
-            "`dvla demo` cannot run; no Meta-World tasks",
-            "pip install 'dvla[sim]'",
-        ),
-        Finding(
-            "mani-skill",
-            version_of("mani-skill"),
-            "no ManiSkill tasks",
-            "pip install 'dvla[maniskill]'; see docs/simulators.md",
-        ),
-        Finding("gym-aloha", version_of("gym-aloha"), "no bimanual ALOHA tasks", "pip install 'dvla[aloha]'"),
-        Finding("robosuite", version_of("robosuite"), "no tasks of a dexterous hand", "pip install 'dvla[robosuite]'"),
-        Finding(
-            "wandb",
-            version_of("wandb"),
-            "no --wandb-mode; RUN/log.jsonl holds the same numbers",
-            "pip install 'dvla[wandb]'",
-        ),
-        Finding(
-            "rerun-sdk", version_of("rerun-sdk"), "no `dvla rerun`; reports need nothing", "pip install 'dvla[rerun]'"
-        ),
-        Finding(
-            "onnxruntime",
-            version_of("onnxruntime"),
-            "no `dvla export --format onnx`; torch-export works",
-            "pip install 'dvla[onnx]'",
-        ),
-        Finding("websockets", version_of("websockets"), "no `dvla serve`", "pip install 'dvla[serve]'"),
-        Finding(
-            "deepspeed",
-            version_of("deepspeed"),
-            "no strategy zero2; ddp and fsdp2 work",
-            "pip install 'dvla[deepspeed]'",
-        ),
-        Finding(
-            "pyvista", version_of("pyvista"), "DexGraspNet's scenes cannot be rendered", "pip install 'dvla[render]'"
-        ),
-        Finding(
-            "dask-jobqueue",
-            version_of("dask-jobqueue"),
-            "no --slurm; --workers and --scheduler work",
-            "pip install 'dvla[slurm]'",
-        ),
-        Finding(
-            "headless OpenGL", _opengl(), "simulators cannot render pictures", "apt-get install libosmesa6 (or libegl1)"
-        ),
+        *(Finding(name, version_of(name), costs, install) for name, costs, install in OPTIONAL),
     ]
-    return findings
+
+
+def _ffmpeg() -> str | None:
+    return shutil.which("ffmpeg") or (f"libraries inside av {version}" if (version := version_of("av")) else None)
 
 
 def _cuda() -> str | None:
@@ -135,14 +96,15 @@ def doctor_table(findings: list[Finding]) -> Table:
     """One row per piece: version, or what its absence costs and how to get it."""
     table = Table("piece", "found", "without it", "to get it")
     for f in findings:
-        table.add_row(
-            f.name, f.found or "[red]missing[/red]", *(("", "") if f.found else (escape(f.costs), escape(f.install)))
-        )
+        remedy = ("", "") if f.found else (escape(f.costs), escape(f.install))
+        table.add_row(f.name, f.found or "[red]missing[/red]", *remedy)
     return table
 
 
 def doctor_command() -> None:
-    """What is installed, what each missing piece costs, how to get it. Exit code 1 when something necessary is missing.
+    """Show what is installed, what each missing piece costs and how to get it.
+
+    Exit code 1 when a required one is missing.
 
     Example: dvla doctor
     """

@@ -1,6 +1,6 @@
-"""How every picture of this package looks: one palette (Okabe and Ito's, which colour-blind people can tell apart), light and dark.
+"""The look of every figure: one palette (Okabe and Ito's, which color-blind people can tell apart), light and dark.
 
-Figures are made with matplotlib's objects alone: no pyplot, no global state, so they may be drawn in any thread and leave nothing behind.
+Figures are made with matplotlib's objects alone, without pyplot's global state, so they may be drawn in any thread.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
 SKY, AMBER, YELLOW = "#56B4E9", "#E69F00", "#F0E442"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, GREY, YELLOW)
-"""In this order, so that neighbours differ in lightness too."""
+"""Ordered so that neighbors differ in lightness too."""
 MARKERS = "osD^vPX*"
 DPI = 100  # of the PNGs
 
 
 @dataclass(frozen=True)
 class Style:
-    """Colours by what they stand for."""
+    """Colors by what they stand for."""
 
     name: str
     back: str  # of the figure
     text: str
     faint: str  # grids, spines
-    expert: str = BLUE  # what the data does
-    predicted: str = ORANGE  # what the policy does
-    cycle: tuple[str, ...] = CYCLE  # of what has no colour of its own
-    map: str = "cividis"  # of heat maps: dark is little
+    expert: str = BLUE  # demonstrated actions
+    predicted: str = ORANGE  # the policy's actions
+    cycle: tuple[str, ...] = CYCLE  # of everything else
+    map: str = "cividis"  # of heat maps: dark is low
 
 
 LIGHT = Style("light", "#ffffff", "#1c1e22", "#c8ccd2")
@@ -53,21 +53,21 @@ STYLES = {style.name: style for style in (LIGHT, DARK)}
 
 
 def style_named(name: str) -> Style:
-    """The style of that name; `UserError` with the nearest otherwise."""
+    """The style of that name. `UserError` for an unknown one."""
     if name not in STYLES:
         raise unknown("style", name, STYLES)
     return STYLES[name]
 
 
 def new_figure(style: Style, width: float = 8.0, height: float = 4.5) -> Figure:
-    """An empty figure of so many inches; draw on it, then `finish` it."""
+    """An empty figure, `width` × `height` inches; draw on it, then `finish` it."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor=style.back)
 
 
 def grid(figure: Figure, count: int, columns: int, **how: Any) -> Iterator[Axes]:
-    """`count` axes in rows of `columns`; the places that are left over stay empty."""
+    """`count` axes in rows of `columns`."""
     columns = min(columns, count)
     axes = figure.subplots(-(-count // columns), columns, squeeze=False, **how).flat
     for i, axis in enumerate(axes):
@@ -81,18 +81,16 @@ def grid(figure: Figure, count: int, columns: int, **how: Any) -> Iterator[Axes]
 def finish(
     figure: Figure, finding: str, style: Style, legend: Literal["upper right", "lower left", "outside"] = "upper right"
 ) -> Figure:
-    """Give the figure its title, one or two lines that say what it shows, and every text and line that has no meaning of its own the style's
-    colours; a legend in each axes with labels, at the place `legend`, or "outside", below all. Returns the figure."""
+    """Title, legends and colors of a finished drawing; returns the figure.
+
+    Args:
+        finding: the title, one or two lines that say what the figure shows; may be empty.
+        legend: where each axes with labels has its legend; "outside": one legend below all axes.
+    """
     width = int(figure.get_figwidth() * 11)
     if finding:
-        figure.suptitle(
-            "\n".join(textwrap.wrap(finding, width)),
-            x=0.01,
-            ha="left",
-            fontsize=11,
-            fontweight="bold",
-            color=style.text,
-        )
+        title = "\n".join(textwrap.wrap(finding, width))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=style.text)
     for axis in figure.axes:
         axis.set_facecolor(style.back)
         axis.tick_params(which="both", colors=style.text, labelsize=8)
@@ -107,10 +105,8 @@ def finish(
             spine.set_visible(name in ("left", "bottom", "outline"))
         for text in axis.texts:
             text.set_color(style.text)
-        if (
-            legend != "outside" and axis.get_legend_handles_labels()[0]
-        ):  # not "best": looking for it takes longer than drawing
-            axis.legend(
+        if legend != "outside" and axis.get_legend_handles_labels()[0]:
+            axis.legend(  # never at "best": searching for it takes longer than drawing
                 loc=legend, fontsize=8, labelcolor=style.text, facecolor=style.back, edgecolor="none", framealpha=0.8
             )
     if legend == "outside":
@@ -122,20 +118,19 @@ def finish(
 
 
 def say_nothing(figure: Figure, why: str, style: Style) -> Figure:
-    """A figure of what cannot be shown: the reason in its title, and nothing else."""
+    """An empty figure whose title gives the reason why nothing can be shown."""
     figure.set_size_inches(8, 0.8)
     return finish(figure, why, style)
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file of at most 256 colours, a third of the size that matplotlib writes."""
+    """The figure as a PNG file of at most 256 colors, a third of the size that matplotlib writes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     canvas, out = FigureCanvasAgg(figure), io.BytesIO()
     figure.set_dpi(DPI)
     canvas.draw()
-    Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert(
-        "RGB"
-    ).quantize(256).save(out, "png", optimize=True)
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
+    image.convert("RGB").quantize(256).save(out, "png", optimize=True)
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""Files: locks, durable writes, checksums, JSON documents; one line when a disk is full."""
+"""Locks, durable writes, checksums and JSON documents; a full disk is reported in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, used-up quota,
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` when the block ends well. `UserError` when `out` exists."""
+    """A folder to write in, renamed to `out` when the block succeeds. `UserError` when `out` exists."""
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder or remove it")
     part = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -39,19 +39,21 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def hold(file: IO[Any] | int, busy: str, still: Callable[[], bool] = lambda: True) -> None:
-    """Lock an open file, or a folder's descriptor, until it is closed. `UserError` that begins with `busy` when another process has it, or when what
-    was locked is not the right one any more."""
+    """Lock an open file or a folder's descriptor until it is closed.
+
+    `UserError` that begins with `busy` when another process holds it, or when `still()` is false after locking.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held = still()
     except OSError:
         held = False
     if not held:
-        raise UserError(f"{busy}; wait for it or stop it, then run again")
+        raise UserError(f"{busy}; wait for it to finish or stop it, then rerun")
 
 
 def lock_folder(path: Path) -> BinaryIO:
-    """The lock of the cache at `path`: a file that is held until it is closed; `UserError` when another process has it."""
+    """The lock of the cache at `path`, held until the file is closed; `UserError` when another process holds it."""
     try:
         file = open(path / ".lock", "ab")
     except OSError as error:
@@ -69,7 +71,7 @@ def lock_folder(path: Path) -> BinaryIO:
 
 
 def names_full_disk(method: Method) -> Method:
-    """Of a writer with a `path`: a full disk is a `UserError`. Nothing is lost, and the same command goes on once there is room."""
+    """Decorate a method of a writer with a `path`: a full disk becomes a `UserError`, and nothing is lost."""
 
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,8 +82,8 @@ def names_full_disk(method: Method) -> Method:
                 raise
             free = shutil.disk_usage(self.path).free / 2**30
             raise UserError(
-                f"cannot go on writing {self.path}: {error.strerror} ({free:.2f} GiB are free); what is finished is kept: "
-                "make room and run the same command again"
+                f"cannot write {self.path}: {error.strerror} ({free:.2f} GiB free); finished work is kept: "
+                "free some space and rerun the same command to resume"
             ) from None
 
     return guarded  # type: ignore[return-value]
@@ -93,12 +95,14 @@ def crc32c(data: np.ndarray | bytes, start: int = 0) -> int:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name a file carries until it is whole: this process's own, on whatever host it runs. `CacheWriter` removes the ones that a
-    killed builder left."""
+    """The name of a file until it is complete, unique to this process on any host.
+
+    `CacheWriter` removes those that a killed builder left.
+    """
     return path.with_name(f".{path.name}.tmp-{_own_names.setdefault(os.getpid(), uuid.uuid4().hex[:16])}")
 
 
-_own_names: dict[int, str] = {}  # process id → its part of temporary names; a forked process gets another
+_own_names: dict[int, str] = {}  # process id → its suffix of temporary names; a forked process gets its own
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -112,7 +116,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> tuple[int, int]:
-    """Write a small file whole or not at all; returns (nbytes, crc32c)."""
+    """Write a small file atomically; returns (nbytes, crc32c)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
@@ -135,14 +139,17 @@ def file_crc32c(path: Path) -> tuple[int, int]:
     return nbytes, crc
 
 
-def json_bytes(document: Any, *, allow_nan: bool = True) -> bytes:
-    """Readable JSON with a fixed byte form: sorted keys, one space of indentation. `ValueError` for NaN or infinity where they are not allowed."""
-    return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n").encode()
+def json_bytes(document: Any, *, indent: int = 1, allow_nan: bool = True) -> bytes:
+    """Readable JSON with a fixed byte form and sorted keys. `ValueError` for a NaN or infinity that is not allowed."""
+    text = json.dumps(document, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    return f"{text}\n".encode()
 
 
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """A JSON document; `UserError`, ending in `hint`, when it cannot be read."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON document; `UserError` when it cannot be read."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}{hint}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None

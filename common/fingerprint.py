@@ -26,7 +26,7 @@ def digest(document: dict[str, Any]) -> str:
 def diff(
     cached: dict[str, Any], asked: dict[str, Any], was: str = "cache has", now: str = "this run asks"
 ) -> list[str]:
-    """One line per differing field, sorted by name; empty when equal. `was`, `now`: the words before the value of each.
+    """One line per differing field, sorted by name; empty when equal. `was`, `now`: the words before each value.
 
     >>> diff({"encoder": {"resolution": 448}}, {"encoder": {"resolution": 224}})
     ['encoder.resolution: cache has 448, this run asks 224']

@@ -8,7 +8,7 @@ ROUNDS = 6  # Feistel rounds
 
 
 def mix(*words: np.ndarray | int) -> np.ndarray:
-    """Hash integers (arrays broadcast) to uint64: splitmix64's finaliser (Steele, Lea, Flood 2014), once per word."""
+    """Hash integers (arrays broadcast) to uint64: splitmix64's finalizer (Steele, Lea, Flood 2014), once per word."""
     with np.errstate(over="ignore"):
         h = np.zeros((), np.uint64)
         for word in words:
@@ -28,7 +28,7 @@ def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) ->
     """Image of `index` [n] (0 ≤ index < size) under a permutation of `size` items chosen by `key`; int64 [n].
 
     A Feistel network over the next power of four, walked until it lands below `size` (cycle walking; Black and Rogaway
-    2002). `size` and `key` may differ per element. Memory is that of the arguments.
+    2002). `size` and `key` may differ per element.
     """
     index, size, key = np.broadcast_arrays(
         np.asarray(index, np.uint64), np.asarray(size, np.uint64), np.asarray(key, np.uint64)

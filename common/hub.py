@@ -14,8 +14,10 @@ HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
 
 
 def policy_snapshot(repo: str) -> Path | None:
-    """Folder of the policy "owner/name" or "owner/name@revision" of the hub, fetched if it is not here yet; None when it is no such id.
-    `UserError` when it cannot be fetched."""
+    """Folder of the hub's policy "owner/name" or "owner/name@revision", downloaded unless cached; None for another id.
+
+    `UserError` when it cannot be downloaded.
+    """
     found = HUB_ID.fullmatch(repo)
     if found is None or found[2] or ".." in repo:
         return None
@@ -32,13 +34,14 @@ def hub_files(path_or_repo: str) -> list[str]:
     folder = found[2].removeprefix("/")
     try:
         names = HfApi().list_repo_files(found[1], repo_type="dataset", revision=found[3])
-    except Exception as error:  # the client raises many types (HTTP, offline, validation): "could not be fetched"
+    except Exception as error:  # the client raises many types: HTTP, offline, validation
         raise unreachable(found[1], error) from None
     files = [n.removeprefix(folder + "/") for n in names if not folder or n.startswith(folder + "/")]
     return files or [n.rsplit("/", 1)[-1] for n in names if n == folder]  # one file of the repository
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str] | None, kind: str = "dataset") -> Path:
+    """Folder of a repository's files that match `patterns` (None: all), downloaded unless cached."""
     from huggingface_hub import snapshot_download  # imported late: slow, and not needed for a local dataset
 
     try:
@@ -48,7 +51,8 @@ def snapshot(repo: str, revision: str | None, patterns: list[str] | None, kind: 
 
 
 def unreachable(repo: str, error: Exception) -> UserError:
-    return UserError(f"'{repo}' is not a folder here and could not be fetched from the hub: {first_line(error)}")
+    """The error for a repository that is neither a local folder nor on the hub."""
+    return UserError(f"'{repo}' is not a local folder and could not be downloaded from the hub: {first_line(error)}")
 
 
 @contextlib.contextmanager
@@ -60,5 +64,6 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise
     except Exception as error:  # the client raises many types: HTTP, offline, validation, no token
         raise UserError(
-            f"the hub did not take {repo}: {first_line(error)}; log in with `hf auth login` and check the name and your rights"
+            f"the hub rejected {repo}: {first_line(error)}; log in with `hf auth login`, "
+            "and check the name and your permissions"
         ) from None

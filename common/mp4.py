@@ -13,21 +13,21 @@ import numpy as np
 
 
 def quiet_libav() -> None:
-    """Let FFmpeg's libraries print errors only, and never through Python.
+    """Silence FFmpeg's libraries except for fatal errors, and keep their log out of Python.
 
-    PyAV's own log callback takes the interpreter lock in FFmpeg's threads: closing a file that is still decoding (the lock is
-    held while those threads are joined) then waits for ever. Other libraries put that callback back when they are
-    imported (torchvision does), so this is called at every opening.
+    PyAV's own log callback takes the interpreter lock in FFmpeg's threads: closing a file that is still decoding (the
+    lock is held while those threads are joined) then waits forever. Other libraries restore that callback when they are
+    imported (torchvision does), so call this whenever a file is opened.
     """
     av.logging.restore_default_callback()
-    av.logging.set_libav_level(av.logging.FATAL)  # what is wrong with a file is said by `CorruptEpisode`
+    av.logging.set_libav_level(av.logging.FATAL)  # `CorruptEpisode` says what is wrong with a file
 
 
 @contextlib.contextmanager
 def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that adds one picture, uint8 `[H, W, 3]` with even sides, all of one size, to an mp4 (h264, yuv420p).
+    """Open an mp4 (h264, yuv420p); gives a function that adds a frame, uint8 `[H, W, 3]`, H and W even and constant.
 
-    The file appears under its name, or replaces the one there, when the block ends well; otherwise nothing is left.
+    The file appears under its name, or replaces the one there, when the block ends without an error.
     """
     quiet_libav()
     path = Path(path)
@@ -36,18 +36,12 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]
     try:
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "20"})
-            begun = False
+            stream.pix_fmt = "yuv420p"
 
-            def write(picture: np.ndarray) -> None:
-                nonlocal begun
-                if not begun:
-                    stream.height, stream.width, stream.pix_fmt, begun = (
-                        picture.shape[0],
-                        picture.shape[1],
-                        "yuv420p",
-                        True,
-                    )
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            def write(frame: np.ndarray) -> None:
+                if not stream.codec_context.is_open:
+                    stream.height, stream.width = frame.shape[:2]
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
 
             yield write
             container.mux(stream.encode())

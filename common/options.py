@@ -1,17 +1,167 @@
-"""Command-line options that several rooms share."""
+"""Options of commands: those that several rooms share, and those made from the settings of a dataclass.
+
+A setting says in its dataclass how it is given on the command line (`config.Option`). A command names the settings that it offers:
+
+    def serve_command(policy: Policy, given: Annotated[Given, Options(ServeConfig, "host port")], device: Device = "auto") -> None:
+        config = from_dotted(ServeConfig, given)
+
+`with_options` turns the one parameter `given` into the options --host and --port, with the help, type and default that `ServeConfig` has.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+import yaml
+from typer.core import TyperCommand
 
-VlmPath = Annotated[
-    str | None, typer.Option("--vlm-path", help="Checkpoint folder or hub id; default: the model's own.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+from ..errors import UserError
+from .config import DEVICE, VLM_PATH, Option
+
+VlmPath = Annotated[str | None, typer.Option(*VLM_PATH.names, help=VLM_PATH.help)]
+Device = Annotated[str, typer.Option(*DEVICE.names, help=DEVICE.help)]
 Json = Annotated[Path | None, typer.Option("--json", help="File to write the same as JSON to.")]
-
-
 Public = Annotated[bool, typer.Option("--public", help="A new repository is public; default: private.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting, e.g. --set optimizer.warmup=100; may be given several times."),
+]
+
+Given = dict[str, Any]
+"""Dotted name of a setting → value, of the options that were given (or have a default)."""
+
+
+class Options:
+    """Marks a command's parameter as standing for the settings `order` of the dataclass `config`: dotted names in the order of --help.
+
+    The name of another parameter of the command puts that one in its place, and `p.x` the setting x of a parameter p that stands for
+    settings as well. `defaults=False`: an option that is not given is not among the given, for settings that a recipe may hold.
+    """
+
+    def __init__(self, config: type, order: str = "", *, defaults: bool = True) -> None:
+        self.config, self.order, self.defaults = config, order.split(), defaults
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with one parameter for each setting of its `Options`, as typer wants it; others stay as they are."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = inspect.signature(command).parameters
+    groups = {name: found for name in own if (found := _options_of(hints[name]))}
+    seen: set[str] = set()
+    placed: list[inspect.Parameter] = []
+    settings: dict[str, tuple[str, str]] = {}  # name of a made parameter → (the command's parameter, setting)
+
+    def place(name: str) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        if name not in groups:
+            placed.append(own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            return
+        for setting in groups[name].order:
+            if setting in own:
+                place(setting)
+                continue
+            other, _, rest = setting.partition(".")
+            group, setting = (other, rest) if rest and other in groups else (name, setting)
+            made = f"{group}__{setting.replace('.', '_')}"
+            placed.append(_parameter(made, groups[group], setting))
+            settings[made] = group, setting
+
+    for name in own:
+        place(name)
+
+    def run(**values: Any) -> None:
+        given: dict[str, Given] = {name: {} for name in groups}
+        for name, (group, setting) in settings.items():
+            value = values.pop(name)
+            if value is not None and (groups[group].defaults or value is not False):
+                given[group][setting] = value
+        command(**given, **values)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in placed}
+    run.__signature__ = inspect.Signature(placed)  # type: ignore[attr-defined]
+    return run if groups else command
+
+
+def _options_of(hint: Any) -> Options | None:
+    return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Options)), None)
+
+
+def _parameter(name: str, options: Options, setting: str) -> inspect.Parameter:
+    """The option of one setting, as typer wants it."""
+    hint, default = _setting(options.config, setting)
+    option = next(m for m in hint.__metadata__ if isinstance(m, Option))
+    kind = option.type or _type_of(hint.__origin__)
+    if default is not inspect.Parameter.empty and (typing.get_origin(kind) is list or not options.defaults):
+        default = False if kind is bool else None
+    annotation = Annotated[kind | None if default is None else kind, typer.Option(*option.names, help=option.help)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _setting(config: type, setting: str) -> tuple[Any, Any]:
+    """(annotation, default) of a dotted setting; a default that is empty: it must be given."""
+    group, _, rest = setting.partition(".")
+    hint = _hints(config)[group]
+    if rest:
+        return _setting(hint, rest)
+    field = next(f for f in dataclasses.fields(config) if f.name == group)
+    if field.default_factory is not dataclasses.MISSING:
+        return hint, field.default_factory()
+    return hint, inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config, include_extras=True)
+
+
+def _type_of(hint: Any) -> Any:
+    """What typer reads for a setting of this type: names as text, tuples as options that may be repeated."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        (hint,) = (a for a in args if a is not type(None))
+        return _type_of(hint)
+    return str if origin is Literal else list[args[0]] if origin is tuple else hint  # type: ignore[valid-type]
+
+
+def parse_set(given: Sequence[str] | None) -> Given:
+    """`["optimizer.warmup=100"]` → {"optimizer.warmup": 100}; values are YAML."""
+    out = {}
+    for item in given or ():
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise UserError(f"--set {item}: expected name=value, e.g. --set optimizer.warmup=100")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {item}: the value is not valid YAML") from None
+    return out
+
+
+class Command(TyperCommand):
+    """A command that takes `--NAME=VALUE` as `--set NAME=VALUE` where it has --set and no option of that name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Rewrite such arguments before they are parsed."""
+        options = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        if "--set" not in options:
+            return super().parse_args(ctx, args)
+        end = args.index("--") if "--" in args else len(args)
+        rewritten: list[str] = []
+        for word in args[:end]:
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and equals and name not in options:
+                rewritten += ["--set", f"{name[2:]}={value}"]
+            else:
+                rewritten.append(word)
+        return super().parse_args(ctx, rewritten + args[end:])

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM, the warning of a walltime: what long work does when they come. Handlers belong to the main thread; elsewhere nothing is set."""
+"""Handling of Ctrl-C and of SIGTERM, which schedulers send before a job's time is up, in long-running work.
+
+Only the main thread can set handlers; in other threads nothing is set.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Handler = Callable[[int, Any], None]
 
 @contextlib.contextmanager
 def handled(handler: Handler, numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[None]:
-    """These signals go to `handler` meanwhile."""
+    """Send these signals to `handler` inside the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -27,10 +30,10 @@ def handled(handler: Handler, numbers: tuple[int, ...] = (signal.SIGINT, signal.
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """A list that is filled by SIGINT or SIGTERM, so that the loop ends after a whole step.
+    """A list that SIGINT and SIGTERM append to, so that a loop can stop after a complete step.
 
-    A second SIGINT acts as usual; a second SIGTERM does nothing, since a scheduler sends it to every process of a job and a launcher
-    then sends it on to those it started.
+    A second SIGINT acts as usual. A second SIGTERM does nothing: a scheduler sends it to every process of a job, and
+    a launcher forwards it to those it started.
     """
     stopped: list[int] = []
     usual = signal.getsignal(signal.SIGINT)
@@ -45,10 +48,10 @@ def signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[Callable[[], None]]:
-    """SIGTERM acts like Ctrl-C: `KeyboardInterrupt`, so that everything is closed on the way out.
+    """Make SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does, so that everything is closed on the way out.
 
-    Gives a check to be called now and then: where a signal came, but its exception was lost since it was raised in a finaliser
-    (Python drops those), it raises again.
+    Yields a check to call now and then: it raises again where the exception was lost because it was raised in a
+    finalizer (Python drops those).
     """
     seen: list[int] = []
 
@@ -60,6 +63,6 @@ def terminable() -> Iterator[Callable[[], None]]:
         if seen:
             raise KeyboardInterrupt
 
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # started in the background: Ctrl-C is not for it
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # started in the background, where Ctrl-C is ignored
     with handled(interrupt, (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)):
         yield check

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import Any
 
 from ..errors import UserError
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says; its type where it says nothing."""
+    """The first line of an error's message; its type where that is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def wrapped(text: str, indent: str = "  ", width: int = 80) -> str:
+    """The text in indented lines of at most `width` columns, broken between words."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, **options)
+
+
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Readable text for a number of seconds."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     if seconds < 7200:
@@ -23,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people."""
+    """Readable text for a number of bytes."""
     value, unit = float(nbytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -32,18 +39,9 @@ def size(nbytes: int) -> str:
     return f"{value:.1f} {unit}"
 
 
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-    "TIB": 1 << 40,
-}
+UNITS = {"": 1, "B": 1}
+UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 def parse_size(text: str) -> int:
@@ -51,13 +49,13 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in UNITS or float(found[1]) * UNITS[found[2].upper()] < 1:
         raise UserError(
-            f"'{text}' is not a size; give a number of bytes, or one with KiB, MiB, GiB, TiB, KB, MB, GB or TB, as in 1GiB"
+            f"'{text}' is not a size; give a number of bytes, or add KiB, MiB, GiB, TiB, KB, MB, GB or TB, as in 1GiB"
         )
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def public(value: Any) -> Any:
-    """`value` with what may be a secret in an address left out: `s3://key:password@host/a?token=x` → `s3://host/a`."""
+    """`value` without the possible secrets of a URL: `s3://key:password@host/a?token=x` → `s3://host/a`."""
     if isinstance(value, dict):
         return {k: public(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

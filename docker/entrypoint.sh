@@ -1,5 +1,6 @@
 #!/bin/bash
-# Before the command of a container: a display where there is Xvfb and none is set, and W&B's login where a key is. The key is never printed.
+# Runs before a container's command: starts Xvfb if it is installed and no display is set, and logs in to W&B if a key
+# is set. The key is never printed.
 set -euo pipefail
 
 if [ -z "${DISPLAY:-}" ] && command -v Xvfb > /dev/null; then
@@ -12,8 +13,9 @@ if [ -z "${DISPLAY:-}" ] && command -v Xvfb > /dev/null; then
 fi
 
 if [ -n "${WANDB_API_KEY:-}" ]; then
-  # From the environment, not as an argument, which other processes could see.
-  python -c "import wandb; wandb.login()" > /dev/null 2>&1 || echo "W&B did not accept WANDB_API_KEY; the run goes on without" >&2
+  # Read from the environment: other processes could see an argument.
+  python -c "import wandb; wandb.login()" > /dev/null 2>&1 \
+    || echo "warning: W&B did not accept WANDB_API_KEY; the run continues without W&B" >&2
 fi
 
 exec "$@"

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TEMPERATURES = (0.02, 0.05, 0.2)
-AFFINITY_FLOOR = 1e-6
+from .config import AFFINITY_FLOOR, TEMPERATURES
+
 MIN_DISTANCE = 1e-4  # sqrt(1e-8), the release's floor under a squared distance
 MIN_SCALE = 1e-3  # floor of the distance scale: a collapsed set must not be divided by zero
 MIN_MEAN_SQUARE = 1e-8  # floor under mean(F²) before the RMS normalization

@@ -32,18 +32,10 @@ from torch import Tensor
 
 from ..batch import FeatureBatch
 from ..errors import UserError
+from .config import DENOISING, DIFFUSION_STEPS, ONE_STEP, LossConfig
 from .dit import Context, DiTConfig, rope
 from .field import Reduce
-from .losses import (
-    DENOISING,
-    DIFFUSION_STEPS,
-    ONE_STEP,
-    LossConfig,
-    PolicyLoss,
-    counting,
-    masked_mean_square,
-    policy_loss,
-)
+from .losses import PolicyLoss, counting, masked_mean_square, policy_loss
 from .policy_net import PolicyNet
 from .queues import ChunkQueues
 

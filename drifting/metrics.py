@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 
 from ..batch import UNIFIED_DIM, FeatureBatch
+from .config import LossConfig
 from .field import grouped_drifting_field
-from .losses import LossConfig, counting
+from .losses import counting
 
 METRICS = ("mse", "mae", "correlation", "coverage", "nl2")
 EPSILON = 1e-3  # of nl2, normalized units

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..batch import UNIFIED_DIM, FeatureBatch
-from .losses import LossConfig
+from .config import LossConfig
 
 _MIX = -7046029254386353131  # 2^64 / golden ratio as a signed number: consecutive multiples of it look random
 

@@ -19,7 +19,7 @@ import torch
 from ...batch import UNIFIED_DIM, FeatureBatch, Layout, layout
 from ..actions.normalizer import Normalizer
 from ..store.cache import Cache, CacheDataset
-from ..store.codec import dequantise
+from ..store.codec import dequantize
 from .sample import Draws
 
 _DTYPES = {
@@ -127,8 +127,8 @@ class Assembler:
         b, length, width = batch_size, self.views * cache.tokens, cache.width
         text = max(max(d.text.shape[1], len(d.null_text)) for d in cache.datasets), cache.text_width
         stored = getattr(torch, cache.format.zarr_dtype) if features else torch.float16
-        self.slots, self.quantised = b * self.views, features and cache.format.quantised
-        self.fields = Fields(layout(b, length, width, text, horizon, stored, self.quantised))
+        self.slots, self.quantized = b * self.views, features and cache.format.quantized
+        self.fields = Fields(layout(b, length, width, text, horizon, stored, self.quantized))
         self._tables = [
             (_Table(d.action, d.action_normalizer), _Table(d.proprio, d.proprio_normalizer)) for d in cache.datasets
         ]
@@ -145,7 +145,7 @@ class Assembler:
         out = storage.arrays
         out["dataset"][:], out["frame_index"][:] = draws.dataset, draws.row
         out["view_id"][:], out["frame_id"][:] = np.repeat(np.arange(self.views), self.cache.tokens), 0  # [L]
-        if self.quantised:
+        if self.quantized:
             out["channel_scale"][:] = self.cache.datasets[0].channel_scale
         for d in _values(draws.dataset):
             where = np.flatnonzero(draws.dataset == d)
@@ -184,7 +184,7 @@ class Assembler:
         null, null_scale = source.null_records if hidden.any() else (None, None)
         fields: list[tuple[np.ndarray, np.ndarray | None]] = []
         fields.append((storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null))  # [B, V, P, D]
-        if self.quantised:
+        if self.quantized:
             fields.append((storage.arrays["token_scale"].reshape(-1, views, p), null_scale))  # [B, V, P]
         for array, nulls in fields:
             if len(source.views) < views:
@@ -201,7 +201,7 @@ class Assembler:
                     rows,
                     [storage.records[i] for i in at],
                     self.files,
-                    scales=[storage.scales[i] for i in at] if self.quantised else (),
+                    scales=[storage.scales[i] for i in at] if self.quantized else (),
                     variant=k,
                 )
 
@@ -210,5 +210,5 @@ def decoded(batch: FeatureBatch) -> FeatureBatch:
     """The batch with 8-bit tokens decoded on its device to the dtype of its text; others unchanged. Checked."""
     if batch.token_scale is None or batch.channel_scale is None:
         return batch.check()
-    tokens = dequantise(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)  # [B, L, D]
+    tokens = dequantize(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)  # [B, L, D]
     return batch.replace(tokens=tokens, token_scale=None, channel_scale=None)

@@ -10,18 +10,17 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
 from ...batch import FeatureBatch
-from ...common.hashing import uniform
 from ...errors import UserError
 from ..store.cache import Cache, CacheDataset
 from ..vlm.augment import draw_variants
 from .assembler import Assembler, decoded
+from .dropout import NO_DROPOUT, ConditionDropout
 from .order import Order, SampleOrder, held_out, mixture, override, quotas
 from .prefetch import Prefetch
 from .read_ahead import ReadAhead, blocks_of
@@ -30,32 +29,6 @@ from .sample import Draws, Sample
 LIVE_VARIANTS = 1 << 16  # a live encoder makes any variant; so many differ
 DRAWN_AHEAD = 4096  # observations of this rank that are drawn in one go
 Split = Literal["train", "eval", "all"]
-
-
-@dataclass(frozen=True)
-class ConditionDropout:
-    """How often a condition gives way to its null embedding, for classifier-free guidance; each is drawn on its own.
-
-    Null text and images are the cache's features of an empty instruction and of black frames; null proprio is zeros.
-    """
-
-    text: float = 0.1  # probability
-    images: float = 0.1  # probability, all views of an observation together; 1.0 trains a blind policy
-    proprio: float = 0.1  # probability
-
-    def __post_init__(self) -> None:
-        for name in ("text", "images", "proprio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"condition dropout of {name} is {getattr(self, name)}; give a probability, 0 to 1")
-
-    def draw(self, seed: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(text, images, proprio) bool [n]: what is dropped at these global positions."""
-        p = (self.text, self.images, self.proprio)
-        text, images, proprio = (uniform(seed, 4, stream, position) < p[stream] for stream in range(3))
-        return text, images, proprio
-
-
-NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
 
 
 def gather(
@@ -85,13 +58,14 @@ def gather(
 class _Observations:
     """The observations of a split: every `frame_stride`-th frame of its usable episodes, numbered within each dataset.
 
-    `sizes` [D] is their number. Quarantined episodes are never among them."""
+    `sizes` [D] is their number, `episodes` that of all their episodes. Quarantined episodes are never among them."""
 
     def __init__(self, cache: Cache, split: Split, holdout: float) -> None:
         self._datasets = cache.datasets
         self._episodes = [_episodes(d, split, holdout) for d in cache.datasets]
         self._ends = [np.cumsum(d.episode_observations[e]) for d, e in zip(cache.datasets, self._episodes)]
         self.sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]
+        self.episodes = sum(map(len, self._episodes))
         if not any(self.sizes):
             raise UserError(f"no episode of {cache.path} is in split {split} with holdout {holdout}; change it")
 
@@ -168,7 +142,7 @@ class Loader:
         if augment and features:
             require_variants(cache)
         self._variants = 0 if not augment else cache.variants if features else LIVE_VARIANTS
-        self._seed, self._dropout = seed, dropout or NO_DROPOUT
+        self.cache, self._seed, self._dropout = cache, seed, dropout or NO_DROPOUT
         self._rank, self._batch_size, self._global_batch = rank, batch_size, batch_size * world_size
         self._observations = _Observations(cache, split, holdout)
         self.sizes = self._observations.sizes  # [D] observations of each dataset
@@ -191,6 +165,12 @@ class Loader:
         offsets = itertools.count(start, self._global_batch)
         self._batches = Prefetch(
             self._flat, self._assemble.fields, offsets, threads=threads, ahead=prefetch, device=target
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Loader(samples {sum(self.sizes)}, episodes {self._observations.episodes}, batch size {self._batch_size}, "
+            f"horizon {self._assemble.horizon}, order {self.order.order}, offset {self._offset}, {self.cache!r})"
         )
 
     def __iter__(self) -> Loader:

@@ -14,14 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...common.files import crc32c
+from ...common.text import public, size
 from ...errors import UserError, unknown
 from ..actions.normalizer import Normalizer
 from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import Statistics
-from .codec import FeatureFormat, dequantise, quantise
-from .manifest import read_json
+from .codec import dequantize, quantize
+from .feature_format import FeatureFormat
+from .manifest import json_bytes, read_attributes, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
-from .plan import FORMAT, array_name
+from .plan import array_name
+from .samples import CacheSamples
 from .shard_reader import Folder, ShardFiles, advise_records, read_records
 from .zarr_format import features_folder, open_table, record_compression, scales_folder
 
@@ -53,7 +57,7 @@ class CacheDataset:
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
         self._shard_folders: dict[tuple[str, int, Callable[[Path, str, str], Path]], str] = {}
-        self.attributes = read_json(self.path / "zarr.json")["attributes"]
+        self.attributes = read_attributes(root, name)
         a = self.attributes
         self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
         self.tokens, self.width = a["tokens"], a["width"]
@@ -72,7 +76,7 @@ class CacheDataset:
         self.proprio_mask = np.array(open_table(self.path / "proprio_mask"))
         self.text = np.asarray(open_table(self.path / "text" / "embedding"))
         self.text_length = np.array(open_table(self.path / "text" / "length"))
-        self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantised else None
+        self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantized else None
         self.null_features = np.stack([open_table(self.path / "null" / view) for view in self.views])
         self.quarantined = np.isin(self.episode_id, a["quarantined"])
         self.episode_observations = -(-self.episode_length // self.frame_stride)
@@ -81,9 +85,9 @@ class CacheDataset:
     @cached_property
     def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:
         """The null features as they would be stored: (float16 or codes [views, tokens, D], token scales [views, tokens])."""
-        if not self.format.quantised:
+        if not self.format.quantized:
             return self.null_features, None
-        codes, scale = quantise(
+        codes, scale = quantize(
             torch.from_numpy(self.null_features), torch.from_numpy(self.channel_scale), self.format.dtype
         )
         return codes.numpy(), scale.numpy()
@@ -159,7 +163,7 @@ class CacheDataset:
             self.shard_frames,
             compression=self._compression,
         )
-        if self.format.quantised:
+        if self.format.quantized:
             read_records(files, self._shards(view, variant, scales_folder), at, scales, self.shard_frames, tail="0")
 
     def advise(self, view: str, rows: np.ndarray, files: ShardFiles, variant: int = 0) -> None:
@@ -173,7 +177,7 @@ class CacheDataset:
             0 if self._compression else record,
             self.shard_frames,
         )
-        if self.format.quantised:
+        if self.format.quantized:
             advise_records(
                 files, self._shards(view, variant, scales_folder), at, 4 * self.tokens, self.shard_frames, tail="0"
             )
@@ -183,7 +187,7 @@ class CacheDataset:
         codes, scale = self.records(view, rows, variant)
         if scale is None:
             return codes
-        return dequantise(
+        return dequantize(
             torch.from_numpy(codes), torch.from_numpy(scale), torch.from_numpy(self.channel_scale), torch.float16
         ).numpy()
 
@@ -191,7 +195,7 @@ class CacheDataset:
         """As stored, of frames `rows`: (float16 or codes [n, tokens, width], token scales float32 [n, tokens] or None)."""
         n, format = len(rows), self.format
         codes = np.empty((n, self.tokens, self.width), format.zarr_dtype)
-        scale = np.empty((n, self.tokens), np.float32) if format.quantised else None
+        scale = np.empty((n, self.tokens), np.float32) if format.quantized else None
         self.read_features(
             view,
             rows,
@@ -228,6 +232,7 @@ class Cache:
 
     folder: Folder | None = None  # so that a reader stays with its generation when the next one takes its place
     mirror: Mirror | None = None  # of a remote cache: fetches what is not in `path` yet
+    opened: tuple[Any, ...]  # arguments of `open`
 
     def __init__(
         self,
@@ -267,15 +272,18 @@ class Cache:
                     "Cache.open(URL, local=FOLDER)"
                 )
             mirror = Mirror(str(path), local, local_nbytes)
-            manifest = _read_manifest(mirror.folder)
-            return cls(mirror.folder, read_json(mirror.folder / "fingerprint.json"), manifest, None, mirror)
+            manifest = read_manifest(mirror.folder)
+            cache = cls(mirror.folder, read_fingerprint(mirror.folder), manifest, None, mirror)
+            cache.opened = (str(path), Path(local).absolute(), local_nbytes)
+            return cache
         path = Path(str(path).removeprefix("file://"))
         for attempt in range(21):
             try:
-                manifest = _read_manifest(path)
+                manifest = read_manifest(path)
                 folder = Folder(path)
-                cache = cls(path, read_json(path / "fingerprint.json"), manifest, folder)
-                if folder.is_at(path) and _read_manifest(path) == manifest:
+                cache = cls(path, read_fingerprint(path), manifest, folder)
+                cache.opened = (path.absolute(),)
+                if folder.is_at(path) and read_manifest(path) == manifest:
                     return cache
             except (UserError, OSError):  # no folder, or half of this and half of the next generation
                 # Where both are on their way at the moment of asking, neither is there: that is asked again.
@@ -288,7 +296,25 @@ class Cache:
         """Files of this generation's shards, to be closed by whoever asks for them."""
         return ShardFiles(folder=self.folder, fetch=self.mirror.ensure if self.mirror else None)
 
-    def dataset(self, name: str) -> CacheDataset:
+    def __len__(self) -> int:
+        return int(self.frames)
+
+    def __repr__(self) -> str:
+        episodes = sum(len(d.episode_id) for d in self.datasets)
+        return (
+            f"Cache('{public(str(self.path))}': datasets {len(self.datasets)}, episodes {episodes}, frames {self.frames}, "
+            f"tokens {self.tokens} × {self.width} per view, {self.format.dtype}, {size(self.manifest['bytes'])})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For worker processes, which open it again."""
+        return _reopen, (type(self), self.opened, crc32c(json_bytes(self.manifest)))
+
+    def dataset(self, *, horizon: int = 16) -> CacheSamples:
+        """Its observations as a map-style dataset for `torch.utils.data.DataLoader`: convenient, and slow beside `dvla.Loader`."""
+        return CacheSamples(self, horizon)
+
+    def named(self, name: str) -> CacheDataset:
         """The dataset of that name; `UserError` with the nearest name otherwise."""
         for dataset in self.datasets:
             if dataset.name == name:
@@ -296,24 +322,15 @@ class Cache:
         raise unknown("dataset", name, [d.name for d in self.datasets])
 
 
+def _reopen(kind: type[Cache], opened: tuple[Any, ...], digest: int) -> Cache:
+    """In a worker process, the cache that was opened with these arguments. `UserError` when it is another one by now."""
+    cache = kind.open(*opened)
+    if crc32c(json_bytes(cache.manifest)) != digest:
+        raise UserError(f"cache {cache.path} was replaced since it was opened; open it again")
+    return cache
+
+
 def beside(path: Path, suffix: str) -> Path:
     """The folder of another generation of the cache at `path`, which may be "."."""
     whole = Path(path).absolute()
     return whole.with_name(f"{whole.name}.{suffix}")
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"no cache at {path}; build one with `dvla cache build … --out {path}`")
-    if not (path / "fingerprint.json").exists():
-        raise UserError(f"{path} is not a dvla cache (it has no fingerprint.json)")
-    if not (path / "manifest.json").exists():
-        shards = sum(1 for _ in (path / ".commits").glob("*/*/*.json"))
-        raise UserError(
-            f"cache {path} is incomplete ({shards} shards are finished); "
-            f"re-run the same `dvla cache build` command to resume it"
-        )
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT or manifest.get("complete") is not True:
-        raise UserError(f"cache {path} has format {manifest.get('format')}, this version reads {FORMAT}; rebuild it")
-    return manifest

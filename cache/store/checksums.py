@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...common.files import file_crc32c
-from .cache import _read_manifest
+from .manifest import Files, read_manifest
 
 
 def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | None = None) -> list[str]:
@@ -16,13 +16,11 @@ def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | No
     """
     path = Path(path)
     return [
-        f"{name}: {problem}" for name, problem in damaged_files(path, _read_manifest(path)["files"], progress).items()
+        f"{name}: {problem}" for name, problem in damaged_files(path, read_manifest(path)["files"], progress).items()
     ]
 
 
-def damaged_files(
-    path: Path, files: dict[str, dict[str, int]], progress: Callable[[int, int], None] | None = None
-) -> dict[str, str]:
+def damaged_files(path: Path, files: Files, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
     """Name → what is wrong, of those of `files` (name → what was written: {"bytes", "crc32c"}) that are not as they were written."""
     problems, done, total = {}, 0, sum(entry["bytes"] for entry in files.values())
     for name, entry in sorted(files.items()):

@@ -8,59 +8,15 @@ scales alone leave 0.06 to 0.18. Letters: K tokens, D width, n pictures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from ...errors import UserError, unknown
+from ...errors import UserError
+from .feature_format import QUANTIZED, FeatureFormat
 
-# stored dtype → (largest code, Zarr data type). float8 has no Zarr core type: its bytes are stored as uint8, and said so.
-QUANTISED = {"int8": (127.0, "int8"), "float8_e4m3fn": (448.0, "uint8")}
-SHORT_NAMES = {"fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}  # as typed on the command line
-COMPRESSIONS = ("none", "zstd", "lz4")
 CHANNEL_FLOOR = 1e-6  # of a channel that is silent in the frames looked at
-
-
-@dataclass(frozen=True)
-class FeatureFormat:
-    """How features are stored. Part of the fingerprint."""
-
-    dtype: Literal["float16", "int8", "float8_e4m3fn"] = "float16"
-    compression: Literal["none", "zstd", "lz4"] = "none"  # lossless, each record for itself; for slow disks
-
-    def __post_init__(self) -> None:
-        if self.dtype != "float16" and self.dtype not in QUANTISED:
-            raise unknown("feature dtype", self.dtype, ["float16", *QUANTISED])
-        if self.compression not in COMPRESSIONS:
-            raise unknown("compression", self.compression, COMPRESSIONS)
-
-    @property
-    def quantised(self) -> bool:
-        """Whether records are codes with scales."""
-        return self.dtype in QUANTISED
-
-    @property
-    def zarr_dtype(self) -> str:
-        """Data type of the stored array."""
-        return QUANTISED[self.dtype][1] if self.quantised else self.dtype
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one stored number."""
-        return 1 if self.quantised else 2
-
-    def record_nbytes(self, tokens: int, width: int) -> int:
-        """Uncompressed bytes of one picture's features [tokens, width], scales included."""
-        return tokens * (width * self.itemsize + 4 * self.quantised)
-
-
-def feature_format(dtype: str = "fp16", compression: str = "none") -> FeatureFormat:
-    """From the command line's names; `UserError` for others."""
-    if dtype not in SHORT_NAMES:
-        raise unknown("--dtype", dtype, SHORT_NAMES)
-    return FeatureFormat(SHORT_NAMES[dtype], compression)  # type: ignore[arg-type]
 
 
 def channel_scale(features: torch.Tensor) -> np.ndarray:
@@ -69,9 +25,9 @@ def channel_scale(features: torch.Tensor) -> np.ndarray:
     return flat.square().mean(0).sqrt().clamp(min=CHANNEL_FLOOR).float().cpu().numpy()
 
 
-def quantise(features: torch.Tensor, channels: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(features: torch.Tensor, channels: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """features [n,K,D] (finite), channel scales [D] → (codes int8 or uint8 [n,K,D], token scales float32 [n,K])."""
-    largest, _ = QUANTISED[dtype]
+    largest, _ = QUANTIZED[dtype]
     x = features.float() / channels  # [n,K,D]
     scale = x.abs().amax(-1) / largest  # [n,K]
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a token of zeros
@@ -80,8 +36,8 @@ def quantise(features: torch.Tensor, channels: torch.Tensor, dtype: str) -> tupl
     return codes, scale
 
 
-def dequantise(codes: torch.Tensor, scale: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `quantise` up to its rounding: codes [...,K,D], token scales [...,K], channel scales [D] → `dtype` [...,K,D]."""
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of `quantize` up to its rounding: codes [...,K,D], token scales [...,K], channel scales [D] → `dtype` [...,K,D]."""
     x = codes.float() if codes.dtype == torch.int8 else codes.view(torch.float8_e4m3fn).float()
     return (x * scale[..., None] * channels).to(dtype)
 
@@ -90,9 +46,9 @@ def relative_error(features: torch.Tensor, format: FeatureFormat, channels: np.n
     """(overall, worst channel): RMS of the storing error over the RMS of `features` [n,K,D]."""
     exact = features.detach().float()
     stored = features.half().float()
-    if format.quantised:
+    if format.quantized:
         scales = torch.from_numpy(channels).to(exact.device)
-        stored = dequantise(*quantise(exact, scales, format.dtype), scales, torch.float32)
+        stored = dequantize(*quantize(exact, scales, format.dtype), scales, torch.float32)
     difference, size = (stored - exact).square().flatten(0, -2).mean(0), exact.square().flatten(0, -2).mean(0)  # [D]
     overall = (difference.mean() / size.mean().clamp(min=1e-30)).sqrt()
     worst = (difference / size.clamp(min=CHANNEL_FLOOR**2)).max().sqrt()

@@ -20,7 +20,7 @@ from pathlib import Path
 from ...common.files import crc32c, write_file
 from ...errors import UserError
 from .locations import BLOCK, Folder, Url, creating, errors
-from .manifest import read_json
+from .manifest import MANIFEST, Files, is_finished, parse_manifest
 
 LOCKS = 256  # files that can be fetched at the same time by all processes
 TABLE_THREADS = 8
@@ -40,20 +40,20 @@ class Mirror:
 
     def __init__(self, url: str, local: Path | str, limit: int | None = None) -> None:
         self.place, self._limit = Url(url), limit
-        data = read_manifest(self.place)
+        data = fetch_manifest(self.place)
+        self._files: Files = parse_manifest(data, url)["files"]
+        require_inside(self._files, url)
         self._local = Path(local).expanduser()
         self.folder = self._local / f"{crc32c(data):08x}{len(data):08x}"
         try:
             (self._local / ".locks").mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if not (self.folder / "manifest.json").exists():
-                write_file(self.folder / "manifest.json", data)
+            if not is_finished(self.folder):
+                write_file(self.folder / MANIFEST, data)
         except OSError as error:
             raise UserError(
                 f"cannot keep copies of {url} in {local}: {error.strerror}; choose another local folder"
             ) from None
-        self._files: dict[str, dict[str, int]] = read_json(self.folder / "manifest.json").get("files", {})
-        require_inside(self._files, url)
         for left in self.folder.rglob(".*.tmp-*"):
             with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > STALE:
@@ -107,14 +107,14 @@ class Mirror:
             yield
 
 
-def read_manifest(place: Url) -> bytes:
-    """manifest.json of the cache at `place`. `UserError` where none is."""
+def fetch_manifest(place: Url) -> bytes:
+    """The bytes of the manifest at `place`. `UserError` where there is none."""
     try:
-        with errors("read", place.url("manifest.json")), place.open("manifest.json") as file:
+        with errors("read", place.url(MANIFEST)), place.open(MANIFEST) as file:
             return file.read()
     except UserError as error:
         raise UserError(
-            f"no finished cache at {place.where}: it has no manifest.json, which is written last ({error})"
+            f"no finished cache at {place.where}: it has no {MANIFEST}, which is written last ({error})"
         ) from None
 
 

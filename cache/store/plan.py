@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from .codec import FeatureFormat
+from .feature_format import FeatureFormat
 
 FORMAT = 2  # version of everything in this file
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

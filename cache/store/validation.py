@@ -15,9 +15,9 @@ from .plan import BuildPlan, DatasetPlan, DatasetTables, ShardTask
 def check_features(block: np.ndarray, scale: np.ndarray | None, task: ShardTask, first: int, plan: BuildPlan) -> None:
     """Shapes and dtypes of the contract (`ValueError`), and finite values (`UserError`)."""
     format, dtype = plan.format, np.dtype(plan.format.zarr_dtype)
-    if block.dtype != dtype or block.ndim != 3 or (scale is None) == format.quantised:
+    if block.dtype != dtype or block.ndim != 3 or (scale is None) == format.quantized:
         raise ValueError(
-            f"{task}: expected {dtype} [k, tokens, width]{' and scales' if format.quantised else ''}, got {block.dtype} "
+            f"{task}: expected {dtype} [k, tokens, width]{' and scales' if format.quantized else ''}, got {block.dtype} "
             f"{list(block.shape)}{'' if scale is None else ' and scales'}"
         )
     if scale is not None:

@@ -20,18 +20,32 @@ import numpy as np
 from ...common import fingerprint as fp
 from ...common.files import file_crc32c, lock_folder, names_full_disk, publish, temporary_name, write_file
 from ...errors import UserError
-from .manifest import json_bytes, read_json
-from .plan import FORMAT, BuildPlan, DatasetTables, ShardTask, array_name
+from .manifest import (
+    FINGERPRINT,
+    MANIFEST,
+    QUARANTINE,
+    Files,
+    is_begun,
+    is_committed,
+    is_finished,
+    json_bytes,
+    manifest_document,
+    read_commit,
+    read_fingerprint,
+    read_manifest,
+    scale_commit,
+    shard_commit,
+    tables_commit,
+)
+from .plan import FORMAT, BuildPlan, DatasetTables, ShardTask
 from .shard_writer import ShardWriter
 from .validation import check_features, checked_arrays
 from .zarr_format import (
-    commit_file,
-    features_document,
+    dataset_nodes,
     features_folder,
-    group_document,
     open_table,
     record_compression,
-    scales_document,
+    root_document,
     scales_folder,
     write_table,
 )
@@ -69,7 +83,7 @@ class CacheWriter:
             if writer._nothing_missing():
                 return writer  # needs no lock, and may be read-only
         others = [n for n in os.listdir(path) if n != ".lock" and ".tmp-" not in n] if path.is_dir() else []
-        if others and not (path / "fingerprint.json").exists():
+        if others and not is_begun(path):
             raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}); choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -86,17 +100,15 @@ class CacheWriter:
     @property
     def complete(self) -> bool:
         """True when the cache was finished: nothing is left to do."""
-        return (self.path / "manifest.json").exists()
+        return is_finished(self.path)
 
     def missing(self) -> list[ShardTask]:
         """The shards still to be written, in dataset, view, variant and row order."""
-        return [
-            t for t in self.plan.tasks() if not self._committed(commit_file(self.path, t.dataset, t.array, t.index))
-        ]
+        return [t for t in self.plan.tasks() if not is_committed(self.path, shard_commit(self.path, t))]
 
     def tables_missing(self) -> list[str]:
         """The datasets whose tables are still to be written."""
-        return [d.name for d in self.plan.datasets if not self._committed(commit_file(self.path, d.name))]
+        return [d.name for d in self.plan.datasets if not is_committed(self.path, tables_commit(self.path, d.name))]
 
     @names_full_disk
     def write_shard(
@@ -121,7 +133,7 @@ class CacheWriter:
             )
             beside = (
                 stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames))
-                if plan.format.quantised
+                if plan.format.quantized
                 else None
             )
             for chunk in chunks:
@@ -143,7 +155,7 @@ class CacheWriter:
                 raise ValueError(f"{task}: quarantined episodes {quarantined} are not all in the plan")
             written = {path: shard.commit()} | ({scales: beside.commit()} if beside is not None else {})
         self._commit(
-            commit_file(self.path, task.dataset, task.array, task.index),
+            shard_commit(self.path, task),
             written,
             quarantined=sorted([int(episode), reason] for episode, reason in quarantined),
         )
@@ -151,19 +163,19 @@ class CacheWriter:
     @names_full_disk
     def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:
         """float32 [D] of an 8-bit cache, measured and stored on the first call of a build, None of a 16-bit one. Before any shard."""
-        if not self.plan.format.quantised:
+        if not self.plan.format.quantized:
             return None
-        folder, record = self.path / "channel_scale", self.path / ".commits" / "channel_scale.json"
-        if not self._committed(record):
-            self._commit(record, write_table(folder, measure().astype(np.float32), ("channel",)))
+        folder = self.path / "channel_scale"
+        if not is_committed(self.path, scale_commit(self.path)):
+            self._commit(scale_commit(self.path), write_table(folder, measure().astype(np.float32), ("channel",)))
         return np.array(open_table(folder))
 
     @names_full_disk
     def adopt(self, task: ShardTask, other: Path) -> None:
         """Commit a shard that is, byte for byte, the one of the same name in the finished cache `other`: hard links where the
         file system has them."""
-        record = commit_file(other, task.dataset, task.array, task.index)
-        for name in json.loads(record.read_bytes())["files"]:
+        record = shard_commit(other, task)
+        for name in read_commit(record)["files"]:
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = temporary_name(target)
@@ -172,7 +184,7 @@ class CacheWriter:
             except OSError:  # another file system, or none that links
                 shutil.copyfile(other / name, temporary)
             publish(temporary, target)
-        write_file(commit_file(self.path, task.dataset, task.array, task.index), record.read_bytes())
+        write_file(shard_commit(self.path, task), record.read_bytes())
 
     @names_full_disk
     def write_tables(self, dataset: str, tables: DatasetTables) -> None:
@@ -218,7 +230,7 @@ class CacheWriter:
         }
         if clash := (own.keys() | {"quarantined"}) & tables.attributes.keys():
             raise ValueError(f"attributes {sorted(clash)} belong to the store")
-        self._commit(commit_file(self.path, dataset), written, attributes={**tables.attributes, **own})
+        self._commit(tables_commit(self.path, dataset), written, attributes={**tables.attributes, **own})
 
     @names_full_disk
     def finish(self) -> dict[str, Any]:
@@ -226,80 +238,54 @@ class CacheWriter:
 
         `ValueError` while shards or tables are missing.
         """
-        if self.missing() or self.tables_missing():
-            raise ValueError(
-                f"{self.path}: {len(self.missing())} shards are missing, and tables of {self.tables_missing()}"
-            )
+        if (missing := self.missing()) or self.tables_missing():
+            raise ValueError(f"{self.path}: {len(missing)} shards are missing, and tables of {self.tables_missing()}")
         if self.complete:
-            return json.loads((self.path / "manifest.json").read_bytes())
+            return read_manifest(self.path)
         self._clear()  # of workers that were lost on the way
-        files: dict[str, dict[str, int]] = {}
-        if self.plan.format.quantised:
-            files |= json.loads((self.path / ".commits" / "channel_scale.json").read_bytes())["files"]
-        ledger, nodes = [], {}
-        datasets: list[dict[str, Any]] = []
-        for d in self.plan.datasets:
-            tables = json.loads(commit_file(self.path, d.name).read_bytes())
-            lines = {(episode, reason) for episode, reason in d.quarantined}
-            files |= tables["files"]
-            for record in sorted((self.path / ".commits" / d.name).glob("*/*.json")):
-                commit = json.loads(record.read_bytes())
-                files |= commit["files"]
-                lines |= {(episode, reason) for episode, reason in commit["quarantined"]}
-            ledger += [{"dataset": d.name, "episode_id": e, "reason": r} for e, r in sorted(lines)]
-            bad = sorted({e for e, _ in lines})
-            nodes[d.name] = group_document({**tables["attributes"], "quarantined": bad})
-            quantised = ("scales",) if self.plan.format.quantised else ()
-            nodes |= {
-                f"{d.name}/{group}": group_document() for group in ("features", "episodes", "text", "null", *quantised)
-            }
-            rows = int(d.observations(self.plan.frame_stride).sum())
-            for array in (array_name(view, k) for view in d.views for k in range(self.plan.variants + 1)):
-                nodes[f"{d.name}/features/{array}"] = features_document(rows, self.plan)
-                if quantised:
-                    nodes[f"{d.name}/scales/{array}"] = scales_document(rows, self.plan)
-            datasets.append(
-                {
-                    "name": d.name,
-                    "frames": d.frames,
-                    "episodes": len(d.episodes),
-                    "views": list(d.views),
-                    "quarantined": len(bad),
-                }
-            )
-        quarantine = "".join(fp.canonical(line) + "\n" for line in ledger).encode()
-        contents = {"quarantine.jsonl": quarantine} | {f"{n}/zarr.json": json_bytes(doc) for n, doc in nodes.items()}
+        files, attributes, quarantined = self._committed_work()
+        ledger = [
+            {"dataset": name, "episode_id": episode, "reason": reason}
+            for name, found in quarantined.items()
+            for episode, reason in sorted(found)
+        ]
+        bad = {name: sorted({episode for episode, _ in found}) for name, found in quarantined.items()}
+        contents = {QUARANTINE: "".join(fp.canonical(line) + "\n" for line in ledger).encode()}
+        contents |= self._metadata(files, {name: {**attributes[name], "quarantined": bad[name]} for name in bad})
+        files |= {name: _entry(write_file(self.path / name, data)) for name, data in contents.items()}
+        files[FINGERPRINT] = _entry(file_crc32c(self.path / FINGERPRINT))
+        counts = {name: len(episodes) for name, episodes in bad.items()}
+        manifest = manifest_document(self.plan, read_fingerprint(self.path), files, counts)
+        write_file(self.path / MANIFEST, json_bytes(manifest))
+        return manifest
+
+    def _committed_work(self) -> tuple[Files, dict[str, dict[str, Any]], dict[str, set[tuple[int, str]]]]:
+        """What the commit records hold: all files, and of each dataset its attributes and its quarantined (episode, reason)."""
+        files: Files = read_commit(scale_commit(self.path))["files"] if self.plan.format.quantized else {}
+        attributes, quarantined = {}, {d.name: set(d.quarantined) for d in self.plan.datasets}
+        for name in quarantined:
+            tables = read_commit(tables_commit(self.path, name))
+            files, attributes[name] = files | tables["files"], tables["attributes"]
+        for task in self.plan.tasks():
+            commit = read_commit(shard_commit(self.path, task))
+            files |= commit["files"]
+            quarantined[task.dataset] |= {(episode, reason) for episode, reason in commit["quarantined"]}
+        return files, attributes, quarantined
+
+    def _metadata(self, files: Files, attributes: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+        """The Zarr documents of groups and features, and the root's, which repeats those of the tables in `files` too."""
+        nodes = {
+            name: document
+            for d in self.plan.datasets
+            for name, document in dataset_nodes(d, self.plan, attributes[d.name])
+        }
+        contents = {f"{name}/zarr.json": json_bytes(document) for name, document in nodes.items()}
         nodes |= {
             name.removesuffix("/zarr.json"): json.loads((self.path / name).read_bytes())
             for name in files
             if name.endswith("/zarr.json")
         }
-        root = {
-            **group_document({"dvla": {"format": FORMAT}}),
-            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes},
-        }
-        contents["zarr.json"] = json_bytes(root)
-        for name, data in contents.items():
-            files[name] = _entry(write_file(self.path / name, data))
-        files["fingerprint.json"] = _entry(file_crc32c(self.path / "fingerprint.json"))
-        manifest = {
-            "complete": True,
-            "format": FORMAT,
-            "datasets": datasets,
-            "files": files,
-            "bytes": sum(f["bytes"] for f in files.values()),
-            "frames": sum(d["frames"] for d in datasets),
-            "fingerprint": fp.digest(read_json(self.path / "fingerprint.json")),
-            "quarantine_count": sum(d["quarantined"] for d in datasets),
-            "tokens": self.plan.tokens,
-            "width": self.plan.width,
-            "shard_frames": self.plan.shard_frames,
-            "dtype": self.plan.format.dtype,
-            "frame_stride": self.plan.frame_stride,
-            "variants": self.plan.variants,
-        }
-        write_file(self.path / "manifest.json", json_bytes(manifest))
-        return manifest
+        return contents | {"zarr.json": json_bytes(root_document(nodes))}
 
     def close(self) -> None:
         """Release the lock."""
@@ -316,13 +302,13 @@ class CacheWriter:
     @names_full_disk
     def _prepare(self, asked: dict[str, Any]) -> None:
         """Under the lock: check or write the fingerprint, and remove what a killed builder left."""
-        if (self.path / "fingerprint.json").exists():
+        if is_begun(self.path):
             _require_same(self.path, asked)
         self._clear()
-        if not (self.path / "fingerprint.json").exists():
-            write_file(self.path / "fingerprint.json", json_bytes(asked))
+        if not is_begun(self.path):
+            write_file(self.path / FINGERPRINT, json_bytes(asked))
         if self.complete and not self._nothing_missing():
-            (self.path / "manifest.json").unlink()
+            (self.path / MANIFEST).unlink()
 
     def _clear(self) -> None:
         for left in self.path.rglob(".*.tmp-*"):
@@ -330,19 +316,6 @@ class CacheWriter:
 
     def _nothing_missing(self) -> bool:
         return not self.missing() and not self.tables_missing()
-
-    def _committed(self, record: Path) -> bool:
-        try:
-            files = json.loads(record.read_bytes())["files"]
-            return all((self.path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # not there, or a damaged record
-            return False
 
     def _commit(self, record: Path, written: dict[Path, tuple[int, int]], **extra: Any) -> None:
         files = {path.relative_to(self.path).as_posix(): _entry(entry) for path, entry in written.items()}
@@ -354,7 +327,7 @@ def _entry(written: tuple[int, int]) -> dict[str, int]:
 
 
 def _require_same(path: Path, asked: dict[str, Any]) -> None:
-    lines = fp.diff(read_json(path / "fingerprint.json"), asked)
+    lines = fp.diff(read_fingerprint(path), asked)
     if lines:
         more = f"; … {len(lines) - 8} more" if len(lines) > 8 else ""
         raise UserError(

@@ -23,6 +23,7 @@ Zarr library opens it:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ import numpy as np
 
 from ...common.files import write_file
 from ...errors import UserError
-from .codec import Compression, FeatureFormat
+from .codec import Compression
+from .feature_format import FeatureFormat
 from .manifest import json_bytes
-from .plan import BuildPlan
+from .plan import FORMAT, BuildPlan, DatasetPlan, array_name
 from .shard_writer import ShardWriter
 
 TABLE_CHUNK_NBYTES = 1 << 20  # inner chunk of a table: about 1 MiB of rows
@@ -55,12 +57,6 @@ def features_folder(root: Path, dataset: str, array: str) -> Path:
 def scales_folder(root: Path, dataset: str, array: str) -> Path:
     """The array folder of the token scales that belong to 8-bit features."""
     return root / dataset / "scales" / array
-
-
-def commit_file(root: Path, dataset: str, array: str | None = None, index: int = 0) -> Path:
-    """The commit record of one shard, or of a dataset's tables when `array` is None."""
-    folder = root / ".commits" / dataset
-    return folder / "tables.json" if array is None else folder / array / f"{index}.json"
 
 
 def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -122,6 +118,27 @@ def scales_document(rows: int, plan: BuildPlan) -> dict[str, Any]:
     return array_document(
         (rows, plan.tokens), "float32", (plan.shard_frames, plan.tokens), (1, plan.tokens), ("observation", "token")
     )
+
+
+def dataset_nodes(
+    dataset: DatasetPlan, plan: BuildPlan, attributes: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, document) of a dataset's groups and feature arrays; those of its tables are written with them."""
+    quantized = plan.format.quantized
+    yield dataset.name, group_document(attributes)
+    for group in ("features", "episodes", "text", "null", *(("scales",) if quantized else ())):
+        yield f"{dataset.name}/{group}", group_document()
+    rows = int(dataset.observations(plan.frame_stride).sum())
+    for array in (array_name(view, k) for view in dataset.views for k in range(plan.variants + 1)):
+        yield f"{dataset.name}/features/{array}", features_document(rows, plan)
+        if quantized:
+            yield f"{dataset.name}/scales/{array}", scales_document(rows, plan)
+
+
+def root_document(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The root group of a cache, which repeats every group and array of it: the consolidated metadata."""
+    consolidated = {"kind": "inline", "must_understand": False, "metadata": nodes}
+    return {**group_document({"dvla": {"format": FORMAT}}), "consolidated_metadata": consolidated}
 
 
 def record_compression(format: FeatureFormat) -> Compression | None:

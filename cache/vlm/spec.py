@@ -1,21 +1,19 @@
-"""Which encoder, at which resolution, with which tokens: the settings of a feature cache's VLM."""
+"""The settings of a feature cache's VLM: which encoder, at which resolution, with which tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
-
-from ...common.config import configs_dir, from_mapping, load_yaml
+from ...common.config import Option, configs_dir, from_mapping, load_yaml
 from ...errors import UserError, unknown
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TARGETS = ("qv", "attention", "all-linear")
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Which model encodes, and how its pictures are prepared. `UserError` for settings that exclude each other."""
+    """The model that encodes and how its images are prepared. `UserError` for settings that exclude each other."""
 
     path: str  # checkpoint folder or hub id
     vlm: Literal["qwen3vl", "paligemma2"] = "qwen3vl"  # architecture
@@ -26,21 +24,18 @@ class EncoderSpec:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # computation; auto: bfloat16 on CUDA, else float32
     depth: Literal["vision", "language"] = "vision"  # language: the language model's last hidden state
     adapters: tuple[str, ...] = ()  # folders of adapters that are merged into the weights, in this order
-    boundary: int | None = (
-        None  # n: the hidden states that enter the last n blocks of the vision tower, no features; None = features
-    )
+    boundary: int | None = None  # n: hidden states that enter the last n blocks of the vision tower; None = features
 
     def __post_init__(self) -> None:
-        if self.boundary is not None and (
-            self.tokens is not None or self.features != "merged" or self.depth != "vision"
-        ):
+        other = self.tokens is not None or self.features != "merged" or self.depth != "vision"
+        if self.boundary is not None and other:
             raise UserError(
-                "a boundary stops inside the vision tower, before features are made: leave out tokens, features patch and depth language, "
-                "which are the policy's that is fine-tuned"
+                "leave out tokens, features patch and depth language: a boundary stops inside the vision tower, before "
+                "features are made; the fine-tuned policy has these settings"
             )
         if self.depth == "language" and (self.vlm != "paligemma2" or self.features != "merged"):
             raise UserError(
-                f"depth language is of paligemma2 with features merged; given: {self.vlm} with features {self.features}"
+                f"depth language needs paligemma2 with features merged; given: {self.vlm} with features {self.features}"
             )
 
 
@@ -60,8 +55,37 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
 
 
 @dataclass(frozen=True)
+class LoraSpec:
+    """Size and place of the adapter."""
+
+    r: Annotated[int, Option("--lora-r", help="Rank of LoRA.")] = 16
+    alpha: Annotated[float, Option("--lora-alpha", help="Scale of LoRA: the update is scaled by alpha / r.")] = 32.0
+    dropout: Annotated[float, Option("--lora-dropout", help="Dropout on LoRA's input in training.")] = 0.0
+    targets: Annotated[
+        Literal["qv", "attention", "all-linear"],
+        Option("--lora-targets", help="Layers that LoRA adapts: qv (queries and values), attention or all-linear."),
+    ] = "attention"
+    last_n_blocks: Annotated[
+        int | None,
+        Option(
+            "--lora-last-blocks",
+            help="Adapt the last n vision blocks alone; default: all, or those above the cache's boundary.",
+        ),
+    ] = None
+    seed: int = 0  # of the random matrices A
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"LoRA rank r is {self.r}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.targets not in TARGETS:
+            raise unknown("LoRA target", self.targets, TARGETS)
+
+
+@dataclass(frozen=True)
 class LoraLayers:
-    """Where LoRA may go in a family's `vision`, as regular expressions over module names."""
+    """Where LoRA can go in a family's `vision`, as regular expressions over module names."""
 
     block: str  # prefix of a block's layers, "{n}" for its number
     query_value: str  # linear layers of its attention that give queries and values

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Accelerate as the launcher, for sites that start everything with it. What is sharded is dvla's own doing (--strategy zero2, dvla[deepspeed]).
+# Accelerate as the launcher, for sites that require it. Sharding is done by dvla itself
+# (--strategy zero2, which needs dvla[deepspeed]).
 #: nodes=1          machines
-#: processes=8      GPUs of each
-#: rank=0           which of the machines this is
-#: head=127.0.0.1   the first of them
-#: port=29500       a free port there
+#: processes=8      GPUs per machine
+#: rank=0           rank of this machine
+#: head=127.0.0.1   address of the first machine
+#: port=29500       a free port on the first machine
 set -euo pipefail
 config=$(mktemp)
 cat > "$config" <<YAML
@@ -18,6 +19,7 @@ main_process_ip: {{head}}
 main_process_port: {{port}}
 mixed_precision: 'no'
 YAML
-exec 9< "$config"       # gone from the folder at once, and read through this; so that nothing is left to do, and signals reach the launcher
+# The file is read through descriptor 9 and deleted at once: nothing is left behind, and signals reach the launcher.
+exec 9< "$config"
 rm "$config"
 exec accelerate launch --config_file /dev/fd/9 -m dvla.cli {{command}} --strategy zero2

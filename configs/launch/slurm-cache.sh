@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Stage one as one Slurm job on one machine, a worker per GPU. (`dvla cache build --slurm` asks Slurm for a job per worker instead.) Five minutes before the
-# walltime the build gets SIGTERM and ends with 130; the job is queued again and makes what is missing. `scancel JOB` ends it.
-#: processes=8          GPUs, and workers
-#: cpus=96              processors
+# Stage one as one Slurm job on one machine, one worker per GPU. (`dvla cache build --slurm` submits one job per worker
+# instead.) Five minutes before the walltime the build receives SIGTERM and exits with 130; the job is requeued and
+# builds what is missing. `scancel JOB` ends it.
+#: processes=8          GPUs, one worker each
+#: cpus=96              CPU cores
 #: memory=256G          memory
-#: partition=gpu        queue
-#: walltime=12:00:00    of one turn; any number of them may follow
+#: partition=gpu        Slurm partition
+#: walltime=12:00:00    time limit of the job, which is requeued as often as needed
 #: job=dvla-cache       name of the job
 #SBATCH --job-name={{job}}
 #SBATCH --partition={{partition}}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine, a process per GPU.
-#: processes=8      GPUs of the machine
+# One machine, one process per GPU.
+#: processes=8      GPUs of this machine
 set -euo pipefail
 exec torchrun --standalone --nproc-per-node {{processes}} -m dvla.cli {{command}}

@@ -1,8 +1,8 @@
-"""What a build makes: its plan, its fingerprint, and what an earlier generation saves."""
+"""What a build makes: its plan, its fingerprint, and what it reuses of the previous generation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +12,36 @@ from ...cache.store.cache import Cache
 from ...cache.store.plan import BuildPlan, DatasetPlan
 from ...cache.vlm.augment import AUGMENTATION_VERSION
 from ...cache.vlm.encoder import VisionLanguageEncoder
+from ...cache.vlm.load import load_encoder
 from ...common import fingerprint as fp
+from ...common.device import pick_device
 from .config import SHARD_NBYTES, SHARD_ROWS, BuildConfig
-from .generations import (
-    Earlier,
-    require_only_new,
-    same_features,
-)
-from .sources import Corpus, Progress, read_corpus
+from .generations import Earlier, require_only_new, same_features
+from .sources import Corpus, Progress, open_sources, read_corpus, sources_to_append
 
 TRANSFORM_VERSION = 2  # raised when the build writes other content from the same inputs
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a build has to make of its sources, and what it may take from the generation before."""
+    """What a build has to make of its sources, and what it may reuse of the previous generation."""
 
     corpora: dict[str, Corpus]  # dataset → its plan and tables
     plan: BuildPlan
     fingerprint: dict[str, Any]  # without the plan
     unchanged: bool  # the finished cache is what was asked for
     reused: Earlier
+
+
+def open_all(
+    config: BuildConfig, earlier: Cache | None, say: Callable[[str], None]
+) -> tuple[list[Source], VisionLanguageEncoder]:
+    """The sources and the encoder of `config`; with `--append` also the sources of the finished cache `earlier`."""
+    device = pick_device(config.device)  # refuses before anything is read
+    sources = open_sources(config.sources, config.dataset_config, config.views)
+    if earlier is not None and config.mode == "append":
+        sources = sources_to_append(earlier, sources)
+    return sources, load_encoder(config.encoder, device, say=say)
 
 
 def decide(
@@ -42,8 +51,10 @@ def decide(
     earlier: Cache | None,
     progress: Progress,
 ) -> Decision:
-    """Read the sources' tables and hashes, and compare with the finished cache `earlier` (None: a new one). `UserError` for what that
-    mode of building refuses, and for observations that are more than the encoder reads at once."""
+    """Read the sources' tables and hashes, and compare them with the finished cache `earlier` (None: a new one).
+
+    `UserError` for changes that the mode of building refuses, and for observations longer than the encoder's context.
+    """
     corpora = [read_corpus(source, encoder.by_observation, progress) for source in sources]
     plan = make_plan(config, [c.plan for c in corpora], encoder)
     fingerprint = make_fingerprint(encoder, corpora, config)
@@ -55,7 +66,7 @@ def decide(
 
 
 def make_plan(config: BuildConfig, datasets: Sequence[DatasetPlan], encoder: VisionLanguageEncoder) -> BuildPlan:
-    """What the cache will hold. `UserError` for observations that are more than the encoder reads at once."""
+    """What the cache will hold. `UserError` for observations longer than the encoder's context."""
     for dataset in datasets:
         encoder.require_fits(len(dataset.views), dataset.instructions)
     record = config.format.record_nbytes(encoder.tokens, encoder.width)

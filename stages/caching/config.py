@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from ...cache.store.codec import FeatureFormat
-from ...cache.vlm.spec import EncoderSpec
+from ...cache.store.feature_format import FeatureFormat, feature_format
+from ...cache.vlm.spec import EncoderSpec, encoder_spec
+from ...common.config import DATASET_CONFIG, DEVICE, VLM_PATH, Option
 from ...errors import UserError
 
 SHARD_NBYTES = 256 << 20  # default size of a shard: large enough to stream, small enough to redo
@@ -17,9 +20,17 @@ SHARD_ROWS = 1 << 14  # and at most so many records, however small: each costs 1
 class WorkerSpec:
     """Where shards are made. All zero or None: in this process."""
 
-    count: int = 0  # worker processes: here, or jobs of the Slurm cluster; one per GPU where there are GPUs
-    scheduler: str | None = None  # address of a running dask scheduler, e.g. tcp://head:8786
-    slurm: str | None = None  # YAML file with the arguments of dask_jobqueue.SLURMCluster
+    count: Annotated[
+        int,
+        Option("--workers", help="Worker processes (with --slurm: jobs), one per GPU where there are GPUs; 0: none."),
+    ] = 0
+    scheduler: Annotated[
+        str | None, Option("--scheduler", help="Address of a running dask scheduler, e.g. tcp://host:8786.")
+    ] = None
+    slurm: Annotated[
+        str | None,
+        Option("--slurm", help="YAML of a Slurm cluster (as configs/launch/slurm.yaml) to start workers on."),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -41,20 +52,91 @@ class BuildConfig:
 
     sources: tuple[str, ...]  # dataset folders or hub ids
     encoder: EncoderSpec  # which VLM, at which resolution, how many tokens
-    out: Path  # cache folder
-    batch_size: int = (
-        64  # pictures per encoder call (all views, where these are encoded together); part of the fingerprint
-    )
-    # (it changes the last bits)
-    shard_frames: int | None = None  # observations per shard file; None = about 256 MiB
-    device: str = "auto"  # auto, cpu, cuda
-    dataset_config: str | None = None  # YAML of the field map when none of the shipped ones fits
+    out: Annotated[Path, Option("--out", help="Cache folder; an unfinished one is resumed.")]
+    # part of the fingerprint, since it changes the last bits; of all views, where these are encoded together
+    batch_size: Annotated[int, Option("--batch-size", help="Images per encoder call.")] = 64
+    shard_frames: Annotated[
+        int | None, Option("--shard-frames", help="Frames per shard file; default: about 256 MiB.")
+    ] = None
+    device: Annotated[str, DEVICE] = "auto"
+    dataset_config: Annotated[str | None, DATASET_CONFIG] = None
     format: FeatureFormat = field(default_factory=FeatureFormat)  # 16 or 8 bit, compressed or not
-    frame_stride: int = 1  # features of every n-th frame; actions and proprio of all
-    views: tuple[str, ...] = ()  # cameras to encode; () = all
-    augment: int = 0  # augmented variants of every picture
+    frame_stride: Annotated[
+        int, Option("--frame-stride", help="Store features of every n-th frame; actions and states of all.")
+    ] = 1
+    views: Annotated[
+        tuple[str, ...], Option("--view", help="Camera to encode; may be given several times. Default: all.")
+    ] = ()
+    augment: Annotated[int, Option("--augment", help="Augmented variants of every image.")] = 0
     mode: str = "new"  # new; append: new episodes in a new generation; update: whatever changed
     workers: WorkerSpec = field(default_factory=WorkerSpec)
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """The features that a command line asks for: a VLM, what it changes of that model's settings (None: nothing), storage."""
+
+    vlm: Annotated[
+        str | None,
+        Option("--vlm", help="Model: qwen3vl (the default), paligemma2, or a tiny one (configs/models)."),
+    ] = None
+    vlm_path: Annotated[str | None, VLM_PATH] = None
+    adapter: Annotated[
+        Path | None,
+        Option("--adapter", help="Run or checkpoint of `dvla finetune` whose fine-tuned VLM encodes."),
+    ] = None
+    resolution: Annotated[
+        int | None, Option("--resolution", help="Side of the padded, resized image; default: the model's own.")
+    ] = None
+    tokens: Annotated[
+        int | None,
+        Option("--tokens", help="Tokens per image, averaged on the grid (196, 49, 16 …); default: all."),
+    ] = None
+    features: Annotated[
+        str | None,
+        Option(
+            "--features",
+            help="Features after the model's own projection (merged), or before it (patch): more and narrower.",
+        ),
+    ] = None
+    depth: Annotated[
+        str | None,
+        Option(
+            "--depth",
+            help="Depth of the features. vision: each image for itself. language (paligemma2): the language model's "
+            "last hidden state of all views of a frame and the instruction, which condition dropout cannot remove.",
+        ),
+    ] = None
+    boundary: Annotated[
+        int | None,
+        Option(
+            "--boundary",
+            help="Store what enters the last n blocks of the vision tower, in place of features: for "
+            "`dvla finetune --lora --from-cache`, which then runs those n blocks only.",
+        ),
+    ] = None
+
+    dtype: Annotated[
+        str, Option("--dtype", help="Stored data type: fp16, int8 or fp8 (with channel and token scales).")
+    ] = "fp16"
+    compression: Annotated[
+        str, Option("--compression", help="Lossless compression, for slow disks: none, zstd or lz4.")
+    ] = "none"
+
+    def spec(self) -> EncoderSpec:
+        """The encoder. `UserError` for an unknown model, or settings that exclude each other."""
+        from ..policy.load import adapted_spec
+
+        if self.adapter and self.vlm:
+            raise UserError("--adapter brings the VLM that it was trained in; leave --vlm out")
+        changes = {name: getattr(self, name) for name in ("resolution", "tokens", "features", "depth", "boundary")}
+        if self.adapter:
+            return adapted_spec(self.adapter, path=self.vlm_path, **changes)
+        return encoder_spec(self.vlm or "qwen3vl", path=self.vlm_path, **changes)
+
+    def format(self) -> FeatureFormat:
+        """How they are stored. `UserError` for an unknown name."""
+        return feature_format(self.dtype, self.compression)
 
 
 def check_settings(config: BuildConfig) -> None:
@@ -72,3 +154,41 @@ def check_settings(config: BuildConfig) -> None:
             raise UserError(f"{option} {value}: give at least 1")
     if not 0 <= config.augment <= 64:
         raise UserError(f"--augment {config.augment}: give the number of augmented variants of each picture, 0 to 64")
+
+
+@dataclass(frozen=True)
+class PilotConfig:
+    """What `plan` needs besides the build's own settings."""
+
+    images: Annotated[int, Option("--pilot", help="Images to measure with, over all datasets and views.")] = 64
+    price: Annotated[float | None, Option("--price", help="Price in USD per hour of everything that builds.")] = None
+    train_rate: Annotated[
+        float | None,
+        Option(
+            "--train-samples-per-second",
+            help="Samples/s of the policy alone, or 'measured': trained here for a moment.",
+            type=str,
+        ),
+    ] = None
+    measure_model: bool = False  # measure that here
+    model_size: Annotated[
+        str, Option("--model-size", help="Size of the policy to measure: tiny, small, base or large.")
+    ] = "base"
+    draws: Annotated[int, Option("--draws", help="Noise samples that share one observation.")] = 4
+    disk_rate: Annotated[  # bytes/s
+        float | None,
+        Option("--disk-rate", help="GB/s of the disk to train from; default: measured at --out."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.images < 2:
+            raise UserError(f"--pilot {self.images}: give at least 2 images to measure with")
+        if self.draws < 1:
+            raise UserError(f"--draws {self.draws}: give at least 1 noise sample")
+        for option, value in (
+            ("--price", self.price),
+            ("--train-samples-per-second", self.train_rate),
+            ("--disk-rate", self.disk_rate),
+        ):
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{option}: {value:g} is not above 0")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...cache.store.cache import Cache, CacheDataset, beside
-from ...cache.store.manifest import read_json
+from ...cache.store.manifest import has_size, is_begun, is_finished, read_fingerprint
 from ...cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask
 from ...cache.store.zarr_format import scales_folder
 from ...common import fingerprint as fp
@@ -84,7 +84,7 @@ class Earlier:
         scales = scales_folder(self._cache.path, task.dataset, task.array) / "c"
         for index in np.unique(dataset.observation_of(frames) // dataset.shard_frames).tolist():
             self._require_sound(self._cache, dataset.shard_path(task.view, index, task.variant))
-            if dataset.format.quantised:
+            if dataset.format.quantized:
                 self._require_sound(self._cache, scales / str(index) / "0")
         return dataset.records(task.view, frames, task.variant)
 
@@ -180,17 +180,17 @@ def require_only_new(earlier: Cache, fingerprint: Mapping[str, Any], plan: Build
         )
 
 
-def require_whole(earlier: Cache) -> None:
+def require_intact(earlier: Cache) -> None:
     """`UserError` naming a file of the earlier generation that is missing or of another size (its bytes are checked when copied)."""
     for name, entry in earlier.manifest["files"].items():
         file = earlier.path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        if not has_size(file, entry):
             raise UserError(f"{file} is missing or damaged; run `dvla cache repair {earlier.path}`, then this again")
 
 
 def require_same_start(ready: Path, asked: Mapping[str, Any]) -> None:
     """`UserError` when `ready` is a generation that was begun for something else than `asked`."""
-    if (ready / "fingerprint.json").exists() and (lines := fp.diff(read_json(ready / "fingerprint.json"), dict(asked))):
+    if is_begun(ready) and (lines := fp.diff(read_fingerprint(ready), dict(asked))):
         raise UserError(
             f"{ready} is a generation begun from other sources or settings ({'; '.join(lines[:4])}"
             f"{'; …' if len(lines) > 4 else ''}); remove that folder, then run again"
@@ -226,7 +226,7 @@ def exchange(out: Path) -> Path:
 def finish_exchange(out: Path) -> None:
     """Mend an exchange that was cut between its two renames; `UserError` when it is going on just now."""
     ready, last = next_generation(out), generations(out)[-1:]
-    if not out.exists() and last and (ready / "manifest.json").exists():
+    if not out.exists() and last and is_finished(ready):
         with lock_folder(last[0]):
             os.rename(ready, out)
             _sync(out.parent)

@@ -22,7 +22,7 @@ import torch
 from ...cache.readers import Source
 from ...cache.readers.episode import CorruptEpisode
 from ...cache.store.cache import CacheDataset
-from ...cache.store.codec import quantise
+from ...cache.store.codec import quantize
 from ...cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask, Unit
 from ...cache.store.writer import CacheWriter, Features
 from ...cache.vlm.augment import frame_keys
@@ -49,9 +49,9 @@ class Timing:
             setattr(self, name, getattr(self, name) + value)
 
     @property
-    def binds(self) -> str:
+    def bottleneck(self) -> str:
         """The part that took most of the time."""
-        parts = {"decode": self.decode_wait, "encode": self.encode, "write": self.write_wait}
+        parts = {"decoding": self.decode_wait, "encoding": self.encode, "writing": self.write_wait}
         return max(parts, key=lambda name: parts[name])
 
 
@@ -206,7 +206,7 @@ def _stored(features: torch.Tensor, scales: torch.Tensor | None, build: BuildPla
         return to_float16(features, what)
     if not torch.isfinite(features).all():
         raise UserError(f"{what}: the encoder gave a value that is not finite; check the weights and their dtype")
-    codes, scale = quantise(features, scales, build.format.dtype)
+    codes, scale = quantize(features, scales, build.format.dtype)
     return codes.cpu().numpy(), scale.cpu().numpy()
 
 

@@ -14,21 +14,19 @@ from ...errors import UserError
 
 ROW_NBYTES = 2 * 4 * UNIFIED_DIM + 8  # of a frame's tables: action, proprio, timestamp
 ROOM_MARGIN = 1.02  # over the bytes counted: folders, blocks that are not full, JSON
-BEST_COMPRESSION = (
-    1.5  # no lossless compression of features was seen to reach it; the pilot of `dvla cache plan` measures it
-)
-CHARACTERS_PER_TOKEN = 3  # of an instruction: few words are cut into more tokens
+BEST_COMPRESSION = 1.5  # no lossless compression of features reached it; `dvla cache plan` measures the real ratio
+CHARACTERS_PER_TOKEN = 3  # of an instruction; few words have more tokens
 
 
 def features_nbytes(plan: BuildPlan, tasks: Iterable[ShardTask]) -> int:
     """Bytes of the shards of `tasks` before compression: features, token scales and indexes."""
     record = plan.format.record_nbytes(plan.tokens, plan.width)
-    index = index_nbytes(plan.shard_frames) * (1 + plan.format.quantised)
+    index = index_nbytes(plan.shard_frames) * (1 + plan.format.quantized)
     return sum((t.stop - t.start) * record + index for t in tasks)
 
 
 def tables_nbytes(plan: BuildPlan, dataset: DatasetPlan) -> int:
-    """Bytes of all of a dataset but its features. The number of text tokens is estimated from the longest instruction."""
+    """Bytes of a dataset without its features. The number of text tokens is estimated from the longest instruction."""
     rows = dataset.frames * ROW_NBYTES
     tokens = 1 + max(len(text) for text in dataset.instructions) // CHARACTERS_PER_TOKEN
     text = len(dataset.instructions) * tokens * plan.width * 2  # [n,Lt,D] float16
@@ -56,9 +54,10 @@ def free_nbytes(path: Path) -> int:
 def require_room(
     plan: BuildPlan, out: Path, tasks: Sequence[ShardTask] | None = None, datasets: Sequence[str] | None = None
 ) -> None:
-    """`UserError` when the file system of `out` cannot hold what is still missing: shards of `tasks` and tables of `datasets` (None: all).
+    """`UserError` when the disk of `out` cannot hold the shards of `tasks` and the tables of `datasets` (None: all).
 
-    Compressed features are counted at `BEST_COMPRESSION`, so a refusal is certain to be right."""
+    Compressed features are counted at `BEST_COMPRESSION`, so that a refusal is never wrong.
+    """
     features = features_nbytes(plan, plan.tasks() if tasks is None else tasks)
     if plan.format.compression != "none":
         features = int(features / BEST_COMPRESSION)
@@ -66,6 +65,6 @@ def require_room(
     needed, free = int((features + tables) * ROOM_MARGIN), free_nbytes(out)
     if needed > free:
         raise UserError(
-            f"building {out} takes {size(needed)} more, and its disk has {size(free)} free; choose a smaller --dtype (int8), fewer "
-            f"--tokens or a larger --frame-stride (`dvla cache plan` shows what each costs), or another --out"
+            f"{out} needs {size(needed)} more, and its disk has {size(free)} free; choose --dtype int8, fewer "
+            "--tokens, a larger --frame-stride or another --out (`dvla cache plan` compares them)"
         )

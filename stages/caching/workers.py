@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...cache.store.manifest import read_json
+from ...cache.store.manifest import is_begun, read_fingerprint
 from ...cache.store.plan import BuildPlan, Unit
 from ...common import fingerprint as fp
 from ...errors import UserError
@@ -173,12 +173,12 @@ def _load(job: Job) -> tuple[BuildPlan, VisionLanguageEncoder, dict[str, Source]
     from ...cache.vlm.load import load_encoder
     from ...common.device import pick_device
 
-    if not (job.path / "fingerprint.json").exists():
+    if not is_begun(job.path):
         raise UserError(
             f"worker on {socket.gethostname()} does not see {job.path}; give an --out that all workers share"
         )
     if not _loaded or _loaded[0][0] != job.key:
-        fingerprint = read_json(job.path / "fingerprint.json")
+        fingerprint = read_fingerprint(job.path)
         encoder = load_encoder(job.encoder, pick_device(_device(job.device)))
         if lines := fp.diff(fingerprint["encoder"], encoder.fingerprint()):
             raise UserError(

@@ -1,10 +1,10 @@
 """`dvla cotrain`: the loop of the three stages by the commands a user would type.
 
-OUT/cache-0  OUT/train-0                a cache of the VLM as it is, and the policy trained from it
-OUT/lora-1  OUT/cache-1  OUT/train-1    LoRA on live features; a cache of what the VLM learnt; training that goes on from it
+OUT/cache-0  OUT/train-0                a cache of the initial VLM, and the policy trained from it
+OUT/lora-1  OUT/cache-1  OUT/train-1    LoRA on live features; a cache of the fine-tuned VLM; training resumed on it
 OUT/lora-2 …                            and so on, for every round
-OUT/drift-1.json …                      how far a round moved the features
-OUT/progress.json  OUT/summary.json     what is done; held-out errors and drifts
+OUT/drift-1.json …                      how much a round changed the features
+OUT/progress.json  OUT/summary.json     finished commands; held-out errors and feature changes
 """
 
 from __future__ import annotations
@@ -17,23 +17,11 @@ from typing import Any
 from ...common.files import json_bytes, read_json, write_file
 from ...errors import UserError
 from ..training.run_log import evaluations, read_log
-from .runner import Step, travel, words
+from .runner import Command, Job, options, run_in_order, split_options
 
-OWN = (
-    "--out",
-    "--from-cache",
-    "--init",
-    "--adapter",
-    "--source",
-    "--vlm",
-    "--vlm-path",
-    "--vlm-mode",
-    "--lora",
-    "--frozen",
-    "--stop-after",
-    "--dry-run",
-    "--append",
-    "--update",
+RESERVED = (
+    *("--out", "--from-cache", "--init", "--adapter", "--source", "--vlm", "--vlm-path", "--vlm-mode"),
+    *("--lora", "--frozen", "--stop-after", "--dry-run", "--append", "--update"),
 )
 """Options of the commands that the loop sets itself, or that would end it early."""
 
@@ -58,111 +46,85 @@ class CotrainConfig:
         if self.rounds < 1:
             raise UserError(f"--rounds {self.rounds}: give at least 1")
         for name in ("cache", "train", "finetune", "retrain"):
-            options(name, getattr(self, name) or "")
+            self.extra(name)
+
+    def extra(self, name: str) -> Command:
+        """The user's options of one command, as words. `UserError` for an option that the loop sets itself."""
+        return split_options(f"--{name}", getattr(self, name) or "", RESERVED, "dvla cotrain")
 
 
-def options(name: str, text: str) -> tuple[str, ...]:
-    """The words of a string of options. `UserError` for one that the loop sets itself."""
-    return words(f"--{name}", text, OWN, "dvla cotrain")
-
-
-def steps(config: CotrainConfig) -> list[Step]:
-    """The road, in order."""
-    out, cached, tuned = config.out, options("cache", config.cache), options("finetune", config.finetune)
-    first = options("train", config.train)
-    later = first if config.retrain is None else options("retrain", config.retrain)
-    vlm = ("--vlm", config.vlm, *(("--vlm-path", config.vlm_path) if config.vlm_path else ()))
-    sources = [word for source in config.sources for word in ("--source", source)]
+def steps(config: CotrainConfig) -> list[Job]:
+    """The commands of the loop, in order."""
+    later = config.extra("train" if config.retrain is None else "retrain")
+    vlm = options(vlm=config.vlm, **({"vlm_path": config.vlm_path} if config.vlm_path else {}))
 
     def folder(kind: str, n: int) -> str:
-        return str(out / f"{kind}-{n}")
+        return str(config.out / f"{kind}-{n}")
 
-    road = [
-        ("cache build 0", ("cache", "build", *config.sources, *vlm, *cached, "--out", folder("cache", 0))),
-        ("train 0", ("train", "--from-cache", folder("cache", 0), *first, "--out", folder("train", 0))),
-    ]
+    def build(n: int, encoder: Command) -> Job:
+        command = ("cache", "build", *config.sources, *encoder, *config.extra("cache"), "--out", folder("cache", n))
+        return Job(
+            f"cache build {n}", (command,), purpose=f"Cache the features of the VLM, round {n} of {config.rounds}."
+        )
+
+    def train(n: int, start: Command, extra: Command) -> Job:
+        command = ("train", "--from-cache", folder("cache", n), *start, *extra, "--out", folder("train", n))
+        return Job(f"train {n}", (command,), purpose="Train the policy from this cache.")
+
+    jobs = [build(0, vlm), train(0, (), config.extra("train"))]
     for n in range(1, config.rounds + 1):
-        road += [
-            (
+        tuned = ("finetune", "--vlm-mode", "lora", folder("train", n - 1), *options(source=config.sources))
+        compared = ("cache", "diff", folder("cache", n - 1), folder("cache", n))
+        jobs += [
+            Job(
                 f"finetune {n}",
-                (
-                    "finetune",
-                    "--vlm-mode",
-                    "lora",
-                    folder("train", n - 1),
-                    *sources,
-                    *tuned,
-                    "--out",
-                    folder("lora", n),
-                ),
+                ((*tuned, *config.extra("finetune"), "--out", folder("lora", n)),),
+                purpose="Fine-tune policy and VLM together with LoRA.",
             ),
-            (
-                f"cache build {n}",
-                (
-                    "cache",
-                    "build",
-                    *config.sources,
-                    "--adapter",
-                    folder("lora", n),
-                    *cached,
-                    "--out",
-                    folder("cache", n),
-                ),
-            ),
-            (
+            build(n, ("--adapter", folder("lora", n))),
+            Job(
                 f"cache diff {n}",
-                ("cache", "diff", folder("cache", n - 1), folder("cache", n), "--json", str(out / f"drift-{n}.json")),
+                ((*compared, "--json", str(config.out / f"drift-{n}.json")),),
+                purpose="Measure how much the features changed.",
             ),
-            (
-                f"train {n}",
-                (
-                    "train",
-                    "--from-cache",
-                    folder("cache", n),
-                    "--init",
-                    folder("lora", n),
-                    *later,
-                    "--out",
-                    folder("train", n),
-                ),
-            ),
+            train(n, ("--init", folder("lora", n)), later),
         ]
-    return [Step(name, (command,)) for name, command in road]
+    return jobs
 
 
 def cotrain(config: CotrainConfig, run: Callable[[list[str]], None], say: Callable[..., None]) -> dict[str, Any]:
-    """Run every command (`run` runs one in this process), then say and write `summary.json`. `UserError` when `out` holds something else."""
+    """Run every command (`run` runs one in this process), then print and write `summary.json`.
 
-    def perform(step: Step) -> None:
+    Raises:
+        UserError: when `out` holds something else.
+    """
+
+    def perform(command: list[str]) -> None:
         try:
-            run(list(step.commands[0]))
+            run(command)
         except SystemExit as stop:
-            if stop.code != 1 or step.commands[0][:2] != (
+            if stop.code != 1 or command[:2] != [
                 "cache",
                 "diff",
-            ):  # whose 1 says that the features moved, as they should
+            ]:  # its 1 says that the features differ, as they should
                 raise
 
-    seconds = travel(config.out, steps(config), perform, say, "cotraining")
-    summary = summarise(config, seconds)
+    seconds = run_in_order(config.out, steps(config), perform, say, "cotraining")
+    summary = summarize(config, seconds)
     write_file(config.out / "summary.json", json_bytes(summary))
     say("")
     for n, drifts in enumerate(summary["drift"], 1):
         for drift in drifts:
-            say(
-                f"round {n} moved the features of {drift['dataset']} by a relative RMS of {drift['relative']:.3g} (cosine {drift['cosine']:.5f})",
-                markup=False,
-            )
+            change = f"relative RMS {drift['relative']:.3g}, cosine {drift['cosine']:.5f}"
+            say(f"round {n} changed the features of {drift['dataset']}: {change}", markup=False)
     found = [f"{name} {error:.4g}" for name, error in summary["held_out_mse"].items() if error is not None]
-    say(
-        f"held-out error (mse): {' → '.join(found) or 'not measured'}; {sum(seconds.values()):.0f} s in all. Act with {config.out}/train-{config.rounds}",
-        markup=False,
-    )
+    say(f"Held-out action error (MSE, normalized): {' → '.join(found) or 'not measured'}", markup=False)
+    say(f"{sum(seconds.values()):.0f} s in total. Checkpoint: {config.out}/train-{config.rounds}", markup=False)
     return summary
 
 
-def summarise(config: CotrainConfig, seconds: dict[str, float]) -> dict[str, Any]:
-    """What the loop measured: held-out errors of every run in their order, and the drift of every round."""
+def summarize(config: CotrainConfig, seconds: dict[str, float]) -> dict[str, Any]:
+    """What the loop measured: held-out errors of every run in their order, and the feature changes of every round."""
     runs = ["train-0", *(f"{kind}-{n}" for n in range(1, config.rounds + 1) for kind in ("lora", "train"))]
     return {
         "seconds": seconds,

@@ -1,7 +1,7 @@
-"""`dvla launch`: a dvla command on several processes, machines, or under Slurm, by a script that one can read first.
+"""`dvla launch`: runs a dvla command on several processes or machines, or under Slurm, by a script one can read first.
 
-A script is `configs/launch/NAME.sh`, or a copy of it that somebody changed: a shell script with `{{setting}}` where a value goes, `{{command}}` for
-the command, and a line `#: setting=default   what it is` for each setting.
+A script is `configs/launch/NAME.sh`, or an edited copy of it: a shell script with `{{setting}}` where a value goes,
+`{{command}}` for the command, and a line `#: setting=default   what it is` for each setting.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ...common.signals import handled
 from ...errors import UserError, unknown
 
 _SETTING = re.compile(r"#: (\w+)=(\S*)\s*(.*)")
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
 _VALUE = re.compile(r"[\w.:/@+-]+")
 TRAINING = ("train", "finetune")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One value that a script leaves open."""
+    """One value that a script leaves to its user."""
 
     default: str
     meaning: str
@@ -40,12 +41,11 @@ def scripts() -> tuple[str, ...]:
 
 def read_script(name_or_file: str) -> str:
     """Text of a shipped script by name, or of a file *.sh. `UserError` for an unknown one."""
-    file = (
-        Path(name_or_file).expanduser()
-        if name_or_file.endswith(".sh")
-        else configs_dir() / "launch" / f"{name_or_file}.sh"
-    )
-    if not name_or_file.endswith(".sh") and name_or_file not in scripts():
+    if name_or_file.endswith(".sh"):
+        file = Path(name_or_file).expanduser()
+    elif name_or_file in scripts():
+        file = configs_dir() / "launch" / f"{name_or_file}.sh"
+    else:
         raise unknown("launch script", name_or_file, scripts())
     try:
         return file.read_text()
@@ -54,7 +54,7 @@ def read_script(name_or_file: str) -> str:
 
 
 def settings_of(text: str) -> dict[str, Setting]:
-    """What a script leaves open, by name."""
+    """A script's settings, by name."""
     return {
         found[1]: Setting(found[2], found[3].strip())
         for line in text.splitlines()
@@ -63,63 +63,62 @@ def settings_of(text: str) -> dict[str, Setting]:
 
 
 def render(text: str, command: Sequence[str], given: Mapping[str, str]) -> str:
-    """The script of `text` that runs `dvla COMMAND…`, with its defaults and what is `given` in their place.
+    """The script of `text` that runs `dvla COMMAND…`, with what is `given` in place of its defaults.
 
-    `UserError` for a setting it does not have, a value a shell would read as more than one word, or a command it cannot run.
+    Raises:
+        UserError: for an unknown setting, a value that a shell would read as more than one word, or a command that the
+            script cannot run.
     """
     known = settings_of(text)
     for name, value in given.items():
         if name not in known:
             raise unknown("setting of the script", name, known)
         if not _VALUE.fullmatch(value):
-            raise UserError(f"{name}={value!r}: letters, digits and . : / @ + - _ only")
+            raise UserError(f"{name}={value!r}: use only letters, digits and . : / @ + - _")
         if known[name].default.isdigit() and not value.isdigit():
-            raise UserError(f"{name}={value!r}: it must be a whole number, as in {name}={known[name].default}")
+            raise UserError(f"{name}={value!r}: give a whole number, as in {name}={known[name].default}")
+    _check_command(text, command)
+    values = {name: setting.default for name, setting in known.items()} | dict(given) | {"command": shlex.join(command)}
+    lines = [line for line in text.splitlines() if not _SETTING.fullmatch(line.rstrip())]
+    # Not jinja2: shell code is full of {# and {% (as in ${#array[@]}), which it would read as its own.
+    for missing in {found[1] for line in lines for found in _PLACE.finditer(line)} - values.keys():
+        raise UserError(f"the script uses {{{{{missing}}}}} but has no line '#: {missing}=…' for it; add one")
+    return _PLACE.sub(lambda found: values[found[1]], "\n".join(lines)) + "\n"
+
+
+def _check_command(text: str, command: Sequence[str]) -> None:
+    """`UserError` unless the script of `text` can run `dvla COMMAND…`."""
     if not command:
+        raise UserError("no command to launch; give it after --: dvla launch torchrun -- train --from-cache C --out R")
+    builds_cache = "--workers {{" in text
+    if builds_cache and list(command[:2]) != ["cache", "build"]:
+        raise UserError(f"this script builds a cache: begin the command with cache build; given: {shlex.join(command)}")
+    if not builds_cache and command[0] not in TRAINING:
         raise UserError(
-            "no command to launch; give it after --, as in `dvla launch torchrun -- train --from-cache cache --out run`"
-        )
-    cache = "--workers {{" in text
-    if cache and list(command[:2]) != ["cache", "build"]:
-        raise UserError(
-            f"this script builds a cache; its command begins with cache build, given: {shlex.join(command)}"
-        )
-    if not cache and command[0] not in TRAINING:
-        raise UserError(
-            f"'{command[0]}' does not run in several processes that know of each other; give {' or '.join(TRAINING)}"
+            f"'{command[0]}' cannot run on several processes; give {' or '.join(TRAINING)}"
             + (" (for a cache: --workers N, or the script slurm-cache)" if command[0] == "cache" else "")
         )
     for option in ("--workers", "--strategy"):
         if any(word.split("=")[0] == option for word in command) and f"{option} " in text:
             raise UserError(f"{option} is set by this script; leave it out of the command")
-    values = {name: setting.default for name, setting in known.items()} | dict(given) | {"command": shlex.join(command)}
-
-    def filled(found: re.Match[str]) -> str:
-        if found[1] not in values:
-            raise UserError(f"the script asks for {{{{{found[1]}}}}} and has no line '#: {found[1]}=…' for it")
-        return values[found[1]]
-
-    lines = [line for line in text.splitlines() if not _SETTING.fullmatch(line.rstrip())]
-    return re.sub(r"\{\{(\w+)\}\}", filled, "\n".join(lines)) + "\n"
 
 
 def launch(script: str) -> int:
-    """Run a rendered script, or give it to Slurm if it is one of its jobs; returns the exit code. `UserError` without sbatch."""
+    """Run a rendered script, or submit it if it is a Slurm job; returns the exit code. `UserError` without sbatch."""
     slurm = "\n#SBATCH " in script
     program = "sbatch" if slurm else "bash"
     if shutil.which(program) is None:
-        raise UserError(f"{program} is not here; see the script with --print, or run this on a machine that has it")
+        raise UserError(f"{program} is not installed; show the script with --print, or run this where {program} is")
     if slurm:
         return subprocess.run([program], input=script, text=True).returncode
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
         process = subprocess.Popen([program, file.name])
-        with handled(
-            lambda number, frame: process.send_signal(number), (signal.SIGTERM,)
-        ):  # the launcher tells its processes: they save
+        # The launcher passes SIGTERM on to its processes, which save a checkpoint.
+        with handled(lambda number, frame: process.send_signal(number), (signal.SIGTERM,)):
             while True:
                 try:
                     return process.wait()
-                except KeyboardInterrupt:  # Ctrl-C reached the processes as well
+                except KeyboardInterrupt:  # Ctrl-C has reached the processes too
                     continue

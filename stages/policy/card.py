@@ -13,8 +13,8 @@ import yaml
 
 from ... import __version__
 from ...common.config import from_mapping
+from ...drifting.config import LossConfig
 from ...drifting.heads import sample_steps
-from ...drifting.losses import LossConfig
 
 NON_COMMERCIAL = re.compile(r"(?i)\bNC\b|non.?commercial")
 PERMISSIVE = {"mit": "mit", "apache-2.0": "apache-2.0", "cc-by-4.0": "cc-by-4.0"}  # as the hub writes them

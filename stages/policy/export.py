@@ -26,7 +26,7 @@ from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
 from ...common.files import json_bytes, new_folder, read_json, write_file
-from ...drifting.losses import LossConfig
+from ...drifting.config import LossConfig
 from ...errors import UserError
 from . import checkpoint as ck
 from .graph import require_formats, write_graphs

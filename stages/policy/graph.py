@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ...batch import UNIFIED_DIM, FeatureBatch
+from ...drifting.config import DENOISING, ONE_STEP, LossConfig
 from ...drifting.heads import generate
-from ...drifting.losses import DENOISING, ONE_STEP, LossConfig
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError, unknown
 

@@ -1,6 +1,7 @@
-"""Policy: pictures, instruction and state in, native actions out: in one forward pass, or in several with a denoising head.
+"""Policy: images, instruction and state in, native actions out, in one forward pass, or in several with a denoising
+head.
 
-Letters: N observations, T action steps, d native action width, V views, H, W picture size.
+Letters: N observations, T action steps, d native action width, V views, H, W image size.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +18,15 @@ from ...batch import UNIFIED_DIM, FeatureBatch
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import encode_observations
 from ...common.config import from_mapping
+from ...common.device import pick_device
 from ...common.hashing import mix
+from ...drifting.config import LossConfig
 from ...drifting.heads import generate
-from ...drifting.losses import LossConfig
 from ...drifting.policy_net import PolicyNet
-from ...errors import UserError, unknown
-from ..policy.observation import Observation
+from ...errors import UserError
 from . import checkpoint as ck
 from .load import load_net, load_policy_encoder, read_document
+from .observation import LEROBOT_STATE, Observation, as_observation, from_lerobot, require_views
 from .robot import RobotInterface, choose_dataset
 
 KEPT_TEXTS = 1024  # instructions whose embeddings a policy keeps: a server may meet any number
@@ -43,10 +46,18 @@ class Policy:
         loss: LossConfig | None = None,
     ) -> None:
         self.net, self.encoder, self.robot, self.needs_images, self.seed = net, encoder, robot, sees, seed
-        self.loss = loss or LossConfig()  # of what was trained: says how the head samples
+        self.loss = loss or LossConfig()  # that it was trained with: says how the head samples
         self.path: Path | None = None  # of the policy directory it came from
         self._text: dict[str, tuple[torch.Tensor, int]] = {}
         self._null = encoder.null_image_features(len(robot.views))  # [V,K,D]
+
+    def __repr__(self) -> str:
+        views = ", ".join(self.robot.views) if self.needs_images else "none (blind)"
+        return (
+            f"Policy(robot {self.robot.name}, views {views}, state [{len(self.robot.state_map.field_names)}], actions "
+            f"[{self.net.config.dit.horizon}, {len(self.robot.action_map.field_names)}], {self.loss.kind} head, "
+            f"device {self.encoder.device})"
+        )
 
     @classmethod
     def from_pretrained(
@@ -55,20 +66,29 @@ class Policy:
         *,
         dataset: str | None = None,
         environment: str | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "auto",
         blind: bool = False,
         seed: int = 0,
         vlm_path: str | None = None,
         steps: int | None = None,
     ) -> Policy:
-        """Load a run's newest whole checkpoint, a checkpoint folder, `RUN/checkpoints/best`, what `dvla export` wrote, or a policy of the
-        hub, "owner/name[@revision]".
+        """Load a run's newest intact checkpoint, a checkpoint folder, `RUN/checkpoints/best`, an exported policy, or
+        "owner/name[@revision]" of the hub.
 
-        `steps`: forward passes per action of a flow or diffusion head, in place of those it was trained for.
-        `dataset` or `environment` chooses the robot where the policy was trained on several. `blind=True` shows it black
-        pictures only. `UserError` for a missing or damaged checkpoint, an ambiguous robot, or a VLM that is not the one the
-        features came from (differing fields named).
+        Args:
+            dataset: whose robot and normalization to use, where the policy was trained on several datasets.
+            environment: the same choice by the simulated environment the dataset was recorded in.
+            device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:N", or a `torch.device`.
+            blind: act with images blanked.
+            seed: of the noise.
+            vlm_path: folder or hub id of the VLM, if it is not where the policy says.
+            steps: forward passes per action of a flow or diffusion head, instead of those it was trained for.
+
+        Raises:
+            UserError: the checkpoint is missing or damaged, the robot is ambiguous, or the VLM is not the one that the
+                features came from (the fields that differ are named).
         """
+        device = device if isinstance(device, torch.device) else pick_device(device)
         folder = ck.resolve(path)
         document = read_document(folder)
         robot = RobotInterface(choose_dataset(document["datasets"], dataset, environment))
@@ -82,18 +102,35 @@ class Policy:
         return policy
 
     def push_to_hub(self, repo: str, private: bool = True, evaluations: Sequence[str | Path] = ()) -> str:
-        """Upload the policy to "owner/name" of the hub, with a card; returns its URL. See `hub.push_policy` (`dvla push`)."""
+        """Upload the policy, with a card, to "owner/name" of the hub, as `dvla push` does; returns its URL."""
         from .hub import push_policy  # which builds on this file
 
         if self.path is None:
             raise UserError(
-                "this policy was not loaded from a folder; push the run or the folder it was saved in with `dvla push`"
+                "push the run or the folder this policy was saved in with `dvla push`: it was not loaded from one"
             )
         return push_policy(self.path, repo, private, evaluations)
 
-    def act(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> np.ndarray:
-        """Pictures by view name (uint8 [H,W,3]), text, native state [ds] → native action chunk [T,d] float32."""
-        return self.act_batch([Observation(dict(images), instruction, np.asarray(state, np.float32))])[0]
+    def act(self, images: Mapping[str, Any], instruction: str | None = None, state: Any = None) -> np.ndarray:
+        """The native action chunk [T,d] float32 for one observation.
+
+        Args:
+            images: view name → uint8 [H,W,3] or floating [3,H,W] in [0,1], as arrays or tensors. Or, alone, an
+                observation dict of LeRobot (`observation.images.<view>`, `observation.state`, `task`); one with a
+                batch dimension gives [N,T,d].
+            instruction: what to do.
+            state: native state [ds].
+
+        Raises:
+            UserError: a view is missing, or an image or the state has another form.
+        """
+        views, state_names = self.robot.views if self.needs_images else (), self.robot.state_map.field_names
+        if instruction is not None and state is not None:
+            return self.act_batch([as_observation(images, instruction, state, views, state_names)])[0]
+        if instruction is not None or state is not None:
+            raise UserError("give images, instruction and state, or one observation dict of LeRobot alone")
+        actions = self.act_batch(from_lerobot(images, views, state_names))
+        return actions if np.ndim(images[LEROBOT_STATE]) > 1 else actions[0]
 
     @torch.inference_mode()
     def act_batch(
@@ -101,7 +138,7 @@ class Policy:
     ) -> np.ndarray:
         """N observations → native action chunks [N,T,d] float32. Noise depends on (seed, start, step) only.
 
-        `mark` is told the name of each part when it ends (`stopwatch.PARTS`), to time it."""
+        `mark` is called with the name of each part when it ends (`stopwatch.PARTS`), to time it."""
         batch = self._batch(observations, mark)
         config = self.net.config.dit
         noise = torch.stack([self._noise(o, (config.horizon, config.noise_dim)) for o in observations])  # [N,T,n]
@@ -120,32 +157,14 @@ class Policy:
     def _batch(
         self, observations: Sequence[Observation], mark: Callable[[str], None] = lambda part: None
     ) -> FeatureBatch:
-        n, encoder, robot = len(observations), self.encoder, self.robot
-        device, k, d, v = encoder.device, encoder.tokens, encoder.width, len(robot.views)
-        if self.needs_images:
-            found = encode_observations(
-                encoder, [self._pictures(o) for o in observations], [o.instruction for o in observations]
-            )
-            tokens = torch.stack(found).to(torch.float16).to(encoder.dtype)  # [N,V,K,D], rounded as cached ones
-        else:
-            tokens = self._null.expand(n, v, k, d)  # [N,V,K,D]
-        tokens = tokens.reshape(n, v * k, d)  # [N,V·K,D]
+        n, robot, device = len(observations), self.robot, self.encoder.device
+        k, v, horizon = self.encoder.tokens, len(robot.views), self.net.config.dit.horizon
+        tokens = self._tokens(observations).flatten(1, 2)  # [N,V·K,D]
         mark("pictures")
-        texts = [self._embed(o.instruction) for o in observations]
-        longest = max(length for _, length in texts)
-        text = torch.stack(
-            [
-                e[:longest] if len(e) >= longest else torch.nn.functional.pad(e, (0, 0, 0, longest - len(e)))
-                for e, _ in texts
-            ]
-        )  # [N,Lt,D]
-        text_mask = torch.arange(longest, device=device) < torch.tensor(
-            [[length] for _, length in texts], device=device
-        )
+        text, text_mask = self._texts([o.instruction for o in observations])
         mark("text")
         proprio = robot.proprio(np.stack([o.state for o in observations]))  # [N,128]
-        horizon = self.net.config.dit.horizon
-        full, zero = torch.ones(n, dtype=torch.bool, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+        zero = torch.zeros(n, dtype=torch.int64, device=device)
         view_id = torch.arange(v, device=device).repeat_interleave(k).expand(n, -1).contiguous()  # [N,V·K]
         batch = FeatureBatch(
             tokens=tokens,
@@ -157,7 +176,7 @@ class Policy:
             proprio=torch.from_numpy(proprio).to(device),
             action=torch.zeros(n, horizon, UNIFIED_DIM, device=device),
             action_mask=torch.from_numpy(robot.action_map.mask).to(device).expand(n, -1).contiguous(),
-            step_mask=full[:, None].expand(-1, horizon).contiguous(),
+            step_mask=torch.ones(n, horizon, dtype=torch.bool, device=device),
             embodiment=zero + robot.embodiment,
             control_hz=torch.full((n,), robot.control_hz, device=device),
             dataset=zero,
@@ -166,25 +185,30 @@ class Policy:
         mark("state")
         return batch
 
-    def _pictures(self, observation: Observation) -> list[np.ndarray]:
-        for view in self.robot.views:
-            if view not in observation.images:
-                raise (
-                    unknown("view", view, observation.images)
-                    if observation.images
-                    else UserError(
-                        f"the policy needs pictures of {', '.join(self.robot.views)}; the observation has none"
-                    )
-                )
-        return [observation.images[view] for view in self.robot.views]
+    def _tokens(self, observations: Sequence[Observation]) -> torch.Tensor:
+        """Features [N,V,K,D] of the images, rounded as cached ones are; null features for a blind policy."""
+        if not self.needs_images:
+            return self._null.expand(len(observations), -1, -1, -1)
+        for observation in observations:
+            require_views(self.robot.views, observation.images)
+        images = [[o.images[view] for view in self.robot.views] for o in observations]
+        found = encode_observations(self.encoder, images, [o.instruction for o in observations])
+        return torch.stack(found).to(torch.float16).to(self.encoder.dtype)
+
+    def _texts(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(embeddings [N,Lt,Dt], mask [N,Lt] bool), padded to the longest."""
+        found = [self._embed(instruction) for instruction in instructions]
+        longest = max(length for _, length in found)
+        text = torch.nn.utils.rnn.pad_sequence([e[:longest] for e, _ in found], batch_first=True)
+        text = torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1]))
+        lengths = torch.tensor([[length] for _, length in found], device=text.device)
+        return text, torch.arange(longest, device=text.device) < lengths
 
     def _embed(self, instruction: str) -> tuple[torch.Tensor, int]:
         if instruction not in self._text:
             if len(self._text) >= KEPT_TEXTS:
                 self._text.clear()
             embedding, length = self.encoder.encode_text([instruction])
-            self._text[instruction] = (
-                embedding[0].to(torch.float16).to(embedding.dtype),
-                int(length[0]),
-            )  # as in the cache
+            rounded = embedding[0].to(torch.float16).to(embedding.dtype)  # as in the cache
+            self._text[instruction] = rounded, int(length[0])
         return self._text[instruction]

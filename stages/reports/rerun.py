@@ -69,10 +69,9 @@ def write_rerun(
         raise UserError(
             f"{source} has no episode {episode_id}; its {len(data.episode_ids)} episodes are numbered {data.episode_ids[0]} to {data.episode_ids[-1]}"
         )
-    from ...common.device import pick_device
     from ..policy.policy import Policy
 
-    policy = Policy.from_pretrained(run, dataset=data.name, device=pick_device(device), vlm_path=vlm_path)
+    policy = Policy.from_pretrained(run, dataset=data.name, device=device, vlm_path=vlm_path)
     try:
         episode = data.load(episode_id)
         return _write(policy, episode, episode_id, out, every, progress)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import wire  # first: it says what to install where websockets is missing
+
+# isort: split
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import connect
 
 from ...errors import UserError
-from . import wire
 
 
 class PolicyClient:
@@ -46,6 +48,10 @@ class PolicyClient:
 
     def close(self) -> None:
         self._connection.close()
+
+    def __repr__(self) -> str:
+        views = ", ".join(self.metadata.get("views", ()))
+        return f"PolicyClient({self._where}, robot {self.metadata.get('robot')}, views {views or 'none'})"
 
     def __enter__(self) -> PolicyClient:
         return self

@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from ...cache.loader.loader import ConditionDropout
-from ...cache.vlm.lora import LoraSpec
-from ...common.config import configs_dir, from_mapping, load_yaml
-from ...drifting.dit import DiTConfig
-from ...drifting.losses import ONE_STEP, LossConfig
+from ...cache.loader.dropout import ConditionDropout
+from ...cache.vlm.spec import LoraSpec
+from ...common.config import DEVICE, Option, apply, configs_dir, from_mapping, load_yaml
+from ...drifting.config import ONE_STEP, LossConfig
 from ...errors import UserError, unknown
-from .run_log import WandbConfig
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to zero; EMA of the weights."""
 
-    lr: float = 4e-4  # peak learning rate of the DiT
+    lr: Annotated[float, Option("--lr", help="Peak learning rate of the policy.")] = 4e-4
     projector_lr_scale: float = 0.5  # projector's rate = lr × this
-    vlm_lr_scale: float = 0.1  # the VLM's rate (LoRA or tower) = lr × this (stage three)
+    vlm_lr_scale: Annotated[
+        float, Option("--vlm-lr-scale", help="The VLM's learning rate (LoRA or tower) as a share of --lr.")
+    ] = 0.1
     vlm_lr_halved: tuple[int, ...] = ()  # steps from each of which on the VLM's rate is half of what it would be
     weight_decay: float = 1e-4  # on matrices; vectors have none
     betas: tuple[float, float] = (0.9, 0.95)
@@ -59,6 +59,8 @@ def require(
 
 def _check_dit(name: str, value: Any) -> None:
     """`UserError` for a value that an override of a DiT field cannot have. `dit_config` knows the names."""
+    from ...drifting.dit import DiTConfig
+
     default = DiTConfig.__dataclass_fields__[name].default if name in DiTConfig.__dataclass_fields__ else None
     if name in ("action_dim", "proprio_dim", "denoising"):
         raise UserError(f"dit.{name} follows from the data and from loss.kind; leave it out")
@@ -90,58 +92,95 @@ class PanelConfig:
 
 
 @dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases. Needs the package, and an account only when online."""
+
+    mode: Annotated[
+        Literal["online", "offline", "disabled"],
+        Option("--wandb-mode", help="Weights & Biases: online, offline or disabled; RUN/log.jsonl is always written."),
+    ] = "disabled"
+    project: Annotated[str, Option("--wandb-project", help="Weights & Biases project.")] = "dvla"
+    name: str | None = None  # what W&B calls the run; None: the run folder's name
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run, as saved in RUN/config.json."""
 
-    cache: str  # cache folder, the folder of its WebDataset export, or a URL that fsspec knows
+    cache: Annotated[
+        str,
+        Option(
+            "--from-cache",
+            help="Folder of a cache or of its WebDataset export; or a cache's URL (s3://…), with --local-cache.",
+        ),
+    ]
     out: str  # run folder
-    init: str | None = None  # run or checkpoint whose averaged weights the run starts from; None = from nothing
-    model_size: str = "base"  # tiny, small, base, large
+    init: Annotated[
+        str | None,
+        Option(
+            "--init",
+            help="Run or checkpoint to start from, on a cache of the features it sees (cache build --adapter).",
+            type=Path,
+        ),
+    ] = None
+    model_size: Annotated[str, Option("--model-size", help="Size of the network: tiny, small, base or large.")] = "base"
     action_space: Literal["unified", "active"] = (
         "unified"  # the network's: all 128 slots, or those alone that the cache's robots use (an ablation)
     )
     dit: dict[str, Any] = field(default_factory=dict)  # overrides of the size's DiT fields, e.g. {"horizon": 8}
-    steps: int = 10_000  # optimiser steps
-    batch_size: int = 16  # observations per batch and process
-    accumulate: int = 1  # batches per optimiser step and process
-    draws: int = 4  # G, noise draws per observation
+    steps: Annotated[int, Option("--steps", "--max-steps", help="Optimizer steps of the run.")] = 10_000
+    batch_size: Annotated[int, Option("--batch-size", help="Observations per batch and device.")] = 16
+    accumulate: Annotated[int, Option("--grad-accumulation", help="Batches per optimizer step.")] = 1
+    draws: Annotated[int, Option("--draws", help="Noise samples per observation.")] = 4  # G
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: ConditionDropout = field(default_factory=ConditionDropout)
-    image_aug: bool = (
-        False  # half of the samples are seen augmented: by the cache's variants (--augment of the build), live by any
-    )
-    temperature: float = 0.5  # a dataset's share of the samples is ∝ its size to this power: 1 by size, 0 all alike
+    image_aug: Annotated[
+        bool, Option("--image-aug", help="Train on the cache's augmented image variants in half of the samples.")
+    ] = False
+    temperature: Annotated[
+        float, Option("--temperature", help="Sample datasets in proportion to size^this: 1 by size, 0 uniformly.")
+    ] = 0.5
     weights: dict[str, float] = field(default_factory=dict)  # dataset → its share in [0, 1], in place of the above
-    order: Literal["global", "block", "sequential"] = (
-        "global"  # of samples: shuffled over all, in blocks of neighbours, as stored
+    order: Annotated[
+        Literal["global", "block", "sequential"],
+        Option("--order", help="Order of samples: global shuffle, block shuffle (slow disks) or sequential."),
+    ] = "global"
+    blind: Annotated[bool, Option("--blind", help="Train the proprioception-only baseline, with images blanked.")] = (
+        False
     )
-    blind: bool = False  # pictures always replaced by black frames: the proprioception-only baseline
     alpha_max: float = 1.0  # guidance scales are drawn from [1, this]; 1 = no guidance
     negatives: int = 8  # unconditional negatives per observation when alpha_max > 1
     unfreeze: dict[str, int] = field(
         default_factory=dict
     )  # beginning of parameter names → step from which these are trained
     holdout: float = 0.05  # fraction of episodes kept for evaluation
-    eval_every: int = 1000  # steps between evaluations on the held-out episodes; 0 = never
-    eval_batches: int = 50  # batches of one evaluation
-    save_every: int = 1000  # steps between checkpoints
+    eval_every: Annotated[
+        int, Option("--eval-every", help="Steps between evaluations on held-out episodes; 0: never.")
+    ] = 1000
+    eval_batches: Annotated[int, Option("--eval-batches", help="Batches of one evaluation.")] = 50
+    save_every: Annotated[int, Option("--save-every", help="Steps between checkpoints.")] = 1000
     keep_last: int = 2  # newest checkpoints kept
     keep_best: bool = True  # keep the one with the smallest held-out mse as well, saved when it is reached
-    log_every: int = 50  # steps between log lines
-    seed: int = 0  # order of samples, noise, initialisation
-    local: str | None = None  # folder for copies of what is read of a cache behind a URL
+    log_every: Annotated[int, Option("--log-every", help="Steps between log lines.")] = 50
+    seed: Annotated[int, Option("--seed", help="Random seed: order of samples, noise, initialization.")] = 0
+    local: Annotated[
+        str | None, Option("--local-cache", help="Folder for local copies of what is read of a cache behind a URL.")
+    ] = None
     local_gib: float | None = None  # room for shards in it, GiB; None = as many as there are
-    threads: int = 2  # loader threads
+    threads: Annotated[int, Option("--num-workers", help="Loader threads.")] = 2
     cpu_threads: int = 0  # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
-    device: str = "auto"  # auto, cpu, cuda
-    precision: Literal["fp32", "bf16"] = "fp32"  # autocast of the forward pass
+    device: Annotated[str, DEVICE] = "auto"
+    precision: Annotated[
+        Literal["fp32", "bf16"], Option("--precision", help="Precision of the forward pass (autocast): fp32 or bf16.")
+    ] = "fp32"
     gradient_checkpointing: bool = False  # keep only what enters each block of the VLM and compute the rest again (stage three): less memory, slower
-    compile: bool = False  # torch.compile the network's blocks; needs a C++ compiler
+    compile: Annotated[bool, Option("--compile", help="Compile the network with torch.compile.")] = False
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"  # kernel of the attention; the network is the same
-    strategy: Literal["ddp", "fsdp2", "zero2"] = (
-        "ddp"  # of several processes: whole copies, shards of all, shards of AdamW's state
-    )
+    strategy: Annotated[
+        Literal["ddp", "fsdp2", "zero2"],
+        Option("--strategy", help="Strategy on several devices (torchrun): ddp, fsdp2 or zero2."),
+    ] = "ddp"
     panels: PanelConfig = field(default_factory=PanelConfig)  # RUN/panels: what is learnt, in pictures
     wandb: WandbConfig = field(default_factory=WandbConfig)  # Weights & Biases, beside RUN/log.jsonl
 
@@ -219,22 +258,6 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
     if name_or_file not in recipe_names():
         raise unknown("recipe", name_or_file, recipe_names())
     return load_yaml(configs_dir() / "train" / f"{name_or_file}.yaml")
-
-
-def apply(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`values` with dotted `overrides` ("optimizer.lr": 1e-4) put in; those that are None are not given."""
-    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    for key, value in overrides.items():
-        if value is None:
-            continue
-        target = key.split(".")
-        node = out
-        for part in target[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise UserError(f"setting '{key}': '{part}' is a value, not a group of settings")
-        node[target[-1]] = value
-    return out
 
 
 def train_config(recipe: str | None, overrides: dict[str, Any]) -> TrainConfig:

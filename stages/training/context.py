@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from ...batch import FeatureBatch
-from ...cache.loader.loader import NO_DROPOUT, Loader, Split
+from ...cache.loader.dropout import NO_DROPOUT
+from ...cache.loader.loader import Loader, Split
 from ...cache.loader.sample import Sample
 from ...cache.store.cache import Cache
-from ...drifting.losses import LossConfig
+from ...drifting.config import LossConfig
 from ...drifting.policy_net import PolicyNet
 from ...drifting.queues import ChunkQueues
 from .config import TrainConfig

@@ -13,26 +13,17 @@ import math
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from ...common.files import write_file
 from ...common.text import public
 from ...errors import UserError
+from .config import WandbConfig
 
 INSTALL = 'pip install "dvla[wandb]"'
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """Weights & Biases. It needs the package, and an account only when online."""
-
-    mode: Literal["online", "offline", "disabled"] = "disabled"
-    project: str = "dvla"
-    name: str | None = None  # of the W&B run; None: the run folder's name
 
 
 def require_wandb(config: WandbConfig) -> None:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from dvla.drifting import attention
+from dvla.drifting.config import LossConfig
 from dvla.drifting.dit import set_attention
 from dvla.drifting.heads import generate, head_loss
-from dvla.drifting.losses import LossConfig, policy_loss
+from dvla.drifting.losses import policy_loss
 from dvla.errors import UserError
 from support.policy_samples import ALPHA, NOISE, B, G, T, make_batch, make_net, random
 

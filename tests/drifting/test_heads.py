@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from dvla.drifting.config import DENOISING, ONE_STEP, LossConfig
 from dvla.drifting.dit import build_dit, dit_config, parameter_counts
 from dvla.drifting.heads import (
     ddim,
@@ -19,7 +20,7 @@ from dvla.drifting.heads import (
     sample_steps,
     signal_levels,
 )
-from dvla.drifting.losses import DENOISING, ONE_STEP, LossConfig, policy_loss
+from dvla.drifting.losses import policy_loss
 from dvla.drifting.policy_net import PolicyNet
 from dvla.errors import UserError
 from support.policy_samples import ALPHA, NOISE, B, G, T, make_batch, make_net, one_thread, random

@@ -10,9 +10,10 @@ import torch
 
 from dvla.batch import FeatureBatch
 from dvla.common.config import from_mapping
-from dvla.drifting.field import TEMPERATURES, drifting_field
+from dvla.drifting.config import TEMPERATURES, LossConfig
+from dvla.drifting.field import drifting_field
 from dvla.drifting.guidance import batch_negatives, negative_weight, sample_alpha
-from dvla.drifting.losses import LossConfig, drifting_loss, policy_loss
+from dvla.drifting.losses import drifting_loss, policy_loss
 from dvla.errors import UserError
 from support.policy_samples import one_thread
 

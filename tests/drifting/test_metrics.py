@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dvla.batch import FeatureBatch
-from dvla.drifting.losses import LossConfig, counting, policy_loss
+from dvla.drifting.config import LossConfig
+from dvla.drifting.losses import counting, policy_loss
 from dvla.drifting.metrics import (
     EPSILON,
     METRICS,

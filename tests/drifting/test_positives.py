@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dvla.batch import FeatureBatch
+from dvla.drifting.config import LossConfig
 from dvla.drifting.heads import head_loss
-from dvla.drifting.losses import LossConfig, policy_loss
+from dvla.drifting.losses import policy_loss
 from dvla.drifting.neighbours import FeatureBank, Neighbours, pooled
 from dvla.drifting.queues import ChunkQueues, instruction_id
 from dvla.errors import UserError

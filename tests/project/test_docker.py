@@ -1,4 +1,5 @@
-"""The images' files, read as text: what they copy and install exists and is pinned, nothing of data gets in, nobody is root."""
+"""The images' files, read as text: what they copy and install exists and is pinned, nothing of data gets in, nobody is
+root."""
 
 from __future__ import annotations
 
@@ -164,7 +165,8 @@ COMPILED = {
 
 
 def lines_to_resolve() -> list[tuple[str, list[str], str]]:
-    """Image, arguments of `uv pip compile`, and the requirements it reads, of every install line that asks the registry."""
+    """Image, arguments of `uv pip compile`, and the requirements it reads, of every install line that asks the
+    registry."""
     lines = []
     python = dict(
         re.findall(
@@ -186,7 +188,8 @@ def lines_to_resolve() -> list[tuple[str, list[str], str]]:
 
 
 def test_what_is_installed_can_be() -> None:
-    """Every install line resolves for a bare Linux with its image's own Python, from wheels alone; nothing is installed."""
+    """Every install line resolves for a bare Linux with its image's own Python, from wheels alone; nothing is
+    installed."""
     if UV is None:
         pytest.skip("needs uv, which `make venv` brings")
     lines = lines_to_resolve()

@@ -1,9 +1,10 @@
-"""The documentation: its commands are ones the command line understands, its links lead somewhere, and the quick start is run as it stands."""
+"""The documentation: its commands exist, its links lead somewhere, the quick start runs, the site builds."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,9 +17,10 @@ import typer
 from dvla.cli import app
 from support.repository import ROOT
 
-PAGES = ("README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
 GENERATED = "docs/cli.md"
 RUN = ("docs/quickstart.md",)  # by `test_the_quick_start` below
+LANDING = ROOT / "tests" / "fixtures" / "landing_16"  # has what the quick start leaves behind, and smaller
 
 
 class Block(NamedTuple):
@@ -111,9 +113,55 @@ def test_commands_that_are_not_run_say_why(block: Block) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+    images = re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for target in [*re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text), *images]:
         if "://" not in target:
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def cells(page: str, first: str) -> list[str]:
+    """The cells of the table row of a page that begins with `first`, without emphasis."""
+    row = next(line for line in (ROOT / page).read_text().splitlines() if line.replace("*", "").startswith(first))
+    return [cell.strip() for cell in row.replace("*", "").strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ("| drifting |", "| drifting |"),
+        ("| regression (MSE) |", "| MSE |"),
+        ("| flow matching |", "| flow, 10 passes |"),
+        ("| diffusion |", "| diffusion, 100 passes |"),
+    ],
+)
+def test_the_numbers_of_the_readme_are_those_of_the_results(here: str, there: str) -> None:
+    (_, passes, wall, mean, ms), found = cells("README.md", here), cells("docs/results.md", there)
+    success, low, high = re.fullmatch(r"(\d+) % \((\d+)–(\d+)\)", wall).groups()
+    assert found[3].startswith(f"{success}% ({low} – {high};")
+    assert found[4] == mean.replace(" ", "") and ms == f"{float(found[6]):.1f}"
+    assert passes == (re.search(r"(\d+) passes", there) or re.match("(1)", "1")).group(1)
+
+
+def test_the_readme_is_short_and_its_images_are_light() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+    assert max(path.stat().st_size for path in (ROOT / "docs" / "images").iterdir()) < 2 * 2**20
+
+
+def test_ci_runs_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = re.findall(r"- run: make ([a-z-]+)", (ROOT / ".github/workflows/ci.yml").read_text())
+    assert {"lint", "test", "site"} <= set(named) <= targets
+
+
+@pytest.mark.skipif(find_spec("mkdocs") is None or find_spec("material") is None, reason="needs dvla[docs]")
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Offline; every page is in the navigation, every link and anchor leads somewhere."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "site" / "index.html").exists() and (tmp_path / "site" / "cli" / "index.html").exists()
+    fetched = re.findall(r'(?:src|<link[^>]* href)="(https?://[^"]+)', (tmp_path / "site" / "index.html").read_text())
+    assert not fetched, "the site loads something from another host"
 
 
 def test_benchmarks_have_the_options_that_pages_name() -> None:
@@ -150,6 +198,19 @@ def test_the_reference_has_every_command_and_option() -> None:
     assert {name for name in sections if not any(name == " ".join(path[:1]) for path, _ in found)} <= {
         " ".join(path) for path, _ in found
     }
+
+
+def test_the_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python blocks one after another, in a folder like that of the quick start."""
+    for name, here in (("cache_fp16", "cache"), ("vlm", "vlm"), ("policy", "policy")):
+        shutil.copytree(LANDING / name, tmp_path / here)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    found = [b for b in blocks("docs/python-api.md") if b.language == "python"]
+    for block in found:
+        if not block.before.startswith("<!-- not run: "):
+            exec(compile("\n" * block.line + block.text, block.page, "exec"), names)
+    assert len(found) > 6 and names["native"].shape[1:] == (8, 4)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dvla.cache.actions.slots import SLOTS
-from dvla.drifting.losses import LossConfig
+from dvla.drifting.config import LossConfig
 from dvla.drifting.metrics import drift_of
 from dvla.stages.training.panels.data import PanelData
 

@@ -12,8 +12,8 @@ from dvla.cache.actions.action_map import ActionMap, FieldSpec
 from dvla.cache.actions.statistics import RunningStatistics
 from dvla.cache.vlm.adapter import save_adapter, tower_parameters
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, add_lora, lora_parameters
-from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.lora import add_lora, lora_parameters
+from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec
 from dvla.drifting.dit import dit_config
 from dvla.drifting.heads import head_dit

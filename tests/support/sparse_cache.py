@@ -9,10 +9,11 @@ from unittest import mock
 import numpy as np
 
 from dvla.cache.actions.statistics import RunningStatistics
+from dvla.cache.store.manifest import shard_commit
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, DatasetTables, EpisodePlan
 from dvla.cache.store.shard_writer import MISSING
 from dvla.cache.store.writer import CacheWriter
-from dvla.cache.store.zarr_format import commit_file, features_folder
+from dvla.cache.store.zarr_format import features_folder
 from dvla.common.files import crc32c
 
 DESCRIPTION = {"state_map": {}, "environment": None, "starts": [], "license": "mit", "encoder": {}}
@@ -74,7 +75,7 @@ def build(path: Path, plan: BuildPlan, marked: bool = True) -> None:
                     os.pwrite(file.fileno(), np.int64(task.start + i).tobytes(), i * record)
                 os.pwrite(file.fileno(), index.tobytes() + np.uint32(crc32c(index)).tobytes(), count * record)
             writer._commit(
-                commit_file(path, task.dataset, task.array, task.index),
+                shard_commit(path, task),
                 {shard: (shard.stat().st_size, 0)},
                 quarantined=[],
             )

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from dvla.cache.actions.statistics import RunningStatistics
-from dvla.cache.store.codec import FeatureFormat, quantise
+from dvla.cache.store.codec import quantize
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, DatasetTables, EpisodePlan, ShardTask
 from dvla.cache.store.writer import CacheWriter, Features
 
@@ -67,9 +68,9 @@ def feature(dataset: str, view: str, row: int, variant: int = 0) -> np.ndarray:
 
 def stored(plan: BuildPlan, features: np.ndarray) -> Features:
     """What a cache of this plan holds of float16 [n, tokens, width]."""
-    if not plan.format.quantised:
+    if not plan.format.quantized:
         return features
-    codes, scale = quantise(torch.from_numpy(features), torch.from_numpy(CHANNELS), plan.format.dtype)
+    codes, scale = quantize(torch.from_numpy(features), torch.from_numpy(CHANNELS), plan.format.dtype)
     return codes.numpy(), scale.numpy()
 
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from ....errors import UserError
 from ..cache import Cache, CacheDataset
-from ..codec import FeatureFormat
+from ..feature_format import FeatureFormat
 from ..locations import Folder, Place, fetch
+from ..manifest import FINGERPRINT, MANIFEST
 from ..plan import FORMAT
 from ..shard_reader import ShardFiles
 from ..zarr_format import features_folder
@@ -36,15 +37,15 @@ class WebDatasetCache(Cache):
         self.shards, quarantine = index["shardlist"], self.index["quarantine"]
         self.tars = Tars(place, [self.index["meta"], *self.shards, *quarantine], scratch, check)
         self.fingerprint, self.manifest = (
-            self.tars.json(META, f"cache/store.{n}.json") for n in ("fingerprint", "manifest")
+            self.tars.json(META, f"cache/store.{name}") for name in (FINGERPRINT, MANIFEST)
         )
         if self.manifest["format"] != FORMAT:
             raise UserError(
                 f"{place.where} holds a cache of format {self.manifest['format']}, this version reads {FORMAT}; "
                 "import it with the version that exported it"
             )
-        quantised = FeatureFormat(self.manifest["dtype"]).quantised
-        channels = np.array(self.tars.array(META, "cache/store.channel_scale.npy")) if quantised else None
+        quantized = FeatureFormat(self.manifest["dtype"]).quantized
+        channels = np.array(self.tars.array(META, "cache/store.channel_scale.npy")) if quantized else None
         self.datasets = tuple(
             WebDatasetDataset(
                 self.path,
@@ -65,11 +66,13 @@ class WebDatasetCache(Cache):
         """An export at a folder, fsspec URL or pipe. `scratch`: where tars are copied that are not local; `check`: compare every tar
         with its checksum before using it. `UserError` when there is none, or it does not make sense."""
         try:
-            return cls(open_place(str(path)), Path(scratch), check)
+            cache = cls(open_place(str(path)), Path(scratch), check)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
                 f"{path} is not an export this version can read ({type(error).__name__}: {error}); export it again"
             ) from None
+        cache.opened = (path, scratch, check)
+        return cache
 
 
 class WebDatasetDataset(CacheDataset):
@@ -147,7 +150,7 @@ class WebDatasetDataset(CacheDataset):
             self._tars.read(
                 tar, f"{key}.{field_name('features', label, variant)}", dtype, (self.tokens, self.width), targets[i]
             )
-            if self.format.quantised:
+            if self.format.quantized:
                 self._tars.read(
                     tar, f"{key}.{field_name('scales', label, variant)}", "float32", (self.tokens,), scales[i]
                 )

@@ -15,9 +15,8 @@ from ....common.files import file_crc32c
 from ....errors import UserError
 from ...actions.statistics import Statistics
 from ..cache import Cache, CacheDataset
-from ..manifest import json_bytes, read_json
+from ..manifest import FINGERPRINT, MANIFEST, json_bytes, read_commit, shard_commit
 from ..plan import BuildPlan, DatasetTables, array_name
-from ..zarr_format import commit_file
 from .tars import field_name, labels, npy, sample_key
 
 BLOCK_NBYTES = 32 << 20  # features in memory at a time
@@ -80,12 +79,12 @@ def meta_samples(cache: Cache, files: Files) -> Iterator[dict[str, Any]]:
     files.check_tables()
     ledger: dict[str, list[Any]] = {}  # commit record of a shard → [episode, reason] found bad while it was built
     for task in BuildPlan.from_document(cache.fingerprint["store"]).tasks():
-        if bad := read_json(commit_file(cache.path, task.dataset, task.array, task.index))["quarantined"]:
+        if bad := read_commit(shard_commit(cache.path, task))["quarantined"]:
             ledger[f"{task.dataset}/{task.array}/{task.index}"] = bad
     store = {
         "__key__": "cache/store",
-        "fingerprint.json": json_bytes(cache.fingerprint),
-        "manifest.json": json_bytes(cache.manifest),
+        FINGERPRINT: json_bytes(cache.fingerprint),
+        MANIFEST: json_bytes(cache.manifest),
         "quarantine.json": json_bytes(ledger),
     }
     if (scale := cache.datasets[0].channel_scale) is not None:
@@ -133,7 +132,7 @@ def sample_nbytes(d: CacheDataset, views: dict[str, str]) -> int:
         len(fp.canonical(_row_document(d, longest, int(d.episode_start[longest]))).encode()) + 64
     )  # longer numbers
     members = [document, *[128 + 512] * 2]
-    members += [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantised] * (
+    members += [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantized] * (
         len(views) * (d.variants + 1)
     )
     return sum(512 + -(-n // 512) * 512 for n in members)
@@ -149,7 +148,7 @@ def observation_samples(
         for shard in np.unique(block // d.shard_frames).tolist():
             for view, _, k in arrays:
                 files.check(f"{d.name}/features/{array_name(view, k)}/c/{shard}/0/0")
-                if d.format.quantised:
+                if d.format.quantized:
                     files.check(f"{d.name}/scales/{array_name(view, k)}/c/{shard}/0")
         rows = d.frame_of(block)
         episodes = d.episode_of(rows)

@@ -1,12 +1,14 @@
-"""What a cluster takes for stages one and two: hours, bytes, network, price. Arithmetic alone, from what a pilot measured on one machine.
+"""What a cluster takes for stages one and two: hours, bytes, network, price, computed from a pilot on one machine.
 
-Stage one: shards are handed out one at a time to W workers (cache build --workers, --slurm), each of which decodes and encodes side by side, so that
+Stage one: shards are handed out one at a time to W workers (`cache build --workers`, `--slurm`). Each decodes and
+encodes at the same time, so that
 
     seconds = start + tables + max(rounds · shard, bytes read / source, bytes written / store),    rounds = ⌈shards / W⌉
-    shard   = max(pictures · encode, pictures · decode / cores per worker) + overhead of a shard
+    shard   = max(images · encode, images · decode / cores per worker) + overhead of a shard
 
-Where workers share processors instead of having a device each (`Pool.devices` < W), they start, and make a shard, W / devices times as slowly.
-Stage two: samples/s is the least of what the GPUs train, the nodes' network cards and the store deliver, and of the local copies once they are made.
+Workers that share processors instead of having a device each (`Pool.devices` < W) start, and make a shard, W / devices
+times as slowly. Stage two: samples/s is the least of what the GPUs train and what the network cards and the store
+deliver; later epochs read local copies.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ MEMORY = 0.8  # of a node's memory that may hold pages of a cache
 
 @dataclass(frozen=True)
 class Cluster:
-    """What its parts can do; see configs/launch/cluster.yaml, which says the units."""
+    """What its parts can do; configs/launch/cluster.yaml describes each and its unit."""
 
     nodes: int
     gpus: int
@@ -58,16 +60,16 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """A corpus to encode, and what one picture of it costs. Seconds are those of one core or one device."""
+    """Datasets to encode, and what one image of them costs. Seconds are those of one core or one device."""
 
     frames: int  # of all datasets
-    pictures: float  # a frame: views, augmented variants, stride
-    stored: float  # bytes of one picture's features
+    images: float  # per frame: views, augmented variants, stride
+    stored: float  # bytes of one image's features
     rows: float  # bytes of a frame's tables
-    source: float  # bytes of one picture where the dataset lies; 0: not known
-    encode: float  # seconds a picture
-    decode: float  # seconds a picture
-    table: float  # seconds a frame, in the one process that writes the tables
+    source: float  # bytes of one image in the dataset; 0: not known
+    encode: float  # seconds per image
+    decode: float  # seconds per image
+    table: float  # seconds per frame, in the one process that writes the tables
     shard_frames: int  # frames of one view in a shard
 
 
@@ -79,14 +81,14 @@ class Pool:
     devices: float
     cores: float  # for each worker's decoding
     start: float  # seconds
-    overhead: float  # seconds a shard
+    overhead: float  # seconds per shard
     source_read: float = math.inf  # bytes/s of all
     store_write: float = math.inf  # bytes/s of all
 
 
 @dataclass(frozen=True)
 class StageOne:
-    """Seconds of the parts as if each were alone, and together."""
+    """Seconds of each part as if it were alone, and of all together."""
 
     shards: int
     rounds: int  # of shards: how many a worker makes, at most
@@ -96,12 +98,12 @@ class StageOne:
     read: float
     write: float
     seconds: float
-    binds: str  # the longest of them: encode, decode, read, write, start or tables
+    binds: str  # the bottleneck: encode, decode, read, write, start or tables
 
 
 @dataclass(frozen=True)
 class ClusterForecast:
-    """What `dvla cache plan --cluster` tells."""
+    """What `dvla cache plan --cluster` prints."""
 
     frames: int
     gpus: int
@@ -113,26 +115,24 @@ class ClusterForecast:
     build_cost: float  # USD
     storage_cost: float  # USD a month
     first_epoch: float  # samples/s
-    later_epochs: float  # samples/s, where copies or memory hold what has been read
-    train_binds: str  # of the first epoch: model, network card or store
+    later_epochs: float  # samples/s, from local copies or memory where these hold the cache
+    train_binds: str  # the bottleneck of the first epoch: model, network card or store
     train_read: float  # bytes/s from the store in the first epoch
-    epoch_hours: float  # of a later one
+    epoch_hours: float  # of a later epoch
     epoch_cost: float  # USD
     model: float | None  # samples/s of all GPUs, where it is known
 
 
 def stage_one(work: Work, pool: Pool) -> StageOne:
-    """Of one build. Letters of the formula are the file's."""
-    pictures = work.frames * work.pictures
-    shards = math.ceil(work.frames / work.shard_frames) * max(1, round(work.pictures))
+    """Seconds of one build, by the formula above."""
+    images = work.frames * work.images
+    shards = math.ceil(work.frames / work.shard_frames) * max(1, round(work.images))
     rounds = math.ceil(shards / pool.workers)
     crowd = max(1.0, min(pool.workers, shards) / pool.devices)
-    encode, decode = (pictures / shards * x for x in (work.encode * crowd, work.decode / pool.cores))
+    encode, decode = (images / shards * x for x in (work.encode * crowd, work.decode / pool.cores))
     spent = rounds * (max(encode, decode) + pool.overhead * crowd)
-    read, write = (
-        pictures * work.source / pool.source_read,
-        (pictures * work.stored + work.frames * work.rows) / pool.store_write,
-    )
+    read = images * work.source / pool.source_read
+    write = (images * work.stored + work.frames * work.rows) / pool.store_write
     tables, start = work.frames * work.table, pool.start * max(1.0, pool.workers / pool.devices)
     parts = {"encode" if encode >= decode else "decode": spent, "read": read, "write": write}
     longest = {**parts, "start": start, "tables": tables}
@@ -150,14 +150,12 @@ def stage_one(work: Work, pool: Pool) -> StageOne:
 
 
 def work_of(found: Forecast, frames: int | None, shard_frames: int | None) -> Work:
-    """The pilot's corpus, or one of `frames` frames like it. `shard_frames`: as of the build, None: its default."""
-    pictures = found.pictures / max(1, found.frames)
-    total = frames or found.frames
+    """The pilot's datasets, or `frames` frames like theirs. `shard_frames`: as in the build; None: its default."""
     stored = sum(v.bytes for v in found.views) / found.measured.compression / max(1, found.pictures)
     shard_frames = shard_frames or max(1, min(SHARD_ROWS, int(SHARD_NBYTES / stored)))
     return Work(
-        total,
-        pictures,
+        frames or found.frames,
+        found.pictures / max(1, found.frames),
         stored,
         ROW_NBYTES,
         0.0,
@@ -169,7 +167,7 @@ def work_of(found: Forecast, frames: int | None, shard_frames: int | None) -> Wo
 
 
 def cluster_forecast(work: Work, cluster: Cluster, *, model: float | None = None) -> ClusterForecast:
-    """`model`: samples/s of one GPU's training, where the cluster's file does not say."""
+    """Both stages on the cluster. `model`: samples/s of one GPU in training, where the cluster's file does not say."""
     gpus = cluster.nodes * cluster.gpus
     encode = 1 / cluster.pictures_per_second if cluster.pictures_per_second else work.encode
     work = dataclasses.replace(work, encode=encode)
@@ -185,13 +183,13 @@ def cluster_forecast(work: Work, cluster: Cluster, *, model: float | None = None
             cluster.store_write * GB,
         ),
     )
-    sample = work.pictures * work.stored
+    sample = work.images * work.stored
     nbytes = work.frames * (sample + work.rows)
     one = cluster.samples_per_second or model
     trained = None if one is None else one * gpus
     ways = {"network card": cluster.nodes * cluster.node_read * GB / sample, "store": cluster.store_read * GB / sample}
     first = min([*ways.values(), *([trained] if trained else [])])
-    # Samples of an epoch come to any node, so that each must hold the whole cache to read nothing twice.
+    # Any node reads any sample, so each must hold the whole cache to read nothing twice.
     in_memory, on_disk = (nbytes <= room * GIB for room in (MEMORY * cluster.memory_gib, cluster.local_gib))
     later = first
     if in_memory or on_disk:
@@ -226,6 +224,7 @@ def read_cluster(name_or_file: str) -> Cluster:
         return from_mapping(Cluster, load_yaml(Path(name_or_file)), name_or_file)
     if name_or_file != "cluster":
         raise UserError(
-            f"--cluster {name_or_file}: give a YAML file, or cluster for the shipped configs/launch/cluster.yaml (copy it, and put in your numbers)"
+            f"--cluster {name_or_file}: give a YAML file (a copy of configs/launch/cluster.yaml with your numbers), or "
+            "'cluster' for the shipped one"
         )
     return from_mapping(Cluster, load_yaml(configs_dir() / "launch" / "cluster.yaml"), "cluster")

@@ -1,8 +1,4 @@
-"""What a build will hold, counted from its plan; whether the disk can hold it; and, from what a pilot measured, what it will take.
-
-Arithmetic alone: pilot.py measures. A build that would end with a full disk is refused before its first byte. Letters: Lt text
-tokens, D width, n distinct instructions.
-"""
+"""Bytes, seconds and training speed of a planned build, computed from its plan and from what a pilot measured."""
 
 from __future__ import annotations
 
@@ -21,12 +17,12 @@ KINDS = ("new", "again", "copied", "adopted")  # what becomes of features, as `V
 
 @dataclass(frozen=True)
 class ViewCost:
-    """Decoding one camera of one dataset, in seconds."""
+    """Seconds to decode one camera of one dataset."""
 
     dataset: str
     view: str
-    load: float  # to open an episode: its tables, and the hash over its stored pictures
-    first: float  # to the first picture of an episode
+    load: float  # to open an episode: its tables, and the hash over its stored images
+    first: float  # to the first frame of an episode
     following: float  # to each further observation of it, skipped frames included
 
 
@@ -35,73 +31,69 @@ class Measured:
     """What the pilot measured. Bytes are stored bytes: codes with their scales, after compression."""
 
     views: tuple[ViewCost, ...]
-    encode: float  # seconds per picture, augmentation and quantisation included
+    encode: float  # seconds per image, augmentation and quantization included
     compression: float  # uncompressed over stored bytes
     write: float  # bytes/s
     read: float  # bytes/s of records in random order, not in memory before
     read_warm: float  # bytes/s of records in random order, from memory
     model: float | None  # observations/s of a training step of the policy alone
-    storing_error: tuple[
-        float, float
-    ]  # RMS of the storing error over the features' RMS: over all, in the worst channel
+    storing_error: tuple[float, float]  # RMS of the storage error over the features' RMS: overall, in the worst channel
     pooling_error: float | None  # RMS of what `--tokens` discards over the RMS of all tokens; None: nothing is pooled
     stride_change: (
         float | None
-    )  # RMS of the change from an observation to the last skipped frame behind it; None: no stride
+    )  # RMS of the change from an observation to the last skipped frame after it; None: no stride
 
 
 @dataclass(frozen=True)
 class PlannedView:
-    """One camera of one dataset in the cache to be. `bytes`: of its features, augmented variants included, before compression.
-    `decode_seconds`: of what has to be encoded."""
+    """One camera of one dataset in the planned cache."""
 
     dataset: str
     view: str
     frames: int
     observations: int
-    bytes: int
-    decode_seconds: float
+    bytes: int  # of its features, augmented variants included, before compression
+    decode_seconds: float  # of what has to be encoded
 
 
 @dataclass(frozen=True)
 class Share:
-    """A part of the features by what the build does with it."""
+    """A part of the features, by what the build does with it."""
 
     kind: str  # one of `KINDS`
-    pictures: int  # all views and augmented variants
+    pictures: int  # images: all views and augmented variants
     bytes: int  # stored
     hours: float  # of decoding, encoding and writing it
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a build will take and what stage two will get. Seconds of decode, encode and write are those of one process."""
+    """What a build will take and what stage two will get. Decode, encode and write are seconds of one process."""
 
     views: tuple[PlannedView, ...]
     measured: Measured
     frames: int
     observations: int
-    pictures: int  # to encode: all views and augmented variants
+    pictures: int  # images to encode: all views and augmented variants
     shares: tuple[Share, ...]  # of `--append` and `--update`: against the finished cache; () for a new one
-    quarantined: int  # episodes whose length cannot be told
+    quarantined: int  # episodes whose length cannot be read
     bytes: int  # of the cache
-    bytes_to_write: int  # of them: all but shards that stay whole
+    bytes_to_write: int  # of them: all but shards that are reused unchanged
     bytes_per_sample: int  # features of one observation, all its views
     free_bytes: int  # in the file system of the cache
     seconds: dict[str, float]  # tables, decode, encode, write
-    binds: str  # decode, encode or write
+    binds: str  # the bottleneck: decode, encode or write
     hours: float
     cost: float | None  # USD at the price given
-    fits_in_memory: bool  # so that it is read from the disk in the first epoch only
+    fits_in_memory: bool  # so that the disk is read in the first epoch only
     read_samples: float  # observations/s by reading alone
-    train_samples: float  # observations/s of stage two, each shared by `draws` draws
+    train_samples: float  # observations/s of stage two, each with `draws` noise samples
     draws: int
-    train_binds: str  # reading or model
+    train_binds: str  # the bottleneck: reading or model
     break_even_epoch: int | None  # the first after which the cache has cost no more than a live encoder; None: never
-    cluster: Any = None  # of `--cluster`: what it would take there (cluster_plan.ClusterForecast)
-    boundary: int | None = (
-        None  # n, where not features are stored but what enters the last n blocks: `train_samples` is by reading alone
-    )
+    cluster: Any = None  # of `--cluster`: what it would take there (a `ClusterForecast`)
+    # n, where the hidden states before the last n blocks are stored, not features: `train_samples` is by reading alone
+    boundary: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -121,50 +113,36 @@ def forecast(
     price: float | None = None,
     changed: Sequence[ViewChange] | None = None,
 ) -> Forecast:
-    """`free`, `memory`: bytes on the disk and of this machine. `parallel`: processes that decode and encode, each with a device of its own.
-    `overlap`: decoding and encoding do not share processors. `price`: USD per hour for all of it. `changed`: against the finished cache
-    that is brought up to date, each view of `m.views`; None: all is new."""
-    versions, record = plan.variants + 1, plan.format.record_nbytes(plan.tokens, plan.width)
-    datasets = {d.name: d for d in plan.datasets}
-    whole = [_all_new(plan, datasets[c.dataset], c.view) for c in m.views]
-    todo = (
-        whole
-        if changed is None
-        else [next(t for t in changed if (t.dataset, t.view) == (c.dataset, c.view)) for c in m.views]
-    )
-    views = tuple(
-        PlannedView(
-            c.dataset,
-            c.view,
-            datasets[c.dataset].frames,
-            w.new,
-            w.new * versions * record,
-            versions * _decode_seconds(c, t.episodes, t.new + t.again),
-        )
-        for c, w, t in zip(m.views, whole, todo)
-    )
+    """The build of `plan`, and training from its cache.
+
+    Args:
+        free, memory: bytes on the disk and of this machine.
+        parallel: processes that decode and encode, each with a device of its own.
+        overlap: decoding and encoding do not share processors.
+        price: USD per hour for all of it.
+        changed: each view of `m.views` against the finished cache that is brought up to date; None: all is new.
+    """
+    whole = [_all_new(plan, c.dataset, c.view) for c in m.views]
+    todo = whole
+    if changed is not None:
+        todo = [next(t for t in changed if (t.dataset, t.view) == (c.dataset, c.view)) for c in m.views]
+    views = tuple(_planned(plan, c, w, t) for c, w, t in zip(m.views, whole, todo))
     shares = {kind: _share(kind, plan, m, todo, parallel, overlap) for kind in KINDS}
-    observations = sum(int(d.observations(plan.frame_stride).sum()) for d in plan.datasets)
-    each_variant, pictures = sum(v.observations for v in views), shares["new"].pictures + shares["again"].pictures
-    sample, stored = each_variant / observations * record / m.compression, sum(v.bytes for v in views)
+    pictures, stored = shares["new"].pictures + shares["again"].pictures, sum(v.bytes for v in views)
     nbytes = plan_nbytes(plan) - stored + int(stored / m.compression)
     to_write = nbytes - shares["adopted"].bytes
     seconds = {
-        "tables": sum(len(datasets[c.dataset].episodes) * c.load / len(datasets[c.dataset].views) for c in m.views),
+        "tables": sum(c.load * len(d.episodes) / len(d.views) for c in m.views for d in [_dataset(plan, c.dataset)]),
         "decode": sum(v.decode_seconds for v in views),
         "encode": pictures * m.encode,
         "write": to_write / m.write,
     }
     work = elapsed(seconds["decode"] / parallel, seconds["encode"] / parallel, seconds["write"], overlap)
     total = seconds["tables"] + work
-
+    observations = sum(int(d.observations(plan.frame_stride).sum()) for d in plan.datasets)
+    sample = stored / (plan.variants + 1) / observations / m.compression
     in_memory = nbytes < MEMORY_SHARE * memory
     read_samples = (m.read_warm if in_memory else m.read) / sample
-    step = observations / m.model if m.model else 0.0
-    epoch = sum(_decode_seconds(c, w.episodes, w.new) for c, w in zip(m.views, whole))
-    live = elapsed(epoch, each_variant * m.encode + step, 0.0, overlap)
-    saved = live - max(observations / read_samples, step)
-    hours = total / 3600
     return Forecast(
         views,
         m,
@@ -179,21 +157,42 @@ def forecast(
         free,
         seconds,
         max(("decode", "encode", "write"), key=lambda name: seconds[name]),
-        hours,
-        None if price is None else hours * price,
+        total / 3600,
+        None if price is None else total / 3600 * price,
         in_memory,
         read_samples,
         min(read_samples, m.model or math.inf),
         draws,
         "model" if m.model and m.model < read_samples else "reading",
-        math.ceil(total / saved) if saved > 0 else None,
+        _break_even(m, whole, observations, read_samples, total, overlap),
     )
 
 
-def _all_new(plan: BuildPlan, dataset: DatasetPlan, view: str) -> ViewChange:
-    return ViewChange(
-        dataset.name, view, int(dataset.observations(plan.frame_stride).sum()), 0, 0, 0, len(dataset.episodes)
-    )
+def _break_even(
+    m: Measured, whole: Sequence[ViewChange], observations: int, read_samples: float, build: float, overlap: bool
+) -> int | None:
+    """Epochs after which a build of `build` seconds has saved its time against a live encoder; None: never."""
+    step = observations / m.model if m.model else 0.0
+    decode = sum(_decode_seconds(c, w.episodes, w.new) for c, w in zip(m.views, whole))
+    live = elapsed(decode, sum(w.new for w in whole) * m.encode + step, 0.0, overlap)
+    saved = live - max(observations / read_samples, step)
+    return math.ceil(build / saved) if saved > 0 else None
+
+
+def _dataset(plan: BuildPlan, name: str) -> DatasetPlan:
+    return next(d for d in plan.datasets if d.name == name)
+
+
+def _all_new(plan: BuildPlan, name: str, view: str) -> ViewChange:
+    dataset = _dataset(plan, name)
+    return ViewChange(name, view, int(dataset.observations(plan.frame_stride).sum()), 0, 0, 0, len(dataset.episodes))
+
+
+def _planned(plan: BuildPlan, cost: ViewCost, whole: ViewChange, todo: ViewChange) -> PlannedView:
+    versions, record = plan.variants + 1, plan.format.record_nbytes(plan.tokens, plan.width)
+    decode = versions * _decode_seconds(cost, todo.episodes, todo.new + todo.again)
+    frames = _dataset(plan, cost.dataset).frames
+    return PlannedView(cost.dataset, cost.view, frames, whole.new, whole.new * versions * record, decode)
 
 
 def _decode_seconds(cost: ViewCost, episodes: int, observations: int) -> float:
@@ -202,7 +201,7 @@ def _decode_seconds(cost: ViewCost, episodes: int, observations: int) -> float:
 
 
 def _share(kind: str, plan: BuildPlan, m: Measured, todo: Sequence[ViewChange], parallel: int, overlap: bool) -> Share:
-    """One of `KINDS`; `todo`: of each of `m.views`. Only what is new or made again is decoded and encoded; shards that stay whole cost nothing."""
+    """One of `KINDS`; `todo`: of each of `m.views`. Only new and changed images are decoded; reused shards are free."""
     versions, record = plan.variants + 1, plan.format.record_nbytes(plan.tokens, plan.width)
     pictures = versions * sum(getattr(t, kind) for t in todo)
     nbytes, decode, encode = int(pictures * record / m.compression), 0.0, 0.0
@@ -217,5 +216,5 @@ def _share(kind: str, plan: BuildPlan, m: Measured, todo: Sequence[ViewChange], 
 
 
 def elapsed(decode: float, encode: float, write: float, overlap: bool) -> float:
-    """Seconds of the three together: the longest where each has a resource of its own, their sum where processors are shared."""
+    """Seconds of the three together: the longest where each has resources of its own, the sum where they share them."""
     return max(decode, encode, write) if overlap else decode + encode + write

@@ -1,6 +1,6 @@
-"""How fast the file system of a cache writes and reads records, and how fast the policy trains: measured with the code that does it.
+"""How fast a disk writes and reads records, and how fast the policy trains, measured with the code that does it.
 
-Letters: n records, K tokens, D width, B observations, V views, T action steps.
+Letters: n records, K tokens, D width, B observations, V views.
 """
 
 from __future__ import annotations
@@ -37,17 +37,23 @@ STEP_SECONDS = 2.0  # a training step is repeated for about so long
 
 @dataclass(frozen=True)
 class DiskRates:
-    """In stored bytes per second: codes with their scales, after compression."""
+    """Stored bytes per second: codes with their scales, after compression."""
 
     compression: float  # uncompressed over stored bytes of the pilot's features
     write: float  # one writer, checksum and sync included
-    read: float  # random records, the pages dropped before
+    read: float  # random records, not in memory before
     read_warm: float  # random records, from memory
 
 
 def disk_rates(out: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray | None) -> DiskRates:
-    """Write the pilot's records (codes [n,K,D] of the stored dtype, token scales [n,K]) again and again to a temporary shard beside `out`,
-    read it, remove it. `UserError` where that cannot be written."""
+    """Write and read a temporary shard beside `out` that repeats the pilot's records, then remove it.
+
+    Args:
+        codes: [n,K,D] of the stored dtype; scales: token scales [n,K] of an 8-bit cache.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     folder = existing_folder(out.parent)
     record = plan.format.record_nbytes(plan.tokens, plan.width)
     room = min(FILE_NBYTES, free_nbytes(folder) // 4)
@@ -65,36 +71,27 @@ def disk_rates(out: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray
 
 
 def _measure(work: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray | None, count: int) -> DiskRates:
-    compression, shard = record_compression(plan.format), work / "features" / "0" / "0" / "0"
-    beside = work / "scales" / "0" / "0"
-    began = time.perf_counter()
-    with ShardWriter(shard, (1, *codes.shape[1:]), codes.dtype, count, compression) as writer:
-        for at in range(0, count, len(codes)):
-            writer.append(codes[: count - at])
-        stored, _ = writer.commit()
-    stored -= index_nbytes(count)
+    arrays = {work / "features": (codes, "0/0", record_compression(plan.format))}
     if scales is not None:
-        with ShardWriter(beside, (1, scales.shape[1]), "float32", count) as writer:
-            for at in range(0, count, len(scales)):
-                writer.append(scales[: count - at])
+        arrays[work / "scales"] = (scales, "0", None)
+    began, stored = time.perf_counter(), 0
+    for folder, (values, tail, compression) in arrays.items():
+        with ShardWriter(folder / "0" / tail, (1, *values.shape[1:]), values.dtype, count, compression) as writer:
+            for at in range(0, count, len(values)):
+                writer.append(values[: count - at])
             stored += writer.commit()[0] - index_nbytes(count)
     write = stored / (time.perf_counter() - began)
-    for path in (shard, beside) if scales is not None else (shard,):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # synced before, so every page can go
-        finally:
-            os.close(handle)
+    for folder, (_, tail, _) in arrays.items():
+        with open(folder / "0" / tail, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # synced before, so every page can go
     rows = np.random.default_rng(0).permutation(count)
     batches = [rows[at : at + BATCH_ROWS] for at in range(0, count, BATCH_ROWS)]
     files = ShardFiles()
 
     def read(part: np.ndarray) -> None:
-        targets = [x.data.cast("B") for x in np.empty((len(part), *codes.shape[1:]), codes.dtype)]
-        read_records(files, work / "features", part, targets, count, compression=compression)
-        if scales is not None:
-            targets = [x.data.cast("B") for x in np.empty((len(part), scales.shape[1]), np.float32)]
-            read_records(files, work / "scales", part, targets, count, tail="0")
+        for folder, (values, tail, compression) in arrays.items():
+            targets = [x.data.cast("B") for x in np.empty((len(part), *values.shape[1:]), values.dtype)]
+            read_records(files, folder, part, targets, count, tail=tail, compression=compression)
 
     rates = []
     with ThreadPoolExecutor(READ_THREADS) as pool:
@@ -107,7 +104,7 @@ def _measure(work: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray 
 
 
 def model_rate(size: str, draws: int, views: int, plan: BuildPlan, device: torch.device) -> float:
-    """Observations/s of training steps (forward, loss, backward, AdamW) of a policy of that size on random features in memory."""
+    """Observations/s of training steps (forward, loss, backward, AdamW) of a policy on random features in memory."""
     config = TrainConfig("", "", model_size=size, batch_size=16 if device.type == "cuda" else 2, draws=draws)
     net = PolicyNet(PolicyNetConfig(feature_width=plan.width, dit=dit_config(size))).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.optimizer.lr)

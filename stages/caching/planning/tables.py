@@ -1,4 +1,4 @@
-"""Forecasts of a build as console tables."""
+"""Forecasts of a build in the terminal. A line fits in 80 columns."""
 
 from __future__ import annotations
 
@@ -6,83 +6,91 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from ....common.console import _right, _table, console
+from ....common.console import console, right_aligned, say, simple_table
 from ....common.text import duration, size
 from .forecast import Forecast
 
 if TYPE_CHECKING:
     from .cluster import ClusterForecast
 
+BOTTLENECKS = {
+    "decode": "decoding",
+    "encode": "encoding",
+    "write": "writing",
+    "read": "reading",
+    "start": "starting workers",
+    "model": "the policy",
+}
+
+
+def bottleneck(part: str) -> str:
+    """The part that takes longest, for people."""
+    return f"bottleneck: {BOTTLENECKS.get(part, part)}"
+
 
 def show_forecast(f: Forecast) -> None:
-    """What `plan` found, and what it means."""
-    m, table = f.measured, _table("dataset", "view", *_right("frames", "observations", "features", "decode"))
+    """What `plan` measured and predicts."""
+    m, table = (
+        f.measured,
+        simple_table("dataset", "view", *right_aligned("frames", "observations", "features", "decode")),
+    )
     for v in f.views:
-        table.add_row(
-            escape(v.dataset),
-            escape(v.view),
-            str(v.frames),
-            str(v.observations),
-            size(int(v.bytes / m.compression)),
-            duration(v.decode_seconds),
-        )
+        numbers = (str(v.frames), str(v.observations), size(int(v.bytes / m.compression)), duration(v.decode_seconds))
+        table.add_row(escape(v.dataset), escape(v.view), *numbers)
     console.print(table)
-    note = f", {m.compression:.2f} × compressed" if m.compression != 1 else ""
     console.print(
-        f"cache: {f.observations} observations, {size(f.bytes_per_sample)} each (all views){note}, {size(f.bytes)} in all; "
-        f"{size(f.free_bytes)} are free{'' if f.fits else ': it does not fit'}",
+        f"cache: {size(f.bytes)}, {size(f.free_bytes)} are free{'' if f.fits else ': it does not fit'}",
         style=None if f.fits else "red",
     )
+    packed = f", {m.compression:.2f}x compressed" if m.compression != 1 else ""
+    say(f"  {f.observations} observations of {size(f.bytes_per_sample)} (all views){packed}")
     if f.quarantined:
-        console.print(f"{f.quarantined} episodes cannot be read and are left out")
+        say(f"  {f.quarantined} episodes cannot be read and are left out")
     cost = "" if f.cost is None else f", {f.cost:.2f} USD"
-    console.print(
-        f"build: {duration(f.hours * 3600)}{cost}; tables {duration(f.seconds['tables'])}, decode {duration(f.seconds['decode'])}, encode "
-        f"{duration(f.seconds['encode'])} ({1 / m.encode:.1f} pictures/s), write {duration(f.seconds['write'])} ({size(int(m.write))}/s); "
-        f"{f.binds} binds"
-    )
-    lost = [f"storing {m.storing_error[0]:.2g} over all, {m.storing_error[1]:.2g} in the worst channel"]
-    lost += [f"pooling {m.pooling_error:.2g}"] if m.pooling_error is not None else []
-    lost += [f"stride: the last skipped frame differs by {m.stride_change:.2g}"] if m.stride_change is not None else []
-    console.print(f"relative error (RMS, of the features'): {'; '.join(lost)}")
-    where = "from memory after the first epoch" if f.fits_in_memory else "from the disk"
+    say(f"build: {duration(f.hours * 3600)}{cost}; {bottleneck(f.binds)}")
+    parts = {"tables": "tables", "decode": "decoding", "encode": "encoding", "write": "writing"}
+    say("  " + ", ".join(f"{word} {duration(f.seconds[part])}" for part, word in parts.items()))
+    say(f"  {1 / m.encode:.1f} images/s encoded, {size(int(m.write))}/s written")
+    say("relative RMS error of the stored features:")
+    say(f"  storage {m.storing_error[0]:.2g} overall, {m.storing_error[1]:.2g} in the worst channel")
+    if m.pooling_error is not None:
+        say(f"  pooling {m.pooling_error:.2g}")
+    if m.stride_change is not None:
+        say(f"  frame stride {m.stride_change:.2g}: the change up to the last skipped frame")
+    _show_training(f)
+
+
+def _show_training(f: Forecast) -> None:
+    """Stage two, or fine-tuning from a cache with a boundary."""
+    m, speed = f.measured, f"{f.read_samples:.0f} samples/s"
+    disk, memory = f"{size(int(m.read))}/s from disk", f"{size(int(m.read_warm))}/s from memory"
+    where = f"from {'memory after the first epoch' if f.fits_in_memory else 'disk'}"
     if f.boundary is not None:
-        console.print(
-            f"fine-tuning: at most {f.read_samples:.0f} samples/s by reading {where} ({size(int(m.read))}/s from the disk, "
-            f"{size(int(m.read_warm))}/s from memory); {f.boundary} of the VLM's blocks and the policy run at each step"
-        )
+        say(f"fine-tuning: at most {speed}, reading {where}")
+        say(f"  {disk}, {memory}")
+        say(f"  each step runs {f.boundary} blocks of the VLM and the policy")
         return
-    model = "" if m.model is None else f", {m.model:.0f} by the model"
-    console.print(
-        f"stage two: {f.train_samples:.0f} samples/s, each shared by {f.draws} draws ({f.read_samples:.0f} by reading {where}: "
-        f"{size(int(m.read))}/s from the disk, {size(int(m.read_warm))}/s from memory{model}); {f.train_binds} binds"
-    )
-    console.print(
-        "break-even: never, a live encoder is as fast"
-        if f.break_even_epoch is None
-        else f"break-even: after epoch {f.break_even_epoch} the cache has cost less time than a live encoder"
-    )
+    shared = "1 noise sample each" if f.draws == 1 else f"{f.draws} noise samples each"
+    say(f"stage two: {f.train_samples:.0f} samples/s with {shared}; {bottleneck(f.train_binds)}")
+    say(f"  reading {speed} {where}" + ("" if m.model is None else f", policy {m.model:.0f} samples/s"))
+    say(f"  {disk}, {memory}")
+    if f.break_even_epoch is None:
+        say("break-even: never, a live encoder is as fast")
+    else:
+        say(f"break-even: after epoch {f.break_even_epoch} the cache has cost less time than a live encoder")
 
 
 def show_cluster(f: ClusterForecast) -> None:
-    """What `plan --cluster` found."""
+    """What `plan --cluster` predicts."""
     b = f.build
-    console.print(
-        f"on {f.gpus} GPUs, {f.frames:,} frames: cache {size(f.bytes)}, {size(f.bytes_per_sample)} a sample",
-        highlight=False,
-    )
-    console.print(
-        f"  build: {duration(b.seconds)}, {f.build_cost:,.0f} USD; {b.shards:,} shards in {b.rounds:,} rounds {duration(b.work)}, tables {duration(b.tables)}, "
-        f"writing {duration(b.write)} ({size(int(f.build_write))}/s into the store); {b.binds} binds",
-        highlight=False,
-    )
-    model = "" if f.model is None else f" of {f.model:,.0f} that the GPUs train"
-    console.print(
-        f"  stage two: {f.first_epoch:,.0f} samples/s{model}, {size(int(f.train_read))}/s from the store; {f.train_binds} binds"
-        + (f"; from the second epoch on {f.later_epochs:,.0f}" if f.later_epochs > f.first_epoch else ""),
-        highlight=False,
-    )
-    console.print(
-        f"  an epoch: {duration(f.epoch_hours * 3600)}, {f.epoch_cost:,.0f} USD; keeping the cache: {f.storage_cost:,.0f} USD a month",
-        highlight=False,
-    )
+    say(f"on {f.gpus} GPUs, {f.frames:,} frames: cache {size(f.bytes)}, {size(f.bytes_per_sample)} per sample")
+    say(f"  build: {duration(b.seconds)}, {f.build_cost:,.0f} USD; {bottleneck(b.binds)}")
+    say(f"    {b.shards:,} shards in {b.rounds:,} rounds {duration(b.work)}, tables {duration(b.tables)}")
+    say(f"    writing {duration(b.write)} ({size(int(f.build_write))}/s into the store)")
+    say(f"  stage two: {f.first_epoch:,.0f} samples/s; {bottleneck(f.train_binds)}")
+    model = "" if f.model is None else f", the GPUs train {f.model:,.0f} samples/s"
+    say(f"    {size(int(f.train_read))}/s from the store{model}")
+    if f.later_epochs > f.first_epoch:
+        say(f"    from the second epoch on {f.later_epochs:,.0f} samples/s")
+    say(f"  an epoch: {duration(f.epoch_hours * 3600)}, {f.epoch_cost:,.0f} USD")
+    say(f"  storage: {f.storage_cost:,.0f} USD a month")

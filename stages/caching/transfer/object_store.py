@@ -10,16 +10,18 @@ what was pushed without pulling it.
 
 from __future__ import annotations
 
-import json
+import itertools
+from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ....cache.store.cache import Cache
 from ....cache.store.locations import BLOCK, Url, creating
-from ....cache.store.mirror import fetch_checked, is_remote, read_manifest, require_inside
+from ....cache.store.manifest import MANIFEST, parse_manifest
+from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote, require_inside
 from ....common.files import crc32c, write_file
 from ....errors import UserError
 from .card import cache_card
@@ -55,10 +57,10 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Progr
     root, files = cache.path, cache.manifest["files"]
     if url.startswith(HUB):
         return _push_to_hub(cache, url, private, progress)
-    data = (root / "manifest.json").read_bytes()
+    data = (root / MANIFEST).read_bytes()
     place, mine = Url(url), f"{crc32c(data):08x}"
-    if place.size("manifest.json") is not None:
-        if read_manifest(place) == data:
+    if place.size(MANIFEST) is not None:
+        if fetch_manifest(place) == data:
             return Transfer(url, len(files), len(files), _total(files))
         raise UserError(f"another cache lies at {url}; choose another URL, or remove it there first")
     names = place.names()
@@ -82,7 +84,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Progr
         return False
 
     found = _all(send, files, progress)
-    _put(place, "manifest.json", data)
+    _put(place, MANIFEST, data)
     place.remove(PUSHING)
     return Transfer(url, len(files), found, _total(files))
 
@@ -93,14 +95,11 @@ def pull_cache(url: str, out: Path | str, progress: Progress = lambda *_: None) 
     `UserError` when none is there, a file is damaged, or `out` holds something else.
     """
     out, place = Path(out), Url(url)
-    data = read_manifest(place)
-    try:
-        files = json.loads(data)["files"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"manifest.json of {url} is damaged") from None
+    data = fetch_manifest(place)
+    files = parse_manifest(data, url)["files"]
     require_inside(files, url)
     marker, mine = out / PULLING, f"{crc32c(data):08x} {url}\n".encode()
-    if (out / "manifest.json").is_file() and (out / "manifest.json").read_bytes() == data:
+    if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == data:
         return Transfer(url, len(files), len(files), _total(files))
     if out.exists() and not (marker.is_file() and marker.read_bytes().split()[:1] == mine.split()[:1]):
         raise UserError(f"{out} exists and is not an unfinished copy of {url}; choose another --out")
@@ -119,7 +118,7 @@ def pull_cache(url: str, out: Path | str, progress: Progress = lambda *_: None) 
         return False
 
     found = _all(take, files, progress)
-    write_file(out / "manifest.json", data)
+    write_file(out / MANIFEST, data)
     marker.unlink()
     return Transfer(url, len(files), found, _total(files))
 
@@ -135,26 +134,30 @@ def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> T
 
         api = HfApi()
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-        if api.file_exists(repo, "manifest.json", repo_type="dataset"):
+        if api.file_exists(repo, MANIFEST, repo_type="dataset"):
             raise UserError(f"a cache lies in {repo} already; choose another repository, or delete it on the hub first")
         api.upload_large_folder(
             repo_id=repo, folder_path=root, repo_type="dataset", allow_patterns=list(files), print_report=False
         )
         api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo, repo_type="dataset")
-        api.upload_file(
-            path_or_fileobj=root / "manifest.json", path_in_repo="manifest.json", repo_id=repo, repo_type="dataset"
-        )
+        api.upload_file(path_or_fileobj=root / MANIFEST, path_in_repo=MANIFEST, repo_id=repo, repo_type="dataset")
     progress(_total(files), _total(files))
     return Transfer(url, len(files), 0, _total(files))
 
 
 def _all(work: Callable[[str], bool], files: Mapping[str, Mapping[str, Any]], progress: Progress) -> int:
-    """`work` on every file, some at a time; returns how many were there already."""
+    """`work` on every file, few at a time and not far ahead of what is reported; returns how many were there already."""
     total, done, found = _total(files), 0, 0
     with ThreadPoolExecutor(THREADS) as pool:
+        names, begun = iter(files), deque[tuple[str, Future[bool]]]()
         try:
-            for name, there in zip(files, pool.map(work, files)):
-                done, found = done + files[name]["bytes"], found + there
+            while True:
+                begun += [(name, pool.submit(work, name)) for name in itertools.islice(names, 2 * THREADS - len(begun))]
+                if not begun:
+                    break
+                name, task = begun.popleft()
+                found += task.result()
+                done += files[name]["bytes"]
                 progress(done, total)
         except BaseException:
             pool.shutdown(cancel_futures=True)

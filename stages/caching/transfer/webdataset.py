@@ -20,7 +20,7 @@ import numpy as np
 
 from ....cache.store.cache import Cache, CacheDataset
 from ....cache.store.locations import Place, creating, errors, fetch
-from ....cache.store.manifest import json_bytes, read_json
+from ....cache.store.manifest import commit_records, json_bytes
 from ....cache.store.plan import BuildPlan, ShardTask
 from ....cache.store.webdataset.cache import WebDatasetCache, WebDatasetDataset, read_index
 from ....cache.store.webdataset.samples import (
@@ -197,10 +197,10 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
         report.found, total, done = report.parts - len(missing), sum(t.stop - t.start for t in missing), 0
         writer.channel_scale(lambda: exported.datasets[0].channel_scale)  # type: ignore[arg-type, return-value]
         for name in writer.tables_missing():
-            writer.write_tables(name, tables_of(exported.dataset(name)))
+            writer.write_tables(name, tables_of(exported.named(name)))
         for task in missing:
             bad = [(episode, reason) for episode, reason in ledger.get(f"{task.dataset}/{task.array}/{task.index}", [])]
-            writer.write_shard(task, _chunks(exported, exported.dataset(task.dataset), task), bad)
+            writer.write_shard(task, _chunks(exported, exported.named(task.dataset), task), bad)
             done += task.stop - task.start
             progress(task.dataset, done, total)
         if not writer.complete:
@@ -225,9 +225,9 @@ def _chunks(exported: WebDatasetCache, d: CacheDataset, task: ShardTask) -> Iter
 
 def _compare(out: Path, manifest: dict[str, Any], plan: BuildPlan, source: str) -> int:
     """How many files have other bytes than the exported cache's, of the same content; `UserError` for any with other content."""
-    files: dict[str, Any] = {}
-    for record in (out / ".commits").rglob("*.json"):
-        files |= read_json(record)["files"]
+    files = {
+        name: entry for record in commit_records(out).values() if record for name, entry in record["files"].items()
+    }
     different = sorted(name for name, entry in files.items() if manifest["files"].get(name) != entry)
     compressed = plan.format.compression != "none"
     wrong = [

@@ -1,4 +1,4 @@
-"""What `dvla cache status` and `gc` see on the disk: unfinished, finished, next and earlier generations. No VLM, no source is opened."""
+"""`dvla cache status`: unfinished, finished, next and earlier generations, as they lie on the disk."""
 
 from __future__ import annotations
 
@@ -7,33 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....cache.store.manifest import read_json
-from ....cache.store.plan import FORMAT, BuildPlan
+from ....cache.store.manifest import (
+    find_manifest,
+    has_size,
+    is_begun,
+    read_commit,
+    read_fingerprint,
+    read_plan,
+    shard_commit,
+    tables_commit,
+)
 from ....cache.store.writer import CacheWriter
-from ....cache.store.zarr_format import commit_file, features_folder, scales_folder
+from ....cache.store.zarr_format import features_folder, scales_folder
 from ....common import fingerprint as fp
-from ....errors import UserError
 from ..generations import generations, next_generation
 from ..sizes import plan_nbytes
 
 TEMPORARY = ".*.tmp-*"  # of a shard or table that is being written, or was when its builder was killed
-
-
-def plan_of(path: Path) -> BuildPlan:
-    """The plan that the cache at `path`, finished or not, was begun with. `UserError` when there is none that this version reads."""
-    if not path.is_dir():
-        raise UserError(f"no cache at {path}; build one with `dvla cache build … --out {path}`")
-    if not (path / "fingerprint.json").exists():
-        raise UserError(f"{path} is not a dvla cache (it has no fingerprint.json)")
-    try:
-        store = read_json(path / "fingerprint.json")["store"]
-        if store["format"] != FORMAT:
-            raise UserError(f"cache {path} has format {store['format']}, this version reads {FORMAT}; rebuild it")
-        return BuildPlan.from_document(store)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}/fingerprint.json is damaged ({type(error).__name__}: {error}); a cache cannot be told without it"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -71,40 +61,38 @@ class CacheStatus:
 
 
 def status(path: Path) -> list[CacheStatus]:
-    """Of the cache at `path`, its next generation if one is being built, and its earlier ones, oldest last. `UserError` if none is there."""
+    """The cache at `path`, its next generation if one is being built, and its earlier ones, oldest last.
+
+    `UserError` if there is none.
+    """
     following = next_generation(path)
-    found = [p for p in (path, following) if (p / "fingerprint.json").exists()]
+    found = [p for p in (path, following) if is_begun(p)]
     if not found:
-        plan_of(path)  # says what is wrong
+        read_fingerprint(path)  # raises what is wrong
     return [one_status(p) for p in [*found, *reversed(generations(path))]]
 
 
 def one_status(path: Path) -> CacheStatus:
-    """Of one folder. Reads the commit records, and looks at the sizes of files, not into them."""
-    plan, document = plan_of(path), read_json(path / "fingerprint.json")
-    manifest = _manifest(path)
+    """The status of one folder, from its commit records and the sizes of its files."""
+    plan, document = read_plan(path), read_fingerprint(path)
+    manifest = find_manifest(path)
     written: dict[str, dict[str, int]] = manifest["files"] if manifest else {}
     missing = set() if manifest else set(CacheWriter(path, plan, None).missing())
     counts: dict[tuple[str, str], list[int]] = {}
     lines = {(d.name, episode) for d in plan.datasets for episode, _ in d.quarantined}
-    total = sum(entry["bytes"] for name, entry in written.items() if _whole(path, name, entry))
+    total = sum(entry["bytes"] for name, entry in written.items() if has_size(path / name, entry))
     for task in plan.tasks():
         row = counts.setdefault((task.dataset, task.array), [0, 0, 0])
         row[1] += 1
         if manifest:
             names = [f"{features_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0/0"]
-            names += [
-                f"{scales_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0"
-            ] * plan.format.quantised
-            done = all(name in written and _whole(path, name, written[name]) for name in names)
+            if plan.format.quantized:
+                names.append(f"{scales_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0")
+            done = all(name in written and has_size(path / name, written[name]) for name in names)
             nbytes = sum(written[name]["bytes"] for name in names) if done else 0
         else:
             done = task not in missing
-            record = (
-                read_json(commit_file(path, task.dataset, task.array, task.index))
-                if done
-                else {"files": {}, "quarantined": []}
-            )
+            record = read_commit(shard_commit(path, task)) if done else {"files": {}, "quarantined": []}
             lines |= {(task.dataset, episode) for episode, _ in record.get("quarantined", [])}
             nbytes = sum(entry["bytes"] for entry in record["files"].values())
             total += nbytes
@@ -112,14 +100,10 @@ def one_status(path: Path) -> CacheStatus:
         row[2] += nbytes
     arrays = tuple(ArrayStatus(dataset, array, *row) for (dataset, array), row in counts.items())
     tables = tuple(CacheWriter(path, plan, None).tables_missing()) if not manifest else ()
-    if not manifest:
-        total += sum(
-            e["bytes"]
-            for d in plan.datasets
-            if d.name not in tables
-            for e in read_json(commit_file(path, d.name))["files"].values()
-        )
-    finished = manifest is not None and all(_whole(path, name, entry) for name, entry in written.items())
+    for d in plan.datasets if not manifest else ():
+        if d.name not in tables:
+            total += sum(e["bytes"] for e in read_commit(tables_commit(path, d.name))["files"].values())
+    finished = manifest is not None and all(has_size(path / name, entry) for name, entry in written.items())
     return CacheStatus(
         str(path),
         finished,
@@ -164,19 +148,3 @@ def locked(path: Path) -> bool:
     except OSError:
         return True
     return False
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a finished cache, else None: also for one that cannot be read."""
-    try:
-        found = read_json(path / "manifest.json")
-    except UserError:
-        return None
-    return found if found.get("complete") is True and isinstance(found.get("files"), dict) else None
-
-
-def _whole(path: Path, name: str, entry: dict[str, int]) -> bool:
-    try:
-        return (path / name).stat().st_size == entry["bytes"]
-    except OSError:
-        return False

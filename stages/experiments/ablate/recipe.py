@@ -1,15 +1,15 @@
 """Recipes of `dvla ablate`: what is recorded, cached, trained and evaluated, as the commands a user would type.
 
-A recipe is YAML (configs/ablations); its fields are those of `Recipe`. The table has a row for each of its `variants`, and one for each
-combination of the values of its `axes`. Everything lies in one folder:
+A recipe is YAML (configs/ablations); its fields are those of `Recipe`. The table has a row for each of its `variants`,
+and one for each combination of the values of its `axes`. Everything lies in one folder:
 
     OUT/recipe.json                           what the folder was begun with
     OUT/data/<task>  OUT/vlm-<arch>           demonstrations; toy VLM, where the recipe asks for one
     OUT/cache  OUT/cache-<variant>            feature caches; a variant that changes features has its own
-    OUT/runs/<variant>-<seed>                 trainings
+    OUT/runs/<variant>-<seed>                 training runs
     OUT/eval/<variant>-<seed>                 evaluations; also references-<seed> (expert, random) and blind-<seed>
-    OUT/logs/<cell>.log                       what the commands printed
-    OUT/results.json  OUT/table.md            written anew after every cell
+    OUT/logs/<cell>.log                       output of the commands
+    OUT/results.json  OUT/table.md            rewritten after every cell
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ....cache.store.manifest import MANIFEST
 from ....common.config import configs_dir, from_mapping, load_yaml
 from ....errors import UserError, unknown
-from ..runner import words
+from ..runner import Command, Job, options, split_options
 
-OWN = {
+RESERVED = {
     "record": ("--env", "--episodes", "--out"),
     "cache": ("--out", "--append", "--update"),
     "train": ("--from-cache", "--out", "--seed", "--blind", "--dry-run", "--stop-after", "--init"),
     "eval": ("--env", "--episodes", "--out", "--seed", "--blind", "--compare", "--baselines"),
 }
-"""Options of the commands that a recipe cannot give."""
+"""Options of the commands that a recipe cannot set."""
 REFERENCES = ("expert", "random")
 
 
@@ -41,9 +42,7 @@ class Variant:
 
     train: str = ""  # options of `dvla train`
     eval: str = ""  # options of `dvla eval`
-    of: str | None = (
-        None  # the variant whose trained policy this one evaluates, with other `eval` options; it then trains nothing
-    )
+    of: str | None = None  # the variant whose trained policy this one evaluates, with other `eval` options
     cache: str = ""  # options of `dvla cache build`: a cache of its own
     vlm: str | None = None  # another toy VLM than the recipe's: a cache of its own
 
@@ -55,26 +54,16 @@ class Recipe:
     title: str  # of the table
     environments: dict[str, int]  # simulated task → demonstrations
     variants: dict[str, Variant] = field(default_factory=dict)  # row → its settings
-    axes: dict[str, dict[str, Variant]] = field(
-        default_factory=dict
-    )  # axis → value → settings: a row for each combination
+    # axis → value → settings: a row for each combination
+    axes: dict[str, dict[str, Variant]] = field(default_factory=dict)
     record: str = ""  # options of `dvla data record`
     vlm: str | None = "qwen3vl"  # architecture of a toy VLM to make; null: `cache` says which VLM
     cache: str = ""  # options of `dvla cache build`
     train: str = ""  # options of every `dvla train`
     eval: str = ""  # options of every `dvla eval`
-    blind: str | None = ""  # further options of the trainings of the blind baseline; null: no blind baseline
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training, and of the evaluation's starts
-    episodes: int = 50  # unseen starts per task and seed
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training and the evaluations of what it trained, or evaluations alone."""
-
-    name: str  # of the log
-    commands: tuple[tuple[str, ...], ...]  # in their order
-    products: tuple[Path, ...]  # evaluation folders; the cell is done when all are there
+    blind: str | None = ""  # further options for training the blind baseline; null: no blind baseline
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training, and of the held-out initial states
+    episodes: int = 50  # held-out initial states per task and seed
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -83,9 +72,14 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def load_ablation(name_or_file: str, changes: Mapping[str, Any] | None = None, train: str = "") -> Recipe:
-    """A recipe, a YAML file or a shipped one by name, with `changes` of its fields (None: not given) and further options of every training.
+    """A recipe, from a YAML file or a shipped one by name.
 
-    `UserError` for an unknown name or field, or a recipe without sense.
+    Args:
+        changes: values in place of the recipe's own, by field; None: not given.
+        train: further options of every training.
+
+    Raises:
+        UserError: for an unknown name or field, or a recipe that contradicts itself.
     """
     if name_or_file.endswith((".yaml", ".yml")):
         values = load_yaml(Path(name_or_file))
@@ -126,8 +120,8 @@ def _check(recipe: Recipe) -> None:
     table = rows(recipe)
     if not table or not recipe.environments or not recipe.seeds or recipe.episodes < 1:
         raise UserError(
-            f"the recipe has {len(table)} variants, {len(recipe.environments)} environments, {len(recipe.seeds)} seeds and "
-            f"{recipe.episodes} episodes; at least 1 of each is needed"
+            f"the recipe has {len(table)} variants, {len(recipe.environments)} environments, {len(recipe.seeds)} seeds "
+            f"and {recipe.episodes} episodes; at least 1 of each is needed"
         )
     if len(set(recipe.seeds)) != len(recipe.seeds) or min(recipe.seeds) < 0:
         raise UserError(f"seeds {list(recipe.seeds)}: they must be different and at least 0")
@@ -135,20 +129,21 @@ def _check(recipe: Recipe) -> None:
         raise UserError("the recipe makes no toy VLM (vlm: null), so its cache options must name one with --vlm")
     if len({_task(env) for env in recipe.environments}) < len(recipe.environments):
         raise UserError(
-            f"environments {', '.join(recipe.environments)}: two of one name in different simulators cannot be in one recipe"
+            f"environments {', '.join(recipe.environments)}: two tasks have the same name in different simulators; "
+            "keep one of them in the recipe"
         )
-    for kind in OWN:
-        _words(kind, getattr(recipe, kind))
-    _words("train", recipe.blind or "")
+    for kind in RESERVED:
+        _options(kind, getattr(recipe, kind))
+    _options("train", recipe.blind or "")
     taken: dict[str, str] = {}
     for name, variant in table.items():
         for kind in ("train", "eval", "cache"):
-            _words(kind, getattr(variant, kind))
+            _options(kind, getattr(variant, kind))
         at = slug(name)
         if not at or at == "blind" or at == "references" or at in taken:
             raise UserError(
                 f"variant '{name}' needs another name: as a folder it would be '{at}'"
-                + (f", like that of '{taken[at]}'" if at in taken else "")
+                + (f", the same as that of '{taken[at]}'" if at in taken else "")
             )
         taken[at] = name
         if variant.of is None:
@@ -157,7 +152,8 @@ def _check(recipe: Recipe) -> None:
             raise unknown(f"variant that '{name}' is of", variant.of, list(table))
         if variant.train or variant.cache or variant.vlm or table[variant.of].of:
             raise UserError(
-                f"variant '{name}' is of '{variant.of}': it takes what that one trains, so it has eval options only, and that one trains"
+                f"variant '{name}' is of '{variant.of}': it evaluates what '{variant.of}' trains, so it may have eval "
+                f"options only, and '{variant.of}' may not be of another variant"
             )
 
 
@@ -166,131 +162,77 @@ def _task(env: str) -> str:
     return slug(env.partition("/")[2])
 
 
-def _words(kind: str, text: str) -> tuple[str, ...]:
-    return words(f"the recipe's {kind} options", text, OWN[kind], "dvla ablate")
+def _options(kind: str, text: str) -> Command:
+    return split_options(f"the recipe's {kind} options", text, RESERVED[kind], "dvla ablate")
 
 
-def preparation(recipe: Recipe, out: Path, workers: int) -> list[tuple[Path, tuple[str, ...]]]:
-    """(product, command) of demonstrations, toy VLMs and caches, in order; the command is due where the product is missing."""
-    steps: list[tuple[Path, tuple[str, ...]]] = []
+def preparation(recipe: Recipe, out: Path, workers: int) -> list[Job]:
+    """The jobs that make demonstrations, toy VLMs and caches, in order."""
     data = {env: out / "data" / _task(env) for env in recipe.environments}
+    jobs = []
     for env, count in recipe.environments.items():
-        steps.append(
-            (
-                data[env],
-                (
-                    "data",
-                    "record",
-                    "--env",
-                    env,
-                    "--episodes",
-                    str(count),
-                    *_words("record", recipe.record),
-                    "--workers",
-                    str(workers),
-                    "--out",
-                    str(data[env]),
-                ),
-            )
-        )
-    wanted = [Variant(), *rows(recipe).values()] if recipe.blind is not None else list(rows(recipe).values())
-    for arch in dict.fromkeys(arch for v in wanted if (arch := v.vlm or recipe.vlm)):
-        steps.append((out / f"vlm-{arch}", ("vlm", "tiny", "--arch", arch, "--out", str(out / f"vlm-{arch}"))))
-    built: dict[Path, tuple[str, ...]] = {}
+        where = options(workers=workers, out=data[env])
+        command = ("data", "record", *options(env=env, episodes=count), *_options("record", recipe.record), *where)
+        jobs.append(Job(data[env].name, (command,), products=(data[env],)))
     common = {} if recipe.blind is None else {out / "cache": Variant()}  # the blind baseline's
-    for folder, variant in [*common.items(), *((cache_of(recipe, out, name), v) for name, v in rows(recipe).items())]:
+    caches = common | {cache_of(recipe, out, name): variant for name, variant in rows(recipe).items()}
+    for arch in dict.fromkeys(arch for variant in caches.values() if (arch := variant.vlm or recipe.vlm)):
+        folder = out / f"vlm-{arch}"
+        jobs.append(Job(folder.name, (("vlm", "tiny", *options(arch=arch, out=folder)),), products=(folder,)))
+    for folder, variant in caches.items():
         arch = variant.vlm or recipe.vlm
-        vlm = ("--vlm", f"tiny_{arch}", "--vlm-path", str(out / f"vlm-{arch}")) if arch else ()
-        built.setdefault(
-            folder,
-            (
-                "cache",
-                "build",
-                *(str(path) for path in data.values()),
-                *vlm,
-                *_words("cache", recipe.cache),
-                *_words("cache", variant.cache),
-                "--out",
-                str(folder),
-            ),
-        )
-    return steps + [(folder / "manifest.json", command) for folder, command in built.items()]
+        vlm = options(vlm=f"tiny_{arch}", vlm_path=out / f"vlm-{arch}") if arch else ()
+        own = (*vlm, *_options("cache", recipe.cache), *_options("cache", variant.cache), "--out", str(folder))
+        command = ("cache", "build", *map(str, data.values()), *own)
+        jobs.append(Job(folder.name, (command,), products=(folder / MANIFEST,)))
+    return jobs
 
 
 def cache_of(recipe: Recipe, out: Path, name: str) -> Path:
     """The cache that a row is trained from."""
     variant = rows(recipe)[name]
-    own = variant.cache or variant.vlm
-    return out / (f"cache-{slug(name)}" if own else "cache")
+    return out / (f"cache-{slug(name)}" if variant.cache or variant.vlm else "cache")
 
 
-def cells(recipe: Recipe, out: Path, from_cache: str | None = None) -> list[Cell]:
-    """All cells, seed by seed: the references, the blind baseline, then the variants in the recipe's order."""
-    table, envs = rows(recipe), [word for env in recipe.environments for word in ("--env", env)]
+def cells(recipe: Recipe, out: Path, from_cache: str | None = None) -> list[Job]:
+    """One job per training and its evaluations: for each seed the references, the blind baseline, the variants."""
+    table = rows(recipe)
     if from_cache is not None and (own := [name for name, v in table.items() if v.cache or v.vlm]):
         raise UserError(f"--from-cache {from_cache}: variant '{own[0]}' has a cache of its own; leave --from-cache out")
 
-    def evaluate(policy: tuple[str, ...], folder: Path, seed: int, options: str) -> tuple[str, ...]:
-        return (
-            "eval",
-            *policy,
-            *envs,
-            "--episodes",
-            str(recipe.episodes),
-            "--seed",
-            str(seed),
-            "--baselines",
-            "none",
-            *_words("eval", recipe.eval),
-            *_words("eval", options),
-            "--out",
-            str(folder),
+    def evaluated(name: str) -> Path:
+        return out / "eval" / name
+
+    def evaluate(policy: Command, name: str, seed: int, extra: str) -> Command:
+        common = options(env=[*recipe.environments], episodes=recipe.episodes, seed=seed, baselines="none")
+        own = (*_options("eval", recipe.eval), *_options("eval", extra))
+        return ("eval", *policy, *common, *own, "--out", str(evaluated(name)))
+
+    def cell(name: str, seed: int, cache: Path, extra: Command, evaluations: dict[str, str]) -> Job:
+        """Train `name`, then evaluate it for every row in `evaluations`, row → its own options of `dvla eval`."""
+        run = out / "runs" / f"{name}-{seed}"
+        train = ("train", "--from-cache", from_cache or str(cache), *_options("train", recipe.train), *extra)
+        found = {f"{slug(row)}-{seed}": own for row, own in evaluations.items()}
+        return Job(
+            run.name,
+            (
+                (*train, *options(seed=seed, out=run)),
+                *(evaluate((str(run),), name, seed, own) for name, own in found.items()),
+            ),
+            products=tuple(map(evaluated, found)),
         )
 
-    def train(cache: str, run: Path, seed: int, options: tuple[str, ...]) -> tuple[str, ...]:
-        return (
-            "train",
-            "--from-cache",
-            cache,
-            *_words("train", recipe.train),
-            *options,
-            "--seed",
-            str(seed),
-            "--out",
-            str(run),
-        )
-
-    found = []
+    jobs = []
     for seed in recipe.seeds:
-        folder = out / "eval" / f"references-{seed}"
-        found.append(
-            Cell(f"references-{seed}", (evaluate(("expert", "--compare", "random"), folder, seed, ""),), (folder,))
-        )
+        references = f"references-{seed}"
+        both = evaluate(("expert", "--compare", "random"), references, seed, "")
+        jobs.append(Job(references, (both,), products=(evaluated(references),)))
         if recipe.blind is not None:
-            run, folder = out / "runs" / f"blind-{seed}", out / "eval" / f"blind-{seed}"
-            cache = from_cache or str(out / "cache")
-            found.append(
-                Cell(
-                    f"blind-{seed}",
-                    (
-                        train(cache, run, seed, ("--blind", *_words("train", recipe.blind))),
-                        evaluate((str(run),), folder, seed, ""),
-                    ),
-                    (folder,),
-                )
-            )
+            blind = ("--blind", *_options("train", recipe.blind))
+            jobs.append(cell("blind", seed, out / "cache", blind, {"blind": ""}))
         for name, variant in table.items():
-            if variant.of is not None:
-                continue
-            run = out / "runs" / f"{slug(name)}-{seed}"
-            shown = {name: variant, **{other: v for other, v in table.items() if v.of == name}}
-            folders = {one: out / "eval" / f"{slug(one)}-{seed}" for one in shown}
-            trained = train(from_cache or str(cache_of(recipe, out, name)), run, seed, _words("train", variant.train))
-            found.append(
-                Cell(
-                    run.name,
-                    (trained, *(evaluate((str(run),), folders[one], seed, v.eval) for one, v in shown.items())),
-                    tuple(folders.values()),
-                )
-            )
-    return found
+            if variant.of is None:
+                shown = {name: variant.eval, **{other: v.eval for other, v in table.items() if v.of == name}}
+                extra = _options("train", variant.train)
+                jobs.append(cell(slug(name), seed, cache_of(recipe, out, name), extra, shown))
+    return jobs

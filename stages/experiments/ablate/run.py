@@ -1,6 +1,7 @@
-"""`dvla ablate`: run a recipe's cells, several side by side, and keep a table of what is finished. See ablate_recipe.py for the folder.
+"""`dvla ablate`: runs a recipe's cells, several side by side, and keeps a table of those that have finished.
 
-What is done is seen in the folder: a cell is finished when its evaluations are there, and a training that was interrupted goes on.
+What is done shows in the folder, which recipe.py describes: a cell has finished when its evaluations exist, and an
+interrupted training resumes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,12 +24,11 @@ from ....common.signals import terminable
 from ....common.text import duration
 from ....errors import UserError
 from ...simulation.envs import check_environment
-from ..runner import start, stop
-from .recipe import Cell, Recipe, cells, preparation, rows
+from ..runner import Job, Running, announce, run_side_by_side, stop
+from .recipe import Recipe, cells, preparation, rows
 from .table import training_seconds, write
 
-POLL = 0.5  # seconds between looks at the running cells
-PREPARED = ("data", "cache")  # what may be there before: demonstrations and a cache that were made by hand
+PREPARED = ("data", "cache")  # what a new folder may hold already: demonstrations and a cache made by hand
 
 
 def ablate(
@@ -39,10 +39,14 @@ def ablate(
     say: Callable[..., None],
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Record, build, train and evaluate what is missing, `jobs` cells at a time; returns what results.json holds.
+    """Record, build, train and evaluate what is missing, `jobs` cells at a time.
 
-    `UserError` for a folder that holds something else or the results of another recipe (the differences are named), and at the end where a
-    cell failed; the others are run all the same.
+    Returns:
+        What results.json holds.
+
+    Raises:
+        UserError: for a folder that holds something else or the results of another recipe (the differences are named),
+            and at the end where a cell failed; the others run all the same.
     """
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: give at least 1")
@@ -54,24 +58,48 @@ def ablate(
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with _alone(out), terminable() as check:
-        if from_cache is None:
-            for product, command in preparation(recipe, out, jobs):
-                if not product.exists():
-                    _prepare(command, environment, say)
-        write(recipe, out, settings)
-        failed = _run_all(todo, out, jobs, environment, say, progress, lambda: write(recipe, out, settings), check)
-    found = write(recipe, out, settings)
+        for job in preparation(recipe, out, jobs) if from_cache is None else ():
+            if not job.finished:
+                announce(job, say)
+                _prepare(job, environment)
+        found = write(recipe, out, settings)
+        waiting = [cell for cell in todo if not cell.finished]
+        done = len(todo) - len(waiting)
+        failed: list[str] = []
+        times: list[float] = []
+        if done:
+            say(f"{done} of {len(todo)} cells were already complete")
+        progress("cells", done, len(todo))
+
+        def ended(cell: Running, code: int, left: int) -> None:
+            nonlocal found
+            if code:
+                failed.append(cell.name)
+                reason = f"{cell.name} failed with exit code {code}: {cell.last_line()}; see {cell.log}"
+                say(f"[red]{escape(reason)}[/red]")
+                return
+            times.append(time.perf_counter() - cell.began)
+            found = write(recipe, out, settings)
+            progress("cells", done + len(times), len(todo))
+            rest = f", about {duration(fmean(times) * left / jobs)} left" if left else ""
+            say(f"{cell.name}: {duration(times[-1])}; {done + len(times)} of {len(todo)} cells{rest}")
+
+        run_side_by_side(map(_missing, waiting), jobs, out / "logs", environment, check, ended)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(todo)} cells failed: {', '.join(failed)}; see {out}/logs, then run the same command again"
+            f"{len(failed)} of {len(todo)} cells failed; see {out}/logs, then rerun the same command to resume. "
+            f"Failed: {', '.join(failed)}"
         )
     return found
 
 
 def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
-    """Make the folder, or see that it holds the same recipe; returns what recipe.json holds.
+    """Make the folder, or check that it holds the same recipe.
 
-    Cells do not depend on each other, so rows and seeds may be added to what was begun, or left out; what a row is may not change.
+    Cells do not depend on each other, so rows and seeds may be added or left out; a row's settings may not change.
+
+    Returns:
+        What recipe.json holds.
     """
     common = {k: v for k, v in asdict(recipe).items() if k not in ("variants", "axes")}
     settings = {
@@ -91,9 +119,10 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
             }
             for one in (before, settings)
         )
-        if lines := fp.diff(was, now, was="it has", now="now asked"):
+        if lines := fp.diff(was, now, was="folder has", now="you requested"):
             raise UserError(
-                f"{out} was begun with another recipe: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings"
+                f"{out} was begun with another recipe; choose another --out, or repeat its settings: "
+                f"{'; '.join(lines[:6])}"
             )
         settings["rows"] = {**before["rows"], **settings["rows"]}
     elif out.exists() and any(
@@ -107,139 +136,57 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Two at once in one folder would train the same cells."""
+    """Hold the folder's lock: two processes at once would train the same cells."""
     with open(out / ".lock", "ab") as file:
-        hold(file, f"another process is at work in {out}")
+        hold(file, f"another process is working in {out}")
         yield
 
 
-def _prepare(command: tuple[str, ...], environment: dict[str, str], say: Callable[..., None]) -> None:
-    say(f"[bold]$ dvla {escape(shlex.join(command))}[/bold]")
-    process = start(command, environment)
+def _prepare(job: Job, environment: dict[str, str]) -> None:
+    """Run a job in the foreground."""
+    running = Running(job.name, job.commands, environment, log=None)
     try:
-        code = process.wait()
+        code = running.wait()
     finally:
-        stop([process])
+        stop([running])
+    if code == 130:
+        raise KeyboardInterrupt
     if code:
-        raise (
-            KeyboardInterrupt
-            if code == 130
-            else UserError(f"dvla {' '.join(command[:2])} stopped with exit code {code}; what it said stands above")
-        )
+        name = " ".join(job.commands[0][:2])
+        raise UserError(f"dvla {name} failed with exit code {code}; its messages are above")
 
 
-class _Job:
-    """A cell at work: its commands one after the other, each in a process of its own, what they print in one log."""
-
-    def __init__(self, cell: Cell, log: Path, environment: dict[str, str]) -> None:
-        self.cell, self.log, self.began = cell, log, time.perf_counter()
-        self._environment = environment
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._left = [command for command in cell.commands if command[0] != "eval" or not Path(command[-1]).exists()]
-        self._start()
-
-    def _start(self) -> None:
-        command = self._left.pop(0)
-        with open(self.log, "a") as output:
-            output.write(f"$ dvla {shlex.join(command)}\n")
-            output.flush()
-            self.process = start(command, self._environment, output)
-
-    def ended(self) -> int | None:
-        """Exit code when all commands are done or one has failed; None while at work."""
-        code = self.process.poll()
-        if code == 0 and self._left:
-            self._start()
-            return None
-        return code
-
-
-def _run_all(
-    todo: list[Cell],
-    out: Path,
-    jobs: int,
-    environment: dict[str, str],
-    say: Callable[..., None],
-    progress: Callable[[str, int, int], None],
-    note: Callable[[], Any],
-    check: Callable[[], None],
-) -> list[str]:
-    """Run the cells that are not done, in order; returns the names of those that failed."""
-    waiting = [cell for cell in todo if not all(product.exists() for product in cell.products)]
-    done, failed, times = len(todo) - len(waiting), [], []
-    running: list[_Job] = []
-    if done:
-        say(f"{done} of {len(todo)} cells were done before")
-    progress("cells", done, len(todo))
-    try:
-        while waiting or running:
-            check()
-            while waiting and len(running) < jobs:
-                cell = waiting.pop(0)
-                running.append(_Job(cell, out / "logs" / f"{cell.name}.log", environment))
-            for job in [job for job in running if job.ended() is not None]:
-                running.remove(job)
-                took = time.perf_counter() - job.began
-                if code := job.process.returncode:
-                    failed.append(job.cell.name)
-                    last = "".join(job.log.read_text().strip().splitlines()[-1:])
-                    say(
-                        f"[red]{escape(job.cell.name)} failed with exit code {code}: {escape(last)}; see {escape(str(job.log))}[/red]"
-                    )
-                    continue
-                done += 1
-                times.append(took)
-                note()
-                progress("cells", done, len(todo))
-                left = fmean(times) * (len(waiting) + len(running)) / jobs
-                say(
-                    f"{job.cell.name}: {duration(took)}; {done} of {len(todo)} cells"
-                    + (f", about {duration(left)} left" if waiting or running else "")
-                )
-            time.sleep(POLL)
-    finally:
-        stop([job.process for job in running])
-    return failed
+def _missing(cell: Job) -> Job:
+    """The cell without the evaluations that exist; its training runs again, which finds its own checkpoint."""
+    return replace(cell, commands=tuple(c for c in cell.commands if c[0] != "eval" or not Path(c[-1]).exists()))
 
 
 def outline(
     recipe: Recipe, out: Path, jobs: int, from_cache: str | None
 ) -> tuple[list[tuple[str, str, list[str]]], str]:
-    """What would run: (name, state, commands) of every step, and a line with an estimate from the cells that are finished here, if any."""
-    steps = (
-        []
-        if from_cache
-        else [
-            (product.name if product.name != "manifest.json" else product.parent.name, product.exists(), [command])
-            for product, command in preparation(recipe, out, jobs)
-        ]
-    )
+    """What would run: (name, state, commands) of every job, and a line with an estimate from finished cells."""
     todo = cells(recipe, out, from_cache)
-    done = [cell for cell in todo if all(product.exists() for product in cell.products)]
-    steps += [(cell.name, cell in done, list(cell.commands)) for cell in todo]
-    trainings = sum(command[0] == "train" for cell in todo for command in cell.commands)
-    rollouts = sum(
-        recipe.episodes * len(recipe.environments) * command.count("--compare")
-        + recipe.episodes * len(recipe.environments)
-        for cell in todo
-        for command in cell.commands
-        if command[0] == "eval"
-    )
+    done = [cell for cell in todo if cell.finished]
+    commands = [command for cell in todo for command in cell.commands]
+    trainings = sum(command[0] == "train" for command in commands)
+    policies = sum(1 + command.count("--compare") for command in commands if command[0] == "eval")
+    rollouts = policies * recipe.episodes * len(recipe.environments)
     line = f"{len(todo)} cells: {trainings} trainings, {rollouts} rollouts; {len(done)} done."
     times = [_seconds(out, cell) for cell in done]
     if times and len(done) < len(todo):
-        line += f" A finished cell took {duration(fmean(times))}: about {duration(fmean(times) * (len(todo) - len(done)) / jobs)} left with --jobs {jobs}."
+        left = duration(fmean(times) * (len(todo) - len(done)) / jobs)
+        line += f" A finished cell took {duration(fmean(times))}: about {left} left with --jobs {jobs}."
     elif not done:
-        line += " How long they take is known when the first ones are finished; `dvla train --dry-run` with a cell's options tells its speed."
-    return [
-        (name, "done" if state else "to do", [shlex.join(command) for command in commands])
-        for name, state, commands in steps
-    ], line
+        line += (
+            " How long they take is known once the first ones have finished; "
+            "`dvla train --dry-run` with a cell's options measures its speed."
+        )
+    listed = [*(() if from_cache else preparation(recipe, out, jobs)), *todo]
+    return [(j.name, "done" if j.finished else "to do", [shlex.join(c) for c in j.commands]) for j in listed], line
 
 
-def _seconds(out: Path, cell: Cell) -> float:
+def _seconds(out: Path, cell: Job) -> float:
     """How long a finished cell's training and evaluations took."""
     summaries = [read_json(path) for product in cell.products for path in [next(product.rglob("summary.json"))]]
-    return sum(s["seconds"] for s in summaries) + sum(
-        training_seconds(Path(c[-1])) for c in cell.commands if c[0] == "train"
-    )
+    trained = [Path(command[-1]) for command in cell.commands if command[0] == "train"]
+    return sum(s["seconds"] for s in summaries) + sum(map(training_seconds, trained))

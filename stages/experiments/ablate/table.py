@@ -1,4 +1,4 @@
-"""What `dvla ablate` found: read from its evaluations and training logs into results.json and table.md."""
+"""Results of `dvla ablate`: evaluations and training logs, collected in results.json and table.md."""
 
 from __future__ import annotations
 
@@ -17,32 +17,29 @@ from .recipe import REFERENCES, Recipe, cache_of, rows, slug
 
 
 def results(recipe: Recipe, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that is finished, as in results.json. `settings`: what recipe.json holds.
+    """All that has finished, as in results.json.
 
-    `rows[name]`: `tasks[env]` (`success`, `ci95` and `episodes` over all seeds, `by_seed`, `mean_return`, `ms_per_action`, `ms_per_chunk`),
-    `held_out_mse`, `steps_per_second`, `train_seconds` (by seed) and `eval_seconds` (by seed). The rows include expert, random and, where there is
-    one, blind. A row without finished cells is not there.
+    Args:
+        settings: what recipe.json holds.
+
+    Returns:
+        `rows[name]`, which include expert, random and, where there is one, blind, but no row without finished cells:
+        `tasks[env]` (`success`, `ci95`, `episodes` over all seeds, `by_seed`, `mean_return`, `ms_per_action`,
+        `ms_per_chunk`), `steps_per_second`, and by seed `held_out_mse`, `train_seconds`, `eval_seconds`.
     """
     found: dict[str, Any] = {}
     for name, variant in rows(recipe).items():
         of = slug(variant.of or name)
-        found[name] = _row(
-            recipe,
-            {s: out / "eval" / f"{slug(name)}-{s}" for s in recipe.seeds},
-            {s: out / "runs" / f"{of}-{s}" for s in recipe.seeds},
-        )
+        found[name] = _row(recipe, _by_seed(recipe, out / "eval", slug(name)), _by_seed(recipe, out / "runs", of))
         if found[name] is not None:
             found[name] |= {"of": variant.of, "cache": cache_of(recipe, out, variant.of or name).name}
     if recipe.blind is not None:
-        found["blind"] = _row(
-            recipe,
-            {s: out / "eval" / f"blind-{s}" for s in recipe.seeds},
-            {s: out / "runs" / f"blind-{s}" for s in recipe.seeds},
-        )
+        found["blind"] = _row(recipe, _by_seed(recipe, out / "eval", "blind"), _by_seed(recipe, out / "runs", "blind"))
+    references = _by_seed(recipe, out / "eval", "references")
     for name in REFERENCES:
-        found[name] = _row(recipe, {s: out / "eval" / f"references-{s}" / name for s in recipe.seeds}, {})
+        found[name] = _row(recipe, {seed: folder / name for seed, folder in references.items()}, {})
     if found["random"] is not None:
-        found["random"]["eval_seconds"] = {}  # rolled out together with the expert, whose seconds are both's
+        found["random"]["eval_seconds"] = {}  # rolled out with the expert, whose seconds cover both
     return {
         "settings": settings,
         "seeds": list(recipe.seeds),
@@ -51,6 +48,10 @@ def results(recipe: Recipe, out: Path, settings: dict[str, Any]) -> dict[str, An
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "platform": platform.platform()},
         "rows": {name: row for name, row in found.items() if row is not None},
     }
+
+
+def _by_seed(recipe: Recipe, folder: Path, name: str) -> dict[int, Path]:
+    return {seed: folder / f"{name}-{seed}" for seed in recipe.seeds}
 
 
 def _row(recipe: Recipe, evaluations: dict[int, Path], runs: dict[int, Path]) -> dict[str, Any] | None:
@@ -111,17 +112,8 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) of the table."""
     names = found["rows"]
     envs = list(next(iter(names.values()))["tasks"]) if names else []
-    head = [
-        "",
-        *(env.partition("/")[2] for env in envs),
-        "mean",
-        "ms/chunk",
-        "ms/action",
-        "held-out mse",
-        "steps/s",
-        "training",
-        "seeds",
-    ]
+    tail = ["mean", "ms/chunk", "ms/action", "held-out MSE", "steps/s", "training", "seeds"]
+    head = ["", *(env.partition("/")[2] for env in envs), *tail]
     out = []
     for name, row in names.items():
         tasks = [row["tasks"][env] for env in envs]
@@ -139,7 +131,7 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{fmean(t['ms_per_action'] for t in tasks):.2f}" if acts else "–",
                 f"{fmean(errors):.4f}" if errors else "–",
                 f"{row['steps_per_second']:.1f}" if seconds else "–",
-                duration(fmean(seconds)) if seconds else "–" if own else f"that of {row['of']}",
+                duration(fmean(seconds)) if seconds else "–" if own else f"see {row['of']}",
                 ", ".join(map(str, row["seeds"])),
             ]
         )
@@ -148,9 +140,8 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _success(task: dict[str, Any]) -> str:
     low, high = task["ci95"]
-    each = (
-        "" if len(task["by_seed"]) < 2 else f"; {' / '.join(f'{100 * rate:.0f}' for rate in task['by_seed'].values())}"
-    )
+    seeds = " / ".join(f"{100 * rate:.0f}" for rate in task["by_seed"].values())
+    each = f"; {seeds}" if len(task["by_seed"]) > 1 else ""
     return f"{task['success']:.0%} ({100 * low:.0f} – {100 * high:.0f}{each})"
 
 
@@ -162,15 +153,16 @@ def document(found: dict[str, Any]) -> str:
     )
     return (
         f"**{found['title']}**\n\n{markdown_table(*cells(found))}\n"
-        f"Success over all seeds (95 % Wilson interval; each seed), {found['episodes']} unseen starts per task and seed, the same for all rows of a seed; "
-        "ms/chunk: one call for one observation, pictures included; ms/action: policy time per control step in the rollouts, where episodes share "
-        f"calls; mse: on held-out demonstrations; training: mean of one. {duration(seconds)} of training and evaluation in all, "
-        f"{found['hardware']['cores']} CPU cores.\n"
+        f"Success over all seeds (95 % Wilson interval; each seed), {found['episodes']} held-out initial states per "
+        "task and seed, the same for all rows of a seed; ms/chunk: one call for one observation, images included; "
+        "ms/action: policy time per control step in the rollouts, where episodes share calls; held-out MSE: on "
+        "held-out demonstrations; training: mean time of one run. Training and evaluation took "
+        f"{duration(seconds)} in total on {found['hardware']['cores']} CPU cores.\n"
     )
 
 
 def write(recipe: Recipe, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Write results.json and table.md of what is finished; returns the former."""
+    """Write results.json and table.md of what has finished; returns the former."""
     found = results(recipe, out, settings)
     write_file(out / "results.json", json_bytes(found))
     write_file(out / "table.md", document(found).encode())

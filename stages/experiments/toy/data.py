@@ -1,4 +1,4 @@
-"""The toys' data: two pictures in the plane, and a robot that may pass an obstacle on either side.
+"""The toys' data: two distributions in the plane, and a robot that may pass an obstacle on either side.
 
 Letters: n samples, T steps of a chunk, D = 2T its entries. All float32 on the CPU;
 every function is pure given its `torch.Generator`.
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-# --- in the plane ------------------------------------------------------------------------------------------------------
+# --- in the plane -----------------------------------------------------------------------------------------------------
 
 
 def swiss_roll(n: int, generator: torch.Generator) -> Tensor:
@@ -31,17 +31,16 @@ def checkerboard(n: int, generator: torch.Generator) -> Tensor:
 PICTURES = {"swiss roll": swiss_roll, "checkerboard": checkerboard}
 
 
-# --- two ways round an obstacle ------------------------------------------------------------------------------------------
+# --- two ways around an obstacle --------------------------------------------------------------------------------------
 
 OBSERVED = 2  # entries of an observation, each uniform in [−1, 1]
-STEPS = 4  # of an expert chunk, two coordinates each, unless told otherwise
-NOISE = 0.03  # std of an expert within its mode, per entry; normalised actions as a whole have std 0.2
-BULGE = 0.3  # greatest sideways distance from the straight way
+STEPS = 4  # of an expert chunk by default, two coordinates each
+NOISE = 0.03  # std of an expert within its mode, per entry; all normalized actions together have std 0.2
+BULGE = 0.3  # greatest sideways distance from the straight path
 
 
 def right_share(observation: Tensor) -> Tensor:
-    """Probability [n] that the expert passes on the right of obstacle `observation` [n,OBSERVED]: 0.7 where the first entry is
-    negative, else 0.5."""
+    """Probability [n] of the right side for `observation` [n,OBSERVED]: 0.7 if its first entry is < 0, else 0.5."""
     return torch.where(observation[:, 0] < 0, 0.7, 0.5)
 
 
@@ -54,8 +53,8 @@ def shares(observation: Tensor) -> Tensor:
 def modes(observation: Tensor, steps: int = STEPS) -> Tensor:
     """The noiseless chunks [n,2,D] for observations [n,OBSERVED]: first to the left of the obstacle, then to the right.
 
-    The way ends in a direction and at a distance that the observation decides, so that the middle between the modes is no chunk of
-    another observation.
+    The observation decides the direction and distance of the path's end, so that the mean of the modes is not a chunk
+    of another observation.
     """
     time = torch.arange(1, steps + 1) / steps  # [T]
     heading = 0.25 * math.pi * observation[:, 1]  # [n] rad
@@ -68,7 +67,7 @@ def modes(observation: Tensor, steps: int = STEPS) -> Tensor:
 
 
 def expert(observation: Tensor, generator: torch.Generator, steps: int = STEPS) -> Tensor:
-    """One chunk [n,D] for each observation: a mode by `right_share`, and noise."""
+    """One chunk [n,D] for each observation: a mode sampled by `right_share`, plus noise."""
     right = torch.rand(len(observation), generator=generator) < right_share(observation)  # [n]
     chunk = modes(observation, steps)[torch.arange(len(observation)), right.long()]  # [n,D]
     return chunk + NOISE * torch.randn(chunk.shape, generator=generator)
@@ -79,8 +78,8 @@ def observations(n: int, generator: torch.Generator) -> Tensor:
     return 2 * torch.rand(n, OBSERVED, generator=generator) - 1
 
 
-def unseen(n: int, generator: torch.Generator) -> Tensor:
-    """[n,OBSERVED] to test with; the first, which is shown, is always the same, with shares of 70 and 30 %."""
+def held_out(n: int, generator: torch.Generator) -> Tensor:
+    """Held-out observations [n,OBSERVED]; the first, which the figure shows, is always the same, 70 % right."""
     observation = observations(n, generator)
     observation[0] = torch.tensor([-0.5, *[0.0] * (OBSERVED - 1)])
     return observation

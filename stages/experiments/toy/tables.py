@@ -7,16 +7,18 @@ from typing import Any
 
 from rich.table import Table
 
+from ....common.console import markdown_table, table
+
 METRICS = {
     "share_error": "share error",
-    "coverage": "both modes live",
+    "coverage": "both modes covered",
     "between": "off both modes",
     "distance": "distance to mode",
 }
 
 
 def plane_rows(plane: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Run → its settings, distances and curve, without samples."""
+    """Run → its settings, distances and curve; not its samples."""
     return {name: {key: value for key, value in result.items() if key != "samples"} for name, result in plane.items()}
 
 
@@ -42,26 +44,13 @@ def action_rows(actions: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]
 
 
 def _plane_cells(rows: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    head = [
-        "picture, recipe",
-        "at the start",
-        "at the end",
-        "data to data",
-        "ratio",
-        "to nearest",
-        "data's own",
-        "steps",
-        "s",
-    ]
+    head = ["target, recipe", "initial", "final", "data to data", "ratio", "nearest", "nearest, data", "steps", "s"]
     return head, [
         [
             name,
-            f"{r['start']:.3f}",
-            f"{r['distance']:.3f}",
-            f"{r['data_to_data']:.3f}",
+            *(f"{r[key]:.3f}" for key in ("start", "distance", "data_to_data")),
             f"{r['ratio']:.1f}",
-            f"{r['nearest']:.3f}",
-            f"{r['nearest_data']:.3f}",
+            *(f"{r[key]:.3f}" for key in ("nearest", "nearest_data")),
             str(r["steps"]),
             f"{r['seconds']:.0f}",
         ]
@@ -90,39 +79,23 @@ def _action_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> str:
-    """What the numbers of `action_rows` are."""
+    """Over how many seeds the numbers of `action_rows` are."""
     seeds = len(rows[0]["seeds"])
     return "one seed" if seeds == 1 else f"mean ± std over {seeds} seeds"
 
 
-def _rich(title: str, head: list[str], cells: list[list[str]]) -> Table:
-    table = Table(*head, title=title)
-    for row in cells:
-        table.add_row(*row)
-    return table
-
-
 def plane_table(rows: dict[str, dict[str, Any]]) -> Table:
     """Sliced-Wasserstein distances in the plane."""
-    return _rich(
-        "Sliced-Wasserstein distance to fresh data, and mean distance to the nearest of 2048 fresh points",
-        *_plane_cells(rows),
-    )
+    title = "Sliced-Wasserstein distance to fresh data, and mean distance to the nearest of 2048 fresh points"
+    return table(*_plane_cells(rows), title=title)
 
 
 def action_table(rows: list[dict[str, Any]]) -> Table:
     """The two-way toy, mean ± std over seeds."""
-    return _rich(f"Two ways round an obstacle, {over_seeds(rows)}", *_action_cells(rows))
+    return table(*_action_cells(rows), title=f"Two ways around an obstacle, {over_seeds(rows)}")
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """Both tables."""
-    out = []
-    for head, cells in (_plane_cells(summary["plane"]), _action_cells(summary["actions"])):
-        out += [
-            "| " + " | ".join(head) + " |",
-            "|" + "---|" * len(head),
-            *("| " + " | ".join(row) + " |" for row in cells),
-            "",
-        ]
-    return "\n".join(out)
+    both = (_plane_cells(summary["plane"]), _action_cells(summary["actions"]))
+    return "\n".join(markdown_table(*cells) for cells in both)

@@ -1,10 +1,11 @@
 """`dvla toy`: what drifting does, shown on problems whose answer is known.
 
-In the plane: the paper's swiss roll and checkerboard by pure drifting. Actions: a robot that may pass an obstacle on either side, learned
-from one demonstration per observation, by regression, flow matching, diffusion, drifting and hybrids.
+In the plane: the paper's swiss roll and checkerboard by pure drifting. Actions: a robot that may pass an obstacle on
+either side, learned from one demonstration per observation by regression, flow matching, diffusion, drifting and
+hybrids.
 
-Everything lies under one folder: `settings.json`, `runs/` with one file per finished training run (an interrupted toy goes on after the last
-of them), then `summary.json`, `tables.md` and the pictures.
+Everything lies in one folder: `settings.json`, `runs/` with one file per finished training run (an interrupted toy
+resumes after the last of them), then `summary.json`, `tables.md` and the figures.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from ....common.files import json_bytes, read_json, write_file
-from ....drifting.losses import POLICY_TEMPERATURES
+from ....drifting.config import POLICY_TEMPERATURES
 from ....errors import UserError
 from .figures import action_figure, curve_figure, evolution_figure, evolution_gif, sample_figure
 from .tables import action_rows, action_table, markdown, plane_rows, plane_table
@@ -60,7 +61,7 @@ METHODS = {
     "hybrid λ 0.1": ActionRun("hybrid", drift_weight=0.1),
     "hybrid λ 1": ActionRun("hybrid", drift_weight=1.0),
 }
-SWEEPS = {  # each changes what its name says of `ActionRun`'s defaults
+SWEEPS = {  # each changes the defaults of `ActionRun` that its name says
     "drifting, G 1": ActionRun("pure_drift", draws=1),
     "drifting, G 2": ActionRun("pure_drift", draws=2),
     "drifting, G 4": ActionRun("pure_drift", draws=4),
@@ -91,9 +92,12 @@ SWEEPS = {  # each changes what its name says of `ActionRun`'s defaults
 
 
 def toy(out: Path, quick: bool, seed: int, say: Callable[..., None], show: Show) -> dict[str, Any]:
-    """Train what is not trained yet, then write tables, pictures and `summary.json`, which is returned.
+    """Train what is missing, then write tables, figures and `summary.json`, which is returned.
 
-    `UserError` when `out` holds something else or a toy with other settings. Uses one thread, which is fastest for networks this small.
+    Uses one thread, which is fastest for networks this small.
+
+    Raises:
+        UserError: when `out` holds something else or a toy with other settings.
     """
     scale = QUICK if quick else FULL
     _claim(
@@ -105,37 +109,19 @@ def toy(out: Path, quick: bool, seed: int, say: Callable[..., None], show: Show)
             "actions": {name: dataclasses.asdict(run) for name, run in (METHODS | SWEEPS).items()},
         },
     )
-    runs = {name: [run] * scale.seeds for name, run in (METHODS | SWEEPS).items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        bar = _bar(show, "in the plane", [scale.plane_steps] * len(_plane()))
-        plane = {
-            name: _run(out, name, lambda tick: train_plane(run, scale.plane_steps, seed, tick), next(bar))
-            for name, run in _plane().items()
-        }
-        bar = _bar(show, "actions", [scale.action_steps * run.longer for repeated in runs.values() for run in repeated])
-        actions = {
-            name: [
-                _run(
-                    out,
-                    f"{name}, seed {seed + i}",
-                    lambda tick: train_actions(run, scale.action_steps, seed + i, tick),
-                    next(bar),
-                )
-                for i, run in enumerate(repeated)
-            ]
-            for name, repeated in runs.items()
-        }
+        plane, actions = _train_plane(out, scale, seed, show), _train_actions(out, scale, seed, show)
     finally:
         torch.set_num_threads(threads)
+    results = [*plane.values(), *(one for repeated in actions.values() for one in repeated)]
     actions = {"expert": [expert_metrics(s) for s in range(seed, seed + scale.seeds)], **actions}
     summary = {
         "seed": seed,
         "seeds": scale.seeds,
         "quick": quick,
-        "seconds": sum(r["seconds"] for r in plane.values())
-        + sum(r["seconds"] for rs in actions.values() for r in rs if "seconds" in r),
+        "seconds": sum(result["seconds"] for result in results),
         "plane": plane_rows(plane),
         "actions": action_rows(actions),
     }
@@ -148,14 +134,32 @@ def toy(out: Path, quick: bool, seed: int, say: Callable[..., None], show: Show)
     sample_figure(actions, out / "action_samples.png")
     say(plane_table(summary["plane"]))
     say(action_table(summary["actions"]))
-    say(
-        f"{summary['seconds']:.0f} s of training; seed {seed}"
-        + (" (quick: shows that it runs, not what drifting can do)" if quick else "")
-    )
-    say(
-        f"pictures and numbers: {out}/summary.json, tables.md, plane.png, plane.gif, plane_curves.png, actions.png, action_samples.png"
-    )
+    say(f"{summary['seconds']:.0f} s of training, seed {seed}")
+    if quick:
+        say("A quick toy shows that everything runs, not what drifting can do.")
+    say(f"Results: {out}/summary.json, tables.md, plane.png, plane.gif, plane_curves.png, actions.png,")
+    say("action_samples.png")
     return summary
+
+
+def _train_plane(out: Path, scale: ToyScale, seed: int, show: Show) -> dict[str, dict[str, Any]]:
+    """Run → result, of pure drifting in the plane."""
+    steps, runs = scale.plane_steps, _plane()
+    bar = _bar(show, "in the plane", [steps] * len(runs))
+    return {
+        name: _run(out, name, lambda tick: train_plane(run, steps, seed, tick), next(bar)) for name, run in runs.items()
+    }
+
+
+def _train_actions(out: Path, scale: ToyScale, seed: int, show: Show) -> dict[str, list[dict[str, Any]]]:
+    """Run → a result per seed, of every method on the two-way toy."""
+    steps, runs = scale.action_steps, METHODS | SWEEPS
+    bar = _bar(show, "actions", [steps * run.longer for run in runs.values() for _ in range(scale.seeds)])
+
+    def trained(name: str, run: ActionRun, seed: int) -> dict[str, Any]:
+        return _run(out, f"{name}, seed {seed}", lambda tick: train_actions(run, steps, seed, tick), next(bar))
+
+    return {name: [trained(name, run, seed + i) for i in range(scale.seeds)] for name, run in runs.items()}
 
 
 def _plane() -> dict[str, PlaneRun]:
@@ -167,7 +171,7 @@ def _plane() -> dict[str, PlaneRun]:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or see that it is this toy's own."""
+    """Make the folder, or check that it holds this very toy."""
     path, wanted = out / "settings.json", json_bytes({"toy": settings})
     if path.exists():
         if path.read_bytes() != wanted:
@@ -179,7 +183,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _bar(show: Show, name: str, steps: list[int]) -> Iterator[Tick]:
-    """One `Tick` per run of so many steps, all moving the same bar."""
+    """One `Tick` per run of `steps` steps, all advancing the same progress bar."""
     for i in range(len(steps)):
 
         def tick(step: int, before: int = sum(steps[:i])) -> None:
@@ -189,7 +193,8 @@ def _bar(show: Show, name: str, steps: list[int]) -> Iterator[Tick]:
 
 
 def _run(out: Path, name: str, train: Callable[[Tick], dict[str, Any]], tick: Tick) -> dict[str, Any]:
-    """The result of one run: read if it was finished before, else trained and kept. Tensors come back as arrays."""
+    """The result of one run, with tensors as arrays: read from `runs/` if it has finished before, else trained and
+    saved."""
     file = re.sub(r"[^\w.]+", "_", name)
     numbers, arrays = out / "runs" / f"{file}.json", out / "runs" / f"{file}.npz"
     if not numbers.exists():
@@ -201,20 +206,13 @@ def _run(out: Path, name: str, train: Callable[[Tick], dict[str, Any]], tick: Ti
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **tensors)
         write_file(arrays, buffer.getvalue())
-        # The numbers come last: a run that has them is whole.
-        write_file(
-            numbers,
-            json_bytes(
-                {
-                    **{key: value for key, value in result.items() if key not in tensors},
-                    "seconds": time.perf_counter() - began,
-                }
-            ),
-        )
+        plain = {key: value for key, value in result.items() if key not in tensors}
+        # The numbers come last: a run that has them is complete.
+        write_file(numbers, json_bytes({**plain, "seconds": time.perf_counter() - began}))
     result = read_json(numbers)
     tick(result["steps"])
     try:
         with np.load(arrays, allow_pickle=False) as stored:
             return {**result, **stored}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {arrays} ({error}); delete {numbers} and run again") from None
+        raise UserError(f"cannot read {arrays} ({error}); delete {numbers} and rerun the command") from None

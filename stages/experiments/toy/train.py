@@ -1,7 +1,7 @@
 """The toys' training runs: small generators on one CPU core, each a pure function of its settings and seed.
 
-Letters: n samples, N observations with an expert chunk, B of them in a batch, G draws per observation, P positives,
-S draws of a test observation, D entries of a sample, K temperatures.
+Letters: n samples, N observations with an expert chunk, B of them in a batch, G noise samples per observation, P
+positives, S noise samples of a held-out observation, D entries of a sample, K temperatures.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....drifting.field import AFFINITY_FLOOR, TEMPERATURES
+from ....drifting.config import AFFINITY_FLOOR, DIFFUSION_STEPS, TEMPERATURES
 from ....drifting.heads import ddim, diffusion_pair, euler, flow_pair
-from ....drifting.losses import DIFFUSION_STEPS, DriftLoss, drifting_loss
+from ....drifting.losses import DriftLoss, drifting_loss
 from ....drifting.metrics import mode_metrics, sliced_wasserstein
 from . import data
 
 Tick = Callable[[int], None]
-"""Told the number of finished steps."""
-SHOWN = 64  # draws of one test observation that are kept for the picture
+"""Called with the number of finished steps."""
+SHOWN = 64  # samples of one held-out observation that are kept for the figure
 
 
 @dataclass(frozen=True)
 class PlaneRun:
-    """Pure drifting of a generator noise [2] → [2]. The paper's notebook trains the same network from 32 noise entries with batches of 2048
-    at rate 1e-3: with an eighth of the batch, two entries and a higher rate show the same pictures in under a minute."""
+    """Pure drifting of a generator from noise [2] to samples [2].
 
-    picture: str  # of toy_data.PICTURES
+    The paper's notebook trains the same network from 32 noise entries with batches of 2048 at learning rate 1e-3; an
+    eighth of the batch, two noise entries and a higher rate reach the same result in under a minute.
+    """
+
+    picture: str  # target distribution: one of data.PICTURES
     temperatures: tuple[float, ...] = TEMPERATURES  # kernel widths
     floor: float | None = AFFINITY_FLOOR  # None: Algorithm 2, as in the notebook
     skip_std: float = 0.0  # spread of a linear skip from noise to sample; 0: no skip, as in the notebook
@@ -40,18 +43,18 @@ class PlaneRun:
 
 @dataclass(frozen=True)
 class ActionRun:
-    """One method on the two-way toy; all share network, data, optimiser and steps."""
+    """One method on the two-way toy; all share network, data, optimizer and steps."""
 
     kind: str  # mse, flow, diffusion, pure_drift, hybrid
-    draws: int = 8  # G
-    positives: int = 1  # P: 1 is the observation's own chunk, more are those of its nearest neighbours too
+    draws: int = 8  # G, noise samples per observation
+    positives: int = 1  # P: the observation's own chunk and those of its P - 1 nearest neighbors
     temperatures: tuple[float, ...] = TEMPERATURES  # kernel widths
     floor: float | None = AFFINITY_FLOOR  # of the field; None: Algorithm 2 (raw coordinates)
     skip_std: float = 0.2  # std of the initial samples; the actions' own std is 0.2
     drift_weight: float = 1.0  # λ of hybrid
     observations: int = 4096  # N trained on, each with one expert chunk
     horizon: int = data.STEPS  # steps of a chunk; D = 2 · this
-    longer: int = 1  # times as many training steps
+    longer: int = 1  # factor on the number of training steps
 
     @property
     def passes(self) -> tuple[int, ...]:
@@ -60,7 +63,10 @@ class ActionRun:
 
 
 class Generator(nn.Module):
-    """Three hidden SiLU layers; with `skip_std` a linear skip of the noise and a zero last layer, so that the first samples are the skip."""
+    """Three hidden SiLU layers.
+
+    With `skip_std` also a linear skip of the noise and a zero last layer, so that the first samples are the skip.
+    """
 
     def __init__(self, context: int, noise: int, out: int, width: int, skip_std: float | None, seed: int) -> None:
         super().__init__()
@@ -84,7 +90,7 @@ class Generator(nn.Module):
 
 
 def _descend(net: Generator, steps: int, lr: float, loss_of: Callable[[int], Tensor], tick: Tick) -> None:
-    """Adam with a cosine to zero."""
+    """Train with Adam and a cosine learning-rate schedule to zero."""
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -101,13 +107,19 @@ def curve_steps(steps: int, count: int = 24) -> list[int]:
 
 
 def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int = 2048) -> dict[str, Any]:
-    """Train and measure. `curve`: per measured step the sliced-Wasserstein distance to fresh data (mean over 4 fresh sets of `measured`
-    samples) and log mean_square per temperature; `data_to_data`: the distance between two fresh sets (mean over 16 pairs); `nearest`: mean distance of
-    a generated sample to the nearest of fresh data, `nearest_data` that of fresh data: a blur has a small sliced distance, but not this;
-    `samples` [measured steps, 1000, 2] from the same noise."""
+    """Train and measure.
+
+    Returns:
+        curve: per measured step the sliced-Wasserstein distance to fresh data (mean over 4 fresh sets of `measured`
+            samples) and log mean_square per temperature.
+        data_to_data: the same distance between two fresh sets (mean over 16 pairs).
+        nearest: mean distance of a generated sample to the nearest fresh data point; `nearest_data`: that of fresh
+            data. A blur has a small sliced distance, but not this.
+        samples: [measured steps, 1000, 2] from the same noise.
+    """
     sample = data.PICTURES[run.picture]
     random = torch.Generator().manual_seed(seed)
-    # A generator of its own for measuring: what is measured does not change what is trained.
+    # Measuring has its own generator, so that it does not change the training.
     measure = torch.Generator().manual_seed(seed + 1_000_003)
     net = Generator(0, 2, 2, 256, run.skip_std or None, seed)
     shown = torch.randn(1000, 2, generator=measure)  # [1000,2]
@@ -162,9 +174,12 @@ def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int 
 def train_actions(
     run: ActionRun, steps: int, seed: int, tick: Tick, *, batch: int = 64, tested: int = 64, draws: int = 256
 ) -> dict[str, Any]:
-    """Train `steps` · `run.longer` steps on one expert chunk for each of N observations;
-    measure on `tested` new ones. `metrics`: passes → `ModeMetrics`;
-    `shown` [SHOWN,D]: draws of one test observation at the greatest number of passes."""
+    """Train `steps` · `run.longer` steps on one expert chunk per observation; measure on `tested` held-out ones.
+
+    Returns:
+        metrics: forward passes → `ModeMetrics`.
+        shown: [SHOWN,D], samples of one held-out observation with the most passes.
+    """
     random = torch.Generator().manual_seed(seed)
     observed = data.observations(run.observations, random)  # [N,o]
     expert = data.expert(observed, random, run.horizon)  # [N,D]
@@ -201,7 +216,7 @@ def train_actions(
     _descend(net, steps, 3e-3, loss_of, tick)
 
     test = torch.Generator().manual_seed(seed + 1_000_003)
-    observation = data.unseen(tested, test)  # [tested,o]
+    observation = data.held_out(tested, test)  # [tested,o]
     noise = torch.randn(tested, draws, d, generator=test)  # [tested,S,D]
     metrics = {}
     with torch.no_grad():
@@ -219,9 +234,9 @@ def train_actions(
 
 
 def expert_metrics(seed: int, tested: int = 64, draws: int = 256) -> dict[str, Any]:
-    """What the expert itself would score with as many draws; the shape of `train_actions`'s answer."""
+    """What the expert itself scores with as many samples, in the form of `train_actions`'s result."""
     test = torch.Generator().manual_seed(seed + 2_000_003)
-    observation = data.unseen(tested, test)  # [tested,o]
+    observation = data.held_out(tested, test)  # [tested,o]
     made = data.expert(observation.repeat_interleave(draws, 0), test).unflatten(0, (tested, draws))  # [tested,S,D]
     return {
         "kind": "expert",

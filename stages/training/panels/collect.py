@@ -12,7 +12,8 @@ import torch
 
 from ....batch import FeatureBatch
 from ....cache.loader.loader import Loader
-from ....drifting.losses import DENOISING, counting
+from ....drifting.config import DENOISING
+from ....drifting.losses import counting
 from ....drifting.metrics import drift_of
 from ....errors import UserError
 from ..context import Session, open_loader

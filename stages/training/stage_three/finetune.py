@@ -20,16 +20,17 @@ from ....cache.store.cache import Cache
 from ....cache.vlm.adapter import save_adapter, tower_parameters
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.load import require_encoder
-from ....cache.vlm.lora import LoraSpec, add_lora, lora_dropout, lora_parameters
-from ....common.config import from_mapping
+from ....cache.vlm.lora import add_lora, lora_dropout, lora_parameters
+from ....cache.vlm.spec import LoraSpec
+from ....common.config import apply, from_mapping
 from ....common.files import read_json
 from ....common.hashing import mix
-from ....drifting.losses import DENOISING
+from ....drifting.config import DENOISING
 from ....errors import UserError
 from ...policy import checkpoint as ck
 from ...policy.load import load_net, load_policy_encoder
 from ..checks import open_cache, require_trainable
-from ..config import FinetuneConfig, TrainConfig, apply
+from ..config import FinetuneConfig, TrainConfig
 from ..context import Features, Session, TrainReport
 from ..loop import run
 from ..parallel.world import World, join

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dvla.batch import FeatureBatch
-from dvla.cache.loader.loader import ConditionDropout, Loader, gather
+from dvla.cache.loader.dropout import ConditionDropout
+from dvla.cache.loader.loader import Loader, gather
 from dvla.cache.store.cache import Cache
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
@@ -251,7 +252,7 @@ def test_kept_batches_are_never_overwritten_and_dropped_ones_are_reused(cache: C
 def test_a_damaged_shard_stops_the_loader_by_name(tmp_path: Path) -> None:
     synthetic.build(tmp_path / "c")
     cache = Cache.open(tmp_path / "c")
-    shard = cache.dataset("beta").shard_path("top", 1)
+    shard = cache.named("beta").shard_path("top", 1)
     shard.write_bytes(shard.read_bytes()[:-9])
     with Loader(cache, batch_size=16) as loader:
         for _ in range(2):  # and it does not go on past the batch it could not make

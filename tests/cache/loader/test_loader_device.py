@@ -66,9 +66,9 @@ def test_batches_on_a_cuda_device(cache: Cache) -> None:
             kept.append((batch.tokens.double().sum(), batch.action.double().sum(), batch if step % 5 == 0 else None))
             assert loader.state_dict() == {"offset": 8 * (step + 1)}
     for (tokens, action, batch), expected in zip(kept, on_host(cache)):
-        assert tokens.item() == expected["tokens"].double().sum().item() or cache.format.quantised
+        assert tokens.item() == expected["tokens"].double().sum().item() or cache.format.quantized
         assert abs(action.item() - expected["action"].double().sum().item()) < 1e-9
-        if batch is not None and not cache.format.quantised:
+        if batch is not None and not cache.format.quantized:
             assert_same(values(batch), expected)
 
 
@@ -164,7 +164,7 @@ def test_a_buffer_is_not_filled_again_before_its_copy_is_over(cache: Cache, reco
 def test_an_error_ahead_waits_for_its_turn(tmp_path: Path, record: Record) -> None:
     synthetic.build(tmp_path / "c")
     cache = Cache.open(tmp_path / "c")
-    shard = cache.dataset("beta").shard_path("top", 2)
+    shard = cache.named("beta").shard_path("top", 2)
     shard.write_bytes(shard.read_bytes()[:-9])
     counts = []
     for device in (None, "cuda"):

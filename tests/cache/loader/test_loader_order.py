@@ -279,7 +279,7 @@ def test_windows_are_read_ahead_in_order_and_no_more(cache: Cache, monkeypatch: 
 def test_a_damaged_shard_is_named_by_who_reads_it(tmp_path: Path) -> None:
     synthetic.build(tmp_path / "c")
     cache = Cache.open(tmp_path / "c")
-    shard = cache.dataset("beta").shard_path("top", 2)
+    shard = cache.named("beta").shard_path("top", 2)
     shard.write_bytes(shard.read_bytes()[:-9])
     with Loader(cache, batch_size=16, order="block") as loader, pytest.raises(UserError, match=str(shard)):
         for _ in range(50):

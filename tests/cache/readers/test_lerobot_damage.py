@@ -243,7 +243,7 @@ def test_unreachable_hub_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="'owner/push' is not a folder here and could not be .*: no route to host$"):
+    with pytest.raises(UserError, match="'owner/push' is not a local folder and could not be .*: no route to host$"):
         open_source("owner/push")
 
 

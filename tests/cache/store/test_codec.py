@@ -15,19 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvla.cache.loader.assembler import decoded
-from dvla.cache.loader.loader import ConditionDropout, Loader, gather
+from dvla.cache.loader.dropout import ConditionDropout
+from dvla.cache.loader.loader import Loader, gather
 from dvla.cache.store.cache import Cache
-from dvla.cache.store.codec import (
-    CHANNEL_FLOOR,
-    QUANTISED,
-    Compression,
-    FeatureFormat,
-    channel_scale,
-    dequantise,
-    feature_format,
-    quantise,
-    relative_error,
-)
+from dvla.cache.store.codec import CHANNEL_FLOOR, Compression, channel_scale, dequantize, quantize, relative_error
+from dvla.cache.store.feature_format import QUANTIZED, FeatureFormat, feature_format
 from dvla.cache.vlm.augment import augment, frame_keys
 from dvla.cache.vlm.pooling import average_pool, check_pooling
 from dvla.common.config import from_mapping
@@ -79,37 +71,37 @@ def test_token_scales_alone_lose_the_quiet_channels() -> None:
 
 def test_the_reported_error_is_the_error() -> None:
     x = like_a_vlm(2.0)
-    for dtype in QUANTISED:
+    for dtype in QUANTIZED:
         scales = torch.from_numpy(channel_scale(x))
-        difference = (dequantise(*quantise(x, scales, dtype), scales, torch.float32) - x).double()
+        difference = (dequantize(*quantize(x, scales, dtype), scales, torch.float32) - x).double()
         overall = float(difference.square().mean().sqrt() / x.double().square().mean().sqrt())
         worst = float((difference.square().mean((0, 1)) / x.double().square().mean((0, 1))).sqrt().max())
         assert relative_error(x, FeatureFormat(dtype), scales.numpy()) == pytest.approx((overall, worst), rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", QUANTISED)
+@pytest.mark.parametrize("dtype", QUANTIZED)
 @settings(deadline=None, max_examples=40)
 @given(values=st.lists(st.floats(-6e4, 6e4, width=16), min_size=12, max_size=12), loud=st.floats(1e-3, 1e3))
 def test_codes_are_a_fixed_point(dtype: str, values: list[float], loud: float) -> None:
     """Any finite features: finite scales, codes of the format, and encoding what was decoded changes no code."""
     x = torch.tensor(values).reshape(1, 3, 4)
     channels = torch.tensor([1.0, loud, 1 / loud, 1.0])
-    codes, scale = quantise(x, channels, dtype)
+    codes, scale = quantize(x, channels, dtype)
     assert (
         codes.dtype == (torch.int8 if dtype == "int8" else torch.uint8)
         and scale.dtype == torch.float32
         and scale.shape == (1, 3)
     )
     assert (scale > 0).all() and torch.isfinite(scale).all()
-    back = dequantise(codes, scale, channels, torch.float32)
+    back = dequantize(codes, scale, channels, torch.float32)
     numbers = codes.float() if dtype == "int8" else codes.view(torch.float8_e4m3fn).float()
-    assert torch.isfinite(back).all() and numbers.abs().max() <= QUANTISED[dtype][0]
+    assert torch.isfinite(back).all() and numbers.abs().max() <= QUANTIZED[dtype][0]
     assert (
-        ((x / channels).abs().amax(-1) > 1e-30).eq(numbers.abs().amax(-1) == QUANTISED[dtype][0]).all()
+        ((x / channels).abs().amax(-1) > 1e-30).eq(numbers.abs().amax(-1) == QUANTIZED[dtype][0]).all()
     )  # the range is used
     step = 0.5 if dtype == "int8" else 16.0  # half a step of int8, and of float8 in its top binade
     assert ((back - x).abs() <= 1.001 * step * scale[..., None] * channels + 1e-30).all()
-    again, _ = quantise(back, channels, dtype)
+    again, _ = quantize(back, channels, dtype)
     same = again.eq(codes) | (numbers == 0)  # -0 may become 0
     assert same.all()
 
@@ -120,21 +112,21 @@ def test_zeros_and_silent_channels() -> None:
     scales = channel_scale(x)
     assert scales.dtype == np.float32 and scales[7] == np.float32(CHANNEL_FLOOR)
     np.testing.assert_allclose(scales[:7], x[..., :7].double().square().mean((0, 1)).sqrt(), rtol=1e-6)
-    for dtype in QUANTISED:
-        codes, scale = quantise(x, torch.from_numpy(scales), dtype)
-        back = dequantise(codes, scale, torch.from_numpy(scales), torch.float16)
+    for dtype in QUANTIZED:
+        codes, scale = quantize(x, torch.from_numpy(scales), dtype)
+        back = dequantize(codes, scale, torch.from_numpy(scales), torch.float16)
         assert back.dtype == torch.float16 and not back[0, 3].any() and not back[..., 7].any() and scale[0, 3] == 1
     loud = x.clone()
     loud[..., 7] = 0.5  # a channel that was silent in the frames looked at and is not later
-    codes, scale = quantise(loud, torch.from_numpy(scales), "int8")
-    assert torch.isfinite(dequantise(codes, scale, torch.from_numpy(scales), torch.float32)).all()
+    codes, scale = quantize(loud, torch.from_numpy(scales), "int8")
+    assert torch.isfinite(dequantize(codes, scale, torch.from_numpy(scales), torch.float32)).all()
 
 
-@pytest.mark.parametrize("dtype", QUANTISED)
+@pytest.mark.parametrize("dtype", QUANTIZED)
 def test_codes_do_not_depend_on_the_batch(dtype: str) -> None:
     x = like_a_vlm(2.0)[:6]
     scales = torch.from_numpy(channel_scale(x))
-    whole, one = quantise(x, scales, dtype), [quantise(x[i : i + 1], scales, dtype) for i in range(6)]
+    whole, one = quantize(x, scales, dtype), [quantize(x[i : i + 1], scales, dtype) for i in range(6)]
     assert torch.equal(whole[0], torch.cat([c for c, _ in one])) and torch.equal(
         whole[1], torch.cat([s for _, s in one])
     )
@@ -194,7 +186,7 @@ def test_compression_and_damage(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", ["zstd", "lz4"])
 def test_a_damaged_record_names_its_shard(tmp_path: Path, name: str) -> None:
     synthetic.build(tmp_path / "c", plan=synthetic.make_plan(format=FeatureFormat("float16", name)))
-    beta = Cache.open(tmp_path / "c").dataset("beta")
+    beta = Cache.open(tmp_path / "c").named("beta")
     shard = beta.shard_path("top", 1)
     shard.write_bytes(b"\xff" * 40 + shard.read_bytes()[40:])
     with pytest.raises(UserError, match="top/c/1/0/0 is damaged"):
@@ -233,7 +225,7 @@ def test_batches_decode_to_the_features(cache: Cache) -> None:
 
 
 def test_masked_pictures_are_the_null_features(cache: Cache) -> None:
-    beta, rows = cache.dataset("beta"), np.array([0, 6])
+    beta, rows = cache.named("beta"), np.array([0, 6])
     none = np.zeros(2, bool)
     batch = decoded(gather(cache, np.array([1, 1]), rows, 2, dropped=(none, np.array([True, False]), none)))
     exact = beta.null_features[0].astype(np.float32)
@@ -266,7 +258,7 @@ def test_an_epoch_visits_exactly_the_observations(cache: Cache) -> None:
 
 def test_actions_keep_every_frame(cache: Cache) -> None:
     """A stride thins the pictures, not the action chunk."""
-    beta = cache.dataset("beta")
+    beta = cache.named("beta")
     row = int(beta.episode_start[1]) + 2 * cache.datasets[0].frame_stride
     batch = gather(cache, np.array([1]), np.array([row]), 5)
     expected = beta.action_normalizer.normalize(beta.action[row : row + 5])

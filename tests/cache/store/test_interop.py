@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dvla.cache.store.cache import Cache, CacheDataset
-from dvla.cache.store.codec import FeatureFormat, dequantise
+from dvla.cache.store.codec import dequantize
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import array_name
 from support import synthetic_cache as synthetic
 
@@ -110,13 +111,13 @@ def test_features_and_scales(cache: Cache, opened: Callable[[str], Array]) -> No
 
 def test_decoding_with_what_they_read(cache: Cache, opened: Callable[[str], Array]) -> None:
     """features = codes · scales · channel_scale, from their arrays alone, is `CacheDataset.features`."""
-    d = cache.dataset("beta")
+    d = cache.named("beta")
     rows = d.frame_of(np.arange(d.observations))
     codes = torch.from_numpy(np.array(opened("beta/features/top")[:]))
-    if cache.format.quantised:
+    if cache.format.quantized:
         scales, channels = (torch.from_numpy(np.array(opened(n)[:])) for n in ("beta/scales/top", "channel_scale"))
         np.testing.assert_array_equal(channels, synthetic.CHANNELS)
-        codes = dequantise(codes, scales, channels, torch.float16)
+        codes = dequantize(codes, scales, channels, torch.float16)
     np.testing.assert_array_equal(codes.numpy(), d.features("top", rows))
 
 

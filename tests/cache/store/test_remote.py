@@ -111,7 +111,7 @@ def test_a_bound_holds_and_the_oldest_go(built: Path, url: str, fetched: Counter
             ]
             assert len(removed) <= 2 * 3  # a file that is removed is let go, so that its room is free
     assert nbytes(shards(cache.path)) <= 5 * size and max(fetched.values()) > 1
-    front = cache.dataset("alpha")
+    front = cache.named("alpha")
     files = cache.shard_files()
     out = [memoryview(bytearray(synthetic.TOKENS * synthetic.WIDTH))], [memoryview(bytearray(4 * synthetic.TOKENS))]
     front.read_features("front", np.array([0]), out[0], files, scales=out[1])
@@ -132,12 +132,12 @@ def test_a_file_altered_on_the_way_is_not_used(url: str, fetched: Counter, tmp_p
         memory.pipe(path, bad) if bad is not None else memory.rm(path)
         fetched.clear()
         with pytest.raises(UserError, match=f"{name}.*(damaged|FileNotFound|{name})"):
-            cache.dataset("beta").features("top", np.array([16]))
+            cache.named("beta").features("top", np.array([16]))
         assert fetched[name] == remote.ATTEMPTS and not [
             p for p in cache.path.rglob("*") if p.parent.name == "0" and "/1/" in str(p)
         ]
     memory.pipe(path, data)
-    assert cache.dataset("beta").features("top", np.array([16])).shape == (1, synthetic.TOKENS, synthetic.WIDTH)
+    assert cache.named("beta").features("top", np.array([16])).shape == (1, synthetic.TOKENS, synthetic.WIDTH)
 
 
 def test_a_bad_moment_is_survived(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: Counter) -> None:
@@ -151,7 +151,7 @@ def test_a_bad_moment_is_survived(url: str, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Url, "open", flaky)
     cache = Cache.open(url, local=tmp_path / "local")
-    assert cache.dataset("beta").features("top", np.array([3])).any() and len(failed) > 10
+    assert cache.named("beta").features("top", np.array([3])).any() and len(failed) > 10
 
 
 def test_what_is_refused(built: Path, url: str, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_what_is_there_already_is_opened_without_tending(
     ]
     for d, view, rows in everything:
         d.features(view, rows)
-    tended, path = [], cache.dataset("beta").shard_path("top", 0)
+    tended, path = [], cache.named("beta").shard_path("top", 0)
     os.utime(path, (0, 0))
     monkeypatch.setattr(ShardFiles, "_tend", lambda self: tended.append(self))
     for d, view, rows in everything:
@@ -237,7 +237,7 @@ def test_another_generation_is_another_folder(built: Path, url: str, tmp_path: P
     memory.put(str(tmp_path / "other"), path, recursive=True)
     second = Cache.open(url, local=tmp_path / "local")
     assert second.path != first.path
-    np.testing.assert_array_equal(second.dataset("beta").feature("top", 9), synthetic.feature("beta", "top", 9))
+    np.testing.assert_array_equal(second.named("beta").feature("top", 9), synthetic.feature("beta", "top", 9))
 
 
 READ = """

@@ -19,7 +19,6 @@ from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.store.shard_reader import ShardFiles, read_index, read_records
 from dvla.cache.store.shard_writer import MISSING, ShardWriter
 from dvla.cache.store.writer import CacheWriter
-from dvla.common import fingerprint
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
 
@@ -107,7 +106,7 @@ def test_reader_gives_the_same_arrays(whole: Path) -> None:
         with pytest.raises(ValueError, match="rows"):
             stored.episode_of(np.array([dataset.frames]))
     with pytest.raises(UserError, match="alpha"):
-        cache.dataset("alhpa")
+        cache.named("alhpa")
 
 
 @pytest.mark.parametrize("shape", [(1,), (128,), (7, 128), (3000, 128), (5000,), (2, 700, 400)])
@@ -130,8 +129,8 @@ def test_quarantine_is_a_ledger_and_a_count(whole: Path) -> None:
         {"dataset": "alpha", "episode_id": 99, "reason": "no video"},
     ]
     assert cache.manifest["quarantine_count"] == 2
-    assert cache.dataset("alpha").episode_id[cache.dataset("alpha").quarantined].tolist() == [13]
-    assert not cache.dataset("beta").quarantined.any()
+    assert cache.named("alpha").episode_id[cache.named("alpha").quarantined].tolist() == [13]
+    assert not cache.named("beta").quarantined.any()
 
 
 def test_order_and_interruptions_do_not_change_a_byte(whole: Path, tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_order_and_interruptions_do_not_change_a_byte(whole: Path, tmp_path: Pat
     for stop in (0, 1, 5):
         path = tmp_path / f"stop{stop}"
         synthetic.build(path, stop_after=stop)
-        with pytest.raises(UserError, match="re-run the same `dvla cache build`"):
+        with pytest.raises(UserError, match="rerun the same `dvla cache build`"):
             Cache.open(path)
         synthetic.build(path, stop_after=2)
         synthetic.build(path)
@@ -290,7 +289,7 @@ def test_damage_is_found_and_named(copy: Path) -> None:
         *(f"alpha/features/front/c/{i}/0/0" for i in range(3)),
         "beta/action/c/0/0",
     ]
-    dataset = Cache.open(copy).dataset("alpha")
+    dataset = Cache.open(copy).named("alpha")
     for row, path in ((17, short), (33, gone)):
         with pytest.raises(UserError, match=f"shard {path}"):
             dataset.feature("front", row)
@@ -312,7 +311,7 @@ def test_read_only_folder(copy: Path) -> None:
     try:
         before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}  # root ignores permissions
         cache = Cache.open(copy)
-        assert cache.dataset("beta").feature("top", 3).shape == (synthetic.TOKENS, synthetic.WIDTH)
+        assert cache.named("beta").feature("top", 3).shape == (synthetic.TOKENS, synthetic.WIDTH)
         assert verify_checksums(copy) == []
         synthetic.build(copy)  # finished: nothing to do, no lock needed
         assert {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
@@ -349,7 +348,7 @@ def test_shard_index_and_scattered_reads(tmp_path: Path) -> None:
 
 def test_open_files_stay_bounded(whole: Path) -> None:
     files = ShardFiles(limit=2)
-    dataset, before = Cache.open(whole).dataset("alpha"), len(os.listdir("/proc/self/fd"))
+    dataset, before = Cache.open(whole).named("alpha"), len(os.listdir("/proc/self/fd"))
     out = np.empty((dataset.frames, dataset.tokens, dataset.width), np.float16)
     rows = np.random.default_rng(0).permutation(dataset.frames)
     dataset.read_features("front", rows, [memoryview(o).cast("B") for o in out], files)
@@ -357,19 +356,3 @@ def test_open_files_stay_bounded(whole: Path) -> None:
     np.testing.assert_array_equal(out, np.stack([synthetic.feature("alpha", "front", row) for row in rows]))
     files.close()
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_fingerprint_is_canonical_and_names_nested_differences() -> None:
-    assert fingerprint.canonical({"b": (1, 2), "a": "é"}) == '{"a":"é","b":[1,2]}'
-    assert fingerprint.digest({"a": 1, "b": 2}) == fingerprint.digest({"b": 2, "a": 1})
-    assert fingerprint.digest({"a": 1, "b": 2}) != fingerprint.digest({"a": 1, "b": 3})
-    a = {"x": {"y": [1, {"z": 2}], "w": None}, "same": 1.5, "list": [1]}
-    b = {"x": {"y": [1, {"z": 3}], "w": None}, "same": 1.5, "list": [1, 2], "new": True}
-    assert fingerprint.diff(a, a) == []
-    assert fingerprint.diff(a, b) == [
-        "list: cache has [1], this run asks [1, 2]",
-        "new: cache has no such field, this run asks true",
-        "x.y[1].z: cache has 2, this run asks 3",
-    ]
-    with pytest.raises(ValueError):
-        fingerprint.canonical({"a": float("nan")})

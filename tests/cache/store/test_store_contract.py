@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dvla.cache.loader.loader import ConditionDropout, Loader, gather
+from dvla.cache.loader.dropout import ConditionDropout
+from dvla.cache.loader.loader import Loader, gather
 from dvla.cache.store.cache import Cache, CacheDataset
 from dvla.cache.store.webdataset.cache import WebDatasetCache
 from dvla.errors import UserError
@@ -87,9 +88,9 @@ def test_datasets_tables_and_attributes(backend: tuple[str, Cache]) -> None:
             e.source_hash for e in expected.episodes
         ]
         assert (d.embodiment_id, d.control_hz) == (tables.embodiment, tables.control_hz)
-        np.testing.assert_array_equal(d.action_normalizer.center, cache.dataset(d.name).action_normalizer.center)
+        np.testing.assert_array_equal(d.action_normalizer.center, cache.named(d.name).action_normalizer.center)
     with pytest.raises(UserError, match="alpha"):
-        cache.dataset("alhpa")
+        cache.named("alhpa")
 
 
 def test_features_of_every_observation(backend: tuple[str, Cache]) -> None:
@@ -103,7 +104,7 @@ def test_features_of_every_observation(backend: tuple[str, Cache]) -> None:
         for view, variant in itertools.product(d.views, range(plan.variants + 1)):
             expected = synthetic.stored(plan, pictures(plan, d, view, rows, variant))
             codes, scale = d.records(view, rows, variant)
-            if plan.format.quantised:
+            if plan.format.quantized:
                 np.testing.assert_array_equal(codes, expected[0])
                 np.testing.assert_array_equal(scale, expected[1])
             else:
@@ -123,16 +124,16 @@ def test_whatever_a_cache_has_its_tars_have(stored: tuple[str, Path], backend: t
 
 def test_quarantine(backend: tuple[str, Cache]) -> None:
     _, cache = backend
-    alpha = cache.dataset("alpha")
+    alpha = cache.named("alpha")
     assert alpha.episode_id[alpha.quarantined].tolist() == [13] and alpha.attributes["quarantined"] == [13, 99]
-    assert not cache.dataset("beta").quarantined.any() and cache.manifest["quarantine_count"] == 2
+    assert not cache.named("beta").quarantined.any() and cache.manifest["quarantine_count"] == 2
     with pytest.raises(ValueError, match="quarantined"):
         gather(cache, np.array([0]), alpha.episode_start[alpha.quarantined])
 
 
 def test_refusals(backend: tuple[str, Cache]) -> None:
     setting, cache = backend
-    alpha, settings = cache.dataset("alpha"), synthetic.SETTINGS[setting]
+    alpha, settings = cache.named("alpha"), synthetic.SETTINGS[setting]
     with pytest.raises(UserError, match="front"):
         alpha.features("frnot", np.array([0]))
     with pytest.raises(UserError, match="augmented variants"):

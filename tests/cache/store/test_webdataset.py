@@ -23,7 +23,6 @@ from dvla.cache.store.webdataset.tars import labels
 from dvla.cache.store.writer import CacheWriter
 from dvla.cli import run
 from dvla.common.files import crc32c
-from dvla.common.text import parse_size
 from dvla.errors import UserError
 from dvla.stages.caching.transfer import webdataset as exchange
 from dvla.stages.caching.transfer.webdataset import export, import_cache
@@ -114,7 +113,7 @@ def test_plain_webdataset_reads_it(base: Path) -> None:
     assert {name: sum(k.startswith(f"{name}/") for k in keys) for name in usable} == usable
     for s in samples:
         about = s["json"]
-        d = cache.dataset(about["dataset"])
+        d = cache.named(about["dataset"])
         row, episode = about["row"], int(d.episode_of(np.array([about["row"]]))[0])
         assert about["episode_id"] == d.episode_id[episode] and about["step"] == row - d.episode_start[episode]
         assert about["instruction"] == d.instructions[d.episode_instruction[episode]] and not about["quarantined"]
@@ -130,7 +129,7 @@ def test_plain_webdataset_reads_it(base: Path) -> None:
     meta = {s["__key__"]: s for s in webdataset.WebDataset(str(base / "tars/_meta.tar"), shardshuffle=False).decode()}
     assert meta.keys() == {"cache/store", "alpha/tables", "beta/tables"}
     np.testing.assert_array_equal(meta["cache/store"]["channel_scale.npy"], synthetic.CHANNELS)
-    np.testing.assert_array_equal(meta["alpha/tables"]["action.npy"], cache.dataset("alpha").action)
+    np.testing.assert_array_equal(meta["alpha/tables"]["action.npy"], cache.named("alpha").action)
     lost = list(
         webdataset.WebDataset(
             [str(base / "tars" / e["url"]) for e in index["dvla"]["quarantine"]], shardshuffle=False
@@ -454,7 +453,7 @@ def test_damaged_caches_are_not_exported(base: Path, tmp_path: Path) -> None:
 def test_reader_without_checks_names_a_damaged_tar(tars: Path) -> None:
     data = (tars / "beta-000000.tar").read_bytes()
     (tars / "beta-000000.tar").write_bytes(data.replace(b"(3, 8)", b"(8, 3)"))
-    beta = WebDatasetCache.open(tars).dataset("beta")
+    beta = WebDatasetCache.open(tars).named("beta")
     with pytest.raises(UserError, match="beta-000000.tar is damaged"):
         beta.features("top", np.array([0]))
 
@@ -488,13 +487,6 @@ def test_another_version_of_zstd_gives_the_same_numbers(
 
 
 # --- commands ---
-
-
-def test_sizes() -> None:
-    assert [parse_size(t) for t in ("1GiB", "500 MB", "1.5kib", "77", "1tb")] == [2**30, 5 * 10**8, 1536, 77, 10**12]
-    for bad in ("", "GiB", "-1", "1 parsec", "0", "1e9", "nan"):
-        with pytest.raises(UserError, match="is not a size"):
-            parse_size(bad)
 
 
 def test_commands(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

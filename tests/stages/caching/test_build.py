@@ -20,8 +20,8 @@ from dvla.cache.loader.loader import gather
 from dvla.cache.readers import open_source
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, add_lora, lora_parameters
-from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.lora import add_lora, lora_parameters
+from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.common.config import from_mapping
 from dvla.errors import UserError
@@ -84,8 +84,20 @@ def configure(source: Path, vlm: Path, out: Path, **changes: Any) -> BuildConfig
 def cache(recorded: Recorded, vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole cache of the h264 recording, built without a stop."""
     out = tmp_path_factory.mktemp("build") / "cache"
-    report = build(configure(recorded["h264"], vlm, out))
+    shown: dict[str, list[tuple[int, int]]] = {}
+    said: list[str] = []
+    report = build(
+        configure(recorded["h264"], vlm, out),
+        lambda name, done, total: shown.setdefault(name, []).append((done, total)),
+        said.append,
+    )
     assert (report.frames, report.timing.images, report.quarantined) == (FRAMES, 2 * FRAMES, 0)
+    assert said == [f"loading Qwen3-VL from {vlm}"] and not report.complete_before
+    cameras = [name for name in shown if name.endswith(": images")]
+    assert len(cameras) == 2 and all(name.startswith("h264/") for name in cameras)
+    for name in cameras:  # each camera counts its own images, and never backwards
+        assert shown[name] == sorted(shown[name]) and shown[name][-1] == (FRAMES, FRAMES)
+        assert {total for _, total in shown[name]} == {FRAMES}
     return out
 
 
@@ -151,6 +163,7 @@ def test_running_a_finished_build_again_changes_nothing(recorded: Recorded, vlm:
     before = tree(cache)
     report = build(configure(recorded["h264"], vlm, cache))
     assert (report.timing.images, report.resumed_shards) == (0, 2 * -(-FRAMES // SHARD)) and tree(cache) == before
+    assert report.complete_before
 
 
 KILL_SCRIPT = """
@@ -199,7 +212,7 @@ def test_killed_and_resumed_equals_uninterrupted(recorded: Recorded, vlm: Path, 
     expected, shards = tree(cache), {"tables": 0, "shard": 2, "record": 6, "manifest": 10}
     for name, finished in shards.items():
         out = tmp_path / name
-        with pytest.raises(UserError, match=rf"is incomplete \({finished} shards are finished\); re-run the same"):
+        with pytest.raises(UserError, match=rf"is incomplete \({finished} shards are finished\); rerun the same"):
             Cache.open(out)
         assert build(configure(recorded["h264"], vlm, out)).resumed_shards == finished
         assert tree(out) == expected

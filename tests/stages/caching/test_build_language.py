@@ -18,7 +18,7 @@ from dvla.cache.loader.provenance import sources_of
 from dvla.cache.readers import open_source
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
-from dvla.cache.store.codec import FeatureFormat
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, ShardTask, Unit, units
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.observations import encode_observations, encoder_calls
@@ -27,8 +27,8 @@ from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.errors import UserError
 from dvla.stages.caching.build import BuildReport, build
-from dvla.stages.caching.config import BuildConfig
-from dvla.stages.caching.planning.pilot import PilotConfig, plan_build
+from dvla.stages.caching.config import BuildConfig, PilotConfig
+from dvla.stages.caching.planning.pilot import plan_build
 from dvla.stages.caching.upkeep.repair import repair
 from dvla.stages.caching.upkeep.verify import TOLERANCE, verify
 from dvla.stages.policy import checkpoint as ck
@@ -204,10 +204,10 @@ def test_too_many_tokens_are_refused_before_anything_is_written(
     config = json.loads((small / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 34  # two views of 16 and a prompt
     (small / "config.json").write_text(json.dumps(config))
-    for call in (build, functools.partial(plan_build, pilot=PilotConfig(pictures=4))):
+    for call in (build, functools.partial(plan_build, pilot=PilotConfig(images=4))):
         with pytest.raises(
             UserError,
-            match="32 image tokens and a prompt of .* are more than the 34 that this language model reads; use fewer views",
+            match="32 image tokens and a prompt of .* are more than the 34 tokens of this language model's context; use fewer views",
         ):
             call(configure(recorded["image"], small, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -264,7 +264,7 @@ def test_append_encodes_new_episodes_as_the_plan_said(corner: Corner, changes: d
     corner.record(2).build(**changes)
     corner.record(3)
     config = corner.config("append", **changes)
-    planned = plan_build(config, PilotConfig(pictures=8))
+    planned = plan_build(config, PilotConfig(images=8))
     shares = {share.kind: share for share in planned.shares}
     report = corner.build("append", **changes)
     versions, rows = 1 + changes.get("augment", 0), [-(-n // changes.get("frame_stride", 1)) for n in LENGTHS]
@@ -286,7 +286,7 @@ def test_append_encodes_new_episodes_as_the_plan_said(corner: Corner, changes: d
     )
     problems, check = verify(corner.out, live=6, device="cpu")
     assert problems == [] and check.relative <= TOLERANCE["int8" if changes else "float16"]
-    again = plan_build(config, PilotConfig(pictures=4))
+    again = plan_build(config, PilotConfig(images=4))
     assert again.pictures == 0 and {s.kind: s.pictures for s in again.shares}["adopted"] == versions * V * sum(rows)
 
 
@@ -381,11 +381,11 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
     )
     refused(
         dvla("cache", "build", *options, "--features", "patch", "--out", out),
-        "depth language is of paligemma2 with features merged",
+        "depth language needs paligemma2 with features merged",
     )
     refused(
         dvla("cache", "build", source, "--vlm", "qwen3vl", "--depth", "language", "--out", out),
-        "depth language is of paligemma2",
+        "depth language needs paligemma2",
     )
     refused(dvla("cache", "build", *options, "--depth", "deep", "--out", out), "unknown value 'deep'")
     assert not out.exists()

@@ -18,7 +18,7 @@ from support.run_samples import TINY
 
 WORK = Work(
     frames=35_000_000,
-    pictures=2,
+    images=2,
     stored=196 * 2048 * 2,
     rows=1032,
     source=0.0,
@@ -84,7 +84,7 @@ def test_copies_on_the_nodes_serve_the_later_epochs() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give a YAML file, or cluster"):
+    with pytest.raises(UserError, match="give a YAML file .*or 'cluster' for the shipped one"):
         read_cluster("h100s")
     text = (ROOT / "configs" / "launch" / "cluster.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace("gpus: 8 ", "gpsu: 8 "))

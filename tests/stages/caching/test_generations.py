@@ -17,14 +17,15 @@ import pytest
 
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
-from dvla.cache.store.codec import FeatureFormat
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.writer import CacheWriter
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.common.files import lock_folder
 from dvla.errors import UserError
 from dvla.stages.caching import build as build_module
 from dvla.stages.caching import generations as generations_module
-from dvla.stages.caching.planning.pilot import PilotConfig, plan_build
+from dvla.stages.caching.config import PilotConfig
+from dvla.stages.caching.planning.pilot import plan_build
 from support.corner import SHARD, Corner, other_instruction, other_pictures, tree
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 from support.tolerances import assert_same_features
@@ -53,12 +54,12 @@ def corner(recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> Corner:
 
 
 def features(path: Path, view: str, frames: int | None = None, dataset: str = "data") -> np.ndarray:
-    return Cache.open(path).dataset(dataset).features(view, observed(path, dataset)[:frames])
+    return Cache.open(path).named(dataset).features(view, observed(path, dataset)[:frames])
 
 
 def observed(path: Path, dataset: str = "data") -> np.ndarray:
     """The frames that have features."""
-    found = Cache.open(path).dataset(dataset)
+    found = Cache.open(path).named(dataset)
     ends = found.episode_start + found.episode_length
     return np.concatenate([np.arange(start, end, found.frame_stride) for start, end in zip(found.episode_start, ends)])
 
@@ -145,7 +146,7 @@ def test_append_refuses_what_is_not_new(corner: Corner, recorded: dict[str, Path
 
 def test_update_does_only_what_changed(corner: Corner) -> None:
     corner.record(3).build()
-    planned = plan_build(corner.record(3, other_pictures("wrist", 1)).config("update"), PilotConfig(pictures=4))
+    planned = plan_build(corner.record(3, other_pictures("wrist", 1)).config("update"), PilotConfig(images=4))
     report = corner.build("update")
     assert report.timing.images == LENGTHS[1]  # one episode, one view
     shards = -(-sum(LENGTHS) // SHARD)

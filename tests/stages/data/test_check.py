@@ -219,7 +219,7 @@ def test_breaking_one_rule_is_that_finding(
 
 def test_every_rule_is_tested() -> None:
     source = "".join((ROOT / "stages/data/check" / f"{part}.py").read_text() for part in ("rules", "numeric_rules"))
-    ids = set(re.findall(r'(?:Finding|about_episodes|about_cameras)\("([a-z-]+)"', source))
+    ids = set(re.findall(r'(?:Finding|about_episodes|about_cameras)\(\s*"([a-z-]+)"', source))
     ids |= {f"unit-{kind}" for kind in LIMITS} | {rule for rule, _ in KINDS_OF_FAILURE} | {"unusable-episode"}
     assert ids == {c[0] for c in (*BY_POSES.values(), *BY_DELTAS.values())} | ELSEWHERE
 

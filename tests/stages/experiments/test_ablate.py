@@ -1,4 +1,5 @@
-"""`dvla ablate`: recipes, the cells that follow from them, and the grid that runs them (by commands that stand in for `dvla`)."""
+"""`dvla ablate`: recipes, the cells that follow from them, and the grid that runs them (by commands that stand in for
+`dvla`)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import typer
 
 from dvla.drifting.dit import build_dit
 from dvla.errors import UserError
-from dvla.stages.experiments import runner as road
+from dvla.stages.experiments import runner
 from dvla.stages.experiments.ablate import run as module
 from dvla.stages.experiments.ablate.recipe import (
     Recipe,
@@ -30,7 +31,7 @@ from dvla.stages.experiments.ablate.recipe import (
 )
 from dvla.stages.experiments.ablate.run import ablate, begin, outline
 from dvla.stages.experiments.ablate.table import document, results
-from dvla.stages.training.config import train_config
+from dvla.stages.training.config import TrainConfig, train_config
 from support.cli_runner import Dvla, refused
 from support.policy_samples import ALPHA, NOISE, make_batch, make_net
 from support.toy_environment import install
@@ -54,22 +55,29 @@ RECIPE = Recipe(
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_shipped_recipes_are_commands_that_exist(name: str) -> None:
+def test_shipped_recipes_are_commands_that_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their options parse and give a training's settings, which differ from row to row."""
     from dvla import cli
-    from dvla.stages.training.cli import _overrides
+    from dvla.stages.training import train
 
+    def trained(config: TrainConfig, *_: Any) -> None:
+        seen.append(dataclasses.astuple(dataclasses.replace(config, out="")))
+        raise UserError("seen")
+
+    monkeypatch.setattr(train, "train", trained)
     recipe, commands = load_ablation(name), typer.main.get_command(cli.app).commands
     seen = []
-    for _, command in preparation(recipe, Path("out"), 2):
+    for job in preparation(recipe, Path("out"), 2):
+        [command] = job.commands
         group = commands[command[0]].commands[command[1]]
         group.make_context(command[1], list(command[2:]))
     for cell in cells(recipe, Path("out")):
         for command in cell.commands:
-            context = commands[command[0]].make_context(command[0], list(command[1:]))
             if command[0] == "train":
-                given = {k: v for k, v in _overrides(context.params).items() if v is not None}
-                seen.append(dataclasses.astuple(dataclasses.replace(train_config(None, given), out="")))
+                with pytest.raises(UserError, match="^seen$"):
+                    cli.run(list(command))
+            else:
+                commands[command[0]].make_context(command[0], list(command[1:]))
     assert len(seen) == len({repr(one) for one in seen}) > len(recipe.seeds)
 
 
@@ -91,7 +99,7 @@ def test_axes_are_combined() -> None:
     assert rows(recipe)["G 4, other VLM"] == Variant(
         train="--draws 4", eval="--replan 2", cache="--tokens 4", vlm="paligemma2"
     )
-    products = [product.relative_to("o").as_posix() for product, _ in preparation(recipe, Path("o"), 1)]
+    products = [job.products[0].relative_to("o").as_posix() for job in preparation(recipe, Path("o"), 1)]
     assert products == [
         "data/near",
         "vlm-qwen3vl",
@@ -101,7 +109,7 @@ def test_axes_are_combined() -> None:
         "cache-g-4-mse/manifest.json",
         "cache-g-4-other-vlm/manifest.json",
     ]
-    build = shlex.join(preparation(recipe, Path("o"), 1)[-1][1])
+    build = shlex.join(preparation(recipe, Path("o"), 1)[-1].commands[0])
     assert "--vlm tiny_paligemma2 --vlm-path o/vlm-paligemma2 --tokens 4 --out o/cache-g-4-other-vlm" in build
 
 
@@ -135,17 +143,17 @@ def test_cells_follow_the_seeds() -> None:
         ({"seeds": [1, 1]}, "must be different"),
         ({"episodes": 0}, "0 episodes"),
         ({"variantz": {}}, "did you mean 'variants'"),
-        ({"train": "--seed 3"}, "--seed is for `dvla ablate` to set"),
-        ({"eval": "--out x"}, "--out is for"),
-        ({"blind": "--from-cache=x"}, "--from-cache is for"),
+        ({"train": "--seed 3"}, "--seed is set by `dvla ablate` itself"),
+        ({"eval": "--out x"}, "--out is set by"),
+        ({"blind": "--from-cache=x"}, "--from-cache is set by"),
         ({"variants": {"a": {"train": "--loss-type 'mse"}}}, "No closing quotation"),
         ({"variants": {"a": {"trian": ""}}}, "did you mean 'train'"),
-        ({"variants": {"a b": {}, "A-B": {}}}, "like that of 'a b'"),
+        ({"variants": {"a b": {}, "A-B": {}}}, "the same as that of 'a b'"),
         ({"variants": {"blind": {}}}, "needs another name"),
         ({"variants": {"a": {"of": "bb"}, "b": {}}}, "did you mean 'b'"),
         ({"variants": {"a": {"of": "b", "train": "--steps 1"}, "b": {}}}, "eval options only"),
         ({"vlm": None}, "name one with --vlm"),
-        ({"environments": {"x/a": 1, "y/a": 1}}, "two of one name"),
+        ({"environments": {"x/a": 1, "y/a": 1}}, "two tasks have the same name"),
         ({"environments": {"x/a": "many"}}, "expected int"),
     ],
 )
@@ -180,13 +188,16 @@ if (out.parent.parent / "wait").exists():
 if words[0] == "train":
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({"batch_size": 8, "accumulate": 1}))
-    (out / "log.jsonl").write_text("".join(json.dumps({"step": s, "samples_per_second": 16.0, "loss": 1.0, **({"eval/mse": 0.5} if s == 10 else {})}) + "\\n" for s in (1, 10)))
+    with open(out / "log.jsonl", "w") as log:
+        for step, held_out in ((1, {}), (10, {"eval/mse": 0.5})):
+            log.write(json.dumps({"step": step, "samples_per_second": 16.0, "loss": 1.0, **held_out}) + "\\n")
 elif words[0] == "eval":
-    seed, wins = int(words[words.index("--seed") + 1]), {"mse": 0, "flow-10": 4, "flow-1": 2, "blind": 1, "expert": 5, "random": 0, "more": 5}
+    seed = int(words[words.index("--seed") + 1])
+    wins = {"mse": 0, "flow-10": 4, "flow-1": 2, "blind": 1, "expert": 5, "random": 0, "more": 5}
     for name in ("expert", "random") if "--compare" in words else (None,):
         won = wins[name or out.name.rsplit("-", 1)[0]]
-        row = {"successes": [1] * won + [0] * (5 - won), "success": won / 5, "ci95": [0, 1], "episodes": 5, "mean_return": 1.5, "ms_per_action": 2.0,
-               "ms_per_chunk": None if name else 9.0}
+        row = {"successes": [1] * won + [0] * (5 - won), "success": won / 5, "ci95": [0, 1], "episodes": 5,
+               "mean_return": 1.5, "ms_per_action": 2.0, "ms_per_chunk": None if name else 9.0}
         folder = out / name if name else out
         folder.mkdir(parents=True)
         (folder / "part").write_text(json.dumps({"tasks": {"toy/near": row, "toy/far": row}, "seconds": 3.0}))
@@ -205,8 +216,8 @@ def grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     install(monkeypatch)
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(road, "command_line", lambda command: [sys.executable, "-S", str(script), *command])
-    monkeypatch.setattr(module, "POLL", 0.02)
+    monkeypatch.setattr(runner, "command_line", lambda command: [sys.executable, "-S", str(script), *command])
+    monkeypatch.setattr(runner, "POLL", 0.02)
     return tmp_path / "run"
 
 
@@ -241,13 +252,13 @@ def test_a_grid_runs_once_and_its_table_pools_the_seeds(grid: Path) -> None:
     table = (grid / "table.md").read_text()
     assert table == document(found) and json.loads((grid / "results.json").read_text()) == found
     assert (
-        "| flow, 1 | 40% (17 – 69; 40 / 40) | 40% (17 – 69; 40 / 40) | 40% | 9.0 | 2.00 | – | – | that of flow, 10 | 0, 1 |"
+        "| flow, 1 | 40% (17 – 69; 40 / 40) | 40% (17 – 69; 40 / 40) | 40% | 9.0 | 2.00 | – | – | see flow, 10 | 0, 1 |"
         in table
     )
     assert sum("of 8 cells" in line for line in said) == 8
     # Again: nothing is left to do, and the numbers are read from the folder.
     again, said = run(grid)
-    assert again == found and called(grid) == [] and said == ["8 of 8 cells were done before"]
+    assert again == found and called(grid) == [] and said == ["8 of 8 cells were already complete"]
 
 
 def test_rows_and_seeds_may_be_added_but_not_changed(grid: Path) -> None:
@@ -257,9 +268,9 @@ def test_rows_and_seeds_may_be_added_but_not_changed(grid: Path) -> None:
     assert "out/runs/mse-0" not in " ".join(called(grid)) and found["rows"]["MSE"]["seeds"] == [0, 1]
     changed = {**RECIPE.variants, "MSE": Variant(train="--loss-type mse --draws 1")}
     for recipe, words in [
-        (dataclasses.replace(RECIPE, episodes=6), "episodes: it has 5, now asked 6"),
-        (dataclasses.replace(RECIPE, train="--steps 20"), "train: it has --steps 10, now asked --steps 20"),
-        (dataclasses.replace(RECIPE, variants=changed), "rows.MSE.train: it has --loss-type mse, now asked"),
+        (dataclasses.replace(RECIPE, episodes=6), "episodes: folder has 5, you requested 6"),
+        (dataclasses.replace(RECIPE, train="--steps 20"), "train: folder has --steps 10, you requested --steps 20"),
+        (dataclasses.replace(RECIPE, variants=changed), "rows.MSE.train: folder has --loss-type mse, you requested"),
     ]:
         with pytest.raises(UserError, match=words):
             begin(recipe, grid, None)
@@ -278,7 +289,9 @@ def test_what_fails_is_named_and_the_rest_is_run(grid: Path) -> None:
     with pytest.raises(UserError, match="holds other files"):
         run(grid)
     (grid / "break-mse-0").rename(tmp / "break-mse-0")
-    with pytest.raises(UserError, match="1 of 8 cells failed: mse-0; see .*logs, then run the same command again"):
+    with pytest.raises(
+        UserError, match="1 of 8 cells failed; see .*logs, then rerun the same command to resume. Failed: mse-0"
+    ):
         run(tmp)
     found = results(RECIPE, tmp, {})
     assert found["rows"]["MSE"]["seeds"] == [1] and found["rows"]["flow, 1"]["seeds"] == [0, 1]
@@ -288,7 +301,7 @@ def test_what_fails_is_named_and_the_rest_is_run(grid: Path) -> None:
     found, said = run(tmp)
     assert (
         [line.split()[0] for line in called(tmp)] == ["train", "eval"]
-        and "7 of 8 cells were done before" in said
+        and "7 of 8 cells were already complete" in said
         and found["rows"]["MSE"]["seeds"] == [0, 1]
     )
 
@@ -296,7 +309,7 @@ def test_what_fails_is_named_and_the_rest_is_run(grid: Path) -> None:
 def test_a_failed_preparation_stops_the_grid(grid: Path) -> None:
     begin(RECIPE, grid, None)
     (grid / "break-far").touch()
-    with pytest.raises(UserError, match="dvla data record stopped with exit code 2"):
+    with pytest.raises(UserError, match="dvla data record failed with exit code 2"):
         run(grid)
     assert [line.split()[0] for line in called(grid)] == ["data", "data"]
     (grid / "break-far").unlink()
@@ -312,7 +325,7 @@ def test_an_interruption_ends_the_cells_at_work(grid: Path, monkeypatch: pytest.
     (grid / "cache" / "manifest.json").write_text("{}")
     begin(RECIPE, grid, None)
     (grid / "wait").touch()
-    began, beginnings, popen = time.monotonic(), [], road.subprocess.Popen
+    began, beginnings, popen = time.monotonic(), [], runner.subprocess.Popen
 
     def watched(*given: Any, **named: Any) -> Any:
         beginnings.append(popen(*given, **named))
@@ -320,20 +333,20 @@ def test_an_interruption_ends_the_cells_at_work(grid: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         return beginnings[-1]
 
-    monkeypatch.setattr(road.subprocess, "Popen", watched)
+    monkeypatch.setattr(runner.subprocess, "Popen", watched)
     with pytest.raises(KeyboardInterrupt):
         run(grid)
     beginnings[1].kill()
     assert beginnings[0].poll() is not None and time.monotonic() - began < 50
     # The folder is free again, and the whole grid is still to do.
-    monkeypatch.setattr(road.subprocess, "Popen", popen)
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
     (grid / "wait").unlink()
     assert list(run(grid)[0]["rows"])[0] == "MSE"
 
 
 def test_one_at_a_time_in_a_folder(grid: Path) -> None:
     begin(RECIPE, grid, None)
-    with module._alone(grid), pytest.raises(UserError, match="another process is at work"):
+    with module._alone(grid), pytest.raises(UserError, match="another process is working"):
         run(grid)
 
 

@@ -30,8 +30,8 @@ TINY = TinySpec(
     init_std=0.1,
 )
 TRAIN = (
-    "--model-size tiny --set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=4 --batch-size 4 --draws 2 --steps 2 "
-    "--set holdout=0.3 --eval-every 2 --eval-batches 1 --log-every 1 --lr 1e-3 --device cpu"
+    "--model-size tiny --set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=4 --batch-size 4 "
+    "--draws 2 --steps 2 --set holdout=0.3 --eval-every 2 --eval-batches 1 --log-every 1 --lr 1e-3 --device cpu"
 )
 
 
@@ -141,7 +141,8 @@ def test_one_command_runs_the_loop(recorded: dict[str, Path], loop: Path) -> Non
     )
     [[drift]] = summary["drift"]
     assert drift["dataset"] == "h264" and drift["relative"] > 0
-    assert "held-out error (mse): train-0 " in said[-1] and "→ lora-1" in said[-1]
+    assert said[-2].startswith("Held-out action error (MSE, normalized): train-0 ") and "→ lora-1" in said[-2]
+    assert said[-1].endswith(f"Checkpoint: {loop / 'run' / 'train-1'}")
     before, after = (
         json.loads((loop / "run" / f"cache-{n}" / "fingerprint.json").read_text())["encoder"]["adapter"] for n in (0, 1)
     )
@@ -149,20 +150,20 @@ def test_one_command_runs_the_loop(recorded: dict[str, Path], loop: Path) -> Non
     assert json.loads((loop / "run" / "train-1" / "config.json").read_text())["init"] == str(loop / "run" / "lora-1")
 
 
-def test_an_interrupted_loop_goes_on(recorded: dict[str, Path], loop: Path, tmp_path: Path) -> None:
+def test_an_interrupted_loop_resumes(recorded: dict[str, Path], loop: Path, tmp_path: Path) -> None:
     config = CotrainConfig(tuple(json.loads((loop / "sources.json").read_text())), tmp_path / "run", rounds=2)
     ran: list[list[str]] = []
 
     def broken(command: list[str]) -> None:
         ran.append(command)
         if command[:2] == ["cache", "diff"]:
-            raise SystemExit(1)  # they differ: the loop goes on
+            raise SystemExit(1)  # they differ, which does not stop the loop
         if len(ran) == 4:
             raise KeyboardInterrupt
 
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cotrain_module, "summarise", lambda *_: {"held_out_mse": {}, "drift": []})
+            patch.setattr(cotrain_module, "summarize", lambda *_: {"held_out_mse": {}, "drift": []})
             try:
                 cotrain(config, broken, lambda *_, **__: None)
             except KeyboardInterrupt:
@@ -206,8 +207,8 @@ def test_its_commands() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"train": "--out x"}, "--train '--out x': --out is for `dvla cotrain` to set"),
-        ({"cache": "--vlm=paligemma2"}, "--vlm is for `dvla cotrain` to set"),
+        ({"train": "--out x"}, "--train '--out x': --out is set by `dvla cotrain` itself"),
+        ({"cache": "--vlm=paligemma2"}, "--vlm is set by `dvla cotrain` itself"),
         ({"finetune": "'"}, "No closing quotation"),
         ({"rounds": 0}, "--rounds 0: give at least 1"),
         ({"sources": ()}, "no source given"),

@@ -1,4 +1,4 @@
-"""The end-to-end test: `dvla demo --quick`, every command of the road on real simulators, through the command line."""
+"""The end-to-end test: `dvla demo --quick`, the full pipeline on real simulators, through the command line."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_quick_demo(tmp_path, monkeypatch, capsys):
     action = policy.act({view: image for view in policy.robot.views}, "press the button", np.zeros(4, np.float32))
     assert action.shape == (8, 4) and np.isfinite(action).all()
 
-    # Run again: every command was done before, nothing is repeated, the numbers stay.
+    # Run again: every command is already done, nothing is repeated, the numbers stay.
     assert dvla(monkeypatch, "demo", "--quick", "--out", str(out)) == 0
     again = capsys.readouterr().out
-    assert "$ dvla train" in again and again.count("done before") == len(summary["seconds"]) == 9
+    assert "$ dvla train" in again and again.count("already done") == len(summary["seconds"]) == 9
     assert json.loads((out / "summary.json").read_text()) == summary
     # Another seed is another demo: refused, not mixed.
     assert dvla(monkeypatch, "demo", "--quick", "--seed", "1", "--out", str(out)) == 2

@@ -1,4 +1,5 @@
-"""Launch scripts: what they say, that a shell can read them, and what they start, as far as two processes on a CPU reach."""
+"""Launch scripts: what they say, that a shell can read them, and what they start, as far as two processes on a CPU
+reach."""
 
 from __future__ import annotations
 
@@ -56,24 +57,24 @@ def test_every_script_is_one_a_shell_reads(name: str, dvla: Dvla) -> None:
 def test_refusals(dvla: Dvla, tmp_path: Path) -> None:
     refused(dvla("launch", "torchrnu", "--", *TRAIN), "unknown launch script 'torchrnu'; did you mean 'torchrun'?")
     refused(dvla("launch", "torchrun", "--set", "procesess=2", "--", *TRAIN), "did you mean 'processes'?")
-    refused(dvla("launch", "torchrun", "--set", "processes=two", "--", *TRAIN), "it must be a whole number")
-    refused(dvla("launch", "torchrun-nodes", "--set", "head=a; rm -rf /", "--", *TRAIN), "letters, digits and")
+    refused(dvla("launch", "torchrun", "--set", "processes=two", "--", *TRAIN), "give a whole number")
+    refused(dvla("launch", "torchrun-nodes", "--set", "head=a; rm -rf /", "--", *TRAIN), "use only letters, digits and")
     refused(dvla("launch", "torchrun", "--set", "processes", "--", *TRAIN), "give NAME=VALUE")
     refused(dvla("launch", "torchrun"), "no command to launch")
-    refused(dvla("launch", "torchrun", "--", "eval", "run"), "'eval' does not run in several processes")
+    refused(dvla("launch", "torchrun", "--", "eval", "run"), "'eval' cannot run on several processes")
     refused(dvla("launch", "torchrun", "--", *BUILD), "--workers N, or the script slurm-cache")
-    refused(dvla("launch", "slurm-cache", "--", *TRAIN), "its command begins with cache build")
+    refused(dvla("launch", "slurm-cache", "--", *TRAIN), "begin the command with cache build")
     refused(dvla("launch", "slurm-cache", "--", *BUILD, "--workers=3"), "--workers is set by this script")
     refused(dvla("launch", "accelerate-fsdp2", "--", *TRAIN, "--strategy", "ddp"), "--strategy is set by this script")
     refused(dvla("launch", str(tmp_path / "none.sh"), "--", *TRAIN), "cannot read")
     (tmp_path / "mine.sh").write_text("echo {{command}} {{nodes}}\n")
-    with pytest.raises(UserError, match="asks for {{nodes}} and has no line '#: nodes=…'"):
+    with pytest.raises(UserError, match="uses {{nodes}} but has no line '#: nodes=…'"):
         render(read_script(str(tmp_path / "mine.sh")), TRAIN, {})
 
 
 def test_slurm_needs_slurm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    refused(dvla("launch", "slurm-train", "--", *TRAIN), "sbatch is not here; see the script with --print")
+    refused(dvla("launch", "slurm-train", "--", *TRAIN), "sbatch is not installed; show the script with --print")
 
 
 def program(folder: Path, name: str, body: str) -> None:
@@ -85,13 +86,14 @@ def program(folder: Path, name: str, body: str) -> None:
 @pytest.mark.parametrize("name", ["slurm-train", "slurm-cache"])
 @pytest.mark.parametrize("how", ["finished", "failed", "walltime", "cancelled"])
 def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: str, how: str) -> None:
-    """Against stand-ins for Slurm's programs. Before the walltime Slurm tells the step alone, which ends as dvla does after SIGTERM, with 130; a job that
-    somebody cancelled is told as a whole, and must not come back."""
+    """Against stand-ins for Slurm's programs. Before the walltime Slurm tells the step alone, which ends as dvla does
+    after SIGTERM, with 130; a job that somebody cancelled is told as a whole, and must not come back."""
     programs = tmp_path / "bin"
     program(
         programs,
         "srun",
-        f'echo "$@" > asked; echo up > up; {dict(finished="exit 0", failed="exit 2", walltime="exit 130", cancelled="exec sleep 60")[how]}',
+        'echo "$@" > asked; echo up > up; '
+        + dict(finished="exit 0", failed="exit 2", walltime="exit 130", cancelled="exec sleep 60")[how],
     )
     program(programs, "scontrol", 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo node7; fi')
     script = render(read_script(name), command_of(name), {"processes": "2"})
@@ -127,7 +129,8 @@ def test_the_processes_of_a_slurm_step_find_each_other(tmp_path: Path) -> None:
     program(
         tmp_path / "bin",
         "srun",
-        'while [[ "$1" == --* ]]; do shift; done; for i in 0 1; do SLURM_PROCID=$((2 + i)) SLURM_LOCALID=$i SLURM_NTASKS=4 "$@"; done',
+        'while [[ "$1" == --* ]]; do shift; done; '
+        'for i in 0 1; do SLURM_PROCID=$((2 + i)) SLURM_LOCALID=$i SLURM_NTASKS=4 "$@"; done',
     )
     program(tmp_path / "bin", "scontrol", "printf 'node7\nnode8\n'")
     program(

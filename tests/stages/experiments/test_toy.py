@@ -1,4 +1,5 @@
-"""The toys: distances and mode measures on sets whose answer is known, training as a pure function of its seed, and the command."""
+"""The toys: distances and mode measures on sets whose answer is known, training as a pure function of its seed, and the
+command."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --- sliced Wasserstein ------------------------------------------------------------------------------------------------
+# --- sliced Wasserstein -----------------------------------------------------------------------------------------------
 
 
 def test_distance_is_zero_on_itself_and_symmetric() -> None:
@@ -42,7 +43,10 @@ def test_distance_is_zero_on_itself_and_symmetric() -> None:
 
 
 def test_distance_of_known_sets() -> None:
-    """A shift by v: each direction u sees |v·u|, whose mean square over the circle is |v|²/2. A scaling of N(0, 1) by s: |s − 1|."""
+    """A shift by v: each direction u sees |v·u|, whose mean square over the circle is |v|²/2.
+
+    A scaling of N(0, 1) by s: |s − 1|.
+    """
     x = torch.randn(4000, 2, generator=random())
     assert sliced_wasserstein(x, x + torch.tensor([0.3, -0.4])) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
     assert sliced_wasserstein(x, 3 * torch.randn(4000, 2, generator=random(1))) == pytest.approx(2, abs=0.1)
@@ -64,7 +68,7 @@ def test_pictures(picture: str) -> None:
         assert ((row + column) % 2 == 0).all() and len(set(zip(row.tolist(), column.tolist()))) == 8
 
 
-# --- two ways round an obstacle ------------------------------------------------------------------------------------------
+# --- two ways round an obstacle ---------------------------------------------------------------------------------------
 
 OBSERVATION = torch.tensor([[-0.5, 0.3], [0.5, -0.8]])  # 70/30 and 50/50
 CENTRE = data.modes(OBSERVATION)  # [2,2,D]
@@ -118,7 +122,7 @@ def test_neighbours_begin_with_oneself() -> None:
     assert data.neighbours(observation, 1).flatten().tolist() == [0, 1, 2, 3]
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -178,7 +182,7 @@ def test_rows_are_mean_and_sample_std() -> None:
     )
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -230,7 +234,7 @@ def test_command_resumes_and_refuses(small, dvla: Dvla, tmp_path, monkeypatch) -
     # A damaged result is named, other settings and foreign folders are refused; nothing is overwritten.
     refused(dvla("toy", "--quick", "--seed", "1", "--out", whole), "other settings", "--out")
     next((broken / "runs").glob("*.npz")).write_bytes(b"PK")
-    refused(dvla("toy", "--quick", "--out", broken), "delete", "run again")
+    refused(dvla("toy", "--quick", "--out", broken), "delete", "rerun the command")
 
 
 def test_foreign_folder_is_refused(dvla: Dvla, tmp_path) -> None:

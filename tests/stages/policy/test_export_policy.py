@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 
 from dvla.cache.vlm.adapter import tower_parameters
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, lora_parameters
+from dvla.cache.vlm.lora import lora_parameters
+from dvla.cache.vlm.spec import LoraSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
+from dvla.drifting.config import LossConfig
 from dvla.drifting.heads import generate
-from dvla.drifting.losses import LossConfig
 from dvla.drifting.policy_net import PolicyNet
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dvla.cache.vlm.lora import LoraSpec
+from dvla.cache.vlm.spec import LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.files import read_json
 from dvla.errors import UserError
@@ -87,7 +87,7 @@ def test_what_the_hub_does_not_have(
         raise RuntimeError("401 Client Error\nsecond line")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", no_token)
-    with pytest.raises(UserError, match="the hub did not take me/push: 401 Client Error; log in"):
+    with pytest.raises(UserError, match="the hub rejected me/push: 401 Client Error; log in"):
         push_policy(run, REPO, say=lambda _: None)
 
 

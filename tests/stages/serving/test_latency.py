@@ -1,4 +1,5 @@
-"""`dvla bench latency`: every part is there, parts lie inside the whole, and timing changes nothing. How long things take is not asserted."""
+"""`dvla bench latency`: every part is there, parts lie inside the whole, and timing changes nothing. How long things
+take is not asserted."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from dvla.errors import UserError
 from dvla.stages.policy.policy import KEPT_TEXTS, Policy
 from dvla.stages.policy.stopwatch import PARTS, Stopwatch
 from dvla.stages.serving import latency
-from dvla.stages.serving.latency import NAMES, NEW_TEXT, SERVED, WHOLE, LatencyConfig, measure
+from dvla.stages.serving.config import LatencyConfig
+from dvla.stages.serving.latency import NAMES, NEW_TEXT, SERVED, WHOLE, measure
 from support.cli_runner import Dvla, refused
 from support.run_samples import TINY, make_run, observations
 

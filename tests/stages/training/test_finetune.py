@@ -19,8 +19,8 @@ from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.adapter import load_adapter, save_adapter, tower_parameters
 from dvla.cache.vlm.augment import PROBABILITY, draw_variants
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import LoraSpec, add_lora
-from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.lora import add_lora
+from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.common import fingerprint as fp

@@ -22,7 +22,6 @@ from dvla.batch import FeatureBatch
 from dvla.cache.store.cache import Cache
 from dvla.common.config import from_mapping
 from dvla.common.files import file_crc32c, json_bytes, read_json
-from dvla.common.signals import signals
 from dvla.errors import UserError
 from dvla.stages.caching.transfer.webdataset import export
 from dvla.stages.policy import checkpoint as ck
@@ -338,13 +337,6 @@ def test_signal_during_a_save(cache: Path, tmp_path: Path, monkeypatch: pytest.M
             signal.signal(signal.SIGTERM, before)
     assert not reached  # nor does the second signal, of the last save, end it before it is saved
     assert report.interrupted and ck.load_state(ck.resolve(tmp_path / "run"))["step"] == report.step == 3
-
-
-def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
-    with pytest.raises(KeyboardInterrupt), signals() as stopped:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            signal.raise_signal(number)
-    assert stopped == [signal.SIGTERM, signal.SIGTERM] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_this_machine_cannot_do_is_refused_first(cache: Path, tmp_path: Path) -> None:

@@ -19,21 +19,19 @@ from dvla.cache.store.cache import Cache
 from dvla.common import console
 from dvla.common.config import from_mapping
 from dvla.common.files import read_json
-from dvla.common.text import duration
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.load import load_net
 from dvla.stages.training import checks as requirements
-from dvla.stages.training import cli as cli_train
 from dvla.stages.training import console as training_console
 from dvla.stages.training import dry_run as dry_run_module
 from dvla.stages.training import throughput
 from dvla.stages.training import train as train_module
 from dvla.stages.training.checks import require_trainable
-from dvla.stages.training.config import TrainConfig, load_recipe, recipe_names, train_config
+from dvla.stages.training.config import TrainConfig, WandbConfig, load_recipe, recipe_names, train_config
+from dvla.stages.training.context import TrainReport
 from dvla.stages.training.dry_run import PILOT_STEPS, dry_run, report, resolved
 from dvla.stages.training.parallel.world import ALONE
-from dvla.stages.training.run_log import WandbConfig
 from dvla.stages.training.stage_three import finetune
 from dvla.stages.training.throughput import bottleneck
 from support import synthetic_cache as synthetic
@@ -209,9 +207,16 @@ def test_every_option_reaches_its_setting(dvla: Dvla, monkeypatch: pytest.Monkey
     }
     assert {name: getattr(given, name) for name in expected} == expected
     assert (given.loss.kind, given.optimizer.lr, given.masking.text, given.masking.images) == ("flow", 1e-3, 0.3, 0.2)
-    assert set(cli_train.OPTIONS) | {"flash", "weight", "set_", "stop_after", "dry_run", "recipe"} >= {
-        p for p in cli_train.train_command.__annotations__ if p != "return"
-    }  # no option is forgotten
+
+
+def test_every_setting_is_an_option_too(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = asked(dvla, monkeypatch, "--optimizer.warmup=7", "--keep_last=4", "--set", "wandb.name=a=b", "--lr=0.5")
+    assert (config.optimizer.warmup, config.keep_last, config.wandb.name, config.optimizer.lr) == (7, 4, "a=b", 0.5)
+    train = ("train", "--from-cache", "C", "--out", "R")
+    refused(dvla(*train, "--optimizer.warmpu=3"), "unknown setting 'warmpu'", "did you mean 'warmup'")
+    refused(dvla(*train, "--batchsize=3"), "unknown setting 'batchsize'", "did you mean 'batch_size'")
+    refused(dvla(*train, "--warmup=3"), "unknown setting 'warmup'", "did you mean 'optimizer.warmup'")
+    refused(dvla("eval", "x", "--env", "e", "--warmup=3"), "No such option: --warmup")
 
 
 def test_the_command_line_wins_over_the_recipe(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -502,7 +507,7 @@ def line(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": 0.5, "mse": 0.25, "samples_per_second": 369.2, "wait_share": 0.004, **more}
 
 
-def test_training_lines_say_speed_waiting_what_binds_and_what_is_left(
+def test_training_lines_say_speed_bottleneck_and_what_is_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, shown = iter([0.0, 10.0, 20.0, 30.0]), []
@@ -517,12 +522,30 @@ def test_training_lines_say_speed_waiting_what_binds_and_what_is_left(
         on_log(entry)
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
-        "step     51/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%",
-        "step     61/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%, disk binds  39 s left",
-        "step     71/100  loss 0.5000  mse 0.2500  held-out mse 0.1250  369 samples/s  waiting for data 0.4%, host→device binds  29 s left",
-        "step    100/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%, compute binds",
+        "step  51/100  loss 0.5000  mse 0.2500  369 samples/s",
+        "step  61/100  loss 0.5000  mse 0.2500  369 samples/s  I/O-bound  39 s left",
+        "step  71/100  loss 0.5000  mse 0.2500  369 samples/s  copy-bound  29 s left",
+        "held-out mse 0.1250 at step 71",
+        "step 100/100  loss 0.5000  mse 0.2500  369 samples/s",
     ]
+    assert max(map(len, printed)) <= 80
     assert shown == [("training", step, 100) for step in (51, 61, 71, 100)]
+
+
+def test_the_end_of_a_run_names_error_checkpoint_and_next_command() -> None:
+    report = TrainReport(Path("runs/a"), 40, 0.5, 0.75, 0.125, 369.0, 0.0, False)
+    assert training_console.closing_lines(report, 40, "dvla eval runs/a --env TASK") == [
+        "runs/a: step 40 of 40, held-out mse 0.1250",
+        "checkpoint: runs/a/checkpoints/step-00000040",
+        "next: dvla eval runs/a --env TASK",
+    ]
+    stopped = dataclasses.replace(report, step=20, eval_mse=None)
+    assert training_console.closing_lines(stopped, 40, "")[::2] == [
+        "runs/a: step 20 of 40",
+        "rerun the same command to resume",
+    ]
+    interrupted = dataclasses.replace(report, step=20, interrupted=True)
+    assert training_console.closing_lines(interrupted, 40, "")[-1] == "checkpoint: runs/a/checkpoints/step-00000020"
 
 
 def test_the_meter_counts_steps_alone_and_anew_after_each_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,10 +565,6 @@ def test_the_meter_counts_steps_alone_and_anew_after_each_line(cache: Path, monk
         "disk",
         "compute",
     ]
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (45, 600, 9000, 60 * 86400)] == ["45 s", "10.0 min", "2.5 h", "60.0 days"]
 
 
 def test_a_resumed_bar_begins_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:

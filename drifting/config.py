@@ -1,0 +1,56 @@
+"""Settings of the loss, without torch: the command line's help is made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UserError, unknown
+
+TEMPERATURES = (0.02, 0.05, 0.2)
+AFFINITY_FLOOR = 1e-6
+ONE_STEP = ("mse", "pure_drift", "hybrid")
+"""Kinds of head that act in one forward pass."""
+DENOISING = ("flow", "diffusion")
+"""Kinds that act in several, on the same trunk: what drifting is compared with (`heads.py`)."""
+POLICY_TEMPERATURES = (*TEMPERATURES, 1.0)
+"""The release's three, and one so wide that every sample counts: there the field pulls the mean of an observation's draws to its expert.
+With one expert chunk and a few draws the narrow ones alone leave that mean inexact (docs/results.md)."""
+DIFFUSION_STEPS = 100
+"""Noise levels of the diffusion head, as in Diffusion Policy."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What stage two and three minimise."""
+
+    kind: Literal["mse", "pure_drift", "hybrid", "flow", "diffusion"] = "hybrid"  # hybrid = mse + drift_weight · drift
+    sample_steps: int = 0  # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
+    drift_weight: float = 1.0  # λ of the hybrid; well below 0.1 regression merges modes (docs/toy.md)
+    temperatures: tuple[float, ...] = POLICY_TEMPERATURES  # kernel widths, in units of the mean distance
+    floor: float = AFFINITY_FLOOR  # floor under the product of the two softmaxes
+    distance: Literal["chunk", "step"] = "chunk"  # compare whole [T·d] chunks, or each step on its own
+    embodiments: int = 7  # E, groups with a distance scale of their own
+    neighbours: int = 0  # P, further positives: expert chunks of the nearest observations
+    queue: Literal["none", "task", "global"] = (
+        "none"  # ablation: earlier chunks of the same task, or of any, compared too
+    )
+    queue_size: int = 64  # chunks kept per queue, expert and generated each
+
+    def __post_init__(self) -> None:
+        if self.kind not in ONE_STEP + DENOISING:
+            raise unknown("loss kind", str(self.kind), ONE_STEP + DENOISING)
+        most = {"flow": None, "diffusion": DIFFUSION_STEPS}.get(self.kind, 1)
+        if self.sample_steps < 0 or most is not None and self.sample_steps > most:
+            allowed = "0 (the kind's own) or more" if most is None else f"0 (the kind's own) to {most}"
+            raise UserError(f"sample_steps is {self.sample_steps}; of a {self.kind} head it must be {allowed}")
+        if self.queue not in ("none", "task", "global"):
+            raise unknown("queue", str(self.queue), ("none", "task", "global"))
+        if self.neighbours < 0 or self.queue_size < 1:
+            raise UserError(
+                f"neighbours is {self.neighbours} and queue_size {self.queue_size}; they must be at least 0 and 1"
+            )
+        if (self.neighbours or self.queue != "none") and self.kind not in ("pure_drift", "hybrid"):
+            raise UserError(
+                f"neighbours and queue are for losses with a drift (pure_drift, hybrid); a {self.kind} head has none"
+            )
