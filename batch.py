@@ -145,17 +145,17 @@ class FeatureBatch:
 
 
 def random_batch(
-    b: int, views: int, tokens: int, width: int, horizon: int, *, text_width: int | None = None, words: int = 16
+    b: int, views: int, tokens: int, width: int, horizon: int, words: int = 16, dtype: torch.dtype = torch.float16
 ) -> FeatureBatch:
-    """A float16 batch of noise in ten active slots, the same in every call: to measure speed and memory with."""
+    """A batch of noise with ten active slots, the same in every call, to measure speed with."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     batch = FeatureBatch.to_act_on(
-        normal(b, views, tokens, width).half(),
-        normal(b, words, text_width or width),
+        normal(b, views, tokens, width).to(dtype),
+        normal(b, words, width),
         torch.ones(b, words, dtype=torch.bool),
         normal(b, UNIFIED_DIM),
         torch.arange(UNIFIED_DIM) < 10,
