@@ -338,7 +338,7 @@ def test_interrupted_builds_end_quietly(
     until(lambda: finished(out) >= 2)
     os.killpg(pid, number)
     assert zygote.wait(pid) == 130
-    assert zygote.said == "interrupted; run the same command again to go on\n"
+    assert zygote.said == "interrupted; rerun the same command to resume\n"
     assert not zygote.workers() and 2 <= finished(out) < SHARDS
     require_sound(out)
     fault.unlink()
