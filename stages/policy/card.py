@@ -1,4 +1,4 @@
-"""Cards for the hub: what a policy is, what it was made from, under which licenses, what was measured and what it cannot do.
+"""Cards for the hub: what a policy is, its data and their licenses, what was measured and what it cannot do.
 
 A card is a function of stored documents: what was not measured is reported as such.
 """
@@ -61,9 +61,9 @@ def _description(document: Mapping[str, Any], base: str) -> str:
     loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
     steps = sample_steps(loss)
     return (
-        f"A vision-language-action policy of dvla {__version__}: a DiT of {dit['blocks']} blocks of width {dit['width']} "
-        f"that turns features of `{base}`, the instruction and the robot's state into {dit['horizon']} actions, in "
-        f"{steps} forward pass{'es' if steps > 1 else ''} ({loss.kind} head)."
+        f"A vision-language-action policy of dvla {__version__}: a DiT of {dit['blocks']} blocks of width "
+        f"{dit['width']} that turns features of `{base}`, the instruction and the robot's state into "
+        f"{dit['horizon']} actions, in {steps} forward pass{'es' if steps > 1 else ''} ({loss.kind} head)."
     )
 
 
