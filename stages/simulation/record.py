@@ -26,33 +26,11 @@ import numpy as np
 from ...common.files import hold
 from ...common.mp4 import quiet_libav
 from ...errors import UserError
-from .envs import Environment, Split, check_environment, make_environment
+from .config import RecordConfig
+from .envs import Environment, check_environment, make_environment
 
 MARKER = "dvla-recording.lock"  # a partial folder holding this file is ours to remove
 VIDEO_CRF = 14  # h264 constant quality: about 2 kB per 128 px frame, mean error 3 of 255
-
-
-@dataclass(frozen=True)
-class RecordConfig:
-    """What to record."""
-
-    env: str  # environment name, e.g. "metaworld/push-v3"
-    episodes: int  # episodes to keep
-    out: Path  # dataset folder to create; must not exist
-    image_size: int = 128  # picture side in pixels (even: the video format halves its colour planes)
-    seed: int = 0  # chooses the family of starts and the action noise
-    split: Split = "train"  # "eval" starts are kept for evaluation
-    noise: float = (
-        0.1  # standard deviation of noise on executed actions, × the environment's `noise_scale`; labels stay clean
-    )
-    observation_noise: float = (
-        0.0  # the same on recorded states, × the spread of each number over its episode; actions stay clean
-    )
-    pixel_noise: float = 0.0  # the same on recorded pictures, in grey levels of 255
-    max_steps: int | None = None  # step limit of an attempt; None = the task's own
-    extra_steps: int = 10  # steps recorded after success, so that staying at the goal is shown too
-    keep_failures: bool = False  # keep attempts that did not reach success
-    workers: int = 1  # processes that simulate and render; the dataset does not depend on it
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_there_and_back_it_acts_alike(vlm: Path, hub: Path, tmp_path: Path, lora
     run = make_run(tmp_path / "run", vlm, lora=lora)
     policy, said = Policy.from_pretrained(run), []
     assert push_policy(run, REPO, say=said.append) == f"hub/{REPO}"
-    assert any("gives theirs with vlm_path" in line for line in said)  # the VLM is a folder of this machine
+    assert any("give their own with vlm_path" in line for line in said)  # the VLM is a folder of this machine
     again = Policy.from_pretrained(f"{REPO}@main")
     expected, found = policy.act_batch(observations()), again.act_batch(observations())
     if lora is None:
