@@ -383,7 +383,7 @@ def forge(tars: Path, name: str, change) -> None:
         (
             "_meta.tar",
             lambda n, d: b'{"store": {}}' if n == "cache/store.fingerprint.json" else d,
-            "does not describe a cache",
+            "describes no cache that this version builds",
         ),
         (
             "_meta.tar",
@@ -398,7 +398,7 @@ def forge(tars: Path, name: str, change) -> None:
         (
             "_meta.tar",
             lambda n, d: d[:-4] + b"\0\0\0\1" if n == "beta/tables.action.npy" else d,
-            "does not give back the cache",
+            "does not give back the exported cache",
         ),
     ],
 )
