@@ -124,6 +124,12 @@ def dvla(data: Data, threads: int, order: str = "global") -> Iterator[object]:
         yield from loader
 
 
+def cache_dataset(data: Data, workers: int) -> Iterator[object]:
+    samples = data.cache.dataset()
+    while True:
+        yield from torch.utils.data.DataLoader(samples, B, shuffle=True, num_workers=workers)
+
+
 class ZarrRecords(torch.utils.data.Dataset):
     def __init__(self, data: Data) -> None:
         self.path, self.n, self.array = data.path, data.n, None
@@ -215,6 +221,7 @@ def warm(data: Data, threads: list[int], repeats: int, seconds: float, others: b
         "dvla, block, 2 threads": lambda: dvla(data, 2, "block"),
         "dvla, sequential, 2 threads": lambda: dvla(data, 2, "sequential"),
     }
+    ways |= {f"Cache.dataset + DataLoader, {w} workers": lambda w=w: cache_dataset(data, w) for w in (0, 2)}
     if others:
         ways |= {
             f"{name}, {w} workers": lambda way=way, w=w: way(data, w)

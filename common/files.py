@@ -139,14 +139,17 @@ def file_crc32c(path: Path) -> tuple[int, int]:
     return nbytes, crc
 
 
-def json_bytes(document: Any, *, allow_nan: bool = True) -> bytes:
-    """Readable JSON with a fixed byte form: sorted keys, one space of indentation. `ValueError` for a forbidden NaN."""
-    return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n").encode()
+def json_bytes(document: Any, *, indent: int = 1, allow_nan: bool = True) -> bytes:
+    """Readable JSON with a fixed byte form and sorted keys. `ValueError` for a NaN or infinity that is not allowed."""
+    text = json.dumps(document, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    return f"{text}\n".encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON document; `UserError` when it cannot be read."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None

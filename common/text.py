@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import Any
 
 from ..errors import UserError
@@ -11,6 +12,12 @@ from ..errors import UserError
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its type where that is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def wrapped(text: str, indent: str = "  ", width: int = 80) -> str:
+    """The text in indented lines of at most `width` columns, broken between words."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, **options)
 
 
 def duration(seconds: float) -> str:

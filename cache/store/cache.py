@@ -302,8 +302,8 @@ class Cache:
     def __repr__(self) -> str:
         episodes = sum(len(d.episode_id) for d in self.datasets)
         return (
-            f"Cache('{public(str(self.path))}': {self.frames} frames of {episodes} episodes in {len(self.datasets)} datasets, "
-            f"{self.tokens} tokens × {self.width} per view, {self.format.dtype}, {size(self.manifest['bytes'])})"
+            f"Cache('{public(str(self.path))}': datasets {len(self.datasets)}, episodes {episodes}, frames {self.frames}, "
+            f"tokens {self.tokens} × {self.width} per view, {self.format.dtype}, {size(self.manifest['bytes'])})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

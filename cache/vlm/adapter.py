@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...common import fingerprint as fp
-from ...common.files import new_folder
+from ...common.files import json_bytes, new_folder, read_json, write_file
 from ...errors import UserError
 from .checkpoint import tensors_sha256
 from .encoder import VisionLanguageEncoder
@@ -23,13 +22,14 @@ IDENTITY, TOWER = "identity.json", "tower.safetensors"
 
 
 def tower_parameters(encoder: VisionLanguageEncoder) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of everything in `encoder.vision` that features depend on: not of the projection where they are taken before it."""
-    unused = encoder.lora_layers.projection.split(r"\.")[0] + "." if encoder.spec.features == "patch" else None
-    return ((name, p) for name, p in encoder.vision.named_parameters() if unused is None or not name.startswith(unused))
+    """(name, parameter) of everything in `encoder.vision` that features depend on, so no projection of patches."""
+    projection = encoder.lora_layers.projection.split(r"\.")[0] + "."
+    unused = (projection,) if encoder.spec.features == "patch" else ()
+    return ((name, p) for name, p in encoder.vision.named_parameters() if not name.startswith(unused))
 
 
 def save_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
-    """Write the encoder's adapter, or without one its tower, into `folder`, which appears only when complete. `UserError` when it exists."""
+    """Write the encoder's adapter, or its tower where it has none, into a new `folder`. `UserError` when it exists."""
     with new_folder(Path(folder)) as part:
         if encoder.adapter is not None:
             write_lora(encoder, part)
@@ -38,23 +38,21 @@ def save_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
             tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in tower_parameters(encoder)}
             save_file(tensors, part / TOWER)
             adapted = _tower_identity(tensors, encoder)
-        (part / IDENTITY).write_text(
-            json.dumps({"base": base_identity(encoder), "adapter": adapted}, indent=1, sort_keys=True) + "\n"
-        )
+        write_file(part / IDENTITY, json_bytes({"base": base_identity(encoder), "adapter": adapted}))
 
 
 def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
-    """Put what `save_adapter` wrote into `encoder`, frozen: LoRA as `encoder.adapter`, a tower in the place of its own weights.
+    """Load what `save_adapter` wrote, frozen: LoRA as `encoder.adapter`, a tower in place of its own weights.
 
     `UserError` when it is missing, damaged, or was trained on other weights (differing fields named).
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"adapter {folder}, which makes these features with {encoder.spec.path}, is not there; put the checkpoint back in its place"
+            f"adapter {folder}, which these features of {encoder.spec.path} need, is missing; restore that checkpoint"
         )
     if (folder / IDENTITY).is_file():
-        lines = fp.diff(adapter_document(folder)["base"], base_identity(encoder), "it has", "this one is")
+        lines = fp.diff(adapter_document(folder)["base"], base_identity(encoder), "adapter has", "this VLM has")
         if lines:
             raise UserError(
                 f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}"
@@ -69,7 +67,7 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
     wanted = dict(tower_parameters(encoder))
     if tensors.keys() != wanted.keys() or any(tensors[name].shape != p.shape for name, p in wanted.items()):
         raise UserError(
-            f"the tower in {folder} does not fit {encoder.spec.path}; give the checkpoint that it was trained on"
+            f"the tower in {folder} does not fit {encoder.spec.path}; give the checkpoint it was trained on"
         )
     adapted = _tower_identity(tensors, encoder)
     with torch.no_grad():
@@ -79,18 +77,15 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
 
 
 def merge_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
-    """`load_adapter`, and a LoRA adapter merged into the weights it adapts."""
+    """As `load_adapter`, with a LoRA adapter merged into the weights it adapts."""
     load_adapter(encoder, folder)
     if encoder.adapter is not None:
         merge_lora(encoder)
 
 
 def adapter_document(folder: Path) -> dict[str, Any]:
-    """identity.json: "base", the weights it was trained on, and "adapter", what a fingerprint says of features with it. `UserError`."""
-    try:
-        return json.loads((folder / IDENTITY).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / IDENTITY}: {error}") from None
+    """identity.json: "base", the weights it was trained on, and "adapter", its entry in a fingerprint. `UserError`."""
+    return read_json(folder / IDENTITY)
 
 
 def base_identity(encoder: VisionLanguageEncoder) -> dict[str, Any]:
@@ -99,13 +94,12 @@ def base_identity(encoder: VisionLanguageEncoder) -> dict[str, Any]:
 
 
 def _tower_identity(tensors: dict[str, torch.Tensor], encoder: VisionLanguageEncoder) -> dict[str, Any]:
-    return {"tower_sha256": tensors_sha256(tensors)} | (
-        {"on": encoder.merged_adapter} if encoder.merged_adapter else {}
-    )
+    merged = {"on": encoder.merged_adapter} if encoder.merged_adapter else {}
+    return {"tower_sha256": tensors_sha256(tensors)} | merged
 
 
 def changed_weights(encoder: VisionLanguageEncoder, base: VisionLanguageEncoder) -> dict[str, torch.Tensor]:
-    """Merge the adapter of `encoder`, if there is one, and return the weights of `vision` that are not those of `base`, by name."""
+    """Merge the adapter of `encoder`, if any, and return the weights of `vision` that differ from those of `base`."""
     if encoder.adapter is not None:
         merge_lora(encoder)
     of_base = dict(base.vision.named_parameters())
@@ -116,15 +110,16 @@ def changed_weights(encoder: VisionLanguageEncoder, base: VisionLanguageEncoder)
 def put_weights(
     encoder: VisionLanguageEncoder, weights: dict[str, torch.Tensor], identity: dict[str, Any], where: str
 ) -> None:
-    """Put `changed_weights` into a base model, in its own dtype; `identity`: `adapted()` of the encoder that they are from, for the fingerprint.
+    """Put `changed_weights` of the file `where` into a base model, in its own dtype.
 
-    `UserError` naming the first weight that the model has not, or has in another shape; `where`: the file they are from.
+    `identity`: `adapted()` of the encoder they come from, for the fingerprint. `UserError` naming the first weight that
+    the model lacks or has in another shape.
     """
     own = dict(encoder.vision.named_parameters())
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
             raise UserError(
-                f"{where} does not fit {encoder.spec.path}: {name} {list(weight.shape)}; give the VLM that it was trained on"
+                f"{where} does not fit {encoder.spec.path}: {name} {list(weight.shape)}; give the VLM it was trained on"
             )
     for name, weight in weights.items():
         own[name].copy_(weight)

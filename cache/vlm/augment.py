@@ -1,8 +1,8 @@
-"""Augmented variants of pictures, as pure functions of a key: what a cache can hold, stage three computes with the same code.
+"""Augmented variants of images, as pure functions of a key; a cache's and those of stage three come from this code.
 
-A crop of 90 to 100 % of each side, resized back, then brightness, contrast, saturation and hue as RDT-1B and the proposal have them
-(ColorJitter 0.3, 0.4, 0.5, 0.03). In training the pictures of a sample are augmented with a probability of 0.5, from the cache and live.
-Letters: N pictures, H × W size.
+A crop of 90 to 100 % of each side, resized back, then brightness, contrast, saturation and hue as in RDT-1B
+(ColorJitter 0.3, 0.4, 0.5, 0.03). Training uses augmented images for half of the samples, from the cache and live.
+Letters: N images, H × W size.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ import torch.nn.functional as F
 
 from ...common.hashing import mix, uniform
 
-AUGMENTATION_VERSION = 1  # raised when the same key gives another picture; part of the fingerprint
-PROBABILITY = 0.5  # of a sample in training to be seen augmented
+AUGMENTATION_VERSION = 1  # raise when the same key gives another image; part of the fingerprint
+PROBABILITY = 0.5  # that a training sample is augmented
 CROP = 0.9  # smallest share of each side that is kept
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.3, 0.4, 0.5, 0.03
-_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
+_GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 
 
 def frame_keys(dataset: str, view: str, episode_id: int, frames: np.ndarray, variant: int) -> np.ndarray:
-    """uint64 [n]: the keys of frames [n] of an episode as one view sees them."""
-    return mix(
-        zlib.crc32(dataset.encode()), zlib.crc32(view.encode()), episode_id, np.asarray(frames, np.int64), variant
-    )
+    """uint64 [n]: the keys of frames [n] of one view of an episode."""
+    names = zlib.crc32(dataset.encode()), zlib.crc32(view.encode())
+    return mix(*names, episode_id, np.asarray(frames, np.int64), variant)
 
 
 def draw_variants(seed: int, position: np.ndarray, variants: int) -> np.ndarray:
-    """int64 [n]: which variant the samples at these positions of a run see, a pure function of (seed, position): with `PROBABILITY` one of
-    1 … `variants`, all alike, else 0, the picture as it is."""
+    """int64 [n]: the variant of the samples at these positions of a run, a pure function of (seed, position).
+
+    With `PROBABILITY` uniformly one of 1 … `variants`, else 0, the original image.
+    """
     u = uniform(seed, 7, position)
     return np.where(u < PROBABILITY, 1 + np.floor(u / PROBABILITY * variants), 0).astype(np.int64) * (variants > 0)
 
@@ -41,7 +42,7 @@ def augment(images: torch.Tensor, keys: np.ndarray) -> torch.Tensor:
     n, h, w, _ = images.shape
     draw = np.stack([uniform(keys, i) for i in range(7)])  # [7,N] in [0,1)
     size = CROP + (1 - CROP) * draw[0]  # [N] share of a side
-    shift = (draw[1:3] * 2 - 1) * (1 - size)  # [2,N] of the centre, in half sides
+    shift = (draw[1:3] * 2 - 1) * (1 - size)  # [2,N] of the center, in half sides
     theta = np.zeros((n, 2, 3), np.float32)
     theta[:, 0, 0] = theta[:, 1, 1] = size
     theta[:, 0, 2], theta[:, 1, 2] = shift
@@ -54,21 +55,21 @@ def augment(images: torch.Tensor, keys: np.ndarray) -> torch.Tensor:
         return values.to(x.device)[:, None, None, None]  # [N,1,1,1]
 
     x = (x * factor(3, BRIGHTNESS)).clamp(0, 1)
-    mean = _grey(x).mean((2, 3), keepdim=True)  # [N,1,1,1]
+    mean = _gray(x).mean((2, 3), keepdim=True)  # [N,1,1,1]
     x = (mean + (x - mean) * factor(4, CONTRAST)).clamp(0, 1)
-    grey = _grey(x)  # [N,1,H,W]
-    x = (grey + (x - grey) * factor(5, SATURATION)).clamp(0, 1)
+    gray = _gray(x)  # [N,1,H,W]
+    x = (gray + (x - gray) * factor(5, SATURATION)).clamp(0, 1)
     x = _turn_hue(x, torch.from_numpy((HUE * (2 * draw[6] - 1)).astype(np.float32)).to(x.device))
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # [N,H,W,3]
 
 
-def _grey(x: torch.Tensor) -> torch.Tensor:
-    weight = torch.tensor(_GREY, device=x.device)[:, None, None]  # [3,1,1]
+def _gray(x: torch.Tensor) -> torch.Tensor:
+    weight = torch.tensor(_GRAY, device=x.device)[:, None, None]  # [3,1,1]
     return (x * weight).sum(1, keepdim=True)  # [N,1,H,W]
 
 
 def _turn_hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of x [N,3,H,W] by `turns` [N] of a circle, as HSV does (keeping the largest and smallest channel)."""
+    """Rotate the hue of x [N,3,H,W] by `turns` [N] of a circle, keeping the largest and smallest channel."""
     high, _ = x.max(1)  # [N,H,W]
     low, _ = x.min(1)
     span = high - low

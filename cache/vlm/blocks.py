@@ -18,19 +18,15 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
     flash-attn takes 16-bit CUDA tensors only; it and torch's kernels differ by rounding.
     """
-    if (
-        q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] <= MAX_HEAD_WIDTH
-        and (kernel := flash_kernel())
-    ):
+    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= MAX_HEAD_WIDTH
+    if fits and (kernel := flash_kernel()):
         return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v)
 
 
 @functools.cache
 def flash_kernel() -> Callable[..., torch.Tensor] | None:
-    """flash-attn's function of q, k, v [N,S,A,E], looked for once; None where it is not installed or not built for this torch."""
+    """flash-attn's function of q, k, v [N,S,A,E]; None where it is not installed or not built for this torch."""
     try:
         from flash_attn import flash_attn_func
     except ImportError:
@@ -44,7 +40,7 @@ def through(
     hidden: torch.Tensor,
     recompute: bool,
 ) -> torch.Tensor:
-    """`hidden` [N,S,C] through every block, by `run(block, hidden)`; `recompute`: with checkpointing, where there are gradients at all."""
+    """Pass `hidden` [N,S,C] through every block by `run(block, hidden)`; `recompute`: gradient checkpointing."""
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
         hidden = checkpoint(run, block, hidden, use_reentrant=False) if recompute else run(block, hidden)  # [N,S,C]

@@ -1,33 +1,33 @@
-"""Reading the few files of a VLM checkpoint that an encoder needs: a folder or a hub id, JSON files, single tensors.
+"""Reading the files of a VLM checkpoint that an encoder needs, from a folder or a hub id.
 
-A family of models says which stored tensors it needs, and under which name, by a function `canonical(stored name) -> name | None`: one
-model lies on the hub and on disks under the names of several transformers versions. A file that holds no needed tensor may be missing.
+A model family tells by `canonical(stored name) -> name | None` which stored tensors it needs and what it calls them:
+transformers versions store the same model under different names. A file without a needed tensor may be missing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...common.files import read_json
 from ...errors import UserError
 
 Canonical = Callable[[str], str | None]
 
 
 def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> Path:
-    """The local folder of a checkpoint; of a hub id, only the needed files are downloaded, unless there already."""
+    """The local folder of a checkpoint; of a hub id, only the needed files are downloaded, unless cached."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{path} is no checkpoint folder: config.json is missing")
+            raise UserError(f"{path} is not a checkpoint folder: config.json is missing")
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise UserError(f"checkpoint folder {path} does not exist (and it is no hub id of the form owner/name)")
+        raise UserError(f"checkpoint folder {path} does not exist, and it is not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -39,8 +39,8 @@ def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> 
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot get {path} from the hub: give a local checkpoint folder, or go online, check the "
-            f"name and log in if it is gated ({type(error).__name__}: {reason})"
+            f"cannot get {path} from the hub: give a local checkpoint folder, or go online, check the name and log in "
+            f"if it is gated ({type(error).__name__}: {reason})"
         ) from None
 
 
@@ -54,9 +54,9 @@ def require_model_type(folder: Path, path: str, vlm: str, wanted: str, part: str
 
 
 def read_tensors(folder: Path, canonical: Canonical, model: str, required: str) -> dict[str, torch.Tensor]:
-    """The needed tensors by canonical name, sorted, in the stored dtype.
+    """The needed tensors by canonical name, sorted, in the stored dtype. `model` names the family in messages.
 
-    `UserError` when a needed file is missing or damaged, or when tensor `required`, or every other, is absent. `model` names the family.
+    `UserError` when a needed file is missing or damaged, or when the tensor `required`, or every other one, is absent.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -70,9 +70,7 @@ def read_tensors(folder: Path, canonical: Canonical, model: str, required: str) 
                 tensors |= {new: f.get_tensor(name) for name in f.keys() if (new := canonical(name)) is not None}
         except SafetensorError as error:
             raise UserError(f"{folder / file} is damaged: {error}") from None
-    absent = sorted({canonical(name) or name for name in wanted} - set(tensors)) or [
-        n for n in (required,) if n not in tensors
-    ]
+    absent = sorted({canonical(name) or name for name in wanted} - set(tensors)) or list({required} - set(tensors))
     if absent or len(tensors) < 2:
         raise UserError(
             f"{folder} lacks weights of a {model} model: {', '.join(absent[:3]) or 'all of its vision tower'}"
@@ -83,30 +81,29 @@ def read_tensors(folder: Path, canonical: Canonical, model: str, required: str) 
 def assign_tensors(
     module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str
 ) -> None:
-    """Put `tensors` (all of the module's) in the place of its meta tensors; `UserError` when they do not fit its config."""
+    """Replace a module's meta tensors by `tensors`, one for each; `UserError` when they do not fit its config."""
     try:
-        module.load_state_dict(
-            {n: t.to(device=device, dtype=dtype) for n, t in tensors.items()}, strict=True, assign=True
-        )
+        state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: its vision weights do not fit its config: {reason}") from None
 
 
-def require_whole(module: torch.nn.Module) -> None:
-    """`ValueError` when a tensor is still on the meta device: this transformers version has one that nobody fills."""
+def require_filled(module: torch.nn.Module) -> None:
+    """`ValueError` when a tensor is still on the meta device: this transformers version has one that we do not fill."""
     left = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     if left:
         raise ValueError(f"this transformers version has tensors neither stored nor rebuilt: {', '.join(left)}")
 
 
 def load_tokenizer(folder: Path, path: str) -> Any:
-    """transformers' tokenizer of the checkpoint; `UserError` when none of its files is there."""
+    """The checkpoint's tokenizer; `UserError` when none of its files exists."""
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in names):
-        raise UserError(f"{path} has no tokenizer: none of {', '.join(names)} is there")
+        raise UserError(f"{path} has no tokenizer: none of {', '.join(names)} exists")
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -118,16 +115,6 @@ def image_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]
     if "image_mean" not in values or "image_std" not in values:
         raise UserError(f"{folder}: the processor config gives no image_mean and image_std")
     return tuple(values["image_mean"]), tuple(values["image_std"])
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """One of the checkpoint's JSON files; `UserError` when it cannot be read."""
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,22 +1,25 @@
-"""The vision-language model as a frozen feature encoder: pictures to tokens, instructions to embeddings.
+"""The vision-language model as a frozen feature encoder: images to tokens, instructions to embeddings.
 
-One module serves the cache build (frozen), fine-tuning (live, with LoRA from `cache.lora`) and inference. What all families share is
-here; `cache.qwen3vl` and `cache.paligemma2` hold the rest.
+One module serves the cache build (frozen), fine-tuning (live, with LoRA from lora.py) and inference. qwen3vl.py and
+paligemma2.py hold what is specific to a model family.
 
-Letters: N images or observations, V views, S patches of one image, F values of one patch, C vision width, K tokens of one image, D width
-of the features, Dt width of the language model (= of text features; D = Dt but for `features: patch`), n texts, Lt text tokens.
+Letters: N images or observations, V views, S patches of one image, F values of one patch, C vision width, K tokens of
+one image, D width of the features, Dt width of the language model and of text features (D = Dt except for
+`features: patch`), n texts, Lt text tokens.
 
-Features are what the language model would be given: image tokens after the model's own projection into its width (`features: merged`),
-text as rows of its embedding table, both on the scale of the hidden state that enters its first layer. `features: patch` are the tokens
-before that projection: more of them and narrower. Nothing else of a checkpoint is read: a file that holds only language layers may be
-missing. All images of a batch have the same size, so that every block makes one attention call.
+Features are what the language model would receive: image tokens after the model's own projection into its width
+(`features: merged`) and rows of its embedding table for text, both on the scale of the hidden state that enters its
+first layer. `features: patch` are the tokens before that projection, more of them and narrower. Nothing else of a
+checkpoint is read, so a file that holds only language layers may be missing. All images of a batch have the same size,
+so that every block makes one attention call.
 
-An observation is what a robot sees at one moment: a picture of each view, and the instruction. With `depth: vision` its views are encoded
-apart and the text has no part in it; with `depth: language` features of a view depend on the other views and on the instruction, so that
-an observation can only be encoded as a whole (`by_observation`).
+An observation is what a robot sees at one moment: an image of each view, and the instruction. With `depth: vision` its
+views are encoded separately from each other and from the text. With `depth: language` the features of a view depend on
+the other views and on the instruction, so all of an observation is encoded together (`by_observation`).
 
-With a `boundary` n the encoder stops before the last n blocks of its vision tower and gives the hidden states [S,C] that enter them:
-`encode_lower`, of which `encode_upper` makes the features. Where only those blocks learn, what lies below them is computed once.
+With a `boundary` n the encoder stops before the last n blocks of its vision tower and returns the hidden states [S,C]
+that enter them, from which `encode_upper` makes the features: where only those blocks are trained, everything below
+them is computed once.
 """
 
 from __future__ import annotations
@@ -40,15 +43,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-# Raise it when this file, a family's, vision_tower.py or preprocess.py computes other features from the same weights.
+# Raise it when this file, a family's or preprocess.py computes other features from the same weights.
 ENCODER_CODE_VERSION = 1
 
 
 class VisionLanguageEncoder(nn.Module):
     """The vision part and the embedding table of one checkpoint. Made by `load_encoder`; all weights frozen.
 
-    `vision` is everything between pixels and features (LoRA goes there). `adapter` is peft's wrapper of it once LoRA was added, else
-    None; it is set by `cache.lora` and is not a submodule, since its modules are those of `vision`.
+    `vision` is everything between pixels and features (LoRA goes there). `adapter` is peft's wrapper of it once LoRA
+    was added, else None; it is not a submodule, since its modules are those of `vision`.
     """
 
     vision: Any  # a module of the family's; torch types what is in one as `Tensor | Module`
@@ -70,16 +73,17 @@ class VisionLanguageEncoder(nn.Module):
         self.vision = vision
         self.embedding = embedding  # [V,Dt] in the checkpoint's dtype; stays on the CPU: read once per instruction
         self.weights = weights  # {"sha256", "config"} for the fingerprint
-        self.merged_adapter: dict[str, Any] | None = None  # of an adapter that was merged into the weights
-        self.vision.recompute = False  # gradient checkpointing of its blocks (recompute.py)
+        self.merged_adapter: dict[str, Any] | None = None  # identity of an adapter merged into the weights
+        self.vision.recompute = False  # gradient checkpointing of its blocks
         self.set_adapter(None)
         if spec.boundary is not None and not 1 <= spec.boundary <= self.blocks:
             raise UserError(
-                f"--boundary {spec.boundary}: the vision tower has {self.blocks} blocks; give the number of last ones to leave out, 1 to {self.blocks}"
+                f"--boundary {spec.boundary}: give the number of last blocks to leave out, 1 to {self.blocks}, "
+                "of this vision tower"
             )
         check_pooling(self.tokens, self.native_tokens)
 
-    # --- what a family adds -------------------------------------------------------------------------------------------
+    # --- what a family implements ------------------------------------------------------------------------------------
 
     @property
     def blocks(self) -> int:
@@ -92,15 +96,15 @@ class VisionLanguageEncoder(nn.Module):
         raise NotImplementedError
 
     def vision_lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
-        """Normalised patch rows [N,S,F] -> hidden states [N,S,C] that enter block `end`, in the tower's own order (see `to_rows`)."""
+        """Normalized patch rows [N,S,F] -> hidden states [N,S,C] that enter block `end`, in the tower's order."""
         raise NotImplementedError
 
     def vision_upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
-        """Hidden states [N,S,C] that enter block `begin`, in the tower's own order -> features before pooling [N,K,D], row by row."""
+        """Hidden states [N,S,C] that enter block `begin` -> features before pooling [N,K,D], row by row."""
         raise NotImplementedError
 
     def to_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N,S,C] from the tower's own order of patches to row by row."""
+        """[N,S,C] from the tower's order of patches to row by row."""
         return hidden
 
     def from_rows(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -108,7 +112,7 @@ class VisionLanguageEncoder(nn.Module):
         return hidden
 
     def require_fits(self, views: int, instructions: Sequence[str]) -> None:
-        """`UserError` when an observation of so many views and one of these instructions is more than the model reads at once."""
+        """`UserError` when so many views and one of these instructions exceed the model's context."""
 
     # --- what all share -----------------------------------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ class VisionLanguageEncoder(nn.Module):
         object.__setattr__(self, "adapter", adapter)
 
     def adapted(self) -> dict[str, Any] | None:
-        """What features owe to fine-tuning: the adapter that works now, on those that were merged before; None without any."""
+        """Identity of the fine-tuning in these weights: the adapter, on those merged before; None without any."""
         if self.adapter is None:
             return self.merged_adapter
         return adapter_identity(self.adapter) | ({"on": self.merged_adapter} if self.merged_adapter else {})
@@ -129,7 +133,7 @@ class VisionLanguageEncoder(nn.Module):
 
     @property
     def of_patches(self) -> bool:
-        """Whether what is given are tokens of the vision tower, one for each patch."""
+        """Whether the output has one vision-tower token per patch."""
         return self.spec.features == "patch" or self.spec.boundary is not None
 
     @property
@@ -139,12 +143,12 @@ class VisionLanguageEncoder(nn.Module):
 
     def unpooled(self) -> VisionLanguageEncoder:
         """The same encoder, on the same weights, with all tokens of an image."""
-        whole = copy.copy(self)
-        whole.spec = dataclasses.replace(self.spec, tokens=None)
-        return whole
+        full = copy.copy(self)
+        full.spec = dataclasses.replace(self.spec, tokens=None)
+        return full
 
     def at_boundary(self, n: int) -> VisionLanguageEncoder:
-        """The same encoder, on the same weights, stopping before its last n blocks."""
+        """The same encoder, on the same weights, stopped before its last n blocks."""
         lower = copy.copy(self)
         lower.spec = dataclasses.replace(self.spec, boundary=n, tokens=None, features="merged", depth="vision")
         return lower
@@ -177,28 +181,23 @@ class VisionLanguageEncoder(nn.Module):
         """uint8 RGB [N,H,W,3] -> features [N,K,D]. Builds a graph only for weights that require gradients."""
         return self(preprocess(images, self.image, self.device))
 
-    def encode_lower(self, images: torch.Tensor | np.ndarray, n: int) -> torch.Tensor:
-        """uint8 RGB [N,H,W,3] -> hidden states [N,S,C] that enter the last n blocks, row by row."""
-        return self.at_boundary(n).encode_images(images)
-
     def encode_upper(self, hidden: torch.Tensor, n: int) -> torch.Tensor:
-        """Hidden states [N,S,C] that enter the last n blocks -> features [N,K,D]: `encode_images` is `encode_lower`, then this."""
+        """Hidden states [N,S,C] that enter the last n blocks, from `at_boundary(n)` -> features [N,K,D]."""
         features = self.vision_upper(self.from_rows(hidden.to(self.dtype)), self.blocks - n)  # [N,K',D]
         return average_pool(features, self.tokens)  # [N,K,D]
 
     def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
-        """Pictures of each view, uint8 RGB [N,H,W,3] (sizes may differ between views), and the one instruction of these N observations
-        -> features [N,V,K,D]."""
+        """Images of each view, uint8 RGB [N,H,W,3], and their one instruction -> features [N,V,K,D]."""
         return torch.stack([self.encode_images(view) for view in views], 1)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Normalised patch rows [N,S,F] (from `preprocess`) -> features [N,K,D]; hidden states [N,S,C] with a boundary."""
+        """Patch rows [N,S,F] from `preprocess` -> features [N,K,D]; hidden states [N,S,C] with a boundary."""
         if self.spec.boundary is not None:
             return self.to_rows(self.vision_lower(patches, self.blocks - self.spec.boundary))  # [N,S,C]
         return average_pool(self.vision_features(patches), self.tokens)  # [N,K,D]
 
     def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
-        """Normalised patch rows [N,S,F] -> features before pooling [N,K,D], row by row."""
+        """Normalized patch rows [N,S,F] -> features before pooling [N,K,D], row by row."""
         return self.vision_upper(self.vision_lower(patches, self.blocks), self.blocks)  # [N,K,D]
 
     def encode_text(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,23 +214,20 @@ class VisionLanguageEncoder(nn.Module):
         return out.to(self.device), lengths.to(self.device)
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
-        """Token ids [Lt] -> what enters the language model's first layer [Lt,Dt], on the CPU; rounded as transformers does."""
+        """Token ids [Lt] -> input of the language model's first layer [Lt,Dt], on the CPU, rounded as there."""
         return self.embedding[list(ids)].to(self.dtype) * torch.tensor(self.text_scale, dtype=self.dtype)
 
     @torch.no_grad()
     def null_image_features(self, views: int) -> torch.Tensor:
-        """Features [V,K,D] of black pictures of all views, and of no instruction where features depend on it: the stand-in for masked ones."""
+        """Features [V,K,D] of black images and, where it matters, no instruction: the null embedding."""
         side = self.image.resolution
         return self.encode_observation([torch.zeros(1, side, side, 3, dtype=torch.uint8)] * views, "")[0]
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything the features depend on, as JSON values: equal fingerprints, equal features (up to rounding)."""
         image = self.image
-        kind = (
-            {"features": self.spec.features}
-            if self.spec.boundary is None
-            else {"features": "hidden", "boundary": self.spec.boundary}
-        )
+        boundary = self.spec.boundary
+        kind = {"features": self.spec.features} if boundary is None else {"features": "hidden", "boundary": boundary}
         return {
             "code_version": ENCODER_CODE_VERSION,
             "vlm": self.spec.vlm,
@@ -250,7 +246,7 @@ class VisionLanguageEncoder(nn.Module):
 
 
 def adapter_identity(adapter: PeftModel) -> dict[str, Any]:
-    """What a LoRA adapter adds to the features: its weights (as they are now) and its scaling."""
+    """What a LoRA adapter adds to the features: its current weights and its scaling."""
     lora = {name: p for name, p in adapter.named_parameters() if "lora_" in name}
     config: Any = adapter.peft_config["default"]  # a LoraConfig
     return {"sha256": tensors_sha256(lora), "scaling": config.lora_alpha / config.r}

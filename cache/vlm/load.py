@@ -1,4 +1,4 @@
-"""Loading an encoder, and refusing one that is not the encoder asked for."""
+"""Loading an encoder, and refusing another one than expected."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def load_encoder(
     dtype: torch.dtype | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> VisionLanguageEncoder:
-    """Read the vision part, the embedding table and the tokenizer of `spec.path`; frozen, in eval mode, on `device`.
+    """Load the vision part, the embedding table and the tokenizer of `spec.path`, frozen and in eval mode.
 
     `dtype` overrides `spec.dtype`. `say` gets a line before the work begins, which takes minutes for a large model.
-    `UserError` when the checkpoint is missing, incomplete, damaged or of another architecture, when resolution or tokens
-    do not fit its patches, or when an adapter was trained on other weights.
+    `UserError` when the checkpoint is missing, incomplete, damaged or of another architecture, when the resolution or
+    tokens do not fit its patches, or when an adapter was trained on other weights.
     """
     from . import adapter as adapters  # they import this module
     from . import paligemma2, qwen3vl
@@ -46,15 +46,15 @@ def load_encoder(
 
 
 def require_encoder(encoder: VisionLanguageEncoder, fingerprint: Mapping[str, Any], what: str) -> None:
-    """`UserError` naming the differing fields unless the encoder (without adapter) is the one the features came from."""
-    lines = encoder_differences(fingerprint, encoder.fingerprint())
-    if lines:
+    """`UserError` naming the differing fields unless this encoder, without its adapter, made the features."""
+    if lines := encoder_differences(fingerprint, encoder.fingerprint()):
+        differences = "; ".join(lines[:6])
         raise UserError(
-            f"{what} belongs to another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; give the folder of the right one"
+            f"{what} belongs to another VLM than {encoder.spec.path}: {differences}; give that VLM's folder"
         )
 
 
 def encoder_differences(a: Mapping[str, Any], b: Mapping[str, Any], **words: str) -> list[str]:
-    """`fingerprint.diff` of two encoders' fingerprints, but for the dtype of the computation: it changes rounding, not what is computed."""
+    """`fingerprint.diff` of two encoders, except for the dtype of the computation, which only changes rounding."""
     first, second = ({k: v for k, v in one.items() if k != "dtype"} for one in (a, b))
     return fp.diff(first, second, **words)

@@ -1,12 +1,13 @@
 """LoRA on the vision part of an encoder, through peft: add, save, load, merge.
 
-The target "qv" is queries and values of each block's attention. In Qwen3-VL these are one fused layer `qkv` with the keys: one matrix A
-serves both, and the rows of B that would change the keys stay zero. "attention" is every linear layer of the attention: `qkv` and
-`proj`, in PaliGemma 2 `q_proj`, `k_proj`, `v_proj` and `out_proj`. "all-linear" adds both MLP layers of each block and the merger's or projector's, unless features are taken before it; the patch
-convolution and the position embedding are never adapted. At the start the product B A is zero (B = 0): features equal the base
-model's exactly.
+The target "qv" adapts queries and values of each block's attention. In Qwen3-VL these are one fused layer `qkv` with
+the keys: one matrix A serves both, and the rows of B that would change the keys stay zero. "attention" adapts every
+linear layer of the attention: `qkv` and `proj`, in PaliGemma 2 `q_proj`, `k_proj`, `v_proj` and `out_proj`.
+"all-linear" adds both MLP layers of each block and those of the merger or projector, unless features are taken before
+it. The patch convolution and the position embedding are never adapted. B starts at zero, so that features equal the
+base model's exactly.
 
-An adapter on disk is peft's own format (adapter_config.json, adapter_model.safetensors), so peft loads it without
+On disk an adapter has peft's own format (adapter_config.json, adapter_model.safetensors), so peft loads it without
 this package.
 """
 
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ...common.files import new_folder
 from ...errors import UserError
 from .encoder import VisionLanguageEncoder
 from .spec import LoraSpec
@@ -32,9 +32,9 @@ FUSED = "qkv"  # a layer of this name gives queries, keys and values, a third of
 
 
 def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
-    """Put a fresh adapter into `encoder.vision`, in place. Only its matrices require gradients afterwards.
+    """Add a fresh adapter to `encoder.vision`, in place. Only its matrices require gradients afterwards.
 
-    `UserError` when `last_n_blocks` does not fit the tower; `ValueError` when there is an adapter already.
+    `UserError` when `last_n_blocks` does not fit the tower; `ValueError` when the encoder already has an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -56,14 +56,14 @@ def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
 
 
 def _without_keys(gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient [3C,r] of a fused layer's B with zeros where the keys are: what begins at zero then stays there."""
+    """The gradient [3C,r] of a fused layer's B with zeros for the keys, whose rows so stay at zero."""
     third = len(gradient) // 3
     return torch.cat([gradient[:third], torch.zeros_like(gradient[:third]), gradient[2 * third :]])
 
 
 @contextlib.contextmanager
 def lora_dropout(encoder: VisionLanguageEncoder, key: int) -> Iterator[None]:
-    """The adapter drops what its spec says, by a mask that depends on `key` alone: around a forward pass and its backward pass."""
+    """Apply the spec's dropout in a forward and backward pass, with a mask that depends on `key` alone."""
     layers = [m for name, m in encoder.vision.named_modules() if ".lora_dropout." in name and isinstance(m, nn.Dropout)]
     device = encoder.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -82,27 +82,14 @@ def lora_parameters(encoder: VisionLanguageEncoder) -> Iterator[tuple[str, nn.Pa
     return ((name, p) for name, p in encoder.vision.named_parameters() if "lora_" in name)
 
 
-def save_lora(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
-    """Write the adapter into `folder`, which appears only when complete.
-
-    `UserError` when it exists; `ValueError` without an adapter.
-    """
-    _require_adapter(encoder)
-    with new_folder(Path(folder)) as part:
-        write_lora(encoder, part)
-
-
 def write_lora(encoder: VisionLanguageEncoder, folder: Path) -> None:
-    """The adapter's files, into a folder that is there. `ValueError` without an adapter."""
+    """Write the adapter's files into an existing folder. `ValueError` without an adapter."""
     _require_adapter(encoder).save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card template: nothing in it is filled in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's unfilled model card template
 
 
 def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: bool = True) -> None:
-    """Put the adapter stored in `folder` into `encoder.vision`.
-
-    `UserError` when it is missing, damaged or made for other layers.
-    """
+    """Load the adapter in `folder` into `encoder.vision`. `UserError` when missing, damaged or of another model."""
     from peft import PeftModel
     from safetensors import SafetensorError, safe_open
 
@@ -124,7 +111,7 @@ def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: boo
         if wanted is None or wanted != shape[1 if kind == "A.weight" else 0]:
             raise UserError(
                 f"the adapter in {folder} does not fit this model: {name} {list(shape)}; "
-                f"give the checkpoint that it was trained on"
+                "give the checkpoint it was trained on"
             )
     encoder.set_adapter(PeftModel.from_pretrained(encoder.vision, str(folder), is_trainable=trainable))
     encoder.vision.eval()

@@ -1,18 +1,19 @@
 """PaliGemma 2 as an encoder: SigLIP, the multi-modal projector, and on request Gemma 2, on transformers' own modules.
 
-Letters: N images or observations, V views, S patches of one image = its tokens K (SigLIP has no class token), F values of one patch,
-C vision width, A heads, E head width, D language width, Lt prompt tokens.
+Letters: N images or observations, V views, S patches of one image = its tokens K (SigLIP has no class token), F values
+of one patch, C vision width, A heads, E head width, D language width, Lt prompt tokens.
 
-`depth: vision` (default), `features: merged`: the projector's output, [S,D]. That is what Gemma's first layer sees, and what
-`get_image_features` returns from transformers 5.4 on; before, it divides by sqrt(D) and the language model multiplies all embeddings by
-sqrt(D) again (one more rounding, which is left out here). Text features are embedding rows times sqrt(D), on the same scale.
-`features: patch`: SigLIP's output after its last LayerNorm, [S,C]. At another resolution than the checkpoint's own, SigLIP's learned
-positions are interpolated as transformers does.
+`depth: vision` (default) with `features: merged`: the projector's output, [S,D], which is what Gemma's first layer sees
+and what `get_image_features` returns from transformers 5.4 on. Earlier versions divide it by sqrt(D), and the language
+model multiplies all embeddings by sqrt(D) again (one more rounding, left out here). Text features are embedding rows
+times sqrt(D), on the same scale. `features: patch`: SigLIP's output after its last LayerNorm, [S,C]. At another
+resolution than the checkpoint's own, SigLIP's learned positions are interpolated as transformers does.
 
-`depth: language`: the last hidden state of Gemma 2 (after its final norm) over the image tokens of all views, with the instruction
-appended once: <image>·V·K <bos> instruction \\n, every token attending to every other, as in PaliGemma's prefix. Features of one view
-then depend on the other views and on the instruction, so they are encoded by observation (`encode_observation`), not by picture. LoRA
-goes into SigLIP (and the projector) all the same; its gradient comes through Gemma's layers, which stay frozen.
+`depth: language`: the last hidden state of Gemma 2 (after its final norm) over the image tokens of all views, with the
+instruction appended once: <image>·V·K <bos> instruction \\n, every token attending to every other, as in PaliGemma's
+prefix. Features of one view then depend on the other views and on the instruction, so they are encoded by observation
+(`encode_observation`), not by image. LoRA still goes into SigLIP (and the projector); its gradient comes through
+Gemma's layers, which stay frozen.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from .checkpoint import (
     image_statistics,
     load_tokenizer,
     read_tensors,
+    require_filled,
     require_model_type,
-    require_whole,
     tensors_sha256,
 )
 from .encoder import VisionLanguageEncoder
@@ -50,7 +51,7 @@ EMBEDDING_NAME = "language_model.model.embed_tokens.weight"
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.")
 HEAD_PREFIX = "vision_tower.vision_model.head."  # SigLIP's pooling head, which PaliGemma does not use
 LANGUAGE_PREFIX = "language_model.model."
-# (stored, as on the hub): newer versions of transformers store "model.…", and without the inner "model." or "vision_model."
+# (stored name, name on the hub): newer transformers store "model.…" without the inner "model." or "vision_model."
 LAYOUTS = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
     (r"^(model\.)?multi_modal_projector\.", "multi_modal_projector."),
@@ -103,20 +104,20 @@ class PaliGemmaVision(nn.Module):
         return self.vision_tower.vision_model
 
     def rebuild_buffers(self, device: torch.device) -> None:
-        """Make the buffers that a state dict does not hold: the indices of the positions."""
+        """Make the position indices, buffers that a state dict does not hold."""
         embeddings = self.siglip.embeddings
         for name, buffer in list(embeddings.named_buffers()):
             setattr(embeddings, name, torch.arange(buffer.shape[-1], device=device).expand(1, -1))
 
     def lower(self, patches: torch.Tensor, end: int) -> torch.Tensor:
-        """Normalised patch rows [N,S,F], row by row -> hidden states that enter layer `end` [N,S,C]."""
+        """Normalized patch rows [N,S,F], row by row -> hidden states that enter layer `end` [N,S,C]."""
         conv = self.siglip.embeddings.patch_embedding  # stride = kernel: one matrix product
         hidden = F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)  # [N,S,C]
         hidden = hidden + self._positions(patches.shape[1])  # [N,S,C]
         return self._run(hidden, 0, end)  # [N,S,C]
 
     def upper(self, hidden: torch.Tensor, begin: int) -> torch.Tensor:
-        """Hidden states that enter layer `begin` [N,S,C] -> SigLIP's last hidden state [N,S,C], normalised by its last LayerNorm."""
+        """Hidden states that enter layer `begin` [N,S,C] -> SigLIP's output after its last LayerNorm [N,S,C]."""
         hidden = self._run(hidden, begin, len(self.siglip.encoder.layers))  # [N,S,C]
         return self.siglip.post_layernorm(hidden)  # [N,S,C]
 
@@ -147,7 +148,7 @@ def _attend(attn: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class PaliGemma2Encoder(VisionLanguageEncoder):
-    """`language` is transformers' Gemma2Model without its embedding table, for `depth: language` only."""
+    """`language` is transformers' Gemma2Model without its embedding table, only with `depth: language`."""
 
     vision: PaliGemmaVision
     language: Any  # None with depth vision
@@ -182,13 +183,13 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
     def encode_images(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
         if self.language is not None:
             raise UserError(
-                "depth language makes features of all views of a frame together with the instruction, not of single pictures; "
-                "use encode_observation, or depth vision"
+                "use encode_observation, or depth vision: depth language makes features of all views of a frame and "
+                "the instruction together, not of single images"
             )
         return super().encode_images(images)
 
     def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
-        """As `VisionLanguageEncoder`. `UserError` when views and prompt are more than the language model reads."""
+        """As `VisionLanguageEncoder`. `UserError` when views and prompt exceed the model's context."""
         if self.language is None:
             return super().encode_observation(views, instruction)
         images = [self.vision_features(preprocess(view, self.image, self.device)) for view in views]  # V times [N,S,D]
@@ -221,8 +222,8 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
         longest = self.language.config.max_position_embeddings
         if images + prompt > longest:
             raise UserError(
-                f"{images} image tokens and a prompt of {prompt} are more than the {longest} that this language "
-                "model reads; use fewer views or a smaller resolution"
+                f"{images} image tokens and a prompt of {prompt} are more than the {longest} tokens of this language "
+                "model's context; use fewer views or a smaller resolution"
             )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -233,7 +234,7 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
 
 
 def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGemma2Encoder:
-    """See `cache.encoder.load_encoder`."""
+    """See `load_encoder`."""
     from transformers import AutoConfig
 
     reads_language = spec.depth == "language"
@@ -254,7 +255,7 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGem
         vision, {n: t for n, t in tensors.items() if n.startswith(VISION_PREFIXES)}, device, dtype, spec.path
     )
     vision.rebuild_buffers(device)
-    require_whole(vision)
+    require_filled(vision)
     language = _load_language(config.text_config, tensors, device, dtype, spec.path) if reads_language else None
     return PaliGemma2Encoder(
         spec, image, vision, embedding, load_tokenizer(folder, spec.path), weights, language=language
@@ -266,16 +267,14 @@ def _load_language(
 ) -> nn.Module:
     from transformers import Gemma2Model
 
-    config._attn_implementation = (
-        "eager"  # the only one of transformers' that keeps Gemma 2's soft-capped logits everywhere
-    )
+    config._attn_implementation = "eager"  # the only one in transformers that always soft-caps Gemma 2's logits
     with torch.device("meta"):
         language = Gemma2Model(config)
     del language.embed_tokens  # prompts are looked up in the encoder's table
     own = {n.removeprefix(LANGUAGE_PREFIX): t for n, t in tensors.items() if n.startswith(LANGUAGE_PREFIX)}
     assign_tensors(language, own, device, dtype, path)
     language.rotary_emb = type(language.rotary_emb)(config=config).to(device)  # its buffers are in no state dict
-    require_whole(language)
+    require_filled(language)
     return language
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from ...errors import UserError
 
 
 def average_pool(features: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Merged tokens [n,K,D] on a square grid → [n,tokens,D], averaged over cells (adaptive where the grid does not divide)."""
+    """Merged tokens [n,K,D] on a square grid → [n,tokens,D], averaged over the cells of a coarser grid."""
     n, k, d = features.shape
     side, target = int(k**0.5), int(tokens**0.5)
     if tokens == k:
@@ -21,8 +19,7 @@ def average_pool(features: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def pooling_error(features: torch.Tensor, tokens: int) -> float:
-    """RMS of what pooling `features` [n,P,D] to `tokens` discards (the features less their best reconstruction from the pooled ones) over
-    the RMS of the features."""
+    """Relative RMS error of the best reconstruction of `features` [n,P,D] from their pooling to `tokens`."""
     pool = average_pool(torch.eye(features.shape[1])[None], tokens)[0]  # [K,P]: pooled = pool @ features
     kept = torch.linalg.pinv(pool) @ (pool @ features)  # [n,P,D]
     return float((features - kept).square().mean().sqrt() / features.square().mean().sqrt().clamp(min=1e-30))
@@ -30,7 +27,7 @@ def pooling_error(features: torch.Tensor, tokens: int) -> float:
 
 def check_pooling(tokens: int, available: int) -> None:
     """`UserError` unless `available` tokens (a square grid) can be pooled to `tokens` (a smaller square grid)."""
-    squares: Sequence[int] = [i * i for i in range(1, int(available**0.5) + 1)]
+    squares = [i * i for i in range(1, int(available**0.5) + 1)]
     if tokens not in squares:
         raise UserError(
             f"--tokens {tokens}: this model gives {available} tokens on a square grid; choose one of "

@@ -1,13 +1,13 @@
-"""Frames to the patch rows of a Qwen-VL vision tower: plain torch on the encoder's device, no per-image loop.
+"""Frames to the patch rows of a Qwen-VL vision tower, in plain torch on the encoder's device without a per-image loop.
 
 Letters: N images, H and W their native size, R the square input resolution, P patch side, T temporal patch size (a
-still is repeated T times), M merge side, S = (R/P)^2 patches of one image, F = 3*T*P*P values of one patch.
+still image is repeated T times), M merge side, S = (R/P)^2 patches of one image, F = 3*T*P*P values of one patch.
 
-The rule is: pad to a square with black, centred (the odd row or column goes to the bottom or right), resize to R by
-antialiased bicubic interpolation back to uint8, patchify, normalise (patches are cut while values are bytes: a
-quarter of the traffic). From a square image on it is what transformers' `Qwen2VLImageProcessorFast` computes. On the
-CPU the result is bit-identical: the same uint8 interpolation kernel and the same fused (x - 255 mean) / (255 std) are
-used. On CUDA, which has no uint8 kernel, float32 interpolation is rounded to uint8 as torchvision does.
+The image is centered on a black square (an odd row or column goes to the bottom or right), resized to R by antialiased
+bicubic interpolation back to uint8, cut into patches and then normalized (cutting bytes moves a quarter of the data).
+For a square image this is what transformers' `Qwen2VLImageProcessorFast` computes, bit by bit on the CPU: the same
+uint8 interpolation kernel and the same fused (x - 255 mean) / (255 std). On CUDA, which has no uint8 kernel, float32
+interpolation is rounded to uint8 as torchvision does.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ImageSpec:
 
 
 def pad_to_square(images: torch.Tensor) -> torch.Tensor:
-    """[N,H,W,3] -> [N,Q,Q,3] with Q = max(H, W); black around the centred image; the input itself when square."""
+    """[N,H,W,3] -> [N,Q,Q,3] with Q = max(H, W); black around the centered image; the input itself when square."""
     _, h, w, _ = images.shape
     side = max(h, w)
     top, left = (side - h) // 2, (side - w) // 2

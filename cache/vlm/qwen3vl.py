@@ -1,11 +1,12 @@
 """Qwen3-VL as an encoder: its vision tower and merger, on transformers' own module.
 
-Letters: N images, S patches of one image, F values of one patch, C vision width, K merged tokens (S / merge^2), D language width.
+Letters: N images, S patches of one image, F values of one patch, C vision width, K merged tokens (S / merge^2),
+D language width.
 
-`features: merged` (default) are the output of the model's own pretrained merger, K = S/4 tokens of width D. `features: patch` are the
-output of the last block, S tokens of width C: the residual stream as it is, before the LayerNorm that begins the merger. Both are
-ordered row by row over the image. Qwen3-VL also feeds three DeepStack features from inner blocks into its first language layers; these
-are not cached, and their mergers are neither read nor computed.
+`features: merged` (default) are the output of the model's own pretrained merger, K = S/4 tokens of width D.
+`features: patch` are the output of the last block, S tokens of width C: the residual stream before the LayerNorm that
+begins the merger. Both are ordered row by row over the image. Qwen3-VL also feeds three DeepStack features from inner
+blocks into its first language layers; these are not cached, and their mergers are neither read nor computed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .checkpoint import (
     image_statistics,
     load_tokenizer,
     read_tensors,
+    require_filled,
     require_model_type,
-    require_whole,
     tensors_sha256,
 )
 from .encoder import VisionLanguageEncoder
@@ -94,7 +95,7 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
 
 
 def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VLEncoder:
-    """See `cache.encoder.load_encoder`."""
+    """See `load_encoder`."""
     from transformers import AutoConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -112,9 +113,9 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VL
     assign_tensors(
         vision, {name.removeprefix(VISION_PREFIX): t for name, t in tensors.items()}, device, dtype, spec.path
     )
-    for name, _ in list(vision.rotary_pos_emb.named_buffers()):  # the only buffers; a state dict does not hold them
+    for name, _ in list(vision.rotary_pos_emb.named_buffers()):  # the only buffers; they are in no state dict
         setattr(vision.rotary_pos_emb, name, rotary_frequencies(config).to(device))
-    require_whole(vision)
+    require_filled(vision)
     return Qwen3VLEncoder(spec, image, vision, embedding, load_tokenizer(folder, spec.path), weights)
 
 

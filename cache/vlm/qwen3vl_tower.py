@@ -1,10 +1,8 @@
 """The forward pass of a Qwen3-VL vision tower, on transformers' own module, for a batch of equal-sized images.
 
-transformers packs all images into one sequence and attends image by image; here the images are a batch dimension, so
-that every block makes one attention call, and positions are worked out once per resolution. Results agree with
-transformers' forward (test).
-
-`vision` is a Qwen3VLVisionModel, a `block` and an `attn` are parts of it.
+transformers packs all images into one sequence and attends image by image; here images are a batch dimension, so that
+every block makes one attention call, and positions are computed once per resolution. A test compares the results with
+transformers' forward. `vision` is a Qwen3VLVisionModel; a `block` and an `attn` are parts of it.
 
 Letters: N images, S patches of one image in merge order (the M x M patches of one merged token adjacent, tokens row
 by row), F values of one patch, C vision width, A attention heads, E = C/A head width, D width of the language model.

@@ -1,4 +1,4 @@
-"""Which encoder, at which resolution, with which tokens: the settings of a feature cache's VLM."""
+"""The settings of a feature cache's VLM: which encoder, at which resolution, with which tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGETS = ("qv", "attention", "all-linear")
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Which model encodes, and how its pictures are prepared. `UserError` for settings that exclude each other."""
+    """The model that encodes and how its images are prepared. `UserError` for settings that exclude each other."""
 
     path: str  # checkpoint folder or hub id
     vlm: Literal["qwen3vl", "paligemma2"] = "qwen3vl"  # architecture
@@ -24,21 +24,18 @@ class EncoderSpec:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # computation; auto: bfloat16 on CUDA, else float32
     depth: Literal["vision", "language"] = "vision"  # language: the language model's last hidden state
     adapters: tuple[str, ...] = ()  # folders of adapters that are merged into the weights, in this order
-    boundary: int | None = (
-        None  # n: the hidden states that enter the last n blocks of the vision tower, no features; None = features
-    )
+    boundary: int | None = None  # n: hidden states that enter the last n blocks of the vision tower; None = features
 
     def __post_init__(self) -> None:
-        if self.boundary is not None and (
-            self.tokens is not None or self.features != "merged" or self.depth != "vision"
-        ):
+        other = self.tokens is not None or self.features != "merged" or self.depth != "vision"
+        if self.boundary is not None and other:
             raise UserError(
-                "a boundary stops inside the vision tower, before features are made: leave out tokens, features patch and depth language, "
-                "which are the policy's that is fine-tuned"
+                "leave out tokens, features patch and depth language: a boundary stops inside the vision tower, before "
+                "features are made; the fine-tuned policy has these settings"
             )
         if self.depth == "language" and (self.vlm != "paligemma2" or self.features != "merged"):
             raise UserError(
-                f"depth language is of paligemma2 with features merged; given: {self.vlm} with features {self.features}"
+                f"depth language needs paligemma2 with features merged; given: {self.vlm} with features {self.features}"
             )
 
 
@@ -88,7 +85,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class LoraLayers:
-    """Where LoRA may go in a family's `vision`, as regular expressions over module names."""
+    """Where LoRA can go in a family's `vision`, as regular expressions over module names."""
 
     block: str  # prefix of a block's layers, "{n}" for its number
     query_value: str  # linear layers of its attention that give queries and values

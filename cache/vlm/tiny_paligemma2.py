@@ -1,8 +1,8 @@
-"""A toy checkpoint of the real PaliGemma 2 architecture, made offline; transformers' own classes load it.
+"""A toy checkpoint of the real PaliGemma 2 architecture, made offline, that transformers' own classes load.
 
-Weights are random, the tokenizer is a real Gemma one (BPE over ▁-joined words with byte fallback) trained on the instructions of
-`tiny_vlm`, and the layout is that of `google/paligemma2-3b-mix-448`: sharded safetensors with an index, tokenizer, processor files,
-<image>, location and segmentation tokens. The same spec gives the same bytes.
+Weights are random, the tokenizer is a real Gemma one (BPE over ▁-joined words with byte fallback) trained on the
+instructions of `tiny_qwen3vl`, and the layout is that of `google/paligemma2-3b-mix-448`: sharded safetensors with an
+index, tokenizer, processor files, <image>, location and segmentation tokens. The same spec gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ...common.files import new_folder
+from ...common.files import json_bytes, new_folder, write_file
 from ...errors import UserError
-from .tiny_qwen3vl import instructions, write_json
+from .tiny_qwen3vl import instructions
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")  # ids 0 to 4, as Gemma's
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
@@ -37,7 +37,7 @@ class TinyPaliGemmaSpec:
     image_size: int = 112  # its own resolution: a multiple of the patch side
     out_width: int = 128  # features' width = hidden size of Gemma; a multiple of 32
     text_layers: int = 2  # Gemma's layers
-    vocabulary: int = 1024  # at most so many tokens of text, incl. bytes and special ones; <image> and 1152 more follow
+    vocabulary: int = 1024  # maximum number of text tokens, bytes and special ones included; 1153 more follow
     init_std: float = 0.05  # standard deviation of Gemma's and the projector's matrices
     seed: int = 0
 
@@ -53,7 +53,7 @@ class TinyPaliGemmaSpec:
 
 
 def make_tiny_paligemma2(out: Path | str, spec: TinyPaliGemmaSpec = TinyPaliGemmaSpec()) -> Path:
-    """Write the checkpoint folder `out` (under a temporary name first) and return it. `UserError` when `out` exists."""
+    """Write the checkpoint folder `out` and return it. `UserError` when it exists."""
     from transformers import PaliGemmaForConditionalGeneration
 
     with new_folder(Path(out)) as part:
@@ -65,23 +65,21 @@ def make_tiny_paligemma2(out: Path | str, spec: TinyPaliGemmaSpec = TinyPaliGemm
         limit = sum(p.numel() * p.element_size() for p in model.model.language_model.layers.parameters())
         model.save_pretrained(part, max_shard_size=limit)
         tokens = (spec.image_size // spec.patch_size) ** 2
-        write_json(
-            part / "preprocessor_config.json",
-            {
-                "do_convert_rgb": None,
-                "do_normalize": True,
-                "do_rescale": True,
-                "do_resize": True,
-                "image_mean": [0.5] * 3,
-                "image_std": [0.5] * 3,
-                "image_processor_type": "SiglipImageProcessor",
-                "image_seq_length": tokens,
-                "processor_class": "PaliGemmaProcessor",
-                "resample": 3,
-                "rescale_factor": 1 / 255,
-                "size": {"height": spec.image_size, "width": spec.image_size},
-            },
-        )
+        config = {
+            "do_convert_rgb": None,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+            "image_processor_type": "SiglipImageProcessor",
+            "image_seq_length": tokens,
+            "processor_class": "PaliGemmaProcessor",
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"height": spec.image_size, "width": spec.image_size},
+        }
+        write_file(part / "preprocessor_config.json", json_bytes(config, indent=2))
     return Path(out)
 
 
@@ -138,7 +136,7 @@ def _write_tokenizer(folder: Path, spec: TinyPaliGemmaSpec) -> Any:
         return tokenizer
 
     trained = pipeline(models.BPE())
-    # the normaliser left no spaces to split at: pieces must not grow beyond a word, so the trainer sees single words
+    # the normalizer leaves no spaces to split at, and pieces must not grow beyond a word: train on single words
     words = [f" {word}" for line in instructions() for word in line.split()] + ["\n"]
     learned = spec.vocabulary - len(SPECIAL_TOKENS) - len(BYTES)
     trained.train_from_iterator(
@@ -161,20 +159,18 @@ def _write_tokenizer(folder: Path, spec: TinyPaliGemmaSpec) -> Any:
     )
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "additional_special_tokens": [IMAGE_TOKEN],
-            "bos_token": "<bos>",
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<eos>",
-            "model_max_length": 8192,
-            "pad_token": "<pad>",
-            "processor_class": "PaliGemmaProcessor",
-            "tokenizer_class": "GemmaTokenizer",
-            "unk_token": "<unk>",
-        },
-    )
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "additional_special_tokens": [IMAGE_TOKEN],
+        "bos_token": "<bos>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<eos>",
+        "model_max_length": 8192,
+        "pad_token": "<pad>",
+        "processor_class": "PaliGemmaProcessor",
+        "tokenizer_class": "GemmaTokenizer",
+        "unk_token": "<unk>",
+    }
+    write_file(folder / "tokenizer_config.json", json_bytes(config, indent=2))
     return tokenizer

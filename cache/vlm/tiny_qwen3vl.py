@@ -1,4 +1,4 @@
-"""A toy checkpoint of the real Qwen3-VL architecture, made offline; transformers' own classes load it.
+"""A toy checkpoint of the real Qwen3-VL architecture, made offline, that transformers' own classes load.
 
 Weights are random, the tokenizer is a real byte-level BPE trained on the instructions below, and the layout is that
 of `Qwen/Qwen3-VL-2B-Instruct`: sharded safetensors with an index, tokenizer, chat template and processor files. The
@@ -7,14 +7,14 @@ same spec gives the same bytes.
 
 from __future__ import annotations
 
-import json
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...common.files import new_folder
+from ...common.files import json_bytes, new_folder, write_file
 from ...errors import UserError
 
 SPECIAL_TOKENS = (
@@ -47,7 +47,7 @@ PLAIN_TOKENS = (  # added tokens that Qwen does not mark as special
     "<think>",
     "</think>",
 )
-# Qwen2's pre-tokenisation: contractions; words with one leading non-letter; digits; punctuation; newlines; spaces.
+# Qwen2's pre-tokenization: contractions; words with one leading non-letter; digits; punctuation; newlines; spaces.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,71 +60,20 @@ CHAT_TEMPLATE = (
     "{%- elif 'text' in part %}{{- part.text }}{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-# Every verb with every object and place: the corpus of the tokenizer.
+# Every verb with every object and place is the corpus of the tokenizer.
 VERBS = (
-    "pick up",
-    "place",
-    "push",
-    "pull",
-    "open",
-    "close",
-    "lift",
-    "grasp",
-    "move",
-    "press",
-    "turn",
-    "slide",
-    "insert",
-    "stack",
-    "pour",
-    "reach",
-    "hand over",
-    "put",
-    "unplug",
-    "sweep",
+    "pick up, place, push, pull, open, close, lift, grasp, move, press, turn, slide, insert, stack, pour, "
+    "reach, hand over, put, unplug, sweep"
 )
 OBJECTS = (
-    "the red cube",
-    "the blue block",
-    "the green bowl",
-    "the drawer",
-    "the door",
-    "the button",
-    "the handle",
-    "the peg",
-    "the puck",
-    "the window",
-    "the cup",
-    "the plate",
-    "the lid",
-    "the banana",
-    "the bottle",
-    "the box",
-    "the lever",
-    "the faucet",
-    "the shelf",
-    "the towel",
-    "the spoon",
-    "the coffee machine",
-    "the hammer",
-    "the ball",
-    "the basket",
+    "the red cube, the blue block, the green bowl, the drawer, the door, the button, the handle, the peg, "
+    "the puck, the window, the cup, the plate, the lid, the banana, the bottle, the box, the lever, the "
+    "faucet, the shelf, the towel, the spoon, the coffee machine, the hammer, the ball, the basket"
 )
 PLACES = (
-    "to the goal",
-    "on the table",
-    "into the box",
-    "onto the plate",
-    "to the left",
-    "to the right",
-    "in the drawer",
-    "with the left hand",
-    "with the right hand",
-    "with both arms",
-    "next to the bowl",
-    "at the target position",
-    "above the table",
-    "in the sink",
+    "to the goal, on the table, into the box, onto the plate, to the left, to the right, in the drawer, "
+    "with the left hand, with the right hand, with both arms, next to the bowl, at the target position, "
+    "above the table, in the sink"
 )
 
 
@@ -141,7 +90,7 @@ class TinySpec:
     position_grid: int = 14  # side of the learned position grid (interpolated to the image's own)
     out_width: int = 128  # features' width = hidden size of the language model; a multiple of 32
     text_layers: int = 2  # language layers: they only make the checkpoint complete
-    vocabulary: int = 1024  # at most so many tokens, incl. the 256 bytes and the special ones
+    vocabulary: int = 1024  # maximum number of tokens, including the 256 bytes and the special ones
     init_std: float = 0.02  # standard deviation of all weight matrices
     seed: int = 0
 
@@ -158,7 +107,7 @@ class TinySpec:
 
 
 def make_tiny_qwen3vl(out: Path | str, spec: TinySpec = TinySpec()) -> Path:
-    """Write the checkpoint folder `out` (under a temporary name first) and return it. `UserError` when `out` exists."""
+    """Write the checkpoint folder `out` and return it. `UserError` when it exists."""
     from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
     with new_folder(Path(out)) as part:
@@ -179,8 +128,9 @@ def make_tiny_qwen3vl(out: Path | str, spec: TinySpec = TinySpec()) -> Path:
 
 
 def instructions() -> list[str]:
-    """The corpus of the tokenizers."""
-    corpus = [f"{verb} {thing} {place}." for verb in VERBS for thing in OBJECTS for place in PLACES]
+    """The corpus of the toy tokenizers."""
+    parts = (text.split(", ") for text in (VERBS, OBJECTS, PLACES))
+    corpus = [f"{verb} {thing} {place}." for verb, thing, place in itertools.product(*parts)]
     return corpus + [line.capitalize() for line in corpus]
 
 
@@ -267,30 +217,28 @@ def _write_tokenizer(folder: Path, spec: TinySpec) -> Any:
         str(tokenizer.token_to_id(t)): {"content": t, **flags, "special": t in SPECIAL_TOKENS}
         for t in SPECIAL_TOKENS + PLAIN_TOKENS
     }
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "added_tokens_decoder": added,
-            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
-            "bos_token": None,
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "errors": "replace",
-            "model_max_length": 4096,
-            "pad_token": "<|endoftext|>",
-            "split_special_tokens": False,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
-        },
-    )
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 4096,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    write_file(folder / "tokenizer_config.json", json_bytes(config, indent=2))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return tokenizer
 
 
 def _write_processors(folder: Path, spec: TinySpec) -> None:
-    """The image and video processor files of the 2B model, with this model's patches; one-token pictures allowed."""
+    """The image and video processor files of the 2B model, with this model's patches; one-token images are allowed."""
     common = {
         "patch_size": spec.patch_size,
         "temporal_patch_size": 2,
@@ -300,10 +248,7 @@ def _write_processors(folder: Path, spec: TinySpec) -> None:
         "processor_class": "Qwen3VLProcessor",
         "size": {"shortest_edge": (spec.patch_size * spec.merge_size) ** 2, "longest_edge": 16777216},
     }
-    write_json(folder / "preprocessor_config.json", common | {"image_processor_type": "Qwen2VLImageProcessorFast"})
-    write_json(folder / "video_preprocessor_config.json", common | {"video_processor_type": "Qwen3VLVideoProcessor"})
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Readable JSON with a fixed byte form."""
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    image = common | {"image_processor_type": "Qwen2VLImageProcessorFast"}
+    video = common | {"video_processor_type": "Qwen3VLVideoProcessor"}
+    write_file(folder / "preprocessor_config.json", json_bytes(image, indent=2))
+    write_file(folder / "video_preprocessor_config.json", json_bytes(video, indent=2))

@@ -84,7 +84,7 @@ def test_objects_say_what_they_are(cache: Cache, policy: Policy) -> None:
     assert len(cache) == cache.frames == 169
     nbytes = cache.manifest["bytes"]
     assert repr(cache) == (
-        f"Cache('{cache.path}': 169 frames of 11 episodes in 2 datasets, 3 tokens × 8 per view, float16, "
+        f"Cache('{cache.path}': datasets 2, episodes 11, frames 169, tokens 3 × 8 per view, float16, "
         f"{nbytes / 1024:.1f} KiB)"
     )
     with dvla.Loader(cache, batch_size=4, horizon=5) as loader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from support.repository import ROOT
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
 GENERATED = "docs/cli.md"
 RUN = ("docs/quickstart.md",)  # by `test_the_quick_start` below
+LANDING = ROOT / "tests" / "fixtures" / "landing_16"  # has what the quick start leaves behind, and smaller
 
 
 class Block(NamedTuple):
@@ -196,6 +198,19 @@ def test_the_reference_has_every_command_and_option() -> None:
     assert {name for name in sections if not any(name == " ".join(path[:1]) for path, _ in found)} <= {
         " ".join(path) for path, _ in found
     }
+
+
+def test_the_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python blocks one after another, in a folder like that of the quick start."""
+    for name, here in (("cache_fp16", "cache"), ("vlm", "vlm"), ("policy", "policy")):
+        shutil.copytree(LANDING / name, tmp_path / here)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    found = [b for b in blocks("docs/python-api.md") if b.language == "python"]
+    for block in found:
+        if not block.before.startswith("<!-- not run: "):
+            exec(compile("\n" * block.line + block.text, block.page, "exec"), names)
+    assert len(found) > 6 and names["native"].shape[1:] == (8, 4)
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from dvla.cache.vlm import blocks as attention_module
 from dvla.cache.vlm import encoder as encoder_module
+from dvla.cache.vlm.adapter import save_adapter
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import add_lora, load_lora, lora_dropout, lora_parameters, merge_lora, save_lora
+from dvla.cache.vlm.lora import add_lora, load_lora, lora_dropout, lora_parameters, merge_lora
 from dvla.cache.vlm.preprocess import ImageSpec, pad_to_square, preprocess
 from dvla.cache.vlm.qwen3vl import EMBEDDING_NAME
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec, encoder_spec
@@ -500,10 +501,15 @@ def test_adapter_round_trip_and_merge(encoder, tmp_path):
     base = encoder.encode_images(pictures(3))
     adapted = trained_adapter(encoder, LoraSpec(r=4, alpha=8, targets="all-linear"))
     assert not torch.allclose(adapted, base, atol=1e-2)
-    save_lora(encoder, tmp_path / "lora")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["adapter_config.json", "adapter_model.safetensors", "lora"]
+    save_adapter(encoder, tmp_path / "lora")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "identity.json",
+        "lora",
+    ]
     with pytest.raises(UserError, match="exists"):
-        save_lora(encoder, tmp_path / "lora")
+        save_adapter(encoder, tmp_path / "lora")
 
     fresh = load_encoder(encoder.spec)
     load_lora(fresh, tmp_path / "lora")
@@ -524,7 +530,7 @@ def test_adapter_round_trip_and_merge(encoder, tmp_path):
 
 def test_adapters_that_do_not_fit_are_refused(encoder, checkpoint, tmp_path):
     add_lora(encoder, LoraSpec(r=2))
-    save_lora(encoder, tmp_path / "lora")
+    save_adapter(encoder, tmp_path / "lora")
     wide = make_tiny_qwen3vl(tmp_path / "wide", TinySpec(**{**SMALL.__dict__, "vision_width": 64}))
     with pytest.raises(UserError, match="does not fit this model"):
         load_lora(load_encoder(EncoderSpec(path=str(wide), resolution=R)), tmp_path / "lora")

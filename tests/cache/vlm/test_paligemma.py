@@ -15,8 +15,9 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
+from dvla.cache.vlm.adapter import save_adapter
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import add_lora, load_lora, lora_parameters, merge_lora, save_lora
+from dvla.cache.vlm.lora import add_lora, load_lora, lora_parameters, merge_lora
 from dvla.cache.vlm.paligemma2 import EMBEDDING_NAME, canonical
 from dvla.cache.vlm.preprocess import ImageSpec, preprocess
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec, encoder_spec
@@ -223,7 +224,7 @@ def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_pictu
     whole.require_fits(500, ["push", "push " * 20])
     plain.require_fits(5000, ["push"])
     for bad in ({"vlm": "qwen3vl"}, {"features": "patch"}):
-        with pytest.raises(UserError, match="depth language is of paligemma2"):
+        with pytest.raises(UserError, match="depth language needs paligemma2"):
             spec_of(checkpoint, depth="language", **bad)
 
 
@@ -426,7 +427,7 @@ def test_adapter_round_trip_merge_and_learning(checkpoint, encoder, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
     with torch.no_grad():
         adapted = encoder.encode_images(pictures(3))
-    save_lora(encoder, tmp_path / "lora")
+    save_adapter(encoder, tmp_path / "lora")
     fresh = load_encoder(encoder.spec)
     load_lora(fresh, tmp_path / "lora", trainable=False)
     assert torch.equal(fresh.encode_images(pictures(3)), adapted) and fresh.fingerprint() == encoder.fingerprint()

@@ -207,7 +207,7 @@ def test_too_many_tokens_are_refused_before_anything_is_written(
     for call in (build, functools.partial(plan_build, pilot=PilotConfig(images=4))):
         with pytest.raises(
             UserError,
-            match="32 image tokens and a prompt of .* are more than the 34 that this language model reads; use fewer views",
+            match="32 image tokens and a prompt of .* are more than the 34 tokens of this language model's context; use fewer views",
         ):
             call(configure(recorded["image"], small, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -381,11 +381,11 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
     )
     refused(
         dvla("cache", "build", *options, "--features", "patch", "--out", out),
-        "depth language is of paligemma2 with features merged",
+        "depth language needs paligemma2 with features merged",
     )
     refused(
         dvla("cache", "build", source, "--vlm", "qwen3vl", "--depth", "language", "--out", out),
-        "depth language is of paligemma2",
+        "depth language needs paligemma2",
     )
     refused(dvla("cache", "build", *options, "--depth", "deep", "--out", out), "unknown value 'deep'")
     assert not out.exists()

@@ -105,7 +105,7 @@ def test_lower_then_upper_is_the_encoder(checkpoints: dict[str, Path], vlm: str,
     wanted = encoder.encode_images(pictures)
     lower = []
     for n in range(1, BLOCKS + 1):
-        hidden = encoder.encode_lower(pictures, n)
+        hidden = encoder.at_boundary(n).encode_images(pictures)
         assert hidden.shape == (3, 16, 32)
         assert torch.equal(encoder.encode_upper(hidden, n), wanted)
         at = load_encoder(spec_of(checkpoints, vlm, boundary=n))
@@ -118,7 +118,7 @@ def test_lower_then_upper_is_the_encoder(checkpoints: dict[str, Path], vlm: str,
     left = torch.full_like(pictures, 128)
     left[:, :, 20:] = 0
     parts = [
-        encoder.encode_lower(p, BLOCKS).unflatten(1, (4, 4)) for p in (left, torch.zeros_like(left))
+        encoder.at_boundary(BLOCKS).encode_images(p).unflatten(1, (4, 4)) for p in (left, torch.zeros_like(left))
     ]  # no block has mixed the patches
     changed = (parts[0] - parts[1]).abs().amax((0, 3)) > 1e-6  # [4,4]
     assert changed[1:3, 0].all() and not changed[:, 3].any()  # hidden states lie row by row
@@ -137,7 +137,7 @@ def test_the_fingerprint_carries_the_boundary(checkpoints: dict[str, Path]) -> N
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"boundary": 0}, "--boundary 0: the vision tower has 3 blocks"),
+        ({"boundary": 0}, "--boundary 0: give the number of last blocks to leave out, 1 to 3"),
         ({"boundary": 4}, "give the number of last ones to leave out, 1 to 3"),
         ({"boundary": 1, "tokens": 4}, "leave out tokens"),
         ({"boundary": 1, "features": "patch"}, "leave out tokens, features patch"),
