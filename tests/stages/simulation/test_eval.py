@@ -125,7 +125,7 @@ def test_one_policy_keeps_its_files_together(world: list[dict[str, Any]], tmp_pa
     )
     found = evaluate_policies(config)
     assert {p.name for p in (tmp_path / "one").iterdir()} == {"summary.json", "table.md", "videos"} and len(found) == 1
-    with pytest.raises(UserError, match="exists; choose another --out"):
+    with pytest.raises(UserError, match="exists already; choose another --out"):
         EvalConfig(("runs/fast",), ("toy/near",), 3, tmp_path / "one")
 
 
