@@ -10,67 +10,27 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from ...common.console import markdown_table
 from ...common.files import json_bytes, new_folder, write_file
-from ...errors import UserError, unknown
 from ..policy import checkpoint as ck
 from ..policy.load import read_document
 from ..policy.policy import Policy
 from ..policy.robot import RobotInterface, choose_dataset
-from .envs import check_environment, make_environment
+from .config import EvalConfig
+from .envs import make_environment
 from .film import write_grid, write_grid_image
 from .rollout import EpisodeResult, ExpertPolicy, RandomPolicy, RolloutConfig, assert_disjoint, rollout, wilson_interval
 from .tables import success_cells
 
-BASELINES = ("expert", "random", "blind")
 NAMED = ("expert", "random")  # policies without a folder
 TIMED_CALLS = 10  # whose median is `ms_per_chunk`
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What `dvla eval` needs."""
-
-    policies: tuple[str, ...]  # run, checkpoint or exported folders, or "expert" or "random"
-    environments: tuple[str, ...]  # e.g. ("metaworld/push-v3",)
-    episodes: int  # held-out initial states per task, 0 … episodes-1 of the eval split
-    out: Path | None = None  # folder to create; None = print only
-    baselines: tuple[str, ...] = BASELINES  # run beside the policies, on the same initial states
-    blind: str | None = None  # run of a blind policy; None = each policy with images blanked
-    seed: int = 0  # chooses the initial states and the policies' noise
-    replan: int = 4  # steps of each chunk to execute
-    max_steps: int | None = None  # None = the task's own
-    image_size: int = 128  # side of the images in pixels, as in the demonstrations
-    workers: int = 1  # processes
-    videos: int = 10  # episodes recorded per task
-    vlm_path: str | None = None  # the VLM, where it has moved since training
-    sample_steps: int | None = None  # forward passes per action of denoising heads; None = as trained
-
-    def __post_init__(self) -> None:
-        if not self.policies or not self.environments or self.episodes < 1:
-            raise UserError(
-                f"{self.episodes} episodes of {len(self.policies)} policies in {len(self.environments)} environments; "
-                "at least 1 of each is needed"
-            )
-        for kind, given in (("environment", self.environments), ("policy", self.policies)):
-            if again := [one for one in given if given.count(one) > 1]:
-                raise UserError(f"{kind} {again[0]} is given twice; give it once")
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise unknown("baseline", name, (*BASELINES, "none"))
-        for name in self.environments:
-            check_environment(name, seed=self.seed, image_size=self.image_size, max_steps=self.max_steps)
-        if self.sample_steps is not None and self.sample_steps < 1:
-            raise UserError(f"--sample-steps {self.sample_steps}: give at least 1")
-        if self.out is not None and self.out.exists():
-            raise UserError(f"{self.out} exists already; choose another --out")
 
 
 def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) -> dict[str, dict[str, Any]]:

@@ -26,31 +26,11 @@ import numpy as np
 from ...common.files import hold
 from ...common.mp4 import quiet_libav
 from ...errors import UserError
-from .envs import Environment, Split, check_environment, make_environment
+from .config import RecordConfig
+from .envs import Environment, check_environment, make_environment
 
 MARKER = "dvla-recording.lock"  # a partial folder with this file was made by a recording and may be removed
 VIDEO_CRF = 14  # h264 constant quality: about 2 kB per 128 px frame, mean error 3 of 255
-
-
-@dataclass(frozen=True)
-class RecordConfig:
-    """What to record."""
-
-    env: str  # environment name, e.g. "metaworld/push-v3"
-    episodes: int  # episodes to keep
-    out: Path  # dataset folder to create; must not exist
-    image_size: int = 128  # side of the images in pixels (even: the video format halves its color planes)
-    seed: int = 0  # chooses the initial states and the action noise
-    split: Split = "train"  # initial states of "eval" are held out for evaluation
-    # Standard deviations of noise: on executed actions, × the environment's `noise_scale`; on recorded states, × the
-    # spread of each number over its episode; on recorded images, in gray levels of 255. Recorded actions stay clean.
-    noise: float = 0.1
-    observation_noise: float = 0.0
-    pixel_noise: float = 0.0
-    max_steps: int | None = None  # step limit of an attempt; None = the task's own
-    extra_steps: int = 10  # steps recorded after success, so that staying at the goal is demonstrated too
-    keep_failures: bool = False  # keep failed attempts
-    workers: int = 1  # processes that simulate and render; the dataset does not depend on it
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.policy.policy import Policy
-from dvla.stages.serving.server import PolicyServer, ServeConfig, in_background
+from dvla.stages.serving.config import ServeConfig
+from dvla.stages.serving.server import PolicyServer, in_background
 from support import synthetic_cache as synthetic
 from support.repository import ROOT
 from support.run_samples import TINY, VIEWS, make_run, observations

@@ -1,4 +1,4 @@
-"""The documentation: its commands exist, its links lead somewhere, the quick start runs as it stands, and the site builds without a warning."""
+"""The documentation: its commands exist, its links lead somewhere, the quick start runs, the site builds."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class DexGraspEnvironment(Environment):
             "hand": str(self._root / HAND),
             "joints": JOINTS,
             "steps": STEPS,
-            "waypoints": waypoints(action, self._source.centre_of(self._id)).tolist(),
+            "waypoints": waypoints(action, self._source.center_of(self._id)).tolist(),
             "objects": [
                 {"urdf": str(self._root / OBJECT.format(n)), "pose": pose.tolist()} for n, pose in objects.items()
             ],

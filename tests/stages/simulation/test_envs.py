@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from dvla.errors import UserError
+from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import Observation, environment_names, make_environment, mujoco_render
 from dvla.stages.simulation.envs import metaworld as adapter
 from dvla.stages.simulation.film import write_grid, write_grid_image
-from dvla.stages.simulation.record import MARKER, RecordConfig, record
+from dvla.stages.simulation.record import MARKER, record
 from dvla.stages.simulation.rollout import (
     ExpertPolicy,
     RandomPolicy,

@@ -11,10 +11,11 @@ import pytest
 from dvla.cache.actions.rotations import from_quaternion, to_quaternion
 from dvla.cache.readers.config import load_config
 from dvla.errors import UserError
+from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment
 from dvla.stages.simulation.envs import isaac as adapter
 from dvla.stages.simulation.envs import isaac_worker as worker
-from dvla.stages.simulation.record import RecordConfig, record
+from dvla.stages.simulation.record import record
 from dvla.stages.simulation.rollout import assert_disjoint
 from support.dex_samples import NAMES, OBJECTS, balls, write_dexgraspnet
 from support.fake_isaacgym import write_isaacgym

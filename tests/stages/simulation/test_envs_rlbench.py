@@ -14,9 +14,10 @@ from dvla.cache.actions.action_map import ActionMap
 from dvla.cache.readers import open_source
 from dvla.cache.readers.config import find_config, load_config
 from dvla.errors import UserError
+from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment
 from dvla.stages.simulation.envs import rlbench as adapter
-from dvla.stages.simulation.record import RecordConfig, demonstrate
+from dvla.stages.simulation.record import demonstrate
 from dvla.stages.simulation.rollout import ExpertPolicy, RandomPolicy, RolloutConfig, rollout
 from support.rlbench_samples import CAMERAS, LENGTH, observations, picture, write_tree
 
