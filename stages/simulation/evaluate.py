@@ -1,5 +1,4 @@
-"""`dvla eval`: closed-loop success of policies on held-out initial states, beside the expert, a random and a blind
-policy.
+"""`dvla eval`: closed-loop success on held-out initial states, beside the expert, a random and a blind policy.
 
 One policy: OUT holds `summary.json`, `table.md` and `videos/<task>.mp4` and `.png` (green border: success, red:
 failure). Several: OUT holds `table.md`, and such a folder for each.
