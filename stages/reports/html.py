@@ -1,6 +1,7 @@
 """Pages of one file: everything a browser needs is in them, so they open from a disk, without a network, light or dark.
 
-Templates lie in `templates/` and share `page.html`. What comes from a user (names, settings, instructions) is escaped by the templates.
+Templates lie in `templates/` and share `page.html`. What comes from a user (names, settings, instructions) is escaped
+by the templates.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".mp4
 
 
 def require_page(path: Path) -> None:
-    """`UserError` where no page can go: asked before the work. A page made by this package is replaced, nothing else is."""
+    """`UserError` where no page can go: asked before the work. A page made by this package is replaced, nothing else
+    is."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{path}: a page is written; give a name that ends in .html")
     if not path.exists():
@@ -41,7 +43,8 @@ def require_page(path: Path) -> None:
 
 
 def write_page(path: Path, template: str, **values: Any) -> int:
-    """Fill `templates/<template>` and write it; returns its bytes. `UserError` as `require_page`, or where it cannot be written."""
+    """Fill `templates/<template>` and write it; returns its bytes. `UserError` as `require_page`, or where it cannot be
+    written."""
     require_page(path)
     page = _environment().get_template(template).render(mark=MARK, **values).encode()
     try:
@@ -96,7 +99,8 @@ def file_uri(path: Path) -> str:
 
 
 def picture(draw: Callable[[Style], Figure]) -> dict[str, Any]:
-    """A figure in both styles, for `page.html`'s macro of that name: addresses "light" and "dark", "finding" (its title), width and height."""
+    """A figure in both styles, for `page.html`'s macro of that name: addresses "light" and "dark", "finding" (its
+    title), width and height."""
     figures = [draw(style) for style in (LIGHT, DARK)]
     light, dark = (data_uri(png(figure), "image/png") for figure in figures)
     width, height = (round(inches * figures[0].dpi) for inches in figures[0].get_size_inches())

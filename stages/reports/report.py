@@ -1,4 +1,5 @@
-"""`dvla report`: a run as one page. Reads the run's folder alone: neither cache nor VLM is needed, and a run may still be training."""
+"""`dvla report`: a run as one page. Reads the run's folder alone: neither cache nor VLM is needed, and a run may still
+be training."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def log_data(run: RunFacts) -> PanelData:
 
 
 def report(config: ReportConfig) -> int:
-    """Write the page; returns its bytes. `UserError` for a folder that is no run, an evaluation that is none, or a page that cannot be written."""
+    """Write the page; returns its bytes. `UserError` for a folder that is no run, an evaluation that is none, or a page
+    that cannot be written."""
     require_page(config.out)
     if config.steps < 1:
         raise UserError(f"--steps {config.steps}: give at least 1")
@@ -224,7 +226,8 @@ def dataset_rows(run: RunFacts) -> list[dict[str, Any]]:
 
 
 def panels(run: RunFacts, most: int) -> dict[str, Any]:
-    """The panels for `report.html`: "positions" of the slider, every picture once, and for each panel which of them is shown at each position."""
+    """The panels for `report.html`: "positions" of the slider, every picture once, and for each panel which of them is
+    shown at each position."""
     found = [
         (step, folder, read_json(folder / "findings.json"))
         for step, folder in panel_steps(run.path)
@@ -276,7 +279,8 @@ def panels(run: RunFacts, most: int) -> dict[str, Any]:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What `dvla eval --out` wrote, for `page.html`'s macro `evaluation`. `UserError` for a folder that holds no evaluation."""
+    """What `dvla eval --out` wrote, for `page.html`'s macro `evaluation`. `UserError` for a folder that holds no
+    evaluation."""
     if not (folder / "summary.json").is_file():
         raise UserError(f"{folder} holds no evaluation (no summary.json); give the folder of `dvla eval --out`")
     summary = read_json(folder / "summary.json")
