@@ -132,7 +132,7 @@ class Zygote:
         return pid
 
     def wait(self, pid: int) -> int:
-        """Exit code, negative for a signal; what it said is in `said`, without the line that tells what it loads."""
+        """Exit code, negative for a signal; what it said, but for what it loads, is in `said`."""
         code = self._ask(wait=pid)
         self._builds.remove(pid)
         self.said = re.sub(r"(?m)^loading .*\n", "", (self._folder / "log").read_text())

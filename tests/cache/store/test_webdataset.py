@@ -161,7 +161,7 @@ def test_long_and_awkward_names_survive(tmp_path: Path) -> None:
     plan = BuildPlan((DatasetPlan(name, ("Front.RGB", "front.rgb"), episodes),), plan.tokens, plan.width, 16)
     with CacheWriter.create_or_resume(tmp_path / "cache", synthetic.FINGERPRINT, plan) as writer:
         for task in writer.missing():
-            writer.write_shard(task, synthetic.produce(plan, task, []))
+            writer.write_shard(task, synthetic.produce(plan, task))
         writer.write_tables(name, synthetic.make_tables(plan, name))
         writer.finish()
     export(tmp_path / "cache", str(tmp_path / "tars"))
