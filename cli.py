@@ -118,7 +118,7 @@ def main() -> None:
         errors.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to go on", style="yellow")
+        errors.print("interrupted; rerun the same command to resume", style="yellow")
         sys.exit(130)
 
 

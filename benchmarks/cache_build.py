@@ -1,11 +1,12 @@
-"""The whole build against the encoder alone on the same pictures, and its memory as the corpus grows.
+"""The whole build against the encoder alone on the same images, and its memory as the corpus grows.
 
-    python benchmarks/cache_build.py                        # one thread encodes: as with a GPU, another core is free to decode
+    python benchmarks/cache_build.py                 # one thread encodes: as with a GPU, another core is free to decode
     python benchmarks/cache_build.py --threads 2
 
-"Encoder alone" is given decoded pictures in the very batches of the build and rounds to float16. The build decodes h264, encodes, writes
-and syncs. Its start (libraries, checkpoint, tables, hashes of the source) and its shards are told apart. Memory: each size in a process of
-its own. The tower is a small one with random weights at the real picture size, slow enough on a CPU that encoding binds.
+"Encoder alone" receives decoded images in the same batches as the build and rounds to float16. The build decodes
+h264, encodes, writes and syncs; the time of its shards is also listed without its start (libraries, checkpoint,
+tables, source hashes). Memory is measured for each size in a process of its own. The tower is small with random
+weights at the real image size, slow enough on a CPU that encoding is the bottleneck.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import machine, ratios, spread, tower, turns
 from read_episodes import record
 
 from dvla.cache.readers import open_source
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.observations import to_float16
 from dvla.cache.vlm.spec import EncoderSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
 
 BATCH = 32
-TOWER = TinySpec(vision_depth=6, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512)
+TOWER = tower()
 
 
 def recording(root: Path, size: int, episodes: int, frames: int) -> Path:
@@ -62,8 +64,8 @@ def decoded(source: Path, batch_size: int = BATCH) -> list[np.ndarray]:
     opened, batches = open_source(str(source), str(FIELDS)), []
     for number in opened.episode_ids:
         for view in opened.load(number).views:
-            pictures = np.stack(list(view.frames()))
-            batches += [pictures[at : at + batch_size] for at in range(0, len(pictures), batch_size)]
+            images = np.stack(list(view.frames()))
+            batches += [images[at : at + batch_size] for at in range(0, len(images), batch_size)]
     return batches
 
 
@@ -79,44 +81,38 @@ def encoder_alone(vlm: Path, batches: list[np.ndarray]) -> float:
 
 def overhead(source: Path, vlm: Path, work: Path, repeats: int) -> None:
     batches = decoded(source)
-    pictures, rows = (
-        sum(map(len, batches)),
-        {"encoder alone": [], "build": [], "of it shards": [], "encoding in the build": []},
-    )
-    for repeat in range(repeats):
-        for name in ("build", "encoder alone")[:: 1 if repeat % 2 else -1]:
-            if name == "encoder alone":
-                rows[name].append(encoder_alone(vlm, batches))
-                continue
-            shutil.rmtree(work / "cache", ignore_errors=True)
-            report = build(config(source, vlm, work / "cache"))
-            timing = report.timing
-            rows[name].append(report.seconds)
-            rows["encoding in the build"].append(timing.encode)
-            rows["of it shards"].append(timing.encode + timing.decode_wait + timing.write_wait)
-            print(
-                f"  repeat {repeat + 1}: build {report.seconds:.2f} s: encode {timing.encode:.2f}, waiting for pictures {timing.decode_wait:.2f}, for the "
-                f"disk {timing.write_wait:.2f}",
-                flush=True,
-            )
-    print(
-        f"\n{pictures} pictures of {batches[0].shape[1]} px\n\n| | seconds | pictures/s | × encoder alone (median, min – max) |\n|---|---|---|---|"
-    )
-    for name, taken in rows.items():
-        ratios = [t / alone for t, alone in zip(taken, rows["encoder alone"])]
-        median = statistics.median(taken)
+    images = sum(map(len, batches))
+    rows: dict[str, list[float]] = {"encoder alone": [], "build": [], "its shards": [], "encoding in the build": []}
+    for repeat, name in turns(("build", "encoder alone"), repeats):
+        if name == "encoder alone":
+            rows[name].append(encoder_alone(vlm, batches))
+            continue
+        shutil.rmtree(work / "cache", ignore_errors=True)
+        report = build(config(source, vlm, work / "cache"))
+        timing = report.timing
+        rows[name].append(report.seconds)
+        rows["encoding in the build"].append(timing.encode)
+        rows["its shards"].append(timing.encode + timing.decode_wait + timing.write_wait)
         print(
-            f"| {name} | {median:.2f} | {pictures / median:.1f} | {statistics.median(ratios):.3f} ({min(ratios):.3f} – {max(ratios):.3f}) |"
+            f"  repeat {repeat + 1}: build {report.seconds:.2f} s: encoding {timing.encode:.2f} s, waiting for images "
+            f"{timing.decode_wait:.2f} s, for the disk {timing.write_wait:.2f} s",
+            flush=True,
         )
+    print(f"\n{images} images of {batches[0].shape[1]} px\n")
+    print("| | seconds | images/s | × encoder alone (median, min – max) |\n|---|---|---|---|")
+    for name, taken in rows.items():
+        median, times = statistics.median(taken), spread(ratios(taken, rows["encoder alone"]), ".3f")
+        print(f"| {name} | {median:.2f} | {images / median:.1f} | {times} |")
 
 
 def memory(sources: list[Path], vlm: Path, work: Path) -> None:
-    """Peak resident memory of a whole build, by a process that does nothing else."""
+    """Peak resident memory of a whole build, in a process that does nothing else."""
     print("\n| frames | cache | peak memory | seconds |\n|---|---|---|---|")
     for source in sources:
         out = work / f"memory-{source.name}"
         code = (
-            "import resource, sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]); import cache_build as b; from pathlib import Path\n"
+            "import resource, sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
+            "import cache_build as b; from pathlib import Path\n"
             "b.FIELDS = Path(sys.argv[5])\n"
             "r = b.build(b.config(*map(Path, sys.argv[2:5])))\n"
             "print(r.frames, r.bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, r.seconds)"
@@ -135,14 +131,14 @@ def memory(sources: list[Path], vlm: Path, work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="folder for recordings and model; default: a temporary one")
-    parser.add_argument("--size", type=int, default=224, help="side of the recorded pictures, pixels")
-    parser.add_argument("--episodes", type=int, default=2, help="of the corpus; four times as many for the memory")
-    parser.add_argument("--frames", type=int, default=60, help="of an episode")
-    parser.add_argument("--threads", type=int, default=1, help="of the encoder")
+    parser.add_argument("--size", type=int, default=224, help="side of the recorded images in pixels")
+    parser.add_argument("--episodes", type=int, default=2, help="episodes; four times as many for the memory")
+    parser.add_argument("--frames", type=int, default=60, help="frames per episode")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the encoder")
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{os.cpu_count()} cores, {args.threads} threads encode, load {os.getloadavg()[0]:.2f}")
+    print(machine())
     with tempfile.TemporaryDirectory() as temporary:
         work = args.keep or Path(temporary)
         vlm = work / "vlm"

@@ -1,10 +1,10 @@
-"""Writing features: the cache's shard writer against a plain file write of the same bytes with fsync, and against zarr-python.
+"""Writing features: the cache's shard writer against a plain synced write of the same bytes, and against zarr-python.
 
     python benchmarks/cache_write.py                          # 2 GiB of 784 KiB records into a temporary folder
     python benchmarks/cache_write.py --folder /dev/shm        # no disk: what checksums and checks alone cost
 
-All write the same blocks, 64 records each, in turn: one file per shard, synced. "Plain" knows no checksum, index, commit record or rename.
-"Verified" also reads every byte of the finished cache back against its checksum. Letters: K tokens, D width.
+All write the same blocks, 64 records each, in turn: one file per shard, synced. "Plain" has no checksum, index, commit
+record or rename. "Verified" also reads every byte of the finished cache back against its checksum. K tokens, D width.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from measuring import machine, ratios, spread, turns
 
-from dvla.cache.store.plan import BuildPlan, ShardTask
+from dvla.cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask
 from dvla.cache.store.writer import CacheWriter
 from dvla.common.files import file_crc32c
 
@@ -32,8 +33,6 @@ K, D, BLOCK = 196, 2048, 64  # Qwen3-VL-2B at 448 px; records handed over at a t
 
 
 def make_plan(shards: int, frames: int) -> BuildPlan:
-    from dvla.cache.store.plan import DatasetPlan, EpisodePlan
-
     episodes = (EpisodePlan(0, shards * frames, "move", "hash"),)
     return BuildPlan((DatasetPlan("bench", ("front",), episodes),), K, D, frames)
 
@@ -87,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=334, help="records of a shard (334: 256 MiB)")
+    parser.add_argument("--frames", type=int, default=334, help="records per shard (334: 256 MiB)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     plan = make_plan(args.shards, args.frames)
@@ -101,24 +100,21 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     where = args.folder or Path(tempfile.gettempdir())
-    print(f"{nbytes / 2**30:.2f} GiB in {args.shards} shards, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
-    for repeat in range(args.repeats):
-        for name in list(ways)[:: 1 if repeat % 2 else -1]:
-            root = Path(tempfile.mkdtemp(dir=where))
-            os.sync()
-            try:
-                began = time.perf_counter()
-                ways[name](root, plan, source)
-                seconds[name].append(time.perf_counter() - began)
-            finally:
-                shutil.rmtree(root)
-            print(f"  repeat {repeat + 1}: {name} {seconds[name][-1]:.2f} s", flush=True)
+    print(f"{nbytes / 2**30:.2f} GiB in {args.shards} shards; {machine()}")
+    for repeat, name in turns(ways, args.repeats):
+        root = Path(tempfile.mkdtemp(dir=where))
+        os.sync()
+        try:
+            began = time.perf_counter()
+            ways[name](root, plan, source)
+            seconds[name].append(time.perf_counter() - began)
+        finally:
+            shutil.rmtree(root)
+        print(f"  repeat {repeat + 1}: {name} {seconds[name][-1]:.2f} s", flush=True)
     print("\n| writer | GB/s | × plain file write (median, min – max of the repeats) |\n|---|---|---|")
     for name, taken in seconds.items():
-        ratios = [b / t for b, t in zip(seconds["plain file write + fsync"], taken)]
-        print(
-            f"| {name} | {nbytes / statistics.median(taken) / 1e9:.2f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f}) |"
-        )
+        times = spread(ratios(seconds["plain file write + fsync"], taken), ".2f")
+        print(f"| {name} | {nbytes / statistics.median(taken) / 1e9:.2f} | {times} |")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""What drifting costs: the field and the loss beside a training step, shared keys and values, cross-attention variants, passes per action.
+"""The cost of drifting: field and loss in a training step, shared keys and values, cross-attention, passes per action.
 
-    python benchmarks/drift.py                                                    # base size, 2 observations × 4 draws, CPU
+    python benchmarks/drift.py                                  # base size, 2 observations × 4 noise samples, CPU
     python benchmarks/drift.py --device cuda --batch 64 --precision bf16 --compile --repeats 20
 
-Random weights and random observations of two 196-token cameras and 16 words; every line's sides run in turn in this process, after
-one unmeasured run each. A ratio is the median over the repeats (min – max).
+Random weights and random observations of two 196-token cameras and 16 words. The sides of every table run in turn in
+this process, after one unmeasured run each. A ratio is the median over the repeats (min – max).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from measuring import machine, ratios, spread, wait_for
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,8 +116,7 @@ def in_turn(sides: dict[str, Callable[[], object]], repeats: int, device: torch.
     def timed(run: Callable[[], object]) -> float:
         begin = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         return time.perf_counter() - begin
 
     for run in sides.values():
@@ -130,10 +128,6 @@ def in_turn(sides: dict[str, Callable[[], object]], repeats: int, device: torch.
     return seconds
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g} – {max(values):.3g})"
-
-
 def report(
     title: str,
     seconds: dict[str, list[float]],
@@ -141,24 +135,12 @@ def report(
     notes: dict[str, str] | None = None,
     columns: tuple[str, ...] = (),
 ) -> None:
-    """A table of every side's milliseconds, its ratio to the side `base`, and what `notes` say of it in further columns."""
-    print(
-        "\n".join(
-            [
-                "",
-                title,
-                "",
-                "| " + " | ".join(["", "ms", f"× {base}", *columns]) + " |",
-                "|---" * (3 + len(columns)) + "|",
-            ]
-        )
-    )
+    """Print milliseconds and ratio to the side `base` of every side, with its `notes` in further columns."""
+    header = " | ".join(["", "ms", f"× {base}", *columns])
+    print(f"\n{title}\n\n| {header} |\n{'|---' * (3 + len(columns))}|")
     for name, values in seconds.items():
-        ratio = [a / b for a, b in zip(values, seconds[base])]
-        print(
-            f"| {name} | {spread([1e3 * v for v in values])} | {spread(ratio)} |{f' {notes[name]} |' if notes else ''}",
-            flush=True,
-        )
+        cells = [name, spread([1e3 * v for v in values]), spread(ratios(values, seconds[base]))]
+        print(f"| {' | '.join([*cells, notes[name]] if notes else cells)} |", flush=True)
 
 
 def print_parameters(size: str) -> None:
@@ -171,7 +153,7 @@ def print_parameters(size: str) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Entries of the largest tensor that is made."""
+    """Entries of the largest tensor created."""
 
     entries = 0
 
@@ -183,8 +165,10 @@ class Largest(TorchDispatchMode):
 
 
 def naive_field(gen: Tensor, pos: Tensor, differences: bool) -> Tensor:
-    """The released field [B,G,D] as one writes it down first: every temperature computes its distances anew, from all differences
-    [B,G,N,D] or with torch.cdist, and weighs them. Agrees with `drifting_field` to rounding."""
+    """The released field [B,G,D] in its direct form; agrees with `drifting_field` to rounding.
+
+    Every temperature computes its own distances, from all differences [B,G,N,D] or with torch.cdist, and weights them.
+    """
     y, g, d = torch.cat([gen, pos], dim=1), gen.shape[1], gen.shape[2]
     force = torch.zeros_like(gen)
     for tau in TEMPERATURES:
@@ -257,17 +241,17 @@ def measure_step(args: argparse.Namespace) -> None:
     }
     seconds = in_turn(sides, args.repeats, full.device)
     report(
-        f"Training step of {args.size}: {args.batch} observations × {args.draws} draws, {args.precision}"
+        f"Training step of {args.size}: {args.batch} observations × {args.draws} noise samples, {args.precision}"
         f"{', compiled' if args.compile else ''}, attention {args.attention}",
         seconds,
         "step",
     )
-    share = [100 * a / b for a, b in zip(seconds["field and loss of it"], seconds["step"])]
-    print(f"\nField and loss are {spread(share)} % of the step.")
+    share = [100 * ratio for ratio in ratios(seconds["field and loss of it"], seconds["step"])]
+    print(f"\nField and loss take {spread(share)} % of the step.")
 
 
 def measure_sharing(args: argparse.Namespace) -> None:
-    """Forward and backward with the context of an observation shared by its draws, and with a copy for every draw."""
+    """Forward and backward with the context of an observation shared by its noise samples, or copied for each."""
     setup = Setup(args)
     copies = FeatureBatch(
         **{
@@ -286,12 +270,13 @@ def measure_sharing(args: argparse.Namespace) -> None:
 
     sides = {
         "shared": lambda: run(setup.batch, setup.noise, setup.alpha),
-        "a copy per draw": lambda: run(copies, noise, alpha),
+        "a copy per noise sample": lambda: run(copies, noise, alpha),
     }
     a, b = (side() for side in sides.values())
     apart = (a - b.reshape(a.shape)).abs().max() / a.abs().max()
     report(
-        f"Keys and values of an observation for its {args.draws} draws, forward and backward (outputs differ by {apart:.0e} of their size)",
+        f"Keys and values of an observation for its {args.draws} noise samples, forward and backward (outputs differ "
+        f"by {apart:.0e} of their size)",
         in_turn(sides, args.repeats, setup.device),
         "shared",
     )
@@ -326,11 +311,11 @@ def main() -> None:
         nargs="+",
         choices=PARTS,
         default=list(PARTS),
-        help="what to measure; the parameters are always printed",
+        help="what to measure; parameters are always printed",
     )
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--batch", type=int, default=2, help="observations of a training step")
-    parser.add_argument("--draws", type=int, default=4, help="noise draws per observation")
+    parser.add_argument("--draws", type=int, default=4, help="noise samples per observation")
     parser.add_argument(
         "--sets", type=int, nargs=3, default=[8, 64, 128], help="observations, samples and entries of the field alone"
     )
@@ -341,17 +326,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("no CUDA device here")
+        parser.error("no CUDA device found; use --device cpu")
     try:
         kernel(args.attention, torch.device(args.device), 64)
     except UserError as error:
         parser.error(str(error))
-    name = (
-        torch.cuda.get_device_name()
-        if args.device.startswith("cuda")
-        else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
-    print(f"{name}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")
+    print(machine(args.device))
     print_parameters(args.size)
     for part in args.part:
         PARTS[part](args)

@@ -1,20 +1,20 @@
-"""Pictures/s of dvla's encoder against the plain transformers call, on the real vision configuration with random weights.
+"""Images/s of dvla's encoder against the plain transformers call, on the real vision tower with random weights.
 
-    python benchmarks/encoder.py                                    # CPU, float32: one picture and two, all 24 blocks
+    python benchmarks/encoder.py                                    # CPU, float32: one image and two, all 24 blocks
     python benchmarks/encoder.py --blocks 2 --batch 8               # a quick look
     python benchmarks/encoder.py --device cuda --dtype bfloat16 --batch 1 8 32 64 --repeats 10
     python benchmarks/encoder.py --vlm paligemma2                   # SigLIP so400m/14 and its projector
 
-Plain: transformers' image processor (its torch version, on the device; then its PIL version) and the vision tower of the model as
-`from_pretrained` gives it, with its `sdpa` attention unless told otherwise; for Qwen3-VL that includes DeepStack's mergers, which dvla
-leaves out. dvla: the two halves of `encode_images`. Both are given the same uint8 pictures in memory and leave features on the device;
-both run in one process, in turn. "whole" is the sum of a side's two parts. Features are compared, and must agree to rounding.
+Plain: transformers' image processor (its torch version, on the device; then its PIL version) and the vision tower as
+`from_pretrained` returns it, with `sdpa` attention by default; for Qwen3-VL that includes DeepStack's mergers, which
+dvla leaves out. dvla: the two halves of `encode_images`. Both receive the same uint8 images in memory and leave
+features on the device; both run in one process, in turn. "total" is the sum of both parts. Features must agree to
+rounding.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from measuring import QWEN3VL_2B, machine, ratios, spread, tower, turns, wait_for
 from torch import nn
 
 from dvla.cache.vlm.encoder import VisionLanguageEncoder
@@ -32,11 +33,11 @@ from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.preprocess import preprocess
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 
 RESOLUTION = 448
 SHORT = 5  # preprocessing takes milliseconds: the median of so many calls counts
-# Largest difference allowed, over the RMS of the features. bfloat16 keeps 8 bits, and both sides round after every layer.
+# Largest allowed difference over the RMS of the features. bfloat16 has 8 bits, and both sides round after every layer.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 PROCESSORS = {"qwen3vl": "Qwen2VLImageProcessor", "paligemma2": "SiglipImageProcessor"}
 TORCH, PIL, OWN = "transformers", "transformers, PIL processor", "dvla"
@@ -45,19 +46,7 @@ TORCH, PIL, OWN = "transformers", "transformers, PIL processor", "dvla"
 def checkpoint(folder: Path, vlm: str, blocks: int | None) -> Path:
     """The vision part of the real model, with few words and one language layer, which neither side runs."""
     if vlm == "qwen3vl":  # Qwen/Qwen3-VL-2B-Instruct; DeepStack from blocks 5, 11 and 17
-        return make_tiny_qwen3vl(
-            folder,
-            TinySpec(
-                vision_depth=blocks or 24,
-                vision_width=1024,
-                vision_heads=16,
-                vision_mlp=4,
-                position_grid=48,
-                out_width=2048,
-                text_layers=1,
-                vocabulary=512,
-            ),
-        )
+        return make_tiny_qwen3vl(folder, tower(**{**QWEN3VL_2B, "depth": blocks or 24}, vision_mlp=4))
     return make_tiny_paligemma2(
         folder,
         TinyPaliGemmaSpec(  # google/paligemma2-3b-mix-448
@@ -75,7 +64,7 @@ def checkpoint(folder: Path, vlm: str, blocks: int | None) -> Path:
 
 
 class Plain:
-    """What one writes with transformers alone."""
+    """The same with transformers alone."""
 
     def __init__(self, folder: Path, vlm: str, device: torch.device, dtype: torch.dtype, attention: str) -> None:
         model = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -107,7 +96,7 @@ class Plain:
         return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in batch.items()}
 
     def features(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[N,K,D] of what a processor gave."""
+        """[N,K,D] from a processor's output."""
         if self.vlm == "paligemma2":
             return self.projector(self.tower(inputs["pixel_values"]).last_hidden_state)
         grid = inputs["image_grid_thw"]
@@ -117,13 +106,12 @@ class Plain:
 
 
 def timed(device: torch.device, call: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
-    """(median seconds of `times` calls, what the last gave)."""
+    """(median seconds of `times` calls, the last result)."""
     taken = []
     for _ in range(times):
         began = time.perf_counter()
         result = call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         taken.append(time.perf_counter() - began)
     return statistics.median(taken), result
 
@@ -135,7 +123,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]
 
 
 def warm(plain: Plain, encoder: VisionLanguageEncoder, image: np.ndarray) -> None:
-    """Load libraries, and see that the two halves that are timed are `encode_images`; `image` uint8 [1,H,W,3]."""
+    """Load libraries, and check that the two timed halves are `encode_images`; `image` uint8 [1,H,W,3]."""
     with torch.inference_mode():
         plain.by_torch(image), plain.by_pil(image)
         halves = encoder(preprocess(image, encoder.image, encoder.device))
@@ -145,12 +133,12 @@ def warm(plain: Plain, encoder: VisionLanguageEncoder, image: np.ndarray) -> Non
 def measure(
     plain: Plain, encoder: VisionLanguageEncoder, images: np.ndarray, repeats: int
 ) -> dict[str, dict[str, list[float]]]:
-    """{part: {way: seconds of each repeat}}. `AssertionError` when features of the two differ by more than rounding."""
+    """{part: {way: seconds of each repeat}}. `AssertionError` if the features differ by more than rounding."""
     device, dtype = encoder.device, encoder.dtype
-    seconds: dict[str, dict[str, list[float]]] = {part: {} for part in ("whole", "preprocessing", "tower")}
+    seconds: dict[str, dict[str, list[float]]] = {part: {} for part in ("total", "preprocessing", "tower")}
 
     def note(way: str, prepare: float, tower: float) -> None:
-        for part, value in (("whole", prepare + tower), ("preprocessing", prepare), ("tower", tower)):
+        for part, value in (("total", prepare + tower), ("preprocessing", prepare), ("tower", tower)):
             seconds[part].setdefault(way, []).append(value)
 
     def by_transformers() -> torch.Tensor:
@@ -171,10 +159,10 @@ def measure(
         if device.type == "cuda":  # kernels are chosen and memory is reserved once per shape
             by_transformers(), by_dvla(), by_dvla(), by_transformers()
             seconds = {part: {} for part in seconds}
-        for repeat in range(repeats):
-            ways = (by_transformers, by_dvla)[:: 1 if repeat % 2 else -1]
-            found = {way: way() for way in ways}
-        wanted, features = found[by_transformers], found[by_dvla]
+        sides, found = {TORCH: by_transformers, OWN: by_dvla}, {}
+        for _, side in turns(sides, repeats):
+            found[side] = sides[side]()
+        wanted, features = found[TORCH], found[OWN]
         largest, rms = difference(features, wanted)
     assert features.shape == wanted.shape == (len(images), encoder.tokens, encoder.width)
     assert largest <= TOLERANCE[dtype], f"features differ by {largest:.2g} of their RMS"
@@ -185,9 +173,8 @@ def measure(
 def show(batch: int, seconds: dict[str, dict[str, list[float]]]) -> None:
     for part, ways in seconds.items():
         for way in (TORCH, PIL, OWN) if part != "tower" else (TORCH, OWN):
-            ratios = [b / t for b, t in zip(ways[TORCH], ways[way])]
-            spread = "1" if way == TORCH else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
-            print(f"| {batch} | {part} | {way} | {batch / statistics.median(ways[way]):.3g} | {spread} |")
+            times = "1" if way == TORCH else spread(ratios(ways[TORCH], ways[way]), ".2f")
+            print(f"| {batch} | {part} | {way} | {batch / statistics.median(ways[way]):.3g} | {times} |")
 
 
 def count(modules: Sequence[nn.Module | None]) -> float:
@@ -200,12 +187,12 @@ def main() -> None:
     parser.add_argument("--vlm", choices=list(PROCESSORS), default="qwen3vl")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 on CUDA")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2], help="pictures per call")
-    parser.add_argument("--blocks", type=int, help="transformer blocks of the tower; default: all")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2], help="images per call")
+    parser.add_argument("--blocks", type=int, help="blocks of the tower; default: all")
     parser.add_argument(
-        "--size", type=int, default=480, help=f"side of the square pictures, which are resized to {RESOLUTION}"
+        "--size", type=int, default=480, help=f"side of the square images, which are resized to {RESOLUTION}"
     )
-    parser.add_argument("--threads", type=int, help="default: torch's own")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     parser.add_argument("--attention", default="sdpa", help="of transformers: sdpa, flash_attention_2, eager")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -213,10 +200,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(
-        f"{where}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; torch {torch.__version__}, transformers {transformers.__version__}, {dtype}"
-    )
+    print(f"{machine(args.device)}, transformers {transformers.__version__}, {dtype}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
@@ -224,14 +208,14 @@ def main() -> None:
         plain = Plain(folder, args.vlm, device, dtype, args.attention)
         encoder = load_encoder(EncoderSpec(str(folder), args.vlm, resolution=RESOLUTION), device, dtype)
     print(
-        f"{encoder.blocks} blocks; {count([plain.tower, plain.projector]):.0f} M parameters in transformers' vision part, "
-        f"{count([encoder.vision]):.0f} M of them read by dvla; a picture is {encoder.tokens} × {encoder.width}"
+        f"{encoder.blocks} blocks; {count([plain.tower, plain.projector]):.0f} M parameters in transformers' vision "
+        f"part, {count([encoder.vision]):.0f} M of them read by dvla; an image is {encoder.tokens} × {encoder.width}"
     )
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (max(args.batch), args.size, args.size, 3), np.uint8)
-    warm(plain, encoder, pictures[:1])
-    results = {batch: measure(plain, encoder, pictures[:batch], args.repeats) for batch in args.batch}
-    print("\n| batch | part | way | pictures/s | × transformers (median, min – max) |\n|---|---|---|---|---|")
+    images = rng.integers(0, 256, (max(args.batch), args.size, args.size, 3), np.uint8)
+    warm(plain, encoder, images[:1])
+    results = {batch: measure(plain, encoder, images[:batch], args.repeats) for batch in args.batch}
+    print("\n| batch | part | way | images/s | × transformers (median, min – max) |\n|---|---|---|---|---|")
     for batch, seconds in results.items():
         show(batch, seconds)
 

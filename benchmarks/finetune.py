@@ -1,25 +1,25 @@
-"""Stage three's step: the VLM frozen but live, with LoRA, with LoRA on a split cache (`dvla cache build --boundary n`), and stage two's from its cache.
+"""Stage three's step: the live VLM frozen, with LoRA, with LoRA on a split cache (`--boundary n`); and stage two's.
 
-    python benchmarks/finetune.py                               # scaled down for two CPU cores: 24 blocks of width 256, 196 patches
-    python benchmarks/finetune.py --device cuda --vlm full --size base --precision bf16 --batch 32 --threads 8 --steps 50 --live-steps 20
+    python benchmarks/finetune.py                         # scaled down for two CPU cores: 24 blocks of width 256
+    python benchmarks/finetune.py --device cuda --vlm full --size base --precision bf16 --batch 32 --threads 8
 
 - cached: the features come from the cache; no VLM.
-- frozen-live: the whole tower encodes the pictures at every step, and nothing of it is trained.
+- frozen-live: the whole tower encodes the images at every step, and none of it is trained.
 - LoRA-live: with LoRA in all of its blocks.
 - LoRA-live, last n: with LoRA in the last n blocks only; all of them run.
-- LoRA-split: the same LoRA, on a cache of what enters these n blocks; only they run.
+- LoRA-split: the same LoRA, on a cache of the input of these n blocks; only they run.
 
-Every step is the training loop's own (features, forward, backward, clip, AdamW, EMA) on the same samples, in one process, in turn; pictures
-were decoded before and are in memory, which favours the live ways. Before the clock starts, features and gradients of LoRA-split are compared
-with those of LoRA-live, last n. The VLM has random weights; at the scaled size attention has about the share of a block's work that it has in
-Qwen3-VL-2B at 448 pixels (0.13 of the rest). FLOPs are 2·m·n·k for every product of matrices, counted by torch over a forward and backward pass.
+Every step is the training loop's own (features, forward, backward, clip, AdamW, EMA) on the same samples, in one
+process, in turn; images are decoded in advance and stay in memory, which favors the live ways. Before the clock
+starts, features and gradients of LoRA-split are compared with those of LoRA-live, last n. The VLM has random weights;
+at the scaled size, attention has about the share of a block's work that it has in Qwen3-VL-2B at 448 pixels (0.13 of
+the rest). FLOPs are 2·m·n·k for every matrix product, counted by torch over a forward and backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import statistics
 import tempfile
 import time
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import QWEN3VL_2B, machine, ratios, spread, tower, turns, wait_for
 from read_episodes import CAMERAS, record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,7 +44,7 @@ from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, lora_parameters
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.mp4 import quiet_libav
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
@@ -56,34 +57,15 @@ from dvla.stages.training.stage_three.split import SplitFeatures
 from dvla.stages.training.step import noise_generator, training_step
 from dvla.stages.training.train import policy_net
 
-TOWERS = {
-    "scaled": (
-        224,
-        TinySpec(vision_depth=24, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512),
-    ),
-    "full": (
-        448,
-        TinySpec(
-            vision_depth=24,
-            vision_width=1024,
-            vision_heads=16,
-            position_grid=48,
-            out_width=2048,
-            text_layers=1,
-            vocabulary=512,
-        ),
-    ),
-}
+TOWERS = {"scaled": (224, tower(24)), "full": (448, tower(**QWEN3VL_2B))}  # resolution and tower
 CACHED, FROZEN, LORA, LAST, SPLIT = WAYS = ("cached", "frozen-live", "LoRA-live", "LoRA-live, last n", "LoRA-split")
-TOLERANCE = {
-    torch.float32: 5e-3,
-    torch.bfloat16: 5e-2,
-}  # relative, of features and gradients: float16 between the halves; bfloat16 rounds by itself
+# Relative, of features and gradients: float16 lies between the halves; bfloat16 rounds by itself.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 
 
 @dataclass
 class Way:
-    """One way to train: its session, and what the training loop makes of it."""
+    """One way to train: its session and the state of its training loop."""
 
     session: Session
     trained: tuple[Any, list[torch.Tensor]]
@@ -95,19 +77,19 @@ class Bench:
 
     def __init__(self, work: Path, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
-        resolution, tower = TOWERS[args.vlm]
-        tower = replace(tower, vision_depth=args.blocks or tower.vision_depth)
+        resolution, vision = TOWERS[args.vlm]
+        vision = replace(vision, vision_depth=args.blocks or vision.vision_depth)
         quiet_libav()
         record(work / "rec", args.pixels, args.episodes, args.frames, "h264")
         (work / "bench.yaml").write_text(FIELDS)
-        self.spec = EncoderSpec(str(make_tiny_qwen3vl(work / "vlm", tower)), resolution=resolution)
+        self.spec = EncoderSpec(str(make_tiny_qwen3vl(work / "vlm", vision)), resolution=resolution)
         self.caches = {}
         for name, spec in (("features", self.spec), ("split", replace(self.spec, boundary=args.boundary))):
             began = time.perf_counter()
             build(BuildConfig((str(work / "rec"),), spec, work / name, 32, None, args.device, str(work / "bench.yaml")))
             cache = self.caches[name] = Cache.open(work / name)
             print(
-                f"{name}: {cache.frames} frames × {len(CAMERAS)} cameras, {cache.tokens} × {cache.width} a picture, "
+                f"{name}: {cache.frames} frames × {len(CAMERAS)} cameras, {cache.tokens} × {cache.width} per image, "
                 f"{cache.manifest['bytes'] / 2**20:.0f} MiB, built in {time.perf_counter() - began:.0f} s",
                 flush=True,
             )
@@ -130,7 +112,7 @@ class Bench:
         session = Session(
             config, cache, policy_net(config, self.caches["features"]).to(self.device), {}, world=World(self.device)
         )
-        with torch.no_grad():  # an untrained network's gates are shut, so that nothing would reach the VLM
+        with torch.no_grad():  # an untrained network's gates are zero, so no gradient would reach the VLM
             for p in session.net.parameters():
                 p.add_(0.02 * torch.randn_like(p))
         if name != CACHED:
@@ -169,13 +151,13 @@ class Bench:
         return session.features(given.to(self.device), none.astype(bool), none)
 
     def loss(self, name: str) -> torch.Tensor:
-        """Of these samples, with noise that is the same for all ways."""
+        """The loss of these samples, with the same noise for all ways."""
         session = self.ways[name].session
         return training_step(session.net, self.batch(name), session.config, noise_generator(0, 0, 0, self.device)).total
 
     @contextlib.contextmanager
     def batches(self, name: str) -> Iterator[Callable[[], FeatureBatch]]:
-        """The next batch, of samples drawn by the loader."""
+        """A function that returns the next batch of the loader's samples, as this way sees them."""
         session, nobody, plain = (
             self.ways[name].session,
             np.zeros(self.args.batch, bool),
@@ -192,7 +174,7 @@ class Bench:
 
 
 def require_same(bench: Bench) -> None:
-    """`AssertionError` unless the split cache gives the features and the gradients of the live tower, with matrices B that are not zero."""
+    """`AssertionError` unless the split cache gives the features and gradients of the live tower, for nonzero B."""
     dtype = next(bench.ways[SPLIT].session.features.encoder.vision.parameters()).dtype
     found = {}
     for name in (LAST, SPLIT):
@@ -208,7 +190,7 @@ def require_same(bench: Bench) -> None:
 
 
 def count_flops(bench: Bench) -> None:
-    """Fill in the FLOPs of a step of each way."""
+    """Set the FLOPs of a step of each way."""
     for name, way in bench.ways.items():
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             bench.loss(name).backward()
@@ -220,39 +202,31 @@ def count_flops(bench: Bench) -> None:
 def measure(bench: Bench, name: str) -> float:
     """Steps/s of one turn."""
     way, steps = bench.ways[name], bench.args.steps if name in (CACHED, SPLIT) else bench.args.live_steps
-
-    def wait() -> None:
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize()
-
     with bench.batches(name) as following:
         for step in range(bench.args.warm_up):
             optimiser_step(way.session, *way.trained, following, step)
-        wait()
+        wait_for(bench.device)
         began = time.perf_counter()
         for step in range(steps):
             optimiser_step(way.session, *way.trained, following, step)
-        wait()
+        wait_for(bench.device)
         return steps / (time.perf_counter() - began)
 
 
 def show(bench: Bench, rates: dict[str, list[float]]) -> None:
-    def ratio(top: list[float], bottom: list[float]) -> str:
-        each = [a / b for a, b in zip(top, bottom)]
-        return f"{statistics.median(each):.3g} ({min(each):.3g} – {max(each):.3g})"
-
-    args = bench.args
+    args, blocks = bench.args, bench.ways[SPLIT].session.features.encoder.blocks
     print(
-        f"\n{args.size} policy, batch {args.batch}, {args.draws} draws, {args.precision}; LoRA r {args.r}, {args.targets}; n = {args.boundary} of "
-        f"{bench.ways[SPLIT].session.features.encoder.blocks} blocks\n\n"
-        "| way | steps/s | samples/s | GFLOP a sample | × LoRA-live | by FLOPs | × LoRA-live, last n |\n|---|---|---|---|---|---|---|"
+        f"\n{args.size} policy, batch {args.batch}, {args.draws} noise samples, {args.precision}; LoRA r {args.r}, "
+        f"{args.targets}; n = {args.boundary} of {blocks} blocks\n"
     )
+    print("| way | steps/s | samples/s | GFLOP per sample | × LoRA-live | by FLOPs | × LoRA-live, last n |")
+    print("|---|---|---|---|---|---|---|")
     for name in bench.ways:
         median, flops = statistics.median(rates[name]), bench.ways[name].flops
-        print(
-            f"| {name.replace('last n', f'last {args.boundary}')} | {median:.3g} | {median * args.batch:.3g} | {flops / args.batch / 1e9:.3g} | "
-            f"{ratio(rates[name], rates[LORA])} | {bench.ways[LORA].flops / flops:.3g} | {ratio(rates[name], rates[LAST])} |"
-        )
+        numbers = (median, median * args.batch, flops / args.batch / 1e9)
+        against = [spread(ratios(rates[name], rates[base])) for base in (LORA, LAST)]
+        cells = [name.replace("last n", f"last {args.boundary}"), *(f"{number:.3g}" for number in numbers)]
+        print(f"| {' | '.join([*cells, against[0], f'{bench.ways[LORA].flops / flops:.3g}', against[1]])} |")
 
 
 def main() -> None:
@@ -261,48 +235,38 @@ def main() -> None:
     parser.add_argument(
         "--vlm", choices=TOWERS, default="scaled", help="the tower: one for a CPU, or that of Qwen3-VL-2B"
     )
-    parser.add_argument("--blocks", type=int, default=0, help="its transformer blocks; default: 24")
-    parser.add_argument("--boundary", type=int, default=4, help="n, the last blocks that learn")
-    parser.add_argument("--r", type=int, default=16, help="of LoRA")
-    parser.add_argument("--targets", choices=["attention", "all-linear"], default="attention", help="of LoRA")
-    parser.add_argument("--size", default="tiny", help="of the policy: tiny, small, base or large")
+    parser.add_argument("--blocks", type=int, default=0, help="blocks of the tower; default: 24")
+    parser.add_argument("--boundary", type=int, default=4, help="n, the number of last blocks with LoRA")
+    parser.add_argument("--r", type=int, default=16, help="rank of LoRA")
+    parser.add_argument("--targets", choices=["attention", "all-linear"], default="attention", help="layers with LoRA")
+    parser.add_argument("--size", default="tiny", help="size of the policy: tiny, small, base or large")
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
         default="fp32",
-        help="of the policy; the VLM's is float32 on a CPU, bfloat16 on CUDA",
+        help="precision of the policy; the VLM's is float32 on a CPU, bfloat16 on CUDA",
     )
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=4, help="noise draws per observation")
-    parser.add_argument("--pixels", type=int, default=224, help="side of the recorded pictures")
+    parser.add_argument("--draws", type=int, default=4, help="noise samples per observation")
+    parser.add_argument("--pixels", type=int, default=224, help="side of the recorded images")
     parser.add_argument("--episodes", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=24, help="of an episode")
-    parser.add_argument("--threads", type=int, default=2, help="of the loader")
-    parser.add_argument("--cpu-threads", type=int, default=0, help="of torch's CPU kernels; 0: torch's own")
-    parser.add_argument("--steps", type=int, default=12, help="timed at a turn, from the caches")
-    parser.add_argument("--live-steps", type=int, default=3, help="timed at a turn, with the whole VLM")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before the clock starts, at every turn")
+    parser.add_argument("--frames", type=int, default=24, help="frames per episode")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the loader")
+    parser.add_argument("--cpu-threads", type=int, default=0, help="threads of torch's CPU kernels; 0: torch's own")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps per turn, from the caches")
+    parser.add_argument("--live-steps", type=int, default=3, help="timed steps per turn, with the whole VLM")
+    parser.add_argument("--warm-up", type=int, default=1, help="unmeasured steps per turn")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {os.cpu_count()} cores"
-    print(
-        f"{where}, load {os.getloadavg()[0]:.2f}; torch {torch.__version__}; VLM: {args.vlm}, random weights",
-        flush=True,
-    )
+    print(f"{machine(args.device)}; VLM: {args.vlm}, random weights", flush=True)
     with tempfile.TemporaryDirectory() as temporary, kernel_threads(args.cpu_threads if args.device == "cpu" else 0):
         bench = Bench(Path(temporary), args)
         require_same(bench)
         count_flops(bench)
         rates: dict[str, list[float]] = {name: [] for name in bench.ways}
-        for repeat in range(args.repeats):
-            for name in list(bench.ways)[:: 1 if repeat % 2 else -1]:
-                rates[name].append(measure(bench, name))
-            print(
-                f"  repeat {repeat + 1}: "
-                + ", ".join(f"{name} {rates[name][-1]:.3g}" for name in bench.ways)
-                + " steps/s",
-                flush=True,
-            )
+        for repeat, name in turns(bench.ways, args.repeats):
+            rates[name].append(measure(bench, name))
+            print(f"  repeat {repeat + 1}: {name} {rates[name][-1]:.3g} steps/s", flush=True)
         show(bench, rates)
 
 

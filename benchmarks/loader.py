@@ -1,14 +1,15 @@
-"""Reading for training: dvla's loader against the disk, and against zarr-python and WebDataset in DataLoader workers, safetensors, HDF5.
+"""Reading for training: dvla's loader against the disk, zarr-python and WebDataset workers, safetensors and HDF5.
 
-    python benchmarks/loader.py                     # 2 GiB into a temporary folder, some 3 minutes on 2 cores
+    python benchmarks/loader.py                     # 2 GiB into a temporary folder, about 3 minutes on 2 cores
     python benchmarks/loader.py --gib 8 --folder /mnt/nvme --repeats 7
 
-Samples are single pictures of 196 × 2048 and 784 × 1024 float16 (784 KiB and 1.53 MiB). Every way gives batches of 32 as one float16 tensor;
-dvla's also have text, actions, masks and all the rest. All read in turn, for a given time, and "×" is within the same repeat (median, min – max):
-against one thread that calls `preadv` on random records into a ring of buffers, and against the fastest number of such threads. Warm: everything
-was read once before. Cold: synced and dropped from the page cache before each pass (of all records, in windows of an eighth of them); a
-hypervisor may still have it, so look at what "dd" reaches first. HDF5 holds fewer records, since gzip is slow to write. Last: the time to
-open a cache of a million frames in 10,000 shards, and memory. Letters: K tokens, D width, B batch.
+Samples are single images of 196 × 2048 and 784 × 1024 float16 (784 KiB and 1.53 MiB). Every way yields batches of 32 as
+one float16 tensor; dvla's batches also have text, actions, masks and everything else. All read in turn, for a given
+time, and "×" is within the same repeat (median, min – max): against one thread that calls `preadv` on random records
+into a ring of buffers, and against the fastest number of such threads. Warm: everything was read once before. Cold:
+synced and dropped from the page cache before each pass (of all records, in windows of an eighth of them); a hypervisor
+may still have it, so look first at what "dd" reaches. HDF5 holds fewer records, since gzip is slow to write. Last: the
+time to open a cache of a million frames in 10,000 shards, and memory. Letters: K tokens, D width, B batch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from measuring import machine, ratios, spread, turns
 
 from dvla.cache.loader import read_ahead as ahead
 from dvla.cache.loader.loader import Loader
@@ -39,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support import sparse_cache as sparse  # noqa: E402
 
 B, SIZES = 32, {"784 KiB": (196, 2048), "1.53 MiB": (784, 1024), "98 KiB": (49, 1024), "25 KiB": (25, 512)}
-Way = Callable[[], Iterator[object]]  # gives batches, for ever or once
+Way = Callable[[], Iterator[object]]  # yields batches, forever or once
 
 
 class Data:
@@ -72,7 +74,7 @@ class Data:
         return shard, inner * self.record
 
     def others(self) -> None:
-        """The stores of the other libraries."""
+        """Write the stores of the other libraries."""
         import h5py
         from safetensors.numpy import save_file
 
@@ -97,11 +99,10 @@ def shuffled(n: int) -> Iterator[int]:
 
 
 def raw(data: Data, threads: int) -> Iterator[object]:
-    """`preadv` into a ring of batch buffers, and nothing else. One batch waits while each thread makes another."""
+    """`preadv` into a ring of batch buffers, and nothing else. One batch waits while each thread reads another."""
     handles = [os.open(f, os.O_RDONLY) for f in data.files]
-    ring = [
-        torch.zeros((B, data.k, data.d), dtype=torch.float16).numpy() for _ in range(threads + 2)
-    ]  # NumPy's own are not aligned: half as fast
+    # Torch's buffers are aligned; NumPy's are not, and half as fast.
+    ring = [torch.zeros((B, data.k, data.d), dtype=torch.float16).numpy() for _ in range(threads + 2)]
     views = [[memoryview(r).cast("B") for r in batch] for batch in ring]
     order = shuffled(data.n)
 
@@ -122,6 +123,12 @@ def raw(data: Data, threads: int) -> Iterator[object]:
 def dvla(data: Data, threads: int, order: str = "global") -> Iterator[object]:
     with Loader(data.cache, batch_size=B, threads=threads, order=order) as loader:
         yield from loader
+
+
+def cache_dataset(data: Data, workers: int) -> Iterator[object]:
+    samples = data.cache.dataset()
+    while True:
+        yield from torch.utils.data.DataLoader(samples, B, shuffle=True, num_workers=workers)
 
 
 class ZarrRecords(torch.utils.data.Dataset):
@@ -178,7 +185,7 @@ def hdf5_gzip(data: Data) -> Iterator[object]:
 
 
 def timed(batches: Iterator[object], seconds: float, ahead: int) -> float:
-    """Samples/s. `ahead` batches, with which workers start and buffers are used for the first time, come before the clock."""
+    """Samples/s, after `ahead` unmeasured batches in which workers start and buffers are first used."""
     for _ in range(ahead):
         next(batches)
     began, done = time.perf_counter(), 0
@@ -190,11 +197,7 @@ def timed(batches: Iterator[object], seconds: float, ahead: int) -> float:
     return done / taken
 
 
-# --- tables ------------------------------------------------------------------------------------------------------------
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def table(rates: dict[str, list[float]], record: int, bases: dict[str, list[float]]) -> None:
@@ -202,8 +205,8 @@ def table(rates: dict[str, list[float]], record: int, bases: dict[str, list[floa
     print(f"\n| | samples/s | GB/s |{''.join(f' × {base} |' for base in bases)}\n|---|---|---|{'---|' * len(bases)}")
     for name, values in rates.items():
         rate = statistics.median(values)
-        ratios = "".join(f" {spread([v / b for v, b in zip(values, base)])} |" for base in bases.values())
-        print(f"| {name} | {rate:.0f} | {rate * record / 1e9:.2f} |{ratios}")
+        times = "".join(f" {spread(ratios(values, base), '.2f')} |" for base in bases.values())
+        print(f"| {name} | {rate:.0f} | {rate * record / 1e9:.2f} |{times}")
 
 
 def warm(data: Data, threads: list[int], repeats: int, seconds: float, others: bool) -> None:
@@ -215,6 +218,7 @@ def warm(data: Data, threads: list[int], repeats: int, seconds: float, others: b
         "dvla, block, 2 threads": lambda: dvla(data, 2, "block"),
         "dvla, sequential, 2 threads": lambda: dvla(data, 2, "sequential"),
     }
+    ways |= {f"Cache.dataset + DataLoader, {w} workers": lambda w=w: cache_dataset(data, w) for w in (0, 2)}
     if others:
         ways |= {
             f"{name}, {w} workers": lambda way=way, w=w: way(data, w)
@@ -225,11 +229,9 @@ def warm(data: Data, threads: list[int], repeats: int, seconds: float, others: b
     for path in sorted(p for p in data.root.rglob("*") if p.is_file()):
         path.read_bytes()
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats):
-        for name in list(ways)[:: 1 if repeat % 2 else -1]:
-            rates[name].append(
-                timed(ways[name](), seconds, 2 * max(threads) + 4 if name.startswith(("preadv", "dvla")) else 2)
-            )
+    for _, name in turns(ways, repeats):
+        first = 2 * max(threads) + 4 if name.startswith(("preadv", "dvla")) else 2
+        rates[name].append(timed(ways[name](), seconds, first))
     fastest = [max(values) for values in zip(*(rates[name] for name in ways if name.startswith("preadv")))]
     table(rates, data.record, {base: rates[base], "the fastest preadv": fastest})
 
@@ -266,11 +268,10 @@ def cold(data: Data, threads: int, repeats: int) -> None:
         for order in ("block", "sequential", "global")
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats):
-        for name in list(ways)[:: 1 if repeat % 2 else -1]:
-            drop(data)
-            began = time.perf_counter()
-            rates[name].append(ways[name]() / (time.perf_counter() - began))
+    for _, name in turns(ways, repeats):
+        drop(data)
+        began = time.perf_counter()
+        rates[name].append(ways[name]() / (time.perf_counter() - began))
     table(rates, data.record, {"dd": rates["dd"]})
 
 
@@ -282,9 +283,8 @@ def memory() -> str:
 
 
 def opening(root: Path, repeats: int) -> None:
-    print(
-        "\n| frames | shards | open, s (median, min – max) | loader and its first batch of 8, s | memory after 200 batches | open files |\n|---|---|---|---|---|---|"
-    )
+    columns = ("frames", "shards", "opening, s", "loader and its first batch of 8, s", "memory after 200 batches")
+    print(f"\n| {' | '.join(columns)} | open files |\n|---|---|---|---|---|---|")
     for shards in (100, 10_000):
         plan = sparse.make_plan(shards, 100, 196, 2048)
         sparse.build(root / f"sparse{shards}", plan, marked=False)
@@ -298,26 +298,24 @@ def opening(root: Path, repeats: int) -> None:
             first.append(time.perf_counter() - began - opened[-1])
             for _ in range(200):
                 next(loader)
-            said, files = memory(), len(os.listdir("/proc/self/fd"))
+            resident, files = memory(), len(os.listdir("/proc/self/fd"))
             loader.close()
-        print(
-            f"| {plan.datasets[0].frames} | {shards} | {spread(opened, 3)} | {spread(first, 3)} | {said} | {files} |",
-            flush=True,
-        )
+        times = f"{spread(opened, '.3f')} | {spread(first, '.3f')}"
+        print(f"| {plan.datasets[0].frames} | {shards} | {times} | {resident} | {files} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
-    parser.add_argument("--gib", type=float, default=2.0, help="what the stores of one record size take together")
+    parser.add_argument("--gib", type=float, default=2.0, help="size of all stores of one record size together")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.5, help="that each way reads for in a repeat")
+    parser.add_argument("--seconds", type=float, default=0.5, help="reading time of each way in a repeat")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["784 KiB", "1.53 MiB"])
-    parser.add_argument("--only", choices=["warm", "cold", "open"], help="one of the parts")
+    parser.add_argument("--only", choices=["warm", "cold", "open"], help="run one part")
     parser.add_argument("--without-others", action="store_true", help="leave out the other libraries")
     args = parser.parse_args()
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
+    print(machine())
     for size in args.sizes if args.only != "open" else ():
         root = Path(tempfile.mkdtemp(dir=args.folder or tempfile.gettempdir()))
         try:
@@ -331,9 +329,7 @@ def main() -> None:
             if args.only != "warm":
                 data = Data(root / "cold", *SIZES[size], int(args.gib * 2**30))
                 print(f"\n## Records of {size}, cold: {data.n} in {data.shards} shards")
-                with mock.patch.object(
-                    ahead, "WINDOW_NBYTES", data.n * data.record // 8
-                ):  # many windows, as of a large cache
+                with mock.patch.object(ahead, "WINDOW_NBYTES", data.n * data.record // 8):  # many, as in a large cache
                     cold(data, max(args.threads[-1] // 2, 1), args.repeats)
         finally:
             shutil.rmtree(root)

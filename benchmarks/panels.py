@@ -1,10 +1,10 @@
-"""The panels on the two extremes, a policy that learns and one that has collapsed: the pictures of docs/panels.md, from two real runs.
+"""The images of docs/panels.md: the panels of a policy that learns and of one that has collapsed, from two real runs.
 
     dvla demo --out runs/demo                       # records, caches
     python benchmarks/panels.py --cache runs/demo/cache --work runs/panels --out docs/images
 
-Both runs train the demo's tiny network on the demo's cache. The collapsed one is a regression that sees neither pictures nor state: the best it can do is to
-predict the mean. Finished runs in --work are used as they are.
+Both runs train the demo's tiny network on the demo's cache. The collapsed one is a regression that sees neither images
+nor state, so the best it can do is to predict the mean. Finished runs in --work are reused.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ PAGES = {
     "panels_distribution": ("B1", "B4", "C2", "C3"),
     "panels_run": ("D1", "D2", "D3"),
 }
-WIDTH, GAP = 560, 16  # pixels of a picture, and between two
+WIDTH, GAP = 560, 16  # pixels of a panel, and between two
 
 
 def look(cache: Path, run: Path, name: str) -> PanelData:
-    """Train the run unless it is finished, and look at it."""
+    """Train the run unless it is finished, and collect what the panels show."""
     config = from_mapping(TrainConfig, {"cache": str(cache), "out": str(run), **SETTINGS, **RUNS[name]})
     found = ck.checkpoints(run)
     if not found or read_json(found[-1] / "state.json")["step"] < config.steps:
@@ -81,10 +81,8 @@ def montage(keys: tuple[str, ...], looks: dict[str, PanelData], out: Path) -> No
     """A row per panel, a column per run."""
     rows = []
     for key in keys:
-        pictures = [
-            Image.open(io.BytesIO(png(PANELS[key].draw(data, LIGHT)))).convert("RGB") for data in looks.values()
-        ]
-        rows.append([p.resize((WIDTH, round(p.height * WIDTH / p.width)), Image.Resampling.LANCZOS) for p in pictures])
+        images = [Image.open(io.BytesIO(png(PANELS[key].draw(data, LIGHT)))).convert("RGB") for data in looks.values()]
+        rows.append([i.resize((WIDTH, round(i.height * WIDTH / i.width)), Image.Resampling.LANCZOS) for i in images])
     height = sum(max(p.height for p in row) + GAP for row in rows)
     page, y = Image.new("RGB", (WIDTH * len(looks) + GAP * (len(looks) - 1), height - GAP), "white"), 0
     for row in rows:
@@ -97,14 +95,14 @@ def montage(keys: tuple[str, ...], looks: dict[str, PanelData], out: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="cache of the demo")
+    parser.add_argument("--cache", type=Path, required=True, help="the demo's cache")
     parser.add_argument("--work", type=Path, default=Path("runs/panels"), help="folder of both runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder of the pictures")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder of the images")
     args = parser.parse_args()
     looks = {name: look(args.cache, args.work / name, name) for name in RUNS}
     for name, data in looks.items():
         for panel in PANELS.values():
-            if panel.key != "D4":  # which a finished run does not know
+            if panel.key != "D4":  # a finished run has no data for it
                 print(f"{name}: {panel.draw(data, LIGHT).get_suptitle()}".replace("\n", " "))
     for name, keys in PAGES.items():
         montage(keys, looks, args.out / f"{name}.png")

@@ -1,10 +1,11 @@
-"""The research plan's way of caching features against `dvla cache build`, on the same recorded frames and the same model.
+"""The research plan's way of caching features against `dvla cache build`, on the same frames with the same model.
 
     python benchmarks/proposal_hdf5.py
 
-The plan's: one HDF5 file, one group per sample, gzip, one picture per encoder call; frames are fetched one by one with `LeRobotDataset[i]`. A
-second row gives it dvla's reader, so that only storing and batching differ. Then random samples are read back from both stores. The tower
-gives features of Qwen3-VL-2B's size (196 × 2048 from 448 px) but is much quicker than one, as a GPU is: the rest of the work shows.
+The plan's: one HDF5 file, one group per sample, gzip, one image per encoder call; frames are fetched one by one with
+`LeRobotDataset[i]`. A second row combines it with dvla's reader, so that only storing and batching differ. Then random
+samples are read back from both stores. The tower returns features of Qwen3-VL-2B's size (196 × 2048 from 448 px) but is
+much faster, like one on a GPU, so that the rest of the work shows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import cache_build as common
 import h5py
 import numpy as np
 import torch
+from measuring import machine, ratios, spread, tower, turns
 from read_episodes import CAMERAS
 
 from dvla.cache.readers import open_source
@@ -29,43 +31,39 @@ from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.encoder import VisionLanguageEncoder
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.spec import EncoderSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.stages.caching.build import build
 
-READ = 200  # samples drawn at random
-TOWER = TinySpec(vision_depth=1, vision_width=64, vision_heads=2, out_width=2048, text_layers=1, vocabulary=512)
+READ = 200  # random samples
+Samples = Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]  # (image uint8 [H,W,3] per view, state, action)
 
 
-def by_lerobot(source: Path) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
-    """(a picture uint8 [H,W,3] per view, state, action) of every frame."""
+def by_lerobot(source: Path) -> Samples:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset = LeRobotDataset("dvla/bench", root=source, video_backend="pyav")
     for i in range(len(dataset)):
         item = dataset[i]
-        pictures = [
+        images = [
             (item[f"observation.images.{c}"].numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0) for c in CAMERAS
         ]
-        yield [np.ascontiguousarray(p) for p in pictures], item["observation.state"].numpy(), item["action"].numpy()
+        yield [np.ascontiguousarray(i) for i in images], item["observation.state"].numpy(), item["action"].numpy()
 
 
-def by_dvla(source: Path) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+def by_dvla(source: Path) -> Samples:
     opened = open_source(str(source), str(common.FIELDS))
     for number in opened.episode_ids:
         episode = opened.load(number)
-        for pictures, state, action in zip(
-            zip(*(view.frames() for view in episode.views)), episode.state, episode.action
-        ):
-            yield list(pictures), state, action
+        views = zip(*(view.frames() for view in episode.views))
+        yield from ((list(images), *row) for images, *row in zip(views, episode.state, episode.action))
 
 
-def proposal(
-    samples: Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]], encoder: VisionLanguageEncoder, out: Path
-) -> int:
+def proposal(samples: Samples, encoder: VisionLanguageEncoder, out: Path) -> int:
+    """Write the plan's file; returns the number of samples."""
     count = 0
     with h5py.File(out, "w") as file, torch.inference_mode():
-        for count, (pictures, state, action) in enumerate(samples, 1):
-            hidden = torch.cat([encoder.encode_images(torch.from_numpy(p[None]))[0] for p in pictures])  # [V·K,D]
+        for count, (images, state, action) in enumerate(samples, 1):
+            hidden = torch.cat([encoder.encode_images(torch.from_numpy(i[None]))[0] for i in images])  # [V·K,D]
             group = file.create_group(f"sample_{count - 1}")
             group.create_dataset("hidden", data=hidden.cpu().half().numpy(), compression="gzip")
             group.create_dataset("state", data=state)
@@ -98,54 +96,52 @@ def compare(source: Path, vlm: Path, work: Path, repeats: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     sizes, files, frames = {}, {name: work / f"{i}.h5" for i, name in enumerate(names)}, 0
     next(by_lerobot(source))  # the clock starts when libraries are loaded
-    for repeat in range(repeats):
-        for name in names[:: 1 if repeat % 2 else -1]:
-            began = time.perf_counter()
-            if name == names[2]:
-                shutil.rmtree(work / "cache", ignore_errors=True)
-                sizes[name] = build(common.config(source, vlm, work / "cache")).bytes
-            else:
-                frames = proposal(by_lerobot(source) if name == names[0] else by_dvla(source), encoder, files[name])
-                sizes[name] = files[name].stat().st_size
-            seconds[name].append(time.perf_counter() - began)
-            print(f"  repeat {repeat + 1}: {name} {seconds[name][-1]:.1f} s", flush=True)
+    for repeat, name in turns(names, repeats):
+        began = time.perf_counter()
+        if name == names[2]:
+            shutil.rmtree(work / "cache", ignore_errors=True)
+            sizes[name] = build(common.config(source, vlm, work / "cache")).bytes
+        else:
+            frames = proposal(by_lerobot(source) if name == names[0] else by_dvla(source), encoder, files[name])
+            sizes[name] = files[name].stat().st_size
+        seconds[name].append(time.perf_counter() - began)
+        print(f"  repeat {repeat + 1}: {name} {seconds[name][-1]:.1f} s", flush=True)
     cached = Cache.open(work / "cache").datasets[0]
     with h5py.File(files[names[1]]) as file:  # the same numbers up to batching
-        stored = np.concatenate([cached.feature(view, 7) for view in cached.views]).astype(np.float32)
-        error = np.abs(file["sample_7"]["hidden"][()].astype(np.float32) - stored).max() / np.abs(stored).max()
+        stored = np.concatenate([cached.feature(view, frames - 1) for view in cached.views]).astype(np.float32)
+        error = (
+            np.abs(file[f"sample_{frames - 1}"]["hidden"][()].astype(np.float32) - stored).max() / np.abs(stored).max()
+        )
     rows = np.random.default_rng(0).integers(0, frames, READ)
     reading = {
         names[0]: [read_hdf5(files[names[0]], rows) for _ in range(3)],
         names[2]: [read_cache(work / "cache", rows) for _ in range(3)],
     }
     print(f"\n{frames} frames; features differ by {error:.1e} of the largest\n")
-    print(
-        "| way | frames/s | × the plan's (median, min – max) | bytes a frame | random samples/s (in memory) |\n|---|---|---|---|---|"
-    )
+    print("| way | frames/s | × the plan's (median, min – max) | bytes per frame | random samples/s (in memory) |")
+    print("|---|---|---|---|---|")
     for name in names:
-        ratios = [b / t for b, t in zip(seconds[names[0]], seconds[name])]
+        times = spread(ratios(seconds[names[0]], seconds[name]), ".2f")
         read = f"{READ / statistics.median(reading[name]):.0f}" if name in reading else ""
-        print(
-            f"| {name} | {frames / statistics.median(seconds[name]):.1f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f}) | "
-            f"{sizes[name] / frames / 1024:.0f} KiB | {read} |"
-        )
+        rate, size = frames / statistics.median(seconds[name]), sizes[name] / frames / 1024
+        print(f"| {name} | {rate:.1f} | {times} | {size:.0f} KiB | {read} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="folder for the recording and the model; default: a temporary one")
-    parser.add_argument("--size", type=int, default=224, help="side of the recorded pictures, pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of the recorded images in pixels")
     parser.add_argument("--episodes", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=60, help="of an episode")
-    parser.add_argument("--threads", type=int, default=1, help="of the encoder")
+    parser.add_argument("--frames", type=int, default=60, help="frames per episode")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the encoder")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{os.cpu_count()} cores, {args.threads} threads encode, load {os.getloadavg()[0]:.2f}")
+    print(machine())
     with tempfile.TemporaryDirectory() as temporary:
         work = args.keep or Path(temporary)
         if not (work / "quick").exists():
-            make_tiny_qwen3vl(work / "quick", TOWER)
+            make_tiny_qwen3vl(work / "quick", tower(1, 64, 2, 2048))
         common.write_fields()
         try:
             source = common.recording(work / f"rec{args.size}-{args.episodes}", args.size, args.episodes, args.frames)

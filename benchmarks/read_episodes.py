@@ -1,18 +1,17 @@
 """Reading every frame, state and action of every episode: lerobot's `LeRobotDataset[i]` against dvla's reader.
 
-    python benchmarks/read_episodes.py                      # records 20 episodes × 100 frames × 2 cameras of 224 px, then reads
+    python benchmarks/read_episodes.py              # records 20 episodes × 100 frames × 2 cameras of 224 px, then reads
     python benchmarks/read_episodes.py --size 480 --keep data/bench480
     python benchmarks/read_episodes.py --dataset data/bench480
 
-Both read the same files in the same process, in turn, and must give the same pixels. A third row reads nothing but the
-pictures with PyAV, file by file, front to back: what decoding alone costs.
+Both read the same files in the same process, in turn, and must return the same pixels. A third row reads only the
+images with PyAV, file by file, front to back: the cost of decoding alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from measuring import machine, ratios, spread, turns
 
 from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.readers import Source, open_source
@@ -33,7 +33,7 @@ from dvla.common.mp4 import quiet_libav
 
 FPS = 20
 CAMERAS = ("front", "wrist")
-SAMPLE = 97  # every so many frames are compared, pixel by pixel
+SAMPLE = 97  # every so many frames, one is compared pixel by pixel
 
 
 def record(root: Path, size: int, episodes: int, frames: int, codec: str) -> None:
@@ -58,31 +58,31 @@ def record(root: Path, size: int, episodes: int, frames: int, codec: str) -> Non
     grid = np.linspace(0, 15.99, 2 * size)
     low, part = grid.astype(int), (grid % 1)[:, None, None]
     textures = []
-    for c in coarse:  # bilinear, twice as wide as a picture
+    for c in coarse:  # bilinear, twice as wide as an image
         rows = c[low] * (1 - part) + c[low + 1] * part
         rows = rows.transpose(1, 0, 2)
         textures.append((rows[low] * (1 - part) + rows[low + 1] * part).transpose(1, 0, 2))
     for episode in range(episodes):
         for frame in range(frames):
             at = [(7 * episode + 2 * frame) % size, (13 * episode + frame) % size]
-            pictures = {
+            images = {
                 f"observation.images.{name}": np.clip(
                     t[at[0] : at[0] + size, at[1] : at[1] + size] + rng.normal(0, 3, (size, size, 1)), 0, 255
                 ).astype(np.uint8)
                 for name, t in zip(CAMERAS, textures)
             }
             vectors = {k: rng.uniform(-1, 1, 7).astype(np.float32) for k in ("observation.state", "action")}
-            dataset.add_frame({**vectors, **pictures, "task": "move"})
+            dataset.add_frame({**vectors, **images, "task": "move"})
         dataset.save_episode()
         print(f"\rrecording: episode {episode + 1} of {episodes}", end="", flush=True)
     dataset.finalize()
     print()
 
 
-def checksum(picture: np.ndarray, state: np.ndarray, action: np.ndarray) -> int:
+def checksum(image: np.ndarray, state: np.ndarray, action: np.ndarray) -> int:
     """crc32 of uint8 [H, W, 3], float32 [d], float32 [d]."""
     crc = 0
-    for part in (picture, state, action):
+    for part in (image, state, action):
         crc = zlib.crc32(np.ascontiguousarray(part).tobytes(), crc)
     return crc
 
@@ -98,10 +98,9 @@ def read_lerobot(root: Path) -> tuple[float, dict[tuple, int]]:
         item = dataset[i]
         if i % SAMPLE == 0:
             for key in dataset.meta.video_keys:
-                picture = (item[key].numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0)
-                sums[i, key.rsplit(".", 1)[-1]] = checksum(
-                    picture, item["observation.state"].numpy(), item["action"].numpy()
-                )
+                image = (item[key].numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0)
+                vectors = item["observation.state"].numpy(), item["action"].numpy()
+                sums[i, key.rsplit(".", 1)[-1]] = checksum(image, *vectors)
     return time.perf_counter() - begin, sums
 
 
@@ -113,15 +112,15 @@ def read_dvla(root: Path, config: DatasetConfig) -> tuple[float, dict[tuple, int
     for number in source.episode_ids:
         episode = source.load(number)
         for view in episode.views:
-            for t, picture in enumerate(view.frames()):
+            for t, image in enumerate(view.frames()):
                 if (first + t) % SAMPLE == 0:
-                    sums[first + t, view.name] = checksum(picture, episode.state[t], episode.action[t])
+                    sums[first + t, view.name] = checksum(image, episode.state[t], episode.action[t])
         first += episode.length
     return time.perf_counter() - begin, sums
 
 
 def read_pixels(root: Path) -> tuple[float, dict[tuple, int]]:
-    """Every picture of every file to RGB with PyAV alone."""
+    """Every image of every file to RGB with PyAV alone."""
     quiet_libav()
     begin = time.perf_counter()
     for path in sorted(root.glob("videos/**/*.mp4")):
@@ -134,7 +133,7 @@ def read_pixels(root: Path) -> tuple[float, dict[tuple, int]]:
 
 
 def plain_config(root: Path) -> DatasetConfig:
-    """A config that names no number: this measures reading, not mapping."""
+    """A config that maps no field: this measures reading, not mapping."""
     features = Metadata(str(root)).features
     widths = [math.prod(features[key]["shape"]) for key in ("action", "observation.state")]
     return DatasetConfig("bench", (), "gripper_joint", *((FieldSpec(drop=width),) for width in widths))
@@ -146,7 +145,7 @@ def describe_files(source: Source) -> str:
         stream = container.streams.video[0]
         keys = sum(p.is_keyframe for p in container.demux(video=0) if p.pts is not None)
         return (
-            f"{stream.codec_context.name} {stream.width}×{stream.height}, {len(files)} files, a key frame every "
+            f"{stream.codec_context.name} {stream.width}×{stream.height}, {len(files)} files, a keyframe every "
             f"{stream.frames / max(keys, 1):.1f} frames, {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB"
         )
 
@@ -155,9 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, help="a LeRobot v3.0 dataset to read instead of recording one")
     parser.add_argument("--keep", type=Path, help="folder to record into; default: a temporary one")
-    parser.add_argument("--size", type=int, default=224, help="side of the pictures, pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--frames", type=int, default=100, help="of an episode")
+    parser.add_argument("--frames", type=int, default=100, help="frames per episode")
     parser.add_argument("--codec", default="h264", help="h264, hevc or libsvtav1")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -170,36 +169,27 @@ def main() -> None:
 
 def compare(root: Path, source: Source, repeats: int) -> None:
     episodes, frames = len(source.episode_ids), sum(map(source.length_of, source.episode_ids))
-    pictures = frames * len(source.view_names)
-    print(
-        f"{episodes} episodes, {frames} frames, {pictures} pictures; {describe_files(source)}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}"
-    )
+    images = frames * len(source.view_names)
+    print(f"{episodes} episodes, {frames} frames, {images} images; {describe_files(source)}; {machine()}")
     readers: dict[str, Callable[[], tuple[float, dict]]] = {
         "LeRobotDataset[i]": lambda: read_lerobot(root),
         "dvla": lambda: read_dvla(root, source.config),
-        "PyAV, pictures only": lambda: read_pixels(root),
+        "PyAV, images only": lambda: read_pixels(root),
     }
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     sums: dict[str, dict] = {}
-    for repeat in range(repeats):
-        for name in list(readers)[:: 1 if repeat % 2 else -1]:
-            taken, sums[name] = readers[name]()
-            seconds[name].append(taken)
-            print(f"  repeat {repeat + 1}: {name} {taken:.2f} s", flush=True)
-        assert sums["dvla"] and sums["dvla"] == sums["LeRobotDataset[i]"], (
-            "the two readers gave different pixels, states or actions"
-        )
-    print(f"{len(sums['dvla'])} pictures with their states and actions compared: equal\n")
-    print(
-        "| reader | episodes/s | pictures/s | × LeRobotDataset[i] (median, min – max of the repeats) |\n|---|---|---|---|"
-    )
-    base = seconds["LeRobotDataset[i]"]
+    for repeat, name in turns(readers, repeats):
+        taken, sums[name] = readers[name]()
+        seconds[name].append(taken)
+        print(f"  repeat {repeat + 1}: {name} {taken:.2f} s", flush=True)
+        if {"dvla", "LeRobotDataset[i]"} <= sums.keys():
+            assert sums["dvla"] and sums["dvla"] == sums["LeRobotDataset[i]"], "pixels, states or actions differ"
+    print(f"{len(sums['dvla'])} images with their states and actions compared: equal\n")
+    print("| reader | episodes/s | images/s | × LeRobotDataset[i] (median, min – max of the repeats) |")
+    print("|---|---|---|---|")
     for name, taken in seconds.items():
-        median = statistics.median(taken)
-        ratios = [b / t for b, t in zip(base, taken)]
-        print(
-            f"| {name} | {episodes / median:.2f} | {pictures / median:.0f} | {statistics.median(ratios):.1f} ({min(ratios):.1f} – {max(ratios):.1f}) |"
-        )
+        median, times = statistics.median(taken), spread(ratios(seconds["LeRobotDataset[i]"], taken), ".1f")
+        print(f"| {name} | {episodes / median:.2f} | {images / median:.0f} | {times} |")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`dvla data stats` over large tables: seconds, rows/s, and how much memory it takes beyond what opening the dataset takes.
+"""`dvla data stats` over large tables: seconds, rows/s, and memory beyond that of opening the dataset.
 
     python benchmarks/table_statistics.py                       # 100 thousand and 1 million rows, three times each
     python benchmarks/table_statistics.py --rows 10000000 --repeats 1
 
-Writes LeRobot v3.0 tables of 26-d action and 26-d state (float32), 300 rows an episode, in lerobot's row groups of one
-episode each and in one row group. Statistics never open a video, so none is written. Every measurement is a process of its
-own, in which 3000 rows are measured first, so that libraries are loaded.
+Writes LeRobot v3.0 tables of 26-d action and 26-d state (float32), 300 rows per episode, in lerobot's row groups of one
+episode each and in one row group. Statistics never open a video, so none is written. Every measurement is a process of
+its own, which first measures 3000 rows to load libraries.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from measuring import spread
 
 WIDTH, EPISODE, HZ, CAMERA = 26, 300, 30, "observation.images.cam_high"
 
@@ -94,7 +95,7 @@ def _episode(rng: np.random.Generator, frames: np.ndarray, number: int) -> pa.Ta
 
 
 def measure(root: Path, warm: Path) -> None:
-    """In a process of its own: prints seconds, rows, MiB after opening and MiB at the peak."""
+    """Print seconds, rows, MiB after opening and MiB at the peak, of this process."""
     from dvla.cache.readers import open_source
     from dvla.stages.data.statistics import measure as statistics_of
 
@@ -104,13 +105,12 @@ def measure(root: Path, warm: Path) -> None:
     begin = time.perf_counter()
     report = statistics_of(source, lambda *_: None)
     seconds = time.perf_counter() - begin
-    print(
-        json.dumps([seconds, report["datasets"][0]["rows"], before, _memory("VmHWM")])
-    )  # not getrusage: its peak is the parent's too
+    peak = _memory("VmHWM")  # not getrusage, whose peak includes the parent's
+    print(json.dumps([seconds, report["datasets"][0]["rows"], before, peak]))
 
 
 def _memory(field: str) -> float:
-    """MiB, of this process."""
+    """A field of this process's status, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
@@ -126,31 +126,26 @@ def main() -> None:
         return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
     print(
-        "| rows | row groups | table | seconds, median (min – max) | rows/s | memory after opening | peak beyond that |\n|---|---|---|---|---|---|---|"
+        "| rows | row groups | table | seconds, median (min – max) | rows/s | memory after opening | peak beyond that |"
     )
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder) / "warm"
         write(warm, 10 * EPISODE, False)
         for rows in args.rows:
-            for groups in ("an episode each", "one"):
+            for groups in ("one per episode", "one"):
                 root = Path(folder) / f"{rows}-{groups}"
                 write(root, rows, groups == "one")
                 size = (root / "data/chunk-000/file-000.parquet").stat().st_size / 2**20
+                command = [sys.executable, __file__, "--measure", root, warm]
                 runs = [
-                    json.loads(
-                        subprocess.run(
-                            [sys.executable, __file__, "--measure", root, warm], check=True, capture_output=True
-                        ).stdout
-                    )
+                    json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
                     for _ in range(args.repeats)
                 ]
                 seconds, found, before, peak = zip(*runs)
-                middle = statistics.median(seconds)
-                print(
-                    f"| {found[0]:,} | {groups} | {size:.0f} MiB | {middle:.1f} ({min(seconds):.1f} – {max(seconds):.1f}) | {found[0] / middle:,.0f} | "
-                    f"{max(before):.0f} MiB | {max(p - b for p, b in zip(peak, before)):.0f} MiB |",
-                    flush=True,
-                )
+                rate, beyond = found[0] / statistics.median(seconds), max(p - b for p, b in zip(peak, before))
+                cells = (f"{found[0]:,}", groups, f"{size:.0f} MiB", spread(seconds, ".1f"), f"{rate:,.0f}")
+                print(f"| {' | '.join(cells)} | {max(before):.0f} MiB | {beyond:.0f} MiB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""Stage two from the cache against the same step on a batch in memory, on the frozen live VLM, and on lerobot's own DataLoader.
+"""Stage two from the cache against the same step on a batch in memory, on the live VLM, and on lerobot's DataLoader.
 
     python benchmarks/train.py                                                  # scaled down for two CPU cores
-    python benchmarks/train.py --device cuda --vlm full --size base --precision bf16 --compile --draws 1,4,8 --batch 64 --threads 8 --steps 100
+    python benchmarks/train.py --device cuda --vlm full --size base --precision bf16 --compile --draws 1,4,8 --batch 64
 
 - resident: one batch stays on the device, so nothing is read: the ceiling.
 - cache: `dvla train`'s loader, at the same step.
-- live, pictures in memory: the frozen VLM encodes the batch's pictures at every step; they were decoded before.
-- live, decoding: each picture is decoded from its video first, in the training process.
-- lerobot: `DataLoader(LeRobotDataset)` with worker processes decodes the same videos; its pictures go through the same encoder.
+- live, images in memory: the frozen VLM encodes the batch's images at every step; they were decoded in advance.
+- live, decoding: each image is first decoded from its video, in the training process.
+- lerobot: `DataLoader(LeRobotDataset)` with worker processes decodes the same videos, for the same encoder.
 
-All ways train the same network on the same samples' tables with the training loop's own step (forward, backward, clip, AdamW, EMA), in one
-process, in turn. The dataset is recorded by lerobot's writer (two cameras, h264) and cached by `dvla cache build`. The VLM has random weights;
-"full" has the sizes of Qwen3-VL-2B's tower, "scaled" is a tower of the same architecture that stands to the tiny policy about as the full one to
-the base policy (FLOPs a sample are printed). FLOPs are 2·m·n·k for every product of matrices, those of attention included, counted by torch
-over one forward and backward pass of the policy; TFLOP/s and MFU are of the policy alone, over the device's dense bf16 peak.
+All ways train the same network on the same samples' tables with the training loop's own step (forward, backward,
+clip, AdamW, EMA), in one process, in turn. lerobot's writer records the dataset (two cameras, h264), `dvla cache
+build` caches it. The VLM has random weights; "full" has the sizes of Qwen3-VL-2B's tower, "scaled" the same
+architecture with about the same cost relative to the tiny policy (FLOPs per sample are printed). FLOPs are 2·m·n·k
+for every matrix product, attention included, counted by torch over one forward and backward pass of the policy;
+TFLOP/s and MFU are those of the policy alone, over the device's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import statistics
 import tempfile
 import time
@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import QWEN3VL_2B, machine, ratios, spread, tower, turns, wait_for
 from read_episodes import CAMERAS, FPS, record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +45,7 @@ from dvla.cache.vlm.encoder import VisionLanguageEncoder
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.observations import encode_observations
 from dvla.cache.vlm.spec import EncoderSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.mp4 import quiet_libav
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
@@ -56,21 +57,10 @@ from dvla.stages.training.setup import kernel_threads, prepare, share_network
 from dvla.stages.training.step import noise_generator, training_step
 from dvla.stages.training.train import policy_net
 
-TOWERS = {
-    "scaled": TinySpec(vision_depth=10, vision_width=256, vision_heads=4, out_width=512, text_layers=1, vocabulary=512),
-    "full": TinySpec(
-        vision_depth=24,
-        vision_width=1024,
-        vision_heads=16,
-        position_grid=48,
-        out_width=2048,
-        text_layers=1,
-        vocabulary=512,
-    ),
-}
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A40": 150, "L40S": 362}  # dense bf16, from the makers' sheets
-WAYS = ("resident", "cache", "live, pictures in memory", "live, decoding", "lerobot")
-WARM_UP = {"resident": 3, "cache": 3}  # steps before the clock starts, at every turn; 1 of the slow ways
+TOWERS = {"scaled": tower(10), "full": tower(**QWEN3VL_2B)}
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A40": 150, "L40S": 362}  # dense bf16, from data sheets
+WAYS = ("resident", "cache", "live, images in memory", "live, decoding", "lerobot")
+WARM_UP = {"resident": 3, "cache": 3}  # unmeasured steps per turn; 1 for the slow ways
 FIELDS = """name: bench
 match: []
 embodiment: gripper_joint
@@ -82,34 +72,35 @@ state: *map
 
 
 class Bench:
-    """The dataset, its cache, the encoder, and the ways to make batches of it."""
+    """The dataset, its cache, the encoder, and the ways to make batches from them."""
 
     def __init__(self, work: Path, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
-        tower = TOWERS[args.vlm]
-        tower = dataclasses.replace(tower, vision_depth=args.vlm_blocks or tower.vision_depth)
+        vision = TOWERS[args.vlm]
+        vision = dataclasses.replace(vision, vision_depth=args.vlm_blocks or vision.vision_depth)
         self.source, self.fields = work / f"rec{args.pixels}-{args.episodes}x{args.frames}", work / "bench.yaml"
-        vlm = work / f"vlm-{args.vlm}-{tower.vision_depth}"
+        vlm = work / f"vlm-{args.vlm}-{vision.vision_depth}"
         if not self.source.exists():
             quiet_libav()
             record(self.source, args.pixels, args.episodes, args.frames, "h264")
         self.fields.write_text(FIELDS)
         if not vlm.exists():
-            make_tiny_qwen3vl(vlm, tower)
+            make_tiny_qwen3vl(vlm, vision)
         spec = EncoderSpec(str(vlm), resolution=448)
         out, began = work / f"cache-{self.source.name}-{vlm.name}", time.perf_counter()
         build(BuildConfig((str(self.source),), spec, out, 32, None, args.device, str(self.fields)))
         self.cache = Cache.open(out)
         print(
-            f"{self.cache.frames} frames × {len(CAMERAS)} cameras of {args.pixels} px; cache {self.cache.manifest['bytes'] / 2**20:.0f} MiB, "
-            f"{self.cache.tokens} × {self.cache.width} a picture, ready in {time.perf_counter() - began:.0f} s",
+            f"{self.cache.frames} frames × {len(CAMERAS)} cameras of {args.pixels} px; "
+            f"cache {self.cache.manifest['bytes'] / 2**20:.0f} MiB, {self.cache.tokens} × {self.cache.width} an image, "
+            f"ready in {time.perf_counter() - began:.0f} s",
             flush=True,
         )
         self.encoder: VisionLanguageEncoder = load_encoder(spec, args.device)
-        picture = torch.zeros(1, args.pixels, args.pixels, 3, dtype=torch.uint8, device=self.device)
+        image = torch.zeros(1, args.pixels, args.pixels, 3, dtype=torch.uint8, device=self.device)
         with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            self.encoder.encode_images(picture)
-        self.vlm_flops = counter.get_total_flops() * len(CAMERAS)  # a sample
+            self.encoder.encode_images(image)
+        self.vlm_flops = counter.get_total_flops() * len(CAMERAS)  # per sample
 
     @contextlib.contextmanager
     def batches(self, way: str) -> Iterator[tuple[Callable[[], FeatureBatch], Callable[[], float]]]:
@@ -147,7 +138,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _lerobot(self) -> Iterator[Callable[[], FeatureBatch]]:
-        """lerobot's DataLoader as its training script sets it up, with action windows; tables and text come from the cache for all ways."""
+        """lerobot's DataLoader as its training script sets it up; tables and text come from the cache for all ways."""
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         args = self.args
@@ -199,32 +190,27 @@ class Bench:
         try:
             yield following
         finally:
-            loader.clear()  # ends its processes, so that they do not decode while others are measured
+            loader.clear()  # ends its processes, so that they do not decode while other ways are measured
 
 
 def measure(
     bench: Bench, session: Session, trained: tuple[Any, list[torch.Tensor]], way: str, steps: int
 ) -> tuple[float, float]:
     """(steps/s, share of the time spent waiting for the loader) of one turn."""
-
-    def wait() -> None:
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize()
-
     with bench.batches(way) as (following, waited):
         for step in range(WARM_UP.get(way, 1)):
             optimiser_step(session, *trained, following, step)
-        wait()
+        wait_for(bench.device)
         began, before = time.perf_counter(), waited()
         for step in range(steps):
             optimiser_step(session, *trained, following, step)
-        wait()
+        wait_for(bench.device)
         elapsed = time.perf_counter() - began
         return steps / elapsed, (waited() - before) / elapsed
 
 
 def flops(session: Session, batch: FeatureBatch) -> int:
-    """Of one forward and backward pass."""
+    """FLOPs of one forward and backward pass."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         training_step(
             session.net, batch, session.config, noise_generator(0, 0, 0, session.world.device)
@@ -260,22 +246,22 @@ def compare(bench: Bench, draws: int) -> None:
     ways = [w for w in WAYS if w in args.ways]
     rates: dict[str, list[float]] = {way: [] for way in ways}
     waits: dict[str, list[float]] = {way: [] for way in ways}
-    for repeat in range(args.repeats):
-        for way in ways[:: 1 if repeat % 2 else -1]:
-            rate, wait = measure(bench, session, trained, way, args.steps if way in WAYS[:2] else args.live_steps)
-            rates[way].append(rate)
-            waits[way].append(wait)
+    for _, way in turns(ways, args.repeats):
+        rate, wait = measure(bench, session, trained, way, args.steps if way in WAYS[:2] else args.live_steps)
+        rates[way].append(rate)
+        waits[way].append(wait)
     parameters = sum(p.numel() for p in session.net.parameters())
     peak = next(
         (t for name, t in PEAK_TFLOPS.items() if bench.device.type == "cuda" and name in torch.cuda.get_device_name()),
         None,
     )
     print(
-        f"\n{args.size} ({parameters / 1e6:.1f} M parameters), batch {args.batch}, {draws} draws, {args.precision}{', compiled' if args.compile else ''}; "
-        f"{work / args.batch / 1e9:.3g} GFLOP a sample, the VLM's {bench.vlm_flops / 1e9:.4g}\n"
+        f"\n{args.size} ({parameters / 1e6:.1f} M parameters), batch {args.batch}, {draws} noise samples, "
+        f"{args.precision}{', compiled' if args.compile else ''}; {work / args.batch / 1e9:.3g} GFLOP per sample, "
+        f"the VLM's {bench.vlm_flops / 1e9:.4g}\n"
     )
     print(
-        "| way | steps/s | samples/s | × resident | the cache is faster by | waiting for the loader | TFLOP/s |"
+        "| way | steps/s | samples/s | × resident | speedup from the cache | waiting for the loader | TFLOP/s |"
         + (" MFU |" if peak else "")
     )
     print("|---|---|---|---|---|---|---|" + ("---|" if peak else ""))
@@ -294,10 +280,7 @@ def compare(bench: Bench, draws: int) -> None:
 
 
 def _ratio(top: list[float] | None, bottom: list[float] | None) -> str:
-    if top is None or bottom is None:
-        return ""
-    each = [a / b for a, b in zip(top, bottom)]
-    return f"{statistics.median(each):.3g} ({min(each):.3g} – {max(each):.3g})"
+    return "" if top is None or bottom is None else spread(ratios(top, bottom))
 
 
 def main() -> None:
@@ -306,36 +289,33 @@ def main() -> None:
         "--keep", type=Path, help="folder for recording, checkpoint and cache; default: a temporary one"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--size", default="tiny", help="of the policy: tiny, small, base or large")
+    parser.add_argument("--size", default="tiny", help="size of the policy: tiny, small, base or large")
     parser.add_argument(
         "--vlm", choices=TOWERS, default="scaled", help="the tower: one for a CPU, or that of Qwen3-VL-2B"
     )
-    parser.add_argument("--vlm-blocks", type=int, default=0, help="its transformer blocks; default: all")
+    parser.add_argument("--vlm-blocks", type=int, default=0, help="blocks of the tower; default: all")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--draws", default="4", help="noise draws per observation, one table for each, e.g. 1,4,8")
+    parser.add_argument("--draws", default="4", help="noise samples per observation, one table for each, e.g. 1,4,8")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--pixels", type=int, default=224, help="side of the recorded pictures")
+    parser.add_argument("--pixels", type=int, default=224, help="side of the recorded images")
     parser.add_argument("--episodes", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=24, help="of an episode")
-    parser.add_argument("--threads", type=int, default=2, help="of dvla's loader")
+    parser.add_argument("--frames", type=int, default=24, help="frames per episode")
+    parser.add_argument("--threads", type=int, default=2, help="threads of dvla's loader")
     parser.add_argument("--workers", type=int, default=2, help="processes of lerobot's DataLoader")
-    parser.add_argument("--video-backend", default="pyav", help="of lerobot: pyav or torchcodec")
+    parser.add_argument("--video-backend", default="pyav", help="video backend of lerobot: pyav or torchcodec")
     parser.add_argument(
         "--cpu-threads",
         type=int,
         default=1,
-        help="of torch's CPU kernels: 1 leaves the other core to reading, as a GPU leaves all",
+        help="threads of torch's CPU kernels: 1 leaves the other core to reading, as a GPU leaves all cores",
     )
-    parser.add_argument("--steps", type=int, default=20, help="timed at a turn, resident and from the cache")
-    parser.add_argument("--live-steps", type=int, default=2, help="timed at a turn, with the VLM")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per turn, resident and from the cache")
+    parser.add_argument("--live-steps", type=int, default=2, help="timed steps per turn, with the VLM")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    print(
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, torch {torch.__version__}; "
-        f"VLM: {args.vlm}, random weights"
-    )
+    print(f"{machine(args.device)}; VLM: {args.vlm}, random weights")
     with tempfile.TemporaryDirectory() as temporary, kernel_threads(args.cpu_threads if args.device == "cpu" else 0):
         bench = Bench(args.keep or Path(temporary), args)
         for draws in map(int, args.draws.split(",")):

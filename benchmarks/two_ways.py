@@ -1,4 +1,4 @@
-"""Paths of policies in metaworld/reach-wall-two-ways, seen from above: one panel per policy.
+"""End-effector paths of policies in metaworld/reach-wall-two-ways, seen from above: one panel per policy.
 
 python benchmarks/two_ways.py runs/baselines/runs/{mse,drifting,hybrid}-0 --out paths.png
 python benchmarks/two_ways.py "runs/baselines/runs/flow-10-passes-0@1" --out one_pass.png       # with 1 pass per action
@@ -21,7 +21,7 @@ GREEN, RED = "#009E73", "#D55E00"
 def paths(
     run: str, steps: int | None, episodes: int, replan: int, seed: int
 ) -> list[tuple[np.ndarray, bool, np.ndarray]]:
-    """(places of the hand [T,2] in metres, solved, place of the goal [2]) of every episode, from starts 0, 1, … of the eval split."""
+    """(hand positions [T,2] in meters, solved, goal position [2]) per episode, initial states 0, 1, … of split eval."""
     policy = Policy.from_pretrained(run, environment=TASK, seed=seed, steps=steps)
     env, found = make_environment(TASK, "eval", seed), []
     for start in range(episodes):
@@ -78,8 +78,8 @@ def main() -> None:
             xlabel="x (m)",
         )
         print(
-            f"{name}: {won} of {len(episodes)} solved; passed the wall on the left {sum(at < 0 for at in beside)}, on the right "
-            f"{sum(at > 0 for at in beside)}",
+            f"{name}: {won} of {len(episodes)} solved; passed the wall on the left {sum(at < 0 for at in beside)} "
+            f"times, on the right {sum(at > 0 for at in beside)} times",
             flush=True,
         )
     figure.axes[0].set_ylabel("y (m)")

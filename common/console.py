@@ -36,7 +36,7 @@ Show = Callable[[str, int, int], None]  # (name, done, total); a name tells what
 
 @contextlib.contextmanager
 def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
-    """`show(name, done, total)`: one bar per name; on a pipe or in a log file, a line per name and `every` seconds (None: no lines)."""
+    """`show(name, done, total)`: a bar per name; off a terminal, a line per name and `every` seconds (None: no lines)."""
     if not console.is_terminal:
         yield (lambda *_: None) if every is None else progress_lines(every)
         return
@@ -90,9 +90,9 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def simple_table(*columns: str | Column, **options: Any) -> Table:
-    """An empty table with one rule, under its head. Where it is too wide, words are folded: nothing is cut off."""
+    """An empty, narrow table with one rule, under its head. Where it is too wide, words are folded: nothing is cut off."""
     folded = (Column(c, overflow="fold") if isinstance(c, str) else c for c in columns)
-    return Table(*folded, box=SIMPLE_HEAD, **options)
+    return Table(*folded, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **options)
 
 
 def right_aligned(*names: str) -> list[Column]:

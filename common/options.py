@@ -11,6 +11,7 @@ A setting says in its dataclass how it is given on the command line (`config.Opt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -101,7 +102,7 @@ def _parameter(name: str, options: Options, setting: str) -> inspect.Parameter:
     hint, default = _setting(options.config, setting)
     option = next(m for m in hint.__metadata__ if isinstance(m, Option))
     kind = option.type or _type_of(hint.__origin__)
-    if typing.get_origin(kind) is list or not options.defaults and default is not inspect.Parameter.empty:
+    if default is not inspect.Parameter.empty and (typing.get_origin(kind) is list or not options.defaults):
         default = False if kind is bool else None
     annotation = Annotated[kind | None if default is None else kind, typer.Option(*option.names, help=option.help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -110,13 +111,18 @@ def _parameter(name: str, options: Options, setting: str) -> inspect.Parameter:
 def _setting(config: type, setting: str) -> tuple[Any, Any]:
     """(annotation, default) of a dotted setting; a default that is empty: it must be given."""
     group, _, rest = setting.partition(".")
-    hint = typing.get_type_hints(config, include_extras=True)[group]
+    hint = _hints(config)[group]
     if rest:
         return _setting(hint, rest)
     field = next(f for f in dataclasses.fields(config) if f.name == group)
     if field.default_factory is not dataclasses.MISSING:
         return hint, field.default_factory()
     return hint, inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config, include_extras=True)
 
 
 def _type_of(hint: Any) -> Any:

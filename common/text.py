@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import UserError
@@ -11,6 +13,12 @@ from ..errors import UserError
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its type where that is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def wrapped(text: str, indent: str = "  ", width: int = 80) -> str:
+    """The text in indented lines of at most `width` columns, broken between words."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, **options)
 
 
 def duration(seconds: float) -> str:
@@ -30,6 +38,11 @@ def size(nbytes: int) -> str:
             break
         value /= 1024
     return f"{value:.1f} {unit}"
+
+
+def in_megabytes(show: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:
+    """Progress in bytes (done, total) as `show(name, done, total)` in MB."""
+    return lambda done, total: show(f"{name}: MB", done // 10**6, total // 10**6)
 
 
 UNITS = {"": 1, "B": 1}

@@ -147,8 +147,8 @@ class Loader(BatchIterator):
     def __repr__(self) -> str:
         episodes = sum(len(e) for e in self._episodes)
         return (
-            f"Loader({sum(self.sizes)} samples of {episodes} episodes, batch size {self._batch_size}, "
-            f"horizon {self._assemble.horizon}, order {self.order.order}, at offset {self._delivered}, {self.cache!r})"
+            f"Loader(samples {sum(self.sizes)}, episodes {episodes}, batch size {self._batch_size}, "
+            f"horizon {self._assemble.horizon}, order {self.order.order}, offset {self._delivered}, {self.cache!r})"
         )
 
     def samples(self, offset: int) -> tuple[np.ndarray, np.ndarray]:

@@ -294,8 +294,8 @@ class Cache:
     def __repr__(self) -> str:
         episodes = sum(len(d.episode_id) for d in self.datasets)
         return (
-            f"Cache('{public(str(self.path))}': {self.frames} frames of {episodes} episodes in {len(self.datasets)} "
-            f"datasets, {self.tokens} tokens × {self.width} per view, {self.format.dtype}, "
+            f"Cache('{public(str(self.path))}': datasets {len(self.datasets)}, episodes {episodes}, "
+            f"frames {self.frames}, tokens {self.tokens} × {self.width} per view, {self.format.dtype}, "
             f"{size(self.manifest['bytes'])})"
         )
 

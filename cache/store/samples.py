@@ -43,7 +43,7 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
         return int(self.episode_ends[-1]) if len(self.episode_ends) else 0
 
     def __repr__(self) -> str:
-        return f"CacheSamples({len(self)} samples of {len(self.episode_ends)} episodes, horizon {self.horizon})"
+        return f"CacheSamples(samples {len(self)}, episodes {len(self.episode_ends)}, horizon {self.horizon})"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Sample `index`; `IndexError` beyond the last one, `UserError` naming the shard for a damaged cache."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...common import fingerprint as fp
+from ...common.failure import Failed
 from ...common.files import file_crc32c, lock_folder, names_full_disk, publish, temporary_name, write_file
 from ...errors import UserError
 from .manifest import (
@@ -114,17 +115,17 @@ class CacheWriter:
 
     @names_full_disk
     def write_shard(
-        self, task: ShardTask, chunks: Iterable[Features], quarantined: Sequence[tuple[int, str]] = ()
+        self, task: ShardTask, chunks: Iterable[Features | Failed], quarantined: Sequence[tuple[int, str]] = ()
     ) -> None:
         """Write one shard from features of observations `task.start … task.stop-1`, in order, and commit it.
 
         `chunks`: float16 [tokens, width] (one image) or [k, tokens, width]; of an 8-bit cache (codes
-        [k, tokens, width], token scales float32 [k, tokens]). `quarantined`: (episode id, reason) of episodes that
-        failed to decode, whose rows the caller fills with zeros; it is read after the last chunk, so the caller may
-        append while producing them. `UserError` naming the row for a value that is not finite.
+        [k, tokens, width], token scales float32 [k, tokens]). A `Failed` stands for rows that could not be decoded: they
+        become zeros, and the episode goes into the ledger with its reason. `quarantined`: (episode id, reason) of
+        episodes whose zeros are among the chunks. `UserError` naming the row for a value that is not finite.
         """
         plan, tail = self.plan, (self.plan.tokens, self.plan.width)
-        step = max(1, PIECE_NBYTES // plan.format.record_nbytes(*tail))
+        step, failed = max(1, PIECE_NBYTES // plan.format.record_nbytes(*tail)), list(quarantined)
         path = features_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0" / "0"
         scales = scales_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0"
         with contextlib.ExitStack() as stack:
@@ -136,6 +137,9 @@ class CacheWriter:
             if plan.format.quantized:
                 beside = stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames))
             for chunk in chunks:
+                if isinstance(chunk, Failed):
+                    failed.append((chunk.episode, str(chunk)))
+                    chunk = self._zeros(chunk.rows)
                 block, scale = chunk if isinstance(chunk, tuple) else (chunk[None] if chunk.ndim == 2 else chunk, None)
                 if scale is not None and len(scale) != len(block):
                     raise ValueError(f"{task}: {len(block)} records came with {len(scale)} rows of scales")
@@ -148,14 +152,19 @@ class CacheWriter:
             if shard.count != task.stop - task.start:
                 raise ValueError(f"{task}: got {shard.count} observations, expected {task.stop - task.start}")
             known = {e.episode_id for e in self._datasets[task.dataset].episodes}
-            if any(episode not in known for episode, _ in quarantined):
-                raise ValueError(f"{task}: quarantined episodes {quarantined} are not all in the plan")
+            if any(episode not in known for episode, _ in failed):
+                raise ValueError(f"{task}: quarantined episodes {failed} are not all in the plan")
             written = {path: shard.commit()} | ({scales: beside.commit()} if beside is not None else {})
         self._commit(
             shard_commit(self.path, task),
             written,
-            quarantined=sorted([int(episode), reason] for episode, reason in quarantined),
+            quarantined=sorted(map(list, {(int(episode), reason) for episode, reason in failed})),
         )
+
+    def _zeros(self, rows: int) -> Features:
+        plan = self.plan
+        codes = np.zeros((rows, plan.tokens, plan.width), plan.format.zarr_dtype)
+        return (codes, np.ones((rows, plan.tokens), np.float32)) if plan.format.quantized else codes
 
     @names_full_disk
     def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:

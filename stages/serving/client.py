@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from . import wire  # first: it says what to install where websockets is missing
+
+# isort: split
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import connect
 
 from ...errors import UserError
-from . import wire
 
 
 class PolicyClient:

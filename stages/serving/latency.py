@@ -10,7 +10,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,12 @@ from ...drifting.config import LossConfig
 from ...drifting.dit import dit_config
 from ...drifting.heads import generate, sample_steps
 from ...drifting.policy_net import PolicyNet, PolicyNetConfig
-from ...errors import UserError
 from ..policy.compile import compile_blocks
 from ..policy.observation import Observation
 from ..policy.policy import Policy
 from ..policy.robot import RobotInterface
 from ..policy.stopwatch import Stopwatch
+from .config import LatencyConfig, ServeConfig
 
 INSTRUCTION = "pick up the red cube and put it into the bowl"
 WORDS = 16  # Lt where there is no tokenizer
@@ -50,37 +49,6 @@ NAMES = {  # marks → rows, in the order of the table; pictures of an encoder w
 }
 
 Show = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class LatencyConfig:
-    """What is timed. `UserError` for values that make no sense."""
-
-    checkpoint: str | None = None  # run, checkpoint or exported folder; None: random weights
-    dataset: str | None = None  # whose robot, of a policy that was trained on several
-    vlm_path: str | None = (
-        None  # in place of the checkpoint's own VLM; with random weights: this VLM's, else the DiT alone
-    )
-    vlm: str = "qwen3vl"  # its model, with random weights of the DiT
-    model_size: str = "base"  # of the DiT, with random weights
-    views: int = 2  # with random weights
-    denoising: int | None = None  # forward passes of a flow or diffusion head; None: as it was trained for
-    batches: tuple[int, ...] = (1,)  # observations per call; through the server: clients at a time
-    picture: tuple[int, int] = (480, 640)  # H, W of a camera
-    warm_up: int = 5  # calls that are not counted
-    repeats: int = 50  # calls that are
-    device: str = "auto"  # auto, cpu, cuda
-    compile: bool = False  # torch.compile of the DiT's blocks
-    server: bool = True  # round trips through a server on this machine as well
-
-    def __post_init__(self) -> None:
-        for name in ("views", "repeats", "warm_up"):
-            if getattr(self, name) < (name != "warm_up"):
-                raise UserError(
-                    f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {int(name != 'warm_up')}"
-                )
-        if not self.batches or min(self.batches) < 1 or min(self.picture) < 1:
-            raise UserError("batch sizes and the sides of a picture are at least 1")
 
 
 def measure(config: LatencyConfig, show: Show = lambda name, done, total: None) -> dict[str, Any]:
@@ -156,7 +124,7 @@ def _random_net(config: LatencyConfig, width: int, text_width: int | None, devic
 def _policy(config: LatencyConfig, device: torch.device) -> Policy:
     if config.checkpoint is not None:
         policy = Policy.from_pretrained(
-            config.checkpoint, dataset=config.dataset, device=device, vlm_path=config.vlm_path, steps=config.denoising
+            config.checkpoint, dataset=config.dataset, device=device, vlm_path=config.vlm_path, steps=config.steps
         )
         if config.compile:
             compile_blocks(policy.net)
@@ -292,10 +260,11 @@ def _marking_tower(policy: Policy, watch: Stopwatch) -> Iterator[None]:
 def _time_server(policy: Policy, config: LatencyConfig, show: Show) -> list[dict[str, Any]]:
     """Round trips of `PolicyClient.infer` on this machine, n clients at a time, each asking again when it is answered."""
     from .client import PolicyClient
-    from .server import PolicyServer, ServeConfig, in_background
+    from .server import PolicyServer, in_background
 
     server = PolicyServer(
-        policy, ServeConfig(port=0, max_batch=max(config.batches), max_clients=max(config.batches), max_message=2**30)
+        policy,
+        ServeConfig(port=0, max_batch=max(config.batches), max_clients=max(config.batches), max_message_mib=1024.0),
     )
     server.warm_up()
     rows = []

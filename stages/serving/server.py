@@ -18,10 +18,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import wire  # first: it says what to install where websockets is missing
+
+# isort: split
 import numpy as np
 from websockets.asyncio.server import Request, Response, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
@@ -33,9 +35,9 @@ from ...errors import UserError
 from ..policy.compile import compile_blocks
 from ..policy.observation import Observation
 from ..policy.policy import Policy
-from . import wire
-from .access import addresses, allowed, require_token
+from .access import allowed
 from .batcher import Batcher, PolicyFailed
+from .config import ServeConfig
 from .fields import ObservationReader
 from .metrics import Metrics
 from .session import Session
@@ -44,60 +46,13 @@ FULL = 1013  # close code "try again later"
 CLOSING = 2.0  # seconds that a client has to answer a closing handshake
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    """Where to listen, and the limits. `UserError` for values that make no sense."""
-
-    host: str = "127.0.0.1"  # interface
-    port: int = 8000  # 0: any free one
-    max_batch: int = 8  # requests of one forward pass
-    max_wait: float = 0.002  # seconds that a request waits for others
-    max_clients: int = 16  # connections at a time
-    max_message: int = 32 * 2**20  # bytes of one message
-    execute: int | None = None  # actions of each chunk that are handed out, one a message; None: whole chunks
-    fields: tuple[str, ...] = ()  # field map, native=theirs
-    answer_timeout: float = 30.0  # seconds before a request is given up
-    send_timeout: float = 10.0  # seconds that a client may not read
-    ping_interval: float = 20.0  # seconds between asking a silent client whether it is there; it has as long to answer
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"port {self.port}: must be 0 (any free one) to 65535")
-        for name, least in (
-            ("max_batch", 1),
-            ("max_wait", 0),
-            ("max_clients", 1),
-            ("max_message", 1024),
-            ("answer_timeout", 0.001),
-        ):
-            if not getattr(self, name) >= least:  # also where it is NaN
-                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {least}")
-
-    def listen(self, token: str | None = None) -> socket.socket:
-        """A socket that has its port, to be taken before the long work: it accepts nothing yet. `UserError` when the port is taken, or where
-        other machines could ask and there is no token."""
-        require_token(self.host, self.port, token)
-        family, address = addresses(self.host, self.port)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-        except OSError as error:
-            sock.close()
-            raise UserError(
-                f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}; choose another --port (0: any free one) "
-                "or --host"
-            ) from None
-        return sock
-
-
 class PolicyServer:
     """One policy and its clients. `run` in the main thread, or `in_background`."""
 
     def __init__(
         self,
         policy: Policy,
-        config: ServeConfig = ServeConfig(),
+        config: ServeConfig = ServeConfig(),  # noqa: B008  # frozen
         token: str | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -112,7 +67,7 @@ class PolicyServer:
         )
         self._policy, self.config, self._token = policy, config, token
         self.metrics = Metrics()
-        self._batcher = Batcher(policy, config.max_batch, config.max_wait, self.metrics, say)
+        self._batcher = Batcher(policy, config.max_batch, config.max_wait_ms / 1e3, self.metrics, say)
         self._stopped = False
         self._wake: Callable[[], object] = lambda: None  # tells the event loop, once there is one
         self.metadata = {

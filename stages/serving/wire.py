@@ -11,10 +11,15 @@ import math
 import re
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from ...errors import UserError
+
+try:
+    import msgpack
+    import websockets  # noqa: F401  # server and client, which import this file first
+except ImportError:
+    raise UserError("serving needs websockets and msgpack; install them with: pip install 'dvla[serve]'") from None
 
 NUMBERS = re.compile(r"[<>|=]?[biuf]\d{1,2}")
 

@@ -1,19 +1,22 @@
-"""`dvla train`, `dvla finetune`, `dvla cotrain` and `dvla export`: stages two and three, and what they made as a folder for deployment."""
+"""`dvla train` and `dvla finetune`: stages two and three."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...cache.vlm.spec import LoraSpec
-from ...common.console import console, progress_bars
+from ...common.console import progress_bars, say
 from ...common.options import Device, Given, Options, Set, VlmPath, parse_set
 from ...errors import UserError, unknown
 from .config import TrainConfig, load_recipe, train_config
-from .console import closing_line, training_lines
+from .console import closing_lines, training_lines
+
+if TYPE_CHECKING:
+    from .context import TrainReport
 
 Recipe = Annotated[
     str | None, typer.Option("--recipe", help="YAML file, or a shipped recipe such as base or tiny (configs/train).")
@@ -78,8 +81,8 @@ def train_command(
     from .train import train
 
     with progress_bars() as bar:
-        report = train(config, training_lines(bar, config.steps), console.print, stop_after)
-    _finish(report)
+        report = train(config, training_lines(bar, config.steps), say, stop_after)
+    _finish(report, config, "eval {run} --env TASK" if config.blind else "finetune --lora {run} --out runs/lora")
 
 
 def _dry_run(config: TrainConfig, recipe: str | None, overrides: Given) -> None:
@@ -144,8 +147,8 @@ def finetune_command(
     overrides = (_dotted(load_recipe(recipe)) if recipe else {}) | _overrides(given, mask, flash, set_)
     config = finetune_config(start, tuple(source or ()), spec, overrides, vlm_path, mode == "full")
     with progress_bars() as bar:
-        report, _ = finetune(config, training_lines(bar, config.train.steps), console.print, stop_after)
-    _finish(report)
+        report, _ = finetune(config, training_lines(bar, config.train.steps), say, stop_after)
+    _finish(report, config.train, "eval {run} --env TASK")
 
 
 def _overrides(given: Given, mask: float | None, flash: bool, set_: list[str] | None) -> Given:
@@ -178,10 +181,11 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _finish(report: Any) -> None:
-    """Closing line of a training run; a run that a signal stopped ends like any interrupted command."""
+def _finish(report: TrainReport, config: TrainConfig, next_command: str) -> None:
+    """Print where a run stands; one that a signal stopped ends like any interrupted command."""
     if _speaks():
-        closing_line(report)
+        for line in closing_lines(report, config.steps, f"dvla {next_command.format(run=report.run)}"):
+            say(line)
     if report.interrupted:
         raise typer.Exit(130)
 

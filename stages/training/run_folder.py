@@ -101,7 +101,7 @@ def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
             f"run {folder} was begun with other settings: {'; '.join(lines[:6])}. "
             "Choose another --out, or repeat its settings"
         )
-    found = ck.latest_whole(folder)
+    found = ck.latest_intact(folder)
     if found is None:
         return dict(FRESH), None
     checkpoint, state, complaints = found

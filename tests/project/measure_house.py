@@ -1,7 +1,7 @@
-"""The house in numbers: `python tests/project/measure_house.py [CHECKOUT …]`, a column for each checkout (before, after).
+"""The house in numbers: `python tests/project/measure_house.py [CHECKOUT …]`, a column for each checkout.
 
-Lines and functions are those of every tracked Python file (package, tests, benchmarks), rooms and circles those of the package. A function's lines run
-from its `def` to its last line, docstring and comments included.
+Lines and functions are those of every tracked Python file (package, tests, benchmarks), rooms and circles those of the
+package. A function's lines run from its `def` to its last line, docstring and comments included.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from support.package_source import arrows_between, circles, package_files  # noq
 
 WIDE = 120  # columns
 LONG = 60  # lines of a function
+MOST_FILES = 16  # of one folder
+MOST_LINES = 35_500  # of the package
 
 
 def tracked(root: Path) -> list[Path]:
@@ -41,18 +43,38 @@ def functions(file: Path) -> list[tuple[int, str]]:
     ]
 
 
+def lines_of(file: Path) -> list[str]:
+    return file.read_text().splitlines()
+
+
 def wide_lines(files: list[Path]) -> int:
     """Lines of more than `WIDE` columns."""
-    return sum(len(line) > WIDE for file in files for line in file.read_text().splitlines())
+    return sum(len(line) > WIDE for file in files for line in lines_of(file))
+
+
+def folder_sizes(root: Path) -> Counter[str]:
+    """Python files of each folder of the package."""
+    return Counter(f.parent.relative_to(root).as_posix() for f in package_files(root) if f.name != "__init__.py")
+
+
+def crowds(root: Path) -> dict[str, int]:
+    """Folders of the package with more than `MOST_FILES` files."""
+    return {folder: size for folder, size in folder_sizes(root).items() if size > MOST_FILES}
+
+
+def rings(root: Path, by_room: bool) -> list[list[str]]:
+    """Import circles, the largest last. The root's own imports are lazy (`dvla.Policy`) and do not count."""
+    arrows = arrows_between(root, by_room=by_room)
+    arrows.pop("__init__.py", None)
+    return sorted(circles(arrows), key=len)
 
 
 def measure(root: Path) -> dict[str, str]:
     """The table of one checkout."""
     files, package = tracked(root), list(package_files(root))
-    rooms = Counter(file.parent.relative_to(root).as_posix() for file in package if file.name != "__init__.py")
+    rooms = folder_sizes(root)
     largest, count = rooms.most_common(1)[0]
-    rings = sorted(circles(arrows_between(root)), key=len)
-    room_rings = circles(arrows_between(root, by_room=True))
+    of_files, of_rooms = rings(root, False), rings(root, True)
     longest = sorted(
         ((lines, f"{file.relative_to(root)}:{name}") for file in package for lines, name in functions(file)),
         reverse=True,
@@ -62,12 +84,9 @@ def measure(root: Path) -> dict[str, str]:
         "folders of the package": str(len(rooms)),
         "most files in one folder": f"{count} ({largest})",
         "Python files at the root": str(len(list(root.glob("*.py")))),
-        "import circles between files": f"{len(rings)} (largest: {len(rings[-1])} files)" if rings else "0",
-        "import circles between rooms": str(len(room_rings)),
-        **{
-            f"lines, {name}": f"{sum(len(f.read_text().splitlines()) for f in found):,}"
-            for name, found in lines.items()
-        },
+        "import circles between files": f"{len(of_files)} (largest: {len(of_files[-1])} files)" if of_files else "0",
+        "import circles between rooms": str(len(of_rooms)),
+        **{f"lines, {name}": f"{sum(len(lines_of(f)) for f in found):,}" for name, found in lines.items()},
         f"lines over {WIDE} columns, package": str(wide_lines(package)),
         f"lines over {WIDE} columns, all": str(wide_lines(files)),
         f"functions over {LONG} lines, package": str(sum(n > LONG for n, _ in longest)),

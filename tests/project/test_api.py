@@ -17,7 +17,8 @@ from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.policy.policy import Policy
-from dvla.stages.serving.server import PolicyServer, ServeConfig, in_background
+from dvla.stages.serving.config import ServeConfig
+from dvla.stages.serving.server import PolicyServer, in_background
 from support import synthetic_cache as synthetic
 from support.repository import ROOT
 from support.run_samples import TINY, VIEWS, make_run, observations
@@ -84,7 +85,7 @@ def test_objects_say_what_they_are(cache: Cache, policy: Policy) -> None:
     assert len(cache) == cache.frames == 169
     nbytes = cache.manifest["bytes"]
     assert repr(cache) == (
-        f"Cache('{cache.path}': 169 frames of 11 episodes in 2 datasets, 3 tokens × 8 per view, float16, "
+        f"Cache('{cache.path}': datasets 2, episodes 11, frames 169, tokens 3 × 8 per view, float16, "
         f"{nbytes / 1024:.1f} KiB)"
     )
     with dvla.Loader(cache, batch_size=4, horizon=5) as loader:

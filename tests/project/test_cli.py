@@ -186,9 +186,7 @@ def test_build_verify_and_mismatched_fingerprint(
     assert "already complete" in dvla(*build, 64).out
     refused(dvla(*build, 96), "encoder.resolution: cache has 64, this run asks 96", "Choose another --out")
     verify = dvla("cache", "verify", tmp_path / "cache", "--live", 4, "--device", "cpu")
-    assert (
-        verify.code == 0 and "4 frames recomputed" in verify.out and "all files are as they were written" in verify.out
-    )
+    assert verify.code == 0 and "4 frames recomputed" in verify.out and "all files are intact" in verify.out
     victim = sorted((tmp_path / "cache").glob("*/features/*/c/0/0/0"))[0]
     content = bytearray(victim.read_bytes())
     content[7] ^= 1
@@ -230,9 +228,11 @@ def test_existing_output_folder(dvla: Dvla, tmp_path: Path, cache: Path, vlm: Pa
 def test_train_resume_and_changed_settings(dvla: Dvla, tmp_path: Path, cache: Path) -> None:
     train = ("train", "--from-cache", cache, "--out", tmp_path / "run", *SMALL, "--set", "optimizer.warmup=1")
     first = dvla(*train, "--stop-after", 1)
-    assert first.code == 0 and f"{tmp_path / 'run'}: step 1" in first.out and first.err == ""
+    assert first.code == 0 and f"{tmp_path / 'run'}: step 1 of 2\n" in first.out and first.err == ""
+    assert first.out.endswith("rerun the same command to resume\n")
     second = dvla(*train)
-    assert second.code == 0 and "resuming" in second.out and f"{tmp_path / 'run'}: step 2, loss" in second.out
+    assert second.code == 0 and "resuming" in second.out and f"{tmp_path / 'run'}: step 2 of 2\n" in second.out
+    assert f"checkpoint: {tmp_path / 'run'}/checkpoints/step-00000002\nnext: dvla finetune --lora" in second.out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["optimizer"]["warmup"] == 1 and saved["dit"]["width"] == 32
     refused(dvla(*train, "--lr", "0.5"), "begun with other settings", "optimizer.lr")
@@ -272,4 +272,8 @@ def test_interrupt_is_130(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor, "examine", interrupted)
     result = dvla("doctor")
-    assert result.code == 130 and len(result.err.splitlines()) == 1 and "run the same command again" in result.err
+    assert (
+        result.code == 130
+        and len(result.err.splitlines()) == 1
+        and result.err.startswith("interrupted; rerun the same")
+    )

@@ -1,9 +1,10 @@
-"""The documentation: its commands exist, its links lead somewhere, the quick start runs as it stands, and the site builds without a warning."""
+"""The documentation: its commands exist, its links lead somewhere, the quick start runs, the site builds."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from support.repository import ROOT
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
 GENERATED = "docs/cli.md"
 RUN = ("docs/quickstart.md",)  # by `test_the_quick_start` below
+LANDING = ROOT / "tests" / "fixtures" / "landing_16"  # has what the quick start leaves behind, and smaller
 
 
 class Block(NamedTuple):
@@ -173,6 +175,22 @@ def test_benchmarks_have_the_options_that_pages_name() -> None:
     assert found > 5
 
 
+def test_benchmarks_can_be_imported() -> None:
+    """What they use of the package is where they look for it; their numbers come from runs by hand."""
+    names = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py"))]
+    code = f"import importlib, sys; sys.path.insert(0, 'benchmarks'); [importlib.import_module(n) for n in {names!r}]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != GENERATED])
+def test_files_that_pages_name_are_there(page: str) -> None:
+    rooms = "cache|common|stages|drifting|tests|benchmarks|configs|docker|examples"
+    text = (ROOT / page).read_text()
+    for path in re.findall(rf"(?<![\w./-])(?:{rooms})/[\w./-]+\.(?:py|yaml|sh|html)\b", text):
+        assert "NAME" in path or (ROOT / path).exists(), f"{page} names {path}, which is not there"
+
+
 def leaves(command: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     if not hasattr(command, "commands"):
         return [(path, command)]
@@ -196,6 +214,19 @@ def test_the_reference_has_every_command_and_option() -> None:
     assert {name for name in sections if not any(name == " ".join(path[:1]) for path, _ in found)} <= {
         " ".join(path) for path, _ in found
     }
+
+
+def test_the_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python blocks one after another, in a folder like that of the quick start."""
+    for name, here in (("cache_fp16", "cache"), ("vlm", "vlm"), ("policy", "policy")):
+        shutil.copytree(LANDING / name, tmp_path / here)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    found = [b for b in blocks("docs/python-api.md") if b.language == "python"]
+    for block in found:
+        if not block.before.startswith("<!-- not run: "):
+            exec(compile("\n" * block.line + block.text, block.page, "exec"), names)
+    assert len(found) > 6 and names["native"].shape[1:] == (8, 4)
 
 
 @pytest.mark.slow

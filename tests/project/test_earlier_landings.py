@@ -1,4 +1,4 @@
-"""What an earlier version wrote, committed as it was, is read, continued and acted with by this one. See fixtures/*/README.md."""
+"""This version reads, resumes and acts with what earlier ones wrote, committed as it was. See fixtures/*/README.md."""
 
 from __future__ import annotations
 

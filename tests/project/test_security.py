@@ -1,4 +1,4 @@
-"""What docs/security.md says of the source: no unpickling but the restricted reader's, no code of models, no shell, no unsafe YAML."""
+"""docs/security.md holds in the source: one restricted unpickler, no model code, no shell, no unsafe YAML."""
 
 from __future__ import annotations
 

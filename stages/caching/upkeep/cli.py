@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ....common.console import console, errors, progress_bars
+from ....common.console import console, errors, progress_bars, say
 from ....common.options import Device, Json, VlmPath
 from ....common.text import size
 
@@ -32,24 +32,15 @@ def cache_verify(
     from .verify import verify
 
     with progress_bars() as show:
-        problems, check = verify(
-            path,
-            live,
-            tuple(source or ()),
-            vlm_path,
-            device,
-            progress=lambda done, total: show("checksums", done, total),
-        )
+        problems, check = verify(path, live, tuple(source or ()), vlm_path, device, progress=show, say=say)
     for line in problems:
         errors.print(line, style="red", markup=False)
     if check is not None:
-        console.print(
-            f"{check.count} frames recomputed: largest difference {check.largest:.2g}, RMS of the difference "
-            f"{check.relative:.2g} of the features' ({check.scale:.2g})"
-        )
+        say(f"{check.count} frames recomputed: relative RMS difference {check.relative:.2g}")
+        say(f"  largest difference {check.largest:.2g}, RMS of the features {check.scale:.2g}")
     if problems:
         raise typer.Exit(1)
-    console.print(f"{path}: all files are as they were written")
+    say(f"{path}: all files are intact")
 
 
 def cache_status(path: CachePath, json: Json = None) -> None:
@@ -84,11 +75,11 @@ def cache_inspect(
 
     Example: dvla cache inspect cache --html cache.html
     """
-    from .inspect import inspect, norm_pictures
+    from .inspect import inspect, norm_images
     from .tables import show_facts, show_ranges
 
     facts = inspect(path)
-    ranges = norm_pictures(path, out) if out else {}
+    ranges = norm_images(path, out) if out else {}
     if html is not None:
         from .page import write_cache_page
 
@@ -130,20 +121,15 @@ def cache_repair(path: CachePath, source: Moved = None, vlm_path: VlmPath = None
     from .repair import repair
 
     with progress_bars() as show:
-        report = repair(
-            path, tuple(source or ()), vlm_path, device, lambda line: console.print(line, markup=False), show
-        )
-    if report.whole:
-        console.print(f"{path}: all files are as they were written")
+        report = repair(path, tuple(source or ()), vlm_path, device, say, show)
+    if report.intact:
+        say(f"{path}: all files are intact")
         return
-    console.print(f"{path}: whole again; {report.parts} were written again")
+    say(f"{path}: intact again; rebuilt {report.parts}")
     if report.other_bytes:
-        console.print(
-            f"{len(report.other_bytes)} files have other bytes than before, as encoding on other hardware or in other batches gives: "
-            f"{', '.join(report.other_bytes[:3])}{', …' if len(report.other_bytes) > 3 else ''}",
-            style="yellow",
-            markup=False,
-        )
+        names = f"{', '.join(report.other_bytes[:3])}{', …' if len(report.other_bytes) > 3 else ''}"
+        count = f"{len(report.other_bytes)} files have other bytes than before, as from other hardware or batches:"
+        console.print(f"{count}\n  {names}", style="yellow", markup=False)
 
 
 def cache_gc(

@@ -19,18 +19,18 @@ BLOCK = 256 << 20  # bytes of features compared at a time
 
 @dataclass(frozen=True)
 class ArrayDiff:
-    """Features of one view (or action, proprio) of the episodes both caches hold."""
+    """Features of one view (or action, proprio, instruction) of the episodes that both caches hold."""
 
     dataset: str
     array: str
     compared: int  # frames
-    equal: bool  # as stored, byte for byte, in all frames compared
-    relative: float | None  # RMS of the difference over the RMS in the first cache; None: of other shape
+    equal: bool  # stored byte for byte alike, in all frames compared
+    relative: float | None  # RMS of the difference over the RMS in the first cache; None: shapes differ
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the features of a dataset's pictures are from each other in two caches, over all views of the frames compared."""
+    """How far apart the features of a dataset are in two caches, over all views of the frames compared."""
 
     dataset: str
     frames: int
@@ -43,9 +43,9 @@ class CacheDiff:
     """How two finished caches differ; `same` when they do not."""
 
     fingerprint: tuple[str, ...]  # differing fields, episodes not among them
-    only: tuple[str, ...]  # datasets, views and episodes in one of them, and episodes whose source differs
+    only: tuple[str, ...]  # datasets, views and episodes in one of them alone, and episodes whose source differs
     arrays: tuple[ArrayDiff, ...]
-    same_files: bool  # features and tables were written with the same checksums, all of them
+    same_files: bool  # all features and tables have the same checksums
     drifts: tuple[Drift, ...] = ()  # of datasets whose features have one shape in both
 
     @property
@@ -57,8 +57,11 @@ class CacheDiff:
 def diff(
     a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> CacheDiff:
-    """Compare two finished caches: actions, proprio and instructions of all common episodes, features of up to `samples` random frames
-    of each view, and the checksums of everything. `UserError` as `Cache.open`."""
+    """Compare two finished caches.
+
+    Compared are actions, proprio and instructions of all common episodes, features of up to `samples` random frames of
+    each view, and the checksums of everything. `UserError` as `Cache.open`.
+    """
     first, second = Cache.open(a), Cache.open(b)
     if samples < 1:
         raise UserError(f"--samples {samples}: give at least 1 frame to compare")
@@ -83,7 +86,7 @@ def diff(
 
 
 def _settings(cache: Cache) -> dict[str, Any]:
-    """The fingerprint without what is said of single episodes."""
+    """The fingerprint without its entries for single episodes."""
     store = {k: v for k, v in cache.fingerprint["store"].items() if k not in ("datasets", "order")}
     return {**cache.fingerprint, "store": store}
 
@@ -99,9 +102,9 @@ def _only(x: CacheDataset, y: CacheDataset) -> list[str]:
             lines.append(f"{len(alone)} episodes of {x.name} only in {name}: {_few(alone)}")
     changed = sorted(e for e in one.keys() & two.keys() if one[e][0] != two[e][0])
     if changed:
-        lines.append(f"{len(changed)} episodes of {x.name} were recorded otherwise: {_few(changed)}")
+        lines.append(f"{len(changed)} episodes of {x.name} have another source: {_few(changed)}")
     lines += [
-        f"episode {e} of {x.name} is in quarantine only in {'A' if one[e][1] else 'B'}"
+        f"episode {e} of {x.name} is quarantined only in {'A' if one[e][1] else 'B'}"
         for e in sorted(one.keys() & two.keys())
         if one[e][1] != two[e][1]
     ]
@@ -115,13 +118,12 @@ def _few(numbers: list[int]) -> str:
 def _compare(
     x: CacheDataset, y: CacheDataset, samples: int, rng: np.random.Generator
 ) -> tuple[list[ArrayDiff], list[Drift]]:
-    """Tables of all frames of common episodes of the same length; features of some of those that are observations in both."""
+    """Tables of all frames of common episodes of the same length; features of some observations of both."""
     positions = {e: i for i, e in enumerate(y.episode_id.tolist())}
-    pairs = [(i, positions[e]) for i, e in enumerate(x.episode_id.tolist()) if e in positions]
     pairs = [
         (i, j)
-        for i, j in pairs
-        if x.episode_length[i] == y.episode_length[j] and not x.quarantined[i] and not y.quarantined[j]
+        for i, j in ((i, positions.get(e)) for i, e in enumerate(x.episode_id.tolist()))
+        if j is not None and x.episode_length[i] == y.episode_length[j] and not x.quarantined[i] | y.quarantined[j]
     ]
     if not pairs:
         return [], []
@@ -136,13 +138,17 @@ def _compare(
     chosen = np.sort(rng.choice(seen, min(samples, len(seen)), replace=False))
     arrays = [(view, k) for view in x.views if view in y.views for k in range(min(x.variants, y.variants) + 1)]
     found = [_features(x, y, view, k, rows[0][chosen], rows[1][chosen]) for view, k in arrays]
-    square, scale, cosine, tokens = np.sum(
-        [sums for (_, k), (_, sums) in zip(arrays, found) if k == 0] or [np.zeros(4)], 0
-    )
-    drift = (
-        [Drift(x.name, len(chosen), float(square / max(scale, 1e-30)) ** 0.5, float(cosine / tokens))] if tokens else []
-    )
-    return out + [array for array, _ in found], drift
+    out += [array for array, _ in found]
+    plain = [sums for (_, k), (_, sums) in zip(arrays, found) if k == 0] or [np.zeros(4)]
+    square, scale, cosine, tokens = np.sum(plain, 0)
+    if not tokens:
+        return out, []
+    return out, [Drift(x.name, len(chosen), _relative(square, scale), float(cosine / tokens))]
+
+
+def _relative(square: float, scale: float) -> float:
+    """RMS of a difference over that of the values, from their sums of squares."""
+    return float(square / max(scale, 1e-30)) ** 0.5
 
 
 def _table(dataset: str, kind: str, a: np.ndarray, b: np.ndarray, rows: np.ndarray, others: np.ndarray) -> ArrayDiff:
@@ -150,17 +156,15 @@ def _table(dataset: str, kind: str, a: np.ndarray, b: np.ndarray, rows: np.ndarr
     for at in range(0, len(rows), 65536):
         one, two = a[rows[at : at + 65536]], b[others[at : at + 65536]]
         equal &= one.tobytes() == two.tobytes()
-        square, scale = (
-            square + float(((one - two).astype(np.float64) ** 2).sum()),
-            scale + float((one.astype(np.float64) ** 2).sum()),
-        )
-    return ArrayDiff(dataset, kind, len(rows), equal, (square / max(scale, 1e-30)) ** 0.5)
+        square += float(((one - two).astype(np.float64) ** 2).sum())
+        scale += float((one.astype(np.float64) ** 2).sum())
+    return ArrayDiff(dataset, kind, len(rows), equal, _relative(square, scale))
 
 
 def _features(
     x: CacheDataset, y: CacheDataset, view: str, variant: int, rows: np.ndarray, others: np.ndarray
 ) -> tuple[ArrayDiff, np.ndarray]:
-    """The difference, and [4] sums: of its squares, of the squares in x, of the tokens' cosines, and how many tokens these are."""
+    """The difference, and [4]: sums of its squares, of x's squares and of the tokens' cosines, number of tokens."""
     array = f"{view}.aug{variant}" if variant else view
     if (x.tokens, x.width) != (y.tokens, y.width):
         return ArrayDiff(x.name, array, len(rows), False, None), np.zeros(4)
@@ -182,4 +186,4 @@ def _features(
             cosine.sum(dtype=np.float64),
             cosine.size,
         )
-    return ArrayDiff(x.name, array, len(rows), equal, float(sums[0] / max(sums[1], 1e-30)) ** 0.5), sums
+    return ArrayDiff(x.name, array, len(rows), equal, _relative(sums[0], sums[1])), sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,20 +18,20 @@ from .status import TEMPORARY
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something beside or in a cache that it does not need. `frees`: bytes that no file outside the list shares (hard links)."""
+    """Something in or beside a cache that it does not need."""
 
     path: Path
     kind: str  # earlier generation, unfinished generation, temporary file, pilot's folder
     bytes: int
-    frees: int
+    frees: int  # bytes that no file outside the list shares (hard links)
 
 
 def garbage(path: Path) -> list[Garbage]:
-    """What `gc` may remove: never the current generation. `UserError` when there is no cache, or an exchange was interrupted."""
+    """What `gc` may remove, never the current generation. `UserError` when there is no cache, or half an exchange."""
     following = next_generation(path)
     if not path.exists() and is_finished(following):
         raise UserError(
-            f"{path} is in the middle of taking its next generation in; run the same `dvla cache build` command again first"
+            f"rerun the same `dvla cache build` first: {path} was interrupted while it took in its next generation"
         )
     read_fingerprint(path)
     found = [(p, "earlier generation") for p in generations(path)]
@@ -41,16 +42,13 @@ def garbage(path: Path) -> list[Garbage]:
         p: [f.lstat() for f in ([p] if not p.is_dir() else p.rglob("*")) if not f.is_dir() or f.is_symlink()]
         for p, _ in found
     }
-    seen: dict[tuple[int, int], int] = {}
-    for entry in (e for entries in files.values() for e in entries):
-        seen[entry.st_dev, entry.st_ino] = seen.get((entry.st_dev, entry.st_ino), 0) + 1
+    seen = Counter((e.st_dev, e.st_ino) for entries in files.values() for e in entries)
     out = []
     counted: set[tuple[int, int]] = set()
     for p, kind in found:
         alone = {(e.st_dev, e.st_ino): e.st_size for e in files[p] if seen[e.st_dev, e.st_ino] >= e.st_nlink}
-        out.append(
-            Garbage(p, kind, sum(e.st_size for e in files[p]), sum(n for key, n in alone.items() if key not in counted))
-        )
+        frees = sum(n for key, n in alone.items() if key not in counted)
+        out.append(Garbage(p, kind, sum(e.st_size for e in files[p]), frees))
         counted |= alone.keys()
     return out
 

@@ -1,7 +1,4 @@
-"""What is in finished caches: `dvla cache inspect` and `dvla cache diff`.
-
-Letters: n frames, K tokens of one picture, D feature width, S side of a square grid of tokens.
-"""
+"""`dvla cache inspect`: what is in a finished cache. n frames, K tokens of an image, S side of a square token grid."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from ....cache.store.cache import Cache, CacheDataset
 from ....errors import UserError
 from .status import summary
 
-CELL = 16  # pixels of one token in a picture of norms
+CELL = 16  # pixels of one token in an image of norms
 GAP = 4  # pixels between frames
 SHOWN_FRAMES = 8
 
@@ -109,9 +106,11 @@ def _slots(d: CacheDataset, kind: str) -> tuple[SlotRow, ...]:
     )
 
 
-def norm_pictures(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
-    """Write one PNG per dataset and view: the norms of the token grid of up to `SHOWN_FRAMES` observations side by side, dark to
-    bright. Returns file → (smallest, largest norm). `UserError` when one of them is there already: nothing is overwritten."""
+def norm_images(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
+    """Write a PNG per dataset and view: token norms of up to `SHOWN_FRAMES` observations side by side, dark to bright.
+
+    Returns file → (smallest, largest norm). `UserError` when one of the files exists: nothing is overwritten.
+    """
     from PIL import Image
 
     cache = Cache.open(path)
@@ -127,19 +126,19 @@ def norm_pictures(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
     for d in cache.datasets:
         rows = shown_rows(d, SHOWN_FRAMES)
         for view in d.views:
-            picture, ranges[files[d.name, view]] = norm_strip(d, view, rows)
-            Image.fromarray(picture).save(files[d.name, view])
+            image, ranges[files[d.name, view]] = norm_strip(d, view, rows)
+            Image.fromarray(image).save(files[d.name, view])
     return ranges
 
 
 def shown_rows(d: CacheDataset, count: int) -> np.ndarray:
-    """At most `count` frames, int64, spread evenly over a dataset's observations; none in quarantine."""
+    """At most `count` frames, int64, spread evenly over a dataset's observations; none of a quarantined episode."""
     usable = np.flatnonzero(~d.quarantined[d.episode_of(d.frame_of(np.arange(d.observations)))])
     return d.frame_of(usable[np.unique(np.linspace(0, len(usable) - 1, count).astype(int))] if len(usable) else usable)
 
 
 def norm_strip(d: CacheDataset, view: str, rows: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """The norms of the token grids of frames `rows` side by side, dark to bright, uint8 [H,W,3], and (smallest, largest norm)."""
+    """Token norms of frames `rows` side by side, dark to bright, uint8 [H,W,3], and (smallest, largest norm)."""
     from matplotlib import colormaps
 
     norms = np.linalg.norm(d.features(view, rows).astype(np.float32), axis=-1)  # [n,K]

@@ -1,7 +1,4 @@
-"""`dvla cache inspect --html`: what is in a cache as one page. Needs the cache alone; thumbnails are shown of sources that are on this machine.
-
-Letters: n frames shown, K tokens of a picture, D datasets.
-"""
+"""`dvla cache inspect --html`: what is in a cache as one page, with thumbnails of sources that are on this machine."""
 
 from __future__ import annotations
 
@@ -36,11 +33,14 @@ HEIGHT = 120  # pixels of a thumbnail
 TEXTS = 12  # instructions listed
 
 
-def range_figure(name: str, stats: Statistics, places: Sequence[int], style: Style = LIGHT) -> Figure:
-    """Range of every active dimension in normalised units: all of it (thin), 1 to 99 % (thick), median; what lies beyond ±1 is clipped."""
-    figure = new_figure(style, 8, 0.22 * len(places) + 1.3)
+def range_figure(name: str, stats: Statistics, active: Sequence[int], style: Style = LIGHT) -> Figure:
+    """Range of every active dimension in normalized units: all of it (thin), 1 to 99 % (thick), and the median.
+
+    Values beyond ±1 are clipped.
+    """
+    figure = new_figure(style, 8, 0.22 * len(active) + 1.3)
     axis, outside = figure.subplots(), 0
-    for n, i in enumerate(places):
+    for n, i in enumerate(active):
         half = STD_MULTIPLE * max(stats.std[i], STD_FLOOR)
         low, high = ((x[i] - stats.mean[i]) / half for x in (stats.min, stats.max))
         outside += bool(max(-low, high) > 1 + 1e-6) and slots()[i].unit != "6D"
@@ -51,66 +51,65 @@ def range_figure(name: str, stats: Statistics, places: Sequence[int], style: Sty
             axis.plot(middle, n, "|", color=style.predicted, markersize=9)
     for edge in (-1, 1):
         axis.axvline(edge, color=style.text, linewidth=0.8, linestyle="--")
-    axis.set_yticks(range(len(places)), [slots()[i].name for i in places])
+    axis.set_yticks(range(len(active)), [slots()[i].name for i in active])
     axis.invert_yaxis()
-    axis.set_xlabel(
-        "value, normalised: 0 mean, 1 is 5 σ; thin: all, thick: 1 to 99 %, mark: median; dashed: clipped beyond"
-    )
-    verdict = (
-        f"{outside} of {len(places)} dimensions reach beyond 5 σ and are clipped there"
-        if outside
-        else "nothing is clipped"
-    )
+    axis.set_xlabel("normalized: 0 mean, 1 is 5 σ; thin: all, thick: 1 to 99 %, mark: median; dashed: clipped beyond")
+    verdict = "nothing is clipped"
+    if outside:
+        verdict = f"{outside} of {len(active)} dimensions reach beyond 5 σ and are clipped there"
     return finish(figure, f"{name}: {verdict}", style)
 
 
 def mask_figure(datasets: Sequence[CacheDataset], style: Style = LIGHT) -> Figure:
-    """Which of the 128 places each dataset fills, in its actions and in its state."""
+    """Which of the 128 slots each dataset fills, in its actions and in its state."""
     from matplotlib.colors import ListedColormap
 
     used = np.flatnonzero(np.any([d.action_mask | d.proprio_mask for d in datasets], 0))
-    table = np.stack([d.action_mask[used] * 2 + d.proprio_mask[used] for d in datasets]).astype(float)  # [D,places]
+    table = np.stack([d.action_mask[used] * 2 + d.proprio_mask[used] for d in datasets]).astype(
+        float
+    )  # [datasets,slots]
     figure = new_figure(style, max(6.0, 0.24 * len(used) + 2), 0.3 * len(datasets) + 2.6)
-    axis = figure.subplots()
+    axis, colors = figure.subplots(), (style.faint, style.cycle[2], style.predicted, style.expert)
     axis.imshow(
         table,
         aspect="auto",
-        cmap=ListedColormap((style.faint, style.cycle[2], style.predicted, style.expert)),
+        cmap=ListedColormap(colors),
         vmin=-0.5,
         vmax=3.5,
         interpolation="nearest",
     )
     for n, label in ((3, "action and state"), (2, "action alone"), (1, "state alone"), (0, "neither")):
-        axis.plot([], [], "s", color=(style.faint, style.cycle[2], style.predicted, style.expert)[n], label=label)
+        axis.plot([], [], "s", color=colors[n], label=label)
     axis.set_xticks(range(len(used)), [slots()[i].name for i in used], rotation=90)
     axis.set_yticks(range(len(datasets)), [d.name for d in datasets])
     shared = int(np.all([d.action_mask for d in datasets], 0).sum())
     filled = int(np.any([d.action_mask for d in datasets], 0).sum())
-    return finish(figure, f"Actions fill {filled} of 128 places; {shared} of them in every dataset", style, "outside")
+    return finish(figure, f"Actions fill {filled} of 128 slots; {shared} of them in every dataset", style, "outside")
 
 
 def write_cache_page(
     path: Path, out: Path, given: Sequence[str] = (), progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> int:
-    """Write the page of the cache at `path`; returns its bytes. `given`: sources that moved. `UserError` as `Cache.open` and `write_page`."""
+    """Write the page of the cache at `path`; returns its bytes.
+
+    `given`: sources that moved. `UserError` as `Cache.open` and `write_page`.
+    """
     require_page(out)
     facts, cache = inspect(path), Cache.open(path)
     moved = dict(zip((d.name for d in cache.datasets), sources_of(cache, given))) if given else {}
     arrays = one_status(path).arrays
     shown: list[dict[str, Any]] = []
     for i, (d, fact) in enumerate(zip(cache.datasets, facts.datasets)):
-        shown.append(
-            _dataset(d, fact, moved.get(d.name), [(a.array, a.shards, a.bytes) for a in arrays if a.dataset == d.name])
-        )
+        mine = [(a.array, a.shards, a.bytes) for a in arrays if a.dataset == d.name]
+        shown.append(_dataset(d, fact, moved.get(d.name), mine))
         progress("datasets", i + 1, len(cache.datasets))
-    total = sum(d.frames for d in facts.datasets)
     tiles = [
         ("datasets", len(facts.datasets)),
         ("episodes", sum(d.episodes for d in facts.datasets)),
-        ("frames", total),
+        ("frames", sum(d.frames for d in facts.datasets)),
         ("observations", sum(d.observations for d in facts.datasets)),
-        ("in quarantine", sum(d.quarantined for d in facts.datasets)),
-        ("in all", size(facts.bytes)),
+        ("quarantined", sum(d.quarantined for d in facts.datasets)),
+        ("total", size(facts.bytes)),
         ("files", facts.files),
         ("tokens × width", f"{cache.tokens} × {cache.width}"),
     ]
@@ -137,15 +136,8 @@ def _dataset(
     views = []
     for view in d.views:
         strip, (low, high) = norm_strip(d, view, rows)
-        views.append(
-            {
-                "name": view,
-                "photos": photos.get(view, []),
-                "norms": image_uri(Image.fromarray(strip), "png"),
-                "low": low,
-                "high": high,
-            }
-        )
+        norms = image_uri(Image.fromarray(strip), "png")
+        views.append({"name": view, "photos": photos.get(view, []), "norms": norms, "low": low, "high": high})
     actions = Statistics.from_dict(d.attributes["action_stats"]), np.flatnonzero(d.action_mask).tolist()
     return {
         "name": fact.name,
@@ -162,15 +154,13 @@ def _dataset(
 
 
 def _photos(d: CacheDataset, rows: np.ndarray, source: Source | None) -> tuple[dict[str, list[str]], str]:
-    """(view → addresses of the pictures behind `rows`, why there are none). A source elsewhere is not fetched for this."""
+    """(view → data URIs of the frames `rows`, why there are none). A remote source is not fetched for this."""
     where = d.attributes.get("source", "")
     try:
         if source is None:
             if not where or not Path(where).exists():
-                return (
-                    {},
-                    f"No pictures: the source {public(where) or 'of this cache'} is not on this machine; give --source.",
-                )
+                missing = public(where) or "of this cache"
+                return {}, f"No images: the source {missing} is not on this machine; give --source."
             source = open_source(where, config_of(d.attributes))
         found: dict[str, list[str]] = {view: [] for view in d.views}
         for row, position in zip(rows.tolist(), d.episode_of(rows).tolist()):
@@ -181,7 +171,7 @@ def _photos(d: CacheDataset, rows: np.ndarray, source: Source | None) -> tuple[d
                     found[view.name].append(_thumbnail(next(view.frames(step, step + 1))))
         return found, ""
     except (UserError, CorruptEpisode, OSError, KeyError) as error:
-        return {}, f"No pictures: {public(' '.join(str(error).split()))}"
+        return {}, f"No images: {public(' '.join(str(error).split()))}"
 
 
 def _thumbnail(frame: np.ndarray) -> str:

@@ -1,7 +1,7 @@
-"""`dvla cache repair`: what is damaged is found by its checksum and built again, alone, with the settings the cache was built with.
+"""`dvla cache repair`: damage is found by checksums, and the damaged parts alone are rebuilt with the cache's settings.
 
-Every file a builder wrote is in a commit record, so dropping the record of a damaged file turns the finished cache back into one that
-is unfinished in just that place. The order makes an interrupted repair harmless: records are dropped first, then the manifest.
+Every file that a builder wrote is in a commit record, so dropping the record of a damaged file makes the finished cache
+unfinished in just that place. An interrupted repair is harmless: records are dropped first, then the manifest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,27 +39,21 @@ from ....cache.store.plan import BuildPlan, units
 from ....cache.store.writer import CacheWriter
 from ....cache.store.zarr_format import open_table, write_table
 from ....cache.vlm.encoder import VisionLanguageEncoder
-from ....cache.vlm.load import load_encoder
-from ....cache.vlm.spec import EncoderSpec
 from ....common import fingerprint as fp
-from ....common.config import from_mapping
-from ....common.device import pick_device
 from ....common.files import file_crc32c
+from ....common.text import in_megabytes
 from ....errors import UserError
+from ..build import CameraProgress, run_here
 from ..build_plan import make_fingerprint, make_plan
 from ..calibration import pilot_features
 from ..config import BuildConfig
 from ..generations import Earlier, generations
-from ..pipeline import run_unit
 from ..sources import Corpus, Progress, make_tables, read_corpus
 from .garbage import no_builder
+from .verify import recorded_encoder
 
 CHANNELS = "channel_scale"  # the channel scales of an 8-bit cache
-PLACES = (
-    "source",
-    "encoder",
-    "config",
-)  # attributes that are kept: a folder that moved, or views named now, change no byte
+PLACES = ("source", "encoder", "config")  # attributes that are kept: folders that moved, or views named now
 NEEDED = (*PLACES, "views")  # attributes of a dataset that say how it was built
 
 
@@ -70,25 +65,25 @@ class RepairReport:
     shards: int  # built again
     tables: tuple[str, ...]  # datasets whose tables were written again
     other_bytes: tuple[str, ...]  # files whose new bytes are not the old ones, though the settings are
-    whole: bool = False  # nothing had to be done
+    intact: bool = False  # nothing had to be done
 
     @property
     def parts(self) -> str:
-        """For people: what was written again."""
+        """What was written again, for people."""
         return parts(self.shards, self.tables)
 
 
 @dataclass(frozen=True)
 class _Findings:
-    """What is wrong with a cache, and what has to be built for it."""
+    """What is wrong with a cache, and what has to be rebuilt."""
 
     written: Files  # all files, as they were written
     damaged: dict[str, str]
     drop: tuple[Path, ...]  # commit records that go
     shards: int
     tables: tuple[str, ...]
-    channels: bool  # the channel scales are among it
-    whole: bool  # nothing at all is wrong
+    channels: bool  # the channel scales are damaged
+    intact: bool
 
 
 def repair(
@@ -99,31 +94,30 @@ def repair(
     say: Callable[[str], None] = print,
     progress: Progress = lambda *_: None,
 ) -> RepairReport:
-    """Find and rebuild what is damaged or missing in the cache at `path`; an interrupted repair or build is finished with it.
+    """Find and rebuild what is damaged or missing in the cache at `path`; an interrupted build or repair is finished.
 
-    `sources` and `vlm_path` where these are not where they were. `UserError`, before anything is touched, when the sources or the
-    VLM are not those of the cache (the differing fields are named), or while a builder runs.
+    `sources`, `vlm_path`: where they are now, if they moved. `UserError`, before anything is touched, when the sources
+    or the VLM are not those of the cache (the differing fields are named), or while a builder runs.
     """
     plan, cached = read_plan(path), read_fingerprint(path)
     with no_builder(path):
         found = _examine(path, plan, cached, progress)
-        if found.whole:
-            return RepairReport({}, 0, (), (), whole=True)
+        if found.intact:
+            return RepairReport({}, 0, (), (), intact=True)
         for name, problem in sorted(found.damaged.items()):
             say(f"{name}: {problem}")
         job = None
         if found.shards or found.tables or found.channels:
-            job = _Job.prepare(path, plan, cached, found, sources, vlm_path, device, progress)
-        say(f"building again: {parts(found.shards, found.tables)}")
+            job = _Job.prepare(path, plan, cached, found, sources, vlm_path, device, progress, say)
+        say(f"rebuilding {parts(found.shards, found.tables)}")
         try:
             for record in found.drop:
                 record.unlink()
             (path / MANIFEST).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot repair {path}: {error.strerror}; it must be writable") from None
-    with CacheWriter.create_or_resume(
-        path, {key: value for key, value in cached.items() if key != "store"}, plan
-    ) as writer:
+    settings = {key: value for key, value in cached.items() if key != "store"}
+    with CacheWriter.create_or_resume(path, settings, plan) as writer:
         if job is not None:
             job.run(writer, progress)
         manifest = writer.finish()
@@ -132,27 +126,26 @@ def repair(
 
 
 def parts(shards: int, tables: Sequence[str]) -> str:
-    """For people: so many shards, the tables of these datasets, and the metadata, which is always written again."""
+    """The shards, tables of datasets, and metadata (always written again), for people."""
     named = [f"{shards} shard{'s' * (shards != 1)}"] if shards else []
     return ", ".join([*named, *([f"the tables of {', '.join(tables)}"] if tables else []), "the metadata"])
 
 
-# --- finding -------------------------------------------------------------------------------------------------------------
+# --- finding ----------------------------------------------------------------------------------------------------------
 
 
 def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Progress) -> _Findings:
     """Check every file against its commit record, or the manifest where it has none. Nothing is changed."""
     records, manifest = commit_records(path), find_manifest(path)
     if manifest is not None and not records:
-        raise UserError(
-            f"cache {path} has no commit records (.commits), as after a copy without hidden files; copy the whole folder again"
-        )
+        raise UserError(f"copy the whole folder of {path} again, hidden files too: it has no commit records (.commits)")
     committed: Files = {name: entry for r in records.values() if r is not None for name, entry in r["files"].items()}
     written = {**(manifest["files"] if manifest else {}), **committed}
-    damaged = damaged_files(path, written, lambda done, total: progress("checksums", done, total))
+    damaged = damaged_files(path, written, in_megabytes(progress, "checksums"))
     if FINGERPRINT in damaged:
         raise UserError(
-            f"{path}/{FINGERPRINT} is damaged, and it alone says what the cache was built from; put back a copy of it, or build again"
+            f"put back a copy of {path}/{FINGERPRINT}, or build again: it is damaged, and nothing else tells what the "
+            "cache was built from"
         )
     agrees = (
         manifest is not None
@@ -195,7 +188,7 @@ def _describes(manifest: dict[str, Any], plan: BuildPlan, cached: dict[str, Any]
 
 
 def _attributes_agree(path: Path, file: Path, record: dict[str, Any], damaged: dict[str, str], agrees: bool) -> bool:
-    """Whether a record of tables holds the attributes that the dataset's metadata, known to be whole, holds too."""
+    """Whether a record of tables holds the attributes that the dataset's metadata, known to be intact, holds too."""
     dataset = file.parent.name
     if file != tables_commit(path, dataset) or not agrees or f"{dataset}/zarr.json" in damaged:
         return True
@@ -203,28 +196,12 @@ def _attributes_agree(path: Path, file: Path, record: dict[str, Any], damaged: d
     return record.get("attributes") == stored
 
 
-# --- building again ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Described:
-    """As much of a cached dataset as opening its source takes; its tables may be damaged."""
-
-    name: str
-    attributes: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """As much of a cache as `sources_of` asks for."""
-
-    path: Path
-    datasets: tuple[_Described, ...]
+# --- rebuilding -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What building the missing parts takes, checked to be what the cache was built from."""
+    """What rebuilding takes, checked to be what the cache was built from."""
 
     batch_size: int
     encoder: VisionLanguageEncoder
@@ -243,12 +220,16 @@ class _Job:
         vlm_path: str | None,
         device: str,
         progress: Progress,
+        say: Callable[[str], None],
     ) -> _Job:
-        """Open sources and VLM as the cache has them recorded. `UserError` when they are others."""
-        described = _Recorded(path, tuple(_Described(d.name, _attributes(path, d.name, found)) for d in plan.datasets))
-        spec = from_mapping(EncoderSpec, described.datasets[0].attributes["encoder"], "cache")
+        """Open the sources and the VLM that the cache names. `UserError` when they are not those it was built from."""
+        attributes = {d.name: _attributes(path, d.name, found) for d in plan.datasets}
+        # as much of a cache as opening its sources takes; its tables may be damaged
+        described = SimpleNamespace(
+            path=path, datasets=[SimpleNamespace(name=n, attributes=a) for n, a in attributes.items()]
+        )
         opened = sources_of(described, tuple(sources))  # type: ignore[arg-type]
-        encoder = load_encoder(dataclasses.replace(spec, path=vlm_path) if vlm_path else spec, pick_device(device))
+        encoder = recorded_encoder(next(iter(attributes.values())), vlm_path, device, say)
         corpora = tuple(read_corpus(source, encoder.by_observation, progress) for source in opened)
         config = BuildConfig(
             tuple(sources),
@@ -268,11 +249,11 @@ class _Job:
         if lines := fp.diff(cached, now):
             more = f"; … {len(lines) - 8} more" if len(lines) > 8 else ""
             raise UserError(
-                f"cache {path} was not built from these sources and this VLM: {'; '.join(lines[:8])}{more}. Give those it was built from "
-                "(--source, --vlm-path), or build it again"
+                f"cache {path} was not built from these sources and this VLM: {'; '.join(lines[:8])}{more}. Give the "
+                "right --source and --vlm-path, or build it again"
             )
         channels = _channels(path, plan, found, corpora, encoder) if found.channels else None
-        return cls(config.batch_size, encoder, corpora, {d.name: d.attributes for d in described.datasets}, channels)
+        return cls(config.batch_size, encoder, corpora, attributes, channels)
 
     def run(self, writer: CacheWriter, progress: Progress) -> None:
         """Write the tables and shards that are missing."""
@@ -282,20 +263,11 @@ class _Job:
             tables = make_tables(by_name[name], self.encoder)
             before = {key: self.attributes[name][key] for key in PLACES}
             writer.write_tables(name, dataclasses.replace(tables, attributes={**tables.attributes, **before}))
-        todo, done = units(writer.missing(), self.encoder.by_observation), 0
-        total = sum(unit.records for unit in todo)
-        for unit in todo:
-            run_unit(
-                writer,
-                unit,
-                by_name[unit.dataset].source,
-                self.encoder,
-                self.batch_size,
-                channels,
-                Earlier(None),
-                lambda records: progress("repair", done + records, total),
-            )
-            done += unit.records
+        todo = units(writer.missing(), self.encoder.by_observation)
+        shown, sources = CameraProgress(todo, progress), {name: c.source for name, c in by_name.items()}
+        none = Earlier(None)
+        for unit, _ in run_here(writer, todo, sources, self.encoder, self.batch_size, channels, none, shown):
+            shown.finish(unit)
 
 
 def _attributes(path: Path, dataset: str, found: _Findings) -> dict[str, Any]:
@@ -310,15 +282,17 @@ def _attributes(path: Path, dataset: str, found: _Findings) -> dict[str, Any]:
         if all(key in attributes for key in NEEDED):
             return attributes
     raise UserError(
-        f"neither {path}/{metadata} nor its commit record says what dataset {dataset} was built from; build the cache again"
+        f"build cache {path} again: neither {metadata} nor its commit record tells what {dataset} was built from"
     )
 
 
 def _channels(
     path: Path, plan: BuildPlan, found: _Findings, corpora: Sequence[Corpus], encoder: VisionLanguageEncoder
 ) -> np.ndarray:
-    """float32 [D]: the channel scales again, from an earlier generation that has the same or measured. Every code depends on them: where
-    they cannot be had to the bit, `UserError`."""
+    """float32 [D]: the channel scales, from an earlier generation with the same, or measured again.
+
+    Every code depends on them: `UserError` where they cannot be recovered to the bit.
+    """
     name = f"{CHANNELS}/c/0"
     entry = found.written.get(name)
     for folder in generations(path):
@@ -329,7 +303,7 @@ def _channels(
         written = write_table(Path(scratch) / CHANNELS, scales, ("channel",))[Path(scratch) / name]
     if entry and written != (entry["bytes"], entry["crc32c"]):
         raise UserError(
-            f"{path}/{name} is damaged, and the channel scales measured now are not those its features were stored with (another "
-            "machine, or episodes were appended since); put back a copy of it, or build the cache again"
+            f"put back a copy of {path}/{name}, or build the cache again: the file is damaged, and the channel scales "
+            "measured now are not the same (another machine, or episodes were appended since)"
         )
     return scales

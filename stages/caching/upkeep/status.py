@@ -1,4 +1,4 @@
-"""What `dvla cache status` and `gc` see on the disk: unfinished, finished, next and earlier generations. No VLM, no source is opened."""
+"""`dvla cache status`: unfinished, finished, next and earlier generations, as they lie on the disk."""
 
 from __future__ import annotations
 
@@ -61,16 +61,19 @@ class CacheStatus:
 
 
 def status(path: Path) -> list[CacheStatus]:
-    """Of the cache at `path`, its next generation if one is being built, and its earlier ones, oldest last. `UserError` if none is there."""
+    """The cache at `path`, its next generation if one is being built, and its earlier ones, oldest last.
+
+    `UserError` if there is none.
+    """
     following = next_generation(path)
     found = [p for p in (path, following) if is_begun(p)]
     if not found:
-        read_fingerprint(path)  # says what is wrong
+        read_fingerprint(path)  # raises what is wrong
     return [one_status(p) for p in [*found, *reversed(generations(path))]]
 
 
 def one_status(path: Path) -> CacheStatus:
-    """Of one folder. Reads the commit records, and looks at the sizes of files, not into them."""
+    """The status of one folder, from its commit records and the sizes of its files."""
     plan, document = read_plan(path), read_fingerprint(path)
     manifest = find_manifest(path)
     written: dict[str, dict[str, int]] = manifest["files"] if manifest else {}
@@ -83,9 +86,8 @@ def one_status(path: Path) -> CacheStatus:
         row[1] += 1
         if manifest:
             names = [f"{features_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0/0"]
-            names += [
-                f"{scales_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0"
-            ] * plan.format.quantized
+            if plan.format.quantized:
+                names.append(f"{scales_folder(Path(), task.dataset, task.array).as_posix()}/c/{task.index}/0")
             done = all(name in written and has_size(path / name, written[name]) for name in names)
             nbytes = sum(written[name]["bytes"] for name in names) if done else 0
         else:
@@ -98,13 +100,9 @@ def one_status(path: Path) -> CacheStatus:
         row[2] += nbytes
     arrays = tuple(ArrayStatus(dataset, array, *row) for (dataset, array), row in counts.items())
     tables = tuple(CacheWriter(path, plan, None).tables_missing()) if not manifest else ()
-    if not manifest:
-        total += sum(
-            e["bytes"]
-            for d in plan.datasets
-            if d.name not in tables
-            for e in read_commit(tables_commit(path, d.name))["files"].values()
-        )
+    for d in plan.datasets if not manifest else ():
+        if d.name not in tables:
+            total += sum(e["bytes"] for e in read_commit(tables_commit(path, d.name))["files"].values())
     finished = manifest is not None and all(has_size(path / name, entry) for name, entry in written.items())
     return CacheStatus(
         str(path),

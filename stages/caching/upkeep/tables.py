@@ -1,16 +1,16 @@
-"""Tables and lines of `dvla cache plan`, `status`, `inspect`, `diff` and `gc`."""
+"""`dvla cache status`, `inspect`, `diff` and `gc` in the terminal. A line fits in 80 columns, its path apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Column
 
-from ....common.console import console, right_aligned, simple_table
-from ....common.text import size
+from ....common.console import console, right_aligned, say, simple_table
+from ....common.text import size, wrapped
 
 if TYPE_CHECKING:
     from .diff import CacheDiff
@@ -24,51 +24,47 @@ SHOWN_LINES = 20
 
 
 def show_status(found: Sequence[CacheStatus]) -> None:
-    """One table per unfinished or damaged cache, a line for each finished one."""
+    """The state of each cache, and a table of its arrays."""
     for s in found:
         done, total = s.shards
         state = "finished" if s.finished else "unfinished"
         state += ", being built now" if s.building else ""
         planned = "" if s.finished else f" of {size(s.planned_bytes)}"
         leftovers = f", {s.leftovers} temporary files" if s.leftovers else ""
-        console.print(
-            f"{s.path}: {state}, {done} of {total} shards, {size(s.bytes)}{planned}, {s.frames} frames, {s.episodes} episodes, "
-            f"{s.quarantined} in quarantine{leftovers}",
-            markup=False,
-        )
-        console.print("  " + ", ".join(f"{k} {v}" for k, v in s.fingerprint.items()), markup=False, style="dim")
+        say(f"{s.path}: {state}, {done} of {total} shards, {size(s.bytes)}{planned}")
+        say(f"  {s.frames} frames, {s.episodes} episodes, {s.quarantined} quarantined{leftovers}")
+        console.print(wrapped(_pairs(s.fingerprint)), markup=False, style="dim")
         table = simple_table("dataset", "array", *right_aligned("shards", "bytes"), "tables")
         for a in s.arrays:
-            table.add_row(
-                escape(a.dataset),
-                escape(a.array),
-                f"{a.done}/{a.shards}",
-                size(a.bytes),
-                "missing" if a.dataset in s.tables_missing else "done",
-            )
+            tables = "missing" if a.dataset in s.tables_missing else "done"
+            table.add_row(escape(a.dataset), escape(a.array), f"{a.done}/{a.shards}", size(a.bytes), tables)
         console.print(table)
 
 
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def show_facts(f: CacheFacts) -> None:
-    """The spec, the fingerprint and the tables of a finished cache."""
-    console.print(f"{f.path}: {size(f.bytes)} in {f.files} files", markup=False)
+    """The settings, the fingerprint and the datasets of a finished cache."""
+    say(f"{f.path}: {size(f.bytes)} in {f.files} files")
     for title, values in (("encoder", f.encoder), ("fingerprint", f.fingerprint)):
-        console.print(f"{title}: " + ", ".join(f"{k} {v}" for k, v in values.items()), markup=False)
+        say(f"{title}:\n{wrapped(_pairs(values))}")
     for d in f.datasets:
         _show_dataset(d)
 
 
 def _show_dataset(d: DatasetFacts) -> None:
     low, middle, high = d.lengths
-    source = f"; from {d.source}" if d.source else ""
-    console.print(
-        f"\n{d.name}: {d.embodiment}, {d.control_hz:g} Hz, views {', '.join(d.views)}; {d.episodes} episodes of {low} to {high} frames "
-        f"(median {middle}), {d.quarantined} in quarantine; {d.frames} frames, {d.observations} observations{source}",
-        markup=False,
-    )
+    say(f"\n{d.name}: {d.embodiment}, {d.control_hz:g} Hz")
+    say(wrapped(f"views: {', '.join(d.views)}"))
+    say(f"  {d.episodes} episodes of {low} to {high} frames (median {middle}), {d.quarantined} quarantined")
+    say(f"  {d.frames} frames, {d.observations} observations")
+    if d.source:
+        say(f"  from {d.source}")
     texts = [f"“{text}” ({count})" for text, count in d.instructions[:SHOWN_INSTRUCTIONS]]
     more = f", {len(d.instructions) - SHOWN_INSTRUCTIONS} more" if len(d.instructions) > SHOWN_INSTRUCTIONS else ""
-    console.print(f"{len(d.instructions)} instructions: {', '.join(texts)}{more}", markup=False)
+    say(wrapped(f"instructions ({len(d.instructions)}): {', '.join(texts)}{more}"))
     table = simple_table("", *right_aligned("slot"), "name", *right_aligned("mean", "std", "min", "max"))
     for kind, rows in (("action", d.action), ("proprio", d.proprio)):
         for i, row in enumerate(rows):
@@ -81,41 +77,36 @@ def _slot(row: SlotRow) -> list[str]:
 
 
 def show_ranges(ranges: dict[Path, tuple[float, float]]) -> None:
-    """The pictures written, and what their dark and bright ends mean."""
+    """The images written, and what their dark and bright ends mean."""
     for file, (low, high) in ranges.items():
-        console.print(f"{file}: token norms, dark {low:.4g} to bright {high:.4g}", markup=False)
+        say(f"{file}: token norms, dark {low:.4g} to bright {high:.4g}")
 
 
 def show_diff(d: CacheDiff) -> None:
     """Every difference, then what was compared."""
     for lines in (d.fingerprint, d.only):
         for line in lines[:SHOWN_LINES]:
-            console.print(line, markup=False)
+            say(line)
         if len(lines) > SHOWN_LINES:
-            console.print(f"… {len(lines) - SHOWN_LINES} more")
+            say(f"… {len(lines) - SHOWN_LINES} more")
     if d.arrays:
-        table = simple_table("dataset", "array", *right_aligned("compared"), "", *right_aligned("relative difference"))
+        table = simple_table("dataset", "array", *right_aligned("compared"), "", *right_aligned("difference"))
         for a in d.arrays:
             relative = "other shape" if a.relative is None else "0" if a.equal else f"{a.relative:.2g}"
-            table.add_row(
-                escape(a.dataset), escape(a.array), str(a.compared), "equal" if a.equal else "differs", relative
-            )
+            same = "equal" if a.equal else "differs"
+            table.add_row(escape(a.dataset), escape(a.array), str(a.compared), same, relative)
         console.print(table)
     for drift in d.drifts if not d.same else ():
-        console.print(
-            f"feature drift of {drift.dataset}, {drift.frames} frames: relative RMS {drift.relative:.3g}, cosine {drift.cosine:.5f}",
-            markup=False,
-        )
+        say(f"feature drift of {drift.dataset}, {drift.frames} frames:")
+        say(f"  relative RMS {drift.relative:.3g}, cosine {drift.cosine:.5f}")
     if d.same:
-        console.print("the caches are equal: features and tables were written with the same checksums")
+        say("the caches are equal: all features and tables have the same checksums")
     elif not d.same_files and not d.fingerprint and not d.only and all(a.equal for a in d.arrays):
-        console.print(
-            "what was compared is equal, but some files were written with other checksums; give more --samples to find where"
-        )
+        say("everything compared is equal, but some checksums differ; raise --samples")
 
 
 def show_garbage(items: Sequence[Garbage]) -> None:
-    """One row per thing that can go."""
+    """One row per thing that can be removed."""
     table = simple_table(Column("path", overflow="fold"), "what", *right_aligned("size", "frees"))
     for g in items:
         table.add_row(escape(str(g.path)), g.kind, size(g.bytes), size(g.frees))

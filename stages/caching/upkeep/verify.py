@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,16 @@ from ....cache.loader.loader import gather
 from ....cache.loader.provenance import require_sources, sources_of
 from ....cache.store.cache import Cache
 from ....cache.store.checksums import verify_checksums
+from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.load import load_encoder, require_encoder
 from ....cache.vlm.spec import EncoderSpec
 from ....common.config import from_mapping
 from ....common.device import pick_device
+from ....common.text import in_megabytes
 from ....errors import UserError
 
-# Of the features' RMS. float16 rounds at 5e-4 relative, int8 with channel and token scales at 8e-3, fp8 at 2.6e-2; batches of another
-# size add their own rounding: 2e-5 with a float32 encoder (docs/concepts.md).
+# Of the features' RMS. float16 rounds at 5e-4 relative, int8 with channel and token scales at 8e-3, fp8 at 2.6e-2;
+# batches of another size add rounding of their own: 2e-5 with a float32 encoder (docs/concepts.md).
 TOLERANCE = {"float16": 2e-3, "int8": 2e-2, "float8_e4m3fn": 6e-2}
 
 
@@ -36,6 +39,14 @@ class LiveCheck:
     relative: float  # RMS of the difference / scale
 
 
+def recorded_encoder(
+    attributes: Mapping[str, Any], vlm_path: str | None, device: str, say: Callable[[str], None]
+) -> VisionLanguageEncoder:
+    """The encoder that a dataset's attributes name; `vlm_path`: where its checkpoint is now."""
+    spec = from_mapping(EncoderSpec, attributes["encoder"], "cache")
+    return load_encoder(dataclasses.replace(spec, path=vlm_path) if vlm_path else spec, pick_device(device), say=say)
+
+
 def verify(
     path: Path,
     live: int = 0,
@@ -43,18 +54,19 @@ def verify(
     vlm_path: str | None = None,
     device: str = "auto",
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[str], LiveCheck | None]:
-    """(problems, live check). Problems: a line per damaged file, and one when live features differ by more than `TOLERANCE` allows.
+    """(problems, live check). Problems: a line per damaged file, and one when live features differ beyond `TOLERANCE`.
 
-    `sources` defaults to the folders the cache was built from. `UserError` when VLM or sources are missing or others.
+    `sources` defaults to the folders the cache was built from. `UserError` when the VLM or the sources are missing, or
+    are not those of the cache.
     """
     cache = Cache.open(path)
-    problems = verify_checksums(path, progress)
+    problems = verify_checksums(path, in_megabytes(progress, "checksums"))
     if live < 1 or problems:
         return problems, None
-    spec = from_mapping(EncoderSpec, cache.datasets[0].attributes["encoder"], "cache")
-    encoder = load_encoder(dataclasses.replace(spec, path=vlm_path) if vlm_path else spec, pick_device(device))
+    encoder = recorded_encoder(cache.datasets[0].attributes, vlm_path, device, say)
     require_encoder(encoder, cache.fingerprint["encoder"], f"cache {path}")
     given = sources_of(cache, sources)
     require_sources(cache, given)
@@ -68,9 +80,7 @@ def verify(
         [not cache.datasets[d].quarantined[cache.datasets[d].episode_of(rows[i : i + 1])[0]] for i, d in enumerate(ids)]
     )
     if not usable.any():
-        raise UserError(
-            f"all of the {live} frames drawn are in quarantine; ask for more, or see {path}/quarantine.jsonl"
-        )
+        raise UserError(f"all {live} sampled frames are quarantined ({path}/quarantine.jsonl); raise --live")
     ids, rows = ids[usable], rows[usable]
     square, scale, largest = 0.0, 0.0, 0.0
     for begin in range(0, len(rows), 16):
@@ -82,17 +92,14 @@ def verify(
             ).tokens.cpu()
         seen = cached.token_mask
         difference = (cached.tokens.float() - again.float())[seen]
-        square, scale = (
-            square + float(difference.square().sum()),
-            scale + float(cached.tokens.float()[seen].square().sum()),
-        )
+        square += float(difference.square().sum())
+        scale += float(cached.tokens.float()[seen].square().sum())
         largest = max(largest, float(difference.abs().max()))
     count = len(rows)
     check = LiveCheck(count, largest, (scale / max(1, count * cache.width)) ** 0.5, (square / max(scale, 1e-30)) ** 0.5)
     if check.relative > TOLERANCE[cache.format.dtype]:
         problems.append(
-            f"live features of {count} frames differ by {check.relative:.2g} of their RMS, more than "
-            f"{TOLERANCE[cache.format.dtype]} that {cache.format.dtype} allows; "
-            "the cache was built with other weights, preprocessing or hardware"
+            f"live features of {count} frames differ by {check.relative:.2g} of their RMS; {cache.format.dtype} allows "
+            f"{TOLERANCE[cache.format.dtype]}: the cache comes from other weights, preprocessing or hardware"
         )
     return problems, check

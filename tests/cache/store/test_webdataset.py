@@ -161,7 +161,7 @@ def test_long_and_awkward_names_survive(tmp_path: Path) -> None:
     plan = BuildPlan((DatasetPlan(name, ("Front.RGB", "front.rgb"), episodes),), plan.tokens, plan.width, 16)
     with CacheWriter.create_or_resume(tmp_path / "cache", synthetic.FINGERPRINT, plan) as writer:
         for task in writer.missing():
-            writer.write_shard(task, synthetic.produce(plan, task, []))
+            writer.write_shard(task, synthetic.produce(plan, task))
         writer.write_tables(name, synthetic.make_tables(plan, name))
         writer.finish()
     export(tmp_path / "cache", str(tmp_path / "tars"))
@@ -383,7 +383,7 @@ def forge(tars: Path, name: str, change) -> None:
         (
             "_meta.tar",
             lambda n, d: b'{"store": {}}' if n == "cache/store.fingerprint.json" else d,
-            "does not describe a cache",
+            "describes no cache that this version builds",
         ),
         (
             "_meta.tar",
@@ -398,7 +398,7 @@ def forge(tars: Path, name: str, change) -> None:
         (
             "_meta.tar",
             lambda n, d: d[:-4] + b"\0\0\0\1" if n == "beta/tables.action.npy" else d,
-            "does not give back the cache",
+            "does not give back the exported cache",
         ),
     ],
 )

@@ -147,7 +147,7 @@ def test_status_of_unfinished_finished_and_next(dvla: Dvla, whole: Path, tmp_pat
     shutil.copytree(whole, path)
     shutil.copytree(whole, tmp_path / "cache.gen-2")
     out = dvla("cache", "status", path).out
-    assert f"{path}: finished, {total} of {total} shards" in out and "2 in quarantine" in out
+    assert f"{path}: finished, {total} of {total} shards" in out and "2 quarantined" in out
     assert out.index(f"{path}.next: unfinished") < out.index(f"{path}.gen-2: finished") and "resolution 448" in out
     next(path.glob("*/features/*/c/1/0/0")).unlink()
     assert f"{path}: unfinished, {total - 1} of {total} shards" in dvla("cache", "status", path).out
@@ -179,14 +179,14 @@ def test_no_cache_is_refused(
 # --- inspect -----------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_and_norm_pictures(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
+def test_inspect_and_norm_images(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
     result = dvla("cache", "inspect", whole, "--out", tmp_path / "norms")
     assert result.code == 0 and result.err == ""
     for words in (
         "97 frames",
         "7 episodes of 1 to 30 frames",
         "30 Hz",
-        "3 instructions",
+        "instructions (3)",
         "“alpha task 0” (3)",
         "qwen3vl",
         "eef_pos_x",
@@ -252,7 +252,7 @@ def test_diff_names_episodes_and_unsampled_changes(
     for line in (
         "dataset beta only in A",
         "2 episodes of alpha only in A: 15, 16",
-        "1 episodes of alpha were recorded otherwise: 10",
+        "1 episodes of alpha have another source: 10",
     ):
         assert line in result.out
 
@@ -269,7 +269,7 @@ def test_diff_names_episodes_and_unsampled_changes(
     few = dvla(
         "cache", "diff", whole, tmp_path / "one", "--samples", 1
     )  # frame 50 is not drawn; the checksums still tell
-    assert few.code == 1 and "some files were written with other checksums" in few.out
+    assert few.code == 1 and "but some checksums differ" in few.out
 
 
 # --- gc ----------------------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_gc_asks_on_a_terminal(dvla: Dvla, copy: Path, tmp_path: Path, monkeypat
 def test_gc_leaves_an_interrupted_exchange(dvla: Dvla, copy: Path, tmp_path: Path) -> None:
     copy.rename(tmp_path / "cache.next")
     shutil.copytree(tmp_path / "cache.next", tmp_path / "cache.gen-1")
-    refused(dvla("cache", "gc", copy, "--yes"), "in the middle of taking its next generation in")
+    refused(dvla("cache", "gc", copy, "--yes"), "interrupted while it took in its next generation")
     assert (tmp_path / "cache.next").exists() and (tmp_path / "cache.gen-1").exists()
 
 
@@ -346,14 +346,14 @@ def test_metadata_is_repaired_without_a_vlm(dvla: Dvla, copy: Path, damage: str)
     assert (
         result.code == 0
         and result.err == ""
-        and ": whole again; the metadata were written again" in result.out
+        and ": intact again; rebuilt the metadata" in result.out
         and tree(copy) == before
     )
 
 
 def test_repair_of_a_whole_cache_changes_nothing(dvla: Dvla, copy: Path) -> None:
     before = times(copy)
-    assert "all files are as they were written" in dvla("cache", "repair", copy).out and times(copy) == before
+    assert "all files are intact" in dvla("cache", "repair", copy).out and times(copy) == before
 
 
 def test_what_cannot_be_repaired_is_refused(dvla: Dvla, copy: Path) -> None:
@@ -363,10 +363,10 @@ def test_what_cannot_be_repaired_is_refused(dvla: Dvla, copy: Path) -> None:
         dvla("cache", "repair", copy),
         "alpha/features/front/c/0/0/0",
         "neither",
-        "says what dataset alpha was built from",
+        "tells what alpha was built from",
     )  # a synthetic cache has no source
     flip(copy / "fingerprint.json", 40)
-    refused(dvla("cache", "repair", copy), "fingerprint.json is damaged")
+    refused(dvla("cache", "repair", copy), "put back a copy of", "fingerprint.json", "damaged")
     assert tree(copy) == before | {"fingerprint.json": (copy / "fingerprint.json").read_bytes()}
     with open(copy / ".lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -396,7 +396,7 @@ def test_repair_gives_the_undamaged_bytes_and_only_those(dvla: Dvla, built: Path
     assert result.code == 0, result
     assert tree(cache) == tree(built) and verify_checksums(cache) == []
     assert (
-        "whole again; 4 shards, the tables of source, the metadata were written again" in result.out
+        "intact again; rebuilt 4 shards, the tables of source, the metadata" in result.out
         and "source/features/front/c/2/0/0: altered" in result.out
         and "other bytes" not in result.out
     )
@@ -413,7 +413,7 @@ def test_an_interrupted_repair_leaves_an_unfinished_cache(
     cache = shutil.copytree(built, tmp_path / "cache")
     flip(cache / "source/features/front/c/2/0/0")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(cache_repair, "run_unit", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(cache_repair, "run_here", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("killed")))
         cache_repair.repair(cache, device="cpu", say=lambda _: None)
     with pytest.raises(UserError, match="is incomplete"):
         Cache.open(cache)
@@ -432,7 +432,7 @@ def test_channel_scales_come_back_to_the_bit_or_not_at_all(
     declined(
         dvla("cache", "repair", cache, "--device", "cpu"),
         "channel_scale/c/0",
-        "channel scales measured now are not those",
+        "channel scales measured now are not the same",
     )
     assert tree(cache) == before
     shutil.copytree(built, tmp_path / "cache.gen-1")  # an earlier generation has them

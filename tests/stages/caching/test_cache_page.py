@@ -39,7 +39,7 @@ def test_the_page(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
         "3 instructions",
         "wrist",
         "eef_vel_x",
-        "No pictures: the source of this cache is not on this machine",
+        "No images: the source of this cache is not on this machine",
         f"{Cache.open(whole).manifest['bytes'] / 1024:.1f} KiB",
     ):
         assert words in text, words
@@ -72,7 +72,7 @@ def test_ranges_say_what_is_clipped() -> None:
 def test_masks_and_norms(whole: Path) -> None:
     cache = Cache.open(whole)
     figure = mask_figure(cache.datasets)
-    assert figure.get_suptitle() == "Actions fill 15 of 128 places; 15 of them in every dataset"
+    assert figure.get_suptitle() == "Actions fill 15 of 128 slots; 15 of them in every dataset"
     picture = figure.axes[0].images[0].get_array()
     assert (
         picture.shape == (2, 20) and (picture[:, :15] == 3).all() and (picture[:, 15:] == 1).all()

@@ -20,7 +20,8 @@ from dvla.errors import UserError
 from dvla.stages.policy.policy import KEPT_TEXTS, Policy
 from dvla.stages.policy.stopwatch import PARTS, Stopwatch
 from dvla.stages.serving import latency
-from dvla.stages.serving.latency import NAMES, NEW_TEXT, SERVED, WHOLE, LatencyConfig, measure
+from dvla.stages.serving.config import LatencyConfig
+from dvla.stages.serving.latency import NAMES, NEW_TEXT, SERVED, WHOLE, measure
 from support.cli_runner import Dvla, refused
 from support.run_samples import TINY, make_run, observations
 

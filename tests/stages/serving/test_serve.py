@@ -27,7 +27,8 @@ from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.policy.policy import Policy
 from dvla.stages.serving.client import PolicyClient
-from dvla.stages.serving.server import PolicyServer, ServeConfig, in_background
+from dvla.stages.serving.config import ServeConfig
+from dvla.stages.serving.server import PolicyServer, in_background
 from dvla.stages.serving.wire import pack, unpack
 from dvla.stages.simulation.envs import Observation
 from support.cli_runner import Dvla, refused, until
@@ -156,7 +157,7 @@ def test_what_waits_goes_through_one_pass(policy: Policy) -> None:
         with PolicyClient(port=port) as client:
             found[i] = client.infer(message(seen[i]))["actions"]
 
-    with serving(gate.policy, max_batch=3, max_wait=0.0) as (server, port):
+    with serving(gate.policy, max_batch=3, max_wait_ms=0.0) as (server, port):
         threads = [threading.Thread(target=ask, args=(i, port)) for i in range(5)]
         threads[0].start()
         until(lambda: len(gate.passes) == 1)
@@ -175,7 +176,7 @@ def test_requests_wait_for_each_other(policy: Policy) -> None:
     """Two clients are connected: the first one's request waits for the other's, which comes within the time allowed."""
     gate, seen = Gate(policy), observations(2)
     gate.open.set()
-    with serving(gate.policy, max_wait=15.0) as (_, port), raw(port) as one, raw(port) as two:
+    with serving(gate.policy, max_wait_ms=15e3) as (_, port), raw(port) as one, raw(port) as two:
         one.send(pack(message(seen[0])))
         time.sleep(0.05)
         assert not gate.passes
@@ -256,7 +257,7 @@ def test_bad_messages_are_answered_in_one_line(
 
 def test_a_message_that_is_too_large_closes_its_connection_only(policy: Policy) -> None:
     seen = observations(1)[0]
-    with serving(policy, max_message=2**16) as (_, port), raw(port) as other:
+    with serving(policy, max_message_mib=1 / 16) as (_, port), raw(port) as other:
         with raw(port) as connection, pytest.raises(ConnectionClosed) as error:
             connection.send(bytes(2**17))
             connection.recv(10)
@@ -296,7 +297,7 @@ def test_one_request_does_not_spoil_the_others(policy: Policy) -> None:
         return out * np.array([np.nan if one.instruction == "nan" else 1.0 for one in seen])[:, None, None]
 
     seen, answers, log = observations(1)[0], {}, []
-    server = PolicyServer(acting(policy, act), ServeConfig(port=0, max_wait=15.0), say=log.append)
+    server = PolicyServer(acting(policy, act), ServeConfig(port=0, max_wait_ms=15e3), say=log.append)
     prompts = ("push the puck", "fail", "refuse", "nan")
     with in_background(server) as port, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(raw(port)) for _ in prompts]
@@ -355,7 +356,7 @@ def test_a_request_that_takes_too_long_is_given_up(policy: Policy) -> None:
 
 def test_what_vanished_clients_asked_is_not_computed(policy: Policy) -> None:
     gate, seen = Gate(policy), observations(3)
-    with serving(gate.policy, max_wait=0.0) as (server, port), raw(port) as first:
+    with serving(gate.policy, max_wait_ms=0.0) as (server, port), raw(port) as first:
         first.send(pack(message(seen[0])))
         until(lambda: len(gate.passes) == 1)  # this one is at work, and those queue behind it
         gone = [raw(port), raw(port)]
@@ -394,7 +395,7 @@ def test_a_client_that_never_reads_is_disconnected(policy: Policy) -> None:
         policy.act_batch(seen, mark)
         return np.zeros((len(seen), 4000, 1000), np.float32)  # 16 MB: more than a socket's buffers
 
-    with serving(acting(policy, act), send_timeout=0.3, max_wait=0.0) as (server, port):
+    with serving(acting(policy, act), send_timeout=0.3, max_wait_ms=0.0) as (server, port):
         deaf = raw(port, max_queue=1)
         for _ in range(6):  # read nothing: the client library's buffer is full after a few frames
             deaf.send(pack(message(observations(1)[0])))

@@ -11,10 +11,11 @@ import pytest
 from dvla.cache.actions.rotations import from_quaternion, to_quaternion
 from dvla.cache.readers.config import load_config
 from dvla.errors import UserError
+from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment
 from dvla.stages.simulation.envs import isaac as adapter
 from dvla.stages.simulation.envs import isaac_worker as worker
-from dvla.stages.simulation.record import RecordConfig, record
+from dvla.stages.simulation.record import record
 from dvla.stages.simulation.rollout import assert_disjoint
 from support.dex_samples import NAMES, OBJECTS, balls, write_dexgraspnet
 from support.fake_isaacgym import write_isaacgym
@@ -67,7 +68,7 @@ def simulator(dataset, tmp_path, monkeypatch):
 def test_what_is_missing_is_said_with_the_install_step(monkeypatch, tmp_path):
     assert set(adapter.names()) <= set(environment_names())
     monkeypatch.delenv("DVLA_ISAAC_PYTHON", raising=False)
-    with pytest.raises(UserError, match=r"Isaac Gym is not installed.*licence.*docker/Dockerfile\.dexgrasp") as refused:
+    with pytest.raises(UserError, match=r"Isaac Gym is not installed.*license.*docker/Dockerfile\.dexgrasp") as refused:
         make_environment(LEAP)
     assert "\n" not in str(refused.value)
     monkeypatch.setenv("DVLA_ISAAC_PYTHON", sys.executable)
@@ -169,7 +170,7 @@ def test_what_goes_wrong_in_the_worker_is_said(simulator, dataset, monkeypatch):
     with pytest.raises(UserError, match="could not simulate a grasp: AssertionError"):
         env.step(env.expert_action())
     env.close()
-    with pytest.raises(UserError, match="grasps of split train; start 9999"):
+    with pytest.raises(UserError, match="grasps of split train; you requested number 9999"):
         env.reset(9999)
 
 

@@ -11,9 +11,10 @@ import pytest
 from dvla.cache.actions.action_map import ActionMap
 from dvla.cache.readers.config import load_config
 from dvla.errors import UserError
+from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment
 from dvla.stages.simulation.envs import maniskill as adapter
-from dvla.stages.simulation.record import RecordConfig, demonstrate
+from dvla.stages.simulation.record import demonstrate
 from dvla.stages.simulation.rollout import assert_disjoint
 from support.simulators import simulated
 

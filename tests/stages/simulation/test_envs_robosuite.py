@@ -10,9 +10,10 @@ from dvla.cache.actions.rotations import rotate, to_quaternion
 from dvla.cache.actions.slots import SLOTS
 from dvla.cache.readers.config import find_config
 from dvla.errors import UserError
+from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment
 from dvla.stages.simulation.envs import robosuite as adapter
-from dvla.stages.simulation.record import RecordConfig, demonstrate
+from dvla.stages.simulation.record import demonstrate
 from dvla.stages.simulation.rollout import assert_disjoint
 from support.simulators import simulated
 

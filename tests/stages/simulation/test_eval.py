@@ -13,7 +13,8 @@ import pytest
 from dvla.common.console import markdown_table
 from dvla.errors import UserError
 from dvla.stages.simulation import evaluate as module
-from dvla.stages.simulation.evaluate import EvalConfig, evaluate_policies, label
+from dvla.stages.simulation.config import EvalConfig
+from dvla.stages.simulation.evaluate import evaluate_policies, label
 from dvla.stages.simulation.tables import success_cells
 from support.cli_runner import Dvla, refused
 from support.toy_environment import install
@@ -163,7 +164,7 @@ def test_the_command(world: list[dict[str, Any]], dvla: Dvla, tmp_path: Path) ->
     done = dvla(
         "eval", "expert", "--compare", "runs/slow", "--env", "toy/near", "--episodes", "2", "--out", tmp_path / "out"
     )
-    assert done.code == 0 and "The same 2 starts for all" in done.out and "100% of 2" in done.out
+    assert done.code == 0 and "The same 2 initial states for all" in done.out and "100% of 2" in done.out
     assert (tmp_path / "out" / "slow" / "summary.json").exists()
     refused(dvla("eval", "expert", "--env", "toy/near", "--baselines", "expret"), "expret", "did you mean 'expert'")
     refused(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dvla.errors import UserError
+from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import make_environment
-from dvla.stages.simulation.record import Demonstration, RecordConfig, record, with_observation_noise
+from dvla.stages.simulation.record import Demonstration, record, with_observation_noise
 
 T = 400
 REACH = "metaworld/reach-v3"

@@ -28,6 +28,7 @@ from dvla.stages.training import throughput
 from dvla.stages.training import train as train_module
 from dvla.stages.training.checks import require_trainable
 from dvla.stages.training.config import TrainConfig, WandbConfig, load_recipe, recipe_names, train_config
+from dvla.stages.training.context import TrainReport
 from dvla.stages.training.dry_run import PILOT_STEPS, dry_run, report, resolved
 from dvla.stages.training.parallel.world import ALONE
 from dvla.stages.training.stage_three import finetune
@@ -500,7 +501,7 @@ def line(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "loss": 0.5, "mse": 0.25, "samples_per_second": 369.2, "wait_share": 0.004, **more}
 
 
-def test_training_lines_say_speed_waiting_what_binds_and_what_is_left(
+def test_training_lines_say_speed_bottleneck_and_what_is_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, shown = iter([0.0, 10.0, 20.0, 30.0]), []
@@ -515,12 +516,30 @@ def test_training_lines_say_speed_waiting_what_binds_and_what_is_left(
         on_log(entry)
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
-        "step     51/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%",
-        "step     61/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%, disk binds  39 s left",
-        "step     71/100  loss 0.5000  mse 0.2500  held-out mse 0.1250  369 samples/s  waiting for data 0.4%, host→device binds  29 s left",
-        "step    100/100  loss 0.5000  mse 0.2500  369 samples/s  waiting for data 0.4%, compute binds",
+        "step  51/100  loss 0.5000  mse 0.2500  369 samples/s",
+        "step  61/100  loss 0.5000  mse 0.2500  369 samples/s  I/O-bound  39 s left",
+        "step  71/100  loss 0.5000  mse 0.2500  369 samples/s  copy-bound  29 s left",
+        "held-out mse 0.1250 at step 71",
+        "step 100/100  loss 0.5000  mse 0.2500  369 samples/s",
     ]
+    assert max(map(len, printed)) <= 80
     assert shown == [("training", step, 100) for step in (51, 61, 71, 100)]
+
+
+def test_the_end_of_a_run_names_error_checkpoint_and_next_command() -> None:
+    report = TrainReport(Path("runs/a"), 40, 0.5, 0.75, 0.125, 369.0, 0.0, False)
+    assert training_console.closing_lines(report, 40, "dvla eval runs/a --env TASK") == [
+        "runs/a: step 40 of 40, held-out mse 0.1250",
+        "checkpoint: runs/a/checkpoints/step-00000040",
+        "next: dvla eval runs/a --env TASK",
+    ]
+    stopped = dataclasses.replace(report, step=20, eval_mse=None)
+    assert training_console.closing_lines(stopped, 40, "")[::2] == [
+        "runs/a: step 20 of 40",
+        "rerun the same command to resume",
+    ]
+    interrupted = dataclasses.replace(report, step=20, interrupted=True)
+    assert training_console.closing_lines(interrupted, 40, "")[-1] == "checkpoint: runs/a/checkpoints/step-00000020"
 
 
 def test_the_meter_counts_steps_alone_and_anew_after_each_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
