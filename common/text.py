@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import UserError
@@ -37,6 +38,11 @@ def size(nbytes: int) -> str:
             break
         value /= 1024
     return f"{value:.1f} {unit}"
+
+
+def in_megabytes(show: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:
+    """Progress in bytes (done, total) as `show(name, done, total)` in MB."""
+    return lambda done, total: show(f"{name}: MB", done // 10**6, total // 10**6)
 
 
 UNITS = {"": 1, "B": 1}

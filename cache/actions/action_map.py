@@ -1,4 +1,4 @@
-"""The unified 128-d action space: named slots, per-dataset field maps, and the maps both ways.
+"""Per-dataset field maps: native vectors of a robot to the unified 128-d action space, and back.
 
 Slots [0, 103) are RDT-1B's table (github.com/thu-ml/RoboticsDiffusionTransformer, configs/state_vec.py); head, spine,
 torso and finger joints are added. A slot holds one quantity in one unit: m, rad, m/s, rad/s; gripper_open is 1 open,
@@ -29,17 +29,16 @@ class FieldSpec:
 
     field: str | None = None  # one named slot; consumes one dimension
     fields: tuple[str, ...] | None = None  # several named slots in order, each consuming one dimension
-    rotation: Literal["quat_xyzw", "euler_xyz", "axis_angle", "rot6d", "matrix"] | None = (
-        None  # consumes 4 / 3 / 3 / 6 / 9
-    )
+    # Consumes 4 / 3 / 3 / 6 / 9 dimensions.
+    rotation: Literal["quat_xyzw", "euler_xyz", "axis_angle", "rot6d", "matrix"] | None = None
     prefix: str = "eef_angle"  # with `rotation`: the six slots it fills, eef_angle or left_eef_angle
     drop: int | None = None  # this many dimensions are dropped
     fill: float = 0.0  # with `drop`: the value they get on the way back
     scale: float = 1.0  # with `field(s)`: unit and sign, never 0
     offset: float = 0.0  # with `field(s)`: in unified units, before the × control_hz
     delta: bool = False  # with `field(s)`: native is a displacement per step, the slot is a velocity
-    # layouts of the past, whose 6D slots count as plain scaled slots: with `field(s)` they hold raw numbers, with `rotation`
-    # a quaternion xyzw (w ≥ 0) in the first four
+    # For old layouts, whose 6D slots count as plain scaled slots: with `field(s)` they hold raw numbers, with
+    # `rotation` a quaternion xyzw (w ≥ 0) in the first four.
     legacy: bool = False
 
     def __post_init__(self) -> None:
@@ -121,12 +120,12 @@ class ActionMap:
             self.rotation_slots[target] = not legacy
 
     def check(self, native: np.ndarray) -> None:
-        """`NotARotation` (a `UserError`) naming the first row of `native [..., d]` whose rotation is none."""
+        """`NotARotation` (a `UserError`) naming the first row of `native [..., d]` that holds no valid rotation."""
         for form, _, source, _ in self._rotations:
             require_rotations(form, native[..., source])
 
     def to_unified(self, native: np.ndarray) -> np.ndarray:
-        """`native [..., d]` → float32 [..., 128], 0 in inactive slots. `UserError` when d is not `native_dim`, or as `check`."""
+        """`native [..., d]` → float32 [..., 128], 0 in inactive slots. `UserError` as `check`, or for another d."""
         native = np.asarray(native, dtype=np.float64)
         if native.shape[-1] != self.native_dim:
             raise UserError(f"the field map describes {self.native_dim} dimensions, the data has {native.shape[-1]}")
@@ -137,7 +136,7 @@ class ActionMap:
         return unified.astype(np.float32)
 
     def to_native(self, unified: np.ndarray) -> np.ndarray:
-        """`unified [..., 128]` → float32 [..., d]; dropped dimensions get `fill`, rotations are made one first."""
+        """`unified [..., 128]` → float32 [..., d]; dropped dimensions get `fill`, rotations are orthonormalized."""
         unified = np.asarray(unified, dtype=np.float64)
         if unified.shape[-1] != UNIFIED_DIM:
             raise ValueError(f"unified vectors have {UNIFIED_DIM} slots, got {unified.shape[-1]}")
@@ -150,8 +149,10 @@ class ActionMap:
         return native.astype(np.float32)
 
     def hand_pose(self, native: np.ndarray) -> np.ndarray:
-        """`native [..., d]` → pose [..., 7] of the one (or right) hand, float64: x y z in m, quaternion xyzw. Only for a map
-        that fills the slots eef_pos and eef_angle."""
+        """Pose [..., 7] of the one (or right) end effector, float64: x y z in m, quaternion xyzw.
+
+        `native [..., d]`; only for a map that fills the slots eef_pos and eef_angle.
+        """
         unified = self.to_unified(native).astype(np.float64)
         position, angle = SLOTS["eef_pos_x"], SLOTS["eef_angle_0"]
         return np.concatenate(

@@ -1,17 +1,18 @@
-"""Displacements of the hand per step ↔ absolute poses, for datasets that store only the former. Pure functions, float64.
+"""Displacements of the hand per step ↔ absolute poses, for datasets that store only the former. Pure functions,
+float64.
 
-Pose t is where the hand should be after step t: the start pose with deltas 0 … t applied one after another. With q the
+Pose t is where the end effector should be after step t: the start pose with deltas 0 … t applied one after another. With q the
 rotation before a step, (d, r) the delta and ⊗ the quaternion product:
 
     frame   position        rotation
     world   p + d           r ⊗ q       axes of the world (Bridge V2, DROID, CALVIN and TACO's rel_actions_world)
-    body    p + q d q⁻¹     q ⊗ r       axes of the hand itself (UMI)
+    body    p + q d q⁻¹     q ⊗ r       axes of the end effector itself (UMI)
     mixed   p + d           q ⊗ r       the formula of research plan v2, section 4.2, step 2
 
-Drift: what is integrated are commands. A controller that lags, stops at contact, or clips makes the true hand fall behind,
-errors add up over the episode, and a rotation given as differences of Euler angles is one only to first order. Where the
-files hold measured poses, reading those ahead (`action_shift`) has no drift.
-Letters: T steps, r width of the rotation form.
+Drift: what is integrated are commands. A controller that lags, stops at contact, or clips makes the true hand fall
+behind, errors add up over the episode, and a rotation given as differences of Euler angles is one only to first order.
+Where the files hold measured poses, reading those ahead (`action_shift`) has no drift. Letters: T steps, r width of the
+rotation form.
 """
 
 from __future__ import annotations
@@ -32,16 +33,13 @@ POSE = 7  # x y z, then the quaternion x y z w
 def integrate(
     initial_pose: np.ndarray, deltas: np.ndarray, rotation: Form = "axis_angle", frame: Frame = "world"
 ) -> np.ndarray:
-    """`initial_pose [7]` (m, quaternion xyzw) and `deltas [T, 3+r]` (m per step, then the rotation per step in `rotation`)
-    → poses [T, 7] float64, quaternions of length 1 without jumps of sign. `NotARotation` for a zero quaternion."""
+    """`initial_pose [7]` (m, quaternion xyzw) and `deltas [T, 3+r]` (m per step, then the rotation per step in
+    `rotation`) → poses [T, 7] float64, unit quaternions without sign flips. `NotARotation` for a zero quaternion."""
     deltas, start = np.asarray(deltas, dtype=np.float64), np.asarray(initial_pose, dtype=np.float64)
-    q = np.concatenate(
-        [to_quaternion("quat_xyzw", start[None, 3:]), to_quaternion(rotation, deltas[:, 3:])]
-    )  # [T+1, 4]
+    turns = [to_quaternion("quat_xyzw", start[None, 3:]), to_quaternion(rotation, deltas[:, 3:])]
+    q = np.concatenate(turns)  # [T+1, 4]
     step = 1
-    while step < len(
-        q
-    ):  # all products of the first t turns at once, by doubling: as exact as one by one, and much faster
+    while step < len(q):  # all products of the first t turns, by doubling: as exact as one by one, and much faster
         q[step:] = multiply(q[step:], q[:-step]) if frame == "world" else multiply(q[:-step], q[step:])
         step *= 2
     q /= np.linalg.norm(q, axis=-1, keepdims=True)
@@ -53,8 +51,8 @@ def integrate(
 def differentiate(
     initial_pose: np.ndarray, poses: np.ndarray, rotation: Form = "axis_angle", frame: Frame = "world"
 ) -> np.ndarray:
-    """The inverse: `poses [T, 7]` → deltas [T, 3+r] float64. Rotations come back in their canonical form: axis-angles of at
-    most π, quaternions with w ≥ 0, Euler pitch in ±π/2."""
+    """The inverse: `poses [T, 7]` → deltas [T, 3+r] float64. Rotations come back in their canonical form: axis-angles
+    of at most π, quaternions with w ≥ 0, Euler pitch in ±π/2."""
     path = np.concatenate([np.asarray(initial_pose, dtype=np.float64)[None], np.asarray(poses, dtype=np.float64)])
     move, q = np.diff(path[:, :3], axis=0), to_quaternion("quat_xyzw", path[:, 3:])
     before, after = q[:-1], q[1:]
@@ -66,14 +64,15 @@ def differentiate(
 
 @dataclass(frozen=True)
 class Integration:
-    """The option `integrate` of a dataset config: its action begins with a displacement of the hand, to be made absolute.
+    """The option `integrate` of a dataset config: its action begins with a displacement of the hand, to be made
+    absolute.
 
     The first 3 + r numbers of the action become x y z and a quaternion xyzw; the field map describes the result.
     """
 
     rotation: Form  # form of the rotation per step
     frame: Frame = "world"  # see above
-    position_scale: float = 1.0  # metres per stored unit
+    position_scale: float = 1.0  # meters per stored unit
     rotation_scale: float = 1.0  # radians per stored unit; 1 for quaternions
 
     def __post_init__(self) -> None:

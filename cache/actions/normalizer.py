@@ -7,7 +7,7 @@ import numpy as np
 from .statistics import Statistics
 
 STD_FLOOR = 0.01  # in the slot's own unit
-STD_MULTIPLE = 5.0  # half of the normalised range, in standard deviations
+STD_MULTIPLE = 5.0  # half of the normalized range, in standard deviations
 
 
 class Normalizer:

@@ -1,8 +1,8 @@
 """Rotation forms ↔ 6D: the first two columns of the rotation matrix (Zhou et al. 2019, arXiv:1812.07035), in float64.
 
 Conventions: quaternions are (x, y, z, w); Euler "xyz" are angles about the fixed x, then y, then z axis, R = Rz·Ry·Rx
-(scipy's lower-case "xyz"); an axis-angle is the unit axis times the angle in radians; a matrix is its nine numbers row by
-row. 6D is (r00, r10, r20, r01, r11, r21).
+(scipy's lower-case "xyz"); an axis-angle is the unit axis times the angle in radians; a matrix is its nine numbers row
+by row. 6D is (r00, r10, r20, r01, r11, r21).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _LIMITS = {
 
 
 class NotARotation(UserError):
-    """Numbers that are no rotation; the message names the first such row, the numbers and what is accepted."""
+    """Not a valid rotation; the message names the first such row, its numbers and what is accepted."""
 
 
 def require_rotations(form: str, values: np.ndarray) -> None:
-    """`NotARotation` unless every row of `values [..., WIDTH[form]]` is a rotation. Any finite Euler angles or axis-angle are."""
+    """`NotARotation` unless every row of `values [..., WIDTH[form]]` is a rotation. Finite Euler angles and axis-angles always are."""
     if form not in _LIMITS:
         return
     rows = np.asarray(values, dtype=np.float64).reshape(-1, WIDTH[form])
@@ -48,7 +48,7 @@ def require_rotations(form: str, values: np.ndarray) -> None:
 
 
 def to_rot6d(form: str, values: np.ndarray) -> np.ndarray:
-    """`values [..., WIDTH[form]]` → 6D [..., 6]; `NotARotation` (a `UserError`) where they are none."""
+    """`values [..., WIDTH[form]]` → 6D [..., 6]; `NotARotation` (a `UserError`) where they are not rotations."""
     values = np.asarray(values, dtype=np.float64)
     require_rotations(form, values)
     if form == "rot6d":
@@ -80,7 +80,7 @@ def from_rot6d(form: str, values: np.ndarray) -> np.ndarray:
 
 
 def to_quaternion(form: str, values: np.ndarray) -> np.ndarray:
-    """`values [..., WIDTH[form]]` → unit quaternions xyzw [..., 4] with w ≥ 0; `NotARotation` where they are none."""
+    """`values [..., WIDTH[form]]` → unit quaternions xyzw [..., 4] with w ≥ 0; `NotARotation` where they are not rotations."""
     values = np.asarray(values, dtype=np.float64)
     require_rotations(form, values)
     if form == "quat_xyzw":
@@ -95,7 +95,7 @@ def to_quaternion(form: str, values: np.ndarray) -> np.ndarray:
 
 
 def from_quaternion(form: str, quaternion: np.ndarray) -> np.ndarray:
-    """Quaternions xyzw [..., 4], made unit first (zeros: no turn), → `form` [..., WIDTH[form]], canonical as in `from_rot6d`."""
+    """Quaternions xyzw [..., 4], made unit first (zeros: identity), → `form` [..., WIDTH[form]], as in `from_rot6d`."""
     quaternion = _canonical(np.asarray(quaternion, dtype=np.float64))
     if form == "quat_xyzw":
         return quaternion
@@ -106,7 +106,7 @@ def from_quaternion(form: str, quaternion: np.ndarray) -> np.ndarray:
 
 
 def _canonical(quaternion: np.ndarray) -> np.ndarray:
-    unit = _normalise(quaternion, np.array([0.0, 0.0, 0.0, 1.0]))
+    unit = _normalize(quaternion, np.array([0.0, 0.0, 0.0, 1.0]))
     return np.where(unit[..., 3:] < 0, -unit, unit)
 
 
@@ -130,15 +130,15 @@ def matrix_from_rot6d(values: np.ndarray) -> np.ndarray:
     """6D [..., 6] → rotation matrix [..., 3, 3] by Gram-Schmidt. Degenerate input (a zero or parallel column) gives a
     valid rotation whose free directions are chosen from the coordinate axes."""
     values = np.asarray(values, dtype=np.float64)
-    first = _normalise(values[..., :3], np.array([1.0, 0.0, 0.0]))
+    first = _normalize(values[..., :3], np.array([1.0, 0.0, 0.0]))
     second = values[..., 3:] - (first * values[..., 3:]).sum(-1, keepdims=True) * first
     axis = np.eye(3)[np.abs(first).argmin(-1)]  # the coordinate axis least aligned with the first column
     spare = axis - (first * axis).sum(-1, keepdims=True) * first
-    second = _normalise(second, spare / np.linalg.norm(spare, axis=-1, keepdims=True))
+    second = _normalize(second, spare / np.linalg.norm(spare, axis=-1, keepdims=True))
     return np.stack([first, second, np.cross(first, second)], axis=-1)
 
 
-def _normalise(vector: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+def _normalize(vector: np.ndarray, fallback: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(vector, axis=-1, keepdims=True)
     return np.where(length > 1e-8, vector / np.maximum(length, 1e-8), fallback)
 

@@ -1,4 +1,4 @@
-"""The unified 128-d vector: slots, their names, units and kinds. The table is RDT's with fingers, head, spine and torso added."""
+"""The unified 128-d vector: slots, their names, units and kinds (RDT's table, with fingers, head, spine and torso)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def unit_of(slot: str) -> str:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place of the 128: its name, the part of the robot it belongs to, the unit of its values before normalisation."""
+    """One of the 128: its name, the part of the robot it belongs to, the unit of its values before normalization."""
 
     name: str
     region: str
@@ -92,8 +92,8 @@ class Slot:
 
 @functools.cache
 def slots() -> tuple[Slot, ...]:
-    """All 128 in order. Of several names of a place the first of the action table is taken, but for grippers, which nearly always are one
-    opening; a place without a name is "slot 96"."""
+    """All 128 in order. Of several names of a place the first of the action table is taken, but for grippers, which
+    nearly always are one opening; a place without a name is "slot 96"."""
     names: dict[int, str] = {}
     for name, place in sorted(SLOTS.items(), key=lambda item: "gripper_open" not in item[0]):
         names.setdefault(place, name)

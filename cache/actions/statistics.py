@@ -1,8 +1,8 @@
-"""Per-dataset statistics of unified vectors, and the normalisation to [-1, 1] made from them. Pure functions of tables.
+"""Per-dataset statistics of unified vectors, which normalization to [-1, 1] is made from. Pure functions of tables.
 
 center = mean, half_range = 5 · max(std, 0.01): the floor keeps a nearly constant dimension from being blown up.
-Statistics need one pass over the rows and memory that grows with the logarithm of their number; they depend on the rows and
-their order, not on how these were cut into tables, and those of several parts can be merged. Letters: D dimensions.
+Statistics need one pass over the rows and memory that grows with the logarithm of their number; they depend on the rows
+and their order, not on how these were cut into tables, and those of several parts can be merged. Letters: D dimensions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLOCK = 2048  # rows of a buffer; ranks of quantiles are off by at most log2(row
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments and quantiles of `count` vectors. All arrays float64 [D]; `std` is the population's (divided by count)."""
+    """Moments and quantiles of `count` vectors. All arrays float64 [D]; `std` divides by `count`."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -30,8 +30,8 @@ class Statistics:
     quantiles: Mapping[float, np.ndarray] | None = None  # level → values that occur; None in caches of earlier releases
 
     def merge(self, other: Statistics) -> Statistics:
-        """Moments of both sets together (Chan, Golub, LeVeque 1979); exact up to rounding. Its quantiles are None, for they do
-        not follow from those of the parts: merge the `RunningStatistics` to have them."""
+        """Moments of both sets together (Chan, Golub, LeVeque 1979); exact up to rounding. Its quantiles are None, for
+        they do not follow from those of the parts: merge the `RunningStatistics` to have them."""
         count = self.count + other.count
         gap = other.mean - self.mean
         squares = self.count * self.std**2 + other.count * other.std**2 + gap**2 * (self.count * other.count / count)
@@ -90,8 +90,8 @@ class RunningStatistics:
                 self._filled = 0
 
     def merge(self, other: RunningStatistics) -> None:
-        """Add all rows that `other` has seen; it stays as it is. Moments are exact up to rounding, and ranks of quantiles keep
-        their bound, whatever is merged in whatever order."""
+        """Add all rows that `other` has seen; it stays as it is. Moments are exact up to rounding, and ranks of
+        quantiles keep their bound, whatever is merged in whatever order."""
         if other._moments is not None:
             self._moments = other._moments if self._moments is None else self._moments.merge(other._moments)
         self._ranks.merge(other._ranks)
@@ -122,12 +122,13 @@ def _moments(x: np.ndarray) -> Statistics:
 
 
 class _Ranks:
-    """A summary of a stream from which any quantile can be read: sorted buffers of BLOCK values, at most one per level, where
-    a value of level i stands for 2^i rows.
+    """A summary of a stream from which any quantile can be read: sorted buffers of BLOCK values, at most one per level,
+    where a value of level i stands for 2^i rows.
 
-    Two buffers of a level become one of the next: sorted together, every other value is kept, the odd and the even ones in
-    turn (Manku, Rajagopalan, Lindsay 1998, without randomness). Such a step moves a rank by at most 2^i, and n rows take
-    n / (BLOCK · 2^(i+1)) of them at level i: n / (2 · BLOCK) per level, which bounds the error for any data and merges.
+    Two buffers of a level become one of the next: sorted together, every other value is kept, the odd and the even ones
+    in turn (Manku, Rajagopalan, Lindsay 1998, without randomness). Such a step moves a rank by at most 2^i, and n rows
+    take n / (BLOCK · 2^(i+1)) of them at level i: n / (2 · BLOCK) per level, which bounds the error for any data and
+    merges.
     """
 
     def __init__(self) -> None:
@@ -157,8 +158,8 @@ class _Ranks:
                 self.add(buffer, level)
 
     def quantiles(self, rest: np.ndarray, levels: tuple[float, ...]) -> dict[float, np.ndarray]:
-        """level → [D]: the smallest value that at least that share of all rows does not exceed; `rest [m, D]` are further
-        rows that stand for themselves."""
+        """level → [D]: the smallest value that at least that share of all rows does not exceed; `rest [m, D]` are
+        further rows that stand for themselves."""
         parts = [(1, rest.T)] if len(rest) else []
         parts += [(2**i, b) for i, b in enumerate(self._levels) if b is not None]
         values = np.concatenate([b for _, b in parts], axis=1)  # [D, M]

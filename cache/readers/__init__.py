@@ -47,7 +47,8 @@ def _reader(format: str) -> _Reader:
 
 
 def detect_format(path_or_repo: str | Path) -> str:
-    """Name (a key of FORMATS) of the format of a dataset, by its file names alone. `UserError` when it is none of them."""
+    """Name (a key of FORMATS) of the format of a dataset, by its file names alone. `UserError` when it is none of
+    them."""
     given = str(path_or_repo)
     root = Path(given).expanduser()
     if root.is_file():

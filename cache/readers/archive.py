@@ -1,8 +1,8 @@
 """One view of a folder, a .zip and an uncompressed .tar: list a folder, read a member, without unpacking anything.
 
-An archive is refused as a whole when a member would lie outside it or is a link; nothing is ever written. (Links in a local
-folder are followed: it is the user's own, and a hub snapshot consists of them.) The index of an archive is kept in memory
-for a few archives at a time, no file stays open between calls, and all calls are safe from several threads.
+An archive is refused as a whole when a member would lie outside it or is a link; nothing is ever written. (Links in a
+local folder are followed: it is the user's own, and a hub snapshot consists of them.) The index of an archive is kept
+in memory for a few archives at a time, no file stays open between calls, and all calls are safe from several threads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
 
@@ -29,7 +30,7 @@ COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|7z|rar)$", re.IGNORECASE)
 MAX_MEMBER = 256 << 20  # bytes of one member, unpacked
 _MAX_RATIO = 1032  # of deflate, by its format; a member that says it grows more than that lies
 _MAX_DEPTH = 64
-_INDEXES = 8  # archives whose index is kept: about 15 MB for one of 50,000 pictures
+_INDEXES = 8  # archives whose index is kept: about 15 MB for one of 50,000 images
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError, ValueError, struct.error, OverflowError)
 
@@ -39,9 +40,7 @@ class Archive(ABC):
     """Files below `path`. Names are relative to it, with "/" between parts."""
 
     path: Path
-    wanted: str = (
-        ""  # pattern, searched in the names of members: which of a packed archive's to remember. Folders always are
-    )
+    wanted: str = ""  # regex, searched in members' names: which of a packed archive to index; folders always are
 
     @abstractmethod
     def entries(self, folder: str = "") -> tuple[str, ...]:
@@ -68,7 +67,7 @@ def open_archive(path: Path, wanted: str = "") -> Archive:
 
 
 def _compressed(path: Path) -> UserError:
-    return UserError(f"{path} is compressed as a whole, so single pictures cannot be read from it; extract it first")
+    return UserError(f"{path} is compressed as one stream, so single images cannot be read from it; extract it first")
 
 
 class _Folder(Archive):
@@ -108,10 +107,10 @@ class _Packed(Archive):
         folder, _, base = name.rpartition("/")
         member = self._index().get(folder, {}).get(base)
         if member is None:
-            raise CorruptEpisode(f"{where}: {name} is missing")
+            raise CorruptEpisode(f"{where}: {name} is missing", "missing-file")
         with _reading(name, where), open(self.path, "rb") as file:
             if max(member.size, member.packed) > MAX_MEMBER or member.size > _MAX_RATIO * (member.packed + 1):
-                raise ValueError(f"its {member.packed:,} bytes say that they unpack to {member.size:,}")
+                raise ValueError(f"its {member.packed:,} bytes claim to unpack to {member.size:,}")
             file.seek(member.offset)
             if member.crc is not None:
                 header = file.read(30)
@@ -153,15 +152,10 @@ class _Zip(_Packed):
                         raise self.refuse(
                             info.filename, f"is packed by method {info.compress_type}, not stored or by deflate"
                         )
+                deflated = info.compress_type == zipfile.ZIP_DEFLATED
                 yield (
                     info.filename,
-                    _Member(
-                        info.header_offset,
-                        info.compress_size,
-                        info.file_size,
-                        info.CRC,
-                        info.compress_type == zipfile.ZIP_DEFLATED,
-                    ),
+                    _Member(info.header_offset, info.compress_size, info.file_size, info.CRC, deflated),
                 )
 
 
@@ -183,7 +177,8 @@ class _Tar(_Packed):
 
 @functools.lru_cache(maxsize=_INDEXES)
 def _read_index(archive: _Packed, size: int, time: int) -> dict[str, dict[str, _Member | None]]:
-    """Folder → name directly inside (folders with a "/") → place. `size` and `time` of the file make it anew on change."""
+    """Folder → name directly inside (folders with a "/") → place. `size` and `time` of the file make it anew on
+    change."""
     index: dict[str, dict[str, _Member | None]] = {"": {}}
     try:
         for stored, member in archive.members():
@@ -197,8 +192,7 @@ def _read_index(archive: _Packed, size: int, time: int) -> dict[str, dict[str, _
                     raise archive.refuse(name, "is there twice")
                 contents[base] = member
     except _BROKEN as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{archive.path} is cut off or damaged ({reason}); fetch it again") from None
+        raise UserError(f"{archive.path} is cut off or damaged ({first_line(error)}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{archive.path} cannot be read: {error.strerror or error}") from None
     return index
@@ -234,7 +228,7 @@ def _unpack(data: bytes, member: _Member) -> bytes:
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
         data = unpacker.decompress(data, member.size + 1)  # not more, whatever the packed bytes hold
     if len(data) != member.size or member.crc is not None and zlib.crc32(data) != member.crc:
-        raise ValueError("its checksum does not fit")
+        raise ValueError("its checksum does not match")
     return data
 
 
@@ -244,7 +238,7 @@ def _reading(name: str, where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise CorruptEpisode(f"{where}: {name} is missing") from None
+        raise CorruptEpisode(f"{where}: {name} is missing", "missing-file") from None
     except (OSError, ValueError, struct.error, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CorruptEpisode(f"{where}: {name} is damaged ({reason})") from None
+        raise CorruptEpisode(f"{where}: {name} is damaged ({reason})", "unreadable-file") from None

@@ -1,6 +1,6 @@
-"""What every reader shares: a `Source` turns a format's columns and pictures into checked, hashed episodes.
+"""What every reader shares: a `Source` turns a format's columns and images into checked, hashed episodes.
 
-A reader subclasses `Source` and says where columns and pictures are; checks, hashing and unit maps are here, once.
+A reader subclasses `Source` and says where columns and images are; checks, hashing and unit maps are here, once.
 Letters: T frames of an episode, ds/da native state and action width.
 """
 
@@ -11,18 +11,21 @@ import functools
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
+from ...common.failure import Failed
 from ...errors import UserError, unknown
 from ..actions.action_map import ActionMap
 from ..actions.rotations import NotARotation
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class EpisodeTable:
-    """The rows of one episode, in native units, without pictures."""
+    """The rows of one episode, in native units, without images."""
 
     state: np.ndarray  # [T, ds] float32; ds = 0 where the config has no state
     action: np.ndarray  # [T, da] float32
@@ -61,23 +64,32 @@ class Source(ABC):
         fps: float | None,
         view_names: Sequence[str],
         episode_ids: Sequence[int],
+        widths: Mapping[str, int] | None = None,
     ) -> None:
-        """`fps`: rows per second by the files; None where they do not say, and then the config must."""
+        """`UserError` when the config does not describe the files.
+
+        Args:
+            fps: rows per second by the files; None where they do not say, and then the config must.
+            widths: numbers per row of each column of the files; None where that is not known before they are read.
+        """
         self.path, self.name, self.config = path, name, config
         self.view_names, self.episode_ids = tuple(view_names), tuple(sorted(episode_ids))
         hz = config.control_hz or fps
         if not hz:
             raise UserError(
-                f"{name}: the files do not say how many rows there are per second; add control_hz to dataset "
-                f"config '{config.name}'"
+                f"{name}: the files do not give the number of rows per second; add control_hz to dataset config "
+                f"'{config.name}'"
             )
         self.fps = float(fps or hz)  # rows per second by the files
         self.control_hz = float(hz)  # the config's, else the files'
         self.action_map = ActionMap(config.action, self.control_hz)
         self.state_map = ActionMap(config.state, self.control_hz)
         self._numbers = frozenset(self.episode_ids)
+        self._found: dict[tuple[int, str], tuple[object, View]] = {}  # (episode, view) → state of its files, the view
+        if widths is not None:
+            self._check_widths(widths)
         if not self.view_names:
-            raise UserError(f"{name} has no camera; a cache needs pictures")
+            raise UserError(f"{name} has no camera; a cache needs images")
         for wanted in config.bgr_views if config.views is None else ():
             if wanted not in self.view_names:
                 raise UserError(f"{name}: {unknown('view in bgr_views', wanted, self.view_names)}")
@@ -87,9 +99,9 @@ class Source(ABC):
     @classmethod
     @abstractmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
-        """Whether a dataset with these file names (relative, "/" between parts, at most three parts of a local folder) is
-        of this format. `root` is the local folder they lie in, to look into a file where names do not tell; None for a
-        hub dataset, of which only names are known."""
+        """Whether a dataset with these file names (relative, "/" between parts, at most three parts of a local folder)
+        is of this format. `root` is the local folder they lie in, to look into a file where names do not tell; None
+        for a hub dataset, of which only names are known."""
 
     @property
     @abstractmethod
@@ -105,36 +117,107 @@ class Source(ABC):
         """The columns asked for; `CorruptEpisode`, beginning with `where`, when one is missing or unreadable."""
 
     @abstractmethod
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        """(view, sha256 hex of its stored picture bytes) in the order of `view_names`, found but not decoded."""
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        """The files that hold a view's images: while none of them changes, the view is not looked for again."""
+
+    @abstractmethod
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterable[View]:
+        """The views `names`, in that order, hashed but not decoded. Small: they are kept."""
 
     # --- what everyone else calls ---
 
+    def attempt(self, read: Callable[[int], Result], episode_id: int) -> Result | Failed:
+        """`read(episode_id)`, or why that cannot be read."""
+        try:
+            return read(episode_id)
+        except CorruptEpisode as error:
+            return error.failed(episode_id, self.where(episode_id))
+
     def instruction_of(self, episode_id: int) -> str:
-        """The episode's task text; the config's default where there is none. A reader with cheap metadata overrides it."""
+        """The episode's task text, else the config's. A reader with cheap metadata overrides it."""
         return self.table(episode_id).instruction
 
     def table(self, episode_id: int) -> EpisodeTable:
-        """State, action, time and task of one episode, no picture; `CorruptEpisode` for rows that cannot be used,
+        """State, action, time and task of one episode, no image; `CorruptEpisode` for rows that cannot be used,
         `UserError` for an episode that is not listed."""
         where = self.where(episode_id)
-        return self._checked(self._rows(episode_id, self._columns, where), where)
+        return self._checked(self._rows(episode_id, self.config.columns, where), where)
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
-        """The tables of every listed episode once, in blocks of at least `batch_rows` rows (the last may be shorter), in
-        memory bounded by one block and the longest episode. An episode that `table` refuses adds no row; it is named
-        in `refused`. A reader whose files hold many episodes overrides it to read each file once."""
-        return self._blocks(((e, attempt(self.table, e)) for e in self.episode_ids), batch_rows)
+        """The tables of every listed episode once, in blocks of at least `batch_rows` rows (the last may be shorter).
 
-    def _blocks(
-        self, tables: Iterable[tuple[int, EpisodeTable | CorruptEpisode]], batch_rows: int
-    ) -> Iterator[TableBlock]:
+        Memory is bounded by one block and the longest episode. An episode that `table` refuses adds no row; it is in
+        `refused`. A reader whose files hold many episodes overrides this to read each file once."""
+        return self._blocks(((e, self.attempt(self.table, e)) for e in self.episode_ids), batch_rows)
+
+    def _blocks(self, tables: Iterable[tuple[int, EpisodeTable | Failed]], batch_rows: int) -> Iterator[TableBlock]:
         return as_blocks(tables, batch_rows, self.state_map.native_dim, self.action_map.native_dim)
 
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        """Columns that make the action and the state, each once."""
-        return tuple(dict.fromkeys((*self.config.action_columns, *self.config.state_columns)))
+    def load(
+        self, episode_id: int, views: Sequence[str] | None = None, hashes: Mapping[str, str] | None = None
+    ) -> Episode:
+        """One episode, its views lazily decoded.
+
+        A view's files are read for its hash when it is first asked for, and again only after they changed (path, size
+        or time of modification); a view that is not asked for is not opened.
+
+        Args:
+            views: names of those wanted, None for all.
+            hashes: view name → sha256 of the others; with those, too, the episode's `source_hash` is known.
+
+        Raises:
+            CorruptEpisode: what is missing, cut short or not finite.
+        """
+        where, table = self.where(episode_id), self.table(episode_id)
+        digest = hashlib.sha256()
+        text = np.frombuffer(table.instruction.encode(), np.uint8)
+        for values in (text, table.state, table.action, table.timestamps):
+            part = values.tobytes()
+            digest.update(f"{len(part)};".encode() + part)
+        wanted = self.view_names if views is None else tuple(v for v in self.view_names if v in views)
+        found = self._find(episode_id, wanted, table, digest.digest(), where)
+        known = {**(hashes or {}), **{v.name: v.sha256 for v in found}}
+        for name in self.view_names:
+            digest.update(f"{name}:{known.get(name)};".encode())
+        return Episode(
+            self.name,
+            episode_id,
+            digest.hexdigest() if known.keys() >= set(self.view_names) else "",
+            table.instruction,
+            self.control_hz,
+            len(table.action),
+            found,
+            table.state,
+            table.action,
+            table.timestamps,
+        )
+
+    def where(self, episode_id: int) -> str:
+        """How messages begin that concern this episode; `UserError` when it is not listed."""
+        if episode_id not in self._numbers:
+            ids = self.episode_ids
+            listed = f"{len(ids)}, {ids[0]} to {ids[-1]}" if ids else "none"
+            raise UserError(f"{self.name} has no episode {episode_id}; it lists {listed}")
+        return f"{self.name} episode {episode_id}"
+
+    # --- one episode ---
+
+    def _find(
+        self, episode_id: int, names: Sequence[str], table: EpisodeTable, rows: bytes, where: str
+    ) -> tuple[View, ...]:
+        """The views `names`: those of before while `rows` (a hash of the table) and their files are the same."""
+        state = {n: (rows, *map(_stamp, self._files(episode_id, n, where))) for n in names}  # before they are read
+        new = [n for n in names if self._found.get((episode_id, n), (None,))[0] != state[n]]
+        for view in self._views(episode_id, new, table, where) if new else ():
+            if view.length != len(table.action):
+                raise CorruptEpisode(
+                    f"{where}: {view.length} images of '{view.name}' for {len(table.action)} rows", "row-count"
+                )
+            if view.name in self.config.bgr_views:
+                digest = hashlib.sha256(f"bgr:{view.sha256}".encode()).hexdigest()
+                view = dataclasses.replace(view, open=functools.partial(_swapped, view.open), sha256=digest)
+            self._found[episode_id, view.name] = state[view.name], view
+        return tuple(self._found[episode_id, n][1] for n in names)
 
     def _checked(self, rows: Rows, where: str) -> EpisodeTable:
         """The raw rows of one episode as its table; `CorruptEpisode` for rows that cannot be used."""
@@ -145,9 +228,7 @@ class Source(ABC):
             raise CorruptEpisode(f"{where}: it has no rows")
         if config.action_shift:  # the target of a frame is what was measured that much later; the end holds
             action = action[np.minimum(np.arange(length) + config.action_shift, length - 1)]
-        state = np.zeros((length, 0))
-        if config.state:
-            state = join_columns(rows.columns, config.state_columns, where)
+        state = join_columns(rows.columns, config.state_columns, where) if config.state else np.zeros((length, 0))
         for what, values, width in (
             ("action", action, config.action_width),
             ("state", state, self.state_map.native_dim),
@@ -158,7 +239,7 @@ class Source(ABC):
                     f"describes {width}"
                 )
         if len(state) != length:
-            raise CorruptEpisode(f"{where}: {length} rows of action, {len(state)} of state")
+            raise CorruptEpisode(f"{where}: {length} rows of action, {len(state)} of state", "row-count")
         what = "state"
         try:
             self.state_map.check(state)
@@ -167,69 +248,58 @@ class Source(ABC):
                 action = config.integrate.apply(self.state_map.hand_pose(state[0]), action)
             self.action_map.check(action)
         except NotARotation as error:
-            raise CorruptEpisode(f"{where}: {what}, {error}") from None
+            raise CorruptEpisode(f"{where}: {what}, {error}", "rotation-norm") from None
         times = np.arange(length) / self.fps if rows.timestamps is None else np.asarray(rows.timestamps, np.float64)
         if len(times) != length:
-            raise CorruptEpisode(f"{where}: {length} rows of action, {len(times)} timestamps")
+            raise CorruptEpisode(f"{where}: {length} rows of action, {len(times)} timestamps", "row-count")
         backwards = np.diff(times, prepend=-np.inf) <= 0
         if backwards.any() or times[0] < 0:
-            raise CorruptEpisode(f"{where}: timestamps do not increase at frame {int(backwards.argmax())}")
+            frame = int(backwards.argmax())
+            raise CorruptEpisode(f"{where}: timestamps do not increase at frame {frame}", "time-order")
         return EpisodeTable(
             state.astype(np.float32), action.astype(np.float32), times, rows.instruction or config.instruction
         )
 
-    def load(self, episode_id: int) -> Episode:
-        """One episode, its views lazily decoded; `CorruptEpisode` says what is missing, cut short or not finite."""
-        where, table = self.where(episode_id), self.table(episode_id)
-        digest = hashlib.sha256()
-        text = np.frombuffer(table.instruction.encode(), np.uint8)
-        for values in (text, table.state, table.action, table.timestamps):
-            part = values.tobytes()
-            digest.update(f"{len(part)};".encode() + part)
-        views = []
-        for view, found in self._views(episode_id, table, where):
-            if view.length != len(table.action):
-                raise CorruptEpisode(f"{where}: {view.length} pictures of '{view.name}' for {len(table.action)} rows")
-            if view.name in self.config.bgr_views:
-                view, found = (
-                    dataclasses.replace(view, open=functools.partial(_swapped, view.open)),
-                    hashlib.sha256(f"bgr:{found}".encode()).hexdigest(),
+    def _check_widths(self, widths: Mapping[str, int]) -> None:
+        config = self.config
+        sides = [(config.action_columns, config.action_width)]
+        if config.state:
+            sides.append((config.state_columns, self.state_map.native_dim))
+        for columns, described in sides:
+            for column in columns:
+                if column not in widths:
+                    raise UserError(
+                        f"{self.name}: {unknown('column', column, widths)}; dataset config '{config.name}' asks for it"
+                    )
+            width = sum(widths[c] for c in columns)
+            if width != described:
+                raise UserError(
+                    f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{config.name}' "
+                    f"describes {described}; {self._remedy(columns)}"
                 )
-            digest.update(f"{view.name}:{found};".encode())
-            views.append(dataclasses.replace(view, sha256=found))
-        return Episode(
-            self.name,
-            episode_id,
-            digest.hexdigest(),
-            table.instruction,
-            self.control_hz,
-            len(table.action),
-            tuple(views),
-            table.state,
-            table.action,
-            table.timestamps,
-        )
 
-    def where(self, episode_id: int) -> str:
-        """How messages begin that concern this episode; `UserError` when it is not listed."""
-        if episode_id not in self._numbers:
-            listed = (
-                f"{len(self.episode_ids)}, {self.episode_ids[0]} to {self.episode_ids[-1]}"
-                if self.episode_ids
-                else "none"
-            )
-            raise UserError(f"{self.name} has no episode {episode_id}; it lists {listed}")
-        return f"{self.name} episode {episode_id}"
+    def _remedy(self, columns: Sequence[str]) -> str:
+        """What to do about columns of another width than the config describes."""
+        return "choose or write another dataset config"
+
+
+def _stamp(path: Path) -> tuple[str, int, int] | None:
+    """What changes when a file does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return str(path), found.st_size, found.st_mtime_ns
 
 
 def _swapped(open: Callable[[int, int], Iterator[np.ndarray]], start: int, stop: int) -> Iterator[np.ndarray]:
-    """Pictures whose red and blue were stored in each other's place, put right."""
+    """Images with red and blue exchanged."""
     return (np.ascontiguousarray(frame[..., ::-1]) for frame in open(start, stop))
 
 
 def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: str) -> np.ndarray:
-    """The named columns side by side as float64 [T, d]. `CorruptEpisode` for one that is missing, of another length, not
-    numeric, or not finite (or beyond float32, which the tables are kept in)."""
+    """The named columns side by side as float64 [T, d]. `CorruptEpisode` for one that is missing, of another length,
+    not numeric, or not finite."""
     parts = []
     for name in names:
         if name not in columns:
@@ -240,15 +310,22 @@ def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: st
         if values.dtype.kind not in "fiub":
             raise CorruptEpisode(f"{where}: column '{name}' is not numeric ({values.dtype})")
         values = values.astype(np.float64).reshape(len(values), math.prod(values.shape[1:]))  # [T, d]
-        good = np.abs(values) <= np.finfo(np.float32).max  # False for NaN too
-        if not good.all():
-            row, dim = np.argwhere(~good)[0]
-            raise CorruptEpisode(f"{where}: column '{name}' is {values[row, dim]} at frame {row}, dimension {dim}")
+        require_finite(values, name, where)
         parts.append(values)
     lengths = {n: len(p) for n, p in zip(names, parts)}
     if len(set(lengths.values())) > 1:
-        raise CorruptEpisode(f"{where}: columns differ in length ({', '.join(f'{n} {k}' for n, k in lengths.items())})")
+        shown = ", ".join(f"{n} {k}" for n, k in lengths.items())
+        raise CorruptEpisode(f"{where}: columns differ in length ({shown})", "row-count")
     return np.concatenate(parts, axis=1)
+
+
+def require_finite(values: np.ndarray, column: str, where: str) -> None:
+    """`CorruptEpisode` for a value of a column [T, d] that is not finite, or beyond float32, the type of tables."""
+    good = np.abs(values) <= np.finfo(np.float32).max  # False for NaN too
+    if not good.all():
+        row, dim = np.argwhere(~good)[0]
+        value = values[row, dim]
+        raise CorruptEpisode(f"{where}: column '{column}' is {value} at frame {row}, dimension {dim}", "not-finite")
 
 
 def listing_hash(root: Path, files: Sequence[Path]) -> str:
@@ -263,7 +340,7 @@ def choose_views(names: Sequence[str], config: DatasetConfig, dataset: str) -> t
     """The cameras to use among `names`: the config's, in its order, or all. `UserError` names the nearest valid one."""
     for wanted in config.views or ():
         if wanted not in names:
-            raise UserError(f"{dataset}: {unknown('view', wanted, names)}")
+            raise UserError(f"{dataset}: {unknown('view', wanted, names)}; see `views` of its dataset config")
     return tuple(names) if config.views is None else config.views
 
 
@@ -274,22 +351,13 @@ class TableBlock:
     episode_ids: np.ndarray  # [n] int64, the episode of each row
     state: np.ndarray  # [n, ds] float32
     action: np.ndarray  # [n, da] float32
-    refused: tuple[tuple[int, str], ...]  # (episode, reason) of those met meanwhile that cannot be used
-
-
-def attempt(table: Callable[..., EpisodeTable], *args: object) -> EpisodeTable | CorruptEpisode:
-    """`table(*args)`, or why there is none."""
-    try:
-        return table(*args)
-    except CorruptEpisode as error:
-        return error
+    refused: tuple[Failed, ...]  # episodes met meanwhile that cannot be used
 
 
 def as_blocks(
-    tables: Iterable[tuple[int, EpisodeTable | CorruptEpisode]], batch_rows: int, state_width: int, action_width: int
+    tables: Iterable[tuple[int, EpisodeTable | Failed]], batch_rows: int, state_width: int, action_width: int
 ) -> Iterator[TableBlock]:
-    """Gather (episode, its table or the reason for none) into blocks of at least `batch_rows` rows; the last may be
-    shorter, or hold refused episodes only."""
+    """Tables gathered into blocks of at least `batch_rows` rows; the last may be shorter, or hold only refused ones."""
     nothing = np.zeros((0, state_width), np.float32), np.zeros((0, action_width), np.float32)
 
     def gathered() -> TableBlock:
@@ -300,11 +368,11 @@ def as_blocks(
         return TableBlock(ids, np.concatenate(states), np.concatenate(actions), tuple(refused))
 
     parts: list[tuple[int, EpisodeTable]] = []
-    refused: list[tuple[int, str]] = []
+    refused: list[Failed] = []
     rows = 0
     for episode_id, table in tables:
-        if isinstance(table, CorruptEpisode):
-            refused.append((episode_id, str(table)))
+        if isinstance(table, Failed):
+            refused.append(table)
             continue
         parts.append((episode_id, table))
         rows += len(table.action)

@@ -15,7 +15,7 @@ from ..actions.integration import POSE, Integration
 from ..actions.slots import EMBODIMENTS, SLOTS
 
 FORMATS = {  # format → what it is, in one phrase; the reader is cache/readers/<format>.py
-    "lerobot": "LeRobot v2.0, v2.1 or v3.0 (parquet with video or pictures)",
+    "lerobot": "LeRobot v2.0, v2.1 or v3.0 (parquet with video or images)",
     "rlds": "RLDS: TFRecord shards with features.json",
     "rlbench": "RLBench demonstrations: PNG folders with low_dim_obs.pkl, zipped or not",
     "dexgraspnet": "DexGraspNet 2.0: grasps and scenes, rendered from the point cloud",
@@ -87,6 +87,11 @@ class DatasetConfig:
                 f"dataset config '{self.name}': integrate starts from the measured pose, so the state needs "
                 "eef_pos_x, eef_pos_y, eef_pos_z and a rotation in eef_angle"
             )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that make the action and the state, each once."""
+        return tuple(dict.fromkeys((*self.action_columns, *(self.state_columns if self.state else ()))))
 
     @property
     def action_width(self) -> int:

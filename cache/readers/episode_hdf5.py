@@ -9,8 +9,9 @@
       attributes                        dataset_name, embodiment_id (position in EMBODIMENTS), episode_length, n_views,
                                         action_dim (native width); control_hz, source_hash, settings (*)
 
-(*) is added by `write_episode` and may be missing when reading. Native values are the active slots in slot order, unchanged;
-the field map follows from the masks. What is fixed for a dataset must be the same in all files of a folder. Letters: T frames.
+(*) is added by `write_episode` and may be missing when reading. Native values are the active slots in slot order,
+unchanged; the field map follows from the masks. What is fixed for a dataset must be the same in all files of a folder.
+Letters: T frames.
 """
 
 from __future__ import annotations
@@ -29,24 +30,22 @@ import h5py
 import numpy as np
 
 from ...common.hub import hub_files
-from ...errors import UserError, unknown
+from ...errors import UserError
 from ..actions.action_map import ActionMap, FieldSpec
 from ..actions.slots import EMBODIMENTS, SLOTS, UNIFIED_DIM
 from .base import EpisodeTable, Rows, Source, choose_views, listing_hash
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
 from .hdf5 import (
-    check_pictures,
     find,
     find_array,
     has,
     numbers,
     opened,
-    read_pictures,
-    stored_hash,
     text,
+    view_of,
     whole_file,
-    write_pictures,
+    write_images,
 )
 from .location import Location
 
@@ -74,12 +73,13 @@ class EpisodeHDF5Source(Source):
     format = "episode_hdf5"
 
     def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
-        """A folder, one file, or a hub id. Without `config` the field map, embodiment and rate come from the first file that
-        can be read. Files without control_hz need a config that has it, and one that maps the columns `actions`, `proprio`.
+        """A folder, one file, or a hub id. Without `config` the field map, embodiment and rate come from the first file
+        that can be read. Files without control_hz need a config that has it, and one that maps the columns `actions`,
+        `proprio`.
 
         `UserError` when no file can be read, a mask names a slot that has no name, or the config does not fit.
         """
-        self._location, self._files = _locate(str(path_or_repo))
+        self._location, self._names = _locate(str(path_or_repo))
         self._header = header = self._first_header()
         self._slots = {"actions": header.action_mask, "proprio": header.proprio_mask or ()}
         if header.proprio_mask is None:  # a config tells, else the values do
@@ -92,11 +92,9 @@ class EpisodeHDF5Source(Source):
             config,
             fps=header.control_hz,
             view_names=choose_views(header.views, config, self._location.name),
-            episode_ids=tuple(self._files),
+            episode_ids=tuple(self._names),
+            widths={name: len(slots) for name, slots in self._slots.items()},
         )
-        self._check_width(config.action_columns, config.action_width)
-        if config.state:
-            self._check_width(config.state_columns, self.state_map.native_dim)
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -106,7 +104,7 @@ class EpisodeHDF5Source(Source):
     @functools.cached_property
     def revision_hash(self) -> str:
         """sha256 hex over names and sizes of the files (those of a hub dataset are all fetched for it)."""
-        paths = [self._path(number, self.where(number)) for number in self._files]
+        paths = [self._path(number, self.where(number)) for number in self._names]
         return listing_hash(paths[0].parent, paths)
 
     def length_of(self, episode_id: int) -> int:
@@ -127,19 +125,17 @@ class EpisodeHDF5Source(Source):
             found = {name: self._active(file, name, where) for name in {"actions", *columns} & set(self._slots)}
             rows = len(found["actions"])
             if (listed := file.attrs.get("episode_length", rows)) != rows:
-                raise CorruptEpisode(f"{where}: 'actions' has {rows} rows, episode_length says {listed}")
+                raise CorruptEpisode(f"{where}: 'actions' has {rows} rows, episode_length says {listed}", "row-count")
             times = numbers(file, "timestamps", where) if has(file, "timestamps") else None
             return Rows(found, _language(file, where), times)
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        path, views = self._path(episode_id, where), []
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        return (self._path(episode_id, where),)
+
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
+        path = self._path(episode_id, where)
         with opened(path, where) as file:
-            for name in self.view_names:
-                stored = f"images/view_{self._header.views.index(name)}"
-                array = check_pictures(find_array(file, stored, where), where)
-                opener = functools.partial(read_pictures, path, stored, where)
-                views.append((View(name, array.shape[1], array.shape[2], len(array), opener), stored_hash(array)))
-        return views
+            return [view_of(file, path, f"images/view_{self._header.views.index(name)}", name, where) for name in names]
 
     def _active(self, file: h5py.File, name: str, where: str) -> np.ndarray:
         """[T, active] of `actions` or `proprio`; a value outside the mask would be lost, so it is refused."""
@@ -157,12 +153,12 @@ class EpisodeHDF5Source(Source):
 
     def _path(self, number: int, where: str) -> Path:
         root = self._location.root
-        return root if root.is_file() else self._location.locate(self._files[number], where)
+        return root if root.is_file() else self._location.locate(self._names[number], where)
 
     def _first_header(self) -> Header:
         """Header of the first file that can be read."""
         reasons = []
-        for number, name in self._files.items():
+        for number, name in self._names.items():
             try:
                 with opened(self._path(number, name), name) as file:
                     return read_header(file, name)
@@ -181,11 +177,11 @@ class EpisodeHDF5Source(Source):
                 )
 
     def _used_slots(self) -> np.ndarray:
-        """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source. A rotation counts as a
-        whole: six slots, or the first four where the last two are never used (a quaternion)."""
-        every, used = list(self._files), np.zeros(UNIFIED_DIM, bool)
+        """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source. A rotation counts
+        as a whole: six slots, or the first four where the last two are never used (a quaternion)."""
+        every, used = list(self._names), np.zeros(UNIFIED_DIM, bool)
         for i in np.linspace(0, len(every) - 1, min(_SAMPLED, len(every))).round().astype(int):
-            name = self._files[every[i]]
+            name = self._names[every[i]]
             with contextlib.suppress(CorruptEpisode), opened(self._path(every[i], name), name) as file:
                 used |= (_wide(numbers(file, "proprio", name), "proprio", name) != 0).any(axis=0)
         for first in _ROTATIONS:
@@ -197,7 +193,7 @@ class EpisodeHDF5Source(Source):
         header, name = self._header, self._location.name
         if header.control_hz is None:
             raise UserError(
-                f"{name}: the files do not say how many rows there are per second; set their attribute control_hz "
+                f"{name}: the files do not give the number of rows per second; set their attribute control_hz "
                 f"(Hz), or give --dataset-config with format episode_hdf5, control_hz and the field map"
             )
         note = "field map from the masks in the files"
@@ -216,25 +212,12 @@ class EpisodeHDF5Source(Source):
             state_columns=("proprio",),
         )
 
-    def _check_width(self, columns: Sequence[str], described: int) -> None:
-        for name in columns:
-            if name not in self._slots:
-                raise UserError(
-                    f"{self.name}: {unknown('column', name, self._slots)}; see dataset config '{self.config.name}'"
-                )
-        width = sum(len(self._slots[name]) for name in columns)
-        if width != described:
-            raise UserError(
-                f"{self.name}: '{' + '.join(columns)}' has {width} active slots, dataset config "
-                f"'{self.config.name}' describes {described}"
-            )
-
 
 def read_header(file: h5py.File, where: str) -> Header:
     """What the file says about its dataset; `CorruptEpisode` when a part is missing or impossible."""
     for name in ("dataset_name", "embodiment_id", "n_views"):
         if name not in file.attrs:
-            raise CorruptEpisode(f"{where}: attribute {name} is missing")
+            raise CorruptEpisode(f"{where}: attribute {name} is missing", "missing-file")
     embodiment, hz = file.attrs["embodiment_id"], file.attrs.get("control_hz")
     if not isinstance(embodiment, (int, np.integer)) or not 0 <= embodiment < len(EMBODIMENTS):
         raise CorruptEpisode(f"{where}: embodiment_id is {embodiment}, allowed are 0 to {len(EMBODIMENTS) - 1}")
@@ -259,8 +242,8 @@ def read_header(file: h5py.File, where: str) -> Header:
 
 
 def field_map(slots: Sequence[int]) -> tuple[FieldSpec, ...]:
-    """The field map of a vector that holds these unified slots in ascending order. A rotation whose six slots are all there
-    is 6D; one that is there in part is taken as it is (`legacy`). `UserError` for a slot that has no name."""
+    """The field map of a vector that holds these unified slots in ascending order. A rotation whose six slots are all
+    there is 6D; one that is there in part is taken as it is (`legacy`). `UserError` for a slot that has no name."""
     names = {slot: name for name, slot in reversed(SLOTS.items())}  # the first name of each slot
     names |= {SLOTS[n]: n for n in SLOTS if re.fullmatch(r"(left_)?gripper_open(_vel)?", n)}
     groups: list[
@@ -290,9 +273,9 @@ def write_episode(
     masks: Mapping[str, np.ndarray],
     compression: str | None = None,
 ) -> None:
-    """Write one file, whole or not at all; pictures go in one by one. `action`, `proprio` float32 [T, 128]; `masks`
-    action_mask and proprio_mask bool [128]; `attributes` at least embodiment_id and action_dim; `compression` of pictures
-    None or "gzip". `CorruptEpisode` when a picture cannot be decoded, `UserError` when the file cannot be written."""
+    """Write one file, whole or not at all; images go in one by one. `action`, `proprio` float32 [T, 128]; `masks`
+    action_mask and proprio_mask bool [128]; `attributes` at least embodiment_id and action_dim; `compression` of images
+    None or "gzip". `CorruptEpisode` when an image cannot be decoded, `UserError` when the file cannot be written."""
     own = {
         "dataset_name": episode.dataset,
         "episode_length": episode.length,
@@ -306,9 +289,7 @@ def write_episode(
             file[name] = values
         file["language"] = episode.instruction
         for k, view in enumerate(episode.views):
-            write_pictures(
-                file, f"images/view_{k}", view, compression, f"{episode.dataset} episode {episode.episode_id}"
-            )
+            write_images(file, f"images/view_{k}", view, compression, f"{episode.dataset} episode {episode.episode_id}")
             file[f"images/view_{k}"].attrs["name"] = view.name
 
 
@@ -319,7 +300,8 @@ def read_attributes(path: Path, where: str) -> dict[str, Any]:
 
 
 def episode_files(names: Sequence[str]) -> dict[int, str]:
-    """Episode number → file name, ascending, of those names that are an episode's. `UserError` when two have one number."""
+    """Episode number → file name, ascending, of those names that are an episode's. `UserError` when two have one
+    number."""
     found = sorted((int(m[1]), m[0]) for m in map(_FILE.fullmatch, names) if m)
     for (first, one), (second, other) in zip(found, found[1:]):
         if first == second:

@@ -1,12 +1,13 @@
-"""HDF5 files as the readers use them: opened and closed per call, links followed only inside the file, damage in one line.
+"""HDF5 files as readers use them: opened and closed per call, links followed only inside the file, damage in one line.
 
-What HDF5 fills in silently is refused: chunks that were never written, datasets whose values lie in other files. Letters:
-T rows or frames of an episode, H × W picture size.
+What HDF5 fills in silently is refused: chunks that were never written, datasets whose values are in other files.
+Letters: T rows or frames of an episode, H × W image size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
@@ -21,32 +22,34 @@ import numpy as np
 
 from ...common.files import publish, temporary_name
 from ...common.hub import hub_files
+from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode, View
 from .location import Location
 
 SUFFIXES = (".hdf5", ".h5")
-_BLOCK_NBYTES = 8 << 20  # of a picture array read at once where its chunks do not say
+_BLOCK_NBYTES = 8 << 20  # of an image array read at once where its chunks do not say
 _MAX_HOPS = 16  # soft links followed in a row; more is a loop
 _DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)  # what h5py raises for damaged files
 
 
 @contextlib.contextmanager
 def opened(path: Path, where: str) -> Iterator[h5py.File]:
-    """The file, open for reading inside the `with`. `CorruptEpisode`, beginning with `where`, when it is no HDF5 file, is
-    cut short, or something of it that is read inside the block cannot be."""
+    """The file, open for reading. `CorruptEpisode`, beginning with `where`, when it is not an HDF5 file, is cut short,
+    or something of it cannot be read inside the block."""
     if not path.is_file():
-        raise CorruptEpisode(f"{where}: {path.name} is missing")
+        raise CorruptEpisode(f"{where}: {path.name} is missing", "missing-file")
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file
     except _DAMAGE as error:
-        raise CorruptEpisode(f"{where}: {path.name} cannot be read as HDF5 ({first_line(error)})") from None
+        reason = f"{where}: {path.name} cannot be read as HDF5 ({first_line(error)})"
+        raise CorruptEpisode(reason, "unreadable-file") from None
 
 
 def one_file(given: str) -> Path:
-    """The one HDF5 file that `given` means: itself, or the only one of a folder, here or on the hub, where "owner/name/x.hdf5"
-    names one too. `UserError` when there is none, or several."""
+    """The HDF5 file that `given` means: itself, or the only one of a folder, here or on the hub ("owner/name/x.hdf5"
+    names one there). `UserError` when there is none, or several."""
     path = Path(given).expanduser()
     if path.is_file():
         return path
@@ -58,22 +61,15 @@ def one_file(given: str) -> Path:
     else:
         names = hub_files(given)
     found = [n for n in names if n.endswith(SUFFIXES) and "/" not in n]
-    if len(found) != 1:
-        several = (
-            f"{len(found)} HDF5 files ({', '.join(found[:4])}); give one of them, e.g. {given}/{found[-1]}"
-            if found
-            else ""
-        )
-        raise UserError(f"{given} holds {several or 'no HDF5 file'}")
+    if not found:
+        raise UserError(f"{given} holds no HDF5 file")
+    if len(found) > 1:
+        listed = f"{len(found)} HDF5 files ({', '.join(found[:4])}); give one of them, e.g. {given}/{found[-1]}"
+        raise UserError(f"{given} holds {listed}")
     try:
         return Location(given, (found[0],)).locate(found[0], given)
     except CorruptEpisode as error:
         raise UserError(str(error)) from None
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def has(group: h5py.Group, name: str) -> bool:
@@ -88,7 +84,7 @@ def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
         part = parts.pop(0)
         link = here.get(part, getlink=True) if isinstance(here, h5py.Group) else None
         if link is None:
-            raise CorruptEpisode(f"{where}: '{name}' is missing")
+            raise CorruptEpisode(f"{where}: '{name}' is missing", "missing-file")
         if isinstance(link, h5py.ExternalLink):
             raise CorruptEpisode(
                 f"{where}: '{name}' is a link into another file ({link.filename}); copy the data into one file"
@@ -105,14 +101,16 @@ def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
 
 
 def find_array(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
-    """The dataset `name` of `group`, all of whose values are stored in this file. `CorruptEpisode` when it is absent, is
-    virtual, lies in other files, or has parts that were never written; `UserError` for a compression that is not
-    installed."""
+    """The dataset `name` of `group`, all of whose values are stored in this file.
+
+    `CorruptEpisode` when it is absent, is virtual, is in other files, or has parts that were never written; `UserError`
+    for a compression that is not installed.
+    """
     array = find(group, name, where)
     if not isinstance(array, h5py.Dataset):
         raise CorruptEpisode(f"{where}: '{name}' is a group, not a dataset")
     if array.is_virtual or array.external:
-        raise CorruptEpisode(f"{where}: the values of '{name}' lie in other files; copy the data into one file")
+        raise CorruptEpisode(f"{where}: the values of '{name}' are in other files; copy the data into one file")
     if array.shape is None:
         raise CorruptEpisode(f"{where}: '{name}' is empty")
     filters = array.id.get_create_plist()
@@ -148,7 +146,7 @@ def numbers(group: h5py.Group, name: str, where: str) -> np.ndarray:
 
 
 def text(value: Any, where: str) -> str:
-    """A string as h5py gives it (bytes, str, or an array of one); `CorruptEpisode` when it is none or not UTF-8."""
+    """A string from what h5py returns (bytes, str, or an array of one); `CorruptEpisode` for anything else."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.reshape(-1)[0]
     if isinstance(value, bytes):
@@ -161,11 +159,11 @@ def text(value: Any, where: str) -> str:
     return str(value)
 
 
-def check_pictures(array: h5py.Dataset, where: str) -> h5py.Dataset:
+def check_images(array: h5py.Dataset, where: str) -> h5py.Dataset:
     """`array`; `CorruptEpisode` unless it is uint8 [T, H, W, 3]."""
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
         raise CorruptEpisode(
-            f"{where}: '{array.name}' is {array.dtype} {list(array.shape)}, pictures are uint8 [T, H, W, 3]"
+            f"{where}: '{array.name}' is {array.dtype} {list(array.shape)}, images are uint8 [T, H, W, 3]"
         )
     return array
 
@@ -182,30 +180,37 @@ def stored_hash(array: h5py.Dataset) -> str:
     return digest.hexdigest()
 
 
-def read_pictures(path: Path, name: str, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Yield uint8 [H, W, 3] of frames start..stop-1 of the dataset `name`. Each chunk is decoded once; memory holds one
-    block of chunks. `CorruptEpisode` where a frame cannot be read."""
+def view_of(file: h5py.File, path: Path, stored: str, name: str, where: str) -> View:
+    """The images of the dataset `stored` of an open file as the view `name`, hashed but not decoded."""
+    array = check_images(find_array(file, stored, where), where)
+    length, height, width = array.shape[:3]
+    opener = functools.partial(read_images, path, stored, where)
+    return View(name, height, width, length, opener, stored_hash(array))
+
+
+def read_images(path: Path, name: str, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Yield uint8 [H, W, 3] of frames start..stop-1 of the dataset `name`; `CorruptEpisode` where one cannot be read.
+    Each chunk is decoded once; memory holds one block of chunks."""
     with opened(path, where) as file:
-        array = check_pictures(find_array(file, name, where), where)
+        array = check_images(find_array(file, name, where), where)
         if stop > len(array):
-            raise CorruptEpisode(f"{where}: '{name}' has {len(array)} pictures, {stop} were expected")
+            raise CorruptEpisode(f"{where}: '{name}' has {len(array)} images, {stop} were expected", "row-count")
         for first, last in _blocks(array, start, stop):
             try:
                 block = array[first:last]
             except _DAMAGE as error:
-                raise CorruptEpisode(
-                    f"{where}: pictures {first} to {last - 1} of '{name}' cannot be decoded ({first_line(error)})"
-                ) from None
+                reason = f"{where}: images {first} to {last - 1} of '{name}' cannot be decoded ({first_line(error)})"
+                raise CorruptEpisode(reason, "unreadable-file") from None
             yield from block
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
-    """A new file to write into, of about `nbytes`; it gets its name when the block ends without an error, synced, and never
-    in part. `UserError` when it cannot be written, and before that when the disk is too small for it."""
+    """A new file of about `nbytes` to write into; it appears under its name, synced, when the block ends without an
+    error. `UserError` when it cannot be written, or the disk is too small for it."""
     temporary = temporary_name(path)
     free = shutil.disk_usage(path.parent).free
-    if free < nbytes:  # asked first, because HDF5 can crash the process when a disk fills up
+    if free < nbytes:  # checked first: HDF5 can crash the process when a disk fills up
         raise UserError(f"cannot write {path}: it needs {nbytes >> 20} MiB, the disk has {free >> 20} MiB left")
     try:
         with h5py.File(temporary, "w") as file:
@@ -219,7 +224,7 @@ def whole_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
         temporary.unlink(missing_ok=True)
 
 
-def write_pictures(group: h5py.Group, name: str, view: View, compression: str | None, where: str) -> None:
+def write_images(group: h5py.Group, name: str, view: View, compression: str | None, where: str) -> None:
     """Store the frames of `view` one by one as the dataset `name`, uint8 [T, H, W, 3] with one frame per chunk.
     `CorruptEpisode` when one cannot be decoded, or their number or size is not what the view says."""
     size, count = (view.height, view.width, 3), 0
@@ -227,13 +232,13 @@ def write_pictures(group: h5py.Group, name: str, view: View, compression: str | 
     for frame in view.frames():
         if count == view.length or frame.shape != size:
             raise CorruptEpisode(
-                f"{where}: picture {count} of '{view.name}' is {list(frame.shape)}, expected were {view.length} "
-                f"of {list(size)}"
+                f"{where}: image {count} of '{view.name}' is {list(frame.shape)}, expected {view.length} of "
+                f"{list(size)}"
             )
         array[count] = frame
         count += 1
     if count < view.length:
-        raise CorruptEpisode(f"{where}: {count} pictures of '{view.name}' for {view.length} rows")
+        raise CorruptEpisode(f"{where}: {count} images of '{view.name}' for {view.length} rows", "row-count")
 
 
 def _blocks(array: h5py.Dataset, start: int, stop: int) -> Iterator[tuple[int, int]]:

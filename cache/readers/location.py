@@ -1,4 +1,5 @@
-"""Where a dataset is: a folder here, or on the Hugging Face hub, whose files are fetched when asked for, all of one commit.
+"""Where a dataset is: a folder here, or on the Hugging Face hub, whose files are fetched when asked for, all of one
+commit.
 
 "owner/name", "owner/name@revision", and "owner/name/folder[@revision]" for a dataset that is a folder of a repository.
 """
@@ -19,8 +20,8 @@ class Location:
     """One dataset's files. `root` is their folder; files of a hub dataset may be absent there until `locate` asks."""
 
     def __init__(self, path_or_repo: str, patterns: Sequence[str]) -> None:
-        """`patterns`: what to fetch at once from the hub, relative to the dataset, e.g. "meta/**". `UserError` when there
-        is no such folder or file, or the hub cannot be reached."""
+        """`patterns`: what to fetch at once from the hub, relative to the dataset, e.g. "meta/**". `UserError` when
+        there is no such folder or file, or the hub cannot be reached."""
         self.given = str(path_or_repo)
         self.root = Path(path_or_repo).expanduser()
         found = None if self.root.exists() else HUB_ID.fullmatch(self.given)
@@ -51,7 +52,7 @@ class Location:
         if self._repo and not path.is_file():
             _fetch(self._repo, self._commit or "main", self._inside(relative), where)
         if not path.is_file():
-            raise CorruptEpisode(f"{where}: {relative} is missing")
+            raise CorruptEpisode(f"{where}: {relative} is missing", "missing-file")
         return path
 
     def _inside(self, relative: str) -> str:
@@ -67,6 +68,6 @@ def _fetch(repo: str, commit: str, relative: str, where: str) -> None:
     except LocalEntryNotFoundError as error:  # offline; a subclass of EntryNotFoundError, hence first
         raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {first_line(error)}") from None
     except EntryNotFoundError:
-        raise CorruptEpisode(f"{where}: {relative} is missing from '{repo}'") from None
+        raise CorruptEpisode(f"{where}: {relative} is missing from '{repo}'", "missing-file") from None
     except Exception as error:  # see hub_files
         raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {first_line(error)}") from None

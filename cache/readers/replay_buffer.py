@@ -1,11 +1,11 @@
 """Diffusion Policy's replay buffers: one Zarr group (v2 or v3), a folder or a zip, all episodes one after another.
 
-    data/<key>              [N, …]; pictures [N, H, W, 3] or [N, 3, H, W], uint8, or float that ranges to 255 or to 1
+    data/<key>              [N, …]; images [N, H, W, 3] or [N, 3, H, W], uint8, or float that ranges to 255 or to 1
     meta/episode_ends       [E] row after the last of each episode, ascending; the last is N
 
-Columns are the keys of `data` ("action", "state"), and so are views; an episode's id is its position in episode_ends. Zarr
-reads a chunk whose file is missing as the fill value; here it is refused. Only chunks that an episode touches are read. There
-is no task text: the config's instruction is used. Letters: N rows, E episodes, H × W picture size.
+Columns are the keys of `data` ("action", "state"), and so are views; an episode's id is its position in episode_ends.
+Zarr reads a chunk whose file is missing as the fill value; here it is refused. Only chunks that an episode touches are
+read. There is no task text: the config's instruction is used. Letters: N rows, E episodes, H × W image size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UserError, unknown
+from ...common.text import first_line
+from ...errors import UserError
 from .archive import Archive, open_archive
 from .base import EpisodeTable, Rows, Source, choose_views
 from .config import DatasetConfig, find_config
@@ -33,31 +34,12 @@ from .location import Location
 _ENDS = "meta/episode_ends"
 _HUB_PATTERNS = ("data/**", "meta/**", ".zgroup", "zarr.json", "*.zarr.zip")
 _METADATA = ("zarr.json", ".zarray")  # of an array in v3 and v2
-_CODECS = frozenset(
-    {  # those zarr and numcodecs bring; "pickle" and others that build objects are left out on purpose
-        "bytes",
-        "transpose",
-        "blosc",
-        "zstd",
-        "lz4",
-        "gzip",
-        "zlib",
-        "bz2",
-        "lzma",
-        "delta",
-        "shuffle",
-        "bitround",
-        "quantize",
-        "fixedscaleoffset",
-        "packbits",
-        "astype",
-        "crc32",
-        "crc32c",
-        "adler32",
-        "fletcher32",
-    }
-)
-_PROBES = 8  # pictures looked at to tell the range of a float array
+# Those zarr and numcodecs bring; "pickle" and others that build objects are left out on purpose.
+_CODECS = frozenset((
+    "bytes", "transpose", "blosc", "zstd", "lz4", "gzip", "zlib", "bz2", "lzma", "delta", "shuffle", "bitround",
+    "quantize", "fixedscaleoffset", "packbits", "astype", "crc32", "crc32c", "adler32", "fletcher32",
+))  # fmt: skip
+_PROBES = 8  # images looked at to tell the range of a float array
 
 
 class ReplayBufferSource(Source):
@@ -74,16 +56,13 @@ class ReplayBufferSource(Source):
         location = Location(str(path_or_repo), _HUB_PATTERNS)
         name = location.name
         config = config or find_config(self.format, (name,))
-        state_columns = config.state_columns if config.state else ()
         try:
             group = _Group.find(location.root, name)
             self._ends = _check_ends(group.array(_ENDS, name), name)
             keys = group.keys("data")
-            columns = (*config.action_columns, *state_columns)
-            if missing := [c for c in columns if c not in keys]:
-                raise UserError(f"{name}: {unknown('column', missing[0], keys)}; see dataset config '{config.name}'")
             views = choose_views([k for k in keys if group.array(f"data/{k}", name).layout], config, name)
-            self._arrays = {key: group.array(f"data/{key}", name) for key in (*columns, *views)}
+            used = [key for key in (*config.columns, *views) if key in keys]
+            self._arrays = {key: group.array(f"data/{key}", name) for key in used}
             for array in self._arrays.values():
                 if array.shape[0] != self._ends[-1]:
                     raise UserError(f"{name}: {array.name} has {array.shape[0]} rows, {_ENDS} ends at {self._ends[-1]}")
@@ -91,17 +70,15 @@ class ReplayBufferSource(Source):
             self._white = {key: _white_level(self._arrays[key], name) for key in views}
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
-        super().__init__(location.root, name, config, fps=None, view_names=views, episode_ids=range(len(self._ends)))
-        for names, described in (
-            (config.action_columns, config.action_width),
-            (state_columns, self.state_map.native_dim),
-        ):
-            width = sum(math.prod(self._arrays[n].shape[1:]) for n in names)
-            if width != described:
-                raise UserError(
-                    f"{name}: '{' + '.join(names)}' has {width} dimensions, dataset config '{config.name}' describes "
-                    f"{described}; choose or write another dataset config"
-                )
+        super().__init__(
+            location.root,
+            name,
+            config,
+            fps=None,
+            view_names=views,
+            episode_ids=range(len(self._ends)),
+            widths=dict.fromkeys(keys, 0) | {key: math.prod(a.shape[1:]) for key, a in self._arrays.items()},
+        )
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -135,20 +112,26 @@ class ReplayBufferSource(Source):
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         return Rows({k: self._arrays[k].read(*self._span(episode_id), where) for k in columns if k in self._arrays}, "")
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        (first, last), views = self._span(episode_id), []
-        for key, array in ((name, self._arrays[name]) for name in self.view_names):
-            digest = hashlib.sha256(
-                f"{first}:{last};{array.dtype.str}{array.chunks}{array.shape[1:]}{array.codecs};".encode()
-            )
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        array = self._arrays[view]
+        group = array.group
+        if group.files.path.is_file():
+            return (group.files.path,)
+        folder = group.files.path / group.folder / array.name
+        return [folder / name for name in array.chunk_names(*self._span(episode_id))]
+
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
+        first, last = self._span(episode_id)
+        for key, array in ((name, self._arrays[name]) for name in names):
+            form = f"{first}:{last};{array.dtype.str}{array.chunks}{array.shape[1:]}{array.codecs};"
+            digest = hashlib.sha256(form.encode())
             for chunk in array.chunk_names(first, last):
                 digest.update(array.chunk(chunk, where))
             height, width = array.shape[1:3] if array.layout == "last" else array.shape[2:]
-            opener = functools.partial(self._pictures, key, first, where)
-            views.append((View(key, height, width, last - first, opener), digest.hexdigest()))
-        return views
+            opener = functools.partial(self._images, key, first, where)
+            yield View(key, height, width, last - first, opener, digest.hexdigest())
 
-    def _pictures(self, key: str, first: int, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
+    def _images(self, key: str, first: int, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """uint8 [H, W, 3] of the episode's frames start..stop-1; each chunk is decoded once, one is in memory."""
         array, row, end = self._arrays[key], first + start, first + stop
         step = array.chunks[0]
@@ -179,7 +162,7 @@ class _Group:
                 break
             group = cls(group.files, group.folder + inside[0])
         if "episode_ends/" not in group.files.entries(f"{group.folder}meta"):
-            raise CorruptEpisode(f"{name} is no replay buffer: {_ENDS} is missing")
+            raise CorruptEpisode(f"{name} is not a replay buffer: {_ENDS} is missing", "missing-file")
         return group
 
     def keys(self, name: str) -> list[str]:
@@ -227,7 +210,8 @@ class _Array:
 
     @property
     def layout(self) -> str | None:
-        """ "last" or "first" by the axis of the three colours, "both" when that cannot be told; None when it is no picture."""
+        """ "last" or "first" by the axis of the three colors, "both" when that cannot be told; None when it is no
+        image."""
         if len(self.shape) != 4 or not (self.dtype == np.uint8 or self.dtype.kind == "f"):
             return None
         last, first = self.shape[3] == 3, self.shape[1] == 3
@@ -258,11 +242,12 @@ class _Array:
             data = self.group.files.read(f"{self.group.folder}{self.name}/{name}", where)
         except CorruptEpisode as error:
             hint = f"; zarr would read it as {self.fill}, where that is right use write_empty_chunks"
-            raise CorruptEpisode(f"{error}{hint if str(error).endswith('is missing') else ''}") from None
+            raise CorruptEpisode(f"{error}{hint if error.kind == 'missing-file' else ''}", error.kind) from None
         if self.codecs and self.codecs[-1].endswith("blosc"):  # whose decoder reads on behind the end of its input
             listed = int.from_bytes(data[12:16], "little")
             if len(data) < 16 or listed != len(data):
-                raise CorruptEpisode(f"{where}: {self.name}/{name} has {len(data)} bytes, its header says {listed}")
+                reason = f"{where}: {self.name}/{name} has {len(data)} bytes, its header says {listed}"
+                raise CorruptEpisode(reason, "unreadable-file")
         return data
 
     def read(self, start: int, stop: int, where: str) -> np.ndarray:
@@ -277,10 +262,8 @@ class _Array:
             store = MemoryStore({name: get_buffer_class().from_bytes(data) for name, data in found.items()})
             return np.asarray(zarr.open_array(store, mode="r")[start:stop])
         except Exception as error:  # codecs raise many types: RuntimeError, ValueError, zlib.error, EOFError, …
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CorruptEpisode(
-                f"{where}: rows {start} to {stop - 1} of {self.name} cannot be decoded ({reason})"
-            ) from None
+            reason = f"{where}: rows {start} to {stop - 1} of {self.name} cannot be decoded ({first_line(error)})"
+            raise CorruptEpisode(reason, "unreadable-file") from None
 
 
 def _parse_v2(about: dict[str, Any]) -> dict[str, Any]:
@@ -324,35 +307,35 @@ def _check_ends(array: _Array, name: str) -> np.ndarray:
 
 
 def _white_level(array: _Array, name: str) -> float:
-    """The value of full brightness: 255 for uint8; for floats 255 or 1 by what up to 8 pictures hold. `UserError` when that
-    cannot be told, or which axis holds the colours."""
+    """The value of full brightness: 255 for uint8; for floats 255 or 1 by what up to 8 images hold. `UserError` when
+    that cannot be told, or which axis holds the colors."""
     if array.layout == "both":
         raise UserError(
-            f"{name}: {array.name} {list(array.shape)} has its colours first or last; store it as [N, H, W, 3]"
+            f"{name}: {array.name} {list(array.shape)} has its colors first or last; store it as [N, H, W, 3]"
         )
     if array.dtype == np.uint8:
         return 255.0
     for row in np.linspace(0, array.shape[0] - 1, min(_PROBES, array.shape[0])).round().astype(int).tolist():
-        with contextlib.suppress(CorruptEpisode):  # damage is the matter of the episode it lies in
+        with contextlib.suppress(CorruptEpisode):  # reported with the episode it is in
             values = array.read(row, row + 1, name).astype(np.float64)
             if values.min() >= 0 and values.max() > 2:  # not 1: resampling overshoots
                 return 255.0
             if values.min() >= 0 and values.max() <= 1 and (values % 1 > 0).any():
                 return 1.0
     raise UserError(
-        f"{name}: {array.name} is {array.dtype} and may range to 1 or to 255, or is no picture; store it as uint8, "
+        f"{name}: {array.name} is {array.dtype} and may range to 1 or to 255, or is no image; store it as uint8, "
         f"or leave it out with `views` in a dataset config"
     )
 
 
 def _to_uint8(block: np.ndarray, white: float, array: _Array, where: str) -> np.ndarray:
-    """Pictures as stored → uint8 [k, H, W, 3], rounded; `CorruptEpisode` for a value outside 0..white or NaN."""
+    """Images as stored → uint8 [k, H, W, 3], rounded; `CorruptEpisode` for a value outside 0..white or NaN."""
     if array.layout == "first":
         block = np.moveaxis(block, 1, 3)
     if block.dtype.kind == "f":
         if not (block.min() >= 0 and block.max() <= white):  # False for NaN too
             raise CorruptEpisode(
-                f"{where}: {array.name} holds {block.min()} to {block.max()}, its pictures range to {white:g}"
+                f"{where}: {array.name} holds {block.min()} to {block.max()}, its images range to {white:g}"
             )
         block = np.rint(block * (255.0 / white)).astype(np.uint8)
     return np.ascontiguousarray(block)

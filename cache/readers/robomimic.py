@@ -3,11 +3,12 @@
     data                        attribute env_args: JSON with env_name and env_kwargs (control_freq, controller_configs)
       demo_N                    one episode, id N; attribute num_samples T
         actions                 [T, da]
-        obs/<key>               [T, …] measured before the action; pictures are uint8 [T, H, W, 3]
+        obs/<key>               [T, …] measured before the action; images are uint8 [T, H, W, 3]
 
-Columns are named as in a demo ("actions", "obs/robot0_eef_pos"), views as their key without "_image". robomimic itself has no
-task text; the `lang` of attribute ep_meta (RoboCasa) or problem_info (LIBERO) is used where there is one. `mask` (lists of demos
-for training and validation), `next_obs`, rewards and simulator states are not read. Letters: T frames, da action width.
+Columns are named as in a demo ("actions", "obs/robot0_eef_pos"), views as their key without "_image". robomimic itself
+has no task text; the `lang` of attribute ep_meta (RoboCasa) or problem_info (LIBERO) is used where there is one. `mask`
+(lists of demos for training and validation), `next_obs`, rewards and simulator states are not read. Letters: T frames,
+da action width.
 """
 
 from __future__ import annotations
@@ -29,16 +30,14 @@ from .config import DatasetConfig, find_config
 from .episode import CorruptEpisode, View
 from .hdf5 import (
     SUFFIXES,
-    check_pictures,
     find,
     find_array,
     has,
     numbers,
     one_file,
     opened,
-    read_pictures,
-    stored_hash,
     text,
+    view_of,
 )
 
 _DEMO = re.compile(r"demo_(\d+)")
@@ -51,9 +50,10 @@ class RobomimicSource(Source):
     format = "robomimic"
 
     def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
-        """A file, a folder with one, or a hub id of either; `config` None finds the shipped one by env_name and file name.
+        """A file, a folder with one, or a hub id of either; `config` None finds the shipped one by env_name and file
+        name.
 
-        `UserError` when the file cannot be read, has no demonstration or no picture, or the config does not describe it
+        `UserError` when the file cannot be read, has no demonstration or no image, or the config does not describe it
         (its scale is compared with that of the controller the file was recorded with).
         """
         self._file = one_file(str(path_or_repo))
@@ -66,13 +66,13 @@ class RobomimicSource(Source):
                 kwargs = given if isinstance(given, dict) else {}
                 environment = str(about.get("env_name") or "")
                 config = config or find_config(self.format, (environment, stem, self._file.parent.name))
-                self._cameras, widths = _first_demo(data, demos, _wanted(config), stem)
+                self._cameras, widths = _first_demo(data, demos, config.columns, stem)
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
         name = re.sub(r"[^\w.-]+", "_", f"{environment}_{stem}".strip("_"))  # many files are called image.hdf5
         if not self._cameras:
             raise UserError(
-                f"{name} has no camera, only low-dimensional observations; extract pictures with robomimic's "
+                f"{name} has no camera, only low-dimensional observations; extract images with robomimic's "
                 "dataset_states_to_obs.py and --camera_names"
             )
         hz = kwargs.get("control_freq")
@@ -83,24 +83,15 @@ class RobomimicSource(Source):
             fps=float(hz) if isinstance(hz, (int, float)) and hz > 0 else None,
             view_names=choose_views(tuple(self._cameras), config, name),
             episode_ids=demos,
+            widths=widths,
         )
-        state_columns = config.state_columns if config.state else ()
-        for columns, described in (
-            (config.action_columns, config.action_width),
-            (state_columns, self.state_map.native_dim),
-        ):
-            width = sum(widths[c] for c in columns)
-            if width != described:
-                raise UserError(
-                    f"{name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{config.name}' "
-                    f"describes {described}; choose or write another dataset config"
-                )
         if config.action_columns == ("actions",):
             _check_controller(config, list(_nested(kwargs.get("controller_configs"))), name)
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
-        """By an HDF5 file with data/demo_N (or one too damaged to tell); on the hub, by robomimic's and LIBERO's file names."""
+        """By an HDF5 file with data/demo_N (or one too damaged to tell); on the hub, by robomimic's and LIBERO's file
+        names."""
         files = [n for n in names if n.endswith(SUFFIXES) and "/" not in n]
         if root is None:
             return any(re.fullmatch(r"((demo|low_dim|image|depth)(_\w+)?|\w+_demo)\.(hdf5|h5)", n) for n in files)
@@ -128,25 +119,19 @@ class RobomimicSource(Source):
         first = self.config.action_columns[0]
         with opened(self._file, where) as file:
             demo = find(file, f"data/demo_{episode_id}", where)
-            found = {name: np.atleast_1d(numbers(demo, name, where)) for name in _wanted(self.config)}
+            found = {name: np.atleast_1d(numbers(demo, name, where)) for name in columns}
             if (listed := demo.attrs.get("num_samples", len(found[first]))) != len(found[first]):
-                raise CorruptEpisode(f"{where}: '{first}' has {len(found[first])} rows, num_samples says {listed}")
+                reason = f"{where}: '{first}' has {len(found[first])} rows, num_samples says {listed}"
+                raise CorruptEpisode(reason, "row-count")
             return Rows(found, _instruction(file, episode_id, where))
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        views = []
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        return (self._file,)
+
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
+        stored = {name: f"data/demo_{episode_id}/obs/{self._cameras[name]}" for name in names}
         with opened(self._file, where) as file:
-            for name in self.view_names:
-                stored = f"data/demo_{episode_id}/obs/{self._cameras[name]}"
-                array = check_pictures(find_array(file, stored, where), where)
-                opener = functools.partial(read_pictures, self._file, stored, where)
-                views.append((View(name, array.shape[1], array.shape[2], len(array), opener), stored_hash(array)))
-        return views
-
-
-def _wanted(config: DatasetConfig) -> tuple[str, ...]:
-    """The columns of a demo that the config uses."""
-    return tuple(dict.fromkeys((*config.action_columns, *(config.state_columns if config.state else ()))))
+            return [view_of(file, self._file, stored[name], name, where) for name in names]
 
 
 def _demos(data: h5py.Group | h5py.Dataset, where: str) -> list[int]:
@@ -160,14 +145,14 @@ def _demos(data: h5py.Group | h5py.Dataset, where: str) -> list[int]:
 def _first_demo(
     data: h5py.Group, demos: Sequence[int], columns: Sequence[str], where: str
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """(view name → key in obs, width of each column) of the first demo that has them; empty when none has a picture."""
+    """(view name → key in obs, width of each column) of the first demo that has them; empty when none has an image."""
     reasons = []
     for number in sorted(demos):
         here = f"{where} episode {number}"
         try:
             demo = find(data, f"demo_{number}", here)
             obs = find(demo, "obs", here) if has(demo, "obs") else {}
-            keys = [key for key in obs if _is_picture(find(obs, key, here))]
+            keys = [key for key in obs if _is_image(find(obs, key, here))]
             if not keys:
                 continue
             cameras = {re.sub(r"[^\w-]+", "_", k.removesuffix("_image")): k for k in keys}
@@ -181,7 +166,7 @@ def _first_demo(
     return {}, {}
 
 
-def _is_picture(array: h5py.Group | h5py.Dataset) -> bool:
+def _is_image(array: h5py.Group | h5py.Dataset) -> bool:
     return isinstance(array, h5py.Dataset) and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
 
 
@@ -215,7 +200,8 @@ def _nested(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_controller(config: DatasetConfig, controllers: Sequence[dict[str, Any]], name: str) -> None:
-    """`UserError` when the config takes the actions for displacements of another scale than the controller made of them."""
+    """`UserError` when the config takes the actions for displacements of another scale than the controller made of
+    them."""
     scales = [s.scale for s in config.action if s.delta for _ in range(s.width)][:_POSE]
     meant = "displacements" if len(scales) == _POSE else "something else"
     poses = [c for c in controllers if c["type"] == "OSC_POSE"]
@@ -247,9 +233,7 @@ def _has_demos(path: Path) -> bool:
             data = find(file, "data", path.name)
             return isinstance(data, h5py.Group) and any(_DEMO.fullmatch(n) for n in data)
     except CorruptEpisode as error:
-        return "cannot be read as HDF5" in str(
-            error
-        )  # no other format could read it, and opening it says what is wrong
+        return error.kind == "unreadable-file"  # no other format could read it, and opening it says what is wrong
 
 
 READER = RobomimicSource

@@ -1,7 +1,7 @@
 """Video files: which stored frames belong to an episode (demuxing only), and decoding those in order.
 
 A frame is known by its presentation time stamp (pts, in ticks of the stream's time base), never by counting: one file
-may hold many episodes and start anywhere. Letters: T frames of the episode, H × W picture size.
+may hold many episodes and start anywhere. Letters: T frames of the episode, H × W image size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,12 @@ from .episode import CorruptEpisode
 DECODER_THREADS = 2  # per open file; a build decodes several files at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VideoExtent:
     """The part of one video file that belongs to one episode."""
 
     path: Path
-    pts: tuple[int, ...]  # one time stamp per frame of the episode, ascending
+    pts: Sequence[int]  # one time stamp per frame of the episode, ascending; a range where they are evenly spaced
     height: int  # H
     width: int  # W
     sha256: str  # hex, over the time (relative to the episode) and the compressed bytes of its packets
@@ -50,7 +51,7 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
             if packet.pts is None:  # the flush packet at the end
                 continue
             if packet.is_corrupt:
-                raise CorruptEpisode(f"{where}: {path.name} is cut off at {packet.pts * base:.3f} s")
+                raise CorruptEpisode(f"{where}: {path.name} is cut off at {packet.pts * base:.3f} s", "unreadable-file")
             if first <= packet.pts <= last:
                 packets.append((packet.pts, bytes(packet)))
             elif packet.dts is not None and packet.dts > last:  # pts ≥ dts: nothing of this episode follows
@@ -59,21 +60,31 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
     packets.sort(key=lambda p: p[0])
     stored = np.array([p for p, _ in packets], dtype=np.int64)
     if not len(stored):
-        raise CorruptEpisode(f"{where}: {path.name} has no frame between {times[0]:.3f} and {times[-1]:.3f} s")
-    nearest = np.searchsorted((stored[1:] + stored[:-1]) / 2, times / base)  # midpoints separate the nearest neighbours
+        span = f"between {times[0]:.3f} and {times[-1]:.3f} s"
+        raise CorruptEpisode(f"{where}: {path.name} has no frame {span}", "unreadable-file")
+    nearest = np.searchsorted((stored[1:] + stored[:-1]) / 2, times / base)  # midpoints separate the nearest neighbors
     wrong = np.abs(stored[nearest] * base - times) > tolerance
     wrong[1:] |= np.diff(nearest) == 0
     if wrong.any():
         row = int(wrong.argmax())
         raise CorruptEpisode(
             f"{where}: {path.name} has no frame for row {row} at {times[row]:.3f} s "
-            f"({len(times)} rows, {len(stored)} stored frames in their span)"
+            f"({len(times)} rows, {len(stored)} stored frames in their span)",
+            "row-count",
         )
     digest = hashlib.sha256()
     for pts, data in packets:
         digest.update(f"{pts - packets[0][0]}:{len(data)};".encode())
         digest.update(data)
-    return VideoExtent(path, tuple(stored[nearest].tolist()), height, width, digest.hexdigest())
+    return VideoExtent(path, _compact(stored[nearest]), height, width, digest.hexdigest())
+
+
+def _compact(pts: np.ndarray) -> Sequence[int]:
+    """Ascending integers in little memory: a source keeps those of every episode."""
+    steps = np.diff(pts)
+    if len(steps) and (steps == steps[0]).all():
+        return range(int(pts[0]), int(pts[-1]) + 1, int(steps[0]))
+    return array("q", pts.tolist())
 
 
 def decode(extent: VideoExtent, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
@@ -88,13 +99,14 @@ def decode(extent: VideoExtent, where: str, start: int, stop: int) -> Iterator[n
             while frame is not None and (frame.pts is None or frame.pts < extent.pts[index]):
                 frame = next(frames, None)
             if frame is None or frame.pts != extent.pts[index] or frame.is_corrupt:
-                raise CorruptEpisode(f"{where}: frame {index} of {extent.path.name} cannot be decoded")
+                reason = f"{where}: frame {index} of {extent.path.name} cannot be decoded"
+                raise CorruptEpisode(reason, "unreadable-file")
             yield frame.to_ndarray(format="rgb24")
 
 
 def _decoded_from(container: av.container.InputContainer, stream: av.VideoStream, pts: int) -> Iterator[av.VideoFrame]:
     """Decode forwards from a key frame that is shown at or before `pts`. A seek goes by decoding time, so it may find a
-    key frame that is shown later (reordered frames, open groups of pictures): then step back further and further."""
+    key frame that is shown later (reordered frames, open groups of images): then step back further and further."""
     for seconds in (0, 1, 4, 16, math.inf):
         _seek(container, stream, pts, seconds)
         frames = container.decode(stream)
@@ -122,10 +134,11 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise CorruptEpisode(f"{where}: {path.name} holds no video stream")
+                raise CorruptEpisode(f"{where}: {path.name} holds no video stream", "unreadable-file")
             yield container, container.streams.video[0]
     except FileNotFoundError:
-        raise CorruptEpisode(f"{where}: {path} is missing") from None
+        raise CorruptEpisode(f"{where}: {path} is missing", "missing-file") from None
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CorruptEpisode(f"{where}: {path.name} cannot be read as video ({reason})") from None
+        message = f"{where}: {path.name} cannot be read as video ({reason})"
+        raise CorruptEpisode(message, "unreadable-file") from None

@@ -21,14 +21,16 @@ from ...errors import UserError
 if TYPE_CHECKING:
     from .config import WorkerSpec
 
-DEATHS = 3  # workers that one unit may kill, twice, before the build gives up on it; and that may die while they start
-WAIT_SECONDS = 60  # for the first worker of a scheduler that is said to run
-KEEP_SECONDS = 1  # between looks for workers that are lost for good
+DEATHS = (
+    3  # workers that one unit may kill, twice, before the build gives up; also workers that may die while they start
+)
+WAIT_SECONDS = 60  # for the first worker of a running scheduler
+KEEP_SECONDS = 1  # between checks for workers that are lost for good
 
 
 @contextlib.contextmanager
 def client_of(spec: WorkerSpec) -> Iterator[Any]:
-    """A client of the workers asked for. What dask would log on the terminal is raised as an error instead."""
+    """A client of the workers asked for. Failures that dask would log are raised as errors instead."""
     import dask
     from distributed import Client
 
@@ -52,15 +54,15 @@ def client_of(spec: WorkerSpec) -> Iterator[Any]:
                 client = stack.enter_context(Client(cluster, timeout=30, set_as_default=False))
             except OSError as error:
                 raise UserError(
-                    f"no dask scheduler answers at {spec.scheduler} ({error}); start one with `dask scheduler`"
+                    f"cannot connect to a dask scheduler at {spec.scheduler} ({error}); start one with `dask scheduler`"
                 ) from None
         if spec.scheduler:
             try:
                 client.wait_for_workers(1, timeout=WAIT_SECONDS)
             except TimeoutError:
                 raise UserError(
-                    f"the dask scheduler at {spec.scheduler} has no worker; start some with `dask worker {spec.scheduler} "
-                    "--nthreads 1`"
+                    f"the dask scheduler at {spec.scheduler} has no worker; start some with "
+                    f"`dask worker {spec.scheduler} --nthreads 1`"
                 ) from None
         # on the way out: a second Ctrl-C waits until everything is closed
         stack.callback(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -72,9 +74,8 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
         return spec.scheduler
     if spec.slurm:
         try:
-            with handled(
-                signal.default_int_handler, (signal.SIGINT,)
-            ):  # its import sets a handler: Ctrl-C would end the build with code 0
+            # its import sets a handler with which Ctrl-C would end the build with code 0
+            with handled(signal.default_int_handler, (signal.SIGINT,)):
                 from dask_jobqueue import SLURMCluster
         except ImportError:
             raise UserError("--slurm needs dask-jobqueue; pip install 'dvla[slurm]'") from None
@@ -85,16 +86,17 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
                 f"{spec.slurm} does not describe a Slurm cluster: {error}; see configs/launch/slurm.yaml"
             ) from None
         jobs = max(1, spec.count)
-        cluster.adapt(
-            minimum_jobs=jobs, maximum_jobs=jobs
-        )  # unlike scale(), it asks again for a job that a walltime ended
+        # unlike scale(), it resubmits a job that reached its time limit
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)
         return cluster
     return _local_cluster(spec.count, stack)
 
 
 def _local_cluster(count: int, stack: contextlib.ExitStack) -> Any:
-    """Workers on this machine. dask replaces one that dies, but gives up where its successor dies while it starts: such a one is
-    started anew."""
+    """Workers on this machine.
+
+    dask replaces a worker that dies, but gives up when the replacement dies while it starts; it is started anew here.
+    """
     from distributed import LocalCluster
     from distributed.core import Status
     from tornado.ioloop import PeriodicCallback
@@ -114,8 +116,8 @@ def _local_cluster(count: int, stack: contextlib.ExitStack) -> Any:
             break
     else:
         raise UserError(
-            f"workers end while they start ({DEATHS} times; out of memory? see the system's log); give fewer --workers, and run "
-            "the same command again"
+            f"give fewer --workers, and rerun the same command to resume: workers ended while they started ({DEATHS} "
+            "times; out of memory? see the system's log)"
         )
 
     def replace_lost() -> None:
@@ -133,8 +135,11 @@ def _local_cluster(count: int, stack: contextlib.ExitStack) -> Any:
 
 @contextlib.contextmanager
 def _interrupts_for_this_thread_only() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal's foreground group. Threads started in here, and the workers that they start at
-    any time, never see it, so that only the main thread acts on it; one that comes meanwhile is delivered at the end."""
+    """Only the main thread acts on Ctrl-C, which reaches every process of the terminal's foreground group.
+
+    Threads started in here, and the workers they start at any time, never see it; one that comes now is delivered at
+    the end.
+    """
     resource_tracker.ensure_running()  # it unblocks signals when it starts by itself
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -145,7 +150,7 @@ def _interrupts_for_this_thread_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_environment() -> Iterator[None]:
-    """Takes back what dask sets in this process's environment for the workers' sake."""
+    """Undo what dask sets in this process's environment for its workers."""
     before = dict(os.environ)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Generations of a cache: what a new one may take from the finished one before it, and how the two change places.
+"""Generations of a cache: what a new one may reuse of the finished one before it, and how the two change places.
 
-OUT.next is the generation being made; once it is finished OUT becomes OUT.gen-N and OUT.next becomes OUT. Who makes a generation holds
-the lock of OUT, and with it that of OUT.gen-N after the exchange. Letters: D feature width.
+OUT.next is the generation being made. Once it is finished, OUT becomes OUT.gen-N, and OUT.next becomes OUT. The process
+that makes a generation holds the lock of OUT, and with it that of OUT.gen-N after the exchange.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ...errors import UserError
 
 
 class Earlier:
-    """The finished generation a new one may copy features from: an episode's, as long as its pictures are the same."""
+    """The finished generation that a new one copies features from: those of episodes whose images are the same."""
 
     def __init__(self, cache: Cache | None) -> None:
         self.path = cache.path if cache else None
         self._cache, self._datasets = cache, {d.name: d for d in cache.datasets} if cache else {}
-        self._sound: set[Path] = set()
+        self._checked: set[Path] = set()
 
     @property
     def channels(self) -> np.ndarray | None:
@@ -38,7 +38,7 @@ class Earlier:
         return self._cache.datasets[0].channel_scale if self._cache else None
 
     def whole(self, task: ShardTask, plan: DatasetPlan, build: BuildPlan) -> bool:
-        """Whether it has the very shard: the same rows of the same pictures, stored the same way."""
+        """Whether it has the same shard: the same rows of the same images, stored the same way."""
         dataset = self._datasets.get(task.dataset)
         if (
             dataset is None
@@ -64,8 +64,10 @@ class Earlier:
         )
 
     def find(self, name: str, view: str, number: int, entry: EpisodePlan) -> tuple[CacheDataset, int] | None:
-        """(dataset, its first row of the episode), or None when what the features of this view (the plan's `number`-th) are made of
-        changed, is new, or could not be read then."""
+        """(dataset, its first row of the episode) for the view that is the plan's `number`-th.
+
+        None when the view's images are new or changed, or could not be read then.
+        """
         dataset = self._datasets.get(name)
         if dataset is None or view not in dataset.views or not entry.view_hashes:
             return None
@@ -78,45 +80,47 @@ class Earlier:
     def records(
         self, dataset: CacheDataset, task: ShardTask, frames: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Stored features of `frames` [n], as `CacheDataset.records`, from shards whose checksum was looked at once: a copy of a
-        damaged feature would pass every later check."""
-        assert self._cache is not None  # which `dataset` is of
+        """Stored features of `frames` [n], as `CacheDataset.records`.
+
+        The checksum of each shard is verified once, since a copy of a damaged feature would pass every later check.
+        """
+        assert self._cache is not None  # that `dataset` belongs to
         scales = scales_folder(self._cache.path, task.dataset, task.array) / "c"
         for index in np.unique(dataset.observation_of(frames) // dataset.shard_frames).tolist():
-            self._require_sound(self._cache, dataset.shard_path(task.view, index, task.variant))
+            self._require_undamaged(self._cache, dataset.shard_path(task.view, index, task.variant))
             if dataset.format.quantized:
-                self._require_sound(self._cache, scales / str(index) / "0")
+                self._require_undamaged(self._cache, scales / str(index) / "0")
         return dataset.records(task.view, frames, task.variant)
 
-    def _require_sound(self, cache: Cache, file: Path) -> None:
-        if file in self._sound:
+    def _require_undamaged(self, cache: Cache, file: Path) -> None:
+        if file in self._checked:
             return
         entry = cache.manifest["files"][file.relative_to(cache.path).as_posix()]
         if file_crc32c(file) != (entry["bytes"], entry["crc32c"]):
             raise UserError(
-                f"{file} of the earlier generation is damaged; run `dvla cache repair {cache.path}`, then this again"
+                f"{file} of the previous generation is damaged; run `dvla cache repair {cache.path}`, then rerun this"
             )
-        self._sound.add(file)
+        self._checked.add(file)
 
 
-# --- what it comes to ------------------------------------------------------------------------------------------------------
+# --- what changes -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ViewChange:
-    """What becomes of the features of one view of a dataset, in observations; of every augmented variant as many."""
+    """What becomes of the features of one view of a dataset, in observations; the same for every augmented variant."""
 
     dataset: str
     view: str
-    new: int  # encoded: of an episode, view or dataset that the earlier generation does not have
-    again: int  # encoded: what they are made of, or how, changed
-    copied: int  # one by one, out of shards that do not stay whole
-    adopted: int  # in shards that stay whole
+    new: int  # encoded: of an episode, view or dataset that the previous generation does not have
+    again: int  # encoded: their images or the settings changed
+    copied: int  # one by one, out of shards that change
+    adopted: int  # in shards that are reused unchanged
     episodes: int  # to be decoded, for those that are encoded
 
 
 def changes(earlier: Cache, plan: BuildPlan, reused: Earlier, unchanged: bool) -> list[ViewChange]:
-    """Per dataset and view of `plan`, against the finished cache `earlier`; `reused`, `unchanged`: as `build.decide` found."""
+    """Per dataset and view of `plan`, against the finished cache `earlier`; `reused` and `unchanged` are `decide`'s."""
     old, out = {d.name: d for d in earlier.datasets}, []
     tasks = [task for task in plan.tasks() if not task.variant]
     for dataset in plan.datasets:
@@ -127,9 +131,8 @@ def changes(earlier: Cache, plan: BuildPlan, reused: Earlier, unchanged: bool) -
             whole, sums = np.zeros(int(counts.sum()), bool), dict.fromkeys(("new", "again", "copied", "episodes"), 0)
             known = set(before.episode_id.tolist()) if before is not None and view in before.views else set()
             for task in tasks:
-                if (task.dataset, task.view) == (dataset.name, view) and (
-                    unchanged or reused.whole(task, dataset, plan)
-                ):
+                mine = (task.dataset, task.view) == (dataset.name, view)
+                if mine and (unchanged or reused.whole(task, dataset, plan)):
                     whole[task.start : task.stop] = True
             for entry, start, count in zip(dataset.episodes, starts.tolist(), counts.tolist()):
                 rest = count - int(whole[start : start + count].sum())
@@ -142,11 +145,11 @@ def changes(earlier: Cache, plan: BuildPlan, reused: Earlier, unchanged: bool) -
     return out
 
 
-# --- what may change -----------------------------------------------------------------------------------------------------
+# --- what may change --------------------------------------------------------------------------------------------------
 
 
 def same_features(earlier: Cache, fingerprint: Mapping[str, Any], plan: BuildPlan) -> bool:
-    """Whether the earlier generation has all features that this build would compute from the same pictures."""
+    """Whether the previous generation's features are those that this build would compute from the same images."""
     keys = ("encoder", "transform_version", *(("augmentation",) if plan.variants else ()))
     before, store = earlier.fingerprint["store"], plan.document()
     return (
@@ -175,29 +178,28 @@ def require_only_new(earlier: Cache, fingerprint: Mapping[str, Any], plan: Build
         config = {k: v for k, v in before["sources"][dataset.name].items() if k != "revision"}
         lines += fp.diff({dataset.name: config}, {dataset.name: {k: now["sources"][dataset.name][k] for k in config}})
     if lines:
-        raise UserError(
-            f"--append adds new episodes only, but {'; '.join(lines[:6])}{'; …' if len(lines) > 6 else ''}; use --update"
-        )
+        more = "; …" if len(lines) > 6 else ""
+        raise UserError(f"use --update: --append adds new episodes only, but {'; '.join(lines[:6])}{more}")
 
 
 def require_intact(earlier: Cache) -> None:
-    """`UserError` naming a file of the earlier generation that is missing or of another size (its bytes are checked when copied)."""
+    """`UserError` naming a file of the finished cache that is missing or truncated; bytes are checked on copying."""
     for name, entry in earlier.manifest["files"].items():
         file = earlier.path / name
         if not has_size(file, entry):
-            raise UserError(f"{file} is missing or damaged; run `dvla cache repair {earlier.path}`, then this again")
+            raise UserError(f"{file} is missing or damaged; run `dvla cache repair {earlier.path}`, then rerun this")
 
 
 def require_same_start(ready: Path, asked: Mapping[str, Any]) -> None:
-    """`UserError` when `ready` is a generation that was begun for something else than `asked`."""
+    """`UserError` when `ready` is a generation that was begun for something other than `asked`."""
     if is_begun(ready) and (lines := fp.diff(read_fingerprint(ready), dict(asked))):
         raise UserError(
-            f"{ready} is a generation begun from other sources or settings ({'; '.join(lines[:4])}"
-            f"{'; …' if len(lines) > 4 else ''}); remove that folder, then run again"
+            f"remove the folder {ready}, then rerun: it is a generation begun from other sources or settings "
+            f"({'; '.join(lines[:4])}{'; …' if len(lines) > 4 else ''})"
         )
 
 
-# --- places --------------------------------------------------------------------------------------------------------------
+# --- places -----------------------------------------------------------------------------------------------------------
 
 
 def next_generation(out: Path) -> Path:
@@ -206,14 +208,14 @@ def next_generation(out: Path) -> Path:
 
 
 def generations(out: Path) -> list[Path]:
-    """Earlier generations of the cache at `out` that are still there, oldest first."""
+    """Earlier generations of the cache at `out` that still exist, oldest first."""
     any_of = beside(out, "gen-*")
     found = {int(m[1]): p for p in any_of.parent.glob(any_of.name) if (m := re.fullmatch(r".*\.gen-(\d+)", p.name))}
     return [found[n] for n in sorted(found)]
 
 
 def exchange(out: Path) -> Path:
-    """Put the finished next generation in the place of `out`; returns where the earlier one is now. The caller holds `out`'s lock."""
+    """Replace `out`, whose lock the caller holds, by its finished next generation; returns where the old one is now."""
     last = generations(out)[-1:]
     number = int(last[0].name.rsplit("-", 1)[1]) + 1 if last else 1
     previous = beside(out, f"gen-{number}")
@@ -224,7 +226,7 @@ def exchange(out: Path) -> Path:
 
 
 def finish_exchange(out: Path) -> None:
-    """Mend an exchange that was cut between its two renames; `UserError` when it is going on just now."""
+    """Finish an exchange that was interrupted between its two renames; `UserError` while one is running."""
     ready, last = next_generation(out), generations(out)[-1:]
     if not out.exists() and last and is_finished(ready):
         with lock_folder(last[0]):

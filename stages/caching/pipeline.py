@@ -1,8 +1,10 @@
-"""One unit of a build (`layout.Unit`): decode → encode → write, in threads of their own, with bounded queues between them.
+"""One unit of a build (`plan.Unit`): decode → encode → write, in threads of their own, with bounded queues between
+them.
 
-A unit is one shard, or all views' shards of the same observations where the encoder takes an observation as a whole; then its views are
-decoded in step, and each shard still has a writer and a commit of its own. libav, BLAS, CUDA and the file system release the interpreter
-lock, so the three overlap. Letters: n observations of a batch, V views, K tokens, D width.
+A unit is one shard, or all views' shards of the same observations where the encoder takes an observation at once; then
+its views are decoded in step, and each shard still has a writer and a commit of its own. libav, BLAS, CUDA and the file
+system release the interpreter lock, so the three overlap. What cannot be decoded is a `Failed` in the same stream, from
+the decoder to the writer and its ledger. Letters: n observations of a batch, V views, K tokens, D width.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ...cache.store.writer import CacheWriter, Features
 from ...cache.vlm.augment import frame_keys
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import augmented, to_float16
+from ...common.failure import Failed
 from ...errors import UserError
 from .generations import Earlier
 
@@ -36,12 +39,12 @@ QUEUED_BATCHES = 4  # decoded batches that may wait for the encoder, and encoded
 
 @dataclass
 class Timing:
-    """Where the time of a build went, in seconds; `images` counts the pictures encoded."""
+    """Where the time of a build went, in seconds."""
 
-    images: int = 0
-    reused: int = 0  # pictures whose features an earlier generation had
+    images: int = 0  # encoded
+    reused: int = 0  # images whose features an earlier generation had
     encode: float = 0.0
-    decode_wait: float = 0.0  # the encoder waited for pictures
+    decode_wait: float = 0.0  # the encoder waited for images
     write_wait: float = 0.0  # the encoder waited for the disk
 
     def add(self, other: Timing) -> None:
@@ -65,25 +68,24 @@ def run_unit(
     earlier: Earlier,
     on_records: Callable[[int], None] = lambda n: None,
 ) -> Timing:
-    """Make and commit the shards of one unit. `on_records(n)`: features made so far. `UserError` for what stops the whole build."""
+    """Make and commit the shards of one unit. `on_records(n)`: features so far. `UserError` for what stops the
+    build."""
     timing, records = Timing(), 0
-    quarantined: list[tuple[int, str]] = []
     plan = next(d for d in writer.plan.datasets if d.name == unit.dataset)
-    seen = (
-        plan.views if encoder.by_observation else (unit.tasks[0].view,)
-    )  # encoded together, whichever of their shards are missing
+    # Views that are encoded together, whichever of their shards are missing.
+    seen = plan.views if encoder.by_observation else (unit.tasks[0].view,)
     scales = None if channels is None else torch.from_numpy(channels).to(encoder.device)
     with contextlib.ExitStack() as stack:
-        decoder = _Decoder(source, plan, writer.plan, unit, seen, max(1, batch_size // len(seen)), quarantined, earlier)
+        decoder = _Decoder(source, plan, writer.plan, unit, seen, max(1, batch_size // len(seen)), earlier)
         stack.callback(decoder.close)
-        writings = [_Writing(writer, task, quarantined) for task in unit.tasks]
+        writings = [_Writing(writer, task) for task in unit.tasks]
         for writing in writings:
             stack.callback(writing.close)
         for batch in _encode(decoder, encoder, unit, seen, writer.plan, scales, timing):
             began = time.perf_counter()
             for writing, features in zip(writings, batch):
                 writing.put(features)
-                records += len(features[0]) if isinstance(features, tuple) else len(features)
+                records += _rows(features)
             timing.write_wait += time.perf_counter() - began
             on_records(records)
         began = time.perf_counter()
@@ -95,23 +97,28 @@ def run_unit(
     return timing
 
 
+def _rows(features: Features | Failed) -> int:
+    if isinstance(features, Failed):
+        return features.rows
+    return len(features[0] if isinstance(features, tuple) else features)
+
+
 class _Abort(Exception):
     """Raised inside the writing thread, so that it drops its temporary files."""
 
 
 class _Writing:
-    """`CacheWriter.write_shard` in a thread, fed batch by batch. The thread dies with the process, so a Ctrl-C never waits for it."""
+    """`CacheWriter.write_shard` in a thread, fed batch by batch; it dies with the process, so Ctrl-C never waits for
+    it."""
 
-    def __init__(self, writer: CacheWriter, task: ShardTask, quarantined: list[tuple[int, str]]) -> None:
-        self._queue: queue.Queue[Features | None] = queue.Queue(QUEUED_BATCHES)
+    def __init__(self, writer: CacheWriter, task: ShardTask) -> None:
+        self._queue: queue.Queue[Features | Failed | None] = queue.Queue(QUEUED_BATCHES)
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(writer, task, quarantined), name="dvla-write", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(writer, task), name="dvla-write", daemon=True)
         self._thread.start()
 
-    def put(self, item: Features | None) -> None:
+    def put(self, item: Features | Failed | None) -> None:
         """Queue a batch, None after the last. Raises what stopped the thread."""
         while self._thread.is_alive():
             try:
@@ -130,13 +137,13 @@ class _Writing:
         self._stop.set()
         self._thread.join()
 
-    def _run(self, writer: CacheWriter, task: ShardTask, quarantined: list[tuple[int, str]]) -> None:
+    def _run(self, writer: CacheWriter, task: ShardTask) -> None:
         try:
-            writer.write_shard(task, self._drain(), quarantined)
+            writer.write_shard(task, self._drain())
         except BaseException as error:  # raised by the next put or finish
             self._error = error
 
-    def _drain(self) -> Iterator[Features]:
+    def _drain(self) -> Iterator[Features | Failed]:
         while not self._stop.is_set():
             try:
                 item = self._queue.get(timeout=0.1)
@@ -160,8 +167,8 @@ def _encode(
     build: BuildPlan,
     scales: torch.Tensor | None,
     timing: Timing,
-) -> Iterator[list[Features]]:
-    """Stored features of the decoder's batches for each shard of the unit; zeros for rows in quarantine."""
+) -> Iterator[Sequence[Features | Failed]]:
+    """What each shard of the unit stores of the decoder's batches; failures pass through."""
     stream, wanted = iter(decoder), [seen.index(task.view) for task in unit.tasks]
     while True:
         began = time.perf_counter()
@@ -169,13 +176,10 @@ def _encode(
         timing.decode_wait += time.perf_counter() - began
         if item is None:
             return
-        if isinstance(item, _Missing):
-            codes = np.zeros((item.rows, build.tokens, build.width), build.format.zarr_dtype)
-            yield [codes if scales is None else (codes, np.ones((item.rows, build.tokens), np.float32))] * len(wanted)
+        if isinstance(item, Failed):
+            yield [item] * len(wanted)
         elif isinstance(item, _Copied):
-            timing.reused += sum(
-                len(features[0]) if isinstance(features, tuple) else len(features) for features in item.records
-            )
+            timing.reused += sum(map(_rows, item.records))
             yield item.records
         else:
             began = time.perf_counter()
@@ -187,13 +191,14 @@ def _encode(
 
 def _encode_batch(
     encoder: VisionLanguageEncoder,
-    batch: _Pictures,
+    batch: _Images,
     wanted: Sequence[int],
     scales: torch.Tensor | None,
     build: BuildPlan,
     what: str,
 ) -> list[Features]:
-    """What is stored of the `wanted` views (their numbers in the batch): float16 [n,K,D], or (codes, token scales), each."""
+    """What is stored of each of the `wanted` views (numbers in the batch): float16 [n,K,D], or (codes, token
+    scales)."""
     with torch.inference_mode():
         views = [augmented(images, keys, encoder.device) for images, keys in zip(batch.views, batch.keys)]
         features = encoder.encode_observation(views, batch.instruction)  # [n,V,K,D]
@@ -210,21 +215,16 @@ def _stored(features: torch.Tensor, scales: torch.Tensor | None, build: BuildPla
     return codes.cpu().numpy(), scale.cpu().numpy()
 
 
-# --- decoding ------------------------------------------------------------------------------------------------------------
+# --- decoding ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Pictures:
-    """Of one episode: what goes through the encoder at once."""
+class _Images:
+    """A batch for the encoder, of one episode."""
 
     views: list[np.ndarray]  # uint8 [n,H,W,3] of each view
     keys: list[np.ndarray]  # uint64 [n] of their augmented variant, 0 = as they are
     instruction: str
-
-
-@dataclass
-class _Missing:
-    rows: int  # of an episode that could not be decoded (listed in `quarantined`)
 
 
 @dataclass
@@ -233,7 +233,7 @@ class _Copied:
 
 
 class _Decoder:
-    """Pictures of one unit, in order, decoded ahead in a thread.
+    """Images of one unit, in order, decoded ahead in a thread, `size` observations at a time.
 
     Batches never cross an episode's end, so their make-up is a function of the plan alone.
     """
@@ -246,22 +246,16 @@ class _Decoder:
         unit: Unit,
         seen: Sequence[str],
         size: int,
-        quarantined: list[tuple[int, str]],
         earlier: Earlier,
     ) -> None:
         self._source, self._plan, self._build, self._unit = source, plan, build, unit
-        self._seen, self._size, self._quarantined, self._earlier = (
-            seen,
-            size,
-            quarantined,
-            earlier,
-        )  # size: observations of a batch
+        self._seen, self._size, self._earlier = seen, size, earlier
         self._queue: queue.Queue[Any] = queue.Queue(QUEUED_BATCHES)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dvla-decode", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[_Pictures | _Missing | _Copied]:
+    def __iter__(self) -> Iterator[_Images | Failed | _Copied]:
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
@@ -287,7 +281,7 @@ class _Decoder:
             except queue.Full:
                 continue
 
-    def _items(self) -> Iterator[_Pictures | _Missing | _Copied]:
+    def _items(self) -> Iterator[_Images | Failed | _Copied]:
         plan, task, stride = self._plan, self._unit.tasks[0], self._build.frame_stride
         counts = plan.observations(stride)  # [episodes]
         starts = np.cumsum(counts) - counts  # first row of each
@@ -303,32 +297,34 @@ class _Decoder:
                 continue
             done = begin
             try:
-                for views in self._pictures(entry, begin, end):
+                for views in self._images(entry, begin, end):
                     frames = np.arange(done, done + len(views[0])) * stride
-                    keys = [
-                        frame_keys(task.dataset, view, entry.episode_id, frames, task.variant)
-                        if task.variant
-                        else np.zeros(len(frames), np.uint64)
-                        for view in self._seen
-                    ]
-                    yield _Pictures(views, keys, entry.instruction)
+                    yield _Images(views, self._keys(entry, frames), entry.instruction)
                     done += len(frames)
             except CorruptEpisode as error:
-                self._quarantined.append((entry.episode_id, str(error)))
-                yield _Missing(end - done)
+                yield error.failed(entry.episode_id, self._source.where(entry.episode_id), end - done)
 
-    def _pictures(self, entry: EpisodePlan, begin: int, end: int) -> Iterator[list[np.ndarray]]:
-        """uint8 [n,H,W,3] of each view that is seen, of observations begin…end-1 of an episode, n ≤ the size of a batch."""
-        episode, stride = self._source.load(entry.episode_id), self._build.frame_stride
+    def _keys(self, entry: EpisodePlan, frames: np.ndarray) -> list[np.ndarray]:
+        """uint64 [n] of the augmented variant of each view's frames, 0 = as they are."""
+        task = self._unit.tasks[0]
+        if not task.variant:
+            return [np.zeros(len(frames), np.uint64) for _ in self._seen]
+        return [frame_keys(task.dataset, v, entry.episode_id, frames, task.variant) for v in self._seen]
+
+    def _images(self, entry: EpisodePlan, begin: int, end: int) -> Iterator[list[np.ndarray]]:
+        """uint8 [n,H,W,3] of each view seen, of observations begin…end-1 of an episode, n ≤ the size of a batch.
+
+        Only these views' files are opened; the plan has the hashes of the others.
+        """
+        stride, others = self._build.frame_stride, dict(zip(self._plan.views, entry.view_hashes))
+        episode = self._source.load(entry.episode_id, self._seen, others)
         if episode.source_hash != entry.source_hash:
             raise UserError(
-                f"{self._source.path}: episode {entry.episode_id} changed during the build; "
-                "run again once the dataset is at rest"
+                f"{self._source.path}: episode {entry.episode_id} changed during the build; rerun the same command once "
+                "nothing writes to the dataset"
             )
         frames = [
-            islice(view.frames(begin * stride, (end - 1) * stride + 1), 0, None, stride)
-            for view in episode.views
-            if view.name in self._seen
+            islice(view.frames(begin * stride, (end - 1) * stride + 1), 0, None, stride) for view in episode.views
         ]
         while (blocks := [list(islice(each, self._size)) for each in frames])[0]:
             yield [np.stack(block) for block in blocks]

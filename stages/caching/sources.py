@@ -1,4 +1,4 @@
-"""What a build knows of its sources before the first picture: the plan, the tables, and how sources are opened again later.
+"""The dataset index that is built before decoding: the plan, the tables, and how sources are opened again later.
 
 Letters: N frames of a dataset, D feature width.
 """
@@ -18,12 +18,13 @@ from ...cache.actions.statistics import RunningStatistics
 from ...cache.loader.provenance import _as_cached
 from ...cache.readers import Source, open_source
 from ...cache.readers.config import load_config
-from ...cache.readers.episode import CorruptEpisode, Episode
+from ...cache.readers.episode import Episode
 from ...cache.store.cache import Cache
 from ...cache.store.plan import DatasetPlan, DatasetTables, EpisodePlan
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import to_float16
 from ...cache.vlm.spec import EncoderSpec
+from ...common.failure import Failed
 from ...errors import UserError, unknown
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
@@ -42,8 +43,8 @@ class Corpus:
 
 
 def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
-    """Open every source, with only `views` of its cameras when some are named. `UserError` when two have one name, since a cache
-    names its datasets after them, or when a source has none of the views."""
+    """Open every source, with only `views` of its cameras when some are named. `UserError` when two have one name,
+    since a cache names its datasets after them, or when a source has none of the views."""
     config = load_config(dataset_config) if dataset_config else None
     sources = [open_source(path, config) for path in paths]
     names = [s.name for s in sources]
@@ -60,7 +61,8 @@ def open_sources(paths: Sequence[str], dataset_config: str | None = None, views:
 
 
 def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
-    """The cache's own sources, in its order, with those of the same name in `given` in their place, and the rest of `given`."""
+    """The cache's own sources, in its order, with those of the same name in `given` in their place, and the rest of
+    `given`."""
     by_name = {s.name: s for s in given}
     own = [
         by_name.pop(d.name) if d.name in by_name else _as_cached(cache, d.attributes["source"]) for d in cache.datasets
@@ -69,15 +71,16 @@ def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
 
 
 def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Corpus:
-    """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost. `by_observation`: the encoder's,
-    which says what a view's features depend on, and so when they have to be made again."""
-    episodes, quarantined, actions, states, times, sizes = [], [], [], [], [], {}
+    """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost.
+    `by_observation`: the encoder's, which says what a view's features depend on, and so when they have to be made
+    again."""
+    episodes: list[EpisodePlan] = []
+    failed: list[Failed] = []
+    actions, states, times, sizes = [], [], [], {}
     for i, number in enumerate(source.episode_ids):
-        try:
-            episode = source.load(number)
-            action, state = source.action_map.to_unified(episode.action), source.state_map.to_unified(episode.state)
-        except CorruptEpisode as error:
-            quarantined.append((number, str(error)))
+        episode = source.attempt(source.load, number)
+        if isinstance(episode, Failed):
+            failed.append(episode)
         else:
             hashes = (
                 (_observation_hash(episode),) * len(episode.views)
@@ -85,20 +88,22 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
                 else tuple(v.sha256 for v in episode.views)
             )
             episodes.append(EpisodePlan(number, episode.length, episode.instruction, episode.source_hash, hashes))
-            actions.append(action)
-            states.append(state)
+            actions.append(source.action_map.to_unified(episode.action))
+            states.append(source.state_map.to_unified(episode.state))
             times.append(episode.timestamps)
             sizes = {v.name: [v.height, v.width] for v in episode.views}
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
     if not episodes:
-        reason = quarantined[0][1] if quarantined else "it lists no episodes"
-        raise UserError(f"{source.path} has no usable episode ({reason}); run on a whole copy of the dataset")
-    plan = DatasetPlan(source.name, source.view_names, tuple(episodes), tuple(quarantined))
+        reason = failed[0] if failed else "it lists no episodes"
+        raise UserError(f"{source.path} has no usable episode ({reason}); run on a complete copy of the dataset")
+    quarantined = tuple((f.episode, str(f)) for f in failed)
+    plan = DatasetPlan(source.name, source.view_names, tuple(episodes), quarantined)
     return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes)
 
 
 def _observation_hash(episode: Episode) -> str:
-    """sha256 hex over what whole observations are made of: the views in their order, with their pictures, and the instruction."""
+    """sha256 hex over what whole observations are made of: the views in their order, with their images, and the
+    instruction."""
     views = [[view.name, view.sha256] for view in episode.views]
     return hashlib.sha256(json.dumps([views, episode.instruction]).encode()).hexdigest()
 

@@ -1,7 +1,9 @@
-"""Building with many processes: dask hands one unit of work (`layout.Unit`) at a time to workers that load the model once.
+"""Building with many processes: dask hands one `plan.Unit` at a time to workers that load the model once.
 
-The file system is the truth: a worker reads the plan from the cache's fingerprint and commits its shards itself, so a lost worker,
-scheduler or parent loses nothing but the shards it was in the middle of. Letters: D feature width.
+The file system is the truth: a worker reads the plan from the cache's fingerprint and commits its shards itself, so a
+lost worker, scheduler or parent loses nothing but the shards it was in the middle of. Each worker has sources of its
+own: what the parent hashed for the plan is hashed once more by each worker, and only in the views that it encodes.
+Letters: D feature width.
 """
 
 from __future__ import annotations
@@ -79,10 +81,11 @@ def run_with_workers(
         handed: dict[str, Unit] = {}  # by the key of its future
         again: set[Unit] = (
             set()
-        )  # blamed once for dead workers: several that die at once pass a unit on, which then is blamed for all
+        )  # blamed once: workers that die at once pass a unit on, which is blamed for all of them
 
         def hand_out() -> None:
-            """One unit a worker, those among them that have joined since. More would share the blame when a worker dies."""
+            """One unit a worker, those among them that have joined since. More would share the blame when a worker
+            dies."""
             workers = max(1, config.workers.count, len(client.nthreads()))
             while waiting and len(handed) < workers:
                 future = client.submit(make_unit, job, waiting[-1], pure=False)
@@ -123,11 +126,11 @@ def _result(future: Any, unit: Unit) -> Timing:
         result = future.result()
     except KilledWorker as error:
         raise UserError(
-            f"{where} killed {error.allowed_failures + 1} workers one after another, twice (out of memory? see the system's log); "
-            "give a smaller --batch-size or more memory, and run the same command again"
+            f"{where} killed {error.allowed_failures + 1} workers one after another, twice (out of memory? see the "
+            "system's log); give a smaller --batch-size or more memory, and rerun the same command"
         ) from None
     except CancelledError:
-        raise UserError(f"the dask scheduler went away during {where}; run the same command again to go on") from None
+        raise UserError(f"the dask scheduler went away during {where}; rerun the same command to resume") from None
     if isinstance(result, UserError):
         raise result
     return result
@@ -143,20 +146,22 @@ _dropped: set[str] = set()  # keys of builds that have ended
 
 
 def make_unit(job: Job, unit: Unit) -> Timing | UserError:
-    """Make and commit the shards of one unit. The model and the sources are loaded on the worker's first one. A `UserError` is returned,
-    since dask would print the traceback of a raised one."""
+    """Make and commit the shards of one unit. The model and the sources are loaded on the worker's first one. A
+    `UserError` is returned, since dask would print the traceback of a raised one."""
     from ...cache.store.writer import CacheWriter
 
-    def go_on(records: int) -> None:
+    def require_wanted(records: int) -> None:
         if job.key in _dropped:
             raise _Dropped
 
     try:
-        go_on(0)
+        require_wanted(0)
         with _loading:
             plan, encoder, sources, earlier = _load(job)
         writer = CacheWriter(job.path, plan, None)  # the parent holds the lock
-        return run_unit(writer, unit, sources[unit.dataset], encoder, job.batch_size, job.channels, earlier, go_on)
+        return run_unit(
+            writer, unit, sources[unit.dataset], encoder, job.batch_size, job.channels, earlier, require_wanted
+        )
     except UserError as error:
         return error
     except _Dropped:
@@ -182,8 +187,8 @@ def _load(job: Job) -> tuple[BuildPlan, VisionLanguageEncoder, dict[str, Source]
         encoder = load_encoder(job.encoder, pick_device(_device(job.device)))
         if lines := fp.diff(fingerprint["encoder"], encoder.fingerprint()):
             raise UserError(
-                f"worker on {socket.gethostname()} has another encoder than the build: {'; '.join(lines[:6])}; give all of "
-                "them the same checkpoint, dvla and kind of device"
+                f"worker on {socket.gethostname()} has another encoder than the build: {'; '.join(lines[:6])}; give all "
+                "workers the same checkpoint, dvla version and kind of device"
             )
         sources = {name: open_source(location, config) for name, (location, config) in job.sources.items()}
         earlier = Earlier(Cache.open(job.earlier) if job.earlier else None)

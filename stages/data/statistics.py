@@ -19,6 +19,7 @@ from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import ACTION_SCHEMA_VERSION
 from ...cache.actions.statistics import QUANTILES, RunningStatistics, Statistics
 from ...cache.readers import Source
+from ...common.failure import Failed
 from ...common.files import write_file
 from ...errors import UserError
 from .summary import unified_fields
@@ -35,7 +36,7 @@ def measure(source: Source, show: Callable[[str, int, int], None]) -> Report:
     """Report of one dataset. Episodes that cannot be used are named in it; `UserError` when none can."""
     maps = {"action": source.action_map, "state": source.state_map}
     running = {what: (RunningStatistics(), RunningStatistics()) for what in maps}
-    refused: list[tuple[int, str]] = []
+    refused: list[Failed] = []
     episodes = rows = 0
     total = len(source.episode_ids)
     for block in source.tables(BATCH_ROWS):
@@ -50,16 +51,14 @@ def measure(source: Source, show: Callable[[str, int, int], None]) -> Report:
         rows += len(block.episode_ids)
         show("episodes", episodes + len(refused), total)
     if not rows:
-        raise UserError(
-            f"{source.name}: none of {total} episodes can be used" + (f"; {refused[0][1]}" if refused else "")
-        )
+        raise UserError(f"{source.name}: none of {total} episodes can be used" + (f"; {refused[0]}" if refused else ""))
     about = {
         "name": source.name,
         "config": source.config.name,
         "control_hz": source.control_hz,
         "episodes": episodes,
         "rows": rows,
-        "quarantined": [{"episode": e, "reason": reason} for e, reason in refused],
+        "quarantined": [{"episode": f.episode, "reason": str(f)} for f in refused],
     }
     vectors = {what: _vector(mapping, *running[what]) for what, mapping in maps.items() if mapping.native_dim}
     return {"kind": KIND, "action_schema": ACTION_SCHEMA_VERSION, "datasets": [about], **vectors}

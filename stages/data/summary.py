@@ -122,7 +122,6 @@ def summarise(path: str | Path, config: str | None = None) -> Summary:
 
 def _lerobot_summary(path: str, source: Source | None, problem: str) -> Summary:
     from ...cache.readers.lerobot.metadata import Metadata
-    from ...cache.readers.lerobot.source import choose_cameras
 
     meta = source.meta if source else Metadata(path)  # type: ignore[attr-defined]
     family = source.config.name if source else None
@@ -131,7 +130,7 @@ def _lerobot_summary(path: str, source: Source | None, problem: str) -> Summary:
             family = find_config("lerobot", (str(meta.info.get("robot_type") or ""), meta.name)).name
         except UserError as error:
             problem = str(error)
-    cameras = choose_cameras(meta.features, source.config.views if source else None)
+    cameras = meta.cameras(source.config.views if source else None)
     sizes = {name: picture_size(meta.features[key]) for name, key in cameras.items()}
     return Summary(
         path,

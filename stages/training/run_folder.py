@@ -136,7 +136,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         raise UserError(
             f"run {folder} has other settings: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings"
         )
-    found = ck.latest_whole(folder)
+    found = ck.latest_intact(folder)
     if found is None:
         return Progress(), None
     checkpoint, state, complaints = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,10 +132,10 @@ class Zygote:
         return pid
 
     def wait(self, pid: int) -> int:
-        """Exit code, negative for a signal; what it said is in `said`."""
+        """Exit code, negative for a signal; what it said, but for what it loads, is in `said`."""
         code = self._ask(wait=pid)
         self._builds.remove(pid)
-        self.said = (self._folder / "log").read_text()
+        self.said = re.sub(r"(?m)^loading .*\n", "", (self._folder / "log").read_text())
         return code
 
     def run(self, **ask: Any) -> int:

@@ -13,6 +13,7 @@ from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.readers.base import EpisodeTable, Rows, Source
 from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode, View
+from dvla.common.failure import Kind
 
 EPISODES, ROWS, HZ = 6, 60, 20.0
 POSES = (
@@ -44,7 +45,8 @@ class Record:
     pictures: dict[str, np.ndarray]  # view → uint8 [T, H, W, 3]
     listed: int = ROWS
     fails: str = ""  # the reader refuses the rows with this message …
-    undecodable: str = ""  # … or a picture with this one
+    undecodable: str = ""  # … or an image with this one
+    kind: Kind = "unusable-episode"  # of either
 
 
 class MemorySource(Source):
@@ -72,22 +74,25 @@ class MemorySource(Source):
     def _rows(self, episode_id: int, columns: Any, where: str) -> Rows:
         record = self.records[episode_id]
         if record.fails:
-            raise CorruptEpisode(f"{where}: {record.fails}")
+            raise CorruptEpisode(f"{where}: {record.fails}", record.kind)
         return Rows({"action": record.action, "observation.state": record.state}, record.text, record.times)
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
+    def _files(self, episode_id: int, view: str, where: str) -> list[Path]:
+        return []
+
+    def _views(self, episode_id: int, names: Any, table: EpisodeTable, where: str) -> list[View]:
         record = self.records[episode_id]
 
         def opener(pictures: np.ndarray) -> Callable[[int, int], Any]:
             def frames(start: int, stop: int) -> Any:
                 for picture in pictures[start:stop]:
                     if record.undecodable:
-                        raise CorruptEpisode(f"{where}: {record.undecodable}")
+                        raise CorruptEpisode(f"{where}: {record.undecodable}", record.kind)
                     yield picture
 
             return frames
 
-        return [(View(n, p.shape[1], p.shape[2], len(p), opener(p)), "") for n, p in record.pictures.items()]
+        return [View(n, *p.shape[1:3], len(p), opener(p)) for n, p in record.pictures.items() if n in names]
 
 
 def path(episode: int, rows: int) -> np.ndarray:

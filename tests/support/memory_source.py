@@ -34,7 +34,10 @@ class MemorySource(Source):
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         return Rows({c: self._episodes[episode_id][c] for c in columns}, "")
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
+    def _files(self, episode_id: int, view: str, where: str) -> list[Path]:
+        return []
+
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
         length = len(table.action)
         frames = np.zeros((length, 4, 4, 3), np.uint8)
-        return [(View("front", 4, 4, length, lambda start, stop: iter(frames[start:stop])), "0" * 64)]
+        return [View("front", 4, 4, length, lambda start, stop: iter(frames[start:stop]), "0" * 64)]

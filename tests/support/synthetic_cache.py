@@ -17,6 +17,7 @@ from dvla.cache.store.codec import quantize
 from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, DatasetTables, EpisodePlan, ShardTask
 from dvla.cache.store.writer import CacheWriter, Features
+from dvla.common.failure import Failed
 
 TOKENS, WIDTH, SHARD = 3, 8, 16
 FINGERPRINT = {"encoder": {"resolution": 448, "weights": "abc"}, "prompt": "do {instruction}"}
@@ -102,7 +103,7 @@ def make_tables(plan: BuildPlan, name: str) -> DatasetTables:
     )
 
 
-def produce(plan: BuildPlan, task: ShardTask, failed: list[tuple[int, str]], delay: float = 0.0) -> Iterator[Features]:
+def produce(plan: BuildPlan, task: ShardTask, delay: float = 0.0) -> Iterator[Features | Failed]:
     """The observations of one shard, as a decoder and encoder would give them."""
     dataset = next(d for d in plan.datasets if d.name == task.dataset)
     counts = dataset.observations(plan.frame_stride)
@@ -113,10 +114,9 @@ def produce(plan: BuildPlan, task: ShardTask, failed: list[tuple[int, str]], del
         step, episode = int(observation - starts[i]) * plan.frame_stride, dataset.episodes[i].episode_id
         values = feature(task.dataset, task.view, int(dataset.starts[i]) + step, task.variant)
         if (task.dataset, task.view, episode) == BROKEN and step >= 2:
-            if not failed or failed[-1][0] != episode:
-                failed.append((episode, "video ends at frame 2"))
-            values = np.zeros_like(values)
-        yield stored(plan, values[None])
+            yield Failed(episode, f"{task.dataset} episode {episode}", "unreadable-file", "video ends at frame 2", 1)
+        else:
+            yield stored(plan, values[None])
 
 
 def build(
@@ -134,8 +134,7 @@ def build(
         for done, task in enumerate(arrange(writer.missing())):
             if done == stop_after:
                 return
-            failed: list[tuple[int, str]] = []
-            writer.write_shard(task, produce(plan, task, failed, delay), failed)
+            writer.write_shard(task, produce(plan, task, delay))
         for name in writer.tables_missing():
             writer.write_tables(name, make_tables(plan, name))
         writer.finish()

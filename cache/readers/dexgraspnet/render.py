@@ -1,9 +1,10 @@
-"""Pictures of a coloured point cloud from four fixed cameras, rendered off screen by VTK (through PyVista), no display needed.
+"""Images of a colored point cloud from four fixed cameras, rendered off screen by VTK (through PyVista), no display
+needed.
 
-The cameras stand in the frame of the points (m, z up), around its origin, where the object is: the positions and targets of the
-research plan. VTK only projects and hides: points are flat squares, big enough to close the surface, in colours made here, with
-no lighting, smoothing or randomness, so that one cloud always gives the same pictures on one machine (another OpenGL driver may
-round the edge of a point otherwise). Letters: N points, S picture size.
+The cameras stand in the frame of the points (m, z up), around its origin, where the object is: the positions and
+targets of the research plan. VTK only projects and hides: points are flat squares, big enough to close the surface, in
+colors made here, with no lighting, smoothing or randomness, so that one cloud always gives the same images on one
+machine (another OpenGL driver may round the edge of a point otherwise). Letters: N points, S image size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from ....errors import UserError
 
 SIZE = 448  # S, pixels
-VERSION = 1  # raised when the same cloud gives other pictures; part of the hash of rendered views
+VERSION = 1  # raised when the same cloud gives other images; part of the hash of rendered views
 _BACKGROUND = (255, 255, 255)
 _LIGHT = np.array([0.36, 0.24, 0.90])  # direction to the light, unit length, in the frame of the points
 _ONE_AT_A_TIME = threading.Lock()  # an OpenGL context belongs to one thread
@@ -45,8 +46,8 @@ CAMERAS: dict[str, Camera] = {
 
 
 def shade(points: np.ndarray, base: np.ndarray, normals: np.ndarray | None = None) -> np.ndarray:
-    """Colours uint8 [N, 3] that show the shape of `points [N, 3]`, N ≥ 1: `base [N, 3]` (0-255) darkened by the angle between the
-    unit `normals [N, 3]` and the light or, without normals, by height."""
+    """Colours uint8 [N, 3] that show the shape of `points [N, 3]`, N ≥ 1: `base [N, 3]` (0-255) darkened by the angle
+    between the unit `normals [N, 3]` and the light or, without normals, by height."""
     if normals is not None:
         light = 0.3 + 0.7 * np.abs(normals @ _LIGHT)
     else:
@@ -60,8 +61,8 @@ def render(
 ) -> dict[str, np.ndarray]:
     """The cloud seen by each camera: name → uint8 [S, S, 3] RGB.
 
-    `points [N, 3]` in m, `colors` uint8 [N, 3], `spacing`: distance (m) between neighbouring points of a surface. Safe in any
-    thread. `UserError` when PyVista is not installed or OpenGL has nothing to render with.
+    `points [N, 3]` in m, `colors` uint8 [N, 3], `spacing`: distance (m) between neighboring points of a surface. Safe
+    in any thread. `UserError` when PyVista is not installed or OpenGL has nothing to render with.
     """
     try:
         import pyvista
@@ -88,16 +89,14 @@ def render(
                 reset_camera=False,
                 show_scalar_bar=False,
             )
-            return {name: _picture(plotter, actor, camera, spacing) for name, camera in cameras.items()}
+            return {name: _image(plotter, actor, camera, spacing) for name, camera in cameras.items()}
         finally:
             plotter.close()
 
 
-def _picture(plotter: Any, actor: Any, camera: Camera, spacing: float) -> np.ndarray:
+def _image(plotter: Any, actor: Any, camera: Camera, spacing: float) -> np.ndarray:
     distance = math.dist(camera.position, camera.target)
-    pixels = (
-        spacing / distance * SIZE / 2 / math.tan(math.radians(camera.view_angle / 2))
-    )  # between neighbouring points
+    pixels = spacing / distance * SIZE / 2 / math.tan(math.radians(camera.view_angle / 2))  # between neighboring points
     actor.prop.point_size = max(2, math.ceil(1.5 * pixels))
     eye = plotter.camera
     eye.position, eye.focal_point, eye.up, eye.view_angle = camera.position, camera.target, camera.up, camera.view_angle

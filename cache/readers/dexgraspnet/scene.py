@@ -1,7 +1,8 @@
-"""The point cloud of one DexGraspNet 2.0 scene, from its depth pictures or the network's input (layout: see dexgraspnet.py).
+"""The point cloud of one DexGraspNet 2.0 scene, from its depth images or the network's input (layout: see
+dexgraspnet.py).
 
-Letters: N points, H × W size of a depth picture. Lengths in m. Frames: the scene's frame is that of its first camera pose; the
-table's has z up; `cam0_wrt_table` leads from the one to the other.
+Letters: N points, H × W size of a depth image. Lengths in m. Frames: the scene's frame is that of its first camera
+pose; the table's has z up; `cam0_wrt_table` leads from the one to the other.
 """
 
 from __future__ import annotations
@@ -9,33 +10,29 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ....common.text import first_line
 from ....errors import UserError
 from ..episode import CorruptEpisode
+from ..images import DAMAGE
 
-CLOUD_VIEWS = 8  # of up to 256 depth pictures, chosen evenly: enough to see an object from all sides
+CLOUD_VIEWS = 8  # of up to 256 depth images, chosen evenly: enough to see an object from all sides
 SPACING = 0.002  # m; one point is kept per cube of this size
-_STRIDE = 3  # pixels of a depth picture between two points: 1.6 mm at 0.5 m
-_RIM = 0.01  # m of depth between neighbours: more is the rim of a surface
+_STRIDE = 3  # pixels of a depth image between two points: 1.6 mm at 0.5 m
+_RIM = 0.01  # m of depth between neighbors: more is the rim of a surface
 _DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
+    *DAMAGE,
     KeyError,
     TypeError,
-    SyntaxError,
     MemoryError,
     NotImplementedError,
-    zlib.error,
     zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)  # what numpy, PIL and scipy raise for damaged files
+)  # numpy's and scipy's, too
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class SceneFiles:
     """What a scene's cloud is made of."""
 
     folder: Path  # scenes/scene_0000/realsense
-    pictures: tuple[str, ...]  # stems of the depth pictures used, e.g. "0032"; empty: network_input.npz is used
+    images: tuple[str, ...]  # stems of the depth images used, e.g. "0032"; empty: network_input.npz is used
     suffix: str  # "_gt" for rendered depth, "" for measured
     sha256: str  # hex over the bytes of every file used
 
@@ -59,16 +56,23 @@ class Cloud:
 
 
 def find_scene(folder: Path) -> SceneFiles:
-    """The files of a scene; `CorruptEpisode` (without the episode's name) when it has neither depth nor network input."""
+    """The files of a scene, hashed; `CorruptEpisode` as `scene_files`."""
+    images, suffix, names = scene_files(folder)
+    return SceneFiles(folder, images, suffix, _hash(folder, names))
+
+
+def scene_files(folder: Path) -> tuple[tuple[str, ...], str, list[str]]:
+    """(stems of the depth images used, their suffix, names of all files used) of a scene; `CorruptEpisode` (without the
+    episode's name) when it has neither depth nor network input."""
     for suffix in ("_gt", ""):
         kinds = (f"depth{suffix}/*.png", f"label{suffix}/*.png", "meta/*.mat")
         stems = sorted(set.intersection(*({p.stem for p in folder.glob(kind)} for kind in kinds)))
         if stems:
             chosen = tuple(stems[i] for i in _evenly(len(stems)))
             names = [kind.replace("*", stem) for stem in chosen for kind in (*kinds, "rgb/*.png")]
-            return SceneFiles(folder, chosen, suffix, _hash(folder, ["camera_poses.npy", "cam0_wrt_table.npy", *names]))
+            return chosen, suffix, ["camera_poses.npy", "cam0_wrt_table.npy", *names]
     if (folder / "network_input.npz").is_file():
-        return SceneFiles(folder, (), "", _hash(folder, ["network_input.npz"]))
+        return (), "", ["network_input.npz"]
     raise CorruptEpisode(
         f"scenes/{folder.parent.name}/{folder.name} has neither depth, label and meta of any view nor a "
         f"network_input.npz"
@@ -78,7 +82,7 @@ def find_scene(folder: Path) -> SceneFiles:
 def read_cloud(files: SceneFiles) -> Cloud:
     """The cloud of a scene, one point per cube of SPACING. `CorruptEpisode` (without the episode's name) for damage,
     `UserError` when scipy is not installed."""
-    parts = _from_depth(files) if files.pictures else _from_network_input(files.folder)
+    parts = _from_depth(files) if files.images else _from_network_input(files.folder)
 
     def joined(name: str) -> np.ndarray | None:
         values = [getattr(p, name) for p in parts]
@@ -99,7 +103,7 @@ def read_cloud(files: SceneFiles) -> Cloud:
 def _one_per_cube(points: np.ndarray, scene: str) -> np.ndarray:
     """Index of the first of the points in each cube of SPACING, in the order of cubes."""
     if not len(points):
-        raise CorruptEpisode(f"{scene}: its depth pictures hold no point")
+        raise CorruptEpisode(f"{scene}: its depth images hold no point")
     cells = np.floor(points / SPACING).astype(np.int64)
     cells -= cells.min(0)
     span = cells.max(0) + 1
@@ -109,12 +113,13 @@ def _one_per_cube(points: np.ndarray, scene: str) -> np.ndarray:
 
 
 def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An .npy of finite numbers, float64, whose last dimensions are `shape`; `CorruptEpisode` otherwise. Never unpickles."""
+    """An .npy of finite numbers, float64, whose last dimensions are `shape`; `CorruptEpisode` otherwise. Never
+    unpickles."""
     try:
         values = np.load(path, allow_pickle=False)
         values = np.asarray(values, np.float64)
     except _DAMAGE as error:
-        raise CorruptEpisode(f"{_short(path)} cannot be read ({_reason(error)})") from None
+        raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
     if values.shape[values.ndim - len(shape) :] != shape or not np.isfinite(values).all():
         raise CorruptEpisode(
             f"{_short(path)} is {list(values.shape)}, or not finite; a finite […, {str(list(shape))[1:-1]}] is expected"
@@ -123,34 +128,35 @@ def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the numeric arrays `names` that an .npz has; `CorruptEpisode` when it cannot be read. Never unpickles."""
+    """Those of the numeric arrays `names` that an .npz has; `CorruptEpisode` when it cannot be read. Never
+    unpickles."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {n: archive[n] for n in names if n in archive.files}
     except (*_DAMAGE, AttributeError) as error:  # a lone .npy under that name has no files
-        raise CorruptEpisode(f"{_short(path)} cannot be read ({_reason(error)})") from None
+        raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
 
 
 def _from_depth(files: SceneFiles) -> list[Cloud]:
     poses = load_matrix(files.folder / "camera_poses.npy", (4, 4))
     table = load_matrix(files.folder / "cam0_wrt_table.npy", (4, 4))
     parts = []
-    for stem in files.pictures:
+    for stem in files.images:
         if not stem.isdigit() or int(stem) >= len(poses):
             raise CorruptEpisode(
-                f"{files.folder.parent.name}: depth picture {stem} has none of the {len(poses)} camera poses"
+                f"{files.folder.parent.name}: depth image {stem} has none of the {len(poses)} camera poses"
             )
         parts.append(_moved(_back_projected(files, stem), table @ poses[int(stem)]))
     return parts
 
 
 def _back_projected(files: SceneFiles, stem: str) -> Cloud:
-    """The points of one depth picture in its camera's frame."""
+    """The points of one depth image in its camera's frame."""
     folder, suffix = files.folder, files.suffix
-    depth = _picture(folder / f"depth{suffix}" / f"{stem}.png", 2)
-    labels = _picture(folder / f"label{suffix}" / f"{stem}.png", 2)
+    depth = _image(folder / f"depth{suffix}" / f"{stem}.png", 2)
+    labels = _image(folder / f"label{suffix}" / f"{stem}.png", 2)
     photo = folder / "rgb" / f"{stem}.png"
-    colors = _picture(photo, 3) if photo.is_file() else None
+    colors = _image(photo, 3) if photo.is_file() else None
     if labels.shape != depth.shape or colors is not None and colors.shape[:2] != depth.shape:
         raise CorruptEpisode(f"{files.folder.parent.name}: depth, label and photograph {stem} differ in size")
     intrinsics, factor = _intrinsics(folder / "meta" / f"{stem}.mat")
@@ -165,7 +171,7 @@ def _back_projected(files: SceneFiles, stem: str) -> Cloud:
 
 
 def _normals(grid: np.ndarray) -> np.ndarray:
-    """Unit normals of the surfaces on a grid [h, w, 3], from the neighbours; 0 at the rim of a surface."""
+    """Unit normals of the surfaces on a grid [h, w, 3], from the neighbors; 0 at the rim of a surface."""
     down, right = np.gradient(grid, axis=0), np.gradient(grid, axis=1)
     normals = np.cross(right, down)
     length = np.linalg.norm(normals, axis=-1, keepdims=True)
@@ -203,12 +209,12 @@ def _moved(cloud: Cloud, pose: np.ndarray) -> Cloud:
     return Cloud(points, cloud.labels, normals, cloud.colors)
 
 
-def _picture(path: Path, dimensions: int) -> np.ndarray:
+def _image(path: Path, dimensions: int) -> np.ndarray:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             values = np.asarray(image.convert("RGB") if dimensions == 3 else image)
     except _DAMAGE as error:
-        raise CorruptEpisode(f"{_short(path)} cannot be decoded ({_reason(error)})") from None
+        raise CorruptEpisode(f"{_short(path)} cannot be decoded ({first_line(error)})", "unreadable-file") from None
     if values.ndim != dimensions or values.dtype.kind not in "iu":
         raise CorruptEpisode(f"{_short(path)} is {values.dtype} {list(values.shape)}, not a map of whole numbers")
     return values
@@ -230,7 +236,7 @@ def _intrinsics(path: Path) -> tuple[np.ndarray, float]:
             float(np.asarray(found["factor_depth"]).reshape(-1)[0]),
         )
     except Exception as error:  # a damaged file makes loadmat raise almost anything
-        raise CorruptEpisode(f"{_short(path)} cannot be read ({_reason(error)})") from None
+        raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or not min(matrix[0, 0], matrix[1, 1], factor) > 0:
         raise CorruptEpisode(f"{_short(path)} holds no camera matrix and depth factor that can be used")
     return matrix, factor
@@ -243,14 +249,12 @@ def _hash(folder: Path, names: list[str]) -> str:
         try:
             data = path.read_bytes() if path.is_file() or not name.startswith("rgb/") else b""
         except OSError as error:
-            raise CorruptEpisode(f"{_short(path)} cannot be read ({error.strerror or error})") from None
+            raise CorruptEpisode(
+                f"{_short(path)} cannot be read ({error.strerror or error})", "unreadable-file"
+            ) from None
         digest.update(f"{name}:{len(data)};".encode() + data)
     return digest.hexdigest()
 
 
 def _short(path: Path) -> str:
     return "/".join(path.parts[-3:])
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,5 @@
-"""DexGraspNet 2.0: grasps of a LEAP hand in cluttered scenes, each an episode of one frame, with views rendered from the cloud.
+"""DexGraspNet 2.0: grasps of a LEAP hand in cluttered scenes, each an episode of one frame, with views rendered from
+the cloud.
 
 What is read, below the folder given (the archives of the hub, unpacked side by side):
 
@@ -11,21 +12,22 @@ What is read, below the folder given (the archives of the hub, unpacked side by 
         depth/, label/, rgb/            the same measured, and photographs, where the source had them
         annotations/0000.xml            obj_id and obj_name (e.g. 011_banana.ply) of the objects
         network_input.npz               pc [V, N, 3] in camera frames, seg [V, N], extrinsics [V, 4, 4] → the table's frame;
-                                        used where there are no depth pictures
+                                        used where there are no depth images
 
-Columns: those of the npz as stored, in the scene's frame; and target_translation, target_rotation, the same pose in the **target
-frame**: axes of the table, origin at the centre of the box around the object's `point`s. The cameras (point_render.CAMERAS) stand
-in the target frame, so that is the pose which the pictures can tell; in the scene's frame it depends on where that scene's first
-camera happened to be. There is no time axis: one frame, and the loader masks the rest of a chunk.
+Columns: those of the npz as stored, in the scene's frame; and target_translation, target_rotation, the same pose in the
+**target frame**: axes of the table, origin at the center of the box around the object's `point`s. The cameras
+(point_render.CAMERAS) stand in the target frame, so that is the pose which the images can tell; in the scene's frame it
+depends on where that scene's first camera happened to be. There is no time axis: one frame, and the loader masks the
+rest of a chunk.
 
-Of the thousands of grasps of an object in a scene GRASPS_PER_OBJECT are listed, evenly chosen: they share the views, which a cache
-stores with each. Over all scenes that is about 600 000, the size of the research plan's subset. Episode ids are
-(scene · 1000 + object) · GRASPS_PER_OBJECT + k.
+Of the thousands of grasps of an object in a scene GRASPS_PER_OBJECT are listed, evenly chosen: they share the views,
+which a cache stores with each. Over all scenes that is about 600 000, the size of the research plan's subset. Episode
+ids are (scene · 1000 + object) · GRASPS_PER_OBJECT + k.
 
-Learnt from public code (PKU-EPIC/DexGraspNet2 and copies: README, src/utils/dataset.py, src/preprocess/compute_network_input.py,
-tests/visualize_dex_grasp.py) and one published annotation file. Nothing was verified on real bytes here. Which label an object
-has is not assumed but found at the `point`s, which also shows that grasps and depth share a frame. Letters: G grasps of a file,
-V camera views, N points.
+Learnt from public code (PKU-EPIC/DexGraspNet2 and copies: README, src/utils/dataset.py,
+src/preprocess/compute_network_input.py, tests/visualize_dex_grasp.py) and one published annotation file. Nothing was
+verified on real bytes here. Which label an object has is not assumed but found at the `point`s, which also shows that
+grasps and depth share a frame. Letters: G grasps of a file, V camera views, N points.
 """
 
 from __future__ import annotations
@@ -45,11 +47,11 @@ from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..location import Location
 from .render import CAMERAS, SIZE, VERSION, render, shade
-from .scene import SPACING, find_scene, load_arrays, load_matrix, read_cloud
+from .scene import SPACING, find_scene, load_arrays, load_matrix, read_cloud, scene_files
 
 GRASPS_PER_OBJECT = 8  # grasps listed of an object in a scene
 REACH = 0.3  # m around the target that is drawn
-_TARGET, _OTHER, _TABLE = (235, 140, 60), (125, 150, 180), (215, 215, 215)  # colours of surfaces without photographs
+_TARGET, _OTHER, _TABLE = (235, 140, 60), (125, 150, 180), (215, 215, 215)  # colors of surfaces without photographs
 _POSE = {"point": (3,), "translation": (3,), "rotation": (3, 3)}  # arrays that every file needs → shape of one grasp
 _CELL = 0.008  # m, within which a grasp's point meets the cloud
 _SURELY_MANY = 64 << 10  # bytes: a file of this size holds more than GRASPS_PER_OBJECT grasps
@@ -62,16 +64,16 @@ class DexGraspNetSource(Source):
     format = "dexgraspnet"
 
     def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
-        """A folder with dex_grasps_new/ and scenes/. `UserError` when it is none, holds no grasps, or the config asks for
-        other views."""
+        """A folder with dex_grasps_new/ and scenes/. `UserError` when it is none, holds no grasps, or the config asks
+        for other views."""
         root = Path(path_or_repo).expanduser()
         if not (root / "dex_grasps_new").is_dir():
             raise UserError(
                 f"{path_or_repo} has no folder dex_grasps_new; DexGraspNet 2.0 comes as archives: unpack "
                 f"dex_grasps_new.tar.gz and scenes.tar.gz into one folder and give that"
             )
-        self._files = _grasp_files(root / "dex_grasps_new")
-        numbers = [key * GRASPS_PER_OBJECT + k for key, path in self._files.items() for k in range(_listed(path))]
+        self._paths = _grasp_files(root / "dex_grasps_new")
+        numbers = [key * GRASPS_PER_OBJECT + k for key, path in self._paths.items() for k in range(_listed(path))]
         name = Location(str(root), ()).name
         config = config or find_config(self.format, (name,))
         super().__init__(
@@ -82,7 +84,7 @@ class DexGraspNetSource(Source):
         self._frame = functools.lru_cache(4)(self._read_frame)
         self._scene = functools.lru_cache(4)(find_scene)
         self._cloud = functools.lru_cache(2)(read_cloud)
-        self._pictures = functools.lru_cache(8)(self._draw)
+        self._images = functools.lru_cache(8)(self._draw)
         self._names = functools.lru_cache(4)(_object_names)
 
     @classmethod
@@ -93,7 +95,7 @@ class DexGraspNetSource(Source):
     @functools.cached_property
     def revision_hash(self) -> str:
         """sha256 hex over the names and sizes of the grasp files."""
-        return listing_hash(self.path, list(self._files.values()))
+        return listing_hash(self.path, list(self._paths.values()))
 
     def length_of(self, episode_id: int) -> int:
         """1: a grasp is one pose."""
@@ -107,8 +109,9 @@ class DexGraspNetSource(Source):
         known = self._names(self._folder(key) / "annotations").get(key % 1000)
         return f"grasp the {known}" if known else self.config.instruction
 
-    def centre_of(self, episode_id: int) -> np.ndarray:
-        """Where the origin of the target frame stands in the table's frame, [3] m; `CorruptEpisode` for damaged files."""
+    def center_of(self, episode_id: int) -> np.ndarray:
+        """Where the origin of the target frame stands in the table's frame, [3] m; `CorruptEpisode` for damaged
+        files."""
         with _named(self.where(episode_id)):
             return self._frame(episode_id // GRASPS_PER_OBJECT)[2]
 
@@ -122,35 +125,40 @@ class DexGraspNetSource(Source):
             row = (2 * k + 1) * count // (2 * GRASPS_PER_OBJECT) if count > GRASPS_PER_OBJECT else k
             found = {name: values[row : row + 1] for name, values in arrays.items()}
             if {"target_translation", "target_rotation"} & set(columns):
-                axes, shift, centre = self._frame(key)
-                found["target_translation"] = found["translation"] @ axes.T + shift - centre
+                axes, shift, center = self._frame(key)
+                found["target_translation"] = found["translation"] @ axes.T + shift - center
                 found["target_rotation"] = axes @ found["rotation"]
         return Rows({c: v for c, v in found.items() if c in columns}, self.instruction_of(episode_id))
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        key, views = episode_id // GRASPS_PER_OBJECT, []
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        path = self._paths[episode_id // GRASPS_PER_OBJECT]
+        folder = self._folder(episode_id // GRASPS_PER_OBJECT)
+        with _named(where):
+            return path, folder / "cam0_wrt_table.npy", *(folder / name for name in scene_files(folder)[2])
+
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
+        key = episode_id // GRASPS_PER_OBJECT
         with _named(where):
             files, frame = self._scene(self._folder(key)), self._frame(key)
-        for name in self.view_names:
+        for name in names:
             made_of = f"{VERSION};{CAMERAS[name]};{SPACING};{REACH};{key % 1000};{files.sha256};".encode()
             digest = hashlib.sha256(made_of + b"".join(a.tobytes() for a in frame)).hexdigest()
-            views.append((View(name, SIZE, SIZE, 1, functools.partial(self._open, key, name, where)), digest))
-        return views
+            yield View(name, SIZE, SIZE, 1, functools.partial(self._open, key, name, where), digest)
 
     def _open(self, key: int, view: str, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
         with _named(where):
-            yield self._pictures(key)[view].copy()  # the kept one stays as it is
+            yield self._images(key)[view].copy()  # the kept one stays as it is
 
     # --- read once and kept; their messages lack the episode's name ---
 
     def _folder(self, key: int) -> Path:
-        return self.path / "scenes" / self._files[key].parts[-3] / "realsense"  # whose first pose is the grasps' frame
+        return self.path / "scenes" / self._paths[key].parts[-3] / "realsense"  # whose first pose is the grasps' frame
 
     def _label(self, key: int) -> str:
-        return "/".join(self._files[key].parts[-3:])
+        return "/".join(self._paths[key].parts[-3:])
 
     def _read_grasps(self, key: int) -> dict[str, np.ndarray]:
-        arrays = load_arrays(self._files[key], tuple(dict.fromkeys((*_POSE, *self._columns))))
+        arrays = load_arrays(self._paths[key], tuple(dict.fromkeys((*_POSE, *self.config.columns))))
         count = len(arrays["point"]) if "point" in arrays and arrays["point"].ndim else 0
         for name in dict.fromkeys((*_POSE, *arrays)):
             if name not in arrays:
@@ -162,30 +170,32 @@ class DexGraspNetSource(Source):
                     f"{self._label(key)}: '{name}' is {values.dtype} {list(values.shape)} for {count} grasps"
                 )
         if not np.isfinite(arrays["point"]).all():
-            raise CorruptEpisode(f"{self._label(key)}: a 'point' is not finite")
+            raise CorruptEpisode(f"{self._label(key)}: a 'point' is not finite", "not-finite")
         return arrays
 
     def _read_frame(self, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(axes [3, 3], shift [3], centre [3]): x in the scene's frame is axes @ x + shift in the table's, and that minus
-        centre in the target's."""
+        """(axes [3, 3], shift [3], center [3]): x in the scene's frame is axes @ x + shift in the table's, and that
+        minus center in the target's."""
         table = load_matrix(self._folder(key) / "cam0_wrt_table.npy", (4, 4))
         axes, shift = table[:3, :3], table[:3, 3]
         if table.ndim > 2 or np.abs(axes @ axes.T - np.eye(3)).max() > 1e-3 or np.linalg.det(axes) < 0:
-            raise CorruptEpisode(f"{self._label(key)}: the scene's cam0_wrt_table.npy is no rotation and shift")
+            raise CorruptEpisode(
+                f"{self._label(key)}: the scene's cam0_wrt_table.npy is not a rotation and shift", "rotation-norm"
+            )
         points = self._grasps(key)["point"] @ axes.T + shift
         return axes, shift, (points.min(0) + points.max(0)) / 2
 
     def _draw(self, key: int) -> dict[str, np.ndarray]:
-        """Each view of an object, from the points of its scene that are near; the object stands out in colour."""
-        cloud, (axes, shift, centre) = self._cloud(self._scene(self._folder(key))), self._frame(key)
-        points = cloud.points - centre
+        """Each view of an object, from the points of its scene that are near; the object stands out in color."""
+        cloud, (axes, shift, center) = self._cloud(self._scene(self._folder(key))), self._frame(key)
+        points = cloud.points - center
         near = np.abs(points).max(1) < REACH
         points, labels = points[near], cloud.labels[near]
-        own = _label_at(points, labels, self._grasps(key)["point"] @ axes.T + shift - centre)
+        own = _label_at(points, labels, self._grasps(key)["point"] @ axes.T + shift - center)
         if own is None:
             raise CorruptEpisode(
-                f"{self._label(key)}: the scene's pictures show no object where its points are; grasps and "
-                f"pictures are not of one scene, or not in one frame"
+                f"{self._label(key)}: the scene's images show no object where its points are; grasps and "
+                f"images are not of one scene, or not in one frame"
             )
         if cloud.colors is not None:
             return render(points, cloud.colors[near], SPACING)
@@ -198,11 +208,12 @@ def _named(where: str) -> Iterator[None]:
     try:
         yield
     except CorruptEpisode as error:
-        raise CorruptEpisode(f"{where}: {error}") from None
+        raise CorruptEpisode(f"{where}: {error}", error.kind) from None
 
 
 def _grasp_files(folder: Path) -> dict[int, Path]:
-    """scene · 1000 + object → its file, in that order. `UserError` for names that are no numbers, or when there is none."""
+    """scene · 1000 + object → its file, in that order. `UserError` for names that are no numbers, or when there is
+    none."""
     files = {}
     for path in folder.glob("scene_*/leap_hand/*.npz"):
         scene, thing = path.parts[-3].removeprefix("scene_"), path.stem
@@ -217,7 +228,8 @@ def _grasp_files(folder: Path) -> dict[int, Path]:
 
 
 def _listed(path: Path) -> int:
-    """How many grasps of a file are listed. Only a small file is opened for that; a damaged one counts as one, refused later."""
+    """How many grasps of a file are listed. Only a small file is opened for that; a damaged one counts as one, refused
+    later."""
     if path.stat().st_size >= _SURELY_MANY:
         return GRASPS_PER_OBJECT
     try:

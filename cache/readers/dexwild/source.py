@@ -8,22 +8,23 @@ What is read, below the folder given (or in the one file given):
         right_leapv2/right_leapv2        [N, 1+17]    time, joint commands (rad) of the LEAP v2 hand
         right_leapv1/right_leapv1        [N, 1+16]    time, joint commands (rad) of a LEAP v1 hand; in pour and spray only
         right_tracker/right_tracker_world_clipped_abs [N, 1+7]   human files: the wrist; several such arrays in one group
-        right_thumb_cam/1744428163583061504.jpg       one dataset a picture: uint8 [H, W, 3] RGB, or the bytes of a JPEG file
+        right_thumb_cam/1744428163583061504.jpg       one dataset an image: uint8 [H, W, 3] RGB, or the bytes of a JPEG file
         language/language                scalar text, where somebody added one
 
-Column "right_arm_eef" of a dataset config is right_arm_eef/right_arm_eef without its time; "right_tracker/zed_right_tracker"
-names an array that is called otherwise than its group. Times and picture names are nanoseconds of one clock, but streams start,
-stop and lose rows by themselves (e.g. 365 pictures, 394 wrist poses, 395 hand commands): the frames of an episode are the
-pictures of the first view, and each takes the row (and the other views' picture) nearest in time.
+Column "right_arm_eef" of a dataset config is right_arm_eef/right_arm_eef without its time;
+"right_tracker/zed_right_tracker" names an array that is called otherwise than its group. Times and image names are
+nanoseconds of one clock, but streams start, stop and lose rows by themselves (e.g. 365 images, 394 wrist poses, 395
+hand commands): the frames of an episode are the images of the first view, and each takes the row (and the other views'
+image) nearest in time.
 
-Learnt from the project's code (kywch/dexwild: README, synchronize_data.py, dataset_to_robobuf.py: streams, units, order, times)
-and from listings of robot_{clothes,pour,spray,toy} and human_clothes that users of boardd/dexwild-dataset published (groups,
-shapes, dtypes, names). Nothing was verified on real bytes here; least certain are that the arrays called .jpg are RGB, as their
-readers take them, and pictures as JPEG bytes, which those listings do not show. On the hub each file is split into pieces of a
-tar archive: join and unpack them first.
+Learnt from the project's code (kywch/dexwild: README, synchronize_data.py, dataset_to_robobuf.py: streams, units,
+order, times) and from listings of robot_{clothes,pour,spray,toy} and human_clothes that users of boardd/dexwild-dataset
+published (groups, shapes, dtypes, names). Nothing was verified on real bytes here; least certain are that the arrays
+called .jpg are RGB, as their readers take them, and images as JPEG bytes, which those listings do not show. On the hub
+each file is split into pieces of a tar archive: join and unpack them first.
 
-Episode ids count the groups, by number, through the files, by name; a file that cannot be read counts as one episode, which is
-refused. Letters: T frames of the episode, N rows of a stream, H × W picture size.
+Episode ids count the groups, by number, through the files, by name; a file that cannot be read counts as one episode,
+which is refused. Letters: T frames of the episode, N rows of a stream, H × W image size.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from ....errors import UserError, unknown
 from ..base import EpisodeTable, Rows, Source, choose_views, listing_hash
@@ -42,7 +44,7 @@ from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..hdf5 import SUFFIXES, find, find_array, opened, text
 from ..location import Location
-from .streams import Alignment, align, find_pictures, is_camera, read_pictures, read_stream
+from .streams import Alignment, align, is_camera, read_images, read_stream, view_of
 
 TASKS = {  # task in a file's name → our wording of it, since the files hold no text
     "clothes": "fold the clothes",
@@ -67,13 +69,13 @@ class DexWildSource(Source):
         location = Location(path_or_repo, ("*.hdf5", "*.h5"))
         one_file = location.root.is_file()
         self._root = location.root.parent if one_file else location.root
-        self._files = [location.root] if one_file else sorted(p for p in self._root.rglob("*") if p.suffix in SUFFIXES)
-        if not self._files:
+        self._paths = [location.root] if one_file else sorted(p for p in self._root.rglob("*") if p.suffix in SUFFIXES)
+        if not self._paths:
             raise UserError(
                 f"{path_or_repo} holds no .hdf5 file; DexWild's are published as pieces of tar archives: join and "
                 f"unpack them (cat *.part_* | tar x) and give the folder with the .hdf5"
             )
-        entries = [(path, name) for path in self._files for name in _listed(path)]
+        entries = [(path, name) for path in self._paths for name in _listed(path)]
         if all(name is None for _, name in entries):
             raise UserError(
                 f"{path_or_repo}: no HDF5 file here can be read and holds groups ep_0000, ep_0001, …; download it "
@@ -81,7 +83,7 @@ class DexWildSource(Source):
             )
         self._episodes = dict(enumerate(entries))
         name = location.root.stem if one_file else location.name
-        config = config or find_config(self.format, (name, location.hub_id or "", *(p.stem for p in self._files)))
+        config = config or find_config(self.format, (name, location.hub_id or "", *(p.stem for p in self._paths)))
         widths, cameras = self._survey(config, name)
         super().__init__(
             self._root,
@@ -90,10 +92,8 @@ class DexWildSource(Source):
             fps=None,
             view_names=choose_views(sorted(cameras), config, name),
             episode_ids=tuple(self._episodes),
+            widths=widths,
         )
-        self._check_width(config.action_columns, self.action_map.native_dim, widths)
-        if config.state:
-            self._check_width(config.state_columns, self.state_map.native_dim, widths)
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -106,10 +106,10 @@ class DexWildSource(Source):
     @functools.cached_property
     def revision_hash(self) -> str:
         """sha256 hex over the names and sizes of the HDF5 files."""
-        return listing_hash(self._root, self._files)
+        return listing_hash(self._root, self._paths)
 
     def length_of(self, episode_id: int) -> int:
-        """Number of frames T: the first view's pictures that are left after alignment."""
+        """Number of frames T: the first view's images that are left after alignment."""
         with self._open(episode_id) as (group, where):
             return len(self._align(group, where).times)
 
@@ -123,19 +123,21 @@ class DexWildSource(Source):
             found = self._align(group, place)
             return Rows(found.columns, self._instruction(group, self._episodes[episode_id][0], place), found.times)
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        path, views = self._episodes[episode_id][0], []
-        with self._open(episode_id) as (group, place):
-            for view, names in self._align(group, place).pictures.items():
-                found = find_pictures(path, group, names, place)
-                opener = functools.partial(read_pictures, found, place)
-                views.append((View(view, found.height, found.width, len(names), opener), found.sha256))
-        return views
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        return (self._episodes[episode_id][0],)
 
-    @staticmethod
-    def _wanted(config: DatasetConfig) -> tuple[str, ...]:
-        """The columns that the config needs, each once."""
-        return tuple(dict.fromkeys((*config.action_columns, *(config.state_columns if config.state else ()))))
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
+        with self._open(episode_id) as (group, place):
+            images = self._align(group, place).images
+            return [
+                view_of(group, name, images[name], functools.partial(self._decode, episode_id, name), place)
+                for name in names
+            ]
+
+    def _decode(self, episode_id: int, view: str, size: tuple[int, int], start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield uint8 [H, W, 3] of frames start..stop-1. The episode is aligned again: a source keeps no names."""
+        with self._open(episode_id) as (group, place):
+            yield from read_images(group, self._align(group, place).images[view][start:stop], size, place)
 
     @contextlib.contextmanager
     def _open(self, episode_id: int) -> Iterator[tuple[h5py.Group, str]]:
@@ -149,7 +151,7 @@ class DexWildSource(Source):
 
     def _survey(self, config: DatasetConfig, dataset: str) -> tuple[dict[str, int], set[str]]:
         """Width of each column the config asks for, and names of the cameras, over the first readable episodes."""
-        wanted = self._wanted(config)
+        wanted = config.columns
         widths: dict[str, int] = {}
         members: dict[str, bool] = {}  # name in an episode → whether it is a camera
         seen, refusals = 0, []
@@ -173,22 +175,16 @@ class DexWildSource(Source):
             )
         return widths, {n for n, camera in members.items() if camera}
 
-    def _check_width(self, columns: Sequence[str], described: int, widths: dict[str, int]) -> None:
-        width = sum(widths[c] for c in columns)
-        hint = "choose or write another dataset config"
-        if any("leapv2" in c for c in columns):
-            hint = (
-                "LEAP v2 has 17 joints, a single hand has 16 finger slots: name what becomes of the 17th (the bend of the "
-                "palm), e.g. 'drop: 1' in the field map after 16 finger joints"
-            )
-        if width != described:
-            raise UserError(
-                f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
-                f"describes {described}; {hint}"
-            )
+    def _remedy(self, columns: Sequence[str]) -> str:
+        if not any("leapv2" in c for c in columns):
+            return super()._remedy(columns)
+        return (
+            "LEAP v2 has 17 joints, a single hand has 16 finger slots: name what becomes of the 17th (the bend of the palm), "
+            "e.g. 'drop: 1' in the field map after 16 finger joints"
+        )
 
     def _align(self, group: h5py.Group, where: str) -> Alignment:
-        return align(group, self.view_names, self._wanted(self.config), 0.5 / self.fps, where)
+        return align(group, self.view_names, self.config.columns, 0.5 / self.fps, where)
 
     def _instruction(self, group: h5py.Group, path: Path, where: str) -> str:
         if "language" in group:

@@ -1,27 +1,26 @@
-"""Streams and pictures of one DexWild episode, brought onto one clock (see dexwild.py for the layout).
+"""Streams and images of one DexWild episode, brought onto one clock (see dexwild.py for the layout).
 
-Letters: T frames of the episode, N rows of a stream, d its values, H × W picture size. Times are nanoseconds.
+Letters: T frames of the episode, N rows of a stream, d its values, H × W image size. Times are nanoseconds.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import h5py
 import numpy as np
-from PIL import Image
 
-from ..episode import CorruptEpisode
-from ..hdf5 import find, find_array, first_line, numbers, opened, stored_hash
+from ..episode import CorruptEpisode, View
+from ..hdf5 import find, find_array, numbers, stored_hash
+from ..images import decode
 
-MAX_TRIM_S = 0.5  # seconds of pictures that may lack a row at either end of an episode; more is a stream cut short
-_PICTURE = re.compile(r"(\d+)\.(?:jpe?g|png)", re.IGNORECASE)
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+MAX_TRIM_S = 0.5  # seconds of images that may lack a row at either end of an episode; more is a stream cut short
+_IMAGE = re.compile(r"(\d+)\.(?:jpe?g|png)", re.IGNORECASE)
+Opener = Callable[[tuple[int, int], int, int], Iterator[np.ndarray]]  # (size, start, stop)
 
 
 @dataclass(frozen=True)
@@ -30,29 +29,17 @@ class Alignment:
 
     times: np.ndarray  # [T] float64 seconds since the first frame
     columns: dict[str, np.ndarray]  # column → [T, d] float64
-    pictures: dict[str, list[str]]  # view → T names, relative to the episode's group
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of one view of one episode, found but not decoded."""
-
-    path: Path
-    episode: str  # the episode's group
-    names: list[str]  # T, relative to it
-    height: int  # H of the first; all others must agree
-    width: int  # W
-    sha256: str  # hex, over the stored bytes of every picture
+    images: dict[str, list[str]]  # view → T names, relative to the episode's group
 
 
 def align(group: h5py.Group, views: Sequence[str], columns: Sequence[str], tolerance_s: float, where: str) -> Alignment:
-    """For each picture of the first view the row of each column and the picture of each other view nearest in time, at
-    most `tolerance_s` away. Pictures without one at either end are left out, up to MAX_TRIM_S; anything else that does
+    """For each image of the first view the row of each column and the image of each other view nearest in time, at
+    most `tolerance_s` away. Images without one at either end are left out, up to MAX_TRIM_S; anything else that does
     not meet is a `CorruptEpisode`."""
-    names = {view: _picture_names(group, view, where) for view in views}
+    names = {view: _image_names(group, view, where) for view in views}
     streams = {column: read_stream(group, column, where) for column in columns}
-    clock = np.array([time for time, _ in names[views[0]]])  # int64, one entry a picture
-    stamps = {f"picture of '{v}'": np.array([time for time, _ in n]) for v, n in names.items()}
+    clock = np.array([time for time, _ in names[views[0]]])  # int64, one entry an image
+    stamps = {f"image of '{v}'": np.array([time for time, _ in n]) for v, n in names.items()}
     stamps |= {f"row of '{c}'": values[:, 0] for c, values in streams.items()}
     nearest, good = {}, np.ones(len(clock), bool)
     for what, times in stamps.items():
@@ -61,14 +48,14 @@ def align(group: h5py.Group, views: Sequence[str], columns: Sequence[str], toler
         lost = _unexplained(clock, good)
         if lost is not None:
             raise CorruptEpisode(
-                f"{where}: no {what} within {tolerance_s * 1e3:.0f} ms of the picture at {clock[lost]} (number "
+                f"{where}: no {what} within {tolerance_s * 1e3:.0f} ms of the image at {clock[lost]} (number "
                 f"{lost} of the {len(clock)} of '{views[0]}')"
             )
     kept = np.flatnonzero(good)
     return Alignment(
         (clock[kept] - clock[kept[0]]) / 1e9,
         {c: values[nearest[f"row of '{c}'"][kept], 1:] for c, values in streams.items()},
-        {v: [n[i][1] for i in nearest[f"picture of '{v}'"][kept]] for v, n in names.items()},
+        {v: [n[i][1] for i in nearest[f"image of '{v}'"][kept]] for v, n in names.items()},
     )
 
 
@@ -79,59 +66,57 @@ def read_stream(group: h5py.Group, column: str, where: str) -> np.ndarray:
     if values.ndim != 2 or values.shape[1] < 2 or not len(values):
         raise CorruptEpisode(f"{where}: '{name}' is {list(values.shape)}, a stream has rows of a time and values")
     if not np.isfinite(values[:, 0]).all():
-        raise CorruptEpisode(f"{where}: a time of '{name}' is not finite")
+        raise CorruptEpisode(f"{where}: a time of '{name}' is not finite", "not-finite")
     return values.astype(np.float64)
 
 
 def is_camera(group: h5py.Group, name: str) -> bool:
-    """Whether a member of an episode holds pictures named by their time (and not, say, plots of a trajectory)."""
+    """Whether a member of an episode holds images named by their time (and not, say, plots of a trajectory)."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink) or not isinstance(group[name], h5py.Group):
         return False
-    return _PICTURE.fullmatch(next(iter(group[name]), "")) is not None
+    return _IMAGE.fullmatch(next(iter(group[name]), "")) is not None
 
 
-def find_pictures(path: Path, group: h5py.Group, names: list[str], where: str) -> Pictures:
-    """Hash the pictures `names` of an open episode; only the first is decoded, for its size."""
+def view_of(group: h5py.Group, view: str, names: list[str], opener: Opener, where: str) -> View:
+    """The images `names` of an open episode as a view, hashed; only the first is decoded, for its size."""
     digest = hashlib.sha256()
     for name in names:
         array = find_array(group, name, where)
         digest.update((stored_hash(array) if array.ndim else hashlib.sha256(_bytes(array)).hexdigest()).encode())
     height, width, _ = _decode(group, names[0], where).shape
-    return Pictures(path, group.name, names, height, width, digest.hexdigest())
+    return View(view, height, width, len(names), functools.partial(opener, (height, width)), digest.hexdigest())
 
 
-def read_pictures(found: Pictures, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where one cannot be decoded."""
-    with opened(found.path, where) as file:
-        group = find(file, found.episode, where)
-        for name in found.names[start:stop]:
-            picture = _decode(group, name, where)
-            if picture.shape[:2] != (found.height, found.width):
-                raise CorruptEpisode(
-                    f"{where}: '{name}' is {picture.shape[1]}x{picture.shape[0]}, the first picture is "
-                    f"{found.width}x{found.height}"
-                )
-            yield picture
+def read_images(group: h5py.Group, names: list[str], size: tuple[int, int], where: str) -> Iterator[np.ndarray]:
+    """Yield uint8 [H, W, 3] RGB of the images `names`; `CorruptEpisode` where one cannot be decoded."""
+    for name in names:
+        image = _decode(group, name, where)
+        if image.shape[:2] != size:
+            raise CorruptEpisode(
+                f"{where}: '{name}' is {image.shape[1]}x{image.shape[0]}, the first image is {size[1]}x{size[0]}"
+            )
+        yield image
 
 
-def _picture_names(group: h5py.Group, view: str, where: str) -> list[tuple[int, str]]:
-    """(time in ns, name relative to the episode) of a view's pictures, in order of time."""
+def _image_names(group: h5py.Group, view: str, where: str) -> list[tuple[int, str]]:
+    """(time in ns, name relative to the episode) of a view's images, in order of time."""
     member = find(group, view, where)
     if not isinstance(member, h5py.Group) or not len(member):
-        raise CorruptEpisode(f"{where}: '{view}' holds no pictures")
+        raise CorruptEpisode(f"{where}: '{view}' holds no images")
     found = []
     for name in member:
-        match = _PICTURE.fullmatch(name)
+        match = _IMAGE.fullmatch(name)
         if not match or int(match[1]) >= 2**63:
             raise CorruptEpisode(
-                f"{where}: picture '{name}' of '{view}' is not named by its time in ns, like 1744428163583061504.jpg"
+                f"{where}: image '{name}' of '{view}' is not named by its time in ns, like 1744428163583061504.jpg"
             )
         found.append((int(match[1]), f"{view}/{name}"))
     return sorted(found)
 
 
 def _nearest(clock: np.ndarray, stamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each time of `clock` [T] int64 ns the index of the nearest of `stamps` [N], in any order, and how far away it is.
+    """For each time of `clock` [T] int64 ns the index of the nearest of `stamps` [N], in any order, and how far away it
+    is.
 
     Stamps kept as float64 are exact to 256 ns only; both are rounded alike before they are compared.
     """
@@ -156,23 +141,19 @@ def _unexplained(clock: np.ndarray, good: np.ndarray) -> int | None:
 
 
 def _decode(group: h5py.Group, name: str, where: str) -> np.ndarray:
-    """A stored picture as uint8 [H, W, 3] RGB."""
+    """A stored image as uint8 [H, W, 3] RGB."""
     array = find_array(group, name, where)
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3 and array.size:
         return array[()]
     if array.ndim > 1:
         raise CorruptEpisode(
-            f"{where}: '{name}' is {array.dtype} {list(array.shape)}; a picture is uint8 [H, W, 3], or a JPEG "
+            f"{where}: '{name}' is {array.dtype} {list(array.shape)}; an image is uint8 [H, W, 3], or a JPEG "
             f"file's bytes"
         )
-    try:
-        with Image.open(io.BytesIO(_bytes(array)), formats=("JPEG", "PNG")) as image:
-            return np.asarray(image.convert("RGB"))
-    except _PIL_ERRORS as error:
-        raise CorruptEpisode(f"{where}: '{name}' cannot be decoded ({first_line(error)})") from None
+    return decode(_bytes(array), f"{where}: '{name}'", ("JPEG", "PNG"))
 
 
 def _bytes(array: h5py.Dataset) -> bytes:
-    """The encoded bytes of a picture: an array of bytes, or one opaque, text or variable-length value."""
+    """The encoded bytes of an image: an array of bytes, or one opaque, text or variable-length value."""
     value = array[()]
     return value if isinstance(value, bytes) else np.asarray(value).tobytes()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ....common.text import first_line
 from ....errors import UserError
+from ..images import choose_cameras
 from ..location import Location
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -23,7 +25,7 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 
 @dataclass(frozen=True)
 class EpisodeEntry:
-    """One listed episode: where its rows and its pictures are (paths relative to the dataset)."""
+    """One listed episode: where its rows and images are (paths relative to the dataset)."""
 
     length: int
     tasks: tuple[str, ...]
@@ -37,12 +39,8 @@ class Metadata:
 
     def __init__(self, path_or_repo: str) -> None:
         files = Location(path_or_repo, ["meta/**"])
-        self.locate, self.root, self.name, self.repo = (
-            files.locate,
-            files.root,
-            files.name,
-            files.hub_id or path_or_repo,
-        )
+        self.locate, self.root, self.name = files.locate, files.root, files.name
+        self.repo = files.hub_id or path_or_repo
         info_path = self.root / "meta" / "info.json"
         if not info_path.is_file():
             raise UserError(f"{path_or_repo} is not a LeRobot dataset: it has no meta/info.json")
@@ -70,6 +68,16 @@ class Metadata:
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
+    def cameras(self, wanted: Sequence[str] | None) -> dict[str, str]:
+        """Short view name → feature of those `wanted` (full keys or short names); None: all that are no depth map."""
+
+        def is_depth(feature: dict) -> bool:
+            return bool((feature.get("info") or feature.get("video_info") or {}).get("video.is_depth_map"))
+
+        keys = [k for k, f in self.features.items() if f.get("dtype") in ("video", "image")]
+        chosen = [k for k in keys if not is_depth(self.features[k])] if wanted is None else wanted
+        return choose_cameras(keys, "observation.images.", chosen, self.name, "rename one of them in meta/info.json")
+
     def _read_v2(self) -> tuple[dict[int, str], dict[int, EpisodeEntry]]:
         tasks = {int(t["task_index"]): str(t["task"]) for t in _json_lines(self.root / "meta" / "tasks.jsonl")}
         episodes = {}
@@ -89,7 +97,7 @@ class Metadata:
     def _read_v3(self) -> tuple[dict[int, str], dict[int, EpisodeEntry]]:
         files = sorted((self.root / "meta" / "episodes").glob("*/*.parquet"))
         if not files:
-            raise UserError(f"{self.repo}: meta/episodes holds no parquet file; was the recording finalised?")
+            raise UserError(f"{self.repo}: meta/episodes holds no parquet file; was the recording finalized?")
         table = pa.concat_tables([_table(f, skip="stats/") for f in files], promote_options="default")
         texts = _table(self.root / "meta" / "tasks.parquet").to_pydict()
         # pandas keeps the text in its index
@@ -98,19 +106,17 @@ class Metadata:
             raise UserError(f"{self.repo}: meta/tasks.parquet has no task text (columns: {', '.join(texts)})")
         tasks = dict(zip(texts["task_index"], texts[text_column], strict=True))
         episodes = {}
+
+        def numbers(row: dict[str, Any], of: str) -> dict[str, Any]:
+            return {name: row[f"{of}/{name}"] for name in ("chunk_index", "file_index")}
+
         for row in table.to_pylist():
             try:
                 videos = {
-                    k: self._fill(
-                        "video_path",
-                        video_key=k,
-                        chunk_index=row[f"videos/{k}/chunk_index"],
-                        file_index=row[f"videos/{k}/file_index"],
-                    )
-                    for k in self.video_keys
+                    k: self._fill("video_path", video_key=k, **numbers(row, f"videos/{k}")) for k in self.video_keys
                 }
                 starts = {k: float(row[f"videos/{k}/from_timestamp"]) for k in self.video_keys}
-                data = self._fill("data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+                data = self._fill("data_path", **numbers(row, "data"))
                 tasks_of = tuple(row.get("tasks") or ())
                 episodes[row["episode_index"]] = EpisodeEntry(row["length"], tasks_of, data, videos, starts)
             except KeyError as error:
@@ -154,8 +160,4 @@ def _table(path: Path, skip: str | None = None) -> pa.Table:
             names = [n for n in file.schema_arrow.names if skip is None or not n.startswith(skip)]
             return file.read(columns=names)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as parquet: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from None

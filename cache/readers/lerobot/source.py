@@ -1,6 +1,6 @@
-"""LeRobot datasets (v2.0, v2.1, v3.0; video files or pictures in parquet) as episodes, equal to lerobot's own reading.
+"""LeRobot datasets (v2.0, v2.1, v3.0; video files or images in parquet) as episodes, equal to lerobot's own reading.
 
-Opening reads `meta/` only; `table` reads one episode's rows; `load` also finds, but does not decode, its pictures.
+Opening reads `meta/` only; `table` reads one episode's rows; `load` also finds its images, without decoding them.
 Letters: T frames of the episode.
 """
 
@@ -9,17 +9,16 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ....errors import UserError, unknown
-from ..base import EpisodeTable, Rows, Source, TableBlock, attempt
+from ....common.failure import Failed
+from ....errors import UserError
+from ..base import EpisodeTable, Rows, Source, TableBlock
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..video import VideoExtent, decode, find_extent
@@ -42,18 +41,16 @@ class LeRobotSource(Source):
         self.meta = meta = Metadata(path_or_repo)
         if not isinstance(config, DatasetConfig):
             config = find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name), config)
-        self._cameras = choose_cameras(meta.features, config.views)  # short name → feature key
+        self._cameras = meta.cameras(config.views)  # short name → feature key
         super().__init__(
             meta.root,
             meta.name,
             config,
             fps=float(meta.info["fps"]),
             view_names=tuple(self._cameras),
-            episode_ids=tuple(meta.episodes),
-        )  # as listed; a missing file shows when the episode is loaded
-        self._check_width(config.action_columns, config.action_width)
-        if config.state:
-            self._check_width(config.state_columns, self.state_map.native_dim)
+            episode_ids=tuple(meta.episodes),  # as listed; a missing file shows when the episode is loaded
+            widths={key: math.prod(f.get("shape") or [1]) for key, f in meta.features.items()},
+        )
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -85,7 +82,7 @@ class LeRobotSource(Source):
 
     @property
     def environment(self) -> str | None:  # type: ignore[override]
-        """Name of the simulated task the dataset was recorded in, e.g. "metaworld/push-v3"; None for another dataset."""
+        """The simulated task the dataset was recorded in, e.g. "metaworld/push-v3"; None for another dataset."""
         return self._recording.get("environment")
 
     def length_of(self, episode_id: int) -> int:
@@ -104,7 +101,7 @@ class LeRobotSource(Source):
         """As in `Source`; a file of many episodes is read once, front to back, and its blocks come in that order."""
         return self._blocks(self._each_table(batch_rows), batch_rows)
 
-    def _each_table(self, batch_rows: int) -> Iterator[tuple[int, EpisodeTable | CorruptEpisode]]:
+    def _each_table(self, batch_rows: int) -> Iterator[tuple[int, EpisodeTable | Failed]]:
         files: dict[str, set[int]] = {}
         for number in self.episode_ids:
             files.setdefault(self._entry(number).data_path, set()).add(number)
@@ -112,18 +109,18 @@ class LeRobotSource(Source):
             try:
                 if len(left) > 1:
                     path = self.meta.locate(data_path, self.name)
-                    for number, rows in stream_rows(path, [*self._columns, *_CHECKED], batch_rows, self.name):
+                    for number, rows in stream_rows(path, [*self.config.columns, *_CHECKED], batch_rows, self.name):
                         if number in left:
                             left.remove(number)
-                            yield number, attempt(self._table_of, number, rows)
+                            yield number, self.attempt(functools.partial(self._table_of, rows), number)
             except CorruptEpisode:
                 pass  # the file is missing or damaged: what is left is read one by one, each with its own reason
             for number in sorted(left):
-                yield number, attempt(self.table, number)
+                yield number, self.attempt(self.table, number)
 
-    def _table_of(self, episode_id: int, rows: pa.Table) -> EpisodeTable:
+    def _table_of(self, rows: pa.Table, episode_id: int) -> EpisodeTable:
         where = self.where(episode_id)
-        return self._checked(self._rows_of(self._entry(episode_id), rows, self._columns, where), where)
+        return self._checked(self._rows_of(self._entry(episode_id), rows, self.config.columns, where), where)
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         entry = self._entry(episode_id)
@@ -133,10 +130,12 @@ class LeRobotSource(Source):
     def _rows_of(self, entry: EpisodeEntry, rows: pa.Table, columns: Sequence[str], where: str) -> Rows:
         length = rows.num_rows
         if length != entry.length or not length:
-            raise CorruptEpisode(f"{where}: {entry.data_path} has {length} rows, meta/ lists {entry.length}")
+            raise CorruptEpisode(
+                f"{where}: {entry.data_path} has {length} rows, meta/ lists {entry.length}", "row-count"
+            )
         frames = to_matrix(rows, "frame_index", where)[:, 0]
         if not np.array_equal(frames, np.arange(length)):
-            raise CorruptEpisode(f"{where}: frame_index does not run 0..{length - 1}")
+            raise CorruptEpisode(f"{where}: frame_index does not run 0..{length - 1}", "row-count")
         numbers = to_matrix(rows, "task_index", where)[:, 0].astype(int) if "task_index" in rows.column_names else None
         return Rows(
             {name: to_matrix(rows, name, where) for name in columns},
@@ -144,20 +143,22 @@ class LeRobotSource(Source):
             to_matrix(rows, "timestamp", where)[:, 0],
         )
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        entry, length, views = self._entry(episode_id), len(table.action), []
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        entry, key = self._entry(episode_id), self._cameras[view]
+        return (self.meta.locate(entry.video_paths.get(key, entry.data_path), where),)
+
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
+        entry = self._entry(episode_id)
         found: VideoExtent | ImageRows
-        for name, key in self._cameras.items():
-            if key in self.meta.video_keys:
-                path = self.meta.locate(entry.video_paths[key], where)
+        for name in names:
+            (path,), key = self._files(episode_id, name, where), self._cameras[name]
+            if key in entry.video_paths:
                 found = find_extent(path, entry.video_starts[key] + table.timestamps, where)
-                opener = functools.partial(decode, found, where)
+                length, opener = len(found.pts), functools.partial(decode, found, where)
             else:
-                path = self.meta.locate(entry.data_path, where)
-                found = find_images(path, episode_id, key, length, where)
-                opener = functools.partial(decode_images, found, where)
-            views.append((View(name, found.height, found.width, length, opener), found.sha256))
-        return views
+                found = find_images(path, episode_id, key, where)
+                length, opener = found.length, functools.partial(decode_images, found, where)
+            yield View(name, found.height, found.width, length, opener, found.sha256)
 
     def _entry(self, episode_id: int) -> EpisodeEntry:
         self.where(episode_id)
@@ -175,43 +176,3 @@ class LeRobotSource(Source):
         if entry.tasks and set(texts) != set(entry.tasks):
             raise CorruptEpisode(f"{where}: the rows' task is {texts}, meta/ says {list(entry.tasks)}")
         return "; ".join(texts) or self.config.instruction
-
-    def _check_width(self, columns: Sequence[str], described: int) -> None:
-        width = 0
-        for key in columns:
-            feature = self.meta.features.get(key)
-            if feature is None:
-                raise UserError(
-                    f"{self.name}: {unknown('column', key, self.meta.features)}; dataset config "
-                    f"'{self.config.name}' asks for it"
-                )
-            width += math.prod(feature.get("shape") or [1])
-        if width != described:
-            raise UserError(
-                f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{self.config.name}' "
-                f"describes {described}; choose or write another dataset config"
-            )
-
-
-def choose_cameras(features: Mapping[str, dict], views: Sequence[str] | None) -> dict[str, str]:
-    """Short view name → feature key of `views` (full keys or short names; None = all). Depth maps are no pictures and are
-    left out unless named."""
-
-    def is_depth(feature: dict) -> bool:
-        details = feature.get("info") or feature.get("video_info") or {}
-        return bool(details.get("video.is_depth_map"))
-
-    keys = [k for k, f in features.items() if f.get("dtype") in ("video", "image")]
-    last = {k: k.rsplit(".", 1)[-1] for k in keys}
-    shared = {name for name, count in Counter(last.values()).items() if count > 1}  # rgb.head, depth.head: keep more
-    short = {k: k.removeprefix("observation.images.") if last[k] in shared else last[k] for k in keys}
-    short = {k: re.sub(r"[^\w-]+", "_", v) for k, v in short.items()}
-    if len(set(short.values())) < len(keys):
-        raise UserError(f"two cameras get the same short name: {', '.join(keys)}; rename one of them in meta/info.json")
-    if views is None:
-        return {short[k]: k for k in keys if not is_depth(features[k])}
-    by_name = {v: k for k, v in short.items()} | {k: k for k in keys}
-    for wanted in views:
-        if wanted not in by_name:
-            raise unknown("view", wanted, by_name)
-    return {short[by_name[w]]: by_name[w] for w in views}

@@ -1,24 +1,136 @@
-"""Rows and images of LeRobot's parquet files, by episode or as a stream."""
+"""LeRobot's parquet files: the rows of one episode, its images, and all episodes of a file as a stream."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
+from ....common.text import first_line
+from ..base import require_finite
 from ..episode import CorruptEpisode
+from ..images import decode_all, survey
 
-_READ_BYTES = 1 << 20  # read ahead per column; without it a row group is read whole, and a file may be one row group
+_IMAGE_ROWS = 32  # rows of images read at a time
+_READ_BYTES = 1 << 20  # read ahead per column; without it a row group is read at once, and a file may be one row group
+
+
+@contextmanager
+def opened(path: Path, where: str, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
+    """The open file, read by row groups or, with `buffer_size`, that many bytes at a time.
+
+    A damaged file (no footer, cut off, flipped bytes) is a `CorruptEpisode`, now or while it is read.
+    """
+    try:
+        with pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=not buffer_size) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        reason = f"{where}: {path.name} cannot be read as parquet ({first_line(error)})"
+        raise CorruptEpisode(reason, "unreadable-file") from None
+
+
+# --- one episode ---
+
+
+def read_rows(path: Path, episode_id: int, columns: Sequence[str], where: str) -> pa.Table:
+    """The rows with `episode_index == episode_id`, in file order, of those `columns` the file has.
+
+    `CorruptEpisode`, beginning with `where`, when the file cannot be read or lacks `episode_index`.
+    """
+    with opened(path, where) as file:
+        names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in file.schema_arrow.names]
+        table = file.read_row_groups(_row_groups(file, episode_id, where), columns=names)
+        return table.filter(pc.equal(table["episode_index"], episode_id))
+
+
+def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
+    """Row groups whose statistics allow the episode; all groups without statistics."""
+    if "episode_index" not in file.schema_arrow.names:
+        raise CorruptEpisode(f"{where}: column 'episode_index' is missing from the table")
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    leaf, chosen = paths.index("episode_index"), []
+    for group in range(file.num_row_groups):
+        stats = file.metadata.row_group(group).column(leaf).statistics
+        if stats is None or not stats.has_min_max or stats.min <= episode_id <= stats.max:
+            chosen.append(group)
+    return chosen
+
+
+def to_matrix(table: pa.Table, column: str, where: str) -> np.ndarray:
+    """A numeric column (scalars or lists, nested or not) as float64 [T, d]. `CorruptEpisode` when it is absent, has a
+    null, a non-finite value or rows of different width."""
+    if column not in table.column_names:
+        raise CorruptEpisode(f"{where}: column '{column}' is missing from the table")
+    values = table[column].combine_chunks()
+    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
+        if values.null_count:
+            raise CorruptEpisode(f"{where}: column '{column}' has an empty row")
+        if not pa.types.is_fixed_size_list(values.type) and pc.count_distinct(pc.list_value_length(values)).as_py() > 1:
+            raise CorruptEpisode(f"{where}: rows of column '{column}' differ in width")
+        values = values.flatten()
+    if values.null_count:
+        raise CorruptEpisode(f"{where}: column '{column}' has an empty value")
+    try:
+        matrix = values.to_numpy(zero_copy_only=False).astype(np.float64).reshape(table.num_rows, -1)
+    except (ValueError, TypeError):
+        raise CorruptEpisode(f"{where}: column '{column}' is not numeric ({values.type})") from None
+    require_finite(matrix, column, where)
+    return matrix
+
+
+# --- its images ---
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRows:
+    """The images of one camera and one episode, as encoded bytes (PNG or JPEG) in the rows of a parquet file."""
+
+    path: Path
+    episode_id: int
+    column: str
+    height: int  # H of the first image; all others must agree
+    width: int  # W
+    length: int  # rows with an image
+    sha256: str  # hex, over the encoded bytes of every image
+
+
+def find_images(path: Path, episode_id: int, column: str, where: str) -> ImageRows:
+    """Check that each of the episode's rows holds image bytes, without decoding more than the first header."""
+    count, height, width, sha256 = survey(_encoded(path, episode_id, column, where), None)
+    return ImageRows(path, episode_id, column, height, width, count, sha256)
+
+
+def decode_images(rows: ImageRows, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where an image cannot be decoded."""
+    encoded = _encoded(rows.path, rows.episode_id, rows.column, where)
+    return decode_all(islice(encoded, start, stop), (rows.height, rows.width), None)
+
+
+def _encoded(path: Path, episode_id: int, column: str, where: str) -> Iterator[tuple[str, bytes]]:
+    index = 0
+    with opened(path, where) as file:
+        if column not in file.schema_arrow.names:
+            raise CorruptEpisode(f"{where}: column '{column}' is missing from {path.name}")
+        groups = _row_groups(file, episode_id, where)
+        for batch in file.iter_batches(_IMAGE_ROWS, row_groups=groups, columns=[column, "episode_index"]):
+            batch = batch.filter(pc.equal(batch.column("episode_index"), episode_id))
+            values = batch.column(column)
+            for value in values.field("bytes") if pa.types.is_struct(values.type) else values:
+                if not value.is_valid:
+                    raise CorruptEpisode(f"{where}: a row of '{column}' holds no image bytes")
+                yield f"{where}: image {index} of '{column}'", value.as_py()
+                index += 1
+
+
+# --- all episodes of a file ---
 
 
 def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str) -> Iterator[tuple[int, pa.Table]]:
@@ -32,7 +144,7 @@ def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str)
         schema = file.schema_arrow
         names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in schema.names]
         if "episode_index" not in names or not pa.types.is_integer(schema.field("episode_index").type):
-            raise CorruptEpisode(f"{where}: {path.name} has no whole numbers in 'episode_index'")
+            raise CorruptEpisode(f"{where}: {path.name} has no integers in 'episode_index'")
         missing = _rows_per_episode(file, batch_rows)  # rows still to come
         pieces: dict[int, list[pa.RecordBatch]] = {}
         for batch in file.iter_batches(batch_rows, columns=names):
@@ -60,132 +172,3 @@ def _runs(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
     for start, stop in zip(starts[:-1], starts[1:]):
         if stop > start:
             yield int(ids[start]), batch.slice(start, stop - start)
-
-
-_BATCH_ROWS = 32  # pictures read at a time
-
-
-def read_rows(path: Path, episode_id: int, columns: Sequence[str], where: str) -> pa.Table:
-    """The rows with `episode_index == episode_id`, in file order, of those `columns` the file has.
-
-    `CorruptEpisode`, beginning with `where`, when the file cannot be read or lacks `episode_index`.
-    """
-    with opened(path, where) as file:
-        names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in file.schema_arrow.names]
-        table = file.read_row_groups(_row_groups(file, episode_id, where), columns=names)
-        return table.filter(pc.equal(table["episode_index"], episode_id))
-
-
-def to_matrix(table: pa.Table, column: str, where: str) -> np.ndarray:
-    """A numeric column (scalars or lists, nested or not) as float64 [T, d]. `CorruptEpisode` when it is absent, has a
-    null, a non-finite value or rows of different width."""
-    if column not in table.column_names:
-        raise CorruptEpisode(f"{where}: column '{column}' is missing from the table")
-    values = table[column].combine_chunks()
-    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
-        if values.null_count:
-            raise CorruptEpisode(f"{where}: column '{column}' has an empty row")
-        if not pa.types.is_fixed_size_list(values.type) and pc.count_distinct(pc.list_value_length(values)).as_py() > 1:
-            raise CorruptEpisode(f"{where}: rows of column '{column}' differ in width")
-        values = values.flatten()
-    if values.null_count:
-        raise CorruptEpisode(f"{where}: column '{column}' has an empty value")
-    try:
-        matrix = values.to_numpy(zero_copy_only=False).astype(np.float64).reshape(table.num_rows, -1)
-    except (ValueError, TypeError):
-        raise CorruptEpisode(f"{where}: column '{column}' is not numeric ({values.type})") from None
-    finite = np.abs(matrix) <= np.finfo(np.float32).max  # False for NaN too; the tables are float32 later
-    if not finite.all():
-        row, dim = np.argwhere(~finite)[0]
-        raise CorruptEpisode(f"{where}: column '{column}' is {matrix[row, dim]} at frame {row}, dimension {dim}")
-    return matrix
-
-
-@dataclass(frozen=True)
-class ImageRows:
-    """The pictures of one camera and one episode, as encoded bytes (PNG or JPEG) in the rows of a parquet file."""
-
-    path: Path
-    episode_id: int
-    column: str
-    height: int  # H of the first picture; all others must agree
-    width: int  # W
-    sha256: str  # hex, over the encoded bytes of every picture
-
-
-def find_images(path: Path, episode_id: int, column: str, length: int, where: str) -> ImageRows:
-    """Check that each of the `length` rows holds picture bytes, without decoding more than the first header."""
-    digest, count, size = hashlib.sha256(), 0, (0, 0)
-    for data in _encoded(path, episode_id, column, where):
-        if not count:
-            size = _image(data, where, 0, column).size  # PIL reads the header only
-        digest.update(f"{len(data)};".encode())
-        digest.update(data)
-        count += 1
-    if count != length:
-        raise CorruptEpisode(f"{where}: {count} pictures of '{column}' for {length} rows")
-    return ImageRows(path, episode_id, column, size[1], size[0], digest.hexdigest())
-
-
-def decode_images(rows: ImageRows, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where a picture cannot be decoded."""
-    for index, data in enumerate(_encoded(rows.path, rows.episode_id, rows.column, where)):
-        if index >= stop:
-            return
-        if index < start:
-            continue
-        try:
-            picture = np.asarray(_image(data, where, index, rows.column).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # PIL's errors for damaged data
-            raise CorruptEpisode(f"{where}: picture {index} of '{rows.column}' cannot be decoded ({error})") from None
-        if picture.shape[:2] != (rows.height, rows.width):
-            raise CorruptEpisode(
-                f"{where}: picture {index} of '{rows.column}' is {picture.shape[1]}x"
-                f"{picture.shape[0]}, the first is {rows.width}x{rows.height}"
-            )
-        yield picture
-
-
-def _image(data: bytes, where: str, index: int, column: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data))
-    except OSError:
-        raise CorruptEpisode(f"{where}: picture {index} of '{column}' is not an image") from None
-
-
-def _encoded(path: Path, episode_id: int, column: str, where: str) -> Iterator[bytes]:
-    with opened(path, where) as file:
-        if column not in file.schema_arrow.names:
-            raise CorruptEpisode(f"{where}: column '{column}' is missing from {path.name}")
-        groups = _row_groups(file, episode_id, where)
-        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[column, "episode_index"]):
-            batch = batch.filter(pc.equal(batch.column("episode_index"), episode_id))
-            values = batch.column(column)
-            for value in values.field("bytes") if pa.types.is_struct(values.type) else values:
-                if not value.is_valid:
-                    raise CorruptEpisode(f"{where}: a row of '{column}' holds no picture bytes")
-                yield value.as_py()
-
-
-def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
-    """Row groups whose statistics allow the episode; all groups without statistics."""
-    if "episode_index" not in file.schema_arrow.names:
-        raise CorruptEpisode(f"{where}: column 'episode_index' is missing from the table")
-    paths = [file.schema.column(i).path for i in range(len(file.schema))]
-    leaf, chosen = paths.index("episode_index"), []
-    for group in range(file.num_row_groups):
-        stats = file.metadata.row_group(group).column(leaf).statistics
-        if stats is None or not stats.has_min_max or stats.min <= episode_id <= stats.max:
-            chosen.append(group)
-    return chosen
-
-
-@contextmanager
-def opened(path: Path, where: str, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
-    """Open `path`, reading whole row groups or, with `buffer_size`, that many bytes at a time; a damaged file (no footer, cut off, flipped bytes) is a `CorruptEpisode`, now or while read."""
-    try:
-        with pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=not buffer_size) as file:
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CorruptEpisode(f"{where}: {path.name} cannot be read as parquet ({reason})") from None

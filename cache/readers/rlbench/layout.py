@@ -1,7 +1,7 @@
 """Where RLBench episodes are: in a folder, in zips and tars in it, in one zip or tar, here or on the hub.
 
-An episode's path is the same packed and unpacked ("train/close_jar/all_variations/episodes/episode7"); its camera folders
-are known as soon as it is found, its files only when they are read.
+An episode's path is the same packed and unpacked ("train/close_jar/all_variations/episodes/episode7"); its camera
+folders are known as soon as it is found, its files only when they are read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Place:
     folder: str  # in the archive, e.g. "close_jar/all_variations/episodes/episode7"; "" is its top
     path: str  # the same packed and unpacked: "train/close_jar/all_variations/episodes/episode7"
     label: str  # of the archive, in messages: "train/close_jar.zip"; "" for the given folder
-    cameras: tuple[str, ...]  # those with a folder of pictures
+    cameras: tuple[str, ...]  # those with a folder of images
 
     def member(self, name: str) -> str:
         """Name in the archive of something in the episode's folder."""
@@ -71,8 +71,8 @@ class Place:
 
 
 def locate(given: str) -> tuple[Path, list[str]]:
-    """The local path (fetched from the hub where needed) and what the dataset goes by: its name and those of up to three
-    folders around it, innermost first. `UserError` when there is no such path or hub file."""
+    """The local path (fetched from the hub where needed) and what the dataset goes by: its name and those of up to
+    three folders around it, innermost first. `UserError` when there is no such path or hub file."""
     found = None if Path(given).expanduser().exists() else _HUB_FILE.fullmatch(given)
     if found:
         location = Location(found[1] + (found[3] or ""), (found[2],))
@@ -89,7 +89,8 @@ def locate(given: str) -> tuple[Path, list[str]]:
 
 
 def dataset_name(names: Sequence[str]) -> str:
-    """Name of the dataset, safe for a folder: "close_jar", but "rlbench_train" for rlbench/train, to tell it from the rest."""
+    """Name of the dataset, safe for a folder: "close_jar", but "rlbench_train" for rlbench/train, to tell it from the
+    rest."""
     parts = list(names[:1])
     for outer in names[1:]:
         if not (_COMMON.fullmatch(parts[0]) or _COMMON.fullmatch(outer)):
@@ -111,8 +112,8 @@ def find_episodes(path: Path) -> list[Place]:
 
 
 def looks_like_rlbench(names: Sequence[str], root: Path | None) -> bool:
-    """`Source.matches`: by `low_dim_obs.pkl` or the folders around it, zips called like PerAct's tasks, or what the first
-    zip holds."""
+    """`Source.matches`: by `low_dim_obs.pkl` or the folders around it, zips called like PerAct's tasks, or what the
+    first zip holds."""
     packed = [n for n in names if n.lower().endswith(SUFFIXES) and not n.lower().endswith(".zarr.zip")]
     if any(_SIGNS.search(n) for n in names) or any(Path(n).stem in TASKS for n in packed):
         return True

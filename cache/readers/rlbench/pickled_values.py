@@ -20,7 +20,7 @@ _ANY_DTYPE = re.compile(r"[a-zA-Z][0-9]{0,9}")
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """An object of one of the known record classes: its class and its attributes, without any behaviour."""
+    """An object of one of the known record classes: its class and its attributes, without any behavior."""
 
     kind: str  # "Observation" or "Demo"
     fields: dict[str, Any] = field(default_factory=dict)  # attribute → value as read; arrays as `PickledArray`

@@ -1,10 +1,12 @@
-"""RLBench demonstrations (as PerAct and `hqfang/RLBench-18-Tasks` lay them out), in zips, tars or unpacked, as episodes.
+"""RLBench demonstrations (as PerAct and `hqfang/RLBench-18-Tasks` lay them out), in zips, tars or unpacked, as
+episodes.
 
 `[data/][train/]close_jar[.zip]/[close_jar/]all_variations/episodes/episode7/` (or `variation3/episodes/…`) holds
-`low_dim_obs.pkl` (T observations), `variation_descriptions.pkl` and a folder of T pictures per camera: `front_rgb/0.png`, …
-Depth and mask pictures are not read. Any of these folders can be given, a single .zip or .tar, a hub id, or a folder or
-zip inside a hub repository (`hqfang/RLBench-18-Tasks/data/val/close_jar.zip`). What a zip holds stands in the zip alone,
-so all zips below a hub id are fetched when it is opened: the whole repository is 116 GB, a task a fiftieth of that.
+`low_dim_obs.pkl` (T observations), `variation_descriptions.pkl` and a folder of T images per camera: `front_rgb/0.png`,
+… Depth and mask images are not read. Any of these folders can be given, a single .zip or .tar, a hub id, or a folder or
+zip inside a hub repository (`hqfang/RLBench-18-Tasks/data/val/close_jar.zip`). What a zip holds stands in the zip
+alone, so all zips below a hub id are fetched when it is opened: the whole repository is 116 GB, a task a fiftieth of
+that.
 
 An episode's number is its place in the natural order of the paths, so that it is the same packed and unpacked.
 Letters: T frames of the episode.
@@ -13,40 +15,29 @@ Letters: T frames of the episode.
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import re
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ....errors import UserError
-from ..archive import SUFFIXES, Archive
+from ..archive import SUFFIXES
 from ..base import EpisodeTable, Rows, Source, choose_views, listing_hash
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
+from ..images import decode_all, survey
 from .layout import LOW_DIM, TEXTS, Place, dataset_name, find_episodes, locate, looks_like_rlbench
 from .pickled_values import PickledArray, Record
 from .unpickle import load_records
 
 CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")  # of RLBench, in our order
 
-_PICTURE = re.compile(r"(?:rgb_)?([0-9]{1,9})\.png")
+_IMAGE = re.compile(r"(?:rgb_)?([0-9]{1,9})\.png")
 _MAX_FRAMES = 100_000
-_PNG_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)  # what PIL raises
+_FORMATS = ("PNG",)
 
 
 class RlbenchSource(Source):
@@ -56,7 +47,8 @@ class RlbenchSource(Source):
 
     def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
         """A folder, a .zip or .tar, or a hub id; `config` None finds the shipped one by the names of the folder and of
-        those around it. `UserError` when it cannot be fetched, holds no episode, or an archive is damaged or refused."""
+        those around it. `UserError` when it cannot be fetched, holds no episode, or an archive is damaged or
+        refused."""
         path, names = locate(path_or_repo)
         config = config or find_config(self.format, names)
         places = find_episodes(path)
@@ -84,7 +76,8 @@ class RlbenchSource(Source):
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
-        """By `low_dim_obs.pkl` or the folders around it, zips called like PerAct's tasks, or what the first zip holds."""
+        """By `low_dim_obs.pkl` or the folders around it, zips called like PerAct's tasks, or what the first zip
+        holds."""
         return looks_like_rlbench(names, root)
 
     @functools.cached_property
@@ -94,9 +87,9 @@ class RlbenchSource(Source):
         return listing_hash(self.path if self.path.is_dir() else self.path.parent, [f for f in files if f.is_file()])
 
     def length_of(self, episode_id: int) -> int:
-        """Number of pictures of the first camera."""
+        """Number of images of the first camera."""
         where = self.where(episode_id)
-        return len(_pictures(self._places[episode_id], self.view_names[0], where))
+        return len(_images(self._places[episode_id], self.view_names[0], where))
 
     def instruction_of(self, episode_id: int) -> str:
         """The first description of the episode's variation; the config's default where there is none."""
@@ -108,19 +101,19 @@ class RlbenchSource(Source):
         observations, spot = _observations(place, where), f"{place.spot(where)}: {place.member(LOW_DIM)}"
         return Rows({name: _column(observations, name, spot) for name in columns}, _instruction(place, where))
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        place, views = self._places[episode_id], []
-        for camera in self.view_names:
-            names, spot = _pictures(place, camera, where), place.spot(where)
-            digest, size = hashlib.sha256(), (0, 0)  # width, height
-            for name in names:
-                data = place.archive.read(name, spot)
-                digest.update(f"{len(data)};".encode() + data)
-                if name == names[0]:
-                    size = _open(data, name, spot).size  # reads the header only
-            opener = functools.partial(_decode, place.archive, names, size, spot)
-            views.append((View(camera, size[1], size[0], len(names), opener), digest.hexdigest()))
-        return views
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        place = self._places[episode_id]
+        if place.archive.path.is_file():
+            return (place.archive.path,)
+        return [place.archive.path / name for name in _images(place, view, where)]
+
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
+        place = self._places[episode_id]
+        for camera in names:
+            encoded = _encoded(place, camera, 0, None, where)
+            count, height, width, sha256 = survey(encoded, _FORMATS)
+            opener = functools.partial(_decode, place, camera, (height, width), where)
+            yield View(camera, height, width, count, opener, sha256)
 
 
 def _load(place: Place, name: str, where: str) -> Any:
@@ -175,8 +168,8 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 
 def _instruction(place: Place, where: str) -> str:
-    """The first text. RLBench keeps the texts beside `episodes/`, PerAct, which mixes variations, in the episode; "" where
-    neither does."""
+    """The first text. RLBench keeps the texts beside `episodes/`, PerAct, which mixes variations, in the episode; ""
+    where neither does."""
     outer = place.folder.split("/")[:-1]
     for folder in (place.folder, "/".join(outer[:-1] if outer[-1:] == ["episodes"] else outer)):
         if TEXTS in place.archive.entries(folder):
@@ -188,35 +181,26 @@ def _instruction(place: Place, where: str) -> str:
     return ""
 
 
-def _pictures(place: Place, camera: str, where: str) -> tuple[str, ...]:
-    """Names in the archive of one camera's pictures, in order."""
+def _images(place: Place, camera: str, where: str) -> tuple[str, ...]:
+    """Names in the archive of one camera's images, in order."""
     folder = place.member(f"{camera}_rgb")
-    found = sorted((int(m[1]), e) for e in place.archive.entries(folder) if (m := _PICTURE.fullmatch(e)))
+    found = sorted((int(m[1]), e) for e in place.archive.entries(folder) if (m := _IMAGE.fullmatch(e)))
     if not found:
-        raise CorruptEpisode(f"{place.spot(where)}: {folder} is missing or empty, so there is no picture of '{camera}'")
+        reason = f"{place.spot(where)}: {folder} is missing or empty, so there is no image of '{camera}'"
+        raise CorruptEpisode(reason, "missing-file")
     for wanted, (number, entry) in enumerate(found):
         if number != wanted:
-            raise CorruptEpisode(f"{place.spot(where)}: {folder} has {entry} where picture {wanted} should be")
+            raise CorruptEpisode(f"{place.spot(where)}: {folder} has {entry} where image {wanted} should be")
     return tuple(f"{folder}/{entry}" for _, entry in found)
 
 
+def _encoded(place: Place, camera: str, start: int, stop: int | None, where: str) -> Iterator[tuple[str, bytes]]:
+    spot = place.spot(where)
+    return ((f"{spot}: {n}", place.archive.read(n, spot)) for n in _images(place, camera, where)[start:stop])
+
+
 def _decode(
-    archive: Archive, names: Sequence[str], size: tuple[int, int], spot: str, start: int, stop: int
+    place: Place, camera: str, size: tuple[int, int], where: str, start: int, stop: int
 ) -> Iterator[np.ndarray]:
-    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where a picture cannot be decoded."""
-    for name in names[start:stop]:
-        image = _open(archive.read(name, spot), name, spot)
-        if image.size != size:
-            raise CorruptEpisode(f"{spot}: {name} is {image.width}x{image.height}, the first is {size[0]}x{size[1]}")
-        try:
-            picture = np.array(image.convert("RGB"))
-        except _PNG_ERRORS as error:
-            raise CorruptEpisode(f"{spot}: {name} cannot be decoded ({error})") from None
-        yield picture
-
-
-def _open(data: bytes, name: str, spot: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=("PNG",))
-    except _PNG_ERRORS:
-        raise CorruptEpisode(f"{spot}: {name} is not a PNG picture") from None
+    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where an image cannot be decoded."""
+    return decode_all(_encoded(place, camera, start, stop, where), size, _FORMATS)

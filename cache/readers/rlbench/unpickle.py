@@ -1,10 +1,10 @@
 """Pickled observation records, read by an interpreter of our own that can build nothing but data.
 
 Python's unpickler with a filtered `find_class` is not enough for files of strangers: numpy's own `dtype` and `ndarray`
-set forged state without checking it (raw bytes become object pointers), deeply nested keys overflow the C stack, and one
-memo number takes gigabytes. So the opcodes are read here: those that CPython writes for numbers, text, lists, dicts,
-arrays and three record classes (protocols 2 to 5). A class or function is only ever a pair of names, nothing is imported,
-nothing is called, and memory is bounded by the size of the file. Everything else is refused.
+set forged state without checking it (raw bytes become object pointers), deeply nested keys overflow the C stack, and
+one memo number takes gigabytes. So the opcodes are read here: those that CPython writes for numbers, text, lists,
+dicts, arrays and three record classes (protocols 2 to 5). A class or function is only ever a pair of names, nothing is
+imported, nothing is called, and memory is bounded by the size of the file. Everything else is refused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MAX_OPCODES = 4_000_000  # and 90,000 opcodes, each of which makes at most one o
 
 
 def load_records(data: bytes, name: str, where: str) -> Any:
-    """The value that was pickled into `data`: None, bool, int, float, str, bytes, list, tuple, dict (keys text or
-    int), `Record` or `PickledArray`, nested. `CorruptEpisode`, "<where>: <name> ...", for a file that asks for anything else,
+    """The value that was pickled into `data`: None, bool, int, float, str, bytes, list, tuple, dict (keys text or int),
+    `Record` or `PickledArray`, nested. `CorruptEpisode`, "<where>: <name> ...", for a file that asks for anything else,
     is cut off, damaged or larger than `MAX_BYTES`."""
     if len(data) > MAX_BYTES:
         raise CorruptEpisode(f"{where}: {name} has {len(data):,} bytes; at most {MAX_BYTES:,} are read")
@@ -35,7 +35,7 @@ def load_records(data: bytes, name: str, where: str) -> Any:
         raise CorruptEpisode(f"{where}: {name} {error}; refused") from None
     except (Damaged, IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error, OverflowError) as error:
         reason = f": {error}" if isinstance(error, Damaged) else ""
-        raise CorruptEpisode(f"{where}: {name} is cut off or damaged{reason}") from None
+        raise CorruptEpisode(f"{where}: {name} is cut off or damaged{reason}", "unreadable-file") from None
 
 
 class _Machine:

@@ -1,5 +1,5 @@
-"""What a tfds folder with RLDS episodes says about itself: dataset_info.json (name, splits, shards) and features.json (the
-features of a step, with shapes and types). No record is read here.
+"""What a tfds folder with RLDS episodes says about itself: dataset_info.json (name, splits, shards) and features.json
+(the features of a step, with shapes and types). No record is read here.
 
 The layout is <name>/<version>/ (or <name>/<config>/<version>/) with the two JSON files and the shards side by side.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ....common.text import first_line
 from ....errors import UserError
 from ..episode import CorruptEpisode
 from ..location import Location
@@ -33,7 +34,7 @@ class Feature:
     kind: str  # "tensor", "text", "image", or the class of a feature that is not read
     shape: tuple[int | None, ...]  # of one step; None = not fixed
     dtype: str  # as tfds names it: float32, int64, bool, string …
-    encoding: str  # of a tensor: none, bytes or zlib; of a picture: jpeg, png or "" (its bytes tell)
+    encoding: str  # of a tensor: none, bytes or zlib; of an image: jpeg, png or "" (its bytes tell)
 
     @property
     def width(self) -> int | None:
@@ -54,7 +55,8 @@ class Metadata:
     """One dataset's description. `UserError` when the path holds none, or several, or it cannot be used."""
 
     def __init__(self, path_or_repo: str) -> None:
-        """`path_or_repo`: the folder of a version, one above it (the highest version is taken), or a hub id of either."""
+        """`path_or_repo`: the folder of a version, one above it (the highest version is taken), or a hub id of
+        either."""
         self._files = Location(path_or_repo, [f"*{name}" for name in DESCRIPTION])
         self._base = _choose(self._files.root, path_or_repo)
         self.root = self._files.root / self._base
@@ -93,7 +95,7 @@ class Metadata:
         try:
             return self._files.locate((Path(self._base) / shard.path).as_posix(), where)
         except CorruptEpisode:
-            raise CorruptEpisode(f"{where}: shard {shard.path} is missing") from None
+            raise CorruptEpisode(f"{where}: shard {shard.path} is missing", "missing-file") from None
 
 
 def is_rlds(names: Sequence[str]) -> bool:
@@ -129,9 +131,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read ({(str(error).splitlines() or ['?'])[0]}); copy the dataset again"
-        ) from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); copy the dataset again") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object; copy the dataset again")
     return found

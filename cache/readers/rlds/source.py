@@ -1,29 +1,26 @@
 """RLDS datasets as tfds writes them (TFRecord shards of tf.train.Example, one record per episode), without TensorFlow.
 
 A record holds the steps of an episode as flat lists under the path of each feature: `steps/action` has T·7 floats,
-`steps/observation/image_0` T encoded pictures. Columns and views are named by the path below `steps`: "action",
+`steps/observation/image_0` T encoded images. Columns and views are named by the path below `steps`: "action",
 "action/world_vector", "observation/state"; a view also by its last part. Letters: T frames of an episode.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
-import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ....errors import UserError, unknown
+from ....errors import UserError
 from ..base import EpisodeTable, Rows, Source
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
+from ..images import choose_cameras, decode, decode_all, survey
 from .metadata import Feature, Metadata, is_rlds
 from .tfrecord import index_records, parse_example, read_record, values_of
 
@@ -36,18 +33,12 @@ _DTYPES = {
     "float64",
 }
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what tfds writes; PIL would try many more
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    Image.DecompressionBombError,
-)  # PIL's errors for damaged pictures
 
 
 class RldsSource(Source):
-    """One version of one RLDS dataset. Episode ids number the records of all splits and shards as dataset_info.json lists
-    them, so they do not move when a shard is missing. The rate is not in the files: the config gives `control_hz`."""
+    """One version of one RLDS dataset. Episode ids number the records of all splits and shards as dataset_info.json
+    lists them, so they do not move when a shard is missing. The rate is not in the files: the config gives
+    `control_hz`."""
 
     format = "rlds"
 
@@ -58,13 +49,16 @@ class RldsSource(Source):
         """
         self._meta = meta = Metadata(path_or_repo)
         config = config or find_config(self.format, meta.names)
-        self._cameras = choose_cameras(meta.features, config, meta.name)  # short name → path below `steps`
+        self._cameras = _cameras(meta.features, config, meta.name)  # short name → path below `steps`
         super().__init__(
-            meta.root, meta.name, config, fps=None, view_names=tuple(self._cameras), episode_ids=meta.episodes
+            meta.root,
+            meta.name,
+            config,
+            fps=None,
+            view_names=tuple(self._cameras),
+            episode_ids=meta.episodes,
+            widths=_widths(meta.features, config, meta.name),
         )
-        self._check_width(config.action_columns, config.action_width)
-        if config.state:
-            self._check_width(config.state_columns, self.state_map.native_dim)
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -86,49 +80,41 @@ class RldsSource(Source):
         found = {name: self._column(example, name, where) for name in columns}
         return Rows(found, self._instruction(example, {len(v) for v in found.values()}, where))
 
-    def _views(self, episode_id: int, table: EpisodeTable, where: str) -> list[tuple[View, str]]:
-        example, length, views = self._example(episode_id, where), len(table.action), []
-        for name, key in self._cameras.items():
-            pictures = values_of(example, f"steps/{key}", "bytes", where)
-            if len(pictures) != length:
-                raise CorruptEpisode(f"{where}: {len(pictures)} pictures of '{name}' for {length} rows")
-            width, height = _open(pictures[0], f"{where}: picture 0 of '{name}'").size
-            self._refuse_placeholder(example, name, pictures, where)
-            digest = hashlib.sha256()
-            for data in pictures:
-                digest.update(f"{len(data)};".encode() + data)
+    def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
+        return (self._meta.locate(self._meta.find(episode_id)[0], where),)
+
+    def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
+        example = self._example(episode_id, where)
+        for name in names:
+            images = values_of(example, f"steps/{self._cameras[name]}", "bytes", where)
+            count, height, width, sha256 = survey(_named(images, name, where), _FORMATS)
+            if count:
+                self._refuse_placeholder(example, name, images, where)
             opener = functools.partial(self._decode, episode_id, name, (height, width), where)
-            views.append((View(name, height, width, length, opener), digest.hexdigest()))
-        return views
+            yield View(name, height, width, count, opener, sha256)
 
     def _decode(
         self, episode_id: int, view: str, size: tuple[int, int], where: str, start: int, stop: int
     ) -> Iterator[np.ndarray]:
-        """Yield uint8 [H, W, 3] of frames start..stop-1. The record is read again: a source keeps no pictures."""
-        pictures = values_of(self._example(episode_id, where), f"steps/{self._cameras[view]}", "bytes", where)
-        if stop > len(pictures):
-            raise CorruptEpisode(f"{where}: {len(pictures)} pictures of '{view}', {stop} were expected")
-        for index in range(start, stop):
-            picture = _decoded(pictures[index], f"{where}: picture {index} of '{view}'")
-            if picture.shape[:2] != size:
-                raise CorruptEpisode(
-                    f"{where}: picture {index} of '{view}' is {picture.shape[1]}x{picture.shape[0]}, the "
-                    f"first is {size[1]}x{size[0]}"
-                )
-            yield picture
+        """Yield uint8 [H, W, 3] of frames start..stop-1. The record is read again: a source keeps no images."""
+        images = values_of(self._example(episode_id, where), f"steps/{self._cameras[view]}", "bytes", where)
+        if stop > len(images):
+            raise CorruptEpisode(f"{where}: {len(images)} images of '{view}', expected {stop}", "row-count")
+        return decode_all(islice(_named(images, view, where), start, stop), size, _FORMATS)
 
-    def _refuse_placeholder(self, example: Mapping[str, Any], view: str, pictures: Sequence[bytes], where: str) -> None:
-        """Refuse a camera that was not there: Bridge fills it with black pictures and sets `has_<view>` false. The flag alone
-        proves nothing (the published Bridge files have it false for every camera, by a slip of their converter), so where
-        it is false the pixels decide, by the picture of fewest bytes: one of a single colour is always among the smallest."""
+    def _refuse_placeholder(self, example: Mapping[str, Any], view: str, images: Sequence[bytes], where: str) -> None:
+        """Refuse a camera that was not there: Bridge fills it with black images and sets `has_<view>` false. The flag
+        alone proves nothing (the published Bridge files have it false for every camera, by a slip of their converter),
+        so where it is false the pixels decide, by the image of fewest bytes: one of a single color is always among the
+        smallest."""
         flag = f"episode_metadata/has_{self._cameras[view].rpartition('/')[2]}"
         if flag not in example or any(values_of(example, flag, "int64", where)):
             return
-        index = min(range(len(pictures)), key=lambda i: len(pictures[i]))
-        picture = _decoded(pictures[index], f"{where}: picture {index} of '{view}'")
-        if (picture == picture[0, 0]).all():
+        index = min(range(len(images)), key=lambda i: len(images[i]))
+        image = decode(images[index], f"{where}: image {index} of '{view}'", _FORMATS)
+        if (image == image[0, 0]).all():
             raise CorruptEpisode(
-                f"{where}: view '{view}' was not recorded ({flag} is false, picture {index} is one colour); "
+                f"{where}: view '{view}' was not recorded ({flag} is false, image {index} is one color); "
                 "leave it out by naming the others in the dataset config's `views`"
             )
 
@@ -168,7 +154,7 @@ class RldsSource(Source):
                 continue
             texts = values_of(example, f"steps/{name}", "bytes", where)
             if len(texts) not in lengths:
-                raise CorruptEpisode(f"{where}: {len(texts)} texts of '{name}' for {max(lengths)} rows")
+                raise CorruptEpisode(f"{where}: {len(texts)} texts of '{name}' for {max(lengths)} rows", "row-count")
             try:
                 used = dict.fromkeys(t.decode().strip() for t in texts)
             except UnicodeDecodeError:
@@ -176,31 +162,22 @@ class RldsSource(Source):
             return "; ".join(filter(None, used))
         return ""
 
-    def _check_width(self, columns: Sequence[str], described: int) -> None:
-        numeric = {n: f for n, f in self._meta.features.items() if f.kind == "tensor"}
-        width, config = 0, self.config.name
-        for name in columns:
-            if name not in numeric:
-                raise UserError(
-                    f"{self.name}: {unknown('column', name, numeric)}; dataset config '{config}' asks for it"
-                )
-            feature = numeric[name]
-            if feature.encoding not in ("none", "bytes", "zlib") or feature.dtype not in _DTYPES or not feature.width:
-                raise UserError(
-                    f"{self.name}: column '{name}' is {feature.dtype} {list(feature.shape)} with encoding "
-                    f"'{feature.encoding}', which cannot be read; dataset config '{config}' asks for it"
-                )
-            width += feature.width
-        if width != described:
+
+def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, int]:
+    """Numbers per step of each numeric feature; `UserError` for one that the config wants and that cannot be read."""
+    numeric = {n: f for n, f in features.items() if f.kind == "tensor"}
+    for name in (n for n in config.columns if n in numeric):
+        feature = numeric[name]
+        if feature.encoding not in ("none", "bytes", "zlib") or feature.dtype not in _DTYPES or not feature.width:
             raise UserError(
-                f"{self.name}: '{' + '.join(columns)}' has {width} dimensions, dataset config '{config}' describes "
-                f"{described}; choose or write another dataset config"
+                f"{dataset}: column '{name}' is {feature.dtype} {list(feature.shape)} with encoding "
+                f"'{feature.encoding}', which cannot be read; dataset config '{config.name}' asks for it"
             )
+    return {name: feature.width or 0 for name, feature in numeric.items()}
 
 
-def choose_cameras(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, str]:
-    """Short view name → path below `steps`, of the 8-bit pictures under `observation`. Depth maps are left out; where two
-    cameras share the last part of their path, both keep the whole of it."""
+def _cameras(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, str]:
+    """Short view name → path below `steps`, of the 8-bit images under `observation` that are no depth maps."""
     keys = [
         k
         for k, f in features.items()
@@ -209,21 +186,11 @@ def choose_cameras(features: Mapping[str, Feature], config: DatasetConfig, datas
         and k.startswith("observation/")
         and "depth" not in k.rpartition("/")[2].lower()
     ]
-    count = Counter(k.rpartition("/")[2] for k in keys)
-    short = {
-        k: k.rpartition("/")[2] if count[k.rpartition("/")[2]] == 1 else k.removeprefix("observation/") for k in keys
-    }
-    short = {k: re.sub(r"[^\w-]+", "_", v) for k, v in short.items()}
-    if len(set(short.values())) < len(keys):
-        raise UserError(
-            f"{dataset}: two cameras get the same short name: {', '.join(keys)}; name the ones to use in `views`"
-        )
-    by_name = {v: k for k, v in short.items()} | {k: k for k in keys}
-    wanted = short.values() if config.views is None else config.views
-    for name in wanted:
-        if name not in by_name:
-            raise UserError(f"{dataset}: {unknown('view', name, by_name)}; dataset config '{config.name}' asks for it")
-    return {short[by_name[w]]: by_name[w] for w in wanted}
+    return choose_cameras(keys, "observation/", config.views, dataset, "name the ones to use in `views`")
+
+
+def _named(images: Sequence[bytes], view: str, where: str) -> Iterator[tuple[str, bytes]]:
+    return ((f"{where}: image {i} of '{view}'", data) for i, data in enumerate(images))
 
 
 def _unpacked(data: bytes, feature: Feature, where: str) -> np.ndarray:
@@ -234,26 +201,7 @@ def _unpacked(data: bytes, feature: Feature, where: str) -> np.ndarray:
         try:
             data = zlib.decompressobj().decompress(data, expected + 1)  # never more than can be right
         except zlib.error as error:
-            raise CorruptEpisode(f"{where} cannot be decompressed ({error})") from None
+            raise CorruptEpisode(f"{where} cannot be decompressed ({error})", "unreadable-file") from None
     if len(data) != expected:
         raise CorruptEpisode(f"{where} is not the {expected} bytes of {feature.dtype} {list(feature.shape)}")
     return np.frombuffer(data, dtype).reshape(-1)
-
-
-def _open(data: bytes, where: str) -> Image.Image:
-    """The picture with its header read; `CorruptEpisode` for what is none, or has more than 8 bits a channel."""
-    try:
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except _DAMAGE:  # their text can hold an address in memory, which differs from run to run
-        raise CorruptEpisode(f"{where} is not an image") from None
-    if picture.mode[0] in "IF":
-        raise CorruptEpisode(f"{where} is no 8-bit picture (PIL mode {picture.mode})")
-    return picture
-
-
-def _decoded(data: bytes, where: str) -> np.ndarray:
-    picture = _open(data, where)
-    try:
-        return np.asarray(picture.convert("RGB"))
-    except _DAMAGE as error:
-        raise CorruptEpisode(f"{where} cannot be decoded ({error})") from None

@@ -1,8 +1,8 @@
 """TFRecord files and the tf.train.Example messages in them, without TensorFlow.
 
-A file is records one after another: length (uint64, little-endian), checksum of those 8 bytes (uint32), that many bytes of
-data, checksum of the data (uint32). A checksum is crc32c rotated right by 15 bits plus a constant ("masked"). There is no
-table of contents, so an index is made by walking the lengths. Letters: N records of a file.
+A file is records one after another: length (uint64, little-endian), checksum of those 8 bytes (uint32), that many bytes
+of data, checksum of the data (uint32). A checksum is crc32c rotated right by 15 bits plus a constant ("masked"). There
+is no table of contents, so an index is made by walking the lengths. Letters: N records of a file.
 """
 
 from __future__ import annotations
@@ -38,49 +38,50 @@ class Index:
 
 
 def index_records(path: Path, where: str) -> Index:
-    """The records of a file. Only lengths are read, and kept for as long as the file's size and time stay the same; each
-    is checked against its checksum and the file's size, so a cut file or a bogus length ends the index with its `damage`.
-    `CorruptEpisode`, beginning with `where`, when the file cannot be read at all."""
+    """The records of a file. Only lengths are read, and kept for as long as the file's size and time stay the same;
+    each is checked against its checksum and the file's size, so a cut file or a bogus length ends the index with its
+    `damage`. `CorruptEpisode`, beginning with `where`, when the file cannot be read at all."""
     try:
         stat = path.stat()
         return _walk(str(path), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
-        raise CorruptEpisode(f"{where}: {path.name} cannot be read ({error.strerror or error})") from None
+        reason = f"{where}: {path.name} cannot be read ({error.strerror or error})"
+        raise CorruptEpisode(reason, "unreadable-file") from None
 
 
 def read_record(path: Path, number: int, where: str) -> bytes:
-    """The data of record `number` (from 0), its checksum verified. `CorruptEpisode`, beginning with `where` and naming file
-    and record, when the file ends or is damaged before or in it."""
+    """The data of record `number` (from 0), its checksum verified. `CorruptEpisode`, beginning with `where` and naming
+    file and record, when the file ends or is damaged before or in it."""
     index = index_records(path, where)
     if number >= len(index):
         reason = index.damage or f"it ends after {len(index)} records"
-        raise CorruptEpisode(f"{where}: record {number} of {path.name} cannot be found: {reason}")
+        raise CorruptEpisode(f"{where}: record {number} of {path.name} cannot be found: {reason}", "unreadable-file")
     first, last = int(index.offsets[number]), int(index.offsets[number + 1])
     try:
         with path.open("rb") as file:
             file.seek(first + _HEADER.size)
             data = file.read(last - first - _HEADER.size)
     except OSError as error:
-        raise CorruptEpisode(
-            f"{where}: record {number} of {path.name} cannot be read ({error.strerror or error})"
-        ) from None
+        reason = f"{where}: record {number} of {path.name} cannot be read ({error.strerror or error})"
+        raise CorruptEpisode(reason, "unreadable-file") from None
     data, footer = data[: -_FOOTER.size], data[-_FOOTER.size :]
     if len(data) != last - first - _FRAME_NBYTES or _FOOTER.pack(_checksum(data)) != footer:
-        raise CorruptEpisode(f"{where}: record {number} of {path.name} is damaged: its checksum does not fit")
+        reason = f"{where}: record {number} of {path.name} is damaged: its checksum does not match"
+        raise CorruptEpisode(reason, "unreadable-file")
     return data
 
 
 def parse_example(data: bytes, where: str) -> Mapping[str, Any]:
-    """Feature name → message of a serialised tf.train.Example; `CorruptEpisode` when it is none. See `values_of`."""
+    """Feature name → message of a serialized tf.train.Example; `CorruptEpisode` when it is none. See `values_of`."""
     try:
         return _EXAMPLE.FromString(data).features.feature
     except message.DecodeError:
-        raise CorruptEpisode(f"{where}: its record is no tf.train.Example") from None
+        raise CorruptEpisode(f"{where}: its record is not a tf.train.Example", "unreadable-file") from None
 
 
 def values_of(features: Mapping[str, Any], name: str, kind: str, where: str) -> Any:
-    """The flat list of one feature: `kind` "float" gives float32 [n], "int64" int64 [n], "bytes" a list of bytes. An empty
-    list is written without a kind. `CorruptEpisode` when the feature is absent or of another kind."""
+    """The flat list of one feature: `kind` "float" gives float32 [n], "int64" int64 [n], "bytes" a list of bytes. An
+    empty list is written without a kind. `CorruptEpisode` when the feature is absent or of another kind."""
     if name not in features:  # asking a protobuf map for an absent key would add it
         raise CorruptEpisode(f"{where}: feature '{name}' is missing from its record")
     feature = features[name]
@@ -107,7 +108,8 @@ def _walk(path: str, size: int, mtime_ns: int) -> Index:
                 damage = f"the length of record {number}, at byte {here}, is damaged, and nothing after it can be found"
                 break
             if length > left - _FRAME_NBYTES:
-                damage = f"the file is cut short: record {number} claims {length} bytes, {max(0, left - _FRAME_NBYTES)} are left"
+                rest = max(0, left - _FRAME_NBYTES)
+                damage = f"the file is cut short: record {number} claims {length} bytes, {rest} are left"
                 break
             here += length + _FRAME_NBYTES
             offsets.append(here)
@@ -120,7 +122,8 @@ def _checksum(data: bytes) -> int:
 
 
 def _example_class() -> type[message.Message]:
-    """tf.train.Example (tensorflow/core/example/{example,feature}.proto): a map from name to one of three flat lists."""
+    """tf.train.Example (tensorflow/core/example/{example,feature}.proto): a map from name to one of three flat
+    lists."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="dvla/example.proto", package="dvla", syntax="proto3")
 

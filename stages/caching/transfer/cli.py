@@ -9,7 +9,7 @@ import typer
 
 from ....common.console import console, progress_bars
 from ....common.options import Public
-from ....common.text import size
+from ....common.text import in_megabytes, size
 
 
 def cache_push(
@@ -26,7 +26,7 @@ def cache_push(
     from .object_store import push_cache
 
     with progress_bars() as show:
-        done = push_cache(path, url, not public, lambda sent, total: show("push", sent, total))
+        done = push_cache(path, url, not public, in_megabytes(show, "push"))
     console.print(
         f"{done.where}: {done.files} files, {size(done.nbytes)}, {done.found} found there; train from it with "
         f"`dvla train --from-cache {done.where} --local-cache FOLDER`, or fetch it with `dvla cache pull`",
@@ -48,7 +48,7 @@ def cache_pull(
     from .object_store import pull_cache
 
     with progress_bars() as show:
-        done = pull_cache(url, out, lambda got, total: show("pull", got, total))
+        done = pull_cache(url, out, in_megabytes(show, "pull"))
     console.print(
         f"{out}: {done.files} files, {size(done.nbytes)}, {done.found} found there; all as they were written",
         markup=False,

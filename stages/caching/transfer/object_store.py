@@ -1,7 +1,7 @@
 """`dvla cache push` and `pull`: a finished cache to an object store or the Hugging Face hub, and back, file by file.
 
-The manifest goes last, so that what is not finished is not taken for a cache; a marker, put first and removed at the end, says whose
-files are there, so that both directions can be interrupted and run again. `dvla train --from-cache URL --local-cache FOLDER` reads
+The manifest goes last, so that an unfinished copy is not taken for a cache. A marker, put first and removed at the end,
+tells whose files are there, so that both directions resume. `dvla train --from-cache URL --local-cache FOLDER` reads
 what was pushed without pulling it.
 
     URL/.pushing        crc32c of the manifest whose files are on their way
@@ -35,24 +35,25 @@ Progress = Callable[[int, int], None]  # bytes done, of all
 
 @dataclass(frozen=True)
 class Transfer:
-    """What was moved."""
+    """What was copied."""
 
     where: str
     files: int  # of the cache
-    found: int  # of these, there already
+    found: int  # of them, there already
     nbytes: int  # of the cache
 
 
 def push_cache(path: Path | str, url: str, private: bool = True, progress: Progress = lambda *_: None) -> Transfer:
-    """Copy the finished cache at `path` to an fsspec URL (s3://…, gs://…) or a dataset repository (hf://datasets/owner/name; made if it is
-    not there, `private` or not).
+    """Copy the finished cache at `path` to an fsspec URL (s3://…, gs://…) or a dataset repository of the hub.
+
+    A repository (hf://datasets/owner/name) is created if needed, `private` or not.
 
     `UserError` when `path` is no finished cache, another one lies at `url`, or a file cannot be written.
     """
     cache = Cache.open(path)
     if not is_remote(url):
         raise UserError(
-            f"{url} is not a URL; give one such as s3://bucket/cache or {HUB}owner/name (a folder is copied with cp)"
+            f"{url} is not a URL; give one like s3://bucket/cache or {HUB}owner/name (copy to a folder with cp)"
         )
     root, files = cache.path, cache.manifest["files"]
     if url.startswith(HUB):
@@ -62,10 +63,10 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Progr
     if place.size(MANIFEST) is not None:
         if fetch_manifest(place) == data:
             return Transfer(url, len(files), len(files), _total(files))
-        raise UserError(f"another cache lies at {url}; choose another URL, or remove it there first")
+        raise UserError(f"{url} holds another cache; choose another URL, or remove that cache first")
     names = place.names()
     if PUSHING not in names and names:
-        raise UserError(f"{url} holds files already and no cache, {names[0]} among them; choose another URL")
+        raise UserError(f"{url} holds files that are no cache ({names[0]}, …); choose another URL")
     if PUSHING in names:
         with place.open(PUSHING) as file:
             if file.read().decode() != mine:
@@ -75,7 +76,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Progr
 
     def send(name: str) -> bool:
         if place.size(name) == files[name]["bytes"]:
-            return True  # an object appears when it is whole
+            return True  # an object appears when it is complete
         with creating(place, name) as sink, open(root / name, "rb") as file:
             while block := file.read(8 * BLOCK):
                 sink.write(block)
@@ -111,7 +112,7 @@ def pull_cache(url: str, out: Path | str, progress: Progress = lambda *_: None) 
 
     def take(name: str) -> bool:
         path = out / name
-        if path.exists():  # it appeared whole
+        if path.exists():  # it appeared complete
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
         fetch_checked(place, name, files[name], path)
@@ -124,7 +125,7 @@ def pull_cache(url: str, out: Path | str, progress: Progress = lambda *_: None) 
 
 
 def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> Transfer:
-    """By the hub client's own resumable upload, the manifest and the card after everything else."""
+    """With the hub client's own resumable upload; the manifest and the card come last."""
     from ....common.hub import hub_errors
 
     repo, card = url.removeprefix(HUB), cache_card(cache, url).encode()
@@ -135,7 +136,7 @@ def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> T
         api = HfApi()
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         if api.file_exists(repo, MANIFEST, repo_type="dataset"):
-            raise UserError(f"a cache lies in {repo} already; choose another repository, or delete it on the hub first")
+            raise UserError(f"{repo} holds a cache already; choose another repository, or delete it on the hub first")
         api.upload_large_folder(
             repo_id=repo, folder_path=root, repo_type="dataset", allow_patterns=list(files), print_report=False
         )
@@ -146,7 +147,7 @@ def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> T
 
 
 def _all(work: Callable[[str], bool], files: Mapping[str, Mapping[str, Any]], progress: Progress) -> int:
-    """`work` on every file, few at a time and not far ahead of what is reported; returns how many were there already."""
+    """`work` on every file, a few at a time and not far ahead of the progress; returns how many were there already."""
     total, done, found = _total(files), 0, 0
     with ThreadPoolExecutor(THREADS) as pool:
         names, begun = iter(files), deque[tuple[str, Future[bool]]]()

@@ -1,9 +1,10 @@
 """`dvla cache export` and `dvla cache import`: a finished cache as WebDataset tars and back, byte for byte.
 
-What is in the tars: cache/webdataset_io.py. An import writes through `CacheWriter`, so it resumes like a build, and its files are those of
-the cache that was exported, manifest included. Two things cannot be promised: compressed records are compressed again, and another
-version of zstd or lz4 may write other bytes for the same numbers; and the metadata of arrays is written as this version of dvla writes it.
-The content is equal all the same, and the report counts such files. Any other difference is refused.
+cache/store/webdataset/samples.py describes the tars. An import writes through `CacheWriter`: it resumes like a build,
+and its files are those of the exported cache, manifest included. There are two exceptions: compressed records are
+compressed again, and another version of zstd or lz4 may give other bytes; and the metadata of arrays is written as this
+version of dvla writes it. The content is equal all the same, and the report counts such files. Any other difference is
+refused.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,85 +44,90 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 @dataclass
 class ExchangeReport:
-    """What an export or import did. `found`: tars, or shards, that were there already."""
+    """What an export or import did."""
 
     where: str
     samples: int = 0  # observations
     parts: int = 0  # tars of an export, shards of an import
-    found: int = 0
+    found: int = 0  # of them, there already
     bytes: int = 0
-    rewritten: int = 0  # files of an import with other bytes than the exported cache's, of the same content (see above)
+    rewritten: int = 0  # files of an import with the content, but not the bytes, of the exported cache's (see above)
     seconds: float = 0.0
 
 
 def export(
     path: Path, out: str, format: str = "webdataset", shard_nbytes: int = 1 << 30, progress: Progress = lambda *_: None
 ) -> ExchangeReport:
-    """Write the finished cache at `path` as tars of at most about `shard_nbytes` to a folder, fsspec URL or pipe.
+    """Write the finished cache at `path` as tars of about `shard_nbytes` to a folder, fsspec URL or pipe; resumable.
 
-    Run again to finish an interrupted one. `UserError` when a file of the cache is damaged, or `out` holds something else.
+    `UserError` when a file of the cache is damaged, or `out` holds something else.
     """
     if format not in FORMATS:
         raise unknown("--format", format, FORMATS)
     began, cache, place = time.perf_counter(), Cache.open(path), open_place(out)
     claim = {"export": EXPORT_FORMAT, "cache": fp.digest(cache.manifest), "shard_nbytes": shard_nbytes}
     views = {d.name: labels(d.views) for d in cache.datasets}
-    total = sum(d.observations for d in cache.datasets)
-    report, files, done = ExchangeReport(place.where, total), Files(cache), 0
+    report, files = ExchangeReport(place.where, sum(d.observations for d in cache.datasets)), Files(cache)
     with place.locked():
-        finished = _finished(place, claim)
-
-        def write(name: str, samples: Callable[[], Iterator[dict[str, Any]]]) -> Entry:
-            entry = finished.get(name)
-            if entry is not None and _size(place, name) == entry["filesize"]:
-                report.found += 1
-            else:
-                entry = write_tar(place, name, samples())
-                if place.resumable:
-                    _write_json(place, _record(name), entry)
-            report.parts, report.bytes = report.parts + 1, report.bytes + entry["filesize"]
-            return entry
-
-        meta = write(META, lambda: meta_samples(cache, files))
+        tars = _Tars(place, _finished(place, claim), report)
+        meta = tars.write(META, lambda: meta_samples(cache, files))
         shards: list[Entry] = []
         quarantine: list[Entry] = []
         for dataset in cache.datasets:
-            per_tar = max(1, shard_nbytes // sample_nbytes(dataset, views[dataset.name]))
+            keys = views[dataset.name]
+            per_tar = max(1, shard_nbytes // sample_nbytes(dataset, keys))
             bad = np.repeat(dataset.quarantined, dataset.episode_observations)  # [observations]
             for entries, chosen, prefix in ((shards, ~bad, ""), (quarantine, bad, "_quarantine-")):
-                rows = np.flatnonzero(chosen)
-                for i, begin in enumerate(range(0, len(rows), per_tar)):
-                    part = rows[begin : begin + per_tar]
-                    name = f"{prefix}{dataset.name}-{i:06d}.tar"
-                    entries.append(
-                        {
-                            **write(name, lambda: observation_samples(dataset, views[dataset.name], part, files)),
-                            "dataset": dataset.name,
-                        }
-                    )
-                    done += len(part)
-                    progress(dataset.name, done, total)
-        _write_json(
-            place,
-            INDEX,
-            {
-                "__kind__": "wids-shard-index-v1",
-                "wids_version": 1,
-                "shardlist": shards,
-                "dvla": {**claim, "meta": meta, "quarantine": quarantine, "views": views},
-            },
-        )
-        if place.resumable:
-            for name in [*map(_record, (e["url"] for e in (meta, *shards, *quarantine))), CLAIM]:
-                if _size(place, name) is not None:
-                    with errors("remove", place.url(name)):
-                        place.remove(name)
+                for name, rows in _parts(prefix + dataset.name, np.flatnonzero(chosen), per_tar):
+                    entry = tars.write(name, lambda: observation_samples(dataset, keys, rows, files))
+                    entries.append({**entry, "dataset": dataset.name})
+                    tars.done += len(rows)
+                    progress(f"{dataset.name}: observations", tars.done, report.samples)
+        own = {**claim, "meta": meta, "quarantine": quarantine, "views": views}
+        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards, "dvla": own}
+        _write_json(place, INDEX, index)
+        _remove_records(place, [meta, *shards, *quarantine])
     report.seconds = time.perf_counter() - began
     return report
 
 
+class _Tars:
+    """The tars of one export: those that an earlier run has finished are kept."""
+
+    def __init__(self, place: Place, finished: dict[str, Entry], report: ExchangeReport) -> None:
+        self._place, self._finished, self._report = place, finished, report
+        self.done = 0  # observations
+
+    def write(self, name: str, samples: Callable[[], Iterator[dict[str, Any]]]) -> Entry:
+        """Write the tar, or find it written; returns its entry in the index."""
+        entry = self._finished.get(name)
+        if entry is not None and _size(self._place, name) == entry["filesize"]:
+            self._report.found += 1
+        else:
+            entry = write_tar(self._place, name, samples())
+            if self._place.resumable:
+                _write_json(self._place, _record(name), entry)
+        self._report.parts += 1
+        self._report.bytes += entry["filesize"]
+        return entry
+
+
+def _parts(stem: str, rows: np.ndarray, size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(name of the tar, its rows), at most `size` of them each."""
+    for i, begin in enumerate(range(0, len(rows), size)):
+        yield f"{stem}-{i:06d}.tar", rows[begin : begin + size]
+
+
+def _remove_records(place: Place, entries: Sequence[Entry]) -> None:
+    """Remove what only an unfinished export needs."""
+    for name in [*(_record(e["url"]) for e in entries), CLAIM] if place.resumable else ():
+        if _size(place, name) is not None:
+            with errors("remove", place.url(name)):
+                place.remove(name)
+
+
 def _record(tar: str) -> str:
-    """The file that says a tar is finished, until the index does."""
+    """The file that marks a tar as finished, until the index does."""
     return f".{tar}.json"
 
 
@@ -141,7 +147,7 @@ def _read(place: Place, name: str) -> dict[str, Any]:
         try:
             return dict(json.loads(file.read()))
         except (ValueError, TypeError):
-            raise UserError(f"{place.url(name)} is damaged; remove it and run again") from None
+            raise UserError(f"{place.url(name)} is damaged; remove it and rerun") from None
 
 
 def _finished(place: Place, claim: dict[str, Any]) -> dict[str, Entry]:
@@ -173,9 +179,9 @@ def _finished(place: Place, claim: dict[str, Any]) -> dict[str, Entry]:
 
 
 def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -> ExchangeReport:
-    """Build the exported cache again at `out`. Run again to finish an interrupted one.
+    """Build the exported cache at `out`; resumable.
 
-    `UserError` naming the tar for one that is missing, truncated or altered, and for an `out` that holds something else.
+    `UserError` naming a tar that is missing, truncated or altered, and for an `out` that holds something else.
     """
     began = time.perf_counter()
     try:
@@ -190,9 +196,7 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
         ledger = exported.tars.json(META, "cache/store.quarantine.json")
     with _sense(source), CacheWriter.create_or_resume(out, settings, plan) as writer:
         order = [d.name for d in plan.datasets]
-        missing = sorted(
-            writer.missing(), key=lambda t: (order.index(t.dataset), t.index)
-        )  # so that each tar is fetched once
+        missing = sorted(writer.missing(), key=lambda t: (order.index(t.dataset), t.index))  # each tar is fetched once
         report.parts = len(plan.tasks())
         report.found, total, done = report.parts - len(missing), sum(t.stop - t.start for t in missing), 0
         writer.channel_scale(lambda: exported.datasets[0].channel_scale)  # type: ignore[arg-type, return-value]
@@ -215,16 +219,15 @@ def _chunks(exported: WebDatasetCache, d: CacheDataset, task: ShardTask) -> Iter
     """A shard's records, in blocks."""
     assert isinstance(d, WebDatasetDataset)  # as all of an export
     size = max(1, BLOCK_NBYTES // d.format.record_nbytes(d.tokens, d.width))
-    exported.tars.limit = 1 + len(
-        {tar for tar, _ in d.places(d.frame_of(np.arange(task.start, task.stop)))}
-    )  # copies on disk
+    needed = {tar for tar, _ in d.places(d.frame_of(np.arange(task.start, task.stop)))}
+    exported.tars.limit = 1 + len(needed)  # copies on disk
     for begin in range(task.start, task.stop, size):
         codes, scale = d.records(task.view, d.frame_of(np.arange(begin, min(begin + size, task.stop))), task.variant)
         yield codes if scale is None else (codes, scale)
 
 
 def _compare(out: Path, manifest: dict[str, Any], plan: BuildPlan, source: str) -> int:
-    """How many files have other bytes than the exported cache's, of the same content; `UserError` for any with other content."""
+    """How many files have other bytes than the exported cache's but its content; `UserError` for other content."""
     files = {
         name: entry for record in commit_records(out).values() if record for name, entry in record["files"].items()
     }
@@ -235,18 +238,18 @@ def _compare(out: Path, manifest: dict[str, Any], plan: BuildPlan, source: str) 
     ]
     if wrong:
         raise UserError(
-            f"{source} does not give back the cache it was exported from: {wrong[0]} differs, and {len(wrong) - 1} other files; "
-            f"its tars and index were changed together. Export the cache again, and remove {out}"
+            f"export the cache again, and remove {out}: {source} does not give back the exported cache ({wrong[0]} and "
+            f"{len(wrong) - 1} other files differ; its tars and index were changed together)"
         )
     return len(different)
 
 
 @contextlib.contextmanager
 def _sense(source: str) -> Iterator[None]:
-    """What an export says of itself may be anything: `UserError` when it does not make sense."""
+    """`UserError` for an export whose description makes no sense."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{source} does not describe a cache this version can build ({type(error).__name__}: {error}); export it again"
+            f"export {source} again: it describes no cache that this version builds ({type(error).__name__}: {error})"
         ) from error

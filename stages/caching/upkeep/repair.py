@@ -41,6 +41,7 @@ from ....cache.store.zarr_format import open_table, write_table
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....common import fingerprint as fp
 from ....common.files import file_crc32c
+from ....common.text import in_megabytes
 from ....errors import UserError
 from ..build import CameraProgress, run_here
 from ..build_plan import make_fingerprint, make_plan
@@ -140,7 +141,7 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
         raise UserError(f"copy the whole folder of {path} again, hidden files too: it has no commit records (.commits)")
     committed: Files = {name: entry for r in records.values() if r is not None for name, entry in r["files"].items()}
     written = {**(manifest["files"] if manifest else {}), **committed}
-    damaged = damaged_files(path, written, lambda done, total: progress("checksums", done, total))
+    damaged = damaged_files(path, written, in_megabytes(progress, "checksums"))
     if FINGERPRINT in damaged:
         raise UserError(
             f"put back a copy of {path}/{FINGERPRINT}, or build again: it is damaged, and nothing else tells what the "

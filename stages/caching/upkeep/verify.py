@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ....cache.vlm.load import load_encoder, require_encoder
 from ....cache.vlm.spec import EncoderSpec
 from ....common.config import from_mapping
 from ....common.device import pick_device
+from ....common.text import in_megabytes
 from ....errors import UserError
 
 # Of the features' RMS. float16 rounds at 5e-4 relative, int8 with channel and token scales at 8e-3, fp8 at 2.6e-2;
@@ -63,7 +63,7 @@ def verify(
     are not those of the cache.
     """
     cache = Cache.open(path)
-    problems = verify_checksums(path, functools.partial(progress, "checksums"))
+    problems = verify_checksums(path, in_megabytes(progress, "checksums"))
     if live < 1 or problems:
         return problems, None
     encoder = recorded_encoder(cache.datasets[0].attributes, vlm_path, device, say)

@@ -247,10 +247,8 @@ def _origin(target: Target) -> str:
 def _text(
     meta: Metadata, request: Request, ask: _Asker, columns: Mapping[str, Sequence[str]], lines: Mapping[str, list[str]]
 ) -> str:
-    from ....cache.readers.lerobot.source import choose_cameras
-
     robot = str(meta.info.get("robot_type") or "")
-    cameras = choose_cameras(meta.features, None)
+    cameras = meta.cameras(None)
     sizes = ", ".join("×".join(map(str, picture_size(meta.features[key]) or "?")) for key in cameras.values())
     told = ", ".join(f"{option} {answer}" for option, answer in ask.used.items() if option != "--embodiment")
     head = [

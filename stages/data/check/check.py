@@ -1,6 +1,8 @@
-"""`dvla data check`: the doctor of a dataset. Reads every table and a sample of the pictures, and says what is wrong with them.
+"""`dvla data check`: the doctor of a dataset. Reads every table and a sample of the images, and says what is wrong with
+them.
 
-What is kept in memory grows with episodes and dimensions, never with rows. Letters: T rows of an episode, d native dimensions.
+What is kept in memory grows with episodes and dimensions, never with rows. Letters: T rows of an episode, d native
+dimensions.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,9 @@ from rich.table import Table
 
 from .... import __version__
 from ....cache.readers import Source, open_source
+from ....cache.readers.base import EpisodeTable
 from ....cache.readers.config import load_config
-from ....cache.readers.episode import CorruptEpisode
+from ....common.failure import Failed
 from ....errors import UserError
 from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
@@ -33,10 +36,10 @@ from .numeric_rules import limits
 from .rules import judge
 from .table_stats import Following, TableStats, dimensions
 
-SAMPLED = 64  # episodes whose pictures are decoded by default
-OPENED = 1000  # of more episodes, only those sampled have their picture files opened
-THREADS = 4  # episodes whose pictures are decoded at a time
-COLOURS = {"error": "red", "warning": "yellow", "info": "dim"}
+SAMPLED = 64  # episodes whose images are decoded by default
+OPENED = 1000  # of more episodes, only those sampled have their image files opened
+THREADS = 4  # episodes whose images are decoded at a time
+COLORS = {"error": "red", "warning": "yellow", "info": "dim"}
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -46,7 +49,7 @@ class CheckConfig:
     """What `dvla data check` needs."""
 
     source: str  # dataset folder, file or hub id
-    episodes: int | None = None  # episodes whose pictures are decoded, evenly spread; None = SAMPLED
+    episodes: int | None = None  # episodes whose images are decoded, evenly spread; None = SAMPLED
     frames: int = 8  # frames decoded of each view of these
     everything: bool = False  # decode every frame of every episode instead
     out: Path | None = None  # JSON report to write
@@ -69,14 +72,14 @@ class CheckReport:
     @property
     def summary(self) -> str:
         """One closing line."""
-        f, counts = self.facts, {s: sum(x.severity == s for x in self.findings) for s in COLOURS}
-        usable, rows = len(f.listed) - len({e for e, _ in f.failures}), sum(f.lengths.values())
-        decoded, looked = sum(p.frames for p in f.pictures), len({p.episode for p in f.pictures if p.frames})
+        f, counts = self.facts, {s: sum(x.severity == s for x in self.findings) for s in COLORS}
+        usable, rows = len(f.listed) - len({x.episode for x in f.failures}), sum(f.lengths.values())
+        decoded, looked = sum(p.frames for p in f.images), len({p.episode for p in f.images if p.frames})
         found = ", ".join(
             f"{n} {word}{'' if n == 1 else 's'}" for word, n in zip(("error", "warning", "note"), counts.values())
         )
         return (
-            f"{self.source.name}: {usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} pictures of {looked} episodes "
+            f"{self.source.name}: {usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} images of {looked} episodes "
             f"decoded; {found}; {self.seconds:.1f} s"
         )
 
@@ -96,7 +99,7 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
         raise UserError(f"{config.out} exists; choose another --out")
     source = open_source(config.source, load_config(config.dataset_config) if config.dataset_config else None)
     facts = _read_tables(source, progress)
-    _look_at_pictures(source, facts, config, count, progress)
+    _look_at_images(source, facts, config, count, progress)
     report = CheckReport(source, facts, tuple(judge(facts)), time.perf_counter() - began)
     if config.out is not None:
         _write(config.out, as_json(report))
@@ -107,7 +110,7 @@ def findings_table(report: CheckReport) -> Table:
     """One row per finding."""
     table = Table("", "rule", "finding", expand=False)
     for f in report.findings:
-        table.add_row(f"[{COLOURS[f.severity]}]{f.severity}[/]", f.rule, escape(f.message))
+        table.add_row(f"[{COLORS[f.severity]}]{f.severity}[/]", f.rule, escape(f.message))
     return table
 
 
@@ -143,14 +146,14 @@ def as_json(report: CheckReport) -> dict[str, Any]:
         "episodes_readable": len(f.lengths),
         "rows": sum(f.lengths.values()),
         "findings": [dataclasses.asdict(x) for x in report.findings],
-        "failures": [{"episode": e, "reason": r} for e, r in f.failures],
+        "failures": [{"episode": x.episode, "kind": x.kind, "reason": x.reason} for x in f.failures],
         "dimensions": dims,
-        "cameras": [dataclasses.asdict(p) for p in f.pictures],
+        "cameras": [dataclasses.asdict(p) for p in f.images],
         "instructions": [{"text": text, "episodes": len(e)} for text, e in f.instructions.items()],
     }
 
 
-# --- tables ------------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def _read_tables(source: Source, progress: Progress) -> Facts:
@@ -168,26 +171,33 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
     )
     seen: dict[bytes, int] = {}
     for i, number in enumerate(source.episode_ids):
-        try:
-            facts.listed_lengths[number] = source.length_of(number)
-            table = source.table(number)
-        except CorruptEpisode as error:
-            facts.failures.append((number, _reason(source, number, error)))
+        length = source.attempt(source.length_of, number)
+        table = length
+        if not isinstance(length, Failed):
+            facts.listed_lengths[number] = length
+            table = source.attempt(source.table, number)
+        if isinstance(table, Failed):
+            facts.failures.append(table)
         else:
-            facts.lengths[number] = len(table.action)
-            for name, stats in tables.items():
-                stats.update(number, getattr(table, name))
-            facts.following.update(table.action, table.state)
-            facts.instructions.setdefault(table.instruction, []).append(number)
-            gaps, drift = rhythm(table.timestamps, source.fps)
-            facts.gaps += [(number, frame, step) for frame, step in gaps[:1]]
-            facts.drifts += [(number, *drift)] if drift else []
-            digest = hashlib.blake2b(table.action.tobytes() + b";" + table.state.tobytes(), digest_size=16).digest()
-            first = seen.setdefault(digest, number)
-            if first != number and len(table.action) > 1:
-                facts.twins.append((number, first))
+            _add(facts, number, table, seen)
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
     return facts
+
+
+def _add(facts: Facts, number: int, table: EpisodeTable, seen: dict[bytes, int]) -> None:
+    """Add one episode's rows; `seen`: hash of all rows → the first episode that has them."""
+    facts.lengths[number] = len(table.action)
+    for stats in facts.tables:
+        stats.update(number, getattr(table, stats.dims[0].table))
+    facts.following.update(table.action, table.state)
+    facts.instructions.setdefault(table.instruction, []).append(number)
+    gaps, drift = rhythm(table.timestamps, facts.fps)
+    facts.gaps += [(number, frame, step) for frame, step in gaps[:1]]
+    facts.drifts += [(number, *drift)] if drift else []
+    digest = hashlib.blake2b(table.action.tobytes() + b";" + table.state.tobytes(), digest_size=16).digest()
+    first = seen.setdefault(digest, number)
+    if first != number and len(table.action) > 1:
+        facts.twins.append((number, first))
 
 
 def rhythm(times: np.ndarray, fps: float) -> tuple[list[tuple[int, float]], tuple[float, float] | None]:
@@ -220,10 +230,10 @@ def _declared(source: Source) -> tuple[dict[str, int], tuple[int, ...]]:
     return totals, tuple(sorted({int(m[1]) for m in files if m} - set(source.episode_ids)))
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
-def _look_at_pictures(source: Source, facts: Facts, config: CheckConfig, count: int, progress: Progress) -> None:
+def _look_at_images(source: Source, facts: Facts, config: CheckConfig, count: int, progress: Progress) -> None:
     """Decode a sample, or everything; open the files of the others where they are here and not too many."""
     usable = sorted(facts.lengths)
     decoded = set(usable if config.everything else sample_episodes(usable, count))
@@ -231,51 +241,43 @@ def _look_at_pictures(source: Source, facts: Facts, config: CheckConfig, count: 
     chosen = [e for e in usable if e in decoded or (is_here and len(usable) <= OPENED)]
     stats, stop = facts.tables[-1], threading.Event()  # of the state, or of the action where there is none
 
-    def look(number: int) -> tuple[int, list[CameraFacts], str | None]:
-        seen: list[CameraFacts] = []
-        try:
-            episode = source.load(number)
-            for view in episode.views:
-                frames: Sequence[tuple[int, int]] = ()
-                if number in decoded:
-                    frames = (
-                        [(0, view.length)]
-                        if config.everything
-                        else sample_frames(view.length, config.frames, number % 2 > 0)
-                    )
-                seen.append(
-                    scan(number, view, frames, _position(stats, getattr(episode, stats.dims[0].table)), stop.is_set)
-                )
-        except CorruptEpisode as error:
-            return number, seen, _reason(source, number, error)
-        return number, seen, None
+    def look(number: int) -> Iterator[CameraFacts]:
+        episode = source.load(number)
+        position = _position(stats, getattr(episode, stats.dims[0].table))
+        for view in episode.views:
+            frames: Sequence[tuple[int, int]] = ()
+            if number in decoded:
+                few = sample_frames(view.length, config.frames, number % 2 > 0)
+                frames = [(0, view.length)] if config.everything else few
+            yield scan(number, view, frames, position, stop.is_set)
+
+    def attempt(number: int) -> tuple[list[CameraFacts], Failed | None]:
+        seen: list[CameraFacts] = []  # of the views before a failure, too
+        return seen, source.attempt(lambda n: seen.extend(look(n)), number)
 
     pool = ThreadPoolExecutor(THREADS, "dvla-check")
     try:
-        waiting = [pool.submit(look, number) for number in chosen]
+        waiting = [pool.submit(attempt, number) for number in chosen]
         for done, future in enumerate(as_completed(waiting), 1):
-            number, seen, reason = future.result()
-            facts.pictures += seen
-            facts.failures += [(number, reason)] if reason else []
-            progress(f"{source.name}: pictures", done, len(chosen))
+            seen, failed = future.result()
+            facts.images += seen
+            facts.failures += [failed] if failed else []
+            progress(f"{source.name}: images", done, len(chosen))
     finally:  # on Ctrl-C, too: what has not begun is dropped, what has ends with its frame
         stop.set()
         pool.shutdown(cancel_futures=True)
-    facts.pictures.sort(key=lambda p: (p.episode, source.view_names.index(p.view)))
-    facts.failures.sort()
+    facts.images.sort(key=lambda p: (p.episode, source.view_names.index(p.view)))
+    facts.failures.sort(key=lambda f: (f.episode, f.reason))
 
 
 def _position(stats: TableStats, native: np.ndarray) -> np.ndarray:
-    """[T, k] values as shares of their range over the dataset; dimensions without one, and dropped ones, are left out."""
+    """[T, k] values as shares of their range over the dataset; dimensions without one, and dropped ones, are left
+    out."""
     used = [d.index for d in stats.dims if d.kind != "dropped" and stats.high[d.index] > stats.low[d.index]]
     return (native[:, used] - stats.low[used]) / (stats.high[used] - stats.low[used])
 
 
-# --- shared ------------------------------------------------------------------------------------------------------------
-
-
-def _reason(source: Source, number: int, error: CorruptEpisode) -> str:
-    return str(error).removeprefix(f"{source.where(number)}: ")
+# --- report -----------------------------------------------------------------------------------------------------------
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ....common.failure import Failed
 from .images import CameraFacts
 from .table_stats import Dimension, Following, TableStats
 
@@ -34,7 +35,7 @@ class Facts:
     license: str
     declared: dict[str, int] = field(default_factory=dict)  # "episodes", "frames" as the metadata totals them
     unlisted: tuple[int, ...] = ()  # episodes with files that the metadata does not list
-    failures: list[tuple[int, str]] = field(default_factory=list)  # (episode, reason) of those that cannot be used
+    failures: list[Failed] = field(default_factory=list)  # episodes that cannot be used
     lengths: dict[int, int] = field(default_factory=dict)  # rows of each usable table
     listed_lengths: dict[int, int] = field(default_factory=dict)  # rows by the metadata
     gaps: list[tuple[int, int, float]] = field(default_factory=list)  # (episode, frame, step in seconds) out of rhythm
@@ -43,7 +44,7 @@ class Facts:
     )  # (episode, seconds off at its end, rows per second)
     instructions: dict[str, list[int]] = field(default_factory=dict)  # text → episodes
     twins: list[tuple[int, int]] = field(default_factory=list)  # (episode, earlier one with the same numbers)
-    pictures: list[CameraFacts] = field(default_factory=list)
+    images: list[CameraFacts] = field(default_factory=list)
 
 
 def ranges(numbers: Sequence[int], most: int = 6) -> str:
@@ -63,8 +64,13 @@ def about_episodes(rule: str, severity: Severity, episodes: Iterable[int], what:
     chosen = tuple(sorted(episodes))
     if not chosen:
         return []
-    several = f", and alike in {len(chosen)} episodes ({ranges(chosen)})" if len(chosen) > 1 else ""
-    return [Finding(rule, severity, f"episode {chosen[0]} {what(chosen[0])}{several}", chosen)]
+    return [Finding(rule, severity, f"episode {chosen[0]} {what(chosen[0])}{likewise(chosen)}", chosen)]
+
+
+def likewise(episodes: Sequence[int], listed: int | None = None) -> str:
+    """What to add to a message about the first of these episodes; `listed`: of how many."""
+    share = len(episodes) if listed is None else f"{len(episodes)} of {listed}"
+    return f"; the same in {share} episodes ({ranges(episodes)})" if len(episodes) > 1 else ""
 
 
 def about_cameras(
@@ -72,8 +78,8 @@ def about_cameras(
 ) -> list[Finding]:
     """One finding per view."""
     found = []
-    for view in dict.fromkeys(p.view for p in facts.pictures):
-        seen = [p for p in facts.pictures if p.view == view]
+    for view in dict.fromkeys(p.view for p in facts.images):
+        seen = [p for p in facts.images if p.view == view]
         bad = [p for p in seen if test(p)]
         if bad:
             episodes = tuple(sorted(p.episode for p in bad))

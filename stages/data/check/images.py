@@ -1,6 +1,6 @@
-"""Which pictures `dvla data check` decodes, and what it remembers of them: a few numbers per episode and camera.
+"""Which images `dvla data check` decodes, and what it remembers of them: a few numbers per episode and camera.
 
-Letters: T rows of an episode, H × W picture size, h × w size of its thumbnail, k dimensions of a position.
+Letters: T rows of an episode, H × W image size, h × w size of its thumbnail, k dimensions of a position.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy as np
 
 from ....cache.readers.episode import View
 
-BLOCK = 8  # pixels of a picture's side that make one of its thumbnail's
-DARK = 2.0  # grey levels: mean and spread of a black picture stay below
-SAME = 0.5  # grey levels: no block of two identical pictures differs more
-STILL = 3.0  # grey levels: no block of a frozen camera leaves its first picture by more (lossy coding moves a little)
+BLOCK = 8  # pixels of an image's side that make one of its thumbnail's
+DARK = 2.0  # gray levels: mean and spread of a black image stay below
+SAME = 0.5  # gray levels: no block of two identical images differs more
+STILL = 3.0  # gray levels: no block of a frozen camera leaves its first image by more (lossy coding moves a little)
 MOVES = 0.05  # share of a dimension's range over the dataset that counts as the robot having moved
 
 
@@ -29,9 +29,9 @@ class CameraFacts:
     width: int  # W
     frames: int = 0  # decoded
     black: int = 0  # of these, black
-    pairs: int = 0  # neighbouring frames between which the robot moves
-    repeated: int = 0  # of these, with the same picture twice
-    change: float = 0.0  # largest departure of a block from the first frame, grey levels
+    pairs: int = 0  # neighboring frames between which the robot moves
+    repeated: int = 0  # of these, with the same image twice
+    change: float = 0.0  # largest departure of a block from the first frame, gray levels
     way: float = 0.0  # largest departure of the robot from where it was then, as a share of a dimension's range
 
     @property
@@ -51,36 +51,37 @@ def scan(
     position: np.ndarray,
     stopped: Callable[[], bool] = lambda: False,
 ) -> CameraFacts:
-    """Decode the ranges (start, stop) `frames` of a view, until `stopped`. `position` [T, k]: state (or action) as shares of
-    its range over the dataset, to know when the robot moves. `CorruptEpisode` where a frame cannot be decoded."""
+    """Decode the ranges (start, stop) `frames` of a view, until `stopped`. `position` [T, k]: state (or action) as
+    shares of its range over the dataset, to know when the robot moves. `CorruptEpisode` where a frame cannot be
+    decoded."""
     found = CameraFacts(episode, view.name, view.height, view.width)
     steps = np.abs(np.diff(position, axis=0)).max(1, initial=0)
     moving = (steps > MOVES / 50) & (steps >= (np.median(steps) if len(steps) else 0))  # [T-1]
     first = before = np.zeros(0)
     for start, stop in frames:
-        for index, picture in enumerate(view.frames(start, stop), start):
+        for index, image in enumerate(view.frames(start, stop), start):
             if stopped():
                 return found
-            small = thumbnail(picture)
+            small = thumbnail(image)
             if not found.frames:
                 first, origin = small, position[index]
             elif index > start and moving[index - 1]:
                 found.pairs += 1
                 found.repeated += bool(np.abs(small - before).max() <= SAME)
             found.frames += 1
-            found.black += bool(small.mean() < DARK and picture.std() < DARK)
+            found.black += bool(small.mean() < DARK and image.std() < DARK)
             found.change = max(found.change, float(np.abs(small - first).max()))
             found.way = max(found.way, float(np.abs(position[index] - origin).max(initial=0)))
             before = small
     return found
 
 
-def thumbnail(picture: np.ndarray) -> np.ndarray:
-    """float32 [h, w, 3]: means over blocks of BLOCK × BLOCK pixels (of the whole side where the picture is smaller)."""
-    by, bx = min(BLOCK, picture.shape[0]), min(BLOCK, picture.shape[1])
-    h, w = picture.shape[0] // by, picture.shape[1] // bx
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """float32 [h, w, 3]: means over blocks of BLOCK × BLOCK pixels (of the whole side where the image is smaller)."""
+    by, bx = min(BLOCK, image.shape[0]), min(BLOCK, image.shape[1])
+    h, w = image.shape[0] // by, image.shape[1] // bx
     rows = (
-        picture[: h * by, : w * bx].reshape(h, by, w * bx * 3).sum(1, dtype=np.uint16)
+        image[: h * by, : w * bx].reshape(h, by, w * bx * 3).sum(1, dtype=np.uint16)
     )  # in two steps: 30 times faster than one mean
     return np.add.reduceat(rows.reshape(h, w * bx, 3), np.arange(0, w * bx, bx), axis=1, dtype=np.float32) / np.float32(
         by * bx
@@ -88,8 +89,8 @@ def thumbnail(picture: np.ndarray) -> np.ndarray:
 
 
 def sample_frames(length: int, frames: int, odd: bool = False) -> list[tuple[int, int]]:
-    """Ranges (start, stop) of about `frames` of `length` frames: pairs of neighbours spread from the first to the last, all
-    beginning at even or all at odd frames (a slow camera may repeat by twos; a caller alternates)."""
+    """Ranges (start, stop) of about `frames` of `length` frames: pairs of neighbors spread from the first to the last,
+    all beginning at even or all at odd frames (a slow camera may repeat by twos; a caller alternates)."""
     if length <= frames or length < 2:
         return [(0, length)]
     first = int(odd and length > 2)

@@ -1,4 +1,5 @@
-"""Rules of `dvla data check` about the numbers in the tables: units, rotations, clipping, jumps, action against state."""
+"""Rules of `dvla data check` about the numbers in the tables: units, rotations, clipping, jumps, action against
+state."""
 
 from __future__ import annotations
 
@@ -36,14 +37,16 @@ LIMITS: dict[
 
 
 def limits(dims: Sequence[Dimension]) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds [d, 2] on mapped values, beyond which they are odd, and beyond which wrong; infinite where nothing is known."""
+    """Bounds [d, 2] on mapped values, beyond which they are odd, and beyond which wrong; infinite where nothing is
+    known."""
     free = (-math.inf, math.inf, -math.inf, math.inf, "")
     bounds = np.array([LIMITS.get(d.kind, free)[:4] for d in dims], np.float64).reshape(-1, 4)
     return bounds[:, :2], bounds[:, 2:]
 
 
 def constant(facts: Facts) -> list[Finding]:
-    """Dimensions with one value in the whole dataset. Grippers and rotations may well rest in a task; all of the action may not."""
+    """Dimensions with one value in the whole dataset. Grippers and rotations may well rest in a task; all of the action
+    may not."""
     found = []
     for table in facts.tables:
         dims = [
@@ -72,8 +75,8 @@ def constant(facts: Facts) -> list[Finding]:
 
 
 def saturated(facts: Facts) -> list[Finding]:
-    """Dimensions that often are at exactly their smallest or largest value. Grippers live there; commanded velocities are
-    clipped on purpose, so for them it is only said."""
+    """Dimensions that often are at exactly their smallest or largest value. Grippers live there; commanded velocities
+    are clipped on purpose, so for them it is only said."""
     found = []
     for table in facts.tables:
         for d in table.dims:

@@ -1,4 +1,5 @@
-"""The rules of `dvla data check`: each a pure function from the gathered `Facts` to its findings, one per kind of trouble.
+"""The rules of `dvla data check`: each a pure function from the gathered `Facts` to its findings, one per kind of
+trouble.
 
 "error" means that it must be fixed, "warning" that somebody should look, "info" that it is worth knowing.
 """
@@ -8,39 +9,28 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from .findings import Facts, Finding, about_cameras, about_episodes, ranges
+from ....common.failure import Failed
+from .findings import Facts, Finding, about_cameras, about_episodes, likewise, ranges
 from .numeric_rules import action_follows, constant, jumps, rotations, saturated, units
 
 CHUNK = 16  # rows of an action chunk by default
-REPEATED = 0.75  # share of equal neighbouring pictures while the robot moves
-KINDS_OF_FAILURE = (  # rule, pattern of the reader's message; the first that fits
-    ("missing-file", r" (is|are) missing$| is missing from '|does not exist"),
-    ("not-finite", r"\b(nan|-?inf)\b at frame"),
-    ("rotation-norm", r"is not a rotation"),
-    ("time-order", r"timestamps do not increase"),
-    ("row-count", r"\d+ rows|for \d+ rows|frame_index does not run"),
-    ("unreadable-file", r"cannot be (read|decoded|opened)|is cut off|is not an image|truncated|has no frame"),
-)
+REPEATED = 0.75  # share of equal neighboring images while the robot moves
 
 
-# --- files and counts --------------------------------------------------------------------------------------------------
+# --- files and counts -------------------------------------------------------------------------------------------------
 
 
 def failures(facts: Facts) -> list[Finding]:
     """Episodes a build would put into quarantine, one finding per kind of reason."""
-    groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for episode, reason in facts.failures:
-        rule = next((r for r, pattern in KINDS_OF_FAILURE if re.search(pattern, reason)), "unusable-episode")
-        groups.setdefault((rule, re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason)), []).append((episode, reason))
+    groups: dict[tuple[str, str], list[Failed]] = {}
+    for failed in facts.failures:
+        alike = re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", failed.reason)
+        groups.setdefault((failed.kind, alike), []).append(failed)
     found = []
-    for (rule, _), group in groups.items():
-        episodes = tuple(sorted({e for e, _ in group}))
-        several = (
-            f", and alike in {len(episodes)} of {len(facts.listed)} episodes ({ranges(episodes)})"
-            if len(episodes) > 1
-            else ""
-        )
-        found.append(Finding(rule, "error", f"episode {group[0][0]}: {group[0][1]}{several}", episodes))
+    for (kind, _), group in groups.items():
+        episodes = tuple(sorted({f.episode for f in group}))
+        several = likewise(episodes, len(facts.listed))
+        found.append(Finding(kind, "error", f"episode {group[0].episode}: {group[0].reason}{several}", episodes))
     return found
 
 
@@ -96,7 +86,7 @@ def twin_episodes(facts: Facts) -> list[Finding]:
     )
 
 
-# --- time --------------------------------------------------------------------------------------------------------------
+# --- time -------------------------------------------------------------------------------------------------------------
 
 
 def time_gaps(facts: Facts) -> list[Finding]:
@@ -138,7 +128,7 @@ def rate_differs(facts: Facts) -> list[Finding]:
     ]
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def camera_black(facts: Facts) -> list[Finding]:
@@ -153,22 +143,22 @@ def camera_frozen(facts: Facts) -> list[Finding]:
         "error",
         facts,
         lambda p: p.is_frozen,
-        lambda p: f"shows one picture in all {p.frames} frames looked at while the robot moves",
+        lambda p: f"shows one image in all {p.frames} frames looked at while the robot moves",
     )
 
 
 def camera_repeats(facts: Facts) -> list[Finding]:
-    """A camera slower than the rows repeats some pictures; one that repeats most of them is worth a look."""
+    """A camera slower than the rows repeats some images; one that repeats most of them is worth a look."""
     found = []
-    for view in dict.fromkeys(p.view for p in facts.pictures):
-        scans = [p for p in facts.pictures if p.view == view and not (p.is_black or p.is_frozen)]
+    for view in dict.fromkeys(p.view for p in facts.images):
+        scans = [p for p in facts.images if p.view == view and not (p.is_black or p.is_frozen)]
         pairs, repeated = sum(p.pairs for p in scans), sum(p.repeated for p in scans)
         if repeated > max(2, 0.02 * pairs):
             found.append(
                 Finding(
                     "camera-repeats",
                     "warning" if repeated > max(4, REPEATED * pairs) else "info",
-                    f"view '{view}': {repeated} of {pairs} pairs of neighbouring frames are the same picture while the robot "
+                    f"view '{view}': {repeated} of {pairs} pairs of neighboring frames are the same image while the robot "
                     "moves; the camera is slower than the rows",
                     tuple(sorted({p.episode for p in scans if p.repeated})),
                 )
@@ -176,11 +166,11 @@ def camera_repeats(facts: Facts) -> list[Finding]:
     return found
 
 
-def picture_sizes(facts: Facts) -> list[Finding]:
+def image_sizes(facts: Facts) -> list[Finding]:
     found = []
-    for view in dict.fromkeys(p.view for p in facts.pictures):
+    for view in dict.fromkeys(p.view for p in facts.images):
         sizes: dict[tuple[int, int], list[int]] = {}
-        for p in facts.pictures:
+        for p in facts.images:
             if p.view == view:
                 sizes.setdefault((p.width, p.height), []).append(p.episode)
         if len(sizes) > 1:
@@ -189,7 +179,7 @@ def picture_sizes(facts: Facts) -> list[Finding]:
     return found
 
 
-# --- text and terms ----------------------------------------------------------------------------------------------------
+# --- text and terms ---------------------------------------------------------------------------------------------------
 
 
 def instructions(facts: Facts) -> list[Finding]:
@@ -228,7 +218,7 @@ RULES: tuple[Callable[[Facts], list[Finding]], ...] = (
     camera_black,
     camera_frozen,
     camera_repeats,
-    picture_sizes,
+    image_sizes,
     constant,
     saturated,
     units,

@@ -25,8 +25,9 @@ FEW = 2  # draws at most of a head that takes many passes
 
 @torch.no_grad()
 def collect(session: Session, step: int = 0) -> PanelData:
-    """`panels.observations` held-out observations (of the training episodes where none are held out), not masked, `panels.draws` chunks for each
-    at α = 1, and their drift. The noise is the same at every look, and nothing that training depends on is touched.
+    """`panels.observations` held-out observations (of the training episodes where none are held out), not masked,
+    `panels.draws` chunks for each at α = 1, and their drift. The noise is the same at every look, and nothing that
+    training depends on is touched.
 
     Every process looks at the same and gets the same: where the network is split, all of them must ask.
     """

@@ -52,8 +52,8 @@ class Panels:
             yield sample
 
     def turn(self, step: int, evaluated: bool) -> list[Panel]:
-        """What is drawn after `step`: what is due, unless it would take more than `panels.share` of the time so far. A run's last step
-        always is, if it is long enough for a first turn. The same in every process."""
+        """What is drawn after `step`: what is due, unless it would take more than `panels.share` of the time so far. A
+        run's last step always is, if it is long enough for a first turn. The same in every process."""
         last = step == self.session.config.steps and step >= self.config.every
         panels = (
             due(step, self.config.every, evaluated, last) if last or not evaluated or step >= self.config.every else []
@@ -74,8 +74,8 @@ class Panels:
         return [] if late else panels
 
     def look(self, step: int, panels: list[Panel], evaluated: bool) -> PanelData | None:
-        """Predictions for the held-out observations with the present weights, or the last ones where none of `panels` shows them and no evaluation
-        wants them; None, said, where that fails."""
+        """Predictions for the held-out observations with the present weights, or the last ones where none of `panels`
+        shows them and no evaluation wants them; None, said, where that fails."""
         if self._last is not None and not evaluated and not any(panel.predicts for panel in panels):
             return dataclasses.replace(self._last, step=step)
         began = time.perf_counter()
@@ -92,7 +92,8 @@ class Panels:
             self._spent += 0.0 if evaluated else self._looked  # an evaluation looks in any case
 
     def draw(self, panels: list[Panel], seen: PanelData | None, tracker: Tracker | None) -> None:
-        """Draw `panels` from `seen`, write and log them; a panel that fails is said and left out. `tracker`: of the process that draws."""
+        """Draw `panels` from `seen`, write and log them; a panel that fails is said and left out. `tracker`: of the
+        process that draws."""
         if tracker is None or seen is None or not panels:
             return
         began = time.perf_counter()

@@ -196,10 +196,10 @@ def test_other_packings(tmp_path):
         with tarfile.open(tmp_path / name, mode) as file:
             file.addfile(tarfile.TarInfo("x.png"))
         refused(
-            tmp_path / name, "is compressed as a whole, so single pictures cannot be read from it; extract it first"
+            tmp_path / name, "is compressed as one stream, so single images cannot be read from it; extract it first"
         )
     (tmp_path / "x.rar").write_bytes(b"Rar!")
-    refused(tmp_path / "x.rar", "compressed as a whole")
+    refused(tmp_path / "x.rar", "compressed as one stream")
     for name in ("x.zip", "x.tar"):
         (tmp_path / name).write_bytes(b"this is no archive" * 100)
         refused(tmp_path / name, "is cut off or damaged .*; fetch it again")
@@ -207,11 +207,11 @@ def test_other_packings(tmp_path):
 
 def test_bombs(tmp_path, monkeypatch):
     lie = patched(a_zip(tmp_path / "lie.zip", {"x.png": b"1"}), 24, "<L", 0xFFFFFFF0)
-    corrupt(lie, "x.png", "its 3 bytes say that they unpack to 4,294,967,280")
+    corrupt(lie, "x.png", "its 3 bytes claim to unpack to 4,294,967,280")
     bomb = a_zip(tmp_path / "bomb.zip", {"x.png": bytes(50_000_000)})  # a thousand to one, as deflate can
     assert bomb.stat().st_size < 60_000
     monkeypatch.setattr(archive, "MAX_MEMBER", 1 << 20)
-    corrupt(bomb, "x.png", "say that they unpack to 50,000,000")
+    corrupt(bomb, "x.png", "claim to unpack to 50,000,000")
     held = []
     original = zlib.decompressobj
 
@@ -226,7 +226,7 @@ def test_bombs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(archive.zlib, "decompressobj", Watch)
     corrupt(
-        patched(bomb, 24, "<L", 5000), "x.png", "is damaged .its checksum does not fit"
+        patched(bomb, 24, "<L", 5000), "x.png", "is damaged .its checksum does not match"
     )  # a small size that is a lie
     assert held == [5001]
     for kind in ("big.tar", "big.png"):
@@ -240,7 +240,7 @@ def test_damaged_members(tmp_path):
     path = a_zip(tmp_path / "x.zip", {"x.png": bytes(range(250))}, zipfile.ZIP_STORED)
     data = path.read_bytes()
     path.write_bytes(data.replace(bytes(range(250)), bytes(range(249)) + b"\xff"))
-    corrupt(path, "x.png", "is damaged .its checksum does not fit")
+    corrupt(path, "x.png", "is damaged .its checksum does not match")
     moved = patched(a_zip(tmp_path / "y.zip", {"x.png": b"1" * 99}), 0, "<L", 0, b"PK\x03\x04")
     corrupt(moved, "x.png", "is damaged .its header is not where the index says")
     deflated = a_zip(tmp_path / "z.zip", {"x.png": bytes(range(250)) * 20})

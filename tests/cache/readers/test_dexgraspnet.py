@@ -1,4 +1,4 @@
-"""DexGraspNet 2.0, on files made to its documented layout: poses in the pictures' frame, views of the cloud, damage in one line."""
+"""DexGraspNet 2.0, on files made to its documented layout: poses in the images' frame, views of the cloud, damage in one line."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_file_with_few_grasps_lists_those(tmp_path):
     assert len({source.table(e).action.tobytes() for e in source.episode_ids}) == 6
 
 
-# --- pictures ---
+# --- images ---
 
 
 def test_views_show_the_target_and_differ(scenes, renderer, capfd):
@@ -310,7 +310,7 @@ def pickled(path):
         (lambda p: shutil.rmtree(p.parents[3] / "scenes/scene_0000"), "cannot be read"),
         (
             lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.eye(4) * 2),
-            "no rotation and shift",
+            "not a rotation and shift",
         ),
         (
             lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.eye(3)),
@@ -355,7 +355,7 @@ def test_a_damaged_file_is_one_line_and_costs_only_its_grasps(damaged, damage, m
         ),
         (
             lambda f: np.save(f / "camera_poses.npy", np.tile(np.eye(4), (2, 1, 1))),
-            "depth picture 0002 has none of the 2 camera poses",
+            "depth image 0002 has none of the 2 camera poses",
         ),
         (
             lambda f: np.save(f / "camera_poses.npy", np.load(f / "camera_poses.npy") + np.array([0, 0, 0, 0.3])),

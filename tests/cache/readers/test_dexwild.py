@@ -162,7 +162,7 @@ def test_streams_that_start_late_or_stop_early_shorten_the_episode(tmp_path):
 
 def test_rows_are_found_by_time_not_by_order_or_count(tmp_path):
     def shuffled_and_dense(values):
-        between = values["right_leapv1"].copy()  # rows between the pictures, out of order, must not be taken
+        between = values["right_leapv1"].copy()  # rows between the images, out of order, must not be taken
         between[:, 0] += PERIOD_NS / 2.5
         between[:, 1:] = 99
         values["right_leapv1"] = np.vstack([values["right_leapv1"], between])[np.random.default_rng(1).permutation(16)]
@@ -185,7 +185,7 @@ def test_a_clock_that_runs_apart_is_followed_while_it_is_near(tmp_path):
     [
         (
             lambda v: v.update(right_leapv1=np.delete(v["right_leapv1"], 4, axis=0)),
-            "no row of 'right_leapv1' within 17 ms of the picture",
+            "no row of 'right_leapv1' within 17 ms of the image",
         ),
         (
             lambda v: v.update(right_arm_eef=v["right_arm_eef"][:20]),
@@ -220,7 +220,7 @@ def test_an_episode_that_does_not_fit_together_is_refused(tmp_path, change, mess
 def test_a_picture_of_another_view_that_is_missing_is_refused(dexwild):
     with h5py.File(next(dexwild.rglob("*.hdf5")), "a") as file:
         del file[f"ep_0000/right_pinky_cam/{START_NS + 3 * PERIOD_NS}.jpg"]
-    with pytest.raises(CorruptEpisode, match="no picture of 'right_pinky_cam' within 17 ms"):
+    with pytest.raises(CorruptEpisode, match="no image of 'right_pinky_cam' within 17 ms"):
         open_source(dexwild).load(0)
 
 
@@ -297,8 +297,8 @@ def test_pictures_cut_short_or_of_another_size_are_refused(tmp_path):
     assert len(list(view.frames(0, 2))) == 2
     for frame, message in (
         (2, "cannot be decoded"),
-        (4, "is 16x16, the first picture is 32x24"),
-        (6, "cannot be decoded"),
+        (4, "is 16x16, the first image is 32x24"),
+        (6, "is not an image"),
     ):
         with pytest.raises(CorruptEpisode, match=f"^robot_pour_data episode 0 .*{message}"):
             list(view.frames(frame, frame + 1))
@@ -309,10 +309,10 @@ def test_pictures_cut_short_or_of_another_size_are_refused(tmp_path):
     [
         (lambda g: g.pop("right_leapv1"), "'right_leapv1' is missing"),
         (lambda g: g.pop("right_pinky_cam"), "'right_pinky_cam' is missing"),
-        (lambda g: g["right_pinky_cam"].clear(), "'right_pinky_cam' holds no pictures"),
+        (lambda g: g["right_pinky_cam"].clear(), "'right_pinky_cam' holds no images"),
         (
             lambda g: g["right_pinky_cam"].create_dataset("cover.jpg", data=[1]),
-            "picture 'cover.jpg' of 'right_pinky_cam' is not named",
+            "image 'cover.jpg' of 'right_pinky_cam' is not named",
         ),
         (lambda g: g["right_pinky_cam"].create_dataset(f"{10**30}.jpg", data=[1]), "is not named by its time"),
         (lambda g: replace(g["right_leapv1"], np.zeros(4)), "is \\[4\\], a stream"),
@@ -341,7 +341,7 @@ def test_a_picture_array_of_another_kind_is_refused(dexwild):
         for name in file["ep_0000/right_thumb_cam"]:
             del file[f"ep_0000/right_thumb_cam/{name}"]
             file[f"ep_0000/right_thumb_cam/{name}"] = np.zeros((4, 4, 4), np.uint8)
-    with pytest.raises(CorruptEpisode, match="is uint8 \\[4, 4, 4\\]; a picture is uint8 \\[H, W, 3\\]"):
+    with pytest.raises(CorruptEpisode, match="is uint8 \\[4, 4, 4\\]; an image is uint8 \\[H, W, 3\\]"):
         open_source(dexwild).load(0)
 
 

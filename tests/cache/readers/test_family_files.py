@@ -31,7 +31,7 @@ FAMILIES = {
 
 
 def write(root: Path, cameras: dict[str, list[int]], action: np.ndarray, state: np.ndarray, fps: float) -> Path:
-    """A LeRobot v2.1 dataset of one episode, pictures as PNG in parquet."""
+    """A LeRobot v2.1 dataset of one episode, images as PNG in parquet."""
 
     def picture(i: int, size: list[int]) -> bytes:
         y, x = np.mgrid[0 : size[0], 0 : size[1]]

@@ -1,4 +1,4 @@
-"""Episode-HDF5 and robomimic HDF5: values, pictures, ids; damage gives one clear line and loses nothing else."""
+"""Episode-HDF5 and robomimic HDF5: values, images, ids; damage gives one clear line and loses nothing else."""
 
 import json
 import shutil
@@ -126,7 +126,7 @@ def test_no_proprio_is_no_state(tmp_path):
 
 def test_rate_must_come_from_somewhere(tmp_path):
     folder = write_episode_folder(tmp_path / "sample", control_hz=None)
-    with pytest.raises(UserError, match="do not say how many rows there are per second.*control_hz"):
+    with pytest.raises(UserError, match="do not give the number of rows per second.*control_hz"):
         open_source(folder)
     config = DatasetConfig(
         name="mine",
@@ -159,7 +159,7 @@ def test_a_config_that_does_not_fit(episode_folder):
             }
         )
 
-    with pytest.raises(UserError, match="'actions' has 7 active slots, dataset config 'mine' describes 6"):
+    with pytest.raises(UserError, match="'actions' has 7 dimensions, dataset config 'mine' describes 6"):
         open_source(episode_folder, config(action=field_map(ARM[:6])))
     with pytest.raises(UserError, match="unknown column 'action'; did you mean 'actions'"):
         open_source(episode_folder, config(action_columns=("action",)))
@@ -196,10 +196,10 @@ EPISODE_DAMAGE = {  # name: (change to ep_000001.hdf5, message)
     ),
     "proprio shorter": (exchange("proprio", np.zeros((3, 128), np.float32)), "5 rows of action, 3 of state"),
     "too narrow": (exchange("actions", np.zeros((5, 64), np.float32)), r"'actions' is \[5, 64\], expected \[T, 128\]"),
-    "too few pictures": (exchange("images/view_0", pictures(0, 4)), "4 pictures of 'view_0' for 5 rows"),
-    "pictures of floats": (
+    "too few images": (exchange("images/view_0", pictures(0, 4)), "4 images of 'view_0' for 5 rows"),
+    "images of floats": (
         exchange("images/view_0", np.zeros((5, 4, 4, 3))),
-        r"is float64 \[5, 4, 4, 3\], pictures are uint8",
+        r"is float64 \[5, 4, 4, 3\], images are uint8",
     ),
     "text for numbers": (exchange("actions", np.array([b"a", b"b"])), "'actions' is not numeric"),
     "link into another file": (
@@ -261,7 +261,7 @@ def test_values_kept_in_other_files_are_refused(episode_folder, tmp_path):
         exchange("actions", None, shape=(LENGTHS[1], 128), dtype="f4", external=[(str(tmp_path / "secret"), 0, 2560)]),
     ):
         edit(episode_folder / "ep_000001.hdf5", change)
-        with pytest.raises(CorruptEpisode, match="values of 'actions' lie in other files"):
+        with pytest.raises(CorruptEpisode, match="values of 'actions' are in other files"):
             open_source(episode_folder).load(1)
 
 
@@ -305,7 +305,7 @@ def test_soft_links_inside_a_file_are_followed(episode_folder):
     before = open_source(episode_folder).load(1)
     edit(
         episode_folder / "ep_000001.hdf5",
-        lambda f: (f.move("images", "store/pictures"), f.__setitem__("images", h5py.SoftLink("/store/pictures"))),
+        lambda f: (f.move("images", "store/images"), f.__setitem__("images", h5py.SoftLink("/store/images"))),
     )
     assert open_source(episode_folder).load(1).source_hash == before.source_hash
 
@@ -370,7 +370,7 @@ def test_robomimic_refuses_what_its_config_does_not_say(tmp_path):
 
     with pytest.raises(UserError, match="has no camera, only low-dimensional.*dataset_states_to_obs.py"):
         opened("a", images=False)
-    with pytest.raises(UserError, match="do not say how many rows.*control_hz"):
+    with pytest.raises(UserError, match="do not give the number of rows.*control_hz"):
         opened("b", control_freq=None)
     with pytest.raises(UserError, match="moves by .0.1, .*at full action, dataset config 'robomimic' scales by .0.05"):
         opened("c", controller={**OSC_POSE, "output_max": [0.1, 0.1, 0.1, 0.5, 0.5, 0.5]})
@@ -404,7 +404,7 @@ def test_robomimic_refuses_what_its_config_does_not_say(tmp_path):
 ROBOMIMIC_DAMAGE = {  # name: (change, message about demo 2)
     "actions missing": (lambda f: f["data/demo_2"].pop("actions"), "'actions' is missing"),
     "demo missing": (lambda f: f["data/demo_2"].pop("obs"), "'obs/robot0_eef_pos' is missing"),
-    "picture missing": (lambda f: f["data/demo_2/obs"].pop("agentview_image"), "agentview_image' is missing"),
+    "image missing": (lambda f: f["data/demo_2/obs"].pop("agentview_image"), "agentview_image' is missing"),
     "NaN action": (
         lambda f: f["data/demo_2/actions"].__setitem__((4, 6), np.nan),
         "column 'actions' is nan at frame 4, dimension 6",
@@ -425,11 +425,11 @@ ROBOMIMIC_DAMAGE = {  # name: (change, message about demo 2)
         exchange("data/demo_2/obs/robot0_eef_quat", np.zeros((5, 4))),
         "is not a rotation as quat_xyzw",
     ),
-    "too many pictures": (
+    "too many images": (
         exchange("data/demo_2/obs/agentview_image", pictures(0, 6)),
-        "6 pictures of 'agentview' for 5 rows",
+        "6 images of 'agentview' for 5 rows",
     ),
-    "grey pictures": (exchange("data/demo_2/obs/agentview_image", pictures(0, 5)[..., :1]), "pictures are uint8"),
+    "grey images": (exchange("data/demo_2/obs/agentview_image", pictures(0, 5)[..., :1]), "images are uint8"),
     "link into another file": (
         outside("data/demo_2/obs/agentview_image", ("other.hdf5", "x")),
         r"link into another file \(other.hdf5\)",
@@ -495,7 +495,7 @@ def test_pictures_are_decoded_chunk_by_chunk(tmp_path, monkeypatch):
             monkeypatch.setattr(hdf5, "_BLOCK_NBYTES", nbytes)
             for start, stop in ((0, 23), (3, 4), (5, 17), (22, 23)):
                 assert np.array_equal(
-                    np.stack(list(hdf5.read_pictures(path, "a/x", "e", start, stop))), whole[start:stop]
+                    np.stack(list(hdf5.read_images(path, "a/x", "e", start, stop))), whole[start:stop]
                 )
                 with h5py.File(path) as file:
                     ends = [last for _, last in hdf5._blocks(file["a/x"], start, stop)]

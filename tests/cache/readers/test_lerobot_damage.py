@@ -100,10 +100,10 @@ DAMAGE = {  # name: (dataset, how, message about episode 1)
     "row missing": ("image", remove_rows, "has 12 rows, meta/ lists 13"),
     "rows swapped": ("image", swap_rows, r"frame_index does not run 0\.\.12"),
     "time repeated": ("image", repeat_time, "timestamps do not increase at frame 4"),
-    "picture missing": ("image", null_picture, "'observation.images.wrist' holds no picture bytes"),
+    "image missing": ("image", null_picture, "'observation.images.wrist' holds no image bytes"),
     "action column missing": ("image", drop_column("action"), "column 'action' is missing"),
     "episode column missing": ("image", drop_column("episode_index"), "column 'episode_index' is missing"),
-    "picture column missing": (
+    "image column missing": (
         "image",
         drop_column("observation.images.front"),
         "column 'observation.images.front' is missing",
@@ -121,7 +121,7 @@ def test_damage_is_one_clear_line(copy_of, name):
     assert str(caught.value).startswith(f"{kind} episode 1: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["video shorter than the table", "NaN action", "row missing", "picture missing"])
+@pytest.mark.parametrize("name", ["video shorter than the table", "NaN action", "row missing", "image missing"])
 def test_damage_to_one_episode_leaves_the_others(copy_of, recorded, name):
     kind, harm, _ = DAMAGE[name]
     root = copy_of(kind)
@@ -131,7 +131,7 @@ def test_damage_to_one_episode_leaves_the_others(copy_of, recorded, name):
 
 
 def test_damage_found_only_by_decoding(copy_of):
-    """Cut data of one picture: the frames before it arrive, then `CorruptEpisode`, never a wrong picture in silence."""
+    """Cut data of one image: the frames before it arrive, then `CorruptEpisode`, never a wrong image in silence."""
     root = copy_of("image")
 
     def change(table):
@@ -141,7 +141,7 @@ def test_damage_found_only_by_decoding(copy_of):
 
     rewrite(the_file(root, "data/*/*.parquet"), change)
     frames, seen = open_source(root).load(1).views[0].frames(), []
-    with pytest.raises(CorruptEpisode, match="episode 1: picture 5 of 'observation.images.front' cannot be decoded"):
+    with pytest.raises(CorruptEpisode, match="episode 1: image 5 of 'observation.images.front' cannot be decoded"):
         seen.extend(frames)
     # a generator that raised has delivered what came before
     assert [f.shape for f in open_source(root).load(1).views[0].frames(0, 5)] == [(64, 64, 3)] * 5
@@ -181,7 +181,7 @@ def edit_info(root, **changes):
         (lambda r: edit_info(r, data_path="data/{episode_chunk}.parquet"), "data_path .* does not fit v3.0"),
         (lambda r: edit_info(r, video_path="../{video_key}/{chunk_index}-{file_index}.mp4"), "leaves its folder"),
         (lambda r: edit_info(r, video_path=None), "no 'video_path'"),
-        (lambda r: shutil.rmtree(r / "meta/episodes"), "was the recording finalised"),
+        (lambda r: shutil.rmtree(r / "meta/episodes"), "was the recording finalized"),
         (lambda r: cut(r / "meta/tasks.parquet", 0.5), "tasks.parquet cannot be read as parquet"),
     ],
 )

@@ -41,7 +41,7 @@ def tables_of(dataset, row):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_lerobot(recorded, kind):
     """Every frame of every view, state, action, time and task text, bit for bit. lerobot's reader cannot seek to single
-    HEVC frames of its own files (open groups of pictures), so there it is asked for an episode's frames at once."""
+    HEVC frames of its own files (open groups of images), so there it is asked for an episode's frames at once."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     theirs = LeRobotDataset("dvla/tiny", root=recorded[kind], video_backend="pyav")
@@ -165,7 +165,7 @@ def test_views_survive_pickling(recorded):
 
 @pytest.mark.parametrize("kind", ["h264", "image"])
 def test_source_hash_is_of_this_episode_alone(copy_of, kind):
-    """Stable from run to run and under a change elsewhere; another as soon as a row, the text or a picture changes."""
+    """Stable from run to run and under a change elsewhere; another as soon as a row, the text or an image changes."""
     root = copy_of(kind)
     before = [open_source(root).load(i).source_hash for i in range(3)]
     assert [open_source(root).load(i).source_hash for i in range(3)] == before and len(set(before)) == 3

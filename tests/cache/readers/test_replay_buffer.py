@@ -1,4 +1,4 @@
-"""Diffusion Policy's replay buffers: rows, pictures and ids of Zarr v2 and v3; damage gives one clear line."""
+"""Diffusion Policy's replay buffers: rows, images and ids of Zarr v2 and v3; damage gives one clear line."""
 
 import json
 import shutil
@@ -192,7 +192,7 @@ def test_action_that_is_no_number(pusht, value):
 def test_picture_out_of_range(pusht, value):
     zarr.open_array(pusht, path="data/img", mode="r+")[9, 0, 0, 0] = value
     episode = open_source(pusht, PUSHT).load(1)
-    with pytest.raises(CorruptEpisode, match="episode 1: data/img holds .* its pictures range to 255"):
+    with pytest.raises(CorruptEpisode, match="episode 1: data/img holds .* its images range to 255"):
         frames(episode.views[0])
     assert len(frames(open_source(pusht, PUSHT).load(0).views[0])) == LENGTHS[0]
 
@@ -228,7 +228,7 @@ def test_arrays_of_different_length(pusht):
 
 def test_missing_parts(pusht, version):
     shutil.rmtree(pusht / "data" / "action")
-    with pytest.raises(UserError, match="unknown column 'action' .*see dataset config 'pusht'"):
+    with pytest.raises(UserError, match="unknown column 'action' .*dataset config 'pusht' asks for it"):
         open_source(pusht, PUSHT)
     shutil.rmtree(pusht / "data" / "img")
     with pytest.raises(UserError, match="unknown column|has no camera"):
@@ -237,7 +237,7 @@ def test_missing_parts(pusht, version):
     with pytest.raises(UserError, match="meta/episode_ends/.*0 is missing; zarr would read it as 0"):
         open_source(pusht, PUSHT)
     shutil.rmtree(pusht / "meta")
-    with pytest.raises(UserError, match="is no replay buffer: meta/episode_ends is missing"):
+    with pytest.raises(UserError, match="is not a replay buffer: meta/episode_ends is missing"):
         ReplayBufferSource(str(pusht))
 
 
@@ -292,7 +292,7 @@ def test_sharded_arrays_are_refused(tmp_path):
         (np.ones((ROWS, 6, 8, 3), np.float32), "may range to 1 or to 255"),
         (IMAGES / 127.5 - 1, "may range to 1 or to 255"),
         (IMAGES / 127.5, "may range to 1 or to 255"),
-        (np.full((ROWS, 3, 6, 3), 7, np.uint8), r"data/img \[21, 3, 6, 3\] has its colours first or last"),
+        (np.full((ROWS, 3, 6, 3), 7, np.uint8), r"data/img \[21, 3, 6, 3\] has its colors first or last"),
     ],
 )
 def test_pictures_whose_meaning_is_open(tmp_path, pixels, message):
@@ -311,7 +311,7 @@ def test_what_the_config_must_say(pusht):
     def config(**changes):
         return DatasetConfig(**{**vars(PLAIN), **changes})
 
-    with pytest.raises(UserError, match="do not say how many rows there are per second; add control_hz"):
+    with pytest.raises(UserError, match="do not give the number of rows per second; add control_hz"):
         open_source(pusht, config(control_hz=None))
     with pytest.raises(UserError, match="'action' has 2 dimensions, dataset config 'plain' describes 1"):
         open_source(pusht, config(action=(FieldSpec(field="eef_pos_x"),)))

@@ -223,7 +223,7 @@ def test_rt1_layout_opens_with_the_shipped_config(tmp_path):
 
 def test_the_old_copy_of_bridge_is_refused_by_name(tmp_path):
     folder, _ = write_rt1(tmp_path, "bridge")
-    with pytest.raises(UserError, match="bridge: unknown view 'image_0'; .*dataset config 'bridge_v2' asks for it"):
+    with pytest.raises(UserError, match="bridge: unknown view 'image_0'; .*see `views` of its dataset config"):
         open_source(folder)
 
 

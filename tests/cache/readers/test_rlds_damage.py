@@ -122,16 +122,16 @@ def bogus_length(folder):
         (
             lambda f: flip(shard(f), second(f, "data")),
             {1},
-            "record 1 of .*-00000-of-00002 is damaged: its checksum does not fit",
+            "record 1 of .*-00000-of-00002 is damaged: its checksum does not match",
         ),
-        (lambda f: flip(shard(f), second(f, "data checksum")), {1}, "is damaged: its checksum does not fit"),
+        (lambda f: flip(shard(f), second(f, "data checksum")), {1}, "is damaged: its checksum does not match"),
         (lambda f: flip(shard(f), second(f, "length")), {1, 2}, "length of record 1, at byte .* is damaged"),
         (lambda f: flip(shard(f), second(f, "length checksum")), {1, 2}, "length of record 1, at byte .* is damaged"),
         (bogus_length, {1, 2}, "record 1 claims 4611686018427387904 bytes"),
         (
             lambda f: rewritten(shard(f, "val"), lambda d: frame(b"\xff\xff") + frame(toy_record(6))),
             {5},
-            "no tf.train.Example",
+            "not a tf.train.Example",
         ),
         (lambda f: (shard(f, "val").unlink(), shard(f, "val").mkdir()), {5, 6}, "shard toy-val.* is missing"),
     ],
@@ -190,14 +190,14 @@ def small(dtype):
             "step 2 of 'observation/packed' cannot be decompressed",
         ),
         (edited("observation/packed", lambda v: v.__setitem__(2, v[2][:-9])), "is not the 24 bytes of float64"),
-        (edited("observation/wrist", list.pop), "4 pictures of 'wrist' for 5 rows"),
-        (edited("observation/wrist", lambda v: v.__setitem__(0, b"GIF")), "picture 0 of 'wrist' is not an image"),
+        (edited("observation/wrist", list.pop), "4 images of 'wrist' for 5 rows"),
+        (edited("observation/wrist", lambda v: v.__setitem__(0, b"GIF")), "image 0 of 'wrist' is not an image"),
         (
             edited("observation/wrist", lambda v: v.__setitem__(3, v[3][: len(v[3]) // 2])),
-            "picture 3 of 'wrist' cannot be decoded",
+            "image 3 of 'wrist' cannot be decoded",
         ),
         (edited("observation/front", lambda v: v.__setitem__(2, small(np.uint8))), "is 6x5, the first is 32x24"),
-        (edited("observation/wrist", lambda v: v.__setitem__(0, small(np.uint16))), "no 8-bit picture"),
+        (edited("observation/wrist", lambda v: v.__setitem__(0, small(np.uint16))), "not an 8-bit image"),
         (edited("language_instruction", list.pop), "4 texts of 'language_instruction' for 5 rows"),
         (edited("language_instruction", lambda v: v.__setitem__(1, b"\xff")), "not UTF-8"),
         (lambda f: [f.update({k: [] if isinstance(v, list) else v[:0]}) for k, v in f.items()], "it has no rows"),
@@ -253,7 +253,7 @@ def test_a_packed_bomb_takes_no_memory(tmp_path):
 
 
 def black(start=0, flag=0):
-    """Black pictures from frame `start` on; the flag that says whether the camera was there, None for no flag."""
+    """Black images from frame `start` on; the flag that says whether the camera was there, None for no flag."""
 
     def change(features):
         pictures = features["steps/observation/wrist"]
@@ -265,13 +265,13 @@ def black(start=0, flag=0):
 
 
 def test_a_camera_that_was_not_there_is_refused(tmp_path):
-    """False flag and one colour: refused. False flag and real pictures, or black pictures without a false flag: kept."""
+    """False flag and one color: refused. False flag and real images, or black images without a false flag: kept."""
     change = {1: black(), 2: black(start=99), 3: black(flag=None), 4: black(start=3), 5: black(flag=1)}
     folder = write_toy(tmp_path, change=change)
     found = hashes(open_source(folder, toy_config()))
     assert [n for n, v in found.items() if isinstance(v, CorruptEpisode)] == [1, 4]
     with pytest.raises(
-        CorruptEpisode, match="view 'wrist' was not recorded .*has_wrist is false, picture 3 is one colour"
+        CorruptEpisode, match="view 'wrist' was not recorded .*has_wrist is false, image 3 is one color"
     ):
         raise found[4]
     source = open_source(folder, toy_config(views=("front",)))

@@ -50,7 +50,7 @@ def url(built: Path, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often each file was opened where it lies."""
+    """How often each file was opened at its place."""
     counter: Counter = Counter()
     real = Url.open
     monkeypatch.setattr(Url, "open", lambda self, name: counter.update([name]) or real(self, name))

@@ -125,7 +125,7 @@ def test_quarantine_is_a_ledger_and_a_count(whole: Path) -> None:
     cache = Cache.open(whole)
     lines = [json.loads(line) for line in (whole / "quarantine.jsonl").read_text().splitlines()]
     assert lines == [
-        {"dataset": "alpha", "episode_id": 13, "reason": "video ends at frame 2"},
+        {"dataset": "alpha", "episode_id": 13, "reason": "alpha episode 13: video ends at frame 2"},
         {"dataset": "alpha", "episode_id": 99, "reason": "no video"},
     ]
     assert cache.manifest["quarantine_count"] == 2

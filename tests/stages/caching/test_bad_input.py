@@ -53,8 +53,17 @@ HARMED = {  # episode → what the ledger says about it, after "damaged episode 
     7: r"data/chunk-000/episode_000007\.parquet has 12 rows, meta/ lists 13",
     8: r"videos/chunk-000/observation\.images\.wrist/episode_000008\.mp4 is missing",
 }
+KINDS = {  # episode → what `data check` calls it
+    1: "unreadable-file",
+    2: "unreadable-file",
+    4: "not-finite",
+    5: "row-count",
+    6: "unreadable-file",
+    7: "row-count",
+    8: "missing-file",
+}
 HEALTHY = [n for n in range(PRESENT) if n not in HARMED]  # 0, 3, 9, 10
-MIDWAY = 6  # found while pictures are decoded: its rows are in the cache, marked
+MIDWAY = 6  # found while images are decoded: its rows are in the cache, marked
 
 
 def lay_out(recorded: Path, root: Path) -> Path:
@@ -151,7 +160,7 @@ def damaged(
     return root, base / "cache", base / "whole", report
 
 
-# --- a dataset with everything wrong at once ---------------------------------------------------------------------------
+# --- a dataset with everything wrong at once --------------------------------------------------------------------------
 
 
 def test_each_damage_is_one_line_in_the_ledger(damaged: tuple[Path, Path, Path, BuildReport]) -> None:
@@ -209,16 +218,16 @@ def test_building_again_changes_nothing(damaged: tuple[Path, Path, Path, BuildRe
 def test_the_doctor_finds_the_same_episodes(damaged: tuple[Path, Path, Path, BuildReport]) -> None:
     root, cache, _, _ = damaged
     report = check(CheckConfig(str(root), everything=True))
-    found, reasons = dict(report.facts.failures), ledger(cache)
+    found, reasons = {f.episode: str(f) for f in report.facts.failures}, ledger(cache)
     assert found.keys() == reasons.keys() and report.must_fix
-    assert {n: f"damaged episode {n}: {r}" for n, r in found.items() if n != MIDWAY} == {
-        n: r for n, r in reasons.items() if n != MIDWAY
-    }
+    assert {n: r for n, r in found.items() if n != MIDWAY} == {n: r for n, r in reasons.items() if n != MIDWAY}
+    kinds = {f.episode: f.kind for f in report.facts.failures}
+    assert {n: kinds[n] for n in HARMED} == KINDS and {kinds[n] for n in range(PRESENT, LISTED)} == {"missing-file"}
     (missing,) = [f for f in report.findings if f.rule == "missing-file" and len(f.episodes) > 1]
     assert missing.episodes == tuple(range(PRESENT, LISTED))  # 89 files in one finding
 
 
-# --- refused as a whole ------------------------------------------------------------------------------------------------
+# --- refused as a whole -----------------------------------------------------------------------------------------------
 
 
 def test_unknown_field_name(recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
@@ -243,7 +252,7 @@ def test_nothing_present_at_all(recorded: dict[str, Path], vlm: Path, tmp_path: 
     assert not (tmp_path / "cache").exists()
 
 
-# --- archives and pickles ----------------------------------------------------------------------------------------------
+# --- archives and pickles ---------------------------------------------------------------------------------------------
 
 
 class Runs:

@@ -234,7 +234,7 @@ def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(
     report = build(configure(root, vlm, tmp_path / "damaged"))
     ledger = [json.loads(line) for line in (tmp_path / "damaged" / "quarantine.jsonl").read_text().splitlines()]
     assert report.quarantined == 2 and [(x["dataset"], x["episode_id"]) for x in ledger] == [("image", 1), ("image", 2)]
-    assert "picture 5 of 'observation.images.front'" in ledger[0]["reason"]
+    assert "image 5 of 'observation.images.front'" in ledger[0]["reason"]
     assert "column 'action' is nan" in ledger[1]["reason"]
 
     build(configure(recorded["image"], vlm, tmp_path / "whole"))
@@ -255,7 +255,7 @@ def test_a_dataset_without_a_usable_episode(copy_of: Any, vlm: Path, tmp_path: P
     root = copy_of("hevc")
     for video in root.glob("videos/*front*/*/*.mp4"):
         video.write_bytes(b"")
-    with pytest.raises(UserError, match="has no usable episode .*run on a whole copy"):
+    with pytest.raises(UserError, match="has no usable episode .*run on a complete copy"):
         build(configure(root, vlm, tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 

@@ -179,7 +179,7 @@ def test_one_broken_camera_takes_the_observation_out(copy_of: Any, vlm: Path, ca
     assert (
         report.quarantined == 1
         and [x["episode_id"] for x in ledger] == [1]
-        and "picture 7 of 'observation.images.wrist'" in ledger[0]["reason"]
+        and "image 7 of 'observation.images.wrist'" in ledger[0]["reason"]
     )
     damaged, whole = (Cache.open(p).datasets[0] for p in (tmp_path / "cache", cache))
     # shard 1 ends before episode 1's frame 6; in shard 2 the batch of frames 6 to 8 cannot be made, nor what follows

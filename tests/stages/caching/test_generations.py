@@ -126,13 +126,13 @@ def test_append_refuses_what_is_not_new(corner: Corner, recorded: dict[str, Path
         (other_instruction, "episode 1 of data changed or is gone"),
     ):
         corner.record(3, change)
-        with pytest.raises(UserError, match=f"--append adds new episodes only, but {line}; use --update"):
+        with pytest.raises(UserError, match=f"use --update: --append adds new episodes only, but {line}"):
             corner.build("append")
     corner.record(1)
     with pytest.raises(UserError, match="episode 1 of data changed or is gone"):
         corner.build("append")
     corner.record(3)
-    with pytest.raises(UserError, match="but shard_frames: cache has 8, this run asks 4; use --update"):
+    with pytest.raises(UserError, match="but shard_frames: cache has 8, this run asks 4"):
         corner.build("append", shard_frames=4)
     with pytest.raises(UserError, match="resolution: cache has 64, this run asks 96"):
         corner.build("append", resolution=96)
@@ -296,7 +296,7 @@ def test_a_generation_begun_for_something_else_is_named(corner: Corner, monkeypa
         with pytest.raises(Killed):
             corner.record(2).build("append")
     with pytest.raises(
-        UserError, match="cache.next is a generation begun from other sources or settings .*; remove that folder"
+        UserError, match="remove the folder .*cache.next, then rerun: it is a generation begun from other"
     ):
         corner.record(3).build("append")
     shutil.rmtree(corner.folder / "cache.next")
@@ -310,7 +310,7 @@ def test_damage_is_not_carried_on(corner: Corner) -> None:
     last = corner.out / "data/features/front/c" / str(OLD // SHARD) / "0/0"
     content = last.read_bytes()
     last.write_bytes(content[:5] + bytes([content[5] ^ 1]) + content[6:])
-    with pytest.raises(UserError, match=r"c/2/0/0 of the earlier generation is damaged; run `dvla cache repair"):
+    with pytest.raises(UserError, match=r"c/2/0/0 of the previous generation is damaged; run `dvla cache repair"):
         corner.build("append")
     last.unlink()
     with pytest.raises(UserError, match=r"c/2/0/0 is missing or damaged; run `dvla cache repair"):

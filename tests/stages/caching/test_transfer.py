@@ -79,12 +79,12 @@ def test_interrupted_both_go_on(cache: Path, url: str, tmp_path: Path, monkeypat
 def test_other_peoples_files_stay(cache: Path, url: str, tmp_path: Path, dvla: Dvla) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe(f"/{url.rsplit('/', 1)[-1]}/notes.txt", b"mine")
-    refused(dvla("cache", "push", str(cache), url), "holds files already and no cache, notes.txt among them")
+    refused(dvla("cache", "push", str(cache), url), "holds files that are no cache (notes.txt, …)")
     memory.rm(f"/{url.rsplit('/', 1)[-1]}", recursive=True)
     push_cache(cache, url)
     other = tmp_path / "other"
     synthetic.build(other, plan=synthetic.make_plan(**synthetic.SETTINGS["fp8"]))
-    refused(dvla("cache", "push", str(other), url), "another cache lies at")
+    refused(dvla("cache", "push", str(other), url), "holds another cache")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     refused(dvla("cache", "pull", url, "--out", str(tmp_path / "full")), "exists and is not an unfinished copy")
@@ -112,7 +112,7 @@ def test_damage_is_found_in_either_direction(cache: Path, url: str, tmp_path: Pa
     manifest = json.loads((cache / "manifest.json").read_text())
     manifest["files"]["../outside"] = {"bytes": 1, "crc32c": 0}
     memory.pipe(f"/{url.rsplit('/', 1)[-1]}/manifest.json", json.dumps(manifest).encode())
-    with pytest.raises(UserError, match="would lie outside the cache"):
+    with pytest.raises(UserError, match="is outside the cache"):
         pull_cache(url, tmp_path / "hostile")
 
 
@@ -143,7 +143,7 @@ def test_the_hub_gets_the_manifest_last(cache: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     done = push_cache(cache, "hf://datasets/me/cache")
     assert calls == [("me/cache", "dataset", True), done.files, "README.md", "manifest.json"]
-    with pytest.raises(UserError, match="a cache lies in me/taken already"):
+    with pytest.raises(UserError, match="me/taken holds a cache already"):
         push_cache(cache, "hf://datasets/me/taken")
 
 

@@ -6,17 +6,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from dvla.common.failure import Kind
 from dvla.errors import UserError
 from dvla.stages.data.check import check as check_module
 from dvla.stages.data.check.check import CheckConfig, CheckReport, as_json, as_text, check, findings_table
 from dvla.stages.data.check.numeric_rules import LIMITS
-from dvla.stages.data.check.rules import KINDS_OF_FAILURE
 from dvla.stages.data.check.table_stats import LAGS
 from support.doctor_samples import EPISODES, HZ, ROWS, MemorySource, Record, config, path, records
 from support.repository import ROOT
@@ -37,13 +37,13 @@ def examine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CheckReport]:
     return run
 
 
-# --- cases: name → (rule, severity, how the clean dataset is changed) -----------------------------------------------------
+# --- cases: name → (rule, severity, how the clean dataset is changed) -------------------------------------------------
 
 Change = Callable[[list[Record]], Any]
 
 
-def fails(message: str) -> Change:
-    return lambda made: setattr(made[2], "fails", message)
+def fails(message: str, kind: Kind = "unusable-episode") -> Change:
+    return lambda made: vars(made[2]).update(fails=message, kind=kind)
 
 
 def scaled(
@@ -133,16 +133,16 @@ def twin(made: list[Record]) -> None:
 
 
 BY_POSES: dict[str, tuple[str, str, Change]] = {
-    "file gone": ("missing-file", "error", fails("data/episode_2.parquet is missing")),
-    "NaN": ("not-finite", "error", fails("column 'action' is nan at frame 3, dimension 2")),
+    "file gone": ("missing-file", "error", fails("data/episode_2.parquet is missing", "missing-file")),
+    "NaN": ("not-finite", "error", fails("column 'action' is nan at frame 3, dimension 2", "not-finite")),
     "NaN in the array": ("not-finite", "error", lambda made: made[2].action.__setitem__((3, 2), np.nan)),
     "time repeats": ("time-order", "error", retimed(lambda t: np.where(np.arange(ROWS) == 9, t[8], t))),
-    "fewer pictures": ("row-count", "error", seen(lambda p: p[:-1])),
+    "fewer images": ("row-count", "error", seen(lambda p: p[:-1])),
     "rows against the list": ("row-count", "error", lambda made: setattr(made[2], "listed", 61)),
     "undecodable": (
         "unreadable-file",
         "error",
-        lambda made: setattr(made[2], "undecodable", "frame 3 of a.mp4 cannot be decoded"),
+        lambda made: vars(made[2]).update(undecodable="frame 3 of a.mp4 cannot be decoded", kind="unreadable-file"),
     ),
     "anything else": ("unusable-episode", "error", fails("the moon is in the wrong house")),
     "one row": ("single-row", "warning", cut(1)),
@@ -193,7 +193,7 @@ def test_a_healthy_dataset_has_no_finding(examine: Callable[..., CheckReport], d
     report = examine(records(deltas), deltas, settings={"everything": everything})
     assert report.findings == () and not report.must_fix
     assert report.summary.startswith(
-        f"memory: 6 of 6 episodes usable, 360 rows; {720 if everything else 96} pictures of 6 episodes decoded; "
+        f"memory: 6 of 6 episodes usable, 360 rows; {720 if everything else 96} images of 6 episodes decoded; "
         "0 errors, 0 warnings, 0 notes"
     )
 
@@ -220,7 +220,7 @@ def test_breaking_one_rule_is_that_finding(
 def test_every_rule_is_tested() -> None:
     source = "".join((ROOT / "stages/data/check" / f"{part}.py").read_text() for part in ("rules", "numeric_rules"))
     ids = set(re.findall(r'(?:Finding|about_episodes|about_cameras)\(\s*"([a-z-]+)"', source))
-    ids |= {f"unit-{kind}" for kind in LIMITS} | {rule for rule, _ in KINDS_OF_FAILURE} | {"unusable-episode"}
+    ids |= {f"unit-{kind}" for kind in LIMITS} | set(get_args(Kind))
     assert ids == {c[0] for c in (*BY_POSES.values(), *BY_DELTAS.values())} | ELSEWHERE
 
 
@@ -228,10 +228,10 @@ def test_findings_say_where(examine: Callable[..., CheckReport]) -> None:
     made = records()
     moved_pose(made)
     for number in (0, 1, 2, 4):
-        made[number].fails = f"clip {number}00 is missing"
+        made[number].fails, made[number].kind = f"clip {number}00 is missing", "missing-file"
     (missing,) = [f for f in examine(made).findings if f.rule == "missing-file"]
     assert (
-        missing.message == "episode 0: clip 000 is missing, and alike in 4 of 6 episodes (0-2, 4)"
+        missing.message == "episode 0: clip 000 is missing; the same in 4 of 6 episodes (0-2, 4)"
         and missing.episodes == (0, 1, 2, 4)
     )
     made = records()
@@ -293,11 +293,11 @@ def test_nothing_usable_and_nothing_listed(examine: Callable[..., CheckReport]) 
 
 
 def test_sampling_finds_a_missing_file_outside_the_sample(examine: Callable[..., CheckReport]) -> None:
-    """Pictures of every episode are opened, those of the sample are decoded."""
+    """Images of every episode are opened, those of the sample are decoded."""
     made = records()
     seen(lambda p: p[:-1])(made)
     report = examine(made, settings={"episodes": 1, "frames": 2})
-    assert [f.rule for f in report.findings] == ["row-count"] and sum(p.frames for p in report.facts.pictures) == 4
+    assert [f.rule for f in report.findings] == ["row-count"] and sum(p.frames for p in report.facts.images) == 4
 
 
 @pytest.mark.parametrize("values", [{"frames": 0}, {"episodes": -1}, {"episodes": 3, "everything": True}])
@@ -306,7 +306,7 @@ def test_bad_settings(values: dict[str, Any]) -> None:
         check(CheckConfig(".", **values))
 
 
-# --- the report --------------------------------------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
 def test_report_is_json_and_never_overwrites(examine: Callable[..., CheckReport], tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_report_is_json_and_never_overwrites(examine: Callable[..., CheckReport]
 
 def test_interrupting_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def progress(stage: str, done: int, total: int) -> None:
-        if stage.endswith("pictures"):
+        if stage.endswith("images"):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(check_module, "open_source", lambda *_: MemorySource(records(), config()))
@@ -336,7 +336,7 @@ def test_interrupting_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_table_of_findings(examine: Callable[..., CheckReport]) -> None:
     made = records()
-    made[0].fails = "a [file] is missing"
+    made[0].fails, made[0].kind = "a [file] is missing", "missing-file"
     console = Console(width=120)
     with console.capture() as captured:
         console.print(findings_table(examine(made)))

@@ -32,7 +32,7 @@ from dvla.stages.data.check.table_stats import (
 from support.doctor_samples import HZ, PLACES, path
 from support.lerobot_samples import FPS, LENGTHS, convert_to_v2, rewrite, with_column
 
-# --- on files ----------------------------------------------------------------------------------------------------------
+# --- on files ---------------------------------------------------------------------------------------------------------
 
 
 def plausible(table: Any) -> Any:
@@ -61,7 +61,7 @@ def healthy(copy_of: Any) -> Callable[[str], Path]:
 def test_recorded_by_lerobot(healthy: Callable[[str], Path], kind: str) -> None:
     report = check(CheckConfig(str(healthy(kind)), everything=True))
     assert {f.rule for f in report.findings} == {"short-episode"}, [f.message for f in report.findings]
-    assert sum(p.frames for p in report.facts.pictures) == 2 * sum(LENGTHS)
+    assert sum(p.frames for p in report.facts.images) == 2 * sum(LENGTHS)
 
 
 def test_older_layout_listed_and_present(healthy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_older_layout_listed_and_present(healthy: Callable[[str], Path], tmp_pat
         ("short-episode", "info"),
     ]
     assert report.findings[0].message == (
-        "episode 3: data/chunk-000/episode_000003.parquet is missing, and alike in 97 of 100 episodes (3-99)"
+        "episode 3: data/chunk-000/episode_000003.parquet is missing; the same in 97 of 100 episodes (3-99)"
     )
     assert "says 3 episodes in all but lists 100" in report.findings[1].message
     (root / "meta/episodes.jsonl").write_text(
@@ -131,7 +131,7 @@ def test_real_recordings(shared_dir: Path) -> None:
     assert bridge.findings[0].episodes == tuple(range(25, 50))
 
 
-# --- what is remembered ------------------------------------------------------------------------------------------------
+# --- what is remembered -----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)

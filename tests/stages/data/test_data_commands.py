@@ -151,7 +151,7 @@ def assert_stream_equals_tables(source: Source, batch_rows: int) -> None:
             assert number not in found  # whole episodes only
             found[number] = (block.state[block.episode_ids == number], block.action[block.episode_ids == number])
         found_refused += block.refused
-    assert dict(found_refused) == refused and len(found_refused) == len(refused)
+    assert {f.episode: str(f) for f in found_refused} == refused and len(found_refused) == len(refused)
     assert found.keys() == tables.keys()
     for number, (state, action) in tables.items():
         np.testing.assert_array_equal(found[number][0], state)

@@ -155,14 +155,14 @@ def test_export_refuses_what_is_not_its_own(demos, episode_folder, tmp_path, mon
 @pytest.mark.parametrize(
     "how, message",
     [
-        (lambda pictures: pictures[:-1], "4 pictures of 'robot0_eye_in_hand' for 5 rows"),
+        (lambda pictures: pictures[:-1], "4 images of 'robot0_eye_in_hand' for 5 rows"),
         (
             lambda pictures: [*pictures, pictures[0]],
-            r"picture 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected were 5 of",
+            r"image 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected 5 of",
         ),
         (
             lambda pictures: [pictures[0][:4], *pictures[1:]],
-            r"picture 0 of 'robot0_eye_in_hand' is \[4, 8, 3\], expected were 5 of",
+            r"image 0 of 'robot0_eye_in_hand' is \[4, 8, 3\], expected 5 of",
         ),
     ],
 )

@@ -181,7 +181,7 @@ def test_damaged_newest_checkpoint_falls_back(cache: Path, straight: Path, tmp_p
     if damage == "no state":
         file.unlink()
     report = train(dataclasses.replace(configure(cache, straight), out=str(out)), say=said.append)
-    assert "step-00000004" in said[0] and "falling back to the checkpoint before" in said[0]
+    assert "step-00000004" in said[0] and "falling back to the previous checkpoint" in said[0]
     assert said[1] == f"resuming {out} at step 3 of 4" and report.step == 4
     assert_equal_runs(out, straight)
 
@@ -190,7 +190,7 @@ def test_no_whole_checkpoint_is_said(cache: Path, straight: Path, tmp_path: Path
     out = shutil.copytree(straight, tmp_path / "run")
     for folder in ck.checkpoints(out):
         (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint is whole .*model.safetensors is damaged"):
+    with pytest.raises(UserError, match="no checkpoint is intact .*model.safetensors is damaged"):
         train(configure(cache, out), say=quiet)
 
 
