@@ -1,4 +1,5 @@
-"""`dvla export`: the folder acts as its checkpoint does, loads without anything of training, and its graphs compute what the network does."""
+"""`dvla export`: the folder acts as its checkpoint does, loads without anything of training, and its graphs compute
+what the network does."""
 
 from __future__ import annotations
 
