@@ -27,12 +27,12 @@ def episode(name: str, start: int, size: int) -> list[np.ndarray]:
     """Frames uint8 [size, size, 3] of one expert episode of the training split, the last one included."""
     environment = make_environment(name, "train", 0, size)
     environment.reset(start, False)
-    frames, done = [environment.picture("corner2")], False
+    frames, done = [environment.image("corner2")], False
     while not done:
         result = environment.step(environment.expert_action(), False)
         done = result.done or result.success
         if done or environment.steps % EVERY == 0:
-            frames.append(environment.picture("corner2"))
+            frames.append(environment.image("corner2"))
     environment.close()
     return frames
 

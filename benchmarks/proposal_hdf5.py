@@ -108,8 +108,10 @@ def compare(source: Path, vlm: Path, work: Path, repeats: int) -> None:
         print(f"  repeat {repeat + 1}: {name} {seconds[name][-1]:.1f} s", flush=True)
     cached = Cache.open(work / "cache").datasets[0]
     with h5py.File(files[names[1]]) as file:  # the same numbers up to batching
-        stored = np.concatenate([cached.feature(view, 7) for view in cached.views]).astype(np.float32)
-        error = np.abs(file["sample_7"]["hidden"][()].astype(np.float32) - stored).max() / np.abs(stored).max()
+        stored = np.concatenate([cached.feature(view, frames - 1) for view in cached.views]).astype(np.float32)
+        error = (
+            np.abs(file[f"sample_{frames - 1}"]["hidden"][()].astype(np.float32) - stored).max() / np.abs(stored).max()
+        )
     rows = np.random.default_rng(0).integers(0, frames, READ)
     reading = {
         names[0]: [read_hdf5(files[names[0]], rows) for _ in range(3)],

@@ -17,7 +17,7 @@ from ...common.files import json_bytes, read_json, write_file
 from ..simulation.envs import check_environment
 from ..training.run_log import read_log
 from .demo_figures import loss_figure, success_figure, switch_figure
-from .runner import Job, options, run_in_order
+from .runner import Command, Job, options, run_in_order
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,12 @@ QUICK = DemoScale(
 def steps(out: Path, scale: DemoScale, seed: int) -> list[Job]:
     """The commands of the demo, in order."""
     data = {env: str(out / "data" / env.split("/")[1]) for env in TASKS}
-    vlm, cache, stage2, blind, stage3 = (str(out / name) for name in ("vlm", "cache", "stage2", "blind", "stage3"))
-    training = ("train", *options(from_cache=cache, seed=seed), *scale.train.split())
-    tuning = ("finetune", "--lora", stage2, *options(source=[*data.values()], seed=seed), *scale.finetune.split())
+    return _cached(out, data, scale, seed) + _trained(out, list(data.values()), scale, seed)
 
-    def evaluation(policy: str, folder: str) -> tuple[str, ...]:
-        settings = options(env=TASKS, episodes=scale.episodes, blind=blind, seed=seed, out=out / folder)
-        return ("eval", policy, *settings)
+
+def _cached(out: Path, data: dict[str, str], scale: DemoScale, seed: int) -> list[Job]:
+    """Demonstrations, a VLM and stage one. `data`: task → dataset folder."""
+    vlm, cache = str(out / "vlm"), str(out / "cache")
 
     def record(env: str) -> Job:
         settings = options(env=env, episodes=scale.demonstrations, noise=NOISE, seed=seed, workers=2, out=data[env])
@@ -73,6 +72,7 @@ def steps(out: Path, scale: DemoScale, seed: int) -> list[Job]:
             purpose=f"Record {scale.demonstrations} demonstrations of a scripted expert in simulation.",
         )
 
+    build = options(vlm="tiny_qwen3vl", vlm_path=vlm, shard_frames=1024, out=cache)
     return [
         *map(record, TASKS),
         Job(
@@ -82,14 +82,7 @@ def steps(out: Path, scale: DemoScale, seed: int) -> list[Job]:
         ),
         Job(
             "cache build",
-            (
-                (
-                    "cache",
-                    "build",
-                    *data.values(),
-                    *options(vlm="tiny_qwen3vl", vlm_path=vlm, shard_frames=1024, out=cache),
-                ),
-            ),
+            (("cache", "build", *data.values(), *build),),
             purpose="Stage one: run the frozen VLM once over every frame and cache its features.",
         ),
         Job(
@@ -97,6 +90,20 @@ def steps(out: Path, scale: DemoScale, seed: int) -> list[Job]:
             (("cache", "verify", cache, "--live", "32"),),
             purpose="Check the cache: checksums, and 32 frames against the live VLM.",
         ),
+    ]
+
+
+def _trained(out: Path, sources: list[str], scale: DemoScale, seed: int) -> list[Job]:
+    """Stages two and three, each evaluated, and a report."""
+    stage2, blind, stage3 = (str(out / name) for name in ("stage2", "blind", "stage3"))
+    training = ("train", *options(from_cache=out / "cache", seed=seed), *scale.train.split())
+    tuning = ("finetune", "--lora", stage2, *options(source=sources, seed=seed), *scale.finetune.split())
+
+    def evaluation(policy: str, folder: str) -> Command:
+        settings = options(env=TASKS, episodes=scale.episodes, blind=blind, seed=seed, out=out / folder)
+        return ("eval", policy, *settings)
+
+    return [
         Job(
             "train",
             ((*training, "--out", stage2),),

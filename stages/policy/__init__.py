@@ -11,7 +11,7 @@ __all__ = ["Policy"]
 
 
 def __getattr__(name: str) -> Any:
-    """`from dvla.stages.policy import Policy` is in model cards; importing another file of this room does not load torch for it."""
+    """`from dvla.stages.policy import Policy` is in earlier model cards. Other files of this room load without it."""
     if name == "Policy":
         from .policy import Policy
 

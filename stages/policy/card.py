@@ -1,6 +1,6 @@
-"""Cards for the hub: what a policy or a cache is, what it was made from, under which licences, what was measured and what it cannot do.
+"""Cards for the hub: what a policy is, its data and their licenses, what was measured and what it cannot do.
 
-Text of a pure function of documents; nothing is invented: what was not measured is said not to be.
+A card is a function of stored documents: what was not measured is reported as such.
 """
 
 from __future__ import annotations
@@ -13,120 +13,130 @@ import yaml
 
 from ... import __version__
 from ...common.config import from_mapping
-from ...drifting.config import LossConfig
 from ...drifting.heads import sample_steps
+from ...drifting.losses import LossConfig
 
 NON_COMMERCIAL = re.compile(r"(?i)\bNC\b|non.?commercial")
 PERMISSIVE = {"mit": "mit", "apache-2.0": "apache-2.0", "cc-by-4.0": "cc-by-4.0"}  # as the hub writes them
+LIMITS = """
+- It knows the robots, views, rates and units named above and no others. With another camera position or action
+  convention its actions mean nothing.
+- It has no notion of safety: bound speeds and forces in the robot's controller.
+- Success was measured where this card says so, from held-out initial states; nothing else is claimed.
+"""
 
 
 def policy_card(
     document: Mapping[str, Any], state: Mapping[str, Any], repo: str, evaluations: Sequence[Mapping[str, Any]] = ()
 ) -> str:
-    """README.md of a policy. `document`: policy.json; `state`: state.json (step, held-out metrics); `evaluations`: summaries of `dvla eval`."""
-    datasets = document["datasets"]
-    encoder, net = document["encoder"], document["net"]["dit"]
-    loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
-    steps = sample_steps(loss)
-    base = encoder["spec"]["path"]
+    """README.md of a policy.
+
+    Args:
+        document: policy.json.
+        state: state.json (step, held-out metrics).
+        repo: "owner/name" on the hub.
+        evaluations: summaries of `dvla eval`.
+    """
+    datasets, base = document["datasets"], document["encoder"]["spec"]["path"]
     head = {
         "library_name": "dvla",
         "pipeline_tag": "robotics",
         "tags": ["robotics", "vision-language-action", "drifting"],
-        **_licence([d["license"] for d in datasets]),
+        **license_of([d["license"] for d in datasets]),
         **({"base_model": base} if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else {}),
     }
+    sections = [
+        f"# {repo}\n\n{_description(document, base)}",
+        data_section(datasets),
+        f"## Use\n\n{_use(datasets, repo)}",
+        f"## Training\n\n{_training(document, state)}",
+        f"## Results\n\n{_held_out(state)}\n\n{_closed_loop(evaluations)}",
+        f"## Limits\n{LIMITS}",
+    ]
+    return front_matter(head) + "\n\n".join(sections)
+
+
+def _description(document: Mapping[str, Any], base: str) -> str:
+    dit = document["net"]["dit"]
+    loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
+    steps = sample_steps(loss)
+    return (
+        f"A vision-language-action policy of dvla {__version__}: a DiT of {dit['blocks']} blocks of width "
+        f"{dit['width']} that turns features of `{base}`, the instruction and the robot's state into "
+        f"{dit['horizon']} actions, in {steps} forward pass{'es' if steps > 1 else ''} ({loss.kind} head)."
+    )
+
+
+def data_section(datasets: Sequence[Mapping[str, Any]]) -> str:
+    """The datasets, each with its license; a non-commercial one is named first."""
+    restricted = ", ".join(d["name"] for d in datasets if NON_COMMERCIAL.search(d["license"]))
+    unknown = ", ".join(d["name"] for d in datasets if not d["license"] or "not stated" in d["license"])
+    rows = "".join(f"\n| {d['name']} | {d['license'] or 'not stated'} | {d['control_hz']:g} |" for d in datasets)
+    paragraphs = ["## Data", f"| dataset | license | Hz |\n|---|---|---|{rows}"]
+    if unknown:
+        paragraphs.insert(1, f"**No license is stated** for {unknown}: ask its owners before use.")
+    if restricted:
+        paragraphs.insert(1, f"**Non-commercial:** made from {restricted}, whose license forbids commercial use.")
+    return "\n\n".join(paragraphs)
+
+
+def _use(datasets: Sequence[Mapping[str, Any]], repo: str) -> str:
+    which = f', dataset="{datasets[0]["name"]}"' if len(datasets) > 1 else ""
     views = "; ".join(f"{d['name']}: {', '.join(d['views'])}" for d in datasets)
+    return f"""```python
+import dvla
+
+policy = dvla.Policy.from_pretrained("{repo}"{which})
+# images: {{view: uint8 [H, W, 3]}}; state [ds] and the actions [T, d] are in the robot's own units
+actions = policy.act(images, "what to do", state)
+```
+
+Views: {views}."""
+
+
+def _training(document: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    made = document["encoder"]["fingerprint"]
+    tuned = "fine-tuned: its changed weights are in this repository" if made.get("adapter") else "frozen"
     lines = [
-        _front(head),
-        f"# {repo}",
-        "",
-        f"A vision-language-action policy of dvla {__version__}: a DiT of {net['blocks']} blocks of width {net['width']} that turns features of "
-        f"`{base}`, the instruction and the robot's state into {net['horizon']} actions, in {steps} forward pass{'es' if steps > 1 else ''} ({loss.kind} head).",
-        "",
-        *_sources(datasets),
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from dvla.stages.policy import Policy",
-        "",
-        f'policy = Policy.from_pretrained("{repo}"'
-        + (f', dataset="{datasets[0]["name"]}")' if len(datasets) > 1 else ")"),
-        'actions = policy.act(images, "what to do", state)     # {view: uint8 [H, W, 3]}, text, native state [ds] -> native actions [T, d]',
-        "```",
-        "",
-        f"Views: {views}.",
-        "",
-        "## Training",
-        "",
-        f"- step {state.get('step', '?')}, features: {encoder['fingerprint'].get('features', '?')} tokens, {encoder['fingerprint'].get('tokens', '?')} a picture, "
-        f"resolution {encoder['fingerprint'].get('resolution', '?')}",
-        f"- the VLM {'was fine-tuned: its changed weights are in this repository' if encoder['fingerprint'].get('adapter') else 'was frozen'}",
-        *(["- it never saw a picture (a blind baseline)"] if document["conditions"]["blind"] else []),
-        "",
-        "## Results",
-        "",
-    ]
-    metrics = {k: v for k, v in (state.get("metrics") or {}).items() if "/" not in k}
-    lines += [
-        f"Held-out episodes, normalised units: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}."
-        if metrics
-        else "No held-out error was measured.",
-        "",
-    ]
-    rows = [(task, row) for summary in evaluations for task, row in summary["tasks"].items()]
-    if rows:
-        lines += [
-            "Closed loop, unseen starts (the same for all columns):",
-            "",
-            "| task | success | 95 % | expert | random | blind | starts |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {task} | {_percent(r['success'])} | {_percent(r['ci95'][0])} – {_percent(r['ci95'][1])} | {_percent(r.get('expert'))} | {_percent(r.get('random'))} | "
-            f"{_percent(r.get('blind'))} | {r['episodes']} |"
-            for task, r in rows
-        ]
-    else:
-        lines += ["No closed-loop success was measured."]
-    lines += [
-        "",
-        "## Limits",
-        "",
-        "- It knows the robots, views, rates and units named above and no others; with another camera position or action convention its actions mean nothing.",
-        "- It has no notion of safety: bound speeds and forces in the robot's controller.",
-        "- Success was measured where it says so, on starts disjoint from training; nothing else is claimed.",
-        "",
+        f"- step {state.get('step', '?')}, features: {made.get('features', '?')} tokens, {made.get('tokens', '?')} per "
+        f"image, resolution {made.get('resolution', '?')}",
+        f"- the VLM was {tuned}",
+        *(["- it was trained with images blanked (a blind baseline)"] if document["conditions"]["blind"] else []),
     ]
     return "\n".join(lines)
 
 
-def _sources(datasets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The data, each with its licence, a non-commercial one named first."""
-    restricted = [d["name"] for d in datasets if NON_COMMERCIAL.search(d["license"])]
-    unknown = [d["name"] for d in datasets if not d["license"] or "not stated" in d["license"]]
-    lines = ["## Data", ""]
-    if restricted:
-        lines += [f"**Non-commercial:** made from {', '.join(restricted)}, whose licence forbids commercial use.", ""]
-    if unknown:
-        lines += [f"**No licence is stated** for {', '.join(unknown)}: ask its owners before use.", ""]
-    return [
-        *lines,
-        "| dataset | licence | Hz |",
-        "|---|---|---|",
-        *(f"| {d['name']} | {d['license'] or 'not stated'} | {d['control_hz']:g} |" for d in datasets),
-    ]
+def _held_out(state: Mapping[str, Any]) -> str:
+    metrics = {k: v for k, v in (state.get("metrics") or {}).items() if "/" not in k}
+    if not metrics:
+        return "No held-out error was measured."
+    return f"Held-out episodes, normalized units: {', '.join(f'{k} {v:.4g}' for k, v in metrics.items())}."
 
 
-def _licence(licences: Sequence[str]) -> dict[str, Any]:
-    """The card's licence: the sources' own where all have the same permissive one, else "other", explained in the text."""
-    found = {PERMISSIVE.get(licence.lower()) for licence in licences}
+def _closed_loop(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    tasks = [task for summary in evaluations for task in summary["tasks"].items()]
+    if not tasks:
+        return "No closed-loop success was measured."
+    rows = "".join(
+        f"\n| {task} | {_percent(r['success'])} | {_percent(r['ci95'][0])} – {_percent(r['ci95'][1])} | "
+        f"{_percent(r.get('expert'))} | {_percent(r.get('random'))} | {_percent(r.get('blind'))} | {r['episodes']} |"
+        for task, r in tasks
+    )
+    return (
+        "Closed loop, held-out initial states (the same for all columns):\n\n"
+        f"| task | success | 95 % | expert | random | blind | episodes |\n|---|---|---|---|---|---|---|{rows}"
+    )
+
+
+def license_of(licenses: Sequence[str]) -> dict[str, Any]:
+    """The card's license: the datasets' own where all have the same permissive one, else "other"."""
+    found = {PERMISSIVE.get(license.lower()) for license in licenses}
     only = found.pop() if len(found) == 1 else None
-    return {"license": only} if only else {"license": "other", "license_name": "licences-of-its-datasets"}
+    return {"license": only} if only else {"license": "other", "license_name": "licenses-of-its-datasets"}
 
 
-def _front(head: Mapping[str, Any]) -> str:
+def front_matter(head: Mapping[str, Any]) -> str:
+    """The YAML head of a card."""
     return f"---\n{yaml.safe_dump(dict(head), sort_keys=False)}---\n"
 
 

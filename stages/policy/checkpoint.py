@@ -3,11 +3,11 @@
 RUN/config.json                     settings of the run
 RUN/log.jsonl                       one line per logged step
 RUN/checkpoints/step-00000400/      written under a temporary name, synced, renamed
-    policy.json                     network shape, datasets (field maps, statistics, starts), encoder, training conditions
+    policy.json                     network shape, datasets (field maps, statistics, initial states), encoder, dropout
     model.safetensors ema.safetensors optimizer.safetensors, and queues.safetensors where the loss has queues
     adapter/                        LoRA weights, when the vision tower was adapted
     state.json                      step, sample offset, content hashes of the other files
-RUN/checkpoints/best                the name of the checkpoint with the smallest held-out error; kept beside the newest ones
+RUN/checkpoints/best                name of the checkpoint with the smallest held-out error, which is kept as well
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ POLICY_FORMAT = 1
 
 def checkpoints(run: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    folder = run / "checkpoints"
-    found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found)
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(p.name))
 
 
 def save_checkpoint(
@@ -48,10 +46,17 @@ def save_checkpoint(
     adapter: Any = None,
     best: int | None = None,
 ) -> Path:
-    """Write `RUN/checkpoints/step-<step>` and drop all but the newest `keep_last` and that of step `best`, if one is named.
+    """Write `RUN/checkpoints/step-<step>`, which appears only when all of it is on disk; drop old checkpoints.
 
-    `tensors`: file stem → named tensors; `documents`: JSON files but state.json's hashes, with "state" among them;
-    `adapter(folder)` writes LoRA weights; `best` is written to `RUN/checkpoints/best`. The checkpoint appears under its name only when all of it is on disk.
+    Args:
+        tensors: file stem → named tensors.
+        documents: file stem → JSON, "state" among them.
+        keep_last: how many of the newest checkpoints stay.
+        adapter: writes LoRA weights into a folder.
+        best: step of the checkpoint that stays in any case; written to `RUN/checkpoints/best`.
+
+    Raises:
+        UserError: the checkpoint cannot be written.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -61,7 +66,7 @@ def save_checkpoint(
     temporary.mkdir()
     try:
         write_files(temporary, tensors, documents, adapter)
-        if final.exists():  # the same step again: a resumed run that was stopped before it went on
+        if final.exists():  # the same step again: a resumed run that was stopped before its next one
             shutil.rmtree(final)
         os.replace(temporary, final)
         if best is not None:
@@ -69,8 +74,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of the former
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}; the checkpoints before it are whole. "
-            "Make room and run the same command again"
+            f"make room and rerun the same command to resume: cannot write checkpoint {final} "
+            f"({getattr(error, 'strerror', None) or error}); earlier checkpoints are intact"
         ) from None
     for old in checkpoints(run)[:-keep_last]:
         if best is None or old.name != f"step-{best:08d}":
@@ -81,8 +86,9 @@ def save_checkpoint(
 def write_files(
     folder: Path, tensors: dict[str, dict[str, torch.Tensor]], documents: dict[str, Any], adapter: Any = None
 ) -> None:
-    """Fill `folder`, which may hold some files already: arguments as in `save_checkpoint`. All of it is synced; state.json, with size and
-    crc32c of every other file, comes last."""
+    """Add the files of a checkpoint to `folder`, arguments as in `save_checkpoint`, and sync all of them.
+
+    state.json, with size and crc32c of every other file, comes last."""
     for stem, named in tensors.items():
         save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / f"{stem}.safetensors")
         (folder / f"{stem}.safetensors").chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
@@ -107,11 +113,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{folder / name}: {error.strerror}") from None
         if found != (nbytes, crc):
-            how = (
-                f"{found[0]} bytes, {nbytes} were written"
-                if found[0] != nbytes
-                else "its bytes are not those that were written"
-            )
+            how = f"{found[0]} of {nbytes} bytes" if found[0] != nbytes else "its checksum differs"
             raise UserError(f"{folder / name} is damaged ({how})")
     return state
 
@@ -129,24 +131,29 @@ def policy_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
     return {n: t for n, t in load_tensors(folder, stem).items() if not n.startswith("adapter.")}
 
 
-def latest_whole(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """(folder, state, complaints): the newest undamaged checkpoint and a line for each damaged one passed over; None without any."""
+def latest_intact(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """(folder, state, a line for each damaged one skipped) of the newest intact checkpoint; None without any."""
     complaints: list[str] = []
     for folder in reversed(checkpoints(run)):
         try:
             return folder, load_state(folder), complaints
         except UserError as error:
-            complaints.append(f"{error}; falling back to the checkpoint before")
+            complaints.append(f"{error}; falling back to the previous checkpoint")
     if complaints:
-        raise UserError(f"{run}: no checkpoint is whole ({complaints[0]})")
+        raise UserError(f"{run}: no checkpoint is intact ({complaints[0]})")
     return None
 
 
 def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Path:
-    """The policy directory behind a path, whole to the last byte.
+    """The policy directory behind a path, with every checksum verified.
 
-    `path`: a run (its newest undamaged checkpoint; damaged ones passed over are told to `say`), a checkpoint folder, a run's
-    `checkpoints/best`, or "owner/name[@revision]" of the hub. `UserError` when it is none of these or damaged.
+    Args:
+        path: a run (its newest intact checkpoint), a checkpoint folder, a run's `checkpoints/best`, or
+            "owner/name[@revision]" of the hub.
+        say: gets a line for each damaged checkpoint that was skipped.
+
+    Raises:
+        UserError: `path` is none of these, or damaged.
     """
     given, path = str(path), Path(path)
     if path.name == "best" and path.is_file():
@@ -154,7 +161,7 @@ def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Pat
     if any((path / name).is_file() for name in ("policy.json", "state.json")):
         load_state(path)
         return path
-    found = latest_whole(path)
+    found = latest_intact(path)
     if found is not None:
         for line in found[2]:
             say(line)
@@ -170,5 +177,5 @@ def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Pat
             return resolve(snapshot, say)
         raise UserError(f"no run or checkpoint at {path}; train one with `dvla train --from-cache CACHE --out {path}`")
     raise UserError(
-        f"{path} holds no checkpoint yet; give a run folder of `dvla train` or `dvla finetune`, or wait for its first checkpoint"
+        f"{path} holds no checkpoint yet; wait for its first one, or give a run of `dvla train` or `dvla finetune`"
     )

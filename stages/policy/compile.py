@@ -10,10 +10,10 @@ from ...errors import UserError
 
 
 def compile_blocks(net: PolicyNet) -> None:
-    """`torch.compile` every transformer block, in place: one compilation serves all, and no parameter changes its name."""
+    """`torch.compile` every transformer block in place: one compilation serves all, and parameters keep their names."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++")):
         raise UserError(
-            "compile needs a C++ compiler and there is none (g++ or clang++; on Debian: apt install g++); install one, or train without it"
+            "install a C++ compiler (g++ or clang++; on Debian: apt install g++), which compile needs, or leave it out"
         )
     for block in net.dit.blocks:
         block.compile()

@@ -1,13 +1,13 @@
-"""`dvla export`: a checkpoint as a folder for deployment: what acting needs and nothing of training.
+"""`dvla export`: a checkpoint as a folder for deployment, with what acting needs and nothing of training.
 
-    OUT/policy.json             as in a checkpoint: network, field maps, normalisation statistics, encoder (by the path or hub id of its VLM)
+    OUT/policy.json             as in a checkpoint: network, field maps, normalization, encoder with its VLM's path
         ema.safetensors         averaged weights of the policy
         vision.safetensors      after stage three: the weights of the vision tower that it changed, LoRA merged, float32
-        policy.pt2, policy.onnx on request, with graph.json (policy_graph.py)
-        config.json, policy_preprocessor.json … on request, for LeRobot (lerobot_plugin)
+        policy.pt2, policy.onnx on request, with graph.json (graph.py)
+        config.json, policy_preprocessor.json … on request, for LeRobot (lerobot/)
         state.json              step and results of the checkpoint, content hashes of the other files
 
-The frozen VLM itself is not copied: it is loaded from where it lay, or from `vlm_path`, and its weights are checked.
+The frozen VLM itself is not copied: it is loaded from its path or from `vlm_path`, and its weights are checked.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ExportedPolicy:
     step: int  # of the checkpoint
     nbytes: int  # of all files
     vlm: str  # folder or hub id of the model that acting needs
-    merged: int  # weights of the vision tower that are not the base model's
-    differences: dict[str, float] = field(default_factory=dict)  # format → see policy_graph.TOLERANCE
+    merged: int  # weights of the vision tower that differ from the base model's
+    differences: dict[str, float] = field(default_factory=dict)  # format → see graph.TOLERANCE
 
 
 def export_policy(
@@ -56,8 +56,12 @@ def export_policy(
 ) -> ExportedPolicy:
     """Write the checkpoint at `path` (see `checkpoint.resolve`) as the folder `out`, which appears only when complete.
 
-    `formats`: graphs to add ("torch-export", "onnx"), and "lerobot" for what LeRobot wants to find beside them. `UserError` when `out` exists, the checkpoint is missing or damaged, a graph cannot be
-    made, or the VLM, which is read only where it was trained, is not the checkpoint's.
+    Args:
+        formats: graphs to add ("torch-export", "onnx"), and "lerobot" for the files that LeRobot loads a policy by.
+        vlm_path: where the VLM is, if not where the policy says; it is read only where it was fine-tuned.
+
+    Raises:
+        UserError: `out` exists, the checkpoint is missing or damaged, the VLM is another, or a graph cannot be made.
     """
     out = Path(out)
     if out.exists() or out.is_symlink():
@@ -88,7 +92,7 @@ def export_policy(
             nbytes = sum(p.stat().st_size for p in part.iterdir())
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of the former
         raise UserError(
-            f"cannot write {out}: {getattr(error, 'strerror', None) or error}; choose another --out or make room"
+            f"choose another --out or make room: cannot write {out} ({getattr(error, 'strerror', None) or error})"
         ) from None
     return ExportedPolicy(
         out, kept["step"], nbytes, document["encoder"]["spec"]["path"], len(vision or ()), graphs["difference"]
@@ -98,14 +102,13 @@ def export_policy(
 def _vision(
     folder: Path, document: dict[str, Any], vlm_path: str | None
 ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
-    """(weights of the vision tower that are not the base model's, None if it was never trained; policy.json on that model alone, by its
-    whole path)."""
+    """Weights of the vision tower that differ from the base model's (None if it was never trained), and policy.json
+    with that model alone as its encoder, by its absolute path."""
     encoder = document["encoder"]
     spec = {**encoder["spec"], "path": vlm_path or encoder["spec"]["path"]}
     local = Path(spec["path"]).expanduser()
-    spec["path"] = (
-        str(local.absolute()) if local.is_dir() else spec["path"]
-    )  # the exported folder may be used from elsewhere
+    if local.is_dir():  # the exported folder may be used from elsewhere
+        spec["path"] = str(local.absolute())
     document = {**document, "encoder": {**encoder, "spec": spec}}
     if (folder / "vision.safetensors").is_file():  # it was exported before
         return ck.load_tensors(folder, "vision"), document
@@ -113,9 +116,7 @@ def _vision(
         return None, document
     exact = {**spec, "dtype": "float32"}
     tuned = load_policy_encoder(folder, {**document, "encoder": {**encoder, "spec": exact}})
-    alone = (
-        {"adapters": ()} if "adapters" in spec else {}
-    )  # those of the features that the policy was trained from lie in other runs
+    alone = {"adapters": ()} if "adapters" in spec else {}  # they are in other runs, and merged here
     weights = changed_weights(tuned, load_encoder(from_mapping(EncoderSpec, exact | alone, "policy.json")))
     return weights, {
         **document,

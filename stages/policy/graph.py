@@ -1,10 +1,11 @@
-"""The policy network as one graph for other runtimes: torch.export (policy.pt2) and ONNX (policy.onnx), checked against the network.
+"""The policy network as one graph for other runtimes, torch.export (policy.pt2) or ONNX (policy.onnx).
 
-A graph is what `PolicyNet` computes with a one-step head: features of the VLM, proprioception and noise in, an action chunk out. The VLM is
-not in it, nor is normalisation: `graph_inputs` makes its inputs of a `FeatureBatch`, policy.json beside it holds field maps and statistics.
+A graph computes what `PolicyNet` does with a one-step head, and is checked against it: features of the VLM,
+proprioception and noise in, an action chunk out. The VLM is not in it, nor is normalization: `graph_inputs` makes its
+inputs from a `FeatureBatch`, and policy.json beside it holds field maps and statistics.
 
-Letters: B observations, G noise draws, T action steps, n noise entries, L vision tokens of all views, Lt text tokens, D feature width, Dt
-width of text features. B, G, L and Lt are free in a graph, each at least 1.
+Letters: B observations, G noise samples, T action steps, n noise entries, L vision tokens of all views, Lt text tokens,
+D feature width, Dt width of text features. B, G, L and Lt are free in a graph, each at least 1.
 """
 
 from __future__ import annotations
@@ -30,16 +31,14 @@ from ...errors import UserError, unknown
 FILES = {"torch-export": "policy.pt2", "onnx": "policy.onnx"}  # format → file
 LIBRARIES = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 TOLERANCE = 1e-4  # largest difference of an entry, over the root mean square of the network's output
-ONE_FILE = (
-    1 << 30
-)  # bytes of weights beyond which an ONNX graph keeps them in a file beside it: a protobuf ends at 2 GiB
-SIZES = ((2, 3, 7, 4), (1, 1, 64, 1), (3, 1, 1, 9), (1, 2, 300, 5))  # (B, G, L, Lt) of the check; the first is traced
+ONE_FILE = 1 << 30  # bytes of weights beyond which ONNX keeps them in a second file: a protobuf ends at 2 GiB
+SIZES = ((2, 3, 7, 4), (1, 1, 64, 1), (3, 1, 1, 9), (1, 2, 300, 5))  # (B, G, L, Lt) to check; the first is traced
 
 Run = Callable[[dict[str, Tensor]], Tensor]
 
 
 class PolicyGraph(nn.Module):
-    """`generate` with every input an argument of its own: `graph_inputs`."""
+    """`generate` with every input of `graph_inputs` as an argument."""
 
     def __init__(self, net: PolicyNet, loss: LossConfig) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class PolicyGraph(nn.Module):
         control_hz: Tensor,
         alpha: Tensor,
     ) -> Tensor:
-        unread = tokens.new_zeros(0)  # a one-step head looks at no action, and at no mask of them
+        unread = tokens.new_zeros(0)  # a one-step head reads neither actions nor their masks
         batch = FeatureBatch(
             tokens=tokens,
             token_mask=token_mask,
@@ -85,13 +84,13 @@ def require_formats(formats: Sequence[str], kind: str) -> None:
             raise unknown("format", name, ("policy", *FILES, "lerobot"))
         if kind in DENOISING:
             raise UserError(
-                f"--format {name} is for heads that act in one pass ({', '.join(ONE_STEP)}), and this policy has a {kind} head, "
-                "which calls its network many times; leave --format out"
+                f"leave --format out: {name} is for heads that act in one pass ({', '.join(ONE_STEP)}), and this "
+                f"policy has a {kind} head, which calls its network many times"
             )
         missing = [library for library in LIBRARIES[name] if importlib.util.find_spec(library) is None]
         if missing:
             raise UserError(
-                f"--format {name} needs {', '.join(missing)}: pip install 'dvla[onnx]'; --format torch-export needs torch alone"
+                f"--format {name} needs {', '.join(missing)}: pip install 'dvla[onnx]' (torch-export needs only torch)"
             )
 
 
@@ -99,10 +98,7 @@ def input_shapes(net: PolicyNet) -> dict[str, tuple[str, tuple[str | int, ...]]]
     """Name → (dtype, shape) of a graph's inputs, letters for what is free."""
     c = net.config
     return {
-        "noise": (
-            "float32",
-            ("B", "G", c.dit.horizon, c.dit.noise_dim),
-        ),  # standard normal; a regression head reads its shape only
+        "noise": ("float32", ("B", "G", c.dit.horizon, c.dit.noise_dim)),  # standard normal
         "tokens": ("float32", ("B", "L", c.feature_width)),
         "token_mask": ("bool", ("B", "L")),
         "view_id": ("int64", ("B", "L")),
@@ -132,9 +128,9 @@ def graph_inputs(batch: FeatureBatch, noise: Tensor, alpha: Tensor) -> dict[str,
 
 
 def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Write the graphs of `formats` into `folder` and check each against `net` (on the CPU, float32); graph.json's content.
+    """Write the graphs of `formats` into `folder`; returns the content of graph.json.
 
-    `UserError` where a graph does not give what the network gives, or torch cannot make it.
+    Each is checked against `net` on the CPU in float32. `UserError` where it differs, or torch cannot make it.
     """
     graph = PolicyGraph(net.float().cpu().eval().requires_grad_(False), loss).eval()
     shapes = input_shapes(net)
@@ -150,8 +146,8 @@ def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folde
             errors[name] = _difference(net, graph, run)
             if not errors[name] <= TOLERANCE:
                 raise UserError(
-                    f"the {name} graph gives other actions than the network (by {errors[name]:.2g} of their size, at most {TOLERANCE} is "
-                    "rounding): not with this version of its libraries; nothing was written"
+                    f"nothing was written: with the installed libraries, actions of the {name} graph differ from the "
+                    f"network's by {errors[name]:.2g} of their size (rounding explains {TOLERANCE})"
                 )
     output = {"action": {"dtype": "float32", "shape": ["B", "G", net.config.dit.horizon, UNIFIED_DIM]}}
     inputs = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in shapes.items()}
@@ -160,7 +156,7 @@ def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folde
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say of their own insides."""
+    """Silence the exporters' warnings and logs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable
@@ -172,7 +168,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _torch_export(program: Any, file: Path, names: Sequence[str]) -> Run:
-    made = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    made = io.BytesIO()  # torch's file writer ends the process when the disk is full
     torch.export.save(program, made)
     file.write_bytes(made.getbuffer())
     module = torch.export.load(file).module()
@@ -184,7 +180,7 @@ def _onnx(program: Any, file: Path, names: Sequence[str]) -> Run:
 
     try:
         made = torch.onnx.export(program, input_names=list(names), output_names=["action"], dynamo=True, verbose=False)
-        assert made is not None  # with dynamo a program, without None
+        assert made is not None  # with dynamo it is a program
         made.save(str(file), external_data=sum(t.nbytes for t in program.state_dict.values()) > ONE_FILE)
     except torch.onnx.OnnxExporterError as error:
         raise UserError(f"torch cannot make the ONNX graph: {' '.join(str(error).split())[:300]}") from None

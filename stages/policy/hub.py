@@ -1,4 +1,4 @@
-"""Policies on the Hugging Face hub: pushed as `dvla export` writes them, with a card; fetched by `Policy.from_pretrained("owner/name")`.
+"""Policies on the Hugging Face hub: pushed as `dvla export` writes them, with a card.
 
 The token is the hub client's own (`hf auth login`, or HF_TOKEN); it is never an argument here, and never printed.
 """
@@ -26,10 +26,16 @@ def push_policy(
     formats: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
 ) -> str:
-    """Upload the policy at `path` (a run, a checkpoint, or what `dvla export` wrote) to the model repository `repo`, "owner/name", which is
-    made if it is not there; returns its URL. `evaluations`: folders that `dvla eval --out` wrote, for the card.
+    """Upload a policy to a model repository of the hub, which is made if needed; returns its URL.
 
-    `UserError` when the policy or an evaluation is missing or damaged, the VLM it needs is a folder of this machine, or the hub refuses.
+    Args:
+        path: a run, a checkpoint, or an exported policy.
+        repo: "owner/name".
+        evaluations: folders that `dvla eval --out` wrote, for the card.
+        vlm_path, formats: as in `export_policy`.
+
+    Raises:
+        UserError: the policy or an evaluation is missing or damaged, or the hub refuses.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"'{repo}' is not a repository of the hub; give owner/name")
@@ -40,9 +46,7 @@ def push_policy(
         document, state = read_document(folder), read_json(folder / "state.json")
         base = document["encoder"]["spec"]["path"]
         if Path(base).expanduser().exists():
-            say(
-                f"acting needs the VLM, which is known as the folder {base}: whoever uses {repo} gives theirs with vlm_path"
-            )
+            say(f"the policy names its VLM as the folder {base}: users of {repo} give their own with vlm_path")
         write_file(folder / "README.md", policy_card(document, state, repo, summaries).encode())
         with hub_errors(repo):
             from huggingface_hub import HfApi

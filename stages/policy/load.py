@@ -21,15 +21,15 @@ from . import checkpoint as ck
 
 
 def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
-    """The encoder that the stage-three policy `checkpoint` acts with, its adapter merged; with `overrides` (None = keep).
+    """The encoder of the stage-three policy `checkpoint`, its adapter merged, with `overrides` (None: keep).
 
     `UserError` for a checkpoint without an adapter.
     """
     folder = ck.resolve(checkpoint)
     if not (folder / "adapter").is_dir():
         raise UserError(
-            f"{folder} holds no adapter, so its features are those of the cache it was trained from; give a run of "
-            "`dvla finetune --vlm-mode lora` or `full`"
+            f"give a run of `dvla finetune --vlm-mode lora` or `full`: {folder} holds no adapter, so its features are "
+            "those of the cache it was trained from"
         )
     spec = from_mapping(EncoderSpec, read_json(folder / "policy.json")["encoder"]["spec"], "policy.json")
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -56,18 +56,16 @@ def load_net(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
 def load_policy_encoder(
     folder: Path, document: Mapping[str, Any], device: torch.device | str = "cpu", vlm_path: str | None = None
 ) -> VisionLanguageEncoder:
-    """The encoder a checkpoint belongs to, with its adapter, or the weights it was merged into; refuses other weights, naming the differing fields."""
+    """The encoder that a checkpoint belongs to, with its adapter or the weights it was merged into.
+
+    `UserError` naming the fields that differ for another VLM."""
     spec = from_mapping(EncoderSpec, document["encoder"]["spec"], "policy.json")
     spec = dataclasses.replace(spec, path=vlm_path) if vlm_path else spec
     encoder = load_encoder(spec, device)
-    if (folder / "vision.safetensors").is_file():  # of an exported policy: what features owe to fine-tuning is in them
-        put_weights(
-            encoder,
-            ck.load_tensors(folder, "vision"),
-            document["encoder"]["fingerprint"]["adapter"],
-            str(folder / "vision.safetensors"),
-        )
-    require_encoder(encoder, document["encoder"]["fingerprint"], f"checkpoint {folder}")
+    fingerprint, vision = document["encoder"]["fingerprint"], folder / "vision.safetensors"
+    if vision.is_file():  # of an exported policy: the weights that fine-tuning changed
+        put_weights(encoder, ck.load_tensors(folder, "vision"), fingerprint["adapter"], str(vision))
+    require_encoder(encoder, fingerprint, f"checkpoint {folder}")
     if (folder / "adapter").is_dir():
         load_adapter(encoder, folder / "adapter")
     return encoder

@@ -35,8 +35,8 @@ METRICS = {
     "eval/mmd": ("MMD²", min),
 }
 """Log entry → (its name, which value is best; None: neither)."""
-PLACES = ("out", "wandb.name")  # settings in which runs differ without being different
-OTHERWISE = "–"
+BEST = "best held-out MSE"
+NAMES = ("out", "wandb.name")  # settings that differ between equal runs
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """R runs: `settings` that differ, `results` at each run's newest step and evaluation, held-out MSE by dataset."""
+    """R runs: settings that differ, results at each run's newest step and evaluation, held-out MSE by dataset."""
 
     names: tuple[str, ...]
     runs: tuple[RunFacts, ...]
@@ -60,26 +60,21 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
-    """`UserError` for fewer than two, the same one twice, or a folder that is no run."""
-    if len(paths) < 2 or len({p.resolve() for p in paths}) < len(paths):
-        raise UserError(
-            f"{len({p.resolve() for p in paths})} run{'s' * (len({p.resolve() for p in paths}) != 1)} to compare; give at least two different run folders"
-        )
+    """Compare runs; `UserError` for fewer than two, the same one twice, or a folder that is no run."""
+    different = len({p.resolve() for p in paths})
+    if len(paths) < 2 or different < len(paths):
+        raise UserError(f"give at least two different run folders to compare; got {different}")
     runs = tuple(read_run(p) for p in paths)
     flat = [_dotted(public(run.config)) for run in runs]
-    keys = sorted({key for settings in flat for key in settings} - set(PLACES))
-    differ = [Row(key, tuple(settings.get(key, OTHERWISE) for settings in flat)) for key in keys]
+    keys = sorted({key for settings in flat for key in settings} - set(NAMES))
+    differ = [Row(key, tuple(settings.get(key, "–") for settings in flat)) for key in keys]
     newest = [(evaluations(run.log) or [{}])[-1] for run in runs]
     results = [
         Row("step", tuple(run.log[-1]["step"] for run in runs)),
         Row("of steps", tuple(run.config["steps"] for run in runs)),
         Row("loss", tuple(run.log[-1]["loss"] for run in runs)),
         *(_judged(name, [line.get(key) for line in newest], better) for key, (name, better) in METRICS.items()),
-        _judged(
-            "best held-out MSE",
-            [min((line["eval/mse"] for line in evaluations(run.log)), default=None) for run in runs],
-            min,
-        ),
+        _judged(BEST, [min((x["eval/mse"] for x in evaluations(run.log)), default=None) for run in runs], min),
         _judged("samples/s", [float(np.median([line["samples_per_second"] for line in run.log])) for run in runs], max),
         Row("waiting for data, %", tuple(100 * run.log[-1]["wait_share"] for run in runs)),
     ]
@@ -102,12 +97,8 @@ def _names(paths: Sequence[Path]) -> tuple[str, ...]:
 
 def _judged(name: str, values: Sequence[Any], better: Any) -> Row:
     known = [v for v in values if v is not None]
-    best = better(known) if better is not None and len(known) > 1 else None
-    return Row(
-        name,
-        tuple(values),
-        tuple(i for i, v in enumerate(values) if best is not None and v == best) if len(set(known)) > 1 else (),
-    )
+    best = better(known) if better is not None and len(set(known)) > 1 else None
+    return Row(name, tuple(values), tuple(i for i, v in enumerate(values) if best is not None and v == best))
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -118,7 +109,7 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def comparison_figure(found: Comparison, style: Style = LIGHT) -> Figure:
-    """Held-out MSE, error of the training batches, correlation and drift over the steps, a colour for each run."""
+    """Held-out MSE, error of the training batches, correlation and drift over the steps, a color for each run."""
     figure = new_figure(style, 12, 6)
     (held, error), (correlation, drift) = figure.subplots(2, 2)
     for n, (name, run) in enumerate(zip(found.names, found.runs)):
@@ -129,13 +120,11 @@ def comparison_figure(found: Comparison, style: Style = LIGHT) -> Figure:
         correlation.plot(
             [x["step"] for x in seen], [x.get("eval/correlation", np.nan) for x in seen], marker="o", **how
         )
-        pulled = [
-            (x["step"], np.mean(x["mean_square"])) for x in lines if x.get("mean_square") and max(x["mean_square"]) > 0
-        ]
-        if pulled:
-            drift.plot(*zip(*((step, value**0.5) for step, value in pulled)), **how)
+        drifting = [x for x in lines if x.get("mean_square") and max(x["mean_square"]) > 0]
+        if drifting:
+            drift.plot([x["step"] for x in drifting], [np.mean(x["mean_square"]) ** 0.5 for x in drifting], **how)
             drift.set_yscale("log")
-    held.set(xlabel="training step", ylabel="held-out MSE (normalised²)", yscale="log")
+    held.set(xlabel="training step", ylabel="held-out MSE (normalized²)", yscale="log")
     error.set(xlabel="training step", ylabel="MSE of the training batch", yscale="log")
     correlation.set(xlabel="training step", ylabel="held-out correlation")
     drift.set(xlabel="training step", ylabel="RMS drift (mean over τ)")
@@ -143,16 +132,19 @@ def comparison_figure(found: Comparison, style: Style = LIGHT) -> Figure:
 
 
 def verdict(found: Comparison) -> str:
-    """Which run is ahead, in one sentence."""
-    row = next((row for row in found.results if row.name == "best held-out MSE"), None)
+    """Which run is best, in one sentence."""
+    row = next((row for row in found.results if row.name == BEST), None)
     if row is None or not row.best:
         return "No run is ahead: fewer than two have held-out errors that differ"
+    best, first = row.values[row.best[0]], found.names[row.best[0]]
     others = sorted(v for i, v in enumerate(row.values) if v is not None and i not in row.best)
-    return f"{found.names[row.best[0]]} has the smallest held-out MSE, {row.values[row.best[0]]:.4g}, {others[0] / max(row.values[row.best[0]], 1e-12):.2f} × smaller than the next"
+    return (
+        f"{first} has the smallest held-out MSE, {best:.4g}, {others[0] / max(best, 1e-12):.2f} × below the next run's"
+    )
 
 
 def show_comparison(found: Comparison) -> None:
-    """Tables on the console."""
+    """Print the tables on the console."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Column, Table
@@ -181,10 +173,10 @@ def show_comparison(found: Comparison) -> None:
 
 
 def write_comparison(found: Comparison, out: Path) -> int:
-    """The page; returns its bytes. `UserError` where it cannot be written."""
+    """Write the page; returns its bytes. `UserError` where it cannot be written."""
     tables = [
         ("Results", "Newest step and evaluation of each run. Bold: best.", found.results),
-        ("Held-out MSE by dataset", "Averaged weights, normalised units.", found.datasets),
+        ("Held-out MSE by dataset", "Averaged weights, normalized units.", found.datasets),
         ("Settings that differ", "", found.settings),
     ]
     return write_page(

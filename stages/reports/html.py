@@ -1,6 +1,6 @@
-"""Pages of one file: everything a browser needs is in them, so they open from a disk, without a network, light or dark.
+"""Self-contained HTML pages that open from disk, without a network, light or dark.
 
-Templates lie in `templates/` and share `page.html`. What comes from a user (names, settings, instructions) is escaped by the templates.
+Templates are in `templates/` and share `page.html`. They escape what comes from a user: names, settings, instructions.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-MARK = "<!-- made by dvla -->"  # the second line of every page: what may be made again in its place
+MARK = "<!-- made by dvla -->"  # second line of every page, which may then be replaced
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".mp4": "video/mp4", ".gif": "image/gif"}
 
 
 def require_page(path: Path) -> None:
-    """`UserError` where no page can go: asked before the work. A page made by this package is replaced, nothing else is."""
+    """`UserError` where no page can be written; pages of this package are replaced, other files are not."""
     if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"{path}: a page is written; give a name that ends in .html")
+        raise UserError(f"{path}: give a name that ends in .html")
     if not path.exists():
         return
     try:
@@ -37,11 +37,11 @@ def require_page(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path} cannot be replaced ({error.strerror}); choose another name") from None
     if not mine:
-        raise UserError(f"{path} exists and is no page of this command; choose another name")
+        raise UserError(f"{path} exists and was not written by dvla; choose another name")
 
 
 def write_page(path: Path, template: str, **values: Any) -> int:
-    """Fill `templates/<template>` and write it; returns its bytes. `UserError` as `require_page`, or where it cannot be written."""
+    """Fill `templates/<template>` and write it; returns its bytes. `UserError` where that is impossible."""
     require_page(path)
     page = _environment().get_template(template).render(mark=MARK, **values).encode()
     try:
@@ -79,24 +79,24 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """`content` as an address that needs no file; `kind`: its media type."""
+    """`content` as a data URI of a media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def image_uri(image: Image.Image, kind: Literal["png", "jpeg"], **how: Any) -> str:
-    """A picture as an address that needs no file; `how`: what Pillow's encoder is told."""
+    """An image as a data URI; `how`: options of Pillow's encoder."""
     out = io.BytesIO()
     image.save(out, kind, **how)
     return data_uri(out.getvalue(), f"image/{kind}")
 
 
 def file_uri(path: Path) -> str:
-    """A picture or film as an address that needs no file."""
+    """An image or video file as a data URI."""
     return data_uri(path.read_bytes(), TYPES[path.suffix.lower()])
 
 
 def picture(draw: Callable[[Style], Figure]) -> dict[str, Any]:
-    """A figure in both styles, for `page.html`'s macro of that name: addresses "light" and "dark", "finding" (its title), width and height."""
+    """A figure in both styles for the macro `picture`: data URIs "light" and "dark", "finding" (its title), size."""
     figures = [draw(style) for style in (LIGHT, DARK)]
     light, dark = (data_uri(png(figure), "image/png") for figure in figures)
     width, height = (round(inches * figures[0].dpi) for inches in figures[0].get_size_inches())

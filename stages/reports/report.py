@@ -1,4 +1,4 @@
-"""`dvla report`: a run as one page. Reads the run's folder alone: neither cache nor VLM is needed, and a run may still be training."""
+"""`dvla report`: a run as one page, from its folder alone; it may still be training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MOST_FILM = 6 << 20  # bytes of a film that goes into the page
+MAX_VIDEO = 6 << 20  # bytes of a video that is embedded
+SOURCE = ("name", "license", "views", "control_hz", "environment", "dataset_config", "action_map", "state_map")
 TITLES = {"mse": "MSE", "mae": "MAE", "correlation": "correlation", "coverage": "coverage, %", "nl2": "NL2"}
 
 
@@ -45,7 +46,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run's folder says of it. `state` and `policy` are empty before the first checkpoint."""
+    """A run's folder as read. `state` and `policy` are empty before the first checkpoint."""
 
     path: Path
     config: dict[str, Any]
@@ -75,7 +76,7 @@ class RunFacts:
 
 
 def read_run(path: Path) -> RunFacts:
-    """`UserError` when there is no run at `path`, or nothing was logged yet."""
+    """The run at `path`; `UserError` when there is none, or it has logged nothing yet."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder of `dvla train` or `dvla finetune` (it has no config.json)")
     log = read_log(path) if (path / "log.jsonl").is_file() else []
@@ -88,29 +89,29 @@ def read_run(path: Path) -> RunFacts:
 
 
 def log_data(run: RunFacts) -> PanelData:
-    """For the panels that show the log alone."""
+    """Panel data without predictions, for the panels of the log."""
     bodies = tuple(int(d["embodiment"]) for d in run.policy["datasets"]) if run.policy else (0,) * len(run.datasets)
-    none = np.zeros((0, 0, 128), np.float32)
+    none, slots = np.zeros((0, 0, 128), np.float32), np.zeros((0, 128))
     return PanelData(
-        run.log[-1]["step"],
-        run.datasets,
-        bodies,
-        np.zeros(0, int),
-        none,
-        none[:, None],
-        none > 0,
-        none[None, :, None],
-        np.zeros(0),
-        tuple(run.config["loss"]["temperatures"]),
-        np.zeros((0, 128)),
-        np.zeros((0, 128)),
-        np.zeros(0),
+        step=run.log[-1]["step"],
+        datasets=run.datasets,
+        embodiments=bodies,
+        dataset=np.zeros(0, int),
+        target=none,
+        draws=none[:, None],
+        active=none > 0,
+        drift=none[None, :, None],
+        mean_square=np.zeros(0),
+        temperatures=tuple(run.config["loss"]["temperatures"]),
+        center=slots,
+        half_range=slots,
+        hz=np.zeros(0),
         log=run.log,
     )
 
 
 def report(config: ReportConfig) -> int:
-    """Write the page; returns its bytes. `UserError` for a folder that is no run, an evaluation that is none, or a page that cannot be written."""
+    """Write the page; returns its bytes. `UserError` for what is no run or evaluation, or that cannot be written."""
     require_page(config.out)
     if config.steps < 1:
         raise UserError(f"--steps {config.steps}: give at least 1")
@@ -147,30 +148,13 @@ def report(config: ReportConfig) -> int:
         ],
         config=public(run.config),
         fingerprint=public(run.policy.get("encoder", {})),
-        sources=public(
-            [
-                {
-                    k: d.get(k)
-                    for k in (
-                        "name",
-                        "license",
-                        "views",
-                        "control_hz",
-                        "environment",
-                        "dataset_config",
-                        "action_map",
-                        "state_map",
-                    )
-                }
-                for d in run.policy.get("datasets", [])
-            ]
-        ),
-        environment=run.environment or {"not recorded": "the run was begun by an earlier release"},
+        sources=public([{k: d.get(k) for k in SOURCE} for d in run.policy.get("datasets", [])]),
+        environment=run.environment or {"not recorded": "an earlier release began the run"},
     )
 
 
 def verdict(run: RunFacts) -> str:
-    """Where the run stands, in one sentence."""
+    """The state of the run, in one sentence."""
     last, steps, held = run.log[-1], run.config["steps"], evaluations(run.log)
     stands = f"Step {last['step']:,} of {steps:,}"
     if not held:
@@ -186,7 +170,7 @@ def tiles(run: RunFacts, held: Sequence[Mapping[str, Any]]) -> list[tuple[str, s
     """(label, value) of the numbers at the top."""
     last, line = run.log[-1], (evaluations(run.log) or [{}])[-1]
     found = [
-        ("of " + f"{run.config['steps']:,} steps", f"{last['step']:,}"),
+        (f"of {run.config['steps']:,} steps", f"{last['step']:,}"),
         ("held-out MSE", number(line.get("eval/mse"))),
         ("correlation", number(line.get("eval/correlation"), 3)),
         ("coverage, %", number(line.get("eval/coverage"), 3)),
@@ -203,7 +187,7 @@ def tiles(run: RunFacts, held: Sequence[Mapping[str, Any]]) -> list[tuple[str, s
 
 
 def dataset_rows(run: RunFacts) -> list[dict[str, Any]]:
-    """The newest evaluation: everything, embodiments where there are several, datasets."""
+    """Rows of the newest evaluation: overall, by embodiment where there are several, by dataset."""
     held = evaluations(run.log)
     if not held:
         return []
@@ -224,64 +208,58 @@ def dataset_rows(run: RunFacts) -> list[dict[str, Any]]:
 
 
 def panels(run: RunFacts, most: int) -> dict[str, Any]:
-    """The panels for `report.html`: "positions" of the slider, every picture once, and for each panel which of them is shown at each position."""
-    found = [
-        (step, folder, read_json(folder / "findings.json"))
-        for step, folder in panel_steps(run.path)
-        if (folder / "findings.json").is_file()
-    ]
-    found = [
-        (step, folder, {k: v for k, v in titles.items() if k in PANELS and (folder / f"{k}.png").is_file()})
-        for step, folder, titles in found
-    ]
-    looks = [step for step, _, titles in found if any(PANELS[key].predicts for key in titles)] or [
-        step for step, _, _ in found
-    ]
-    if not looks:
-        return {"panels": [], "positions": [], "pictures": [], "findings": [], "thinned": "", "last_step": 0}
-    positions = [looks[i] for i in sorted({round(i) for i in np.linspace(0, len(looks) - 1, min(most, len(looks)))})]
-    pictures: list[dict[str, Any]] = []
-    shown, said = [], []
+    """What `report.html` shows of the panels: at most `most` positions of the slider, every image once, and for each
+    panel the index of its image at each position (None: not drawn yet)."""
+    found = _drawn(run.path)
+    steps = [step for step, _, titles in found if any(PANELS[key].predicts for key in titles)]
+    steps = steps or [step for step, _, _ in found]
+    chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(most, len(steps)))})
+    positions = [steps[i] for i in chosen]
+    images: list[dict[str, Any]] = []
+    shown, findings = [], []
     for key, panel in PANELS.items():
         at: list[int | None] = []
-        before: tuple[int, int] | None = None  # (step, picture)
         for position in positions:
-            newest = [
-                (step, folder, titles[key]) for step, folder, titles in found if step <= position and key in titles
-            ][-1:]
-            if newest and (before is None or before[0] != newest[0][0]):
-                before = newest[0][0], len(pictures)
-                pictures.append(
-                    {"step": newest[0][0], "uri": file_uri(newest[0][1] / f"{key}.png"), "finding": newest[0][2]}
-                )
-            at.append(None if before is None else before[1])
-        if before is not None:
+            earlier = [x for x in found if x[0] <= position and key in x[2]]
+            index = at[-1] if at else None
+            if earlier and (index is None or images[index]["step"] != earlier[-1][0]):
+                step, folder, titles = earlier[-1]
+                images.append({"step": step, "uri": file_uri(folder / f"{key}.png"), "finding": titles[key]})
+                index = len(images) - 1
+            at.append(index)
+        if at and at[-1] is not None:
             shown.append({"key": key, "name": panel.name, "good": panel.good, "at": at})
-            said.append(
-                {"key": key, "finding": pictures[before[1]]["finding"].removesuffix(f" ({key})"), "good": panel.good}
-            )
-    thinned = (
-        f"{len(positions)} of the {len(looks)} steps after which panels were drawn; the others are in {run.path.name}/panels."
-        if len(positions) < len(looks)
-        else ""
-    )
+            finding = images[at[-1]]["finding"].removesuffix(f" ({key})")
+            findings.append({"key": key, "finding": finding, "good": panel.good})
+    few = f"{len(positions)} of the {len(steps)} steps with panels; the others are in {run.path.name}/panels."
     return {
         "panels": shown,
         "positions": positions,
-        "pictures": pictures,
-        "findings": said,
-        "thinned": thinned,
-        "last_step": positions[-1],
+        "images": images,
+        "findings": findings,
+        "thinned": few if len(positions) < len(steps) else "",
+        "last_step": positions[-1] if positions else 0,
     }
 
 
+def _drawn(run: Path) -> list[tuple[int, Path, dict[str, str]]]:
+    """(step, folder, panel → its title) of every step after which panels were drawn."""
+    found = []
+    for step, folder in panel_steps(run):
+        if (folder / "findings.json").is_file():
+            titles = read_json(folder / "findings.json")
+            kept = {k: v for k, v in titles.items() if k in PANELS and (folder / f"{k}.png").is_file()}
+            found.append((step, folder, kept))
+    return found
+
+
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What `dvla eval --out` wrote, for `page.html`'s macro `evaluation`. `UserError` for a folder that holds no evaluation."""
+    """What `dvla eval --out` wrote, for the macro `evaluation`. `UserError` for a folder without an evaluation."""
     if not (folder / "summary.json").is_file():
         raise UserError(f"{folder} holds no evaluation (no summary.json); give the folder of `dvla eval --out`")
     summary = read_json(folder / "summary.json")
     if not isinstance(summary.get("tasks"), dict):
-        raise UserError(f"{folder}/summary.json is not of `dvla eval`")
+        raise UserError(f"{folder}/summary.json was not written by `dvla eval`")
     tasks, films, notes = [], [], []
     baselines = [b for b in ("expert", "random", "blind") if any(b in entry for entry in summary["tasks"].values())]
     for name, entry in summary["tasks"].items():
@@ -297,23 +275,15 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
             }
         )
         still, film = (folder / "videos" / f"{name.replace('/', '_')}{end}" for end in (".png", ".mp4"))
-        fits = film.is_file() and film.stat().st_size <= MOST_FILM
-        note = (
-            "green border: success, red: failure"
-            if fits or not film.is_file()
-            else f"the film is too large for the page: {film}"
-        )
+        fits = film.is_file() and film.stat().st_size <= MAX_VIDEO
+        note = "green border: success, red: failure"
+        if film.is_file() and not fits:
+            note = f"the video is too large for this page: {film}"
         if fits or still.is_file():
-            films.append(
-                {
-                    "name": name,
-                    "still": _still(still) if still.is_file() else "",
-                    "video": file_uri(film) if fits else "",
-                    "note": note,
-                }
-            )
+            poster = _still(still) if still.is_file() else ""
+            films.append({"name": name, "still": poster, "video": file_uri(film) if fits else "", "note": note})
     if "blind_is" in summary and "blind" in baselines:
-        notes.append(f"blind: {summary['blind_is']}. All on the same starts, none of which was trained on.")
+        notes.append(f"Blind: {summary['blind_is']}. All policies face the same held-out initial states.")
     return {
         "title": f"{folder.name}: {summary.get('policy', '')}",
         "tasks": tasks,
@@ -324,14 +294,14 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _still(path: Path) -> str:
-    """A picture of a film, as JPEG: a quarter of the PNG."""
+    """A video's still as JPEG: a quarter of the PNG."""
     from PIL import Image
 
     return image_uri(Image.open(path).convert("RGB"), "jpeg", quality=82)
 
 
 def speed_figure(log: Sequence[dict[str, Any]], style: Style = LIGHT) -> Figure:
-    """Samples/s over a run, and the share of the time spent waiting for data."""
+    """Observations per second over a run, and the share of the time spent waiting for data."""
     figure, steps = new_figure(style, 8, 3), [line["step"] for line in log]
     left, right = figure.subplots(1, 2)
     left.plot(steps, [line["samples_per_second"] for line in log], color=style.expert)

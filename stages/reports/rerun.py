@@ -1,9 +1,9 @@
-"""`dvla rerun`: one recorded episode with what a policy predicts at each frame, as a file for the Rerun viewer.
+"""`dvla rerun`: one recorded episode with a policy's predictions at each frame, as a file for the Rerun viewer.
 
-    views/<camera>                  the pictures
-    action/<field>/expert …/predicted   what was done at a frame and what the policy would do there, in the robot's units
-    error                           root mean square of their difference, each field in units of its own standard deviation
-    way/expert, way/predicted       where the hand goes in the coming chunk, where actions say so (metres)
+    views/<camera>                      images
+    action/<field>/expert …/predicted   recorded and predicted action of each frame, in the robot's units
+    error                               RMS of their difference, each field in units of its standard deviation
+    way/expert, way/predicted           end-effector trajectory of the coming chunk in meters, where actions give one
 
 Letters: T frames of the episode, H steps of a chunk, d native action width.
 """
@@ -26,13 +26,13 @@ from ...cache.readers.episode import CorruptEpisode, Episode
 from ...errors import UserError
 
 INSTALL = 'pip install "dvla[rerun]"'
-AT_ONCE = 16  # observations that the policy sees together
+BATCH = 16  # observations of one forward pass
 QUALITY = 85  # of the JPEGs
 
 
 @dataclass(frozen=True)
 class RerunReport:
-    """What was written. `error`: mean over the frames of the entry `error`."""
+    """What was written. `error`: its mean over the frames."""
 
     path: Path
     frames: int
@@ -52,23 +52,23 @@ def write_rerun(
     device: str = "auto",
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> RerunReport:
-    """Write episode `episode_id` of the dataset `source` with the predictions of policy `run`, made at every `every`-th frame.
+    """Write an episode of the dataset `source` with the predictions of policy `run` at every `every`-th frame.
 
-    `UserError` without the package, for a dataset the policy was not trained on, an episode that is not there or damaged, or a file that exists.
+    `UserError` without rerun-sdk, for a dataset the policy was not trained on, a missing or damaged episode, or a file
+    that exists.
     """
     if find_spec("rerun") is None:
         raise UserError(f"a file for Rerun needs the package rerun-sdk, which is not installed: {INSTALL}")
     if out.suffix != ".rrd":
-        raise UserError(f"{out}: a Rerun file is written; give a name that ends in .rrd")
+        raise UserError(f"{out}: give a name that ends in .rrd")
     if out.exists():
         raise UserError(f"{out} exists; choose another name")
     if every < 1:
         raise UserError(f"--every {every}: give at least 1")
     data = open_source(source, dataset_config)
     if episode_id not in data.episode_ids:
-        raise UserError(
-            f"{source} has no episode {episode_id}; its {len(data.episode_ids)} episodes are numbered {data.episode_ids[0]} to {data.episode_ids[-1]}"
-        )
+        first, last = data.episode_ids[0], data.episode_ids[-1]
+        raise UserError(f"{source} has no episode {episode_id}; its {len(data.episode_ids)} are {first} to {last}")
     from ..policy.policy import Policy
 
     policy = Policy.from_pretrained(run, dataset=data.name, device=device, vlm_path=vlm_path)
@@ -101,10 +101,10 @@ def _write(
             raise UserError(f"cannot write {out}: {error.strerror or error}") from None
         record.send_blueprint(_blueprint(episode, [name for _, name in fields]))
         record.log("instruction", rr.TextDocument(episode.instruction or "(none)"), static=True)
-        for step, (pictures, chunk) in enumerate(_frames(policy, episode, every)):
+        for step, (images, chunk) in enumerate(_frames(policy, episode, every)):
             record.set_time("frame", sequence=step)
             record.set_time("time", duration=float(episode.timestamps[step]))
-            for view, frame in pictures.items():
+            for view, frame in images.items():
                 record.log(f"views/{view}", rr.Image(frame).compress(jpeg_quality=QUALITY))
             for i, name in fields:
                 record.log(f"action/{name}/expert", rr.Scalars(float(episode.action[step, i])))
@@ -114,13 +114,13 @@ def _write(
                 errors.append(float(np.sqrt(np.mean((((chunk[0] - episode.action[step]) / spread)[mine]) ** 2))))
                 record.log("error", rr.Scalars(errors[-1]))
                 coming = episode.action[step : step + len(chunk)]
-                for who, actions, colour in (
+                for who, actions, color in (
                     ("expert", coming, (0, 114, 178)),
                     ("predicted", chunk[: len(coming)], (213, 94, 0)),
                 ):
-                    way = _way(policy.robot.action_map, actions)
-                    if way is not None:
-                        record.log(f"way/{who}", rr.LineStrips3D([way], colors=[colour], labels=[who]))
+                    path = _trajectory(policy.robot.action_map, actions)
+                    if path is not None:
+                        record.log(f"way/{who}", rr.LineStrips3D([path], colors=[color], labels=[who]))
             progress("frames", step + 1, episode.length)
         record.flush()
         record.disconnect()
@@ -131,14 +131,14 @@ def _write(
 
 
 def _frames(policy: Any, episode: Episode, every: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]:
-    """(picture of each view, predicted chunk [H,d] or None) of every frame, in order."""
+    """(image of each view, predicted chunk [H,d] or None) of every frame, in order."""
     from ..policy.observation import Observation
 
     streams = {view.name: view.frames() for view in episode.views}
     waiting: list[dict[str, np.ndarray]] = []
     for step in range(episode.length):
         waiting.append({name: next(stream) for name, stream in streams.items()})
-        if len(waiting) < AT_ONCE * every and step + 1 < episode.length:
+        if len(waiting) < BATCH * every and step + 1 < episode.length:
             continue
         first = step + 1 - len(waiting)
         asked = [i for i in range(len(waiting)) if (first + i) % every == 0]
@@ -153,24 +153,25 @@ def _frames(policy: Any, episode: Episode, every: int) -> Iterator[tuple[dict[st
             for i in asked
         ]
         chunks = dict(zip(asked, policy.act_batch(seen))) if seen else {}
-        yield from ((pictures, chunks.get(i)) for i, pictures in enumerate(waiting))
+        yield from ((images, chunks.get(i)) for i, images in enumerate(waiting))
         waiting = []
 
 
-def _way(actions_of: ActionMap, actions: np.ndarray) -> np.ndarray | None:
-    """Positions [t,3] in metres that native actions [t,d] lead the (right or only) hand to, the first at the origin for velocities; None where
-    actions are joints."""
-    unified = actions_of.to_unified(actions)  # [t,128]
+def _trajectory(fields: ActionMap, actions: np.ndarray) -> np.ndarray | None:
+    """End-effector positions [t,3] in meters that native actions [t,d] lead the (right or only) hand to.
+
+    Velocities are integrated from the origin; None where actions are joints."""
+    unified = fields.to_unified(actions)  # [t,128]
     position, velocity = ([SLOTS[f"eef_{kind}_{a}"] for a in "xyz"] for kind in ("pos", "vel"))
-    if actions_of.mask[position].all():
+    if fields.mask[position].all():
         return unified[:, position]
-    if actions_of.mask[velocity].all():
-        return np.vstack([np.zeros(3), np.cumsum(unified[:, velocity], 0) / actions_of.control_hz])
+    if fields.mask[velocity].all():
+        return np.vstack([np.zeros(3), np.cumsum(unified[:, velocity], 0) / fields.control_hz])
     return None
 
 
 def _blueprint(episode: Episode, fields: Sequence[str]) -> Any:
-    """Pictures on the left, curves on the right, the way below them."""
+    """Images on the left, curves on the right, the trajectory below them."""
     import rerun.blueprint as rrb
 
     curves = [rrb.TimeSeriesView(origin=f"action/{name}", name=name) for name in fields]

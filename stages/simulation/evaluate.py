@@ -1,7 +1,7 @@
-"""`dvla eval`: closed-loop success of policies on unseen starts, always beside the expert, a random and a blind policy.
+"""`dvla eval`: closed-loop success on held-out initial states, beside the expert, a random and a blind policy.
 
-One policy: OUT holds `summary.json`, `table.md` and `videos/<task>.mp4` and `.png` (green border: success, red: failure). Several: OUT holds
-`table.md`, and such a folder for each.
+One policy: OUT holds `summary.json`, `table.md` and `videos/<task>.mp4` and `.png` (green border: success, red:
+failure). Several: OUT holds `table.md`, and such a folder for each.
 """
 
 from __future__ import annotations
@@ -35,54 +35,29 @@ Progress = Callable[[str, int, int], None]
 def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) -> dict[str, dict[str, Any]]:
     """Roll out policies and baselines; returns (and writes) a summary for each policy, by its label.
 
-    `summary["tasks"][task]`: `success`, `ci95`, `episodes`, `successes` (one per start), `mean_return`, `ms_per_action`, `ms_per_chunk`, and
-    for each baseline, on the same starts, `<name>`, `<name>_ci95`. `ms_per_action` is the policy's time per control step in the rollouts, where a
-    batched call is shared by its episodes; `ms_per_chunk` that of one call for one observation (None where nothing is called).
-    `UserError` for an unknown task, a policy not trained on it, or a start that was trained on.
+    Returns:
+        `summary["tasks"][task]`: `success`, `ci95`, `episodes`, `successes` (one per initial state), `mean_return`,
+        `ms_per_action`, `ms_per_chunk`, and for each baseline, on the same initial states, `<name>`, `<name>_ci95`.
+        `ms_per_action` is the policy's time per control step in the rollouts, where a batched call is shared by its
+        episodes; `ms_per_chunk` that of one call for one observation (None where nothing is called).
+
+    Raises:
+        UserError: for an unknown task, a policy not trained on it, or an initial state that was trained on.
     """
     began = time.perf_counter()
     labels = label(config.policies)
-    robots = {
-        (policy, name): _robot(policy, name)
-        for policy in config.policies
-        for name in config.environments
-        if policy not in NAMED
-    }
-    if config.blind:
-        for name in config.environments:
-            _robot(config.blind, name)  # refused now rather than after the first rollouts
+    trained = [
+        *(policy for policy in config.policies if policy not in NAMED),
+        *([config.blind] if config.blind else []),
+    ]
+    # All are read before the first rollout, so that a wrong one is refused at once.
+    robots = {(policy, env): _robot(policy, env) for policy in trained for env in config.environments}
     tasks: dict[str, dict[str, Any]] = {one: {} for one in labels}
-    films: dict[str, dict[str, list[EpisodeResult]]] = {one: {} for one in labels}
-    for name in config.environments:
-        rows: dict[str, dict[str, Any]] = {}
-        for one, policy in zip(labels, config.policies):
-            results, chunk = _roll(config, name, policy, progress, film=True)
-            if (policy, name) in robots:
-                assert_disjoint(robots[policy, name].starts, [r.start_vector for r in results])
-            rows[one] = {
-                **_rate(results),
-                "successes": [int(r.success) for r in results],
-                "mean_return": fmean(r.return_ for r in results),
-                "ms_per_action": 1e3 * fmean(r.seconds_per_action for r in results),
-                "ms_per_chunk": chunk,
-            }
-            films[one][name] = [r for r in results if r.frames is not None]
-        shared = {who: rows[labels[config.policies.index(who)]] for who in NAMED if who in config.policies}
-        for who in config.baselines:
-            if who in NAMED and who not in shared:
-                shared[who] = _rate(_roll(config, name, who, progress)[0])
-            elif who == "blind" and config.blind:
-                shared[who] = _rate(_roll(config, name, config.blind, progress, blind=True)[0])
-        for one, policy in zip(labels, config.policies):
-            beside = dict(shared)
-            if "blind" in config.baselines and not config.blind and policy not in NAMED:
-                beside["blind"] = _rate(_roll(config, name, policy, progress, blind=True)[0])
-            tasks[one][name] = rows[one] | {
-                key: value
-                for who in config.baselines
-                if who in beside
-                for key, value in ((who, beside[who]["success"]), (f"{who}_ci95", beside[who]["ci95"]))
-            }
+    recorded: dict[str, dict[str, list[EpisodeResult]]] = {one: {} for one in labels}
+    for env in config.environments:
+        rows, episodes = _evaluate_task(config, env, labels, robots, progress)
+        for one in labels:
+            tasks[one][env], recorded[one][env] = rows[one], [r for r in episodes[one] if r.frames is not None]
     settings = {k: v for k, v in asdict(config).items() if k not in ("out", "policies", "blind")}
     summaries = {
         one: {
@@ -90,25 +65,61 @@ def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) 
             "tasks": tasks[one],
             "seconds": time.perf_counter() - began,
             "settings": settings,
-            "blind_is": config.blind or "the same policy shown black pictures",
+            "blind_is": config.blind or "the same policy with images blanked",
         }
         for one, policy in zip(labels, config.policies)
     }
     if config.out is not None:
         with new_folder(config.out) as folder:
             for one, summary in summaries.items():
-                _write(folder / one if len(summaries) > 1 else folder, summary, films[one])
+                _write(folder / one if len(summaries) > 1 else folder, summary, recorded[one])
             write_file(folder / "table.md", markdown_table(*success_cells(summaries)).encode())
     return summaries
 
 
+def _evaluate_task(
+    config: EvalConfig,
+    env: str,
+    labels: list[str],
+    robots: dict[tuple[str, str], RobotInterface],
+    progress: Progress,
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[EpisodeResult]]]:
+    """(row of the summary, episodes) by label, of one task."""
+    rows: dict[str, dict[str, Any]] = {}
+    episodes: dict[str, list[EpisodeResult]] = {}
+    for one, policy in zip(labels, config.policies):
+        episodes[one], chunk = _roll(config, env, policy, progress, record=True)
+        if policy not in NAMED:
+            assert_disjoint(robots[policy, env].starts, [r.start_vector for r in episodes[one]])
+        rows[one] = {
+            **_rate(episodes[one]),
+            "successes": [int(r.success) for r in episodes[one]],
+            "mean_return": fmean(r.return_ for r in episodes[one]),
+            "ms_per_action": 1e3 * fmean(r.seconds_per_action for r in episodes[one]),
+            "ms_per_chunk": chunk,
+        }
+    shared = {who: rows[labels[config.policies.index(who)]] for who in NAMED if who in config.policies}
+    for who in config.baselines:
+        if who in NAMED and who not in shared:
+            shared[who] = _rate(_roll(config, env, who, progress)[0])
+        elif who == "blind" and config.blind:
+            shared[who] = _rate(_roll(config, env, config.blind, progress, blind=True)[0])
+    for one, policy in zip(labels, config.policies):
+        beside = dict(shared)
+        if "blind" in config.baselines and not config.blind and policy not in NAMED:
+            beside["blind"] = _rate(_roll(config, env, policy, progress, blind=True)[0])
+        for who in config.baselines:
+            if who in beside:
+                rows[one] = rows[one] | {who: beside[who]["success"], f"{who}_ci95": beside[who]["ci95"]}
+    return rows, episodes
+
+
 def label(policies: Sequence[str]) -> list[str]:
-    """Names of policies in a table: the ends of their paths, as long as it takes to tell them apart."""
+    """Names of policies in a table: the ends of their paths, as long as needed to tell them apart."""
     parts = [[part for part in Path(policy).parts if part not in ("/", "..", "checkpoints")] for policy in policies]
     for count in range(1, max(map(len, parts)) + 1):
-        names = [
-            "-".join(one[-count - one[-1:].count("best") :]) or "policy" for one in parts
-        ]  # "best" alone says nothing
+        # "best" alone says nothing: one part more
+        names = ["-".join(one[-count - one[-1:].count("best") :]) or "policy" for one in parts]
         if len(set(names)) == len(names):
             return names
     return [f"{i}-{name}" for i, name in enumerate(names)]
@@ -120,9 +131,9 @@ def _robot(policy: str, environment: str) -> RobotInterface:
 
 
 def _roll(
-    config: EvalConfig, environment: str, policy: str, progress: Progress, *, blind: bool = False, film: bool = False
+    config: EvalConfig, environment: str, policy: str, progress: Progress, *, blind: bool = False, record: bool = False
 ) -> tuple[list[EpisodeResult], float | None]:
-    """(episodes of one policy, its median milliseconds for one observation)."""
+    """(episodes of one policy, its median milliseconds per call with one observation, measured where `record`)."""
     workers = 1 if policy in NAMED else config.workers
     settings = RolloutConfig(
         split="eval",
@@ -131,11 +142,11 @@ def _roll(
         max_steps=config.max_steps,
         replan=config.replan,
         workers=workers,
-        record_video=config.videos if film and config.out is not None else 0,
+        record_video=config.videos if record and config.out is not None else 0,
     )
     factory = functools.partial(make_policy, config, environment, policy, blind)
-    built = factory() if workers == 1 or film else None
-    chunk = _chunk_ms(built, config, environment) if film and isinstance(built, Policy) else None
+    built = factory() if workers == 1 or record else None
+    chunk = _chunk_ms(built, config, environment) if record and isinstance(built, Policy) else None
     shown = f"{environment}: {'blind' if blind else policy}"
     return rollout(
         built if workers == 1 else None,
@@ -148,7 +159,7 @@ def _roll(
 
 
 def make_policy(config: EvalConfig, environment: str, policy: str, blind: bool) -> Any:
-    """The policy under test or one of its baselines; picklable arguments, so that worker processes can call it."""
+    """The policy under test or one of its baselines; worker processes call it, so its arguments can be pickled."""
     if policy in NAMED:
         return ExpertPolicy() if policy == "expert" else RandomPolicy(config.seed)
     if config.workers > 1:
@@ -164,14 +175,14 @@ def make_policy(config: EvalConfig, environment: str, policy: str, blind: bool) 
 
 
 def _one_thread() -> None:
-    """Several worker processes share the cores: more threads in each would only get in each other's way."""
+    """Worker processes share the cores: several threads in each would compete."""
     import torch
 
     torch.set_num_threads(1)
 
 
 def _chunk_ms(policy: Policy, config: EvalConfig, environment: str) -> float:
-    """Median milliseconds of `act_batch` with one observation, pictures' encoding included."""
+    """Median milliseconds of `act_batch` with one observation, image encoding included."""
     env = make_environment(
         environment, "eval", config.seed, config.image_size, render=policy.needs_images, max_steps=config.max_steps
     )
@@ -193,13 +204,13 @@ def _rate(results: list[EpisodeResult]) -> dict[str, Any]:
     return {"success": won / len(results), "ci95": list(wilson_interval(won, len(results))), "episodes": len(results)}
 
 
-def _write(folder: Path, summary: dict[str, Any], films: dict[str, list[EpisodeResult]]) -> None:
+def _write(folder: Path, summary: dict[str, Any], recorded: dict[str, list[EpisodeResult]]) -> None:
     folder.mkdir(exist_ok=True)
-    for name, results in films.items():
+    for name, results in recorded.items():
         if results:
             stem = name.replace("/", "_")
             frames, won = [r.frames for r in results if r.frames is not None], [r.success for r in results]
-            labels = [f"start {r.start}" for r in results]
+            labels = [f"state {r.start}" for r in results]
             write_grid(frames, won, folder / "videos" / f"{stem}.mp4", labels)
             write_grid_image(frames, won, folder / "videos" / f"{stem}.png", labels)
     write_file(folder / "summary.json", json_bytes(summary))

@@ -1,17 +1,18 @@
-"""Writing videos; pictures of rollouts: one mp4 grid that plays all episodes side by side, one png of first and last frames.
+"""Rollouts as one mp4 grid that plays all episodes side by side, and as a png of their first and last frames.
 
-Letters: E episodes, F frames of one episode, H, W picture size. A green border means success, a red one failure.
+Letters: E episodes, F frames of one episode, H, W frame size. A green border means success, a red one failure.
 """
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ...common.files import write_file
 from ...common.mp4 import mp4_writer
 from ...errors import UserError
 
@@ -30,17 +31,20 @@ def write_grid(
 ) -> None:
     """Write E episodes as one mp4 (h264, yuv420p), `columns` side by side; ended episodes hold their last frame.
 
-    `episodes`: E arrays uint8 `[F, H, W, 3]` of equal H and W. The border takes its colour on an episode's last frame.
-    `UserError` when there is nothing to show. The file appears under its name only when complete.
+    Args:
+        episodes: E arrays uint8 `[F, H, W, 3]` of equal H and W; the border is colored on an episode's last frame.
+
+    Raises:
+        UserError: when there are no episodes.
     """
     _check(episodes, successes, labels)
     with mp4_writer(path, round(fps)) as write:
         for t in range(max(len(frames) for frames in episodes)):
-            colours = [
-                EMPTY if t < len(frames) - 1 else SUCCESS if won else FAILURE
-                for frames, won in zip(episodes, successes)
-            ]
-            write(_grid([frames[min(t, len(frames) - 1)] for frames in episodes], colours, labels, columns))
+            cells, colors = [], []
+            for frames, won in zip(episodes, successes):
+                cells.append(frames[min(t, len(frames) - 1)])
+                colors.append(EMPTY if t < len(frames) - 1 else SUCCESS if won else FAILURE)
+            write(_grid(cells, colors, labels, columns))
 
 
 def write_grid_image(
@@ -53,29 +57,27 @@ def write_grid_image(
     """Write a png with the first and the last frame of each of E episodes next to each other."""
     _check(episodes, successes, labels)
     pairs = [np.concatenate([frames[0], frames[-1]], axis=1) for frames in episodes]
-    picture = _grid(pairs, [SUCCESS if won else FAILURE for won in successes], labels, columns)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    Image.fromarray(picture).save(temporary, format="png")
-    os.replace(temporary, path)
+    grid = _grid(pairs, [SUCCESS if won else FAILURE for won in successes], labels, columns)
+    encoded = io.BytesIO()
+    Image.fromarray(grid).save(encoded, format="png")
+    write_file(Path(path), encoded.getvalue())
 
 
 def _check(episodes: Sequence[np.ndarray], successes: Sequence[bool], labels: Sequence[str] | None) -> None:
     if not episodes:
-        raise UserError("no episode was filmed; ask for at least one (record_video)")
+        raise UserError("no episode was recorded; request at least one (record_video)")
     if len(successes) != len(episodes) or (labels is not None and len(labels) != len(episodes)):
         raise ValueError(
             f"{len(episodes)} episodes, {len(successes)} successes, {'no' if labels is None else len(labels)} labels"
         )
     if len({frames.shape[1:] for frames in episodes}) != 1 or any(not len(frames) for frames in episodes):
-        raise ValueError(f"episodes of differing picture sizes or without frames: {[f.shape for f in episodes]}")
+        raise ValueError(f"episodes of different frame sizes or without frames: {[f.shape for f in episodes]}")
 
 
 def _grid(
-    cells: Sequence[np.ndarray], colours: Sequence[tuple[int, int, int]], labels: Sequence[str] | None, columns: int
+    cells: Sequence[np.ndarray], colors: Sequence[tuple[int, int, int]], labels: Sequence[str] | None, columns: int
 ) -> np.ndarray:
-    """uint8 picture of the cells, row by row, with coloured borders and labels; even sides, as h264 needs."""
+    """uint8 image of the cells, row by row, with colored borders and labels; even sides, as h264 requires."""
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
     height, width = cells[0].shape[:2]
@@ -86,7 +88,7 @@ def _grid(
     draw = ImageDraw.Draw(canvas)
     for i, cell in enumerate(cells):
         y, x = (i // columns) * step_y, (i % columns) * step_x
-        draw.rectangle((x, y + top, x + step_x - 1, y + step_y - 1), fill=colours[i])
+        draw.rectangle((x, y + top, x + step_x - 1, y + step_y - 1), fill=colors[i])
         canvas.paste(Image.fromarray(cell), (x + BORDER, y + top + BORDER))
         if labels is not None:
             draw.text((x + BORDER, y + 1), labels[i][: step_x // 6], fill=(230, 230, 230))

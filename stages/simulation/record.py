@@ -1,7 +1,7 @@
 """Demonstrations from a scripted expert, written as a LeRobot dataset (v3.0, mp4) by LeRobot's own writer.
 
-Files: `OUT/` is the dataset; `OUT/meta/dvla.json` says which simulated start each episode began from, so that an
-evaluation can prove its starts unseen. While recording, everything lies in the sibling `.OUT.partial/`.
+Files: `OUT/` is the dataset; `OUT/meta/dvla.json` holds the simulated initial state of each episode, so that an
+evaluation can prove that its own are held out. While recording, everything lies in the sibling `.OUT.partial/`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...errors import UserError
 from .config import RecordConfig
 from .envs import Environment, check_environment, make_environment
 
-MARKER = "dvla-recording.lock"  # a partial folder holding this file is ours to remove
+MARKER = "dvla-recording.lock"  # a partial folder with this file was made by a recording and may be removed
 VIDEO_CRF = 14  # h264 constant quality: about 2 kB per 128 px frame, mean error 3 of 255
 
 
@@ -40,19 +40,19 @@ class RecordResult:
     out: Path
     episodes: int  # episodes in the dataset
     frames: int  # control steps in the dataset
-    attempted: int  # starts tried, in order from 0
+    attempted: int  # initial states tried, in order from 0
     succeeded: int  # of these, how many the expert solved
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One attempt. Row t holds what was seen before step t and the expert's clean action for it. T steps."""
+    """One attempt of T steps. Row t holds the observation before step t and the expert's clean action."""
 
     start: int
     start_vector: tuple[float, ...]
     success: bool
     instruction: str
-    images: dict[str, np.ndarray]  # view -> uint8 [T, S, S, 3]; empty after a rehearsal that failed
+    images: dict[str, np.ndarray]  # view -> uint8 [T, S, S, 3]; empty after a failed rehearsal
     state: np.ndarray  # [T, ds] float32
     action: np.ndarray  # [T, da] float32, noise-free
 
@@ -60,9 +60,12 @@ class Demonstration:
 def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None = None) -> RecordResult:
     """Record `config.episodes` demonstrations into `config.out`; `on_progress(kept, wanted)` after each.
 
-    Starts 0, 1, 2, … of the split are tried in order and failed attempts dropped, so the content is a pure function of
-    the settings other than `out` and `workers`. Raises `UserError` when the folder exists, a setting is out of range,
-    LeRobot or the simulator is missing, or the expert fails most of its attempts. Uses no network.
+    Initial states 0, 1, 2, … of the split are tried in order and failed attempts dropped, so the content is a pure
+    function of the settings other than `out` and `workers`. Uses no network.
+
+    Raises:
+        UserError: when the folder exists, a setting is out of range, LeRobot or the simulator is missing, or the expert
+            fails most of its attempts.
     """
     _check(config)
     with _partial_folder(config.out) as partial:
@@ -70,7 +73,7 @@ def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None 
         vectors: dict[int, list[float]] = {}
         attempted = succeeded = frames = 0
         limit = 3 * config.episodes + 10
-        # In this order LeRobot is imported while the workers start.
+        # This order imports LeRobot while the workers start.
         with (
             _demonstrations(config, limit) as attempts,
             contextlib.closing(_Writer(config, partial / "dataset")) as writer,
@@ -89,8 +92,8 @@ def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None 
                     break
         if len(starts) < config.episodes:
             raise UserError(
-                f"the expert of {config.env} solved only {succeeded} of {attempted} starts, "
-                f"{config.episodes} were asked for; lower --noise, raise --max-steps, or keep failures"
+                f"the expert of {config.env} solved only {succeeded} of {attempted} initial states, "
+                f"you requested {config.episodes}; lower --noise or raise --max-steps"
             )
         provenance = {
             "environment": config.env,
@@ -111,22 +114,22 @@ def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None 
 
 
 def demonstrate(env: Environment, start: int, config: RecordConfig) -> Demonstration:
-    """Let the expert act from one start; stops `extra_steps` after the first success or at the step limit.
+    """Let the expert act from one initial state; stops `extra_steps` after the first success or at the step limit.
 
-    Where the environment asks for a rehearsal, an attempt that fails without pictures is not repeated with them, unless
+    Where the environment asks for a rehearsal, an attempt that fails without rendering is not repeated with it, unless
     failures are kept.
     """
     if env.rehearse and not config.keep_failures:
-        rehearsed = _attempted(env, start, config, pictures=False)
+        rehearsed = _attempted(env, start, config, render=False)
         if not rehearsed.success:
             return rehearsed
-    return with_observation_noise(_attempted(env, start, config, pictures=True), config)
+    return with_observation_noise(_attempted(env, start, config, render=True), config)
 
 
 def with_observation_noise(demonstration: Demonstration, config: RecordConfig) -> Demonstration:
-    """What the robot saw, with Gaussian noise of the config's sizes, a pure function of (seed, start); actions stay as they are.
+    """The demonstration with Gaussian noise on its observations, a pure function of (seed, start).
 
-    A state's number gets noise in proportion to its own standard deviation over the T steps, so none where it never changes.
+    Each number of the state gets noise in proportion to its standard deviation over the T steps.
     """
     rng = np.random.default_rng([config.seed, demonstration.start, 1])  # apart from the noise on actions
     state, images = demonstration.state, demonstration.images
@@ -135,33 +138,32 @@ def with_observation_noise(demonstration: Demonstration, config: RecordConfig) -
         state = (state + noise).astype(np.float32)
     if config.pixel_noise:
         images = {
-            view: np.stack([_noisy(picture, rng, config.pixel_noise) for picture in pictures])
-            for view, pictures in images.items()
+            view: np.stack([_noisy(f, rng, config.pixel_noise) for f in frames]) for view, frames in images.items()
         }
     return dataclasses.replace(demonstration, state=state, images=images)
 
 
-def _noisy(picture: np.ndarray, rng: np.random.Generator, levels: float) -> np.ndarray:
-    noisy = picture + rng.standard_normal(picture.shape, np.float32) * levels
+def _noisy(image: np.ndarray, rng: np.random.Generator, levels: float) -> np.ndarray:
+    noisy = image + rng.standard_normal(image.shape, np.float32) * levels
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def _attempted(env: Environment, start: int, config: RecordConfig, pictures: bool) -> Demonstration:
+def _attempted(env: Environment, start: int, config: RecordConfig, render: bool) -> Demonstration:
     noise = np.random.default_rng([config.seed, start])
-    observation = env.reset(start, render=pictures)
+    observation = env.reset(start, render)
     observations, actions = [], []
     solved_at: int | None = None
     for step in range(env.max_steps + config.extra_steps):
         clean = env.expert_action()
         observations.append(observation)
         actions.append(clean)
-        result = env.step(clean + env.noise_scale * noise.normal(0.0, config.noise, clean.shape), render=pictures)
+        result = env.step(clean + env.noise_scale * noise.normal(0.0, config.noise, clean.shape), render)
         observation = result.observation
         if result.success and solved_at is None:
             solved_at = step
         if step >= (env.max_steps - 1 if solved_at is None else solved_at + config.extra_steps):
             break
-    images = {view: np.stack([o.images[view] for o in observations]) for view in env.views} if pictures else {}
+    images = {view: np.stack([o.images[view] for o in observations]) for view in env.views} if render else {}
     return Demonstration(
         start,
         env.start_vector,
@@ -175,35 +177,29 @@ def _attempted(env: Environment, start: int, config: RecordConfig, pictures: boo
 
 def _check(config: RecordConfig) -> None:
     check_environment(config.env, config.split, config.seed, config.image_size, config.max_steps)
-    for name, low in (
-        ("episodes", 1),
-        ("workers", 1),
-        ("extra_steps", 0),
-        ("noise", 0),
-        ("observation_noise", 0),
-        ("pixel_noise", 0),
-    ):
+    least = {"episodes": 1, "workers": 1, "extra_steps": 0, "noise": 0, "observation_noise": 0, "pixel_noise": 0}
+    for name, low in least.items():
         if getattr(config, name) < low:
             raise UserError(f"{name} must be {low} or more, got {getattr(config, name)}")
     if config.image_size % 2:
         raise UserError(f"image_size must be even for video, got {config.image_size}")
     _refuse_existing(config.out)
     if importlib.util.find_spec("lerobot") is None:
-        raise UserError("recording needs lerobot, which is not installed; install it with: pip install 'dvla[lerobot]'")
+        raise UserError("recording needs lerobot; install it with: pip install 'dvla[lerobot]'")
 
 
 def _refuse_existing(out: Path) -> None:
     if Path(out).exists():
-        raise UserError(f"{out} exists already; nothing is overwritten: choose another folder or remove it")
+        raise UserError(f"{out} exists already; choose another --out or remove it")
 
 
 @contextlib.contextmanager
 def _partial_folder(out: Path) -> Iterator[Path]:
-    """The sibling work folder `.<name>.partial`, locked; removed at the end. A stale one goes only if it is ours."""
+    """The sibling folder `.<name>.partial`, locked, removed at the end; a recording may have left it behind."""
     out = Path(out).absolute()
     partial = out.parent / f".{out.name}.partial"
     if partial.exists() and not (partial / MARKER).is_file():
-        raise UserError(f"{partial} is in the way and was not made by a recording; move it away")
+        raise UserError(f"move {partial} away: the recording needs this name, and no recording made it")
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / MARKER, "w") as marker:
         hold(marker, f"another recording into {out} is running")
@@ -216,7 +212,7 @@ def _partial_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _demonstrations(config: RecordConfig, count: int) -> Iterator[Iterator[Demonstration]]:
-    """Attempts from starts 0 … count-1, in this order whatever the number of workers. Processes start at once."""
+    """Attempts from initial states 0 … count-1, in this order with any number of workers. Processes start at once."""
     if config.workers == 1:
         try:
             yield (_attempt(config, start) for start in range(count))
@@ -226,7 +222,7 @@ def _demonstrations(config: RecordConfig, count: int) -> Iterator[Iterator[Demon
     # Spawned, not forked: a GL context does not survive a fork.
     pool = ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn"))
     try:
-        # Only so many under way: the pictures of a whole recording need not fit into memory.
+        # Only a few at a time: the images of a whole recording need not fit into memory.
         pending = deque(pool.submit(_attempt, config, start) for start in range(min(config.workers + 1, count)))
         yield _in_order(pool, pending, config, count)
     finally:
@@ -256,7 +252,7 @@ def _attempt(config: RecordConfig, start: int) -> Demonstration:
 
 
 class _Writer:
-    """LeRobot's dataset writer, fed with whole demonstrations."""
+    """LeRobot's dataset writer, given complete demonstrations."""
 
     def __init__(self, config: RecordConfig, root: Path) -> None:
         env = make_environment(config.env, config.split, config.seed, config.image_size, max_steps=config.max_steps)
@@ -307,5 +303,5 @@ class _Writer:
         self._dataset.save_episode()
 
     def close(self) -> None:
-        """Write the footers, also after an error: LeRobot's destructor would do it later, in a folder already gone."""
+        """Write the footers, also after an error: LeRobot's destructor would do so in a folder already removed."""
         self._dataset.finalize()

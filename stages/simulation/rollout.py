@@ -1,6 +1,6 @@
 """Closed-loop rollouts of a policy in simulated tasks, several environments in lock-step.
 
-Letters: N environments in the batch, T steps of an action chunk, d action width, H, W picture size, F filmed frames.
+Letters: N environments in the batch, T steps of an action chunk, d action width, H, W image size, F recorded frames.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .envs import Environment, Observation, Split, check_environment, make_envir
 class Policy(Protocol):
     """What `rollout` needs of a policy. To make an episode independent of its batch, draw noise from (start, step)."""
 
-    needs_images: bool  # False: observations come without pictures, nothing is rendered
+    needs_images: bool  # False: observations come without images, nothing is rendered
 
     def act_batch(self, observations: Sequence[Observation]) -> np.ndarray:
         """Action chunks `[N, T, d]` float32 in native units for N observations of one task."""
@@ -32,7 +32,7 @@ class Policy(Protocol):
 
 
 class SimulatorPolicy(abc.ABC):
-    """A reference policy that may look into the simulator itself."""
+    """A reference policy that may access the simulator itself."""
 
     needs_images = False
 
@@ -64,28 +64,28 @@ class RandomPolicy(SimulatorPolicy):
 class RolloutConfig:
     """How to roll out."""
 
-    split: Split = "eval"  # which family of starts
-    seed: int = 0  # chooses the family of starts within the split
-    image_size: int = 128  # picture side in pixels
+    split: Split = "eval"  # which set of initial states
+    seed: int = 0  # chooses the set within the split
+    image_size: int = 128  # side of the images in pixels
     max_steps: int | None = None  # step limit; None = the task's own
     replan: int = 4  # steps of each chunk to execute before asking the policy again
     batch: int = 16  # environments in lock-step in one process
     workers: int = 1  # processes; more than one needs `policy_factory`
-    record_video: int = 0  # film the first so many episodes
-    video_frames_every: int = 4  # control steps between filmed frames
+    record_video: int = 0  # how many episodes to record, from the first one
+    video_frames_every: int = 4  # control steps between recorded frames
 
 
 @dataclass(frozen=True)
 class EpisodeResult:
     """One finished episode."""
 
-    start: int  # start number
+    start: int  # number of the initial state
     success: bool  # solved at some step
     steps: int  # control steps taken; the episode ends with the first success
     return_: float  # sum of rewards
-    start_vector: tuple[float, ...]  # the simulator's random numbers behind the start
+    start_vector: tuple[float, ...]  # the simulator's random numbers that define the initial state
     seconds_per_action: float  # policy time per control step, a batched call shared equally by its N observations
-    frames: np.ndarray | None  # uint8 [F, H, W, 3] of the first camera, or None when not filmed
+    frames: np.ndarray | None  # uint8 [F, H, W, 3] of the first camera, or None when not recorded
 
 
 def rollout(
@@ -96,11 +96,16 @@ def rollout(
     on_progress: Callable[[int, int], None] | None = None,
     policy_factory: Callable[[], Policy | SimulatorPolicy] | None = None,
 ) -> list[EpisodeResult]:
-    """One episode from every start number in `starts`; results in the order of `starts`.
+    """Run one episode from every initial state in `starts`; results in the order of `starts`.
 
-    In one process `policy` acts; with `config.workers > 1` each process builds its own with `policy_factory`
-    (picklable), and `policy` may be None. `on_progress(done, total)` after each episode, or each batch of a worker.
-    `UserError` for an unknown environment or a setting out of range.
+    Args:
+        policy: acts in this process; may be None with several workers.
+        starts: numbers of initial states.
+        on_progress: called with (done, total) after each episode, or each batch of a worker.
+        policy_factory: builds a policy in each process if `config.workers > 1`; picklable.
+
+    Raises:
+        UserError: for an unknown environment or a setting out of range.
     """
     check_environment(environment_name, config.split, config.seed, config.image_size, config.max_steps)
     for name in ("replan", "batch", "workers", "video_frames_every"):
@@ -108,12 +113,12 @@ def rollout(
             raise UserError(f"{name} must be 1 or more, got {getattr(config, name)}")
     starts = list(starts)
     if not starts:
-        raise UserError("no episode was asked for; episodes must be 1 or more")
+        raise UserError("0 episodes requested; give at least 1")
     if len(set(starts)) != len(starts):
-        raise ValueError("a start is listed twice")
+        raise ValueError("an initial state is listed twice")
     size = 1 if opens_alone(environment_name) else min(config.batch, -(-len(starts) // config.workers))
     pieces = [starts[i : i + size] for i in range(0, len(starts), size)]
-    filmed = frozenset(starts[: config.record_video])
+    recorded = frozenset(starts[: config.record_video])
     finished = 0
 
     def count(number: int) -> None:
@@ -125,20 +130,20 @@ def rollout(
     if config.workers == 1:
         if policy is None:
             raise ValueError("rollout in one process needs a policy")
-        runner = _Runner(policy, environment_name, config, filmed)
+        runner = _Runner(policy, environment_name, config, recorded)
         try:
             return [result for piece in pieces for result in runner.run(piece, lambda: count(1))]
         finally:
             runner.close()
     if policy_factory is None:
         raise ValueError("rollout with several workers needs a policy_factory")
+    return _in_workers((policy_factory, environment_name, config, recorded), pieces, count)
+
+
+def _in_workers(setup: Setup, pieces: list[list[int]], count: Callable[[int], None]) -> list[EpisodeResult]:
+    """Results of `pieces`, lists of initial states, from several processes; `count(n)` after each piece of n."""
     # Spawned, not forked: neither a GL context nor a CUDA context survives a fork.
-    pool = ProcessPoolExecutor(
-        config.workers,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (policy_factory, environment_name, config, filmed),
-    )
+    pool = ProcessPoolExecutor(setup[2].workers, multiprocessing.get_context("spawn"), _start_worker, setup)
     try:
         futures = [pool.submit(_run_in_worker, piece) for piece in pieces]
         for future in as_completed(futures):
@@ -149,34 +154,31 @@ def rollout(
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a success rate (E. B. Wilson, 1927); z = 1.96 for 95 %.
-
-    `ValueError` unless 0 <= successes <= n and n > 0.
-    """
+    """Wilson's score interval of a success rate (E. B. Wilson, 1927); z = 1.96 for 95 %."""
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n}")
     rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def assert_disjoint(starts_a: Iterable[Sequence[float]], starts_b: Iterable[Sequence[float]]) -> None:
-    """`UserError` naming a start vector that occurs in both (training starts, evaluation starts)."""
+    """`UserError` naming an initial state that occurs in both: those trained on, and those of the evaluation."""
     known = {tuple(float(v) for v in vector) for vector in starts_a}
     for vector in starts_b:
         if tuple(float(v) for v in vector) in known:
             shown = ", ".join(f"{v:.4f}" for v in vector)
-            raise UserError(f"evaluation start ({shown}) was also trained on; evaluate on another split or seed")
+            raise UserError(f"initial state ({shown}) was also trained on; evaluate on another split or seed")
 
 
 @dataclass
 class _Episode:
-    """An episode under way."""
+    """An episode in progress."""
 
     env: Environment
     observation: Observation
-    filmed: bool
+    recorded: bool
     frames: list[np.ndarray] = field(default_factory=list)
     success: bool = False
     done: bool = False
@@ -184,11 +186,11 @@ class _Episode:
     return_: float = 0.0
     policy_seconds: float = 0.0
 
-    def film(self) -> None:
-        if self.filmed:
+    def record(self) -> None:
+        if self.recorded:
             view = self.env.views[0]
             image = self.observation.images.get(view)
-            self.frames.append(self.env.picture(view) if image is None else image)
+            self.frames.append(self.env.image(view) if image is None else image)
 
     def result(self) -> EpisodeResult:
         return EpisodeResult(
@@ -198,7 +200,7 @@ class _Episode:
             self.return_,
             self.env.start_vector,
             self.policy_seconds / self.steps,
-            np.stack(self.frames) if self.filmed else None,
+            np.stack(self.frames) if self.recorded else None,
         )
 
 
@@ -206,13 +208,13 @@ class _Runner:
     """One process's policy and environments."""
 
     def __init__(
-        self, policy: Policy | SimulatorPolicy, name: str, config: RolloutConfig, filmed: frozenset[int]
+        self, policy: Policy | SimulatorPolicy, name: str, config: RolloutConfig, recorded: frozenset[int]
     ) -> None:
-        self._policy, self._name, self._config, self._filmed = policy, name, config, filmed
+        self._policy, self._name, self._config, self._recorded = policy, name, config, recorded
         self._environments: list[Environment] = []
 
     def run(self, starts: Sequence[int], on_episode: Callable[[], None]) -> list[EpisodeResult]:
-        """One episode from each start, all in lock-step; finished ones leave the batch."""
+        """One episode from each initial state, in lock-step; finished ones leave the batch."""
         config, images = self._config, self._policy.needs_images
         while len(self._environments) < len(starts):
             self._environments.append(
@@ -221,11 +223,11 @@ class _Runner:
                 )
             )
         episodes = [
-            _Episode(env, env.reset(start, images), start in self._filmed)
+            _Episode(env, env.reset(start, images), start in self._recorded)
             for env, start in zip(self._environments, starts)
         ]
         for episode in episodes:
-            episode.film()
+            episode.record()
         active = episodes
         while active:
             chunks, seconds = self._act(active)
@@ -253,7 +255,7 @@ class _Runner:
         seconds = time.perf_counter() - began
         chunks = np.asarray(chunks, np.float32)  # [N, T, d]
         if chunks.ndim != 3 or len(chunks) != len(active) or chunks.shape[1] == 0:
-            raise ValueError(f"a policy gives [N={len(active)}, T, d] actions, got shape {chunks.shape}")
+            raise ValueError(f"a policy must return [N={len(active)}, T, d] actions, got shape {chunks.shape}")
         return chunks, seconds
 
     def _step(self, episode: _Episode, action: np.ndarray, render: bool) -> None:
@@ -262,14 +264,16 @@ class _Runner:
         episode.steps += 1
         episode.return_ += result.reward
         if result.done or episode.steps % self._config.video_frames_every == 0:
-            episode.film()
+            episode.record()
 
 
-_setup: tuple[Callable[[], Policy | SimulatorPolicy], str, RolloutConfig, frozenset[int]] | None = None
+Setup = tuple[Callable[[], Policy | SimulatorPolicy], str, RolloutConfig, frozenset[int]]
+"""A worker process's setup: policy factory, environment, config, initial states to record."""
+_setup: Setup | None = None
 
 
 def _start_worker(*setup: Any) -> None:
-    """Keep what a worker needs; built on first use, where an error reaches the parent as itself."""
+    """Keep a worker's setup; it is built on first use, where an error reaches the parent unchanged."""
     global _setup
     _setup = setup
 
@@ -277,8 +281,8 @@ def _start_worker(*setup: Any) -> None:
 @functools.cache
 def _worker_runner() -> _Runner:
     assert _setup is not None
-    policy_factory, name, config, filmed = _setup
-    return _Runner(policy_factory(), name, config, filmed)
+    policy_factory, name, config, recorded = _setup
+    return _Runner(policy_factory(), name, config, recorded)
 
 
 def _run_in_worker(starts: Sequence[int]) -> list[EpisodeResult]:

@@ -175,6 +175,22 @@ def test_benchmarks_have_the_options_that_pages_name() -> None:
     assert found > 5
 
 
+def test_benchmarks_can_be_imported() -> None:
+    """What they use of the package is where they look for it; their numbers come from runs by hand."""
+    names = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py"))]
+    code = f"import importlib, sys; sys.path.insert(0, 'benchmarks'); [importlib.import_module(n) for n in {names!r}]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != GENERATED])
+def test_files_that_pages_name_are_there(page: str) -> None:
+    rooms = "cache|common|stages|drifting|tests|benchmarks|configs|docker|examples"
+    text = (ROOT / page).read_text()
+    for path in re.findall(rf"(?<![\w./-])(?:{rooms})/[\w./-]+\.(?:py|yaml|sh|html)\b", text):
+        assert "NAME" in path or (ROOT / path).exists(), f"{page} names {path}, which is not there"
+
+
 def leaves(command: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     if not hasattr(command, "commands"):
         return [(path, command)]

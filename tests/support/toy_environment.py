@@ -27,7 +27,7 @@ class Line(Environment):
     def start_vector(self) -> tuple[float, ...]:
         return (self._drawn,)
 
-    def picture(self, view: str) -> np.ndarray:
+    def image(self, view: str) -> np.ndarray:
         return np.full((self.image_size, self.image_size, 3), int(200 * np.clip(self.x, 0, 1)), np.uint8)
 
     def _begin(self, start: int) -> None:

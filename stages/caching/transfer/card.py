@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from .... import __version__
 from ....cache.store.cache import Cache
-from ...policy.card import _front, _licence, _sources
+from ...policy.card import data_section, front_matter, license_of
 
 
 def cache_card(cache: Cache, url: str) -> str:
     """README.md of a cache on the hub."""
     attributes = [{"license": "", "control_hz": 0.0, **d.attributes, "name": d.name} for d in cache.datasets]
     encoder = cache.fingerprint.get("encoder", {})
-    head = {"tags": ["robotics", "dvla", "feature-cache"], **_licence([a["license"] for a in attributes])}
+    head = {"tags": ["robotics", "dvla", "feature-cache"], **license_of([a["license"] for a in attributes])}
     return "\n".join(
         [
-            _front(head),
-            f"# {url.rsplit('/', 1)[-1]}",
+            f"{front_matter(head)}# {url.rsplit('/', 1)[-1]}",
             "",
             f"Features of a frozen vision-language model ({encoder.get('vlm', 'unnamed')}, "
             f"{encoder.get('features', 'features')}, {cache.tokens} tokens of width {cache.width} per image) and "
             f"unified actions of {cache.frames} frames: a cache of dvla {__version__}, in Zarr v3.",
             "",
-            *_sources(attributes),
+            data_section(attributes),
             "",
             "## Use",
             "",

@@ -133,13 +133,8 @@ def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int 
             made = net(torch.randn(measured, 2, generator=measure))  # [measured,2]
             samples.append(net(shown))
         distance = [sliced_wasserstein(made, sample(measured, measure)) for _ in range(4)]
-        curve.append(
-            {
-                "step": step,
-                "distance": sum(distance) / len(distance),
-                "log_mean_square": loss.field.mean_square.clamp(min=1e-30).log().tolist(),
-            }
-        )
+        log_mean_square = loss.field.mean_square.clamp(min=1e-30).log().tolist()
+        curve.append({"step": step, "distance": sum(distance) / len(distance), "log_mean_square": log_mean_square})
 
     def loss_of(step: int) -> Tensor:
         made = net(torch.randn(run.batch, 2, generator=random))  # [batch,2]

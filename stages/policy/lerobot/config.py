@@ -1,4 +1,4 @@
-"""The configuration of a dvla policy in LeRobot: what `config.json` of an exported policy holds, its processors, and writing it."""
+"""A dvla policy's configuration in LeRobot: `config.json` of an exported policy, its processors, and writing both."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ TYPE = "dvla"
 class DvlaConfig(PreTrainedConfig):
     """config.json of an exported policy."""
 
-    dataset: str | None = None  # whose robot it acts for, where it was trained on several
+    dataset: str | None = None  # whose robot and normalization to use, where it was trained on several
     horizon: int = 16  # T, steps of a chunk
-    n_action_steps: int | None = None  # of them carried out before the next forward pass; None: all
+    n_action_steps: int | None = None  # of them executed before the next forward pass; None: all
     vlm_path: str | None = None  # where the VLM is, if not where the policy says
     push_to_hub: bool = False  # `dvla push` does that
 
@@ -43,7 +43,7 @@ class DvlaConfig(PreTrainedConfig):
         super().__post_init__()
         if self.n_action_steps is not None and not 1 <= self.n_action_steps <= self.horizon:
             raise ValueError(
-                f"n_action_steps is {self.n_action_steps}; a chunk has {self.horizon} steps: give 1 to {self.horizon}"
+                f"give n_action_steps from 1 to {self.horizon}, the steps of a chunk; got {self.n_action_steps}"
             )
 
     @property
@@ -65,13 +65,13 @@ class DvlaConfig(PreTrainedConfig):
         return None
 
     def validate_features(self) -> None:
-        """Nothing to infer: an exported policy says what it sees."""
+        """Nothing to infer: an exported policy declares what it sees."""
 
 
 def make_dvla_pre_post_processors(
     config: DvlaConfig, dataset_stats: Any = None
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Names, a batch dimension, devices. Nothing is normalised here: the policy speaks the robot's units."""
+    """Names, a batch dimension, devices. Nothing is normalized here: the policy works in the robot's units."""
     before = PolicyProcessorPipeline[dict[str, Any], dict[str, Any]](
         steps=[
             RenameObservationsProcessorStep(rename_map={}),
@@ -90,10 +90,10 @@ def make_dvla_pre_post_processors(
 
 
 def write_lerobot(document: dict[str, Any], folder: Path, side: int = 224) -> None:
-    """config.json and the processors of the policy of policy.json, into a folder that is there. Of one that was trained on several datasets the
-    first one's robot is named; `--policy.dataset=NAME` names another.
+    """Write config.json and the processors of a policy into an existing folder.
 
-    `side`: picture size that is declared; any is taken."""
+    A policy of several datasets gets the first one's robot; `--policy.dataset=NAME` chooses another. `side`: image size
+    that is declared; any is accepted."""
     robot = RobotInterface(document["datasets"][0])
     views = () if document["conditions"]["blind"] else robot.views
     inputs = {f"{OBS_IMAGES}.{view}": PolicyFeature(FeatureType.VISUAL, (3, side, side)) for view in views}

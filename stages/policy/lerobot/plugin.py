@@ -4,9 +4,9 @@
     lerobot-eval --env.discover_packages_path=dvla.stages.policy.lerobot --policy.path=policies/push \\
       --env.type=metaworld --env.task=push-v3 --rename_map='{"observation.image": "observation.images.corner2"}'
 
-LeRobot imports this package because of that option (`--env.`, since it takes `--policy.discover_packages_path` for a setting of the
-policy) and finds the policy by the names in it. Images are `observation.images.<view>` (`--rename_map` for other names), the state is
-`observation.state` in the robot's own units; so are the actions. It acts; LeRobot's trainer cannot train it.
+LeRobot imports this package because of that option (`--env.`, since it takes `--policy.discover_packages_path` for a
+setting of the policy) and finds the policy by the names in it. Images are `observation.images.<view>` (`--rename_map`
+for other names); `observation.state` and the actions are in the robot's own units. LeRobot's trainer cannot train it.
 
 Letters: B robots, H, W image size, ds state width, T steps of a chunk, d action width.
 """
@@ -29,14 +29,14 @@ from .config import TYPE, DvlaConfig
 
 
 class DvlaPolicy(PreTrainedPolicy):
-    """Acts as `Policy` does, with LeRobot's names."""
+    """`Policy` with LeRobot's names."""
 
     config_class = DvlaConfig
     name = TYPE
 
     def __init__(self, config: DvlaConfig, policy: Policy) -> None:
         super().__init__(config)
-        self.net = policy.net  # a module of this one, so that its device and size can be asked
+        self.net = policy.net  # a submodule, so that LeRobot finds its device and size
         self._policy = policy
         self._episode = 0
         self._chunk: deque[torch.Tensor] = deque()
@@ -46,7 +46,7 @@ class DvlaPolicy(PreTrainedPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: DvlaConfig | None = None, **_: Any
     ) -> DvlaPolicy:
-        """What `dvla export --format lerobot` wrote, or its repository on the hub."""
+        """Load what `dvla export --format lerobot` wrote, from a folder or the hub."""
         config = config or PreTrainedConfig.from_pretrained(pretrained_name_or_path)
         policy = Policy.from_pretrained(
             pretrained_name_or_path,
@@ -63,7 +63,7 @@ class DvlaPolicy(PreTrainedPolicy):
         raise NotImplementedError("LeRobot's trainer cannot train this policy; use `dvla train`")
 
     def reset(self) -> None:
-        """A new episode of every robot."""
+        """Begin a new episode of every robot."""
         self._episode, self._step = self._episode + 1, 0
         self._chunk.clear()
 

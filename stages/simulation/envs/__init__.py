@@ -30,7 +30,7 @@ def environment_names() -> tuple[str, ...]:
 def check_environment(
     name: str, split: str = "train", seed: int = 0, image_size: int = 128, max_steps: int | None = None
 ) -> None:
-    """`UserError` for an unknown name (nearest one named), a simulator that is not installed, or a bad setting."""
+    """`UserError` for an unknown name, a simulator that is not installed, or a setting out of range."""
     if name not in environment_names():
         raise unknown("environment", name, environment_names())
     _adapter(name).require()
@@ -54,8 +54,8 @@ def make_environment(
 ) -> Environment:
     """Open the task `name`.
 
-    `split` and `seed` choose the family of starts; train and eval starts are disjoint whatever the seeds.
-    `render=False` takes no pictures unless a call asks for them. `max_steps=None` uses the task's own limit.
+    `split` and `seed` choose the set of initial states; those of train and eval are disjoint for all seeds.
+    `render=False` renders no images unless a call asks for them. `max_steps=None` uses the task's own limit.
     Raises `UserError` as `check_environment` does.
     """
     check_environment(name, split, seed, image_size, max_steps)

@@ -1,10 +1,12 @@
 """gym-aloha's two ViperX arms at one table: hand over a cube, put a peg into a socket. Experts are written here.
 
-gym-aloha's scenes, ranges of starts and measure of success are kept; its environment, which draws three 480 x 640 pictures per
-step and ends after 300 steps, is not used, and the cameras see less than its own do: a cube of 4 cm would be a few pixels wide.
+gym-aloha's scenes, ranges of initial states and success criterion are kept; its environment, which renders three 480 x
+640 images per step and ends after 300 steps, is not used. The cameras have a narrower field of view than its own, where
+a cube of 4 cm would be a few pixels wide.
 
-Letters: S picture size in pixels. Action and state are 14 numbers: six joint angles (rad) and the gripper (0 closed, 1 open) of
-the left arm, then of the right one; actions are targets. x points from the left arm to the right, y away from the front, z up; metres.
+Letters: S image size in pixels. Action and state are 14 numbers: six joint angles (rad) and the gripper (0 closed, 1
+open) of the left arm, then of the right one; actions are targets. x points from the left arm to the right, y away from
+the front, z up; meters.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 
 from ....errors import UserError
 from .base import Environment, Setup, start_seed
-from .mujoco_render import load_mujoco, renderer, unseen_hidden
+from .mujoco_render import load_mujoco, renderer, unseen_hidden, unstable
 
 PREFIX = "aloha_sim/"
 MAX_STEPS = 400  # the experts need 340 and 275
@@ -34,9 +36,9 @@ FIELD_OF_VIEW = 55  # degrees; gym-aloha's is 78
 JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
 REST = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # rad, of both arms; gym-aloha's START_ARM_POSE
 REST_FINGER = 0.02239  # m
-FINGER_CLOSED, FINGER_OPEN = 0.01844, 0.058  # m, what 0 and 1 of the gripper mean
+FINGER_CLOSED, FINGER_OPEN = 0.01844, 0.058  # m, of 0 and 1 of the gripper
 SUBSTEPS = 10  # of 2 ms in one control step
-# Where objects start: low and high of x, y (gym_aloha.utils); z is 0.05.
+# Where objects are at first: low and high of x, y (gym_aloha.utils); z is 0.05.
 PEG, SOCKET, CUBE = ((0.1, 0.2), (0.4, 0.6)), ((-0.2, -0.1), (0.4, 0.6)), ((0.0, 0.2), (0.4, 0.6))
 
 
@@ -78,14 +80,8 @@ class AlohaEnvironment(Environment):
         gripper = np.broadcast_to([0.0, 1.0], (2, 1, 2))
         low, high = np.concatenate([joints, gripper], axis=1).reshape(14, 2).T
         super().__init__(setup, instruction, MAX_STEPS, low, high)
-        self._setup = setup
-        self._vector = np.zeros(0)
 
-    @property
-    def start_vector(self) -> tuple[float, ...]:
-        return tuple(float(v) for v in self._vector)
-
-    def picture(self, view: str) -> np.ndarray:
+    def image(self, view: str) -> np.ndarray:
         shared = renderer(self.name, self.image_size, lambda: self._mujoco.MjModel.from_xml_path(self._scene))
         with unseen_hidden(self._model, self._data, view):
             return shared.render(self._model, self._data, view).copy()
@@ -107,12 +103,7 @@ class AlohaEnvironment(Environment):
         self._data.ctrl[:] = np.concatenate(arms)
         for _ in range(SUBSTEPS):
             self._mujoco.mj_step(self._model, self._data)
-        kinds = self._mujoco.mjtWarning
-        if any(
-            self._data.warning[kind].number
-            for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)
-        ):
-            # Targets that jump from limit to limit: MuJoCo went back to a pose of its own, so the episode cannot be solved any more.
+        if unstable(self._data):  # after targets that jump from limit to limit
             return 0.0, False, {"unstable": 1.0}
         reward = float(self._reward())
         return reward, reward == 4, {}
@@ -126,7 +117,7 @@ class AlohaEnvironment(Environment):
         return self._state()
 
     def _reward(self) -> int:
-        """gym-aloha's 0 to 4 (gym_aloha.tasks.sim): 4 = handed over in the air, or the peg touches the pin in the socket."""
+        """gym-aloha's 0 to 4 (gym_aloha.tasks.sim): 4 = handed over in the air, or the peg touches the socket's pin."""
         geom = self._model.geom
         touching = {frozenset((geom(c.geom1).name, geom(c.geom2).name)) for c in self._data.contact}
 
@@ -153,20 +144,17 @@ class AlohaEnvironment(Environment):
 
 
 GRASP = 0.14  # m from the hand's link to where the fingers hold things
-UPPER, FORE, HAND = (
-    (0.05955, 0.3),
-    0.3,
-    0.069744 + GRASP,
-)  # m: shoulder to elbow (forward, up), elbow to wrist, wrist to grasp
+UPPER, FORE = (0.05955, 0.3), 0.3  # m: shoulder to elbow (forward, up), elbow to wrist
+HAND = 0.069744 + GRASP  # m: wrist to grasp
 SHOULDER_HEIGHT, BASE_X, BASE_Y = 0.12705, 0.469, 0.5  # m
-# Dry friction holds a joint until its position controller's error exceeds friction / kp (rad), so that much is added.
+# Dry friction holds a joint until its position controller's error exceeds friction / kp (rad), which is added.
 FRICTION = np.array([50 / 800, 60 / 1600, 60 / 800, 30 / 10, 30 / 50, 30 / 20])
 
 
 def joint_angles(side: str, xyz: np.ndarray, pitch: float, roll: float) -> np.ndarray:
-    """`[6]` rad that put the fingers' grasp point of an arm at `xyz` (m), pointing `pitch` (rad) downwards from level.
+    """`[6]` rad that put the fingers' grasp point of an arm at `xyz` (m), pointing `pitch` (rad) below the horizontal.
 
-    The hand keeps the direction of the arm: forearm_roll is 0. A point out of reach gives the nearest stretched arm.
+    The hand keeps the direction of the arm: forearm_roll is 0. For a point out of reach the arm is stretched toward it.
     """
     toward = 1.0 if side == "left" else -1.0
     forward, aside = toward * (xyz[0] + toward * BASE_X), toward * (xyz[1] - BASE_Y)
@@ -181,11 +169,11 @@ def joint_angles(side: str, xyz: np.ndarray, pitch: float, roll: float) -> np.nd
 
 
 class _Expert:
-    """Way points of both hands, reached by inverse kinematics and by pressing against friction until measured there."""
+    """Waypoints of both hands, reached by inverse kinematics and a push against friction until the joints arrive."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
-        # side -> where its hand was sent last: xyz [3], pitch, roll (rad), gripper opening
+        # side -> last target of its hand: xyz [3], pitch, roll (rad), gripper opening
         self._hands: dict[str, tuple] = {side: (*self._forward(side), 0.0, 0.0) for side in ("left", "right")}
         self._push = np.zeros((2, 6))  # rad added to the targets against friction
 
@@ -202,7 +190,7 @@ class _Expert:
         begin = self._hands
         end = {"left": left or begin["left"], "right": right or begin["right"]}
         for i in range(steps):
-            share = min(1.0, (i + 1) / (0.8 * steps))  # the rest of the time is for settling
+            share = min(1.0, (i + 1) / (0.8 * steps))  # the rest of the time is left for settling
             target, grips = np.zeros((2, 6)), []
             for k, side in enumerate(("left", "right")):
                 a, b = begin[side], end[side]
@@ -219,7 +207,7 @@ class _Expert:
         return self._data.body(name).xpos.copy()
 
     def transfer(self) -> Generator[np.ndarray, None, None]:
-        """The right hand picks the cube up and holds it out, the left hand takes it across."""
+        """The right hand picks the cube up and holds it out, the left hand takes it over."""
         pick, level, across = np.deg2rad(50), 0.0, np.pi / 2
         meet = np.array([0.0, 0.5, 0.28])
         away = np.array([-0.15, 0.5, 0.28])
@@ -242,7 +230,7 @@ class _Expert:
         pick, align, approach = np.deg2rad(60), 2, 4
         yield from self._move(10)
         peg, socket = self._object("peg"), self._object("socket")
-        # Held near their outer ends, so that the hands do not meet; fingers that press on the table do not close.
+        # Held near their outer ends, so that the hands do not collide; fingers that press on the table do not close.
         left, right = socket + [-0.02, 0, 0], peg + [0.02, 0, 0.01]
         above = np.array([0, 0, 0.08])
         yield from self._move(60, (left + above, pick, 0.0, 1.0), (right + above, pick, 0.0, 1.0))
@@ -250,9 +238,12 @@ class _Expert:
         yield from self._move(25, (left, pick, 0.0, 0.0), (right, pick, 0.0, 0.0))
         left, right, pitch = np.array([-0.14, 0.5, 0.2]), np.array([0.14, 0.5, 0.2]), pick
         yield from self._move(70, (left, pick, 0.0, 0.0), (right, pick, 0.0, 0.0))
-        # The peg droops and slips a little in its grip: measure again before each move, first aligning, then closing in.
+        # The peg droops and slips a little in its grip: measure again before each move, first aligning, then closing
+        # in.
         for k in range(align + approach):
-            apart = np.clip(self._object("socket") - self._object("peg"), -0.04, 0.04)  # more if it was dropped
+            apart = np.clip(
+                self._object("socket") - self._object("peg"), -0.04, 0.04
+            )  # it is larger if the peg was dropped
             right = right + [0, apart[1], apart[2]]
             pitch -= np.clip(np.arcsin(self._data.body("peg").xmat[6]), -0.1, 0.1)  # of the peg's axis out of level
             if k >= align:  # the peg touches the pin at 0.1 m

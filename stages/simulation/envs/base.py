@@ -1,6 +1,6 @@
-"""What every simulator adapter gives to recording, rollouts and evaluation, and the half of it that they share.
+"""The interface of every simulator adapter, and the half of it that they share.
 
-Letters: H, W picture size in pixels, ds state width, da action width.
+Letters: H, W image size in pixels, ds state width, da action width.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class StepResult:
 
     observation: Observation
     reward: float
-    success: bool  # the task is solved in this very state
+    success: bool  # the task is solved in this state
     done: bool  # success, or the episode's step limit is reached
     info: dict[str, float] = field(default_factory=dict)  # whatever else the simulator measured
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How an environment was asked for; see `make_environment`."""
+    """The arguments of `make_environment`."""
 
     name: str  # e.g. "metaworld/push-v3"
-    split: Split = "train"  # family of starts
-    seed: int = 0  # chooses the family within the split
-    image_size: int = 128  # H = W of pictures
-    render: bool = True  # whether pictures are taken where a call does not say
+    split: Split = "train"  # of the initial states
+    seed: int = 0  # chooses a set of them within the split
+    image_size: int = 128  # H = W of images
+    render: bool = True  # default of calls that do not say whether to render
     max_steps: int | None = None  # step limit; None = the task's own
 
     @property
@@ -49,9 +49,9 @@ class Setup:
 
 
 class Environment(abc.ABC):
-    """One robot task. A start is a pure function of (name, split, seed, start number); splits never share a start.
+    """One robot task. An initial state is a pure function of (name, split, seed, number); splits never share one.
 
-    An adapter sets the class attributes, gives its limits to `__init__`, and writes the methods that are abstract here.
+    An adapter sets the class attributes, passes its limits to `__init__`, and implements the abstract methods.
     """
 
     control_hz: float
@@ -59,25 +59,25 @@ class Environment(abc.ABC):
     views: tuple[str, ...]  # camera names, in the order policies and datasets use
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
-    noise_scale: float | np.ndarray = (
-        1.0  # action noise of 1 while recording means so much, in action units; one number or [da]
-    )
-    alone = False  # only one of its kind can be open in a process
-    unrecordable = ""  # why demonstrations cannot be recorded, where that is so
-    rehearse = False  # recording tries without pictures first: the expert fails often or pictures are slow
+    noise_scale: float | np.ndarray = 1.0  # action units of recording noise 1; one number or [da]
+    alone = False  # only one can be open in a process
+    unrecordable = ""  # why demonstrations cannot be recorded, if they cannot
+    rehearse = False  # recording tries without rendering first: the expert fails often or rendering is slow
+    _vector: np.ndarray = np.zeros(0)  # the random numbers of the current initial state
 
     def __init__(self, setup: Setup, instruction: str, max_steps: int, low: np.ndarray, high: np.ndarray) -> None:
-        self.name, self.task, self.split, self.seed = setup.name, setup.task, setup.split, setup.seed
+        self._setup, self.name, self.task = setup, setup.name, setup.task
+        self.split, self.seed = setup.split, setup.seed
         self.image_size, self.render = setup.image_size, setup.render
         self.instruction = instruction
         self.max_steps = setup.max_steps or max_steps  # control steps after which `done` is reported
         self.action_low, self.action_high = np.asarray(low, np.float64), np.asarray(high, np.float64)  # [da]
-        self.start, self.steps = -1, 0  # number of the current start; control steps since reset
-        self._plan: Generator[np.ndarray, None, None] | None = None  # the expert at work
-        self._planned: tuple[int, np.ndarray] = (-1, np.zeros(0))  # the step it acted at last, and how
+        self.start, self.steps = -1, 0  # number of the initial state; control steps since reset
+        self._plan: Generator[np.ndarray, None, None] | None = None  # the running expert
+        self._planned: tuple[int, np.ndarray] = (-1, np.zeros(0))  # the step of its last action, and that action
 
     def reset(self, start: int, render: bool | None = None) -> Observation:
-        """Go to start number `start` >= 0. `render` overrides for this call whether pictures are taken."""
+        """Go to initial state number `start` >= 0; `render` overrides the setup's for this call."""
         if start < 0:
             raise ValueError(f"start must be 0 or more, got {start}")
         self._drop_plan()
@@ -86,14 +86,11 @@ class Environment(abc.ABC):
         return self._observe(render)
 
     def step(self, action: np.ndarray, render: bool | None = None) -> StepResult:
-        """Apply a native action `[da]`, clipped to its limits. Allowed after `done` (recording goes on a little).
-
-        Raises `ValueError` for a wrong shape or a non-finite action.
-        """
+        """Apply a native action `[da]`, clipped to its limits. Allowed after `done`, where recording continues."""
         action = np.asarray(action, np.float64)
         width = len(self.action_names)
         if action.shape != (width,) or not np.isfinite(action).all():
-            raise ValueError(f"{self.name}: an action is {width} finite numbers, got {action}")
+            raise ValueError(f"{self.name}: an action must be {width} finite numbers, got {action}")
         reward, success, info = self._advance(np.clip(action, self.action_low, self.action_high))
         self.steps += 1
         return StepResult(self._observe(render), float(reward), success, success or self.steps >= self.max_steps, info)
@@ -101,7 +98,7 @@ class Environment(abc.ABC):
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action `[da]` float32 for the current state, inside the action limits.
 
-        It follows the episode from its start; when its script has ended, its last action is repeated.
+        It follows the episode from the beginning; once its script has ended, it repeats its last action.
         """
         if self._plan is None:
             self._plan, self._planned = self._expert(), (-1, np.zeros(0))
@@ -119,21 +116,21 @@ class Environment(abc.ABC):
         return rng.uniform(self.action_low, self.action_high).astype(np.float32)
 
     def close(self) -> None:
-        """Free the simulator; calling twice is fine."""
+        """Free the simulator; may be called twice."""
         self._drop_plan()
 
     @property
-    @abc.abstractmethod
     def start_vector(self) -> tuple[float, ...]:
-        """The random numbers that define the current start; equal vectors mean equal starts."""
+        """The random numbers that define the initial state; equal vectors mean equal states."""
+        return tuple(float(v) for v in self._vector)
 
     @abc.abstractmethod
-    def picture(self, view: str) -> np.ndarray:
-        """The current state seen from one camera, uint8 `[H, W, 3]`."""
+    def image(self, view: str) -> np.ndarray:
+        """The current state as one camera sees it, uint8 `[H, W, 3]`."""
 
     @abc.abstractmethod
     def _begin(self, start: int) -> None:
-        """Put the simulator into the start."""
+        """Put the simulator into the initial state."""
 
     @abc.abstractmethod
     def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, float]]:
@@ -145,25 +142,25 @@ class Environment(abc.ABC):
 
     @abc.abstractmethod
     def _expert(self) -> Generator[np.ndarray, None, None]:
-        """The expert of one episode: a generator that yields an action `[da]` and goes on when it has been carried out."""
+        """The expert of one episode: a generator of actions `[da]`, resumed once the action has been executed."""
 
     def _rest_action(self) -> np.ndarray:
-        """`[da]` that does nothing: what an expert does that gives up at once."""
+        """`[da]` that does nothing: the action of an expert that gives up at once."""
         return np.clip(np.zeros(len(self.action_names)), self.action_low, self.action_high)
 
     def _observe(self, render: bool | None) -> Observation:
         wanted = self.render if render is None else render
-        images = {view: self.picture(view) for view in self.views} if wanted else {}
+        images = {view: self.image(view) for view in self.views} if wanted else {}
         return Observation(images, self.instruction, self._state().astype(np.float32), self.start, self.steps)
 
     def _drop_plan(self) -> None:
         if self._plan is not None:
-            self._plan.close()  # a generator's `finally` runs now, not when the collector finds it
+            self._plan.close()  # runs the generator's `finally` now, not at garbage collection
             self._plan = None
 
 
 def start_seed(setup: Setup, start: int) -> int:
-    """Seed of a start for simulators that draw from one 32-bit seed. Its lowest bit is the split, so splits never meet."""
+    """32-bit seed of an initial state. Its lowest bit is the split, so splits never share a seed."""
     split = SPLITS.index(setup.split)
     key = np.random.SeedSequence([zlib.crc32(setup.task.encode()), split, setup.seed, start])
     return int(key.generate_state(1)[0] & 0x7FFFFFFF) * len(SPLITS) + split
@@ -171,7 +168,7 @@ def start_seed(setup: Setup, start: int) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """For simulators that draw from numpy's global generator: it stands at `seed` meanwhile and is put back."""
+    """Seed numpy's global generator, for simulators that sample from it, and restore its state afterwards."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:

@@ -1,13 +1,15 @@
 """DexGraspNet 2.0 in Isaac Gym: a floating LEAP hand grasps one object of a cluttered scene, one action an episode.
 
-Isaac Gym Preview 4 needs Python 3.8 and an NVIDIA GPU, so it runs as a program beside (isaac_worker.py), in the image of
-docker/Dockerfile.dexgrasp; it was never run here. `waypoints`, `object_pose` and `lifted` are pure functions and tested.
+Isaac Gym Preview 4 needs Python 3.8 and an NVIDIA GPU, so it runs as a separate program (isaac_worker.py), in the image
+of docker/Dockerfile.dexgrasp; it was never run here. `waypoints`, `object_pose` and `lifted` are pure functions and
+tested.
 
-Scenes, pictures and the expert (the recorded grasp) are those of the dataset, read by cache/readers/dexgraspnet.py from the folder
-named by DVLA_DEXGRASPNET, which also needs meshdata/ and robot_models/ of the project. An action is that of
-configs/datasets/dexgraspnet.yaml, 28 numbers: place (m), rotation matrix (rows) in the target frame, 16 joints (rad, LEAP's motor
-order). The hand comes from 0.1 m further out with opened fingers, closes, presses and lifts by 0.2 m; success is DexGraspNet's, the
-target 0.03 m up. Differences from its own evaluation: fingers open and press by a fixed angle and gravity is on throughout.
+Scenes, images and the expert (the recorded grasp) are those of the dataset, read by cache/readers/dexgraspnet from the
+folder in DVLA_DEXGRASPNET, which also needs meshdata/ and robot_models/ of the project. An action is that of
+configs/datasets/dexgraspnet.yaml, 28 numbers: position (m), rotation matrix (rows) in the target frame, 16 joints (rad,
+LEAP's motor order). The hand approaches from 0.1 m further out with open fingers, closes, presses and lifts by 0.2 m;
+success is DexGraspNet's: the target 0.03 m up. Differences from its own evaluation: fingers open and press by a fixed
+angle, and gravity is always on.
 """
 
 from __future__ import annotations
@@ -33,12 +35,10 @@ from .base import SPLITS, Environment, Setup
 PREFIX = "isaac_dexgrasp/"
 TASKS = ("leap",)
 JOINTS = tuple(f"j{i}" for i in range(16))
-FLEXION = np.array(
-    [i for i in range(16) if i % 4]
-)  # of each finger the joints that bend it; the first one moves it sideways
+FLEXION = np.array([i for i in range(16) if i % 4])  # joints that bend a finger; its first one moves it sideways
 OPEN_BY, PRESS_BY = -0.25, 0.2  # rad
 AWAY, UP, LIFTED = 0.1, 0.2, 0.03  # m
-STEPS = (30, 20, 20, 60)  # of 1/60 s: in, close, press, lift
+STEPS = (30, 20, 20, 60)  # of 1/60 s: approach, close, press, lift
 HAND, OBJECT = "robot_models/urdf/leap_hand_simplified_free.urdf", "meshdata/{:03d}/nontextured_simplified.urdf"
 IMAGE = "docker build -f docker/Dockerfile.dexgrasp -t dvla:dexgrasp . (docs/simulators.md)"
 _POSED = re.compile(
@@ -56,7 +56,7 @@ def require() -> None:
     if not os.access(os.environ.get("DVLA_ISAAC_PYTHON", ""), os.X_OK):
         raise UserError(
             "the simulator Isaac Gym is not installed: DVLA_ISAAC_PYTHON names no Python 3.8 that has it; download "
-            f"Preview 4 from NVIDIA, accepting its licence, then: {IMAGE}"
+            f"Preview 4 from NVIDIA, accepting its license, then: {IMAGE}"
         )
     root = os.environ.get("DVLA_DEXGRASPNET", "")
     missing = [
@@ -64,31 +64,28 @@ def require() -> None:
     ]
     if not root or missing:
         raise UserError(
-            f"DVLA_DEXGRASPNET={root or '(not set)'} must name a folder of DexGraspNet 2.0; missing in it: {', '.join(missing)}"
+            f"DVLA_DEXGRASPNET={root or '(not set)'} must name a folder of DexGraspNet 2.0; missing in it: "
+            f"{', '.join(missing)}"
         )
     if importlib.util.find_spec("pyvista") is None:
-        raise UserError(
-            "the pictures of DexGraspNet's scenes need pyvista; install it with: pip install 'dvla[render]'"
-        )
+        raise UserError("images of DexGraspNet's scenes need pyvista; install it with: pip install 'dvla[render]'")
 
 
-def waypoints(action: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """A grasp [28] in the target frame, whose origin is `centre` [3] m in the table's → way points [5, 22] in the table's frame.
+def waypoints(action: np.ndarray, center: np.ndarray) -> np.ndarray:
+    """A grasp [28] in the target frame, with origin `center` [3] m in the table's → waypoints [5, 22] in the table's.
 
-    Columns: place (m), intrinsic x-y-z angles of the root's three joints (rad), 16 finger joints (rad). Rows: away from the
-    object with open fingers, there with open fingers, closed, pressed, lifted.
+    Columns: position (m), intrinsic x-y-z angles of the root's three joints (rad), 16 finger joints (rad). Rows: away
+    from the object with open fingers, at it with open fingers, closed, pressed, lifted.
     """
     action = np.asarray(action, np.float64)
     place, joints = action[:3], action[12:28]
-    matrix = matrix_from_rot6d(
-        action[3:12].reshape(3, 3)[:, :2].T.ravel()
-    )  # a policy's columns need not be orthonormal
+    matrix = matrix_from_rot6d(action[3:12].reshape(3, 3)[:, :2].T.ravel())  # a policy's may not be orthonormal
     # R = Rx·Ry·Rz is the inverse of Rz(-c)·Ry(-b)·Rx(-a), whose angles are what "euler_xyz" means.
     angles = -from_quaternion("euler_xyz", conjugate(to_quaternion("matrix", matrix.ravel())))
-    out = place / max(float(np.linalg.norm(place)), 1e-6)  # the object's middle is the target frame's origin
+    out = place / max(float(np.linalg.norm(place)), 1e-6)  # the object's center is the target frame's origin
     bend = np.isin(np.arange(16), FLEXION)
     opened, pressed = joints + OPEN_BY * bend, joints + PRESS_BY * bend
-    here = place + centre
+    here = place + center
     rows = [(here + AWAY * out, opened), (here, opened), (here, joints), (here, pressed), (here + [0, 0, UP], pressed)]
     return np.stack([np.concatenate([at, angles, fingers]) for at, fingers in rows])
 
@@ -103,7 +100,7 @@ def object_pose(place: Sequence[float], quaternion_wxyz: Sequence[float], to_tab
 
 
 def lifted(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """How far objects rose, [N] m, from Isaac Gym's root states [N, 13] (place 3, quaternion xyzw 4, velocities 6)."""
+    """How far objects rose, [N] m, from root states [N, 13] (position 3, quaternion xyzw 4, velocities 6)."""
     before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if before.ndim != 2 or before.shape != after.shape or before.shape[1] != 13:
         raise ValueError(f"root states are [N, 13], got {before.shape} and {after.shape}")
@@ -137,7 +134,7 @@ class DexGraspEnvironment(Environment):
     def start_vector(self) -> tuple[float, ...]:
         return float(_scene(self._id)), float(self._object())
 
-    def picture(self, view: str) -> np.ndarray:
+    def image(self, view: str) -> np.ndarray:
         chosen = next(v for v in self._episode.views if v.name == view)
         frame = Image.fromarray(next(chosen.frames()))
         return np.asarray(frame.resize((self.image_size, self.image_size), Image.Resampling.BOX))
@@ -156,7 +153,7 @@ class DexGraspEnvironment(Environment):
     def _begin(self, start: int) -> None:
         if start >= len(self._episodes):
             raise UserError(
-                f"{self._root} has {len(self._episodes)} grasps of split {self.split}; start {start} was asked for"
+                f"{self._root} has {len(self._episodes)} grasps of split {self.split}; you requested number {start}"
             )
         self._id = int(self._episodes[start])
         self._episode = self._source.load(self._id)
@@ -193,7 +190,7 @@ class DexGraspEnvironment(Environment):
             line = self._worker.stdout.readline()
         except BrokenPipeError:
             line = ""
-        answer = json.loads(line) if line else {"error": "it ended before it answered; what it printed stands above"}
+        answer = json.loads(line) if line else {"error": "it ended before it answered; its messages are above"}
         if "error" in answer:
             raise UserError(f"Isaac Gym could not simulate a grasp: {answer['error']}")
         return answer
@@ -209,7 +206,7 @@ class DexGraspEnvironment(Environment):
 
 
 def split_of(scene: int) -> int:
-    """Place in SPLITS of a scene, by a checksum of its number."""
+    """Index in SPLITS of a scene, by a checksum of its number."""
     return int(np.random.SeedSequence(scene).generate_state(1)[0]) % len(SPLITS)
 
 
@@ -218,7 +215,7 @@ def _scene(episode_id: int) -> int:
 
 
 def scene_objects(root: Path, scene: int) -> dict[int, np.ndarray]:
-    """Object number → pose [7] in the table's frame, from the scene's first annotation. `UserError` where there is none."""
+    """Object number → pose [7] in the table's frame, from the scene's first annotation. `UserError` without one."""
     folder = root / "scenes" / f"scene_{scene:04d}" / "realsense"
     for path in sorted((folder / "annotations").glob("*.xml")):
         found = _POSED.findall(path.read_text(errors="replace"))

@@ -1,14 +1,16 @@
-"""One grasp after another in Isaac Gym Preview 4. A program of its own, for the Python 3.8 that Isaac Gym needs: it imports nothing of dvla.
+"""Grasps in Isaac Gym Preview 4: a separate program, for the Python 3.8 that it needs; imports nothing of dvla.
 
-    python3.8 isaac_worker.py      reads a request per line of stdin, answers each with a line on stdout (JSON both)
+    python3.8 isaac_worker.py      reads one request per line of stdin, answers each with a line on stdout (both JSON)
 
-request   {"hand": URDF of the hand with six virtual root joints, "joints": names of its other joints, "waypoints": [K, 6 + J],
-           "steps": [K-1], "objects": [{"urdf": path, "pose": [7] place and quaternion xyzw}, …]}    frame of the table, z up; m, rad
-answer    {"before": [N, 13], "after": [N, 13]}     root states of the objects (place 3, quaternion xyzw 4, velocities 6), or
-          {"error": text}
+request   {"hand": URDF of the hand with six virtual root joints, "joints": names of its other joints,
+           "waypoints": [K, 6 + J], "steps": [K-1],
+           "objects": [{"urdf": path, "pose": [7] position and quaternion xyzw}, …]}    frame of the table, z up; m, rad
+answer    {"before": [N, 13], "after": [N, 13]}     root states of the objects (position 3, quaternion xyzw 4,
+          velocities 6), or {"error": text}
 
-The hand follows the way points in straight lines, so many steps of 1/60 s each; the ground plane is the table. Gravity is on
-throughout. Stiffness and damping are guesses: this was never run in Isaac Gym. Letters: N objects, J finger joints, K way points, D = 6 + J.
+The hand follows the waypoints in straight lines, `steps` of 1/60 s each; the ground plane is the table. Gravity is
+always on. Stiffness and damping are guesses: this was never run in Isaac Gym. Letters: N objects, J finger joints, K
+waypoints, D = 6 + J.
 """
 
 import json
@@ -21,7 +23,7 @@ OBJECT_MASS, FRICTION = 0.1, 1.0  # kg; as in DexGraspNet 2.0's evaluation
 
 
 def drive_order(names, joints):
-    """Index of every URDF joint `names` [D] in a way point: six root joints in the URDF's order, then `joints` [J]."""
+    """Index of every URDF joint `names` [D] in a waypoint: six root joints in the URDF's order, then `joints` [J]."""
     missing = [joint for joint in joints if joint not in names]
     roots = [name for name in names if name not in joints]
     if missing or len(roots) != 6:
@@ -34,7 +36,7 @@ def drive_order(names, joints):
 
 
 def targets(waypoints, steps):
-    """Every target [D] on the way through `waypoints` [K][D], with so many `steps` [K-1] from each to the next."""
+    """Every target [D] through `waypoints` [K][D], with `steps` [K-1] from each to the next."""
     for begin, end, count in zip(waypoints, waypoints[1:], steps):
         for i in range(count):
             share = (i + 1.0) / count
@@ -117,7 +119,7 @@ def main():
     for line in sys.stdin:
         try:
             answer = simulate(json.loads(line), gymapi, gymtorch, torch)
-        except Exception as error:  # whatever it is, the one who asked should read it
+        except Exception as error:  # whatever it is, the caller should read it
             answer = {"error": "%s: %s" % (type(error).__name__, error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -1,9 +1,9 @@
 """ManiSkill 3: table-top tasks of a Panda arm with motion-planning experts, seen from the front and from the hand.
 
-Letters: S picture size in pixels. An action is the seven joints' target angles (rad) and the gripper's (-1 closed, 1 open);
-the state is the seven measured angles and the gripper's opening (0 closed, 1 open). ManiSkill hides goal markers from
-cameras and gives their place as numbers; here they are drawn, so that pictures show the whole task. The front camera's
-field of view is narrower than ManiSkill's where that leaves the cubes a few pixels wide.
+Letters: S image size in pixels. An action is the seven joints' target angles (rad) and the gripper's (-1 closed, 1
+open); the state is the seven measured angles and the gripper's opening (0 closed, 1 open). ManiSkill hides goal markers
+from cameras and gives their positions as numbers; here they are rendered, so that images show the entire task. The
+front camera's field of view is narrower than ManiSkill's where that would leave the cubes a few pixels wide.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from .base import Environment, Setup, start_seed
 from .mujoco_render import choose_gl_backend
 
 PREFIX = "maniskill/"
-FINGER_TRAVEL = 0.04  # metres of one finger, fully open
+FINGER_TRAVEL = 0.04  # meters of one finger, fully open
 DRIVER = (
-    "no Vulkan driver that SAPIEN can draw with was found (Debian 12's own Mesa is too old); install one with: make vulkan "
+    "SAPIEN found no usable Vulkan driver (Debian 12's own Mesa is too old); install one with: make vulkan "
     "(mesa-vulkan-drivers 23 or newer), or set VK_ICD_FILENAMES to a driver's .json file"
 )
 
 
 @dataclass(frozen=True)
 class Task:
-    """What ManiSkill does not say about a task."""
+    """What ManiSkill does not define for a task."""
 
     instruction: str
     max_steps: int  # control steps; the experts need more than ManiSkill's own limits
     expert: str  # function of mani_skill.examples.motionplanning.panda.solutions
     fov: float | None = 1.2  # field of view of the front camera, rad; None = ManiSkill's
-    noise: float = 0.05  # what recording noise of 1 means for a joint, rad; experts that insert bear little
+    noise: float = 0.05  # rad of a joint for recording noise 1; experts that insert tolerate little
 
 
 TASKS = {
@@ -74,13 +74,13 @@ def _modules() -> tuple[Any, Any]:
     """(ManiSkill's registered tasks by name, the module of its experts), imported on first use (about 5 s)."""
     require()
     render_backend()
-    _restore_copy_into()  # before mplib is imported: it copies the table
+    _restore_copy_into()  # before mplib is imported, which copies the table
     choose_gl_backend()  # before mujoco is imported, which ManiSkill does: another simulator may follow in this process
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.examples.motionplanning.panda import solutions
     from mani_skill.utils.registration import REGISTERED_ENVS
 
-    for name in ("mani_skill", "mani_skill "):  # its logger's name ends in a space
+    for name in ("mani_skill", "mani_skill "):  # one logger's name ends in a space
         logging.getLogger(name).setLevel(logging.ERROR)  # warns that the camera on the hand is not in its own lists
     return REGISTERED_ENVS, solutions
 
@@ -101,9 +101,9 @@ def _restore_copy_into() -> None:
 
 @functools.cache
 def render_backend() -> str:
-    """ManiSkill's name of what draws, "gpu" or "cpu". `UserError` where there is no usable Vulkan driver.
+    """ManiSkill's render backend, "gpu" or "cpu". `UserError` without a usable Vulkan driver.
 
-    Asked before a scene is made, which needs one even without pictures and may end the process where there is none.
+    Checked before a scene is made, which needs a driver even without images and may end the process without one.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a missing libvulkan: SAPIEN brings one
@@ -147,15 +147,10 @@ class ManiSkillEnvironment(Environment):
         space = self._sim.single_action_space
         super().__init__(setup, task.instruction, task.max_steps, space.low, space.high)
         assert self._sim.control_freq == self.control_hz
-        self.noise_scale = np.array([task.noise] * 7 + [0.0])  # the gripper is left alone: it would let go of things
-        self._setup, self._solve = setup, getattr(self._solutions, task.expert)
-        self._vector = np.zeros(0)
+        self.noise_scale = np.array([task.noise] * 7 + [0.0])  # none on the gripper, which would drop things
+        self._solve = getattr(self._solutions, task.expert)
 
-    @property
-    def start_vector(self) -> tuple[float, ...]:
-        return tuple(float(v) for v in self._vector)
-
-    def picture(self, view: str) -> np.ndarray:
+    def image(self, view: str) -> np.ndarray:
         camera = self._sim._sensors[VIEWS[view]]
         self._sim.scene.update_render()
         camera.capture()
@@ -194,7 +189,7 @@ class ManiSkillEnvironment(Environment):
 
 
 class _Puppet:
-    """What a motion planner takes for the environment: it plans from the real state, and others carry its steps out."""
+    """A motion planner's environment: it reads the real state, but its steps are executed elsewhere."""
 
     def __init__(self, sim: Any, step: Callable[[np.ndarray], None], result: Callable[[], tuple]) -> None:
         self.unwrapped, self._step, self._result = sim, step, result
@@ -208,14 +203,14 @@ class _Puppet:
 
 
 class _Abandoned(BaseException):
-    """Ends a solver whose episode is over; not an Exception, which a solver might catch."""
+    """Ends a solver whose episode has ended; not an Exception, which a solver might catch."""
 
 
 def taking_turns(solve: Callable[[Callable[[np.ndarray], None]], Any]) -> Generator[np.ndarray, None, None]:
     """The actions that `solve(step)` passes to its blocking calls `step(action)`, one by one.
 
-    `solve` runs in a thread of its own, but never at the same time as the caller: each waits for the other's turn. What
-    it prints is dropped, an exception of it is raised here, and closing the generator ends it.
+    `solve` runs in its own thread, but never at the same time as the caller: they take turns. Its output is dropped,
+    its exceptions are raised here, and closing the generator ends it.
     """
     actions: queue.SimpleQueue[tuple[np.ndarray | None, BaseException | None]] = queue.SimpleQueue()
     turns: queue.SimpleQueue[bool] = queue.SimpleQueue()

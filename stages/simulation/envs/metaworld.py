@@ -1,6 +1,6 @@
 """Meta-World v3: 50 Sawyer tasks with scripted experts, seen by two cameras, rendered without a display.
 
-Letters: S picture size in pixels. Actions are 4-d in [-1, 1]: the hand's displacement (1 = 0.01 m per step) and the
+Letters: S image size in pixels. Actions are 4-d in [-1, 1]: the hand's displacement (1 = 0.01 m per step) and the
 gripper's effort (-1 open, +1 closed). The state is the first four numbers of Meta-World's own observation.
 """
 
@@ -80,7 +80,7 @@ CAMERAS: dict[str, tuple[str, tuple[slice, slice]]] = {
     "corner2": ("corner2", (slice(None, None, -1), slice(None, None, -1))),
     "gripper": ("gripperPOV", (slice(None), slice(None))),
 }
-CORNER2_POSITION = (0.75, 0.075, 0.7)  # metres; where LeRobot's Meta-World environment and datasets have it
+CORNER2_POSITION = (0.75, 0.075, 0.7)  # meters; as in LeRobot's Meta-World environment and datasets
 
 
 def names() -> tuple[str, ...]:
@@ -121,43 +121,41 @@ class MetaWorldEnvironment(Environment):
     def __init__(
         self, setup: Setup, scene: str | None = None, instruction: str = "", limit: int = DEFAULT_MAX_STEPS
     ) -> None:
-        """`scene`: the Meta-World task whose scene a task of our own is set in, with its instruction and step limit."""
+        """`scene`: the Meta-World task whose scene a task of our own uses, with its own instruction and step limit."""
         self._mujoco, self._tasks, self._experts = _modules()
         self._scene = scene or setup.task
         if scene is None:
             instruction, limit = TASKS[setup.task]
         super().__init__(setup, instruction, limit, -np.ones(4), np.ones(4))
         self._sim = self._tasks[self._scene]()
-        # Experts read the goal, which Meta-World hides by default; the cached space holds the hidden goal's bounds.
+        # Experts read the goal, which Meta-World hides by default; the cached space has the hidden goal's bounds.
         self._sim._partially_observable = False
         self._sim.__dict__.pop("sawyer_observation_space", None)
         self._sim._set_task_called = True
-        self._sim.max_path_length = sys.maxsize  # the step limit is ours; the simulator would raise at its own
+        self._sim.max_path_length = (
+            sys.maxsize
+        )  # the base class limits steps; the simulator would raise at its own limit
         self._sim._get_state_rand_vec = self._random_vector
         self._model, self._data = self._sim.model, self._sim.data
         self._model.camera("corner2").pos = CORNER2_POSITION
         self._rng = np.random.default_rng(0)
         self._fixed: np.ndarray | None = None
-        self._vector = np.zeros(0)
 
-    @property
-    def start_vector(self) -> tuple[float, ...]:
-        return tuple(float(v) for v in self._vector)
-
-    def picture(self, view: str) -> np.ndarray:
+    def image(self, view: str) -> np.ndarray:
         camera, upright = CAMERAS[view]
         shared = renderer(self.name, self.image_size, lambda: self._tasks[self._scene]().model)
         with unseen_hidden(self._model, self._data, camera):
-            picture = shared.render(self._model, self._data, camera)
-        return np.ascontiguousarray(picture[upright])
+            image = shared.render(self._model, self._data, camera)
+        return np.ascontiguousarray(image[upright])
 
     def close(self) -> None:
         super().close()
         self._sim.close()
 
     def _begin(self, start: int) -> None:
-        # Meta-World draws object and goal places itself and rejects some, so let it draw from our generator until it is
-        # content, then reset with that vector held: its first pass still moves bodies of the previous episode.
+        # Meta-World samples positions of object and goal itself and rejects some, so let it sample from our generator
+        # until it accepts, then reset with that vector fixed: its first pass still moves bodies of the previous
+        # episode.
         key = [zlib.crc32(self.task.encode()), SPLITS.index(self.split), self.seed, start]
         self._rng, self._fixed = np.random.default_rng(key), None
         self._sim.reset_model()
@@ -178,12 +176,12 @@ class MetaWorldEnvironment(Environment):
         expert = self._experts[self.task]()
         while True:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the experts overshoot [-1, 1] on purpose and warn about it
+                warnings.simplefilter("ignore")  # the experts exceed [-1, 1] on purpose and warn about it
                 action = expert.get_action(self._obs)
             yield action
 
     def _random_vector(self) -> np.ndarray:
-        """Stands in for Meta-World's own draw. A vector belongs to one split by its checksum, so splits cannot meet."""
+        """Replaces Meta-World's own sampling. A vector belongs to one split by its checksum, so splits share none."""
         if self._fixed is not None:
             return self._fixed.copy()
         space = self._sim._random_reset_space
@@ -193,7 +191,7 @@ class MetaWorldEnvironment(Environment):
                 self._vector = vector
                 self._sim._last_rand_vec = vector.copy()
                 return vector.copy()
-        raise RuntimeError(f"{self.name} has no start in split {self.split}")
+        raise RuntimeError(f"{self.name} has no initial state in split {self.split}")
 
 
 make = MetaWorldEnvironment

@@ -1,6 +1,6 @@
-"""MuJoCo pictures without a display, shared by the simulators that are built on it.
+"""MuJoCo rendering without a display, and its instability check, for the simulators built on it.
 
-Letters: S picture size in pixels.
+Letters: S image size in pixels.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 
 from ....errors import UserError
 
-HIDDEN_GROUP = 5  # MuJoCo geom group that is never drawn
+HIDDEN_GROUP = 5  # MuJoCo geom group that is never rendered
 MAX_RENDERERS = 4  # GL contexts kept open in one process
 
 
 def choose_gl_backend() -> str | None:
     """Set MUJOCO_GL and PYOPENGL_PLATFORM for rendering without a display, before mujoco is first imported.
 
-    A choice the user made stays. Off-screen Mesa is taken when libOSMesa is found, else EGL, else rendering is switched
-    off (state-only use still works). Returns the backend in force, None where MuJoCo's own default applies.
+    The user's own choice is kept. Otherwise off-screen Mesa if libOSMesa is found, else EGL, else no rendering (use
+    without images still works). Returns the backend in force, None where MuJoCo's own default applies.
     """
     if "MUJOCO_GL" not in os.environ and sys.platform.startswith("linux") and "mujoco" not in sys.modules:
         found = (name for name, library in (("osmesa", "OSMesa"), ("egl", "EGL")) if ctypes.util.find_library(library))
@@ -37,7 +37,10 @@ def choose_gl_backend() -> str | None:
 
 
 def load_mujoco() -> Any:
-    """The module `mujoco`, set up for rendering without a display. `UserError` with the install step when it does not load."""
+    """The module `mujoco`, set up for rendering without a display.
+
+    `UserError` with the install step if it does not load.
+    """
     choose_gl_backend()
     try:
         import mujoco
@@ -49,18 +52,24 @@ def load_mujoco() -> Any:
     return mujoco
 
 
+def unstable(data: Any) -> bool:
+    """Whether the simulation diverged and was reset by MuJoCo: the episode cannot be solved anymore."""
+    kinds = load_mujoco().mjtWarning
+    return any(data.warning[kind].number for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC))
+
+
 class Renderer:
-    """One GL context and scene; draws any instance of the task it was made for (they share meshes and textures)."""
+    """One GL context and scene; renders any instance of its task (they share meshes and textures)."""
 
     def __init__(self, model: Any, size: int) -> None:
         self._mujoco = load_mujoco()
         if not hasattr(self._mujoco, "GLContext"):
-            raise UserError("no headless OpenGL library was found for pictures; install libosmesa6 or libegl1")
+            raise UserError("no headless OpenGL library was found for rendering; install libosmesa6 or libegl1")
         # Shadows, reflections and multisampling take five sixths of the time of a software renderer.
         model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         try:
-            _initialise_display()
+            _initialize_display()
             self._gl = self._mujoco.GLContext(size, size)
             self._gl.make_current()
             self._context = self._mujoco.MjrContext(model, self._mujoco.mjtFontScale.mjFONTSCALE_150)
@@ -92,7 +101,7 @@ class Renderer:
         return self._pixels[::-1]
 
     def usable(self) -> bool:
-        """Whether its context still is one: it ends with EGL, which another library of the process may have shut down."""
+        """Whether its context still exists: another library of the process may have shut EGL down."""
         try:
             self._gl.make_current()
         except Exception:  # whatever the GL binding in use raises
@@ -105,13 +114,16 @@ class Renderer:
             self._context.free()
             self._gl.free()
         else:
-            self._gl._context = None  # gone with its display: freeing it would raise
-            _leave_context()  # numbers of its objects mean others in a context that is current
+            self._gl._context = None  # it ended with its display: freeing it would raise
+            _leave_context()  # in another context its object numbers name other objects
             self._context.free()
 
 
-def _initialise_display() -> None:
-    """EGL is the whole process's: another library (VTK does) may have shut down the display that MuJoCo initialised. Doing so twice is allowed."""
+def _initialize_display() -> None:
+    """Initialize EGL, which the whole process shares: another library (VTK does) may have shut the display down.
+
+    Initializing it twice is allowed.
+    """
     if os.environ.get("MUJOCO_GL") == "egl":
         from mujoco import egl
 
@@ -120,10 +132,10 @@ def _initialise_display() -> None:
 
 
 def _leave_context() -> None:
-    """No EGL context is current afterwards."""
+    """Make no EGL context current."""
     from mujoco import egl
 
-    _initialise_display()
+    _initialize_display()
     egl.EGL.eglMakeCurrent(egl.EGL_DISPLAY, egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_SURFACE, egl.EGL.EGL_NO_CONTEXT)
 
 
@@ -131,9 +143,9 @@ _renderers: dict[tuple[Hashable, int], Renderer] = {}  # the most recently used 
 
 
 def renderer(task: Hashable, size: int, make_model: Callable[[], Any]) -> Renderer:
-    """Environments of one task and size in a process share a renderer: a GL context costs half a second and 50 MB.
+    """The renderer that environments of one task and size share in a process: a GL context costs 0.5 s and 50 MB.
 
-    `make_model()` gives a model of the task; its rendering quality is changed.
+    `make_model()` returns a model of the task, whose rendering quality is changed.
     """
     found = _renderers.pop((task, size), None)
     if found is not None and not found.usable():
@@ -144,25 +156,24 @@ def renderer(task: Hashable, size: int, make_model: Callable[[], Any]) -> Render
             _renderers.pop(next(iter(_renderers))).close()
         found = Renderer(make_model(), size)
         if not _renderers:
-            atexit.register(
-                _close_renderers
-            )  # after the first context: MuJoCo's shutdown of EGL, set up with it, runs later
+            # After the first context: MuJoCo's shutdown of EGL, registered with it, then runs later.
+            atexit.register(_close_renderers)
     _renderers[task, size] = found
     return found
 
 
 def _close_renderers() -> None:
-    """At exit: GL contexts cannot be freed any more once the display is shut down or modules are taken apart."""
+    """At exit: GL contexts must be freed before the display is shut down and modules are torn down."""
     while _renderers:
         _renderers.popitem()[1].close()
 
 
 @contextlib.contextmanager
 def unseen_hidden(model: Any, data: Any, camera: str) -> Iterator[None]:
-    """Geoms whose bounding sphere lies outside the camera's field of view are in a hidden group meanwhile.
+    """Hide geoms whose bounding sphere lies outside the camera's field of view.
 
-    The picture stays the same; MuJoCo would still push their vertices (67 000 faces of robot) through a software
-    renderer, which takes most of the time for the camera in the hand.
+    The image stays the same. MuJoCo would send their vertices (67 000 faces of robot) through a software renderer all
+    the same, which takes most of the time for the camera in the hand.
     """
     index, groups = model.camera(camera).id, model.geom_group.copy()
     xyz = (data.geom_xpos - data.cam_xpos[index]) @ data.cam_xmat[index].reshape(3, 3)

@@ -1,14 +1,17 @@
-"""RLBench (CoppeliaSim): tasks of a Franka arm with demonstrations by its own way points, seen by up to five cameras.
+"""RLBench (CoppeliaSim): tasks of a Franka arm with demonstrations from its own waypoints, seen by up to five cameras.
 
-It needs CoppeliaSim 4.1, PyRep and a display, so it runs in the image of docker/Dockerfile.rlbench; nothing here was run in CoppeliaSim.
-What goes between the two sides, `to_observation`, `to_action` and `demonstrated`, are pure functions and tested on recorded structures.
+It needs CoppeliaSim 4.1, PyRep and a display, so it runs in the image of docker/Dockerfile.rlbench; nothing here was
+run in CoppeliaSim. The conversions `to_observation`, `to_action` and `demonstrated` are pure functions, tested on
+recorded structures.
 
-Action and state are those of configs/datasets/rlbench.yaml: the hand's place (m, world) and quaternion xyzw, the gripper (1 open), an
-action being what is wanted one step later. A hand's pose is reached by inverse kinematics, and where it is too far for that by a
-planned path; one that cannot be reached leaves the robot where it is. Demonstrations are RLBench's own, played back step by step.
+Action and state are those of configs/datasets/rlbench.yaml: the hand's position (m, world) and quaternion xyzw, and the
+gripper (1 open); an action is the pose one step later. A pose is reached by inverse kinematics or, if it is too far for
+that, by a planned path; the robot does not move to one it cannot reach. Demonstrations are RLBench's own, replayed step
+by step.
 
-Starts: numpy's generator, from which RLBench draws, is seeded, and it also chooses the variation. RLBench tries several places until
-a path exists and its planner is not repeatable, so a few starts differ from run to run (its issues 194 and 232). Letters: T steps.
+Initial states: numpy's generator, from which RLBench samples, is seeded, and also chooses the variation. RLBench tries
+several placements until a path exists, and its planner is not repeatable, so a few initial states differ from run to
+run (its issues 194 and 232). Letters: T steps.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from ....errors import UserError
 from .base import Environment, Setup, seeded, start_seed
 
 PREFIX = "rlbench/"
-# Of PerAct's 18 tasks; those three that only its fork of RLBench has stand beside RLBench's own of the same kind.
+# PerAct's 18 tasks; the three that only its fork of RLBench has are listed beside RLBench's own of the same kind.
 TASKS = (
     "close_jar",
     "insert_onto_square_peg",
@@ -53,16 +56,8 @@ TASKS = (
 )
 CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")
 MAX_STEPS = 400  # of 0.05 s; RLBench's demonstrations of these tasks take up to about 300
-LOW = (
-    -2,
-    -2,
-    -2,
-    -1,
-    -1,
-    -1,
-    -1,
-    0,
-)  # m, wider than the arm reaches: RLBench itself refuses what it cannot reach; quaternion; gripper
+# Position in m, beyond the arm's reach (RLBench itself refuses what it cannot reach); quaternion; gripper.
+LOW = (-2, -2, -2, -1, -1, -1, -1, 0)
 HIGH = (2, 2, 2, 1, 1, 1, 1, 1)
 IMAGE = "docker build -f docker/Dockerfile.rlbench -t dvla:rlbench . (docs/simulators.md)"
 
@@ -75,7 +70,7 @@ def names() -> tuple[str, ...]:
 def require() -> None:
     """`UserError` with the install step when RLBench, CoppeliaSim or a display is missing."""
     missing = []
-    # The package of that name in registries is another one: it has no `backend`.
+    # The package named rlbench in registries is a different one, without `backend`.
     if importlib.util.find_spec("rlbench") is None or importlib.util.find_spec("pyrep") is None:
         missing.append("the packages rlbench and pyrep")
     if not os.path.isdir(os.environ.get("COPPELIASIM_ROOT", "")):
@@ -83,31 +78,33 @@ def require() -> None:
     if not os.environ.get("DISPLAY"):
         missing.append("a display (DISPLAY is not set; Xvfb will do)")
     if missing:
-        raise UserError(f"the simulator RLBench is not installed: {', '.join(missing)}; it comes as an image: {IMAGE}")
+        raise UserError(
+            f"the simulator RLBench is not installed, missing: {', '.join(missing)}; use its image: {IMAGE}"
+        )
 
 
 def to_observation(observation: Any, views: Sequence[str] = CAMERAS) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """RLBench's `Observation` → ({view: uint8 [H, W, 3]}, state [8] float32: gripper_pose, gripper_open).
 
-    `UserError` when it lacks the pose or one of the pictures, which RLBench leaves out where its config does not ask for them.
+    `UserError` if it lacks the pose or an image, which RLBench leaves out unless its config requests them.
     """
     pose, opening = observation.gripper_pose, observation.gripper_open
     if pose is None or opening is None:
         raise UserError("RLBench's observation has no gripper_pose or gripper_open")
     images = {}
     for view in views:
-        picture = getattr(observation, f"{view}_rgb", None)
-        if picture is None:
-            raise UserError(f"RLBench's observation has no picture {view}_rgb; cameras: {', '.join(CAMERAS)}")
-        picture = np.asarray(picture)
-        if picture.dtype.kind == "f":  # PyRep's own, 0 to 1; RLBench since 1.1 gives bytes
-            picture = np.rint(np.clip(picture, 0, 1) * 255)
-        images[view] = np.ascontiguousarray(picture.astype(np.uint8))
+        image = getattr(observation, f"{view}_rgb", None)
+        if image is None:
+            raise UserError(f"RLBench's observation has no image {view}_rgb; cameras: {', '.join(CAMERAS)}")
+        image = np.asarray(image)
+        if image.dtype.kind == "f":  # PyRep's own, 0 to 1; RLBench since 1.1 gives bytes
+            image = np.rint(np.clip(image, 0, 1) * 255)
+        images[view] = np.ascontiguousarray(image.astype(np.uint8))
     return images, np.append(np.asarray(pose, np.float64), float(opening)).astype(np.float32)
 
 
 def to_action(action: np.ndarray) -> np.ndarray:
-    """Our action [8] → RLBench's [8] float64: the quaternion made unit (RLBench refuses others), the gripper 0 or 1."""
+    """Our action [8] → RLBench's [8] float64, which needs a unit quaternion and a gripper of 0 or 1."""
     action = np.asarray(action, np.float64)
     return np.concatenate([action[:3], from_quaternion("quat_xyzw", action[3:7]), [float(action[7] > 0.5)]])
 
@@ -126,7 +123,7 @@ class RlbenchEnvironment(Environment):
     state_names = ("x", "y", "z", "qx", "qy", "qz", "qw", "gripper_open")
     action_names = state_names
     alone = True  # PyRep allows no more
-    noise_scale = 0.0  # demonstrations are played back, so noise on actions cannot be carried out
+    noise_scale = 0.0  # demonstrations are replayed, so noise on actions cannot be executed
 
     def __init__(self, setup: Setup) -> None:
         require()
@@ -151,8 +148,7 @@ class RlbenchEnvironment(Environment):
             wanted.rgb, wanted.image_size = True, (setup.image_size, setup.image_size)
         self._sim = Simulator(self._mode, obs_config=config, headless=True)
         super().__init__(setup, setup.task.replace("_", " "), MAX_STEPS, np.array(LOW), np.array(HIGH))
-        self._setup, self._vector = setup, np.zeros(0)
-        self._coming: deque[Any] = deque()  # observations of the demonstration that is being played back
+        self._coming: deque[Any] = deque()  # observations of the demonstration that is being replayed
         try:
             self._sim.launch()
             self._task = self._sim.get_task(_task_class(setup.task))
@@ -160,11 +156,7 @@ class RlbenchEnvironment(Environment):
             self._sim.shutdown()
             raise
 
-    @property
-    def start_vector(self) -> tuple[float, ...]:
-        return tuple(float(v) for v in self._vector)
-
-    def picture(self, view: str) -> np.ndarray:
+    def image(self, view: str) -> np.ndarray:
         return to_observation(self._seen, (view,))[0][view]
 
     def close(self) -> None:
@@ -184,9 +176,9 @@ class RlbenchEnvironment(Environment):
     def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, float]]:
         if self._coming:
             if not np.allclose(action, to_observation(self._coming[0], ())[1], atol=1e-3):
-                raise RuntimeError(f"{self.name}: a demonstration of RLBench cannot be left before its end")
+                raise RuntimeError(f"{self.name}: RLBench's demonstration must be followed to its end")
             self._seen = self._coming.popleft()
-            return float(not self._coming), not self._coming, {}  # RLBench keeps no demonstration that fails
+            return float(not self._coming), not self._coming, {}  # RLBench discards demonstrations that fail
         for mode in self._arm_modes:
             self._mode.arm_action_mode = mode
             try:
@@ -204,9 +196,9 @@ class RlbenchEnvironment(Environment):
         return self._state()
 
     def _expert(self) -> Generator[np.ndarray, None, None]:
-        """RLBench plays its way points from here to the end and gives what it saw, which is then handed out step by step."""
+        """RLBench plays its waypoints to the end; the recorded observations are then returned step by step."""
         try:
-            demo = self._task._scene.get_demo()  # `get_demos` would begin another episode
+            demo = self._task._scene.get_demo()  # `get_demos` would start another episode
         except self._unplanned:
             return
         self._coming = deque(list(demo)[1:])
@@ -214,15 +206,15 @@ class RlbenchEnvironment(Environment):
 
 
 def _task_class(task: str) -> type:
-    """The class of a task; `UserError` where the RLBench that is installed lacks it."""
+    """The class of a task; `UserError` if the installed RLBench lacks it."""
     try:
         return getattr(
             importlib.import_module(f"rlbench.tasks.{task}"), "".join(word.capitalize() for word in task.split("_"))
         )
     except (ModuleNotFoundError, AttributeError) as error:
         raise UserError(
-            f"the RLBench that is installed has no task {task}; PerAct's fork has its 18 tasks, RLBench's own has "
-            "slide_block_to_target, stack_wine and sweep_to_dustpan in place of three of them"
+            f"the installed RLBench has no task {task}; PerAct's fork has its 18 tasks, RLBench's own has "
+            "slide_block_to_target, stack_wine and sweep_to_dustpan instead of three of them"
         ) from error
 
 

@@ -1,14 +1,15 @@
-"""robosuite's Panda arms with dexterous hands (Inspire, five fingers): Lift with one, and a task of our own with two. Experts are ours.
+"""robosuite's Panda arms with dexterous hands (Inspire, five fingers): Lift with one, and a task of our own with two.
 
-dex_lift: scene, starts, controller, reward and measure of success are robosuite's. dex_two_lift: two such arms side by side, each with
-a cube before it, both to be lifted; both hands are right hands. Pictures are drawn without robosuite's renderer, and only where they are
-asked for. One size of cube is kept, where robosuite draws one per instance.
+dex_lift: scene, initial states, controller, reward and success criterion are robosuite's. dex_two_lift: two such arms
+side by side, each with a cube before it, both to be lifted; both hands are right hands. The experts are our own. Images
+are rendered without robosuite's renderer, and only on request. The cube has one size, where robosuite samples one per
+instance.
 
-An action is 12 numbers in [-1, 1] for each hand, left before right: the hand's displacement (1 = 0.05 m) and rotation (1 = 0.5 rad,
-axis-angle) from where it is now, with the axes of the arm's base; then the six drives of the fingers as targets, -1 stretched, 1 bent:
-pinky, ring, middle, index, thumb's bend, thumb's rotation. The state is 13 numbers for each: the hand's place in the frame of the base
-(m), its orientation (quaternion xyzw), and the first joint's angle of the six drives (rad). The hand's frame: fingers along -y, palm
-towards z, thumb at -x. Letters: K hands.
+An action is 12 numbers in [-1, 1] for each hand, left before right: the hand's displacement (1 = 0.05 m) and rotation
+(1 = 0.5 rad, axis-angle) relative to its current pose, in the axes of the arm's base; then targets of the six finger
+drives, -1 extended, 1 bent: pinky, ring, middle, index, thumb's bend, thumb's rotation. The state is 13 numbers for
+each hand: its position in the frame of the base (m), its orientation (quaternion xyzw), and the angle of the first
+joint of each drive (rad). The hand's frame: fingers along -y, palm towards z, thumb at -x. Letters: K hands.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from ....cache.actions.rotations import conjugate, from_quaternion, multiply, rotate, to_quaternion
 from ....errors import UserError
 from .base import Environment, Setup, seeded, start_seed
-from .mujoco_render import HIDDEN_GROUP, load_mujoco, renderer, unseen_hidden
+from .mujoco_render import HIDDEN_GROUP, load_mujoco, renderer, unseen_hidden, unstable
 
 PREFIX = "robosuite/"
 TASKS = {"dex_lift": "lift the red cube with the hand", "dex_two_lift": "lift both cubes, each with one hand"}
@@ -33,21 +34,13 @@ MAX_STEPS = 160  # the experts need about 85
 MOVE, TURN = 0.05, 0.5  # m and rad of the hand's command 1 (robosuite's default_panda_dex.json)
 DRIVES = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
 FINGERS = (
-    "pinky_proximal",
-    "ring_proximal",
-    "middle_proximal",
-    "index_proximal",
-    "thumb_proximal_2",
-    "thumb_proximal_1",
+    *("pinky_proximal", "ring_proximal", "middle_proximal", "index_proximal"),
+    *("thumb_proximal_2", "thumb_proximal_1"),
 )
-COLLISION_GROUP = 0  # robosuite's geom group of collision shapes, which nobody should see
-HAND, BASE = (
-    "gripper{}_right_grip_site",
-    "robot{}_base",
-)  # what the controller of an arm moves, and its frame; the base stands along the world's axes
-NEUTRAL = np.array(
-    [0.0, 0.70711, 0.70711, 0.0]
-)  # quaternion xyzw of the hand with its fingers down, about as at the start
+COLLISION_GROUP = 0  # robosuite's geom group of collision shapes, which are not rendered
+HAND = "gripper{}_right_grip_site"  # what the controller of an arm moves
+BASE = "robot{}_base"  # its frame, aligned with the world's axes
+NEUTRAL = np.array([0.0, 0.70711, 0.70711, 0.0])  # quaternion xyzw of the hand, fingers down, about as initially
 
 
 def names() -> tuple[str, ...]:
@@ -66,7 +59,7 @@ def _robosuite() -> Any:
     """The package, imported on first use (about 3 s)."""
     require()
     load_mujoco()
-    # Its logger warns of a settings file and of packages for other robots.
+    # Its logger warns about a settings file and packages for other robots.
     logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         import robosuite
@@ -85,12 +78,12 @@ class DexLiftEnvironment(Environment):
     views: tuple[str, ...] = ("agent", "hand")
     state_names: tuple[str, ...] = ("x", "y", "z", "qx", "qy", "qz", "qw", *DRIVES)
     action_names: tuple[str, ...] = ("dx", "dy", "dz", "rx", "ry", "rz", *DRIVES)
-    noise_scale = np.array([0.5] * 6 + [0.0] * 6)  # the fingers get none: they would let go of the cube
+    noise_scale = np.array([0.5] * 6 + [0.0] * 6)  # none on the fingers, which would drop the cube
     cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # of `views`
     cubes: tuple[str, ...] = ("cube_main",)  # body of each hand's cube
 
     def __init__(self, setup: Setup) -> None:
-        self._mujoco = load_mujoco()
+        load_mujoco()
         with seeded(0):
             self._sim = self._make_simulator(
                 has_renderer=False,
@@ -101,7 +94,6 @@ class DexLiftEnvironment(Environment):
                 control_freq=int(self.control_hz),
             )
         super().__init__(setup, TASKS[setup.task], MAX_STEPS, *self._sim.action_spec)
-        self._setup = setup
         self._model, self._data = self._sim.sim.model._model, self._sim.sim.data._data
         self._model.geom_group[self._model.geom_group == COLLISION_GROUP] = HIDDEN_GROUP
         joints = [
@@ -109,16 +101,11 @@ class DexLiftEnvironment(Environment):
             for k in range(len(self.cubes))
         ]
         self._fingers = np.array(joints)  # [K, 6]
-        self._vector = np.zeros(0)
 
     def _make_simulator(self, **settings: Any) -> Any:
         return _robosuite().make("Lift", robots="PandaDexRH", use_object_obs=False, reward_shaping=True, **settings)
 
-    @property
-    def start_vector(self) -> tuple[float, ...]:
-        return tuple(float(v) for v in self._vector)
-
-    def picture(self, view: str) -> np.ndarray:
+    def image(self, view: str) -> np.ndarray:
         camera = self.cameras[self.views.index(view)]
         shared = renderer(self.name, self.image_size, lambda: copy.copy(self._model))
         with unseen_hidden(self._model, self._data, camera):
@@ -135,16 +122,12 @@ class DexLiftEnvironment(Environment):
 
     def _advance(self, action: np.ndarray) -> tuple[float, bool, dict[str, float]]:
         _, reward, _, _ = self._sim.step(action)
-        kinds = self._mujoco.mjtWarning
-        if any(
-            self._data.warning[kind].number
-            for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)
-        ):
-            return 0.0, False, {"unstable": 1.0}  # MuJoCo went back to a pose of its own: the episode is lost
+        if unstable(self._data):
+            return 0.0, False, {"unstable": 1.0}
         return float(reward), bool(self._sim._check_success()), {}
 
     def hand(self, k: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """(place [3] m in the frame of its base, quaternion xyzw [4]) of a hand."""
+        """(position [3] m in the frame of its base, quaternion xyzw [4]) of a hand."""
         site = self._data.site(HAND.format(k))
         quaternion = to_quaternion("matrix", site.xmat)
         return site.xpos - self._data.body(BASE.format(k)).xpos, quaternion * (
@@ -152,7 +135,7 @@ class DexLiftEnvironment(Environment):
         )
 
     def cube(self, k: int = 0) -> tuple[np.ndarray, float]:
-        """(place [3] m in the base's frame, angle in rad by which a side is turned about z, -π/4 to π/4) of a hand's cube."""
+        """(position [3] m in the base's frame, rotation of its sides about z in rad, -π/4 to π/4) of a hand's cube."""
         body = self._data.body(self.cubes[k])
         quarter = np.pi / 2
         return (
@@ -169,7 +152,7 @@ class DexLiftEnvironment(Environment):
         return np.tile(np.concatenate([np.zeros(6), OPEN]), len(self.cubes))
 
     def _expert(self) -> Generator[np.ndarray, None, None]:
-        for actions in zip(*(_lift(self, k) for k in range(len(self.cubes)))):  # both take the same number of steps
+        for actions in zip(*(_lift(self, k) for k in range(len(self.cubes)))):  # all take the same number of steps
             yield np.concatenate(actions)
 
 
@@ -195,7 +178,7 @@ class TwoHandEnvironment(DexLiftEnvironment):
 
 @functools.cache
 def _two_lift() -> type:
-    """The robosuite task of two hands, made on first use: its base classes come with the package."""
+    """The robosuite task with two hands, defined on first use: its base classes need robosuite."""
     _robosuite()
     from robosuite.environments.manipulation.two_arm_env import TwoArmEnv
     from robosuite.models.arenas import TableArena
@@ -204,7 +187,7 @@ def _two_lift() -> type:
     from robosuite.utils.placement_samplers import SequentialCompositeSampler, UniformRandomSampler
 
     class TwoHandLift(TwoArmEnv):
-        """Cubes as in Lift, 0.3 m apart, each 0.03 m about the middle before its arm; the arms stand 0.5 m apart."""
+        """Cubes as in Lift, 0.3 m apart, each within 0.03 m of the point before its arm; the arms are 0.5 m apart."""
 
         table, sides = (0.8, 0.8, 0.05), {"left": 1, "right": -1}
         table_offset = np.array((0, 0, 0.8))
@@ -216,8 +199,8 @@ def _two_lift() -> type:
                 robot.robot_model.set_base_xpos(place + [0, 0.25 * sign, 0])
             arena = TableArena(table_full_size=self.table, table_offset=self.table_offset)
             arena.set_origin([0, 0, 0])
-            colours = {"left": [0.1, 0.2, 0.9, 1], "right": [0.9, 0.1, 0.1, 1]}
-            cubes = [BoxObject(name=f"{side}_cube", size=[0.021] * 3, rgba=colours[side]) for side in self.sides]
+            colors = {"left": [0.1, 0.2, 0.9, 1], "right": [0.9, 0.1, 0.1, 1]}
+            cubes = [BoxObject(name=f"{side}_cube", size=[0.021] * 3, rgba=colors[side]) for side in self.sides]
             self.placement_initializer = SequentialCompositeSampler(name="cubes")
             for cube, sign in zip(cubes, self.sides.values()):
                 self.placement_initializer.append_sampler(
@@ -241,13 +224,13 @@ def _two_lift() -> type:
                 self.sim.data.set_joint_qpos(cube.joints[0], np.concatenate([place, quaternion]))
 
         def heights(self) -> list[float]:
-            """Of the cubes' centres above the table, m."""
+            """Heights of the cubes' centers above the table, m."""
             return [
                 float(self.sim.data.get_body_xpos(f"{side}_cube_main")[2] - self.table_offset[2]) for side in self.sides
             ]
 
         def reward(self, action: Any = None) -> float:
-            """Share of the cubes that are lifted."""
+            """Fraction of the cubes that are lifted."""
             return float(np.mean([height > 0.04 for height in self.heights()]))
 
         def _check_success(self) -> bool:
@@ -256,14 +239,17 @@ def _two_lift() -> type:
     return TwoHandLift
 
 
-OPEN, CLOSED = -np.ones(6), np.ones(6)  # of the fingers' drives
-GRASP = np.array([-0.015, -0.14, 0.035])  # m, where the cube is in the hand's frame when the fingers close
-TILT = 0.85  # rad that the fingers lean from straight down: the palm faces the cube, tips stay off the table
-GAIN = 2.0  # command per error: the controller goes about half of a displacement in one step
+OPEN, CLOSED = -np.ones(6), np.ones(6)  # of the finger drives
+GRASP = np.array([-0.015, -0.14, 0.035])  # m, position of the cube in the hand's frame when the fingers close
+TILT = 0.85  # rad of the fingers from straight down: the palm faces the cube, the tips stay off the table
+GAIN = 2.0  # command per error: the controller covers about half of a displacement in one step
 
 
 def _lift(env: DexLiftEnvironment, k: int) -> Generator[np.ndarray, None, None]:
-    """Hand k above its cube, down with the cube's sides along the hand, close, up. The cube is looked at once, the hand at every step."""
+    """Hand k: above its cube, down, aligned with the cube's sides, close, up.
+
+    It reads the cube's pose once, its own at every step.
+    """
     place, turn = env.cube(k)
     about_z = np.array([0, 0, np.sin(turn / 2), np.cos(turn / 2)])
     lean = np.array([np.sin(TILT / 2), 0, 0, np.cos(TILT / 2)])
@@ -284,10 +270,10 @@ def _move(
     grip: np.ndarray,
     grip_at_end: np.ndarray,
 ) -> Generator[np.ndarray, None, None]:
-    """The hand in a straight line to a place [3], at once turned to a quaternion [4]; the fingers from one command to another."""
+    """The hand straight to a position [3], turning to a quaternion [4]; the fingers from one command to the next."""
     begin, _ = env.hand(k)
     for i in range(steps):
-        share = min(1.0, (i + 1) / (0.8 * steps))  # the rest of the time is for settling
+        share = min(1.0, (i + 1) / (0.8 * steps))  # the rest of the time is left for settling
         place, turned = env.hand(k)
         ahead = begin + share * (to - begin) - place
         turn = from_quaternion("axis_angle", multiply(facing, conjugate(turned)))

@@ -1,4 +1,5 @@
-"""Panels of single errors: A3 prediction scatter, A4 error by dimension, B2 by dimension and time, B3 by region, B5 by time.
+"""Panels of single errors: A3 prediction scatter, A4 error by dimension, B2 by dimension and time, B3 by region, B5 by
+time.
 
 Letters: N observations, T action steps.
 """

@@ -15,7 +15,8 @@ from .data import PanelData
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the 17. `every`: training steps between two drawings when `panels.every` is 500; 0: at every evaluation."""
+    """One of the 17. `every`: training steps between two drawings when `panels.every` is 500; 0: at every
+    evaluation."""
 
     key: str
     name: str
@@ -94,7 +95,8 @@ BASE = 500  # the proposal's own steps, which `panels.every` scales
 
 
 def due(step: int, every: int, evaluated: bool, last: bool = False) -> list[Panel]:
-    """The panels to draw after `step`; `every`: of a panel of 500 steps, 0: none are. At the run's last step all are."""
+    """The panels to draw after `step`; `every`: of a panel of 500 steps, 0: none are. At the run's last step all
+    are."""
     if not every:
         return []
     return [

@@ -75,7 +75,8 @@ def eval_dashboard(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def training_curves(data: PanelData, style: Style = LIGHT) -> Figure:
-    """D2: loss, error and drift over the run; good: all falling. (The loss of a drifting head hovers; its error and its λ are what fall.)"""
+    """D2: loss, error and drift over the run; good: all falling. (The loss of a drifting head hovers; its error and its
+    λ are what fall.)"""
     lines = list(data.log)
     if len(lines) < 2:
         return say_nothing(new_figure(style), "The log has fewer than two lines (D2)", style)
@@ -126,7 +127,8 @@ def training_curves(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def learning_curves(data: PanelData, style: Style = LIGHT) -> Figure:
-    """D3: error and correlation of every dataset over the evaluations; good: all improve, one that stands still has a problem with its data."""
+    """D3: error and correlation of every dataset over the evaluations; good: all improve, one that stands still has a
+    problem with its data."""
     found = evaluations(data.log)
     if not found:
         return say_nothing(new_figure(style), "No evaluation on held-out episodes yet (D3)", style)

@@ -1,6 +1,7 @@
 """What the panels are drawn from: held-out observations, several chunks drawn for each, their drift, and the run's log.
 
-Letters: N observations, G draws for each, T action steps, K datasets, τ temperatures. Everything is numpy; actions are normalised.
+Letters: N observations, G draws for each, T action steps, K datasets, τ temperatures. Everything is numpy; actions are
+normalised.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ MOST_SHOWN = 12  # dimensions in a panel that has a small picture for each
 
 @dataclass
 class PanelData:
-    """One look at a run. `draws` [N,G,T,128], `target` [N,T,128] float32; `active` [N,T,128] bool: entries that count; `dataset` [N] int.
+    """One look at a run. `draws` [N,G,T,128], `target` [N,T,128] float32; `active` [N,T,128] bool: entries that count;
+    `dataset` [N] int.
 
-    `drift` [τ,N,G,T,128]: where one pull at each temperature would move the draws; `mean_square` [τ]. `center`, `half_range` [K,128] and
-    `hz` [K] lead back to native units: value · half_range + center. `configured` and `drawn` [K]: shares of the training samples as the
-    settings want them, and of those lately trained on; `log`: the lines of log.jsonl so far: these three are put in later.
+    `drift` [τ,N,G,T,128]: where one pull at each temperature would move the draws; `mean_square` [τ]. `center`,
+    `half_range` [K,128] and `hz` [K] lead back to native units: value · half_range + center. `configured` and `drawn`
+    [K]: shares of the training samples as the settings want them, and of those lately trained on; `log`: the lines of
+    log.jsonl so far: these three are put in later.
     """
 
     step: int
@@ -63,7 +66,8 @@ class PanelData:
 
     @functools.cached_property
     def apart(self) -> float:
-        """RMS distance of the draws from their expert, in units of the expert's own spread: 1 for draws at the mean, 1.4 for random ones."""
+        """RMS distance of the draws from their expert, in units of the expert's own spread: 1 for draws at the mean,
+        1.4 for random ones."""
         active = np.broadcast_to(self.active[:, None], self.draws.shape)
         error = np.square((self.draws - self.target[:, None])[active]).mean()
         spread = []
@@ -113,7 +117,8 @@ class PanelData:
 
     @functools.cached_property
     def groups(self) -> list[tuple[int, np.ndarray]]:
-        """(dataset, its observations with a whole chunk), most observations first, none with fewer than 3: sets that can be compared."""
+        """(dataset, its observations with a whole chunk), most observations first, none with fewer than 3: sets that
+        can be compared."""
         found = []
         for k in np.unique(self.dataset):
             mine = self.dataset == k
@@ -134,8 +139,8 @@ class PanelData:
 
 
 def principal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean [D], axes [2,D], shares [2] of the variance) of the two first principal components of values [n,D]; the sign of an axis is
-    such that its largest entry is positive, so that pictures of one run can be compared."""
+    """(mean [D], axes [2,D], shares [2] of the variance) of the two first principal components of values [n,D]; the
+    sign of an axis is such that its largest entry is positive, so that pictures of one run can be compared."""
     mean = values.mean(0)
     _, spread, axes = np.linalg.svd(values - mean, full_matrices=False)
     axes = np.vstack([axes, np.zeros((2, axes.shape[1]))])[:2]

@@ -1,4 +1,5 @@
-"""Panels of what is predicted, as a distribution and as a movement: B1 histograms, B4 trajectories, C2 modes, C3 smoothness.
+"""Panels of what is predicted, as a distribution and as a movement: B1 histograms, B4 trajectories, C2 modes, C3
+smoothness.
 
 Letters: N observations, G draws of each, T action steps, D entries of a chunk.
 """
@@ -21,7 +22,8 @@ JITTER = 1.5  # × the expert's jerk from which on a policy jitters
 
 
 def action_distribution(data: PanelData, style: Style = LIGHT) -> Figure:
-    """B1: histograms of up to 12 dimensions, expert and predicted, each with its coverage; good: 100 %, below 20 % a collapse."""
+    """B1: histograms of up to 12 dimensions, expert and predicted, each with its coverage; good: 100 %, below 20 % a
+    collapse."""
     places = data.shown()
     figure = new_figure(style, 9, 2.0 * -(-len(places) // 4) + 0.8)
     coverage = data.of_slot("coverage")
@@ -61,10 +63,11 @@ def action_distribution(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def trajectories(data: PanelData, style: Style = LIGHT) -> Figure:
-    """B4: the way of the hand in four chunks, seen from above (x, y) and from the side (x, z), expert and predicted; good: one line.
+    """B4: the way of the hand in four chunks, seen from above (x, y) and from the side (x, z), expert and predicted;
+    good: one line.
 
-    Positions as they are, velocities summed up; a robot whose actions are joints has no way that could be drawn without its geometry, so
-    its three most moved dimensions stand in."""
+    Positions as they are, velocities summed up; a robot whose actions are joints has no way that could be drawn without
+    its geometry, so its three most moved dimensions stand in."""
     picked = [int(i) for i in np.linspace(0, len(data.target) - 1, min(SHOWN, len(data.target))).round()]
     figure = new_figure(style, 2.6 * len(picked) + 0.4, 5.2)
     axes = figure.subplots(2, len(picked), squeeze=False)
@@ -103,7 +106,8 @@ def trajectories(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def _ways(data: PanelData, row: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], str]:
-    """Expert's and predicted way [T or T+1,3] of observation `row`, the names of its three coordinates and their unit."""
+    """Expert's and predicted way [T or T+1,3] of observation `row`, the names of its three coordinates and their
+    unit."""
     k, on = data.dataset[row], data.active[row]  # [T,128]
     steps = on.any(1)
     native = [x[row][steps] * data.half_range[k] + data.center[k] for x in (data.target, data.pred)]  # [t,128] each

@@ -1,4 +1,5 @@
-"""Panels of the drift: A1 its field, A2 its magnitude over the run, A5 by temperature, C1 what following it would bring.
+"""Panels of the drift: A1 its field, A2 its magnitude over the run, A5 by temperature, C1 what following it would
+bring.
 
 Letters: N observations, G draws of each, D entries of a chunk, τ temperatures.
 """
@@ -21,7 +22,8 @@ SMOOTH = 0.9  # of the running mean of A2
 
 
 def drifting_field(data: PanelData, style: Style = LIGHT) -> Figure:
-    """A1: every draw as seen from its own expert chunk (the star), and where the drift would move it; good: arrows to the star."""
+    """A1: every draw as seen from its own expert chunk (the star), and where the drift would move it; good: arrows to
+    the star."""
     active = data.active[:, None]  # [N,1,T,128]
     away = np.where(active, data.draws - data.target[:, None], 0).reshape(-1, data.active[0].size)  # [N·G,D]
     arrow = data.drift.sum(0).reshape(away.shape)  # [N·G,D]
@@ -107,7 +109,8 @@ def drift_trend(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def temperature_drift(data: PanelData, style: Style = LIGHT) -> Figure:
-    """A5: strength of the drift at each temperature; good: the lowest below half of the highest, fine detail is learnt."""
+    """A5: strength of the drift at each temperature; good: the lowest below half of the highest, fine detail is
+    learnt."""
     size = np.sqrt(np.maximum(data.mean_square, 0))  # [τ]
     figure = new_figure(style, 6, 3.6)
     axis = figure.subplots()
@@ -136,8 +139,8 @@ def temperature_drift(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def transport_map(data: PanelData, style: Style = LIGHT) -> Figure:
-    """C1: draws and expert chunks of the largest dataset in their principal plane, the drift as arrows; how far draws are from their expert
-    before and after following it along its best length; good: it takes away more than half."""
+    """C1: draws and expert chunks of the largest dataset in their principal plane, the drift as arrows; how far draws
+    are from their expert before and after following it along its best length; good: it takes away more than half."""
     if not data.groups:
         return say_nothing(new_figure(style), "Too few whole chunks to compare (C1)", style)
     k, rows = data.groups[0]

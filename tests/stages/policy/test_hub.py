@@ -60,7 +60,7 @@ def test_there_and_back_it_acts_alike(vlm: Path, hub: Path, tmp_path: Path, lora
     run = make_run(tmp_path / "run", vlm, lora=lora)
     policy, said = Policy.from_pretrained(run), []
     assert push_policy(run, REPO, say=said.append) == f"hub/{REPO}"
-    assert any("gives theirs with vlm_path" in line for line in said)  # the VLM is a folder of this machine
+    assert any("give their own with vlm_path" in line for line in said)  # the VLM is a folder of this machine
     again = Policy.from_pretrained(f"{REPO}@main")
     expected, found = policy.act_batch(observations()), again.act_batch(observations())
     if lora is None:
@@ -96,7 +96,7 @@ def front(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def test_the_card_names_licences_results_and_limits(vlm: Path, hub: Path, tmp_path: Path, dvla: Dvla) -> None:
+def test_the_card_names_licenses_results_and_limits(vlm: Path, hub: Path, tmp_path: Path, dvla: Dvla) -> None:
     row = {"success": 0.75, "ci95": [0.5, 0.9], "expert": 1.0, "random": 0.0, "blind": 0.25, "episodes": 20}
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "summary.json").write_text(json.dumps({"tasks": {"metaworld/push-v3": row}}))
@@ -116,7 +116,7 @@ def test_the_card_names_licences_results_and_limits(vlm: Path, hub: Path, tmp_pa
     )
     assert front(card)["license"] == "other"
     assert (
-        "made from grasps, whose licence forbids commercial use" in card and "**No licence is stated** for lost" in card
+        "made from grasps, whose license forbids commercial use" in card and "**No license is stated** for lost" in card
     )
     assert "No held-out error was measured" in card and "No closed-loop success was measured" in card
     namespace: dict[str, Any] = {}

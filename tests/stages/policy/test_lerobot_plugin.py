@@ -1,4 +1,5 @@
-"""A dvla policy as LeRobot's own code loads and calls it: `lerobot-eval`'s steps, and itself in an environment of our own."""
+"""A dvla policy as LeRobot's own code loads and calls it: `lerobot-eval`'s steps, and itself in an environment of our
+own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Reports and comparisons: one page that needs nothing else, says what the run says, escapes what users wrote, and works in a browser."""
+"""Reports and comparisons: one page that needs nothing else, says what the run says, escapes what users wrote, and
+works in a browser."""
 
 from __future__ import annotations
 
@@ -115,7 +116,7 @@ def test_the_page_says_what_the_run_says(page) -> None:
         "90 %",
         "70 – 97 %",
         "another run",
-        "What the panels say after step 1,000",
+        "Findings of the panels after step 1,000",
         "drawn after step 1,000",
         PANELS["B1"].good,
     ):
@@ -132,7 +133,7 @@ def test_the_slider_shows_the_newest_picture_up_to_a_step(tmp_path: Path) -> Non
     run = read_run(write_run(tmp_path / "run"))
     found = panels(run, 12)
     assert found["positions"] == [500, 1000] and not found["thinned"]  # A2 alone is no position
-    steps = {p["key"]: [None if i is None else found["pictures"][i]["step"] for i in p["at"]] for p in found["panels"]}
+    steps = {p["key"]: [None if i is None else found["images"][i]["step"] for i in p["at"]] for p in found["panels"]}
     assert steps == {"A1": [500, 1000], "A2": [200, 1000], "B1": [500, 1000]}
     assert found["findings"][0]["finding"] == f"{NASTY} after 1000"
     one = panels(run, 1)
@@ -154,7 +155,7 @@ def test_a_run_with_little_to_tell(tmp_path: Path) -> None:
     assert (
         "no evaluation on held-out episodes yet" in text
         and "No panels were drawn" in text
-        and "by an earlier release" in text
+        and "an earlier release" in text
     )
 
 
@@ -164,7 +165,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path, dvla: Dvla) -> None:
     refused(dvla("report", run, "-o", tmp_path / "r.pdf"), "ends in .html")
     refused(dvla("report", run, "--eval", run, "-o", tmp_path / "r.html"), "holds no evaluation")
     (tmp_path / "mine.html").write_text("<p>my thesis</p>")
-    refused(dvla("report", run, "-o", tmp_path / "mine.html"), "is no page of this command")
+    refused(dvla("report", run, "-o", tmp_path / "mine.html"), "was not written by dvla")
     assert (tmp_path / "mine.html").read_text() == "<p>my thesis</p>"
     refused(dvla("report", run, "-o", tmp_path / "no" / "such" / "r.html", "--steps", "0"), "--steps 0")
     (tmp_path / "again.html").write_text(f"<!doctype html>\n{MARK}\n")
@@ -190,7 +191,8 @@ def test_numbers() -> None:
     ]
 
 
-# --- compare -----------------------------------------------------------------------------------------------------------
+# --- compare
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_comparison_of_two_runs(tmp_path: Path, dvla: Dvla) -> None:
@@ -216,13 +218,15 @@ def test_comparison_of_two_runs(tmp_path: Path, dvla: Dvla) -> None:
     refused(dvla("compare", a, a), "give at least two")
 
 
-# --- a browser ---------------------------------------------------------------------------------------------------------
+# --- a browser
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(page, tmp_path: Path, width: int) -> None:
-    """Nothing is wider than the window, scripts raise nothing, the slider changes pictures and captions. Offline: no address is asked for."""
+    """Nothing is wider than the window, scripts raise nothing, the slider changes pictures and captions. Offline: no
+    address is asked for."""
     probe = """<script>addEventListener("load", () => {
       const slider = document.getElementById("step"); slider.value = 0; slider.dispatchEvent(new Event("input"));
       const bad = [...document.querySelectorAll("main > *")].filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.tagName);

@@ -12,7 +12,7 @@ from dvla.cache.actions.action_map import ActionMap, FieldSpec
 from dvla.cache.readers.episode import Episode, View
 from dvla.errors import UserError
 from dvla.stages.reports import rerun as rerun_export
-from dvla.stages.reports.rerun import _way, _write, write_rerun
+from dvla.stages.reports.rerun import _trajectory, _write, write_rerun
 from support.cli_runner import Dvla, refused
 
 T, MAP = (
@@ -66,7 +66,7 @@ def test_the_file_holds_what_was_done_and_predicted(
     episode: Episode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rr = pytest.importorskip("rerun")
-    monkeypatch.setattr(rerun_export, "AT_ONCE", 2)  # several calls of the policy
+    monkeypatch.setattr(rerun_export, "BATCH", 2)  # several calls of the policy
     done = _write(Known(), episode, 3, tmp_path / "deep" / "e.rrd", 2, lambda *_: None)
     assert (done.frames, done.predicted) == (T, 4) and [p.name for p in (tmp_path / "deep").iterdir()] == ["e.rrd"]
     expected = [
@@ -90,12 +90,12 @@ def test_the_file_holds_what_was_done_and_predicted(
     assert "/views/top" in names and "/views/wrist" in names and "/way/predicted" in names
 
 
-def test_a_way_of_velocities_is_in_metres() -> None:
+def test_a_trajectory_of_velocities_is_in_meters() -> None:
     actions = np.ones((4, MAP.native_dim))
-    assert np.allclose(_way(MAP, actions)[:, 0], 0.01 * np.arange(5))  # 0.01 m a step
+    assert np.allclose(_trajectory(MAP, actions)[:, 0], 0.01 * np.arange(5))  # 0.01 m a step
     place = ActionMap([FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z"))], 10.0)
-    assert np.allclose(_way(place, np.ones((4, 3))), 1)
-    assert _way(ActionMap([FieldSpec(field="gripper_open")], 10.0), np.ones((4, 1))) is None
+    assert np.allclose(_trajectory(place, np.ones((4, 3))), 1)
+    assert _trajectory(ActionMap([FieldSpec(field="gripper_open")], 10.0), np.ones((4, 1))) is None
 
 
 def test_what_is_refused(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, episode_folder: Path) -> None:

@@ -137,8 +137,8 @@ def test_pictures_survive_more_tasks_than_open_renderers(push, monkeypatch):
     other = make_environment("metaworld/drawer-open-v3", image_size=SIZE)
     theirs = other.reset(0).images
     for view in push.views:
-        np.testing.assert_array_equal(push.picture(view), expected[view])
-        np.testing.assert_array_equal(other.picture(view), theirs[view])
+        np.testing.assert_array_equal(push.image(view), expected[view])
+        np.testing.assert_array_equal(other.image(view), theirs[view])
     assert len(mujoco_render._renderers) == 1
     other.close()
 
@@ -218,7 +218,7 @@ def test_grid(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
     green, red = picture[0, 0].astype(int), picture[0, 100].astype(int)
     assert green[1] > green[0] and red[0] > red[1]
-    with pytest.raises(UserError, match="no episode was filmed"):
+    with pytest.raises(UserError, match="no episode was recorded"):
         write_grid([], [], tmp_path / "none.mp4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.mp4", "grid.png"]
 
@@ -276,13 +276,13 @@ def test_recording_refuses_what_is_in_the_way(push, tmp_path):
     foreign = tmp_path / ".out.partial"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not made by a recording"):
+    with pytest.raises(UserError, match="no recording made it"):
         record(config)
     assert (foreign / "notes.txt").read_text() == "mine"
     # A stale folder of ours goes; an expert that cannot finish in two steps is reported, and nothing is left behind.
     (foreign / MARKER).touch()
     (foreign / "dataset").mkdir()
-    with pytest.raises(UserError, match="solved only 0 of 13 starts"):
+    with pytest.raises(UserError, match="solved only 0 of 13 initial states"):
         record(config)
 
     def interrupt(kept, wanted):

@@ -68,7 +68,7 @@ def simulator(dataset, tmp_path, monkeypatch):
 def test_what_is_missing_is_said_with_the_install_step(monkeypatch, tmp_path):
     assert set(adapter.names()) <= set(environment_names())
     monkeypatch.delenv("DVLA_ISAAC_PYTHON", raising=False)
-    with pytest.raises(UserError, match=r"Isaac Gym is not installed.*licence.*docker/Dockerfile\.dexgrasp") as refused:
+    with pytest.raises(UserError, match=r"Isaac Gym is not installed.*license.*docker/Dockerfile\.dexgrasp") as refused:
         make_environment(LEAP)
     assert "\n" not in str(refused.value)
     monkeypatch.setenv("DVLA_ISAAC_PYTHON", sys.executable)
@@ -170,7 +170,7 @@ def test_what_goes_wrong_in_the_worker_is_said(simulator, dataset, monkeypatch):
     with pytest.raises(UserError, match="could not simulate a grasp: AssertionError"):
         env.step(env.expert_action())
     env.close()
-    with pytest.raises(UserError, match="grasps of split train; start 9999"):
+    with pytest.raises(UserError, match="grasps of split train; you requested number 9999"):
         env.reset(9999)
 
 

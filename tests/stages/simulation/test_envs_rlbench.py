@@ -180,7 +180,7 @@ def test_float_pictures_become_bytes_and_what_lacks_is_named():
     whole = one.front_rgb
     one.front_rgb = whole / 255.0
     np.testing.assert_array_equal(adapter.to_observation(one, ("front",))[0]["front"], whole)
-    with pytest.raises(UserError, match="no picture wrist_rgb"):
+    with pytest.raises(UserError, match="no image wrist_rgb"):
         adapter.to_observation(observations(1, 0)[0], ("wrist",))
     one.gripper_pose = None
     with pytest.raises(UserError, match="no gripper_pose"):
@@ -261,7 +261,7 @@ def test_a_demonstration_cannot_be_left_halfway_and_may_fail(simulator):
     env = make_environment(JAR, image_size=16)
     env.reset(0)
     action = env.expert_action()
-    with pytest.raises(RuntimeError, match="cannot be left"):
+    with pytest.raises(RuntimeError, match="must be followed"):
         env.step(action + 0.1)
     env.reset(0)
     env._task.demo_fails = True

@@ -35,7 +35,8 @@ def title(figure: Figure) -> str:
     return figure.get_suptitle().replace("\n", " ")
 
 
-# --- what the titles say -----------------------------------------------------------------------------------------------
+# --- what the titles say
+# -----------------------------------------------------------------------------------------------
 
 FINDINGS = {  # panel → part of its title for a perfect, a collapsed and a guessing policy
     "A1": ("mean distance 0.0009", "100 % of the drift arrows point to the expert", "mean distance 0.1"),
@@ -96,7 +97,8 @@ def test_a_hot_spot_and_growth_are_named() -> None:
     assert "+700 % from first to last step: rises too fast" in title(draw("B5", data))
 
 
-# --- what is plotted ---------------------------------------------------------------------------------------------------
+# --- what is plotted
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_prediction_scatter_plots_pairs_that_count(looks) -> None:
@@ -165,7 +167,8 @@ def test_following_the_drift_is_measured() -> None:
     assert 0 not in rows and {data.dataset[r] for r in rows} == {k}  # the cut chunk is in no set
 
 
-# --- all of them -------------------------------------------------------------------------------------------------------
+# --- all of them
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", PANELS)
