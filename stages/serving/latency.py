@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from ...batch import UNIFIED_DIM, FeatureBatch
+from ...batch import UNIFIED_DIM, random_batch
 from ...cache.actions.action_map import ActionMap, FieldSpec
 from ...cache.actions.statistics import Statistics
 from ...cache.vlm.load import load_encoder
@@ -186,29 +186,8 @@ def _rows(n: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 @torch.inference_mode()
 def _time_net(net: PolicyNet, config: LatencyConfig, n: int, device: torch.device, show: Show) -> list[dict[str, Any]]:
     """The DiT's part of an action alone: `PolicyNet.encode` and the forward pass, on random features."""
-    c, length = net.config, config.views * TOKENS
-    yes, zero = torch.ones(n, length + WORDS, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
-    view_id = torch.arange(config.views).repeat_interleave(TOKENS).expand(n, -1).contiguous()
-    batch = (
-        FeatureBatch(
-            tokens=torch.randn(n, length, c.feature_width),
-            token_mask=yes[:, :length].contiguous(),
-            view_id=view_id,
-            frame_id=torch.zeros_like(view_id),
-            text=torch.randn(n, WORDS, c.feature_width),
-            text_mask=yes[:, :WORDS].contiguous(),
-            proprio=torch.randn(n, UNIFIED_DIM),
-            action=torch.zeros(n, c.dit.horizon, UNIFIED_DIM),
-            action_mask=torch.ones(n, UNIFIED_DIM, dtype=torch.bool),
-            step_mask=torch.ones(n, c.dit.horizon, dtype=torch.bool),
-            embodiment=zero,
-            control_hz=torch.full((n,), 20.0),
-            dataset=zero,
-            frame_index=zero,
-        )
-        .check()
-        .to(device)
-    )
+    c = net.config
+    batch = random_batch(n, config.views, TOKENS, c.feature_width, c.dit.horizon, WORDS, torch.float32).to(device)
     noise, alpha = torch.randn(n, 1, c.dit.horizon, c.dit.noise_dim, device=device), torch.ones(n, device=device)
     seconds: list[float] = []
     for counts in _repeated(config, f"DiT, batch {n}", show):
