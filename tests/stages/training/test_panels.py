@@ -41,7 +41,11 @@ FINDINGS = {  # panel → part of its title for a perfect, a collapsed and a gue
     "A1": ("mean distance 0.0009", "100 % of the drift arrows point to the expert", "mean distance 0.1"),
     "A3": ("8 of 8 moving dimensions predicted", "no dimension is predicted better than by its mean", "0 of 8 moving"),
     "A4": ("none stands out", "MAE 0.1", "MAE 0.1"),
-    "A5": ("fine detail is learned", "neither coarse nor fine structure is learned", "neither coarse nor fine structure is learned"),
+    "A5": (
+        "fine detail is learned",
+        "neither coarse nor fine structure is learned",
+        "neither coarse nor fine structure is learned",
+    ),
     "B1": (
         "Coverage 100 %: predictions cover",
         "Coverage 1 %: the policy has collapsed",
