@@ -48,7 +48,7 @@ def test_many_shards_are_read_through_few_files(many: Path, monkeypatch: pytest.
     before, threads, seen = handles(), 8, []
     with Loader(cache, batch_size=40, threads=threads, order=order, seed=1) as loader:
         for _ in range(SHARDS * ROWS // 40):
-            batch = next(loader)
+            batch = next(loader).batch
             assert handles() <= before + 16 + threads + 4  # what is being read, what is read ahead
             np.testing.assert_array_equal(sparse.row_of(batch.tokens.numpy()), batch.frame_index)
             np.testing.assert_array_equal(
