@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
-from ...common.console import console, errors
+from ...common.console import console, errors, say, table
 
 if TYPE_CHECKING:
     from ...cache.actions.action_map import ActionMap
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
     from ...cache.readers.episode import Episode
     from .summary import Summary
 
-PIPE_WIDTH = 170  # of wide tables where there is no terminal
 SHOWN_INSTRUCTIONS = 5
 SHOWN_REASONS = 10
 SHOWN_NUMBERS = 20
@@ -30,37 +26,29 @@ SHOWN_QUANTILES = ("0.01", "0.5", "0.99")
 
 def show_families(configs: Sequence[DatasetConfig]) -> None:
     """One row per shipped dataset config; variants, which have a folder, last."""
-    fixed = (Column(name, no_wrap=True) for name in ("family", "format", "embodiment", "Hz", "dims", "weight"))
-    table = Table(
-        *fixed,
-        Column("licence", overflow="fold"),
-        Column("source", overflow="fold"),
-        box=SIMPLE_HEAD,
-        caption_justify="left",
-        caption="dims: native dimensions of action/state; Hz -: as the files say; a family with / is used only where --dataset-config names it",
-    )
-    for c in sorted(configs, key=lambda c: ("/" in c.name, c.name)):
-        dims = f"{c.action_width}/{sum(spec.width for spec in c.state)}"
-        more = f" (+{len(c.source) - 1})" if len(c.source) > 1 else ""
-        row = (
+    rows = [
+        (
             c.name,
             c.format,
             c.embodiment,
             f"{c.control_hz:g}" if c.control_hz else "-",
-            dims,
+            f"{c.action_width}/{sum(spec.width for spec in c.state)}",
             f"{c.sampling_weight:g}",
             c.license or "-",
-            (c.source or ("-",))[0] + more,
+            (c.source or ("-",))[0] + (f" (+{len(c.source) - 1})" if len(c.source) > 1 else ""),
         )
-        table.add_row(*map(escape, row))
-    _print_wide(table)
+        for c in sorted(configs, key=lambda c: ("/" in c.name, c.name))
+    ]
+    head = ("family", "format", "embodiment", "Hz", "dims", "weight", "license", "source")
+    console.print(table(head, rows, drop=("weight", "source", "dims")))
+    say("Hz -: as the files say; dims: native dimensions of action/state")
+    say("a family with / is used only where --dataset-config names it")
 
 
 def show_datasets(found: Sequence[Summary]) -> None:
     """One row per dataset that lies in the folders."""
-    table = Table(Column("dataset", overflow="fold"), "format", "episodes", "frames", "Hz", "cameras (H×W)", "family")
-    for s in found:
-        row = (
+    rows = [
+        (
             s.path,
             f"{s.format} {s.version or ''}".strip(),
             str(s.episodes),
@@ -69,12 +57,10 @@ def show_datasets(found: Sequence[Summary]) -> None:
             _cameras(s.cameras, "\n"),
             s.family or "none",
         )
-        table.add_row(*map(escape, row))
-    _print_wide(table)
-
-
-def _print_wide(table: Table) -> None:
-    Console(highlight=False, width=None if console.is_terminal else PIPE_WIDTH).print(table)
+        for s in found
+    ]
+    head = ("dataset", "format", "episodes", "frames", "Hz", "cameras (H×W)", "family")
+    console.print(table(head, rows, drop=("Hz", "format")))
 
 
 def show_summary(s: Summary, instructions: Counter[str]) -> None:
@@ -122,63 +108,41 @@ def features_table(features: Mapping[str, Any]) -> Table:
     """The raw features of a LeRobot dataset that no config describes."""
     from .summary import dimension_names
 
-    table = Table("feature", "type", "shape", "names")
-    for key, feature in features.items():
-        names = dimension_names(features, (key,)) or []
-        table.add_row(
-            escape(key),
+    rows = [
+        (
+            key,
             str(feature.get("dtype")),
             "×".join(map(str, feature.get("shape") or [1])),
-            escape(", ".join(names)),
+            ", ".join(dimension_names(features, (key,)) or []),
         )
-    return table
+        for key, feature in features.items()
+    ]
+    return table(("feature", "type", "shape", "names"), rows)
 
 
 def field_table(title: str, mapping: ActionMap, native_names: Sequence[str] | None) -> Table:
     """A field map: native dimension → unified slot."""
     from .summary import field_rows
 
-    table = Table(
-        "dim",
-        Column("in the files", overflow="fold"),
-        Column("unified field", overflow="fold"),
-        "slot",
-        "unit",
-        "native → unified",
-        title=title,
-        title_justify="left",
-    )
-    for row in field_rows(mapping, native_names):
-        table.add_row(
-            *map(
-                escape, (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)
-            )
-        )
-    return table
+    rows = [
+        (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)
+        for row in field_rows(mapping, native_names)
+    ]
+    return table(("dim", "in the files", "unified field", "slot", "unit", "native → unified"), rows, title)
 
 
 def values_table(title: str, mapping: ActionMap, native_names: Sequence[str] | None, values: np.ndarray) -> Table:
     """The first and the last row of native `values [T, d]`, as they are and unified."""
     from .summary import field_rows
 
-    table = Table(
-        "dim",
-        Column("in the files", overflow="fold"),
-        Column("unified field", overflow="fold"),
-        "first row",
-        "last row",
-        "first, unified",
-        "last, unified",
-        title=title,
-        title_justify="left",
-    )
     ends = values[[0, -1]]
-    unified = mapping.to_unified(ends)
+    unified, rows = mapping.to_unified(ends), []
     for row in field_rows(mapping, native_names):
         dims, slots = list(row.dims), list(row.slots)
         numbers = (ends[0, dims], ends[1, dims], unified[0, slots], unified[1, slots])
-        table.add_row(*map(escape, (_span(row.dims), ", ".join(row.native), row.field, *map(_numbers, numbers))))
-    return table
+        rows.append((_span(row.dims), ", ".join(row.native), row.field, *map(_numbers, numbers)))
+    head = ("dim", "in the files", "unified field", "first row", "last row", "first, unified", "last, unified")
+    return table(head, rows, title, drop=("last row", "last, unified"))
 
 
 def show_episode(episode: Episode) -> None:
@@ -201,23 +165,12 @@ def _numbers(values: np.ndarray) -> str:
 def statistics_table(title: str, fields: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per field of a report's vector."""
     numbers = ("mean", "std", "min", *SHOWN_QUANTILES, "max")
-    table = Table(
-        Column("field", no_wrap=True),
-        Column("unit", no_wrap=True),
-        "count",
-        *(n if n in ("mean", "std", "min", "max") else f"q{n}" for n in numbers),
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    for name, f in fields.items():
-        table.add_row(
-            escape(name),
-            f.get("unit", ""),
-            str(f["count"]),
-            *(f"{f.get(n, f['quantiles'].get(n)):.4g}" for n in numbers),
-        )
-    return table
+    head = ("field", "unit", "count", *(n if n.isalpha() else f"q{n}" for n in numbers))
+    rows = [
+        (name, f.get("unit", ""), str(f["count"]), *(f"{f.get(n, f['quantiles'].get(n)):.4g}" for n in numbers))
+        for name, f in fields.items()
+    ]
+    return table(head, rows, title, drop=("count", "q0.01", "q0.99", "q0.5"))
 
 
 def show_report(report: Mapping[str, Any], out: Path | None, native: bool) -> None:
