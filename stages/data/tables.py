@@ -1,4 +1,4 @@
-"""Tables and lines of `dvla data list`, `show` and `stats`."""
+"""`dvla data list`, `show` and `stats` in the terminal. A line fits in 80 columns."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ...common.console import console, errors
+from ...common.console import console, errors, right_aligned, say, simple_table
+from ...common.text import wrapped
 
 if TYPE_CHECKING:
     from ...cache.actions.action_map import ActionMap
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ...cache.readers.episode import Episode
     from .summary import Summary
 
+WIDE = 110  # columns of a terminal that shows all of a table; a narrower one shows what fits in 80
 PIPE_WIDTH = 170  # of wide tables where there is no terminal
 SHOWN_INSTRUCTIONS = 5
 SHOWN_REASONS = 10
@@ -30,47 +31,37 @@ SHOWN_QUANTILES = ("0.01", "0.5", "0.99")
 
 def show_families(configs: Sequence[DatasetConfig]) -> None:
     """One row per shipped dataset config; variants, which have a folder, last."""
-    fixed = (Column(name, no_wrap=True) for name in ("family", "format", "embodiment", "Hz", "dims", "weight"))
-    table = Table(
-        *fixed,
-        Column("licence", overflow="fold"),
-        Column("source", overflow="fold"),
-        box=SIMPLE_HEAD,
-        caption_justify="left",
-        caption="dims: native dimensions of action/state; Hz -: as the files say; a family with / is used only where --dataset-config names it",
-    )
+    names = ("family", "format", "embodiment", "Hz", "dims", "weight", "license", "source")
+    shown = names if _is_wide() else ("family", "format", "embodiment", "source")
+    fixed = [Column(name, no_wrap=True) for name in shown if name not in ("license", "source")]
+    table = simple_table(*fixed, *(name for name in shown if name in ("license", "source")))
     for c in sorted(configs, key=lambda c: ("/" in c.name, c.name)):
         dims = f"{c.action_width}/{sum(spec.width for spec in c.state)}"
         more = f" (+{len(c.source) - 1})" if len(c.source) > 1 else ""
-        row = (
-            c.name,
-            c.format,
-            c.embodiment,
-            f"{c.control_hz:g}" if c.control_hz else "-",
-            dims,
-            f"{c.sampling_weight:g}",
-            c.license or "-",
-            (c.source or ("-",))[0] + more,
-        )
-        table.add_row(*map(escape, row))
+        hz, source = f"{c.control_hz:g}" if c.control_hz else "-", (c.source or ("-",))[0] + more
+        row = (c.name, c.format, c.embodiment, hz, dims, f"{c.sampling_weight:g}", c.license or "-", source)
+        table.add_row(*(escape(cell) for name, cell in zip(names, row) if name in shown))
     _print_wide(table)
+    if _is_wide():
+        say("dims: native dimensions of action/state; Hz -: the rate that the dataset's files give")
+    say("a family with / is used only where --dataset-config names it")
 
 
 def show_datasets(found: Sequence[Summary]) -> None:
-    """One row per dataset that lies in the folders."""
-    table = Table(Column("dataset", overflow="fold"), "format", "episodes", "frames", "Hz", "cameras (H×W)", "family")
+    """One row per dataset in the folders."""
+    wide = _is_wide()
+    numbers = right_aligned("episodes", "frames", "Hz")
+    table = simple_table("dataset", "format", *numbers, "cameras (H×W)" if wide else "cameras", "family")
     for s in found:
-        row = (
-            s.path,
-            f"{s.format} {s.version or ''}".strip(),
-            str(s.episodes),
-            "?" if s.frames is None else str(s.frames),
-            f"{s.hz:g}",
-            _cameras(s.cameras, "\n"),
-            s.family or "none",
-        )
+        form, frames = f"{s.format} {s.version or ''}".strip(), "?" if s.frames is None else str(s.frames)
+        cameras = _cameras(s.cameras, "\n") if wide else str(len(s.cameras))
+        row = (s.path, form, str(s.episodes), frames, f"{s.hz:g}", cameras, s.family or "none")
         table.add_row(*map(escape, row))
     _print_wide(table)
+
+
+def _is_wide() -> bool:
+    return not console.is_terminal or console.width >= WIDE
 
 
 def _print_wide(table: Table) -> None:
@@ -84,18 +75,16 @@ def show_summary(s: Summary, instructions: Counter[str]) -> None:
         config = s.source.config
         lines |= {
             "embodiment": config.embodiment,
-            "licence": config.license or "not known",
+            "license": config.license or "not known",
             "source": ", ".join(config.source),
             "note": config.note,
         }
-        lines["rate"] = f"{s.source.control_hz:g} Hz" + (
-            f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else ""
-        )
+        lines["rate"] = f"{s.source.control_hz:g} Hz"
+        lines["rate"] += f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else ""
         ahead = f", {config.action_shift} rows ahead" if config.action_shift else ""
         if config.integrate:
-            lines["integrated"] = (
-                f"the action's displacements ({config.integrate.rotation}, {config.integrate.frame} frame) become absolute poses"
-            )
+            how = f"{config.integrate.rotation}, {config.integrate.frame} frame"
+            lines["integrated"] = f"the action's displacements ({how}) become absolute poses"
         lines["columns"] = f"action: {' + '.join(config.action_columns)}{ahead}; state: " + (
             " + ".join(config.state_columns) if config.state else "none"
         )
@@ -104,14 +93,13 @@ def show_summary(s: Summary, instructions: Counter[str]) -> None:
     lines["episodes"] = f"{s.episodes}, {'an unknown number of' if s.frames is None else s.frames} frames"
     lines["cameras"] = _cameras(s.cameras, ", ")
     counted = instructions.total()
-    lines["instructions"] = f"{len(instructions)} different" + (
-        f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
-    )
+    lines["instructions"] = f"{len(instructions)} different"
+    lines["instructions"] += f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
     for name, value in lines.items():
         if value:
-            console.print(f"{name:<13} {' '.join(value.split())}", markup=False)
+            say(f"{name:<13} {wrapped(' '.join(value.split()), ' ' * 14)[14:]}")
     for text, count in instructions.most_common(SHOWN_INSTRUCTIONS):
-        console.print(f"{count:>13} × {text!r}" if text else f"{count:>13} × no instruction", markup=False)
+        say(f"{count:>13} × {text!r}" if text else f"{count:>13} × no instruction")
 
 
 def _cameras(cameras: Mapping[str, tuple[int, int] | None], between: str) -> str:
@@ -122,15 +110,11 @@ def features_table(features: Mapping[str, Any]) -> Table:
     """The raw features of a LeRobot dataset that no config describes."""
     from .summary import dimension_names
 
-    table = Table("feature", "type", "shape", "names")
+    table = simple_table("feature", "type", "shape", "names")
     for key, feature in features.items():
-        names = dimension_names(features, (key,)) or []
-        table.add_row(
-            escape(key),
-            str(feature.get("dtype")),
-            "×".join(map(str, feature.get("shape") or [1])),
-            escape(", ".join(names)),
-        )
+        names = ", ".join(dimension_names(features, (key,)) or [])
+        shape = "×".join(map(str, feature.get("shape") or [1]))
+        table.add_row(escape(key), str(feature.get("dtype")), shape, escape(names))
     return table
 
 
@@ -138,22 +122,12 @@ def field_table(title: str, mapping: ActionMap, native_names: Sequence[str] | No
     """A field map: native dimension → unified slot."""
     from .summary import field_rows
 
-    table = Table(
-        "dim",
-        Column("in the files", overflow="fold"),
-        Column("unified field", overflow="fold"),
-        "slot",
-        "unit",
-        "native → unified",
-        title=title,
-        title_justify="left",
+    table = simple_table(
+        "dim", "native", "unified", "slot", "unit", "native → unified", title=title, title_justify="left"
     )
     for row in field_rows(mapping, native_names):
-        table.add_row(
-            *map(
-                escape, (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)
-            )
-        )
+        cells = (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)
+        table.add_row(*map(escape, cells))
     return table
 
 
@@ -161,17 +135,8 @@ def values_table(title: str, mapping: ActionMap, native_names: Sequence[str] | N
     """The first and the last row of native `values [T, d]`, as they are and unified."""
     from .summary import field_rows
 
-    table = Table(
-        "dim",
-        Column("in the files", overflow="fold"),
-        Column("unified field", overflow="fold"),
-        "first row",
-        "last row",
-        "first, unified",
-        "last, unified",
-        title=title,
-        title_justify="left",
-    )
+    heads = ("dim", "native", "unified", "first\nnative", "last\nnative", "first\nunified", "last\nunified")
+    table = simple_table(*heads, title=title, title_justify="left")
     ends = values[[0, -1]]
     unified = mapping.to_unified(ends)
     for row in field_rows(mapping, native_names):
@@ -182,12 +147,10 @@ def values_table(title: str, mapping: ActionMap, native_names: Sequence[str] | N
 
 
 def show_episode(episode: Episode) -> None:
-    """Length, instruction and picture sizes."""
-    console.print(
-        f"episode {episode.episode_id}: {episode.length} frames, {episode.timestamps[-1]:.2f} s, instruction "
-        f"{episode.instruction!r}, pictures {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}",
-        markup=False,
-    )
+    """Length, instruction and image sizes."""
+    say(f"episode {episode.episode_id}: {episode.length} frames, {episode.timestamps[-1]:.2f} s")
+    say(wrapped(f"instruction {episode.instruction!r}"))
+    say(wrapped(f"cameras {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}"))
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -200,23 +163,14 @@ def _numbers(values: np.ndarray) -> str:
 
 def statistics_table(title: str, fields: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per field of a report's vector."""
-    numbers = ("mean", "std", "min", *SHOWN_QUANTILES, "max")
-    table = Table(
-        Column("field", no_wrap=True),
-        Column("unit", no_wrap=True),
-        "count",
-        *(n if n in ("mean", "std", "min", "max") else f"q{n}" for n in numbers),
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    wide = _is_wide()
+    numbers = ("mean", "std", "min", *(SHOWN_QUANTILES if wide else ("0.5",)), "max")
+    heads = [*(["count"] if wide else []), *(f"q{n}" if n in SHOWN_QUANTILES else n for n in numbers)]
+    fixed = (Column(name, no_wrap=True) for name in ("field", "unit"))
+    table = simple_table(*fixed, *right_aligned(*heads), title=title, title_justify="left")
     for name, f in fields.items():
-        table.add_row(
-            escape(name),
-            f.get("unit", ""),
-            str(f["count"]),
-            *(f"{f.get(n, f['quantiles'].get(n)):.4g}" for n in numbers),
-        )
+        cells = [f"{f.get(n, f['quantiles'].get(n)):.{4 if wide else 3}g}" for n in numbers]
+        table.add_row(escape(name), f.get("unit", ""), *([str(f["count"])] if wide else []), *cells)
     return table
 
 
@@ -230,15 +184,9 @@ def show_report(report: Mapping[str, Any], out: Path | None, native: bool) -> No
     for q in lost[:SHOWN_REASONS]:
         errors.print(q["reason"], style="yellow", markup=False)
     if len(lost) > SHOWN_REASONS:
-        errors.print(
-            f"… {len(lost) - SHOWN_REASONS} more" + (f", all in {out}" if out else "; --out writes all"),
-            style="yellow",
-            markup=False,
-        )
+        where = f"all in {out}" if out else "--out writes all"
+        errors.print(f"… {len(lost) - SHOWN_REASONS} more, {where}", style="yellow", markup=False)
     episodes, rows = (sum(d[k] for d in report["datasets"]) for k in ("episodes", "rows"))
     named = ", ".join(str(q["episode"]) for q in lost[:SHOWN_NUMBERS]) + (", …" if len(lost) > SHOWN_NUMBERS else "")
-    console.print(
-        f"{out or ', '.join(d['name'] for d in report['datasets'])}: {rows} rows of {episodes} episodes, "
-        f"{len(lost)} episodes in quarantine" + (f" ({named})" if lost else ""),
-        markup=False,
-    )
+    what = out or ", ".join(d["name"] for d in report["datasets"])
+    say(f"{what}: {rows} rows of {episodes} episodes, {len(lost)} quarantined" + (f" ({named})" if lost else ""))
