@@ -312,7 +312,7 @@ def test_show(dvla: Dvla, tmp_path: Path) -> None:
         "1 × 'open the drawer'",
         "2 z eef_vel_z 41 m/s × 0.01 × 20 Hz",
         "3 gripper gripper_open 10 1 open × -0.5 +0.5",
-        "0 x eef_pos_x 30 m as it is",
+        "0 x eef_pos_x 30 m unchanged",
     ):
         assert words in out, words
     refused(dvla("show", root, "--dataset-config", "droid"), "describes 8")
@@ -653,7 +653,7 @@ def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
         "--gripper",
         "1,0",
     )
-    refused(dvla(*known, "--rotation", "axis_angle"), "--field state.0-1=…: what motor_0 … motor_1 stands for")
+    refused(dvla(*known, "--rotation", "axis_angle"), "--field state.0-1=…: meaning of motor_0 … motor_1")
     assert dvla(*known, "--rotation", "axis_angle", "--field", "state.0-1=eef_pos_z,drop").code == 0
     assert any(line.endswith('# "motor_0", by --field') for line in entries(out))
     assert load_config(out).state_columns == ("observation.state",)
@@ -667,15 +667,15 @@ def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
             ("--embodiment: unknown embodiment 'griper_eef'", "did you mean 'gripper_eef'"),
         ),
         (("--action-kind", "relative"), ("unknown kind of action 'relative'",)),
-        (("--position-unit", "inch"), ("--position-unit: 'inch' is neither a number nor one of m, cm, mm",)),
+        (("--position-unit", "inch"), ("--position-unit: 'inch' is no number and none of m, cm, mm",)),
         (("--position-unit", "0"), ("a unit of 0",)),
-        (("--gripper", "1"), ("--gripper: '1': expected two values",)),
+        (("--gripper", "1"), ("--gripper: '1': give two values",)),
         (("--gripper", "1,1"), ("open and closed are the same number",)),
         (("--rotation", "euler_zyx"), ("did you mean 'euler_xyz'",)),
         (("--field", "action.6=gripper_opne"), ("unknown action field 'gripper_opne'", "did you mean 'gripper_open'")),
         (("--field", "action.6-7=drop"), ("the action has dimensions 0 to 6",)),
-        (("--field", "action.3-5=rotation:quat_xyzw"), ("it describes 4 dimensions, action.3-5 are 3",)),
-        (("--field", "action.6=drop", "--field", "action.6=drop"), ("action.6 was named before",)),
+        (("--field", "action.3-5=rotation:quat_xyzw"), ("describes 4 dimensions, but action.3-5 has 3",)),
+        (("--field", "action.6=drop", "--field", "action.6=drop"), ("action.6 is given twice",)),
         (("--field", "6=drop"), ("expected e.g. action.6=gripper_open",)),
         (("--field", "action.0=eef_pos_y"), ("fill 'eef_pos_y'",)),
         (("--action-column", "actoin"), ("unknown column 'actoin'", "did you mean 'action'")),
