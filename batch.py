@@ -1,30 +1,54 @@
 """FeatureBatch: the one contract between the loader (or the live encoder) and the model.
 
-Letters: B observations, L vision tokens of all views, D feature width, Lt text tokens, Dt their width (D, unless
-features are taken before the VLM's projection into its language model), T action steps.
+Letters: B observations, V views, P vision tokens of a view, L = V·P, D feature width, Lt text tokens, Dt their width
+(D, unless features are taken before the VLM's projection into its language model), T action steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 UNIFIED_DIM = 128
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def layout(b: int, l: int, d: int, text: tuple[int, int], t: int, tokens: torch.dtype, scaled: bool = False) -> Layout:
+    """Shape and dtype of every field of a batch by name, for `text` (Lt, Dt) and the dtype of its `tokens`.
+
+    `scaled`: the tokens are 8-bit codes with scales."""
+    integer, boolean, real = torch.int64, torch.bool, torch.float32
+    fields: Layout = {
+        "tokens": ((b, l, d), tokens),
+        "token_mask": ((b, l), boolean),
+        "view_id": ((b, l), integer),
+        "frame_id": ((b, l), integer),
+        "text": ((b, *text), torch.float16 if scaled else tokens),
+        "text_mask": ((b, text[0]), boolean),
+        "proprio": ((b, UNIFIED_DIM), real),
+        "action": ((b, t, UNIFIED_DIM), real),
+        "action_mask": ((b, UNIFIED_DIM), boolean),
+        "step_mask": ((b, t), boolean),
+        "embodiment": ((b,), integer),
+        "control_hz": ((b,), real),
+        "dataset": ((b,), integer),
+        "frame_index": ((b,), integer),
+    }
+    return fields | ({"token_scale": ((b, l), real), "channel_scale": ((d,), real)} if scaled else {})
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """One training or inference batch. `tokens` and `text` are fp16 (or the live encoder's dtype); the rest
-    float32/bool/int64.
+    """One training or inference batch. `tokens` and `text` are fp16, or the live encoder's dtype; see `layout`.
 
     A loader on an 8-bit cache gives codes as `tokens` with both scales; they are decoded on the model's device, so that
     the bus carries bytes only. The model takes decoded batches alone.
 
-    Actions and proprio are normalised. A False in a mask means: the model must not see it (tokens, text) or the loss
-    must not count it (action dims, steps past the episode's end).
+    Actions and proprio are normalized. A False in a mask means: the model must not see it (tokens, text) or the loss
+    must not count it (action slots, steps past the episode's end).
     """
 
     tokens: torch.Tensor  # [B, L, D] vision features, all views concatenated
@@ -33,8 +57,8 @@ class FeatureBatch:
     frame_id: torch.Tensor  # [B, L] int64, 0 = current frame
     text: torch.Tensor  # [B, Lt, Dt] instruction embeddings
     text_mask: torch.Tensor  # [B, Lt] bool
-    proprio: torch.Tensor  # [B, 128] normalised, 0 where inactive
-    action: torch.Tensor  # [B, T, 128] normalised, 0 where inactive or past the end
+    proprio: torch.Tensor  # [B, 128] normalized, 0 where inactive
+    action: torch.Tensor  # [B, T, 128] normalized, 0 where inactive or past the end
     action_mask: torch.Tensor  # [B, 128] bool, active slots
     step_mask: torch.Tensor  # [B, T] bool, False past the episode's end
     embodiment: torch.Tensor  # [B] int64
@@ -44,33 +68,50 @@ class FeatureBatch:
     token_scale: torch.Tensor | None = None  # [B, L] float32, of 8-bit tokens only
     channel_scale: torch.Tensor | None = None  # [D] float32, of 8-bit tokens only
 
+    @classmethod
+    def to_act_on(
+        cls,
+        tokens: torch.Tensor,
+        text: torch.Tensor,
+        text_mask: torch.Tensor,
+        proprio: torch.Tensor,
+        action_mask: torch.Tensor,
+        *,
+        horizon: int,
+        embodiment: int,
+        control_hz: float,
+    ) -> FeatureBatch:
+        """Observations of one robot whose actions are to be predicted (zeros here): `tokens` [B, V, P, D], every one
+        visible; `action_mask` [128] or [B, 128]. Checked."""
+        b, device = len(tokens), tokens.device
+        zero = torch.zeros(b, dtype=torch.int64, device=device)
+        view_id = torch.arange(tokens.shape[1], device=device).repeat_interleave(tokens.shape[2]).repeat(b, 1)
+        return cls(
+            tokens=tokens.flatten(1, 2),
+            token_mask=torch.ones_like(view_id, dtype=torch.bool),
+            view_id=view_id,
+            frame_id=torch.zeros_like(view_id),
+            text=text.to(tokens.dtype),
+            text_mask=text_mask,
+            proprio=proprio,
+            action=torch.zeros(b, horizon, UNIFIED_DIM, device=device),
+            action_mask=action_mask.expand(b, -1).contiguous(),
+            step_mask=torch.ones(b, horizon, dtype=torch.bool, device=device),
+            embodiment=zero + embodiment,
+            control_hz=torch.full((b,), control_hz, device=device),
+            dataset=zero,
+            frame_index=zero,
+        ).check()
+
     def check(self) -> FeatureBatch:
         """Raise `ValueError` naming the first field whose shape or dtype breaks the contract; return self."""
-        b, l, d = self.tokens.shape
-        (_, lt, dt), t = self.text.shape, self.action.shape[1]
-        integer, boolean, real = torch.int64, torch.bool, torch.float32
-        expected = {
-            "token_mask": ((b, l), boolean),
-            "view_id": ((b, l), integer),
-            "frame_id": ((b, l), integer),
-            "text": ((b, lt, dt), self.tokens.dtype if self.token_scale is None else torch.float16),
-            "text_mask": ((b, lt), boolean),
-            "proprio": ((b, UNIFIED_DIM), real),
-            "action": ((b, t, UNIFIED_DIM), real),
-            "action_mask": ((b, UNIFIED_DIM), boolean),
-            "step_mask": ((b, t), boolean),
-            "embodiment": ((b,), integer),
-            "control_hz": ((b,), real),
-            "dataset": ((b,), integer),
-            "frame_index": ((b,), integer),
-        }
-        if self.token_scale is not None:
-            expected |= {"token_scale": ((b, l), real), "channel_scale": ((d,), real)}
-        if self.tokens.is_floating_point() != (self.token_scale is None):
+        (b, l, d), (_, *text), t = self.tokens.shape, self.text.shape, self.action.shape[1]
+        scaled = self.token_scale is not None
+        if self.tokens.is_floating_point() == scaled:
             raise ValueError(
                 f"FeatureBatch.tokens: expected a floating dtype, or 8-bit codes with scales, got {self.tokens.dtype}"
             )
-        for name, (shape, dtype) in expected.items():
+        for name, (shape, dtype) in layout(b, l, d, (text[0], text[1]), t, self.tokens.dtype, scaled).items():
             value = getattr(self, name)
             if value is None or tuple(value.shape) != shape or value.dtype != dtype:
                 raise ValueError(
@@ -79,15 +120,18 @@ class FeatureBatch:
                 )
         return self
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> FeatureBatch:
+        """The batch of `change(field)` for every field that it has."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return FeatureBatch(**{name: None if value is None else change(value) for name, value in values.items()})
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FeatureBatch:
         """The same batch on `device`."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values |= {n: v.to(device, non_blocking=non_blocking) for n, v in values.items() if v is not None}
-        return FeatureBatch(**values)
+        return self.map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def replace(self, **changes: torch.Tensor | None) -> FeatureBatch:
         """A copy with some fields replaced, checked again."""
-        return dataclasses.replace(self, **changes).check()  # type: ignore[arg-type]  # of a None where none may be, `check` tells
+        return dataclasses.replace(self, **changes).check()  # type: ignore[arg-type]  # `check` refuses a wrong None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -98,3 +142,25 @@ class FeatureBatch:
             f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for name, x in fields if x is not None
         )
         return f"FeatureBatch({', '.join(shapes)}, on {self.tokens.device})"
+
+
+def random_batch(
+    b: int, views: int, tokens: int, width: int, horizon: int, words: int = 16, dtype: torch.dtype = torch.float16
+) -> FeatureBatch:
+    """A batch of noise with ten active slots, the same in every call, to measure speed with."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    batch = FeatureBatch.to_act_on(
+        normal(b, views, tokens, width).to(dtype),
+        normal(b, words, width),
+        torch.ones(b, words, dtype=torch.bool),
+        normal(b, UNIFIED_DIM),
+        torch.arange(UNIFIED_DIM) < 10,
+        horizon=horizon,
+        embodiment=0,
+        control_hz=10.0,
+    )
+    return batch.replace(action=normal(b, horizon, UNIFIED_DIM), frame_index=torch.arange(b))

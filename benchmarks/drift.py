@@ -10,7 +10,6 @@ this process, after one unmeasured run each. A ratio is the median over the repe
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from measuring import machine, ratios, spread, wait_for
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dvla.batch import FeatureBatch
+from dvla.batch import FeatureBatch, random_batch
 from dvla.drifting.attention import kernel
 from dvla.drifting.config import TEMPERATURES, LossConfig
 from dvla.drifting.dit import SIZES, build_dit, dit_config, parameter_counts, set_attention
@@ -35,30 +34,9 @@ WIDTH, TOKENS, WORDS, SLOTS = 2048, 2 * 196, 16, 8  # of the features; active ac
 
 def observations(count: int, horizon: int, device: torch.device) -> FeatureBatch:
     """`count` random observations as the loader delivers them for Qwen3-VL-2B, two cameras, one arm."""
-
-    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    mask = zeros(count, 128, dtype=torch.bool)
-    mask[:, :SLOTS] = True
-    view = (torch.arange(TOKENS, device=device) // 196).expand(count, -1).contiguous()
-    half = {"dtype": torch.float16, "device": device}
-    return FeatureBatch(
-        tokens=torch.randn(count, TOKENS, WIDTH, **half),
-        token_mask=torch.ones_like(view, dtype=torch.bool),
-        view_id=view,
-        frame_id=torch.zeros_like(view),
-        text=torch.randn(count, WORDS, WIDTH, **half),
-        text_mask=(torch.arange(WORDS, device=device) < WORDS - 4).expand(count, -1).contiguous(),
-        proprio=torch.randn(count, 128, device=device),
-        action=0.2 * torch.randn(count, horizon, 128, device=device) * mask[:, None],
-        action_mask=mask,
-        step_mask=torch.ones(count, horizon, dtype=torch.bool, device=device),
-        embodiment=zeros(count) + 1,
-        control_hz=torch.full((count,), 15.0, device=device),
-        dataset=zeros(count),
-        frame_index=torch.arange(count, device=device),
-    ).check()
+    batch = random_batch(count, 2, TOKENS // 2, WIDTH, horizon, WORDS).to(device)
+    text_mask = (torch.arange(WORDS, device=device) < WORDS - 4).expand(count, -1).contiguous()
+    return batch.replace(action=0.2 * batch.action * batch.action_mask[:, None], text_mask=text_mask)
 
 
 class Setup:
@@ -95,12 +73,7 @@ class Setup:
 
     def action(self, steps: int | None = None) -> Callable[[], None]:
         """One chunk for one observation, from its features."""
-        one = FeatureBatch(
-            **{
-                f.name: None if (v := getattr(self.batch, f.name)) is None else v[:1]
-                for f in dataclasses.fields(FeatureBatch)
-            }
-        )
+        one = self.batch.map(lambda value: value[:1])
 
         @torch.inference_mode()
         def act() -> None:
@@ -253,12 +226,7 @@ def measure_step(args: argparse.Namespace) -> None:
 def measure_sharing(args: argparse.Namespace) -> None:
     """Forward and backward with the context of an observation shared by its noise samples, or copied for each."""
     setup = Setup(args)
-    copies = FeatureBatch(
-        **{
-            f.name: None if (v := getattr(setup.batch, f.name)) is None else v.repeat_interleave(args.draws, 0)
-            for f in dataclasses.fields(FeatureBatch)
-        }
-    )
+    copies = setup.batch.map(lambda value: value.repeat_interleave(args.draws, 0))
     noise, alpha = setup.noise.flatten(0, 1)[:, None], setup.alpha.repeat_interleave(args.draws)
 
     def run(batch: FeatureBatch, noise: Tensor, alpha: Tensor) -> Tensor:

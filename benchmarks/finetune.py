@@ -19,14 +19,11 @@ the rest). FLOPs are 2·m·n·k for every matrix product, counted by torch over 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,11 +47,12 @@ from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
 from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.context import Session
-from dvla.stages.training.dry_run import optimiser_step
+from dvla.stages.training.loop import train_step
+from dvla.stages.training.parallel.replicas import Replicas
 from dvla.stages.training.parallel.world import World
 from dvla.stages.training.setup import kernel_threads, prepare, share_network
 from dvla.stages.training.stage_three.split import SplitFeatures
-from dvla.stages.training.step import noise_generator, training_step
+from dvla.stages.training.step import batch_loss, noise_generator
 from dvla.stages.training.train import policy_net
 
 TOWERS = {"scaled": (224, tower(24)), "full": (448, tower(**QWEN3VL_2B))}  # resolution and tower
@@ -65,10 +63,10 @@ TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 
 @dataclass
 class Way:
-    """One way to train: its session and the state of its training loop."""
+    """One way to train: its session and what its steps update."""
 
     session: Session
-    trained: tuple[Any, list[torch.Tensor]]
+    shared: Replicas
     flops: float = 0.0  # of a step, forward and backward
 
 
@@ -136,41 +134,31 @@ class Bench:
         prepare(session)
         shared = share_network(session)
         session.net.train()
-        return Way(session, (shared, [p.detach().clone() for p in shared.named.values()]))
+        return Way(session, shared)
 
     def batch(self, name: str) -> FeatureBatch:
         """The first samples, as a step of this way sees them."""
-        session, none = self.ways[name].session, np.zeros(self.args.batch, np.int64)
-        given = gather(
-            session.cache,
-            none,
-            np.arange(self.args.batch) % session.cache.frames,
-            session.net.config.dit.horizon,
-            features=not session.live,
-        )
-        return session.features(given.to(self.device), none.astype(bool), none)
+        session = self.ways[name].session
+        rows = np.arange(self.args.batch) % session.cache.frames
+        horizon = session.net.config.dit.horizon
+        given = gather(session.cache, np.zeros_like(rows), rows, horizon, features=not session.live)
+        return session.features(given.to(self.device))
 
     def loss(self, name: str) -> torch.Tensor:
         """The loss of these samples, with the same noise for all ways."""
         session = self.ways[name].session
-        return training_step(session.net, self.batch(name), session.config, noise_generator(0, 0, 0, self.device)).total
+        return batch_loss(session.net, self.batch(name), session.config, noise_generator(0, 0, 0, self.device)).total
 
-    @contextlib.contextmanager
-    def batches(self, name: str) -> Iterator[Callable[[], FeatureBatch]]:
-        """A function that returns the next batch of the loader's samples, as this way sees them."""
-        session, nobody, plain = (
-            self.ways[name].session,
-            np.zeros(self.args.batch, bool),
-            np.zeros(self.args.batch, np.int64),
-        )
-        with Loader(
+    def loader(self, name: str) -> Loader:
+        """The samples of this way."""
+        session, args = self.ways[name].session, self.args
+        return Loader(
             session.cache,
-            batch_size=self.args.batch,
-            threads=self.args.threads,
+            batch_size=args.batch,
+            threads=args.threads,
             features=not session.live,
             device=self.device,
-        ) as loader:
-            yield lambda: session.features(next(loader), nobody, plain)
+        )
 
 
 def require_same(bench: Bench) -> None:
@@ -202,13 +190,13 @@ def count_flops(bench: Bench) -> None:
 def measure(bench: Bench, name: str) -> float:
     """Steps/s of one turn."""
     way, steps = bench.ways[name], bench.args.steps if name in (CACHED, SPLIT) else bench.args.live_steps
-    with bench.batches(name) as following:
+    with bench.loader(name) as samples:
         for step in range(bench.args.warm_up):
-            optimiser_step(way.session, *way.trained, following, step)
+            train_step(way.session, way.shared, samples, step)
         wait_for(bench.device)
         began = time.perf_counter()
         for step in range(steps):
-            optimiser_step(way.session, *way.trained, following, step)
+            train_step(way.session, way.shared, samples, step)
         wait_for(bench.device)
         return steps / (time.perf_counter() - began)
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import tempfile
 import time
@@ -37,9 +38,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvla.batch import FeatureBatch
-from dvla.cache.loader.live import LiveFeatures
+from dvla.cache.loader.live import LiveFeatures, with_tokens
 from dvla.cache.loader.loader import Loader, gather
 from dvla.cache.loader.provenance import sources_of
+from dvla.cache.loader.sample import Draws, Sample
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.encoder import VisionLanguageEncoder
 from dvla.cache.vlm.load import load_encoder
@@ -51,10 +53,11 @@ from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
 from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.context import Session
-from dvla.stages.training.dry_run import optimiser_step
+from dvla.stages.training.loop import train_step
+from dvla.stages.training.parallel.replicas import Replicas
 from dvla.stages.training.parallel.world import World
 from dvla.stages.training.setup import kernel_threads, prepare, share_network
-from dvla.stages.training.step import noise_generator, training_step
+from dvla.stages.training.step import batch_loss, noise_generator
 from dvla.stages.training.train import policy_net
 
 TOWERS = {"scaled": tower(10), "full": tower(**QWEN3VL_2B)}
@@ -103,20 +106,19 @@ class Bench:
         self.vlm_flops = counter.get_total_flops() * len(CAMERAS)  # per sample
 
     @contextlib.contextmanager
-    def batches(self, way: str) -> Iterator[tuple[Callable[[], FeatureBatch], Callable[[], float]]]:
-        """(the next batch on the device, seconds waited for the loader so far)."""
+    def samples(self, way: str) -> Iterator[tuple[Iterator[Sample], Callable[[], float]]]:
+        """(samples with features on the device, seconds waited for the loader so far)."""
         args = self.args
         common = {"batch_size": args.batch, "threads": args.threads, "device": self.device}
         if way == "lerobot":
-            with self._lerobot() as following:
-                yield following, lambda: 0.0
+            with self._lerobot() as samples:
+                yield samples, lambda: 0.0
             return
         with Loader(self.cache, features=way in ("resident", "cache"), **common) as loader:
             if way == "resident":
-                batch = next(loader)
-                yield lambda: batch, lambda: 0.0
+                yield itertools.repeat(next(loader)), lambda: 0.0
             elif way == "cache":
-                yield lambda: next(loader), lambda: loader.wait_seconds
+                yield loader, lambda: loader.wait_seconds
             else:
                 live = LiveFeatures(
                     self.encoder,
@@ -128,16 +130,12 @@ class Bench:
                     for row in range(self.cache.frames):
                         for view in range(len(CAMERAS)):
                             live.frame(0, row, view)
-                nobody = np.zeros(args.batch, bool)
-
-                def encoded() -> FeatureBatch:
-                    with torch.no_grad():
-                        return live(next(loader), nobody)
-
+                encode = torch.no_grad()(live)
+                encoded = (dataclasses.replace(sample, batch=encode(sample.batch)) for sample in loader)
                 yield encoded, lambda: loader.wait_seconds
 
     @contextlib.contextmanager
-    def _lerobot(self) -> Iterator[Callable[[], FeatureBatch]]:
+    def _lerobot(self) -> Iterator[Iterator[Sample]]:
         """lerobot's DataLoader as its training script sets it up; tables and text come from the cache for all ways."""
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -149,20 +147,11 @@ class Bench:
             delta_timestamps={"action": [i / FPS for i in range(16)]},
         )
         sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=1 << 24)
-        loader = [
-            iter(
-                torch.utils.data.DataLoader(
-                    dataset,
-                    args.batch,
-                    sampler=sampler,
-                    num_workers=args.workers,
-                    pin_memory=self.device.type == "cuda",
-                )
-            )
-        ]
+        loader = torch.utils.data.DataLoader(
+            dataset, args.batch, sampler=sampler, num_workers=args.workers, pin_memory=self.device.type == "cuda"
+        )
 
-        def following() -> FeatureBatch:
-            item = next(loader[0])
+        def encoded(item: dict[str, Any]) -> Sample:
             rows = item["index"].numpy()
             batch = gather(self.cache, np.zeros(len(rows), np.int64), rows, 16, features=False).to(self.device)
             views = [
@@ -170,40 +159,27 @@ class Bench:
                 for c in CAMERAS
             ]  # [B,H,W,3]
             with torch.no_grad():
-                tokens = torch.stack(
-                    encode_observations(self.encoder, list(zip(*views)), ["move"] * len(rows))
-                )  # [B,V,K,D]
-            view_id = (
-                torch.arange(len(CAMERAS), device=self.device)
-                .repeat_interleave(self.cache.tokens)
-                .expand(len(rows), -1)
-                .contiguous()
-            )
-            return batch.replace(
-                tokens=tokens.flatten(1, 2),
-                text=batch.text.to(tokens.dtype),
-                view_id=view_id,
-                frame_id=torch.zeros_like(view_id),
-                token_mask=torch.ones_like(view_id, dtype=torch.bool),
-            )
+                found = encode_observations(self.encoder, list(zip(*views)), ["move"] * len(rows))
+            none = np.zeros(len(rows), np.int64)
+            batch = with_tokens(batch, torch.stack(found), self.cache)
+            return Sample(batch, Draws(none, rows, none, none, none, none), 0, len(rows))
 
+        items = iter(loader)
         try:
-            yield following
+            yield map(encoded, items)
         finally:
-            loader.clear()  # ends its processes, so that they do not decode while other ways are measured
+            del items  # ends its processes, so that they do not decode while other ways are measured
 
 
-def measure(
-    bench: Bench, session: Session, trained: tuple[Any, list[torch.Tensor]], way: str, steps: int
-) -> tuple[float, float]:
+def measure(bench: Bench, session: Session, shared: Replicas, way: str, steps: int) -> tuple[float, float]:
     """(steps/s, share of the time spent waiting for the loader) of one turn."""
-    with bench.batches(way) as (following, waited):
+    with bench.samples(way) as (samples, waited):
         for step in range(WARM_UP.get(way, 1)):
-            optimiser_step(session, *trained, following, step)
+            train_step(session, shared, samples, step)
         wait_for(bench.device)
         began, before = time.perf_counter(), waited()
         for step in range(steps):
-            optimiser_step(session, *trained, following, step)
+            train_step(session, shared, samples, step)
         wait_for(bench.device)
         elapsed = time.perf_counter() - began
         return steps / elapsed, (waited() - before) / elapsed
@@ -212,9 +188,7 @@ def measure(
 def flops(session: Session, batch: FeatureBatch) -> int:
     """FLOPs of one forward and backward pass."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        training_step(
-            session.net, batch, session.config, noise_generator(0, 0, 0, session.world.device)
-        ).total.backward()
+        batch_loss(session.net, batch, session.config, noise_generator(0, 0, 0, session.world.device)).total.backward()
     return counter.get_total_flops()
 
 
@@ -237,17 +211,16 @@ def compare(bench: Bench, draws: int) -> None:
     session = Session(
         config, bench.cache, policy_net(config, bench.cache).to(bench.device), {}, world=World(bench.device)
     )
-    with bench.batches("resident") as (following, _):
-        work = flops(session, following())
+    with bench.samples("resident") as (samples, _):
+        work = flops(session, next(samples).batch)
     prepare(session)  # its kernels, and compilation
     shared = share_network(session)
-    trained = shared, [p.detach().clone() for p in shared.named.values()]
     session.net.train()
     ways = [w for w in WAYS if w in args.ways]
     rates: dict[str, list[float]] = {way: [] for way in ways}
     waits: dict[str, list[float]] = {way: [] for way in ways}
     for _, way in turns(ways, args.repeats):
-        rate, wait = measure(bench, session, trained, way, args.steps if way in WAYS[:2] else args.live_steps)
+        rate, wait = measure(bench, session, shared, way, args.steps if way in WAYS[:2] else args.live_steps)
         rates[way].append(rate)
         waits[way].append(wait)
     parameters = sum(p.numel() for p in session.net.parameters())

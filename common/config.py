@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Option:
-    """How a setting is given on the command line: `lr: Annotated[float, Option("--lr", help="Peak learning rate.")] = 4e-4`.
+    """A setting's command-line option: `lr: Annotated[float, Option("--lr", help="Peak learning rate.")] = 4e-4`.
 
     `common/options.py` makes the options of a command from these; every setting, with an Option or without, can also be
     given as `--set NAME=VALUE` or `--NAME=VALUE` where a command has --set. `type` is the option's where it differs.

@@ -1,7 +1,8 @@
-"""Attention kernels of the DiT behind one switch: torch's SDPA (default), FlexAttention, flash-attn. They differ by rounding.
+"""Attention kernels of the DiT behind one switch: torch's SDPA (default), FlexAttention, flash-attn. They differ by
+rounding.
 
-A kernel is prepared once per forward pass, `kernel(mask, queries)`, for all layers that share the mask; what it returns is called
-with q [B,H,Q,h], k and v [B,H,L,h] and gives [B,H,Q,h].
+A kernel is prepared once per forward pass, `kernel(mask, queries)`, for all layers that share the mask; what it returns
+is called with q [B,H,Q,h], k and v [B,H,L,h] and gives [B,H,Q,h].
 
 Letters: B observations (or chunks), H heads, Q queries, L keys, h head width.
 """
@@ -42,9 +43,7 @@ def flex(mask: Tensor | None, queries: int) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         fused = q.is_cuda and not torch.compiler.is_compiling()  # inside torch.compile it is compiled already
-        call: Callable[..., Any] = (
-            _compiled_flex() if fused else flex_attention
-        )  # a Tensor; declared with what it gives on request
+        call: Callable[..., Any] = _compiled_flex() if fused else flex_attention  # its type has all it gives on request
         return call(q, k, v, block_mask=blocks)
 
     return attend
@@ -62,9 +61,8 @@ def flash(mask: Tensor | None, queries: int) -> Attend:
         if mask is None or packing is None:
             return dense(q, k, v).transpose(1, 2)  # [B,H,Q,h]
         order, used, ends = packing
-        k, v = (
-            torch.where(used[:, None, None], x.flatten(0, 1)[order], 0.0) for x in (k, v)
-        )  # [B·L,H,h], visible ones first
+        # [B·L,H,h], visible ones first
+        k, v = (torch.where(used[:, None, None], x.flatten(0, 1)[order], 0.0) for x in (k, v))
         starts = torch.arange(0, (q.shape[0] + 1) * queries, queries, dtype=torch.int32, device=q.device)  # [B+1]
         y = packed(q.flatten(0, 1), k, v, starts, ends, queries, mask.shape[1])  # [B·Q,H,h]
         return y.unflatten(0, q.shape[:2]).transpose(1, 2)  # [B,H,Q,h]
@@ -84,7 +82,8 @@ def kernel(kind: str, device: torch.device, head_width: int) -> Kernel:
             raise UserError(f"attention is flash and the device {device.type}; flash-attn needs CUDA: use sdpa")
         if head_width > MAX_HEAD_WIDTH:
             raise UserError(
-                f"attention is flash and a head {head_width} wide; flash-attn takes at most {MAX_HEAD_WIDTH}: use sdpa or flex"
+                f"attention is flash and a head {head_width} wide; flash-attn takes at most {MAX_HEAD_WIDTH}: "
+                "use sdpa or flex"
             )
         _flash_kernels()
     if kind == "flex" and head_width < 16:
@@ -110,10 +109,11 @@ def _key_blocks(mask: Tensor, queries: int) -> BlockMask:
 
 
 def _packing(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How flash-attn's keys are unpadded, with shapes that do not depend on the data: for keys flattened to [B·L] their `order`
-    with the visible ones first, which of the places are `used`, and where each observation's keys end, `ends` [B+1] int32.
+    """How flash-attn's keys are unpadded, with shapes that do not depend on the data: for keys flattened to [B·L] their
+    `order` with the visible ones first, which of the positions are `used`, and where each observation's keys end,
+    `ends` [B+1] int32.
 
-    Places beyond the last end are never read; their gradient is not written either, so `used` must mask it.
+    Positions beyond the last end are never read; their gradient is not written either, so `used` must mask it.
     """
     count = mask.sum(1)  # [B]
     order = (~mask).flatten().int().argsort(stable=True)  # [B·L]
@@ -133,6 +133,7 @@ def _flash_kernels() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
     except ImportError:
         raise UserError(
-            "attention is flash and flash-attn is not installed, or not for this torch: pip install 'dvla[gpu]', or use sdpa"
+            "attention is flash and flash-attn is not installed, or not for this torch: pip install 'dvla[gpu]', "
+            "or use sdpa"
         ) from None
     return flash_attn_func, flash_attn_varlen_func

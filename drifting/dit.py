@@ -1,11 +1,11 @@
 """The Drifting DiT: noise and an observation's context in, an action chunk out, in one forward pass.
 
-The same trunk carries the denoising heads it is compared with (`heads.py`): they read noisy actions in the place of the noise,
-and the time of each draw as one more condition.
+The same trunk carries the denoising heads it is compared with (`heads.py`): they read noisy actions in the place of the
+noise, and the time of each sample as one more condition.
 
-Letters: B observations, G noise draws per observation, T action steps (horizon), L context tokens, W width, H heads,
+Letters: B observations, G noise samples per observation, T action steps (horizon), L context tokens, W width, H heads,
 h = W/H head width. An observation's context, its keys and values and its modulation are computed once and shared by its
-G draws: for cross-attention the G·T action tokens of one observation are one longer query sequence.
+G noise samples: for cross-attention the G·T action tokens of one observation are one longer query sequence.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DiTConfig:
     proprio_dim: int = 128  # unified proprioception entries
     embodiments: int = 7  # distinct robot types
     embodiment_token: bool = True  # whether the robot's type is a condition (False: an ablation)
-    skip_std: float = 0.2  # std of the initial samples (normalised actions have std 0.2)
+    skip_std: float = 0.2  # std of the initial samples (normalized actions have std 0.2)
     denoising: bool = False  # input is noisy actions at a time of their own (heads.head_dit)
 
     def __post_init__(self) -> None:
@@ -73,18 +73,18 @@ def dit_config(size: str, **overrides: Any) -> DiTConfig:
 
 
 def build_dit(size: str, **overrides: Any) -> DriftingDiT:
-    """A freshly initialised model of a named size: tiny, small, base (147 M parameters) or large."""
+    """A freshly initialized model of a named size: tiny, small, base (147 M parameters) or large."""
     return DriftingDiT(dit_config(size, **overrides))
 
 
 class Context(NamedTuple):
-    """What the generator knows of B observations, computed once and shared by all noise draws."""
+    """What the generator knows of B observations, computed once and shared by all noise samples."""
 
     sequence: Tensor  # [B,L,W] projected vision and text tokens
     mask: Tensor  # [B,L] bool, False: invisible
     pooled: Tensor  # [B,W] global feature
     embodiment: Tensor  # [B] int64
-    proprio: Tensor  # [B,128] float, normalised
+    proprio: Tensor  # [B,128] float, normalized
     control_hz: Tensor  # [B] float, Hz
     action_mask: Tensor  # [B,128] bool, active action slots: denoising heads see zeros in the others
 
@@ -124,9 +124,8 @@ class CrossAttention(nn.Module):
         if kept:
             k, v = kept  # [B,H,L,h] each
         else:
-            k, v = (
-                self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            )  # [B,H,L,h] each
+            both = self.kv(context).unflatten(-1, (2, self.heads, -1))  # [B,L,2,H,h]
+            k, v = both.permute(2, 0, 3, 1, 4).unbind(0)  # [B,H,L,h] each
             k = rms(k, self.k_scale).to(v.dtype)  # [B,H,L,h]
             if kept is not None:
                 kept += (k, v)
@@ -170,8 +169,8 @@ class Block(nn.Module):
         attend: tuple[Attend, Attend],
         kept: list[Tensor] | None = None,
     ) -> Tensor:
-        """x [B,G,T,W]; `shared` [B,g,7,W] with g = 1 where the draws of an observation share their modulation, else G; `attend`
-        within a chunk and to the context."""
+        """x [B,G,T,W]; `shared` [B,g,7,W] with g = 1 where the samples of an observation share their modulation, else
+        G; `attend` within a chunk and to the context."""
         table = (shared[:, :, : len(self.modulation)] + self.modulation).unsqueeze(3).unbind(2)  # 6 or 7 of [B,g,1,W]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:6]  # [B,g,1,W] each
         y = normed(x) * (1 + scale_a) + shift_a  # [B,G,T,W]
@@ -187,7 +186,7 @@ class Block(nn.Module):
 class DriftingDiT(nn.Module):
     """noise [B,G,T,64] → actions [B,G,T,128], given a `Context`; α [B] is the guidance scale as an input.
 
-    At initialisation the output is exactly the linear skip of the noise: the G samples of an observation spread with
+    At initialization the output is exactly the linear skip of the noise: the G samples of an observation spread with
     `skip_std`. (Drifting starts from spread samples; a collapsed set separates only like 1/(G−1).)
     """
 
@@ -232,12 +231,12 @@ class DriftingDiT(nn.Module):
         nn.init.normal_(self.skip.weight, std=self.config.skip_std / math.sqrt(self.config.noise_dim))
 
     def condition(self, context: Context, alpha: Tensor, time: Tensor | None = None) -> Tensor:
-        """Global condition [B,1,W]: pooled features + embodiment + proprioception + control frequency + α; with the time
-        [B,G] of each draw added [B,G,W]."""
+        """Global condition [B,1,W]: pooled features + embodiment + proprioception + control frequency + α; with the
+        time [B,G] of each sample added [B,G,W]."""
         part, dtype = self.conditioning, self.skip.weight.dtype
-        known = (
-            context.pooled + part["embodiment"](context.embodiment) if self.config.embodiment_token else context.pooled
-        )  # [B,W]
+        known = context.pooled  # [B,W]
+        if self.config.embodiment_token:
+            known = known + part["embodiment"](context.embodiment)  # [B,W]
         shared = (
             known
             + part["proprio"](context.proprio.to(dtype))  # [B,W]
@@ -254,8 +253,9 @@ class DriftingDiT(nn.Module):
         time: Tensor | None = None,
         kept: list[list[Tensor]] | None = None,
     ) -> Tensor:
-        """A denoising head needs `time` [B,G] in [0, 1] and takes noisy actions as `noise` [B,G,T,128]. `kept`: one empty list
-        per block, where several calls share one context: its keys and values are computed by the first alone."""
+        """A denoising head needs `time` [B,G] in [0, 1] and takes noisy actions as `noise` [B,G,T,128]. `kept`: one
+        empty list per block, where several calls share one context: its keys and values are computed by the first
+        alone."""
         b, g, t, n = noise.shape
         if (t, n) != (self.config.horizon, self.config.noise_dim) or b != context.sequence.shape[0]:
             raise ValueError(
@@ -281,10 +281,11 @@ class DriftingDiT(nn.Module):
 
 
 def set_attention(net: nn.Module, kind: str) -> None:
-    """Switch every DiT inside `net` to a kernel: auto (= sdpa), sdpa, flex or flash; weights and configs stay as they are.
+    """Switch every DiT inside `net` to a kernel: auto (= sdpa), sdpa, flex or flash; weights and configs stay as they
+    are.
 
-    Call it when the net is on its device. `UserError` for an unknown name, or where the kernel's library or device is missing.
-    """
+    Call it when the net is on its device. `UserError` for an unknown name, or where the kernel's library or device is
+    missing."""
     for module in net.modules():
         if isinstance(module, DriftingDiT):
             module.attention = kernel(kind, module.skip.weight.device, module.config.width // module.config.heads)

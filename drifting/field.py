@@ -22,7 +22,7 @@ from .config import AFFINITY_FLOOR, TEMPERATURES
 
 MIN_DISTANCE = 1e-4  # sqrt(1e-8), the release's floor under a squared distance
 MIN_SCALE = 1e-3  # floor of the distance scale: a collapsed set must not be divided by zero
-MIN_MEAN_SQUARE = 1e-8  # floor under mean(F²) before the RMS normalisation
+MIN_MEAN_SQUARE = 1e-8  # floor under mean(F²) before the RMS normalization
 SELF_DISTANCE = 100.0  # added to the scaled distance of a sample to itself: it does not repel itself
 
 Reduce = Callable[[Tensor], Tensor]
@@ -31,9 +31,9 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DriftField:
-    """`force` [B,G,D]: sum over temperatures of the RMS-normalised fields, in units of max(scale/sqrt(D), 1e-3).
+    """`force` [B,G,D]: sum over temperatures of the RMS-normalized fields, in units of max(scale/sqrt(D), 1e-3).
 
-    `scale` [] is the weighted mean distance of the call; `mean_square` [K] is mean(F²) before normalisation: it falls
+    `scale` [] is the weighted mean distance of the call; `mean_square` [K] is mean(F²) before normalization: it falls
     towards zero as the generated set approaches the expert set, which the loss does not. No gradient flows through any.
     """
 
@@ -76,7 +76,7 @@ def drifting_field(
     not given.
     Everything is computed in float32 (float64 for float64 inputs), also inside autocast, whatever the TF32 setting.
 
-    `floor=None` is the paper's Algorithm 2, literally: raw coordinates and temperatures, no clamps, no normalisation
+    `floor=None` is the paper's Algorithm 2, literally: raw coordinates and temperatures, no clamps, no normalization
     (`scale` is sqrt(D), so that the coordinate unit scale/sqrt(D) is 1), and the negatives are `neg` alone, or, where
     `neg` is None or empty, the generated samples without themselves.
 
@@ -111,10 +111,9 @@ def grouped_drifting_field(
 
     `group` [B] int64 in [0, groups). Distances are measured per sqrt(active entries), so a group may hold conditions of
     different entry counts (chunks cut by the episode's end); with equal counts this is the released algorithm, exactly.
-    A condition without an active entry gets no force and counts nowhere. In the release a sample of weight 0 still takes its
-    share of the softmaxes; with `zero_is_absent` the field is that of the other samples alone, so sets of different sizes fit
-    into one tensor. Shapes and collectives do not depend on the data.
-    """
+    A condition without an active entry gets no force and counts nowhere. In the release a sample of weight 0 still
+    takes its share of the softmaxes; with `zero_is_absent` the field is that of the other samples alone, so sets of
+    different sizes fit into one tensor. Shapes and collectives do not depend on the data."""
     with torch.autocast(gen.device.type, enabled=False):
         x, others, weight = _prepare(gen, pos, neg, w_gen, w_pos, w_neg)  # [B,G,D], [B,M+P,D], [B,N]
         b, g, d = x.shape
@@ -124,7 +123,7 @@ def grouped_drifting_field(
         else:
             entries = active.sum(-1).to(x.dtype)  # [B]
             y = y.masked_fill(~active[:, None, :], 0.0)  # [B,N,D]
-        y = y - y.mean(1, keepdim=True)  # [B,N,D] centred: no cancellation below
+        y = y - y.mean(1, keepdim=True)  # [B,N,D] centered: no cancellation below
         x = y[:, :g]  # [B,G,D]
         live = (entries > 0).to(x.dtype)  # [B]
         member = _members(group, groups, live)  # [B,E]
@@ -161,7 +160,7 @@ def _algorithm_2(
     temperatures: Sequence[float],
     reduce: Reduce | None,
 ) -> DriftField:
-    """Paper, Algorithm 2: no floor, no scale, no normalisation; see `drifting_field`."""
+    """Paper, Algorithm 2: no floor, no scale, no normalization; see `drifting_field`."""
     with torch.autocast(gen.device.type, enabled=False):
         x, others, weight = _prepare(gen, pos, neg, w_gen, w_pos, w_neg)  # [B,G,D], [B,M+P,D], [B,G+M+P]
         b, g, d = x.shape
@@ -198,8 +197,8 @@ def _pull(
     """Attraction to the positives minus repulsion from the negatives (the first `negatives` of y) for logits [B,K,G,N]:
     [B,K,G,D], for x [B,G,D] and y [B,N,D].
 
-    Doubly normalised affinities A [B,K,G,N]; coefficients A_pos·ΣA_neg and −A_neg·ΣA_pos sum to zero over y in every row.
-    """
+    Doubly normalized affinities A [B,K,G,N]; coefficients A_pos·ΣA_neg and −A_neg·ΣA_pos sum to zero over y in every
+    row."""
     present = logits if absent is None else logits.masked_fill(absent[:, None, None, :], -math.inf)  # [B,K,G,N]
     affinity = ((present.log_softmax(3) + logits.log_softmax(2)) / 2).exp()  # [B,K,G,N] sqrt(product of softmaxes)
     if floor is not None:

@@ -1,7 +1,7 @@
 """Classifier-free guidance at training time: the guidance scale α is drawn per observation, is an input of the network,
 and weighs unconditional negatives; inference stays one forward pass at the α asked for (arXiv:2602.04770).
 
-Letters: B observations, G draws per observation, M unconditional negatives, T action steps.
+Letters: B observations, G noise samples per observation, M unconditional negatives, T action steps.
 """
 
 from __future__ import annotations

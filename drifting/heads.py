@@ -1,19 +1,23 @@
-"""Heads on one trunk, so that comparisons are honest: drifting and regression act in one pass, flow matching and diffusion in many.
+"""Heads on one trunk, so that comparisons are honest: drifting and regression act in one pass, flow matching and
+diffusion in many.
 
-All share the DiT, its conditions, the masks and the weights of the entries; they differ in the target, in the noisy input with its
-time (denoising heads) and in how many passes an action takes:
+All share the DiT, its conditions, the masks and the weights of the entries; they differ in the target, in the noisy
+input with its time (denoising heads) and in how many passes an action takes:
 
-- `mse`: deterministic regression; in the place of noise it reads the positions of the steps (equal tokens would stay equal: rotary
-  positions alone cannot tell them apart). `pure_drift`, `hybrid`: see `losses.py`.
-- `flow`: flow matching on the straight path (arXiv:2210.02747 with σ_min = 0; arXiv:2209.03003): x_t = (1−t)·noise + t·action, the
-  network predicts the velocity action − noise, t uniform; actions by Euler's method from noise (t = 0) to action (t = 1).
-- `diffusion`: x_k = √ᾱ_k·action + √(1−ᾱ_k)·noise on the squared-cosine schedule of arXiv:2102.09672 (eq. 17, β ≤ 0.999) with 100
-  levels, as in Diffusion Policy (arXiv:2303.04137). The network predicts the action itself, as in RDT-1B (arXiv:2410.07864): at
-  the last level ᾱ is below 1e-6, where predicted noise would say nothing of the action and a 5-step sampler takes a fifth of
-  its steps. Actions by DDIM (arXiv:2010.02502 eq. 12, η = 0), deterministic given the noise; the levels of fewer steps are spaced
-  from the last one (arXiv:2305.08891), where x is noise. Predicted actions are not clipped, as in RDT-1B.
+- `mse`: deterministic regression; in place of noise it reads the positions of the steps (equal tokens would stay equal:
+  rotary positions alone cannot tell them apart). `pure_drift`, `hybrid`: see `losses.py`.
+- `flow`: flow matching on the straight path (arXiv:2210.02747 with σ_min = 0; arXiv:2209.03003): x_t = (1−t)·noise +
+  t·action, the network predicts the velocity action − noise, t uniform; actions by Euler's method from noise (t = 0) to
+  action (t = 1).
+- `diffusion`: x_k = √ᾱ_k·action + √(1−ᾱ_k)·noise on the squared-cosine schedule of arXiv:2102.09672 (eq. 17, β ≤ 0.999)
+  with 100 levels, as in Diffusion Policy (arXiv:2303.04137). The network predicts the action itself, as in RDT-1B
+  (arXiv:2410.07864): at the last level ᾱ is below 1e-6, where predicted noise would say nothing of the action and a
+  5-step sampler takes a fifth of its steps. Actions by DDIM (arXiv:2010.02502 eq. 12, η = 0), deterministic given the
+  noise; the levels of fewer steps are spaced from the last one (arXiv:2305.08891), where x is noise. Predicted actions
+  are not clipped, as in RDT-1B.
 
-Letters: B observations, G draws per observation, T action steps, n entries of the noise, K temperatures, E embodiments.
+Letters: B observations, G noise samples per observation, T action steps, n entries of the noise, K temperatures,
+E embodiments.
 """
 
 from __future__ import annotations
@@ -34,20 +38,6 @@ from .field import Reduce
 from .losses import PolicyLoss, counting, masked_mean_square, policy_loss
 from .policy_net import PolicyNet
 from .queues import ChunkQueues
-
-__all__ = [
-    "DENOISING",
-    "ONE_STEP",
-    "ddim",
-    "diffusion_pair",
-    "euler",
-    "flow_pair",
-    "generate",
-    "head_dit",
-    "head_loss",
-    "sample_steps",
-    "signal_levels",
-]
 
 
 def flow_pair(action: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,14 +71,16 @@ def signal_levels(count: int = DIFFUSION_STEPS) -> Tensor:
 
 
 def diffusion_pair(action: Tensor, noise: Tensor, level: Tensor, count: int = DIFFUSION_STEPS) -> tuple[Tensor, Tensor]:
-    """(x_k, target), both shaped like `noise`; `level` k int64 in [0, count), shaped to broadcast. The target is the action."""
+    """(x_k, target), both shaped like `noise`; `level` k int64 in [0, count), shaped to broadcast. The target is the
+    action."""
     share = signal_levels(count).to(noise.device)[level]  # float64: 1−ᾱ is small at low levels
     x = share.sqrt().to(noise.dtype) * action + (1 - share).sqrt().to(noise.dtype) * noise
     return x, action.expand_as(noise)
 
 
 def ddim(predict: Callable[[Tensor, int], Tensor], noise: Tensor, steps: int, count: int = DIFFUSION_STEPS) -> Tensor:
-    """Action from `noise`: predict(x, level) gives the expected action; `steps` of the `count` levels, the last one first."""
+    """Action from `noise`: predict(x, level) gives the expected action; `steps` of the `count` levels, the last one
+    first."""
     levels = [round(count * (steps - i) / steps) - 1 for i in range(steps)]
     share, x = _signal_levels(count), noise
     for level, following in zip(levels, [*levels[1:], None]):
@@ -127,16 +119,18 @@ def head_loss(
     queues: ChunkQueues | None = None,
     reduce: Reduce | None = None,
 ) -> PolicyLoss:
-    """The forward pass of a `PolicyNet`, or of what wraps one, and the loss of any kind, for `noise` [B,G,T,n] standard normal and guidance scales `alpha` [B].
+    """The forward pass of a `PolicyNet`, or of what wraps one, and the loss of any kind, for `noise` [B,G,T,n] standard
+    normal and guidance scales `alpha` [B].
 
-    One-step kinds: `policy_loss` of the chunks generated; arguments as there. `queues` add theirs, and then take this batch's
-    chunks. `mse` makes one draw and reads no noise.
+    One-step kinds: `policy_loss` of the chunks generated; arguments as there. `queues` add theirs, and then take this
+    batch's chunks. `mse` makes one sample and reads no noise.
 
-    Denoising kinds: masked mean square of the prediction's error, at a time of its own for each draw, drawn from `generator` (CPU;
-    None: the global one); entries that do not count are zero in the input and absent from the loss. Drift and scales are 0, so that
-    a log line keeps its shape. Samples are not compared, so positives, negatives and queues are refused (ValueError).
+    Denoising kinds: masked mean square of the prediction's error, at a time of its own for each sample, drawn from
+    `generator` (CPU; None: the global one); entries that do not count are zero in the input and absent from the loss.
+    Drift and scales are 0, so that a log line keeps its shape. Samples are not compared, so positives, negatives and
+    queues are refused (ValueError).
 
-    `UserError` where `config` asks for queues or neighbours and none are given: a setting never goes without effect.
+    `UserError` where `config` asks for queues or neighbors and none are given: a setting never goes without effect.
     """
     for name, wanted, given in (
         ("queue", config.queue != "none", queues),
@@ -158,6 +152,18 @@ def head_loss(
         )
     if positives is not None or negatives is not None or queues is not None:
         raise ValueError(f"a {config.kind} head takes neither positives nor negatives nor queues")
+    return _denoising_loss(net, batch, config, noise, alpha, generator, reduce)
+
+
+def _denoising_loss(
+    net: Callable[..., Tensor],
+    batch: FeatureBatch,
+    config: LossConfig,
+    noise: Tensor,
+    alpha: Tensor,
+    generator: torch.Generator | None,
+    reduce: Reduce | None,
+) -> PolicyLoss:
     b, g = noise.shape[:2]
     action, active = batch.action[:, None], counting(batch)  # [B,1,T,128], [B,T,128]
     if config.kind == "flow":
@@ -170,25 +176,18 @@ def head_loss(
     pred = net(batch, x.masked_fill(~active[:, None], 0.0), alpha, time)  # [B,G,T,128]
     with torch.autocast(noise.device.type, enabled=False):
         mse = masked_mean_square(pred.float() - target.float(), active, reduce)  # []
-    none, of = mse.new_zeros(()), len(config.temperatures)
-    return PolicyLoss(
-        mse,
-        mse.detach(),
-        none,
-        mse.new_zeros(of),
-        none,
-        mse.new_zeros(of, config.embodiments),
-        mse.new_zeros(config.embodiments),
-    )
+    none, of = mse.new_zeros(()), (len(config.temperatures), config.embodiments)
+    return PolicyLoss(mse, mse.detach(), none, mse.new_zeros(of[0]), none, mse.new_zeros(of), mse.new_zeros(of[1]))
 
 
 def generate(
     net: PolicyNet, context: Context, noise: Tensor, alpha: Tensor, config: LossConfig, *, steps: int | None = None
 ) -> Tensor:
-    """Normalised chunks [B,G,T,128] from `noise` [B,G,T,n], a pure function of its arguments; inactive slots are arbitrary.
+    """Normalized chunks [B,G,T,128] from `noise` [B,G,T,n], a pure function of its arguments; inactive slots are
+    arbitrary.
 
-    `steps` replaces the kind's number of passes (denoising kinds). The context's keys and values are computed once for all passes.
-    """
+    `steps` replaces the kind's number of passes (denoising kinds). The context's keys and values are computed once for
+    all passes."""
     steps = sample_steps(dataclasses.replace(config, sample_steps=steps or config.sample_steps))
     if config.kind == "mse":
         return net.decode(context, _positions(noise), alpha).expand(-1, noise.shape[1], -1, -1)

@@ -1,7 +1,7 @@
 """Losses of the generator: the drifting loss, and the policy's masked, per-embodiment mixture of it with regression.
 
-Letters: B observations, G draws per observation, T action steps, P positives, M extra negatives, D entries,
-K temperatures, E embodiments, C conditions of the drift (B whole chunks, or B·T steps).
+Letters: B observations, G noise samples per observation, T action steps, P positives, M extra negatives, D entries,
+K temperatures, E embodiments, C conditions of the drift (B complete chunks, or B·T steps).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..batch import UNIFIED_DIM, FeatureBatch
 from .config import AFFINITY_FLOOR, ONE_STEP, TEMPERATURES, LossConfig
-from .field import MIN_SCALE, DriftField, Reduce, drifting_field, grouped_drifting_field
+from .field import MIN_SCALE, DriftField, GroupedField, Reduce, drifting_field, grouped_drifting_field
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def counting(batch: FeatureBatch) -> Tensor:
 
 
 def per_rank(count: Tensor, reduce: Reduce | None) -> Tensor:
-    """`count` [], or with several ranks its mean over them: sums divided by it average over the ranks to the mean over all."""
+    """`count` [], or with several ranks its mean over them: sums divided by it average over the ranks to the mean over
+    all."""
     if reduce is None:
         return count
     total, ranks = reduce(torch.stack([count.double(), torch.ones_like(count, dtype=torch.float64)]))
@@ -89,7 +90,8 @@ def per_rank(count: Tensor, reduce: Reduce | None) -> Tensor:
 
 
 def masked_mean_square(error: Tensor, active: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Mean [] of error² [B,G,T,128] over the entries `active` [B,T,128] of all draws, 0 where there are none. `reduce`: see `per_rank`."""
+    """Mean [] of error² [B,G,T,128] over the entries `active` [B,T,128], 0 where there are none. `reduce`: see
+    `per_rank`."""
     error = error.masked_fill(~active[:, None], 0.0)  # [B,G,T,128]
     return error.square().sum() / (error.shape[1] * per_rank(active.sum(), reduce)).clamp(min=1)
 
@@ -105,45 +107,44 @@ def policy_loss(
     w_neg: Tensor | None = None,
     reduce: Reduce | None = None,
 ) -> PolicyLoss:
-    """Loss of the G chunks `pred` [B,G,T,128] generated for each observation of `batch`.
+    """Loss of the G chunks `pred` [B,G,T,128] of each observation of `batch`; never compares two observations.
 
     An entry counts where its slot is active for the dataset and its step lies before the episode's end; other entries
-    of `pred` get no gradient. MSE: mean of (pred − action)² over the counting entries of all draws. Drift: the G chunks
-    of an observation against its own expert chunk (weight 1), and against further chunks of the same action space if given:
-    `positives` [B,P,T,128] with weights `w_pos` [B,P] (`neighbours`, `queues`), `negatives` [B,M,T,128] with weights
-    `w_neg` [B,M] (`guidance.batch_negatives`, `queues`), both already normalised and complete wherever the observation's
-    own chunk is; weights not given are 1, and a chunk of weight 0 is as if it were not there.
-    Entries that do not count are zeroed in generated and expert chunks alike, so they add nothing to a distance, and D
-    of the algorithm is the number that do count. The distance scale and mean(F²) are taken per embodiment.
+    of `pred` get no gradient and are zeroed in generated and expert chunks, so they add nothing to a distance, and D of
+    the algorithm is the number that do count.
+
+    MSE: mean of (pred − action)² over the counting entries of all samples. Drift: the G chunks of an observation
+    against its own expert chunk (weight 1), and against further chunks of the same action space if given: `positives`
+    [B,P,T,128] with weights `w_pos` [B,P] (`neighbours`, `queues`), `negatives` [B,M,T,128] with weights `w_neg` [B,M]
+    (`guidance.batch_negatives`, `queues`), all normalized, and complete wherever the observation's own chunk is.
+    Weights not given are 1; a chunk of weight 0 is ignored. The distance scale and mean(F²) are taken per embodiment.
     `distance="step"` makes each (observation, step) a condition of its own.
+
     `reduce`: see `drifting_field`; it makes scale and mean(F²) those of all ranks, and mse, drift and total such that
-    their means over the ranks are those over all. Never compares two observations.
-    """
-    b, g, t, d = pred.shape
-    if d != UNIFIED_DIM or batch.action.shape != (b, t, d):
-        raise ValueError(
-            f"pred: expected [B,G,T,{UNIFIED_DIM}] for action {tuple(batch.action.shape)}, got {tuple(pred.shape)}"
-        )
+    their means over the ranks are those over all."""
+    (b, _, t, d), action = pred.shape, tuple(batch.action.shape)
+    if d != UNIFIED_DIM or action != (b, t, d):
+        raise ValueError(f"pred: expected [B,G,T,{UNIFIED_DIM}] for action {action}, got {tuple(pred.shape)}")
     if config.kind not in ONE_STEP:
         raise ValueError(f"LossConfig.kind: expected one of {', '.join(ONE_STEP)}, got {config.kind!r}")
     pred = pred if pred.dtype == torch.float64 else pred.float()  # [B,G,T,128]
-    active = counting(batch)  # [B,T,128]
+    active, per_step = counting(batch), config.distance == "step"  # [B,T,128]
     with torch.autocast(pred.device.type, enabled=False):
         mse = masked_mean_square(pred - batch.action[:, None], active, reduce)  # []
 
-    per_step = config.distance == "step"
-
-    def conditions(chunks: Tensor) -> Tensor:  # [B,n,T,128] → [C,n,D]
+    def conditions(chunks: Tensor) -> Tensor:  # [B,n,T,128] → [C,n,D], D = T·128 or 128
         return chunks.transpose(1, 2).flatten(0, 1) if per_step else chunks.flatten(2)
 
     def each(values: Tensor) -> Tensor:  # per observation → per condition
         return values.repeat_interleave(t, 0) if per_step else values
 
-    gen = conditions(pred)  # [C,G,D], D = T·128 or 128
     pos = batch.action[:, None] if positives is None else torch.cat([batch.action[:, None], positives], dim=1)
     w_pos = None if positives is None or w_pos is None else F.pad(w_pos, (1, 0), value=1.0)  # [B,1+P]
-    mask = active.flatten(0, 1) if per_step else active.flatten(1)  # [C,D]
-    group = each(batch.embodiment)  # [C]
+    gen, mask, group = (
+        conditions(pred),
+        conditions(active[:, None])[:, 0],
+        each(batch.embodiment),
+    )  # [C,G,D], [C,D], [C]
     field = grouped_drifting_field(
         gen,
         conditions(pos),
@@ -158,11 +159,24 @@ def policy_loss(
         zero_is_absent=True,
         reduce=reduce,
     )
+    return _combined(mse, gen, mask, group, field, config, reduce)
+
+
+def _combined(
+    mse: Tensor,
+    gen: Tensor,
+    mask: Tensor,
+    group: Tensor,
+    field: GroupedField,
+    config: LossConfig,
+    reduce: Reduce | None,
+) -> PolicyLoss:
+    """The loss of chunks `gen` [C,G,D] with the counting entries `mask` [C,D], embodiments `group` [C] and their
+    `field`."""
     live = (field.entries > 0).to(gen.dtype)  # [C]
     diff = _towards(gen.masked_fill(~mask[:, None], 0.0), field.force, field.unit[:, None, None])  # [C,G,D]
-    per_condition = diff.square().sum((1, 2)) / (g * field.entries).clamp(min=1)  # [C]
+    per_condition = diff.square().sum((1, 2)) / (gen.shape[1] * field.entries).clamp(min=1)  # [C]
     drift = (per_condition * live).sum() / per_rank(live.sum(), reduce).clamp(min=1)  # []
-
     total = {"mse": mse, "pure_drift": drift, "hybrid": mse + config.drift_weight * drift}[config.kind]
     share = live / live.sum().clamp(min=1)  # [C]
     return PolicyLoss(

@@ -1,29 +1,32 @@
-"""Every measure of predicted actions: what training logs at an evaluation, what the panels show and what the toys are judged by.
+"""Every measure of predicted actions: what training logs at an evaluation, what the panels show and what the toys are
+judged by.
 
 1. `ActionMetrics`: prediction by prediction; masked, per dataset, embodiment and slot, from sums that ranks can add.
-2. `mmd`, `mode_coverage`, `sliced_wasserstein`: a set of predictions against a set of expert actions, whatever belongs to what.
-3. `mode_metrics`: draws of one observation against modes that are known.
-4. `drift_of`: where drifting would move draws, and λ, how strongly, at each temperature.
+2. `mmd`, `mode_coverage`, `sliced_wasserstein`: a set of predictions against a set of expert actions, without pairs.
+3. `mode_metrics`: samples of one observation against modes that are known.
+4. `drift_of`: where drifting would move samples, and λ, how strongly, at each temperature.
 
-All of the first are in normalised units and count an entry where its slot is active for the dataset and its step lies before the episode's end.
-For a dataset k and an active slot d, over the entries (p prediction, a expert), with N their number:
+All of the first are in normalized units and count an entry where its slot is active for the dataset and its step lies
+before the episode's end. For a dataset k and an active slot d, over the entries (p prediction, a expert), N of them:
 
     mse_kd, mae_kd    mean of (p − a)², of |p − a|
     correlation_kd    Pearson's r of p and a; 0 for a prediction that never changes
-    coverage_kd       100 · σ(p) / σ(a), percent: how much of the expert's range the predictions span; 100 is all, near 0 a collapse
-    nl2_kd            sqrt(mse_kd) / (rms(a) + 1e-3): the error as a share of the size of the actions; a policy that always predicts
-                      the data set's mean has about 1 in normalised slots
+    coverage_kd       100 · σ(p) / σ(a), percent: how much of the expert's range the predictions span; 100 is all, near
+                      0 a collapse
+    nl2_kd            sqrt(mse_kd) / (rms(a) + 1e-3): the error as a share of the size of the actions; a policy that
+                      always predicts the dataset's mean has about 1 in normalized slots
 
-`coverage` takes the standard deviation as the range: largest minus smallest value would grow with the number of samples, hang on a
-single outlier and not add up over ranks. `nl2` is the l2 error of RDT-1B's evaluation with its ε; its norm is that of the actions, since a
-dataset of velocities has no state in the same slots.
+`coverage` takes the standard deviation as the range: largest minus smallest value would grow with the number of
+samples, hang on a single outlier and not add up over ranks. `nl2` is the l2 error of RDT-1B's evaluation with its ε;
+its norm is that of the actions, since a dataset of velocities has no state in the same slots.
 
-mse and mae of a group (a dataset, an embodiment, everything) pool all its entries. The other three are means over the group's (dataset,
-slot) pairs, never pooled over datasets: their different means alone would correlate. A slot that the expert does not move (σ(a) < 1e-4)
-has no range and no correlation: it counts in mse and mae only. A metric that no slot of a group defines is left out.
+mse and mae of a group (a dataset, an embodiment, everything) pool all its entries. The other three are means over the
+group's (dataset, slot) pairs, never pooled over datasets: their different means alone would correlate. A slot that the
+expert does not move (σ(a) < 1e-4) has no range and no correlation: it counts in mse and mae only. A metric that no slot
+of a group defines is left out.
 
-Letters: B observations, T action steps, K datasets, E embodiments, D = 128 slots (entries of a sample in 2 to 4); n, m samples of a set,
-G draws per observation, M modes, τ the temperatures.
+Letters: B observations, T action steps, K datasets, E embodiments, D = 128 slots (entries of a sample in 2 to 4); n, m
+samples of a set, G noise samples per observation, M modes, τ the drift temperatures.
 """
 
 from __future__ import annotations
@@ -41,13 +44,14 @@ from .field import grouped_drifting_field
 from .losses import counting
 
 METRICS = ("mse", "mae", "correlation", "coverage", "nl2")
-EPSILON = 1e-3  # of nl2, normalised units
-STILL = 1e-4  # standard deviation under which an expert's slot counts as constant, normalised units
+EPSILON = 1e-3  # of nl2, normalized units
+STILL = 1e-4  # standard deviation under which an expert's slot counts as constant, normalized units
 _MOMENTS = 8  # N, Σp, Σa, Σp², Σa², Σpa, Σ(p−a)², Σ|p−a|
 
 
 class ActionMetrics:
-    """Metrics over any number of batches. `datasets`: names by `FeatureBatch.dataset`; `embodiments`: by `FeatureBatch.embodiment`.
+    """Metrics over any number of batches. `datasets`: names by `FeatureBatch.dataset`; `embodiments`: by
+    `FeatureBatch.embodiment`.
 
     >>> metrics.update(pred, batch); metrics.result()["mse"]
     """
@@ -59,14 +63,16 @@ class ActionMetrics:
 
     @torch.no_grad()
     def update(self, pred: Tensor, batch: FeatureBatch) -> None:
-        """Add the predictions `pred` [B,T,128], normalised, of any float dtype, for the batch's observations. Nothing waits for the device."""
+        """Add the predictions `pred` [B,T,128], normalized, of any float dtype, for the batch's observations. Nothing
+        waits for the device."""
         if pred.shape != batch.action.shape:
             raise ValueError(f"pred: expected {tuple(batch.action.shape)}, got {tuple(pred.shape)}")
         self.add(pred, batch.action, counting(batch), batch.dataset, batch.embodiment)
 
     @torch.no_grad()
     def add(self, pred: Tensor, action: Tensor, active: Tensor, dataset: Tensor, embodiment: Tensor) -> None:
-        """As `update`, of tensors: `pred`, `action` [B,T,128], `active` [B,T,128] bool, `dataset`, `embodiment` [B] int64."""
+        """As `update`, of tensors: `pred`, `action` [B,T,128], `active` [B,T,128] bool, `dataset`, `embodiment` [B]
+        int64."""
         p, a = (x.double().masked_fill(~active, 0) for x in (pred, action))  # [B,T,D]
         error = p - a  # [B,T,D]
         entries = torch.stack(
@@ -83,12 +89,13 @@ class ActionMetrics:
         return torch.cat([self._moments.flatten(), self._seen.flatten()])
 
     def load_sums(self, sums: Tensor) -> None:
-        """Go on as if this object had seen the batches behind `sums`."""
+        """Continue as if this object had seen the batches behind `sums`."""
         moments, seen = sums.split([self._moments.numel(), self._seen.numel()])
         self._moments, self._seen = moments.clone().view_as(self._moments), seen.clone().view_as(self._seen)
 
     def result(self) -> dict[str, float]:
-        """ "<metric>" over everything, "<metric>/<dataset>", "<metric>/embodiment/<name>"; groups without an observation are left out."""
+        """ "<metric>" over everything, "<metric>/<dataset>", "<metric>/embodiment/<name>"; groups without an
+        observation are left out."""
         moments, seen = self._moments.cpu(), self._seen.cpu()
         groups = {"": torch.ones(len(self.datasets), dtype=torch.bool)}  # [K] bool each
         groups |= {f"/{name}": torch.arange(len(self.datasets)) == k for k, name in enumerate(self.datasets)}
@@ -138,16 +145,17 @@ def _by_slot(moments: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     return n, values, moves
 
 
-# --- a set against a set -------------------------------------------------------------------------------------------------
+# --- a set against a set ---------------------------------------------------------------------------------------------
 
 
 def mmd(x: Tensor, y: Tensor) -> float:
-    """Squared maximum mean discrepancy of two sets [n,D] of one size, where row i of both belongs to the same observation.
+    """Squared maximum mean discrepancy of two sets [n,D] of one size, where row i of both belongs to the same
+    observation.
 
-    The unbiased estimate of Gretton et al. 2012 (JMLR 13, eq. 4), which leaves each pair (i, i) out: 0 on average for two samples of one distribution,
-    exactly 0 for x = y, and it can be slightly negative. The kernel is the mean of three Gaussians whose widths are ½, 1 and 2 times the
-    median distance within `y`, the expert. ValueError for other shapes or n < 2.
-    """
+    The unbiased estimate of Gretton et al. 2012 (JMLR 13, eq. 4), which leaves each pair (i, i) out: 0 on average for
+    two samples of one distribution, exactly 0 for x = y, and it can be slightly negative. The kernel is the mean of
+    three Gaussians whose widths are ½, 1 and 2 times the median distance within `y`, the expert. ValueError for other
+    shapes or n < 2."""
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise ValueError(
             f"expected two sets [n,D] of one size, n at least 2, got {tuple(x.shape)} and {tuple(y.shape)}"
@@ -160,28 +168,30 @@ def mmd(x: Tensor, y: Tensor) -> float:
 
 
 def mode_coverage(x: Tensor, y: Tensor, cells: int = 10) -> float:
-    """Share of modes that a set reaches where the modes are not known: of the cells into which k-means cuts the expert's samples `y` [m,D], those
-    that get at least a quarter of the share of `x` [n,D] that they have of `y`; 1 for x = y, 1/cells for a collapse.
+    """Share of modes that a set reaches where the modes are not known: of the cells into which k-means cuts the
+    expert's samples `y` [m,D], those that get at least a quarter of the share of `x` [n,D] that they have of `y`; 1 for
+    x = y, 1/cells for a collapse.
 
-    Cells as modes: Richardson and Weiss 2018 (arXiv:1805.12462). There are at most m/4 cells; no chance is involved. ValueError for m < 8.
-    """
+    Cells as modes: Richardson and Weiss 2018 (arXiv:1805.12462). There are at most m/4 cells; no chance is involved.
+    ValueError for m < 8."""
     if len(y) < 8:
         raise ValueError(f"{len(y)} expert samples are too few for cells; give at least 8")
     x, y = x.double(), y.double()
-    centre = y[[(y - y.mean(0)).square().sum(1).argmin().item()]]  # [cells,D]: begun far from each other
+    center = y[[(y - y.mean(0)).square().sum(1).argmin().item()]]  # [cells,D]: begun far from each other
     for _ in range(min(cells, len(y) // 4) - 1):
-        centre = torch.cat([centre, y[[torch.cdist(y, centre).min(1).values.argmax().item()]]])
+        center = torch.cat([center, y[[torch.cdist(y, center).min(1).values.argmax().item()]]])
     for _ in range(20):
-        mine = torch.nn.functional.one_hot(torch.cdist(y, centre).argmin(1), len(centre)).to(y)  # [m,cells]
+        mine = torch.nn.functional.one_hot(torch.cdist(y, center).argmin(1), len(center)).to(y)  # [m,cells]
         count = mine.sum(0)[:, None]  # [cells,1]
-        centre = torch.where(count > 0, mine.T @ y / count.clamp(min=1), centre)
-    of_y, of_x = (torch.cdist(z, centre).argmin(1).bincount(minlength=len(centre)) / len(z) for z in (y, x))  # [cells]
+        center = torch.where(count > 0, mine.T @ y / count.clamp(min=1), center)
+    of_y, of_x = (torch.cdist(z, center).argmin(1).bincount(minlength=len(center)) / len(z) for z in (y, x))  # [cells]
     return ((of_x >= of_y / 4) & (of_x > 0)).double().mean().item()
 
 
 def set_metrics(pred: Tensor, action: Tensor, active: Tensor, dataset: Tensor) -> dict[str, float]:
-    """ "mmd" and "mode_coverage" (percent) of chunks `pred`, `action` [B,T,128] with `active` [B,T,128] and `dataset` [B]:
-    means over the datasets by their number of whole chunks; those that the episode's end cuts are left out, as are datasets with fewer than 8."""
+    """ "mmd" and "mode_coverage" (percent) of chunks `pred`, `action` [B,T,128] with `active` [B,T,128] and `dataset`
+    [B]: means over the datasets by their number of complete chunks; those that the episode's end cuts are left out, as
+    are datasets with fewer than 8."""
     found: list[tuple[int, float, float]] = []
     for k in dataset.unique().tolist():
         mine = dataset == k  # [B]
@@ -199,8 +209,9 @@ def set_metrics(pred: Tensor, action: Tensor, active: Tensor, dataset: Tensor) -
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 32) -> float:
-    """Sliced 2-Wasserstein distance of two equally large sets [n,2]: exact in each of so many evenly spaced directions, root mean square over
-    them. ValueError for other shapes. (arXiv:1902.00434; in the plane even spacing needs no chance.)"""
+    """Sliced 2-Wasserstein distance of two equally large sets [n,2]: exact in each of so many evenly spaced directions,
+    root mean square over them. ValueError for other shapes. (arXiv:1902.00434; in the plane even spacing needs no
+    chance.)"""
     if x.shape != y.shape or x.ndim != 2 or x.shape[1] != 2:
         raise ValueError(f"expected two sets [n,2] of one size, got {tuple(x.shape)} and {tuple(y.shape)}")
     angle = math.pi * torch.arange(directions) / directions  # [directions]
@@ -208,28 +219,29 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 32) -> float:
     return ((x @ unit).sort(0).values - (y @ unit).sort(0).values).square().mean().sqrt().item()
 
 
-# --- draws against known modes -------------------------------------------------------------------------------------------
+# --- draws against known modes ---------------------------------------------------------------------------------------
 
-OFF = 0.25  # a draw further from all modes than this share of the distance between the nearest two is off them
-COVERED = 0.1  # each mode must get this share of the draws
+OFF = 0.25  # a sample further from all modes than this share of the distance between the nearest two is off them
+COVERED = 0.1  # each mode must get this share of the samples
 
 
 @dataclass(frozen=True)
 class ModeMetrics:
-    """Means over observations; the first two need a perfect expert's values beside them (finite draws)."""
+    """Means over observations; the first two need a perfect expert's values beside them (finite samples)."""
 
-    share_error: float  # |share of draws nearest to a mode − truth|, the largest over the modes
-    coverage: float  # share of observations where each mode gets at least COVERED of the draws, those off all counting for none
-    between: float  # share of draws off all modes
-    distance: float  # root mean square per entry from a draw to its nearest mode, averaged
+    share_error: float  # |share of samples nearest to a mode − truth|, the largest over the modes
+    coverage: float  # share of observations where each mode gets at least COVERED of the samples; off all: of none
+    between: float  # share of samples off all modes
+    distance: float  # root mean square per entry from a sample to its nearest mode, averaged
 
 
-def mode_metrics(draws: Tensor, centre: Tensor, share: Tensor) -> ModeMetrics:
-    """Of chunks `draws` [B,G,D] against the modes `centre` [B,M,D], M at least 2, which the expert takes with probability `share` [B,M]."""
-    itself = torch.eye(centre.shape[1], dtype=torch.bool)  # [M,M]
-    apart = torch.cdist(centre, centre).masked_fill(itself, math.inf).flatten(1).min(1).values  # [B]
-    near, which = torch.cdist(draws, centre).min(2)  # [B,G] each
-    taken = which[..., None] == torch.arange(centre.shape[1])  # [B,G,M]
+def mode_metrics(draws: Tensor, center: Tensor, share: Tensor) -> ModeMetrics:
+    """Of chunks `draws` [B,G,D] against the modes `center` [B,M,D], M at least 2, which the expert takes with
+    probability `share` [B,M]."""
+    itself = torch.eye(center.shape[1], dtype=torch.bool)  # [M,M]
+    apart = torch.cdist(center, center).masked_fill(itself, math.inf).flatten(1).min(1).values  # [B]
+    near, which = torch.cdist(draws, center).min(2)  # [B,G] each
+    taken = which[..., None] == torch.arange(center.shape[1])  # [B,G,M]
     off = near > OFF * apart[:, None]  # [B,G]
     hits = (taken & ~off[..., None]).float().mean(1)  # [B,M]
     return ModeMetrics(
@@ -240,13 +252,14 @@ def mode_metrics(draws: Tensor, centre: Tensor, share: Tensor) -> ModeMetrics:
     )
 
 
-# --- drift -----------------------------------------------------------------------------------------------------------------
+# --- drift -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Drift:
-    """`step` [τ,B,G,T,128]: where one pull at each temperature would move every entry, in the units of the actions, 0 where an entry does not
-    count. `mean_square` [τ]: mean of the pulls' squares in units of the mean distance, as training logs it."""
+    """`step` [τ,B,G,T,128]: where one pull at each temperature would move every entry, in the units of the actions, 0
+    where an entry does not count. `mean_square` [τ]: mean of the pulls' squares in units of the mean distance, as
+    training logs it."""
 
     step: Tensor
     mean_square: Tensor
@@ -254,8 +267,8 @@ class Drift:
 
 @torch.no_grad()
 def drift_of(draws: Tensor, action: Tensor, active: Tensor, embodiment: Tensor, config: LossConfig) -> Drift:
-    """The drift of whole chunks `draws` [B,G,T,128] towards their own expert chunk `action` [B,T,128] and away from each other, by
-    `config`'s temperatures and floor; `active` [B,T,128] bool, `embodiment` [B]."""
+    """The drift of complete chunks `draws` [B,G,T,128] towards their own expert chunk `action` [B,T,128] and away from
+    each other, by `config`'s temperatures and floor; `active` [B,T,128] bool, `embodiment` [B]."""
     steps, means = [], []
     for tau in config.temperatures:
         field = grouped_drifting_field(
@@ -274,5 +287,6 @@ def drift_of(draws: Tensor, action: Tensor, active: Tensor, embodiment: Tensor, 
 
 
 def drift_strength(mean_square: Sequence[float], temperatures: Sequence[float]) -> dict[str, float]:
-    """ "lambda/<τ>" → λ, ln of mean(F²): what falls while the draws approach the expert, which the drifting loss does not."""
+    """ "lambda/<τ>" → λ, ln of mean(F²): what falls while the samples approach the expert, which the drifting loss does
+    not."""
     return {f"lambda/{tau:g}": math.log(max(value, 1e-30)) for tau, value in zip(temperatures, mean_square)}

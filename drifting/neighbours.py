@@ -1,12 +1,11 @@
 """Further positives for the drift: expert chunks of the observations nearest in feature space.
 
-An observation has one expert chunk, but where demonstrations of one task pass through the same situation, the chunks of the
-nearest observations of other demonstrations say what else an expert does there. Near is not equal: every neighbour trades
-p(a | o) for p(a | about o).
+An observation has one expert chunk, but where demonstrations of one task pass through the same situation, the chunks of
+the nearest observations of other demonstrations say what else an expert does there. Near is not equal: every neighbor
+trades p(a | o) for p(a | about o).
 
-Letters: B observations, N observations of a bank, S features of an observation, D, Dt token and text widths, P neighbours,
-T action steps.
-"""
+Letters: B observations, N observations of a bank, S features of an observation, D, Dt token and text widths, P
+neighbors, T action steps."""
 
 from __future__ import annotations
 
@@ -22,20 +21,22 @@ from ..batch import FeatureBatch
 
 
 class Positives(NamedTuple):
-    """Arguments of `policy_loss`: `positives` [B,P,T,128] normalised, `w_pos` [B,P] 1 where there is one, else 0."""
+    """Arguments of `policy_loss`: `positives` [B,P,T,128] normalized, `w_pos` [B,P] 1 where there is one, else 0."""
 
     positives: Tensor
     w_pos: Tensor
 
 
 class Neighbours(Protocol):
-    """What a trainer asks: P positives for each observation of the batch, on the batch's device. `FeatureBank` is one."""
+    """What a trainer asks: P positives for each observation of the batch, on the batch's device. `FeatureBank` is
+    one."""
 
     def __call__(self, batch: FeatureBatch, count: int) -> Positives: ...
 
 
 def pooled(batch: FeatureBatch) -> Tensor:
-    """What makes observations near [B,D+Dt] float32: the means of the visible picture and text tokens, each of length 1.
+    """What makes observations near [B,D+Dt] float32: the means of the visible image and text tokens, each of length
+    1.
 
     These are the frozen features, not the trained projections of them: a bank stays valid while the policy learns.
     """
@@ -48,17 +49,18 @@ def pooled(batch: FeatureBatch) -> Tensor:
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """Observations to search exactly, all on one device. Only of the same dataset: other action spaces are never compared."""
+    """Observations to search exactly, all on one device. Only of the same dataset: other action spaces are never
+    compared."""
 
     features: Tensor  # [N,S] float, by default `pooled`
-    chunks: Tensor  # [N,T,128] float32 normalised, none running past its episode's end
+    chunks: Tensor  # [N,T,128] float32 normalized, none running past its episode's end
     dataset: Tensor  # [N] int64, as in FeatureBatch
     frame_index: Tensor  # [N] int64, as in FeatureBatch
-    gap: int = 0  # observations so many frames away, or less, are no neighbours: the same moment again
+    gap: int = 0  # observations so many frames away, or less, are no neighbors: the same moment again
 
     @classmethod
     def of(cls, batches: Iterable[FeatureBatch], gap: int = 0) -> FeatureBank:
-        """The bank of all whole chunks in `batches` (decoded ones); ValueError where there are none."""
+        """The bank of all complete chunks in `batches` (decoded ones); ValueError where there are none."""
         rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for batch in batches:
             whole = batch.step_mask.all(1)  # [B]

@@ -1,8 +1,7 @@
 """PolicyNet: the trained part of the policy: projects cached or live VLM features to the DiT's width, generates.
 
-Letters: B observations, L vision tokens, Lt text tokens, S = L+Lt, D feature width of the VLM, Dt width of its text features, W width of
-the DiT, G draws, T action steps.
-"""
+Letters: B observations, L vision tokens, Lt text tokens, S = L+Lt, D feature width of the VLM, Dt width of its text
+features, W width of the DiT, G noise samples, T action steps."""
 
 from __future__ import annotations
 
@@ -25,24 +24,22 @@ class PolicyNetConfig:
     dit: DiTConfig = field(default_factory=DiTConfig)  # the generator
     max_views: int = 8  # distinct cameras (view_id < max_views)
     max_frames: int = 8  # distinct frame offsets (frame_id < max_frames)
-    slots: tuple[
-        int, ...
-    ] = ()  # of the 128, ascending: the generator reads and gives these alone (an ablation); () = all
+    slots: tuple[int, ...] = ()  # of the 128, ascending: all that the generator reads and gives (an ablation); () = all
 
     def __post_init__(self) -> None:
         if self.slots and (
             len(self.slots) != self.dit.action_dim or len(self.slots) != self.dit.proprio_dim or self.dit.denoising
         ):
             raise UserError(
-                f"the generator has {self.dit.action_dim} action and {self.dit.proprio_dim} proprioception entries for {len(self.slots)} slots; "
-                "they must be as many, and a denoising head reads all 128"
+                f"the generator has {self.dit.action_dim} action and {self.dit.proprio_dim} proprioception entries for "
+                f"{len(self.slots)} slots; their counts must match, and a denoising head reads all 128"
             )
 
 
 class PolicyNet(nn.Module):
-    """(FeatureBatch, noise, α) → normalised unified actions.
+    """(FeatureBatch, noise, α) → normalized unified actions.
 
-    `encode` projects the observation once; `decode` generates any number of draws from it; `forward` is both.
+    `encode` projects the observation once; `decode` generates any number of samples from it; `forward` is both.
     """
 
     slots: Tensor  # [slots] int64, those of the config
@@ -58,9 +55,8 @@ class PolicyNet(nn.Module):
         self.time_embed = nn.Embedding(config.max_frames, w)
         self.text_position = nn.Linear(FOURIER_FEATURES, w, bias=False)  # embedded words have no order of their own
         self.dit = DriftingDiT(config.dit)
-        self.register_buffer(
-            "slots", torch.tensor(config.slots, dtype=torch.int64), persistent=False
-        )  # part of the config, not of the weights
+        # part of the config, not of the weights
+        self.register_buffer("slots", torch.tensor(config.slots, dtype=torch.int64), persistent=False)
         projections = [p[0] for p in (self.proj_seq, self.proj_text, self.proj_pool) if p is not None]
         for linear in (*projections, self.text_position):
             nn.init.xavier_uniform_(linear.get_parameter("weight"))
@@ -72,9 +68,8 @@ class PolicyNet(nn.Module):
     def encode(self, batch: FeatureBatch) -> Context:
         """The context of every observation. Masked tokens are replaced by zero before anything reads them."""
         device, l = batch.tokens.device.type, batch.tokens.shape[1]
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.text_position.weight.dtype
-        )
+        weights = self.text_position.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights
         mask = torch.cat([batch.token_mask, batch.text_mask], dim=1)  # [B,S]
         parts = [batch.tokens.to(dtype), batch.text.to(dtype)]  # [B,L,D], [B,Lt,Dt]
         if self.proj_text is None:
@@ -88,9 +83,8 @@ class PolicyNet(nn.Module):
         place = self.camera_embed(batch.view_id) + self.time_embed(batch.frame_id)  # [B,L,W]
         index = torch.arange(batch.text.shape[1], device=batch.text.device)  # [Lt]
         order = self.text_position(fourier(index.float()).to(dtype))  # [Lt,W]
-        seen, words = sequence.split(
-            [l, batch.text.shape[1]], dim=1
-        )  # [B,L,W], [B,Lt,W]; slices would bind an exported graph to Lt > 1
+        # [B,L,W], [B,Lt,W]; slices would bind an exported graph to Lt > 1
+        seen, words = sequence.split([l, batch.text.shape[1]], dim=1)
         sequence = torch.cat([seen + place, words + order], dim=1)  # [B,S,W]
         proprio = batch.proprio[:, self.slots] if self.config.slots else batch.proprio  # [B,128], or those of the slots
         return Context(sequence, mask, pooled, batch.embodiment, proprio, batch.control_hz, batch.action_mask)
@@ -105,14 +99,13 @@ class PolicyNet(nn.Module):
     ) -> Tensor:
         """Chunks [B,G,T,128] in the parameters' dtype, for `noise` [B,G,T,64] and scales α `alpha` [B].
 
-        Of a denoising head: its prediction for noisy actions `noise` [B,G,T,128] at `time` [B,G]; `kept` as in `DriftingDiT`.
-        """
+        Of a denoising head: its prediction for noisy actions `noise` [B,G,T,128] at `time` [B,G]; `kept` as in
+        `DriftingDiT`."""
         out = self.dit(noise, context, alpha, time, kept)
         if not self.config.slots:
             return out
-        return out.new_zeros(*out.shape[:-1], UNIFIED_DIM).index_copy(
-            -1, self.slots, out
-        )  # zeros in the others, which no loss reads
+        zeros = out.new_zeros(*out.shape[:-1], UNIFIED_DIM)  # in the other slots, which no loss reads
+        return zeros.index_copy(-1, self.slots, out)
 
     def forward(self, batch: FeatureBatch, noise: Tensor, alpha: Tensor, time: Tensor | None = None) -> Tensor:
         """`decode(encode(batch), noise, alpha, time)`: noise [B,G,T,64], alpha [B] → [B,G,T,128]."""

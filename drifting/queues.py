@@ -1,9 +1,11 @@
-"""Queues of earlier chunks as further positives and negatives of the drift: an ablation, for it is not what conditional drift wants.
+"""Queues of earlier chunks as further positives and negatives of the drift: an ablation, for it is not what conditional
+drift wants.
 
-A queue of a task holds chunks of other observations of that task: its positives describe p(a | task), not p(a | o), and the global
-queue p(a). Drifting towards them spreads each observation's actions over everything the experts do anywhere in the task.
+A queue of a task holds chunks of other observations of that task: its positives describe p(a | task), not p(a | o), and
+the global queue p(a). Drifting towards them spreads each observation's actions over everything the experts do anywhere
+in the task.
 
-Letters: B observations, G draws, T action steps, K queues, Q chunks in a queue.
+Letters: B observations, G noise samples, T action steps, K queues, Q chunks in a queue.
 """
 
 from __future__ import annotations
@@ -30,20 +32,16 @@ class Drawn(NamedTuple):
 class ChunkQueues:
     """First in, first out, Q chunks each: experts' as positives, generated ones as negatives.
 
-    `config.queue` "task": one queue for each (embodiment, dataset, instruction); "global": one for each (embodiment, dataset),
-    since chunks of different action spaces are never compared. `head_loss(queues=…)` draws, then pushes. Queues are made as tasks
-    appear, Q · T kibibytes each. With several processes the caller pushes the chunks of all, so that each holds the same queues.
-    """
+    `config.queue` "task": one queue for each (embodiment, dataset, instruction); "global": one for each (embodiment,
+    dataset), since chunks of different action spaces are never compared. `head_loss(queues=…)` draws, then pushes.
+    Queues are made as tasks appear, Q · T kibibytes each. With several processes the caller pushes the chunks of all,
+    so that each holds the same queues."""
 
     def __init__(self, config: LossConfig, horizon: int, device: torch.device | str = "cpu") -> None:
         if config.queue == "none":
             raise ValueError("LossConfig.queue is none: there is nothing to queue")
-        self.by_task, self.size, self.horizon, self.device = (
-            config.queue == "task",
-            config.queue_size,
-            horizon,
-            torch.device(device),
-        )
+        self.by_task, self.size = config.queue == "task", config.queue_size
+        self.horizon, self.device = horizon, torch.device(device)
         self._pushed: dict[tuple[int, ...], int] = {}  # chunks pushed so far, by queue
         self._chunks: dict[tuple[int, ...], Tensor] = {}  # [2,Q,T,128]: expert, generated
 
@@ -81,7 +79,7 @@ class ChunkQueues:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state`; ValueError for queues of another size or horizon."""
+        """Continue from `state`; ValueError for queues of another size or horizon."""
         given, wanted = tuple(state["chunks"].shape[1:]), (2, self.size, self.horizon, UNIFIED_DIM)
         if given != wanted:
             raise ValueError(f"queues: expected chunks {wanted}, got {given}")
@@ -97,8 +95,9 @@ class ChunkQueues:
 
 
 def instruction_id(batch: FeatureBatch) -> Tensor:
-    """A number [B] int64 for each instruction, computed from the bits of its visible embeddings (rounded to fp16): equal for equal
-    instructions, whatever the padding, the batch or the device, and different for different ones but for chance."""
+    """A number [B] int64 for each instruction, computed from the bits of its visible embeddings (rounded to fp16):
+    equal for equal instructions, whatever the padding, the batch or the device, and different for different ones but
+    for chance."""
     bits = batch.text.to(torch.float16).contiguous().view(torch.int16).to(torch.int64)  # [B,Lt,Dt]
     _, length, width = bits.shape
     factor = torch.arange(1, length * width + 1, device=bits.device) * _MIX  # wraps around 2^64, as do sums

@@ -1,26 +1,26 @@
 """A batch's memory, and how it is filled from a cache.
 
-Ownership of buffers: each batch lives in one storage, and a storage goes back to the pool only when no tensor shares
-it any more. So a batch, or any view of one of its fields, may be kept as long as one likes and is never overwritten;
-a loop that drops each batch runs in a few storages. All fields lie in one flat buffer, so that one copy takes a batch to a device.
+Ownership of buffers: each batch lives in one storage, and a storage goes back to the pool only when no tensor shares it
+any more. So a batch, or any view of one of its fields, may be kept for any time and is never overwritten; a loop that
+drops each batch runs in a few storages. All fields lie in one flat buffer, so that one copy takes a batch to a device.
 
-Letters: B batch, V views, P tokens per view, L = V·P, D width, Lt text tokens, Dt their width, T horizon, n samples of one dataset.
+Letters: B batch, V views, P tokens per view, L = V·P, D width, Lt text tokens, Dt their width, T horizon, n samples
+of one dataset.
 """
 
 from __future__ import annotations
 
 import queue
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ...batch import UNIFIED_DIM, FeatureBatch
+from ...batch import UNIFIED_DIM, FeatureBatch, Layout, layout
 from ..actions.normalizer import Normalizer
 from ..store.cache import Cache, CacheDataset
 from ..store.codec import dequantize
+from .sample import Draws
 
 _DTYPES = {
     torch.float16: np.float16,
@@ -33,25 +33,10 @@ _DTYPES = {
 ALIGN = 64  # bytes: fields begin at multiples of it; `preadv` to addresses that are not takes nearly twice as long
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What is drawn for the samples of a batch, [B] each."""
-
-    dataset: np.ndarray  # int64
-    row: np.ndarray  # int64, frame on the dataset's time axis
-    no_text: np.ndarray  # bool: the condition is replaced by its null
-    no_images: np.ndarray  # bool
-    no_proprio: np.ndarray  # bool
-    variant: np.ndarray  # int64: augmented variant of the pictures, 0 = as they are
-
-    def __getitem__(self, where: np.ndarray | slice) -> Draws:
-        return Draws(*(getattr(self, name)[where] for name in self.__dataclass_fields__))
-
-
 class Fields:
     """The fields of batches of one geometry, one after another in a flat buffer of `nbytes`."""
 
-    def __init__(self, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(self, shapes: Layout) -> None:
         self.shapes, self.parts, self.nbytes = shapes, {}, 0
         for name, (shape, dtype) in shapes.items():
             end = self.nbytes + int(np.prod(shape)) * dtype.itemsize
@@ -72,8 +57,10 @@ class Fields:
 
 
 class Storage:
-    """One batch's memory. `arrays`: the fields by name; `records`, `scales` [B·V]: where each frame's features of each view, and
-    their token scales, go. `awaited`: whoever copies it to a device keeps it until that is over."""
+    """One batch's memory.
+
+    `arrays`: the fields by name; `records`, `scales` [B·V]: where each frame's features of each view, and their token
+    scales, go. `awaited`: whoever copies it to a device keeps it until that is over."""
 
     def __init__(self, fields: Fields, slots: int, pinned: bool, awaited: bool) -> None:
         self._memory = torch.zeros(fields.nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
@@ -97,8 +84,8 @@ class Storage:
 
     def _released(self, pool: queue.SimpleQueue[Storage]) -> None:
         if self._event is not None:
-            self._event.record()  # on the stream that is current where the last tensor was dropped: the one that copied
-        pool.put(self)  # reentrant, so safe in a finaliser
+            self._event.record()  # on the stream where the last tensor was dropped: the one that copied
+        pool.put(self)  # reentrant, so safe in a finalizer
 
 
 def _pieces(memory: np.ndarray, count: int) -> list[memoryview]:
@@ -108,12 +95,12 @@ def _pieces(memory: np.ndarray, count: int) -> list[memoryview]:
 
 
 def _values(numbers: np.ndarray) -> list[int]:
-    """The different ones among small `numbers` [n] ≥ 0 (much faster than `np.unique`)."""
+    """The distinct ones of small `numbers` [n] ≥ 0 (much faster than `np.unique`)."""
     return np.flatnonzero(np.bincount(numbers)).tolist()
 
 
 class _Table:
-    """Rows of a unified table [N, 128], normalised: the numbers of `Normalizer.normalize`, worked out for active slots alone."""
+    """Rows of a unified table [N, 128] as `Normalizer.normalize` gives them, computed for active slots alone."""
 
     def __init__(self, values: np.ndarray, normalizer: Normalizer) -> None:
         self._values, self._slots = values, np.flatnonzero(normalizer.mask)
@@ -139,28 +126,9 @@ class Assembler:
         self.views = max(len(d.views) for d in cache.datasets) if features else 0
         b, length, width = batch_size, self.views * cache.tokens, cache.width
         text = max(max(d.text.shape[1], len(d.null_text)) for d in cache.datasets), cache.text_width
-        half, real, integer, boolean = torch.float16, torch.float32, torch.int64, torch.bool
-        stored = getattr(torch, cache.format.zarr_dtype) if features else half
+        stored = getattr(torch, cache.format.zarr_dtype) if features else torch.float16
         self.slots, self.quantized = b * self.views, features and cache.format.quantized
-        shapes = {
-            "tokens": ((b, length, width), stored),
-            "token_mask": ((b, length), boolean),
-            "view_id": ((b, length), integer),
-            "frame_id": ((b, length), integer),
-            "text": ((b, *text), half),
-            "text_mask": ((b, text[0]), boolean),
-            "proprio": ((b, UNIFIED_DIM), real),
-            "action": ((b, horizon, UNIFIED_DIM), real),
-            "action_mask": ((b, UNIFIED_DIM), boolean),
-            "step_mask": ((b, horizon), boolean),
-            "embodiment": ((b,), integer),
-            "control_hz": ((b,), real),
-            "dataset": ((b,), integer),
-            "frame_index": ((b,), integer),
-        }
-        if self.quantized:
-            shapes |= {"token_scale": ((b, length), real), "channel_scale": ((width,), real)}
-        self.fields = Fields(shapes)
+        self.fields = Fields(layout(b, length, width, text, horizon, stored, self.quantized))
         self._tables = [
             (_Table(d.action, d.action_normalizer), _Table(d.proprio, d.proprio_normalizer)) for d in cache.datasets
         ]
@@ -168,7 +136,7 @@ class Assembler:
         self.files = cache.shard_files()
 
     def __call__(self, draws: Draws) -> torch.Tensor:
-        """The flat buffer (see `Fields.batch`) of the samples that were drawn."""
+        """The flat buffer (see `Fields.batch`) of what was drawn."""
         try:
             storage = self.pool.get_nowait()
             storage.wait()
@@ -239,7 +207,7 @@ class Assembler:
 
 
 def decoded(batch: FeatureBatch) -> FeatureBatch:
-    """The batch with 8-bit tokens decoded, on the device it is on, to the dtype of its text; others as they are. Checked."""
+    """The batch with 8-bit tokens decoded on its device to the dtype of its text; others unchanged. Checked."""
     if batch.token_scale is None or batch.channel_scale is None:
         return batch.check()
     tokens = dequantize(batch.tokens, batch.token_scale, batch.channel_scale, batch.text.dtype)  # [B, L, D]

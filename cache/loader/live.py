@@ -34,10 +34,10 @@ def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache) -> Feat
 
 
 class LiveFeatures:
-    """Features of a cache's samples computed from the source pictures: the batch contract with a live encoder.
+    """Features of a cache's samples computed from the source images: the batch contract with a live encoder.
 
-    `sources` are the cache's, in its order (`corpus.sources_of`). Decoded episodes are kept in memory while they fit in
-    `memory_gib`; beyond it single frames are decoded when needed.
+    `sources` are the cache's, in its order (`provenance.sources_of`). Decoded episodes are kept in memory while they
+    fit in `memory_gib`; beyond it single frames are decoded when needed.
     """
 
     def __init__(
@@ -49,48 +49,42 @@ class LiveFeatures:
         self._decoded: dict[tuple[int, int, int], np.ndarray] = {}
         self._room = int(memory_gib * 2**30)
 
-    def __call__(self, batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray | None = None) -> FeatureBatch:
+    def __call__(
+        self, batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+    ) -> FeatureBatch:
         """`batch` (made without features, tokens [B,0,D]) with live tokens [B,V·K,D].
 
-        `masked` [B] bool: the cache's null image features take the place of these samples' pictures. `variant` [B] int64: the
-        augmented variant of each sample's pictures, 0 = as they are. Features that depend on the instruction do so whether or not the
-        sample's text is masked, as in the cache.
+        `no_images` [B] bool (None: none): the cache's null image features take the place of these images. `variant` [B]
+        int64 (None: zeros): the augmented variant of each image, 0 = the image itself. Features that depend on the
+        instruction do so whether or not the text is dropped, as in the cache.
         """
-        datasets, rows = batch.dataset.tolist(), batch.frame_index.tolist()
-        cache, encoder = self._cache, self.encoder
-        views = max(len(d.views) for d in cache.datasets)
-        variants = np.zeros(len(rows), np.int64) if variant is None else variant
-        seen = [
-            (d, row, range(len(cache.datasets[d].views)), int(j))
-            for d, row, hidden, j in zip(datasets, rows, masked, variants)
-            if not hidden
-        ]
+        cache, encoder, b = self._cache, self.encoder, len(batch)
+        hidden = np.zeros(b, bool) if no_images is None else no_images
+        variants = np.zeros(b, np.int64) if variant is None else variant
+        rows = list(zip(batch.dataset.tolist(), batch.frame_index.tolist(), hidden.tolist(), variants.tolist()))
+        seen = [(d, row, range(len(cache.datasets[d].views)), k) for d, row, dropped, k in rows if not dropped]
         live = iter(
             encode_observations(
                 encoder,
-                [[self.frame(d, row, v) for v in each] for d, row, each, _ in seen],
+                [[self.frame(d, row, v) for v in views] for d, row, views, _ in seen],
                 [self._instruction(d, row) for d, row, _, _ in seen],
-                [[self._key(d, row, v, j) for v in each] for d, row, each, j in seen],
+                [[self._key(d, row, v, k) for v in views] for d, row, views, k in seen],
             )
         )
-        tokens = torch.stack(
-            [
-                self._padded(
-                    torch.from_numpy(cache.datasets[d].null_features).to(encoder.device, encoder.dtype)
-                    if hidden
-                    else next(live),
-                    views,
-                )
-                for d, hidden in zip(datasets, masked)
-            ]
-        )  # [B,V,K,D]
-        return with_tokens(batch, tokens, cache)
+        most = max(len(d.views) for d in cache.datasets)
+        tokens = []
+        for d, _, dropped, _ in rows:
+            null = (
+                torch.from_numpy(cache.datasets[d].null_features).to(encoder.device, encoder.dtype) if dropped else None
+            )
+            own = next(live) if null is None else null  # [v,K,D]
+            tokens.append(F.pad(own, (0, 0, 0, 0, 0, most - len(own))))  # [V,K,D], zeros where there is no camera
+        return with_tokens(batch, torch.stack(tokens), cache)
 
     def frame(self, dataset: int, row: int, view: int) -> np.ndarray:
-        """uint8 [H, W, 3]: the source picture behind one row of the cache."""
-        table = self._cache.datasets[dataset]
-        position = int(table.episode_of(np.array([row]))[0])
-        step, key = row - int(table.episode_start[position]), (dataset, position)
+        """uint8 [H, W, 3]: the source image behind one row of the cache."""
+        position, step = self._place(dataset, row)
+        key = (dataset, position)
         if key not in self._episodes:
             self._episodes[key] = self._load(dataset, position)
         stream = self._episodes[key].views[view]
@@ -103,24 +97,24 @@ class LiveFeatures:
         self._decoded[*key, view] = np.stack(list(stream.frames()))
         return self._decoded[*key, view][step]
 
-    @staticmethod
-    def _padded(features: torch.Tensor, views: int) -> torch.Tensor:
-        """[v,K,D] → [views,K,D], zeros where there is no camera."""
-        return F.pad(features, (0, 0, 0, 0, 0, views - len(features)))
-
-    def _instruction(self, dataset: int, row: int) -> str:
-        """The episode's own, also where its text is masked."""
-        table = self._cache.datasets[dataset]
-        return table.instructions[int(table.episode_instruction[table.episode_of(np.array([row]))[0]])]
-
-    def _key(self, dataset: int, row: int, view: int, variant: int) -> int:
-        """As the build keys the picture's variant; 0 for the picture as it is."""
-        if not variant:
-            return 0
+    def _place(self, dataset: int, row: int) -> tuple[int, int]:
+        """(position of the row's episode in the dataset, step in the episode)."""
         table = self._cache.datasets[dataset]
         position = int(table.episode_of(np.array([row]))[0])
-        frame = np.array([row - int(table.episode_start[position])])
-        return int(frame_keys(table.name, table.views[view], int(table.episode_id[position]), frame, variant)[0])
+        return position, row - int(table.episode_start[position])
+
+    def _instruction(self, dataset: int, row: int) -> str:
+        """The episode's own, also where its text is dropped."""
+        table = self._cache.datasets[dataset]
+        return table.instructions[int(table.episode_instruction[self._place(dataset, row)[0]])]
+
+    def _key(self, dataset: int, row: int, view: int, variant: int) -> int:
+        """As the build keys the image's variant; 0 for the image itself."""
+        if not variant:
+            return 0
+        table, (position, step) = self._cache.datasets[dataset], self._place(dataset, row)
+        name, episode = table.views[view], int(table.episode_id[position])
+        return int(frame_keys(table.name, name, episode, np.array([step]), variant)[0])
 
     def _load(self, dataset: int, position: int) -> Episode:
         table, source = self._cache.datasets[dataset], self._sources[dataset]
@@ -129,6 +123,6 @@ class LiveFeatures:
         if episode.source_hash != table.attributes["source_hashes"][position]:
             raise UserError(
                 f"{source.path}: episode {number} is not the one that cache {self._cache.path} was built from; "
-                "restore it, or build the cache again"
+                "restore it, or rebuild the cache"
             )
         return episode

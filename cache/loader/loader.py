@@ -1,11 +1,12 @@
-"""From cache to FeatureBatch: threads `preadv` features straight into reused batch buffers (batches.py), in a fixed global order
-(sampling.py).
+"""From cache to `Sample`s: threads `preadv` features straight into reused batch buffers (assembler.py), in a fixed
+global order (order.py).
 
 Letters: B batch, D datasets.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,14 +19,16 @@ from ...batch import FeatureBatch
 from ...errors import UserError
 from ..store.cache import Cache, CacheDataset
 from ..vlm.augment import draw_variants
-from .assembler import Assembler, Draws, decoded
-from .masking import ConditionMasking
+from .assembler import Assembler, decoded
+from .dropout import NO_DROPOUT, ConditionDropout
 from .order import Order, SampleOrder, held_out, mixture, override, quotas
-from .prefetch import BatchIterator
+from .prefetch import Prefetch
 from .read_ahead import ReadAhead, blocks_of
+from .sample import Draws, Sample
 
 LIVE_VARIANTS = 1 << 16  # a live encoder makes any variant; so many differ
-DRAWN_AHEAD = 4096  # samples of this rank whose draws are made in one go
+DRAWN_AHEAD = 4096  # observations of this rank that are drawn in one go
+Split = Literal["train", "eval", "all"]
 
 
 def gather(
@@ -34,49 +37,79 @@ def gather(
     frame_rows: np.ndarray,
     horizon: int = 16,
     *,
-    masked: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    dropped: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     features: bool = True,
 ) -> FeatureBatch:
     """The batch of chosen frames, made by the loader's own code: `dataset_ids`, `frame_rows` int64 [B].
 
-    `masked`: (text, images, proprio) bool [B] to replace by their nulls. `ValueError` for rows out of range or of
-    quarantined episodes; `UserError` naming the shard for a damaged cache.
+    `dropped`: (text, images, proprio) bool [B], to be replaced by their null embeddings. `ValueError` for rows out of
+    range or of quarantined episodes; `UserError` naming the shard for a damaged cache.
     """
     dataset, row = np.asarray(dataset_ids, np.int64), np.asarray(frame_rows, np.int64)
     none = np.zeros(len(row), bool)
     assembler = Assembler(cache, len(row), horizon, features, pinned=False)
     try:
-        return decoded(
-            assembler.fields.batch(
-                assembler(Draws(dataset, row, *(masked or (none,) * 3), np.zeros(len(row), np.int64)))
-            )
-        )
+        flat = assembler(Draws(dataset, row, *(dropped or (none,) * 3), np.zeros(len(row), np.int64)))
+        return decoded(assembler.fields.batch(flat))
     finally:
         assembler.files.close()
 
 
-class Loader(BatchIterator):
-    """An endless iterator of this rank's batches, [batch_size] samples each. Close it, or use it as a context manager.
+class _Observations:
+    """The observations of a split: every `frame_stride`-th frame of its usable episodes, numbered within each dataset.
 
-    Sample position s of the run is the same sample for every `world_size`, `batch_size` and `threads`; the global batch
-    is `world_size · batch_size` consecutive positions, of which rank r takes the r-th part. To resume, pass
-    `start=state_dict()["offset"]`, on any number of ranks.
+    `sizes` [D] is their number, `episodes` that of all their episodes. Quarantined episodes are never among them."""
 
-    `order`: "global" draws from all samples alike; "block", for disks and networks that are slow at random, shuffles runs of neighbours
-    and the samples in a window of many runs, and reads each window ahead, front to back; "sequential" is the datasets' own order, one
-    after the other, over and over, without a mixture. Each gives every sample of a dataset once per epoch of it.
+    def __init__(self, cache: Cache, split: Split, holdout: float) -> None:
+        self._datasets = cache.datasets
+        self._episodes = [_episodes(d, split, holdout) for d in cache.datasets]
+        self._ends = [np.cumsum(d.episode_observations[e]) for d, e in zip(cache.datasets, self._episodes)]
+        self.sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]
+        self.episodes = sum(map(len, self._episodes))
+        if not any(self.sizes):
+            raise UserError(f"no episode of {cache.path} is in split {split} with holdout {holdout}; change it")
 
-    Batches come on `device` (None: the CPU), 8-bit tokens decoded there; on a CUDA device the next one is copied on a stream of
-    its own while one is in use. Without a device on the CPU, `pinned` says whether the memory is (default: when there is a CUDA device):
-    copy with `non_blocking=True` on the stream that is current when the batch is dropped.
+    def rows(self, dataset: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Frame rows [n] of the observations `index` [n] of the datasets `dataset` [n], int64 each."""
+        row = np.empty_like(index)
+        for d in np.unique(dataset):
+            here, source = dataset == d, self._datasets[d]
+            k = np.searchsorted(self._ends[d], index[here], side="right")  # which of the split's episodes
+            episode = self._episodes[d][k]
+            step = index[here] - (self._ends[d][k] - source.episode_observations[episode])
+            row[here] = source.episode_start[episode] + step * source.frame_stride
+        return row
 
-    Only observations are sampled: every `frame_stride`-th frame of an episode. `augment` shows half of the samples in one of
-    the cache's augmented variants (`UserError` when it has none; without `features` any variant goes).
 
-    `split` "train" or "eval" leaves out or keeps the `holdout` fraction of each dataset's episodes, chosen by
-    (`holdout_seed`, episode id); "all" takes every one. Quarantined episodes are never sampled. `temperature` and
-    `weights` (dataset → share, in place of what its `sampling_weight` gives): see sampling.py. `features=False` gives
-    tokens [B, 0, D], for a live encoder.
+class Loader:
+    """An endless iterator of this rank's `Sample`s, batches of `batch_size` observations.
+
+        with Loader(Cache.open(folder), batch_size=64) as loader:
+            for sample in loader:
+                loss(sample.batch)
+
+    Position s of the run is the same observation for every `world_size`, `batch_size` and `threads`; the global batch
+    is `world_size · batch_size` consecutive positions, of which rank r takes the r-th part. To resume after a sample,
+    pass `start=sample.next_offset`, on any number of ranks.
+
+    Args:
+        horizon: T, action steps of a chunk.
+        threads, prefetch: how many threads read, and how many batches ahead.
+        dropout: probabilities of dropped conditions (None: nothing is dropped).
+        split, holdout: "train" or "eval" leaves out or keeps the `holdout` fraction of each dataset's episodes, chosen
+            by episode id; "all" takes every one. Quarantined episodes are never sampled.
+        mixture_exponent, weights: the share of a dataset is ∝ sampling_weight · size^exponent, or what `weights`
+            (dataset → share) says; see order.py.
+        features: False gives tokens [B, 0, D], for a live encoder.
+        augment: half of the observations show one of the cache's augmented variants (`UserError` when it has none;
+            without `features` any variant goes).
+        order: "global" shuffles all observations; "block", for disks and networks that are slow at random access,
+            shuffles runs of neighbors and the observations in a window of many runs, and reads each window ahead,
+            front to back; "sequential" is the datasets' own order, one after the other, over and over, without a
+            mixture. Each gives every observation of a dataset once per epoch of it.
+        device: where batches come (None: the CPU, in pinned memory where there is a CUDA device: copy with
+            `non_blocking=True` on the stream that is current when the batch is dropped), 8-bit tokens decoded there. To
+            a CUDA device the next batch is copied on a stream of its own while one is in use.
     """
 
     def __init__(
@@ -91,14 +124,12 @@ class Loader(BatchIterator):
         world_size: int = 1,
         start: int = 0,
         prefetch: int = 3,
-        masking: ConditionMasking | None = None,
-        split: Literal["train", "eval", "all"] = "train",
+        dropout: ConditionDropout | None = None,
+        split: Split = "train",
         holdout: float = 0.0,
-        holdout_seed: int = 0,
-        temperature: float = 0.5,
+        mixture_exponent: float = 0.5,
         weights: Mapping[str, float] | None = None,
         features: bool = True,
-        pinned: bool | None = None,
         augment: bool = False,
         order: Order = "global",
         device: torch.device | str | None = None,
@@ -110,84 +141,57 @@ class Loader(BatchIterator):
             )
         if augment and features:
             require_variants(cache)
-        self.cache, self.masking, self.seed = cache, masking or ConditionMasking(0.0, 0.0, 0.0), seed
         self._variants = 0 if not augment else cache.variants if features else LIVE_VARIANTS
-        self._start = start
-        self._episodes = [_episodes(d, split, holdout, holdout_seed) for d in cache.datasets]
-        self._ends = [np.cumsum(d.episode_observations[e]) for d, e in zip(cache.datasets, self._episodes)]
-        self.sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]  # samples of each dataset
-        if not any(self.sizes):
-            raise UserError(f"no episode of {cache.path} is in split {split} with holdout {holdout}; change it")
+        self.cache, self._seed, self._dropout = cache, seed, dropout or NO_DROPOUT
+        self._rank, self._batch_size, self._global_batch = rank, batch_size, batch_size * world_size
+        self._observations = _Observations(cache, split, holdout)
+        self.sizes = self._observations.sizes  # [D] observations of each dataset
         factors = [float(d.attributes.get("sampling_weight", 1.0)) for d in cache.datasets]  # absent in older caches
-        shares = override(mixture(self.sizes, temperature, factors), [d.name for d in cache.datasets], weights or {})
+        names = [d.name for d in cache.datasets]
+        shares = override(mixture(self.sizes, mixture_exponent, factors), names, weights or {})
         self.order = SampleOrder(self.sizes, shares, seed, order, blocks_of(cache, quotas(shares)))
         self._drawn: OrderedDict[int, Draws] = OrderedDict()
         self._draw_lock = threading.Lock()
+        self._start = self._offset = start
 
-        super().__init__(
-            cache,
-            batch_size,
-            horizon,
-            features,
-            rank=rank,
-            threads=threads,
-            prefetch=prefetch,
-            start=start,
-            global_batch=batch_size * world_size,
-            device=device,
-            pinned=pinned,
+        target = torch.device(device or "cpu")
+        copied = target.type == "cuda"
+        self._assemble = Assembler(
+            cache, batch_size, horizon, features, pinned=copied or torch.cuda.is_available(), awaited=copied
         )
-        self._ahead = (
-            ReadAhead(cache, self.order, self._assemble.files, self._draws_at, self._mine)
-            if order == "block" and features
-            else None
+        self._ahead = None
+        if order == "block" and features:
+            self._ahead = ReadAhead(cache, self.order, self._assemble.files, self._draws_at, self._mine)
+        offsets = itertools.count(start, self._global_batch)
+        self._batches = Prefetch(
+            self._flat, self._assemble.fields, offsets, threads=threads, ahead=prefetch, device=target
         )
-        self._begin()
 
     def __repr__(self) -> str:
-        episodes = sum(len(e) for e in self._episodes)
         return (
-            f"Loader(samples {sum(self.sizes)}, episodes {episodes}, batch size {self._batch_size}, "
-            f"horizon {self._assemble.horizon}, order {self.order.order}, offset {self._delivered}, {self.cache!r})"
+            f"Loader(samples {sum(self.sizes)}, episodes {self._observations.episodes}, batch size {self._batch_size}, "
+            f"horizon {self._assemble.horizon}, order {self.order.order}, offset {self._offset}, {self.cache!r})"
         )
 
-    def samples(self, offset: int) -> tuple[np.ndarray, np.ndarray]:
-        """(dataset, frame row) int64 [batch_size] of this rank's batch whose global batch begins at `offset`."""
-        draws = self._draws(offset)
-        return draws.dataset, draws.row
+    def __iter__(self) -> Loader:
+        return self
 
-    def masked(self, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(text, images, proprio) bool [batch_size]: the conditions replaced by nulls in this rank's batch at `offset`."""
-        draws = self._draws(offset)
-        return draws.no_text, draws.no_images, draws.no_proprio
+    def __next__(self) -> Sample:
+        batch, offset = next(self._batches), self._offset
+        self._offset += self._global_batch
+        return Sample(batch, self.draws(offset), offset, self._offset)
 
-    def variants(self, offset: int) -> np.ndarray:
-        """int64 [batch_size]: the augmented variant of each sample of this rank's batch at `offset`; 0 is the picture itself."""
-        return self._draws(offset).variant
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that `next` has waited for data so far."""
+        return self._batches.wait_seconds
 
-    def close(self) -> None:
-        """Stop the threads and close the files. Batches already handed out stay valid."""
-        if self._ahead is not None:
-            self._ahead.close()
-        super().close()
-
-    def _flat(self, offset: int) -> torch.Tensor:
-        if self._ahead is not None:
-            self._ahead.need(self._positions(offset))
-        return self._assemble(self._draws(offset))
-
-    def _mine(self, position: np.ndarray) -> np.ndarray:
-        """Which positions [n] this rank reads."""
-        return (position >= self._start) & (
-            (position - self._start) % self._global_batch // self._batch_size == self._rank
-        )
-
-    def _draws(self, offset: int) -> Draws:
-        """What is drawn for this rank's batch at `offset`; of many batches at a time, since the work is one of many small operations."""
+    def draws(self, offset: int) -> Draws:
+        """What is drawn for this rank's part of the global batch at `offset`: a pure function of it and the seed."""
         step, odd = divmod(offset - self._start, self._global_batch)
         if odd or step < 0:
             return self._draws_at(self._positions(offset))
-        steps = max(1, DRAWN_AHEAD // self._batch_size)
+        steps = max(1, DRAWN_AHEAD // self._batch_size)  # many batches at a time: the work is many small operations
         part, at = divmod(step, steps)
         with self._draw_lock:
             if part not in self._drawn:
@@ -197,34 +201,54 @@ class Loader(BatchIterator):
                     self._drawn.popitem(last=False)
             return self._drawn[part][at * self._batch_size : (at + 1) * self._batch_size]
 
+    def close(self) -> None:
+        """Stop the threads and close the files. Batches already handed out stay valid."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._batches.close()
+        self._assemble.files.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _flat(self, offset: int) -> torch.Tensor:
+        """The flat buffer of this rank's batch at `offset`."""
+        if self._ahead is not None:
+            self._ahead.need(self._positions(offset))
+        return self._assemble(self.draws(offset))
+
+    def _positions(self, offset: int) -> np.ndarray:
+        """Positions [B] of this rank's part of the global batch at `offset`."""
+        return offset + self._rank * self._batch_size + np.arange(self._batch_size)
+
+    def _mine(self, position: np.ndarray) -> np.ndarray:
+        """Which positions [n] this rank reads."""
+        since = position - self._start
+        return (since >= 0) & (since % self._global_batch // self._batch_size == self._rank)
+
     def _draws_at(self, position: np.ndarray) -> Draws:
-        """What is drawn at `position` [n]: a pure function of it and the seed."""
-        dataset, rank = self.order.draws(position)
-        index = self.order.index(dataset, rank)
-        row = np.empty_like(index)
-        for d in np.unique(dataset):
-            here, source = dataset == d, self.cache.datasets[d]
-            k = np.searchsorted(self._ends[d], index[here], side="right")  # which of the split's episodes
-            episode = self._episodes[d][k]
-            step = index[here] - (self._ends[d][k] - source.episode_observations[episode])
-            row[here] = source.episode_start[episode] + step * source.frame_stride
-        return Draws(
-            dataset, row, *self.masking.draw(self.seed, position), draw_variants(self.seed, position, self._variants)
-        )
+        """What is drawn at `position` [n]."""
+        dataset, index = self.order.samples(position)
+        row = self._observations.rows(dataset, index)
+        variant = draw_variants(self._seed, position, self._variants)
+        return Draws(dataset, row, *self._dropout.draw(self._seed, position), variant)
 
 
 def require_variants(cache: Cache) -> None:
-    """`UserError` for a cache that cannot honour training on augmented pictures."""
+    """`UserError` for a cache that cannot honor training on augmented images."""
     if not cache.variants:
         raise UserError(
-            f"cache {cache.path} holds no augmented pictures; build it with --augment 4, or train without augmentation"
+            f"cache {cache.path} holds no augmented images; build it with --augment 4, or train without augmentation"
         )
 
 
-def _episodes(source: CacheDataset, split: str, holdout: float, seed: int) -> np.ndarray:
+def _episodes(source: CacheDataset, split: Split, holdout: float) -> np.ndarray:
     """Positions int64 of the dataset's usable episodes in a split."""
     usable = np.flatnonzero(~source.quarantined)
-    out = held_out(source.name, source.episode_id[usable], holdout, seed)
+    out = held_out(source.name, source.episode_id[usable], holdout, 0)
     chosen = {"train": ~out, "eval": out, "all": np.ones_like(out)}
     if split not in chosen:
         raise UserError(f"split '{split}' is not one of {', '.join(chosen)}")

@@ -1,12 +1,14 @@
-"""Which sample comes at which position: pure functions of (seed, position), integer arithmetic only, no state, no I/O.
+"""Which sample comes at which position: pure functions of (seed, position), integers only, no state, no I/O.
 
 Positions count samples over the whole run and all ranks. They are cut into blocks of `BLOCK`; every block holds the
 same number of samples of each dataset (its quota), in an order drawn from (seed, block). The k-th sample of a dataset
 then is entry k mod N of a keyed permutation of its N samples, keyed anew each epoch. So any position is found without
 walking to it, every sample comes once per epoch of its dataset, and ranks, threads and restarts change nothing.
 
-That is the order "global". In "block" order, for slow disks, the permutation keeps neighbours near each other (`Blocks`); the mixture is
-the same. "sequential" is no mixture: all samples of the first dataset in their order, then of the next, and again from the beginning.
+That is the order "global". In "block" order, for slow disks, the permutation keeps neighbors near each other
+(`Blocks`); the mixture is the same. "sequential" is no mixture: all samples of the first dataset in their order, then
+of the next, and again from the beginning.
+
 Letters: D datasets, N samples of one dataset, k how many samples of a dataset come before, in its epoch.
 """
 
@@ -27,11 +29,12 @@ BLOCK = 4096  # positions in a block; mixture weights are rounded to multiples o
 Order = Literal["global", "block", "sequential"]
 
 
-def mixture(sizes: Sequence[int], temperature: float = 0.5, factors: Sequence[float] | None = None) -> np.ndarray:
-    """`[D]` float64 shares ∝ factor · N^temperature (1: by size, 0: all alike), summing to 1; an empty dataset gets 0.
-    `factors` are the datasets' `sampling_weight`s, each positive; None: all 1."""
+def mixture(sizes: Sequence[int], exponent: float = 0.5, factors: Sequence[float] | None = None) -> np.ndarray:
+    """`[D]` float64 shares ∝ factor · N^exponent (1: by size, 0: equal), summing to 1; an empty dataset gets 0.
+
+    `factors` are the datasets' `sampling_weight`s, each positive (None: all 1)."""
     n = np.asarray(sizes, np.float64)
-    shares = np.where(n > 0, np.maximum(n, 1) ** temperature, 0.0) * (
+    shares = np.where(n > 0, np.maximum(n, 1) ** exponent, 0.0) * (
         1.0 if factors is None else np.asarray(factors, np.float64)
     )
     return shares / max(shares.sum(), 1e-300)
@@ -76,11 +79,11 @@ def quotas(shares: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How "block" order cuts the samples of one dataset, and by which a permutation of them reads mostly what lies side by side.
+    """How "block" order cuts the samples of one dataset, and a permutation of them that reads mostly side by side.
 
-    Shards in permuted order are dealt into groups; the runs of a group are permuted and dealt into windows; the samples of a window
-    are permuted. The last, shorter one of each kind stays the last. So at any time a window has to be in memory and a group on the
-    machine, and a window holds pieces of many episodes.
+    Shards in permuted order are dealt into groups; the runs of a group are permuted and dealt into windows; the samples
+    of a window are permuted. The last, shorter one of each kind stays the last. So at any time a window has to be in
+    memory and a group on the machine, and a window holds pieces of many episodes.
     """
 
     shard: int  # samples of one shard
@@ -89,7 +92,7 @@ class Blocks:
     group: int  # shards of a group
 
     def permute(self, k: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-        """Image of `k` [n] (0 ≤ k < size) under a permutation of `size` samples chosen by `key` [n] uint64; int64 [n]."""
+        """Image int64 [n] of `k` [n] (0 ≤ k < size) under a permutation of `size` samples keyed by `key` [n] uint64."""
         begin, length, within, count = self._window(k, size)
         within = permute(within, count, mix(key, 1, begin))  # samples of a window
         first = begin // self._group * self._group  # where its group begins
@@ -108,7 +111,7 @@ class Blocks:
         return self.group * self.shard
 
     def _window(self, k: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(where the window of k begins, samples of its group, k within the window, samples of the window), int64 [n] each."""
+        """int64 [n] each: where the window of k begins, samples of its group, k within the window, its samples."""
         group, inside = np.divmod(k, self._group)
         length = np.minimum(self._group, size - group * self._group)
         window, within = np.divmod(inside, self.window)
@@ -148,13 +151,13 @@ class SampleOrder:
         self._ends = np.cumsum(np.where(shares > 0, self.sizes, 0))  # [D] of "sequential" order
         self._block = lru_cache(maxsize=8)(self._make_block)
 
-    def batch(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(dataset, index) of positions `offset … offset+count-1`, int64 [count] each; index < size of the dataset."""
-        dataset, rank = self.draws(np.arange(offset, offset + count, dtype=np.int64))
+    def samples(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(dataset, index of the sample in it) at `position` int64 [n], in any order; int64 [n] each."""
+        dataset, rank = self.draws(position)
         return dataset, self.index(dataset, rank)
 
     def draws(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(dataset, which draw of that dataset it is in the whole run) at `position` int64 [n], any order; int64 [n] each."""
+        """(dataset, which draw of that dataset it is in the run) at `position` int64 [n], int64 [n] each."""
         if self.order == "sequential":
             epoch, at = np.divmod(position, self._ends[-1])
             dataset = np.searchsorted(self._ends, at, side="right")
@@ -182,7 +185,7 @@ class SampleOrder:
         return out
 
     def windows(self, dataset: int, rank: np.ndarray) -> list[tuple[int, int]]:
-        """The windows of "block" order, as ranges (first, end) of draws of a dataset, in which its draws `rank` [n] lie."""
+        """The windows of "block" order with the draws `rank` [n] of a dataset, as ranges (first, end) of its draws."""
         size = int(self.sizes[dataset])
         epoch, k = np.divmod(rank, size)
         begin, count = self.blocks[dataset].window_of(k, size)
@@ -190,7 +193,9 @@ class SampleOrder:
         return sorted(set(zip(begin.tolist(), (begin + count).tolist())))
 
     def positions(self, dataset: int, first: int, end: int) -> np.ndarray:
-        """Inverse of `draws`: the positions int64 [end-first] of draws `first … end-1` of a dataset (not in "sequential" order)."""
+        """Inverse of `draws`: the positions int64 [end-first] of draws `first … end-1` of a dataset.
+
+        Not in "sequential" order."""
         block, draw = np.divmod(np.arange(first, end, dtype=np.int64), self.quotas[dataset])
         out = np.empty_like(draw)
         for b in np.unique(block).tolist():

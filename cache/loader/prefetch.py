@@ -1,4 +1,4 @@
-"""The endless iterator of batches: made ahead by threads, delivered in order, on a CUDA device copied while the batch before is in use."""
+"""Batches made ahead by threads and delivered in order; on a CUDA device the next is copied while one is in use."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...batch import FeatureBatch
-from ..store.cache import Cache
-from .assembler import Assembler, Fields, decoded
+from .assembler import Fields, decoded
 
 
 class SideStream:
     """Copies pinned host buffers to `device`: `start` the next one, then `take` them in that order.
 
-    A buffer is kept until its copy is over, so the storage behind it is not filled again before. What `take` returns is ready for the
-    stream that is current then, and its memory is not given to others before that stream has come to where it is dropped."""
+    A buffer is kept until its copy is over, so the storage behind it is not filled again before. What `take` returns
+    is ready for the stream that is current then, and its memory is not reused before that stream reaches the point
+    where it is dropped."""
 
     def __init__(self, fields: Fields, device: torch.device) -> None:
         self._fields, self._stream = fields, torch.cuda.Stream(device)
@@ -49,63 +48,41 @@ class SideStream:
         batch, ready = self._started.popleft()
         current = torch.cuda.current_stream(self._device)
         current.wait_event(ready)
-        for tensor in (
-            batch.tokens,
-            batch.text,
-        ):  # of the decoded tokens' memory, and of the one all other fields share
+        for tensor in (batch.tokens, batch.text):  # decoded tokens have memory of their own, all other fields share one
             tensor.record_stream(current)
         return batch
 
     def close(self) -> None:
-        """Wait for what is being copied, and let go of it."""
+        """Wait for the copies under way, and drop them."""
         self._stream.synchronize()
         self._started.clear()
         self._copying.clear()
 
 
-class BatchIterator:
-    """What `Loader` and `TarStream` have in common: they say how the batch at an offset is made (`_flat`).
+class Prefetch:
+    """An endless iterator of the batches at `offsets`.
 
-    `offset` counts samples over all ranks; the batch after the one at `offset` is that at `offset + global_batch`."""
+    `make(offset)` gives the flat buffer (see `Fields.batch`) of one; threads call it, in the order of the offsets, for
+    `ahead` batches (at least one per thread). `wait_seconds` is the time spent waiting for them so far.
+    """
 
     def __init__(
         self,
-        cache: Cache,
-        batch_size: int,
-        horizon: int,
-        features: bool,
+        make: Callable[[int], torch.Tensor],
+        fields: Fields,
+        offsets: Iterator[int],
         *,
-        rank: int,
         threads: int,
-        prefetch: int,
-        start: int,
-        global_batch: int,
-        device: torch.device | str | None,
-        pinned: bool | None,
+        ahead: int,
+        device: torch.device,
     ) -> None:
-        self.wait_seconds, self._device = 0.0, torch.device(device or "cpu")
-        self._batch_size, self._rank = batch_size, rank
-        on_cuda = self._device.type == "cuda"
-        pinned = torch.cuda.is_available() if pinned is None else pinned
-        self._assemble = Assembler(cache, batch_size, horizon, features, pinned or on_cuda, awaited=on_cuda)
-        self._side = SideStream(self._assemble.fields, self._device) if on_cuda else None
+        self.wait_seconds = 0.0
+        self._flat, self._fields, self._offsets, self._device = make, fields, offsets, device
+        self._side = SideStream(fields, device) if device.type == "cuda" else None
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="dvla-loader")
-        self._delivered = self._submitted = start
-        self._global_batch = global_batch
         self._coming: deque[Future[Any]] = deque()
-        self._prefetch = max(prefetch, threads)
-
-    def _begin(self) -> None:
-        """Start to make batches; when all that `_flat` needs is there."""
-        for _ in range(self._prefetch):
+        for _ in range(max(ahead, threads)):
             self._submit()
-
-    def _flat(self, offset: int) -> torch.Tensor:
-        """The flat buffer with this rank's batch whose global batch begins at `offset`; called in threads, in order of offsets."""
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[FeatureBatch]:
-        return self
 
     def __next__(self) -> FeatureBatch:
         if not self._coming:
@@ -120,37 +97,20 @@ class BatchIterator:
                 self._pop(self._side.start)  # the next one, while this one is in use
             batch = self._side.take()
         self.wait_seconds += time.perf_counter() - began
-        self._delivered += self._global_batch
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        """{"offset": global position of the first sample not yet delivered}."""
-        return {"offset": self._delivered}
-
     def close(self) -> None:
-        """Stop the threads and close the files. Batches already handed out stay valid."""
+        """Stop the threads. Batches already delivered stay valid."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         if self._side is not None:
             self._side.close()
         self._coming.clear()
-        self._assemble.files.close()
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _positions(self, offset: int) -> np.ndarray:
-        """Positions [B] of this rank's batch whose global batch begins at `offset`."""
-        return offset + self._rank * self._batch_size + np.arange(self._batch_size)
 
     def _submit(self) -> None:
-        self._coming.append(self._threads.submit(self._make, self._submitted))
-        self._submitted += self._global_batch
+        self._coming.append(self._threads.submit(self._make, next(self._offsets)))
 
     def _pop(self, use: Callable[[Any], Any] = lambda made: made) -> Any:
-        """`use` of what `_make` gave for the next batch. After an error that batch is still the next: none is ever left out."""
+        """`use` of what `_make` gave for the next batch, which after an error is still the next: none is skipped."""
         used = use(self._coming[0].result())
         self._coming.popleft()
         self._submit()
@@ -159,4 +119,4 @@ class BatchIterator:
     def _make(self, offset: int) -> Any:
         """The batch, or for a CUDA device the flat buffer that holds it."""
         flat = self._flat(offset)
-        return flat if self._side is not None else decoded(self._assemble.fields.batch(flat.to(self._device)))
+        return flat if self._side is not None else decoded(self._fields.batch(flat.to(self._device)))

@@ -1,6 +1,7 @@
 """Reading ahead in "block" order: whole windows, front to back, before their samples are read at random.
 
-A window is some GiB over all datasets, so it stays in the machine's page cache until it is used up. While one is in use the next is read.
+A window is some GiB over all datasets, so it stays in the machine's page cache until it is used up. While one is in
+use the next is read.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 from ...errors import UserError
 from ..store.cache import Cache
 from ..store.shard_reader import ShardFiles
-from .assembler import Draws
 from .order import BLOCK, Blocks, SampleOrder
+from .sample import Draws
 
 RUN_NBYTES = 8 << 20  # of one view, read in one go
 WINDOW_NBYTES = 2 << 30  # of all datasets and views, shuffled among themselves
@@ -27,8 +28,8 @@ KEPT = 8  # windows of a dataset that are remembered
 
 
 def blocks_of(cache: Cache, quotas: np.ndarray) -> list[Blocks]:
-    """How "block" order cuts each dataset, from the size of its records, shards and share (`quotas` [D] of `SampleOrder`): nothing that
-    depends on the machine."""
+    """How "block" order cuts each dataset, from the size of its records, its shards and its share (`quotas` [D] of
+    `SampleOrder`); nothing depends on the machine."""
     out, record = [], cache.format.record_nbytes(cache.tokens, cache.width)
     for d, quota in zip(cache.datasets, quotas.tolist()):
         run = max(1, RUN_NBYTES // record)
@@ -40,7 +41,7 @@ def blocks_of(cache: Cache, quotas: np.ndarray) -> list[Blocks]:
 class ReadAhead:
     """Brings the windows of an order's samples into memory, and shards of a remote cache onto this machine.
 
-    `draws_at(position [n])` says what is read there; `mine(position [n])` bool, which positions this process reads at all."""
+    `draws_at(position [n])` says what is read there; `mine(position [n])` bool, which positions this process reads."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class ReadAhead:
             future.result()
 
     def close(self) -> None:
-        """Stop; what has begun ends first."""
+        """Stop, after what has begun."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, d: int, first: int, end: int) -> list[Future[None]]:
@@ -96,5 +97,5 @@ class ReadAhead:
         return np.split(rows, np.flatnonzero(np.diff(shard)) + 1) if len(rows) else []
 
     def _advise(self, d: int, view: str, rows: np.ndarray, variant: int) -> None:
-        with contextlib.suppress(UserError):  # whoever reads it says so
+        with contextlib.suppress(UserError):  # whoever reads it reports it
             self._cache.datasets[d].advise(view, rows, self._files, variant)

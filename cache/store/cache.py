@@ -1,6 +1,6 @@
-"""A finished feature cache: `Cache` reads it, `verify_checksums` looks for damage. Layout: layout.py; writer: writer.py
+"""Reading a finished feature cache. Layout: zarr_format.py.
 
-Any Zarr library opens the same folder; this reader goes to the bytes itself, because that is several times faster.
+Any Zarr library opens the same folder; this reader goes to the bytes itself, which is several times faster.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class CacheDataset:
     Every `frame_stride`-th frame of an episode is an observation: only those have features.
     """
 
-    attributes: dict[str, Any]  # all that the build recorded, such as the action map
+    attributes: dict[str, Any]  # everything the build recorded, such as the action map
     episode_start: np.ndarray  # [E] int64, first frame on the time axis
     episode_length: np.ndarray  # [E] int64, frames
     episode_id: np.ndarray  # [E] int64, in the source
     episode_instruction: np.ndarray  # [E] int64, row of `text`
     episode_observations: np.ndarray  # [E] int64, frames that have features
     quarantined: np.ndarray  # [E] bool
-    action: np.ndarray  # [N, 128] float32 unified, not normalised
-    proprio: np.ndarray  # [N, 128] float32 unified, not normalised
+    action: np.ndarray  # [N, 128] float32 unified, not normalized
+    proprio: np.ndarray  # [N, 128] float32 unified, not normalized
     action_mask: np.ndarray  # [128] bool
     proprio_mask: np.ndarray  # [128] bool
     timestamp: np.ndarray  # [N] float64 s
@@ -57,34 +57,37 @@ class CacheDataset:
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
         self._shard_folders: dict[tuple[str, int, Callable[[Path, str, str], Path]], str] = {}
-        self.attributes = read_attributes(root, name)
-        a = self.attributes
+        self._describe(read_attributes(root, name))
+        self._compression = record_compression(self.format)
+        channels = open_table(root / "channel_scale") if self.format.quantized else None
+        self._load(lambda table: open_table(self.path / table), channels)
+
+    def _describe(self, attributes: dict[str, Any]) -> None:
+        self.attributes = a = attributes
         self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
         self.tokens, self.width = a["tokens"], a["width"]
         self.frames, self.shard_frames = a["frames"], a["shard_frames"]
         self.frame_stride, self.variants = a["frame_stride"], a["variants"]
         self.format = FeatureFormat(a["dtype"], a["compression"])
-        self._compression = record_compression(self.format)
         self.embodiment_id, self.control_hz = a["embodiment"], a["control_hz"]
+
+    def _load(self, table: Callable[[str], np.ndarray], channels: np.ndarray | None) -> None:
+        """Take in the tables by their names. Large ones stay memory-mapped, as arrays whose rows are cheap to take."""
         for field in ("start", "length", "id", "instruction"):
-            setattr(self, f"episode_{field}", np.array(open_table(self.path / "episodes" / field)))
+            setattr(self, f"episode_{field}", np.array(table(f"episodes/{field}")))
         for field in ("action", "proprio", "timestamp", "null_text"):
-            setattr(
-                self, field, np.asarray(open_table(self.path / field))
-            )  # still mapped, but an array whose rows are cheap to take
-        self.action_mask = np.array(open_table(self.path / "action_mask"))
-        self.proprio_mask = np.array(open_table(self.path / "proprio_mask"))
-        self.text = np.asarray(open_table(self.path / "text" / "embedding"))
-        self.text_length = np.array(open_table(self.path / "text" / "length"))
-        self.channel_scale = np.array(open_table(root / "channel_scale")) if self.format.quantized else None
-        self.null_features = np.stack([open_table(self.path / "null" / view) for view in self.views])
-        self.quarantined = np.isin(self.episode_id, a["quarantined"])
+            setattr(self, field, np.asarray(table(field)))
+        self.action_mask, self.proprio_mask = np.array(table("action_mask")), np.array(table("proprio_mask"))
+        self.text, self.text_length = np.asarray(table("text/embedding")), np.array(table("text/length"))
+        self.channel_scale = None if channels is None else np.array(channels)
+        self.null_features = np.stack([table(f"null/{view}") for view in self.views])
+        self.quarantined = np.isin(self.episode_id, self.attributes["quarantined"])
         self.episode_observations = -(-self.episode_length // self.frame_stride)
         self._observation_start = np.cumsum(self.episode_observations) - self.episode_observations
 
     @cached_property
     def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The null features as they would be stored: (float16 or codes [views, tokens, D], token scales [views, tokens])."""
+        """The null features as stored: (float16 or codes [views, tokens, D], token scales [views, tokens] or None)."""
         if not self.format.quantized:
             return self.null_features, None
         codes, scale = quantize(
@@ -152,38 +155,28 @@ class CacheDataset:
         scales: Sequence[memoryview] = (),
         variant: int = 0,
     ) -> None:
-        """Read the stored features of frames `rows` [n] int64 into `targets`, n writable buffers of tokens · width · itemsize bytes,
-        and, of an 8-bit cache, their token scales into `scales`, n buffers of tokens · 4 bytes."""
+        """Read the stored features of frames `rows` [n] int64 into `targets`, n buffers of a record each.
+
+        Of an 8-bit cache, their token scales go into `scales`, n buffers of tokens · 4 bytes.
+        """
         at, files = self.observation_of(rows), files or self._files
-        read_records(
-            files,
-            self._shards(view, variant, features_folder),
-            at,
-            targets,
-            self.shard_frames,
-            compression=self._compression,
-        )
+        folder = self._shards(view, variant, features_folder)
+        read_records(files, folder, at, targets, self.shard_frames, compression=self._compression)
         if self.format.quantized:
-            read_records(files, self._shards(view, variant, scales_folder), at, scales, self.shard_frames, tail="0")
+            folder = self._shards(view, variant, scales_folder)
+            read_records(files, folder, at, scales, self.shard_frames, tail="0")
 
     def advise(self, view: str, rows: np.ndarray, files: ShardFiles, variant: int = 0) -> None:
-        """Features of frames `rows` [n] int64, ascending, will be read soon: they are brought onto this machine and, in the background,
-        into its memory."""
+        """Prefetch features of frames `rows` [n] int64, ascending, onto this machine and into its memory."""
         at, record = self.observation_of(rows), self.tokens * self.width * self.format.itemsize
-        advise_records(
-            files,
-            self._shards(view, variant, features_folder),
-            at,
-            0 if self._compression else record,
-            self.shard_frames,
-        )
+        folder = self._shards(view, variant, features_folder)
+        advise_records(files, folder, at, 0 if self._compression else record, self.shard_frames)
         if self.format.quantized:
-            advise_records(
-                files, self._shards(view, variant, scales_folder), at, 4 * self.tokens, self.shard_frames, tail="0"
-            )
+            folder = self._shards(view, variant, scales_folder)
+            advise_records(files, folder, at, 4 * self.tokens, self.shard_frames, tail="0")
 
     def features(self, view: str, rows: np.ndarray, variant: int = 0) -> np.ndarray:
-        """float16 [n, tokens, width] of frames `rows`, 8-bit ones decoded; convenient, not fast."""
+        """float16 [n, tokens, width] of frames `rows`, dequantized; convenient, not fast."""
         codes, scale = self.records(view, rows, variant)
         if scale is None:
             return codes
@@ -192,7 +185,7 @@ class CacheDataset:
         ).numpy()
 
     def records(self, view: str, rows: np.ndarray, variant: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-        """As stored, of frames `rows`: (float16 or codes [n, tokens, width], token scales float32 [n, tokens] or None)."""
+        """Stored features of frames `rows`: (float16 or codes [n, tokens, width], token scales [n, tokens] or None)."""
         n, format = len(rows), self.format
         codes = np.empty((n, self.tokens, self.width), format.zarr_dtype)
         scale = np.empty((n, self.tokens), np.float32) if format.quantized else None
@@ -210,7 +203,7 @@ class CacheDataset:
         return self.features(view, np.array([row], np.int64))[0]
 
     def _shards(self, view: str, variant: int, folder: Callable[[Path, str, str], Path]) -> str:
-        """Where the shards of an array lie; remembered, since building paths takes longer than a small read."""
+        """The folder of an array's shards; remembered, since building paths takes longer than a small read."""
         key = view, variant, folder
         if key not in self._shard_folders:
             self._shard_folders[key] = str(self._array(view, variant, folder) / "c")
@@ -221,8 +214,8 @@ class CacheDataset:
             raise unknown(f"view of dataset {self.name}", view, self.views)
         if not 0 <= variant <= self.variants:
             raise UserError(
-                f"dataset {self.name} of the cache has {self.variants} augmented variants, asked for number {variant}; "
-                "build it with --augment"
+                f"dataset {self.name} has {self.variants} augmented variants, variant {variant} was requested; "
+                "build the cache with --augment"
             )
         return folder(self.path.parent, self.name, array_name(view, variant))
 
@@ -230,8 +223,8 @@ class CacheDataset:
 class Cache:
     """A finished cache, opened for reading; thread-safe; the folder may be read-only. Make it with `Cache.open`."""
 
-    folder: Folder | None = None  # so that a reader stays with its generation when the next one takes its place
-    mirror: Mirror | None = None  # of a remote cache: fetches what is not in `path` yet
+    folder: Folder | None = None  # keeps a reader with its generation when the next one replaces it
+    mirror: Mirror | None = None  # of a remote cache: downloads what is not in `path` yet
     opened: tuple[Any, ...]  # arguments of `open`
 
     def __init__(
@@ -242,33 +235,32 @@ class Cache:
         folder: Folder | None = None,
         mirror: Mirror | None = None,
     ) -> None:
-        self.path, self.fingerprint, self.manifest, self.folder, self.mirror = (
-            path,
-            fingerprint,
-            manifest,
-            folder,
-            mirror,
-        )
+        self.path, self.fingerprint, self.manifest = path, fingerprint, manifest
+        self.folder, self.mirror = folder, mirror
         files = self.shard_files()
-        self.datasets = tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"])
+        self._summarize(tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"]))
+
+    def _summarize(self, datasets: tuple[CacheDataset, ...]) -> None:
+        self.datasets, manifest = datasets, self.manifest
         self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
-        self.variants, self.format = manifest["variants"], self.datasets[0].format
-        self.text_width = self.datasets[0].text.shape[2]  # one encoder made all of them
+        self.variants, self.format = manifest["variants"], datasets[0].format
+        self.text_width = datasets[0].text.shape[2]  # the same in all: one encoder made them
 
     @property
     def boundary(self) -> int | None:
-        """n of a cache of the hidden states that enter the last n blocks of the vision tower; None: it holds features."""
+        """n of a cache of hidden states that enter the last n blocks of the vision tower; None: it holds features."""
         return self.fingerprint.get("encoder", {}).get("boundary")
 
     @classmethod
     def open(cls, path: Path | str, local: Path | str | None = None, local_nbytes: int | None = None) -> Cache:
-        """`UserError` when there is no cache, or an incomplete one, at `path`: a folder, or a URL that fsspec knows.
+        """Open the cache at `path`, a folder or an fsspec URL. `UserError` when there is none or it is incomplete.
 
-        Of a URL, `local` is a folder for copies (shards are fetched when first touched), and `local_nbytes` bounds its shards."""
+        For a URL, `local` is a folder for copies (shards are downloaded when first used), `local_nbytes` their limit.
+        """
         if is_remote(path):
             if local is None:
                 raise UserError(
-                    f"{path} is not on this machine: give a local folder for copies of what is read, as in "
+                    f"{path} is remote: give a local folder for copies of what is read, as in "
                     "Cache.open(URL, local=FOLDER)"
                 )
             mirror = Mirror(str(path), local, local_nbytes)
@@ -286,14 +278,14 @@ class Cache:
                 if folder.is_at(path) and read_manifest(path) == manifest:
                     return cache
             except (UserError, OSError):  # no folder, or half of this and half of the next generation
-                # Where both are on their way at the moment of asking, neither is there: that is asked again.
+                # During the exchange of generations, neither may be at its place for a moment: try again.
                 if attempt == 20 or attempt > 2 and not beside(path, "next").exists():
                     raise
-            time.sleep(0.01)  # generations are changing places
-        raise UserError(f"cache {path} changes faster than it can be opened; wait until its builds have ended")
+            time.sleep(0.01)
+        raise UserError(f"cache {path} changes faster than it can be opened; wait until its builds have finished")
 
     def shard_files(self) -> ShardFiles:
-        """Files of this generation's shards, to be closed by whoever asks for them."""
+        """Files of this generation's shards, for the caller to close."""
         return ShardFiles(folder=self.folder, fetch=self.mirror.ensure if self.mirror else None)
 
     def __len__(self) -> int:
@@ -302,8 +294,9 @@ class Cache:
     def __repr__(self) -> str:
         episodes = sum(len(d.episode_id) for d in self.datasets)
         return (
-            f"Cache('{public(str(self.path))}': datasets {len(self.datasets)}, episodes {episodes}, frames {self.frames}, "
-            f"tokens {self.tokens} × {self.width} per view, {self.format.dtype}, {size(self.manifest['bytes'])})"
+            f"Cache('{public(str(self.path))}': datasets {len(self.datasets)}, episodes {episodes}, "
+            f"frames {self.frames}, tokens {self.tokens} × {self.width} per view, {self.format.dtype}, "
+            f"{size(self.manifest['bytes'])})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -311,7 +304,7 @@ class Cache:
         return _reopen, (type(self), self.opened, crc32c(json_bytes(self.manifest)))
 
     def dataset(self, *, horizon: int = 16) -> CacheSamples:
-        """Its observations as a map-style dataset for `torch.utils.data.DataLoader`: convenient, and slow beside `dvla.Loader`."""
+        """Its observations as a map-style dataset for `torch.utils.data.DataLoader`; `dvla.Loader` is much faster."""
         return CacheSamples(self, horizon)
 
     def named(self, name: str) -> CacheDataset:
@@ -323,7 +316,7 @@ class Cache:
 
 
 def _reopen(kind: type[Cache], opened: tuple[Any, ...], digest: int) -> Cache:
-    """In a worker process, the cache that was opened with these arguments. `UserError` when it is another one by now."""
+    """In a worker process, the cache opened with these arguments. `UserError` when it was replaced since."""
     cache = kind.open(*opened)
     if crc32c(json_bytes(cache.manifest)) != digest:
         raise UserError(f"cache {cache.path} was replaced since it was opened; open it again")
@@ -332,5 +325,5 @@ def _reopen(kind: type[Cache], opened: tuple[Any, ...], digest: int) -> Cache:
 
 def beside(path: Path, suffix: str) -> Path:
     """The folder of another generation of the cache at `path`, which may be "."."""
-    whole = Path(path).absolute()
-    return whole.with_name(f"{whole.name}.{suffix}")
+    absolute = Path(path).absolute()
+    return absolute.with_name(f"{absolute.name}.{suffix}")

@@ -10,18 +10,16 @@ from .manifest import Files, read_manifest
 
 
 def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Re-read every file of a finished cache; one line per file that is missing, truncated or altered.
+    """Reread every file of a finished cache; one line per file that is missing, truncated or altered.
 
     `progress(done bytes, all bytes)` is called after each file. `UserError` as `Cache.open`.
     """
-    path = Path(path)
-    return [
-        f"{name}: {problem}" for name, problem in damaged_files(path, read_manifest(path)["files"], progress).items()
-    ]
+    problems = damaged_files(Path(path), read_manifest(Path(path))["files"], progress)
+    return [f"{name}: {problem}" for name, problem in problems.items()]
 
 
 def damaged_files(path: Path, files: Files, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
-    """Name → what is wrong, of those of `files` (name → what was written: {"bytes", "crc32c"}) that are not as they were written."""
+    """Name → problem, of those of `files` that are not as they were written."""
     problems, done, total = {}, 0, sum(entry["bytes"] for entry in files.values())
     for name, entry in sorted(files.items()):
         try:

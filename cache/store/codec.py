@@ -1,14 +1,14 @@
-"""The byte dial of the store: 16- or 8-bit features with scales, and lossless compression of the stored records.
+"""Feature quantization and compression: 16- or 8-bit features with scales, and lossless compression of records.
 
-An 8-bit feature is code · token_scale · channel_scale. Channels of a VLM differ by orders of magnitude, and the loud ones would eat
-the range of a token: so each channel is first divided by its RMS (`channel_scale`, measured once per cache), and then each token
-gets a scale of its own. On Qwen3-VL features that leaves a relative error of about 0.008 with int8 and 0.022 with fp8; per-token
-scales alone leave 0.06 to 0.18. Letters: K tokens, D width, n pictures.
+An 8-bit feature is code · token_scale · channel_scale. Channels of a VLM differ by orders of magnitude, and the largest
+would use up the range of a token: so each channel is first divided by its RMS (`channel_scale`, measured once per
+cache), and then each token gets its own scale. On Qwen3-VL features that leaves a relative error of about 0.008 with
+int8 and 0.022 with fp8; per-token scales alone leave 0.06 to 0.18. Letters: K tokens, D width, n images.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from ...errors import UserError
 from .feature_format import QUANTIZED, FeatureFormat
 
-CHANNEL_FLOOR = 1e-6  # of a channel that is silent in the frames looked at
+CHANNEL_FLOOR = 1e-6  # scale of a channel that is zero in the measured frames
 
 
 def channel_scale(features: torch.Tensor) -> np.ndarray:
@@ -37,13 +37,13 @@ def quantize(features: torch.Tensor, channels: torch.Tensor, dtype: str) -> tupl
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `quantize` up to its rounding: codes [...,K,D], token scales [...,K], channel scales [D] → `dtype` [...,K,D]."""
+    """Undo `quantize` up to rounding: codes [...,K,D], token scales [...,K], channel scales [D] → `dtype` [...,K,D]."""
     x = codes.float() if codes.dtype == torch.int8 else codes.view(torch.float8_e4m3fn).float()
     return (x * scale[..., None] * channels).to(dtype)
 
 
 def relative_error(features: torch.Tensor, format: FeatureFormat, channels: np.ndarray) -> tuple[float, float]:
-    """(overall, worst channel): RMS of the storing error over the RMS of `features` [n,K,D]."""
+    """(overall, worst channel): RMS of the storage error over the RMS of `features` [n,K,D]."""
     exact = features.detach().float()
     stored = features.half().float()
     if format.quantized:
@@ -56,52 +56,33 @@ def relative_error(features: torch.Tensor, format: FeatureFormat, channels: np.n
 
 
 class Compression:
-    """One of `COMPRESSIONS` for records of `itemsize`-byte numbers; the Zarr core codecs, by numcodecs."""
+    """A lossless compression for records of `itemsize`-byte numbers: a Zarr core codec, by numcodecs."""
 
-    def __init__(self, name: str, itemsize: int) -> None:
-        self.name, self._itemsize = name, itemsize
-        self._codec = self._make()
-
-    def _make(self) -> Any:
-        if self.name == "none":
-            return None
+    def __init__(self, name: Literal["zstd", "lz4"], itemsize: int) -> None:
         try:
             from numcodecs import Blosc, Zstd
         except ImportError as error:
-            raise UserError(f"compression {self.name} needs numcodecs ({error}); pip install numcodecs") from None
-        return Zstd(level=3) if self.name == "zstd" else Blosc("lz4", clevel=5, shuffle=Blosc.SHUFFLE)
+            raise UserError(f"compression {name} needs numcodecs ({error}); pip install numcodecs") from None
+        self.name, self._itemsize = name, itemsize
+        self._codec: Any = Zstd(level=3) if name == "zstd" else Blosc("lz4", clevel=5, shuffle=Blosc.SHUFFLE)
 
     def document(self) -> list[dict[str, Any]]:
         """The Zarr v3 codecs that follow `bytes`."""
-        if self.name == "none":
-            return []
         if self.name == "zstd":
             return [{"name": "zstd", "configuration": {"level": 3, "checksum": False}}]
-        return [
-            {
-                "name": "blosc",
-                "configuration": {
-                    "cname": "lz4",
-                    "clevel": 5,
-                    "shuffle": "shuffle",
-                    "typesize": self._itemsize,
-                    "blocksize": 0,
-                },
-            }
-        ]
+        settings = {"cname": "lz4", "clevel": 5, "shuffle": "shuffle", "typesize": self._itemsize, "blocksize": 0}
+        return [{"name": "blosc", "configuration": settings}]
 
     def encode(self, record: np.ndarray) -> bytes:
         """One record, C-contiguous, of the array's dtype."""
         return bytes(self._codec.encode(record))
 
     def decode(self, data: bytes, target: memoryview) -> None:
-        """Fill `target` (one record). `ValueError` for data that is not a record of that size."""
-        if self.name == "lz4":  # Blosc believes its header: it would read past the end of a record that was cut
-            plain_nbytes, nbytes = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
-            if (plain_nbytes, nbytes) != (len(target), len(data)):
-                raise ValueError(
-                    f"its header says {nbytes} bytes for {plain_nbytes}, there are {len(data)} for {len(target)}"
-                )
+        """Fill `target`, one record. `ValueError` for data that is not a record of that size."""
+        if self.name == "lz4":  # Blosc trusts its header and would read past the end of a truncated record
+            sizes = tuple(int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
+            if sizes != (len(target), len(data)):
+                raise ValueError(f"its header says {sizes} bytes, plain and compressed, not {len(target), len(data)}")
         try:
             plain = self._codec.decode(data)
         except Exception as error:  # numcodecs raises RuntimeError, ValueError and its own, by codec

@@ -1,4 +1,4 @@
-"""How features are stored, as settings: without torch, since the command line's help is made from them."""
+"""How features are stored, as settings. Without torch, since the command line's help is made from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from ...errors import unknown
 
-# stored dtype → (largest code, Zarr data type). float8 has no Zarr core type: its bytes are stored as uint8, and said so.
+# stored dtype → (largest code, Zarr data type). float8 has no Zarr core type: its bytes are stored as uint8.
 QUANTIZED = {"int8": (127.0, "int8"), "float8_e4m3fn": (448.0, "uint8")}
 SHORT_NAMES = {"fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}  # as typed on the command line
 COMPRESSIONS = ("none", "zstd", "lz4")
@@ -18,7 +18,7 @@ class FeatureFormat:
     """How features are stored. Part of the fingerprint."""
 
     dtype: Literal["float16", "int8", "float8_e4m3fn"] = "float16"
-    compression: Literal["none", "zstd", "lz4"] = "none"  # lossless, each record for itself; for slow disks
+    compression: Literal["none", "zstd", "lz4"] = "none"  # lossless, per record; for slow disks
 
     def __post_init__(self) -> None:
         if self.dtype != "float16" and self.dtype not in QUANTIZED:
@@ -42,12 +42,12 @@ class FeatureFormat:
         return 1 if self.quantized else 2
 
     def record_nbytes(self, tokens: int, width: int) -> int:
-        """Uncompressed bytes of one picture's features [tokens, width], scales included."""
+        """Uncompressed bytes of one image's features [tokens, width], scales included."""
         return tokens * (width * self.itemsize + 4 * self.quantized)
 
 
 def feature_format(dtype: str = "fp16", compression: str = "none") -> FeatureFormat:
-    """From the command line's names; `UserError` for others."""
+    """The format of command-line names; `UserError` for others."""
     if dtype not in SHORT_NAMES:
         raise unknown("--dtype", dtype, SHORT_NAMES)
     return FeatureFormat(SHORT_NAMES[dtype], compression)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Where exported files lie: a local folder, or any URL that fsspec knows. (Pipes are WebDataset's, see webdataset_io.py.)"""
+"""Where exported files are: a local folder or any fsspec URL. (Pipes are in webdataset/tars.py.)"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from ...common.files import crc32c, hold, publish, temporary_name
 from ...errors import UserError
@@ -17,44 +17,51 @@ from ...errors import UserError
 BLOCK = 1 << 20  # bytes copied at a time
 
 
-class Place(Protocol):
-    """Named files somewhere. Write with `creating` and read with `fetch`, which turn whatever a place raises into `UserError`."""
+class Place:
+    """Named files somewhere. Use `creating` and `fetch`, which turn whatever a place raises into `UserError`."""
 
     where: str  # as the user gave it
-    resumable: bool  # whether one can see what is there already
+    resumable = True  # whether existing files can be listed
 
     def url(self, name: str) -> str:
-        """What to call the file in a message."""
+        """The file's name in messages."""
+        return f"{self.where}/{name}"
 
     def begin(self, name: str) -> Any:
         """A binary file to write."""
+        raise NotImplementedError
 
     def end(self, name: str, file: Any) -> None:
         """Close it and make it visible."""
+        file.close()
 
     def drop(self, name: str, file: Any) -> None:
-        """Close it and forget it, as far as the place can."""
+        """Close it and discard it, as far as the place can."""
+        raise NotImplementedError
 
     def open(self, name: str) -> Any:
         """A binary file to read from its beginning."""
+        raise NotImplementedError
 
     def names(self) -> list[str]:
-        """What is there."""
+        """The existing files."""
+        return []
 
     def size(self, name: str) -> int | None:
-        """Bytes, or None when it is not there."""
+        """Bytes, or None when it does not exist."""
+        return None
 
     def remove(self, name: str) -> None:
         """Delete one file."""
+        raise NotImplementedError
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Be the only writer, where the place has locks."""
+        return contextlib.nullcontext()
 
 
-class Folder:
-    """A local folder. A file appears whole or not at all."""
-
-    resumable = True
+class Folder(Place):
+    """A local folder. Files appear atomically."""
 
     def __init__(self, where: str) -> None:
         self.where, self.path = where, Path(where.removeprefix("file://")).expanduser()
@@ -73,7 +80,7 @@ class Folder:
 
     def drop(self, name: str, file: Any) -> None:
         temporary_name(self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a full disk: what is buffered still does not fit
+        with contextlib.suppress(OSError):  # a full disk, which has no space for the buffer either
             file.close()
 
     def open(self, name: str) -> Any:
@@ -91,7 +98,7 @@ class Folder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and be its only writer; what a killed writer left half written is removed."""
+        """Create the folder and be its only writer; temporary files of a killed writer are removed."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDONLY)
@@ -106,10 +113,8 @@ class Folder:
             os.close(handle)
 
 
-class Url:
-    """A folder or prefix of a file system of fsspec. Objects of object stores appear when they are closed."""
-
-    resumable = True
+class Url(Place):
+    """A folder or prefix of an fsspec file system. Objects of object stores appear when they are closed."""
 
     def __init__(self, where: str) -> None:
         import fsspec
@@ -117,29 +122,19 @@ class Url:
         self.where = where.rstrip("/")
         try:
             self._fs, self._path = fsspec.core.url_to_fs(self.where)
-        except (
-            Exception
-        ) as error:  # an unknown scheme, a package that is not installed, no credentials: whatever the package raises
+        except Exception as error:  # unknown scheme, missing package, no credentials: whatever the package raises
             raise UserError(
                 f"{where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
                 "(s3fs for s3://, gcsfs for gs://), or pipe:COMMAND with {name}"
             ) from None
         logger = logging.getLogger(type(self._fs).__module__.partition(".")[0])
         if not logger.handlers:
-            logger.addHandler(
-                logging.NullHandler()
-            )  # gcsfs logs what it raises, traceback and all, which would be printed
-
-    def url(self, name: str) -> str:
-        return f"{self.where}/{name}"
+            logger.addHandler(logging.NullHandler())  # gcsfs logs what it raises with its traceback
 
     def begin(self, name: str) -> Any:
         path = f"{self._path}/{name}"
         self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         return self._fs.open(path, "wb")
-
-    def end(self, name: str, file: Any) -> None:
-        file.close()
 
     def drop(self, name: str, file: Any) -> None:
         if hasattr(file, "discard"):
@@ -150,11 +145,8 @@ class Url:
 
     def names(self) -> list[str]:
         self._fs.invalidate_cache()
-        return (
-            [p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(self._path, detail=False)]
-            if self._fs.isdir(self._path)
-            else []
-        )
+        paths = self._fs.ls(self._path, detail=False) if self._fs.isdir(self._path) else []
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
 
     def size(self, name: str) -> int | None:
         path = f"{self._path}/{name}"
@@ -163,19 +155,16 @@ class Url:
     def remove(self, name: str) -> None:
         self._fs.rm(f"{self._path}/{name}")
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
 
 class Sink:
-    """What a file is written to: its size and crc32c so far, and errors of the place as `UserError`."""
+    """A file being written, with its size and crc32c so far; errors of the place become `UserError`."""
 
     def __init__(self, file: Any, url: str) -> None:
         self._file, self._url, self._closed = file, url, False
         self.nbytes = self.crc = 0
 
     def write(self, data: bytes) -> int:
-        if self._closed:  # tarfile flushes once more when it is dropped after an error
+        if self._closed:  # tarfile flushes once more when dropped after an error
             return len(data)
         with errors("write", self._url):
             self._file.write(data)
@@ -183,13 +172,13 @@ class Sink:
         return len(data)
 
     def close(self) -> None:
-        """Ignore what still comes."""
+        """Ignore later writes."""
         self._closed = True
 
 
 @contextlib.contextmanager
 def creating(place: Place, name: str) -> Iterator[Sink]:
-    """Write one file; it is made visible when the block ends without an error."""
+    """Write one file, which becomes visible when the block succeeds."""
     url = place.url(name)
     with errors("write", url):
         file = place.begin(name)
@@ -205,9 +194,10 @@ def creating(place: Place, name: str) -> Iterator[Sink]:
 
 
 def fetch(place: Place, name: str, scratch: Path, missing: str | None = None) -> tuple[BinaryIO, int, int | None]:
-    """(file to read and seek in, nbytes, crc32c or None) of one file: where it is, or a copy without a name in the folder `scratch`.
+    """(seekable file, nbytes, crc32c or None) of a local file, or of an unnamed copy of a remote one in `scratch`.
 
-    `missing`: the error to raise instead when a local file is not there, or a remote one cannot be read."""
+    `missing`: the message of the error when it cannot be read.
+    """
     try:
         with errors("read", place.url(name)):
             file = place.open(name)
@@ -228,7 +218,7 @@ def fetch(place: Place, name: str, scratch: Path, missing: str | None = None) ->
 
 @contextlib.contextmanager
 def errors(verb: str, url: str) -> Iterator[None]:
-    """Whatever a place raises, as a `UserError` that names the file."""
+    """Turn whatever a place raises into a `UserError` that names the file."""
     try:
         yield
     except UserError:

@@ -34,7 +34,7 @@ def is_begun(path: Path) -> bool:
 
 
 def read_fingerprint(path: Path) -> dict[str, Any]:
-    """What the cache at `path`, finished or not, is built from. `UserError` where there is no cache this version reads."""
+    """What the cache at `path`, finished or not, is built from. `UserError` where there is no readable cache."""
     if not path.is_dir():
         raise UserError(f"no cache at {path}; build one with `dvla cache build … --out {path}`")
     file = path / FINGERPRINT

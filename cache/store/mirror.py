@@ -1,11 +1,12 @@
-"""A cache that lies behind an fsspec URL, read through a folder on this machine.
+"""A cache at an fsspec URL, read through a folder on this machine.
 
-    LOCAL/<digest>/…        the files of one generation of one cache, under the names they have in it
-    LOCAL/.locks/<n>        one process at a time fetches a file
+    LOCAL/<digest>/…        the files of one generation of one cache, under their names in it
+    LOCAL/.locks/<n>        lets one process at a time download a file
 
-Tables are fetched when the cache is opened, a shard when it is first touched: under a temporary name, compared with the size and crc32c of
-the manifest, then renamed. So whatever lies there under a final name is whole, and any number of processes (and caches) may share LOCAL.
-With a limit, the shards that were opened longest ago make room for new ones; one that is being read stays until it is let go.
+Tables are downloaded when the cache is opened, a shard when it is first used: under a temporary name, compared with the
+size and crc32c in the manifest, then renamed. So every file under a final name is complete, and any number of processes
+and caches may share LOCAL. With a limit, the least recently opened shards are removed to make room for new ones; an
+open one keeps its data until it is closed.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from ...errors import UserError
 from .locations import BLOCK, Folder, Url, creating, errors
 from .manifest import MANIFEST, Files, is_finished, parse_manifest
 
-LOCKS = 256  # files that can be fetched at the same time by all processes
+LOCKS = 256  # files that all processes together can download at the same time
 TABLE_THREADS = 8
-ATTEMPTS = 3  # object stores have bad moments
-STALE = 3600.0  # seconds after which a temporary file is a killed process's
+ATTEMPTS = 3  # object stores fail now and then
+STALE = 3600.0  # seconds after which a temporary file belongs to a killed process
 
 
 def is_remote(path: Path | str) -> bool:
@@ -34,9 +35,10 @@ def is_remote(path: Path | str) -> bool:
 
 
 class Mirror:
-    """Read-through copies, in `local`, of the files of the cache at a URL. `limit` bounds the shards of this cache there, in bytes.
+    """Read-through copies in `local` of the cache at a URL. `limit` bounds the bytes of its shards there.
 
-    `UserError` when there is no finished cache at `url`, and naming the file for one that cannot be fetched or is not as it was written."""
+    `UserError` when there is no finished cache at `url`, and naming a file that cannot be downloaded or is damaged.
+    """
 
     def __init__(self, url: str, local: Path | str, limit: int | None = None) -> None:
         self.place, self._limit = Url(url), limit
@@ -62,7 +64,7 @@ class Mirror:
             list(pool.map(self._fetch, [name for name in self._files if not _is_shard(name)]))
 
     def ensure(self, path: Path) -> None:
-        """The file `path` below `folder` is there, whole."""
+        """Download the file `path` below `folder`, unless it exists."""
         self._fetch(path.relative_to(self.folder).as_posix())
 
     def _fetch(self, name: str) -> None:
@@ -72,7 +74,7 @@ class Mirror:
         if name not in self._files:
             raise UserError(f"{self.place.where} does not list {name} in its manifest")
         with self._lock(str(crc32c(name.encode()) % LOCKS)):
-            if path.exists():  # fetched by another one meanwhile
+            if path.exists():  # downloaded by another process meanwhile
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             fetch_checked(self.place, name, self._files[name], path)
@@ -83,12 +85,9 @@ class Mirror:
         with self._lock("room"):
             shards = []
             for path in self.folder.glob("*/*/*/c/**/*"):
+                shard = ".tmp-" not in path.name and _is_shard(path.relative_to(self.folder).as_posix())
                 with contextlib.suppress(OSError):
-                    if (
-                        path.is_file()
-                        and ".tmp-" not in path.name
-                        and _is_shard(path.relative_to(self.folder).as_posix())
-                    ):
+                    if shard and path.is_file():
                         found = path.stat()
                         shards.append((found.st_mtime_ns, found.st_size, path))
             over = sum(size for _, size, _ in shards) - (self._limit or 0)
@@ -101,7 +100,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Held by one thread of one process."""
+        """A lock of one thread of one process."""
         with open(self._local / ".locks" / name, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -119,16 +118,16 @@ def fetch_manifest(place: Url) -> bytes:
 
 
 def require_inside(names: Iterable[str], url: str) -> None:
-    """`UserError` for a name in the manifest of the cache at `url` that leaves its folder."""
+    """`UserError` for a name in the manifest of the cache at `url` that is outside its folder."""
     for name in names:
         if name.startswith("/") or ".." in name.split("/"):
             raise UserError(
-                f"the manifest of {url} names '{name}', which would lie outside the cache; it is damaged, or hostile"
+                f"the manifest of {url} names '{name}', which is outside the cache; it is damaged or malicious"
             )
 
 
 def fetch_checked(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
-    """Copy one file of a cache to `path`, which appears whole and as `entry`, of the manifest, says, or not at all (`UserError`)."""
+    """Copy one file of a cache to `path`, atomically. `UserError` unless it has the size and crc32c of `entry`."""
     for attempt in range(ATTEMPTS):
         try:
             return _copy(place, name, entry, path)
@@ -152,11 +151,11 @@ def _copy(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
         if sink.nbytes != entry["bytes"] or sink.crc != entry["crc32c"]:
             raise UserError(
                 f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "
-                f"{entry['crc32c']:08x} were written; run `dvla cache verify` where it lies"
+                f"{entry['crc32c']:08x} were written; run `dvla cache verify` on the original, then push it again"
             )
 
 
 def _is_shard(name: str) -> bool:
-    """Whether a file of the manifest is fetched only when it is touched: shards of features and of their scales."""
+    """Whether a file is downloaded only when used: shards of features and of their scales."""
     parts = name.split("/")
     return len(parts) > 4 and parts[1] in ("features", "scales") and parts[3] == "c"

@@ -13,7 +13,7 @@ import numpy as np
 from ...errors import UserError
 from .feature_format import FeatureFormat
 
-FORMAT = 2  # version of everything in this file
+FORMAT = 2  # version of the layout of a cache
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIANT = re.compile(r".*\.aug\d+")
 
@@ -26,14 +26,12 @@ class EpisodePlan:
     length: int  # frames, ≥ 1
     instruction: str  # may be empty
     source_hash: str  # changes when the episode's source bytes change
-    view_hashes: tuple[
-        str, ...
-    ] = ()  # per view: changes when that of which its features are made changes, and only then
+    view_hashes: tuple[str, ...] = ()  # per view: changes when, and only when, the source of its features changes
 
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """One dataset: its episodes in row order, its cameras, and the episodes left out because they cannot be loaded."""
+    """One dataset: its episodes in row order, its cameras, and the episodes that cannot be loaded."""
 
     name: str  # letters, digits, . _ -
     views: tuple[str, ...]  # camera names; their order is the order in a batch
@@ -62,7 +60,7 @@ class DatasetPlan:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """The whole content's shape. It is part of the fingerprint, so a resumed build must be given the same plan."""
+    """The shape of a cache's content. It is part of the fingerprint, so a resumed build needs the same plan."""
 
     datasets: tuple[DatasetPlan, ...]
     tokens: int  # vision tokens per frame and view
@@ -70,7 +68,7 @@ class BuildPlan:
     shard_frames: int  # S, observations in one shard
     format: FeatureFormat = field(default_factory=FeatureFormat)
     frame_stride: int = 1  # every n-th frame of an episode gets features; actions and proprio are kept for all
-    variants: int = 0  # augmented variants of every picture besides the picture itself
+    variants: int = 0  # augmented variants of every image besides the image itself
 
     def tasks(self) -> list[ShardTask]:
         """All shards, in dataset, view, variant and row order."""
@@ -86,12 +84,9 @@ class BuildPlan:
         return out
 
     def check(self) -> None:
-        """Raise `UserError` for what the layout cannot hold."""
-        if (
-            not self.datasets
-            or min(self.tokens, self.width, self.shard_frames, self.frame_stride) < 1
-            or self.variants < 0
-        ):
+        """`UserError` for a plan that the layout cannot hold."""
+        sizes = (self.tokens, self.width, self.shard_frames, self.frame_stride)
+        if not self.datasets or min(sizes) < 1 or self.variants < 0:
             raise UserError(
                 "a cache needs at least one dataset, tokens, width, shard frames and frame stride of at least 1, and "
                 "0 or more augmented variants"
@@ -146,20 +141,17 @@ class BuildPlan:
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> BuildPlan:
-        """Inverse of `document`, also after a round trip through JSON: the plan of the cache whose fingerprint holds it."""
+        """Inverse of `document`, also after a round trip through JSON."""
 
         def dataset(name: str) -> DatasetPlan:
             d = document["datasets"][name]
-            episodes = ((number, d["episodes"][str(number)]) for number in d["episode_order"])
-            return DatasetPlan(
-                name,
-                tuple(d["views"]),
-                tuple(
-                    EpisodePlan(n, e["length"], e["instruction"], e["source_hash"], tuple(e["view_hashes"]))
-                    for n, e in episodes
-                ),
-                tuple((number, reason) for number, reason in d["quarantined"]),
+            episodes = tuple(
+                EpisodePlan(n, e["length"], e["instruction"], e["source_hash"], tuple(e["view_hashes"]))
+                for n in d["episode_order"]
+                for e in [d["episodes"][str(n)]]
             )
+            quarantined = tuple((number, reason) for number, reason in d["quarantined"])
+            return DatasetPlan(name, tuple(d["views"]), episodes, quarantined)
 
         return cls(
             tuple(map(dataset, document["order"])),
@@ -181,7 +173,7 @@ class ShardTask:
     index: int
     start: int
     stop: int
-    variant: int = 0  # 0: the pictures themselves; k: their k-th augmented variant
+    variant: int = 0  # 0: the images themselves; k: their k-th augmented variant
 
     @property
     def array(self) -> str:
@@ -191,34 +183,36 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of building: the shards that one pass of the encoder makes. Each of them is written and committed for itself."""
+    """One unit of building: the shards that one pass of the encoder makes, each written and committed separately."""
 
-    tasks: tuple[ShardTask, ...]  # one; of the same observations of several views where these are encoded together
+    tasks: tuple[ShardTask, ...]  # one, or one per view where all views of an observation are encoded together
 
     @property
     def dataset(self) -> str:
-        """Name of the dataset that all its shards are of."""
+        """Name of the dataset of its shards."""
         return self.tasks[0].dataset
 
     @property
     def name(self) -> str:
-        """For people: the dataset and its arrays."""
+        """The dataset and its arrays, for messages."""
         return f"{self.dataset}/{'+'.join(task.array for task in self.tasks)}"
 
     @property
     def records(self) -> int:
-        """Features it writes: observations times views."""
+        """Features that it writes: observations times views."""
         return sum(task.stop - task.start for task in self.tasks)
 
 
 def units(tasks: Iterable[ShardTask], by_observation: bool) -> list[Unit]:
-    """The units of work that make `tasks`, in their order. `by_observation`: all views of an observation are encoded together
-    (`VisionLanguageEncoder.by_observation`), so that shards of the same dataset, variant and index belong together."""
+    """The units of work that make `tasks`, in their order.
+
+    `by_observation`: all views of an observation are encoded together (`VisionLanguageEncoder.by_observation`), so that
+    shards of the same dataset, variant and index form one unit.
+    """
     groups: dict[tuple[str, int, int, str], list[ShardTask]] = {}
     for task in tasks:
-        groups.setdefault((task.dataset, task.variant, task.index, "" if by_observation else task.view), []).append(
-            task
-        )
+        key = task.dataset, task.variant, task.index, "" if by_observation else task.view
+        groups.setdefault(key, []).append(task)
     return [Unit(tuple(group)) for group in groups.values()]
 
 
@@ -227,8 +221,7 @@ class DatasetTables:
     """Everything of a dataset but its vision features. N frames, n distinct instructions, Lt text tokens, D width,
     Dt width of text (D, unless features are taken before the projection into the language model).
 
-    Actions and proprio are unified but NOT normalised; `*_stats` are `Statistics` of normalize.py and `*_rotation`
-    marks the slots that normalisation leaves alone.
+    Actions and proprio are unified but NOT normalized; `*_rotation` marks the slots that normalization leaves alone.
     """
 
     action: np.ndarray  # [N, 128] float32
@@ -246,9 +239,9 @@ class DatasetTables:
     null_features: dict[str, np.ndarray]  # view → [tokens, D] float16, a black frame
     embodiment: int  # embodiment id
     control_hz: float
-    attributes: dict[str, Any] = field(default_factory=dict)  # JSON: action map, view sizes, licence, …
+    attributes: dict[str, Any] = field(default_factory=dict)  # JSON: action map, view sizes, license, …
 
 
 def array_name(view: str, variant: int) -> str:
-    """Name of the array of a view's pictures (variant 0) or of their k-th augmented variant."""
+    """Name of the array of a view's images (variant 0) or of their k-th augmented variant."""
     return f"{view}.aug{variant}" if variant else view

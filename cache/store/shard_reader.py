@@ -1,4 +1,4 @@
-"""Open files and folders of shards: found by the name they had, also when they move or go, and closed with their last user."""
+"""Reading records of Zarr shards from shared open files, which stay valid while caches move or are replaced."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Folder:
-    """A directory held open: files are found in it by the name it had, also after it was renamed and another took that name."""
+    """A directory held open: paths with its original name lead into it even after it was renamed or replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.handle = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._finalizer = weakref.finalize(self, os.close, self.handle)
 
     def is_at(self, path: Path) -> bool:
-        """Whether `path` names it now."""
+        """Whether it is at `path` now."""
         try:
             return os.path.samestat(os.fstat(self.handle), os.stat(path))
         except FileNotFoundError:
@@ -38,7 +38,7 @@ class Folder:
 
 
 def open_file(path: Path, folder: Folder | None = None) -> int:
-    """Handle of a shard, to be read; in `folder` when its path is below that. `UserError` naming it when that fails."""
+    """Read-only handle of a shard, by way of `folder` where given. `UserError` naming the shard on failure."""
     try:
         if folder is not None:
             return os.open(path.relative_to(folder.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder.handle)
@@ -48,22 +48,23 @@ def open_file(path: Path, folder: Folder | None = None) -> int:
 
 
 def touch(handle: int) -> None:
-    """Mark a file as used just now, as far as one may: it may be another user's copy."""
+    """Mark a file as used now, unless it belongs to another user."""
     with contextlib.suppress(OSError):
         os.utime(handle)
 
 
 class OpenShard:
-    """An open shard file. It is closed when its last user lets go of it.
+    """An open shard file, closed with the last reference to it.
 
-    Its first `count` records follow each other from byte 0 on; of one where they do not, `index` [n, 2] int64 holds (offset, nbytes)
-    of each, −1 where missing, and `count` is 0."""
+    Its first `count` records are contiguous from byte 0. Where they are not, `count` is 0 and `index` [n, 2] int64
+    holds (offset, nbytes) of each record, −1 where missing.
+    """
 
     __slots__ = ("handle", "path", "index", "count", "used", "_close")
 
     def __init__(self, handle: int, path: str, index: np.ndarray | None, count: int) -> None:
         self.handle, self.path, self.index, self.count, self.used = handle, path, index, count, False
-        self._close = os.close  # still known when the interpreter ends
+        self._close = os.close  # still defined when the interpreter exits
 
     def __del__(self) -> None:
         self._close(self.handle)
@@ -78,20 +79,12 @@ class OpenShard:
 
 
 MAX_BUFFERS = 512  # buffers in one preadv; the kernel's limit (IOV_MAX) is 1024
-REMEMBERED = 1 << 16  # shards whose index a reader need not see again (some 20 MB)
-ADVICE = 128 << 10  # bytes of one POSIX_FADV_WILLNEED: the kernel takes no more than its read-ahead window from each
+REMEMBERED = 1 << 16  # contiguous shards whose index is not read again (about 20 MB)
+ADVICE = 128 << 10  # bytes of one POSIX_FADV_WILLNEED: the kernel reads at most its read-ahead window for each
 
 
-def read_index(path: Path, chunks_per_shard: int) -> np.ndarray:
-    """`[chunks_per_shard, 2]` uint64 (offset, nbytes); `UserError` naming the shard when it is missing or damaged."""
-    handle = open_file(path)
-    try:
-        return _read_index(handle, path, chunks_per_shard)
-    finally:
-        os.close(handle)
-
-
-def _read_index(handle: int, path: Path, chunks_per_shard: int) -> np.ndarray:
+def read_index(handle: int, path: Path, chunks_per_shard: int) -> np.ndarray:
+    """`[chunks_per_shard, 2]` uint64 (offset, nbytes) of an open shard; `UserError` naming it when it is damaged."""
     size = index_nbytes(chunks_per_shard)
     end = os.fstat(handle).st_size
     tail = os.pread(handle, size, end - size) if end >= size else b""
@@ -105,9 +98,10 @@ def _damaged(path: Path | str) -> UserError:
 
 
 class ShardFiles:
-    """Open shard files, shared by threads: at most `limit`, the ones used last (default: an eighth of what the process may open).
+    """The most recently used open shard files, shared by threads: at most `limit` (default: 1/8 of the process's).
 
-    With a `folder`, paths are below it. `fetch(path)` puts there what lies elsewhere: it is called for a file that is not there (any more)."""
+    With a `folder`, paths are below it. `fetch(path)` is called to download a file that does not exist (any more).
+    """
 
     def __init__(
         self, limit: int | None = None, folder: Folder | None = None, fetch: Callable[[Path], None] | None = None
@@ -115,18 +109,16 @@ class ShardFiles:
         self._limit = limit or max(16, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
         self._folder, self._fetch, self._lock = folder, fetch, threading.Lock()
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
-        self._plain: dict[
-            str, tuple[int, int]
-        ] = {}  # shards without gaps → (file size, records): opened again, no index is read
+        self._plain: dict[str, tuple[int, int]] = {}  # contiguous shard → (file size, records): no index to read again
 
     def get(self, path: str, chunks_per_shard: int, record: int) -> OpenShard:
-        """The shard at `path`, of at most `chunks_per_shard` records of `record` bytes (0: compressed ones), opened when needed."""
+        """The shard at `path`, opened if needed, of up to `chunks_per_shard` records of `record` bytes (0: any)."""
         with self._lock:
             if (found := self._open.get(path)) is not None:
                 self._open.move_to_end(path)
                 found.used = True
                 return found
-        shard = self._load(path, chunks_per_shard, record)  # perhaps twice, by two threads: the later one stays
+        shard = self._load(path, chunks_per_shard, record)  # two threads may both load it: the later one stays
         with self._lock:
             self._open[path] = shard
             while len(self._open) > self._limit:
@@ -134,7 +126,7 @@ class ShardFiles:
         return shard
 
     def close(self) -> None:
-        """Let go of every file."""
+        """Release every file."""
         with self._lock:
             self._open.clear()
 
@@ -146,7 +138,7 @@ class ShardFiles:
             known = self._plain.get(path)
             if known is not None and known[0] == size:
                 return OpenShard(handle, path, None, known[1])
-            index = _read_index(handle, where, chunks).astype(np.int64)  # 2**64-1 becomes -1
+            index = read_index(handle, where, chunks).astype(np.int64)  # 2**64-1 becomes -1
             count = int((index[:, 0] >= 0).sum())
             plain = np.stack([np.arange(count) * record, np.full(count, record)], axis=1)
             if record and (index[count:] < 0).all() and (index[:count] == plain).all():
@@ -169,7 +161,7 @@ class ShardFiles:
                 self._tend()
             try:
                 handle = open_file(path, self._folder)
-            except UserError:  # removed again meanwhile, for want of room
+            except UserError:  # removed meanwhile to make room
                 if last:
                     raise
             else:
@@ -178,7 +170,7 @@ class ShardFiles:
         raise AssertionError
 
     def _tend(self) -> None:
-        """Show which fetched files were used, and let go of those that were removed, so that their room is free."""
+        """Mark the downloaded files that were used, and close those that were removed, to free their space."""
         with self._lock:
             for path, shard in list(self._open.items()):
                 if not os.fstat(shard.handle).st_nlink:
@@ -199,7 +191,7 @@ def read_records(
 ) -> None:
     """Read record `rows[i]` of the array's shards in `folder` into `targets[i]`, adjacent records in one `preadv`.
 
-    `rows` int64 [n], any order, repeats allowed; `folder` holds the shards `<number>/<tail>`; each target is writable,
+    `rows` int64 [n], in any order, with repeats; `folder` holds the shards `<number>/<tail>`; each target is writable,
     contiguous and exactly one record long. `UserError` naming the shard when a record cannot be read.
     """
     record = len(targets[0]) if len(rows) else 0
@@ -208,7 +200,7 @@ def read_records(
     shard: OpenShard | None = None
     for where, inner, begin, end in _runs(folder, ordered, records_per_shard, tail):
         if shard is None or where != path:
-            shard = None  # let go of it first: a thread has one file open, not two
+            shard = None  # release it first: a thread keeps one file open, not two
             path, shard = where, files.get(where, records_per_shard, 0 if compression else record)
         if inner + end - begin <= shard.count:  # the hot path: one after the other
             for low in range(begin, end, MAX_BUFFERS):
@@ -225,7 +217,7 @@ def read_records(
                 else:
                     compression.decode(os.pread(shard.handle, nbytes, offset), targets[into[i]])
             except KeyError:
-                raise UserError(f"shard {path} does not hold row {ordered[i]}") from None
+                raise UserError(f"shard {path} does not hold row {ordered[i]}; run `dvla cache verify`") from None
             except ValueError:
                 raise _damaged(path) from None
 
@@ -233,17 +225,17 @@ def read_records(
 def advise_records(
     files: ShardFiles, folder: Path | str, rows: np.ndarray, record: int, records_per_shard: int, tail: str = "0/0"
 ) -> None:
-    """Have the records `rows` (int64 [n], ascending) of `record` bytes (0: compressed) read into memory soon, from front to back."""
+    """Have the kernel read records `rows` (int64 [n], ascending) of `record` bytes (0: compressed) into memory."""
     for path, inner, begin, end in _runs(folder, rows, records_per_shard, tail):
         _advise(files.get(path, records_per_shard, record), inner, inner + end - begin - 1, record)
 
 
 def _advise(shard: OpenShard, first: int, last: int, record: int) -> None:
-    """Have the records `first` to `last` of a shard read into memory soon."""
+    """Have the kernel read the records `first` to `last` of a shard into memory."""
     try:
         begin, end = shard.extent(first, record)[0], sum(shard.extent(last, record))
     except KeyError:
-        return  # reading says what is missing
+        return  # reading reports what is missing
     for at in range(begin, end, ADVICE):
         os.posix_fadvise(shard.handle, at, min(ADVICE, end - at), os.POSIX_FADV_WILLNEED)
 
@@ -251,7 +243,7 @@ def _advise(shard: OpenShard, first: int, last: int, record: int) -> None:
 def _runs(
     folder: Path | str, ordered: np.ndarray, records_per_shard: int, tail: str
 ) -> Iterator[tuple[str, int, int, int]]:
-    """(path, first record in it, begin, end) of each range of `ordered` rows that lie side by side in one shard."""
+    """(path, first record in it, begin, end) of each range of `ordered` rows that are adjacent in one shard."""
     shard, inner = np.divmod(ordered, records_per_shard)
     cuts = (np.flatnonzero((np.diff(ordered) != 1) | (np.diff(shard) != 0)) + 1).tolist()
     begins, base = [0, *cuts] if len(ordered) else [], str(folder)
@@ -260,7 +252,7 @@ def _runs(
 
 
 def _finish_read(shard: OpenShard, buffers: list[memoryview], offset: int, got: int) -> None:
-    """Complete a read that ended after `got` bytes (network file systems, signals)."""
+    """Complete a read that returned only `got` bytes (network file systems, signals)."""
     for buffer in buffers:
         done = min(got, len(buffer))
         got -= done

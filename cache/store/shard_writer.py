@@ -18,15 +18,15 @@ MISSING = np.uint64(2**64 - 1)  # offset and nbytes of a chunk that was never wr
 
 
 def index_nbytes(chunks_per_shard: int) -> int:
-    """Size in bytes of a shard's index with its checksum."""
+    """Bytes of a shard's index with its checksum."""
     return 16 * chunks_per_shard + 4
 
 
 class ShardWriter:
-    """Writes one shard: `append` in order, then `commit`. Without `commit` (an error, a kill) no final name appears.
+    """Writes one shard: `append` in order, then `commit`, without which no file appears. Use as a context manager.
 
-    `chunk_shape` is the inner chunk; `chunks_per_shard` the inner chunks a full shard holds (fewer may be written: the
-    rest is marked missing in the index). `compression` None stores the bytes as they are. Use as a context manager.
+    `chunk_shape` is the inner chunk; `chunks_per_shard` the inner chunks of a full shard (fewer may be written: the
+    rest is marked missing in the index). `compression` None stores the bytes as they are.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ShardWriter:
         self._file = open(self._temporary, "wb", buffering=0)
 
     def append(self, block: np.ndarray) -> None:
-        """Write whole chunks, `[k · chunk_shape[0], *chunk_shape[1:]]` of the shard's dtype; no copy is made."""
+        """Write full chunks, `[k · chunk_shape[0], *chunk_shape[1:]]` of the shard's dtype, without a copy."""
         if block.dtype != self._dtype or block.shape[1:] != self._tail or block.shape[0] % self._rows:
             raise ValueError(
                 f"{self.path}: expected chunks of {(self._rows, *self._tail)} {self._dtype}, "
@@ -69,7 +69,7 @@ class ShardWriter:
         self.count += chunks
 
     def commit(self) -> tuple[int, int]:
-        """Write the index, sync, rename to the final name; returns (nbytes, crc32c) of the whole file."""
+        """Write the index, sync, rename to the final name; returns (nbytes, crc32c) of the file."""
         index = np.full((self.chunks_per_shard, 2), MISSING, dtype="<u8")
         index[: self.count, 1] = self._sizes
         index[: self.count, 0] = np.cumsum([0, *self._sizes[:-1]])[: self.count]

@@ -1,8 +1,8 @@
 """Building a feature cache, shard by shard, resumable after anything.
 
-The file system is the truth. A shard is written under a temporary name, synced, renamed, and then recorded in
-`.commits/`; the manifest with `"complete": true` comes last. So a build may be killed at any moment and run again, and
-the finished bytes depend neither on the order of the work nor on restarts. Layout: see layout.py.
+The file system is the truth. A shard is written under a temporary name, synced, renamed and then recorded in
+`.commits/`; the manifest with `"complete": true` comes last. So a build may be killed at any moment and rerun, and
+the finished bytes depend neither on the order of the work nor on restarts. Layout: zarr_format.py.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ from .manifest import (
     shard_commit,
     tables_commit,
 )
-from .plan import FORMAT, BuildPlan, DatasetTables, ShardTask
+from .plan import BuildPlan, DatasetTables, ShardTask
 from .shard_writer import ShardWriter
 from .validation import check_features, checked_arrays
 from .zarr_format import (
+    dataset_attributes,
     dataset_nodes,
+    dimensions_of,
     features_folder,
     open_table,
     record_compression,
@@ -67,7 +69,7 @@ class CacheWriter:
 
     @classmethod
     def create_or_resume(cls, path: Path | str, fingerprint: dict[str, Any], plan: BuildPlan) -> CacheWriter:
-        """Start a cache at `path`, or take up the build that was started there with the same fingerprint and plan.
+        """Start a cache at `path`, or resume the build that was started there with the same fingerprint and plan.
 
         `fingerprint` is JSON; the plan is added under "store". `UserError` when `path` holds something else, was built
         from other settings (the differing fields are named) or is being built by another process. Nothing of value is
@@ -100,7 +102,7 @@ class CacheWriter:
 
     @property
     def complete(self) -> bool:
-        """True when the cache was finished: nothing is left to do."""
+        """Whether the cache was finished: nothing is left to do."""
         return is_finished(self.path)
 
     def missing(self) -> list[ShardTask]:
@@ -117,26 +119,23 @@ class CacheWriter:
     ) -> None:
         """Write one shard from features of observations `task.start … task.stop-1`, in order, and commit it.
 
-        `chunks`: float16 [tokens, width] (one picture) or [k, tokens, width]; of an 8-bit cache (codes [k, tokens, width],
-        token scales float32 [k, tokens]); a `Failed` stands for rows that could not be decoded: they become zeros, and the
-        episode and its reason go into the ledger. `quarantined`: (episode id, reason) of episodes whose zeros are among the
-        chunks. `UserError` naming the row for a value that is not finite.
+        `chunks`: float16 [tokens, width] (one image) or [k, tokens, width]; of an 8-bit cache (codes
+        [k, tokens, width], token scales float32 [k, tokens]). A `Failed` stands for rows that could not be decoded:
+        they become zeros, and the episode goes into the ledger with its reason. `quarantined`: (episode id, reason) of
+        episodes whose zeros are among the chunks. `UserError` naming the row for a value that is not finite.
         """
         plan, tail = self.plan, (self.plan.tokens, self.plan.width)
         step, failed = max(1, PIECE_NBYTES // plan.format.record_nbytes(*tail)), list(quarantined)
         path = features_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0" / "0"
         scales = scales_folder(self.path, task.dataset, task.array) / "c" / str(task.index) / "0"
         with contextlib.ExitStack() as stack:
+            compression = record_compression(plan.format)
             shard = stack.enter_context(
-                ShardWriter(
-                    path, (1, *tail), plan.format.zarr_dtype, plan.shard_frames, record_compression(plan.format)
-                )
+                ShardWriter(path, (1, *tail), plan.format.zarr_dtype, plan.shard_frames, compression)
             )
-            beside = (
-                stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames))
-                if plan.format.quantized
-                else None
-            )
+            beside: ShardWriter | None = None
+            if plan.format.quantized:
+                beside = stack.enter_context(ShardWriter(scales, (1, plan.tokens), "float32", plan.shard_frames))
             for chunk in chunks:
                 if isinstance(chunk, Failed):
                     failed.append((chunk.episode, str(chunk)))
@@ -144,9 +143,7 @@ class CacheWriter:
                 block, scale = chunk if isinstance(chunk, tuple) else (chunk[None] if chunk.ndim == 2 else chunk, None)
                 if scale is not None and len(scale) != len(block):
                     raise ValueError(f"{task}: {len(block)} records came with {len(scale)} rows of scales")
-                for at in range(
-                    0, len(block), step
-                ):  # checked, summed and written while it is in the processor's cache
+                for at in range(0, len(block), step):  # checked, summed and written while in the processor's cache
                     part, scales_part = block[at : at + step], None if scale is None else scale[at : at + step]
                     check_features(part, scales_part, task, task.start + shard.count, plan)
                     shard.append(part)
@@ -171,7 +168,7 @@ class CacheWriter:
 
     @names_full_disk
     def channel_scale(self, measure: Callable[[], np.ndarray]) -> np.ndarray | None:
-        """float32 [D] of an 8-bit cache, measured and stored on the first call of a build, None of a 16-bit one. Before any shard."""
+        """float32 [D] of an 8-bit cache, measured by the first call, before any shard; None of a 16-bit one."""
         if not self.plan.format.quantized:
             return None
         folder = self.path / "channel_scale"
@@ -181,8 +178,7 @@ class CacheWriter:
 
     @names_full_disk
     def adopt(self, task: ShardTask, other: Path) -> None:
-        """Commit a shard that is, byte for byte, the one of the same name in the finished cache `other`: hard links where the
-        file system has them."""
+        """Commit a shard that is byte for byte that of the finished cache `other`, by hard links where possible."""
         record = shard_commit(other, task)
         for name in read_commit(record)["files"]:
             target = self.path / name
@@ -190,56 +186,23 @@ class CacheWriter:
             temporary = temporary_name(target)
             try:
                 os.link(other / name, temporary)
-            except OSError:  # another file system, or none that links
+            except OSError:  # another file system, or one without links
                 shutil.copyfile(other / name, temporary)
             publish(temporary, target)
         write_file(shard_commit(self.path, task), record.read_bytes())
 
     @names_full_disk
     def write_tables(self, dataset: str, tables: DatasetTables) -> None:
-        """Write all of a dataset but its vision features, and commit it. `ValueError` for wrong shapes or dtypes."""
-        plan, root = self._datasets[dataset], self.path / dataset
-        arrays, frame = checked_arrays(plan, self.plan, tables), ("frame",)
-        dimensions = {
-            "action": ("frame", "slot"),
-            "proprio": ("frame", "slot"),
-            "timestamp": frame,
-            "action_mask": ("slot",),
-            "proprio_mask": ("slot",),
-            "text/length": ("instruction",),
-            "text/embedding": ("instruction", "text_token", "text_channel"),
-            "null_text": ("null_text_token", "text_channel"),
-        }
+        """Write and commit everything of a dataset but its vision features. `ValueError` for wrong shapes or dtypes."""
+        plan, given = self._datasets[dataset], tables.attributes
         written: dict[Path, tuple[int, int]] = {}
-        for name, values in arrays.items():
-            default = ("episode",) if name.startswith("episodes/") else ("token", "channel")
-            written |= write_table(root / name, values, dimensions.get(name, default))
-        own = {
-            "format": FORMAT,
-            "views": list(plan.views),
-            "tokens": self.plan.tokens,
-            "width": self.plan.width,
-            "shard_frames": self.plan.shard_frames,
-            "frames": plan.frames,
-            "frame_stride": self.plan.frame_stride,
-            "variants": self.plan.variants,
-            "dtype": self.plan.format.dtype,
-            "compression": self.plan.format.compression,
-            "view_hashes": {
-                view: [e.view_hashes[i] for e in plan.episodes if e.view_hashes] for i, view in enumerate(plan.views)
-            },
-            "embodiment": int(tables.embodiment),
-            "control_hz": float(tables.control_hz),
-            "instructions": list(plan.instructions),
-            "source_hashes": [e.source_hash for e in plan.episodes],
-            "action_stats": tables.action_stats.to_dict(),
-            "proprio_stats": tables.proprio_stats.to_dict(),
-            "action_rotation": np.flatnonzero(tables.action_rotation).tolist(),
-            "proprio_rotation": np.flatnonzero(tables.proprio_rotation).tolist(),
-        }
-        if clash := (own.keys() | {"quarantined"}) & tables.attributes.keys():
-            raise ValueError(f"attributes {sorted(clash)} belong to the store")
-        self._commit(tables_commit(self.path, dataset), written, attributes={**tables.attributes, **own})
+        for name, values in checked_arrays(plan, self.plan, tables).items():
+            written |= write_table(self.path / dataset / name, values, dimensions_of(name))
+        own = dataset_attributes(plan, self.plan, tables)
+        clash = [n for n in own.keys() & given.keys() if fp.canonical({n: own[n]}) != fp.canonical({n: given[n]})]
+        if clash or "quarantined" in given:
+            raise ValueError(f"attributes {sorted(clash) or 'quarantined'} belong to the store")
+        self._commit(tables_commit(self.path, dataset), written, attributes={**given, **own})
 
     @names_full_disk
     def finish(self) -> dict[str, Any]:
@@ -251,7 +214,7 @@ class CacheWriter:
             raise ValueError(f"{self.path}: {len(missing)} shards are missing, and tables of {self.tables_missing()}")
         if self.complete:
             return read_manifest(self.path)
-        self._clear()  # of workers that were lost on the way
+        self._clear()  # of lost workers
         files, attributes, quarantined = self._committed_work()
         ledger = [
             {"dataset": name, "episode_id": episode, "reason": reason}
@@ -269,7 +232,7 @@ class CacheWriter:
         return manifest
 
     def _committed_work(self) -> tuple[Files, dict[str, dict[str, Any]], dict[str, set[tuple[int, str]]]]:
-        """What the commit records hold: all files, and of each dataset its attributes and its quarantined (episode, reason)."""
+        """What the commit records hold: all files, and each dataset's attributes and quarantined (episode, reason)."""
         files: Files = read_commit(scale_commit(self.path))["files"] if self.plan.format.quantized else {}
         attributes, quarantined = {}, {d.name: set(d.quarantined) for d in self.plan.datasets}
         for name in quarantined:
@@ -282,7 +245,7 @@ class CacheWriter:
         return files, attributes, quarantined
 
     def _metadata(self, files: Files, attributes: dict[str, dict[str, Any]]) -> dict[str, bytes]:
-        """The Zarr documents of groups and features, and the root's, which repeats those of the tables in `files` too."""
+        """The Zarr documents of groups and features, and of the root, which includes those of all tables in `files`."""
         nodes = {
             name: document
             for d in self.plan.datasets
@@ -321,10 +284,10 @@ class CacheWriter:
 
     def _clear(self) -> None:
         for left in self.path.rglob(".*.tmp-*"):
-            left.unlink(missing_ok=True)  # a worker that outlived its builder may be renaming it
+            left.unlink(missing_ok=True)  # a worker that outlived its builder may rename it
 
     def _nothing_missing(self) -> bool:
-        return not self.missing() and not self.tables_missing()
+        return not (self.missing() or self.tables_missing())
 
     def _commit(self, record: Path, written: dict[Path, tuple[int, int]], **extra: Any) -> None:
         files = {path.relative_to(self.path).as_posix(): _entry(entry) for path, entry in written.items()}

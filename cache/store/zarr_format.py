@@ -1,23 +1,23 @@
-"""What lies where in a cache folder: the plan of a build, the Zarr v3 documents, and the small tables.
+"""The layout of a cache folder: its Zarr v3 documents and its small tables.
 
-Every array is sharded and, but for an option of the features, uncompressed, so a shard is contiguous bytes (see shard.py) and any
-Zarr library opens it:
+Every array is sharded and, except for optional compression of the features, uncompressed, so a shard is contiguous
+bytes and any Zarr library opens it:
 
-    zarr.json                                  root group, with consolidated metadata
+    zarr.json                               root group, with consolidated metadata
     fingerprint.json  manifest.json  quarantine.jsonl
-    <dataset>/features/<view>/c/<shard>/0/0    [observations, tokens, width] float16, int8, or uint8 holding float8_e4m3fn;
-                                               one inner chunk = one observation = one frame in `frame_stride`
-                                               (with a boundary: of hidden states inside the vision tower, one token a patch)
-    <dataset>/features/<view>.aug<k>/…         the same pictures in their k-th augmented variant, k = 1 … variants
-    <dataset>/scales/<view>[.aug<k>]/c/<shard>/0    [observations, tokens] float32, of 8-bit features
-    channel_scale                              [width] float32, of 8-bit features
-    <dataset>/{action,proprio,timestamp}       [frames, 128] or [frames]; a table is one shard
-    <dataset>/{action_mask,proprio_mask}       [128] bool
-    <dataset>/episodes/{start,length,id,instruction}     [episodes] int64
-    <dataset>/text/{embedding,length}          [instructions, Lt, text width] float16, [instructions] int64
-    <dataset>/null/<view>, <dataset>/null_text           features of a black frame and of an empty instruction
-    .commits/<dataset>/tables.json, .commits/<dataset>/<array>/<shard>.json    what a builder has finished (array: view or variant)
-    .lock                                      held by the one builder
+    <dataset>/features/<view>/c/<shard>/0/0 [observations, tokens, width] float16, int8, or uint8 holding float8_e4m3fn;
+                                            one inner chunk = one observation = one frame in `frame_stride`
+                                            (with a boundary: hidden states of the vision tower, one token per patch)
+    <dataset>/features/<view>.aug<k>/…      the same images in their k-th augmented variant, k = 1 … variants
+    <dataset>/scales/<view>[.aug<k>]/c/<shard>/0  [observations, tokens] float32, of 8-bit features
+    channel_scale                           [width] float32, of 8-bit features
+    <dataset>/{action,proprio,timestamp}    [frames, 128] or [frames]; a table is one shard
+    <dataset>/{action_mask,proprio_mask}    [128] bool
+    <dataset>/episodes/{start,length,id,instruction}  [episodes] int64
+    <dataset>/text/{embedding,length}       [instructions, Lt, text width] float16, [instructions] int64
+    <dataset>/null/<view>, <dataset>/null_text  features of a black frame and of an empty instruction
+    .commits/<dataset>/tables.json, .commits/<dataset>/<array>/<shard>.json  what a builder has finished
+    .lock                                   held by the one builder
 """
 
 from __future__ import annotations
@@ -34,19 +34,22 @@ from ...errors import UserError
 from .codec import Compression
 from .feature_format import FeatureFormat
 from .manifest import json_bytes
-from .plan import FORMAT, BuildPlan, DatasetPlan, array_name
+from .plan import FORMAT, BuildPlan, DatasetPlan, DatasetTables, array_name
 from .shard_writer import ShardWriter
 
 TABLE_CHUNK_NBYTES = 1 << 20  # inner chunk of a table: about 1 MiB of rows
-_DTYPES = {
-    "float16": 0.0,
-    "float32": 0.0,
-    "float64": 0.0,
-    "int64": 0,
-    "int8": 0,
-    "uint8": 0,
-    "bool": False,
-}  # name → fill value
+_FILL: dict[str, float | int | bool] = {"float16": 0.0, "float32": 0.0, "float64": 0.0, "int64": 0, "int8": 0}
+_FILL |= {"uint8": 0, "bool": False}
+_DIMENSIONS = {
+    "action": ("frame", "slot"),
+    "proprio": ("frame", "slot"),
+    "timestamp": ("frame",),
+    "action_mask": ("slot",),
+    "proprio_mask": ("slot",),
+    "text/length": ("instruction",),
+    "text/embedding": ("instruction", "text_token", "text_channel"),
+    "null_text": ("null_text_token", "text_channel"),
+}
 
 
 def features_folder(root: Path, dataset: str, array: str) -> Path:
@@ -73,7 +76,7 @@ def array_document(
     compression: Compression | None = None,
     attributes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A Zarr v3 array: little endian, sharded, index with crc32c at the end of each shard; chunks compressed or not."""
+    """A Zarr v3 array: little endian, sharded, with an index and its crc32c at the end of each shard."""
     raw = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = {"name": "bytes"} if dtype in ("bool", "int8", "uint8") else raw
     codecs = [inner, *(compression.document() if compression else [])]
@@ -88,7 +91,7 @@ def array_document(
         "node_type": "array",
         "shape": list(shape),
         "data_type": dtype,
-        "fill_value": _DTYPES[dtype],
+        "fill_value": _FILL[dtype],
         "attributes": attributes or {},
         "dimension_names": list(dimensions),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
@@ -136,34 +139,67 @@ def dataset_nodes(
 
 
 def root_document(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The root group of a cache, which repeats every group and array of it: the consolidated metadata."""
+    """The root group of a cache, with the consolidated metadata of all its groups and arrays."""
     consolidated = {"kind": "inline", "must_understand": False, "metadata": nodes}
     return {**group_document({"dvla": {"format": FORMAT}}), "consolidated_metadata": consolidated}
 
 
+def dimensions_of(table: str) -> tuple[str, ...]:
+    """The names of a table's dimensions."""
+    return _DIMENSIONS.get(table, ("episode",) if table.startswith("episodes/") else ("token", "channel"))
+
+
+def dataset_attributes(dataset: DatasetPlan, plan: BuildPlan, tables: DatasetTables) -> dict[str, Any]:
+    """The attributes of a dataset's group that follow from its plan and tables."""
+    hashes = {
+        view: [e.view_hashes[i] for e in dataset.episodes if e.view_hashes] for i, view in enumerate(dataset.views)
+    }
+    return {
+        "format": FORMAT,
+        "views": list(dataset.views),
+        "tokens": plan.tokens,
+        "width": plan.width,
+        "shard_frames": plan.shard_frames,
+        "frames": dataset.frames,
+        "frame_stride": plan.frame_stride,
+        "variants": plan.variants,
+        "dtype": plan.format.dtype,
+        "compression": plan.format.compression,
+        "view_hashes": hashes,
+        "embodiment": int(tables.embodiment),
+        "control_hz": float(tables.control_hz),
+        "instructions": list(dataset.instructions),
+        "source_hashes": [e.source_hash for e in dataset.episodes],
+        "action_stats": tables.action_stats.to_dict(),
+        "proprio_stats": tables.proprio_stats.to_dict(),
+        "action_rotation": np.flatnonzero(tables.action_rotation).tolist(),
+        "proprio_rotation": np.flatnonzero(tables.proprio_rotation).tolist(),
+    }
+
+
 def record_compression(format: FeatureFormat) -> Compression | None:
-    """The compression of feature records; None where they are stored as they are."""
+    """The compression of feature records, or None."""
     return None if format.compression == "none" else Compression(format.compression, format.itemsize)
 
 
 def write_table(folder: Path, values: np.ndarray, dimensions: tuple[str, ...]) -> dict[Path, tuple[int, int]]:
     """Write a small array as one shard; returns path → (nbytes, crc32c) of its two files."""
     dtype = str(values.dtype)
-    if dtype not in _DTYPES or values.ndim != len(dimensions) or values.size == 0:
+    if dtype not in _FILL or values.ndim != len(dimensions) or values.size == 0:
         raise ValueError(f"{folder.name}: cannot store {values.shape} {dtype} with dimensions {dimensions}")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         where = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise UserError(f"table {folder} holds a value that is not finite at {where}; check the source data")
+        raise UserError(f"table {folder} has a non-finite value at {where}; check the source data")
     rows = max(1, min(len(values), TABLE_CHUNK_NBYTES // (values.nbytes // len(values))))
     chunks = -(-len(values) // rows)
     tail = values.shape[1:]
-    whole = len(values) // rows * rows
+    full = len(values) // rows * rows
     shard = folder.joinpath("c", *["0"] * values.ndim)
     with ShardWriter(shard, (rows, *tail), dtype, chunks) as writer:
-        writer.append(values[:whole])
-        if whole < len(values):  # an edge chunk is stored full size
+        writer.append(values[:full])
+        if full < len(values):  # an edge chunk is stored full size
             last = np.zeros((rows, *tail), dtype)
-            last[: len(values) - whole] = values[whole:]
+            last[: len(values) - full] = values[full:]
             writer.append(last)
         written = {shard: writer.commit()}
     document = array_document(values.shape, dtype, (chunks * rows, *tail), (rows, *tail), dimensions)
@@ -172,14 +208,10 @@ def write_table(folder: Path, values: np.ndarray, dimensions: tuple[str, ...]) -
 
 
 def open_table(folder: Path) -> np.ndarray:
-    """The array `write_table` wrote, memory-mapped read-only; `UserError` when it is missing or too short."""
+    """The array that `write_table` wrote, memory-mapped read-only; `UserError` when it is missing or too short."""
     try:
         document = json.loads((folder / "zarr.json").read_bytes())
-        return np.memmap(
-            folder.joinpath("c", *["0"] * len(document["shape"])),
-            document["data_type"],
-            "r",
-            shape=tuple(document["shape"]),
-        )
+        shape = tuple(document["shape"])
+        return np.memmap(folder.joinpath("c", *["0"] * len(shape)), document["data_type"], "r", shape=shape)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read table {folder}: {error}; run `dvla cache verify` on the cache") from None

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...batch import UNIFIED_DIM, FeatureBatch
+from ...batch import FeatureBatch
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import encode_observations
 from ...common.config import from_mapping
@@ -157,31 +157,21 @@ class Policy:
     def _batch(
         self, observations: Sequence[Observation], mark: Callable[[str], None] = lambda part: None
     ) -> FeatureBatch:
-        n, robot, device = len(observations), self.robot, self.encoder.device
-        k, v, horizon = self.encoder.tokens, len(robot.views), self.net.config.dit.horizon
-        tokens = self._tokens(observations).flatten(1, 2)  # [N,V·K,D]
+        robot, device = self.robot, self.encoder.device
+        tokens = self._tokens(observations)  # [N,V,K,D]
         mark("pictures")
         text, text_mask = self._texts([o.instruction for o in observations])
         mark("text")
-        proprio = robot.proprio(np.stack([o.state for o in observations]))  # [N,128]
-        zero = torch.zeros(n, dtype=torch.int64, device=device)
-        view_id = torch.arange(v, device=device).repeat_interleave(k).expand(n, -1).contiguous()  # [N,V·K]
-        batch = FeatureBatch(
-            tokens=tokens,
-            token_mask=torch.ones_like(view_id, dtype=torch.bool),
-            view_id=view_id,
-            frame_id=torch.zeros_like(view_id),
-            text=text.to(tokens.dtype),
-            text_mask=text_mask,
-            proprio=torch.from_numpy(proprio).to(device),
-            action=torch.zeros(n, horizon, UNIFIED_DIM, device=device),
-            action_mask=torch.from_numpy(robot.action_map.mask).to(device).expand(n, -1).contiguous(),
-            step_mask=torch.ones(n, horizon, dtype=torch.bool, device=device),
-            embodiment=zero + robot.embodiment,
-            control_hz=torch.full((n,), robot.control_hz, device=device),
-            dataset=zero,
-            frame_index=zero,
-        ).check()
+        batch = FeatureBatch.to_act_on(
+            tokens,
+            text,
+            text_mask,
+            torch.from_numpy(robot.proprio(np.stack([o.state for o in observations]))).to(device),  # [N,128]
+            torch.from_numpy(robot.action_map.mask).to(device),
+            horizon=self.net.config.dit.horizon,
+            embodiment=robot.embodiment,
+            control_hz=robot.control_hz,
+        )
         mark("state")
         return batch
 

@@ -1,7 +1,7 @@
-"""Requests of many clients → few forward passes: what waits when the policy is free goes through it together.
+"""Many clients' requests in few forward passes: those that wait when the policy becomes free share the next one.
 
-The policy works in one thread of its own, so that connections are served meanwhile. Letters: N requests of a pass, T action steps, d
-native action width.
+The policy runs in its own thread, so that connections are served meanwhile. Letters: N requests of a pass, T action
+steps, d native action width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..policy.policy import Policy
 from ..policy.stopwatch import Stopwatch
 from .metrics import Metrics
 
-SICK = 3  # passes in a row that failed: the server says that it is not well
+SICK = 3  # failed passes in a row after which the server reports itself unhealthy
 
 
 class PolicyFailed(Exception):
@@ -30,7 +30,7 @@ class PolicyFailed(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request got."""
+    """The answer to one request."""
 
     actions: np.ndarray  # [T,d] native
     queue: float  # seconds before the pass began
@@ -40,15 +40,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """What waits."""
+    """A waiting request."""
 
     observation: Observation
-    future: asyncio.Future[Answer]  # cancelled where nobody waits any more
+    future: asyncio.Future[Answer]  # cancelled once nobody waits for it
     since: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
-    """`submit` from the event loop, while `work` runs in it."""
+    """Batches requests: call `submit` in the event loop where `work` runs."""
 
     def __init__(
         self, policy: Policy, max_batch: int, max_wait: float, metrics: Metrics, say: Callable[[str], None]
@@ -60,7 +60,7 @@ class Batcher:
         self._failures = 0  # in a row
 
     def warm_up(self, passes: Sequence[Sequence[Observation]]) -> float:
-        """Forward passes in the thread where later ones are made; seconds of the last one."""
+        """Make forward passes in the thread of later ones; seconds of the last one."""
 
         def each() -> float:
             for observations in passes:
@@ -75,13 +75,13 @@ class Batcher:
         return self._failures < SICK
 
     def submit(self, observation: Observation) -> asyncio.Future[Answer]:
-        """The answer to come; it may be cancelled. Its exceptions: `UserError` (of the observation), `PolicyFailed`."""
+        """A future of the answer; it may be cancelled, or raise `UserError` (bad observation) or `PolicyFailed`."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait(Request(observation, future))
         return future
 
     async def work(self) -> None:
-        """Serve what is submitted, until cancelled."""
+        """Answer submitted requests until cancelled."""
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -90,14 +90,15 @@ class Batcher:
                     for request, result in zip(batch, await loop.run_in_executor(self._pool, self._pass, batch)):
                         if request.future.done():
                             continue
-                        request.future.set_exception(result) if isinstance(
-                            result, Exception
-                        ) else request.future.set_result(result)
+                        if isinstance(result, Exception):
+                            request.future.set_exception(result)
+                        else:
+                            request.future.set_result(result)
         finally:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _collect(self) -> list[Request]:
-        """One request or more, that came within `max_wait` of the first: no longer than all clients have asked."""
+        """One or more requests within `max_wait` of the first, fewer seconds if all clients have asked."""
         batch = [await self._waiting.get()]
         end = time.perf_counter() + self._max_wait
         while len(batch) < min(self._max_batch, max(self._metrics.clients, 1)):
@@ -114,12 +115,15 @@ class Batcher:
         return [request for request in batch if not request.future.done()]
 
     def _pass(self, batch: list[Request]) -> list[Answer | Exception]:
-        """In the policy's thread. Where a pass fails, its requests are tried one by one, so that one cannot spoil the others'."""
+        """One pass, in the policy's thread.
+
+        If it fails, its requests are tried one by one, so that one cannot affect others.
+        """
         began = time.perf_counter()
         watch = Stopwatch(self._policy.encoder.device)
         try:
             actions = self._policy.act_batch([request.observation for request in batch], watch.mark)  # [N,T,d]
-        except Exception as error:  # whatever it is, the server goes on
+        except Exception as error:  # whatever it is, the server keeps running
             return (
                 [one for request in batch for one in self._pass([request])] if len(batch) > 1 else [self._reason(error)]
             )
@@ -135,12 +139,12 @@ class Batcher:
             out.append(
                 Answer(chunk, began - request.since, infer, len(batch))
                 if good
-                else PolicyFailed("the policy's actions are not finite")
+                else PolicyFailed("the policy returned actions that are not finite")
             )
         return out
 
     def _reason(self, error: Exception) -> Exception:
-        """What the client is told; the rest goes to the server's log."""
+        """The client's message; the traceback goes to the server's log."""
         if isinstance(error, UserError):
             return error
         self._failures += 1

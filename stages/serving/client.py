@@ -1,4 +1,7 @@
-"""A small synchronous client of `dvla serve`, for a robot's control loop. Needs websockets, msgpack and NumPy; no torch."""
+"""A small synchronous client of `dvla serve`, for a robot's control loop.
+
+Needs websockets, msgpack and NumPy; no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,32 @@ from ...errors import UserError
 class PolicyClient:
     """One connection to a policy server. `metadata` says which views, state and actions the policy has.
 
-    Raises `UserError` when there is no server, the token is wrong, or the server answers with an error: the message says what is wrong.
+    Raises `UserError` when there is no server, the token is wrong, or the server answers with an error.
     """
 
     def __init__(
         self, host: str = "127.0.0.1", port: int = 8000, token: str | None = None, timeout: float | None = 60.0
     ) -> None:
-        """`timeout`: seconds to wait for an answer; None: for ever."""
+        """`timeout`: seconds to wait for an answer; None: without limit."""
         self._where, self._timeout = f"{host}:{port}", timeout
         headers = {"Authorization": f"Api-Key {token}"} if token else None
         try:
             url = f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
             self._connection = connect(url, additional_headers=headers, compression=None, max_size=None, proxy=None)
         except (OSError, InvalidHandshake, InvalidURI) as error:
-            raise UserError(f"no policy server lets us in at {self._where}: {error}") from None
+            raise UserError(f"cannot connect to the policy server at {self._where}: {error}") from None
         self.metadata: dict[str, Any] = self._receive()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """`{"images": {view: uint8 [H, W, 3]}, "state": [ds], "prompt": text}` → map with "actions": the chunk [T, d] in the robot's
-        units, or one action [d] where the server executes chunks, and then "chunk_left", the actions left before it needs pictures again."""
+        """Send an observation, receive actions.
+
+        Args:
+            observation: `{"images": {view: uint8 [H, W, 3]}, "state": [ds], "prompt": text}`.
+
+        Returns:
+            "actions": the chunk [T, d] in the robot's units, or one action [d] if the server executes chunks; then also
+            "chunk_left", the number of actions left before it needs new images.
+        """
         try:
             self._connection.send(wire.pack(dict(observation)))
         except ConnectionClosed as error:
@@ -43,7 +53,7 @@ class PolicyClient:
         return self._receive()
 
     def reset(self) -> None:
-        """A new episode begins: what is left of the last chunk is dropped."""
+        """Begin a new episode: the rest of the last chunk is dropped."""
         self.infer({"reset": True})
 
     def close(self) -> None:
@@ -63,7 +73,7 @@ class PolicyClient:
         try:
             answer = self._connection.recv(self._timeout)
         except TimeoutError:
-            self.close()  # a late answer would be taken for the next one's
+            self.close()  # a late answer would be taken for the next request's
             raise UserError(
                 f"the policy server at {self._where} did not answer within {self._timeout:g} s; connect again"
             ) from None

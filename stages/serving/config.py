@@ -29,7 +29,7 @@ class PolicyOptions:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Where to listen, and the limits. `UserError` for values that make no sense."""
+    """Where to listen, and the limits. `UserError` for values out of range."""
 
     host: Annotated[
         str, Option("--host", help="Interface to listen on; any address other than localhost needs a token.")
@@ -52,8 +52,8 @@ class ServeConfig:
         ),
     ] = ()
     answer_timeout: Annotated[float, Option("--timeout", help="Seconds before a request is given up.")] = 30.0
-    send_timeout: float = 10.0  # seconds that a client may not read
-    ping_interval: float = 20.0  # seconds between asking a silent client whether it is there; it has as long to answer
+    send_timeout: float = 10.0  # seconds after which a client that does not read is disconnected
+    ping_interval: float = 20.0  # seconds between pings of a silent client, which has as long to answer
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -74,8 +74,10 @@ class ServeConfig:
         return int(self.max_message_mib * 2**20)
 
     def listen(self, token: str | None = None) -> socket.socket:
-        """A socket that has its port, to be taken before the long work: it accepts nothing yet. `UserError` when the port is taken, or where
-        other machines could ask and there is no token."""
+        """A socket with its port, to be opened before the long work: it accepts no connections yet.
+
+        `UserError` when the port is taken, or where other machines can connect and there is no token.
+        """
         require_token(self.host, self.port, token)
         family, address = addresses(self.host, self.port)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -85,15 +87,15 @@ class ServeConfig:
         except OSError as error:
             sock.close()
             raise UserError(
-                f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}; choose another --port (0: any free one) "
-                "or --host"
+                f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}; choose another --port "
+                "(0: any free one) or --host"
             ) from None
         return sock
 
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """What is timed. `UserError` for values that make no sense."""
+    """What is timed. `UserError` for values out of range."""
 
     checkpoint: str | None = None  # run, checkpoint or exported folder; None: random weights
     dataset: Annotated[str | None, DATASET] = None
@@ -132,4 +134,4 @@ class LatencyConfig:
                     f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {int(name != 'warm_up')}"
                 )
         if not self.batches or min(self.batches) < 1 or min(self.picture) < 1:
-            raise UserError("batch sizes and the sides of a picture are at least 1")
+            raise UserError("batch sizes and the sides of an image must be at least 1")

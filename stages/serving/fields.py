@@ -1,11 +1,12 @@
-"""What an observation holds, by any of the names that clients use.
+"""Observations in clients' messages, under any of the names that clients use.
 
-Native: `{"images": {view: uint8 [H, W, 3]}, "state": [ds], "prompt": text}`. Names of nested maps are joined by "/" and a leading
-"observation/" is left out, so that "observation/images/front" and {"observation": {"images": {"front": …}}} are the native
-"images/front". For other names there is a field map, native=theirs: `images/front=observation/exterior_image_1_left`, or
-`state=observation/joint_position,observation/gripper_position`, which are concatenated.
+Native: `{"images": {view: uint8 [H, W, 3]}, "state": [ds], "prompt": text}`. Names of nested maps are joined by "/" and
+a leading "observation/" is dropped, so that "observation/images/front" and {"observation": {"images": {"front": …}}}
+are the native "images/front". Other names need a field map, native=theirs:
+`images/front=observation/exterior_image_1_left`, or `state=observation/joint_position,observation/gripper_position`,
+which are concatenated.
 
-Letters: H, W picture size, ds native state width.
+Letters: H, W image size, ds native state width.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ LONGEST_PROMPT = 4096  # characters
 
 
 class ObservationReader:
-    """Messages of clients → observations for one policy."""
+    """Turns clients' messages into observations for one policy."""
 
     def __init__(self, views: Sequence[str], state_names: Sequence[str], fields: Sequence[str] = ()) -> None:
-        """`views`: those the policy looks at (none where it is blind). `fields`: "native=theirs". `UserError` for one that is not."""
+        """`views`: those the policy uses (none if it is blind).
+
+        `fields`: "native=theirs"; `UserError` for any other form.
+        """
         self._views, self._state_names = tuple(views), tuple(state_names)
         native = [*(f"images/{view}" for view in views), "state", "prompt"]
         self._keys: dict[str, tuple[str, ...]] = {name: (name,) for name in native}
@@ -38,12 +42,13 @@ class ObservationReader:
             keys = tuple(_bare(key.strip()) for key in theirs.split(","))
             if not equals or not all(keys) or (len(keys) > 1 and name != "state"):
                 raise UserError(
-                    f"field map '{field}': give native=theirs, e.g. images/front=observation/image; only state may have several, with commas"
+                    f"field map '{field}': give native=theirs, e.g. images/front=observation/image; only state may "
+                    "have several names, separated by commas"
                 )
             self._keys[name] = keys
 
     def prompt(self, message: Mapping[Any, Any]) -> str | None:
-        """The instruction, None where the message has none. `UserError` when it is not a text or too long."""
+        """The message's instruction, or None. `UserError` if it is not text or too long."""
         text = flatten(message).get(self._keys["prompt"][0])
         if text is not None and not isinstance(text, str):
             raise UserError(f"'{self._keys['prompt'][0]}' must be text, got {_what(text)}")
@@ -56,19 +61,19 @@ class ObservationReader:
         found, prompt = flatten(message), self.prompt(message)
         if prompt is None:
             self._value(found, self._keys["prompt"][0], "text")
-        images = {view: self._picture(found, self._keys[f"images/{view}"][0]) for view in self._views}
+        images = {view: self._image(found, self._keys[f"images/{view}"][0]) for view in self._views}
         return Observation(images, str(prompt), self._state(found), start, step)
 
-    def _picture(self, found: Mapping[str, Any], key: str) -> np.ndarray:
+    def _image(self, found: Mapping[str, Any], key: str) -> np.ndarray:
         """uint8 [H,W,3]; openpi's ALOHA clients send [3,H,W]."""
-        picture = self._value(found, key, "uint8 [H, W, 3]")
-        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3:
-            raise UserError(f"'{key}' must be a picture, uint8 [H, W, 3]; got {_what(picture)}")
-        if picture.shape[0] == 3 and picture.shape[-1] != 3:
-            picture = np.ascontiguousarray(picture.transpose(1, 2, 0))
-        if picture.shape[-1] != 3 or 0 in picture.shape:
-            raise UserError(f"'{key}' must be a picture, uint8 [H, W, 3]; got {_what(picture)}")
-        return picture
+        image = self._value(found, key, "uint8 [H, W, 3]")
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
+            raise UserError(f"'{key}' must be an image, uint8 [H, W, 3]; got {_what(image)}")
+        if image.shape[0] == 3 and image.shape[-1] != 3:
+            image = np.ascontiguousarray(image.transpose(1, 2, 0))
+        if image.shape[-1] != 3 or 0 in image.shape:
+            raise UserError(f"'{key}' must be an image, uint8 [H, W, 3]; got {_what(image)}")
+        return image
 
     def _state(self, found: Mapping[str, Any]) -> np.ndarray:
         """[ds] float32."""
@@ -82,7 +87,7 @@ class ObservationReader:
             )
             if part.dtype.kind not in "biuf" or part.ndim > 1:
                 raise UserError(f"'{key}' must be numbers [{width}]; got {_what(value)}")
-            with np.errstate(over="ignore"):  # becomes infinite, and is refused
+            with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below
                 parts.append(part.reshape(-1).astype(np.float32))
         state, name = np.concatenate(parts), ", ".join(self._keys["state"])
         if len(state) != width:
@@ -90,18 +95,16 @@ class ObservationReader:
                 f"'{name}' has {len(state)} numbers; the robot's state has {width}: {', '.join(self._state_names)}"
             )
         if not np.isfinite(state).all():
-            raise UserError(
-                f"'{name}' has numbers that are not finite: {', '.join(self._state_names[i] for i in np.flatnonzero(~np.isfinite(state)))}"
-            )
+            bad = ", ".join(self._state_names[i] for i in np.flatnonzero(~np.isfinite(state)))
+            raise UserError(f"'{name}' has numbers that are not finite: {bad}")
         return state
 
     def _value(self, found: Mapping[str, Any], key: str, what: str) -> Any:
         if key not in found:
             near = difflib.get_close_matches(key, found, n=1, cutoff=0.6)
             names = ", ".join(sorted(found)[:12]) or "nothing"
-            raise UserError(
-                f"'{key}' ({what}) is missing{f'; did you mean it by {near[0]!r:.80}?' if near else ''} (the message has: {names:.300})"
-            )
+            guess = f"; did you mean {near[0]!r:.80}?" if near else ""
+            raise UserError(f"'{key}' ({what}) is missing{guess} (the message has: {names:.300})")
         return found[key]
 
 

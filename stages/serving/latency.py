@@ -1,26 +1,28 @@
-"""`dvla bench latency`: what an action takes, end to end, part by part, and through a policy server.
+"""`dvla bench latency`: the time of an action, end to end, part by part, and through a policy server.
 
-Letters: n observations of a call, V views, K tokens of a picture, D feature width, Lt text tokens, T action steps, H, W picture size.
+Letters: n observations of a call, V views, K tokens of an image, D feature width, Lt text tokens, T action steps, H, W
+image size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import platform
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from ...batch import UNIFIED_DIM, FeatureBatch
+from ...batch import UNIFIED_DIM, random_batch
 from ...cache.actions.action_map import ActionMap, FieldSpec
 from ...cache.actions.statistics import Statistics
 from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import encoder_spec
+from ...common.console import table
 from ...common.device import pick_device
 from ...drifting.config import LossConfig
 from ...drifting.dit import dit_config
@@ -34,15 +36,15 @@ from ..policy.stopwatch import Stopwatch
 from .config import LatencyConfig, ServeConfig
 
 INSTRUCTION = "pick up the red cube and put it into the bowl"
-WORDS = 16  # Lt where there is no tokenizer
-TOKENS = 196  # K where there is no VLM: Qwen3-VL's of a 448 × 448 picture
+WORDS = 16  # Lt without a tokenizer
+TOKENS = 196  # K without a VLM: Qwen3-VL's of a 448 × 448 image
 PERCENTILES = (50, 90, 99)
-WHOLE, SERVED, NEW_TEXT = "whole, Policy.act_batch", "through the server", "a new instruction's text"
-NAMES = {  # marks → rows, in the order of the table; pictures of an encoder without `preprocessing` are one row
-    "preprocessing": "pictures: preprocessing",
-    "tower": "pictures: vision tower",
-    "pictures": "pictures: the rest",
-    "text": "text (known)",
+WHOLE, SERVED, NEW_TEXT = "total, Policy.act_batch", "through the server", "a new instruction's text"
+NAMES = {  # marks → rows, in the order of the table; images of an encoder without `preprocessing` are one row
+    "preprocessing": "images: preprocessing",
+    "tower": "images: vision tower",
+    "pictures": "images: the rest",
+    "text": "text (cached)",
     "state": "state, batch",
     "dit": "DiT",
     "actions": "inverse map, units",
@@ -52,7 +54,7 @@ Show = Callable[[str, int, int], None]
 
 
 def measure(config: LatencyConfig, show: Show = lambda name, done, total: None) -> dict[str, Any]:
-    """Milliseconds of every part as JSON: {"policy", "device", …, "rows": [{"batch", "part", "p50", "p90", "p99"}]}."""
+    """Milliseconds of every part: {"policy", "device", …, "rows": [{"batch", "part", "p50", "p90", "p99"}]}."""
     device = pick_device(config.device)
     about = {
         "device": torch.cuda.get_device_name(device)
@@ -66,7 +68,7 @@ def measure(config: LatencyConfig, show: Show = lambda name, done, total: None) 
     if config.checkpoint is None and config.vlm_path is None:
         net = _random_net(config, PolicyNetConfig().feature_width, None, device)
         about |= _about(net, config.views, 1) | {
-            "policy": f"{config.model_size} DiT alone, random weights; {config.views} × {TOKENS} picture tokens"
+            "policy": f"{config.model_size} DiT alone, random weights; {config.views} × {TOKENS} image tokens"
         }
         return about | {"rows": [row for n in config.batches for row in _time_net(net, config, n, device, show)]}
     policy = _policy(config, device)
@@ -80,21 +82,13 @@ def measure(config: LatencyConfig, show: Show = lambda name, done, total: None) 
     return about | {"rows": rows + (_time_server(policy, config, show) if config.server else [])}
 
 
-def table(report: dict[str, Any]) -> Table:
-    """One row per part, three columns per batch size."""
-    sizes = list(dict.fromkeys(row["batch"] for row in report["rows"]))
-    of = {(row["batch"], row["part"]): row for row in report["rows"]}
-    out = Table(
-        "part, ms",
-        *(f"{'p' + str(p)}{f', batch {n}' if p == PERCENTILES[0] else ''}" for n in sizes for p in PERCENTILES),
-    )
-    for part in dict.fromkeys(row["part"] for row in report["rows"]):
-        numbers = [of[n, part][f"p{p}"] if (n, part) in of else None for n in sizes for p in PERCENTILES]
-        out.add_row(part, *("" if value is None else f"{value:.2f}" for value in numbers))
-    return out
-
-
-# --- what is timed ----------------------------------------------------------------------------------------------------
+def latency_table(report: dict[str, Any]) -> Table:
+    """One row per batch size and part."""
+    rows = [
+        (row["part"], str(row["batch"]), *(f"{row[f'p{p}']:.2f}" for p in PERCENTILES))
+        for row in sorted(report["rows"], key=lambda row: row["batch"])
+    ]
+    return table(("part, ms", "batch", *(f"p{p}" for p in PERCENTILES)), rows)
 
 
 def _about(net: PolicyNet, views: int, passes: int) -> dict[str, Any]:
@@ -165,11 +159,8 @@ def _observations(policy: Policy, config: LatencyConfig, n: int) -> list[Observa
     ]
 
 
-# --- how --------------------------------------------------------------------------------------------------------------
-
-
 def _repeated(config: LatencyConfig, name: str, show: Show) -> Iterator[bool]:
-    """Whether each call counts."""
+    """Whether each call counts: those of the warm-up do not."""
     total = config.warm_up + config.repeats
     for i in range(total):
         yield i >= config.warm_up
@@ -185,30 +176,9 @@ def _rows(n: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def _time_net(net: PolicyNet, config: LatencyConfig, n: int, device: torch.device, show: Show) -> list[dict[str, Any]]:
-    """The DiT's part of an action alone: `PolicyNet.encode` and the forward pass, on random features."""
-    c, length = net.config, config.views * TOKENS
-    yes, zero = torch.ones(n, length + WORDS, dtype=torch.bool), torch.zeros(n, dtype=torch.int64)
-    view_id = torch.arange(config.views).repeat_interleave(TOKENS).expand(n, -1).contiguous()
-    batch = (
-        FeatureBatch(
-            tokens=torch.randn(n, length, c.feature_width),
-            token_mask=yes[:, :length].contiguous(),
-            view_id=view_id,
-            frame_id=torch.zeros_like(view_id),
-            text=torch.randn(n, WORDS, c.feature_width),
-            text_mask=yes[:, :WORDS].contiguous(),
-            proprio=torch.randn(n, UNIFIED_DIM),
-            action=torch.zeros(n, c.dit.horizon, UNIFIED_DIM),
-            action_mask=torch.ones(n, UNIFIED_DIM, dtype=torch.bool),
-            step_mask=torch.ones(n, c.dit.horizon, dtype=torch.bool),
-            embodiment=zero,
-            control_hz=torch.full((n,), 20.0),
-            dataset=zero,
-            frame_index=zero,
-        )
-        .check()
-        .to(device)
-    )
+    """The DiT's part of an action only: `PolicyNet.encode` and the forward pass, on random features."""
+    c = net.config
+    batch = random_batch(n, config.views, TOKENS, c.feature_width, c.dit.horizon, WORDS, torch.float32).to(device)
     noise, alpha = torch.randn(n, 1, c.dit.horizon, c.dit.noise_dim, device=device), torch.ones(n, device=device)
     seconds: list[float] = []
     for counts in _repeated(config, f"DiT, batch {n}", show):
@@ -221,7 +191,7 @@ def _time_net(net: PolicyNet, config: LatencyConfig, n: int, device: torch.devic
 
 
 def _time_policy(policy: Policy, config: LatencyConfig, n: int, show: Show) -> list[dict[str, Any]]:
-    """Every part of `Policy.act_batch`, the whole, and what a new instruction adds."""
+    """Every part of `Policy.act_batch`, their total, and the time that a new instruction adds."""
     device, seen = policy.encoder.device, _observations(policy, config, n)
     seconds: dict[str, list[float]] = {}
     for counts in _repeated(config, f"policy, batch {n}", show):
@@ -236,7 +206,7 @@ def _time_policy(policy: Policy, config: LatencyConfig, n: int, show: Show) -> l
         if counts:
             for name, label in NAMES.items():
                 if name in parts:
-                    label = "pictures" if name == "pictures" and "tower" not in parts else label
+                    label = "images" if name == "pictures" and "tower" not in parts else label
                     seconds.setdefault(label, []).append(parts[name])
             seconds.setdefault(WHOLE, []).append(took)
             seconds.setdefault(NEW_TEXT, []).append(new_text)
@@ -245,7 +215,7 @@ def _time_policy(policy: Policy, config: LatencyConfig, n: int, show: Show) -> l
 
 @contextlib.contextmanager
 def _marking_tower(policy: Policy, watch: Stopwatch) -> Iterator[None]:
-    """Preprocessing ends where the encoder's forward begins. An encoder that reads an observation as a whole has none."""
+    """Mark the encoder's forward pass, before which preprocessing ends; encoders of entire observations have none."""
     hooks = [
         policy.encoder.register_forward_pre_hook(lambda *_: watch.mark("preprocessing")),
         policy.encoder.register_forward_hook(lambda *_: watch.mark("tower")),
@@ -258,7 +228,7 @@ def _marking_tower(policy: Policy, watch: Stopwatch) -> Iterator[None]:
 
 
 def _time_server(policy: Policy, config: LatencyConfig, show: Show) -> list[dict[str, Any]]:
-    """Round trips of `PolicyClient.infer` on this machine, n clients at a time, each asking again when it is answered."""
+    """Round trips of `PolicyClient.infer` on this machine; n clients, each sending its next request once answered."""
     from .client import PolicyClient
     from .server import PolicyServer, in_background
 
@@ -267,38 +237,21 @@ def _time_server(policy: Policy, config: LatencyConfig, show: Show) -> list[dict
         ServeConfig(port=0, max_batch=max(config.batches), max_clients=max(config.batches), max_message_mib=1024.0),
     )
     server.warm_up()
+
+    def client(seen: Observation, name: str, shown: Show) -> list[float]:
+        seconds = []
+        with PolicyClient(port=port) as connection:
+            for counts in _repeated(config, name, shown):
+                began = time.perf_counter()
+                connection.infer({"images": seen.images, "state": seen.state, "prompt": seen.instruction})
+                if counts:
+                    seconds.append(time.perf_counter() - began)
+        return seconds
+
     rows = []
-    with in_background(server) as port:
+    with in_background(server) as port, ThreadPoolExecutor(max(config.batches)) as pool:
         for n in config.batches:
-            seconds: list[float] = []
-            failed: list[Exception] = []
-            name, tell = f"server, {n} clients", threading.Lock()
-
-            def client(seen: Observation, first: bool) -> None:
-                try:
-                    with PolicyClient(port=port) as asking:
-                        for counts in _repeated(config, name, show if first else lambda *_: None):
-                            began = time.perf_counter()
-                            asking.infer({"images": seen.images, "state": seen.state, "prompt": seen.instruction})
-                            with tell:
-                                seconds.extend([time.perf_counter() - began] * counts)
-                except Exception as error:
-                    failed.append(error)
-
-            _together(
-                [
-                    threading.Thread(target=client, args=(seen, i == 0), daemon=True)
-                    for i, seen in enumerate(_observations(policy, config, n))
-                ]
-            )
-            if failed:
-                raise failed[0]
-            rows += _rows(n, {SERVED: seconds})
+            shown = [show, *[lambda *_: None] * (n - 1)]  # one progress bar, of the first client
+            each = pool.map(client, _observations(policy, config, n), [f"server, {n} clients"] * n, shown)
+            rows += _rows(n, {SERVED: [one for seconds in each for one in seconds]})
     return rows
-
-
-def _together(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()

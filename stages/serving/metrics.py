@@ -1,4 +1,4 @@
-"""What a server counts and times, as Prometheus text (exposition format 0.0.4)."""
+"""A server's counters and timings, as Prometheus text (exposition format 0.0.4)."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections import Counter, deque
 
 import numpy as np
 
-WINDOW = 4096  # latest values that percentiles are of
+WINDOW = 4096  # latest values, of which percentiles are taken
 
 COUNTS = {
-    "requests": "answers that needed a forward pass",
-    "queued": "answers out of a chunk that was there already",
+    "requests": "answers from a forward pass",
+    "queued": "answers from the rest of a chunk",
     "batches": "forward passes",
     "malformed": "messages that were refused",
     "failed": "requests that the policy could not answer",
     "timeouts": "requests that were not answered in time",
-    "vanished": "requests whose client had gone",
-    "slow": "clients disconnected since they did not read",
-    "full": "connections refused since there were too many",
+    "vanished": "requests whose client had disconnected",
+    "slow": "clients disconnected because they did not read",
+    "full": "connections refused because too many were open",
     "unauthorised": "connections refused for a missing or wrong token",
 }
 TIMES = {
     "queue": "waiting for the forward pass",
-    "encode": "pictures and text to features",
-    "dit": "the network",
-    "total": "from a whole message to its packed answer",
+    "encode": "images and text to features",
+    "dit": "network forward pass",
+    "total": "from a complete message to its packed answer",
 }
 
 
 class Metrics:
-    """Counters since the start, and latest seconds of each part. The policy's thread writes while a connection reads."""
+    """Counters since the server started, and the latest seconds of each part; thread-safe."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter({name: 0 for name in COUNTS})

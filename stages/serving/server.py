@@ -1,10 +1,11 @@
 """`dvla serve`: a policy behind a WebSocket on this machine, in the protocol of openpi's client.
 
-On connecting, the client is sent what the policy expects (`metadata`). Then each of its messages, a packed observation (`fields.py`), is
-answered by a packed map with `actions` and `server_timing`; an error by one line of text, after which the connection is still usable.
-`GET /healthz` and `GET /metrics` answer on the same port.
+On connecting, a client receives what the policy expects (`metadata`). Each of its messages, a packed observation
+(`fields.py`), is answered with a packed map with `actions` and `server_timing`; an error with one line of text, after
+which the connection remains usable. `GET /healthz` and `GET /metrics` answer on the same port.
 
-Requests with an Origin header are refused: they come from pages in a browser, which may connect to this machine without its user knowing.
+Requests with an Origin header are refused: they come from pages in a browser, which could connect to this machine
+without its user's knowledge.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ CLOSING = 2.0  # seconds that a client has to answer a closing handshake
 
 
 class PolicyServer:
-    """One policy and its clients. `run` in the main thread, or `in_background`."""
+    """Serves one policy to its clients: `run` in the main thread, or `in_background`."""
 
     def __init__(
         self,
@@ -56,7 +57,10 @@ class PolicyServer:
         token: str | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`UserError` for a bad field map, or more steps to execute than a chunk has. `token`: what clients must send."""
+        """`token`: what clients must send.
+
+        `UserError` for a bad field map, or more steps to execute than a chunk has.
+        """
         robot, self.horizon = policy.robot, policy.net.config.dit.horizon
         if config.execute is not None and not 1 <= config.execute <= self.horizon:
             raise UserError(
@@ -69,7 +73,7 @@ class PolicyServer:
         self.metrics = Metrics()
         self._batcher = Batcher(policy, config.max_batch, config.max_wait_ms / 1e3, self.metrics, say)
         self._stopped = False
-        self._wake: Callable[[], object] = lambda: None  # tells the event loop, once there is one
+        self._wake: Callable[[], object] = lambda: None  # wakes the event loop, once there is one
         self.metadata = {
             "server": "dvla",
             "version": __version__,
@@ -84,24 +88,27 @@ class PolicyServer:
         }
 
     def warm_up(self, compiled: bool = False) -> float:
-        """Make the first forward passes; seconds of one request's. Where a size costs something once (memory on CUDA, a compilation), also those of
-        two requests and of the largest batch, all with a short and a longer instruction."""
+        """Make the first forward passes; seconds of one with a single request.
+
+        Where each batch size costs something once (memory on CUDA, a compilation), also passes with two requests and
+        the largest batch, all with a short and a longer instruction.
+        """
         policy, side = self._policy, self._policy.encoder.image.resolution
-        pictures = {view: np.zeros((side, side, 3), np.uint8) for view in policy.robot.views}
+        images = {view: np.zeros((side, side, 3), np.uint8) for view in policy.robot.views}
         state = policy.robot.state_map.to_native(np.zeros(UNIFIED_DIM))
         most = self.config.max_batch if compiled or policy.encoder.device.type == "cuda" else 1
         return self._batcher.warm_up(
             [
-                [Observation(pictures, text, state)] * size
+                [Observation(images, text, state)] * size
                 for size in dict.fromkeys((most, min(2, most), 1))
                 for text in ("go", "go on, and do what a longer sentence says")
             ]
         )
 
     def run(self, sock: socket.socket, ready: Callable[[], None] = lambda: None) -> int | None:
-        """Serve until `stop` or a signal, whose number is returned. Clients are told that the server goes away (1001).
+        """Serve until `stop` or a signal, whose number is returned; connections are then closed (1001, going away).
 
-        `ready` is called when connections are accepted.
+        `ready` is called once connections are accepted.
         """
         stopped: list[int] = []
 
@@ -111,19 +118,21 @@ class PolicyServer:
             stopped.append(number)
             self.stop()
 
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # started in the background: Ctrl-C is not for it
+        ignored = (
+            signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        )  # started in the background, where Ctrl-C is not meant for it
         with handled(on_signal, (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)):
             asyncio.run(self._serve(sock, ready))
         return stopped[0] if stopped else None
 
     def stop(self) -> None:
-        """Make `run` return, also one that has not begun; from any thread or signal handler."""
+        """Make `run` return, even if it has not begun; from any thread or signal handler."""
         self._stopped = True
         self._wake()
 
     async def _serve(self, sock: socket.socket, ready: Callable[[], None]) -> None:
         c, ended, loop = self.config, asyncio.Event(), asyncio.get_running_loop()
-        quiet = logging.getLogger("dvla.serve")  # what strangers send is no news
+        quiet = logging.getLogger("dvla.serve")  # malformed requests from others are not worth logging
         quiet.addHandler(logging.NullHandler())
         quiet.propagate = False
         self._wake = lambda: loop.call_soon_threadsafe(ended.set)
@@ -155,26 +164,28 @@ class PolicyServer:
                 await work
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
-        """None lets a WebSocket begin."""
+        """The response to an HTTP request; None begins a WebSocket."""
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return (
                 connection.respond(http.HTTPStatus.OK, "OK\n")
                 if self._batcher.healthy
                 else connection.respond(
-                    http.HTTPStatus.SERVICE_UNAVAILABLE, "the last forward passes failed; see the server's log\n"
+                    http.HTTPStatus.SERVICE_UNAVAILABLE, "the latest forward passes failed; see the server's log\n"
                 )
             )
         if not allowed(request.headers.get_all("Authorization"), self._token):
             self.metrics.counts["unauthorised"] += 1
-            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Api-Key TOKEN\n")
+            return connection.respond(
+                http.HTTPStatus.UNAUTHORIZED, "a token is required: Authorization: Api-Key TOKEN\n"
+            )
         return connection.respond(http.HTTPStatus.OK, self.metrics.text()) if path == "/metrics" else None
 
     async def _client(self, connection: ServerConnection) -> None:
-        """One connection, from its beginning to its end."""
+        """Serve one connection until it ends."""
         if self.metrics.clients >= self.config.max_clients:
             self.metrics.counts["full"] += 1
-            await connection.close(FULL, f"{self.metrics.clients} clients are connected, the most this server takes")
+            await connection.close(FULL, f"{self.metrics.clients} clients are connected, the maximum of this server")
             return
         self.metrics.clients += 1
         session, gone, before = (
@@ -197,7 +208,7 @@ class PolicyServer:
             pass
         except TimeoutError:
             self.metrics.counts["slow"] += 1
-            connection.transport.abort()  # a closing handshake would wait for it as well
+            connection.transport.abort()  # a closing handshake would wait for the client too
         finally:
             self.metrics.clients -= 1
             gone.cancel()
@@ -210,7 +221,10 @@ class PolicyServer:
     async def _answer(
         self, session: Session, data: bytes | str, gone: asyncio.Task[None], before: float | None
     ) -> bytes | str | None:
-        """The answer to one message: bytes, one line of text that says what is wrong, or None for nobody. `before`: seconds of the last one."""
+        """The answer to one message: bytes, one line of text for an error, or None if the client has gone.
+
+        `before`: seconds that the last message took.
+        """
         counts, timing = self.metrics.counts, {} if before is None else {"prev_total_ms": before * 1e3}
         try:
             if isinstance(data, str):
@@ -239,7 +253,7 @@ class PolicyServer:
 
 
 def load_policy(path: Path, device: str, compile: bool = False, **options: Any) -> Policy:
-    """The policy to serve; `options` as of `Policy.from_pretrained`."""
+    """The policy to serve; `options` as for `Policy.from_pretrained`."""
     policy = Policy.from_pretrained(path, device=device, **options)
     if compile:
         compile_blocks(policy.net)
@@ -248,7 +262,7 @@ def load_policy(path: Path, device: str, compile: bool = False, **options: Any) 
 
 @contextlib.contextmanager
 def in_background(server: PolicyServer) -> Iterator[int]:
-    """The server in a thread meanwhile; gives its port."""
+    """Run the server in a thread; gives its port."""
     sock, ready = server.config.listen(), threading.Event()
     port = sock.getsockname()[1]
     thread = threading.Thread(target=server.run, args=(sock, ready.set), daemon=True)

@@ -1,4 +1,4 @@
-"""One client's episode: what it is answered from the chunk that the policy gave, and when the policy must look again.
+"""One client's episode: which requests are answered from the current chunk, and which need a new one.
 
 Letters: T action steps of a chunk, d native action width, n steps of it that are executed.
 """
@@ -15,17 +15,21 @@ from .fields import ObservationReader
 
 
 class Session:
-    """With `execute` n a message is answered by one action [d], and only every n-th needs a forward pass; without (None), each message
-    by the whole chunk [T,d]. Noise is keyed by the episode's number on this connection and the step in it."""
+    """Answers a client's messages.
+
+    With `execute` n, a message is answered with one action [d], and only every n-th needs a forward pass; with None,
+    each is answered with the full chunk [T,d]. Noise is keyed by the episode's number on this connection and the step
+    in it.
+    """
 
     def __init__(self, reader: ObservationReader, execute: int | None) -> None:
         self._reader, self._execute = reader, execute
         self._episode = self._step = 0
-        self._left: list[np.ndarray] = []  # actions [d] of the chunk that are still to be executed, the next one first
-        self._prompt: str | None = None  # what the chunk is for
+        self._left: list[np.ndarray] = []  # actions [d] of the chunk that are not executed yet, in order
+        self._prompt: str | None = None  # the instruction of the chunk
 
     def ask(self, message: Any) -> Observation | dict[str, Any]:
-        """What the policy must be shown, or the answer where it need not be. `UserError` naming what is wrong; nothing has changed then."""
+        """The observation that needs a forward pass, or the answer if none is needed. A `UserError` changes nothing."""
         if not isinstance(message, dict):
             raise UserError(f"a message must be a map with images, state and prompt; got {type(message).__name__}")
         prompt = self._reader.prompt(message)
@@ -44,7 +48,7 @@ class Session:
         return observation
 
     def answer(self, observation: Observation, chunk: np.ndarray) -> dict[str, Any]:
-        """What the policy said to `observation`, as the client is told: chunk [T,d]."""
+        """The answer to `observation`, from the policy's chunk [T,d]."""
         if self._execute is None:
             self._step += 1
             return {"actions": chunk}
@@ -56,7 +60,7 @@ class Session:
         return {"actions": self._left.pop(0), "chunk_left": len(self._left)}
 
     def _begin(self) -> None:
-        """A new episode; at the beginning of one, nothing."""
+        """Begin a new episode, unless the current one has no step yet."""
         if self._step:
             self._episode, self._step = self._episode + 1, 0
         self._left = []

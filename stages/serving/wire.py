@@ -1,8 +1,9 @@
 """Messages as bytes: msgpack with NumPy arrays in openpi's form.
 
-An array is a map with the binary keys `__ndarray__` (true), `data` (its bytes, C order), `dtype` (NumPy's string, e.g. "<f4") and `shape`;
-a NumPy number is a map with `__npgeneric__` (true), `data` and `dtype`. The msgpack-numpy package writes other keys and pickles
-arrays of objects; here only booleans, integers and floats pass, in both directions, so that reading a message never runs anything.
+An array is a map with the binary keys `__ndarray__` (true), `data` (its bytes, C order), `dtype` (NumPy's string, e.g.
+"<f4") and `shape`; a NumPy number is a map with `__npgeneric__` (true), `data` and `dtype`. The msgpack-numpy package
+writes other keys and pickles arrays of objects; here only booleans, integers and floats are allowed, in both
+directions, so that reading a message never executes code.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """Inverse of `pack`; arrays are read-only views of `data`'s copies. `UserError` for bytes that are no such message."""
+    """Inverse of `pack`; arrays are read-only. `UserError` for bytes that are not such a message."""
     try:
         return msgpack.unpackb(data, object_hook=_decode)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
@@ -42,9 +43,9 @@ def unpack(data: bytes) -> Any:
 
 def _encode(value: Any) -> dict[bytes, Any]:
     if not isinstance(value, (np.ndarray, np.generic)):
-        raise TypeError(f"{type(value).__name__} is neither a map, a list, text, a number nor an array")
+        raise TypeError(f"{type(value).__name__} is not a map, a list, text, a number or an array")
     if not NUMBERS.fullmatch(value.dtype.str):
-        raise TypeError(f"arrays are of numbers; dtype {value.dtype} is not")
+        raise TypeError(f"arrays must be of numbers, not of dtype {value.dtype}")
     if isinstance(value, np.ndarray):
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}

@@ -1,4 +1,5 @@
-"""The cache of a training run, and whether it can give what the run asks for: said in one line, before a run folder is made."""
+"""The cache of a training run, and whether it has what the run asks for: refused in one line, before a run folder is
+made."""
 
 from __future__ import annotations
 
@@ -21,47 +22,45 @@ from .run_log import require_wandb
 
 
 def open_cache(config: TrainConfig) -> Cache:
-    """The cache that `config` names: a folder, one behind a URL, or a folder with its WebDataset export. `UserError` when there is none."""
+    """The cache that `config` names: a folder, one behind a URL, or a folder with its WebDataset export. `UserError`
+    when there is none."""
     if (Path(config.cache) / INDEX).is_file():
         return WebDatasetCache.open(config.cache)
     if is_remote(config.cache) and config.local is None:
-        raise UserError(
-            f"{config.cache} is not on this machine; give a folder for copies of what is read: --local-cache FOLDER"
-        )
+        raise UserError(f"{config.cache} is remote; give a folder for copies of what is read: --local-cache FOLDER")
     return Cache.open(config.cache, config.local, None if config.local_gib is None else round(config.local_gib * 2**30))
 
 
 def require_trainable(config: TrainConfig, cache: Cache, live: bool = False) -> None:
-    """`UserError` naming the setting that `cache` (or this machine) cannot honour. `live`: features are computed at each step, so
-    the cache need not hold augmented ones, nor features at all."""
+    """`UserError` naming the setting that `cache` (or this machine) cannot honour. `live`: features are computed at
+    each step, so the cache need not hold augmented ones, nor features at all."""
     if cache.boundary is not None and not live:
         raise UserError(
-            f"cache {cache.path} holds no features but what enters the last {cache.boundary} blocks of the vision tower (--boundary), for "
-            "`dvla finetune --lora --from-cache`; to train from features build a cache without --boundary"
+            f"cache {cache.path} holds no features but what enters the last {cache.boundary} blocks of the tower "
+            "(--boundary), for `dvla finetune --lora --from-cache`; to train from features build one without --boundary"
         )
     if config.image_aug and not live:
         require_variants(cache)
     dit, usable = dit_config(config.model_size, **config.dit), [~d.quarantined for d in cache.datasets]
     longest = max((int(d.episode_length[use].max()) for d, use in zip(cache.datasets, usable) if use.any()), default=0)
     if not longest:
-        raise UserError(
-            f"cache {cache.path} has no episode that can be trained on: all are in quarantine; see its quarantine.jsonl"
-        )
+        raise UserError(f"cache {cache.path} has no usable episode: all are in quarantine; see its quarantine.jsonl")
     if dit.horizon > longest:
         raise UserError(
-            f"the horizon is {dit.horizon} steps and the longest episode of {cache.path} has {longest} frames; ask for a "
+            f"the horizon is {dit.horizon} steps and the longest episode of {cache.path} has {longest} frames; give a "
             "shorter one, e.g. --set dit.horizon=8"
         )
     views, embodiments = max(len(d.views) for d in cache.datasets), 1 + max(d.embodiment_id for d in cache.datasets)
     if views > PolicyNetConfig.max_views:
         raise UserError(
-            f"a dataset of {cache.path} has {views} views and the network tells {PolicyNetConfig.max_views} apart; build the "
-            "cache with fewer, by --view"
+            f"a dataset of {cache.path} has {views} views and the network can tell {PolicyNetConfig.max_views} apart; "
+            "build the cache with fewer, using --view"
         )
     for name, count in (("dit.embodiments", dit.embodiments), ("loss.embodiments", config.loss.embodiments)):
         if embodiments > count:
             raise UserError(
-                f"{name} is {count} and cache {cache.path} holds embodiment number {embodiments - 1}; it must be at least {embodiments}"
+                f"{name} is {count}; it must be at least {embodiments}: cache {cache.path} holds embodiment number "
+                f"{embodiments - 1}"
             )
     _require_samples(config, cache, usable)
     require_wandb(config.wandb)
@@ -77,7 +76,8 @@ def _require_samples(config: TrainConfig, cache: Cache, usable: list[np.ndarray]
     override(mixture(kept, config.temperature), [d.name for d in cache.datasets], config.weights)
     if config.holdout and config.eval_every and not out:
         raise UserError(
-            f"no dataset of {cache.path} has two usable episodes, so none can be held out for evaluation; train with --set holdout=0"
+            f"no dataset of {cache.path} has two usable episodes, so none can be held out for evaluation; train with "
+            "--set holdout=0"
         )
 
 
@@ -88,5 +88,6 @@ def require_deepspeed() -> None:
     """`UserError` where DeepSpeed is not installed."""
     if find_spec("deepspeed") is None:
         raise UserError(
-            f"strategy zero2 needs the package deepspeed, which is not installed: {INSTALL}, or train with --strategy ddp or fsdp2"
+            f"strategy zero2 needs the package deepspeed, which is not installed: {INSTALL}, "
+            "or train with --strategy ddp or fsdp2"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ...cache.loader.masking import ConditionMasking
+from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
 from ...common.config import DEVICE, Option, apply, configs_dir, from_mapping, load_yaml
 from ...drifting.config import ONE_STEP, LossConfig
@@ -134,7 +134,7 @@ class TrainConfig:
     draws: Annotated[int, Option("--draws", help="Noise samples per observation.")] = 4  # G
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    masking: ConditionMasking = field(default_factory=ConditionMasking)
+    masking: ConditionDropout = field(default_factory=ConditionDropout)
     image_aug: Annotated[
         bool, Option("--image-aug", help="Train on the cache's augmented image variants in half of the samples.")
     ] = False

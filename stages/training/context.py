@@ -7,14 +7,15 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ...batch import FeatureBatch
-from ...cache.loader.loader import Loader
-from ...cache.loader.masking import ConditionMasking
+from ...cache.loader.dropout import NO_DROPOUT
+from ...cache.loader.loader import Loader, Split
+from ...cache.loader.sample import Sample
 from ...cache.store.cache import Cache
 from ...drifting.config import LossConfig
 from ...drifting.policy_net import PolicyNet
@@ -24,19 +25,24 @@ from .parallel.world import ALONE, World
 
 
 class Features(Protocol):
-    """Turns a loader's batch into one with features: `masked` [B] bool says whose pictures are hidden, `variant` [B] int64 which
-    augmented variant of them is seen."""
+    """A loader's batch → one with features: null ones where `no_images` [B] bool, else those of the images' augmented
+    `variant` [B] int64."""
 
-    def __call__(self, batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray) -> FeatureBatch: ...
+    def __call__(
+        self, batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+    ) -> FeatureBatch: ...
 
 
-def cached_features(batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray) -> FeatureBatch:
-    """Stage two: the loader has put the features, or the null ones, in already."""
+def cached_features(
+    batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+) -> FeatureBatch:
+    """Stage two: the loader has read the features, or the null ones, already."""
     return batch
 
 
 class SharedQueues(ChunkQueues):
-    """Queues of the chunks of all processes, the same in each: those that one process with the whole batch would fill."""
+    """Queues of the chunks of all processes, the same in each: those that one process with the whole batch would
+    fill."""
 
     def __init__(self, config: LossConfig, horizon: int, world: World) -> None:
         super().__init__(config, horizon, world.device)
@@ -61,11 +67,10 @@ class Session:
     live: bool = False  # `features` computes them, so the loader skips them
     stage_three: dict[str, Any] | None = None  # settings besides `config` that must not change on resume
     save_adapter: Callable[[Path], None] | None = None
-    learning: Callable[[int], contextlib.AbstractContextManager[None]] = lambda _: (
-        contextlib.nullcontext()
-    )  # around features and step of the batch at a position
+    # around features and loss of the sample at an offset
+    learning: Callable[[int], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
     adapter: dict[str, torch.nn.Parameter] = field(default_factory=dict)  # trained VLM parameters by name
-    first: dict[str, float] = field(default_factory=dict)  # what the log's first line says besides
+    first: dict[str, float] = field(default_factory=dict)  # further entries of the log's first line
     on_log: Callable[[dict[str, Any]], None] = lambda _: None
     say: Callable[[str], None] = print
     world: World = ALONE
@@ -77,6 +82,10 @@ class Session:
         if not self.world.main:
             self.on_log = lambda _: None
             self.say = lambda _: None
+
+    def batch(self, sample: Sample) -> FeatureBatch:
+        """The sample's batch with features: the loader's own (stage two) or those of the live VLM (stage three)."""
+        return self.features(sample.batch, sample.drawn.no_images, sample.drawn.variant)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """All trained parameters by their name in a checkpoint."""
@@ -91,21 +100,21 @@ class TrainReport:
     step: int  # steps of the run so far
     first_loss: float | None  # total loss of the run's first step
     loss: float | None  # total loss of the run's newest step
-    eval_mse: float | None  # newest held-out MSE, normalised units
+    eval_mse: float | None  # newest held-out MSE, normalized units
     samples_per_second: float  # observations of all processes, of this call
     wait_share: float  # share of the wall-clock spent waiting for the loader
-    interrupted: bool  # stopped by a signal; run the same command again to go on
+    interrupted: bool  # stopped by a signal; rerun the same command to resume
 
 
-def open_loader(
-    session: Session, split: Literal["train", "eval", "all"], start: int = 0, alone: bool = False
-) -> Loader:
-    """This process's batches; `alone`: those it would have if there were no other. Held-out ones, and those of "all" episodes, are not masked,
-    except that a blind policy stays blind, not augmented, and each dataset comes as often as it is large."""
+def open_loader(session: Session, split: Split, start: int = 0, alone: bool = False) -> Loader:
+    """This process's samples; `alone`: those it would have if there were no other.
+
+    Only the training split has condition dropout and augmentation, and the mixture of datasets; the others have every
+    observation equally often. The images of a blind policy are always dropped."""
     config, training = session.config, split == "train"
-    masking = config.masking if training else ConditionMasking(0.0, 0.0, 0.0)
+    dropout = config.masking if training else NO_DROPOUT
     if config.blind:
-        masking = dataclasses.replace(masking, images=1.0)
+        dropout = dataclasses.replace(dropout, images=1.0)
     return Loader(
         session.cache,
         batch_size=config.batch_size,
@@ -115,10 +124,10 @@ def open_loader(
         rank=0 if alone else session.world.rank,
         world_size=1 if alone else session.world.size,
         start=start,
-        masking=masking,
+        dropout=dropout,
         split=split,
         holdout=config.holdout,
-        temperature=config.temperature if training else 1.0,
+        mixture_exponent=config.temperature if training else 1.0,
         weights=config.weights if training else {},
         features=not session.live,
         augment=config.image_aug and training,

@@ -1,167 +1,139 @@
-"""The training loop of stages two and three."""
+"""The training loop of stages two and three: a train step, and once in a while an evaluation, a log line, panels, a
+checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from ...batch import FeatureBatch
+from ...cache.loader.sample import Sample
 from ...common.signals import signals
-from ...errors import UserError
 from .context import Session, TrainReport, open_loader
+from .panels.catalogue import Panel
+from .panels.data import PanelData
 from .panels.schedule import Panels
-from .run_folder import begin, restore, save, settings_of, swapped
+from .parallel.replicas import Replicas
+from .run_folder import Progress, open_log, resume, save
 from .run_log import Tracker
-from .setup import banner, kernel_threads, memory_errors, prepare, share_network, thaw
-from .step import learning_rate, noise_generator, training_step
+from .setup import kernel_threads, memory_errors, thaw
+from .step import StepDone, batch_loss, learning_rate, noise_generator, require_finite
 from .throughput import Meter
-from .validation import evaluate
+from .validation import held_out_metrics
 
 
 def run(session: Session, stop_after: int | None = None) -> TrainReport:
-    """The loop. Resumes from the newest whole checkpoint and stops at `config.steps`, or at step `stop_after` of the run.
+    """Train from the newest intact checkpoint to `config.steps`, or to step `stop_after` of the run.
 
-    SIGINT and SIGTERM in any process save and stop all after the same step; a non-finite loss stops before the optimiser step
-    (`UserError`).
+    SIGINT and SIGTERM in any process save and stop all after the same step; a non-finite loss stops before the
+    optimizer step (`UserError`).
     """
-    config, world, folder, device = session.config, session.world, Path(session.config.out), session.world.device
-    prepare(session)
-    state, checkpoint = begin(session)
-    step, first_loss, loss, metrics, best = (state[k] for k in ("step", "first_loss", "loss", "metrics", "best"))
-    thaw(session.parameters(), config.unfreeze, step)
-    shared = share_network(session)
-    named, optimizer = shared.named, shared.optimizer
-    ema = {name: p.detach().clone() for name, p in named.items()}
-    if checkpoint is not None:
-        restore(checkpoint, shared, ema)
-    for text in banner(session):
-        session.say(text)
+    config, world = session.config, session.world
+    progress, shared = resume(session)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
-    batches, began, ending, meter = 0, time.perf_counter(), False, Meter(world, config.batch_size * world.size)
+    began, first, ending = time.perf_counter(), progress.step, progress.step >= last
     session.net.train()
-    tracking = (
-        Tracker(folder, config.wandb, settings_of(session), step=step) if world.main else contextlib.nullcontext()
-    )
     with (
-        open_loader(session, split="train", start=state["offset"]) as loader,
+        open_loader(session, split="train", start=progress.offset) as loader,
         signals() as stopped,
         kernel_threads(config.cpu_threads),
-        tracking as tracker,
-        memory_errors(device),
+        open_log(session, progress.step) as tracker,
+        memory_errors(world.device),
     ):
-        panels = Panels(session, loader)
-        while step < last and not ending:
-            rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"] * 0.5 ** sum(step >= at for at in group["halved"])
-            if thaw(named, config.unfreeze, step):
-                shared.share()
-            meter.begin(loader.wait_seconds)
-            optimizer.zero_grad(set_to_none=True)
-            total, suspect = 0.0, None
-            for k in range(config.accumulate):
-                at = loader.state_dict()["offset"]
-                with session.learning(at), shared.batch(last=k == config.accumulate - 1):
-                    batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
-                    result = training_step(
-                        shared.module,
-                        batch,
-                        config,
-                        noise_generator(config.seed, step * config.accumulate + k, 0, device),
-                        world,
-                        session.queues,
-                    )
-                    shared.backward(result.total / config.accumulate)
-                value = result.total.item()
-                total += value / config.accumulate
-                suspect = batch if suspect is None or not math.isfinite(value) else suspect
-            norm = shared.clip(config.optimizer.clip)
-            mine, [total] = total, world.mean(total)
-            if not (math.isfinite(total) and math.isfinite(norm)):
-                assert suspect is not None  # of at least one batch
-                raise _stopped_at(session, step, total, norm, suspect, mine)
-            shared.step()
-            step += 1
-            decay = min(config.optimizer.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in named.values()], 1 - decay)
-            batches += config.accumulate
-            meter.end(config.accumulate, loader.wait_seconds)
-            loss, first_loss, record = total, total if first_loss is None else first_loss, False
+        meter = Meter(world, loader, config.batch_size * world.size)
+        panels = Panels(session, loader.order.quotas)
+        samples = panels.counting(loader)
+        while not ending:
+            with meter.step(config.accumulate):
+                done = train_step(session, shared, samples, progress.step)
+            progress.advance(done.loss, done.next_offset)
+            step = progress.step
+
             due = bool(config.eval_every and config.holdout) and (step % config.eval_every == 0 or step == config.steps)
-            turn = panels.turn(step, due)
+            turn, seen, record = panels.turn(step, due), None, False
             if due or turn:
-                with swapped(named, ema):
-                    seen = panels.look(step, turn, due)
-                    metrics = evaluate(session, seen) if due else metrics
-            if due:
-                record = best is None or metrics["mse"] < best["mse"]
-                best = {"step": step, "mse": metrics["mse"]} if record else best
+                seen, record = evaluate(session, shared, progress, panels, turn, due)
             if due or step % config.log_every == 0 or step in (1, config.steps):
-                numbers = world.mean(*(x.item() for x in (result.mse, result.drift, result.scale, *result.mean_square)))
-                line = {
-                    "step": step,
-                    "loss": loss,
-                    **dict(zip(("mse", "drift", "scale"), numbers)),
-                    "mean_square": numbers[3:],
-                    "grad_norm": norm,
-                    "lr": rate,
-                    **meter.line(batch),
-                    **(session.first if step == 1 else {}),
-                    **({f"eval/{name}": v for name, v in metrics.items()} if due else {}),
-                }
-                if tracker is not None:
-                    tracker.log(line)
-                session.on_log(line)
+                log(session, progress, done, meter, tracker, due)
             if turn:
                 panels.draw(turn, seen, tracker)
             ending = world.any(step == last or bool(stopped))  # read once: a signal after this line ends the next step
             if step % config.save_every == 0 or ending or record and config.keep_best:
-                save(
-                    session,
-                    shared,
-                    ema,
-                    {
-                        "step": step,
-                        "offset": loader.state_dict()["offset"],
-                        "first_loss": first_loss,
-                        "loss": loss,
-                        "metrics": metrics,
-                        "best": best,
-                        "processes": world.size,
-                    },
-                )
+                save(session, shared, progress)
         elapsed, waited = max(time.perf_counter() - began, 1e-9), loader.wait_seconds
+    steps = progress.step - first
     return TrainReport(
-        folder,
-        step,
-        first_loss,
-        loss,
-        metrics.get("mse"),
-        batches * meter.samples / elapsed,
+        Path(config.out),
+        progress.step,
+        progress.first_loss,
+        progress.loss,
+        progress.metrics.get("mse"),
+        steps * config.accumulate * meter.samples / elapsed,
         waited / elapsed,
-        ending and step < last,
+        ending and progress.step < last,
     )
 
 
-def _stopped_at(session: Session, step: int, loss: float, norm: float, suspect: FeatureBatch, mine: float) -> UserError:
-    """What is wrong with a step whose loss or gradient is not finite, naming the batch: of the processes, those whose loss is not."""
-    names = [d.name for d in session.cache.datasets]
-    rows = [f"{names[d]}:{row}" for d, row in zip(suspect.dataset.tolist(), suspect.frame_index.tolist())]
-    broken = ~torch.stack(
-        [x.flatten(1).isfinite().all(1) for x in (suspect.tokens, suspect.text, suspect.proprio, suspect.action)]
-    ).all(0)  # [B]
-    found = [row for row, bad in zip(rows, broken.tolist()) if bad]
-    said = (
-        ", ".join((found or rows)[:8])
-        + ("…" if len(found or rows) > 8 else "")
-        + (" hold values that are not finite" if found else "")
-    )
-    guilty = session.world.gather(None if math.isfinite(mine) else said) or [said]
-    return UserError(
-        f"the loss of step {step + 1} is {loss}, its gradient's norm {norm:g}; training stopped before the optimiser step. Its batch: "
-        f"rows {'; '.join(guilty)}. Lower the learning rate, or run `dvla cache verify {session.config.cache}`"
-    )
+def train_step(session: Session, shared: Replicas, samples: Iterator[Sample], step: int) -> StepDone:
+    """One optimizer step after `step` others: gradients of the next `accumulate` batches, AdamW, the averaged weights.
+
+    `UserError` before the optimizer step where the loss or its gradient is not finite."""
+    config, world = session.config, session.world
+    rate = learning_rate(step, config)
+    for group in shared.optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"] * 0.5 ** sum(step >= at for at in group["halved"])
+    if thaw(shared.named, config.unfreeze, step):
+        shared.share()
+    shared.optimizer.zero_grad(set_to_none=True)
+    mine, suspect = 0.0, None
+    for k in range(config.accumulate):
+        sample = next(samples)
+        noise = noise_generator(config.seed, step * config.accumulate + k, 0, world.device)
+        with session.learning(sample.offset), shared.batch(last=k == config.accumulate - 1):
+            batch = session.batch(sample)
+            result = batch_loss(shared.module, batch, config, noise, world, session.queues)
+            shared.backward(result.total / config.accumulate)
+        value = result.total.item()
+        mine += value / config.accumulate
+        suspect = batch if suspect is None or not math.isfinite(value) else suspect
+    norm, [loss] = shared.clip(config.optimizer.clip), world.mean(mine)
+    require_finite(session, step, loss, norm, suspect, mine)
+    shared.step()
+    shared.average(min(config.optimizer.ema, (2 + step) / (11 + step)))
+    return StepDone(loss, norm, rate, result, batch.tokens.nbytes + batch.text.nbytes, sample.next_offset)
+
+
+def evaluate(
+    session: Session, shared: Replicas, progress: Progress, panels: Panels, turn: list[Panel], due: bool
+) -> tuple[PanelData | None, bool]:
+    """Look at held-out observations with the averaged weights, for this `turn`'s panels and, where `due`, for metrics:
+    (what was seen, whether its MSE is the smallest so far)."""
+    with shared.averaged():
+        seen = panels.look(progress.step, turn, due)
+        if not due:
+            return seen, False
+        progress.metrics = held_out_metrics(session, seen)
+    return seen, progress.note_best()
+
+
+def log(
+    session: Session, progress: Progress, done: StepDone, meter: Meter, tracker: Tracker | None, evaluated: bool
+) -> None:
+    """Write a line of log.jsonl, and show it. Every process must: means are over all of them."""
+    parts = done.parts
+    numbers = session.world.mean(*(x.item() for x in (parts.mse, parts.drift, parts.scale, *parts.mean_square)))
+    line = {
+        "step": progress.step,
+        "loss": done.loss,
+        **dict(zip(("mse", "drift", "scale"), numbers)),
+        "mean_square": numbers[3:],
+        "grad_norm": done.norm,
+        "lr": done.rate,
+        **meter.line(done.nbytes),
+        **(session.first if progress.step == 1 else {}),
+        **({f"eval/{name}": v for name, v in progress.metrics.items()} if evaluated else {}),
+    }
+    if tracker is not None:
+        tracker.log(line)
+    session.on_log(line)

@@ -1,4 +1,4 @@
-"""A run's folder from inside the loop: beginning it, going on with it, saving into it. What it holds: see checkpoint.py."""
+"""A run's folder from inside the loop: make it, resume from it, save into it. What it holds: see checkpoint.py."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ... import __version__
 from ...common import fingerprint as fp
@@ -25,6 +25,8 @@ from .config import TrainConfig
 from .context import Session
 from .parallel.replicas import Replicas, place, whole
 from .parallel.world import World
+from .run_log import Tracker
+from .setup import banner, prepare, share_network, thaw
 
 FREE = (
     "out",
@@ -45,8 +47,53 @@ FREE = (
     "attention",
     "strategy",
 )
-"""Settings that may change when a run goes on: they do not change what is learnt."""
-FRESH: dict[str, Any] = {"step": 0, "offset": 0, "first_loss": None, "loss": None, "metrics": {}, "best": None}
+"""Settings that may change when a run resumes: they do not change what is learned."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: the state.json of its checkpoints."""
+
+    step: int = 0
+    offset: int = 0  # where the next step's samples begin
+    first_loss: float | None = None  # of the run's first step
+    loss: float | None = None  # of the newest
+    metrics: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
+    best: dict[str, Any] | None = None  # step and mse of the best one
+    processes: int = 1  # that took the newest step
+
+    def advance(self, loss: float, next_offset: int) -> None:
+        """One more step is done."""
+        self.step, self.offset, self.loss = self.step + 1, next_offset, loss
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+
+    def note_best(self) -> bool:
+        """Remember the newest evaluation if its MSE is the smallest so far; whether it is."""
+        smallest = self.best is None or self.metrics["mse"] < self.best["mse"]
+        if smallest:
+            self.best = {"step": self.step, "mse": self.metrics["mse"]}
+        return smallest
+
+
+def resume(session: Session) -> tuple[Progress, Replicas]:
+    """Make the run folder, or load the newest intact checkpoint of the same run; share the network over the
+    processes."""
+    prepare(session)
+    progress, checkpoint = _begin(session)
+    thaw(session.parameters(), session.config.unfreeze, progress.step)
+    shared = share_network(session)
+    if checkpoint is not None:
+        _restore(checkpoint, shared)
+    for line in banner(session):
+        session.say(line)
+    return progress, shared
+
+
+def open_log(session: Session, step: int) -> contextlib.AbstractContextManager[Tracker | None]:
+    """The log of the run after `step` steps, in the process that writes it."""
+    if not session.world.main:
+        return contextlib.nullcontext()
+    return Tracker(Path(session.config.out), session.config.wandb, settings_of(session), step=step)
 
 
 def settings_of(session: Session) -> dict[str, Any]:
@@ -59,51 +106,39 @@ def settings_of(session: Session) -> dict[str, Any]:
     )
 
 
-def begin(session: Session) -> tuple[dict[str, Any], Path | None]:
-    """(state, checkpoint): make the run folder, or find the newest whole checkpoint of the same run and load its weights into the
-    network. Rank 0 looks and writes, all do the same."""
-    state, folder = session.world.on_main(lambda: _begin(session))
-    if folder is None:
-        return state, None
-    stored = ck.load_tensors(folder, "model")
+def _begin(session: Session) -> tuple[Progress, Path | None]:
+    """(progress, checkpoint): make the run folder, or find the newest intact checkpoint of the same run and load its
+    weights into the network. Rank 0 looks and writes, all do the same."""
+    progress, checkpoint = session.world.on_main(lambda: _find(session))
+    before, now = progress.processes, session.world.size
+    progress.processes = now
+    if checkpoint is None:
+        return progress, None
+    stored = ck.load_tensors(checkpoint, "model")
     for name, parameter in session.parameters().items():
         place(parameter, stored[name])
-    before, now = state.get("processes", 1), session.world.size
     if before != now:
         session.say(
-            f"it ran in {before} process{'es' if before > 1 else ''} and goes on in {now}: with the same samples in the same order, "
-            f"{session.config.batch_size * session.config.accumulate * now} to a step"
+            f"resuming in {now} process{'es' if now > 1 else ''} a run of {before}: same samples in the same order, "
+            f"{session.config.batch_size * session.config.accumulate * now} per step"
         )
-    return state, folder
+    return progress, checkpoint
 
 
-def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
+def _find(session: Session) -> tuple[Progress, Path | None]:
     folder, settings = Path(session.config.out), settings_of(session)
     if not (folder / "config.json").exists():
-        try:
-            if folder.exists() and any(folder.iterdir()):
-                raise UserError(f"{folder} holds other files; choose another --out")
-            write_file(folder / "config.json", json_bytes(settings))
-            write_file(folder / "environment.json", json_bytes(environment(session.world)))
-        except OSError as error:
-            raise UserError(
-                f"cannot make run folder {folder}: {error.strerror or error}; choose another --out"
-            ) from None
-        return dict(FRESH), None
+        _make_folder(folder, settings, session.world)
+        return Progress(), None
     saved = whole_settings(read_json(folder / "config.json"))
-    lines = fp.diff(
-        {k: v for k, v in saved.items() if k not in FREE},
-        {k: v for k, v in settings.items() if k not in FREE},
-        was="it has",
-    )
-    if lines:
+    before, now = ({k: v for k, v in values.items() if k not in FREE} for values in (saved, settings))
+    if lines := fp.diff(before, now, was="run has", now="you requested"):
         raise UserError(
-            f"run {folder} was begun with other settings: {'; '.join(lines[:6])}. "
-            "Choose another --out, or repeat its settings"
+            f"run {folder} has other settings: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings"
         )
     found = ck.latest_intact(folder)
     if found is None:
-        return dict(FRESH), None
+        return Progress(), None
     checkpoint, state, complaints = found
     for line in complaints:
         session.say(line)
@@ -114,16 +149,28 @@ def _begin(session: Session) -> tuple[dict[str, Any], Path | None]:
             f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}"
         )
     session.say(f"resuming {folder} at step {state['step']} of {session.config.steps}")
-    return {**FRESH, **state}, checkpoint
+    known = {f.name for f in dataclasses.fields(Progress)}
+    return Progress(**{name: value for name, value in state.items() if name in known}), checkpoint
+
+
+def _make_folder(folder: Path, settings: dict[str, Any], world: World) -> None:
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds other files; choose another --out")
+        write_file(folder / "config.json", json_bytes(settings))
+        write_file(folder / "environment.json", json_bytes(environment(world)))
+    except OSError as error:
+        raise UserError(f"cannot make run folder {folder}: {error.strerror or error}; choose another --out") from None
 
 
 def whole_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a config.json, with those that did not exist when the run began as they were then: the defaults."""
+    """The settings in a config.json; those that did not exist when the run began are the defaults, as they were
+    then."""
     return _filled(saved, json.loads(json.dumps(dataclasses.asdict(TrainConfig("", "")))))
 
 
 def environment(world: World) -> dict[str, Any]:
-    """What a run began in: versions, device, number of processes; not who or where."""
+    """What a run began in: versions, device, number of processes; no names of people or machines."""
     packages = ("dvla", "torch", "numpy", "transformers", "peft", "flash-attn", "deepspeed")
     versions = {name: found for name in packages if (found := version_of(name))}
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
@@ -147,46 +194,33 @@ def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     }
 
 
-def restore(checkpoint: Path, shared: Replicas, ema: Mapping[str, Tensor]) -> None:
-    """Load a checkpoint's averaged weights and AdamW's state; `begin` has loaded the weights."""
+def _restore(checkpoint: Path, shared: Replicas) -> None:
+    """Load a checkpoint's averaged weights and AdamW's state; `_begin` has loaded the weights."""
     stored = ck.load_tensors(checkpoint, "ema")
-    for name, tensor in ema.items():
+    for name, tensor in shared.ema.items():
         place(tensor, stored[name])
     shared.load_moments(ck.load_tensors(checkpoint, "optimizer"))
     if shared.session.queues is not None:
         shared.session.queues.load_state_dict(ck.load_tensors(checkpoint, "queues"))
 
 
-def save(session: Session, shared: Replicas, ema: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
-    """One checkpoint: raw weights to go on with, averaged weights (and adapter) to act with, AdamW's moments. Every process calls it."""
+def save(session: Session, shared: Replicas, progress: Progress) -> None:
+    """One checkpoint: raw weights to resume with, averaged weights (and adapter) to act with, AdamW's moments. Every
+    process calls it."""
     raw = {name: t.detach().clone() for name, t in whole(shared.named).items()}
-    tensors = {"model": raw, "ema": whole(ema), "optimizer": shared.moments()}
+    tensors = {"model": raw, "ema": whole(shared.ema), "optimizer": shared.moments()}
     if session.queues is not None:
         tensors["queues"] = session.queues.state_dict()
-    best = progress["best"]["step"] if progress["best"] and session.config.keep_best else None
-    with swapped(shared.named, ema) if session.save_adapter else contextlib.nullcontext():
+    best = progress.best["step"] if progress.best and session.config.keep_best else None
+    with shared.averaged() if session.save_adapter else contextlib.nullcontext():
         session.world.on_main(
             lambda: ck.save_checkpoint(
                 Path(session.config.out),
-                progress["step"],
+                progress.step,
                 tensors,
-                {"policy": session.documents, "state": progress},
+                {"policy": session.documents, "state": dataclasses.asdict(progress)},
                 session.config.keep_last,
                 session.save_adapter,
                 best,
             )
         )
-
-
-@contextlib.contextmanager
-def swapped(named: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> Iterator[None]:
-    """The averaged weights in the place of the trained ones."""
-    raw = {name: p.detach().clone() for name, p in named.items()}
-    with torch.no_grad():
-        for name, p in named.items():
-            p.copy_(ema[name])
-        try:
-            yield
-        finally:
-            for name, p in named.items():
-                p.copy_(raw[name])

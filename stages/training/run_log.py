@@ -1,7 +1,7 @@
 """Where a run's numbers go: RUN/log.jsonl always, Weights & Biases when it is asked for.
 
 RUN/log.jsonl     one JSON object per logged step; needs nothing and no account
-RUN/wandb.json    the id of the W&B run, so that a resumed run goes on in it
+RUN/wandb.json    the id of the W&B run, so that a resumed run continues in it
 RUN/wandb/        W&B's own files (offline: `wandb sync RUN/wandb/offline-run-*` uploads them later)
 """
 
@@ -32,7 +32,8 @@ def require_wandb(config: WandbConfig) -> None:
         return
     if find_spec("wandb") is None:
         raise UserError(
-            f"W&B mode {config.mode} needs the package wandb, which is not installed: {INSTALL}, or train with --wandb-mode disabled"
+            f"W&B mode {config.mode} needs the package wandb, which is not installed: {INSTALL}, or train with "
+            "--wandb-mode disabled"
         )
     if config.mode == "online":
         import wandb
@@ -47,12 +48,12 @@ def require_wandb(config: WandbConfig) -> None:
 class Tracker:
     """The log of one run, opened after `step` steps of it are done. Close it, or use it as a context manager.
 
-    Lines of log.jsonl that belong to later steps are cut off: a run that was killed after its newest checkpoint does those steps
-    again, and every step shall have one line. W&B keeps the first value of a step that is done again, which is the same.
+    Lines of log.jsonl that belong to later steps are cut off: a run that was killed after its newest checkpoint does
+    those steps again, and every step has one line. W&B keeps the first value of a step that is done again, which
+    is the same.
 
-    `settings` are the run's, as saved in config.json; W&B gets them without passwords in addresses, and neither code, git remote,
-    host nor command line. Only the first rank makes a Tracker. `UserError` when W&B cannot begin.
-    """
+    `settings` are the run's, as saved in config.json; W&B gets them without passwords in addresses, and neither code,
+    git remote, host nor command line. Only the first rank makes a Tracker. `UserError` when W&B cannot begin."""
 
     def __init__(self, run_folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, step: int) -> None:
         self._path = run_folder / "log.jsonl"
@@ -64,30 +65,31 @@ class Tracker:
         self._file = open(self._path, "a")
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write one line, which names its "step"; a reader sees it when this returns. `UserError` when it cannot be written."""
+        """Write one line, which names its "step"; a reader sees it when this returns. `UserError` when it cannot be
+        written."""
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path}: {error.strerror or error}; the checkpoints are whole. Make room and run the same "
-                "command again"
+                f"cannot write {self._path}: {error.strerror or error}; the checkpoints are intact. Make room "
+                "and rerun the same command"
             ) from None
         if self._run is not None:
             self._run.log(flat(line), step=line["step"])
 
-    def pictures(self, step: int, pictures: dict[str, tuple[Path, str]]) -> None:
+    def images(self, step: int, images: dict[str, tuple[Path, str]]) -> None:
         """name → (PNG file, caption) of `step` for W&B; without it the files are all there is."""
         if self._run is not None:
             from wandb import Image
 
             self._run.log(
-                {name: Image(str(path), caption=caption) for name, (path, caption) in pictures.items()}, step=step
+                {name: Image(str(path), caption=caption) for name, (path, caption) in images.items()}, step=step
             )
 
     def close(self, failed: bool = False) -> None:
         """End the log; `failed` marks the W&B run as crashed."""
-        with contextlib.suppress(OSError):  # of a line that `log` could not write either
+        with contextlib.suppress(OSError):  # the line that `log` could not write either
             self._file.close()
         if self._run is not None:
             self._run.finish(exit_code=int(failed))
@@ -113,7 +115,7 @@ def evaluations(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def kept_lines(text: str, step: int) -> str:
-    """The whole lines of a log.jsonl that belong to steps 1…`step`; a line torn by a crash is dropped."""
+    """The intact lines of a log.jsonl that belong to steps 1…`step`; a line torn by a crash is dropped."""
     kept = []
     for line in text.splitlines():
         try:
@@ -137,8 +139,8 @@ def flat(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _begin_wandb(run_folder: Path, config: WandbConfig, settings: dict[str, Any]) -> Any:
-    """The W&B run of this folder, begun or gone on with. Prints nothing."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no crash reports to its makers
+    """The W&B run of this folder, new or resumed. Prints nothing."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no crash reports to its developers
     require_wandb(config)
     import wandb
 
@@ -148,7 +150,7 @@ def _begin_wandb(run_folder: Path, config: WandbConfig, settings: dict[str, Any]
     try:
         identity = json.loads(file.read_text())["id"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged; delete it to begin a new W&B run") from None
+        raise UserError(f"{file} is damaged; delete it to start a new W&B run") from None
     try:
         return wandb.init(
             project=config.project,
@@ -172,5 +174,5 @@ def _begin_wandb(run_folder: Path, config: WandbConfig, settings: dict[str, Any]
         )
     except wandb.Error as error:
         raise UserError(
-            f"W&B did not begin ({' '.join(str(error).split())}); train with --wandb-mode offline or disabled"
+            f"W&B did not start ({' '.join(str(error).split())}); train with --wandb-mode offline or disabled"
         ) from None

@@ -1,4 +1,5 @@
-"""What the training loop uses besides mathematics: threads, freezing, compiling, what it says."""
+"""What a run sets up: kernels, frozen parameters, compilation, threads, the strategy; and the lines that announce
+it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from .parallel.replicas import Replicas, Shards
 
 
 def banner(session: Session) -> list[str]:
-    """What a run says when it begins: how the global batch comes about, and what is trained."""
+    """The first lines of a run: the global batch and its factors, and the trained parameters by part."""
     config, world = session.config, session.world
     one, many = ("gpu", "GPU") if world.device.type == "cuda" else ("process", "process")
     plural = many + ("" if world.size == 1 else "s" if many == "GPU" else "es")
@@ -42,23 +43,22 @@ def prepare(session: Session) -> None:
     config = session.config
     check_unfreeze(config.unfreeze, session.parameters())
     if config.loss.neighbours:
-        raise UserError(f"loss.neighbours is {config.loss.neighbours}, but training searches for none; leave it out")
+        raise UserError(f"loss.neighbours is {config.loss.neighbours}, but training does no search; leave it out")
     if config.strategy != "ddp" and not session.world.launched:
         raise UserError(
-            f"strategy {config.strategy} splits the network over processes and this is one alone; start it with "
+            f"strategy {config.strategy} splits the network over processes and this is a single one; start it with "
             "`torchrun --nproc_per_node=N -m dvla.cli train …`, or use --strategy ddp"
         )
     if config.strategy != "ddp" and session.adapter:
         raise UserError(
-            f"strategy {config.strategy} splits the policy network only, LoRA trains in whole copies; fine-tune with --strategy ddp"
+            f"strategy {config.strategy} splits the policy network only, while VLM weights train in full copies; "
+            "fine-tune with --strategy ddp"
         )
     if config.strategy == "zero2":
         require_deepspeed()
-    if (
-        config.attention == "flex" and session.world.device.type == "cpu"
-    ):  # never compiled there; newer versions of torch have no gradient at all
+    if config.attention == "flex" and session.world.device.type == "cpu":
         raise UserError(
-            "attention flex does not train on a CPU, for torch has no gradient of it there; use attention sdpa"
+            "attention flex has no gradient on a CPU in torch, so it cannot train there; use attention sdpa"
         )
     set_attention(session.net, config.attention)
     if config.compile:
@@ -87,7 +87,7 @@ def thaw(named: Mapping[str, nn.Parameter], unfreeze: Mapping[str, int], step: i
 
 @contextlib.contextmanager
 def kernel_threads(count: int) -> Iterator[None]:
-    """Torch's CPU kernels use `count` threads inside; 0 leaves them as they are."""
+    """Torch's CPU kernels use `count` threads inside; 0 leaves the number unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -98,19 +98,20 @@ def kernel_threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """What a GPU cannot hold is one line that says what to do."""
+    """Turn a GPU's out-of-memory error into one line that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         needed = re.search(r"Tried to allocate ([0-9.]+ \w+)", str(error))
+        more = f" (another {needed[1]} needed)" if needed else ""
         raise UserError(
-            f"{device} has too little memory{f' (a further {needed[1]} were asked for)' if needed else ''}: halve --batch-size and double "
-            "--grad-accumulation, or take fewer --draws, --precision bf16 or a smaller --model-size"
+            f"{device} is out of memory{more}: halve --batch-size and double --grad-accumulation, "
+            "or use fewer --draws, --precision bf16 or a smaller --model-size"
         ) from None
 
 
 def share_network(session: Session) -> Replicas:
-    """The strategy of the settings; `loop_tools.prepare` has refused what cannot be."""
+    """The strategy of the settings; `prepare` has refused what is impossible."""
     if session.config.strategy == "zero2":
         from .parallel.zero2 import Zero2  # which builds on this file
 

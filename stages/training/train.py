@@ -1,9 +1,7 @@
-"""Training of the policy from cached features (stage two) and with the live VLM (stage three): one loop for both.
+"""Stage two: training of the policy from cached features, with the loop that stage three shares.
 
-In one process or, started by `torchrun`, in several: each reads its part of every global batch, and what is learnt is what one process
-with the whole batch would learn, up to rounding.
-
-Letters: B observations, G noise draws per observation, T action steps, n noise entries.
+In one process or, started by `torchrun`, in several: each reads its part of every global batch, and the result is what
+one process with the full batch would learn, up to rounding.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ def train(
     say: Callable[[str], None] = print,
     stop_after: int | None = None,
 ) -> TrainReport:
-    """Stage two: train from a cache, or go on with the run in `config.out` if it was begun with the same settings."""
+    """Train from a cache, or resume the run in `config.out` if it has the same settings."""
     cache = open_cache(config)
     require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:
@@ -64,7 +62,7 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
 
 
 def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[str, Any]:
-    """policy.json: all that inference needs besides the weights."""
+    """policy.json: everything that inference needs besides the weights."""
     encoder = {"spec": cache.datasets[0].attributes["encoder"], "fingerprint": cache.fingerprint["encoder"]}
     return {
         "format": ck.POLICY_FORMAT,

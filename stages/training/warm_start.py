@@ -1,4 +1,5 @@
-"""The way back from stage three: a cache of the fine-tuned encoder's features, and training that goes on with its policy."""
+"""The way back from stage three: training from a cache of the fine-tuned encoder's features, starting with its
+policy."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .config import TrainConfig
 
 
 def network_of(checkpoint: str | Path) -> dict[str, Any]:
-    """Settings of the network of a run's checkpoint, so that one need not repeat them; empty for one that is outside its run."""
+    """Settings of the network of a run's checkpoint, so that they need not be repeated; empty for one
+    outside its run."""
     settings = ck.resolve(checkpoint, lambda _: None).parent.parent / "config.json"
     if not settings.is_file():
         return {}
@@ -28,8 +30,8 @@ def network_of(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[[str], None]) -> None:
-    """Give `net` the averaged weights of the policy `config.init`. `UserError` when it saw other features than `cache` holds (the fields
-    are named), or has another network, head, or scale of actions."""
+    """Give `net` the averaged weights of the policy `config.init`. `UserError` when it saw other features than `cache`
+    holds (the fields are named), or has another network, head, or scale of actions."""
     assert config.init is not None
     folder = ck.resolve(config.init, say)
     document = read_json(folder / "policy.json")
@@ -44,13 +46,14 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
         )
     if document["conditions"]["blind"] != config.blind:
         raise UserError(
-            f"{folder} is a {'blind' if document['conditions']['blind'] else 'seeing'} policy; train it on as such, or without --init"
+            f"blind is {str(config.blind).lower()}, but {folder} was trained with blind "
+            f"{str(document['conditions']['blind']).lower()}; use the same, or train without --init"
         )
-    lines = fp.diff(dataclasses.asdict(net.config), document["net"], "asked for", "it has")
+    lines = fp.diff(dataclasses.asdict(net.config), document["net"], was="you requested", now="the policy has")
     if lines:
         raise UserError(
-            f"the network of {folder} is another than is to be trained: {'; '.join(lines[:6])}; "
-            "leave --model-size and dit out, which are the policy's"
+            f"leave out --model-size and dit, which are the policy's: the network of {folder} differs: "
+            f"{'; '.join(lines[:6])}"
         )
     stored = {d["name"]: d for d in document["datasets"]}
     for dataset in cache.datasets:
@@ -62,8 +65,8 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
         ]
         if different:
             raise UserError(
-                f"dataset {dataset.name} of cache {cache.path} has another {different[0]} than {folder} was trained with: its actions would "
-                "mean something else; train without --init"
+                f"train without --init: {different[0]} of dataset {dataset.name} in cache {cache.path} is not what "
+                f"{folder} was trained with, so its actions would mean something else"
             )
     net.load_state_dict(ck.policy_tensors(folder, "ema"))
-    say(f"going on with the averaged weights of {folder}")
+    say(f"starting from the averaged weights of {folder}")

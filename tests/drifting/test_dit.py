@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from dvla.batch import FeatureBatch
 from dvla.drifting.dit import SIZES, Context, DiTConfig, build_dit, dit_config, parameter_counts
 from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
 from dvla.errors import UserError
@@ -44,10 +41,7 @@ def test_sharing_an_observation_equals_repeating_it(cross_attention: str) -> Non
     net, batch = make_net(cross_attention), make_batch()
     shared = net(batch, NOISE, ALPHA)  # [B,G,T,128]
     assert shared.shape == (B, G, T, 128) and shared.dtype == torch.float32
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    repeated = FeatureBatch(
-        **{name: value.repeat_interleave(G, 0) for name, value in fields.items() if value is not None}
-    )
+    repeated = batch.map(lambda value: value.repeat_interleave(G, 0))
     single = net(repeated, NOISE.flatten(0, 1).unsqueeze(1), ALPHA.repeat_interleave(G))  # [B·G,1,T,128]
     torch.testing.assert_close(shared, single.reshape(shared.shape), rtol=1e-4, atol=1e-5)
 

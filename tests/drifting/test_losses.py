@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -54,8 +53,7 @@ def make_batch(cut: bool = True) -> FeatureBatch:
 
 
 def rows(batch: FeatureBatch, chosen: slice) -> FeatureBatch:
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return FeatureBatch(**{name: value if value is None else value[chosen] for name, value in values.items()})
+    return batch.map(lambda value: value[chosen])
 
 
 def counting(batch: FeatureBatch) -> torch.Tensor:

@@ -50,10 +50,7 @@ def test_neighbours_are_the_nearest_of_the_dataset() -> None:
     features = torch.eye(D)[:8] + 0.01 * random(8, D)
     tokens = features[torch.tensor([0, 0, 0, 1, 2, 2, 0, 0])][:, None].expand(-1, 6, -1)  # directions of pictures
     bank_rows = [0, 1, 2, 3, 4, 5, 6, 7]
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    many = FeatureBatch(
-        **{n: None if v is None else v[:1].expand(8, *v.shape[1:]).contiguous() for n, v in values.items()}
-    )
+    many = batch.map(lambda value: value[:1].expand(8, *value.shape[1:]).contiguous())
     far = random(8, 6, D, seed=3) * torch.tensor([0, 0.1, 0.3, 0, 0, 0, 0.2, 0])[:, None, None]
     many = many.replace(
         tokens=(tokens + far).half(),
@@ -179,10 +176,7 @@ def test_resume_is_exact(tmp_path) -> None:
 def descended(config: LossConfig, text_differs: bool) -> torch.Tensor:
     """16 free samples for each of two observations, whose experts do +0.5 and −0.5, after descent [2,16]: mean over entries."""
     batch = make_batch()
-    two = FeatureBatch(
-        **{f.name: getattr(batch, f.name)[:2] for f in dataclasses.fields(batch) if getattr(batch, f.name) is not None}
-    )
-    two = two.replace(
+    two = batch.map(lambda value: value[:2]).replace(
         embodiment=torch.zeros(2, dtype=torch.int64), action_mask=(torch.arange(128) < 3).expand(2, 128).contiguous()
     )
     if not text_differs:

@@ -15,7 +15,7 @@ FROZEN = [(2, 2970), (1, 178), (2, 3980), (2, 4432), (2, 2548), (2, 2479), (2, 1
 def test_every_sample_once_per_epoch_of_its_dataset(seed: int) -> None:
     sizes = [10, 333, 0, 5000]
     order = SampleOrder(sizes, mixture(sizes), seed)
-    dataset, index = order.batch(0, 5 * BLOCK)
+    dataset, index = order.samples(np.arange(5 * BLOCK))
     shares = np.bincount(dataset, minlength=4) / len(dataset)
     np.testing.assert_allclose(shares, mixture(sizes), atol=1 / BLOCK)
     for d, size in enumerate(sizes):
@@ -26,19 +26,19 @@ def test_every_sample_once_per_epoch_of_its_dataset(seed: int) -> None:
             np.testing.assert_array_equal(np.sort(drawn[:size]), np.arange(size))
             assert (drawn[:size] != drawn[size : 2 * size]).any()  # another epoch, another order
     for offset, count in ((0, 3), (17, 100), (BLOCK - 5, 10), (3 * BLOCK + 1, BLOCK)):
-        part = order.batch(offset, count)
+        part = order.samples(np.arange(offset, offset + count))
         np.testing.assert_array_equal(part[0], dataset[offset : offset + count])
         np.testing.assert_array_equal(part[1], index[offset : offset + count])
 
 
 def test_order_is_frozen_across_versions() -> None:
     """A checkpoint's offset means the same samples for ever; change this order only with a new checkpoint format."""
-    dataset, index = SampleOrder([10, 333, 5000], mixture([10, 333, 5000]), seed=42).batch(10_000, 8)
+    dataset, index = SampleOrder([10, 333, 5000], mixture([10, 333, 5000]), seed=42).samples(np.arange(10_000, 10_008))
     assert list(zip(dataset.tolist(), index.tolist())) == FROZEN
 
 
 def test_order_is_mixed_and_depends_on_the_seed() -> None:
-    a, b = (SampleOrder([500, 500], mixture([500, 500]), seed).batch(0, 400) for seed in (1, 2))
+    a, b = (SampleOrder([500, 500], mixture([500, 500]), seed).samples(np.arange(400)) for seed in (1, 2))
     assert (a[0] != b[0]).any() and (a[1] != b[1]).any()
     for dataset, _ in (a, b):
         assert 150 < dataset.sum() < 250

@@ -28,7 +28,7 @@ from dvla.stages.training.stage_three.finetune import finetune
 def one(job: dict[str, Any]) -> dict[str, Any]:
     stop_after, when, said, steps = job.pop("stop_after", None), job.pop("signal", None), [], []
     stage_three = job.pop("finetune", None)
-    step = loop.training_step
+    step = loop.batch_loss
 
     def counted(*args: Any) -> Any:
         steps.append(1)
@@ -36,7 +36,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
-    loop.training_step = counted
+    loop.batch_loss = counted
     try:
         if stage_three is not None:
             report, _ = finetune(
@@ -48,7 +48,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         return {"error": str(error)}
     finally:
-        loop.training_step = step
+        loop.batch_loss = step
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""An export in WebDataset tars with the interface of `Cache`, so that one contract holds for both. Format: see webdataset_io.py
-
-Letters: E episodes.
-"""
+"""An export in WebDataset tars with the interface of `Cache`, so that one contract holds for both. Format: tars.py."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ from .tars import EXPORT_FORMAT, INDEX, META, Entry, Tars, field_name, open_plac
 
 
 class WebDatasetCache(Cache):
-    """An export, read as a `Cache`: the same tables, features and errors. Make it with `open`.
+    """An export, read as a `Cache` with the same tables, features and errors. Make it with `open`.
 
-    Reads single records out of tars that are on this machine as fast as the cache itself; keeps the position of every member of the
-    tars it has open, so it is meant for reading in order, or for exports of moderate size.
+    Reading single records of local tars is as fast as reading the cache. It keeps the position of every member of its
+    open tars, so it is meant for reading in order, or for exports of moderate size.
     """
 
     def __init__(self, place: Place, scratch: Path, check: bool) -> None:
@@ -45,26 +42,22 @@ class WebDatasetCache(Cache):
                 "import it with the version that exported it"
             )
         quantized = FeatureFormat(self.manifest["dtype"]).quantized
-        channels = np.array(self.tars.array(META, "cache/store.channel_scale.npy")) if quantized else None
-        self.datasets = tuple(
-            WebDatasetDataset(
-                self.path,
-                d["name"],
-                self.tars,
-                self.index["views"][d["name"]],
-                channels,
-                *([e for e in tars if e["dataset"] == d["name"]] for tars in (self.shards, quarantine)),
-            )
-            for d in self.manifest["datasets"]
-        )
-        self.tokens, self.width, self.frames = self.manifest["tokens"], self.manifest["width"], self.manifest["frames"]
-        self.variants, self.format = self.manifest["variants"], self.datasets[0].format
-        self.text_width = self.datasets[0].text.shape[2]
+        channels = self.tars.array(META, "cache/store.channel_scale.npy") if quantized else None
+        datasets = []
+        for name in (d["name"] for d in self.manifest["datasets"]):
+            shards, apart = ([e for e in tars if e["dataset"] == name] for tars in (self.shards, quarantine))
+            views = self.index["views"][name]
+            datasets.append(WebDatasetDataset(self.path, name, self.tars, views, channels, shards, apart))
+        self._summarize(tuple(datasets))
 
     @classmethod
-    def open(cls, path: Path | str, scratch: Path | str = ".", check: bool = False) -> WebDatasetCache:  # type: ignore[override]  # what to do with tars, not with shards
-        """An export at a folder, fsspec URL or pipe. `scratch`: where tars are copied that are not local; `check`: compare every tar
-        with its checksum before using it. `UserError` when there is none, or it does not make sense."""
+    def open(  # type: ignore[override]  # its options are those of tars, not of shards
+        cls, path: Path | str, scratch: Path | str = ".", check: bool = False
+    ) -> WebDatasetCache:
+        """An export at a folder, fsspec URL or pipe. `UserError` when there is none, or it is damaged.
+
+        `scratch`: where remote tars are copied; `check`: compare every tar with its checksum before using it.
+        """
         try:
             cache = cls(open_place(str(path)), Path(scratch), check)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -76,7 +69,7 @@ class WebDatasetCache(Cache):
 
 
 class WebDatasetDataset(CacheDataset):
-    """One dataset of an export: a `CacheDataset` whose tables and features come out of tars. It has no shard files."""
+    """One dataset of an export: a `CacheDataset` whose tables and features are in tars. It has no shard files."""
 
     def __init__(
         self,
@@ -88,39 +81,22 @@ class WebDatasetDataset(CacheDataset):
         shards: Sequence[Entry],
         quarantine: Sequence[Entry],
     ) -> None:
-        def table(field: str) -> np.ndarray:
+        def table(path: str) -> np.ndarray:
+            group, _, view = path.partition("/")
+            field = f"null.{views[view]}" if group == "null" else path.replace("/", ".")
             return tars.array(META, f"{name}/tables.{field}.npy")
 
         self.name, self.path, self._tars, self._labels = name, root / name, tars, views
-        self.attributes = a = tars.json(META, f"{name}/tables.json")
-        self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
-        self.tokens, self.width, self.frames, self.shard_frames = (
-            a["tokens"],
-            a["width"],
-            a["frames"],
-            a["shard_frames"],
-        )
-        self.frame_stride, self.variants = a["frame_stride"], a["variants"]
-        self.format, self.channel_scale = FeatureFormat(a["dtype"], a["compression"]), channels
-        self.embodiment_id, self.control_hz = a["embodiment"], a["control_hz"]
-        for field in ("start", "length", "id", "instruction"):
-            setattr(self, f"episode_{field}", np.array(table(f"episodes.{field}")))
-        for field in ("action", "proprio", "timestamp", "null_text"):
-            setattr(self, field, table(field))
-        self.action_mask, self.proprio_mask = np.array(table("action_mask")), np.array(table("proprio_mask"))
-        self.text, self.text_length = table("text.embedding"), table("text.length")
-        self.null_features = np.stack([table(f"null.{views[view]}") for view in self.views])
-        self.quarantined = np.isin(self.episode_id, a["quarantined"])  # [E]
-        self.episode_observations = -(-self.episode_length // self.frame_stride)  # [E]
-        self._observation_start = np.cumsum(self.episode_observations) - self.episode_observations
-        self._kinds = []  # (usable, quarantined): (names of the tars, samples up to the end of each, samples before each episode)
+        self._describe(tars.json(META, f"{name}/tables.json"))
+        self._load(table, channels)
+        # Of usable and quarantined episodes: tars, samples up to the end of each, samples before each episode
+        self._kinds = []
         for entries, mine in ((shards, ~self.quarantined), (quarantine, self.quarantined)):
             count = self.episode_observations * mine
             ends = np.cumsum([e["nsamples"] for e in entries], dtype=np.int64)
-            if int(count.sum()) != (int(ends[-1]) if len(ends) else 0):
-                raise ValueError(
-                    f"the tars of {name} hold {int(ends[-1]) if len(ends) else 0} samples, its tables {int(count.sum())}"
-                )
+            held = int(ends[-1]) if len(ends) else 0
+            if count.sum() != held:
+                raise ValueError(f"the tars of {name} hold {held} samples, its tables {count.sum()}")
             self._kinds.append(([e["url"] for e in entries], ends, np.cumsum(count) - count))
 
     def places(self, rows: np.ndarray) -> list[tuple[str, str]]:
@@ -144,19 +120,16 @@ class WebDatasetDataset(CacheDataset):
         variant: int = 0,
     ) -> None:
         """As `CacheDataset.read_features`; `files` is not needed."""
-        self._array(view, variant, features_folder)  # refuses a view or variant that is not there
+        self._array(view, variant, features_folder)  # refuses an unknown view or variant
         label, dtype = self._labels[view], self.format.zarr_dtype
+        features, scale = (field_name(kind, label, variant) for kind in ("features", "scales"))
         for i, (tar, key) in enumerate(self.places(rows)):
-            self._tars.read(
-                tar, f"{key}.{field_name('features', label, variant)}", dtype, (self.tokens, self.width), targets[i]
-            )
+            self._tars.read(tar, f"{key}.{features}", dtype, (self.tokens, self.width), targets[i])
             if self.format.quantized:
-                self._tars.read(
-                    tar, f"{key}.{field_name('scales', label, variant)}", "float32", (self.tokens,), scales[i]
-                )
+                self._tars.read(tar, f"{key}.{scale}", "float32", (self.tokens,), scales[i])
 
     def advise(self, view: str, rows: np.ndarray, files: ShardFiles, variant: int = 0) -> None:
-        """As `CacheDataset.advise`: tars that are not on this machine are fetched."""
+        """As `CacheDataset.advise`: remote tars are downloaded."""
         for tar in dict.fromkeys(tar for tar, _ in self.places(rows)):
             self._tars.fetch(tar)
 

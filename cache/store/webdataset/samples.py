@@ -1,6 +1,6 @@
-"""A cache's content as WebDataset samples, and what a writer needs to build it again. The format: see webdataset_io.py
+"""A cache's content as WebDataset samples, and back to what a writer needs. Format: tars.py.
 
-Nothing is taken from a file of the cache that is not as the manifest says.
+Every file of the cache is compared with its manifest before it is exported.
 """
 
 from __future__ import annotations
@@ -20,29 +20,6 @@ from ..plan import BuildPlan, DatasetTables, array_name
 from .tars import field_name, labels, npy, sample_key
 
 BLOCK_NBYTES = 32 << 20  # features in memory at a time
-# attributes of a dataset that `CacheWriter` derives again from plan and tables
-DERIVED = {
-    "format",
-    "views",
-    "tokens",
-    "width",
-    "shard_frames",
-    "frames",
-    "frame_stride",
-    "variants",
-    "dtype",
-    "compression",
-    "view_hashes",
-    "embodiment",
-    "control_hz",
-    "instructions",
-    "source_hashes",
-    "action_stats",
-    "proprio_stats",
-    "action_rotation",
-    "proprio_rotation",
-    "quarantined",
-}
 
 
 class Files:
@@ -52,7 +29,7 @@ class Files:
         self.cache, self._seen = cache, set[str]()
 
     def check(self, name: str) -> None:
-        """`UserError` when the file is not as it was written. Each is looked at once."""
+        """`UserError` when the file is damaged. Each is read once."""
         if name in self._seen:
             return
         try:
@@ -63,7 +40,7 @@ class Files:
             ) from None
         if {"bytes": nbytes, "crc32c": crc} != self.cache.manifest["files"].get(name):
             raise UserError(
-                f"{self.cache.path / name} is damaged; run `dvla cache verify {self.cache.path}`, nothing of it was exported"
+                f"{self.cache.path / name} is damaged and was not exported; run `dvla cache repair {self.cache.path}`"
             )
         self._seen.add(name)
 
@@ -75,9 +52,9 @@ class Files:
 
 
 def meta_samples(cache: Cache, files: Files) -> Iterator[dict[str, Any]]:
-    """The samples of _meta.tar: the store's, and one of tables for each dataset."""
+    """The samples of _meta.tar: that of the store, and one with the tables of each dataset."""
     files.check_tables()
-    ledger: dict[str, list[Any]] = {}  # commit record of a shard → [episode, reason] found bad while it was built
+    ledger: dict[str, list[Any]] = {}  # shard → its quarantined [episode, reason]
     for task in BuildPlan.from_document(cache.fingerprint["store"]).tasks():
         if bad := read_commit(shard_commit(cache.path, task))["quarantined"]:
             ledger[f"{task.dataset}/{task.array}/{task.index}"] = bad
@@ -91,24 +68,17 @@ def meta_samples(cache: Cache, files: Files) -> Iterator[dict[str, Any]]:
         store["channel_scale.npy"] = npy(scale)
     yield store
     for d in cache.datasets:
-        arrays = {
-            name: getattr(d, name)
-            for name in ("action", "proprio", "timestamp", "action_mask", "proprio_mask", "null_text")
-        }
-        arrays |= {"text.embedding": d.text, "text.length": d.text_length}
-        arrays |= {
-            f"episodes.{name}": getattr(d, f"episode_{name}") for name in ("start", "length", "id", "instruction")
-        }
+        names = ("action", "proprio", "timestamp", "action_mask", "proprio_mask", "null_text")
+        arrays = {name: getattr(d, name) for name in names} | {"text.embedding": d.text, "text.length": d.text_length}
+        for name in ("start", "length", "id", "instruction"):
+            arrays[f"episodes.{name}"] = getattr(d, f"episode_{name}")
         arrays |= {f"null.{label}": d.null_features[i] for i, label in enumerate(labels(d.views).values())}
-        yield {
-            "__key__": f"{d.name}/tables",
-            "json": json_bytes(d.attributes),
-            **{f"{n}.npy": npy(a) for n, a in arrays.items()},
-        }
+        document = {"__key__": f"{d.name}/tables", "json": json_bytes(d.attributes)}
+        yield document | {f"{name}.npy": npy(array) for name, array in arrays.items()}
 
 
 def _row_document(d: CacheDataset, episode: int, row: int) -> dict[str, Any]:
-    """What other tools need to know of one observation."""
+    """The facts about one observation that other tools need."""
     return {
         "dataset": d.name,
         "episode_id": int(d.episode_id[episode]),
@@ -126,15 +96,16 @@ def _row_document(d: CacheDataset, episode: int, row: int) -> dict[str, Any]:
 
 
 def sample_nbytes(d: CacheDataset, views: dict[str, str]) -> int:
-    """Bytes of the largest possible sample in a tar: a header of 512 and whole blocks of 512 for each member."""
+    """Bytes of the largest possible sample in a tar: a header of 512 and full blocks of 512 for each member."""
     longest = max(range(len(d.episode_id)), key=lambda e: len(d.instructions[int(d.episode_instruction[e])]))
-    document = (
-        len(fp.canonical(_row_document(d, longest, int(d.episode_start[longest]))).encode()) + 64
-    )  # longer numbers
-    members = [document, *[128 + 512] * 2]
-    members += [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantized] * (
-        len(views) * (d.variants + 1)
-    )
+    document = fp.canonical(_row_document(d, longest, int(d.episode_start[longest]))).encode()
+    features = [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantized]
+    members = [
+        len(document) + 64,
+        128 + 512,
+        128 + 512,
+        *features * (len(views) * (d.variants + 1)),
+    ]  # 64: longer numbers
     return sum(512 + -(-n // 512) * 512 for n in members)
 
 
@@ -168,7 +139,7 @@ def observation_samples(
 
 
 def tables_of(d: CacheDataset) -> DatasetTables:
-    """What `CacheWriter.write_tables` was given for a cached dataset."""
+    """The tables that `CacheWriter.write_tables` was given for a cached dataset."""
     a, slots = d.attributes, np.arange(d.action_mask.size)
     stats = {kind: Statistics.from_dict(a[f"{kind}_stats"]) for kind in ("action", "proprio")}
     rotation = {kind: np.isin(slots, a[f"{kind}_rotation"]) for kind in ("action", "proprio")}
@@ -188,5 +159,5 @@ def tables_of(d: CacheDataset) -> DatasetTables:
         null_features=dict(zip(d.views, d.null_features)),
         embodiment=d.embodiment_id,
         control_hz=d.control_hz,
-        attributes={k: v for k, v in a.items() if k not in DERIVED},
+        attributes={name: value for name, value in a.items() if name != "quarantined"},
     )

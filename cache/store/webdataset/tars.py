@@ -1,23 +1,24 @@
 """A feature cache as WebDataset tars, on disk, behind fsspec URLs or behind pipes. Only this module imports webdataset.
 
-    index.json                              written last: the tars with samples, bytes and crc32c of each (key "shardlist"), and
-                                            under "dvla" the other tars and the names of the views
-    _meta.tar                               all that is not features: cache/store (fingerprint, manifest, channel_scale) and
-                                            <dataset>/tables (attributes as json; action, text.embedding, episodes.start … as npy)
-    <dataset>-000000.tar …                  one sample per observation
-    _quarantine-<dataset>-000000.tar …      the observations of quarantined episodes, partly zeros: kept apart, so that a reader
-                                            of "shardlist" never trains on them
+    index.json                          written last: the tars with samples, bytes and crc32c of each (key "shardlist"),
+                                        and under "dvla" the other tars and the names of the views
+    _meta.tar                           everything but features: cache/store (fingerprint, manifest, channel_scale) and
+                                        <dataset>/tables (attributes as json; action, text.embedding, … as npy)
+    <dataset>-000000.tar …              one sample per observation
+    _quarantine-<dataset>-000000.tar …  observations of quarantined episodes, partly zeros: kept apart, so that a reader
+                                        of "shardlist" never trains on them
 
-The key of a sample is <dataset>/<episode's place in the table>/<frame of the episode>, zero-padded: keys sort as rows do. Its fields:
+The key of a sample is <dataset>/<position of the episode in its table>/<frame of the episode>, zero-padded, so that
+keys sort as rows do. Its fields:
 
-    features.<view>[.aug<k>].npy            [tokens, width] exactly as stored: float16, int8, or uint8 holding float8_e4m3fn
-    scales.<view>[.aug<k>].npy              [tokens] float32, of 8-bit features; feature = code · scale · channel_scale
-    action.npy, proprio.npy                 [128] float32, unified, not normalised
-    json                                    dataset, episode_id, step, row, timestamp, instruction, control_hz, embodiment, …
+    features.<view>[.aug<k>].npy        [tokens, width] as stored: float16, int8, or uint8 holding float8_e4m3fn
+    scales.<view>[.aug<k>].npy          [tokens] float32, of 8-bit features; feature = code · scale · channel_scale
+    action.npy, proprio.npy             [128] float32, unified, not normalized
+    json                                dataset, episode_id, step, row, timestamp, instruction, control_hz, …
 
-WebDataset lower-cases fields, so <view> is the camera's name in lower case; where two would then be one, view0, view1, …
-The bytes depend on the cache and the size of a tar alone (no times, no owners, fixed order). `webdataset.WebDataset` reads them
-as they are; webdataset_cache.py gives them the interface of `Cache`.
+WebDataset lower-cases fields, so <view> is the camera's name in lower case; view0, view1, … where two would be equal.
+The bytes depend only on the cache and the size of a tar (no times, no owners, fixed order). `webdataset.WebDataset`
+reads them as they are; `WebDatasetCache` gives them the interface of `Cache`.
 """
 
 from __future__ import annotations
@@ -90,17 +91,18 @@ def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     return dtype, shape
 
 
-class Pipe:
-    """`pipe:COMMAND` of WebDataset, with {name} where the file's name goes: a command that takes, or gives, the bytes of one file.
+class Pipe(Place):
+    """`pipe:COMMAND` of WebDataset: a command that takes or gives the bytes of the file {name}.
 
-    What is there already cannot be listed, so an interrupted export begins anew."""
+    Existing files cannot be listed, so an interrupted export starts over.
+    """
 
     resumable = False
 
     def __init__(self, where: str) -> None:
         if "{name}" not in where:
             raise UserError(
-                f"'{where}' does not say where the name of each file goes; write {{name}} there, as in "
+                f"'{where}' has no {{name}}, which stands for the name of each file, as in "
                 "'pipe:aws s3 cp - s3://bucket/cache/{name}'"
             )
         self.where = where
@@ -121,18 +123,6 @@ class Pipe:
     def open(self, name: str) -> Any:
         return self._run(name, "rb")
 
-    def names(self) -> list[str]:
-        return []
-
-    def size(self, name: str) -> int | None:
-        return None
-
-    def remove(self, name: str) -> None:
-        raise ValueError("nothing can be removed behind a pipe")
-
-    def locked(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     def _run(self, name: str, mode: str) -> Any:
         from webdataset.gopen import gopen
 
@@ -140,14 +130,14 @@ class Pipe:
 
 
 def open_place(where: str) -> Place:
-    """The place a user means by a folder, a URL or a pipe; `UserError` for what is none."""
+    """The place of a folder, a URL or a pipe; `UserError` for anything else."""
     if where.startswith("pipe:"):
         return Pipe(where)
     return Url(where) if "://" in where and not where.startswith("file://") else Folder(where)
 
 
 def write_tar(place: Place, name: str, samples: Iterable[Mapping[str, Any]]) -> Entry:
-    """Write samples (field → bytes, and `__key__`) as one tar; returns its entry of the index. `UserError` when `place` refuses."""
+    """Write samples (field → bytes, and `__key__`) as one tar; returns its index entry. `UserError` when that fails."""
     from webdataset import TarWriter
 
     count = 0
@@ -169,13 +159,12 @@ class _Tar:
 class Tars:
     """Random access to the members of an export's tars; thread-safe.
 
-    Tars that are not local are copied to an unnamed temporary file in `scratch` when they are first needed. At most `limit` are
-    kept open. With `check`, and whenever one is copied, a tar is compared with its entry before anything in it is believed.
+    Remote tars are copied to an unnamed temporary file in `scratch` when first needed. At most `limit` are kept open.
+    With `check`, and whenever one is copied, a tar is compared with its entry before it is read.
     """
 
     def __init__(self, place: Place, entries: Iterable[Entry], scratch: Path, check: bool) -> None:
         self.place, self.limit, self._scratch, self._check = place, 256, scratch, check
-        self.held: dict[tuple[str, str], bytes] = {}  # (tar, member) → its bytes: of tars that are streamed, not opened
         self._entries = {e["url"]: e for e in entries}
         self._open: OrderedDict[str, _Tar] = OrderedDict()
         self._checked: set[str] = set()
@@ -184,22 +173,11 @@ class Tars:
     def read(self, tar: str, member: str, dtype: str, shape: tuple[int, ...], target: memoryview) -> None:
         """Fill `target` with the data of one .npy member. `UserError` naming the tar when it is not that array."""
 
-        def check(header: bytes) -> None:
-            try:
-                found = _parse_header(header)
-            except ValueError as error:
-                raise self.damaged(tar, f"{member}: {error}") from None
-            if found != (np.dtype(dtype), shape):
-                raise self.damaged(tar, f"{member} is {found[0]} {list(found[1])}, not {dtype} {list(shape)}")
-
-        if (held := self.held.get((tar, member))) is not None:
-            begin = max(len(held) - len(target), 0)
-            check(held[:begin])
-            target[:] = memoryview(held)[begin:]
-            return
         opened, offset, nbytes = self._member(tar, member)
         begin = max(nbytes - len(target), 0)
-        check(os.pread(opened.file.fileno(), begin, offset))
+        found = self._header(tar, member, opened, offset, begin)
+        if found != (np.dtype(dtype), shape):
+            raise self.damaged(tar, f"{member} is {found[0]} {list(found[1])}, not {dtype} {list(shape)}")
         while len(target):
             got = os.preadv(opened.file.fileno(), [target], offset + begin)
             if not got:
@@ -211,16 +189,13 @@ class Tars:
         opened, offset, nbytes = self._member(tar, member)
         start = os.pread(opened.file.fileno(), min(nbytes, 10), offset)
         begin = 10 + int.from_bytes(start[8:10], "little")  # the header of version 1, as written by `npy`
-        try:
-            dtype, shape = _parse_header(os.pread(opened.file.fileno(), begin, offset))
-        except ValueError as error:
-            raise self.damaged(tar, f"{member}: {error}") from None
+        dtype, shape = self._header(tar, member, opened, offset, begin)
         if begin + int(np.prod(shape)) * dtype.itemsize != nbytes:
             raise self.damaged(tar, f"{member} holds {nbytes} bytes for {dtype} {list(shape)}")
         return np.memmap(opened.file, dtype, "r", offset + begin, shape)
 
     def json(self, tar: str, member: str) -> Any:
-        """A JSON member."""
+        """The document in a JSON member."""
         opened, offset, nbytes = self._member(tar, member)
         try:
             return json.loads(os.pread(opened.file.fileno(), nbytes, offset))
@@ -228,17 +203,26 @@ class Tars:
             raise self.damaged(tar, f"{member}: {error}") from None
 
     def fetch(self, tar: str) -> None:
-        """Have a tar on this machine, and its members known."""
+        """Copy a tar onto this machine if it is remote, and index its members."""
         self._get(tar)
 
     def damaged(self, tar: str, why: str) -> UserError:
-        """The error that says so."""
+        """The error for a damaged tar."""
         return UserError(f"{self.place.url(tar)} is damaged ({why}); export the cache again, or fetch that tar again")
+
+    def _header(
+        self, tar: str, member: str, opened: _Tar, offset: int, nbytes: int
+    ) -> tuple[np.dtype, tuple[int, ...]]:
+        """(dtype, shape) of a .npy member whose header has `nbytes` bytes."""
+        try:
+            return _parse_header(os.pread(opened.file.fileno(), nbytes, offset))
+        except ValueError as error:
+            raise self.damaged(tar, f"{member}: {error}") from None
 
     def _member(self, tar: str, member: str) -> tuple[_Tar, int, int]:
         opened = self._get(tar)
         if member not in opened.members:
-            raise self.damaged(tar, f"it does not hold {member}")
+            raise self.damaged(tar, f"it has no {member}")
         return opened, *opened.members[member]
 
     def _get(self, name: str) -> _Tar:
@@ -253,9 +237,7 @@ class Tars:
     def _load(self, name: str) -> _Tar:
         entry = self._entries[name]
         file, nbytes, crc = fetch(self.place, name, self._scratch)
-        if (
-            isinstance(self.place, Folder) and self._check and name not in self._checked
-        ):  # what was copied has its crc already
+        if isinstance(self.place, Folder) and self._check and name not in self._checked:  # a copy has its crc already
             nbytes, crc = file_crc32c(self.place.path / name)
         if nbytes != entry["filesize"]:
             raise self.damaged(name, f"{nbytes} bytes, {entry['filesize']} were written")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ....batch import UNIFIED_DIM, FeatureBatch
+from ....batch import random_batch
 from ....cache.store.plan import BuildPlan
 from ....cache.store.shard_reader import ShardFiles, read_records
 from ....cache.store.shard_writer import ShardWriter, index_nbytes
@@ -25,7 +25,7 @@ from ....drifting.dit import dit_config
 from ....drifting.policy_net import PolicyNet, PolicyNetConfig
 from ....errors import UserError
 from ...training.config import TrainConfig
-from ...training.step import noise_generator, training_step
+from ...training.step import batch_loss, noise_generator
 from ..sizes import existing_folder, free_nbytes
 
 FILE_NBYTES = 128 << 20  # of the temporary shard, before compression
@@ -108,11 +108,11 @@ def model_rate(size: str, draws: int, views: int, plan: BuildPlan, device: torch
     config = TrainConfig("", "", model_size=size, batch_size=16 if device.type == "cuda" else 2, draws=draws)
     net = PolicyNet(PolicyNetConfig(feature_width=plan.width, dit=dit_config(size))).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.optimizer.lr)
-    batch = _random_batch(config.batch_size, views, plan, net.config.dit.horizon).to(device)
+    batch = random_batch(config.batch_size, views, plan.tokens, plan.width, net.config.dit.horizon).to(device)
     done, began = 0, 0.0
     while not began or time.perf_counter() - began < STEP_SECONDS:
         optimizer.zero_grad(set_to_none=True)
-        training_step(net, batch, config, noise_generator(0, done, 0)).total.backward()
+        batch_loss(net, batch, config, noise_generator(0, done, 0)).total.backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -121,28 +121,3 @@ def model_rate(size: str, draws: int, views: int, plan: BuildPlan, device: torch
         else:
             done += 1
     return done * config.batch_size / (time.perf_counter() - began)
-
-
-def _random_batch(b: int, views: int, plan: BuildPlan, horizon: int) -> FeatureBatch:
-    length, words = views * plan.tokens, 16
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return FeatureBatch(
-        tokens=normal(b, length, plan.width).half(),
-        token_mask=torch.ones(b, length, dtype=torch.bool),
-        view_id=torch.arange(views).repeat_interleave(plan.tokens).expand(b, -1).contiguous(),
-        frame_id=torch.zeros(b, length, dtype=torch.int64),
-        text=normal(b, words, plan.width).half(),
-        text_mask=torch.ones(b, words, dtype=torch.bool),
-        proprio=normal(b, UNIFIED_DIM),
-        action=normal(b, horizon, UNIFIED_DIM),
-        action_mask=(torch.arange(UNIFIED_DIM) < 10).expand(b, -1).contiguous(),
-        step_mask=torch.ones(b, horizon, dtype=torch.bool),
-        embodiment=torch.zeros(b, dtype=torch.int64),
-        control_hz=torch.full((b,), 10.0),
-        dataset=torch.zeros(b, dtype=torch.int64),
-        frame_index=torch.arange(b),
-    ).check()

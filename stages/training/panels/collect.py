@@ -13,12 +13,11 @@ import torch
 from ....batch import FeatureBatch
 from ....cache.loader.loader import Loader
 from ....drifting.config import DENOISING
-from ....drifting.heads import generate
 from ....drifting.losses import counting
 from ....drifting.metrics import drift_of
 from ....errors import UserError
 from ..context import Session, open_loader
-from ..step import autocast, noise_generator
+from ..step import noise_generator, predict
 from .data import PanelData
 
 FEW = 2  # draws at most of a head that takes many passes
@@ -46,19 +45,8 @@ def collect(session: Session, step: int = 0) -> PanelData:
             )  # [N,G,T,n]
             found: list[tuple[FeatureBatch, torch.Tensor]] = []
             for start in range(0, count, b):
-                at = loader.state_dict()["offset"]
-                batch = session.features(next(loader), loader.masked(at)[1], loader.variants(at))
-                with (
-                    autocast(config, device),
-                    torch.compiler.set_stance("force_eager"),
-                ):  # other shapes: not worth compiling for
-                    pred = generate(
-                        net,
-                        net.encode(batch),
-                        noise[start : start + b].to(device),
-                        torch.ones(b, device=device),
-                        config.loss,
-                    )  # [B,G,T,128]
+                batch = session.batch(next(loader))
+                pred = predict(session, batch, noise[start : start + b].to(device))  # [B,G,T,128]
                 found.append((_light(batch), pred.float().cpu()))
     finally:
         net.train(training)

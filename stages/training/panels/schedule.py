@@ -10,11 +10,13 @@ import dataclasses
 import json
 import re
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from ....cache.loader.loader import Loader
+from ....cache.loader.sample import Sample
 from ....common.figures import png, style_named
 from ....common.files import write_file
 from ..context import Session
@@ -30,9 +32,10 @@ LATELY = 256  # batches whose datasets are counted
 class Panels:
     """The panels of one call of the training loop. Every process asks and looks; rank 0 draws."""
 
-    def __init__(self, session: Session, loader: Loader) -> None:
-        self.session, self.loader, self.config = session, loader, session.config.panels
-        self._began, self._start = time.perf_counter(), loader.state_dict()["offset"]
+    def __init__(self, session: Session, quotas: np.ndarray) -> None:
+        """`quotas` [K]: samples of each dataset in a block of the loader's order."""
+        self.session, self.config, self._quotas = session, session.config.panels, quotas
+        self._began, self._lately = time.perf_counter(), deque[np.ndarray](maxlen=LATELY)
         self._spent, self._drawing, self._drawn, self._looked, self._said = (
             0.0,
             0.0,
@@ -41,6 +44,12 @@ class Panels:
             False,
         )  # seconds, but for a count and a flag
         self._last: PanelData | None = None
+
+    def counting(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The `samples`, whose datasets are counted as they pass."""
+        for sample in samples:
+            self._lately.append(sample.drawn.dataset)
+            yield sample
 
     def turn(self, step: int, evaluated: bool) -> list[Panel]:
         """What is drawn after `step`: what is due, unless it would take more than `panels.share` of the time so far. A
@@ -90,7 +99,7 @@ class Panels:
         began = time.perf_counter()
         folder = panel_folder(Path(self.session.config.out), seen.step)
         findings: dict[str, str] = {}
-        seen.log, seen.configured, seen.drawn = read_log(folder.parents[1]), self.loader.order.quotas, self._counts()
+        seen.log, seen.configured, seen.drawn = read_log(folder.parents[1]), self._quotas, self._counts()
         for panel in panels:
             try:
                 figure = panel.draw(seen, style_named(self.config.style))
@@ -102,7 +111,7 @@ class Panels:
                 )
         try:
             write_file(folder / "findings.json", (json.dumps(findings, indent=1, ensure_ascii=False) + "\n").encode())
-            tracker.pictures(
+            tracker.images(
                 seen.step,
                 {
                     f"panels/{key} {PANELS[key].name}": (folder / f"{key}.png", finding)
@@ -121,14 +130,9 @@ class Panels:
         )
 
     def _counts(self) -> np.ndarray:
-        """[K]: this process's samples of each dataset in the last batches since the run began or went on."""
-        offset, size = self.loader.state_dict()["offset"], self.session.config.batch_size * self.session.world.size
-        seen = [self.loader.samples(at)[0] for at in range(max(self._start, offset - LATELY * size), offset, size)]
-        return (
-            np.bincount(np.concatenate(seen), minlength=len(self.session.cache.datasets))
-            if seen
-            else np.zeros(len(self.session.cache.datasets))
-        )
+        """[K]: this process's samples of each dataset in the last batches since the run began or resumed."""
+        seen = np.concatenate([*self._lately, np.empty(0, np.int64)])
+        return np.bincount(seen, minlength=len(self.session.cache.datasets))
 
 
 def panel_folder(run: Path, step: int) -> Path:

@@ -1,7 +1,7 @@
-"""How the processes of a run share the network: whole copies in each (DDP), shards of it (FSDP2), or shards of AdamW's state (zero2.py).
-One process alone is a copy.
+"""How the processes of a run share the network: full copies in each (DDP), shards of it (FSDP2), or shards of AdamW's
+state (zero2.py). One process alone is a copy.
 
-A checkpoint always holds whole tensors, so a run may go on with another strategy or number of processes.
+A checkpoint always holds full tensors, so a run may resume with another strategy or number of processes.
 
 FSDP2 is torch's own `fully_shard`: Accelerate, which would wrap it, refuses it on CPUs, where the tests run it.
 """
@@ -26,8 +26,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
 def parameter_groups(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups by learning rate (DiT, projector, VLM) and weight decay (the policy's matrices only); `halved`: the steps from each of
-    which on a group's rate is half of what it was."""
+    """AdamW's groups by learning rate (DiT, projector, VLM) and weight decay (the policy's matrices only); `halved`:
+    the steps from each of which on a group's rate is half of what it was."""
     groups: dict[tuple[float, float, tuple[int, ...]], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         adapter = name.startswith("adapter.")
@@ -41,13 +41,13 @@ def parameter_groups(named: Mapping[str, nn.Parameter], config: OptimizerConfig)
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as one process would have them. Every process must ask."""
+    """The tensors as one process would have them. Every process must call it."""
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
 @torch.no_grad()
 def place(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor, the same in every process, into this process's part of it."""
+    """Copy a full tensor, the same in every process, into this process's part of it."""
     value = value.to(target.device)
     if isinstance(target, DTensor):
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
@@ -55,7 +55,9 @@ def place(target: Tensor, value: Tensor) -> None:
 
 
 class Replicas:
-    """Every process has the whole network; DDP averages the gradients while they are computed."""
+    """Every process has the full network; DDP averages the gradients while they are computed.
+
+    `named`: the trained parameters by name; `ema`: their exponential moving averages, by the same names."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.world = session, session.world
@@ -63,6 +65,7 @@ class Replicas:
         self.named: dict[str, nn.Parameter] = session.parameters()  # after sharing, which may replace them
         config = session.config.optimizer
         self.optimizer = torch.optim.AdamW(parameter_groups(self.named, config), lr=config.lr, betas=config.betas)
+        self.ema = {name: p.detach().clone() for name, p in self.named.items()}  # averaged weights
 
     def share(self) -> None:
         """Make `module`, what the loop calls. Once more after a change of which parameters are trained."""
@@ -76,7 +79,8 @@ class Replicas:
     @contextlib.contextmanager
     def batch(self, last: bool) -> Iterator[None]:
         """Around forward and backward pass of one batch; only the step's `last` one exchanges gradients."""
-        with contextlib.nullcontext() if last or not self.world.launched else self.module.no_sync():  # type: ignore[operator]
+        alone = last or not self.world.launched
+        with contextlib.nullcontext() if alone else self.module.no_sync():  # type: ignore[operator]
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -84,11 +88,29 @@ class Replicas:
         loss.backward()
 
     def step(self) -> None:
-        """One step of the optimiser."""
+        """One step of the optimizer."""
         self.optimizer.step()
 
+    def average(self, decay: float) -> None:
+        """Move the averaged weights towards the trained ones: ema = decay · ema + (1 − decay) · trained."""
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.named.values()], 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones."""
+        raw = {name: p.detach().clone() for name, p in self.named.items()}
+        with torch.no_grad():
+            for name, p in self.named.items():
+                p.copy_(self.ema[name])
+            try:
+                yield
+            finally:
+                for name, p in self.named.items():
+                    p.copy_(raw[name])
+
     def clip(self, limit: float) -> float:
-        """Average what gradients are not averaged yet, scale all to a global norm of at most `limit`; returns the norm before."""
+        """Average the gradients that are not averaged yet and scale all to a global norm of at most `limit`; returns
+        the norm before."""
         adapter = [p for p in self.session.adapter.values() if p.requires_grad]  # in the VLM, outside the module
         if self.world.size > 1 and adapter:
             flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in adapter])
@@ -99,14 +121,14 @@ class Replicas:
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state, whole, by name. Every process must ask."""
+        """AdamW's state, unsharded, by name. Every process must call it."""
         state = self.optimizer.state
         return whole(
             {f"{name}:{kind}": state[p][kind] for name, p in self.named.items() if p in state for kind in MOMENTS}
         )
 
     def load_moments(self, stored: Mapping[str, Tensor]) -> None:
-        """Go on with the state that `moments` gave."""
+        """Continue from the state that `moments` gave."""
         for name, p in self.named.items():
             if f"{name}:{MOMENTS[0]}" in stored:
                 state = {kind: torch.zeros_like(p) for kind in MOMENTS[1:]}
@@ -116,20 +138,18 @@ class Replicas:
 
 
 class Shards(Replicas):
-    """FSDP2: parameters, gradients and AdamW's state are split over the processes; a block is whole only while it works."""
+    """FSDP2: parameters, gradients and AdamW's state are split over the processes; a block is gathered while in use."""
 
     def share(self) -> None:
         net, world = self.session.net, self.world
-        if isinstance(
-            net.dit.blocks[0].modulation, DTensor
-        ):  # which parameters are trained does not matter to the shards
+        if isinstance(net.dit.blocks[0].modulation, DTensor):  # shards do not depend on which parameters are trained
             return
         mesh = init_device_mesh(world.device.type, (world.size,))
         for block in net.dit.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(
             net, mesh=mesh, reshard_after_forward=True
-        )  # else training would see the averaged weights of an evaluation
+        )  # else training would see an evaluation's averaged weights
         for method in ("encode", "decode"):  # held-out actions are generated by these
             register_fsdp_forward_method(net, method)
         self.module = net

@@ -1,7 +1,7 @@
-"""Several processes as one run: which of them this is, and the few things they tell each other. Alone, all of it is free.
+"""Several processes as one run: which of them this is, and the few things they exchange. Alone, all of it is free.
 
-A launcher (`torchrun`, or `python -m torch.distributed.run`) starts the same command once per GPU and says by environment variables
-who is who. What a run writes, rank 0 writes.
+A launcher (`torchrun`, or `python -m torch.distributed.run`) starts the same command once per GPU and sets the ranks as
+environment variables. What a run writes, rank 0 writes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class World:
         return values.item()
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in some process."""
+        """Whether it is true in any process."""
         return flag if self.size == 1 else bool(self.total(torch.tensor(int(flag))))
 
     def slice(self, values: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,8 @@ class World:
         return torch.cat(parts)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """`work()`, done by rank 0 alone and its result given to all. A `UserError` in it is raised in every process."""
+        """`work()`, done by rank 0 alone and its result given to all. A `UserError` in it is raised in every
+        process."""
         if self.size == 1:
             return work()
         answer: list[tuple[bool, object]] = [(True, None)]
@@ -104,10 +105,10 @@ ALONE = World()
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[World]:
-    """This process's place in the run. `device`: as in the settings; with several processes on a machine each takes its own GPU.
+    """This process's rank in the run. `device`: as in the settings; of several processes on a machine each takes a GPU.
 
-    Joins the processes of a launcher (NCCL between GPUs, gloo between CPUs), or uses a process group that exists already.
-    """
+    Joins the processes of a launcher (NCCL between GPUs, gloo between CPUs), or uses a process group that exists
+    already."""
     picked, begun = pick_device(device), dist.is_initialized()
     if not begun and not all(name in os.environ for name in ENVIRONMENT):
         yield World(picked)
@@ -116,8 +117,8 @@ def join(device: str) -> Iterator[World]:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"process {local} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; start "
-                "at most so many (--nproc_per_node), or train with --device cpu"
+                f"process {local} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; "
+                "start at most as many processes (--nproc_per_node), or train with --device cpu"
             )
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
@@ -131,8 +132,10 @@ def join(device: str) -> Iterator[World]:
 
 
 def leave() -> None:
-    """Ends the process group. Without the pause about one process in fifteen is aborted (SIGABRT) when it ends right afterwards, with all its work done:
-    gloo's threads let go of the last tensors a moment after a collective returned, which needs the interpreter, and a wrapped network keeps
-    the group and its threads alive beyond its destruction."""
+    """End the process group.
+
+    Without the pause about one process in fifteen is aborted (SIGABRT) when it exits right afterwards, with all its
+    work done: gloo's threads release the last tensors a moment after a collective returned, which needs the
+    interpreter, and a wrapped network keeps the group and its threads alive beyond its destruction."""
     dist.destroy_process_group()
     time.sleep(0.2)  # the interpreter is free meanwhile

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO stage 2: whole networks, but each process keeps only its share of the gradients and of AdamW's state.
+"""DeepSpeed's ZeRO stage 2: full networks, but each process keeps only its shard of the gradients and of AdamW's state.
 
-DeepSpeed's engine is used directly: Accelerate, which would wrap it, steps inside the backward pass, before a gradient can be refused.
-"""
+DeepSpeed's engine is used directly: Accelerate, which would wrap it, steps inside the backward pass, before a gradient
+can be refused."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ class Zero2(Replicas):
             },
         )
         self.module = self._engine
+        self.ema = {name: p.detach().clone() for name, p in self.named.items()}
 
     def share(self) -> None:
-        """Nothing to do again: the settings refuse parameters that are trained only later."""
+        """Nothing to redo: the settings refuse parameters that are trained only later."""
 
     @contextlib.contextmanager
     def batch(self, last: bool) -> Iterator[None]:
@@ -90,12 +91,15 @@ class Zero2(Replicas):
                 self._set(p, stored[f"{name}:{kind}"].to(p.device), kind)
 
     def _link(self) -> None:
-        """Tell each parameter where its part of AdamW's state is: the engine does so within its first step, when only the first group's exists."""
+        """Tell each parameter where its part of AdamW's state is.
+
+        The engine does so within its first step, when only the first group's exists."""
         for group, flat in self._groups():
             for p in group:
                 if p._hp_mapping is not None:  # a part of it is this process's
                     p._hp_mapping.set_optim_state_fragment(flat, self._adamw.state[flat])
 
     def _groups(self) -> list[tuple[list[Any], Tensor]]:
-        """Each group's parameters, as the engine marked them, and this process's part of them in one flat tensor, which is what AdamW sees."""
+        """Each group's parameters, as the engine marked them, and this process's part of them in one flat tensor, which
+        is what AdamW sees."""
         return list(zip(self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups))

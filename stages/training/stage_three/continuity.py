@@ -15,18 +15,16 @@ from ....cache.store.cache import Cache
 from ....drifting.policy_net import PolicyNet
 from ....errors import UserError
 from ..config import FinetuneConfig
-from ..step import noise_generator, training_step
+from ..step import batch_loss, noise_generator
 from .split import SplitFeatures, same_samples
 
 MAX_JUMP = 0.02  # relative difference of the first cached and live loss beyond which the features are not the same
-MAX_DIFFERENCE = (
-    0.1  # of the features' RMS; bfloat16 against float32 stays well below. A young policy's loss hardly depends on them
-)
+MAX_DIFFERENCE = 0.1  # of the features' RMS, on which a young policy's loss hardly depends; bfloat16 stays well below
 
 
 @dataclass(frozen=True)
 class Continuity:
-    """The same batch, noise and weights through cached and through live features, before the first step."""
+    """The same batch, noise and weights with cached and with live features, before the first step."""
 
     cached_loss: float
     live_loss: float
@@ -40,25 +38,38 @@ class Continuity:
         return abs(self.live_loss - self.cached_loss) / max(abs(self.cached_loss), 1e-12)
 
 
-def _require_no_jump(continuity: Continuity, cache: Cache, say: Callable[[str], None]) -> None:
+def require_no_jump(continuity: Continuity | None, cache: Cache, say: Callable[[str], None]) -> dict[str, float]:
+    """What the log's first line says of the switch. `UserError` where live features are not the cached ones."""
+    if continuity is None:
+        say(
+            "the loss before the first step was not compared: the run's own cache is gone or holds other samples, "
+            "and no --source was given"
+        )
+        return {}
+    cached, live = continuity.cached_loss, continuity.live_loss
     say(
-        f"loss on one batch before the first step: {continuity.cached_loss:.6f} from the cache, {continuity.live_loss:.6f} live "
-        f"(features differ by at most {continuity.feature_error:.2g}, their RMS is {continuity.feature_scale:.2g})"
+        f"loss on one batch before the first step: {cached:.6f} from the cache, {live:.6f} live (features differ "
+        f"by at most {continuity.feature_error:.2g}, their RMS is {continuity.feature_scale:.2g})"
     )
     if continuity.jump > MAX_JUMP or continuity.difference > MAX_DIFFERENCE:
         raise UserError(
-            f"the loss would jump from {continuity.cached_loss:.6f} to {continuity.live_loss:.6f}, and live features differ "
-            f"by {continuity.difference:.2g} of their RMS: they are not those of cache {cache.path}; run "
-            f"`dvla cache verify {cache.path} --live 32`"
+            f"run `dvla cache verify {cache.path} --live 32`: the loss would jump from {cached:.6f} to {live:.6f}, "
+            f"and live features differ by {continuity.difference:.2g} of their RMS from the cached ones"
         )
+    return {
+        "switch/cached_loss": cached,
+        "switch/live_loss": live,
+        "switch/feature_difference": continuity.difference,
+    }
 
 
 @torch.no_grad()
 def compare(
     net: PolicyNet, cache: Cache, live: LiveFeatures | SplitFeatures, config: FinetuneConfig, count: int = 32
 ) -> Continuity | None:
-    """Loss of `count` samples spread evenly over the datasets, from the cache and live; same weights, same noise. On a split cache against
-    the run's own cache, or the sources; None without these."""
+    """Loss of `count` samples spread evenly over the datasets, from the cache and live; same weights, same noise.
+
+    On a split cache against the run's own cache, or the sources; None without these."""
     ids, rows = spread(cache, count)
     horizon, device = net.config.dit.horizon, next(net.parameters()).device
     if isinstance(live, SplitFeatures):
@@ -68,10 +79,10 @@ def compare(
         cached, again = found
     else:
         cached = gather(cache, ids, rows, horizon).to(device)
-        again = live(gather(cache, ids, rows, horizon, features=False).to(device), np.zeros(len(rows), bool))
+        again = live(gather(cache, ids, rows, horizon, features=False).to(device))
 
     def loss(batch: FeatureBatch) -> float:
-        return training_step(net, batch, config.train, noise_generator(config.train.seed, 0, 2)).total.item()
+        return batch_loss(net, batch, config.train, noise_generator(config.train.seed, 0, 2)).total.item()
 
     seen = cached.token_mask[..., None]
     error = (cached.tokens.float() - again.tokens.float()).masked_fill(~seen, 0)  # [B,L,D]
@@ -80,7 +91,8 @@ def compare(
 
 
 def spread(cache: Cache, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(dataset, frame row) int64 of about `count` samples, two at least, spread evenly over the datasets; none in quarantine."""
+    """(dataset, frame row) int64 of about `count` samples, two at least, spread evenly over the datasets; none in
+    quarantine."""
     pairs = [
         (d, row)
         for d, table in enumerate(cache.datasets)

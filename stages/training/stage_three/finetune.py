@@ -1,6 +1,6 @@
-"""Stage three: the VLM comes back. Continues a stage-two policy on live features, with LoRA in the vision tower or all of it trained.
+"""Stage three: a stage-two policy is trained on live features, with LoRA in the vision tower or all of it trained.
 
-The loop, the step and the checkpoints are stage two's (train.py); only the features differ.
+The loop, the step and the checkpoints are stage two's (loop.py); only the features differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..loop import run
 from ..parallel.world import World, join
 from ..step import autocast
 from ..train import policy_document
-from .continuity import Continuity, _require_no_jump, compare, spread
+from .continuity import Continuity, compare, require_no_jump, spread
 from .memory import live_memory
 from .split import SplitFeatures, above_boundary, split_features
 
@@ -57,14 +57,15 @@ def finetune_config(
     values = read_json(run_folder / "config.json")
     if "stage_three" in values:
         raise UserError(
-            f"{run_folder} is a stage-three run; start from its stage-two run {values['stage_three']['start']}, or repeat the "
-            "command that began it to go on with it"
+            f"{run_folder} is a stage-three run; start from its stage-two run {values['stage_three']['start']}, "
+            "or rerun the command that began it to resume it"
         )
     settings = apply({**values, "unfreeze": {}, "init": None}, overrides)  # whose steps were stage two's
     for name in ("model_size", "dit"):
         if settings[name] != values[name]:
             raise UserError(
-                f"{name} is {settings[name]} and that of {run_folder} is {values[name]}; fine-tuning goes on with its network: leave {name} out"
+                f"{name} is {settings[name]}, but fine-tuning keeps the network of {run_folder}, whose {name} is "
+                f"{values[name]}: leave {name} out"
             )
     return FinetuneConfig(
         str(start), sources, from_mapping(TrainConfig, settings, "training settings"), lora, full, vlm_path
@@ -77,8 +78,8 @@ def finetune(
     say: Callable[[str], None] = print,
     stop_after: int | None = None,
 ) -> tuple[TrainReport, Continuity | None]:
-    """Continue the policy at `config.start`. `UserError` when VLM, cache and sources do not belong together, or when the
-    loss would jump. No `Continuity` on a split cache of samples of which nothing else is at hand."""
+    """Continue the policy at `config.start`. `UserError` when VLM, cache and sources do not belong together, or when
+    the loss would jump. No `Continuity` on a split cache for whose samples there are neither features nor sources."""
     with join(config.train.device) as world:
         session, continuity = _prepare(config, world, on_log, say)
         return run(session, stop_after), continuity
@@ -90,15 +91,7 @@ def _prepare(
     say = say if world.main else lambda _: None
     start = ck.resolve(config.start, say)
     document = read_json(start / "policy.json")
-    if document["conditions"]["blind"]:
-        raise UserError(f"{start} is a blind policy (it never saw a picture); fine-tuning starts from one that does")
-    cache = open_cache(config.train)
-    require_trainable(config.train, cache, live=True)
-    if config.full and cache.boundary is not None:
-        raise UserError(
-            f"cache {cache.path} holds what enters the last {cache.boundary} blocks (--boundary), and --vlm-mode full trains all of them; "
-            "use --vlm-mode lora, or the cache that the policy was trained from"
-        )
+    cache = _open(config, start, document)
     config = above_boundary(config, cache)
     torch.manual_seed(config.train.seed)
     encoder = load_policy_encoder(
@@ -106,65 +99,73 @@ def _prepare(
     )
     live = _features(config, cache, encoder)
     encoder.vision.recompute = config.train.gradient_checkpointing
-    net = load_net(document, ck.policy_tensors(start, "ema"))
-    if net.config.dit.denoising != (config.train.loss.kind in DENOISING):
-        raise UserError(
-            f"loss.kind is {config.train.loss.kind}, which the {document['loss']['kind']} head of {start} cannot go on with; leave it as it was"
-        )
-    net.to(world.device)
+    net = load_net(document, ck.policy_tensors(start, "ema")).to(world.device)
     if config.lora is not None:
         add_lora(encoder, config.lora)
     elif config.full:
         encoder.vision.requires_grad_(True)
     continuity = compare(net, cache, live, config)
-    if continuity is not None:
-        _require_no_jump(continuity, cache, say)
-        first = {
-            "switch/cached_loss": continuity.cached_loss,
-            "switch/live_loss": continuity.live_loss,
-            "switch/feature_difference": continuity.difference,
-        }
-    else:
-        first = {}
-        say(
-            "the loss before the first step was not compared: the run's own cache is gone or holds other samples, and no --source was given"
-        )
-    documents = policy_document(net, cache, config.train)
+    first = require_no_jump(continuity, cache, say)
     spec = dataclasses.replace(encoder.spec, dtype=document["encoder"]["spec"].get("dtype", "auto"))
-    documents["encoder"] = {"spec": dataclasses.asdict(spec), "fingerprint": document["encoder"]["fingerprint"]}
-    features = _mixed(live, config.train, world) if config.full else live
+    own = {"spec": dataclasses.asdict(spec), "fingerprint": document["encoder"]["fingerprint"]}
+    lora = config.lora and dataclasses.asdict(config.lora)
     session = Session(
         config.train,
         cache,
         net,
-        documents,
-        features=features,
+        {**policy_document(net, cache, config.train), "encoder": own},
+        features=_mixed(live, config.train, world) if config.full else live,
         live=cache.boundary is None,
         first=first,
         on_log=on_log,
         say=say,
         world=world,
-        stage_three={
-            "start": config.start,
-            "lora": config.lora and dataclasses.asdict(config.lora),
-            **({"full": True} if config.full else {}),
-        },
+        stage_three={"start": config.start, "lora": lora, **({"full": True} if config.full else {})},
     )
-    if config.lora is not None and config.lora.dropout:
-        session.learning = lambda at: lora_dropout(encoder, int(mix(config.train.seed, 10, at, world.rank)) >> 1)
-    if config.lora is not None or config.full:
-        session.adapter = dict(tower_parameters(encoder) if config.full else lora_parameters(encoder))
-        session.save_adapter = lambda folder: save_adapter(encoder, folder)
-        say(
-            f"training {sum(p.numel() for p in net.parameters()):,} parameters of the policy and {sum(p.numel() for p in session.adapter.values()):,} "
-            f"{'' if config.full else 'of LoRA '}in {sum(p.numel() for p in encoder.vision.parameters()):,} of the vision tower"
-        )
-    say(live_memory(session, encoder, *(column[:2] for column in spread(cache, 32))))
+    _train_tower(session, config, encoder)
+    session.say(live_memory(session, encoder, *(column[:2] for column in spread(cache, 32))))
     return session, continuity
 
 
+def _open(config: FinetuneConfig, start: Path, document: dict[str, Any]) -> Cache:
+    """The cache of the run. `UserError` where it, or the settings, do not fit the policy of `start`."""
+    if document["conditions"]["blind"]:
+        raise UserError(f"{start} is a blind policy (trained with images blanked); start from one that sees images")
+    cache, kind = open_cache(config.train), config.train.loss.kind
+    require_trainable(config.train, cache, live=True)
+    if config.full and cache.boundary is not None:
+        raise UserError(
+            "--vlm-mode full trains all blocks of the vision tower; use --vlm-mode lora, or the cache that the policy "
+            f"was trained from: cache {cache.path} holds what enters the last {cache.boundary} blocks (--boundary)"
+        )
+    if document["net"]["dit"].get("denoising", False) != (kind in DENOISING):
+        raise UserError(
+            f"loss.kind is {kind}, but {start} has a {document['loss']['kind']} head; leave loss.kind as it was"
+        )
+    return cache
+
+
+def _train_tower(session: Session, config: FinetuneConfig, encoder: VisionLanguageEncoder) -> None:
+    """Make LoRA, or all of the vision tower, trained parameters of the session."""
+    lora, seed, rank = config.lora, config.train.seed, session.world.rank
+    if lora is not None and lora.dropout:
+        session.learning = lambda at: lora_dropout(encoder, int(mix(seed, 10, at, rank)) >> 1)
+    if lora is None and not config.full:
+        return
+    session.adapter = dict(tower_parameters(encoder) if config.full else lora_parameters(encoder))
+    session.save_adapter = lambda folder: save_adapter(encoder, folder)
+    policy, tower, trained = (
+        sum(p.numel() for p in parameters)
+        for parameters in (session.net.parameters(), encoder.vision.parameters(), session.adapter.values())
+    )
+    session.say(
+        f"training {policy:,} parameters of the policy and {trained:,} {'' if config.full else 'of LoRA '}"
+        f"in {tower:,} of the vision tower"
+    )
+
+
 def _features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncoder) -> LiveFeatures | SplitFeatures:
-    """Live ones of the cache's samples: from its pictures, or on a split cache from its hidden states."""
+    """Live features of the cache's samples: from the source images, or on a split cache from its hidden states."""
     if cache.boundary is not None:
         return split_features(config, cache, encoder)
     require_encoder(encoder, cache.fingerprint["encoder"], f"cache {cache.path}")
@@ -174,16 +175,19 @@ def _features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncod
 
 
 def _mixed(features: Features, config: TrainConfig, world: World) -> Features:
-    """A tower in float32 computes as the settings' precision says; frozen ones and those under LoRA have a dtype of their own."""
+    """A tower in float32 computes in the settings' precision; frozen ones and those with LoRA have a dtype of their
+    own."""
 
-    def mixed(batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray) -> FeatureBatch:
+    def mixed(
+        batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+    ) -> FeatureBatch:
         with autocast(config, world.device):
-            return features(batch, masked, variant)
+            return features(batch, no_images, variant)
 
     return mixed
 
 
 def _in_float32(document: dict[str, Any]) -> dict[str, Any]:
-    """policy.json of the same policy with a VLM in float32: small steps of weights in bfloat16 would be lost in rounding."""
+    """policy.json of the same policy with a VLM in float32: in bfloat16 small steps would be lost in rounding."""
     encoder = document["encoder"]
     return {**document, "encoder": {**encoder, "spec": {**encoder["spec"], "dtype": "float32"}}}

@@ -1,14 +1,17 @@
 """Stage three on a split cache (`dvla cache build --boundary n`): of the vision tower only the last n blocks run.
 
-What enters them does not depend on what is learnt in them, so features and gradients are those of the fully live tower, up to the float16
-of the cache. No picture is read; condition masking and augmented variants are the loader's, as in stage two.
+What enters them does not depend on what is learned in them, so features and gradients are those of the fully live
+tower, up to the float16 of the cache. No image is read; condition dropout and augmented variants are the loader's, as
+in stage two.
 
-Letters: B samples, V views, S patches of one picture, C vision width, K tokens of one picture, D feature width, P pictures of one call.
+Letters: B samples, V views, S patches of one image, C vision width, K tokens of one image, D feature width, P images of
+one call.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -28,10 +31,11 @@ from ..config import FinetuneConfig
 
 
 class SplitFeatures:
-    """Features of the samples of a split cache: the last n blocks and the projection of `encoder` on what the loader read.
+    """Features of the samples of a split cache: the last n blocks and the projection of `encoder` on what the loader
+    read.
 
-    Make it before LoRA is put into `encoder`: masked pictures get the features of black frames as the tower gave them then, as in a cache
-    of features.
+    Make it before LoRA is put into `encoder`: dropped images get the features of black frames as the tower gave them
+    then, as in a cache of features.
     """
 
     @torch.no_grad()
@@ -43,17 +47,21 @@ class SplitFeatures:
             for d in cache.datasets
         ]  # [V,K,D] each
 
-    def __call__(self, batch: FeatureBatch, masked: np.ndarray, variant: np.ndarray | None = None) -> FeatureBatch:
-        """`batch` of hidden states, tokens [B,V·S,C], with live tokens [B,V·K,D]. `masked` [B] bool: the null features take the place of
-        these samples' pictures. `variant` is unused: the loader has read the variants it drew."""
+    def __call__(
+        self, batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+    ) -> FeatureBatch:
+        """`batch` of hidden states, tokens [B,V·S,C], with live tokens [B,V·K,D].
+
+        `no_images` [B] bool (None: none): the null features take the place of these images. `variant` is unused: the
+        loader has read the variants it drew."""
         encoder, device = self.encoder, batch.tokens.device
+        dropped = np.zeros(len(batch), bool) if no_images is None else no_images
         hidden = batch.tokens.unflatten(1, (-1, self._cache.tokens))  # [B,V,S,C]
         seen = batch.token_mask.unflatten(1, (-1, self._cache.tokens))[..., 0]  # [B,V] there is such a camera
-        seen = seen & ~torch.from_numpy(masked).to(device)[:, None]
-        tokens = torch.zeros(
-            *seen.shape, encoder.tokens, encoder.width, dtype=encoder.dtype, device=device
-        )  # [B,V,K,D]
-        for i in np.flatnonzero(masked).tolist():
+        seen = seen & ~torch.from_numpy(dropped).to(device)[:, None]
+        shape = (*seen.shape, encoder.tokens, encoder.width)
+        tokens = torch.zeros(shape, dtype=encoder.dtype, device=device)  # [B,V,K,D]
+        for i in np.flatnonzero(dropped).tolist():
             null = self._null[int(batch.dataset[i])]
             tokens[i, : len(null)] = null
         if bool(seen.any()):
@@ -62,11 +70,12 @@ class SplitFeatures:
 
 
 def split_features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncoder) -> SplitFeatures:
-    """Of the policy's `encoder` on the split cache. `UserError` when the two do not belong together, or for augmentation that it does not hold."""
+    """Features of the policy's `encoder` on the split cache. `UserError` when the two do not belong together, or for
+    augmentation without augmented variants in the cache."""
     if encoder.by_observation:
         raise UserError(
-            f"{config.start} was trained on features of depth language, and cache {cache.path} stops inside the vision tower (--boundary): "
-            "fine-tune it on a cache of its features"
+            f"fine-tune {config.start} on a cache of its features: it was trained on features of depth language, and "
+            f"cache {cache.path} stops inside the vision tower (--boundary)"
         )
     assert cache.boundary is not None  # a split cache
     require_encoder(encoder.at_boundary(cache.boundary), cache.fingerprint["encoder"], f"cache {cache.path}")
@@ -82,8 +91,8 @@ def above_boundary(config: FinetuneConfig, cache: Cache) -> FinetuneConfig:
         return config
     if lora.last_n_blocks is not None and lora.last_n_blocks > n:
         raise UserError(
-            f"LoRA in the last {lora.last_n_blocks} blocks: cache {cache.path} holds what enters the last {n} (--boundary {n}), and only those "
-            f"run; give at most {n}, or build the cache with --boundary {lora.last_n_blocks}"
+            f"LoRA is in the last {lora.last_n_blocks} blocks; give at most {n}, or build the cache with --boundary "
+            f"{lora.last_n_blocks}: only the last {n} run on cache {cache.path}"
         )
     return dataclasses.replace(config, lora=dataclasses.replace(lora, last_n_blocks=lora.last_n_blocks or n))
 
@@ -91,34 +100,30 @@ def above_boundary(config: FinetuneConfig, cache: Cache) -> FinetuneConfig:
 def same_samples(
     config: FinetuneConfig, cache: Cache, features: SplitFeatures, ids: np.ndarray, rows: np.ndarray, horizon: int
 ) -> tuple[FeatureBatch, FeatureBatch] | None:
-    """Samples (dataset, frame row int64 [B]) of the split cache, as stage two saw them and as fine-tuning will: (with cached features, with
-    those of the last n blocks). Of the samples that the run's own cache holds too; where that is gone or has none of them, the first are
-    encoded whole from the sources given; None without these."""
+    """Samples (dataset, frame row int64 [B]) of the split cache, as stage two saw them and as fine-tuning will: (with
+    cached features, with those of the last n blocks).
+
+    Of those samples that the run's own cache holds too; where it is gone or has none of them, the features come from
+    the full tower and the given sources; None without these."""
     encoder, device = features.encoder, features.encoder.device
     found = _run_cache(config)
     if found is not None:
-        twins = {
-            d: t
-            for d, dataset in enumerate(cache.datasets)
-            for t, twin in enumerate(found.datasets)
-            if _alike(dataset, twin)
-        }
-        kept = np.array(
-            [d in twins and _has(found.datasets[twins[d]], row) for d, row in zip(ids.tolist(), rows.tolist())], bool
-        )
-        if kept.any():
+        pairs = itertools.product(enumerate(cache.datasets), enumerate(found.datasets))
+        same = {d: other for (d, ours), (other, theirs) in pairs if _same_frames(ours, theirs)}
+        kept = [d in same and _has(found.datasets[same[d]], row) for d, row in zip(ids.tolist(), rows.tolist())]
+        if any(kept):
             ids, rows = ids[kept], rows[kept]
-            cached = gather(found, np.array([twins[d] for d in ids.tolist()]), rows, horizon).to(device)
+            cached = gather(found, np.array([same[d] for d in ids.tolist()]), rows, horizon).to(device)
             return cached, _split(cache, features, ids, rows, horizon)
     if not config.sources:
         return None
     live = LiveFeatures(encoder, cache, sources_of(cache, config.sources), config.memory_gib)
-    cached = live(gather(cache, ids, rows, horizon, features=False).to(device), np.zeros(len(rows), bool))
+    cached = live(gather(cache, ids, rows, horizon, features=False).to(device))
     return cached, _split(cache, features, ids, rows, horizon)
 
 
 def _split(cache: Cache, features: SplitFeatures, ids: np.ndarray, rows: np.ndarray, horizon: int) -> FeatureBatch:
-    return features(gather(cache, ids, rows, horizon).to(features.encoder.device), np.zeros(len(rows), bool))
+    return features(gather(cache, ids, rows, horizon).to(features.encoder.device))
 
 
 def _run_cache(config: FinetuneConfig) -> Cache | None:
@@ -131,7 +136,7 @@ def _run_cache(config: FinetuneConfig) -> Cache | None:
     return found if found.boundary is None else None
 
 
-def _alike(a: CacheDataset, b: CacheDataset) -> bool:
+def _same_frames(a: CacheDataset, b: CacheDataset) -> bool:
     """Whether two caches hold the same frames of the same cameras under the same rows."""
     return (
         a.name == b.name

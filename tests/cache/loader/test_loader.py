@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dvla.batch import FeatureBatch
+from dvla.cache.loader.dropout import ConditionDropout
 from dvla.cache.loader.loader import Loader, gather
-from dvla.cache.loader.masking import ConditionMasking
 from dvla.cache.store.cache import Cache
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 def take(loader: Loader, count: int) -> list[dict[str, torch.Tensor]]:
     """Copies of the next batches."""
-    return [{n: getattr(b, n).clone() for n in FIELDS} for b in itertools.islice(loader, count)]
+    return [{n: getattr(s.batch, n).clone() for n in FIELDS} for s in itertools.islice(loader, count)]
 
 
 def joined(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -47,13 +47,13 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(("world", "threads"), [(1, 1), (2, 1), (3, 2), (1, 4)])
 def test_same_global_batches_for_any_ranks_and_threads(cache: Cache, world: int, threads: int) -> None:
-    masking = ConditionMasking(0.3, 0.3, 0.3)
-    with Loader(cache, batch_size=12, seed=3, threads=2, masking=masking) as single:
+    dropout = ConditionDropout(0.3, 0.3, 0.3)
+    with Loader(cache, batch_size=12, seed=3, threads=2, dropout=dropout) as single:
         expected = take(single, 6)
     ranks = []
     for rank in range(world):
         with Loader(
-            cache, batch_size=12 // world, seed=3, threads=threads, rank=rank, world_size=world, masking=masking
+            cache, batch_size=12 // world, seed=3, threads=threads, rank=rank, world_size=world, dropout=dropout
         ) as loader:
             ranks.append(take(loader, 6))
     for step, batch in enumerate(expected):
@@ -61,21 +61,21 @@ def test_same_global_batches_for_any_ranks_and_threads(cache: Cache, world: int,
 
 
 def test_resume_is_exact_also_on_other_ranks(cache: Cache) -> None:
-    with Loader(cache, batch_size=6, seed=1, masking=ConditionMasking()) as loader:
+    with Loader(cache, batch_size=6, seed=1, dropout=ConditionDropout()) as loader:
         straight = joined(take(loader, 8))
-    with Loader(cache, batch_size=6, seed=1, masking=ConditionMasking()) as loader:
-        first = take(loader, 3)
-        state = loader.state_dict()
-    assert state == {"offset": 18}  # batches read ahead do not count
+    with Loader(cache, batch_size=6, seed=1, dropout=ConditionDropout()) as loader:
+        first, third = take(loader, 2), next(loader)
+        first.append(take_one(third.batch))
+    assert (third.offset, third.next_offset) == (12, 18)
     second = []
     loaders = [
-        Loader(cache, batch_size=5, seed=1, rank=r, world_size=2, start=state["offset"], masking=ConditionMasking())
+        Loader(cache, batch_size=5, seed=1, rank=r, world_size=2, start=third.next_offset, dropout=ConditionDropout())
         for r in range(2)
     ]
     for _ in range(3):
         second += [take(loader, 1)[0] for loader in loaders]
     for loader in loaders:
-        assert loader.state_dict() == {"offset": 48}
+        assert next(loader).offset == 48
         loader.close()
     assert_same(joined(first + second), straight)
 
@@ -168,54 +168,54 @@ def take_one(batch: FeatureBatch) -> dict[str, torch.Tensor]:
     return {n: getattr(batch, n) for n in FIELDS}
 
 
-def test_condition_masking_uses_the_null_features(cache: Cache) -> None:
+def test_condition_dropout_uses_the_null_features(cache: Cache) -> None:
     arguments = {"batch_size": 48, "seed": 2}
     with Loader(cache, **arguments) as loader:
         plain = joined(take(loader, 4))
     for kind in ("text", "images", "proprio"):
         probabilities = {"text": 0.0, "images": 0.0, "proprio": 0.0}
-        with Loader(cache, **arguments, masking=ConditionMasking(**{**probabilities, kind: 1.0})) as loader:
-            masked = joined(take(loader, 4))
-        changed = {n for n in FIELDS if not torch.equal(masked[n], plain[n])}
+        with Loader(cache, **arguments, dropout=ConditionDropout(**{**probabilities, kind: 1.0})) as loader:
+            dropped = joined(take(loader, 4))
+        changed = {n for n in FIELDS if not torch.equal(dropped[n], plain[n])}
         assert changed <= {"text": {"text", "text_mask"}, "images": {"tokens"}, "proprio": {"proprio"}}[kind]
         for i, d in enumerate(plain["dataset"].tolist()):
             source = cache.datasets[d]
             if kind == "text":
                 n = len(source.null_text)
-                np.testing.assert_array_equal(masked["text"][i, :n], source.null_text)
-                assert masked["text_mask"][i].sum() == n and (masked["text"][i, n:] == 0).all()
+                np.testing.assert_array_equal(dropped["text"][i, :n], source.null_text)
+                assert dropped["text_mask"][i].sum() == n and (dropped["text"][i, n:] == 0).all()
             if kind == "images":
                 np.testing.assert_array_equal(
-                    masked["tokens"][i][masked["token_mask"][i]], source.null_features.reshape(-1, synthetic.WIDTH)
+                    dropped["tokens"][i][dropped["token_mask"][i]], source.null_features.reshape(-1, synthetic.WIDTH)
                 )
             if kind == "proprio":
-                assert (masked["proprio"][i] == 0).all()
+                assert (dropped["proprio"][i] == 0).all()
 
 
-def test_masking_is_drawn_by_position_alone() -> None:
-    masking, position = ConditionMasking(0.1, 0.2, 0.3), np.arange(20_000)
-    draws = masking.draw(5, position)
+def test_dropout_is_drawn_by_position_alone() -> None:
+    dropout, position = ConditionDropout(0.1, 0.2, 0.3), np.arange(20_000)
+    draws = dropout.draw(5, position)
     for drawn, p in zip(draws, (0.1, 0.2, 0.3)):
         assert abs(drawn.mean() - p) < 0.015
     assert abs((draws[0] & draws[1]).mean() - 0.02) < 0.006  # independent of each other
-    for whole, part in zip(draws, masking.draw(5, position[123:456])):
+    for whole, part in zip(draws, dropout.draw(5, position[123:456])):
         np.testing.assert_array_equal(whole[123:456], part)
-    assert (masking.draw(6, position)[0] != draws[0]).any()
+    assert (dropout.draw(6, position)[0] != draws[0]).any()
     with pytest.raises(UserError, match="images"):
-        ConditionMasking(images=1.1)
+        ConditionDropout(images=1.1)
 
 
 def test_weights_choose_datasets(cache: Cache) -> None:
     with Loader(cache, batch_size=64, weights={"beta": 0.0}, features=False) as loader:
-        assert (next(loader).dataset == 0).all()
+        assert (next(loader).batch.dataset == 0).all()
     with Loader(cache, batch_size=1024, weights={"beta": 0.75}, features=False) as loader:
         assert abs(joined(take(loader, 4))["dataset"].float().mean() - 0.75) < 1e-3
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
-def test_datasets_come_as_their_size_to_the_temperature(cache: Cache, temperature: float) -> None:
-    with Loader(cache, batch_size=1024, temperature=temperature, features=False) as loader:
-        drawn, sizes = joined(take(loader, 4))["dataset"].float().mean(), np.array(loader.sizes, float) ** temperature
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_datasets_come_as_their_size_to_the_exponent(cache: Cache, exponent: float) -> None:
+    with Loader(cache, batch_size=1024, mixture_exponent=exponent, features=False) as loader:
+        drawn, sizes = joined(take(loader, 4))["dataset"].float().mean(), np.array(loader.sizes, float) ** exponent
         assert abs(drawn - sizes[1] / sizes.sum()) < 1e-3 and len(set(loader.sizes)) == 2
 
 
@@ -233,11 +233,11 @@ def test_without_features(cache: Cache) -> None:
 def test_kept_batches_are_never_overwritten_and_dropped_ones_are_reused(cache: Cache) -> None:
     with Loader(cache, batch_size=4, seed=8, prefetch=3) as loader:
         expected = take(loader, 60)
-        pointers = {next(loader).tokens.untyped_storage().data_ptr() for _ in range(60)}
+        pointers = {next(loader).batch.tokens.untyped_storage().data_ptr() for _ in range(60)}
         assert len(pointers) <= 3 + 2 + 2  # plus what the islice above may still have held
     with Loader(cache, batch_size=4, seed=8, prefetch=3) as loader:
-        kept = [next(loader) for _ in range(30)]
-        rows = [next(loader).proprio[1:3] for _ in range(30)]  # a view of one field holds its whole batch
+        kept = [next(loader).batch for _ in range(30)]
+        rows = [next(loader).batch.proprio[1:3] for _ in range(30)]  # a view of one field holds its whole batch
         gc.collect()
         for _ in range(20):
             next(loader)
@@ -259,7 +259,6 @@ def test_a_damaged_shard_stops_the_loader_by_name(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=str(shard)):
                 for _ in range(50):
                     next(loader)
-        assert loader.state_dict()["offset"] < 50 * 16
 
 
 def test_loader_writes_nothing_and_closes_its_files(cache: Cache) -> None:

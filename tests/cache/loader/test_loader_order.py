@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dvla.cache.loader import read_ahead as ahead
-from dvla.cache.loader.loader import Loader
+from dvla.cache.loader.loader import ConditionDropout, Loader
 from dvla.cache.loader.order import BLOCK, Blocks, SampleOrder, mixture
+from dvla.cache.loader.prefetch import Prefetch
+from dvla.cache.loader.sample import Draws
 from dvla.cache.store.cache import Cache, CacheDataset
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
@@ -124,7 +127,7 @@ def test_every_sample_once_per_pass(order: str, seed: int) -> None:
         assert list(zip(dataset.tolist(), index.tolist()))[: 2 * len(whole)] == 2 * whole
     else:
         np.testing.assert_array_equal(
-            dataset, SampleOrder(SIZES, mixture(SIZES), seed).batch(0, 5 * BLOCK)[0]
+            dataset, SampleOrder(SIZES, mixture(SIZES), seed).samples(np.arange(5 * BLOCK))[0]
         )  # the same mixture
     some = np.random.default_rng(0).integers(0, 5 * BLOCK, 99)  # positions alone decide
     np.testing.assert_array_equal(samples.index(*samples.draws(some)), index[some])
@@ -145,7 +148,7 @@ def test_block_order_is_frozen_across_versions() -> None:
     """A checkpoint's offset means the same samples for ever; change this order only with a new checkpoint format."""
     dataset, index = SampleOrder(
         [10, 333, 5000], mixture([10, 333, 5000]), 42, "block", [Blocks(160, 5, 1280, 16)] * 3
-    ).batch(10_000, 8)
+    ).samples(np.arange(10_000, 10_008))
     assert list(zip(dataset.tolist(), index.tolist())) == FROZEN
 
 
@@ -173,11 +176,11 @@ def test_any_ranks_interrupted_anywhere_draw_one_sequence(
             for rank in range(world):
                 if step == 0 and rank == 0:
                     loaders = [bare(cache, order, seed, batch_size, r, world, offset) for r in range(world)]
-                parts.append((*loaders[rank].samples(at), *loaders[rank].masked(at)))
+                parts.append(columns(loaders[rank].draws(at)))
         offset += steps * world * batch_size
     drawn = [np.concatenate(column) for column in zip(*parts)]
     whole = bare(cache, order, seed, offset, 0, 1, 0)
-    for found, expected in zip(drawn, (*whole.samples(0), *whole.masked(0))):
+    for found, expected in zip(drawn, columns(whole.draws(0))):
         np.testing.assert_array_equal(found, expected)
     for d, source in enumerate(cache.datasets):
         rows, usable = drawn[1][drawn[0] == d], np.flatnonzero(~np.repeat(source.quarantined, source.episode_length))
@@ -187,12 +190,14 @@ def test_any_ranks_interrupted_anywhere_draw_one_sequence(
             assert len(part) < len(usable) or set(part.tolist()) == set(usable.tolist())
 
 
+def columns(drawn: Draws) -> list[np.ndarray]:
+    return [getattr(drawn, field.name) for field in dataclasses.fields(drawn)]
+
+
 def bare(cache: Cache, order: str, seed: int, batch_size: int, rank: int, world: int, start: int) -> Loader:
     """A loader that has read nothing; its draws can be asked for."""
-    from dvla.cache.loader.masking import ConditionMasking
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "_submit", lambda self: None)
+        patch.setattr(Prefetch, "_submit", lambda self: None)
         loader = Loader(
             cache,
             batch_size=batch_size,
@@ -202,7 +207,7 @@ def bare(cache: Cache, order: str, seed: int, batch_size: int, rank: int, world:
             start=start,
             order=order,
             features=False,
-            masking=ConditionMasking(0.3, 0.2, 0.1),
+            dropout=ConditionDropout(0.3, 0.2, 0.1),
         )
     loader.close()
     return loader
@@ -212,24 +217,25 @@ def bare(cache: Cache, order: str, seed: int, batch_size: int, rank: int, world:
 def test_what_is_delivered_is_what_is_drawn(cache: Cache, order: str) -> None:
     """Through threads and reading ahead, on two ranks that then become one."""
     with Loader(cache, batch_size=12, seed=5, threads=1, order=order) as loader:
-        straight = [next(loader) for _ in range(20)]
-        drawn = [loader.samples(12 * step) for step in range(20)]
-    for batch, (dataset, row) in zip(straight, drawn):
-        np.testing.assert_array_equal(batch.dataset, dataset)
-        np.testing.assert_array_equal(batch.frame_index, row)
-        for i, (d, r) in enumerate(zip(dataset.tolist(), row.tolist())):
+        samples = [next(loader) for _ in range(20)]
+    straight = [sample.batch for sample in samples]
+    for batch, drawn in zip(straight, (sample.drawn for sample in samples)):
+        np.testing.assert_array_equal(batch.dataset, drawn.dataset)
+        np.testing.assert_array_equal(batch.frame_index, drawn.row)
+        for i, (d, r) in enumerate(zip(drawn.dataset.tolist(), drawn.row.tolist())):
             source = cache.datasets[d]
             expected = np.concatenate([synthetic.feature(source.name, view, r) for view in source.views])
             np.testing.assert_array_equal(batch.tokens[i, : len(expected)], expected)
     both = [Loader(cache, batch_size=6, seed=5, threads=2, order=order, rank=rank, world_size=2) for rank in range(2)]
     for step in range(8):
-        assert torch.equal(torch.cat([next(loader).tokens for loader in both]), straight[step].tokens)
-    offset = both[1].state_dict()["offset"]
+        parts = [next(loader) for loader in both]
+        assert torch.equal(torch.cat([part.batch.tokens for part in parts]), straight[step].tokens)
+    offset = parts[1].next_offset
     for loader in both:
         loader.close()
     with Loader(cache, batch_size=12, seed=5, threads=3, order=order, start=offset) as loader:
         for step in range(8, 20):
-            assert torch.equal(next(loader).tokens, straight[step].tokens)
+            assert torch.equal(next(loader).batch.tokens, straight[step].tokens)
 
 
 # --- reading ahead ---
@@ -250,7 +256,7 @@ def test_windows_are_read_ahead_in_order_and_no_more(cache: Cache, monkeypatch: 
     delivered = set()
     with Loader(cache, batch_size=4, seed=2, order="block", rank=world - 1, world_size=world) as loader:
         for _ in range(12):
-            batch = next(loader)
+            batch = next(loader).batch
             known = {(name, row) for name, _, rows in list(advised) for row in rows}
             mine = {(cache.datasets[d].name, row) for d, row in zip(batch.dataset.tolist(), batch.frame_index.tolist())}
             assert mine <= known  # before it was read

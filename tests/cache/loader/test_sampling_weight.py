@@ -13,7 +13,7 @@ from dvla.cache.store.cache import Cache
 from support import synthetic_cache as synthetic
 
 
-def test_shares_go_as_factor_times_size_to_the_temperature():
+def test_shares_go_as_factor_times_size_to_the_exponent():
     np.testing.assert_allclose(mixture([100, 400], 0.5, [1, 1]), mixture([100, 400]))
     np.testing.assert_allclose(mixture([100, 400], 0.5, [6, 1]), [60 / 80, 20 / 80])
     np.testing.assert_allclose(mixture([100, 400], 0.0, [1, 3]), [0.25, 0.75])
@@ -35,7 +35,7 @@ def shares(path: Path, recorded: dict[str, float], **options: object) -> np.ndar
         if dataset.name in recorded:
             dataset.attributes["sampling_weight"] = recorded[dataset.name]
     with Loader(cache, batch_size=BLOCK, prefetch=1, threads=1, split="all", features=False, **options) as loader:
-        return np.bincount(loader.samples(0)[0], minlength=2) / BLOCK
+        return np.bincount(loader.draws(0).dataset, minlength=2) / BLOCK
 
 
 def test_the_loader_draws_by_the_recorded_weights(path: Path) -> None:

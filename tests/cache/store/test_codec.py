@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvla.cache.loader.assembler import decoded
+from dvla.cache.loader.dropout import ConditionDropout
 from dvla.cache.loader.loader import Loader, gather
-from dvla.cache.loader.masking import ConditionMasking
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.codec import CHANNEL_FLOOR, Compression, channel_scale, dequantize, quantize, relative_error
 from dvla.cache.store.feature_format import QUANTIZED, FeatureFormat, feature_format
@@ -209,8 +209,8 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_batches_decode_to_the_features(cache: Cache) -> None:
     """Codes and scales of a batch, decoded on the device, are `CacheDataset.features`, of the sample's own variant."""
     with Loader(cache, batch_size=8, seed=4, augment=cache.variants > 0) as loader:
-        for step, batch in enumerate(itertools.islice(loader, 6)):
-            variants = loader.variants(8 * step)
+        for sample in itertools.islice(loader, 6):
+            batch, variants = sample.batch, sample.drawn.variant
             assert batch.token_scale is None and batch.tokens.dtype == torch.float16
             plain = decoded(batch)
             assert plain.tokens.dtype == torch.float16 and plain.token_scale is None and plain.channel_scale is None
@@ -227,7 +227,7 @@ def test_batches_decode_to_the_features(cache: Cache) -> None:
 def test_masked_pictures_are_the_null_features(cache: Cache) -> None:
     beta, rows = cache.named("beta"), np.array([0, 6])
     none = np.zeros(2, bool)
-    batch = decoded(gather(cache, np.array([1, 1]), rows, 2, masked=(none, np.array([True, False]), none)))
+    batch = decoded(gather(cache, np.array([1, 1]), rows, 2, dropped=(none, np.array([True, False]), none)))
     exact = beta.null_features[0].astype(np.float32)
     bound = {"float16": 0.0, "int8": 0.005, "float8_e4m3fn": 0.04}[cache.format.dtype] * np.abs(
         exact / synthetic.CHANNELS
@@ -243,7 +243,7 @@ def test_an_epoch_visits_exactly_the_observations(cache: Cache) -> None:
     with Loader(cache, batch_size=16, seed=1, features=False) as loader:
         drawn: list[list[int]] = [[], []]
         while any(len(rows) < 2 * size for rows, size in zip(drawn, loader.sizes)):
-            batch = next(loader)
+            batch = next(loader).batch
             for d, row in zip(batch.dataset.tolist(), batch.frame_index.tolist()):
                 drawn[d].append(row)
     for dataset, rows, size in zip(cache.datasets, drawn, loader.sizes):
@@ -278,9 +278,9 @@ def test_variants_are_drawn_by_position_alone(cache: Cache) -> None:
             with Loader(
                 cache, batch_size=batch_size, world_size=world, rank=rank, threads=threads, seed=9, augment=True
             ) as loader:
-                parts.append([(loader.variants(12 * step), loader.samples(12 * step)) for step in range(40)])
-        draws[world] = np.concatenate([p[step][0] for step in range(40) for p in parts])
-        rows[world] = np.concatenate([p[step][1][1] for step in range(40) for p in parts])
+                parts.append([loader.draws(12 * step) for step in range(40)])
+        draws[world] = np.concatenate([p[step].variant for step in range(40) for p in parts])
+        rows[world] = np.concatenate([p[step].row for step in range(40) for p in parts])
     assert all(np.array_equal(draws[1], d) for d in draws.values()) and all(
         np.array_equal(rows[1], r) for r in rows.values()
     )
@@ -291,9 +291,9 @@ def test_variants_are_drawn_by_position_alone(cache: Cache) -> None:
         and (np.abs(share[1:] - 0.5 / cache.variants) < 0.08).all()
     )
     with Loader(cache, batch_size=12, seed=10, augment=True) as other, Loader(cache, batch_size=12, seed=9) as plain:
-        assert not np.array_equal(other.variants(0), draws[1][:12])
-        assert not any(plain.variants(12 * step).any() for step in range(40))
-        np.testing.assert_array_equal(plain.samples(0)[1], rows[1][:12])  # augmentation does not move the order
+        assert not np.array_equal(other.draws(0).variant, draws[1][:12])
+        assert not any(plain.draws(12 * step).variant.any() for step in range(40))
+        np.testing.assert_array_equal(plain.draws(0).row, rows[1][:12])  # augmentation does not move the order
 
 
 def test_held_out_pictures_are_never_augmented(cache: Cache) -> None:
@@ -319,9 +319,9 @@ def test_held_out_pictures_are_never_augmented(cache: Cache) -> None:
     used = {}
     for split in ("train", "eval"):
         with open_loader(session, split) as loader:
-            used[split] = set(np.concatenate([loader.variants(6 * step) for step in range(50)]).tolist())
+            used[split] = set(np.concatenate([loader.draws(6 * step).variant for step in range(50)]).tolist())
             if split == "eval":
-                batch = decoded(next(loader))
+                batch = decoded(next(loader).batch)
                 for b, (d, row) in enumerate(zip(batch.dataset.tolist(), batch.frame_index.tolist())):
                     expected = cache.datasets[d].features(cache.datasets[d].views[0], np.array([row]))[0]
                     np.testing.assert_array_equal(batch.tokens[b, : cache.tokens].numpy(), expected)
@@ -332,11 +332,11 @@ def test_masking_and_variants_are_independent(cache: Cache) -> None:
     if not cache.variants:
         pytest.skip("this cache has no variants")
     with Loader(
-        cache, batch_size=500, seed=0, masking=ConditionMasking(0.5, 0.5, 0.5), augment=True, features=True
+        cache, batch_size=500, seed=0, dropout=ConditionDropout(0.5, 0.5, 0.5), augment=True, features=True
     ) as loader:
-        variants, masked = loader.variants(0), np.stack(loader.masked(0))
-    for condition in masked:
-        shares = [condition[variants == k].mean() for k in range(cache.variants + 1)]
+        drawn = loader.draws(0)
+    for condition in (drawn.no_text, drawn.no_images, drawn.no_proprio):
+        shares = [condition[drawn.variant == k].mean() for k in range(cache.variants + 1)]
         assert max(abs(s - 0.5) for s in shares) < 0.15
 
 

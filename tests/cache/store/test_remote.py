@@ -50,7 +50,7 @@ def url(built: Path, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often each file was opened where it lies."""
+    """How often each file was opened at its place."""
     counter: Counter = Counter()
     real = Url.open
     monkeypatch.setattr(Url, "open", lambda self, name: counter.update([name]) or real(self, name))
@@ -73,9 +73,9 @@ def nbytes(paths: list[Path]) -> int:
 
 def assert_same_batches(a: Loader, b: Loader, steps: int) -> None:
     for one, other in itertools.islice(zip(a, b), steps):
-        for name, value in vars(one).items():
-            assert (value is None) == (getattr(other, name) is None) and (
-                value is None or torch.equal(value, getattr(other, name))
+        for name, value in vars(one.batch).items():
+            assert (value is None) == (getattr(other.batch, name) is None) and (
+                value is None or torch.equal(value, getattr(other.batch, name))
             ), name
 
 
@@ -245,7 +245,7 @@ import sys
 from dvla.cache.store.cache import Cache
 from dvla.cache.loader.loader import Loader
 with Loader(Cache.open(sys.argv[1], local=sys.argv[2]), batch_size=8, threads=4, seed=int(sys.argv[3])) as loader:
-    print(sum(float(next(loader).tokens.double().sum()) for _ in range(12)))
+    print(sum(float(next(loader).batch.tokens.double().sum()) for _ in range(12)))
 """
 
 
@@ -274,7 +274,7 @@ def test_two_processes_share_a_folder_over_http(built: Path, tmp_path: Path) -> 
         server.shutdown()
         server.server_close()
     with Loader(Cache.open(built), batch_size=8, threads=1, seed=1) as loader:
-        expected = sum(float(next(loader).tokens.double().sum()) for _ in range(12))
+        expected = sum(float(next(loader).batch.tokens.double().sum()) for _ in range(12))
     assert [r.returncode for r in readers] == [0, 0] and [float(s) for s in said] == [expected, expected]
     assert {n for n, count in asked.items() if count > 1} <= {
         "/cache/manifest.json"

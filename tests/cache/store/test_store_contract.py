@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from dvla.cache.loader.dropout import ConditionDropout
 from dvla.cache.loader.loader import Loader, gather
-from dvla.cache.loader.masking import ConditionMasking
 from dvla.cache.store.cache import Cache, CacheDataset
 from dvla.cache.store.webdataset.cache import WebDatasetCache
 from dvla.errors import UserError
@@ -153,12 +153,12 @@ def test_training_reads_the_same_batches(stored: tuple[str, Path], backend: tupl
         "seed": 2,
         "threads": 2,
         "horizon": 4,
-        "masking": ConditionMasking(0.2, 0.2, 0.2),
+        "dropout": ConditionDropout(0.2, 0.2, 0.2),
         "augment": bool(settings.get("variants")),
     }
     with Loader(Cache.open(stored[1] / "zarr"), **arguments) as first, Loader(backend[1], **arguments) as second:
         for a, b in itertools.islice(zip(first, second), 6):
-            for name, value in vars(a).items():
-                assert (value is None) == (getattr(b, name) is None) and (
-                    value is None or torch.equal(value, getattr(b, name))
+            for name, value in vars(a.batch).items():
+                assert (value is None) == (getattr(b.batch, name) is None) and (
+                    value is None or torch.equal(value, getattr(b.batch, name))
                 ), name

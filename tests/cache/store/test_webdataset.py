@@ -205,7 +205,7 @@ def test_urls_and_pipes(base: Path, tmp_path: Path) -> None:
     ("out", "message"),
     [
         ("nosuch://x/y", "nosuch"),
-        ("pipe:cat > x", "write {name} there"),
+        ("pipe:cat > x", "has no {name}"),
         ("pipe:cat > /nowhere/at/all/{name}", "exit code|cannot write"),
         ("pipe:exit 3 # {name}", "exit code 3|cannot write"),
         ("{file}", "cannot write to"),
@@ -369,7 +369,7 @@ def forge(tars: Path, name: str, change) -> None:
         (
             "beta-000000.tar",
             lambda n, d: None if n.endswith("000002.features.top.npy") else d,
-            "beta-000000.tar is damaged .it does not hold",
+            "beta-000000.tar is damaged .it has no",
         ),
         ("beta-000000.tar", lambda n, d: d.replace(b"(3, 8)", b"(8, 3)"), "beta-000000.tar is damaged .*not int8"),
         ("beta-000000.tar", lambda n, d: b"junk" if n.endswith("top.npy") else d, "beta-000000.tar is damaged"),
@@ -393,7 +393,7 @@ def forge(tars: Path, name: str, change) -> None:
         (
             "_meta.tar",
             lambda n, d: None if n == "beta/tables.action.npy" else d,
-            "does not hold beta/tables.action.npy",
+            "it has no beta/tables.action.npy",
         ),
         (
             "_meta.tar",
@@ -464,12 +464,11 @@ def test_another_version_of_zstd_gives_the_same_numbers(
     """Other compressed bytes and other metadata are counted, not refused; a build from this point on knows the cache as its own."""
     from numcodecs import Zstd
 
-    from dvla.cache.store import codec
     from dvla.cache.store import zarr_format as layout
 
     document = layout.array_document
     with monkeypatch.context() as patch:
-        patch.setattr(codec.Compression, "_make", lambda self: Zstd(level=19))
+        patch.setattr("numcodecs.Zstd", lambda level: Zstd(level=19))
         patch.setattr(
             layout, "array_document", lambda *a, **k: {**document(*a, **k), "attributes": {"written": "elsewhere"}}
         )

@@ -474,7 +474,7 @@ def test_patch_features_through_build_training_live_features_and_policy(recorded
     build(BuildConfig((source,), spec, out, batch_size=8, device="cpu"))
     cache = Cache.open(out)
     assert (cache.tokens, cache.width, cache.text_width) == (4, 32, 96)
-    batch = gather(cache, np.zeros(3, np.int64), np.arange(3), 4, masked=(np.array([True, False, False]),) * 3)
+    batch = gather(cache, np.zeros(3, np.int64), np.arange(3), 4, dropped=(np.array([True, False, False]),) * 3)
     assert batch.tokens.shape == (3, 8, 32) and batch.text.shape[2] == 96
     wanted, lengths = load_encoder(spec).encode_text(cache.datasets[0].instructions[:1])
     torch.testing.assert_close(batch.text[1, : lengths[0]], wanted[0].half())

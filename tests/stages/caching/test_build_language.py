@@ -314,7 +314,7 @@ def test_live_features_are_the_cached_ones_whatever_is_mixed(cache: Path, encode
     no_text = np.array([True, False, True, False, False])
     live = LiveFeatures(encoder, opened, sources_of(opened), memory_gib=0.0)
     with torch.inference_mode():
-        found = live(gather(opened, ids, rows, 4, features=False, masked=(no_text, masked, masked)), masked, variants)
+        found = live(gather(opened, ids, rows, 4, features=False, dropped=(no_text, masked, masked)), masked, variants)
     dataset = opened.datasets[0]
     for b in range(len(rows)):
         for v, view in enumerate(dataset.views):

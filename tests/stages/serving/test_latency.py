@@ -127,7 +127,7 @@ def test_every_part_of_a_checkpoint_is_timed(run: Path) -> None:
     assert not Policy.from_pretrained(run).encoder._forward_hooks
 
 
-def test_an_encoder_of_whole_observations_has_pictures_as_one_part(
+def test_an_encoder_of_whole_observations_has_images_as_one_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_tiny_paligemma2(tmp_path / "pali", TinyPaliGemmaSpec())
@@ -140,7 +140,7 @@ def test_an_encoder_of_whole_observations_has_pictures_as_one_part(
         ),
         1,
     )
-    assert set(rows) == {"pictures", *(NAMES[part] for part in PARTS[1:]), WHOLE, NEW_TEXT}
+    assert set(rows) == {"images", *(NAMES[part] for part in PARTS[1:]), WHOLE, NEW_TEXT}
 
 
 def test_random_weights_behind_a_vlm_are_a_whole_policy(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_the_command_shows_and_writes_the_same(run: Path, tmp_path: Path, dvla: 
     )
     assert result.code == 0, result
     for row in json.loads(file.read_text())["rows"]:
-        line = next(line for line in result.out.splitlines() if row["part"] in line)
+        line = next(x for x in result.out.splitlines() if x.startswith(row["part"]) and f" {row['batch']} " in x)
         assert f"{row['p50']:.2f}" in line and f"{row['p99']:.2f}" in line
     assert "2 views, chunk of 4 steps" in result.out
 

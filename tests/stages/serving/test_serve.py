@@ -308,7 +308,7 @@ def test_one_request_does_not_spoil_the_others(policy: Policy) -> None:
         assert answers[1:] == [
             "the policy failed: ValueError: no idea",
             "that is too long",
-            "the policy's actions are not finite",
+            "the policy returned actions that are not finite",
         ]
         for client in clients:  # all still usable, and now they wait for nobody
             client.send(pack(message(seen)))
@@ -479,14 +479,14 @@ def test_metrics_over_http(policy: Policy) -> None:
 def test_the_client_says_what_is_wrong(policy: Policy) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    with pytest.raises(UserError, match=f"no policy server lets us in at 127.0.0.1:{port}"):
+    with pytest.raises(UserError, match=f"cannot connect to the policy server at 127.0.0.1:{port}"):
         PolicyClient(port=port)
     gate = Gate(policy)
     with serving(gate.policy) as (_, port):
         with PolicyClient(port=port, timeout=0.2) as client:
             with pytest.raises(UserError, match="refused: 'prompt' .* is missing"):
                 client.infer({"state": [0, 0, 0]})
-            with pytest.raises(UserError, match="cannot be sent: object is neither"):
+            with pytest.raises(UserError, match="cannot be sent: object is not a map"):
                 client.infer({"state": object()})
             with pytest.raises(UserError, match="did not answer within 0.2 s"):
                 client.infer(message(observations(1)[0]))

@@ -188,7 +188,7 @@ WRONG = {
     "no prompt": (without("prompt"), ("'prompt' (text) is missing",)),
     "float picture": (
         message(images={"front": PICTURE / 255, "wrist": PICTURE}),
-        ("'images/front' must be a picture", "float64 [4, 6, 3]"),
+        ("'images/front' must be an image", "float64 [4, 6, 3]"),
     ),
     "grey picture": (message(images={"front": PICTURE[..., 0], "wrist": PICTURE}), ("'images/front'", "uint8 [4, 6]")),
     "batch of pictures": (message(images={"front": PICTURE[None], "wrist": PICTURE}), ("uint8 [1, 4, 6, 3]",)),
@@ -306,7 +306,7 @@ def test_other_interfaces_need_a_token(host: str) -> None:
 def test_this_machine_needs_none() -> None:
     for host in ("127.0.0.1", "localhost", "127.1.2.3"):
         require_token(host, 8000, None)
-    assert "no interface" in refusal(require_token, "no such host.invalid", 8000, None)
+    assert "not an interface" in refusal(require_token, "no such host.invalid", 8000, None)
 
 
 def test_only_the_token_opens() -> None:

@@ -168,7 +168,7 @@ def test_full_resumes_exactly(recorded: Recorded, stage_two: Path, full: Full, t
     assert finetune(config, say=quiet)[0].step == 4
     first, second = tensors(tmp_path / "run"), tensors(full.run)
     assert first.keys() == second.keys() and [n for n in first if not torch.equal(first[n], second[n])] == []
-    with pytest.raises(UserError, match="begun with other settings: stage_three.full"):
+    with pytest.raises(UserError, match="has other settings: stage_three.full"):
         finetune(configure(recorded, stage_two, full.run), say=quiet)
 
 
@@ -279,10 +279,10 @@ def test_augmented_and_masked_fine_tuning_resumes_exactly(
     settings = {"image_aug": True, "masking.images": 0.4, "masking.text": 0.4, "masking.proprio": 0.4}
     call = LiveFeatures.__call__
 
-    def noted(self: Any, batch: Any, masked: np.ndarray, variant: np.ndarray | None = None) -> Any:
+    def noted(self: Any, batch: Any, dropped: np.ndarray | None = None, variant: np.ndarray | None = None) -> Any:
         if variant is not None and len(batch) == 4:
-            seen.setdefault(run, []).append((variant.tolist(), masked.tolist()))
-        return call(self, batch, masked, variant)
+            seen.setdefault(run, []).append((variant.tolist(), dropped.tolist()))
+        return call(self, batch, dropped, variant)
 
     monkeypatch.setattr(LiveFeatures, "__call__", noted)
     for run, stops in (("straight", (None,)), ("resumed", (2, None)), ("plain", (None,))):
@@ -411,7 +411,7 @@ def test_training_goes_on_from_stage_three(recorded: Recorded, loop: Loop, tmp_p
     train(going_on(loop.cache, tmp_path / "still", loop.three, steps=1, optimizer={"lr": 0.0}), say=said.append)
     still = ck.policy_tensors(ck.resolve(tmp_path / "still"), "model")
     assert all(torch.equal(still[n], start[n]) for n in start) and said[0].startswith(
-        "going on with the averaged weights of "
+        "starting from the averaged weights of "
     )
     for stop in (1, None):
         train(going_on(loop.cache, tmp_path / "stopped", loop.three), say=quiet, stop_after=stop)
@@ -446,16 +446,18 @@ def test_what_does_not_go_on(
     ):
         with pytest.raises(UserError, match=message):
             train(going_on(from_cache, tmp_path / "run", init), say=quiet)
-    with pytest.raises(UserError, match="is another than is to be trained: dit.width: asked for 64, it has 32"):
+    with pytest.raises(
+        UserError, match="leave out --model-size and dit, .*: dit.width: you requested 64, the policy has 32"
+    ):
         train(
             going_on(
                 loop.cache, tmp_path / "run", loop.three, dit={"width": 64, "blocks": 1, "heads": 2, "horizon": 4}
             ),
             say=quiet,
         )
-    with pytest.raises(UserError, match="is another than is to be trained: dit.*; leave --model-size"):
+    with pytest.raises(UserError, match="leave out --model-size and dit, .* differs: dit"):
         train(going_on(loop.cache, tmp_path / "run", loop.three, loss={"kind": "flow"}), say=quiet)
-    with pytest.raises(UserError, match="is a seeing policy"):
+    with pytest.raises(UserError, match="blind is true, but .* was trained with blind false"):
         train(going_on(loop.cache, tmp_path / "run", loop.three, blind=True), say=quiet)
     with pytest.raises(UserError, match="no run or checkpoint at .*none"):
         train(going_on(loop.cache, tmp_path / "run", tmp_path / "none"), say=quiet)

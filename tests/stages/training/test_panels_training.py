@@ -135,7 +135,7 @@ def test_panels_take_no_more_than_their_share(cache: Path, monkeypatch: pytest.M
     mine.say, config = said.append, dataclasses.replace(mine.config.panels, every=100, share=0.02)
     mine.config = dataclasses.replace(mine.config, panels=config)
     with open_loader(mine, split="train") as loader:
-        panels = Panels(mine, loader)
+        panels = Panels(mine, loader.order.quotas)
         assert panels.turn(50, False) == [] and said == []  # not due
         clock[0] = 10
         assert panels.turn(100, False) == []  # ten panels are guessed to take 3 s; 0.2 s are allowed
@@ -148,7 +148,7 @@ def test_panels_take_no_more_than_their_share(cache: Path, monkeypatch: pytest.M
     short = dataclasses.replace(mine.config, steps=90)
     mine.config = short
     with open_loader(mine, split="train") as loader:
-        assert Panels(mine, loader).turn(90, True) == []  # shorter than a turn
+        assert Panels(mine, loader.order.quotas).turn(90, True) == []  # shorter than a turn
 
 
 @pytest.mark.parametrize(

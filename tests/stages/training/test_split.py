@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from dvla.batch import FeatureBatch
+from dvla.cache.loader.dropout import ConditionDropout
 from dvla.cache.loader.live import LiveFeatures
 from dvla.cache.loader.loader import Loader, gather
-from dvla.cache.loader.masking import ConditionMasking
 from dvla.cache.loader.provenance import sources_of
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.encoder import VisionLanguageEncoder
@@ -40,7 +40,7 @@ from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.run_log import read_log
 from dvla.stages.training.stage_three.finetune import finetune, finetune_config
 from dvla.stages.training.stage_three.split import SplitFeatures
-from dvla.stages.training.step import noise_generator, training_step
+from dvla.stages.training.step import batch_loss, noise_generator
 from dvla.stages.training.train import policy_net, train
 from support.cli_runner import Dvla, refused
 from support.repository import ROOT
@@ -234,19 +234,25 @@ def test_features_and_gradients_are_those_of_the_live_tower(
     live = LiveFeatures(encoder, whole, sources_of(whole, (str(recorded["h264"]),)))
     add_lora(encoder, LORA)
     adapter = learn_apart(encoder)
-    with Loader(cache, batch_size=12, horizon=4, masking=ConditionMasking(0.3, 0.3, 0.3), augment=True) as loader:
-        drawn, masked, variants = next(loader), loader.masked(0), loader.variants(0)
-    assert 0 < masked[1].sum() < 12 and 0 < variants.sum() < 12
-    bare = gather(whole, drawn.dataset.numpy(), drawn.frame_index.numpy(), 4, masked=masked, features=False)
+    with Loader(cache, batch_size=12, horizon=4, dropout=ConditionDropout(0.3, 0.3, 0.3), augment=True) as loader:
+        sample = next(loader)
+    drawn = sample.drawn
+    dropped = (drawn.no_text, drawn.no_images, drawn.no_proprio)
+    assert 0 < drawn.no_images.sum() < 12 and 0 < drawn.variant.sum() < 12
+    bare = gather(whole, drawn.dataset, drawn.row, 4, dropped=dropped, features=False)
     config = from_mapping(TrainConfig, {"cache": "", "out": "", "model_size": "tiny", "dit": DIT, "draws": 2})
     torch.manual_seed(0)
     net = policy_net(config, whole)
     with torch.no_grad():  # an untrained one begins with gates that are shut
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    losses, gradients, batches = [], [], (live(bare, masked[1], variants), above(drawn, masked[1]))
+    losses, gradients, batches = (
+        [],
+        [],
+        (live(bare, drawn.no_images, drawn.variant), above(sample.batch, drawn.no_images)),
+    )
     for batch in batches:
-        loss = training_step(net, batch, config, noise_generator(0, 0, 0)).total
+        loss = batch_loss(net, batch, config, noise_generator(0, 0, 0)).total
         found = torch.autograd.grad(loss, list(adapter.values()))
         assert all(g.abs().max() > 0 for g in found)
         losses.append(loss.item())
@@ -410,13 +416,15 @@ def test_refusals(
     tmp_path: Path,
     dvla: Dvla,
 ) -> None:
-    with pytest.raises(UserError, match="LoRA in the last 3 blocks: .* holds what enters the last 2 .*--boundary 3"):
+    with pytest.raises(
+        UserError, match="LoRA is in the last 3 blocks; give at most 2, or .*--boundary 3: only the last 2 run"
+    ):
         finetune(on_split(stage_two, split, tmp_path / "run", dataclasses.replace(LORA, last_n_blocks=3)), say=quiet)
     with pytest.raises(UserError, match="belongs to another VLM than .*vision_config"):
         finetune(on_split(stage_two, {"qwen3vl": split["paligemma2"]}, tmp_path / "run"), say=quiet)
     plain = tmp_path / "plain"
     build(configure(recorded["h264"], spec_of(checkpoints, boundary=BOUNDARY), plain))
-    with pytest.raises(UserError, match="holds no augmented pictures"):
+    with pytest.raises(UserError, match="holds no augmented images"):
         finetune(on_split(stage_two, {"qwen3vl": plain}, tmp_path / "run", image_aug=True), say=quiet)
     refused(
         dvla("train", "--from-cache", plain, "--out", tmp_path / "run"),

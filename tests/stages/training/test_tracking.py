@@ -39,7 +39,9 @@ def test_one_line_per_step_also_after_a_crash(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=r"cannot write .*log.jsonl: No space left on device; the checkpoints are whole"),
+        pytest.raises(
+            UserError, match=r"cannot write .*log.jsonl: No space left on device; the checkpoints are intact"
+        ),
         Tracker(tmp_path / "run", OFF, {}, step=0) as tracker,
     ):
         tracker._file.close()
@@ -102,5 +104,5 @@ def test_offline_keeps_its_run_id_and_says_nothing(
     assert b"mean_square/1" in content and b"s3://host/bucket" in content and b"hunter2" not in content
     assert capfd.readouterr() == ("", "")
     (run / "wandb.json").write_text("{}")
-    with pytest.raises(UserError, match="wandb.json is damaged; delete it to begin a new W&B run"):
+    with pytest.raises(UserError, match="wandb.json is damaged; delete it to start a new W&B run"):
         Tracker(run, WandbConfig("offline"), settings, step=4)

@@ -191,14 +191,14 @@ def test_a_run_goes_on_in_another_number_of_processes(runs: Path) -> None:
         "eval_every": 0,
     }
     train(from_mapping(TrainConfig, settings), say=said.append)
-    assert said[1] == "it ran in 2 processes and goes on in 1: with the same samples in the same order, 4 to a step"
+    assert said[1] == "resuming in 1 process a run of 2: same samples in the same order, 4 per step"
     assert read_json(ck.resolve(runs / "two" / "moved") / "state.json")["offset"] == 2 * 8 + 4 * 4
 
 
 def test_sharding_needs_processes(runs: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "cache": str(runs / "cache"), "out": str(tmp_path / "run"), "strategy": "fsdp2"}
     with pytest.raises(
-        UserError, match="strategy fsdp2 splits the network over processes and this is one alone; .*torchrun"
+        UserError, match="strategy fsdp2 splits the network over processes and this is a single one; .*torchrun"
     ):
         train(from_mapping(TrainConfig, settings), say=lambda _: None)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from dvla.stages.training.context import TrainReport
 from dvla.stages.training.dry_run import PILOT_STEPS, dry_run, report, resolved
 from dvla.stages.training.parallel.world import ALONE
 from dvla.stages.training.stage_three import finetune
-from dvla.stages.training.throughput import which_binds
+from dvla.stages.training.throughput import bottleneck
 from support import synthetic_cache as synthetic
 from support.cli_runner import Dvla, refused
 
@@ -278,8 +279,8 @@ def test_finetune_keeps_the_network(cache: Path, tmp_path: Path) -> None:
     config = configure(cache, out=str(tmp_path / "run"), steps=1, eval_every=0)
     train_module.train(config, say=lambda _: None)
     for overrides, message in (
-        ({"dit.horizon": 8}, "dit is .*'horizon': 8.*; fine-tuning goes on with its network: leave dit out"),
-        ({"model_size": "small"}, "model_size is small and that of .* is tiny; .* leave model_size out"),
+        ({"dit.horizon": 8}, "dit is .*'horizon': 8.*: leave dit out"),
+        ({"model_size": "small"}, "model_size is small, but .* whose model_size is tiny: leave model_size out"),
     ):
         with pytest.raises(UserError, match=message):
             finetune.finetune_config(config.out, ("s",), None, {"out": str(tmp_path / "two"), **overrides})
@@ -337,15 +338,18 @@ def test_the_proposals_runs() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"image_aug": True}, "holds no augmented pictures; build it with --augment 4"),
+        ({"image_aug": True}, "holds no augmented images; build it with --augment 4"),
         (
             {"dit": {"horizon": 41}},
-            "the horizon is 41 steps and the longest episode of .* has 40 frames; ask for a shorter one",
+            "the horizon is 41 steps and the longest episode of .* has 40 frames; give a shorter one",
         ),
         ({"weights": {"gamma": 0.5}}, "unknown dataset in weights 'gamma'.*alpha, beta"),
         ({"weights": {"alpha": 0.7, "beta": 0.7}}, "the weights given sum to 1.4"),
-        ({"dit": {"embodiments": 4}}, "dit.embodiments is 4 and .* holds embodiment number 4; it must be at least 5"),
-        ({"loss": {"embodiments": 2}}, "loss.embodiments is 2 "),
+        (
+            {"dit": {"embodiments": 4}},
+            "dit.embodiments is 4; it must be at least 5: cache .* holds embodiment number 4",
+        ),
+        ({"loss": {"embodiments": 2}}, "loss.embodiments is 2;"),
         ({"holdout": 1.0}, "held-out fraction is 1.0"),
     ],
 )
@@ -379,7 +383,7 @@ def test_single_episodes_cannot_be_held_out(tmp_path: Path) -> None:
 def test_too_many_views(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements.PolicyNetConfig, "max_views", 1)
     with pytest.raises(
-        UserError, match="has 2 views and the network tells 1 apart; build the cache with fewer, by --view"
+        UserError, match="has 2 views and the network can tell 1 apart; build the cache with fewer, using --view"
     ):
         require_trainable(configure(cache), Cache.open(cache))
 
@@ -434,7 +438,9 @@ def test_dry_run_shows_everything_and_writes_nothing(
         "  warmup": "default",
         "seed": "default",
     }
-    assert f"pilot of {PILOT_STEPS} steps on cpu" in found and "binds" in found and "1000 steps would take" in found
+    assert (
+        f"pilot of {PILOT_STEPS} steps on cpu" in found and "bottleneck: " in found and "1000 steps would take" in found
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yaml"]
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*")} == before
 
@@ -465,7 +471,7 @@ def test_the_pilot_measures_memory(cache: Path, monkeypatch: pytest.MonkeyPatch)
 def test_both_refuse_before_anything_is_made(dvla: Dvla, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for more in (["--dry-run"], ["--out", out]):
-        refused(dvla("train", "--from-cache", cache, "--image-aug", *more), "holds no augmented pictures")
+        refused(dvla("train", "--from-cache", cache, "--image-aug", *more), "holds no augmented images")
         refused(
             dvla("train", "--from-cache", cache, "--weight", "gama=0.5", *more), "unknown dataset in weights 'gama'"
         )
@@ -545,15 +551,16 @@ def test_the_end_of_a_run_names_error_checkpoint_and_next_command() -> None:
 def test_the_meter_counts_steps_alone_and_anew_after_each_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 5.0, 6.0, 100.0, 101.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
-    meter, batch = throughput.Meter(ALONE, samples=8), gather(Cache.open(cache), [0], [0], 4)
-    for waited in (0.0, 0.5):
-        meter.begin(waited)
-        meter.end(2, waited + 0.5)
-    assert meter.line(batch) == {"samples_per_second": 4 * 8 / 2, "wait_share": 0.5, "binds": "disk"}
-    meter.begin(1.0)  # after 94 s of evaluation
-    meter.end(2, 1.0)
-    assert meter.line(batch) == {"samples_per_second": 2 * 8 / 1, "wait_share": 0.0, "binds": "compute"}
-    assert [which_binds(*x) for x in ((0.04, 0.9, 1.0), (0.06, 1.0, 1.0), (0.0, 0.5, 1.0))] == [
+    loader = SimpleNamespace(wait_seconds=0.0)
+    meter = throughput.Meter(ALONE, loader, samples=8)
+    for _ in range(2):
+        with meter.step(2):
+            loader.wait_seconds += 0.5
+    assert meter.line(1 << 20) == {"samples_per_second": 4 * 8 / 2, "wait_share": 0.5, "binds": "disk"}
+    with meter.step(2):  # after 94 s of evaluation
+        pass
+    assert meter.line(1 << 20) == {"samples_per_second": 2 * 8 / 1, "wait_share": 0.0, "binds": "compute"}
+    assert [bottleneck(*x) for x in ((0.04, 0.9, 1.0), (0.06, 1.0, 1.0), (0.0, 0.5, 1.0))] == [
         "host→device",
         "disk",
         "compute",
