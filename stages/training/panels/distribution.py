@@ -22,10 +22,10 @@ JITTER = 1.5  # × the expert's jerk from which on a policy jitters
 
 def action_distribution(data: PanelData, style: Style = LIGHT) -> Figure:
     """B1: histograms of up to 12 dimensions with their coverage; good: 100 %, below 20 % the policy has collapsed."""
-    places = data.shown()
-    figure = new_figure(style, 9, 2.0 * -(-len(places) // 4) + 0.8)
+    shown = data.shown()
+    figure = new_figure(style, 9, 2.0 * -(-len(shown) // 4) + 0.8)
     coverage = data.of_slot("coverage")
-    for n, (axis, i) in enumerate(zip(grid(figure, len(places), 4), places)):
+    for n, (axis, i) in enumerate(zip(grid(figure, len(shown), 4), shown)):
         on = data.active[..., i]
         a, p = data.target[..., i][on], data.pred[..., i][on]
         edges: Any = np.linspace(min(a.min(), p.min()), max(a.max(), p.max()) + 1e-9, 31)

@@ -224,7 +224,8 @@ DIT = {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}
 def test_features_and_gradients_are_those_of_the_live_tower(
     recorded: dict[str, Path], checkpoints: dict[str, Path], split: dict[str, Path], features: dict[str, Path], vlm: str
 ) -> None:
-    """Of one batch with masked conditions and augmented pictures: the loss of a policy, and its gradient in every matrix of the adapter."""
+    """Of one batch with masked conditions and augmented pictures: the loss of a policy, and its gradient in every
+    matrix of the adapter."""
     cache, whole, encoder = (
         Cache.open(split[vlm]),
         Cache.open(features[vlm]),
