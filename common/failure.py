@@ -1,4 +1,4 @@
-"""A part of a dataset that cannot be used, as a value: it takes the place of the data on the way from the reader to the ledger."""
+"""A part of a dataset that cannot be used, as a value: it takes the data's place from the reader to the ledger."""
 
 from __future__ import annotations
 

@@ -1,18 +1,16 @@
-"""Displacements of the hand per step ↔ absolute poses, for datasets that store only the former. Pure functions,
-float64.
+"""End-effector displacements per step ↔ absolute poses, for datasets that store only the former. Pure, in float64.
 
-Pose t is where the end effector should be after step t: the start pose with deltas 0 … t applied one after another. With q the
-rotation before a step, (d, r) the delta and ⊗ the quaternion product:
+Pose t is where the end effector should be after step t: the initial pose with deltas 0 … t applied one by one. With q
+the rotation before a step, (d, r) the delta and ⊗ the quaternion product:
 
     frame   position        rotation
     world   p + d           r ⊗ q       axes of the world (Bridge V2, DROID, CALVIN and TACO's rel_actions_world)
     body    p + q d q⁻¹     q ⊗ r       axes of the end effector itself (UMI)
     mixed   p + d           q ⊗ r       the formula of research plan v2, section 4.2, step 2
 
-Drift: what is integrated are commands. A controller that lags, stops at contact, or clips makes the true hand fall
-behind, errors add up over the episode, and a rotation given as differences of Euler angles is one only to first order.
-Where the files hold measured poses, reading those ahead (`action_shift`) has no drift. Letters: T steps, r width of the
-rotation form.
+Drift: commands are integrated. Where a controller lags, stops at contact or clips, the true pose falls behind; errors
+add up over the episode, and differences of Euler angles are a rotation only to first order. Where the files hold
+measured poses, reading those ahead (`action_shift`) has no drift. Letters: T steps, r width of the rotation form.
 """
 
 from __future__ import annotations

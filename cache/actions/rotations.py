@@ -26,7 +26,7 @@ class NotARotation(UserError):
 
 
 def require_rotations(form: str, values: np.ndarray) -> None:
-    """`NotARotation` unless every row of `values [..., WIDTH[form]]` is a rotation. Finite Euler angles and axis-angles always are."""
+    """`NotARotation` unless every row of `values [..., WIDTH[form]]` is a rotation, as any Euler angles are."""
     if form not in _LIMITS:
         return
     rows = np.asarray(values, dtype=np.float64).reshape(-1, WIDTH[form])
@@ -80,7 +80,7 @@ def from_rot6d(form: str, values: np.ndarray) -> np.ndarray:
 
 
 def to_quaternion(form: str, values: np.ndarray) -> np.ndarray:
-    """`values [..., WIDTH[form]]` → unit quaternions xyzw [..., 4] with w ≥ 0; `NotARotation` where they are not rotations."""
+    """`values [..., WIDTH[form]]` → unit quaternions xyzw [..., 4] with w ≥ 0; `NotARotation` where there is none."""
     values = np.asarray(values, dtype=np.float64)
     require_rotations(form, values)
     if form == "quat_xyzw":

@@ -9,18 +9,19 @@ from typing import Protocol
 
 from ...common.hub import hub_files
 from ...errors import UserError
-from .base import EpisodeTable, Source
+from .base import Source
 from .config import FORMATS, DatasetConfig, load_config
+from .tables import EpisodeTable
 
 __all__ = ["EpisodeTable", "Source", "detect_format", "open_source"]
 
 
 def open_source(path_or_repo: str | Path, config: DatasetConfig | str | None = None) -> Source:
-    """Open a dataset: a folder (or file) here, or a hub id "owner/name[/folder][@revision]".
+    """Open a dataset: a local folder or file, or a hub id "owner/name[/folder][@revision]".
 
-    `config` (or a YAML file, or the name of a shipped one) says what its numbers mean and, with that, its format; None
-    finds the format by the files and the config by the dataset's name. `UserError` when the path is missing, holds no
-    format we read, or the config does not describe it.
+    `config` (or a YAML file, or the name of a shipped one) says what its numbers mean and which format it has; None
+    finds the format by the files and the config by the dataset's name. `UserError` when the path is missing, has no
+    format that can be read, or the config does not describe it.
     """
     given = str(path_or_repo)
     if isinstance(config, str):
@@ -47,8 +48,7 @@ def _reader(format: str) -> _Reader:
 
 
 def detect_format(path_or_repo: str | Path) -> str:
-    """Name (a key of FORMATS) of the format of a dataset, by its file names alone. `UserError` when it is none of
-    them."""
+    """The format of a dataset (a key of FORMATS), by its file names alone; `UserError` when it has none of them."""
     given = str(path_or_repo)
     root = Path(given).expanduser()
     if root.is_file():

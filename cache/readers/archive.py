@@ -49,8 +49,7 @@ class Archive(ABC):
 
     @abstractmethod
     def read(self, name: str, where: str) -> bytes:
-        """A member's bytes. `CorruptEpisode`, beginning with `where`, when it is missing, cut off, damaged, or larger
-        than `MAX_MEMBER`."""
+        """A member's bytes; `CorruptEpisode` when it is missing, cut off, damaged, or larger than `MAX_MEMBER`."""
 
 
 def open_archive(path: Path, wanted: str = "") -> Archive:
@@ -177,8 +176,7 @@ class _Tar(_Packed):
 
 @functools.lru_cache(maxsize=_INDEXES)
 def _read_index(archive: _Packed, size: int, time: int) -> dict[str, dict[str, _Member | None]]:
-    """Folder → name directly inside (folders with a "/") → place. `size` and `time` of the file make it anew on
-    change."""
+    """Folder → name directly inside (folders with a "/") → where it is; `size` and `time` are part of the cache key."""
     index: dict[str, dict[str, _Member | None]] = {"": {}}
     try:
         for stored, member in archive.members():

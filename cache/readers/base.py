@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -24,27 +22,9 @@ from ..actions.action_map import ActionMap
 from ..actions.rotations import NotARotation
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
+from .tables import EpisodeTable, Rows, TableBlock, as_blocks, join_columns
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The raw table of one episode, as the format has it."""
-
-    columns: dict[str, np.ndarray]  # each column asked for, [T] or [T, d], any numeric dtype
-    instruction: str  # task text; "" where there is none
-    timestamps: np.ndarray | None = None  # [T] seconds; None: row / control_hz
-
-
-@dataclass(frozen=True)
-class EpisodeTable:
-    """The rows of one episode, in native units, without images."""
-
-    state: np.ndarray  # [T, ds] float32; ds = 0 where the config has no state
-    action: np.ndarray  # [T, da] float32
-    timestamps: np.ndarray  # [T] float64 seconds since the episode's start
-    instruction: str  # may be empty
 
 
 class Source(ABC):
@@ -297,37 +277,6 @@ def _swapped(open: Callable[[int, int], Iterator[np.ndarray]], start: int, stop:
     return (np.ascontiguousarray(frame[..., ::-1]) for frame in open(start, stop))
 
 
-def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: str) -> np.ndarray:
-    """The named columns side by side as float64 [T, d]. `CorruptEpisode` for one that is missing, of another length,
-    not numeric, or not finite."""
-    parts = []
-    for name in names:
-        if name not in columns:
-            raise CorruptEpisode(
-                f"{where}: column '{name}' is missing (there are {', '.join(sorted(columns)) or 'none'})"
-            )
-        values = np.asarray(columns[name])
-        if values.dtype.kind not in "fiub":
-            raise CorruptEpisode(f"{where}: column '{name}' is not numeric ({values.dtype})")
-        values = values.astype(np.float64).reshape(len(values), math.prod(values.shape[1:]))  # [T, d]
-        require_finite(values, name, where)
-        parts.append(values)
-    lengths = {n: len(p) for n, p in zip(names, parts)}
-    if len(set(lengths.values())) > 1:
-        shown = ", ".join(f"{n} {k}" for n, k in lengths.items())
-        raise CorruptEpisode(f"{where}: columns differ in length ({shown})", "row-count")
-    return np.concatenate(parts, axis=1)
-
-
-def require_finite(values: np.ndarray, column: str, where: str) -> None:
-    """`CorruptEpisode` for a value of a column [T, d] that is not finite, or beyond float32, the type of tables."""
-    good = np.abs(values) <= np.finfo(np.float32).max  # False for NaN too
-    if not good.all():
-        row, dim = np.argwhere(~good)[0]
-        value = values[row, dim]
-        raise CorruptEpisode(f"{where}: column '{column}' is {value} at frame {row}, dimension {dim}", "not-finite")
-
-
 def listing_hash(root: Path, files: Sequence[Path]) -> str:
     """sha256 hex over relative names and sizes: the revision of a dataset without metadata files."""
     digest = hashlib.sha256()
@@ -342,42 +291,3 @@ def choose_views(names: Sequence[str], config: DatasetConfig, dataset: str) -> t
         if wanted not in names:
             raise UserError(f"{dataset}: {unknown('view', wanted, names)}; see `views` of its dataset config")
     return tuple(names) if config.views is None else config.views
-
-
-@dataclass(frozen=True)
-class TableBlock:
-    """The tables of several whole episodes, one after another, in native units."""
-
-    episode_ids: np.ndarray  # [n] int64, the episode of each row
-    state: np.ndarray  # [n, ds] float32
-    action: np.ndarray  # [n, da] float32
-    refused: tuple[Failed, ...]  # episodes met meanwhile that cannot be used
-
-
-def as_blocks(
-    tables: Iterable[tuple[int, EpisodeTable | Failed]], batch_rows: int, state_width: int, action_width: int
-) -> Iterator[TableBlock]:
-    """Tables gathered into blocks of at least `batch_rows` rows; the last may be shorter, or hold only refused ones."""
-    nothing = np.zeros((0, state_width), np.float32), np.zeros((0, action_width), np.float32)
-
-    def gathered() -> TableBlock:
-        ids = np.repeat(np.array([e for e, _ in parts], np.int64), [len(t.action) for _, t in parts])
-        states, actions = [nothing[0]], [nothing[1]]
-        states += [t.state for _, t in parts]
-        actions += [t.action for _, t in parts]
-        return TableBlock(ids, np.concatenate(states), np.concatenate(actions), tuple(refused))
-
-    parts: list[tuple[int, EpisodeTable]] = []
-    refused: list[Failed] = []
-    rows = 0
-    for episode_id, table in tables:
-        if isinstance(table, Failed):
-            refused.append(table)
-            continue
-        parts.append((episode_id, table))
-        rows += len(table.action)
-        if rows >= batch_rows:
-            yield gathered()
-            parts, refused, rows = [], [], 0
-    if parts or refused:
-        yield gathered()

@@ -155,6 +155,6 @@ def find_config(format: str, names: Iterable[str], explicit: Path | str | None =
     found = f"{len(fitting)} dataset configs ({fit}) fit" if fitting else "no dataset config fits"
     raise UserError(
         f"{found} a {format} dataset called {' or '.join(repr(n) for n in known) or 'nothing'}; give --dataset-config "
-        f"with one of {', '.join(c.name for c in configs) or 'no shipped one'}, or a YAML file that describes its action "
-        "and state like those in configs/datasets/ (`dvla data add` writes one for a LeRobot dataset)"
+        f"with one of {', '.join(c.name for c in configs) or 'no shipped one'}, or with a YAML file like those in "
+        "configs/datasets/ (`dvla data add` writes one for a LeRobot dataset)"
     )

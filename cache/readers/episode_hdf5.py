@@ -1,7 +1,7 @@
 """Episode-HDF5: one file per episode whose actions and proprioception are already unified. Read here, and written.
 
     ep_000000.hdf5                      the number is the episode id
-      images/view_k                     [T, H, W, 3] uint8 RGB; attribute `name` (*): the camera's, else it is called "view_k"
+      images/view_k                     [T, H, W, 3] uint8 RGB; attribute `name` (*): the camera's (else "view_k")
       actions, proprio                  [T, 128] float32, zero outside their masks
       action_mask, proprio_mask (*)     [128] bool
       timestamps (*)                    [T] float64 seconds
@@ -33,21 +33,12 @@ from ...common.hub import hub_files
 from ...errors import UserError
 from ..actions.action_map import ActionMap, FieldSpec
 from ..actions.slots import EMBODIMENTS, SLOTS, UNIFIED_DIM
-from .base import EpisodeTable, Rows, Source, choose_views, listing_hash
+from .base import Source, choose_views, listing_hash
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
-from .hdf5 import (
-    find,
-    find_array,
-    has,
-    numbers,
-    opened,
-    text,
-    view_of,
-    whole_file,
-    write_images,
-)
+from .hdf5 import find, find_array, has, numbers, opened, text, view_of, whole_file, write_images
 from .location import Location
+from .tables import EpisodeTable, Rows
 
 _FILE = re.compile(r"ep_(\d+)\.hdf5")
 _SAMPLED = 8  # episodes looked into for the active proprio slots where the files have no proprio_mask
@@ -300,8 +291,7 @@ def read_attributes(path: Path, where: str) -> dict[str, Any]:
 
 
 def episode_files(names: Sequence[str]) -> dict[int, str]:
-    """Episode number → file name, ascending, of those names that are an episode's. `UserError` when two have one
-    number."""
+    """Episode number → file name, ascending; other names are skipped. `UserError` when two have one number."""
     found = sorted((int(m[1]), m[0]) for m in map(_FILE.fullmatch, names) if m)
     for (first, one), (second, other) in zip(found, found[1:]):
         if first == second:

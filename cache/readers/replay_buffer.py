@@ -26,10 +26,11 @@ import numpy as np
 from ...common.text import first_line
 from ...errors import UserError
 from .archive import Archive, open_archive
-from .base import EpisodeTable, Rows, Source, choose_views
+from .base import Source, choose_views
 from .config import DatasetConfig, find_config
 from .episode import CorruptEpisode, View
 from .location import Location
+from .tables import EpisodeTable, Rows
 
 _ENDS = "meta/episode_ends"
 _HUB_PATTERNS = ("data/**", "meta/**", ".zgroup", "zarr.json", "*.zarr.zip")
@@ -210,8 +211,7 @@ class _Array:
 
     @property
     def layout(self) -> str | None:
-        """ "last" or "first" by the axis of the three colors, "both" when that cannot be told; None when it is no
-        image."""
+        """Axis of the three colors: "last", "first", or "both" when that cannot be told; None when it is no image."""
         if len(self.shape) != 4 or not (self.dtype == np.uint8 or self.dtype.kind == "f"):
             return None
         last, first = self.shape[3] == 3, self.shape[1] == 3

@@ -25,20 +25,11 @@ import h5py
 import numpy as np
 
 from ...errors import UserError
-from .base import EpisodeTable, Rows, Source, choose_views, listing_hash
+from .base import Source, choose_views, listing_hash
 from .config import DatasetConfig, find_config
 from .episode import CorruptEpisode, View
-from .hdf5 import (
-    SUFFIXES,
-    find,
-    find_array,
-    has,
-    numbers,
-    one_file,
-    opened,
-    text,
-    view_of,
-)
+from .hdf5 import SUFFIXES, find, find_array, has, numbers, one_file, opened, text, view_of
+from .tables import EpisodeTable, Rows
 
 _DEMO = re.compile(r"demo_(\d+)")
 _POSE = 6  # dimensions of an OSC_POSE action: displacement and rotation
@@ -90,8 +81,7 @@ class RobomimicSource(Source):
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
-        """By an HDF5 file with data/demo_N (or one too damaged to tell); on the hub, by robomimic's and LIBERO's file
-        names."""
+        """By an HDF5 file with data/demo_N (or too damaged to tell); on the hub by robomimic's and LIBERO's names."""
         files = [n for n in names if n.endswith(SUFFIXES) and "/" not in n]
         if root is None:
             return any(re.fullmatch(r"((demo|low_dim|image|depth)(_\w+)?|\w+_demo)\.(hdf5|h5)", n) for n in files)
@@ -200,8 +190,7 @@ def _nested(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_controller(config: DatasetConfig, controllers: Sequence[dict[str, Any]], name: str) -> None:
-    """`UserError` when the config takes the actions for displacements of another scale than the controller made of
-    them."""
+    """`UserError` when the config scales the actions other than the controller did, or takes them for other things."""
     scales = [s.scale for s in config.action if s.delta for _ in range(s.width)][:_POSE]
     meant = "displacements" if len(scales) == _POSE else "something else"
     poses = [c for c in controllers if c["type"] == "OSC_POSE"]

@@ -68,8 +68,7 @@ def run_unit(
     earlier: Earlier,
     on_records: Callable[[int], None] = lambda n: None,
 ) -> Timing:
-    """Make and commit the shards of one unit. `on_records(n)`: features so far. `UserError` for what stops the
-    build."""
+    """Make and commit the shards of one unit. `on_records(n)`: features so far. `UserError` for what ends the build."""
     timing, records = Timing(), 0
     plan = next(d for d in writer.plan.datasets if d.name == unit.dataset)
     # Views that are encoded together, whichever of their shards are missing.
@@ -84,13 +83,13 @@ def run_unit(
         for batch in _encode(decoder, encoder, unit, seen, writer.plan, scales, timing):
             began = time.perf_counter()
             for writing, features in zip(writings, batch):
-                writing.put(features)
+                writing.add(features)
                 records += _rows(features)
             timing.write_wait += time.perf_counter() - began
             on_records(records)
         began = time.perf_counter()
         for writing in writings:
-            writing.put(None)
+            writing.add(None)
         for writing in writings:
             writing.finish()
         timing.write_wait += time.perf_counter() - began
@@ -107,46 +106,57 @@ class _Abort(Exception):
     """Raised inside the writing thread, so that it drops its temporary files."""
 
 
-class _Writing:
-    """`CacheWriter.write_shard` in a thread, fed batch by batch; it dies with the process, so Ctrl-C never waits for
-    it."""
+class _Worker(threading.Thread):
+    """A thread with a bounded queue. It dies with the process, so Ctrl-C never waits for it."""
 
-    def __init__(self, writer: CacheWriter, task: ShardTask) -> None:
-        self._queue: queue.Queue[Features | Failed | None] = queue.Queue(QUEUED_BATCHES)
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(writer, task), name="dvla-write", daemon=True)
-        self._thread.start()
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.queue: queue.Queue[Any] = queue.Queue(QUEUED_BATCHES)
+        self.stopping = threading.Event()
+        self.start()
 
-    def put(self, item: Features | Failed | None) -> None:
-        """Queue a batch, None after the last. Raises what stopped the thread."""
-        while self._thread.is_alive():
+    def put(self, item: Any, wanted: Callable[[], bool]) -> None:
+        """Queue an item as soon as there is room, as long as it is `wanted`."""
+        while wanted():
             try:
-                return self._queue.put(item, timeout=0.1)
+                return self.queue.put(item, timeout=0.1)
             except queue.Full:
                 continue
+
+    def close(self) -> None:
+        """Stop, and wait until it has."""
+        self.stopping.set()
+        self.join()
+
+
+class _Writing(_Worker):
+    """`CacheWriter.write_shard` in a thread, fed batch by batch; `close` drops the shard unless it is committed."""
+
+    def __init__(self, writer: CacheWriter, task: ShardTask) -> None:
+        self._writer, self._task = writer, task
+        self._error: BaseException | None = None
+        super().__init__("dvla-write")
+
+    def add(self, item: Features | Failed | None) -> None:
+        """Queue a batch, None after the last. Raises what stopped the thread."""
+        self.put(item, self.is_alive)
         self._raise()
 
     def finish(self) -> None:
         """After the last batch: wait until the shard is committed."""
-        self._thread.join()
+        self.join()
         self._raise()
 
-    def close(self) -> None:
-        """Drop the shard unless it is committed, and wait for the thread."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self, writer: CacheWriter, task: ShardTask) -> None:
+    def run(self) -> None:
         try:
-            writer.write_shard(task, self._drain())
-        except BaseException as error:  # raised by the next put or finish
+            self._writer.write_shard(self._task, self._drain())
+        except BaseException as error:  # raised by the next add or finish
             self._error = error
 
     def _drain(self) -> Iterator[Features | Failed]:
-        while not self._stop.is_set():
+        while not self.stopping.is_set():
             try:
-                item = self._queue.get(timeout=0.1)
+                item = self.queue.get(timeout=0.1)
             except queue.Empty:
                 continue
             if item is None:
@@ -197,8 +207,7 @@ def _encode_batch(
     build: BuildPlan,
     what: str,
 ) -> list[Features]:
-    """What is stored of each of the `wanted` views (numbers in the batch): float16 [n,K,D], or (codes, token
-    scales)."""
+    """What each of the `wanted` views (numbers in the batch) stores: float16 [n,K,D], or (codes, token scales)."""
     with torch.inference_mode():
         views = [augmented(images, keys, encoder.device) for images, keys in zip(batch.views, batch.keys)]
         features = encoder.encode_observation(views, batch.instruction)  # [n,V,K,D]
@@ -232,7 +241,7 @@ class _Copied:
     records: list[Features]  # as stored in the earlier generation, for each shard of the unit
 
 
-class _Decoder:
+class _Decoder(_Worker):
     """Images of one unit, in order, decoded ahead in a thread, `size` observations at a time.
 
     Batches never cross an episode's end, so their make-up is a function of the plan alone.
@@ -250,36 +259,24 @@ class _Decoder:
     ) -> None:
         self._source, self._plan, self._build, self._unit = source, plan, build, unit
         self._seen, self._size, self._earlier = seen, size, earlier
-        self._queue: queue.Queue[Any] = queue.Queue(QUEUED_BATCHES)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="dvla-decode", daemon=True)
-        self._thread.start()
+        super().__init__("dvla-decode")
 
     def __iter__(self) -> Iterator[_Images | Failed | _Copied]:
-        while (item := self._queue.get()) is not None:
+        while (item := self.queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
-    def close(self) -> None:
-        """Stop decoding and wait for the thread."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
             for item in self._items():
-                self._put(item)
-            self._put(None)
+                self.put(item, self._wanted)
+            self.put(None, self._wanted)
         except BaseException as error:  # handed to the consumer, which raises it
-            self._put(error)
+            self.put(error, self._wanted)
 
-    def _put(self, item: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def _wanted(self) -> bool:
+        return not self.stopping.is_set()
 
     def _items(self) -> Iterator[_Images | Failed | _Copied]:
         plan, task, stride = self._plan, self._unit.tasks[0], self._build.frame_stride
@@ -287,7 +284,7 @@ class _Decoder:
         starts = np.cumsum(counts) - counts  # first row of each
         first = int(np.searchsorted(starts, task.start, side="right")) - 1
         for entry, start, count in zip(plan.episodes[first:], starts[first:].tolist(), counts[first:].tolist()):
-            if start >= task.stop or self._stop.is_set():
+            if start >= task.stop or self.stopping.is_set():
                 return
             begin, end = max(task.start - start, 0), min(task.stop - start, count)
             asked = (self._earlier.find(t.dataset, t.view, plan.views.index(t.view), entry) for t in self._unit.tasks)
@@ -320,8 +317,8 @@ class _Decoder:
         episode = self._source.load(entry.episode_id, self._seen, others)
         if episode.source_hash != entry.source_hash:
             raise UserError(
-                f"{self._source.path}: episode {entry.episode_id} changed during the build; rerun the same command once "
-                "nothing writes to the dataset"
+                f"{self._source.path}: episode {entry.episode_id} changed during the build; rerun the same command "
+                "when nothing writes to the dataset"
             )
         frames = [
             islice(view.frames(begin * stride, (end - 1) * stride + 1), 0, None, stride) for view in episode.views

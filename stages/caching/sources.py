@@ -61,8 +61,7 @@ def open_sources(paths: Sequence[str], dataset_config: str | None = None, views:
 
 
 def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
-    """The cache's own sources, in its order, with those of the same name in `given` in their place, and the rest of
-    `given`."""
+    """The cache's own sources, in its order, each replaced by one of its name in `given`, and the rest of `given`."""
     by_name = {s.name: s for s in given}
     own = [
         by_name.pop(d.name) if d.name in by_name else _as_cached(cache, d.attributes["source"]) for d in cache.datasets
@@ -72,8 +71,7 @@ def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
 
 def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Corpus:
     """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost.
-    `by_observation`: the encoder's, which says what a view's features depend on, and so when they have to be made
-    again."""
+    `by_observation`: the encoder's; what a view's features depend on, and so when they have to be made again."""
     episodes: list[EpisodePlan] = []
     failed: list[Failed] = []
     actions, states, times, sizes = [], [], [], {}
@@ -102,8 +100,7 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
 
 
 def _observation_hash(episode: Episode) -> str:
-    """sha256 hex over what whole observations are made of: the views in their order, with their images, and the
-    instruction."""
+    """sha256 hex over what an observation is made of: the views in their order with their images, the instruction."""
     views = [[view.name, view.sha256] for view in episode.views]
     return hashlib.sha256(json.dumps([views, episode.instruction]).encode()).hexdigest()
 

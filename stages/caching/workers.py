@@ -84,8 +84,7 @@ def run_with_workers(
         )  # blamed once: workers that die at once pass a unit on, which is blamed for all of them
 
         def hand_out() -> None:
-            """One unit a worker, those among them that have joined since. More would share the blame when a worker
-            dies."""
+            """One unit per worker, new ones included. More would share the blame when a worker dies."""
             workers = max(1, config.workers.count, len(client.nthreads()))
             while waiting and len(handed) < workers:
                 future = client.submit(make_unit, job, waiting[-1], pure=False)
@@ -185,10 +184,10 @@ def _load(job: Job) -> tuple[BuildPlan, VisionLanguageEncoder, dict[str, Source]
     if not _loaded or _loaded[0][0] != job.key:
         fingerprint = read_fingerprint(job.path)
         encoder = load_encoder(job.encoder, pick_device(_device(job.device)))
-        if lines := fp.diff(fingerprint["encoder"], encoder.fingerprint()):
+        if lines := fp.diff(fingerprint["encoder"], encoder.fingerprint(), "the build has", "it has"):
             raise UserError(
-                f"worker on {socket.gethostname()} has another encoder than the build: {'; '.join(lines[:6])}; give all "
-                "workers the same checkpoint, dvla version and kind of device"
+                f"worker on {socket.gethostname()} has another encoder than the build: {'; '.join(lines[:6])}; give "
+                "all workers the same checkpoint, dvla version and kind of device"
             )
         sources = {name: open_source(location, config) for name, (location, config) in job.sources.items()}
         earlier = Earlier(Cache.open(job.earlier) if job.earlier else None)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from dvla.cache.actions.action_map import FieldSpec
-from dvla.cache.readers.base import EpisodeTable, Rows, Source
+from dvla.cache.readers.base import Source
 from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode, View
+from dvla.cache.readers.tables import EpisodeTable, Rows
 from dvla.common.failure import Kind
 
 EPISODES, ROWS, HZ = 6, 60, 20.0

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dvla.cache.readers.base import EpisodeTable, Rows, Source
+from dvla.cache.readers.base import Source
 from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import View
+from dvla.cache.readers.tables import EpisodeTable, Rows
 
 
 class MemorySource(Source):

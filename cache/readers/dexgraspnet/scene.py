@@ -113,8 +113,7 @@ def _one_per_cube(points: np.ndarray, scene: str) -> np.ndarray:
 
 
 def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An .npy of finite numbers, float64, whose last dimensions are `shape`; `CorruptEpisode` otherwise. Never
-    unpickles."""
+    """An .npy of finite numbers, float64, whose last dimensions are `shape`, else `CorruptEpisode`; never unpickled."""
     try:
         values = np.load(path, allow_pickle=False)
         values = np.asarray(values, np.float64)
@@ -128,8 +127,7 @@ def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the numeric arrays `names` that an .npz has; `CorruptEpisode` when it cannot be read. Never
-    unpickles."""
+    """Those of the arrays `names` that an .npz has, never unpickled; `CorruptEpisode` when it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {n: archive[n] for n in names if n in archive.files}

@@ -8,10 +8,10 @@ What is read, below the folder given (the archives of the hub, unpacked side by 
     scenes/scene_0000/realsense/
         camera_poses.npy [V, 4, 4]      camera → the scene's frame, which is that of the first camera
         cam0_wrt_table.npy [4, 4]       the scene's frame → the table's, z up
-        depth_gt/0000.png, label_gt/0000.png, meta/0000.mat     rendered depth, objects, intrinsic_matrix and factor_depth
+        depth_gt/0000.png, label_gt/0000.png, meta/0000.mat     rendered depth, objects, camera matrix, factor_depth
         depth/, label/, rgb/            the same measured, and photographs, where the source had them
         annotations/0000.xml            obj_id and obj_name (e.g. 011_banana.ply) of the objects
-        network_input.npz               pc [V, N, 3] in camera frames, seg [V, N], extrinsics [V, 4, 4] → the table's frame;
+        network_input.npz               pc [V, N, 3] in camera frames, seg [V, N], extrinsics [V, 4, 4] to the table;
                                         used where there are no depth images
 
 Columns: those of the npz as stored, in the scene's frame; and target_translation, target_rotation, the same pose in the
@@ -42,10 +42,11 @@ from pathlib import Path
 import numpy as np
 
 from ....errors import UserError
-from ..base import EpisodeTable, Rows, Source, choose_views, listing_hash
+from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..location import Location
+from ..tables import EpisodeTable, Rows
 from .render import CAMERAS, SIZE, VERSION, render, shade
 from .scene import SPACING, find_scene, load_arrays, load_matrix, read_cloud, scene_files
 
@@ -64,8 +65,7 @@ class DexGraspNetSource(Source):
     format = "dexgraspnet"
 
     def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
-        """A folder with dex_grasps_new/ and scenes/. `UserError` when it is none, holds no grasps, or the config asks
-        for other views."""
+        """A folder with dex_grasps_new/ and scenes/; `UserError` when it has no grasps, or not the config's views."""
         root = Path(path_or_repo).expanduser()
         if not (root / "dex_grasps_new").is_dir():
             raise UserError(
@@ -110,8 +110,7 @@ class DexGraspNetSource(Source):
         return f"grasp the {known}" if known else self.config.instruction
 
     def center_of(self, episode_id: int) -> np.ndarray:
-        """Where the origin of the target frame stands in the table's frame, [3] m; `CorruptEpisode` for damaged
-        files."""
+        """Origin of the target frame in the table's frame, [3] m; `CorruptEpisode` for damaged files."""
         with _named(self.where(episode_id)):
             return self._frame(episode_id // GRASPS_PER_OBJECT)[2]
 
@@ -174,8 +173,7 @@ class DexGraspNetSource(Source):
         return arrays
 
     def _read_frame(self, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(axes [3, 3], shift [3], center [3]): x in the scene's frame is axes @ x + shift in the table's, and that
-        minus center in the target's."""
+        """(axes [3, 3], shift [3], center [3]): scene to table is axes @ x + shift, to target that less center."""
         table = load_matrix(self._folder(key) / "cam0_wrt_table.npy", (4, 4))
         axes, shift = table[:3, :3], table[:3, 3]
         if table.ndim > 2 or np.abs(axes @ axes.T - np.eye(3)).max() > 1e-3 or np.linalg.det(axes) < 0:
@@ -212,8 +210,7 @@ def _named(where: str) -> Iterator[None]:
 
 
 def _grasp_files(folder: Path) -> dict[int, Path]:
-    """scene · 1000 + object → its file, in that order. `UserError` for names that are no numbers, or when there is
-    none."""
+    """scene · 1000 + object → its file, in that order; `UserError` when there is none, or a name is no number."""
     files = {}
     for path in folder.glob("scene_*/leap_hand/*.npz"):
         scene, thing = path.parts[-3].removeprefix("scene_"), path.stem
@@ -228,8 +225,7 @@ def _grasp_files(folder: Path) -> dict[int, Path]:
 
 
 def _listed(path: Path) -> int:
-    """How many grasps of a file are listed. Only a small file is opened for that; a damaged one counts as one, refused
-    later."""
+    """Grasps listed of a file. Only a small one is opened for that; a damaged one counts as one, refused later."""
     if path.stat().st_size >= _SURELY_MANY:
         return GRASPS_PER_OBJECT
     try:

@@ -6,9 +6,9 @@ What is read, below the folder given (or in the one file given):
       ep_0000/                                    one group an episode
         right_arm_eef/right_arm_eef      [N, 1+7]     time, x y z (m), quaternion x y z w: the measured wrist
         right_leapv2/right_leapv2        [N, 1+17]    time, joint commands (rad) of the LEAP v2 hand
-        right_leapv1/right_leapv1        [N, 1+16]    time, joint commands (rad) of a LEAP v1 hand; in pour and spray only
-        right_tracker/right_tracker_world_clipped_abs [N, 1+7]   human files: the wrist; several such arrays in one group
-        right_thumb_cam/1744428163583061504.jpg       one dataset an image: uint8 [H, W, 3] RGB, or the bytes of a JPEG file
+        right_leapv1/right_leapv1        [N, 1+16]    time, joint commands (rad) of a LEAP v1 hand; pour and spray only
+        right_tracker/right_tracker_world_clipped_abs [N, 1+7]   human files: the wrist; several in one group
+        right_thumb_cam/1744428163583061504.jpg       a dataset per image: uint8 [H, W, 3] RGB, or a JPEG file's bytes
         language/language                scalar text, where somebody added one
 
 Column "right_arm_eef" of a dataset config is right_arm_eef/right_arm_eef without its time;
@@ -39,11 +39,12 @@ import h5py
 import numpy as np
 
 from ....errors import UserError, unknown
-from ..base import EpisodeTable, Rows, Source, choose_views, listing_hash
+from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..hdf5 import SUFFIXES, find, find_array, opened, text
 from ..location import Location
+from ..tables import EpisodeTable, Rows
 from .streams import Alignment, align, is_camera, read_images, read_stream, view_of
 
 TASKS = {  # task in a file's name → our wording of it, since the files hold no text
@@ -179,8 +180,8 @@ class DexWildSource(Source):
         if not any("leapv2" in c for c in columns):
             return super()._remedy(columns)
         return (
-            "LEAP v2 has 17 joints, a single hand has 16 finger slots: name what becomes of the 17th (the bend of the palm), "
-            "e.g. 'drop: 1' in the field map after 16 finger joints"
+            "LEAP v2 has 17 joints, a single hand has 16 finger slots: say what becomes of the 17th (the bend of the "
+            "palm), e.g. 'drop: 1' in the field map after 16 finger joints"
         )
 
     def _align(self, group: h5py.Group, where: str) -> Alignment:

@@ -33,9 +33,9 @@ class Alignment:
 
 
 def align(group: h5py.Group, views: Sequence[str], columns: Sequence[str], tolerance_s: float, where: str) -> Alignment:
-    """For each image of the first view the row of each column and the image of each other view nearest in time, at
-    most `tolerance_s` away. Images without one at either end are left out, up to MAX_TRIM_S; anything else that does
-    not meet is a `CorruptEpisode`."""
+    """For each image of the first view the nearest row of each column and image of each other view, at most
+    `tolerance_s` away. At either end up to MAX_TRIM_S of images without one are left out; others are a
+    `CorruptEpisode`."""
     names = {view: _image_names(group, view, where) for view in views}
     streams = {column: read_stream(group, column, where) for column in columns}
     clock = np.array([time for time, _ in names[views[0]]])  # int64, one entry an image

@@ -11,19 +11,19 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ....common.failure import Failed
 from ....errors import UserError
-from ..base import EpisodeTable, Rows, Source, TableBlock
+from ..base import Source
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
+from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
 from .metadata import EpisodeEntry, Metadata
-from .tables import ImageRows, decode_images, find_images, read_rows, stream_rows, to_matrix
+from .parquet import ImageRows, decode_images, find_images, read_rows, stream_rows, to_matrix
 
 _CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table that tell whether rows are whole
 
@@ -51,6 +51,7 @@ class LeRobotSource(Source):
             episode_ids=tuple(meta.episodes),  # as listed; a missing file shows when the episode is loaded
             widths={key: math.prod(f.get("shape") or [1]) for key, f in meta.features.items()},
         )
+        self._read_recording()
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -61,29 +62,6 @@ class LeRobotSource(Source):
     def revision_hash(self) -> str:
         """sha256 hex over every file of `meta/`."""
         return self.meta.revision_hash()
-
-    @functools.cached_property
-    def _recording(self) -> dict[str, Any]:
-        """`meta/dvla.json`, which `dvla data record` writes; empty where there is no such file."""
-        path = self.path / "meta" / "dvla.json"
-        if not path.is_file():
-            return {}
-        try:
-            found = json.loads(path.read_text())
-            starts = {int(k): [float(x) for x in v] for k, v in found["starts"].items()}
-            return {"environment": str(found["environment"]), "starts": starts}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); record the dataset again") from None
-
-    @property
-    def starts(self) -> dict[int, list[float]] | None:  # type: ignore[override]
-        """Start vector of each recorded simulator episode; None for a dataset that `dvla data record` did not write."""
-        return self._recording.get("starts")
-
-    @property
-    def environment(self) -> str | None:  # type: ignore[override]
-        """The simulated task the dataset was recorded in, e.g. "metaworld/push-v3"; None for another dataset."""
-        return self._recording.get("environment")
 
     def length_of(self, episode_id: int) -> int:
         """Listed number of frames T."""
@@ -159,6 +137,18 @@ class LeRobotSource(Source):
                 found = find_images(path, episode_id, key, where)
                 length, opener = found.length, functools.partial(decode_images, found, where)
             yield View(name, found.height, found.width, length, opener, found.sha256)
+
+    def _read_recording(self) -> None:
+        """Task and initial states of a simulator's recording, from `meta/dvla.json` of `dvla data record`."""
+        path = self.path / "meta" / "dvla.json"
+        if not path.is_file():
+            return
+        try:
+            found = json.loads(path.read_text())
+            self.starts = {int(k): [float(x) for x in v] for k, v in found["starts"].items()}
+            self.environment = str(found["environment"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); record the dataset again") from None
 
     def _entry(self, episode_id: int) -> EpisodeEntry:
         self.where(episode_id)

@@ -17,26 +17,12 @@ from ..archive import COMPRESSED, SUFFIXES, Archive, open_archive
 from ..location import Location
 
 LOW_DIM, TEXTS = "low_dim_obs.pkl", "variation_descriptions.pkl"
-TASKS = [
-    "close_jar",
-    "insert_onto_square_peg",
-    "light_bulb_in",
-    "meat_off_grill",
-    "open_drawer",
-    "place_cups",
-    "place_shape_in_shape_sorter",
-    "place_wine_at_rack_location",
-    "push_buttons",
-    "put_groceries_in_cupboard",
-    "put_item_in_drawer",
-    "put_money_in_safe",
-    "reach_and_drag",
-    "slide_block_to_color_target",
-    "stack_blocks",
-    "stack_cups",
-    "sweep_to_dustpan_of_size",
-    "turn_tap",
-]  # PerAct's 18
+TASKS = (  # PerAct's 18
+    "close_jar", "insert_onto_square_peg", "light_bulb_in", "meat_off_grill", "open_drawer", "place_cups",
+    "place_shape_in_shape_sorter", "place_wine_at_rack_location", "push_buttons", "put_groceries_in_cupboard",
+    "put_item_in_drawer", "put_money_in_safe", "reach_and_drag", "slide_block_to_color_target", "stack_blocks",
+    "stack_cups", "sweep_to_dustpan_of_size", "turn_tap",
+)  # fmt: skip
 
 _WANTED = r"(_rgb/[^/]*\.png|low_dim_obs\.pkl|variation_descriptions\.pkl)$"  # of the members of a zip or tar
 _PATTERNS = ("*.zip", "*.tar", "*_rgb/*.png", f"*{LOW_DIM}", f"*{TEXTS}")  # what is fetched from the hub
@@ -89,8 +75,7 @@ def locate(given: str) -> tuple[Path, list[str]]:
 
 
 def dataset_name(names: Sequence[str]) -> str:
-    """Name of the dataset, safe for a folder: "close_jar", but "rlbench_train" for rlbench/train, to tell it from the
-    rest."""
+    """The dataset's name, safe for a folder: "close_jar", but "rlbench_train" for rlbench/train."""
     parts = list(names[:1])
     for outer in names[1:]:
         if not (_COMMON.fullmatch(parts[0]) or _COMMON.fullmatch(outer)):
@@ -112,8 +97,7 @@ def find_episodes(path: Path) -> list[Place]:
 
 
 def looks_like_rlbench(names: Sequence[str], root: Path | None) -> bool:
-    """`Source.matches`: by `low_dim_obs.pkl` or the folders around it, zips called like PerAct's tasks, or what the
-    first zip holds."""
+    """By `low_dim_obs.pkl` or the folders around it, zips named like PerAct's tasks, or what the first zip holds."""
     packed = [n for n in names if n.lower().endswith(SUFFIXES) and not n.lower().endswith(".zarr.zip")]
     if any(_SIGNS.search(n) for n in names) or any(Path(n).stem in TASKS for n in packed):
         return True

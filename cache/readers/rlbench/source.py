@@ -1,12 +1,10 @@
-"""RLBench demonstrations (as PerAct and `hqfang/RLBench-18-Tasks` lay them out), in zips, tars or unpacked, as
-episodes.
+"""RLBench demonstrations, as PerAct and `hqfang/RLBench-18-Tasks` lay them out, in zips, tars or unpacked.
 
 `[data/][train/]close_jar[.zip]/[close_jar/]all_variations/episodes/episode7/` (or `variation3/episodes/…`) holds
-`low_dim_obs.pkl` (T observations), `variation_descriptions.pkl` and a folder of T images per camera: `front_rgb/0.png`,
-… Depth and mask images are not read. Any of these folders can be given, a single .zip or .tar, a hub id, or a folder or
-zip inside a hub repository (`hqfang/RLBench-18-Tasks/data/val/close_jar.zip`). What a zip holds stands in the zip
-alone, so all zips below a hub id are fetched when it is opened: the whole repository is 116 GB, a task a fiftieth of
-that.
+`low_dim_obs.pkl` (T observations), `variation_descriptions.pkl` and a folder of T images per camera: `front_rgb/0.png`.
+Depth and mask images are not read. Any of these folders can be given, a single .zip or .tar, a hub id, or a folder or
+zip inside a hub repository (`hqfang/RLBench-18-Tasks/data/val/close_jar.zip`). Only a zip itself tells what it holds,
+so all zips below a hub id are fetched when it is opened: the repository is 116 GB, a task a fiftieth of that.
 
 An episode's number is its place in the natural order of the paths, so that it is the same packed and unpacked.
 Letters: T frames of the episode.
@@ -25,10 +23,11 @@ import numpy as np
 
 from ....errors import UserError
 from ..archive import SUFFIXES
-from ..base import EpisodeTable, Rows, Source, choose_views, listing_hash
+from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..images import decode_all, survey
+from ..tables import EpisodeTable, Rows
 from .layout import LOW_DIM, TEXTS, Place, dataset_name, find_episodes, locate, looks_like_rlbench
 from .pickled_values import PickledArray, Record
 from .unpickle import load_records
@@ -46,9 +45,8 @@ class RlbenchSource(Source):
     format = "rlbench"
 
     def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
-        """A folder, a .zip or .tar, or a hub id; `config` None finds the shipped one by the names of the folder and of
-        those around it. `UserError` when it cannot be fetched, holds no episode, or an archive is damaged or
-        refused."""
+        """A folder, a .zip or .tar, or a hub id; `config` None finds the shipped one by the names of the folder and
+        those around it. `UserError` when there is no episode, or an archive is damaged or refused."""
         path, names = locate(path_or_repo)
         config = config or find_config(self.format, names)
         places = find_episodes(path)
@@ -76,8 +74,7 @@ class RlbenchSource(Source):
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
-        """By `low_dim_obs.pkl` or the folders around it, zips called like PerAct's tasks, or what the first zip
-        holds."""
+        """As `looks_like_rlbench`."""
         return looks_like_rlbench(names, root)
 
     @functools.cached_property
@@ -168,8 +165,7 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 
 def _instruction(place: Place, where: str) -> str:
-    """The first text. RLBench keeps the texts beside `episodes/`, PerAct, which mixes variations, in the episode; ""
-    where neither does."""
+    """The first text, "" without any: beside `episodes/` (RLBench), or in the episode (PerAct mixes variations)."""
     outer = place.folder.split("/")[:-1]
     for folder in (place.folder, "/".join(outer[:-1] if outer[-1:] == ["episodes"] else outer)):
         if TEXTS in place.archive.entries(folder):

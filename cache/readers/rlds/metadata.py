@@ -55,8 +55,7 @@ class Metadata:
     """One dataset's description. `UserError` when the path holds none, or several, or it cannot be used."""
 
     def __init__(self, path_or_repo: str) -> None:
-        """`path_or_repo`: the folder of a version, one above it (the highest version is taken), or a hub id of
-        either."""
+        """The folder of a version, one above it (the highest version is taken), or a hub id of either."""
         self._files = Location(path_or_repo, [f"*{name}" for name in DESCRIPTION])
         self._base = _choose(self._files.root, path_or_repo)
         self.root = self._files.root / self._base

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ....errors import UserError
-from ..base import EpisodeTable, Rows, Source
+from ..base import Source
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..images import choose_cameras, decode, decode_all, survey
+from ..tables import EpisodeTable, Rows
 from .metadata import Feature, Metadata, is_rlds
 from .tfrecord import index_records, parse_example, read_record, values_of
 
@@ -37,8 +38,7 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what tfds writes; PIL would try many
 
 class RldsSource(Source):
     """One version of one RLDS dataset. Episode ids number the records of all splits and shards as dataset_info.json
-    lists them, so they do not move when a shard is missing. The rate is not in the files: the config gives
-    `control_hz`."""
+    lists them, so they do not move when a shard is missing. The files do not give the rate: `control_hz` does."""
 
     format = "rlds"
 
@@ -105,8 +105,7 @@ class RldsSource(Source):
     def _refuse_placeholder(self, example: Mapping[str, Any], view: str, images: Sequence[bytes], where: str) -> None:
         """Refuse a camera that was not there: Bridge fills it with black images and sets `has_<view>` false. The flag
         alone proves nothing (the published Bridge files have it false for every camera, by a slip of their converter),
-        so where it is false the pixels decide, by the image of fewest bytes: one of a single color is always among the
-        smallest."""
+        so where it is false the pixels decide, by the image of fewest bytes: a single color is always among those."""
         flag = f"episode_metadata/has_{self._cameras[view].rpartition('/')[2]}"
         if flag not in example or any(values_of(example, flag, "int64", where)):
             return
@@ -146,8 +145,7 @@ class RldsSource(Source):
         return values.reshape(-1, width)
 
     def _instruction(self, example: Mapping[str, Any], lengths: Set[int], where: str) -> str:
-        """The steps' task text; differing ones are joined by "; " in the order of their use. `lengths`: of the columns,
-        which should all be one number."""
+        """The steps' task text; differing ones are joined by "; " in order of use. `lengths`: of the columns."""
         for name in _INSTRUCTIONS:
             feature = self._meta.features.get(name)
             if feature is None or feature.kind != "text":

@@ -122,8 +122,7 @@ def _checksum(data: bytes) -> int:
 
 
 def _example_class() -> type[message.Message]:
-    """tf.train.Example (tensorflow/core/example/{example,feature}.proto): a map from name to one of three flat
-    lists."""
+    """tf.train.Example (tensorflow/core/example/*.proto): a map from name to one of three flat lists."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="dvla/example.proto", package="dvla", syntax="proto3")
 

@@ -1,5 +1,4 @@
-"""`dvla data check`: the doctor of a dataset. Reads every table and a sample of the images, and says what is wrong with
-them.
+"""`dvla data check`: the doctor of a dataset reads every table and a sample of the images, and reports what is wrong.
 
 What is kept in memory grows with episodes and dimensions, never with rows. Letters: T rows of an episode, d native
 dimensions.
@@ -10,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -22,13 +20,14 @@ from typing import Any
 
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .... import __version__
 from ....cache.readers import Source, open_source
-from ....cache.readers.base import EpisodeTable
 from ....cache.readers.config import load_config
+from ....cache.readers.tables import EpisodeTable
 from ....common.failure import Failed
+from ....common.files import write_file
 from ....errors import UserError
 from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
@@ -75,13 +74,12 @@ class CheckReport:
         f, counts = self.facts, {s: sum(x.severity == s for x in self.findings) for s in COLORS}
         usable, rows = len(f.listed) - len({x.episode for x in f.failures}), sum(f.lengths.values())
         decoded, looked = sum(p.frames for p in f.images), len({p.episode for p in f.images if p.frames})
-        found = ", ".join(
-            f"{n} {word}{'' if n == 1 else 's'}" for word, n in zip(("error", "warning", "note"), counts.values())
+        words = zip(("error", "warning", "note"), counts.values())
+        found = ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in words)
+        read = (
+            f"{usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} images of {looked} episodes decoded"
         )
-        return (
-            f"{self.source.name}: {usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} images of {looked} episodes "
-            f"decoded; {found}; {self.seconds:.1f} s"
-        )
+        return f"{self.source.name}: {read}; {found}; {self.seconds:.1f} s"
 
 
 def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckReport:
@@ -102,13 +100,15 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
     _look_at_images(source, facts, config, count, progress)
     report = CheckReport(source, facts, tuple(judge(facts)), time.perf_counter() - began)
     if config.out is not None:
-        _write(config.out, as_json(report))
+        if config.out.exists():
+            raise UserError(f"{config.out} appeared meanwhile; choose another --out")
+        write_file(config.out, as_text(as_json(report)).encode())
     return report
 
 
 def findings_table(report: CheckReport) -> Table:
     """One row per finding."""
-    table = Table("", "rule", "finding", expand=False)
+    table = Table("", "rule", Column("finding", overflow="fold"))
     for f in report.findings:
         table.add_row(f"[{COLORS[f.severity]}]{f.severity}[/]", f.rule, escape(f.message))
     return table
@@ -271,8 +271,7 @@ def _look_at_images(source: Source, facts: Facts, config: CheckConfig, count: in
 
 
 def _position(stats: TableStats, native: np.ndarray) -> np.ndarray:
-    """[T, k] values as shares of their range over the dataset; dimensions without one, and dropped ones, are left
-    out."""
+    """[T, k] values as shares of their range over the dataset, without constant and dropped dimensions."""
     used = [d.index for d in stats.dims if d.kind != "dropped" and stats.high[d.index] > stats.low[d.index]]
     return (native[:, used] - stats.low[used]) / (stats.high[used] - stats.low[used])
 
@@ -289,16 +288,3 @@ def as_text(report: dict[str, Any]) -> str:
         return json.dumps(value, ensure_ascii=False)
 
     return "{\n " + ",\n ".join(f"{json.dumps(k)}: {entry(v)}" for k, v in report.items()) + "\n}\n"
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    """The report appears under its name when complete, and never in place of another file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(as_text(report))
-        if path.exists():
-            raise UserError(f"{path} appeared meanwhile; choose another --out")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,12 +39,16 @@ class Facts:
     lengths: dict[int, int] = field(default_factory=dict)  # rows of each usable table
     listed_lengths: dict[int, int] = field(default_factory=dict)  # rows by the metadata
     gaps: list[tuple[int, int, float]] = field(default_factory=list)  # (episode, frame, step in seconds) out of rhythm
-    drifts: list[tuple[int, float, float]] = field(
-        default_factory=list
-    )  # (episode, seconds off at its end, rows per second)
+    drifts: list[tuple[int, float, float]] = field(default_factory=list)  # (episode, seconds off at its end, rows/s)
     instructions: dict[str, list[int]] = field(default_factory=dict)  # text → episodes
     twins: list[tuple[int, int]] = field(default_factory=list)  # (episode, earlier one with the same numbers)
     images: list[CameraFacts] = field(default_factory=list)
+
+    def by_view(self) -> dict[str, list[CameraFacts]]:
+        views: dict[str, list[CameraFacts]] = {}
+        for seen in self.images:
+            views.setdefault(seen.view, []).append(seen)
+        return views
 
 
 def ranges(numbers: Sequence[int], most: int = 6) -> str:
@@ -59,12 +63,13 @@ def ranges(numbers: Sequence[int], most: int = 6) -> str:
     return shown + (f", … {len(parts) - most} more" if len(parts) > most else "")
 
 
-def about_episodes(rule: str, severity: Severity, episodes: Iterable[int], what: Callable[[int], str]) -> list[Finding]:
+def about_episodes(
+    rule: str, severity: Severity, episodes: Iterable[int], what: Callable[[int], str]
+) -> Iterator[Finding]:
     """One finding for all episodes concerned: the first in words, the others by number."""
     chosen = tuple(sorted(episodes))
-    if not chosen:
-        return []
-    return [Finding(rule, severity, f"episode {chosen[0]} {what(chosen[0])}{likewise(chosen)}", chosen)]
+    if chosen:
+        yield Finding(rule, severity, f"episode {chosen[0]} {what(chosen[0])}{likewise(chosen)}", chosen)
 
 
 def likewise(episodes: Sequence[int], listed: int | None = None) -> str:
@@ -75,24 +80,15 @@ def likewise(episodes: Sequence[int], listed: int | None = None) -> str:
 
 def about_cameras(
     rule: str, severity: Severity, facts: Facts, test: Callable[[CameraFacts], bool], what: Callable[[CameraFacts], str]
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """One finding per view."""
-    found = []
-    for view in dict.fromkeys(p.view for p in facts.images):
-        seen = [p for p in facts.images if p.view == view]
+    for view, seen in facts.by_view().items():
         bad = [p for p in seen if test(p)]
         if bad:
             episodes = tuple(sorted(p.episode for p in bad))
-            found.append(
-                Finding(
-                    rule,
-                    severity,
-                    f"view '{view}' of episode {bad[0].episode} {what(bad[0])}; {len(bad)} of {len(seen)} episodes "
-                    f"looked at ({ranges(episodes)})",
-                    episodes,
-                )
-            )
-    return found
+            share = f"{len(bad)} of {len(seen)} episodes checked ({ranges(episodes)})"
+            message = f"view '{view}' of episode {bad[0].episode} {what(bad[0])}; {share}"
+            yield Finding(rule, severity, message, episodes)
 
 
 def named(dims: Sequence[Dimension]) -> str:

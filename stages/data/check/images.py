@@ -52,8 +52,7 @@ def scan(
     stopped: Callable[[], bool] = lambda: False,
 ) -> CameraFacts:
     """Decode the ranges (start, stop) `frames` of a view, until `stopped`. `position` [T, k]: state (or action) as
-    shares of its range over the dataset, to know when the robot moves. `CorruptEpisode` where a frame cannot be
-    decoded."""
+    shares of its range over the dataset, to know when the robot moves. `CorruptEpisode` for a damaged frame."""
     found = CameraFacts(episode, view.name, view.height, view.width)
     steps = np.abs(np.diff(position, axis=0)).max(1, initial=0)
     moving = (steps > MOVES / 50) & (steps >= (np.median(steps) if len(steps) else 0))  # [T-1]

@@ -76,8 +76,7 @@ class Steps:
                 heapq.heappop(best)
 
     def quantile(self, q: float) -> np.ndarray:
-        """[width] size below which a share q of the steps that moved lie (rounded up to half an octave); 0 without
-        any."""
+        """[width] size below which a share q of the moving steps lie (rounded up to half an octave); 0 without any."""
         total = self.counts.sum(1)
         bins = (np.cumsum(self.counts, 1) < np.ceil(q * total)[:, None]).sum(1)
         return np.where(total > 0, 2.0 ** ((bins + 1) / PER_OCTAVE + LOWEST), 0.0)

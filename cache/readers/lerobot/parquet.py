@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ....common.text import first_line
-from ..base import require_finite
 from ..episode import CorruptEpisode
 from ..images import decode_all, survey
+from ..tables import require_finite
 
 _IMAGE_ROWS = 32  # rows of images read at a time
 _READ_BYTES = 1 << 20  # read ahead per column; without it a row group is read at once, and a file may be one row group
