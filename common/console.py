@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from ..errors import UserError
 from .text import duration
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 170)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -75,10 +76,32 @@ def progress_lines(every: float, clock: Callable[[], float] = time.monotonic) ->
     return show
 
 
-def table(head: list[str], rows: list[list[str]], title: str | None = None) -> Table:
-    """A table of plain words."""
-    found = Table(*head, title=title)
-    for row in rows:
+UNITS = "[KMGT]?i?B|s|min|h|days"  # after a number
+SHORT, LONG = 12, 40  # columns up to SHORT are never folded; those up to LONG rather cost another column its place
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, drop: Sequence[str] = ()
+) -> Table:
+    """A table of plain words that fits the console: the columns `drop` go first, in their order, then long words fold."""
+    columns = {name: [name, *cells] for name, *cells in zip(head, *map(list, rows))}
+    widths = {name: max(len(line) for cell in cells for line in cell.split("\n")) for name, cells in columns.items()}
+    for name in drop:
+        if sum(min(width, LONG) + 2 for width in widths.values()) - 2 <= console.width:
+            break
+        widths.pop(name, None)
+    narrow: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    found = Table(title=title, title_justify="left", **narrow)
+    for name, width in widths.items():
+        numbers = all(re.fullmatch(rf"[-+–.,/\d%e ]*({UNITS})?", cell) for cell in columns[name][1:])
+        found.add_column(
+            escape(name),
+            justify="right" if numbers else "left",
+            no_wrap=width <= SHORT,
+            min_width=min(width, SHORT),
+            overflow="fold",
+        )
+    for row in zip(*(columns[name][1:] for name in widths)):
         found.add_row(*map(escape, row))
     return found
 
@@ -87,17 +110,6 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-
-
-def simple_table(*columns: str | Column, **options: Any) -> Table:
-    """An empty, narrow table with one rule, under its head. Where it is too wide, words are folded: nothing is cut off."""
-    folded = (Column(c, overflow="fold") if isinstance(c, str) else c for c in columns)
-    return Table(*folded, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **options)
-
-
-def right_aligned(*names: str) -> list[Column]:
-    """Columns of numbers, which stay in one line."""
-    return [Column(name, justify="right", no_wrap=True) for name in names]
 
 
 def write_json(file: Path | None, values: Any) -> None:

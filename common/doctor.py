@@ -10,10 +10,9 @@ import shutil
 from dataclasses import dataclass
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from .console import console
+from .console import console, table
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,15 @@ def _opengl() -> str | None:
 
 def doctor_table(findings: list[Finding]) -> Table:
     """One row per piece: version, or what its absence costs and how to get it."""
-    table = Table("piece", "found", "without it", "to get it")
-    for f in findings:
-        remedy = ("", "") if f.found else (escape(f.costs), escape(f.install))
-        table.add_row(f.name, f.found or "[red]missing[/red]", *remedy)
-    return table
+    rows = [
+        (
+            f.name,
+            f.found or "missing",
+            *(("", "") if f.found else (f.costs, f.install)),
+        )  # a remedy only where it is needed
+        for f in findings
+    ]
+    return table(("piece", "found", "without it", "to get it"), rows)
 
 
 def doctor_command() -> None:

@@ -112,47 +112,43 @@ def head_loss(
     noise: Tensor,
     alpha: Tensor,
     generator: torch.Generator | None = None,
-    positives: Tensor | None = None,
-    w_pos: Tensor | None = None,
     negatives: Tensor | None = None,
     w_neg: Tensor | None = None,
     queues: ChunkQueues | None = None,
     reduce: Reduce | None = None,
 ) -> PolicyLoss:
-    """The forward pass of a `PolicyNet`, or of what wraps one, and the loss of any kind, for `noise` [B,G,T,n] standard
-    normal and guidance scales `alpha` [B].
+    """The forward pass of a `PolicyNet`, or of what wraps one, and the loss of any kind.
 
-    One-step kinds: `policy_loss` of the chunks generated; arguments as there. `queues` add theirs, and then take this
-    batch's chunks. `mse` makes one sample and reads no noise.
+    `noise` [B,G,T,n] standard normal, guidance scales `alpha` [B].
+
+    One-step kinds: `policy_loss` of the chunks generated; arguments as there. `queues` add positives and negatives, and
+    then take this batch's chunks. `mse` makes one sample and reads no noise.
 
     Denoising kinds: masked mean square of the prediction's error, at a time of its own for each sample, drawn from
     `generator` (CPU; None: the global one); entries that do not count are zero in the input and absent from the loss.
-    Drift and scales are 0, so that a log line keeps its shape. Samples are not compared, so positives, negatives and
-    queues are refused (ValueError).
+    Drift and scales are 0, so that a log line keeps its shape. Samples are not compared, so negatives and queues are
+    refused (ValueError).
 
     `UserError` where `config` asks for queues or neighbors and none are given: a setting never goes without effect.
     """
-    for name, wanted, given in (
-        ("queue", config.queue != "none", queues),
-        ("neighbours", config.neighbours, positives),
-    ):
-        if wanted and given is None:
+    for name, missing in (("queue", config.queue != "none" and queues is None), ("neighbours", config.neighbours > 0)):
+        if missing:
             raise UserError(f"loss.{name} is {getattr(config, name)}, but this training fills none; leave it out")
-    if config.kind in ONE_STEP:
-        noise = _positions(noise) if config.kind == "mse" else noise  # [B,G,T,n]
-        if queues is not None:
-            drawn = queues.draw(batch)
-            positives, w_pos = _joined(positives, w_pos, drawn.positives, drawn.weight)
-            negatives, w_neg = _joined(negatives, w_neg, drawn.negatives, drawn.weight)
-        pred = net(batch, noise, alpha)  # [B,G,T,128]
-        if queues is not None:
-            queues.push(batch, pred)
-        return policy_loss(
-            pred, batch, config, positives=positives, w_pos=w_pos, negatives=negatives, w_neg=w_neg, reduce=reduce
-        )
-    if positives is not None or negatives is not None or queues is not None:
-        raise ValueError(f"a {config.kind} head takes neither positives nor negatives nor queues")
-    return _denoising_loss(net, batch, config, noise, alpha, generator, reduce)
+    if config.kind in DENOISING:
+        if negatives is not None or queues is not None:
+            raise ValueError(f"a {config.kind} head takes neither negatives nor queues")
+        return _denoising_loss(net, batch, config, noise, alpha, generator, reduce)
+    positives, w_pos = None, None
+    noise = _positions(noise) if config.kind == "mse" else noise  # [B,G,T,n]
+    if queues is not None:
+        positives, more, w_pos = queues.draw(batch)
+        negatives, w_neg = (more, w_pos) if negatives is None else _joined(negatives, w_neg, more, w_pos)
+    pred = net(batch, noise, alpha)  # [B,G,T,128]
+    if queues is not None:
+        queues.push(batch, pred)
+    return policy_loss(
+        pred, batch, config, positives=positives, w_pos=w_pos, negatives=negatives, w_neg=w_neg, reduce=reduce
+    )
 
 
 def _denoising_loss(
@@ -205,10 +201,8 @@ def generate(
     return ddim(lambda x, level: predict(x, (level + 1) / DIFFUSION_STEPS), noise, steps)
 
 
-def _joined(chunks: Tensor | None, weight: Tensor | None, more: Tensor, more_weight: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(chunks: Tensor, weight: Tensor | None, more: Tensor, more_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Chunks [B,n,T,128] and their weights [B,n] (None: 1), and then some more."""
-    if chunks is None:
-        return more, more_weight
     weight = more_weight.new_ones(chunks.shape[:2]) if weight is None else weight
     return torch.cat([chunks, more.to(chunks)], dim=1), torch.cat([weight, more_weight], dim=1)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import UNIFIED_DIM, FeatureBatch
-from .config import AFFINITY_FLOOR, ONE_STEP, TEMPERATURES, LossConfig
+from .config import AFFINITY_FLOOR, TEMPERATURES, LossConfig
 from .field import MIN_SCALE, DriftField, GroupedField, Reduce, drifting_field, grouped_drifting_field
 
 
@@ -109,24 +109,20 @@ def policy_loss(
 ) -> PolicyLoss:
     """Loss of the G chunks `pred` [B,G,T,128] of each observation of `batch`; never compares two observations.
 
-    An entry counts where its slot is active for the dataset and its step lies before the episode's end; other entries
-    of `pred` get no gradient and are zeroed in generated and expert chunks, so they add nothing to a distance, and D of
-    the algorithm is the number that do count.
+    An entry counts where its slot is active and its step lies before the episode's end. Other entries get no gradient
+    and are zeroed in generated and expert chunks, so they add nothing to a distance; D is the number that do count.
 
-    MSE: mean of (pred − action)² over the counting entries of all samples. Drift: the G chunks of an observation
-    against its own expert chunk (weight 1), and against further chunks of the same action space if given: `positives`
-    [B,P,T,128] with weights `w_pos` [B,P] (`neighbours`, `queues`), `negatives` [B,M,T,128] with weights `w_neg` [B,M]
-    (`guidance.batch_negatives`, `queues`), all normalized, and complete wherever the observation's own chunk is.
-    Weights not given are 1; a chunk of weight 0 is ignored. The distance scale and mean(F²) are taken per embodiment.
-    `distance="step"` makes each (observation, step) a condition of its own.
+    MSE: mean of (pred − action)² over the counting entries of all samples. Drift: the chunks of an observation against
+    its own expert chunk (weight 1), and against further chunks of the same action space: `positives` [B,P,T,128] with
+    weights `w_pos` [B,P], `negatives` [B,M,T,128] with `w_neg` [B,M], normalized, and complete wherever the
+    observation's own chunk is. Weights not given are 1; a chunk of weight 0 is ignored. Distance scale and mean(F²) are
+    per embodiment; `distance="step"` makes each (observation, step) a condition of its own.
 
     `reduce`: see `drifting_field`; it makes scale and mean(F²) those of all ranks, and mse, drift and total such that
     their means over the ranks are those over all."""
     (b, _, t, d), action = pred.shape, tuple(batch.action.shape)
     if d != UNIFIED_DIM or action != (b, t, d):
         raise ValueError(f"pred: expected [B,G,T,{UNIFIED_DIM}] for action {action}, got {tuple(pred.shape)}")
-    if config.kind not in ONE_STEP:
-        raise ValueError(f"LossConfig.kind: expected one of {', '.join(ONE_STEP)}, got {config.kind!r}")
     pred = pred if pred.dtype == torch.float64 else pred.float()  # [B,G,T,128]
     active, per_step = counting(batch), config.distance == "step"  # [B,T,128]
     with torch.autocast(pred.device.type, enabled=False):
@@ -177,10 +173,12 @@ def _combined(
     diff = _towards(gen.masked_fill(~mask[:, None], 0.0), field.force, field.unit[:, None, None])  # [C,G,D]
     per_condition = diff.square().sum((1, 2)) / (gen.shape[1] * field.entries).clamp(min=1)  # [C]
     drift = (per_condition * live).sum() / per_rank(live.sum(), reduce).clamp(min=1)  # []
-    total = {"mse": mse, "pure_drift": drift, "hybrid": mse + config.drift_weight * drift}[config.kind]
+    kinds = {"mse": mse, "pure_drift": drift, "hybrid": mse + config.drift_weight * drift}
+    if config.kind not in kinds:
+        raise ValueError(f"LossConfig.kind: expected one of {', '.join(kinds)}, got {config.kind!r}")
     share = live / live.sum().clamp(min=1)  # [C]
     return PolicyLoss(
-        total,
+        kinds[config.kind],
         mse.detach(),
         drift.detach(),
         (field.mean_square[:, group] * share).sum(1),

@@ -184,7 +184,7 @@ def _load(job: Job) -> tuple[BuildPlan, VisionLanguageEncoder, dict[str, Source]
     if not _loaded or _loaded[0][0] != job.key:
         fingerprint = read_fingerprint(job.path)
         encoder = load_encoder(job.encoder, pick_device(_device(job.device)))
-        if lines := fp.diff(fingerprint["encoder"], encoder.fingerprint()):
+        if lines := fp.diff(fingerprint["encoder"], encoder.fingerprint(), "the build has", "it has"):
             raise UserError(
                 f"worker on {socket.gethostname()} has another encoder than the build: {'; '.join(lines[:6])}; give "
                 "all workers the same checkpoint, dvla version and kind of device"

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
-from ...common.console import console, errors
+from ...common.console import console, errors, say, table
+from ...common.text import wrapped
 
 if TYPE_CHECKING:
     from ...cache.actions.action_map import ActionMap
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from ...cache.readers.episode import Episode
     from .summary import Summary
 
-PIPE_WIDTH = 170  # of wide tables where there is no terminal
 SHOWN_INSTRUCTIONS = 5
 SHOWN_REASONS = 10
 SHOWN_NUMBERS = 20
@@ -30,37 +27,29 @@ SHOWN_QUANTILES = ("0.01", "0.5", "0.99")
 
 def show_families(configs: Sequence[DatasetConfig]) -> None:
     """One row per shipped dataset config; variants, which have a folder, last."""
-    fixed = (Column(name, no_wrap=True) for name in ("family", "format", "embodiment", "Hz", "dims", "weight"))
-    table = Table(
-        *fixed,
-        Column("licence", overflow="fold"),
-        Column("source", overflow="fold"),
-        box=SIMPLE_HEAD,
-        caption_justify="left",
-        caption="dims: native dimensions of action/state; Hz -: as the files say; a family with / is used only where --dataset-config names it",
-    )
-    for c in sorted(configs, key=lambda c: ("/" in c.name, c.name)):
-        dims = f"{c.action_width}/{sum(spec.width for spec in c.state)}"
-        more = f" (+{len(c.source) - 1})" if len(c.source) > 1 else ""
-        row = (
+    rows = [
+        (
             c.name,
             c.format,
             c.embodiment,
             f"{c.control_hz:g}" if c.control_hz else "-",
-            dims,
+            f"{c.action_width}/{sum(spec.width for spec in c.state)}",
             f"{c.sampling_weight:g}",
             c.license or "-",
-            (c.source or ("-",))[0] + more,
+            (c.source or ("-",))[0] + (f" (+{len(c.source) - 1})" if len(c.source) > 1 else ""),
         )
-        table.add_row(*map(escape, row))
-    _print_wide(table)
+        for c in sorted(configs, key=lambda c: ("/" in c.name, c.name))
+    ]
+    head = ("family", "format", "embodiment", "Hz", "dims", "weight", "license", "source")
+    console.print(table(head, rows, drop=("weight", "source", "dims")))
+    say("Hz -: the rate in the files; dims: native dimensions of action/state")
+    say("a family with / is used only where --dataset-config names it")
 
 
 def show_datasets(found: Sequence[Summary]) -> None:
     """One row per dataset that lies in the folders."""
-    table = Table(Column("dataset", overflow="fold"), "format", "episodes", "frames", "Hz", "cameras (H×W)", "family")
-    for s in found:
-        row = (
+    rows = [
+        (
             s.path,
             f"{s.format} {s.version or ''}".strip(),
             str(s.episodes),
@@ -69,12 +58,10 @@ def show_datasets(found: Sequence[Summary]) -> None:
             _cameras(s.cameras, "\n"),
             s.family or "none",
         )
-        table.add_row(*map(escape, row))
-    _print_wide(table)
-
-
-def _print_wide(table: Table) -> None:
-    Console(highlight=False, width=None if console.is_terminal else PIPE_WIDTH).print(table)
+        for s in found
+    ]
+    head = ("dataset", "format", "episodes", "frames", "Hz", "cameras (H×W)", "family")
+    console.print(table(head, rows, drop=("Hz", "format")))
 
 
 def show_summary(s: Summary, instructions: Counter[str]) -> None:
@@ -84,34 +71,30 @@ def show_summary(s: Summary, instructions: Counter[str]) -> None:
         config = s.source.config
         lines |= {
             "embodiment": config.embodiment,
-            "licence": config.license or "not known",
+            "license": config.license or "not known",
             "source": ", ".join(config.source),
             "note": config.note,
         }
-        lines["rate"] = f"{s.source.control_hz:g} Hz" + (
-            f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else ""
-        )
+        lines["rate"] = f"{s.source.control_hz:g} Hz"
+        lines["rate"] += f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else ""
         ahead = f", {config.action_shift} rows ahead" if config.action_shift else ""
         if config.integrate:
-            lines["integrated"] = (
-                f"the action's displacements ({config.integrate.rotation}, {config.integrate.frame} frame) become absolute poses"
-            )
-        lines["columns"] = f"action: {' + '.join(config.action_columns)}{ahead}; state: " + (
-            " + ".join(config.state_columns) if config.state else "none"
-        )
+            how = f"{config.integrate.rotation}, {config.integrate.frame} frame"
+            lines["integrated"] = f"the action's displacements ({how}) become absolute poses"
+        state = " + ".join(config.state_columns) if config.state else "none"
+        lines["columns"] = f"action: {' + '.join(config.action_columns)}{ahead}; state: {state}"
     else:
         lines["rate"] = f"{s.hz:g} Hz"
     lines["episodes"] = f"{s.episodes}, {'an unknown number of' if s.frames is None else s.frames} frames"
     lines["cameras"] = _cameras(s.cameras, ", ")
     counted = instructions.total()
-    lines["instructions"] = f"{len(instructions)} different" + (
-        f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
-    )
+    lines["instructions"] = f"{len(instructions)} different"
+    lines["instructions"] += f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
     for name, value in lines.items():
         if value:
-            console.print(f"{name:<13} {' '.join(value.split())}", markup=False)
+            say(f"{name:<13} {wrapped(value, ' ' * 14)[14:]}")
     for text, count in instructions.most_common(SHOWN_INSTRUCTIONS):
-        console.print(f"{count:>13} × {text!r}" if text else f"{count:>13} × no instruction", markup=False)
+        say(f"{count:>13} × {text!r}" if text else f"{count:>13} × no instruction")
 
 
 def _cameras(cameras: Mapping[str, tuple[int, int] | None], between: str) -> str:
@@ -122,72 +105,48 @@ def features_table(features: Mapping[str, Any]) -> Table:
     """The raw features of a LeRobot dataset that no config describes."""
     from .summary import dimension_names
 
-    table = Table("feature", "type", "shape", "names")
-    for key, feature in features.items():
-        names = dimension_names(features, (key,)) or []
-        table.add_row(
-            escape(key),
+    rows = [
+        (
+            key,
             str(feature.get("dtype")),
             "×".join(map(str, feature.get("shape") or [1])),
-            escape(", ".join(names)),
+            ", ".join(dimension_names(features, (key,)) or []),
         )
-    return table
+        for key, feature in features.items()
+    ]
+    return table(("feature", "type", "shape", "names"), rows)
 
 
 def field_table(title: str, mapping: ActionMap, native_names: Sequence[str] | None) -> Table:
     """A field map: native dimension → unified slot."""
     from .summary import field_rows
 
-    table = Table(
-        "dim",
-        Column("in the files", overflow="fold"),
-        Column("unified field", overflow="fold"),
-        "slot",
-        "unit",
-        "native → unified",
-        title=title,
-        title_justify="left",
-    )
-    for row in field_rows(mapping, native_names):
-        table.add_row(
-            *map(
-                escape, (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)
-            )
-        )
-    return table
+    rows = [
+        (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)
+        for row in field_rows(mapping, native_names)
+    ]
+    return table(("dim", "native", "unified", "slot", "unit", "native → unified"), rows, title)
 
 
 def values_table(title: str, mapping: ActionMap, native_names: Sequence[str] | None, values: np.ndarray) -> Table:
     """The first and the last row of native `values [T, d]`, as they are and unified."""
     from .summary import field_rows
 
-    table = Table(
-        "dim",
-        Column("in the files", overflow="fold"),
-        Column("unified field", overflow="fold"),
-        "first row",
-        "last row",
-        "first, unified",
-        "last, unified",
-        title=title,
-        title_justify="left",
-    )
     ends = values[[0, -1]]
-    unified = mapping.to_unified(ends)
+    unified, rows = mapping.to_unified(ends), []
     for row in field_rows(mapping, native_names):
         dims, slots = list(row.dims), list(row.slots)
         numbers = (ends[0, dims], ends[1, dims], unified[0, slots], unified[1, slots])
-        table.add_row(*map(escape, (_span(row.dims), ", ".join(row.native), row.field, *map(_numbers, numbers))))
-    return table
+        rows.append((_span(row.dims), ", ".join(row.native), row.field, *map(_numbers, numbers)))
+    head = ("dim", "native", "unified", "first\nnative", "last\nnative", "first\nunified", "last\nunified")
+    return table(head, rows, title, drop=("last\nnative", "last\nunified"))
 
 
 def show_episode(episode: Episode) -> None:
-    """Length, instruction and picture sizes."""
-    console.print(
-        f"episode {episode.episode_id}: {episode.length} frames, {episode.timestamps[-1]:.2f} s, instruction "
-        f"{episode.instruction!r}, pictures {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}",
-        markup=False,
-    )
+    """Length, instruction and image sizes."""
+    say(f"episode {episode.episode_id}: {episode.length} frames, {episode.timestamps[-1]:.2f} s")
+    say(wrapped(f"instruction {episode.instruction!r}"))
+    say(wrapped(f"cameras {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}"))
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -201,23 +160,12 @@ def _numbers(values: np.ndarray) -> str:
 def statistics_table(title: str, fields: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per field of a report's vector."""
     numbers = ("mean", "std", "min", *SHOWN_QUANTILES, "max")
-    table = Table(
-        Column("field", no_wrap=True),
-        Column("unit", no_wrap=True),
-        "count",
-        *(n if n in ("mean", "std", "min", "max") else f"q{n}" for n in numbers),
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    for name, f in fields.items():
-        table.add_row(
-            escape(name),
-            f.get("unit", ""),
-            str(f["count"]),
-            *(f"{f.get(n, f['quantiles'].get(n)):.4g}" for n in numbers),
-        )
-    return table
+    head = ("field", "unit", "count", *(n if n.isalpha() else f"q{n}" for n in numbers))
+    rows = [
+        (name, f.get("unit", ""), str(f["count"]), *(f"{f.get(n, f['quantiles'].get(n)):.4g}" for n in numbers))
+        for name, f in fields.items()
+    ]
+    return table(head, rows, title, drop=("count", "q0.01", "q0.99", "q0.5"))
 
 
 def show_report(report: Mapping[str, Any], out: Path | None, native: bool) -> None:
@@ -230,15 +178,9 @@ def show_report(report: Mapping[str, Any], out: Path | None, native: bool) -> No
     for q in lost[:SHOWN_REASONS]:
         errors.print(q["reason"], style="yellow", markup=False)
     if len(lost) > SHOWN_REASONS:
-        errors.print(
-            f"… {len(lost) - SHOWN_REASONS} more" + (f", all in {out}" if out else "; --out writes all"),
-            style="yellow",
-            markup=False,
-        )
+        where = f"all in {out}" if out else "--out writes all"
+        errors.print(f"… {len(lost) - SHOWN_REASONS} more, {where}", style="yellow", markup=False)
     episodes, rows = (sum(d[k] for d in report["datasets"]) for k in ("episodes", "rows"))
     named = ", ".join(str(q["episode"]) for q in lost[:SHOWN_NUMBERS]) + (", …" if len(lost) > SHOWN_NUMBERS else "")
-    console.print(
-        f"{out or ', '.join(d['name'] for d in report['datasets'])}: {rows} rows of {episodes} episodes, "
-        f"{len(lost)} episodes in quarantine" + (f" ({named})" if lost else ""),
-        markup=False,
-    )
+    what = out or ", ".join(d["name"] for d in report["datasets"])
+    say(f"{what}: {rows} rows of {episodes} episodes, {len(lost)} quarantined" + (f" ({named})" if lost else ""))

@@ -85,7 +85,7 @@ def latency_command(
     Example: dvla bench latency runs/lora --batch-size 1 --batch-size 8. Without a checkpoint:
     dvla bench latency --model-size base --views 2
     """
-    from .latency import measure, table
+    from .latency import latency_table, measure
 
     if policy is not None and random:
         raise UserError("--model-size, --views and --vlm are for random weights; a checkpoint has its own")
@@ -108,5 +108,5 @@ def latency_command(
         f"{report['horizon']} steps, {passes}{report['device']}{', compiled' if report['compiled'] else ''}, "
         f"torch {report['torch']}, {report['repeats']} calls"
     )
-    console.print(table(report))
+    console.print(latency_table(report))
     write_json(json, report)

@@ -22,6 +22,7 @@ from ...cache.actions.action_map import ActionMap, FieldSpec
 from ...cache.actions.statistics import Statistics
 from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import encoder_spec
+from ...common.console import table
 from ...common.device import pick_device
 from ...drifting.config import LossConfig
 from ...drifting.dit import dit_config
@@ -81,18 +82,13 @@ def measure(config: LatencyConfig, show: Show = lambda name, done, total: None) 
     return about | {"rows": rows + (_time_server(policy, config, show) if config.server else [])}
 
 
-def table(report: dict[str, Any]) -> Table:
-    """One row per part, three columns per batch size."""
-    sizes = list(dict.fromkeys(row["batch"] for row in report["rows"]))
-    of = {(row["batch"], row["part"]): row for row in report["rows"]}
-    out = Table(
-        "part, ms",
-        *(f"{'p' + str(p)}{f', batch {n}' if p == PERCENTILES[0] else ''}" for n in sizes for p in PERCENTILES),
-    )
-    for part in dict.fromkeys(row["part"] for row in report["rows"]):
-        numbers = [of[n, part][f"p{p}"] if (n, part) in of else None for n in sizes for p in PERCENTILES]
-        out.add_row(part, *("" if value is None else f"{value:.2f}" for value in numbers))
-    return out
+def latency_table(report: dict[str, Any]) -> Table:
+    """One row per batch size and part."""
+    rows = [
+        (row["part"], str(row["batch"]), *(f"{row[f'p{p}']:.2f}" for p in PERCENTILES))
+        for row in sorted(report["rows"], key=lambda row: row["batch"])
+    ]
+    return table(("part, ms", "batch", *(f"p{p}" for p in PERCENTILES)), rows)
 
 
 def _about(net: PolicyNet, views: int, passes: int) -> dict[str, Any]:

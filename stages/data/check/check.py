@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .... import __version__
 from ....cache.readers import Source, open_source
@@ -108,7 +108,7 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
 
 def findings_table(report: CheckReport) -> Table:
     """One row per finding."""
-    table = Table("", "rule", "finding", expand=False)
+    table = Table("", "rule", Column("finding", overflow="fold"))
     for f in report.findings:
         table.add_row(f"[{COLORS[f.severity]}]{f.severity}[/]", f.rule, escape(f.message))
     return table

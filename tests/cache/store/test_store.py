@@ -234,10 +234,10 @@ def test_other_settings_are_refused_and_named(tmp_path: Path, finished: bool) ->
     synthetic.build(tmp_path / "c", stop_after=None if finished else 2)
     before, plan = tree(tmp_path / "c"), synthetic.make_plan()
     other = {**synthetic.FINGERPRINT, "encoder": {"resolution": 224, "weights": "abc"}, "augment": 2}
-    with pytest.raises(UserError, match="encoder.resolution: cache has 448, this run asks 224") as error:
+    with pytest.raises(UserError, match="encoder.resolution: cache has 448, you requested 224") as error:
         CacheWriter.create_or_resume(tmp_path / "c", other, plan)
-    assert "augment: cache has no such field, this run asks 2" in str(error.value) and "weights" not in str(error.value)
-    with pytest.raises(UserError, match="store.shard_frames: cache has 16, this run asks 8"):
+    assert "augment: cache has no such field, you requested 2" in str(error.value) and "weights" not in str(error.value)
+    with pytest.raises(UserError, match="store.shard_frames: cache has 16, you requested 8"):
         CacheWriter.create_or_resume(tmp_path / "c", synthetic.FINGERPRINT, synthetic.make_plan(shard_frames=8))
     assert tree(tmp_path / "c") == before
 
@@ -328,7 +328,8 @@ def test_shard_index_and_scattered_reads(tmp_path: Path) -> None:
         writer.append(records[:1000])
         writer.append(records[1000:])
         nbytes, _ = writer.commit()
-    index = read_index(tmp_path / "c/0/0/0", capacity)
+    with open(tmp_path / "c/0/0/0", "rb") as file:
+        index = read_index(file.fileno(), tmp_path, capacity)
     assert nbytes == count * 48 + capacity * 16 + 4
     assert (index[:count, 0] == np.arange(count) * 48).all() and (index[count:] == MISSING).all()
     files = ShardFiles()

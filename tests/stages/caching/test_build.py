@@ -263,9 +263,9 @@ def test_a_dataset_without_a_usable_episode(copy_of: Any, vlm: Path, tmp_path: P
 @pytest.mark.parametrize(
     "changes, field",
     [
-        ({"resolution": 96}, "resolution: cache has 64, this run asks 96"),
-        ({"shard_frames": 4}, "shard_frames: cache has 8, this run asks 4"),
-        ({"batch_size": 6}, "batch_size: cache has 5, this run asks 6"),
+        ({"resolution": 96}, "resolution: cache has 64, you requested 96"),
+        ({"shard_frames": 4}, "shard_frames: cache has 8, you requested 4"),
+        ({"batch_size": 6}, "batch_size: cache has 5, you requested 6"),
     ],
 )
 def test_other_settings_are_refused(

@@ -315,7 +315,7 @@ def test_workers_that_cannot_help_say_so(whole: dict[str, bytes], vlm: Path, tmp
     other = make_unit(job, unit)
     assert isinstance(
         other, UserError
-    ) and "has another encoder than the build: resolution: cache has 64, this run asks 96" in str(other)
+    ) and "has another encoder than the build: resolution: the build has 64, it has 96" in str(other)
     assert [p.name for p in tmp_path.iterdir()] == ["fingerprint.json"]
 
 

@@ -401,7 +401,7 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
     refused(dvla("cache", "plan", *options, "--out", out, "--append", "--update"), "exclude each other")
     refused(
         dvla("cache", "build", *options, "--depth", "vision", "--out", out),
-        "encoder.depth: cache has language, this run asks vision",
+        "encoder.depth: cache has language, you requested vision",
     )
     small = ("--set", "dit={width: 32, blocks: 1, heads: 2, horizon: 4}", "--set", "eval_every=0")
     assert (

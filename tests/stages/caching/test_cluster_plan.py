@@ -122,4 +122,4 @@ def test_from_the_shell(dvla: Dvla, recorded: dict[str, Path], tmp_path: Path) -
         and found["cluster"]["bytes_per_sample"] == found["bytes_per_sample"]
         and found["cluster"]["model"] is None
     )
-    refused(dvla(*options, "--frames", 10), "--frames is of --cluster")
+    refused(dvla(*options, "--frames", 10), "--frames needs --cluster")

@@ -132,9 +132,9 @@ def test_append_refuses_what_is_not_new(corner: Corner, recorded: dict[str, Path
     with pytest.raises(UserError, match="episode 1 of data changed or is gone"):
         corner.build("append")
     corner.record(3)
-    with pytest.raises(UserError, match="but shard_frames: cache has 8, this run asks 4"):
+    with pytest.raises(UserError, match="but shard_frames: cache has 8, you requested 4"):
         corner.build("append", shard_frames=4)
-    with pytest.raises(UserError, match="resolution: cache has 64, this run asks 96"):
+    with pytest.raises(UserError, match="resolution: cache has 64, you requested 96"):
         corner.build("append", resolution=96)
     with pytest.raises(UserError, match="no cache at .*none; build one"):
         corner.build("append", out=corner.folder / "none")

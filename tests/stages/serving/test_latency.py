@@ -207,7 +207,7 @@ def test_the_command_shows_and_writes_the_same(run: Path, tmp_path: Path, dvla: 
     )
     assert result.code == 0, result
     for row in json.loads(file.read_text())["rows"]:
-        line = next(line for line in result.out.splitlines() if row["part"] in line)
+        line = next(x for x in result.out.splitlines() if x.startswith(row["part"]) and f" {row['batch']} " in x)
         assert f"{row['p50']:.2f}" in line and f"{row['p99']:.2f}" in line
     assert "2 views, chunk of 4 steps" in result.out
 

@@ -1,7 +1,8 @@
-"""Twenty steps of training give the losses that were committed: the batches, the noise, the losses and the optimizer are what they were.
+"""Twenty steps of training give the losses that were committed: the batches, the noise, the losses and the optimizer
+are what they were.
 
-Numbers: golden/losses.json. To replace them on purpose: DVLA_WRITE_GOLDEN=1 python -m pytest -n 0 tests/test_golden_losses.py
-"""
+Numbers: golden/losses.json. To replace them on purpose: DVLA_WRITE_GOLDEN=1 python -m pytest -n 0
+tests/test_golden_losses.py"""
 
 from __future__ import annotations
 

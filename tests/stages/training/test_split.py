@@ -211,7 +211,7 @@ def test_resumed_the_bytes_are_the_same(
     report = build(config)
     assert report.resumed_shards > 0
     assert Cache.open(tmp_path / "cache").manifest["files"] == Cache.open(split["qwen3vl"]).manifest["files"]
-    with pytest.raises(UserError, match="encoder.boundary: cache has 2, this run asks 1"):
+    with pytest.raises(UserError, match="encoder.boundary: cache has 2, you requested 1"):
         build(dataclasses.replace(config, encoder=spec_of(checkpoints, boundary=1)))
 
 
@@ -224,7 +224,8 @@ DIT = {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}
 def test_features_and_gradients_are_those_of_the_live_tower(
     recorded: dict[str, Path], checkpoints: dict[str, Path], split: dict[str, Path], features: dict[str, Path], vlm: str
 ) -> None:
-    """Of one batch with masked conditions and augmented pictures: the loss of a policy, and its gradient in every matrix of the adapter."""
+    """Of one batch with masked conditions and augmented pictures: the loss of a policy, and its gradient in every
+    matrix of the adapter."""
     cache, whole, encoder = (
         Cache.open(split[vlm]),
         Cache.open(features[vlm]),

@@ -1,4 +1,5 @@
-"""What `dvla train` can be asked for: options, recipes, what a cache cannot give, the dry run, and what the console says."""
+"""What `dvla train` can be asked for: options, recipes, what a cache cannot give, the dry run, and what the console
+says."""
 
 from __future__ import annotations
 
