@@ -142,7 +142,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
     for line in complaints:
         session.say(line)
     documents = json.loads(json.dumps(session.documents))
-    lines = fp.diff(_filled(read_json(checkpoint / "policy.json"), documents), documents)
+    lines = fp.diff(_filled(read_json(checkpoint / "policy.json"), documents), documents, "run has", "the cache has")
     if lines:
         raise UserError(
             f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}"

@@ -212,7 +212,7 @@ def test_resumed_the_bytes_are_the_same(
     report = build(config)
     assert report.resumed_shards > 0
     assert Cache.open(tmp_path / "cache").manifest["files"] == Cache.open(split["qwen3vl"]).manifest["files"]
-    with pytest.raises(UserError, match="encoder.boundary: cache has 2, this run asks 1"):
+    with pytest.raises(UserError, match="encoder.boundary: cache has 2, you requested 1"):
         build(dataclasses.replace(config, encoder=spec_of(checkpoints, boundary=1)))
 
 
