@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...common.console import console, errors, progress_bars
+from ...common.config import DATASET_CONFIG, from_dotted
+from ...common.console import console, errors, progress_bars, say
+from ...common.options import Given, Options
 from ...errors import UserError
+from .config import AddConfig
+
+if TYPE_CHECKING:
+    from ...cache.readers.lerobot.metadata import Metadata
+    from .add.draft import Request
 
 Source = Annotated[str, typer.Argument(help="Dataset folder or file, or hub id.", show_default=False)]
-Config = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset-config", help="YAML of the field map, or a shipped name; default: found by the dataset's name."
-    ),
-]
+Config = Annotated[str | None, typer.Option(*DATASET_CONFIG.names, help=DATASET_CONFIG.help)]
 
 
 def data_list(
@@ -188,111 +190,54 @@ def data_stats(
     show_report(report, out, native)
 
 
+ANSWERS = """embodiment action_kind joint_unit finger_unit position_unit delta_scale base_unit gripper state_gripper
+    rotation"""
+
+
 def data_add(
     source: Source,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="YAML file to write; default: NAME.yaml in this folder.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the family; default: the dataset's own.")] = None,
-    license: Annotated[str, typer.Option("--license", help="Of the data.")] = "",
-    action_column: Annotated[
-        list[str] | None,
-        typer.Option("--action-column", help="Column of the action; several are put side by side. Default: action."),
-    ] = None,
-    state_column: Annotated[
-        list[str] | None,
-        typer.Option("--state-column", help="Column of the state. Default: observation.state, if there is one."),
-    ] = None,
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--field",
-            help="What dimensions are, where their names do not say: action.6=gripper_open, "
-            "'state.0-6=arm_joint_{0..5}_pos,gripper_open', action.3-6=rotation:quat_xyzw, action.7=drop. May be given several times.",
-        ),
-    ] = None,
-    embodiment: Annotated[
-        str | None, typer.Option("--embodiment", help="E.g. gripper_joint, gripper_delta_eef, bimanual.")
-    ] = None,
-    action_kind: Annotated[
-        str | None, typer.Option("--action-kind", help="absolute targets, delta (displacement per step) or velocity.")
-    ] = None,
-    joint_unit: Annotated[
-        str | None, typer.Option("--joint-unit", help="rad, deg, percent (of the range, ±100) or radians per unit.")
-    ] = None,
-    finger_unit: Annotated[
-        str | None, typer.Option("--finger-unit", help="The same for a hand; 1 keeps normalised values.")
-    ] = None,
-    position_unit: Annotated[str | None, typer.Option("--position-unit", help="m, cm, mm or metres per unit.")] = None,
-    delta_scale: Annotated[
-        str | None,
-        typer.Option("--delta-scale", help="METRES,RADIANS that 1 in the hand's displacement or velocity means."),
-    ] = None,
-    base_unit: Annotated[
-        str | None, typer.Option("--base-unit", help="LENGTH,ANGLE of the base's velocity, e.g. m,deg.")
-    ] = None,
-    gripper: Annotated[
-        str | None,
-        typer.Option("--gripper", help="OPEN,CLOSED: the gripper's number in either position, e.g. 1,0 or 0,100."),
-    ] = None,
-    state_gripper: Annotated[
-        str | None, typer.Option("--state-gripper", help="OPEN,CLOSED of the state, where it differs.")
-    ] = None,
-    rotation: Annotated[
-        str | None, typer.Option("--rotation", help="Form of three rotation numbers: euler_xyz or axis_angle, radians.")
-    ] = None,
+    given: Annotated[Given, Options(AddConfig, f"out name license action_column state_column field {ANSWERS}")],
 ) -> None:
-    """Write a dataset config for a new LeRobot dataset. Field names are guessed and marked; the rest is asked for, or given as options.
+    """Write a dataset config for a new LeRobot dataset. Guessed field names are marked; the rest is asked for or given as options.
 
     Example: dvla data add data/cubes
 
     Example: dvla data add data/cubes --embodiment gripper_joint --action-kind absolute --joint-unit deg --gripper 100,0
     """
     from ...cache.readers.lerobot.metadata import Metadata
-    from .add.draft import Request, draft, write
+    from .add.draft import Request, write
 
-    given = {
-        "--embodiment": embodiment,
-        "--action-kind": action_kind,
-        "--joint-unit": joint_unit,
-        "--finger-unit": finger_unit,
-        "--position-unit": position_unit,
-        "--delta-scale": delta_scale,
-        "--base-unit": base_unit,
-        "--gripper": gripper,
-        "--state-gripper": state_gripper,
-        "--rotation": rotation,
-    }
-    request = Request(
-        source,
-        {k: v for k, v in given.items() if v is not None},
-        tuple(field or ()),
-        tuple(action_column or ("action",)),
-        None if state_column is None else tuple(state_column),
-        name,
-        license,
-    )
+    config = from_dotted(AddConfig, given)
+    answers = {f"--{name.replace('_', '-')}": given[name] for name in ANSWERS.split() if name in given}
+    columns = config.action_column, config.state_column
     meta = Metadata(source)
-    path = out or Path(f"{name or meta.name}.yaml")
+    path = config.out or Path(f"{config.name or meta.name}.yaml")
     if path.exists():
         raise UserError(f"{path} exists; choose another --out")
+    request, text = _answered(meta, Request(source, answers, config.field, *columns, config.name, config.license))
+    write(request, text, path)
+    say(text)
+    say(f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then:")
+    say(f"dvla data show {source} --dataset-config {path} --episode N")
+    say(f"dvla cache build {source} --dataset-config {path} --out cache")
+
+
+def _answered(meta: Metadata, request: Request) -> tuple[Request, str]:
+    """The request with all its questions answered at the terminal, and the YAML text. `UserError` where nobody can answer."""
+    from .add.draft import draft
+
     text, missing = draft(meta, request)
     while missing:
         if not sys.stdin.isatty():
-            raise UserError(f"{source}: info.json does not say everything; add {'; '.join(q.usage for q in missing)}")
+            usage = "; ".join(question.usage for question in missing)
+            raise UserError(f"{request.source}: info.json does not say everything; add {usage}")
         try:
             candidate = request.answered(missing[0], typer.prompt(missing[0].text))
             text, missing = draft(meta, candidate)
             request = candidate
         except UserError as error:
             errors.print(str(error), style="red", markup=False)
-    write(request, text, path)
-    console.print(text, markup=False)
-    console.print(
-        f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then: "
-        f"dvla data show {source} --dataset-config {path} --episode N, dvla cache build {source} --dataset-config {path} …",
-        markup=False,
-    )
+    return request, text
 
 
 def data_export(
