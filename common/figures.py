@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,6 +76,13 @@ def grid(figure: Figure, count: int, columns: int, **how: Any) -> Iterator[Axes]
             yield axis
         else:
             axis.remove()
+
+
+def label_bars(axis: Axes, values: Iterable[float], missing: str) -> None:
+    """Write the value of each horizontal bar beside it; `missing` where it is NaN."""
+    for row, value in enumerate(values):
+        known = value == value
+        axis.text(value if known else 0, row, f" {value:.3g}" if known else f" {missing}", va="center", fontsize=7)
 
 
 def finish(

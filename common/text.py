@@ -17,8 +17,8 @@ def first_line(error: Exception) -> str:
 
 def wrapped(text: str, indent: str = "  ", width: int = 80) -> str:
     """The text in indented lines of at most `width` columns, broken between words."""
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, **options)
+    wrapper = textwrap.TextWrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text)
 
 
 def duration(seconds: float) -> str:

@@ -83,16 +83,8 @@ REMEMBERED = 1 << 16  # contiguous shards whose index is not read again (about 2
 ADVICE = 128 << 10  # bytes of one POSIX_FADV_WILLNEED: the kernel reads at most its read-ahead window for each
 
 
-def read_index(path: Path, chunks_per_shard: int) -> np.ndarray:
-    """`[chunks_per_shard, 2]` uint64 (offset, nbytes); `UserError` naming the shard when it is missing or damaged."""
-    handle = open_file(path)
-    try:
-        return _read_index(handle, path, chunks_per_shard)
-    finally:
-        os.close(handle)
-
-
-def _read_index(handle: int, path: Path, chunks_per_shard: int) -> np.ndarray:
+def read_index(handle: int, path: Path, chunks_per_shard: int) -> np.ndarray:
+    """`[chunks_per_shard, 2]` uint64 (offset, nbytes) of an open shard; `UserError` naming it when it is damaged."""
     size = index_nbytes(chunks_per_shard)
     end = os.fstat(handle).st_size
     tail = os.pread(handle, size, end - size) if end >= size else b""
@@ -146,7 +138,7 @@ class ShardFiles:
             known = self._plain.get(path)
             if known is not None and known[0] == size:
                 return OpenShard(handle, path, None, known[1])
-            index = _read_index(handle, where, chunks).astype(np.int64)  # 2**64-1 becomes -1
+            index = read_index(handle, where, chunks).astype(np.int64)  # 2**64-1 becomes -1
             count = int((index[:, 0] >= 0).sum())
             plain = np.stack([np.arange(count) * record, np.full(count, record)], axis=1)
             if record and (index[count:] < 0).all() and (index[:count] == plain).all():

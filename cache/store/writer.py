@@ -120,8 +120,8 @@ class CacheWriter:
         """Write one shard from features of observations `task.start … task.stop-1`, in order, and commit it.
 
         `chunks`: float16 [tokens, width] (one image) or [k, tokens, width]; of an 8-bit cache (codes
-        [k, tokens, width], token scales float32 [k, tokens]). A `Failed` stands for rows that could not be decoded: they
-        become zeros, and the episode goes into the ledger with its reason. `quarantined`: (episode id, reason) of
+        [k, tokens, width], token scales float32 [k, tokens]). A `Failed` stands for rows that could not be decoded:
+        they become zeros, and the episode goes into the ledger with its reason. `quarantined`: (episode id, reason) of
         episodes whose zeros are among the chunks. `UserError` naming the row for a value that is not finite.
         """
         plan, tail = self.plan, (self.plan.tokens, self.plan.width)

@@ -22,7 +22,6 @@ import copy
 import functools
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,17 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import UserError
+from . import checkpoint
 from .blocks import attention, through
-from .checkpoint import (
-    assign_tensors,
-    checkpoint_folder,
-    image_statistics,
-    load_tokenizer,
-    read_tensors,
-    require_filled,
-    require_model_type,
-    tensors_sha256,
-)
 from .encoder import VisionLanguageEncoder
 from .pooling import average_pool
 from .preprocess import ImageSpec, preprocess
@@ -58,27 +48,12 @@ LAYOUTS = (
     (r"^(model\.)?language_model\.(model\.)?", LANGUAGE_PREFIX),
 )
 VISION_FIELDS = (
-    "hidden_size",
-    "hidden_act",
-    "image_size",
-    "intermediate_size",
-    "layer_norm_eps",
-    "num_attention_heads",
-    "num_channels",
-    "num_hidden_layers",
-    "patch_size",
+    "hidden_size hidden_act image_size intermediate_size layer_norm_eps num_attention_heads num_channels "
+    "num_hidden_layers patch_size"
 )
 TEXT_FIELDS = (
-    "attn_logit_softcapping",
-    "head_dim",
-    "hidden_activation",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "query_pre_attn_scalar",
-    "rms_norm_eps",
+    "attn_logit_softcapping head_dim hidden_activation hidden_size intermediate_size num_attention_heads "
+    "num_hidden_layers num_key_value_heads query_pre_attn_scalar rms_norm_eps"
 )
 
 
@@ -239,26 +214,26 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGem
 
     reads_language = spec.depth == "language"
     needed = functools.partial(canonical, language=reads_language)
-    folder = checkpoint_folder(spec.path, spec.revision, needed)
-    require_model_type(folder, spec.path, spec.vlm, "paligemma")
-    require_model_type(folder, spec.path, spec.vlm, "gemma2", "text_config")
+    folder = checkpoint.checkpoint_folder(spec.path, spec.revision, needed)
+    checkpoint.require_model_type(folder, spec.path, spec.vlm, "paligemma")
+    checkpoint.require_model_type(folder, spec.path, spec.vlm, "gemma2", "text_config")
     config = copy.deepcopy(AutoConfig.from_pretrained(folder))
-    image = _image_spec(folder, config.vision_config, spec.resolution)
-    tensors = read_tensors(folder, needed, "PaliGemma 2", EMBEDDING_NAME)
-    weights = {"sha256": tensors_sha256(tensors), "config": _config_identity(config, reads_language)}
+    image = ImageSpec(spec.resolution, config.vision_config.patch_size, 1, 1, *checkpoint.image_statistics(folder))
+    tensors = checkpoint.read_tensors(folder, needed, "PaliGemma 2", EMBEDDING_NAME)
+    weights = {"sha256": checkpoint.tensors_sha256(tensors), "config": _config_identity(config, reads_language)}
     embedding = tensors.pop(EMBEDDING_NAME)
 
     config.vision_config.vision_use_head = False
     with torch.device("meta"):
         vision = PaliGemmaVision(config.vision_config, embedding.shape[1])
-    assign_tensors(
+    checkpoint.assign_tensors(
         vision, {n: t for n, t in tensors.items() if n.startswith(VISION_PREFIXES)}, device, dtype, spec.path
     )
     vision.rebuild_buffers(device)
-    require_filled(vision)
+    checkpoint.require_filled(vision)
     language = _load_language(config.text_config, tensors, device, dtype, spec.path) if reads_language else None
     return PaliGemma2Encoder(
-        spec, image, vision, embedding, load_tokenizer(folder, spec.path), weights, language=language
+        spec, image, vision, embedding, checkpoint.load_tokenizer(folder, spec.path), weights, language=language
     )
 
 
@@ -272,9 +247,9 @@ def _load_language(
         language = Gemma2Model(config)
     del language.embed_tokens  # prompts are looked up in the encoder's table
     own = {n.removeprefix(LANGUAGE_PREFIX): t for n, t in tensors.items() if n.startswith(LANGUAGE_PREFIX)}
-    assign_tensors(language, own, device, dtype, path)
+    checkpoint.assign_tensors(language, own, device, dtype, path)
     language.rotary_emb = type(language.rotary_emb)(config=config).to(device)  # its buffers are in no state dict
-    require_filled(language)
+    checkpoint.require_filled(language)
     return language
 
 
@@ -290,16 +265,11 @@ def canonical(name: str, language: bool = False) -> str | None:
     return name if layers or name == EMBEDDING_NAME or name.startswith(VISION_PREFIXES) else None
 
 
-def _image_spec(folder: Path, config: Any, resolution: int) -> ImageSpec:
-    mean, std = image_statistics(folder)
-    return ImageSpec(resolution, config.patch_size, 1, 1, mean, std)
-
-
 def _config_identity(config: Any, language: bool) -> dict[str, Any]:
     """The fields that features depend on, by name: the same in every transformers version."""
-    values = {name: getattr(config.vision_config, name) for name in VISION_FIELDS}
+    values = {name: getattr(config.vision_config, name) for name in VISION_FIELDS.split()}
     if language:
         text = config.text_config
         base = (getattr(text, "rope_parameters", None) or {}).get("rope_theta") or getattr(text, "rope_theta", 10000.0)
-        values["text"] = {name: getattr(text, name) for name in TEXT_FIELDS} | {"rope_theta": base}
+        values["text"] = {name: getattr(text, name) for name in TEXT_FIELDS.split()} | {"rope_theta": base}
     return values

@@ -12,21 +12,11 @@ blocks into its first language layers; these are not cached, and their mergers a
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import (
-    assign_tensors,
-    checkpoint_folder,
-    image_statistics,
-    load_tokenizer,
-    read_tensors,
-    require_filled,
-    require_model_type,
-    tensors_sha256,
-)
+from . import checkpoint
 from .encoder import VisionLanguageEncoder
 from .preprocess import ImageSpec
 from .qwen3vl_tower import PositionTables, embed_patches, position_tables, rotary_frequencies, run_blocks
@@ -36,17 +26,8 @@ VISION_PREFIX = "model.visual."
 DEEPSTACK_PREFIX = "model.visual.deepstack_merger_list."
 EMBEDDING_NAME = "model.language_model.embed_tokens.weight"
 CONFIG_FIELDS = (
-    "depth",
-    "hidden_size",
-    "hidden_act",
-    "intermediate_size",
-    "num_heads",
-    "in_channels",
-    "patch_size",
-    "spatial_merge_size",
-    "temporal_patch_size",
-    "out_hidden_size",
-    "num_position_embeddings",
+    "depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size spatial_merge_size "
+    "temporal_patch_size out_hidden_size num_position_embeddings"
 )
 
 
@@ -99,32 +80,31 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VL
     from transformers import AutoConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-    folder = checkpoint_folder(spec.path, spec.revision, canonical)
-    require_model_type(folder, spec.path, spec.vlm, "qwen3_vl")
+    folder = checkpoint.checkpoint_folder(spec.path, spec.revision, canonical)
+    checkpoint.require_model_type(folder, spec.path, spec.vlm, "qwen3_vl")
     config = copy.deepcopy(AutoConfig.from_pretrained(folder).vision_config)
-    image = _image_spec(folder, config, spec.resolution)
-    tensors = read_tensors(folder, canonical, "Qwen3-VL", EMBEDDING_NAME)
-    weights = {"sha256": tensors_sha256(tensors), "config": {name: getattr(config, name) for name in CONFIG_FIELDS}}
+    sides = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    image = ImageSpec(spec.resolution, *sides, *checkpoint.image_statistics(folder))
+    tensors = checkpoint.read_tensors(folder, canonical, "Qwen3-VL", EMBEDDING_NAME)
+    weights = {
+        "sha256": checkpoint.tensors_sha256(tensors),
+        "config": {name: getattr(config, name) for name in CONFIG_FIELDS.split()},
+    }
     embedding = tensors.pop(EMBEDDING_NAME)
 
     config.deepstack_visual_indexes = []
     with torch.device("meta"):
         vision = Qwen3VLVisionModel(config)
-    assign_tensors(
+    checkpoint.assign_tensors(
         vision, {name.removeprefix(VISION_PREFIX): t for name, t in tensors.items()}, device, dtype, spec.path
     )
     for name, _ in list(vision.rotary_pos_emb.named_buffers()):  # the only buffers; they are in no state dict
         setattr(vision.rotary_pos_emb, name, rotary_frequencies(config).to(device))
-    require_filled(vision)
-    return Qwen3VLEncoder(spec, image, vision, embedding, load_tokenizer(folder, spec.path), weights)
+    checkpoint.require_filled(vision)
+    return Qwen3VLEncoder(spec, image, vision, embedding, checkpoint.load_tokenizer(folder, spec.path), weights)
 
 
 def canonical(name: str) -> str | None:
     """The name of a stored tensor when it is needed, else None. Every version of transformers stores these names."""
     needed = name == EMBEDDING_NAME or (name.startswith(VISION_PREFIX) and not name.startswith(DEEPSTACK_PREFIX))
     return name if needed else None
-
-
-def _image_spec(folder: Path, config: Any, resolution: int) -> ImageSpec:
-    mean, std = image_statistics(folder)
-    return ImageSpec(resolution, config.patch_size, config.spatial_merge_size, config.temporal_patch_size, mean, std)

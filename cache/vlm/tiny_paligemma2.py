@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...common.files import json_bytes, new_folder, write_file
 from ...errors import UserError
-from .tiny_qwen3vl import instructions
+from .tiny_qwen3vl import instructions, write_weights
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")  # ids 0 to 4, as Gemma's
 BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
@@ -58,12 +56,7 @@ def make_tiny_paligemma2(out: Path | str, spec: TinyPaliGemmaSpec = TinyPaliGemm
 
     with new_folder(Path(out)) as part:
         tokenizer = _write_tokenizer(part, spec)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
-            model = PaliGemmaForConditionalGeneration(_config(spec, tokenizer)).eval()
-        # Shards are filled in order and language layers come last: with this limit the last shard holds nothing else.
-        limit = sum(p.numel() * p.element_size() for p in model.model.language_model.layers.parameters())
-        model.save_pretrained(part, max_shard_size=limit)
+        write_weights(part, PaliGemmaForConditionalGeneration, _config(spec, tokenizer), spec.seed)
         tokens = (spec.image_size // spec.patch_size) ** 2
         config = {
             "do_convert_rgb": None,

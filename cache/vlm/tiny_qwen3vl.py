@@ -17,36 +17,16 @@ import torch
 from ...common.files import json_bytes, new_folder, write_file
 from ...errors import UserError
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+_SPECIAL = (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
+    "quad_end vision_start vision_end vision_pad image_pad video_pad"
 )
-PLAIN_TOKENS = (  # added tokens that Qwen does not mark as special
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _SPECIAL.split())
+_PLAIN = (  # added tokens that Qwen does not mark as special
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> "
+    "<|repo_name|> <|file_sep|> <tool_response> </tool_response> <think> </think>"
 )
+PLAIN_TOKENS = tuple(_PLAIN.split())
 # Qwen2's pre-tokenization: contractions; words with one leading non-letter; digits; punctuation; newlines; spaces.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -112,19 +92,23 @@ def make_tiny_qwen3vl(out: Path | str, spec: TinySpec = TinySpec()) -> Path:
 
     with new_folder(Path(out)) as part:
         tokenizer = _write_tokenizer(part, spec)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
-            model = Qwen3VLForConditionalGeneration(_config(spec, tokenizer)).eval()
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
-            pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
-            eos_token_id=[tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")],
-        )
-        # Shards are filled in order and language layers come last: with this limit the last shard holds nothing else.
-        limit = sum(p.numel() * p.element_size() for p in model.model.language_model.layers.parameters())
-        model.save_pretrained(part, max_shard_size=limit)
+        end, stop = tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|im_end|>")
+        generation = GenerationConfig(bos_token_id=end, pad_token_id=end, eos_token_id=[stop, end])
+        write_weights(part, Qwen3VLForConditionalGeneration, _config(spec, tokenizer), spec.seed, generation)
         _write_processors(part, spec)
     return Path(out)
+
+
+def write_weights(folder: Path, model_class: Any, config: Any, seed: int, generation: Any = None) -> None:
+    """Write random weights of a model and its config, in shards of which the last holds language layers alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).eval()
+    if generation is not None:
+        model.generation_config = generation
+    # Shards are filled in order, and language layers come last.
+    limit = sum(p.numel() * p.element_size() for p in model.model.language_model.layers.parameters())
+    model.save_pretrained(folder, max_shard_size=limit)
 
 
 def instructions() -> list[str]:

@@ -1,5 +1,4 @@
-"""Panels of single errors: A3 prediction scatter, A4 error by dimension, B2 by dimension and time, B3 by region, B5 by
-time.
+"""Panels of errors: A3 prediction scatter, A4 error by dimension, B2 by dimension and time, B3 by region, B5 by time.
 
 Letters: N observations, T action steps.
 """
@@ -10,10 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ....cache.actions.slots import slots
-from ....common.figures import LIGHT, Style, finish, grid, new_figure, say_nothing
-from .data import PanelData
+from ....common.figures import LIGHT, Style, finish, grid, label_bars, new_figure, say_nothing
+from .data import PanelData, grade
 
-UNIT = "normalised units, 1 is 5 σ of the expert"
+UNIT = "normalized units, 1 is 5 σ of the expert"
 GOOD_R2 = 0.8  # from which on a dimension counts as predicted
 HARD = 2.0  # × the median error from which on a dimension stands out
 GROWTH = 50.0  # percent from first to last step that is too much
@@ -37,7 +36,7 @@ def prediction_scatter(data: PanelData, style: Style = LIGHT) -> Figure:
     moving = [r for i, r in explained.items() if data.target[..., i][data.active[..., i]].std() >= 1e-4]
     good = sum(r >= GOOD_R2 for r in moving)
     verdict = (
-        "nothing is predicted better than by its mean"
+        "no dimension is predicted better than by its mean"
         if moving and max(moving) <= 0.05
         else f"median R² {np.median(moving):.2f}"
         if moving
@@ -49,7 +48,7 @@ def prediction_scatter(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def error_by_dimension(data: PanelData, style: Style = LIGHT) -> Figure:
-    """A4: mean absolute error of every dimension, coloured by region; good: low bars of one length."""
+    """A4: mean absolute error of every dimension, colored by region; good: low bars of one length."""
     values = data.of_slot("mae")
     places = data.used
     figure = new_figure(style, 8, 0.2 * len(places) + 1.8)
@@ -78,11 +77,10 @@ def error_heatmap(data: PanelData, style: Style = LIGHT) -> Figure:
     figure = new_figure(style, 8, 0.2 * len(places) + 1.5)
     axis = figure.subplots()
     steps = (0.5, error.shape[1] + 0.5, len(places) - 0.5, -0.5)  # the first is step 1
-    picture = axis.imshow(error, aspect="auto", cmap=style.map, vmin=0, interpolation="nearest", extent=steps)
+    image = axis.imshow(error, aspect="auto", cmap=style.map, vmin=0, interpolation="nearest", extent=steps)
     axis.set_yticks(range(len(places)), [slots()[i].name for i in places])
     axis.set_xlabel("step of the chunk")
-    bar = figure.colorbar(picture, ax=axis)
-    bar.set_label(f"MAE ({UNIT.split(',')[0]})")
+    figure.colorbar(image, ax=axis).set_label(f"MAE ({UNIT.split(',')[0]})")
     row, column = np.unravel_index(np.nanargmax(error), error.shape)
     times = error[row, column] / max(np.nanmean(error), 1e-9)
     where = f"{slots()[places[row]].name} at step {column + 1}, {error[row, column]:.3f}, {times:.1f} × the mean"
@@ -90,7 +88,7 @@ def error_heatmap(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def region_summary(data: PanelData, style: Style = LIGHT) -> Figure:
-    """B3: error, correlation and coverage of each region; good: all alike."""
+    """B3: error, correlation and coverage of each region; good: all similar."""
     names = list(dict.fromkeys(slots()[i].region for i in data.used))
     figure = new_figure(style, 9, 0.42 * len(names) + 1.6)
     kinds = (
@@ -110,35 +108,24 @@ def region_summary(data: PanelData, style: Style = LIGHT) -> Figure:
             np.nan_to_num(found[metric]),
             color=[style.cycle[n % len(style.cycle)] for n in range(len(names))],
         )
-        for n, value in enumerate(found[metric]):
-            axis.text(
-                0 if np.isnan(value) else value,
-                n,
-                " constant" if np.isnan(value) else f" {value:.3g}",
-                va="center",
-                fontsize=7,
-            )
+        label_bars(axis, found[metric], "constant")
         if best is not None:
             axis.axvline(best, color=style.text, linewidth=0.8, linestyle="--")
         axis.set_xlabel(label)
         axis.margins(x=0.2)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    known = np.flatnonzero(np.isfinite(found["correlation"]))
-    if not len(known):
-        return finish(figure, "The expert never moves: no region can be judged (B3)", style)
-    if found["correlation"][known].max() < 0.2:
-        return finish(
-            figure,
-            f"No region is predicted: the best correlation is {found['correlation'][known].max():.2f} (B3)",
-            style,
-        )
-    worst, best = known[found["correlation"][known].argmin()], known[found["correlation"][known].argmax()]
-    gap = found["correlation"][best] - found["correlation"][worst]
-    spread = f"weakest region: {names[worst]}, correlation {found['correlation'][worst]:.2f}, coverage {found['coverage'][worst]:.0f} %"
-    return finish(
-        figure, (f"Regions are alike; {spread}" if gap < 0.2 else spread[0].upper() + spread[1:]) + " (B3)", style
-    )
+    return finish(figure, f"{_region_verdict(names, found['correlation'], found['coverage'])} (B3)", style)
+
+
+def _region_verdict(names: list[str], correlation: np.ndarray, coverage: np.ndarray) -> str:
+    if not np.isfinite(correlation).any():
+        return "The expert never moves: no region can be judged"
+    worst, best = int(np.nanargmin(correlation)), np.nanmax(correlation)
+    if best < 0.2:
+        return f"No region is predicted: the best correlation is {best:.2f}"
+    weakest = f"eakest region: {names[worst]}, correlation {correlation[worst]:.2f}, coverage {coverage[worst]:.0f} %"
+    return f"Regions are similar; w{weakest}" if best - correlation[worst] < 0.2 else f"W{weakest}"
 
 
 def temporal_error(data: PanelData, style: Style = LIGHT) -> Figure:
@@ -147,34 +134,21 @@ def temporal_error(data: PanelData, style: Style = LIGHT) -> Figure:
     each = np.where(count > 0, np.nansum(np.abs(data.error), 2) / np.maximum(count, 1), np.nan)  # [N,T]
     seen = np.isfinite(each).any(0)
     if not seen.any():
-        return say_nothing(new_figure(style), "No step counts (B5)", style)
+        return say_nothing(new_figure(style), "No step of the chunks counts (B5)", style)
     mean, (low, high) = np.nanmean(each[:, seen], 0), np.nanpercentile(each[:, seen], (10, 90), axis=0)
     figure = new_figure(style, 8, 3.6)
     axis, steps = figure.subplots(), np.flatnonzero(seen) + 1
-    axis.fill_between(
-        steps,
-        low,
-        high,
-        color=style.predicted,
-        alpha=0.25,
-        linewidth=0,
-        label=f"middle 80 % of {len(each)} {data.what}",
-    )
+    band = f"middle 80 % of {len(each)} {data.what}"
+    axis.fill_between(steps, low, high, color=style.predicted, alpha=0.25, linewidth=0, label=band)
     axis.plot(steps, mean, color=style.predicted, marker="o", markersize=4, label="mean")
     axis.set(xlabel="step of the chunk", ylabel=f"MAE ({UNIT})", ylim=(0, None))
     growth = 100 * (mean[-1] / max(mean[0], 1e-9) - 1)
-    verdict = (
-        "rises too fast: the end of a chunk is guessed"
-        if growth > GROWTH
-        else "its end is no harder than its beginning"
-        if growth < 10
-        else "rises slowly"
+    if mean[0] <= 1e-6:
+        return finish(figure, "There is no error at the first step (B5)", style, "lower left")
+    verdict = grade(
+        growth,
+        (10, "the end of a chunk is no harder than its beginning"),
+        (GROWTH, "it rises slowly"),
+        beyond="it rises too fast, the end of a chunk is guessed",
     )
-    return finish(
-        figure,
-        f"Error {growth:+.0f} % from first to last step: {verdict} (B5)"
-        if mean[0] > 1e-6
-        else "No error at the first step (B5)",
-        style,
-        "lower left",
-    )
+    return finish(figure, f"Error {growth:+.0f} % from first to last step: {verdict} (B5)", style, "lower left")

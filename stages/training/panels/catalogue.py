@@ -8,22 +8,20 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from ....common.figures import Style
-from . import accuracy, distribution, drift
-from . import curves as runs
+from . import accuracy, curves, distribution, drift
 from .data import PanelData
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the 17. `every`: training steps between two drawings when `panels.every` is 500; 0: at every
-    evaluation."""
+    """One of the 17."""
 
     key: str
     name: str
-    every: int
+    every: int  # training steps between two figures when `panels.every` is 500; 0: at every evaluation
     draw: Callable[[PanelData, Style], Figure]
-    good: str  # what a run that learns looks like
-    predicts: bool = True  # whether it needs predictions, or the log alone
+    good: str  # what it shows where a run learns
+    predicts: bool = True  # whether it needs predictions, or only the log
 
 
 PANELS = {
@@ -35,7 +33,7 @@ PANELS = {
             "Drift magnitude",
             200,
             drift.drift_trend,
-            "falling; on a plateau a hybrid head may want a greater loss.drift_weight",
+            "falling; on a plateau a hybrid head may need a greater loss.drift_weight",
             False,
         ),
         Panel("A3", "Prediction scatter", 500, accuracy.prediction_scatter, "points on the diagonal, high R²"),
@@ -45,7 +43,7 @@ PANELS = {
             "Drift by temperature",
             500,
             drift.temperature_drift,
-            "lowest over highest temperature below 0.5: fine detail is learnt",
+            "lowest over highest temperature below 0.5: fine detail is learned",
         ),
         Panel(
             "B1",
@@ -57,7 +55,7 @@ PANELS = {
         Panel(
             "B2", "Error heat map", 500, accuracy.error_heatmap, "one colour; hot spots are hard dimensions or times"
         ),
-        Panel("B3", "Regions", 1000, accuracy.region_summary, "all regions alike"),
+        Panel("B3", "Regions", 1000, accuracy.region_summary, "all regions similar"),
         Panel("B4", "Trajectories", 1000, distribution.trajectories, "the lines overlap, grey connectors are short"),
         Panel(
             "B5", "Error over the chunk", 500, accuracy.temporal_error, "flat or slowly rising; more than 50 % is bad"
@@ -67,7 +65,7 @@ PANELS = {
             "Transport map",
             500,
             drift.transport_map,
-            "following the drift takes away more than half of the distance",
+            "following the drift removes more than half of the distance",
         ),
         Panel("C2", "Mode coverage", 2000, distribution.mode_coverage, "the predicted cloud overlaps the expert's"),
         Panel("C3", "Smoothness", 1000, distribution.smoothness, "speed, jerk and spectrum as the expert's"),
@@ -75,28 +73,27 @@ PANELS = {
             "D1",
             "Evaluation by dataset",
             0,
-            runs.eval_dashboard,
+            curves.eval_dashboard,
             "low errors, correlation near 1, coverage near 100 %",
             False,
         ),
-        Panel("D2", "Training curves", 500, runs.training_curves, "error and drift fall", False),
+        Panel("D2", "Training curves", 500, curves.training_curves, "error and drift fall", False),
         Panel(
             "D3",
             "Learning curves",
             0,
-            runs.learning_curves,
-            "all datasets improve; one that stands still has a problem with its data",
+            curves.learning_curves,
+            "all datasets improve; a stagnant one has a problem with its data",
             False,
         ),
-        Panel("D4", "Data balance", 0, runs.data_balance, "samples as configured", False),
+        Panel("D4", "Data balance", 0, curves.data_balance, "samples as configured", False),
     )
 }
-BASE = 500  # the proposal's own steps, which `panels.every` scales
+BASE = 500  # steps of `Panel.every`, which `panels.every` scales
 
 
 def due(step: int, every: int, evaluated: bool, last: bool = False) -> list[Panel]:
-    """The panels to draw after `step`; `every`: of a panel of 500 steps, 0: none are. At the run's last step all
-    are."""
+    """The panels to draw after `step`; `every` as in `panels.every` (0: never). At the run's last step all are."""
     if not every:
         return []
     return [

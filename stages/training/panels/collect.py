@@ -1,6 +1,6 @@
-"""One look at a run: what the present weights predict for the same held-out observations as at every other look.
+"""Predictions of the current weights for held-out observations, the same ones after every step with panels.
 
-Letters: B observations of a batch, N of the look, G draws, T action steps, n noise entries.
+Letters: B observations of a batch, N of all, G noise samples, T action steps, n noise entries.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from ..context import Session, open_loader
 from ..step import noise_generator, predict
 from .data import PanelData
 
-FEW = 2  # draws at most of a head that takes many passes
+FEW = 2  # noise samples at most of a head that takes many passes
 
 
 @torch.no_grad()
 def collect(session: Session, step: int = 0) -> PanelData:
-    """`panels.observations` held-out observations (of the training episodes where none are held out), not masked,
-    `panels.draws` chunks for each at α = 1, and their drift. The noise is the same at every look, and nothing that
-    training depends on is touched.
+    """Predict `panels.draws` chunks at α = 1 for each of `panels.observations` held-out observations, and their drift.
 
-    Every process looks at the same and gets the same: where the network is split, all of them must ask.
+    Nothing is dropped or augmented, the noise is always the same, and training is unaffected. Where no episodes are
+    held out, training episodes stand in. Every process gets the same; where the network is split, all must call.
     """
     config, net, device = session.config, session.net, session.world.device
-    dit, b = net.config.dit, config.batch_size
+    dit, b, generator = net.config.dit, config.batch_size, noise_generator(config.seed, 0, 3)
     g = min(config.panels.draws, FEW) if config.loss.kind in DENOISING else config.panels.draws
     training = net.training
     net.eval()
@@ -40,9 +39,8 @@ def collect(session: Session, step: int = 0) -> PanelData:
         loader, held_out = _loader(session)
         with loader:
             count = min(config.panels.observations, sum(loader.sizes))
-            noise = torch.randn(
-                -(-count // b) * b, g, dit.horizon, dit.noise_dim, generator=noise_generator(config.seed, 0, 3)
-            )  # [N,G,T,n]
+            rounded = -(-count // b) * b
+            noise = torch.randn(rounded, g, dit.horizon, dit.noise_dim, generator=generator)  # [N,G,T,n]
             found: list[tuple[FeatureBatch, torch.Tensor]] = []
             for start in range(0, count, b):
                 batch = session.batch(next(loader))
@@ -77,7 +75,7 @@ def collect(session: Session, step: int = 0) -> PanelData:
 
 
 def _loader(session: Session) -> tuple[Loader, bool]:
-    """The batches that one process alone would see, and whether they are held out."""
+    """The observations that a single process would read, and whether they are held out."""
     try:
         return open_loader(session, split="eval", alone=True), True
     except UserError:  # none are held out
@@ -85,5 +83,5 @@ def _loader(session: Session) -> tuple[Loader, bool]:
 
 
 def _light(batch: FeatureBatch) -> FeatureBatch:
-    """Without features: a look keeps its batches until it is over."""
+    """The batch without its features, since all batches are kept."""
     return dataclasses.replace(batch, tokens=batch.tokens[:, :0], text=batch.text[:, :0])

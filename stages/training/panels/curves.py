@@ -12,12 +12,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ....cache.actions.slots import EMBODIMENTS
-from ....common.figures import LIGHT, MARKERS, Style, finish, new_figure, say_nothing
+from ....common.figures import LIGHT, MARKERS, Style, finish, label_bars, new_figure, say_nothing
 from ..run_log import evaluations
-from .data import PanelData
+from .data import PanelData, grade
 
 BALANCED = 0.2  # relative difference of a dataset's share from the configured one that is still balanced
-STAGNANT = 0.02  # relative fall of the error over the last third of the evaluations below which a dataset stands still
+STAGNANT = 0.02  # relative fall of the error over the last third of the evaluations below which a dataset stagnates
 
 
 def by_dataset(line: dict[str, Any], metric: str, datasets: Sequence[str]) -> np.ndarray:
@@ -26,37 +26,26 @@ def by_dataset(line: dict[str, Any], metric: str, datasets: Sequence[str]) -> np
 
 
 def eval_dashboard(data: PanelData, style: Style = LIGHT) -> Figure:
-    """D1: error, correlation and coverage of every dataset at the newest evaluation, coloured by embodiment."""
+    """D1: error, correlation and coverage of every dataset at the newest evaluation, colored by embodiment."""
     found = evaluations(data.log)
     if not found:
         return say_nothing(new_figure(style), "No evaluation on held-out episodes yet (D1)", style)
     figure = new_figure(style, 11, 0.34 * len(data.datasets) + 1.7)
     bodies = sorted(set(data.embodiments))
     kinds = (
-        ("mse", "MSE (normalised²)", None),
-        ("mae", "MAE (normalised)", None),
+        ("mse", "MSE (normalized²)", None),
+        ("mae", "MAE (normalized)", None),
         ("correlation", "correlation", 1.0),
         ("coverage", "coverage, %", 100.0),
     )
-    for axis, (metric, label, best) in zip(figure.subplots(1, 4, sharey=True), kinds):
+    for axis, (metric, title, best) in zip(figure.subplots(1, 4, sharey=True), kinds):
         values = by_dataset(found[-1], metric, data.datasets)
         for n, body in enumerate(bodies):
             mine = [k for k, b in enumerate(data.embodiments) if b == body]
-            axis.barh(
-                mine,
-                np.nan_to_num(values[mine]),
-                color=style.cycle[n % len(style.cycle)],
-                label=EMBODIMENTS[body] if metric == "coverage" else None,
-            )
-        for k, value in enumerate(values):
-            axis.text(
-                0 if np.isnan(value) else value,
-                k,
-                " –" if np.isnan(value) else f" {value:.3g}",
-                va="center",
-                fontsize=7,
-            )
-        axis.set_xlabel(label)
+            label = EMBODIMENTS[body] if metric == "coverage" else None
+            axis.barh(mine, np.nan_to_num(values[mine]), color=style.cycle[n % len(style.cycle)], label=label)
+        label_bars(axis, values, "–")
+        axis.set_xlabel(title)
         axis.margins(x=0.3)
         if best is not None:
             axis.axvline(best, color=style.text, linewidth=0.8, linestyle="--")
@@ -64,19 +53,14 @@ def eval_dashboard(data: PanelData, style: Style = LIGHT) -> Figure:
     axis.set_yticks(range(len(data.datasets)), data.datasets)
     axis.invert_yaxis()
     errors = by_dataset(found[-1], "mse", data.datasets)
-    worst = (
-        f"; worst: {data.datasets[int(np.nanargmax(errors))]}, {np.nanmax(errors):.4f}"
-        if np.isfinite(errors).sum() > 1
-        else ""
-    )
-    return finish(
-        figure, f"Held-out MSE {found[-1]['eval/mse']:.4f} at step {found[-1]['step']}{worst} (D1)", style, "outside"
-    )
+    finding = f"Held-out MSE {found[-1]['eval/mse']:.4f} at step {found[-1]['step']}"
+    if np.isfinite(errors).sum() > 1:
+        finding += f"; worst: {data.datasets[int(np.nanargmax(errors))]}, {np.nanmax(errors):.4f}"
+    return finish(figure, f"{finding} (D1)", style, "outside")
 
 
 def training_curves(data: PanelData, style: Style = LIGHT) -> Figure:
-    """D2: loss, error and drift over the run; good: all falling. (The loss of a drifting head hovers; its error and its
-    λ are what fall.)"""
+    """D2: loss, error and drift over the run; good: error and drift fall (the loss of a drifting head hovers)."""
     lines = list(data.log)
     if len(lines) < 2:
         return say_nothing(new_figure(style), "The log has fewer than two lines (D2)", style)
@@ -88,47 +72,26 @@ def training_curves(data: PanelData, style: Style = LIGHT) -> Figure:
     middle.plot(steps, [line["mse"] for line in lines], color=style.expert, label="training batch")
     held = evaluations(lines)
     if held:
-        middle.plot(
-            [line["step"] for line in held],
-            [line["eval/mse"] for line in held],
-            color=style.predicted,
-            marker="o",
-            label="held out, averaged weights",
-        )
-    middle.set(xlabel="training step", ylabel="MSE (normalised²)", title="error", yscale="log")
-    drift = [
-        (line["step"], np.mean(line["mean_square"]))
-        for line in lines
-        if line.get("mean_square") and max(line["mean_square"]) > 0
-    ]
-    if drift:
-        right.plot(*zip(*((step, np.sqrt(value)) for step, value in drift)), color=style.cycle[2])
-        right.set(yscale="log")
-    right.set(
-        xlabel="training step", ylabel="RMS drift (mean over τ)", title="drift" if drift else "this head has no drift"
-    )
-    what, curve = (
-        ("Held-out MSE", [line["eval/mse"] for line in held])
-        if len(held) > 1
-        else ("MSE", [line["mse"] for line in lines])
-    )
+        at, errors = [line["step"] for line in held], [line["eval/mse"] for line in held]
+        middle.plot(at, errors, color=style.predicted, marker="o", label="held out, averaged weights")
+    middle.set(xlabel="training step", ylabel="MSE (normalized²)", title="error", yscale="log")
+    drifting = [line for line in lines if line.get("mean_square") and max(line["mean_square"]) > 0]
+    right.set(xlabel="training step", ylabel="RMS drift (mean over τ)", title="this head has no drift")
+    if drifting:
+        drift = [np.sqrt(np.mean(line["mean_square"])) for line in drifting]
+        right.plot([line["step"] for line in drifting], drift, color=style.cycle[2])
+        right.set(yscale="log", title="drift")
+    what, curve = ("Held-out MSE", errors) if len(held) > 1 else ("MSE", [line["mse"] for line in lines])
     times = curve[0] / max(curve[-1], 1e-12)
-    best = int(np.argmin(curve))
-    verdict = (
-        "it got worse"
-        if times < 1
-        else "it hardly falls"
-        if times < 1.1
-        else "rising again since its best: it may overfit"
-        if held and len(held) > 3 and curve[-1] > 1.2 * curve[best]
-        else f"{times:.1f} × smaller"
-    )
+    falls = f"{times:.1f} × smaller"
+    if len(held) > 3 and curve[-1] > 1.2 * min(curve):
+        falls = "rising again since its best, it may overfit"
+    verdict = grade(times, (1, "it got worse"), (1.1, "it hardly falls"), beyond=falls)
     return finish(figure, f"{what} {curve[0]:.4f} → {curve[-1]:.4f}: {verdict} (D2)", style)
 
 
 def learning_curves(data: PanelData, style: Style = LIGHT) -> Figure:
-    """D3: error and correlation of every dataset over the evaluations; good: all improve, one that stands still has a
-    problem with its data."""
+    """D3: error and correlation of every dataset over the evaluations; good: all improve."""
     found = evaluations(data.log)
     if not found:
         return say_nothing(new_figure(style), "No evaluation on held-out episodes yet (D3)", style)
@@ -144,46 +107,35 @@ def learning_curves(data: PanelData, style: Style = LIGHT) -> Figure:
         }
         left.plot(steps, errors[:, k], label=name if len(data.datasets) <= 16 else None, **how)
         right.plot(steps, [by_dataset(line, "correlation", data.datasets)[k] for line in found], **how)
-    left.set(xlabel="training step", ylabel="held-out MSE (normalised²)", yscale="log")
+    left.set(xlabel="training step", ylabel="held-out MSE (normalized²)", yscale="log")
     right.set(xlabel="training step", ylabel="held-out correlation", ylim=(min(0, *right.get_ylim()), 1.02))
     if len(found) < 3:
-        return finish(
-            figure, f"{len(found)} evaluation{'s' * (len(found) > 1)}: too few to see who improves (D3)", style
-        )
+        count = f"{len(found)} evaluation{'s' * (len(found) > 1)}"
+        return finish(figure, f"{count}: too few to see which datasets improve (D3)", style)
     before, now = errors[-1 - max(1, len(found) // 3)], errors[-1]
     still = [name for name, a, b in zip(data.datasets, before, now) if np.isfinite(a) and b > (1 - STAGNANT) * a]
     named = ", ".join(still[:3]) + (", …" if len(still) > 3 else "")
-    return finish(
-        figure,
-        (
-            f"{len(still)} of {len(data.datasets)} datasets no longer improve: {named}"
-            if still
-            else "All datasets improve"
-        )
-        + " (D3)",
-        style,
-    )
+    finding = f"{len(still)} of {len(data.datasets)} datasets no longer improve: {named}"
+    return finish(figure, f"{finding if still else 'All datasets improve'} (D3)", style)
 
 
 def data_balance(data: PanelData, style: Style = LIGHT) -> Figure:
-    """D4: the share of each dataset in the training samples, as configured and as drawn; good: alike."""
+    """D4: the share of each dataset in the training samples, as configured and as drawn; good: the same."""
     if data.configured is None or data.drawn is None or not data.drawn.sum():
-        return say_nothing(new_figure(style), "No training sample was drawn yet (D4)", style)
+        return say_nothing(new_figure(style), "No training samples yet (D4)", style)
     wanted, got = data.configured / data.configured.sum(), data.drawn / data.drawn.sum()
     figure = new_figure(style, 8, 0.5 * len(wanted) + 1.5)
-    axis, places = figure.subplots(), np.arange(len(wanted))
-    axis.barh(places - 0.2, 100 * wanted, 0.38, color=style.expert, label="configured")
-    axis.barh(
-        places + 0.2, 100 * got, 0.38, color=style.predicted, label=f"of the last {int(data.drawn.sum())} samples"
-    )
-    axis.set_yticks(places, data.datasets)
+    axis, rows = figure.subplots(), np.arange(len(wanted))
+    axis.barh(rows - 0.2, 100 * wanted, 0.38, color=style.expert, label="configured")
+    label = f"of the last {int(data.drawn.sum())} samples"
+    axis.barh(rows + 0.2, 100 * got, 0.38, color=style.predicted, label=label)
+    axis.set_yticks(rows, data.datasets)
     axis.invert_yaxis()
     axis.set_xlabel("share of the training samples, %")
     off = np.abs(got - wanted) / np.maximum(wanted, 1e-9)
     worst = int(off.argmax())
-    verdict = (
-        "The mixture is as configured"
-        if off[worst] < BALANCED
-        else f"{data.datasets[worst]} has {100 * got[worst]:.1f} % of the samples, {100 * wanted[worst]:.1f} % are configured"
-    )
+    verdict = "The mixture is as configured"
+    if off[worst] >= BALANCED:
+        has, should = 100 * got[worst], 100 * wanted[worst]
+        verdict = f"{data.datasets[worst]} has {has:.1f} % of the samples, {should:.1f} % are configured"
     return finish(figure, f"{verdict}; smallest share {100 * got.min():.1f} % (D4)", style)

@@ -1,7 +1,7 @@
-"""What the panels are drawn from: held-out observations, several chunks drawn for each, their drift, and the run's log.
+"""What panels show: predictions for held-out observations, several noise samples each, their drift, the run's log.
 
-Letters: N observations, G draws for each, T action steps, K datasets, τ temperatures. Everything is numpy; actions are
-normalised.
+Letters: N observations, G noise samples of each, T action steps, K datasets, τ temperatures. Everything is NumPy;
+actions are normalized.
 """
 
 from __future__ import annotations
@@ -17,46 +17,39 @@ import torch
 from ....cache.actions.slots import EMBODIMENTS
 from ....drifting.metrics import ActionMetrics, set_metrics
 
-MOST_SHOWN = 12  # dimensions in a panel that has a small picture for each
+MOST_SHOWN = 12  # dimensions in a panel with an axes for each
 
 
 @dataclass
 class PanelData:
-    """One look at a run. `draws` [N,G,T,128], `target` [N,T,128] float32; `active` [N,T,128] bool: entries that count;
-    `dataset` [N] int.
-
-    `drift` [τ,N,G,T,128]: where one pull at each temperature would move the draws; `mean_square` [τ]. `center`,
-    `half_range` [K,128] and `hz` [K] lead back to native units: value · half_range + center. `configured` and `drawn`
-    [K]: shares of the training samples as the settings want them, and of those lately trained on; `log`: the lines of
-    log.jsonl so far: these three are put in later.
-    """
+    """Predictions of one step of a run. The last three fields are filled in later."""
 
     step: int
     datasets: tuple[str, ...]
     embodiments: tuple[int, ...]  # of each dataset, an index into EMBODIMENTS
-    dataset: np.ndarray
-    target: np.ndarray
-    draws: np.ndarray
-    active: np.ndarray
-    drift: np.ndarray
-    mean_square: np.ndarray
+    dataset: np.ndarray  # [N] int
+    target: np.ndarray  # [N,T,128] float32, the expert's chunks
+    draws: np.ndarray  # [N,G,T,128] float32, predicted chunks
+    active: np.ndarray  # [N,T,128] bool, entries that count
+    drift: np.ndarray  # [τ,N,G,T,128], by which one step at each temperature would move the predictions
+    mean_square: np.ndarray  # [τ]
     temperatures: tuple[float, ...]
-    center: np.ndarray
-    half_range: np.ndarray
-    hz: np.ndarray
-    held_out: bool = True  # else observations that are trained on, for lack of others
-    configured: np.ndarray | None = None
-    drawn: np.ndarray | None = None
-    log: Sequence[dict[str, Any]] = field(default=(), repr=False)
+    center: np.ndarray  # [K,128]; native units are value · half_range + center
+    half_range: np.ndarray  # [K,128]
+    hz: np.ndarray  # [K]
+    held_out: bool = True  # else training observations, where none are held out
+    configured: np.ndarray | None = None  # [K] shares of the training samples in the settings
+    drawn: np.ndarray | None = None  # [K] counts of the latest training samples
+    log: Sequence[dict[str, Any]] = field(default=(), repr=False)  # lines of log.jsonl so far
 
     @property
     def pred(self) -> np.ndarray:
-        """[N,T,128]: the first draw of each observation, as the policy would act."""
+        """[N,T,128]: the prediction with the first noise sample, as the policy would act."""
         return self.draws[:, 0]
 
     @functools.cached_property
     def used(self) -> list[int]:
-        """Places that count somewhere, ascending."""
+        """Slots that count somewhere, ascending."""
         return np.flatnonzero(self.active.any((0, 1))).tolist()
 
     @functools.cached_property
@@ -66,8 +59,7 @@ class PanelData:
 
     @functools.cached_property
     def apart(self) -> float:
-        """RMS distance of the draws from their expert, in units of the expert's own spread: 1 for draws at the mean,
-        1.4 for random ones."""
+        """RMS distance of predictions from their expert over the expert's spread: 1 at the mean, 1.4 at random."""
         active = np.broadcast_to(self.active[:, None], self.draws.shape)
         error = np.square((self.draws - self.target[:, None])[active]).mean()
         spread = []
@@ -79,30 +71,20 @@ class PanelData:
 
     @functools.cached_property
     def metrics(self) -> ActionMetrics:
-        """Of `pred`, by dataset, embodiment and place."""
+        """Of `pred`, by dataset, embodiment and slot."""
         metrics = ActionMetrics(self.datasets, EMBODIMENTS)
-        metrics.add(
-            *(
-                torch.from_numpy(np.ascontiguousarray(x))
-                for x in (
-                    self.pred,
-                    self.target,
-                    self.active,
-                    self.dataset.astype(np.int64),
-                    np.asarray(self.embodiments, np.int64)[self.dataset],
-                )
-            )
-        )
+        metrics.add(*self._tensors(), torch.from_numpy(np.asarray(self.embodiments, np.int64)[self.dataset]))
         return metrics
 
     @functools.cached_property
     def result(self) -> dict[str, float]:
         """`metrics` over everything, with those of the set of chunks: "mmd", "mode_coverage"."""
-        tensors = (
-            torch.from_numpy(np.ascontiguousarray(x))
-            for x in (self.pred, self.target, self.active, self.dataset.astype(np.int64))
-        )
-        return {**self.metrics.result(), **set_metrics(*tensors)}
+        return {**self.metrics.result(), **set_metrics(*self._tensors())}
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """`pred`, `target`, `active` and `dataset` for torch."""
+        values = (self.pred, self.target, self.active, self.dataset.astype(np.int64))
+        return [torch.from_numpy(np.ascontiguousarray(x)) for x in values]
 
     def of_slot(self, metric: str) -> np.ndarray:
         """[128] of a metric: mean over the datasets that define it, NaN where none does."""
@@ -111,36 +93,41 @@ class PanelData:
         return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
     def shown(self) -> list[int]:
-        """At most `MOST_SHOWN` used places: those that the expert moves most, in their own order."""
+        """At most `MOST_SHOWN` used slots: those that the expert moves most, in their own order."""
         spread = [np.std(self.target[..., i][self.active[..., i]]) for i in self.used]
         return sorted(self.used[j] for j in np.argsort(spread)[::-1][:MOST_SHOWN])
 
     @functools.cached_property
     def groups(self) -> list[tuple[int, np.ndarray]]:
-        """(dataset, its observations with a whole chunk), most observations first, none with fewer than 3: sets that
-        can be compared."""
+        """(dataset, its observations with a complete chunk), largest first: those with at least 3, to compare sets."""
         found = []
         for k in np.unique(self.dataset):
             mine = self.dataset == k
-            places = self.active[mine].any((0, 1))
-            whole = np.flatnonzero(mine & self.active[:, :, places].all((1, 2)))
-            if len(whole) >= 3:
-                found.append((int(k), whole))
+            used = self.active[mine].any((0, 1))
+            complete = np.flatnonzero(mine & self.active[:, :, used].all((1, 2)))
+            if len(complete) >= 3:
+                found.append((int(k), complete))
         return sorted(found, key=lambda group: -len(group[1]))
 
     def flat(self, chunks: np.ndarray, k: int, rows: np.ndarray) -> np.ndarray:
-        """[len(rows),…,D] of chunks [N,…,T,128]: the entries of dataset k's places, T · places of them."""
+        """[len(rows),…,D] of chunks [N,…,T,128]: the D = T · slots entries that dataset k uses."""
         return chunks[rows][..., self.active[rows].any((0, 1))].reshape(*chunks[rows].shape[:-2], -1)
 
     @property
     def what(self) -> str:
-        """What the observations are, for an axis or a note."""
+        """What the observations are, for a label."""
         return "held-out observations" if self.held_out else "training observations"
 
 
+def grade(value: float, *steps: tuple[float, str], beyond: str) -> str:
+    """The text of the first of the ascending `steps` whose limit exceeds `value`, else `beyond`."""
+    return next((text for limit, text in steps if value < limit), beyond)
+
+
 def principal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mean [D], axes [2,D], shares [2] of the variance) of the two first principal components of values [n,D]; the
-    sign of an axis is such that its largest entry is positive, so that pictures of one run can be compared."""
+    """(mean [D], axes [2,D], shares [2] of the variance) of the two first principal components of values [n,D].
+
+    The largest entry of an axis is positive, so that figures of one run can be compared."""
     mean = values.mean(0)
     _, spread, axes = np.linalg.svd(values - mean, full_matrices=False)
     axes = np.vstack([axes, np.zeros((2, axes.shape[1]))])[:2]

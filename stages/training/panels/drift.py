@@ -1,29 +1,30 @@
-"""Panels of the drift: A1 its field, A2 its magnitude over the run, A5 by temperature, C1 what following it would
-bring.
+"""Panels of the drift: A1 its field, A2 its magnitude over the run, A5 by temperature, C1 the effect of following it.
 
-Letters: N observations, G draws of each, D entries of a chunk, τ temperatures.
+Letters: N observations, G noise samples of each, D entries of a chunk, τ temperatures.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from ....common.figures import LIGHT, Style, finish, new_figure, say_nothing
 from ....drifting.metrics import drift_strength
-from .data import PanelData, principal
+from .data import PanelData, grade, principal
 
-ARROWS = 300  # at most in a picture
-FINE = 0.5  # ratio of the drift at the lowest and at the highest temperature below which fine detail is learnt
-IMPROVED = 50.0  # percent of the distance that the drift should take away
-NEAR = 0.1  # of the expert's spread: draws this near to their expert are there
-LOST = 0.9  # of the expert's spread: draws this far from their expert know nothing of it
+ARROWS = 300  # at most in a figure
+FINE = 0.5  # ratio of the drift at the lowest and at the highest temperature below which fine detail is learned
+IMPROVED = 50.0  # percent of the distance that the drift should remove
+NEAR = 0.1  # of the expert's spread: predictions this close to their expert have arrived
+LOST = 0.9  # of the expert's spread: predictions this far from their expert are independent of it
 SMOOTH = 0.9  # of the running mean of A2
+ARROW: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.003, "alpha": 0.6}
 
 
 def drifting_field(data: PanelData, style: Style = LIGHT) -> Figure:
-    """A1: every draw as seen from its own expert chunk (the star), and where the drift would move it; good: arrows to
-    the star."""
+    """A1: every prediction relative to its expert chunk (the star), and its drift; good: arrows to the star."""
     active = data.active[:, None]  # [N,1,T,128]
     away = np.where(active, data.draws - data.target[:, None], 0).reshape(-1, data.active[0].size)  # [N·G,D]
     arrow = data.drift.sum(0).reshape(away.shape)  # [N·G,D]
@@ -34,52 +35,32 @@ def drifting_field(data: PanelData, style: Style = LIGHT) -> Figure:
     towards = -(arrow * away).sum(1) / np.maximum(length * distance, 1e-12)  # cosine
     _, axes, _ = principal(np.concatenate([away, -away]))  # around the expert
     at, to = away @ axes.T, arrow @ axes.T  # [N·G,2] each
-    times = min(
-        1e4, 0.15 * np.ptp(at) / max(np.percentile(np.linalg.norm(to, axis=1), 90), 1e-9)
-    )  # so that one sees where they point
+    # Stretched so that one sees where they point.
+    times = min(1e4, 0.15 * np.ptp(at) / max(np.percentile(np.linalg.norm(to, axis=1), 90), 1e-9))
     digits = 10.0 ** np.floor(np.log10(max(times, 1e-9)))
     times = round(times / digits) * digits
     figure = new_figure(style, 8, 5)
     axis = figure.subplots()
     chosen = np.linspace(0, len(at) - 1, min(ARROWS, len(at))).astype(int)
-    axis.plot(*at[chosen].T, ".", color=style.predicted, markersize=4, label="draw")
-    axis.quiver(
-        *at[chosen].T,
-        *times * to[chosen].T,
-        angles="xy",
-        scale_units="xy",
-        scale=1,
-        width=0.003,
-        color=style.text,
-        alpha=0.6,
-        label=f"its drift × {times:g}",
-    )
+    axis.plot(*at[chosen].T, ".", color=style.predicted, markersize=4, label="prediction")
+    axis.quiver(*at[chosen].T, *times * to[chosen].T, color=style.text, label=f"its drift × {times:g}", **ARROW)
     axis.plot(0, 0, "*", color=style.expert, markersize=18, label="its expert chunk")
-    axis.set(
-        xlabel="draw − expert, 1st principal axis (normalised units)",
-        ylabel="2nd principal axis",
-        aspect="equal",
-        adjustable="datalim",
-    )
+    axis.set(aspect="equal", adjustable="datalim", ylabel="2nd principal axis")
+    axis.set_xlabel("prediction − expert, 1st principal axis (normalized units)")
     size = float((length / root).mean())
     if distance.max() < 1e-6:
-        return finish(figure, "Every draw is its expert chunk: there is no drift (A1)", style)
-    share = float((towards > 0).mean())
-    return finish(
-        figure,
-        f"{100 * share:.0f} % of the drift arrows point to the expert; mean length {size:.3g}, mean distance {(distance / root).mean():.3g} "
-        "per entry (A1)",
-        style,
-    )
+        return finish(figure, "Every prediction equals its expert chunk: there is no drift (A1)", style)
+    share, far = 100 * (towards > 0).mean(), (distance / root).mean()
+    arrows = f"{share:.0f} % of the drift arrows point to the expert"
+    return finish(figure, f"{arrows}; mean length {size:.3g}, mean distance {far:.3g} per entry (A1)", style)
 
 
 def drift_trend(data: PanelData, style: Style = LIGHT) -> Figure:
     """A2: mean(F²) of the training batches over the run, at each temperature, with its running mean; good: falling."""
     lines = [line for line in data.log if line.get("mean_square") and all(x > 0 for x in line["mean_square"])]
     if len(lines) < 2:
-        return say_nothing(
-            new_figure(style), "No drift is logged: this head has none, or the run has just begun (A2)", style
-        )
+        why = "No drift is logged: this head has none, or the run has just begun (A2)"
+        return say_nothing(new_figure(style), why, style)
     steps = np.array([line["step"] for line in lines])
     values = np.array([line["mean_square"] for line in lines])  # [n,τ]
     figure = new_figure(style, 8, 4)
@@ -87,7 +68,7 @@ def drift_trend(data: PanelData, style: Style = LIGHT) -> Figure:
     strength = np.log(values)
     smooth = np.empty_like(strength)
     smooth[0] = strength[0]
-    for n in range(1, len(strength)):  # less smoothing at the beginning, so that it does not lag
+    for n in range(1, len(strength)):  # less smoothing at first, so that it does not lag
         keep = min(SMOOTH, n / (n + 2))
         smooth[n] = keep * smooth[n - 1] + (1 - keep) * strength[n]
     for n, tau in enumerate(_temperatures(data, values.shape[1])):
@@ -96,21 +77,14 @@ def drift_trend(data: PanelData, style: Style = LIGHT) -> Figure:
     axis.set(yscale="log", xlabel="training step", ylabel="drift, mean(F²) in units of the mean distance")
     change = float((smooth[-1] - smooth[0]).mean())
     recent = float((smooth[-1] - smooth[2 * len(smooth) // 3]).mean())
-    verdict = (
-        "rising"
-        if change > 0.1
-        else "still falling"
-        if recent < -0.05
-        else "flat: a hybrid head may want a greater loss.drift_weight"
-    )
-    return finish(
-        figure, f"λ {np.mean(strength[0]):.2f} → {np.mean(smooth[-1]):.2f} (ln of mean(F²)): {verdict} (A2)", style
-    )
+    flat = "flat, a hybrid head may need a greater loss.drift_weight"
+    verdict = "rising" if change > 0.1 else grade(recent, (-0.05, "still falling"), beyond=flat)
+    values = f"λ {np.mean(strength[0]):.2f} → {np.mean(smooth[-1]):.2f} (ln of mean(F²))"
+    return finish(figure, f"{values}: {verdict} (A2)", style)
 
 
 def temperature_drift(data: PanelData, style: Style = LIGHT) -> Figure:
-    """A5: strength of the drift at each temperature; good: the lowest below half of the highest, fine detail is
-    learnt."""
+    """A5: strength of the drift at each temperature; good: lowest below half of highest, fine detail is learned."""
     size = np.sqrt(np.maximum(data.mean_square, 0))  # [τ]
     figure = new_figure(style, 6, 3.6)
     axis = figure.subplots()
@@ -118,31 +92,27 @@ def temperature_drift(data: PanelData, style: Style = LIGHT) -> Figure:
     for n, name in enumerate(drift_strength(data.mean_square.tolist(), data.temperatures).items()):
         axis.text(n, size[n], f"λ {name[1]:.2f}", ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(size)), [f"τ {tau:g}" for tau in data.temperatures])
-    axis.set(
-        xlabel="temperature: from near samples (small) to far ones", ylabel="RMS drift (in units of the mean distance)"
-    )
+    axis.set_xlabel("temperature: from near samples (small) to far ones")
+    axis.set_ylabel("RMS drift (in units of the mean distance)")
     axis.margins(y=0.15)
     if size.max() < 1e-6:
         return finish(figure, "There is no drift at any temperature (A5)", style)
     if data.apart > LOST:
-        return finish(
-            figure,
-            f"Draws are {data.apart:.2f} of the expert's spread away from their expert: neither coarse nor fine is learnt (A5)",
-            style,
-        )
+        return finish(figure, f"{_distance(data.apart)}: neither coarse nor fine structure is learned (A5)", style)
     ratio = size[int(np.argmin(data.temperatures))] / max(size[int(np.argmax(data.temperatures))], 1e-12)
-    return finish(
-        figure,
-        f"Drift at the lowest over the highest temperature {ratio:.2f}: {'fine detail is learnt' if ratio < FINE else 'fine detail is not learnt yet'} (A5)",
-        style,
-    )
+    verdict = grade(ratio, (FINE, "fine detail is learned"), beyond="fine detail is not learned yet")
+    return finish(figure, f"Drift at the lowest over the highest temperature {ratio:.2f}: {verdict} (A5)", style)
+
+
+def _distance(spreads: float) -> str:
+    return f"Predictions are {spreads:.2f} of the expert's spread away from their expert"
 
 
 def transport_map(data: PanelData, style: Style = LIGHT) -> Figure:
-    """C1: draws and expert chunks of the largest dataset in their principal plane, the drift as arrows; how far draws
-    are from their expert before and after following it along its best length; good: it takes away more than half."""
+    """C1: predictions and expert chunks of the largest dataset in their principal plane with the drift as arrows, and
+    their distance before and after following it, at its best length; good: more than half is removed."""
     if not data.groups:
-        return say_nothing(new_figure(style), "Too few whole chunks to compare (C1)", style)
+        return say_nothing(new_figure(style), "Too few complete chunks to compare (C1)", style)
     k, rows = data.groups[0]
     expert, draws, arrow = (
         data.flat(x, k, rows) for x in (data.target, data.draws, data.drift.sum(0))
@@ -150,10 +120,7 @@ def transport_map(data: PanelData, style: Style = LIGHT) -> Figure:
     gap = expert[:, None] - draws  # [n,G,D]
     best = max(0.0, float((gap * arrow).sum() / max((arrow * arrow).sum(), 1e-12)))  # one length for all, least squares
     root = np.sqrt(expert.shape[1])
-    before, after = (
-        np.linalg.norm(gap, axis=2).ravel() / root,
-        np.linalg.norm(gap - best * arrow, axis=2).ravel() / root,
-    )
+    before, after = (np.linalg.norm(x, axis=2).ravel() / root for x in (gap, gap - best * arrow))
     mean, axes, shares = principal(expert)
     at, to, stars = (
         (x.reshape(-1, expert.shape[1]) - shift) @ axes.T
@@ -163,38 +130,25 @@ def transport_map(data: PanelData, style: Style = LIGHT) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     chosen = np.linspace(0, len(at) - 1, min(ARROWS, len(at))).astype(int)
     left.plot(*stars.T, "*", color=style.expert, markersize=7, label="expert")
-    left.plot(*at[chosen].T, ".", color=style.predicted, markersize=3, label="draw")
-    left.quiver(
-        *at[chosen].T, *to[chosen].T, angles="xy", scale_units="xy", scale=1, width=0.003, color=style.text, alpha=0.6
-    )
+    left.plot(*at[chosen].T, ".", color=style.predicted, markersize=3, label="prediction")
+    left.quiver(*at[chosen].T, *to[chosen].T, color=style.text, **ARROW)
     left.set(
-        title=f"{data.datasets[k]}: {len(rows)} {data.what}, {draws.shape[1]} draws each",
+        title=f"{data.datasets[k]}: {len(rows)} {data.what}, {draws.shape[1]} predictions each",
         xlabel=f"1st principal axis ({100 * shares[0]:.0f} % of the variance)",
         ylabel=f"2nd ({100 * shares[1]:.0f} %)",
     )
     edges = np.linspace(0, max(before.max(), after.max(), 1e-6), 31)
     right.hist(before, edges, color=style.predicted, alpha=0.6, label=f"before, mean {before.mean():.3g}")
     right.hist(after, edges, histtype="step", color=style.text, linewidth=1.5, label=f"after, mean {after.mean():.3g}")
-    right.set(xlabel="distance to the expert chunk, per entry (normalised units)", ylabel="draws")
+    right.set(xlabel="distance to the expert chunk, per entry (normalized units)", ylabel="predictions")
     spread = before.mean() / max(np.linalg.norm(expert - mean, axis=1).mean() / root, 1e-9)
     if spread < NEAR:
-        return finish(
-            figure,
-            f"Draws are {spread:.2f} of the expert's spread away from their expert: little is left to transport (C1)",
-            style,
-        )
+        return finish(figure, f"{_distance(spread)}: little is left to transport (C1)", style)
     improved = 100 * (1 - after.mean() / before.mean())
-    return finish(
-        figure,
-        f"Draws are {spread:.2f} of the expert's spread away from their expert; following the drift takes {improved:.0f} % of it away"
-        f"{'' if improved > IMPROVED else f' (good: over {IMPROVED:.0f} %)'} (C1)",
-        style,
-    )
+    good = "" if improved > IMPROVED else f" (good: over {IMPROVED:.0f} %)"
+    return finish(figure, f"{_distance(spread)}; following the drift removes {improved:.0f} % of it{good} (C1)", style)
 
 
 def _temperatures(data: PanelData, count: int) -> list[str]:
-    return (
-        [f"{tau:g}" for tau in data.temperatures]
-        if len(data.temperatures) == count
-        else [f"{n + 1}" for n in range(count)]
-    )
+    known = len(data.temperatures) == count
+    return [f"{tau:g}" for tau in data.temperatures] if known else [f"{n + 1}" for n in range(count)]

@@ -62,9 +62,9 @@ def test_many_shards_are_read_through_few_files(many: Path, monkeypatch: pytest.
 def test_an_index_is_read_once(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards without gaps are opened again without reading their index, unless they have changed in size."""
     reads, dataset = [], Cache.open(many).datasets[0]
-    real = shard._read_index
+    real = shard.read_index
     monkeypatch.setattr(
-        shard, "_read_index", lambda handle, path, chunks: reads.append(path) or real(handle, path, chunks)
+        shard, "read_index", lambda handle, path, chunks: reads.append(path) or real(handle, path, chunks)
     )
     files, out = ShardFiles(limit=1), [memoryview(bytearray(32))]
     for _ in range(3):

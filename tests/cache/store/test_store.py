@@ -328,7 +328,8 @@ def test_shard_index_and_scattered_reads(tmp_path: Path) -> None:
         writer.append(records[:1000])
         writer.append(records[1000:])
         nbytes, _ = writer.commit()
-    index = read_index(tmp_path / "c/0/0/0", capacity)
+    with open(tmp_path / "c/0/0/0", "rb") as file:
+        index = read_index(file.fileno(), tmp_path, capacity)
     assert nbytes == count * 48 + capacity * 16 + 4
     assert (index[:count, 0] == np.arange(count) * 48).all() and (index[count:] == MISSING).all()
     files = ShardFiles()

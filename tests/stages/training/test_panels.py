@@ -35,25 +35,28 @@ def title(figure: Figure) -> str:
     return figure.get_suptitle().replace("\n", " ")
 
 
-# --- what the titles say
-# -----------------------------------------------------------------------------------------------
+# --- what the titles say --------------------------------------------------------------------------------------------
 
 FINDINGS = {  # panel → part of its title for a perfect, a collapsed and a guessing policy
     "A1": ("mean distance 0.0009", "100 % of the drift arrows point to the expert", "mean distance 0.1"),
-    "A3": ("8 of 8 moving dimensions predicted", "nothing is predicted better than by its mean", "0 of 8 moving"),
+    "A3": ("8 of 8 moving dimensions predicted", "no dimension is predicted better than by its mean", "0 of 8 moving"),
     "A4": ("none stands out", "MAE 0.1", "MAE 0.1"),
-    "A5": ("fine detail is learnt", "neither coarse nor fine is learnt", "neither coarse nor fine is learnt"),
+    "A5": (
+        "fine detail is learned",
+        "neither coarse nor fine structure is learned",
+        "neither coarse nor fine structure is learned",
+    ),
     "B1": (
-        "Coverage 100 %: it covers what the expert does",
+        "Coverage 100 %: predictions cover",
         "Coverage 1 %: the policy has collapsed",
-        "it covers what the expert does",
+        "predictions cover",
     ),
     "B2": ("0.001", "0.1", "No hot spot"),
-    "B3": ("Regions are alike", "No region is predicted", "No region is predicted"),
-    "B4": ("the ways overlap", "the ways part", "the ways part"),
+    "B3": ("Regions are similar", "No region is predicted", "No region is predicted"),
+    "B4": ("they overlap", "they diverge", "they diverge"),
     "B5": ("no harder than its beginning",) * 3,
-    "C1": ("little is left to transport", "% of it away (C1)", "(good: over 50 %)"),
-    "C2": ("100 % of the expert's modes", "most of what it does is missing", "of the expert's modes"),
+    "C1": ("little is left to transport", "% of it (C1)", "(good: over 50 %)"),
+    "C2": ("100 % of the expert's modes", "most are missing", "of the expert's modes"),
     "C3": ("as smooth as the expert", "smoother than the expert", "it jitters"),
     "D2": ("× smaller",) * 3,
 }
@@ -94,11 +97,10 @@ def test_a_hot_spot_and_growth_are_named() -> None:
     assert "Hardest dimension: gripper_open" in title(draw("A4", data)) and "× the median" in title(draw("A4", data))
     growing = np.repeat(target[:, None], samples.G, 1) + 0.05 * np.arange(1, samples.T + 1)[None, None, :, None]
     data = samples.panel_data(np.where(active[:, None], growing, 0), target, active, dataset)
-    assert "+700 % from first to last step: rises too fast" in title(draw("B5", data))
+    assert "+700 % from first to last step: it rises too fast" in title(draw("B5", data))
 
 
-# --- what is plotted
-# ---------------------------------------------------------------------------------------------------
+# --- what is plotted ------------------------------------------------------------------------------------------------
 
 
 def test_prediction_scatter_plots_pairs_that_count(looks) -> None:
@@ -167,8 +169,7 @@ def test_following_the_drift_is_measured() -> None:
     assert 0 not in rows and {data.dataset[r] for r in rows} == {k}  # the cut chunk is in no set
 
 
-# --- all of them
-# -------------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", PANELS)
