@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...common.config import DATASET_CONFIG, from_dotted
+from ...common.config import from_dotted
 from ...common.console import console, errors, progress_bars, say
-from ...common.options import Given, Options
+from ...common.options import DatasetConfig, Given, Options
 from ...errors import UserError
 from .config import AddConfig
 
@@ -19,18 +19,15 @@ if TYPE_CHECKING:
     from .add.draft import Request
 
 Source = Annotated[str, typer.Argument(help="Dataset folder or file, or hub id.", show_default=False)]
-Config = Annotated[str | None, typer.Option(*DATASET_CONFIG.names, help=DATASET_CONFIG.help)]
 
 
 def data_list(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(
-            help="Folders in which to look for datasets; default: the shipped families.", show_default=False
-        ),
+        typer.Argument(help="Folders to search for datasets; default: list the shipped families.", show_default=False),
     ] = None,
 ) -> None:
-    """List the dataset families that dvla knows or, with folders, the datasets that lie in them.
+    """List the dataset families that dvla knows or, with folders, the datasets in them.
 
     Example: dvla data list
 
@@ -63,7 +60,7 @@ def data_list(
 def data_show(
     source: Source,
     episode: Annotated[int | None, typer.Option("--episode", help="Also show this episode.")] = None,
-    dataset_config: Config = None,
+    dataset_config: DatasetConfig = None,
 ) -> None:
     """Show what a dataset is, what each of its dimensions means, and one episode.
 
@@ -107,15 +104,17 @@ def data_check(
         int | None,
         typer.Option(
             "--episodes",
-            help="Episodes whose pictures are decoded, evenly spread; the tables of all are read. Default: 64.",
+            help="Episodes whose frames are decoded, evenly spread; the tables of all are read. Default: 64.",
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Decode every frame of every episode.")] = False,
-    frames: Annotated[int, typer.Option("--frames", help="Frames decoded of each view of an episode.")] = 8,
+    frames: Annotated[int, typer.Option("--frames", help="Frames to decode of each view of an episode.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", help="JSON report to write.")] = None,
-    dataset_config: Config = None,
+    dataset_config: DatasetConfig = None,
 ) -> None:
-    """Examine a dataset: files, counts, time, cameras, units, rotations, jumps, text. Exit code 1 when something must be fixed.
+    """Check a dataset: files, counts, time, cameras, units, rotations, jumps, text.
+
+    Exit code 1 when something must be fixed.
 
     Example: dvla data check data/push
 
@@ -134,12 +133,12 @@ def data_check(
 
 def data_video(
     source: Source,
-    episode: Annotated[int, typer.Option("--episode", help="Which one.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 to write.")],
-    fps: Annotated[float | None, typer.Option("--fps", help="Pictures per second; default: as recorded.")] = None,
-    dataset_config: Config = None,
+    episode: Annotated[int, typer.Option("--episode", help="Number of the episode.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 file to write.")],
+    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second; default: as recorded.")] = None,
+    dataset_config: DatasetConfig = None,
 ) -> None:
-    """Draw an episode as a video: all views with instruction, time and action curves.
+    """Render an episode as a video: all views with instruction, time and action curves.
 
     Example: dvla data video data/push --episode 3 -o push-3.mp4
     """
@@ -158,15 +157,18 @@ def data_stats(
         typer.Argument(help="Dataset folder or file, or hub id; none: only merge reports.", show_default=False),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSON report to write.")] = None,
-    dataset_config: Config = None,
+    dataset_config: DatasetConfig = None,
     merge: Annotated[
-        list[Path] | None, typer.Option("--merge", help="Report of other datasets to add; may be given several times.")
+        list[Path] | None,
+        typer.Option("--merge", help="Report of other datasets to merge in; may be given several times."),
     ] = None,
     native: Annotated[
         bool, typer.Option("--native", help="Also show the native dimensions; a report always has them.")
     ] = False,
 ) -> None:
-    """Measure mean, std, min, max and quantiles of every action and state field, from the tables alone.
+    """Measure mean, std, min, max and quantiles of every action and state field.
+
+    Reads the tables alone, no image.
 
     Example: dvla data stats data/push --out push.json
 
@@ -198,7 +200,9 @@ def data_add(
     source: Source,
     given: Annotated[Given, Options(AddConfig, f"out name license action_column state_column field {ANSWERS}")],
 ) -> None:
-    """Write a dataset config for a new LeRobot dataset. Guessed field names are marked; the rest is asked for or given as options.
+    """Write a dataset config for a new LeRobot dataset.
+
+    Guessed field names are marked; the rest is asked for, or given as options.
 
     Example: dvla data add data/cubes
 
@@ -223,7 +227,7 @@ def data_add(
 
 
 def _answered(meta: Metadata, request: Request) -> tuple[Request, str]:
-    """The request with all its questions answered at the terminal, and the YAML text. `UserError` where nobody can answer."""
+    """The request with its questions answered at the terminal, and the YAML text. `UserError` off a terminal."""
     from .add.draft import draft
 
     text, missing = draft(meta, request)
@@ -242,14 +246,18 @@ def _answered(meta: Metadata, request: Request) -> tuple[Request, str]:
 
 def data_export(
     source: Source,
-    out: Annotated[Path, typer.Option("--out", help="Folder to create, or to go on with.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to create; an unfinished one is resumed.")],
     to: Annotated[
         str, typer.Option("--to", help="Format: episode_hdf5 (one HDF5 file per episode, unified 128-d actions).")
     ] = "episode_hdf5",
-    compression: Annotated[str, typer.Option("--compression", help="Of the pictures: none or gzip.")] = "none",
-    dataset_config: Config = None,
+    compression: Annotated[
+        str, typer.Option("--compression", help="Compression of the images: none or gzip.")
+    ] = "none",
+    dataset_config: DatasetConfig = None,
 ) -> None:
-    """Write every episode of a dataset, in the unified action space, to files of another format. Resumable.
+    """Write every episode of a dataset, in the unified action space, to another format.
+
+    Rerun the same command to resume.
 
     Example: dvla data export data/push --to episode_hdf5 --out data/push_hdf5
     """
@@ -261,6 +269,6 @@ def data_export(
     with progress_bars() as show:
         report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
     console.print(
-        f"{report.path}: {report.episodes} episodes ({report.kept} of them already there), {report.frames} frames, "
+        f"{report.path}: {report.episodes} episodes ({report.kept} reused), {report.frames} frames, "
         f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s"
     )
