@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from ..errors import UserError
 from .text import duration
@@ -76,6 +76,7 @@ def progress_lines(every: float, clock: Callable[[], float] = time.monotonic) ->
     return show
 
 
+UNITS = "[KMGT]?i?B|s|min|h|days"  # after a number
 SHORT, LONG = 12, 40  # columns up to SHORT are never folded; those up to LONG rather cost another column its place
 
 
@@ -89,9 +90,10 @@ def table(
         if sum(min(width, LONG) + 2 for width in widths.values()) - 2 <= console.width:
             break
         widths.pop(name, None)
-    found = simple_table(title=title, title_justify="left")
+    narrow: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    found = Table(title=title, title_justify="left", **narrow)
     for name, width in widths.items():
-        numbers = all(re.fullmatch(r"[-+–.,\d%e ]*", cell) for cell in columns[name][1:])
+        numbers = all(re.fullmatch(rf"[-+–.,/\d%e ]*({UNITS})?", cell) for cell in columns[name][1:])
         found.add_column(
             escape(name),
             justify="right" if numbers else "left",
@@ -108,17 +110,6 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-
-
-def simple_table(*columns: str | Column, **options: Any) -> Table:
-    """An empty, narrow table with one rule, under its head. Where it is too wide, words fold: nothing is cut off."""
-    folded = (Column(c, overflow="fold") if isinstance(c, str) else c for c in columns)
-    return Table(*folded, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), **options)
-
-
-def right_aligned(*names: str) -> list[Column]:
-    """Columns of numbers, which stay in one line."""
-    return [Column(name, justify="right", no_wrap=True) for name in names]
 
 
 def write_json(file: Path | None, values: Any) -> None:

@@ -24,12 +24,12 @@ def digest(document: dict[str, Any]) -> str:
 
 
 def diff(
-    cached: dict[str, Any], asked: dict[str, Any], was: str = "cache has", now: str = "this run asks"
+    cached: dict[str, Any], asked: dict[str, Any], was: str = "cache has", now: str = "you requested"
 ) -> list[str]:
     """One line per differing field, sorted by name; empty when equal. `was`, `now`: the words before each value.
 
     >>> diff({"encoder": {"resolution": 448}}, {"encoder": {"resolution": 224}})
-    ['encoder.resolution: cache has 448, this run asks 224']
+    ['encoder.resolution: cache has 448, you requested 224']
     """
     return [
         f"{where}: {was} {_short(a)}, {now} {_short(b)}"

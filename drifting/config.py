@@ -14,24 +14,25 @@ ONE_STEP = ("mse", "pure_drift", "hybrid")
 DENOISING = ("flow", "diffusion")
 """Kinds that act in several, on the same trunk: what drifting is compared with (`heads.py`)."""
 POLICY_TEMPERATURES = (*TEMPERATURES, 1.0)
-"""The release's three, and one so wide that every sample counts: there the field pulls the mean of an observation's draws to its expert.
-With one expert chunk and a few draws the narrow ones alone leave that mean inexact (docs/results.md)."""
+"""The release's three drift temperatures, and one so wide that every sample counts: there the field pulls the mean of
+an observation's samples to its expert. With one expert chunk and a few samples the narrow ones alone leave that mean
+inexact (docs/results.md)."""
 DIFFUSION_STEPS = 100
 """Noise levels of the diffusion head, as in Diffusion Policy."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What stage two and three minimise."""
+    """What stages two and three minimize."""
 
     kind: Literal["mse", "pure_drift", "hybrid", "flow", "diffusion"] = "hybrid"  # hybrid = mse + drift_weight · drift
     sample_steps: int = 0  # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
     drift_weight: float = 1.0  # λ of the hybrid; well below 0.1 regression merges modes (docs/toy.md)
-    temperatures: tuple[float, ...] = POLICY_TEMPERATURES  # kernel widths, in units of the mean distance
+    temperatures: tuple[float, ...] = POLICY_TEMPERATURES  # of the drift: kernel widths, in units of the mean distance
     floor: float = AFFINITY_FLOOR  # floor under the product of the two softmaxes
     distance: Literal["chunk", "step"] = "chunk"  # compare whole [T·d] chunks, or each step on its own
     embodiments: int = 7  # E, groups with a distance scale of their own
-    neighbours: int = 0  # P, further positives: expert chunks of the nearest observations
+    neighbours: int = 0  # of older versions; must be 0
     queue: Literal["none", "task", "global"] = (
         "none"  # ablation: earlier chunks of the same task, or of any, compared too
     )

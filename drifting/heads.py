@@ -1,5 +1,4 @@
-"""Heads on one trunk, so that comparisons are honest: drifting and regression act in one pass, flow matching and
-diffusion in many.
+"""Heads on one trunk, to be compared: drifting and regression act in one pass, flow matching and diffusion in many.
 
 All share the DiT, its conditions, the masks and the weights of the entries; they differ in the target, in the noisy
 input with its time (denoising heads) and in how many passes an action takes:
@@ -71,16 +70,14 @@ def signal_levels(count: int = DIFFUSION_STEPS) -> Tensor:
 
 
 def diffusion_pair(action: Tensor, noise: Tensor, level: Tensor, count: int = DIFFUSION_STEPS) -> tuple[Tensor, Tensor]:
-    """(x_k, target), both shaped like `noise`; `level` k int64 in [0, count), shaped to broadcast. The target is the
-    action."""
+    """(x_k, the action), both shaped like `noise`; `level` k int64 in [0, count), shaped to broadcast."""
     share = signal_levels(count).to(noise.device)[level]  # float64: 1−ᾱ is small at low levels
     x = share.sqrt().to(noise.dtype) * action + (1 - share).sqrt().to(noise.dtype) * noise
     return x, action.expand_as(noise)
 
 
 def ddim(predict: Callable[[Tensor, int], Tensor], noise: Tensor, steps: int, count: int = DIFFUSION_STEPS) -> Tensor:
-    """Action from `noise`: predict(x, level) gives the expected action; `steps` of the `count` levels, the last one
-    first."""
+    """Action from `noise`: predict(x, level) gives the expected action; `steps` of `count` levels, the last first."""
     levels = [round(count * (steps - i) / steps) - 1 for i in range(steps)]
     share, x = _signal_levels(count), noise
     for level, following in zip(levels, [*levels[1:], None]):
@@ -112,47 +109,43 @@ def head_loss(
     noise: Tensor,
     alpha: Tensor,
     generator: torch.Generator | None = None,
-    positives: Tensor | None = None,
-    w_pos: Tensor | None = None,
     negatives: Tensor | None = None,
     w_neg: Tensor | None = None,
     queues: ChunkQueues | None = None,
     reduce: Reduce | None = None,
 ) -> PolicyLoss:
-    """The forward pass of a `PolicyNet`, or of what wraps one, and the loss of any kind, for `noise` [B,G,T,n] standard
-    normal and guidance scales `alpha` [B].
+    """The forward pass of a `PolicyNet`, or of what wraps one, and the loss of any kind.
 
-    One-step kinds: `policy_loss` of the chunks generated; arguments as there. `queues` add theirs, and then take this
-    batch's chunks. `mse` makes one sample and reads no noise.
+    `noise` [B,G,T,n] standard normal, guidance scales `alpha` [B].
+
+    One-step kinds: `policy_loss` of the chunks generated; arguments as there. `queues` add positives and negatives, and
+    then take this batch's chunks. `mse` makes one sample and reads no noise.
 
     Denoising kinds: masked mean square of the prediction's error, at a time of its own for each sample, drawn from
     `generator` (CPU; None: the global one); entries that do not count are zero in the input and absent from the loss.
-    Drift and scales are 0, so that a log line keeps its shape. Samples are not compared, so positives, negatives and
-    queues are refused (ValueError).
+    Drift and scales are 0, so that a log line keeps its shape. Samples are not compared, so negatives and queues are
+    refused (ValueError).
 
     `UserError` where `config` asks for queues or neighbors and none are given: a setting never goes without effect.
     """
-    for name, wanted, given in (
-        ("queue", config.queue != "none", queues),
-        ("neighbours", config.neighbours, positives),
-    ):
-        if wanted and given is None:
+    for name, missing in (("queue", config.queue != "none" and queues is None), ("neighbours", config.neighbours > 0)):
+        if missing:
             raise UserError(f"loss.{name} is {getattr(config, name)}, but this training fills none; leave it out")
-    if config.kind in ONE_STEP:
-        noise = _positions(noise) if config.kind == "mse" else noise  # [B,G,T,n]
-        if queues is not None:
-            drawn = queues.draw(batch)
-            positives, w_pos = _joined(positives, w_pos, drawn.positives, drawn.weight)
-            negatives, w_neg = _joined(negatives, w_neg, drawn.negatives, drawn.weight)
-        pred = net(batch, noise, alpha)  # [B,G,T,128]
-        if queues is not None:
-            queues.push(batch, pred)
-        return policy_loss(
-            pred, batch, config, positives=positives, w_pos=w_pos, negatives=negatives, w_neg=w_neg, reduce=reduce
-        )
-    if positives is not None or negatives is not None or queues is not None:
-        raise ValueError(f"a {config.kind} head takes neither positives nor negatives nor queues")
-    return _denoising_loss(net, batch, config, noise, alpha, generator, reduce)
+    if config.kind in DENOISING:
+        if negatives is not None or queues is not None:
+            raise ValueError(f"a {config.kind} head takes neither negatives nor queues")
+        return _denoising_loss(net, batch, config, noise, alpha, generator, reduce)
+    positives, w_pos = None, None
+    noise = _positions(noise) if config.kind == "mse" else noise  # [B,G,T,n]
+    if queues is not None:
+        positives, more, w_pos = queues.draw(batch)
+        negatives, w_neg = (more, w_pos) if negatives is None else _joined(negatives, w_neg, more, w_pos)
+    pred = net(batch, noise, alpha)  # [B,G,T,128]
+    if queues is not None:
+        queues.push(batch, pred)
+    return policy_loss(
+        pred, batch, config, positives=positives, w_pos=w_pos, negatives=negatives, w_neg=w_neg, reduce=reduce
+    )
 
 
 def _denoising_loss(
@@ -183,11 +176,9 @@ def _denoising_loss(
 def generate(
     net: PolicyNet, context: Context, noise: Tensor, alpha: Tensor, config: LossConfig, *, steps: int | None = None
 ) -> Tensor:
-    """Normalized chunks [B,G,T,128] from `noise` [B,G,T,n], a pure function of its arguments; inactive slots are
-    arbitrary.
+    """Normalized chunks [B,G,T,128] from `noise` [B,G,T,n], deterministic; inactive slots are arbitrary.
 
-    `steps` replaces the kind's number of passes (denoising kinds). The context's keys and values are computed once for
-    all passes."""
+    `steps` replaces the kind's number of passes (denoising kinds), which share the context's keys and values."""
     steps = sample_steps(dataclasses.replace(config, sample_steps=steps or config.sample_steps))
     if config.kind == "mse":
         return net.decode(context, _positions(noise), alpha).expand(-1, noise.shape[1], -1, -1)
@@ -205,10 +196,8 @@ def generate(
     return ddim(lambda x, level: predict(x, (level + 1) / DIFFUSION_STEPS), noise, steps)
 
 
-def _joined(chunks: Tensor | None, weight: Tensor | None, more: Tensor, more_weight: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(chunks: Tensor, weight: Tensor | None, more: Tensor, more_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Chunks [B,n,T,128] and their weights [B,n] (None: 1), and then some more."""
-    if chunks is None:
-        return more, more_weight
     weight = more_weight.new_ones(chunks.shape[:2]) if weight is None else weight
     return torch.cat([chunks, more.to(chunks)], dim=1), torch.cat([weight, more_weight], dim=1)
 

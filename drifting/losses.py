@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import UNIFIED_DIM, FeatureBatch
-from .config import AFFINITY_FLOOR, ONE_STEP, TEMPERATURES, LossConfig
+from .config import AFFINITY_FLOOR, TEMPERATURES, LossConfig
 from .field import MIN_SCALE, DriftField, GroupedField, Reduce, drifting_field, grouped_drifting_field
 
 
 @dataclass(frozen=True)
 class DriftLoss:
-    """`per_condition` [B] carries the gradient; its value hovers around mean(force²) and is no measure of convergence:
-    `field.mean_square` is."""
+    """`per_condition` [B] carries the gradient; its value hovers around mean(force²); convergence is
+    `field.mean_square`."""
 
     per_condition: Tensor
     field: DriftField
@@ -81,8 +81,7 @@ def counting(batch: FeatureBatch) -> Tensor:
 
 
 def per_rank(count: Tensor, reduce: Reduce | None) -> Tensor:
-    """`count` [], or with several ranks its mean over them: sums divided by it average over the ranks to the mean over
-    all."""
+    """`count` [], or its mean over the ranks: sums divided by it average over the ranks to the mean over all."""
     if reduce is None:
         return count
     total, ranks = reduce(torch.stack([count.double(), torch.ones_like(count, dtype=torch.float64)]))
@@ -90,8 +89,7 @@ def per_rank(count: Tensor, reduce: Reduce | None) -> Tensor:
 
 
 def masked_mean_square(error: Tensor, active: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Mean [] of error² [B,G,T,128] over the entries `active` [B,T,128], 0 where there are none. `reduce`: see
-    `per_rank`."""
+    """Mean [] of error² [B,G,T,128] over the entries `active` [B,T,128], 0 where there are none."""
     error = error.masked_fill(~active[:, None], 0.0)  # [B,G,T,128]
     return error.square().sum() / (error.shape[1] * per_rank(active.sum(), reduce)).clamp(min=1)
 
@@ -109,24 +107,20 @@ def policy_loss(
 ) -> PolicyLoss:
     """Loss of the G chunks `pred` [B,G,T,128] of each observation of `batch`; never compares two observations.
 
-    An entry counts where its slot is active for the dataset and its step lies before the episode's end; other entries
-    of `pred` get no gradient and are zeroed in generated and expert chunks, so they add nothing to a distance, and D of
-    the algorithm is the number that do count.
+    An entry counts where its slot is active and its step lies before the episode's end. Other entries get no gradient
+    and are zeroed in generated and expert chunks, so they add nothing to a distance; D is the number that do count.
 
-    MSE: mean of (pred − action)² over the counting entries of all samples. Drift: the G chunks of an observation
-    against its own expert chunk (weight 1), and against further chunks of the same action space if given: `positives`
-    [B,P,T,128] with weights `w_pos` [B,P] (`neighbours`, `queues`), `negatives` [B,M,T,128] with weights `w_neg` [B,M]
-    (`guidance.batch_negatives`, `queues`), all normalized, and complete wherever the observation's own chunk is.
-    Weights not given are 1; a chunk of weight 0 is ignored. The distance scale and mean(F²) are taken per embodiment.
-    `distance="step"` makes each (observation, step) a condition of its own.
+    MSE: mean of (pred − action)² over the counting entries of all samples. Drift: the chunks of an observation against
+    its own expert chunk (weight 1), and against further chunks of the same action space: `positives` [B,P,T,128] with
+    weights `w_pos` [B,P], `negatives` [B,M,T,128] with `w_neg` [B,M], normalized, and complete wherever the
+    observation's own chunk is. Weights not given are 1; a chunk of weight 0 is ignored. Distance scale and mean(F²) are
+    per embodiment; `distance="step"` makes each (observation, step) a condition of its own.
 
     `reduce`: see `drifting_field`; it makes scale and mean(F²) those of all ranks, and mse, drift and total such that
     their means over the ranks are those over all."""
     (b, _, t, d), action = pred.shape, tuple(batch.action.shape)
     if d != UNIFIED_DIM or action != (b, t, d):
         raise ValueError(f"pred: expected [B,G,T,{UNIFIED_DIM}] for action {action}, got {tuple(pred.shape)}")
-    if config.kind not in ONE_STEP:
-        raise ValueError(f"LossConfig.kind: expected one of {', '.join(ONE_STEP)}, got {config.kind!r}")
     pred = pred if pred.dtype == torch.float64 else pred.float()  # [B,G,T,128]
     active, per_step = counting(batch), config.distance == "step"  # [B,T,128]
     with torch.autocast(pred.device.type, enabled=False):
@@ -140,11 +134,8 @@ def policy_loss(
 
     pos = batch.action[:, None] if positives is None else torch.cat([batch.action[:, None], positives], dim=1)
     w_pos = None if positives is None or w_pos is None else F.pad(w_pos, (1, 0), value=1.0)  # [B,1+P]
-    gen, mask, group = (
-        conditions(pred),
-        conditions(active[:, None])[:, 0],
-        each(batch.embodiment),
-    )  # [C,G,D], [C,D], [C]
+    gen = conditions(pred)  # [C,G,D]
+    mask, group = conditions(active[:, None])[:, 0], each(batch.embodiment)  # [C,D], [C]
     field = grouped_drifting_field(
         gen,
         conditions(pos),
@@ -171,16 +162,17 @@ def _combined(
     config: LossConfig,
     reduce: Reduce | None,
 ) -> PolicyLoss:
-    """The loss of chunks `gen` [C,G,D] with the counting entries `mask` [C,D], embodiments `group` [C] and their
-    `field`."""
+    """The loss of chunks `gen` [C,G,D] with counting entries `mask` [C,D], embodiments `group` [C] and their field."""
     live = (field.entries > 0).to(gen.dtype)  # [C]
     diff = _towards(gen.masked_fill(~mask[:, None], 0.0), field.force, field.unit[:, None, None])  # [C,G,D]
     per_condition = diff.square().sum((1, 2)) / (gen.shape[1] * field.entries).clamp(min=1)  # [C]
     drift = (per_condition * live).sum() / per_rank(live.sum(), reduce).clamp(min=1)  # []
-    total = {"mse": mse, "pure_drift": drift, "hybrid": mse + config.drift_weight * drift}[config.kind]
+    kinds = {"mse": mse, "pure_drift": drift, "hybrid": mse + config.drift_weight * drift}
+    if config.kind not in kinds:
+        raise ValueError(f"LossConfig.kind: expected one of {', '.join(kinds)}, got {config.kind!r}")
     share = live / live.sum().clamp(min=1)  # [C]
     return PolicyLoss(
-        total,
+        kinds[config.kind],
         mse.detach(),
         drift.detach(),
         (field.mean_square[:, group] * share).sum(1),

@@ -53,5 +53,5 @@ def require_sources(cache: Cache, sources: list[Any]) -> None:
     for source in sources:
         entry = cache.fingerprint["sources"].get(source.name)
         if entry is not None and entry["revision"] != source.revision_hash:
-            lines = fp.diff({"revision": entry["revision"]}, {"revision": source.revision_hash})
+            lines = fp.diff({"revision": entry["revision"]}, {"revision": source.revision_hash}, now="it has")
             raise UserError(f"source {source.path} is not the one cache {cache.path} was built from ({lines[0]})")

@@ -47,7 +47,7 @@ def load_encoder(
 
 def require_encoder(encoder: VisionLanguageEncoder, fingerprint: Mapping[str, Any], what: str) -> None:
     """`UserError` naming the differing fields unless this encoder, without its adapter, made the features."""
-    if lines := encoder_differences(fingerprint, encoder.fingerprint()):
+    if lines := encoder_differences(fingerprint, encoder.fingerprint(), was="it has", now="this VLM has"):
         differences = "; ".join(lines[:6])
         raise UserError(
             f"{what} belongs to another VLM than {encoder.spec.path}: {differences}; give that VLM's folder"

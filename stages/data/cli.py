@@ -34,7 +34,7 @@ def data_list(
     Example: dvla data list data ~/recordings
     """
     from ...cache.readers.config import config_names, load_config
-    from .summary import find_datasets, summarise
+    from .summary import find_datasets, summarize
     from .tables import show_datasets, show_families
 
     if not folders:
@@ -45,7 +45,7 @@ def data_list(
         paths = list(find_datasets(folders))
         for done, path in enumerate(paths, start=1):
             try:
-                found.append(summarise(path))
+                found.append(summarize(path))
             except UserError as error:
                 broken.append(f"{path}: {error}")
             show("datasets", done, len(paths))
@@ -68,11 +68,11 @@ def data_show(
 
     Example: dvla data show data/push --episode 3
     """
-    from .summary import instructions, load_episode, native_names, summarise
+    from .summary import instructions, load_episode, native_names, summarize
     from .tables import features_table, field_table, show_episode, show_summary, values_table
 
     with progress_bars() as show:
-        summary = summarise(source, dataset_config)
+        summary = summarize(source, dataset_config)
         counts = instructions(summary, show)
         opened = summary.source
         shown = load_episode(opened, episode) if opened and episode is not None else None

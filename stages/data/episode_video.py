@@ -1,6 +1,6 @@
-"""`dvla data video`: one episode as an mp4 with all views, instruction, time and the native action as curves with a cursor.
+"""`dvla data video`: an episode as an mp4 with all views, instruction, time, and curves of the native action.
 
-Everything that stays is drawn once; each frame pastes the pictures and paints cursors and values. Letters: T frames of the
+The fixed parts are drawn once; each frame pastes the images and paints cursors and values. Letters: T frames of the
 episode, d native action dimensions, H × W size of the canvas.
 """
 
@@ -24,27 +24,19 @@ from ...common.mp4 import mp4_writer
 from ...errors import UserError
 
 WIDTH = 1280  # pixels of the canvas
-VIEWS_HEIGHT = 420  # pixels at most of a picture
-ENLARGED = 4  # times at most that a small picture is enlarged
-PANEL_HEIGHT = 152  # pixels of a panel of curves at most; two columns of them
+VIEWS_HEIGHT = 420  # pixels, at most, of an image
+ENLARGED = 4  # factor, at most, by which a small image is enlarged
+PANEL_HEIGHT = 152  # pixels of a panel of curves; there are two columns of them
 GAP, TEXT, SMALL = 12, 16, 12  # pixels: between things, font sizes
-GUTTER, LEGEND, VALUE = (
-    64,
-    132,
-    66,
-)  # pixels of a panel left and right of its curves: value axis, names and current values (of that)
+GUTTER, LEGEND, VALUE = 64, 132, 66  # pixels of a panel: left of its curves, right of them, of that for values
 MOST_CURVES = 8  # in one panel
 BACK, PLOT, GRID, DIM, BRIGHT = (22, 24, 28), (34, 37, 43), (70, 74, 82), (160, 166, 176), (238, 240, 243)
-COLOURS = (
-    (86, 180, 233),
-    (230, 159, 0),
-    (0, 190, 140),
-    (240, 228, 66),
-    (230, 100, 60),
-    (214, 130, 190),
-    (130, 140, 255),
-    (205, 205, 205),
+# fmt: off
+COLORS = (
+    (86, 180, 233), (230, 159, 0), (0, 190, 140), (240, 228, 66),
+    (230, 100, 60), (214, 130, 190), (130, 140, 255), (205, 205, 205),
 )
+# fmt: on
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -68,12 +60,12 @@ def write_episode(
     dataset_config: str | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> VideoReport:
-    """Write one episode of a dataset as `out` (h264, yuv420p), `fps` pictures per second (None: as recorded).
+    """Write one episode of a dataset as `out` (h264, yuv420p) with `fps` frames per second (None: as recorded).
 
-    `UserError` for a dataset, episode or file name that cannot be used, a file that exists, or damaged data; nothing is left then.
+    `UserError`, and no file, for a dataset, episode or name that cannot be used, a file that exists, or damaged data.
     """
     if out.suffix.lower() != ".mp4":
-        raise UserError(f"{out}: an mp4 is written; give a name that ends in .mp4")
+        raise UserError(f"{out}: give a name that ends in .mp4")
     if out.exists():
         raise UserError(f"{out} exists; choose another name")
     if fps is not None and not 0 < fps <= 1000:
@@ -86,20 +78,20 @@ def write_episode(
         with contextlib.ExitStack() as closing, mp4_writer(out, rate) as write:
             streams = [view.frames() for view in episode.views]
             for stream in streams:
-                if isinstance(stream, Generator):  # closed, it lets go of what it reads
+                if isinstance(stream, Generator):  # when closed, it releases what it reads
                     closing.callback(stream.close)
-            for index, pictures in enumerate(zip(*streams, strict=True)):
-                write(scene.picture(index, pictures))
-                progress(f"{opened.name} episode {episode_id}", index + 1, episode.length)
+            for index, images in enumerate(zip(*streams, strict=True)):
+                write(scene.frame(index, images))
+                progress(f"{opened.name} episode {episode_id}: frames", index + 1, episode.length)
             if out.exists():
-                raise UserError(f"{out} appeared meanwhile; choose another name")
+                raise UserError(f"{out} was created meanwhile; choose another name")
     except CorruptEpisode as error:
-        raise UserError(f"{error}; `dvla data check` tells more") from None
+        raise UserError(f"{error}; `dvla data check` gives details") from None
     return VideoReport(out, episode.length, rate, scene.width, scene.height)
 
 
 class Scene:
-    """The picture around an episode: everything that does not move, and where the rest goes."""
+    """The canvas around an episode: everything that does not move, and where the rest goes."""
 
     def __init__(self, episode: Episode, names: Sequence[str]) -> None:
         """`names` [d] of the native action dimensions."""
@@ -130,17 +122,14 @@ class Scene:
             for box, (title, rows) in zip(panels, groups)
         ]
 
-    def picture(self, index: int, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """uint8 [H, W, 3] of frame `index`; `pictures` are its uint8 [h, w, 3], one per view."""
+    def frame(self, index: int, images: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 [H, W, 3] of frame `index`; `images` are its uint8 [h, w, 3], one per view."""
         episode, canvas = self._episode, self._still.copy()
         draw = ImageDraw.Draw(canvas)
-        for picture, (left, top, right, bottom) in zip(pictures, self._views):
+        for image, (left, top, right, bottom) in zip(images, self._views):
             size = (right - left, bottom - top)
-            enlarge = size[0] > picture.shape[1]
-            canvas.paste(
-                Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC if enlarge else Image.Resampling.BOX),
-                (left, top),
-            )
+            how = Image.Resampling.BICUBIC if size[0] > image.shape[1] else Image.Resampling.BOX
+            canvas.paste(Image.fromarray(image).resize(size, how), (left, top))
         times = episode.timestamps - episode.timestamps[0]
         draw.text(
             self._text_at,
@@ -185,14 +174,14 @@ class Panel:
         draw.text((x1, y1 + 1), f"{times[-1] - times[0]:.1f} s", DIM, small, anchor="ra")
         canvas.paste(self._curves((x1 - x0, y1 - y0), low, high), (x0, y0))
         self._lines = [y0 + i * min(SMALL + 3, (y1 - y0 + SMALL) // max(1, len(rows))) for i in range(len(rows))]
-        for (_, name), colour, y in zip(rows, COLOURS, self._lines):
-            draw.rectangle((x1 + 8, y + 4, x1 + 16, y + 9), colour)
+        for (_, name), color, y in zip(rows, COLORS, self._lines):
+            draw.rectangle((x1 + 8, y + 4, x1 + 16, y + 9), color)
             draw.text((x1 + 20, y), fit(name, small, LEGEND - 20 - VALUE), DIM, small)
 
     def _curves(self, size: tuple[int, int], low: float, high: float) -> Image.Image:
         """The curves at twice the size, then halved: smooth lines."""
-        picture = Image.new("RGB", (2 * size[0], 2 * size[1]), PLOT)
-        draw, pad = ImageDraw.Draw(picture), 8
+        drawn = Image.new("RGB", (2 * size[0], 2 * size[1]), PLOT)
+        draw, pad = ImageDraw.Draw(drawn), 8
         y = 2 * size[1] - pad - (self._values - low) / (high - low) * (2 * size[1] - 2 * pad)  # [T, curves]
         x = 2 * (self._x - self._plot[0])
         if low < 0 < high:
@@ -200,23 +189,23 @@ class Panel:
             draw.line((0, zero, 2 * size[0], zero), GRID, 2)
         for i in reversed(range(y.shape[1])):
             if len(x) == 1:
-                draw.line((0, y[0, i], 2 * size[0], y[0, i]), COLOURS[i], 3)
-            draw.line(np.stack([x, y[:, i]], 1).ravel().tolist(), COLOURS[i], 3)
-        return picture.resize(size, Image.Resampling.BOX)
+                draw.line((0, y[0, i], 2 * size[0], y[0, i]), COLORS[i], 3)
+            draw.line(np.stack([x, y[:, i]], 1).ravel().tolist(), COLORS[i], 3)
+        return drawn.resize(size, Image.Resampling.BOX)
 
     def mark(self, draw: ImageDraw.ImageDraw, index: int) -> None:
         """Paint frame `index`."""
         _, y0, x1, y1 = self._plot
         draw.line((self._x[index], y0, self._x[index], y1 - 1), BRIGHT, 1)
-        for value, colour, y in zip(self._values[index], COLOURS, self._lines):
-            draw.text((x1 + LEGEND - 2, y), number(value), colour, font(SMALL), anchor="ra")
+        for value, color, y in zip(self._values[index], COLORS, self._lines):
+            draw.text((x1 + LEGEND - 2, y), number(value), color, font(SMALL), anchor="ra")
 
 
-# --- layout ------------------------------------------------------------------------------------------------------------
+# --- layout -----------------------------------------------------------------------------------------------------------
 
 
 def group_names(names: Sequence[str]) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Dimensions that differ in an index or an axis only, side by side: (title, [(dimension, what differs)]), in order."""
+    """Neighboring dimensions that differ in an index or axis only: (title, [(dimension, what differs)]), in order."""
     groups: list[tuple[str, list[tuple[int, str]]]] = []
     for i, name in enumerate(names):
         found = re.fullmatch(r"(.*_)(roll|pitch|yaw|[xyz])()", name) or re.fullmatch(r"(.*?)(\d+)(\D*)", name)
@@ -238,7 +227,7 @@ def span(rows: Sequence[tuple[int, str]]) -> str:
 
 
 def place_views(views: Sequence[View], top: int) -> tuple[list[Box], int, int]:
-    """(box of each picture, lower end, right end of all): up to three side by side at one height, each row below its labels."""
+    """(box of each image, lower end, right end of all): up to three side by side at one height, below their labels."""
     boxes: list[Box] = []
     y, right = top, GAP
     columns = min(len(views), 3 if len(views) != 4 else 2)
@@ -274,18 +263,18 @@ def place_panels(count: int, start: tuple[int, int], columns: int) -> list[Box]:
     ]
 
 
-# --- text --------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings; PIL's own font where that is missing."""
+    """DejaVu Sans, which comes with matplotlib; PIL's own font where that is missing."""
     spec = importlib.util.find_spec("matplotlib")
-    path = (
-        Path(spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else "")
-        / "mpl-data/fonts/ttf/DejaVuSans.ttf"
-    )
-    return ImageFont.truetype(str(path), size) if path.is_file() else ImageFont.load_default(size)  # type: ignore[return-value]
+    folder = spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else ""
+    path = Path(folder) / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    if path.is_file():
+        return ImageFont.truetype(str(path), size)
+    return ImageFont.load_default(size)  # type: ignore[return-value]
 
 
 def fit(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:

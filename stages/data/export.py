@@ -1,7 +1,6 @@
-"""`dvla data export`: any source as a folder of Episode-HDF5 files, one per episode. Resumable; nothing is ever half there.
+"""`dvla data export`: any source as a folder of Episode-HDF5 files, one per episode. Resumable; every file is complete.
 
-The folder holds ep_<episode id>.hdf5 and, written last, quarantine.jsonl: one line for each episode that could not be used.
-Letters: T frames.
+The folder holds ep_<episode id>.hdf5 and, written last, quarantine.jsonl: a line per episode that could not be used.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class ExportReport:
 
     path: Path
     episodes: int = 0  # files in the folder
-    kept: int = 0  # of these, found finished
+    kept: int = 0  # of these, finished before
     frames: int = 0
     bytes: int = 0
     quarantined: int = 0  # lines of quarantine.jsonl
@@ -43,7 +42,7 @@ class ExportReport:
 
 
 def check_options(to: str, compression: str) -> None:
-    """`UserError` for a format or compression that there is not; to ask before a source is opened or fetched."""
+    """`UserError` for an unknown format or compression; called before a source is opened or fetched."""
     for kind, given, allowed in (("export format", to, FORMATS), ("compression", compression, COMPRESSIONS)):
         if given not in allowed:
             raise unknown(kind, given, allowed)
@@ -57,11 +56,11 @@ def export(
     to: str = "episode_hdf5",
     compression: str = "none",
 ) -> ExportReport:
-    """Write every episode of `source` into the folder `out`, or finish an export that was begun there.
+    """Write every episode of `source` into the folder `out`, or resume an export that was begun there.
 
-    A finished file is kept when the episode it came from and the settings are the same. Episodes that cannot be used go to
-    `quarantine.jsonl`. `UserError` for an unknown format or compression, a folder that holds something else or an export of
-    other data or settings (the differing fields are named), and when no episode can be used.
+    A finished file stays when its episode and the settings are the same. Episodes that cannot be used go to
+    `quarantine.jsonl`. `UserError` for an unknown format or compression, for a folder that holds something else or an
+    export of other data or settings (the differing fields are named), and when no episode can be used.
     """
     began = time.perf_counter()
     check_options(to, compression)
@@ -77,8 +76,8 @@ def export(
             except CorruptEpisode as error:
                 if path.exists():
                     raise UserError(
-                        f"{path} was exported before, but now its episode cannot be read ({error}); repair the "
-                        f"source, or delete the file"
+                        f"repair the source, or delete {path}: it was exported before, but its episode cannot be read "
+                        f"now ({error})"
                     ) from None
                 ledger.append({"dataset": source.name, "episode_id": number, "reason": str(error)})
         progress(f"{source.name}: episodes", len(source.episode_ids), len(source.episode_ids))
@@ -122,7 +121,7 @@ def _export_one(
 
 
 def _settings(source: Source, compression: str) -> dict[str, Any]:
-    """All that a file's content depends on besides its episode, as JSON gives it back."""
+    """What a file's content depends on besides its episode, as it comes back from JSON."""
     settings = {
         "dataset": source.name,
         "embodiment": source.config.embodiment,
@@ -142,7 +141,9 @@ def _check_same(path: Path, source_hash: str, settings: dict[str, Any]) -> None:
         found = json.loads(attributes["settings"])
         others = [name for name in settings if found[name] != settings[name]]
     except (CorruptEpisode, KeyError, ValueError, TypeError):
-        raise UserError(f"{path} is damaged or no export of this release; delete it, or choose another --out") from None
+        raise UserError(
+            f"{path} is damaged or not an export of this release; delete it or choose another --out"
+        ) from None
     if others:
         raise UserError(f"{path} was exported with another {', another '.join(others)}; choose another --out")
     if attributes["source_hash"] != source_hash:
@@ -151,7 +152,7 @@ def _check_same(path: Path, source_hash: str, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def _locked(out: Path, source: Source) -> Iterator[None]:
-    """`out` as a folder of this export alone; what a killed one left half-written is removed."""
+    """Hold `out` as a folder of this export alone; temporary files of a killed one are removed."""
     if source.path.exists() and out.resolve() in (source.path.resolve(), source.path.resolve().parent):
         raise UserError(f"{out} holds the source itself; choose another --out")
     names = os.listdir(out) if out.is_dir() else []

@@ -1,9 +1,8 @@
-"""Statistics of a dataset's actions and states, streamed from its tables alone: `dvla data stats`. No picture is opened.
+"""`dvla data stats`: statistics of a dataset's actions and states, streamed from its tables; no image is opened.
 
-A report is JSON: for action and state, per unified field and per native dimension, count, mean, std, min, max, quantiles,
-and `grid`, the values in the middle of 200 parts of equal count. Reports merge: moments exactly, quantiles by the grids,
-each of whose ranks is off by at most 1/400 of its report's rows.
-Letters: n rows, d native width, k unified fields that a dataset fills.
+A report is JSON: for action and state, per unified field and native dimension, count, mean, std, min, max, quantiles
+and `grid`: the medians of 200 parts of equal count. Reports merge: moments exactly, quantiles by the grids, whose ranks
+are off by at most 1/400 of their report's rows.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ...common.files import write_file
 from ...errors import UserError
 from .summary import unified_fields
 
-KIND = "dvla statistics 1"  # first entry of a report; another number when its layout changes
+KIND = "dvla statistics 1"  # first entry of a report; the number changes with its layout
 PARTS = 200  # of the grid
 GRID = tuple((i + 0.5) / PARTS for i in range(PARTS))
 BATCH_ROWS = 16384
@@ -33,7 +32,7 @@ Report = dict[str, Any]
 
 
 def measure(source: Source, show: Callable[[str, int, int], None]) -> Report:
-    """Report of one dataset. Episodes that cannot be used are named in it; `UserError` when none can."""
+    """Report of one dataset. Episodes that cannot be used are listed in it; `UserError` when none can be."""
     maps = {"action": source.action_map, "state": source.state_map}
     running = {what: (RunningStatistics(), RunningStatistics()) for what in maps}
     refused: list[Failed] = []
@@ -108,13 +107,13 @@ def read_report(path: Path) -> Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write it whole or not at all; an existing file is refused."""
+    """Write it atomically; an existing file is refused."""
     refuse_existing(path)
     write_file(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def refuse_existing(path: Path | None) -> None:
-    """`UserError` when there is something at `path`, to be called before long work."""
+    """`UserError` when `path` exists; called before long work."""
     if path is not None and path.exists():
         raise UserError(f"{path} exists; choose another --out")
 
@@ -123,15 +122,17 @@ def refuse_existing(path: Path | None) -> None:
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
-    """One report over the rows of all, field by field by unified slot. Native dimensions are kept where all reports are of
-    the same dataset config. `UserError` when a dataset is in two of them, or the action schemas differ."""
+    """One report over all rows, merged by unified slot; native dimensions stay where all have the same dataset config.
+
+    `UserError` when a dataset is in two of them, or the action schemas differ.
+    """
     if len(reports) == 1:
         return reports[0]
     schemas = {r["action_schema"] for r in reports}
     if schemas != {ACTION_SCHEMA_VERSION}:
         raise UserError(
-            f"reports of action schemas {', '.join(map(str, sorted(schemas)))}: this release's is "
-            f"{ACTION_SCHEMA_VERSION}; measure the datasets again"
+            f"measure the datasets again: the reports have action schemas {', '.join(map(str, sorted(schemas)))}, this "
+            f"release has {ACTION_SCHEMA_VERSION}"
         )
     datasets = [d for r in reports for d in r["datasets"]]
     names = [d["name"] for d in datasets]
@@ -150,7 +151,7 @@ def merge_reports(reports: Sequence[Report]) -> Report:
 
 
 def _merge_fields(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Field by field: the same slot of two datasets may go by two names (arm, right_arm); the first one stays."""
+    """Field by field: two datasets may name a slot differently (arm, right_arm); the first name stays."""
     groups: dict[Any, tuple[str, list[Mapping[str, Any]]]] = {}
     for part in parts:
         for name, entry in part.items():

@@ -1,7 +1,4 @@
-"""What a dataset is: `dvla data list` and `dvla data show`. Reads metadata and tables; pictures only for one episode.
-
-Letters: T frames of an episode, H × W picture size.
-"""
+"""What a dataset is: `dvla data list` and `dvla data show`. Reads metadata and tables; images only of one episode."""
 
 from __future__ import annotations
 
@@ -25,32 +22,34 @@ if TYPE_CHECKING:
     from ...cache.readers.lerobot.metadata import Metadata
 
 
-DEPTH = 4  # folders below a given one in which datasets are looked for
-INSTRUCTION_SAMPLE = 2000  # episodes whose instruction is read where that may cost a look into each
+DEPTH = 4  # levels of folders that are searched for datasets
+INSTRUCTION_SAMPLE = 2000  # episodes whose instructions are read where each has to be opened for it
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One dataset in a few words. What could not be found out is None."""
+    """One dataset in a few words; None stands for what is unknown."""
 
     path: str  # as given or found
     name: str
     format: str  # a key of FORMATS
     version: str | None  # of the format, where it has one
     episodes: int  # listed
-    frames: int | None  # in all of them; None where one cannot be looked into
-    hz: float  # rows per second by the files
+    frames: int | None  # in all of them; None where one cannot be read
+    hz: float  # rows per second, by the files
     cameras: Mapping[str, tuple[int, int] | None]  # short name → (H, W)
     family: str | None  # dataset config that fits; None: no shipped one does
-    source: Source | None  # opened with that config; None: it cannot be
+    source: Source | None  # opened with that config; None: it cannot be opened
     meta: Metadata | None = None  # of a LeRobot dataset
     problem: str = ""  # why there is no source, one line
 
 
 def find_datasets(folders: Sequence[Path]) -> Iterator[Path]:
-    """Every dataset in or below `folders` (at most `DEPTH` levels), also broken LeRobot ones. `UserError` for a folder that
-    does not exist or holds none."""
+    """Every dataset in or below `folders` (at most `DEPTH` levels), broken LeRobot ones too.
+
+    `UserError` for a folder that does not exist or holds no dataset.
+    """
     for folder in folders:
         if not folder.exists():
             raise UserError(f"{folder} does not exist; give folders that hold datasets")
@@ -64,11 +63,10 @@ def find_datasets(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def _datasets_below(folder: Path, depth: int) -> Iterator[Path]:
-    children = (
-        sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
-    )
+    below = folder.iterdir() if folder.is_dir() else ()
+    children = sorted(p for p in below if p.is_dir() and not p.name.startswith("."))
     format = _format_of(folder)
-    # the names down to three levels may look like one dataset, though what lies in the folder is of several formats
+    # names down to three levels may look like one dataset, though the folder holds several formats
     if format == "lerobot" or format and not {_format_of(child) for child in children} - {None, format}:
         yield folder
     elif depth:
@@ -84,13 +82,15 @@ def _format_of(folder: Path) -> str | None:
 
 
 def _remains(folder: Path) -> bool:
-    """Whether this was a LeRobot dataset before it lost its info.json; opening it says so."""
+    """Whether this was a LeRobot dataset before it lost its info.json; opening it reports that."""
     return (folder / "meta").is_dir() and (folder / "data").is_dir()
 
 
-def summarise(path: str | Path, config: str | None = None) -> Summary:
-    """What the dataset at `path` (or hub id) is, with `config` or the family that fits. A dataset without a config, or
-    with one that does not describe it, has no `source`. `UserError` when not even its description can be read."""
+def summarize(path: str | Path, config: str | None = None) -> Summary:
+    """What the dataset at `path` (or hub id) is, with `config` or the family that fits.
+
+    A dataset without a config that describes it has no `source`. `UserError` when not even its metadata can be read.
+    """
     given = str(path)
     try:
         format = load_config(config).format if config else detect_format(given)
@@ -131,7 +131,7 @@ def _lerobot_summary(path: str, source: Source | None, problem: str) -> Summary:
         except UserError as error:
             problem = str(error)
     cameras = meta.cameras(source.config.views if source else None)
-    sizes = {name: picture_size(meta.features[key]) for name, key in cameras.items()}
+    sizes = {name: image_size(meta.features[key]) for name, key in cameras.items()}
     return Summary(
         path,
         meta.name,
@@ -156,7 +156,7 @@ def _frames(source: Source) -> int | None:
 
 
 def _loaded_cameras(source: Source) -> dict[str, tuple[int, int] | None]:
-    """Sizes of the pictures of the first episodes that can be loaded; None for all when the first three cannot."""
+    """Image sizes of the first episode that can be loaded; None for all when the first three cannot."""
     for episode_id in source.episode_ids[:3]:
         try:
             return {v.name: (v.height, v.width) for v in source.load(episode_id).views}
@@ -165,8 +165,8 @@ def _loaded_cameras(source: Source) -> dict[str, tuple[int, int] | None]:
     return dict.fromkeys(source.view_names)
 
 
-def picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(H, W) of a LeRobot picture feature by its shape and the names of its axes; None where they do not say."""
+def image_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(H, W) of a LeRobot image feature, from its shape and the names of its axes; None where these do not tell."""
     shape, names = list(feature.get("shape") or ()), [str(n) for n in feature.get("names") or ()]
     if len(shape) != 3:
         return None
@@ -181,8 +181,8 @@ class FieldRow:
     """One line of a field map: a named field, a rotation, or dropped dimensions."""
 
     dims: range  # native dimensions
-    slots: tuple[int, ...]  # that they fill; () where they are dropped
-    native: tuple[str, ...]  # what the files call the dimensions; () where they do not
+    slots: tuple[int, ...]  # that they fill; () for dropped ones
+    native: tuple[str, ...]  # the files' names of the dimensions; () where they have none
     field: str  # unified name
     unit: str  # of the slots
     conversion: str  # native → unified
@@ -200,26 +200,17 @@ def field_rows(mapping: ActionMap, native_names: Sequence[str] | None) -> list[F
             rows.append(FieldRow(dims, (), native, "dropped", "", f"{spec.fill:g} on the way back"))
         elif spec.rotation:
             first = SLOTS[f"{spec.prefix}_0"]
-            rows.append(
-                FieldRow(
-                    dims, tuple(range(first, first + 6)), native, f"{spec.prefix}_0…5", "6D", f"{spec.rotation} → 6D"
-                )
-            )
+            slots, how = tuple(range(first, first + 6)), f"{spec.rotation} → 6D"
+            rows.append(FieldRow(dims, slots, native, f"{spec.prefix}_0…5", "6D", how))
         else:
             parts = (
                 [f"× {spec.scale:.6g}"] * (spec.scale != 1)
                 + [f"{spec.offset:+.6g}"] * (spec.offset != 0)
                 + [f"× {mapping.control_hz:g} Hz"] * spec.delta
             )
+            how = " ".join(parts) or "unchanged"
             rows += [
-                FieldRow(
-                    dims[i : i + 1],
-                    (SLOTS[name],),
-                    native[i : i + 1],
-                    name,
-                    unit_of(name),
-                    " ".join(parts) or "as it is",
-                )
+                FieldRow(dims[i : i + 1], (SLOTS[name],), native[i : i + 1], name, unit_of(name), how)
                 for i, name in enumerate(spec.names)
             ]
     return rows
@@ -236,7 +227,7 @@ def unified_fields(mapping: ActionMap) -> list[tuple[int, str, str]]:
 
 
 def dimension_names(features: Mapping[str, Any], columns: Sequence[str]) -> list[str] | None:
-    """What LeRobot's `features` call each dimension of these columns, side by side; None where they do not."""
+    """The names of each dimension of these columns in LeRobot's `features`; None where they have none."""
     found: list[str] = []
     for column in columns:
         feature = features.get(column) or {}
@@ -258,7 +249,7 @@ def _flat(names: Any) -> Iterator[str]:
 
 
 def native_names(summary: Summary) -> list[list[str] | None]:
-    """What the files call the native action's and state's dimensions; None where they do not, or make the action of others."""
+    """The files' names of the native action's and state's dimensions; None without names, or if integrated."""
     if not (summary.meta and summary.source):
         return [None, None]
     config = summary.source.config
@@ -269,8 +260,10 @@ def native_names(summary: Summary) -> list[list[str] | None]:
 
 
 def instructions(summary: Summary, show: Progress) -> Counter[str]:
-    """How often each task text is an episode's; of a format where that costs a look into each episode, in the first
-    `INSTRUCTION_SAMPLE` that can be read."""
+    """How many episodes have each instruction.
+
+    In a format where each episode has to be opened for it: among the first `INSTRUCTION_SAMPLE`.
+    """
     source = summary.source
     if summary.meta:
         default = source.config.instruction if source else ""
@@ -279,14 +272,14 @@ def instructions(summary: Summary, show: Progress) -> Counter[str]:
     counts: Counter[str] = Counter()
     wanted = source.episode_ids[:INSTRUCTION_SAMPLE]
     for done, episode_id in enumerate(wanted, start=1):
-        with contextlib.suppress(CorruptEpisode):  # the counts' total says how many were read
+        with contextlib.suppress(CorruptEpisode):  # the counts' total tells how many were read
             counts[source.instruction_of(episode_id)] += 1
-        show("instructions", done, len(wanted))
+        show("instructions: episodes", done, len(wanted))
     return counts
 
 
 def load_episode(source: Source, episode_id: int) -> Episode:
-    """One episode; one that cannot be used is a `UserError` here, since it was asked for by number."""
+    """One episode; `UserError` for one that cannot be used, since it was asked for by number."""
     try:
         return source.load(episode_id)
     except CorruptEpisode as error:

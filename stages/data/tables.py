@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from ...common.console import console, errors, say, table
+from ...common.text import wrapped
 
 if TYPE_CHECKING:
     from ...cache.actions.action_map import ActionMap
@@ -41,7 +42,7 @@ def show_families(configs: Sequence[DatasetConfig]) -> None:
     ]
     head = ("family", "format", "embodiment", "Hz", "dims", "weight", "license", "source")
     console.print(table(head, rows, drop=("weight", "source", "dims")))
-    say("Hz -: as the files say; dims: native dimensions of action/state")
+    say("Hz -: the rate in the files; dims: native dimensions of action/state")
     say("a family with / is used only where --dataset-config names it")
 
 
@@ -70,34 +71,30 @@ def show_summary(s: Summary, instructions: Counter[str]) -> None:
         config = s.source.config
         lines |= {
             "embodiment": config.embodiment,
-            "licence": config.license or "not known",
+            "license": config.license or "not known",
             "source": ", ".join(config.source),
             "note": config.note,
         }
-        lines["rate"] = f"{s.source.control_hz:g} Hz" + (
-            f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else ""
-        )
+        lines["rate"] = f"{s.source.control_hz:g} Hz"
+        lines["rate"] += f" ({s.hz:g} Hz by the files)" if s.hz != s.source.control_hz else ""
         ahead = f", {config.action_shift} rows ahead" if config.action_shift else ""
         if config.integrate:
-            lines["integrated"] = (
-                f"the action's displacements ({config.integrate.rotation}, {config.integrate.frame} frame) become absolute poses"
-            )
-        lines["columns"] = f"action: {' + '.join(config.action_columns)}{ahead}; state: " + (
-            " + ".join(config.state_columns) if config.state else "none"
-        )
+            how = f"{config.integrate.rotation}, {config.integrate.frame} frame"
+            lines["integrated"] = f"the action's displacements ({how}) become absolute poses"
+        state = " + ".join(config.state_columns) if config.state else "none"
+        lines["columns"] = f"action: {' + '.join(config.action_columns)}{ahead}; state: {state}"
     else:
         lines["rate"] = f"{s.hz:g} Hz"
     lines["episodes"] = f"{s.episodes}, {'an unknown number of' if s.frames is None else s.frames} frames"
     lines["cameras"] = _cameras(s.cameras, ", ")
     counted = instructions.total()
-    lines["instructions"] = f"{len(instructions)} different" + (
-        f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
-    )
+    lines["instructions"] = f"{len(instructions)} different"
+    lines["instructions"] += f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
     for name, value in lines.items():
         if value:
-            console.print(f"{name:<13} {' '.join(value.split())}", markup=False)
+            say(f"{name:<13} {wrapped(value, ' ' * 14)[14:]}")
     for text, count in instructions.most_common(SHOWN_INSTRUCTIONS):
-        console.print(f"{count:>13} × {text!r}" if text else f"{count:>13} × no instruction", markup=False)
+        say(f"{count:>13} × {text!r}" if text else f"{count:>13} × no instruction")
 
 
 def _cameras(cameras: Mapping[str, tuple[int, int] | None], between: str) -> str:
@@ -128,7 +125,7 @@ def field_table(title: str, mapping: ActionMap, native_names: Sequence[str] | No
         (_span(row.dims), ", ".join(row.native), row.field, _span(row.slots), row.unit, row.conversion)
         for row in field_rows(mapping, native_names)
     ]
-    return table(("dim", "in the files", "unified field", "slot", "unit", "native → unified"), rows, title)
+    return table(("dim", "native", "unified", "slot", "unit", "native → unified"), rows, title)
 
 
 def values_table(title: str, mapping: ActionMap, native_names: Sequence[str] | None, values: np.ndarray) -> Table:
@@ -141,17 +138,15 @@ def values_table(title: str, mapping: ActionMap, native_names: Sequence[str] | N
         dims, slots = list(row.dims), list(row.slots)
         numbers = (ends[0, dims], ends[1, dims], unified[0, slots], unified[1, slots])
         rows.append((_span(row.dims), ", ".join(row.native), row.field, *map(_numbers, numbers)))
-    head = ("dim", "in the files", "unified field", "first row", "last row", "first, unified", "last, unified")
-    return table(head, rows, title, drop=("last row", "last, unified"))
+    head = ("dim", "native", "unified", "first\nnative", "last\nnative", "first\nunified", "last\nunified")
+    return table(head, rows, title, drop=("last\nnative", "last\nunified"))
 
 
 def show_episode(episode: Episode) -> None:
-    """Length, instruction and picture sizes."""
-    console.print(
-        f"episode {episode.episode_id}: {episode.length} frames, {episode.timestamps[-1]:.2f} s, instruction "
-        f"{episode.instruction!r}, pictures {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}",
-        markup=False,
-    )
+    """Length, instruction and image sizes."""
+    say(f"episode {episode.episode_id}: {episode.length} frames, {episode.timestamps[-1]:.2f} s")
+    say(wrapped(f"instruction {episode.instruction!r}"))
+    say(wrapped(f"cameras {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}"))
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -183,15 +178,9 @@ def show_report(report: Mapping[str, Any], out: Path | None, native: bool) -> No
     for q in lost[:SHOWN_REASONS]:
         errors.print(q["reason"], style="yellow", markup=False)
     if len(lost) > SHOWN_REASONS:
-        errors.print(
-            f"… {len(lost) - SHOWN_REASONS} more" + (f", all in {out}" if out else "; --out writes all"),
-            style="yellow",
-            markup=False,
-        )
+        where = f"all in {out}" if out else "--out writes all"
+        errors.print(f"… {len(lost) - SHOWN_REASONS} more, {where}", style="yellow", markup=False)
     episodes, rows = (sum(d[k] for d in report["datasets"]) for k in ("episodes", "rows"))
     named = ", ".join(str(q["episode"]) for q in lost[:SHOWN_NUMBERS]) + (", …" if len(lost) > SHOWN_NUMBERS else "")
-    console.print(
-        f"{out or ', '.join(d['name'] for d in report['datasets'])}: {rows} rows of {episodes} episodes, "
-        f"{len(lost)} episodes in quarantine" + (f" ({named})" if lost else ""),
-        markup=False,
-    )
+    what = out or ", ".join(d["name"] for d in report["datasets"])
+    say(f"{what}: {rows} rows of {episodes} episodes, {len(lost)} quarantined" + (f" ({named})" if lost else ""))

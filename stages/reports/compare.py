@@ -90,9 +90,9 @@ def compare(paths: Sequence[Path]) -> Comparison:
 
 def _names(paths: Sequence[Path]) -> tuple[str, ...]:
     """The runs' folders without what all have in common."""
-    whole = [str(p.resolve()) for p in paths]
-    common = os.path.commonpath(whole)
-    return tuple(os.path.relpath(path, common) if path != common else Path(path).name for path in whole)
+    resolved = [str(p.resolve()) for p in paths]
+    common = os.path.commonpath(resolved)
+    return tuple(os.path.relpath(path, common) if path != common else Path(path).name for path in resolved)
 
 
 def _judged(name: str, values: Sequence[Any], better: Any) -> Row:

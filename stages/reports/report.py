@@ -58,8 +58,8 @@ class RunFacts:
     @property
     def name(self) -> str:
         """The folder's name, with its parent's."""
-        whole = self.path.resolve()
-        return f"{whole.parent.name}/{whole.name}"
+        path = self.path.resolve()
+        return f"{path.parent.name}/{path.name}"
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ def tiles(run: RunFacts, held: Sequence[Mapping[str, Any]]) -> list[tuple[str, s
         ("modes reached, %", number(line.get("eval/mode_coverage"), 3)),
         ("MMD²", number(line.get("eval/mmd"), 2)),
         ("samples/s", number(float(last["samples_per_second"]), 3)),
-        (f"waiting for data; {last.get('binds', 'compute')} binds", f"{100 * last['wait_share']:.1f} %"),
+        (f"waiting for data; bottleneck: {last.get('binds', 'compute')}", f"{100 * last['wait_share']:.1f} %"),
     ]
     if "stage_three" in run.config:
         found.append(("stage", "three"))
@@ -260,7 +260,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     summary = read_json(folder / "summary.json")
     if not isinstance(summary.get("tasks"), dict):
         raise UserError(f"{folder}/summary.json was not written by `dvla eval`")
-    tasks, films, notes = [], [], []
+    tasks, videos, notes = [], [], []
     baselines = [b for b in ("expert", "random", "blind") if any(b in entry for entry in summary["tasks"].values())]
     for name, entry in summary["tasks"].items():
         low, high = entry["ci95"]
@@ -274,21 +274,21 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
                 "ms": entry.get("ms_per_action"),
             }
         )
-        still, film = (folder / "videos" / f"{name.replace('/', '_')}{end}" for end in (".png", ".mp4"))
-        fits = film.is_file() and film.stat().st_size <= MAX_VIDEO
+        still, video = (folder / "videos" / f"{name.replace('/', '_')}{end}" for end in (".png", ".mp4"))
+        fits = video.is_file() and video.stat().st_size <= MAX_VIDEO
         note = "green border: success, red: failure"
-        if film.is_file() and not fits:
-            note = f"the video is too large for this page: {film}"
+        if video.is_file() and not fits:
+            note = f"the video is too large for this page: {video}"
         if fits or still.is_file():
             poster = _still(still) if still.is_file() else ""
-            films.append({"name": name, "still": poster, "video": file_uri(film) if fits else "", "note": note})
+            videos.append({"name": name, "still": poster, "video": file_uri(video) if fits else "", "note": note})
     if "blind_is" in summary and "blind" in baselines:
         notes.append(f"Blind: {summary['blind_is']}. All policies face the same held-out initial states.")
     return {
         "title": f"{folder.name}: {summary.get('policy', '')}",
         "tasks": tasks,
         "baselines": baselines,
-        "films": films,
+        "videos": videos,
         "notes": notes,
     }
 
@@ -309,4 +309,4 @@ def speed_figure(log: Sequence[dict[str, Any]], style: Style = LIGHT) -> Figure:
     right.plot(steps, [100 * line["wait_share"] for line in log], color=style.predicted)
     right.set(xlabel="training step", ylabel="waiting for data, % of the time", ylim=(0, 100))
     rate = sorted(line["samples_per_second"] for line in log)[len(log) // 2]
-    return finish(figure, f"{rate:.0f} observations/s (median), {log[-1].get('binds', 'compute')} binds", style)
+    return finish(figure, f"{rate:.0f} observations/s (median); bottleneck: {log[-1].get('binds', 'compute')}", style)

@@ -15,9 +15,9 @@ def test_fingerprint_is_canonical_and_names_nested_differences() -> None:
     b = {"x": {"y": [1, {"z": 3}], "w": None}, "same": 1.5, "list": [1, 2], "new": True}
     assert fingerprint.diff(a, a) == []
     assert fingerprint.diff(a, b) == [
-        "list: cache has [1], this run asks [1, 2]",
-        "new: cache has no such field, this run asks true",
-        "x.y[1].z: cache has 2, this run asks 3",
+        "list: cache has [1], you requested [1, 2]",
+        "new: cache has no such field, you requested true",
+        "x.y[1].z: cache has 2, you requested 3",
     ]
     with pytest.raises(ValueError):
         fingerprint.canonical({"a": float("nan")})

@@ -1,4 +1,5 @@
-"""Attention kernels behind one switch: the same function whichever is chosen, refusals, and compilation of a training step."""
+"""Attention kernels behind one switch: the same function whichever is chosen, refusals, and compilation of a training
+step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The baseline heads: their mathematics against exact answers, masks, what they share with the drifting head, sampling."""
+"""The baseline heads: their mathematics against exact answers, masks, what they share with the drifting head,
+sampling."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ def test_a_known_action_is_reached_exactly(steps: int) -> None:
 
 
 def fitted(pairs, draws: int = 40_000):
-    """The best linear prediction of the target from x at one time, from `pairs(action, noise)`, for actions N(0.3, 0.2²): what a
-    perfectly trained network computes, since a Gaussian's conditional expectations are linear."""
+    """The best linear prediction of the target from x at one time, from `pairs(action, noise)`, for actions N(0.3,
+    0.2²): what a perfectly trained network computes, since a Gaussian's conditional expectations are linear."""
     action, noise = 0.3 + 0.2 * random(draws, seed=1).double(), random(draws, seed=2).double()
     x, target = pairs(action, noise)
     slope = ((x - x.mean()) * target).mean() / x.var()
@@ -67,7 +68,8 @@ def fitted(pairs, draws: int = 40_000):
 
 @denoising
 def test_pairs_and_sampler_fit_each_other(kind: str) -> None:
-    """Predictions fitted to the training pairs, sampled, give the actions' distribution back; one Euler step gives its mean."""
+    """Predictions fitted to the training pairs, sampled, give the actions' distribution back; one Euler step gives its
+    mean."""
     if kind == "flow":
 
         def sample(noise, steps):
@@ -159,11 +161,7 @@ def test_the_loss_depends_on_the_generator_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["pure_drift", "hybrid"])
 def test_one_pass_kinds_are_the_policy_loss(kind: str) -> None:
     net, batch, config = make_net(), cut_batch(), LossConfig(kind=kind)
-    extra = {
-        "positives": random(B, 2, T, 128, seed=8),
-        "negatives": random(B, 3, T, 128, seed=9),
-        "w_neg": random(B, 3).exp(),
-    }
+    extra = {"negatives": random(B, 3, T, 128, seed=9), "w_neg": random(B, 3).exp()}
     loss = head_loss(net, batch, config, noise=NOISE, alpha=ALPHA, **extra)
     assert torch.equal(loss.total, policy_loss(net(batch, NOISE, ALPHA), batch, config, **extra).total)
     assert torch.equal(generate(net, net.encode(batch), NOISE, ALPHA, config), net(batch, NOISE, ALPHA))
@@ -260,7 +258,8 @@ def test_bfloat16_autocast(kind: str) -> None:
 @one_thread()
 @pytest.mark.parametrize(("kind", "steps", "error"), [("mse", 100, 0.2), ("flow", 250, 0.5), ("diffusion", 150, 0.3)])
 def test_each_head_learns_a_chunk_per_observation(kind: str, steps: int, error: float) -> None:
-    """Actions drawn after a short training on three observations with one chunk each: mean squared error / mean square."""
+    """Actions drawn after a short training on three observations with one chunk each: mean squared error / mean
+    square."""
     net, batch = make_net(trained=False, kind=kind, blocks=2), make_batch()
     few = torch.arange(128).expand(B, 128) < 3
     batch = batch.replace(action_mask=few, action=0.5 * batch.action.clamp(-1, 1) * few[:, None])

@@ -172,8 +172,8 @@ def test_ranks_with_different_embodiments_agree(distance: str) -> None:
 
 
 def test_a_wide_temperature_leads_the_mean_of_the_draws_to_the_expert() -> None:
-    """Of the force on 4 draws around a point off their one expert chunk, the part that moves their mean there: more with the wide
-    temperature than with the release's alone, and, as there, all of it where the draws are far off."""
+    """Of the force on 4 draws around a point off their one expert chunk, the part that moves their mean there: more
+    with the wide temperature than with the release's alone, and, as there, all of it where the draws are far off."""
     expert = torch.zeros(256, 1, 32)
     away = torch.nn.functional.normalize(random(256, 1, 32), dim=2)
     spread = random(256, 4, 32, seed=1) / 32**0.5

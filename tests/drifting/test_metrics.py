@@ -27,7 +27,8 @@ STEPS = 6
 
 
 def make_batch(rng: np.random.Generator, dataset: np.ndarray, scale: float = 1.0) -> FeatureBatch:
-    """Expert actions with a mean and a spread of their own per dataset and slot; some windows end early; the last active slot is constant."""
+    """Expert actions with a mean and a spread of their own per dataset and slot; some windows end early; the last
+    active slot is constant."""
     b = len(dataset)
     mask, action = np.zeros((b, 128), bool), np.zeros((b, STEPS, 128), np.float32)
     for i, k in enumerate(dataset):
@@ -163,7 +164,7 @@ def test_half_precision_predictions_are_summed_exactly() -> None:
     assert result["coverage"] == pytest.approx(100) and result["correlation"] == pytest.approx(1)
 
 
-# --- a set against a set, and drift --------------------------------------------------------------------------------------
+# --- a set against a set, and drift ---------------------------------------------------------------------------------
 
 
 def cloud(seed: int, n: int = 300, d: int = 6) -> torch.Tensor:
@@ -219,7 +220,8 @@ def test_set_metrics_take_whole_chunks_of_each_dataset() -> None:
 
 
 def test_drift_is_what_training_measures() -> None:
-    """mean(F²) of `drift_of` is the training loss's, temperature by temperature, and its steps lead draws to the expert."""
+    """mean(F²) of `drift_of` is the training loss's, temperature by temperature, and its steps lead draws to the
+    expert."""
     batch = make_batch(np.random.default_rng(4), np.array([0, 1, 0, 1, 0]))
     random = torch.Generator().manual_seed(0)
     draws = (

@@ -1,8 +1,6 @@
-"""Where the drift's further samples come from: nearest neighbours and queues; and why queues are only an ablation."""
+"""Where the drift's further samples come from: queues; and why they are only an ablation."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from dvla.batch import FeatureBatch
 from dvla.drifting.config import LossConfig
 from dvla.drifting.heads import head_loss
 from dvla.drifting.losses import policy_loss
-from dvla.drifting.neighbours import FeatureBank, Neighbours, pooled
 from dvla.drifting.queues import ChunkQueues, instruction_id
 from dvla.errors import UserError
 from support.policy_samples import ALPHA, NOISE, B, D, G, T, make_batch, make_net, one_thread, random
@@ -43,45 +40,6 @@ def pred(value: float) -> torch.Tensor:
 def held(drawn, row: int) -> list[float]:
     """Levels of the expert chunks in a row's queue."""
     return [drawn.positives[row, q, 0, 0].item() for q in range(drawn.weight.shape[1]) if drawn.weight[row, q]]
-
-
-def test_neighbours_are_the_nearest_of_the_dataset() -> None:
-    batch = chunks(make_batch(), 0)
-    features = torch.eye(D)[:8] + 0.01 * random(8, D)
-    tokens = features[torch.tensor([0, 0, 0, 1, 2, 2, 0, 0])][:, None].expand(-1, 6, -1)  # directions of pictures
-    bank_rows = [0, 1, 2, 3, 4, 5, 6, 7]
-    many = batch.map(lambda value: value[:1].expand(8, *value.shape[1:]).contiguous())
-    far = random(8, 6, D, seed=3) * torch.tensor([0, 0.1, 0.3, 0, 0, 0, 0.2, 0])[:, None, None]
-    many = many.replace(
-        tokens=(tokens + far).half(),
-        frame_index=torch.tensor(bank_rows),
-        dataset=torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]),
-        action=torch.arange(8.0)[:, None, None].expand(8, T, 128).contiguous(),
-    )
-    ended = many.step_mask.clone()
-    ended[6, 3:] = False  # a near one whose chunk is not whole
-    bank: Neighbours = FeatureBank.of([many.replace(step_mask=ended)])
-    found = bank(many, 2)
-    assert found.positives.shape == (8, 2, T, 128) and found.w_pos.dtype == torch.float32
-    assert found.positives[0, :, 0, 0].tolist() == [1, 2]  # not itself, not the other dataset's, nearest first
-    assert found.positives[4, 0, 0, 0] == 5 and found.positives[5, 0, 0, 0] == 4
-    assert not found.w_pos[7].any() and found.w_pos[:7].all()
-    wide = bank(many, 9)
-    assert wide.positives.shape == (8, 9, T, 128) and wide.w_pos.sum(1).tolist() == [5, 5, 5, 5, 5, 5, 6, 0]
-    apart = dataclasses.replace(bank, gap=1)(many, 2)
-    assert apart.positives[0, 0, 0, 0] == 2 and apart.positives[5, 0, 0, 0] != 4
-
-
-def test_pooled_features_ignore_what_is_hidden() -> None:
-    batch = make_batch()
-    changed = batch.replace(
-        tokens=batch.tokens.masked_fill(~batch.token_mask[..., None], torch.nan),
-        text=batch.text.masked_fill(~batch.text_mask[..., None], torch.inf),
-    )
-    assert torch.equal(pooled(changed), pooled(batch)) and pooled(batch).shape == (B, 2 * D)
-    assert torch.isfinite(pooled(batch.replace(token_mask=torch.zeros_like(batch.token_mask)))).all()
-    with pytest.raises(ValueError, match="at least one"):
-        FeatureBank.of([])
 
 
 @pytest.mark.parametrize("distance", ["chunk", "step"])
@@ -174,7 +132,8 @@ def test_resume_is_exact(tmp_path) -> None:
 
 
 def descended(config: LossConfig, text_differs: bool) -> torch.Tensor:
-    """16 free samples for each of two observations, whose experts do +0.5 and −0.5, after descent [2,16]: mean over entries."""
+    """16 free samples for each of two observations, whose experts do +0.5 and −0.5, after descent [2,16]: mean over
+    entries."""
     batch = make_batch()
     two = batch.map(lambda value: value[:2]).replace(
         embodiment=torch.zeros(2, dtype=torch.int64), action_mask=(torch.arange(128) < 3).expand(2, 128).contiguous()
@@ -183,22 +142,23 @@ def descended(config: LossConfig, text_differs: bool) -> torch.Tensor:
         two = two.replace(text=two.text[:1].expand_as(two.text).contiguous())
     samples = (0.3 * random(2, 16, T, 128)).requires_grad_()
     queues = ChunkQueues(config, T) if config.queue != "none" else None
-    optimiser = torch.optim.Adam([samples], lr=0.02)
+    optimizer = torch.optim.Adam([samples], lr=0.02)
     for step in range(100):
-        optimiser.param_groups[0]["lr"] = 0.02 * (1 - step / 100)
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 100)
         level = torch.tensor([0.5, -0.5])[:, None, None] + 0.02 * random(2, T, 128, seed=step)
         current = two.replace(action=level)
         noise, alpha = torch.zeros(2, 16, T, 64), torch.ones(2)
         loss = head_loss(lambda *_: samples, current, config, noise=noise, alpha=alpha, queues=queues)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.total.backward()
-        optimiser.step()
+        optimizer.step()
     return samples.detach()[..., :3].mean((2, 3))
 
 
 @one_thread()
 def test_a_global_queue_forgets_the_condition() -> None:
-    """With it each observation's samples go to both experts' actions, p(a); with a queue per task, or none, to its own, p(a | o)."""
+    """With it each observation's samples go to both experts' actions, p(a); with a queue per task, or none, to its own,
+    p(a | o)."""
 
     def wrong(config: LossConfig, text_differs: bool = True) -> float:
         ends = descended(config, text_differs)
@@ -207,15 +167,13 @@ def test_a_global_queue_forgets_the_condition() -> None:
     everything = LossConfig(kind="pure_drift", queue="global", queue_size=16)
     task = LossConfig(kind="pure_drift", queue="task", queue_size=16)
     assert wrong(LossConfig(kind="pure_drift")) == 0.0 and wrong(task) == 0.0
-    assert (
-        wrong(everything) > 0.2 and wrong(task, text_differs=False) > 0.2
-    )  # one instruction for two situations: the same mistake
+    assert wrong(everything) > 0.2 and wrong(task, text_differs=False) > 0.2
 
 
 def test_queues_add_to_what_is_given_and_take_the_batch() -> None:
     net, batch, queues = make_net(), make_batch(), ChunkQueues(TASK, T)
     config, common = LossConfig(kind="pure_drift"), {"noise": NOISE, "alpha": ALPHA}
-    near = {"positives": random(B, 1, T, 128), "negatives": random(B, 2, T, 128, seed=1), "w_neg": random(B, 2).exp()}
+    near = {"negatives": random(B, 2, T, 128, seed=1), "w_neg": random(B, 2).exp()}
     first = head_loss(net, batch, config, **common, **near, queues=queues)  # empty queues: as if there were none
     torch.testing.assert_close(first.total, head_loss(net, batch, config, **common, **near).total)
     drawn = queues.draw(batch)
@@ -225,11 +183,11 @@ def test_queues_add_to_what_is_given_and_take_the_batch() -> None:
     )
     second = head_loss(net, batch, config, **common, **near, queues=queues)
     full = {
-        "positives": torch.cat([near["positives"], batch.action[:, None]], 1),
+        "positives": batch.action[:, None],
         "w_neg": torch.cat([near["w_neg"], torch.ones(B, 1)], 1),
         "negatives": torch.cat([near["negatives"], drawn.negatives[:, :1]], 1),
     }
-    torch.testing.assert_close(second.total, head_loss(net, batch, config, **common, **full).total)
+    torch.testing.assert_close(second.total, policy_loss(net(batch, NOISE, ALPHA), batch, config, **full).total)
     assert not torch.allclose(second.mean_square, first.mean_square)
 
 

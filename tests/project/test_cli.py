@@ -184,7 +184,7 @@ def test_build_verify_and_mismatched_fingerprint(
         result.code == 0 and "39 frames" in result.out and "0 episodes in quarantine" in result.out and result.err == ""
     )
     assert "already complete" in dvla(*build, 64).out
-    refused(dvla(*build, 96), "encoder.resolution: cache has 64, this run asks 96", "Choose another --out")
+    refused(dvla(*build, 96), "encoder.resolution: cache has 64, you requested 96", "Choose another --out")
     verify = dvla("cache", "verify", tmp_path / "cache", "--live", 4, "--device", "cpu")
     assert verify.code == 0 and "4 frames recomputed" in verify.out and "all files are intact" in verify.out
     victim = sorted((tmp_path / "cache").glob("*/features/*/c/0/0/0"))[0]

@@ -1,6 +1,6 @@
 """The command line is an interface: options may be added; one that is removed, renamed or changed fails here.
 
-On purpose: `python tests/project/test_cli_freeze.py` writes cli_options.json anew (from the repository, with its environment).
+On purpose: `python tests/project/test_cli_freeze.py`, run in the repository, writes cli_options.json anew.
 A renamed option keeps its old name, with a warning, for one release.
 """
 
@@ -21,8 +21,8 @@ from dvla.common.options import with_options
 
 FROZEN = Path(__file__).with_name("cli_options.json")
 HINT = (
-    "if this is on purpose, run `python tests/project/test_cli_freeze.py`, commit cli_options.json and name the change in "
-    "CHANGELOG.md; a renamed option must keep its old name, with a warning, for one release"
+    "if this is on purpose, run `python tests/project/test_cli_freeze.py`, commit cli_options.json and name the change "
+    "in CHANGELOG.md; a renamed option must keep its old name, with a warning, for one release"
 )
 
 

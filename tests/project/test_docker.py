@@ -26,7 +26,7 @@ OPTIONAL = "docker/IsaacGym_Preview_4_Package.tar.g[z]"  # the user brings it
 
 
 def instructions(image: str) -> list[tuple[str, str]]:
-    """(instruction, rest) of a Dockerfile, continued lines joined, comments left out, arguments of the file filled in."""
+    """(instruction, rest) per line of a Dockerfile: continued lines joined, no comments, its arguments filled in."""
     text = "\n".join(
         line for line in (DOCKER / f"Dockerfile.{image}").read_text().splitlines() if not line.lstrip().startswith("#")
     )

@@ -1,4 +1,4 @@
-"""Processes that run `dvla` and start in no time: one process imports everything, and builds and their workers are forked from it."""
+"""Processes that run `dvla` and start at once: builds and their workers fork from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What a shard does to whoever makes it, read from the file OUT.fault: {"front/2" or "all": "kill" | "sleep" | "slow" | "break"}.
+# What a shard does to its worker, from the file OUT.fault: {"front/2" or "all": "kill" | "sleep" | "slow" | "break"}.
 HOOKS = """
 import json, os, signal, time
 from dvla.cache.store.writer import CacheWriter
@@ -32,7 +32,8 @@ def asleep(chunks):
     time.sleep(60)
 CacheWriter.write_shard = write_shard
 """
-# `dvla` itself, a synthetic build that waits to be killed after two shards, or a script, in a forked process and a session of its own.
+# `dvla` itself, a synthetic build that waits to be killed after two shards, or a script, in a forked process and a
+# session of its own.
 BUILDS = """
 import os, resource, sys, time
 def run(ask, forkserver_state):
@@ -74,10 +75,10 @@ import builds, json, sys
 from multiprocessing import forkserver, get_context, resource_tracker
 fork = get_context("forkserver")
 fork.set_forkserver_preload([
-    "builds", "hooks", "distributed.nanny", "pyarrow.parquet", "pandas", "av", "PIL.PngImagePlugin", "pydantic.fields", "transformers",
-    "transformers.models.auto.tokenization_auto", "transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.siglip.modeling_siglip",
-    "transformers.models.gemma2.modeling_gemma2", "dvla.stages.caching.build", "dvla.cli",
-    "dvla.cache.readers.lerobot", "support.synthetic_cache"])
+    "builds", "hooks", "distributed.nanny", "pyarrow.parquet", "pandas", "av", "PIL.PngImagePlugin", "pydantic.fields",
+    "transformers", "transformers.models.auto.tokenization_auto", "transformers.models.qwen3_vl.modeling_qwen3_vl",
+    "transformers.models.siglip.modeling_siglip", "transformers.models.gemma2.modeling_gemma2",
+    "dvla.stages.caching.build", "dvla.cli", "dvla.cache.readers.lerobot", "support.synthetic_cache"])
 forkserver.ensure_running()
 resource_tracker.ensure_running()
 state = {k: v for k, v in vars(forkserver._forkserver).items() if k in ("_forkserver_address", "_forkserver_authkey")}

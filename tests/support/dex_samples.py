@@ -127,8 +127,10 @@ def cast(pose: np.ndarray, intrinsics: np.ndarray, width: int, height: int) -> t
 
 
 def grasp_arrays(number: int, count: int, to_scene: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of one grasp file: points on the object, hand poses near them, joints; in the scene's frame. On the table
-    they are the same in every scene."""
+    """The arrays of one grasp file in the scene's frame: points on the object, hand poses near them, joints.
+
+    In the table's frame they are the same in every scene.
+    """
     rng = np.random.default_rng(number)
     normal = rng.normal(size=(count, 3))
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
@@ -147,6 +149,29 @@ def grasp_arrays(number: int, count: int, to_scene: np.ndarray) -> dict[str, np.
     return arrays | {j: rng.uniform(-0.5, 1.5, count).astype(np.float32) for j in JOINTS}
 
 
+def write_view(
+    folder: Path, name: str, suffix: str, depth: np.ndarray, label: np.ndarray, intrinsics: np.ndarray
+) -> None:
+    """Depth in millimeters, labels and camera of one view."""
+    from scipy.io import savemat
+
+    Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(folder / f"depth{suffix}" / f"{name}.png")
+    Image.fromarray(label).save(folder / f"label{suffix}" / f"{name}.png")
+    savemat(folder / "meta" / f"{name}.mat", {"intrinsic_matrix": intrinsics, "factor_depth": np.array([[1000]])})
+
+
+def write_clouds(folder: Path, clouds: list[tuple[np.ndarray, np.ndarray]], cameras: list[np.ndarray]) -> None:
+    """The point clouds of all views in one file, as a network reads them, cut to one length."""
+    few = min(len(points) for points, _ in clouds)
+    np.savez(
+        folder / "network_input.npz",
+        pc=np.stack([p[:: len(p) // few][:few] for p, _ in clouds]).astype(np.float32),
+        seg=np.stack([label[:: len(label) // few][:few] for _, label in clouds]).astype(np.int32),
+        extrinsics=np.stack(cameras),
+        edge=np.zeros((len(clouds), few), np.int32),
+    )
+
+
 def write_dexgraspnet(
     root: Path,
     scenes: tuple[int, ...] = (0,),
@@ -158,8 +183,6 @@ def write_dexgraspnet(
     network_input: bool = False,
 ) -> Path:
     """The unpacked archives with two objects a scene; `size`: width and height of the depth pictures."""
-    from scipy.io import savemat
-
     width, height = size
     intrinsics = np.array([[0.72 * width, 0, width / 2], [0, 0.72 * width, height / 2], [0, 0, 1]])
     for scene in scenes:
@@ -183,26 +206,12 @@ def write_dexgraspnet(
                 )
             )
             if not network_input:
-                Image.fromarray(np.round(depth * 1000).astype(np.uint16)).save(
-                    folder / f"depth{suffix}" / f"{i:04d}.png"
-                )
-                Image.fromarray(label).save(folder / f"label{suffix}" / f"{i:04d}.png")
-                savemat(
-                    folder / "meta" / f"{i:04d}.mat",
-                    {"intrinsic_matrix": intrinsics, "factor_depth": np.array([[1000]])},
-                )
+                write_view(folder, f"{i:04d}", suffix, depth, label, intrinsics)
             if photographs:
                 paint = np.array([[200, 200, 200], [180, 20, 20], [20, 120, 40]], np.uint8)[np.digitize(label, (1, 10))]
                 Image.fromarray(paint).save(folder / "rgb" / f"{i:04d}.png")
         if network_input:
-            few = min(len(points) for points, _ in clouds)
-            np.savez(
-                folder / "network_input.npz",
-                pc=np.stack([p[:: len(p) // few][:few] for p, _ in clouds]).astype(np.float32),
-                seg=np.stack([label[:: len(label) // few][:few] for _, label in clouds]).astype(np.int32),
-                extrinsics=np.stack(cameras),
-                edge=np.zeros((views, few), np.int32),
-            )
+            write_clouds(folder, clouds, cameras)
         entries = "".join(
             f"<obj>\n<obj_id>{n}</obj_id>\n<obj_name>{name}</obj_name>\n</obj>\n" for n, name in NAMES.items()
         )

@@ -1,6 +1,6 @@
-"""A stand-in for the package isaacgym with its documented calls and shapes: nothing moves but what the hand's targets say.
+"""A stand-in for the package isaacgym with its documented calls and shapes: only the hand moves, to its targets.
 
-`write_isaacgym(folder)` makes it importable from there. An object goes up with the hand when its drives were closed within REACH of it.
+`write_isaacgym(folder)` makes it importable from there. An object rises with the hand whose drives closed within REACH.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Gym:
     def load_asset(self, sim, root, name, options):
         assert os.path.isfile(os.path.join(root, name))
         return name
-    def get_asset_dof_names(self, asset): return ["j%d" % i for i in (1, 0, *range(2, 16))] + ["x", "y", "z", "rx", "ry", "rz"]
+    def get_asset_dof_names(self, asset):
+        return ["j%d" % i for i in (1, 0, *range(2, 16))] + ["x", "y", "z", "rx", "ry", "rz"]
     def create_actor(self, env, asset, pose, name, group, mask):
         assert name == "hand" or self.places      # the hand comes first
         p, r = getattr(pose, "p", None), getattr(pose, "r", None)
@@ -38,7 +39,8 @@ class Gym:
     def get_actor_dof_properties(self, env, actor):
         return {"driveMode": np.zeros(22), "stiffness": np.zeros(22), "damping": np.zeros(22)}
     def set_actor_dof_properties(self, env, actor, properties):
-        assert (properties["stiffness"][16:] > properties["stiffness"][:16].max()).all() and (properties["driveMode"] == 1).all()
+        stiffness = properties["stiffness"]
+        assert (stiffness[16:] > stiffness[:16].max()).all() and (properties["driveMode"] == 1).all()
     def get_actor_rigid_shape_properties(self, env, actor): return [Record()]
     def set_actor_rigid_shape_properties(self, env, actor, properties): assert properties[0].friction > 0
     def get_actor_rigid_body_properties(self, env, actor): return [Record()]

@@ -1,5 +1,6 @@
-"""Small datasets written to the documented layouts (Episode-HDF5, robomimic HDF5, Diffusion Policy's Zarr replay buffer), and
-helpers to damage and to compare them.
+"""Small datasets in the documented layouts of Episode-HDF5, robomimic HDF5 and Diffusion Policy's Zarr replay buffer.
+
+Also helpers to damage and to compare them.
 
 Letters: T frames of an episode, H × W picture size.
 """

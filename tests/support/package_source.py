@@ -33,7 +33,7 @@ def name_of(file: Path, root: Path = ROOT) -> str:
 
 
 def room_of(name: str) -> str:
-    """The room of a file: "cache/store", "stages/training", "drifting", "common"; "cli.py", "batch.py" … for those at the root."""
+    """The room of a file: "cache/store", "stages/training", "drifting", "common"; at the root its name, as "cli.py"."""
     parts = name.split("/")
     return "/".join(parts[:2]) if parts[0] in ("cache", "stages") and len(parts) > 2 else parts[0]
 
@@ -76,7 +76,7 @@ def _targets(file: Path, node: ast.ImportFrom, root: Path) -> list[str]:
 
 
 def arrows_between(root: Path = ROOT, by_room: bool = False) -> dict[str, set[str]]:
-    """Name → names it imports when it is loaded or for type checking; with rooms in place of files also inside functions."""
+    """Name → names it imports when loaded or for type checking; between rooms, inside functions too."""
     found: dict[str, set[str]] = {}
     for file in package_files(root):
         for one in imports(file, root):
@@ -88,7 +88,7 @@ def arrows_between(root: Path = ROOT, by_room: bool = False) -> dict[str, set[st
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of names that reach each other along the arrows (Tarjan's strongly connected components of more than one)."""
+    """Groups of names that reach each other along the arrows: Tarjan's strongly connected components."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []

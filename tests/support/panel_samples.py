@@ -22,7 +22,7 @@ PLACES = (
 
 
 def expert(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(target [N,T,128], active [N,T,128], dataset [N]): smooth waves of two datasets; the first chunk is cut by its episode's end."""
+    """(target [N,T,128], active [N,T,128], dataset [N]): smooth waves of two datasets; the first chunk ends early."""
     rng = np.random.default_rng(seed)
     dataset = np.arange(N) % 2
     phase, size = rng.uniform(0, 6, (N, 1, 128)), rng.uniform(0.05, 0.3, (N, 1, 128))

@@ -44,7 +44,7 @@ def make_batch() -> FeatureBatch:
 
 
 def make_net(cross_attention: str = "all", trained: bool = True, kind: str = "hybrid", **overrides: int) -> PolicyNet:
-    """A small network with a head of `kind`; `trained` replaces the zeros of the initialisation, so that every path is in use."""
+    """A small network with a head of `kind`; `trained` replaces the initial zeros, so that every path is in use."""
     torch.manual_seed(0)
     dit = head_dit(dit_config("tiny", **{**SMALL, "cross_attention": cross_attention, **overrides}), kind)
     net = PolicyNet(PolicyNetConfig(feature_width=D, dit=dit))
@@ -57,7 +57,7 @@ def make_net(cross_attention: str = "all", trained: bool = True, kind: str = "hy
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch's kernels on one thread, also as a decorator: descents of small tensors are fastest so, above all on a busy machine."""
+    """Torch's kernels on one thread, also as a decorator: fastest for descents of small tensors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

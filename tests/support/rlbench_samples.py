@@ -1,7 +1,7 @@
 """Small RLBench demonstrations written as RLBench and PerAct lay them out, unpacked, zipped and in a tar.
 
-The layout is that of stepjam/RLBench (tools/dataset_generator.py, rlbench/backend/const.py, rlbench/demo.py) and of PerAct's
-data; the classes are made here under their names in rlbench, so that the pickles are the bytes a real run would write.
+The layout is that of stepjam/RLBench (tools/dataset_generator.py, rlbench/backend/const.py, rlbench/demo.py) and of
+PerAct's data; the classes have their names in rlbench, so that the pickles are the bytes a real run would write.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def copy_two(tree: Path, root: Path) -> tuple[Path, Path]:
 
 
 def pack(folder: Path, target: Path, with_folder: bool = True) -> Path:
-    """`folder` as a .zip or .tar, with its own name before the members' or without; as a Mac zips it, with its litter."""
+    """`folder` as a .zip or .tar, its own name before the members' or not; as macOS zips it, with its extra files."""
     target.parent.mkdir(parents=True, exist_ok=True)
     base = folder.parent if with_folder else folder
     if target.suffix == ".tar":

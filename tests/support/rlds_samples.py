@@ -1,8 +1,8 @@
 """Small tfds folders with RLDS episodes, written without tfds, TensorFlow or protobuf: the wire format by hand.
 
 Layout: github.com/tensorflow/datasets (core/naming.py, core/example_serializer.py, core/proto/feature.proto) and
-github.com/tensorflow/tensorflow (core/lib/io/record_writer.cc, core/example/*.proto). `toy` has every kind of feature the
-reader knows; `rt1` has the features of tfds' fractal20220817_data.
+github.com/tensorflow/tensorflow (core/lib/io/record_writer.cc, core/example/*.proto). `toy` has every kind of feature
+the reader knows; `rt1` has the features of tfds' fractal20220817_data.
 """
 
 from __future__ import annotations

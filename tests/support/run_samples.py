@@ -34,24 +34,8 @@ TINY = TinySpec(
 VIEWS = ("front", "wrist")
 
 
-def make_run(
-    run: Path,
-    vlm: Path,
-    arch: str = "qwen3vl",
-    lora: LoraSpec | None = None,
-    blind: bool = False,
-    kind: str = "hybrid",
-    tower: bool = False,
-    below: tuple[str, ...] = (),
-) -> Path:
-    """A run with one checkpoint, whose raw weights are not the averaged ones; with LoRA, or with a vision tower that was trained as a whole,
-    on an encoder with the adapters `below`."""
-    encoder = load_encoder(
-        EncoderSpec(
-            str(vlm), vlm=arch, resolution={"qwen3vl": 64, "paligemma2": 56}[arch], dtype="float32", adapters=below
-        )
-    )
-    fingerprint, spec = encoder.fingerprint(), dataclasses.asdict(encoder.spec)
+def _robot() -> dict[str, object]:
+    """A dataset of the policy's document: two views, three action dimensions."""
     actions = ActionMap(
         [FieldSpec(field="right_eef_pos_x"), FieldSpec(field="right_eef_pos_y"), FieldSpec(field="right_gripper_open")],
         20.0,
@@ -59,7 +43,7 @@ def make_run(
     statistics = RunningStatistics()
     statistics.update(np.random.default_rng(0).normal(0, 0.3, (50, 128)).astype(np.float32))
     stats = statistics.result().to_dict()
-    robot = {
+    return {
         "name": "toy",
         "views": list(VIEWS),
         "action_map": actions.to_dict(),
@@ -73,6 +57,25 @@ def make_run(
         "license": "mit",
         "dataset_config": "toy",
     }
+
+
+def make_run(
+    run: Path,
+    vlm: Path,
+    arch: str = "qwen3vl",
+    lora: LoraSpec | None = None,
+    blind: bool = False,
+    kind: str = "hybrid",
+    tower: bool = False,
+    below: tuple[str, ...] = (),
+) -> Path:
+    """A run with one checkpoint whose raw weights are not the averaged ones, on an encoder with the adapters `below`.
+
+    With LoRA, or with a vision tower that was trained as a whole (`tower`).
+    """
+    resolution = {"qwen3vl": 64, "paligemma2": 56}[arch]
+    encoder = load_encoder(EncoderSpec(str(vlm), vlm=arch, resolution=resolution, dtype="float32", adapters=below))
+    fingerprint, spec = encoder.fingerprint(), dataclasses.asdict(encoder.spec)
     torch.manual_seed(0)
     dit = head_dit(dit_config("tiny", width=32, blocks=2, heads=2, horizon=4), kind)
     net = PolicyNet(PolicyNetConfig(feature_width=encoder.width, dit=dit))
@@ -83,7 +86,7 @@ def make_run(
         "format": ck.POLICY_FORMAT,
         "net": dataclasses.asdict(net.config),
         "encoder": {"spec": spec, "fingerprint": fingerprint},
-        "datasets": [robot],
+        "datasets": [_robot()],
         "loss": {"kind": kind, "sample_steps": 0},
         "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0},
     }

@@ -1,4 +1,4 @@
-"""Caches that are large on paper: shards are holes in a file, but for the number of the row at the head of each record."""
+"""Caches that are large on paper: shards are holes in a file, except for the row number at the head of each record."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tables(plan: BuildPlan) -> DatasetTables:
 
 
 def build(path: Path, plan: BuildPlan, marked: bool = True) -> None:
-    """A finished cache of holes; `row_of` reads what is in them, when they are `marked`. Its checksums are not right."""
+    """A finished cache of holes, whose content `row_of` reads if they are `marked`. Its checksums are wrong."""
     record = plan.tokens * plan.width * 2
     with mock.patch("os.fsync"), CacheWriter.create_or_resume(path, {"encoder": {}}, plan) as writer:
         for task in writer.missing():

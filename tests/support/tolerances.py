@@ -1,7 +1,8 @@
-"""How far features, and actions made from them, may be apart where images were encoded in batches of another composition.
+"""How far features, and actions made from them, may differ when images were encoded in batches of another composition.
 
-The promise is in docs/concepts.md: the same batches give the same bits; other batches, processors and numbers of threads give the same features
-up to rounding. Every test that compares across batches does it with `assert_same_features` or `assert_same_actions`; every other one compares bits.
+The promise is in docs/concepts.md: the same batches give the same bits; other batches, processors and numbers of
+threads give the same features up to rounding. Every test that compares across batches uses `assert_same_features` or
+`assert_same_actions`; every other one compares bits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ OF_SPREAD = 2e-3  # of the actions' standard deviation
 def assert_same_features(found: Any, expected: Any, dtype: str = "float16") -> None:
     """The features [..., K, D] of a float32 encoder, of the same images in batches of another composition.
 
-    `dtype` is what the cache stores. float16: each value differs by at most one step of float16 (0 where both are float32) and `OF_RMS` of the
-    RMS of all. 8-bit codes may have been made with other channel scales: the RMS of the difference is at most what `dvla cache verify` allows.
+    `dtype` is what the cache stores. float16: each value differs by at most one step of float16 (0 where both are
+    float32) and `OF_RMS` of the RMS of all. 8-bit codes may have been made with other channel scales: the RMS of the
+    difference is at most what `dvla cache verify` allows.
     """
     a, b = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in (found, expected))
     assert a.shape == b.shape and np.isfinite(a).all()
@@ -39,8 +41,9 @@ def assert_same_features(found: Any, expected: Any, dtype: str = "float16") -> N
         return
     step = np.spacing(np.maximum(np.abs(a), np.abs(b)).astype(np.float16)).astype(np.float64) if rounded else 0.0
     beyond = np.abs(a - b) - step
+    at = np.unravel_index(beyond.argmax(), a.shape)
     assert beyond.max() <= OF_RMS * rms, (
-        f"{beyond.max() / rms:.2g} of the features' RMS beyond one step of float16, at {np.unravel_index(beyond.argmax(), a.shape)}"
+        f"{beyond.max() / rms:.2g} of the features' RMS beyond one step of float16, at {at}"
     )
 
 
@@ -54,8 +57,10 @@ def assert_same_actions(found: np.ndarray, expected: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def rows_that_decide_the_rounding() -> Iterator[None]:
-    """As on a processor whose matrix product takes another kernel for another number of rows, and for the rows that are left over: each sum is
-    split in two, at a place that the number of rows decides. For the same rows it always gives the same bits."""
+    """As on a processor whose matrix product takes another kernel for another number of rows, and for leftover rows.
+
+    Each sum is split in two, at a place that the number of rows decides. The same rows always give the same bits.
+    """
     real = F.linear
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -48,11 +48,7 @@ class Line(Environment):
 class Adapter:
     """What `stages/envs` asks of a module."""
 
-    PREFIX = PREFIX
-
-    @staticmethod
-    def names() -> tuple[str, ...]:
-        return NAMES
+    NAMES = NAMES
 
     @staticmethod
     def require() -> None:

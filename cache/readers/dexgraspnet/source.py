@@ -16,7 +16,7 @@ What is read, below the folder given (the archives of the hub, unpacked side by 
 
 Columns: those of the npz as stored, in the scene's frame; and target_translation, target_rotation, the same pose in the
 **target frame**: axes of the table, origin at the center of the box around the object's `point`s. The cameras
-(point_render.CAMERAS) stand in the target frame, so that is the pose which the images can tell; in the scene's frame it
+(render.CAMERAS) stand in the target frame, so that is the pose which the images can tell; in the scene's frame it
 depends on where that scene's first camera happened to be. There is no time axis: one frame, and the loader masks the
 rest of a chunk.
 
@@ -76,12 +76,11 @@ class DexGraspNetSource(Source):
         numbers = [key * GRASPS_PER_OBJECT + k for key, path in self._paths.items() for k in range(_listed(path))]
         name = Location(str(root), ()).name
         config = config or find_config(self.format, (name,))
-        super().__init__(
-            root, name, config, fps=None, view_names=choose_views(tuple(CAMERAS), config, name), episode_ids=numbers
-        )
+        super().__init__(root, name, config, view_names=choose_views(tuple(CAMERAS), config, name), episode_ids=numbers)
         # a few scenes at a time are kept: the grasps of an object follow one another, and so do the objects of a scene
         self._grasps = functools.lru_cache(4)(self._read_grasps)
         self._frame = functools.lru_cache(4)(self._read_frame)
+        self._scene_files = functools.lru_cache(4)(scene_files)
         self._scene = functools.lru_cache(4)(find_scene)
         self._cloud = functools.lru_cache(2)(read_cloud)
         self._images = functools.lru_cache(8)(self._draw)
@@ -133,7 +132,7 @@ class DexGraspNetSource(Source):
         path = self._paths[episode_id // GRASPS_PER_OBJECT]
         folder = self._folder(episode_id // GRASPS_PER_OBJECT)
         with _named(where):
-            return path, folder / "cam0_wrt_table.npy", *(folder / name for name in scene_files(folder)[2])
+            return path, folder / "cam0_wrt_table.npy", *(folder / name for name in self._scene_files(folder)[2])
 
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
         key = episode_id // GRASPS_PER_OBJECT
@@ -146,7 +145,7 @@ class DexGraspNetSource(Source):
 
     def _open(self, key: int, view: str, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
         with _named(where):
-            yield self._images(key)[view].copy()  # the kept one stays as it is
+            yield self._images(key)[view].copy()  # the cached one stays unchanged
 
     # --- read once and kept; their messages lack the episode's name ---
 
@@ -244,7 +243,7 @@ def _object_names(folder: Path) -> dict[int, str]:
 
 
 def _label_at(points: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> int | None:
-    """The label that most of `points [N, 3]` have which lie where `wanted [G, 3]` are; None when no object is there."""
+    """The most frequent label of those `points [N, 3]` that are where `wanted [G, 3]` are; None without an object."""
 
     def cells(values: np.ndarray) -> np.ndarray:
         whole = np.floor(values / _CELL).astype(np.int64)

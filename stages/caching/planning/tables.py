@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
-from ....common.console import console, right_aligned, say, simple_table
+from ....common.console import console, say, table
 from ....common.text import duration, size
 from .forecast import Forecast
 
@@ -30,14 +28,19 @@ def bottleneck(part: str) -> str:
 
 def show_forecast(f: Forecast) -> None:
     """What `plan` measured and predicts."""
-    m, table = (
-        f.measured,
-        simple_table("dataset", "view", *right_aligned("frames", "observations", "features", "decode")),
-    )
-    for v in f.views:
-        numbers = (str(v.frames), str(v.observations), size(int(v.bytes / m.compression)), duration(v.decode_seconds))
-        table.add_row(escape(v.dataset), escape(v.view), *numbers)
-    console.print(table)
+    m = f.measured
+    rows = [
+        (
+            v.dataset,
+            v.view,
+            str(v.frames),
+            str(v.observations),
+            size(int(v.bytes / m.compression)),
+            duration(v.decode_seconds),
+        )
+        for v in f.views
+    ]
+    console.print(table(("dataset", "view", "frames", "observations", "features", "decoding"), rows, drop=("frames",)))
     console.print(
         f"cache: {size(f.bytes)}, {size(f.free_bytes)} are free{'' if f.fits else ': it does not fit'}",
         style=None if f.fits else "red",

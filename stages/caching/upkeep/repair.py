@@ -246,7 +246,7 @@ class _Job:
             **make_fingerprint(encoder, corpora, config),
             "store": make_plan(config, [c.plan for c in corpora], encoder).document(),
         }
-        if lines := fp.diff(cached, now):
+        if lines := fp.diff(cached, now, now="found"):
             more = f"; … {len(lines) - 8} more" if len(lines) > 8 else ""
             raise UserError(
                 f"cache {path} was not built from these sources and this VLM: {'; '.join(lines[:8])}{more}. Give the "

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Column
-
-from ....common.console import console, right_aligned, say, simple_table
+from ....common.console import console, say, table
 from ....common.text import size, wrapped
 
 if TYPE_CHECKING:
     from .diff import CacheDiff
     from .garbage import Garbage
-    from .inspect import CacheFacts, DatasetFacts, SlotRow
+    from .inspect import CacheFacts, DatasetFacts
     from .status import CacheStatus
 
 
@@ -34,11 +31,17 @@ def show_status(found: Sequence[CacheStatus]) -> None:
         say(f"{s.path}: {state}, {done} of {total} shards, {size(s.bytes)}{planned}")
         say(f"  {s.frames} frames, {s.episodes} episodes, {s.quarantined} quarantined{leftovers}")
         console.print(wrapped(_pairs(s.fingerprint)), markup=False, style="dim")
-        table = simple_table("dataset", "array", *right_aligned("shards", "bytes"), "tables")
-        for a in s.arrays:
-            tables = "missing" if a.dataset in s.tables_missing else "done"
-            table.add_row(escape(a.dataset), escape(a.array), f"{a.done}/{a.shards}", size(a.bytes), tables)
-        console.print(table)
+        rows = [
+            (
+                a.dataset,
+                a.array,
+                f"{a.done}/{a.shards}",
+                size(a.bytes),
+                "missing" if a.dataset in s.tables_missing else "done",
+            )
+            for a in s.arrays
+        ]
+        console.print(table(("dataset", "array", "shards", "bytes", "tables"), rows))
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
@@ -65,15 +68,12 @@ def _show_dataset(d: DatasetFacts) -> None:
     texts = [f"“{text}” ({count})" for text, count in d.instructions[:SHOWN_INSTRUCTIONS]]
     more = f", {len(d.instructions) - SHOWN_INSTRUCTIONS} more" if len(d.instructions) > SHOWN_INSTRUCTIONS else ""
     say(wrapped(f"instructions ({len(d.instructions)}): {', '.join(texts)}{more}"))
-    table = simple_table("", *right_aligned("slot"), "name", *right_aligned("mean", "std", "min", "max"))
-    for kind, rows in (("action", d.action), ("proprio", d.proprio)):
-        for i, row in enumerate(rows):
-            table.add_row("" if i else kind, *_slot(row))
-    console.print(table)
-
-
-def _slot(row: SlotRow) -> list[str]:
-    return [str(row.slot), row.name, *(f"{value:.4g}" for value in (row.mean, row.std, row.min, row.max))]
+    rows = [
+        ("" if i else kind, str(r.slot), r.name, *(f"{value:.4g}" for value in (r.mean, r.std, r.min, r.max)))
+        for kind, slots in (("action", d.action), ("proprio", d.proprio))
+        for i, r in enumerate(slots)
+    ]
+    console.print(table(("", "slot", "name", "mean", "std", "min", "max"), rows))
 
 
 def show_ranges(ranges: dict[Path, tuple[float, float]]) -> None:
@@ -90,12 +90,11 @@ def show_diff(d: CacheDiff) -> None:
         if len(lines) > SHOWN_LINES:
             say(f"… {len(lines) - SHOWN_LINES} more")
     if d.arrays:
-        table = simple_table("dataset", "array", *right_aligned("compared"), "", *right_aligned("difference"))
+        rows = []
         for a in d.arrays:
             relative = "other shape" if a.relative is None else "0" if a.equal else f"{a.relative:.2g}"
-            same = "equal" if a.equal else "differs"
-            table.add_row(escape(a.dataset), escape(a.array), str(a.compared), same, relative)
-        console.print(table)
+            rows.append((a.dataset, a.array, str(a.compared), "equal" if a.equal else "differs", relative))
+        console.print(table(("dataset", "array", "compared", "", "difference"), rows))
     for drift in d.drifts if not d.same else ():
         say(f"feature drift of {drift.dataset}, {drift.frames} frames:")
         say(f"  relative RMS {drift.relative:.3g}, cosine {drift.cosine:.5f}")
@@ -107,7 +106,5 @@ def show_diff(d: CacheDiff) -> None:
 
 def show_garbage(items: Sequence[Garbage]) -> None:
     """One row per thing that can be removed."""
-    table = simple_table(Column("path", overflow="fold"), "what", *right_aligned("size", "frees"))
-    for g in items:
-        table.add_row(escape(str(g.path)), g.kind, size(g.bytes), size(g.frees))
-    console.print(table)
+    rows = [(str(g.path), g.kind, size(g.bytes), size(g.frees)) for g in items]
+    console.print(table(("path", "what", "size", "frees"), rows))

@@ -1,7 +1,7 @@
-"""`dvla data add`: a dataset config for a LeRobot dataset from its info.json, guesses marked as such, the rest asked for.
+"""`dvla data add`: a dataset config for a LeRobot dataset from its info.json; guesses are marked, the rest is asked.
 
-Nothing is assumed that info.json does not say: embodiment, units, gripper values, rotation form, and whether an action is a
-target or a displacement are answers, and a config is written only when all of those that matter are given.
+Nothing is assumed that info.json does not tell: embodiment, units, gripper values, rotation form, and whether an action
+is a target or a displacement are answers. A config is written only when all answers that it needs are given.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ....cache.readers import open_source
 from ....cache.readers.config import load_config
 from ....common.files import write_file
 from ....errors import UserError, unknown
-from ..summary import dimension_names, picture_size
+from ..summary import dimension_names, image_size
 from .guesses import Target, guess
 from .questions import QUESTIONS, Question
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What `dvla data add` was told. `answers`: option → text as given; `fields`: the --field values."""
+    """The arguments of `dvla data add`."""
 
     source: str
-    answers: Mapping[str, str]
-    fields: tuple[str, ...] = ()
+    answers: Mapping[str, str]  # option → text as given
+    fields: tuple[str, ...] = ()  # the --field values
     action_columns: tuple[str, ...] = ("action",)
     state_columns: tuple[str, ...] | None = None  # None: observation.state where there is one
     name: str | None = None
@@ -51,8 +51,10 @@ class Request:
 
 
 def draft(meta: Metadata, request: Request) -> tuple[str, list[Question]]:
-    """The YAML text, and the questions to answer first (while there is one, the text means nothing). `UserError` for an
-    answer that is none, or a column or dimension that is not there."""
+    """The YAML text, and the questions to answer first (while there is one, the text means nothing).
+
+    `UserError` for an invalid answer, or a column or dimension that does not exist.
+    """
     ask = _Asker(request.answers)
     ask("--embodiment")
     kind = ask("--action-kind") or "absolute"
@@ -68,7 +70,7 @@ def draft(meta: Metadata, request: Request) -> tuple[str, list[Question]]:
             span = f"{what}.{first}-{last}" if last > first else f"{what}.{first}"
             called = f"{names[first]} … {names[last]}" if last > first else names[first]
             ask.missing[span] = Question(
-                "--field", f"what {called} stands for: slots, rotation:FORM or drop", str, f"{span}="
+                "--field", f"meaning of {called}: slots, rotation:FORM or drop", str, f"{span}="
             )
         moving = kind if what == "action" else "absolute"
         lines[what] = [
@@ -78,7 +80,7 @@ def draft(meta: Metadata, request: Request) -> tuple[str, list[Question]]:
 
 
 def write(request: Request, text: str, out: Path) -> None:
-    """Write the config once it has been read back and has opened the dataset; an existing file is refused."""
+    """Write the config after it was read back and opened the dataset; an existing file is refused."""
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
     if out.suffix not in (".yaml", ".yml"):
@@ -91,7 +93,7 @@ def write(request: Request, text: str, out: Path) -> None:
 
 
 class _Asker:
-    """Answers by option; remembers which were used and which are missing."""
+    """Answers by option; keeps which were used and which are missing."""
 
     def __init__(self, answers: Mapping[str, str]) -> None:
         self.answers = answers
@@ -115,7 +117,7 @@ class _Asker:
 
 
 def _dimensions(meta: Metadata, what: str, columns: Sequence[str]) -> list[str]:
-    """What the files call each dimension; "action[3]" where they do not."""
+    """The files' name of each dimension; "action[3]" where they have none."""
     for column in columns:
         if column not in meta.features:
             raise UserError(f"{unknown('column', column, meta.features)}; name the {what}'s with --{what}-column")
@@ -135,7 +137,7 @@ def _given(fields: Sequence[str]) -> dict[str, dict[int, tuple[int, str]]]:
             )
         first = int(parts[2])
         if first in found[parts[1]]:
-            raise UserError(f"--field '{text}': {parts[1]}.{first} was named before")
+            raise UserError(f"--field '{text}': {parts[1]}.{first} is given twice")
         found[parts[1]][first] = int(parts[3] or first), parts[4]
     return found
 
@@ -145,14 +147,14 @@ def _given_targets(what: str, given: Mapping[int, tuple[int, str]], names: Seque
     for first, (last, text) in sorted(given.items()):
         where, at = f"--field {what}.{first}-{last}={text}", first
         if not first <= last < len(names) or first in {i for f, t in targets.items() for i in range(f, f + t.width)}:
-            raise UserError(f"{where}: the {what} has dimensions 0 to {len(names) - 1}, each to be named once")
+            raise UserError(f"{where}: the {what} has dimensions 0 to {len(names) - 1}, and each is given once")
         for element in [f"drop:{last + 1 - first}"] if text == "drop" else text.split(","):
             for target in _elements(element.strip()):
                 targets[at] = dataclasses.replace(target, native=tuple(names[at : at + target.width]), guessed=False)
                 at += target.width
         if at != last + 1:
             raise UserError(
-                f"{where}: it describes {at - first} dimensions, {what}.{first}-{last} are {last + 1 - first}"
+                f"{where}: describes {at - first} dimensions, but {what}.{first}-{last} has {last + 1 - first}"
             )
     return targets
 
@@ -170,7 +172,7 @@ def _elements(text: str) -> list[Target]:
 
 
 def _gaps(targets: Sequence[Target]) -> list[tuple[int, int]]:
-    """(first, last) dimension of every stretch that is not understood."""
+    """(first, last) dimension of every range that is not understood."""
     flat = [t.kind == "unknown" for t in targets for _ in t.native]
     edges = [i for i in range(len(flat) + 1) if (i < len(flat) and flat[i]) != (i > 0 and flat[i - 1])]
     return [(first, stop - 1) for first, stop in zip(edges[::2], edges[1::2])]
@@ -190,7 +192,7 @@ def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
     if target.kind == "rotation":
         if target.form:
             raise UserError(
-                f"{what}: {', '.join(target.native)} cannot be a {kind} as a quaternion; say what they are with --field"
+                f"{what}: {', '.join(target.native)} cannot be a {kind} as a quaternion; describe them with --field"
             )
         side = target.prefix.removesuffix("eef_angle")
         slots = [f"{side}eef_angular_vel_{axis}" for axis in ("roll", "pitch", "yaw")]
@@ -200,20 +202,17 @@ def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
     entry: dict[str, Any] = {"field": slots[0]} if len(slots) == 1 else {"fields": slots}
     entry |= {"scale": scale} if scale != 1 else {}
     entry |= {"offset": offset} if offset else {}
-    return entry | (
-        {"delta": True} if kind == "delta" and "_vel" in slots[0] and not slots[0].startswith("base") else {}
-    )
+    delta = kind == "delta" and "_vel" in slots[0] and not slots[0].startswith("base")
+    return entry | ({"delta": True} if delta else {})
 
 
 def _velocity(slot: str, what: str, native: str) -> str:
     """The slot of this quantity's rate of change; a gripper stays absolute, a base is a velocity already."""
     if "gripper_open" in slot or "_vel" in slot:
         return slot
-    found = (
-        slot.replace("eef_pos_", "eef_vel_").replace("_pos", "_vel") if "arm_joint" in slot or "eef_pos" in slot else ""
-    )
-    if found not in SLOTS:
-        raise UserError(f"{what}: {native} looks like {slot}, which has no velocity slot; say what it is with --field")
+    found = slot.replace("eef_pos_", "eef_vel_").replace("_pos", "_vel")
+    if found not in SLOTS or not ("arm_joint" in slot or "eef_pos" in slot):
+        raise UserError(f"{what}: {native} looks like {slot}, which has no velocity slot; describe it with --field")
     return found
 
 
@@ -249,17 +248,18 @@ def _text(
 ) -> str:
     robot = str(meta.info.get("robot_type") or "")
     cameras = meta.cameras(None)
-    sizes = ", ".join("×".join(map(str, picture_size(meta.features[key]) or "?")) for key in cameras.values())
-    told = ", ".join(f"{option} {answer}" for option, answer in ask.used.items() if option != "--embodiment")
+    sizes = ", ".join("×".join(map(str, image_size(meta.features[key]) or "?")) for key in cameras.values())
+    answers = ", ".join(f"{option} {answer}" for option, answer in ask.used.items() if option != "--embodiment")
+    origin = f"robot_type {json.dumps(robot)}" if robot else "the dataset's name"
     head = [
-        f'# {meta.name}: LeRobot {meta.version}, {float(meta.info["fps"]):g} Hz. Written by `dvla data add`: look at every line marked "guessed".',
+        f"# {meta.name}: LeRobot {meta.version}, {float(meta.info['fps']):g} Hz. Written by `dvla data add`: "
+        'check every line marked "guessed".',
         f"name: {json.dumps(request.name or meta.name)}",
-        f"match: [{json.dumps(robot or meta.name)}]  # guessed from "
-        + (f"robot_type {json.dumps(robot)}" if robot else "the dataset's name"),
+        f"match: [{json.dumps(robot or meta.name)}]  # guessed from {origin}",
         f"embodiment: {ask.used.get('--embodiment')}",
-        f"license: {json.dumps(request.license)}" + ("" if request.license else "  # info.json does not say"),
+        f"license: {json.dumps(request.license)}" + ("" if request.license else "  # not in info.json"),
         f"source: [{json.dumps(meta.repo)}]",
-        f"note: {json.dumps('as told to `dvla data add`: ' + told, ensure_ascii=False)}",
+        f"note: {json.dumps('as given to `dvla data add`: ' + answers, ensure_ascii=False)}",
         f"views: {json.dumps(list(cameras))}  # {sizes}",
     ]
     head += [f"{what}_columns: {json.dumps(list(found))}" for what, found in columns.items() if found]

@@ -1,8 +1,9 @@
-"""Guesses, by the names a dataset gives its dimensions, of the unified field each one is. A guess is shown, never trusted:
-what the names do not say is `unknown`, and units, signs and rotation forms are asked for.
+"""Guesses, from its name, which unified field a dimension of a dataset is. A guess is shown, never trusted: dimensions
+whose names do not tell are `unknown`, and units, signs and rotation forms are asked for.
 
-Understood: joints as in ALOHA, SO-100, Koch, Unitree or numbered ("left_waist", "shoulder_pan.pos", "kLeftElbow", "joint_0"),
-positions x y z, roll pitch yaw or rx ry rz, quaternions qx qy qz qw, grippers, fingers, base velocities, head, torso.
+Understood: joints as in ALOHA, SO-100, Koch, Unitree or numbered ("left_waist", "shoulder_pan.pos", "kLeftElbow",
+"joint_0"), positions x y z, roll pitch yaw or rx ry rz, quaternions qx qy qz qw, grippers, fingers, base velocities,
+head, torso.
 """
 
 from __future__ import annotations
@@ -17,60 +18,17 @@ from ....cache.actions.slots import SLOTS
 _HAND = {"eef", "ee", "tcp", "hand", "end", "effector", "cartesian"}
 _ANGLE = {"rotation", "rot", "angle", "orientation", "euler"}
 _QUATERNION = {"q", "quat", "quaternion"}
-_NOISE = (
-    _HAND
-    | _ANGLE
-    | _QUATERNION
-    | {
-        "main",
-        "follower",
-        "leader",
-        "robot",
-        "arm",
-        "k",
-        "pos",
-        "position",
-        "state",
-        "observation",
-        "action",
-        "target",
-        "goal",
-        "cmd",
-        "command",
-        "value",
-        "rad",
-        "deg",
-        "m",
-        "open",
-        "closed",
-        "closedness",
-        "width",
-        "delta",
-        "rel",
-        "relative",
-        "world",
-        "vector",
-        "left",
-        "right",
-    }
-)
-_ARM = {
-    "joint",
-    "j",
-    "shoulder",
-    "elbow",
-    "wrist",
-    "forearm",
-    "waist",
-    "pan",
-    "lift",
-    "flex",
-    "pitch",
-    "roll",
-    "yaw",
-    "rotate",
-    "upper",
+# fmt: off
+_NOISE = _HAND | _ANGLE | _QUATERNION | {
+    "main", "follower", "leader", "robot", "arm", "k", "pos", "position", "state", "observation", "action",
+    "target", "goal", "cmd", "command", "value", "rad", "deg", "m", "open", "closed", "closedness", "width",
+    "delta", "rel", "relative", "world", "vector", "left", "right",
 }
+_ARM = {
+    "joint", "j", "shoulder", "elbow", "wrist", "forearm", "waist", "pan", "lift", "flex", "pitch", "roll", "yaw",
+    "rotate", "upper",
+}
+# fmt: on
 _FINGERS = {"thumb", "index", "middle", "ring", "pinky", "little", "finger"}
 _DROPPED = {"terminate", "done", "pad", "padding", "terminated"}
 _GROUPS = (
@@ -84,10 +42,10 @@ _GROUPS = (
 class Target:
     """What the next native dimensions are taken for."""
 
-    kind: str  # field, rotation (absolute pose or turn per step), drop or unknown
-    native: tuple[str, ...]  # what the files call them; "action[3]" where they do not
+    kind: str  # field, rotation (absolute, or per step), drop or unknown
+    native: tuple[str, ...]  # their names in the files; "action[3]" where they have none
     slot: str = ""  # of a field: its unified name
-    form: str = ""  # of a rotation: "quat_xyzw"; "" = three numbers of a form to be asked for
+    form: str = ""  # of a rotation: "quat_xyzw"; "" = three numbers whose form is asked for
     prefix: str = ""  # of a rotation: eef_angle or left_eef_angle
     guessed: bool = True  # False: given by an option
 
@@ -98,7 +56,7 @@ class Target:
 
 
 def guess(names: Sequence[str], given: Mapping[int, Target] | None = None) -> list[Target]:
-    """Targets that together consume every dimension, in order. `given`: first dimension → what it is by an option."""
+    """Targets that cover every dimension, in order. `given`: first dimension → its target by an option."""
     given = given or {}
     taken = {i for first, target in given.items() for i in range(first, first + target.width)}
     words = [_words(name) for name in names]
@@ -111,14 +69,9 @@ def guess(names: Sequence[str], given: Mapping[int, Target] | None = None) -> li
     while i < len(names):
         side = "left_" if "left" in words[i] else ""
         kind, _, part = roles[i].partition(":")
-        group = next(
-            (
-                g
-                for g in _GROUPS
-                if tuple(roles[i : i + len(g)]) == g and len(set(map(_side, words[i : i + len(g)]))) == 1
-            ),
-            (),
-        )
+        group = next((g for g in _GROUPS if tuple(roles[i : i + len(g)]) == g), ())
+        if len(set(map(_side, words[i : i + len(group)]))) > 1:
+            group = ()  # of two arms
         if kind == "given":
             targets.append(given[i])
         elif group:
@@ -127,9 +80,8 @@ def guess(names: Sequence[str], given: Mapping[int, Target] | None = None) -> li
         else:
             written = next((int(w) for w in words[i] if w.isdigit()), None)
             base = first.setdefault((kind, side), 0 if written is None else written)
-            in_order = (
-                kind != "joint" or base < 2 and written in (None, base + count[kind, side])
-            )  # from 0 or 1, no gaps
+            # joints are numbered from 0 or 1, without gaps
+            in_order = kind != "joint" or base < 2 and written in (None, base + count[kind, side])
             targets.append(_field(names[i], kind if in_order else "", part, side, count[kind, side], sides))
             count[kind, side] += 1
         i += targets[-1].width
@@ -165,7 +117,7 @@ def _side(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _role(words: Sequence[str], sided: bool) -> str:
-    """kind or kind:part of one dimension; "unknown" where its name does not say. `sided`: other names say left or right."""
+    """kind or kind:part of a dimension, "unknown" if its name does not tell. `sided`: some names have left or right."""
     names = {w for w in words if not w.isdigit()}
     core = names - _NOISE
     only = next(iter(core)) if len(core) == 1 else ""

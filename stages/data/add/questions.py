@@ -1,4 +1,4 @@
-"""What `dvla data add` asks, since no info.json says it, and how the answers are read."""
+"""What `dvla data add` asks because info.json does not tell it, and how answers are parsed."""
 
 from __future__ import annotations
 
@@ -31,16 +31,14 @@ def _number(text: str, names: Mapping[str, float]) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(
-            f"'{text}' is neither a number nor one of {', '.join(names)}" if names else f"'{text}' is not a number"
-        )
+        raise UserError(f"'{text}' is no number" + (f" and none of {', '.join(names)}" if names else ""))
     return value
 
 
 def _unit(names: Mapping[str, float]) -> Callable[[str], float]:
     def read(text: str) -> float:
         if not (value := _number(text, names)):
-            raise UserError("a unit of 0 would lose the values")
+            raise UserError("a unit of 0 would erase the values; give another number")
         return value
 
     return read
@@ -52,7 +50,7 @@ def _pair(
     def read(text: str) -> tuple[float, float]:
         parts = [p.strip() for p in text.split(",")]
         if len(parts) != 2:
-            raise UserError(f"'{text}': expected two values with a comma between, like 1,0")
+            raise UserError(f"'{text}': give two values with a comma between them, like 1,0")
         return read_first(parts[0]), read_second(parts[1])
 
     return read
@@ -61,17 +59,17 @@ def _pair(
 def _ends(text: str) -> tuple[float, float]:
     first, second = _pair(lambda t: _number(t, {}), lambda t: _number(t, {}))(text)
     if first == second:
-        raise UserError(f"'{text}': open and closed are the same number")
+        raise UserError(f"'{text}': open and closed are the same number; give two")
     return first, second
 
 
 @dataclass(frozen=True)
 class Question:
-    """What info.json does not say."""
+    """Something that info.json does not tell."""
 
     option: str  # that answers it, e.g. "--joint-unit"
     text: str
-    read: Callable[[str], Any]  # the answer's value; `UserError` for one that is none
+    read: Callable[[str], Any]  # the answer's value; `UserError` for an invalid one
     prefix: str = ""  # of the option's value before the answer: "action.0-3=" for --field
 
     @property
@@ -80,41 +78,39 @@ class Question:
         return f"{self.option}{f' {self.prefix}…' if self.prefix else ''}: {self.text}"
 
 
+_PER_UNIT = "or radians per unit"
+
 QUESTIONS = {
     q.option: q
     for q in (
         Question("--embodiment", f"embodiment, one of {', '.join(EMBODIMENTS)}", _one_of("embodiment", EMBODIMENTS)),
         Question(
             "--action-kind",
-            "whether an action is an absolute target, a delta (displacement per step) or a velocity",
+            "kind of action: absolute (targets), delta (displacement per step) or velocity",
             _one_of("kind of action", _KINDS),
         ),
-        Question(
-            "--joint-unit",
-            "unit of joints (rad, deg, percent = -100…100 of the range, or radians per unit)",
-            _unit(_ANGLES),
-        ),
+        Question("--joint-unit", f"unit of joints: rad, deg, percent (±100 of the range) {_PER_UNIT}", _unit(_ANGLES)),
         Question(
             "--finger-unit",
-            "unit of finger joints (rad, deg, percent, or radians per unit; 1 keeps normalised ones)",
+            f"unit of finger joints: rad, deg, percent {_PER_UNIT} (1 keeps normalized values)",
             _unit(_ANGLES),
         ),
-        Question("--position-unit", "unit of positions (m, cm, mm, or metres per unit)", _unit(_LENGTHS)),
+        Question("--position-unit", "unit of positions: m, cm, mm, or meters per unit", _unit(_LENGTHS)),
         Question(
             "--delta-scale",
-            "metres and radians that 1 in the hand's displacement or velocity means, e.g. 1,1 or 0.02,0.05",
+            "meters and radians of a value of 1 in end-effector displacements or velocities, e.g. 1,1 or 0.02,0.05",
             _pair(_unit(_LENGTHS), _unit(_ANGLES)),
         ),
         Question(
             "--base-unit",
-            "units of the base's velocity, e.g. m,rad or m,deg (per second)",
+            "units of the base velocity per second, e.g. m,rad or m,deg",
             _pair(_unit(_LENGTHS), _unit(_ANGLES)),
         ),
-        Question("--gripper", "what the gripper's number is when open, and when closed, e.g. 1,0 or 0,100", _ends),
-        Question("--state-gripper", "the same for the state, where it differs", _ends),
+        Question("--gripper", "gripper values when open and when closed, e.g. 1,0 or 0,100", _ends),
+        Question("--state-gripper", "gripper values of the state when open and when closed, where they differ", _ends),
         Question(
             "--rotation",
-            f"form of the three rotation numbers, which must be in radians ({', '.join(_FORMS)})",
+            f"form of the three rotation values, in radians: {' or '.join(_FORMS)}",
             _one_of("rotation form", _FORMS),
         ),
     )

@@ -18,13 +18,13 @@ __all__ = [
     "opens_alone",
 ]
 
-# Each has PREFIX, names() of its tasks, require() that raises where its simulator is missing, and make(setup).
+# Each has NAMES of its tasks, require() that raises if its simulator is missing, and make(setup).
 ADAPTERS = (metaworld, metaworld_two_ways, maniskill, aloha, robosuite, rlbench, isaac)
 
 
 def environment_names() -> tuple[str, ...]:
     """Every task name, sorted. Needs no simulator to be installed."""
-    return tuple(sorted(name for adapter in ADAPTERS for name in adapter.names()))
+    return tuple(sorted(name for adapter in ADAPTERS for name in adapter.NAMES))
 
 
 def check_environment(
@@ -68,4 +68,4 @@ def opens_alone(name: str) -> bool:
 
 
 def _adapter(name: str):
-    return next(adapter for adapter in ADAPTERS if name in adapter.names())
+    return next(adapter for adapter in ADAPTERS if name in adapter.NAMES)

@@ -11,6 +11,7 @@ the front, z up; meters.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Generator
 from pathlib import Path
@@ -18,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import UserError
-from .base import Environment, Setup, start_seed
+from .base import Environment, Setup, require_modules, start_seed
 from .mujoco_render import load_mujoco, renderer, unseen_hidden, unstable
 
 PREFIX = "aloha_sim/"
@@ -32,6 +32,8 @@ TASKS = {
         "bimanual_viperx_transfer_cube.xml",
     ),
 }
+require = functools.partial(require_modules, "gym-aloha", "aloha", "gym_aloha", "mujoco")
+NAMES = tuple(PREFIX + task for task in sorted(TASKS))
 FIELD_OF_VIEW = 55  # degrees; gym-aloha's is 78
 JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
 REST = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # rad, of both arms; gym-aloha's START_ARM_POSE
@@ -40,17 +42,6 @@ FINGER_CLOSED, FINGER_OPEN = 0.01844, 0.058  # m, of 0 and 1 of the gripper
 SUBSTEPS = 10  # of 2 ms in one control step
 # Where objects are at first: low and high of x, y (gym_aloha.utils); z is 0.05.
 PEG, SOCKET, CUBE = ((0.1, 0.2), (0.4, 0.6)), ((-0.2, -0.1), (0.4, 0.6)), ((0.0, 0.2), (0.4, 0.6))
-
-
-def names() -> tuple[str, ...]:
-    """All task names with the `aloha_sim/` prefix, sorted."""
-    return tuple(PREFIX + task for task in sorted(TASKS))
-
-
-def require() -> None:
-    """`UserError` with the install step when gym-aloha is missing."""
-    if any(importlib.util.find_spec(module) is None for module in ("gym_aloha", "mujoco")):
-        raise UserError("the simulator gym-aloha is not installed; install it with: pip install 'dvla[aloha]'")
 
 
 class AlohaEnvironment(Environment):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import importlib.util
 import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from ....errors import UserError
 from ...policy.observation import Observation
 
 Split = Literal["train", "eval"]
@@ -157,6 +159,12 @@ class Environment(abc.ABC):
         if self._plan is not None:
             self._plan.close()  # runs the generator's `finally` now, not at garbage collection
             self._plan = None
+
+
+def require_modules(simulator: str, extra: str, *modules: str) -> None:
+    """`UserError` with the install step if one of `modules` is missing."""
+    if any(importlib.util.find_spec(module) is None for module in modules):
+        raise UserError(f"the simulator {simulator} is not installed; install it with: pip install 'dvla[{extra}]'")
 
 
 def start_seed(setup: Setup, start: int) -> int:

@@ -34,6 +34,7 @@ from .base import SPLITS, Environment, Setup
 
 PREFIX = "isaac_dexgrasp/"
 TASKS = ("leap",)
+NAMES = tuple(PREFIX + task for task in TASKS)
 JOINTS = tuple(f"j{i}" for i in range(16))
 FLEXION = np.array([i for i in range(16) if i % 4])  # joints that bend a finger; its first one moves it sideways
 OPEN_BY, PRESS_BY = -0.25, 0.2  # rad
@@ -44,11 +45,6 @@ IMAGE = "docker build -f docker/Dockerfile.dexgrasp -t dvla:dexgrasp . (docs/sim
 _POSED = re.compile(
     r"<obj_id>\s*(\d+)\s*</obj_id>.*?<pos_in_world>([^<]*)</pos_in_world>\s*<ori_in_world>([^<]*)</ori_in_world>", re.S
 )
-
-
-def names() -> tuple[str, ...]:
-    """All task names with the `isaac_dexgrasp/` prefix, sorted."""
-    return tuple(PREFIX + task for task in TASKS)
 
 
 def require() -> None:

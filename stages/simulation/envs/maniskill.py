@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import UserError
-from .base import Environment, Setup, start_seed
+from .base import Environment, Setup, require_modules, start_seed
 from .mujoco_render import choose_gl_backend
 
 PREFIX = "maniskill/"
@@ -55,18 +55,9 @@ TASKS = {
     "PushCube-v1": Task("push the cube onto the target", 100, "solvePushCube"),
     "StackCube-v1": Task("stack the red cube onto the green cube", 160, "solveStackCube"),
 }
+require = functools.partial(require_modules, "ManiSkill", "maniskill", "mani_skill", "sapien", "mplib")
+NAMES = tuple(PREFIX + task for task in sorted(TASKS))
 VIEWS = {"base": "base_camera", "hand": "hand_camera"}  # view name -> ManiSkill's sensor
-
-
-def names() -> tuple[str, ...]:
-    """All task names with the `maniskill/` prefix, sorted."""
-    return tuple(PREFIX + task for task in sorted(TASKS))
-
-
-def require() -> None:
-    """`UserError` with the install step when ManiSkill is missing."""
-    if any(importlib.util.find_spec(module) is None for module in ("mani_skill", "sapien", "mplib")):
-        raise UserError("the simulator ManiSkill is not installed; install it with: pip install 'dvla[maniskill]'")
 
 
 @functools.cache

@@ -7,7 +7,6 @@ gripper's effort (-1 open, +1 closed). The state is the first four numbers of Me
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 import warnings
 import zlib
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import UserError
-from .base import SPLITS, Environment, Setup
+from .base import SPLITS, Environment, Setup, require_modules
 from .mujoco_render import load_mujoco, renderer, unseen_hidden
 
 PREFIX = "metaworld/"
@@ -75,23 +74,14 @@ TASKS: dict[str, tuple[str, int]] = {
     "window-close-v3": ("close the window", DEFAULT_MAX_STEPS),
     "window-open-v3": ("open the window", DEFAULT_MAX_STEPS),
 }
+require = functools.partial(require_modules, "metaworld", "sim", "metaworld", "mujoco")
+NAMES = tuple(PREFIX + task for task in sorted(TASKS))
 # View name -> (Meta-World's camera, pixel order that shows it upright).
 CAMERAS: dict[str, tuple[str, tuple[slice, slice]]] = {
     "corner2": ("corner2", (slice(None, None, -1), slice(None, None, -1))),
     "gripper": ("gripperPOV", (slice(None), slice(None))),
 }
 CORNER2_POSITION = (0.75, 0.075, 0.7)  # meters; as in LeRobot's Meta-World environment and datasets
-
-
-def names() -> tuple[str, ...]:
-    """All task names with the `metaworld/` prefix, sorted."""
-    return tuple(PREFIX + task for task in sorted(TASKS))
-
-
-def require() -> None:
-    """`UserError` with the install step when Meta-World is missing."""
-    if importlib.util.find_spec("metaworld") is None or importlib.util.find_spec("mujoco") is None:
-        raise UserError("the simulator metaworld is not installed; install it with: pip install 'dvla[sim]'")
 
 
 @functools.cache

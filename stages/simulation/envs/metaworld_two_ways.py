@@ -18,9 +18,10 @@ import numpy as np
 from .base import Setup
 from .metaworld import PREFIX, MetaWorldEnvironment, require
 
-__all__ = ["PREFIX", "make", "names", "require"]
+__all__ = ["NAMES", "make", "require"]
 
 TASK, SCENE = "reach-wall-two-ways", "reach-wall-v3"
+NAMES = (PREFIX + TASK,)
 INSTRUCTION = "reach the goal behind the wall without touching the wall"
 MAX_STEPS = 100  # the expert needs 50 to 75
 HAND = np.array([0.0, 0.56, 0.12])  # initial position of the hand; its fingers are lower than the wall
@@ -31,11 +32,6 @@ PUCK = (0.3, 0.6, 0.015)  # out of the way
 ASIDE = 0.14  # |x| of the two ways
 BESIDE, BEHIND = 0.67, 0.85  # y where the hand must have that x; y where the wall has been passed
 GAIN = 10.0  # of the expert: action per metre
-
-
-def names() -> tuple[str, ...]:
-    """The task's name."""
-    return (PREFIX + TASK,)
 
 
 class TwoWays(MetaWorldEnvironment):

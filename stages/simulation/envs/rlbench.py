@@ -26,45 +26,20 @@ from typing import Any
 import numpy as np
 
 from ....cache.actions.rotations import from_quaternion
+from ....cache.readers.rlbench.layout import TASKS as PERACT
 from ....errors import UserError
 from .base import Environment, Setup, seeded, start_seed
 
 PREFIX = "rlbench/"
-# PerAct's 18 tasks; the three that only its fork of RLBench has are listed beside RLBench's own of the same kind.
-TASKS = (
-    "close_jar",
-    "insert_onto_square_peg",
-    "light_bulb_in",
-    "meat_off_grill",
-    "open_drawer",
-    "place_cups",
-    "place_shape_in_shape_sorter",
-    "place_wine_at_rack_location",
-    "push_buttons",
-    "put_groceries_in_cupboard",
-    "put_item_in_drawer",
-    "put_money_in_safe",
-    "reach_and_drag",
-    "slide_block_to_color_target",
-    "slide_block_to_target",
-    "stack_blocks",
-    "stack_cups",
-    "stack_wine",
-    "sweep_to_dustpan",
-    "sweep_to_dustpan_of_size",
-    "turn_tap",
-)
+# PerAct's 18; the three that only its fork of RLBench has are listed beside RLBench's own of the same kind.
+TASKS = (*PERACT, "slide_block_to_target", "stack_wine", "sweep_to_dustpan")
+NAMES = tuple(PREFIX + task for task in sorted(TASKS))
 CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")
 MAX_STEPS = 400  # of 0.05 s; RLBench's demonstrations of these tasks take up to about 300
 # Position in m, beyond the arm's reach (RLBench itself refuses what it cannot reach); quaternion; gripper.
 LOW = (-2, -2, -2, -1, -1, -1, -1, 0)
 HIGH = (2, 2, 2, 1, 1, 1, 1, 1)
 IMAGE = "docker build -f docker/Dockerfile.rlbench -t dvla:rlbench . (docs/simulators.md)"
-
-
-def names() -> tuple[str, ...]:
-    """All task names with the `rlbench/` prefix, sorted."""
-    return tuple(PREFIX + task for task in TASKS)
 
 
 def require() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import logging
 from collections.abc import Generator
 from typing import Any
@@ -25,11 +24,13 @@ import numpy as np
 
 from ....cache.actions.rotations import conjugate, from_quaternion, multiply, rotate, to_quaternion
 from ....errors import UserError
-from .base import Environment, Setup, seeded, start_seed
+from .base import Environment, Setup, require_modules, seeded, start_seed
 from .mujoco_render import HIDDEN_GROUP, load_mujoco, renderer, unseen_hidden, unstable
 
 PREFIX = "robosuite/"
 TASKS = {"dex_lift": "lift the red cube with the hand", "dex_two_lift": "lift both cubes, each with one hand"}
+require = functools.partial(require_modules, "robosuite", "robosuite", "robosuite", "mujoco")
+NAMES = tuple(PREFIX + task for task in sorted(TASKS))
 MAX_STEPS = 160  # the experts need about 85
 MOVE, TURN = 0.05, 0.5  # m and rad of the hand's command 1 (robosuite's default_panda_dex.json)
 DRIVES = ("pinky", "ring", "middle", "index", "thumb_bend", "thumb_rotation")
@@ -41,17 +42,6 @@ COLLISION_GROUP = 0  # robosuite's geom group of collision shapes, which are not
 HAND = "gripper{}_right_grip_site"  # what the controller of an arm moves
 BASE = "robot{}_base"  # its frame, aligned with the world's axes
 NEUTRAL = np.array([0.0, 0.70711, 0.70711, 0.0])  # quaternion xyzw of the hand, fingers down, about as initially
-
-
-def names() -> tuple[str, ...]:
-    """All task names with the `robosuite/` prefix, sorted."""
-    return tuple(PREFIX + task for task in sorted(TASKS))
-
-
-def require() -> None:
-    """`UserError` with the install step when robosuite is missing."""
-    if any(importlib.util.find_spec(module) is None for module in ("robosuite", "mujoco")):
-        raise UserError("the simulator robosuite is not installed; install it with: pip install 'dvla[robosuite]'")
 
 
 @functools.cache

@@ -20,10 +20,10 @@ GROWTH = 50.0  # percent from first to last step that is too much
 
 def prediction_scatter(data: PanelData, style: Style = LIGHT) -> Figure:
     """A3: predicted against expert values of up to 12 dimensions, each with its R²; good: points on the diagonal."""
-    places = data.shown()
-    figure = new_figure(style, 9, 2.4 * -(-len(places) // 4) + 0.7)
+    shown = data.shown()
+    figure = new_figure(style, 9, 2.4 * -(-len(shown) // 4) + 0.7)
     explained = {}
-    for axis, i in zip(grid(figure, len(places), 4), places):
+    for axis, i in zip(grid(figure, len(shown), 4), shown):
         on = data.active[..., i]
         a, p = data.target[..., i][on], data.pred[..., i][on]
         explained[i] = 1 - np.square(p - a).mean() / max(a.var(), 1e-12)
@@ -50,16 +50,16 @@ def prediction_scatter(data: PanelData, style: Style = LIGHT) -> Figure:
 def error_by_dimension(data: PanelData, style: Style = LIGHT) -> Figure:
     """A4: mean absolute error of every dimension, colored by region; good: low bars of one length."""
     values = data.of_slot("mae")
-    places = data.used
-    figure = new_figure(style, 8, 0.2 * len(places) + 1.8)
+    used = data.used
+    figure = new_figure(style, 8, 0.2 * len(used) + 1.8)
     axis = figure.subplots()
-    regions = list(dict.fromkeys(slots()[i].region for i in places))
+    regions = list(dict.fromkeys(slots()[i].region for i in used))
     for n, region in enumerate(regions):
-        mine = [j for j, i in enumerate(places) if slots()[i].region == region]
-        axis.barh(mine, values[[places[j] for j in mine]], color=style.cycle[n % len(style.cycle)], label=region)
-    median, worst = float(np.median(values[places])), max(places, key=lambda i: values[i])
+        mine = [j for j, i in enumerate(used) if slots()[i].region == region]
+        axis.barh(mine, values[[used[j] for j in mine]], color=style.cycle[n % len(style.cycle)], label=region)
+    median, worst = float(np.median(values[used])), max(used, key=lambda i: values[i])
     axis.axvline(median, color=style.text, linewidth=0.8, linestyle="--")
-    axis.set_yticks(range(len(places)), [slots()[i].name for i in places])
+    axis.set_yticks(range(len(used)), [slots()[i].name for i in used])
     axis.invert_yaxis()
     axis.set_xlabel(f"mean absolute error ({UNIT}); dashed: median")
     times = values[worst] / max(median, 1e-9)
@@ -70,20 +70,20 @@ def error_by_dimension(data: PanelData, style: Style = LIGHT) -> Figure:
 
 
 def error_heatmap(data: PanelData, style: Style = LIGHT) -> Figure:
-    """B2: mean absolute error by dimension and step of the chunk; good: one colour."""
-    places = data.used
-    count = data.active[..., places].sum(0)  # [T,n]
-    error = np.where(count > 0, np.nansum(np.abs(data.error[..., places]), 0) / np.maximum(count, 1), np.nan).T  # [n,T]
-    figure = new_figure(style, 8, 0.2 * len(places) + 1.5)
+    """B2: mean absolute error by dimension and step of the chunk; good: one color."""
+    used = data.used
+    count = data.active[..., used].sum(0)  # [T,n]
+    error = np.where(count > 0, np.nansum(np.abs(data.error[..., used]), 0) / np.maximum(count, 1), np.nan).T  # [n,T]
+    figure = new_figure(style, 8, 0.2 * len(used) + 1.5)
     axis = figure.subplots()
-    steps = (0.5, error.shape[1] + 0.5, len(places) - 0.5, -0.5)  # the first is step 1
+    steps = (0.5, error.shape[1] + 0.5, len(used) - 0.5, -0.5)  # the first is step 1
     image = axis.imshow(error, aspect="auto", cmap=style.map, vmin=0, interpolation="nearest", extent=steps)
-    axis.set_yticks(range(len(places)), [slots()[i].name for i in places])
+    axis.set_yticks(range(len(used)), [slots()[i].name for i in used])
     axis.set_xlabel("step of the chunk")
     figure.colorbar(image, ax=axis).set_label(f"MAE ({UNIT.split(',')[0]})")
     row, column = np.unravel_index(np.nanargmax(error), error.shape)
     times = error[row, column] / max(np.nanmean(error), 1e-9)
-    where = f"{slots()[places[row]].name} at step {column + 1}, {error[row, column]:.3f}, {times:.1f} × the mean"
+    where = f"{slots()[used[row]].name} at step {column + 1}, {error[row, column]:.3f}, {times:.1f} × the mean"
     return finish(figure, f"{'Hot spot' if times >= 3 else 'No hot spot; largest error'}: {where} (B2)", style)
 
 

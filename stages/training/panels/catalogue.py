@@ -52,9 +52,7 @@ PANELS = {
             distribution.action_distribution,
             "coverage near 100 %; below 20 % the policy has collapsed",
         ),
-        Panel(
-            "B2", "Error heat map", 500, accuracy.error_heatmap, "one colour; hot spots are hard dimensions or times"
-        ),
+        Panel("B2", "Error heat map", 500, accuracy.error_heatmap, "one color; hot spots are hard dimensions or times"),
         Panel("B3", "Regions", 1000, accuracy.region_summary, "all regions similar"),
         Panel("B4", "Trajectories", 1000, distribution.trajectories, "the lines overlap, grey connectors are short"),
         Panel(

@@ -1,4 +1,5 @@
-"""Delivery of batches on a device: on a CUDA device when there is one, and its order of work with streams that only keep a record."""
+"""Delivery of batches on a device: on a CUDA device when there is one, and its order of work with streams that only
+keep a record."""
 
 from __future__ import annotations
 
@@ -181,7 +182,8 @@ def test_an_error_ahead_waits_for_its_turn(tmp_path: Path, record: Record) -> No
 def test_a_device_without_room_leaves_no_batch_out(
     cache: Cache, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever makes room and asks again gets the batch that did not fit; its buffer is kept until the copy that had begun is over."""
+    """Whoever makes room and asks again gets the batch that did not fit; its buffer is kept until the copy that had
+    begun is over."""
     expected, real, fits = on_host(cache), delivery.decoded, [True] * 4 + [False] + [True] * 99
     with Loader(cache, batch_size=8, seed=4, device="cuda") as loader:
 

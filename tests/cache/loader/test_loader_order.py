@@ -51,18 +51,23 @@ BLOCKS = [Blocks(40, 4, 32, 3)] * 4
 def most_pieces(blocks: Blocks, first: int, count: int, size: int) -> int:
     """The most stretches of neighbouring samples that the window of `count` draws from `first` on can be made of.
 
-    Proof, from `Blocks.permute`, with positions counted from the beginning of the window's group, which is a shard's beginning:
+    Proof, from `Blocks.permute`, with positions counted from the beginning of the window's group, which is a shard's
+    beginning:
 
-    1. Shuffling within the window keeps its set of positions, and windows begin at multiples of `run`. So the window is n = ceil(count / run)
+    1. Shuffling within the window keeps its set of positions, and windows begin at multiples of `run`. So the window is
+    n = ceil(count / run)
        whole runs, where the group's last run counts as whole even when it is short.
-    2. Permuting runs puts these n in the places of any n runs of the group, but a short last run stays the last, so it is in the last window
+    2. Permuting runs puts these n in the places of any n runs of the group, but a short last run stays the last, so it
+    is in the last window
        and in no other. A run stays one stretch of positions.
-    3. Permuting shards moves each shard as a whole, so it cuts a stretch only where a shard ends: a run is at most 1 + c pieces, where c counts
-       the shards' ends strictly inside its place (at its edges nothing is cut). Neighbouring pieces may meet again, which only lowers the number.
+    3. Permuting shards moves each shard as a whole, so it cuts a stretch only where a shard ends: a run is at most 1 +
+    c pieces, where c counts
+       the shards' ends strictly inside its place (at its edges nothing is cut). Neighbouring pieces may meet again,
+       which only lowers the number.
 
-    So there are at most n + (the sum of the n largest c) pieces, the short last run's own c being one of the n in the last window. No smaller
-    number will do for all permutations: one that puts the n most often cut runs into the window attains it when no two pieces meet.
-    """
+    So there are at most n + (the sum of the n largest c) pieces, the short last run's own c being one of the n in the
+    last window. No smaller number will do for all permutations: one that puts the n most often cut runs into the window
+    attains it when no two pieces meet."""
     begin = first - first % (blocks.group * blocks.shard)
     length = min(blocks.group * blocks.shard, size - begin)  # of the group
     whole, rest = divmod(length, blocks.run)

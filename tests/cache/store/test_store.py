@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -234,10 +235,10 @@ def test_other_settings_are_refused_and_named(tmp_path: Path, finished: bool) ->
     synthetic.build(tmp_path / "c", stop_after=None if finished else 2)
     before, plan = tree(tmp_path / "c"), synthetic.make_plan()
     other = {**synthetic.FINGERPRINT, "encoder": {"resolution": 224, "weights": "abc"}, "augment": 2}
-    with pytest.raises(UserError, match="encoder.resolution: cache has 448, this run asks 224") as error:
+    with pytest.raises(UserError, match="encoder.resolution: cache has 448, you requested 224") as error:
         CacheWriter.create_or_resume(tmp_path / "c", other, plan)
-    assert "augment: cache has no such field, this run asks 2" in str(error.value) and "weights" not in str(error.value)
-    with pytest.raises(UserError, match="store.shard_frames: cache has 16, this run asks 8"):
+    assert "augment: cache has no such field, you requested 2" in str(error.value) and "weights" not in str(error.value)
+    with pytest.raises(UserError, match="store.shard_frames: cache has 16, you requested 8"):
         CacheWriter.create_or_resume(tmp_path / "c", synthetic.FINGERPRINT, synthetic.make_plan(shard_frames=8))
     assert tree(tmp_path / "c") == before
 
@@ -259,6 +260,18 @@ def test_foreign_folders_and_bad_names_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot name"):
             CacheWriter.create_or_resume(tmp_path / "c", synthetic.FINGERPRINT, bad)
     assert not (tmp_path / "c").exists()
+
+
+def test_attributes_of_the_store_must_agree_with_the_plan(tmp_path: Path) -> None:
+    plan = synthetic.make_plan()
+    tables = synthetic.make_tables(plan, "alpha")
+    with CacheWriter.create_or_resume(tmp_path / "c", synthetic.FINGERPRINT, plan) as writer:
+        for given in ({"frames": 1}, {"quarantined": []}):
+            with pytest.raises(ValueError, match=f"{next(iter(given))}.* belong to the store"):
+                writer.write_tables("alpha", dataclasses.replace(tables, attributes=given))
+        assert "alpha" in writer.tables_missing()
+        writer.write_tables("alpha", dataclasses.replace(tables, attributes={"tokens": plan.tokens}))
+        assert "alpha" not in writer.tables_missing()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

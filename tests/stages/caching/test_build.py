@@ -263,9 +263,9 @@ def test_a_dataset_without_a_usable_episode(copy_of: Any, vlm: Path, tmp_path: P
 @pytest.mark.parametrize(
     "changes, field",
     [
-        ({"resolution": 96}, "resolution: cache has 64, this run asks 96"),
-        ({"shard_frames": 4}, "shard_frames: cache has 8, this run asks 4"),
-        ({"batch_size": 6}, "batch_size: cache has 5, this run asks 6"),
+        ({"resolution": 96}, "resolution: cache has 64, you requested 96"),
+        ({"shard_frames": 4}, "shard_frames: cache has 8, you requested 4"),
+        ({"batch_size": 6}, "batch_size: cache has 5, you requested 6"),
     ],
 )
 def test_other_settings_are_refused(
@@ -426,7 +426,7 @@ def test_fine_tuning_resumes_exactly(
 def test_another_adapter_is_refused(
     recorded: Recorded, stage_two: Path, stage_three: StageThree, lora: LoraSpec | None, field: str
 ) -> None:
-    with pytest.raises(UserError, match=f"begun with other settings: {field}"):
+    with pytest.raises(UserError, match=f"has other settings: {field}"):
         finetune(again(recorded, stage_two, stage_three.run, lora), say=quiet)
 
 

@@ -22,7 +22,7 @@ from dvla.cache.readers.config import DatasetConfig, config_names, load_config
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.stages.data import statistics
 from dvla.stages.data.add.guesses import guess
-from support.cli_runner import Dvla, refused
+from support.cli_runner import Dvla, argv, refused
 from support.hdf5_samples import write_replay_buffer, write_robomimic
 from support.lerobot_samples import convert_to_v2
 
@@ -34,8 +34,8 @@ CAMERA = "observation.images.front"
 def write_dataset(
     root: Path, lengths=(10, 13, 16), action=METAWORLD, state=METAWORLD, robot="metaworld_sawyer", group=None, seed=0
 ) -> Path:
-    """A LeRobot v3.0 dataset without its video files, all rows in one parquet file: lerobot's row groups of one episode each,
-    or of `group` rows. `action`, `state`: names of the dimensions, or a width."""
+    """A LeRobot v3.0 dataset without its video files, all rows in one parquet file: row groups of one episode each, or of
+    `group` rows. `action`, `state`: names of the dimensions, or a width."""
     rng, width = np.random.default_rng(seed), {}
     features = {CAMERA: {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channels"]}}
     for key, names in (("action", action), ("observation.state", state)):
@@ -291,7 +291,7 @@ def test_list_of_a_folder_of_several_formats(dvla: Dvla, tmp_path: Path) -> None
     out = squeezed(result.out)
     assert result.code == 0 and result.err == "" and "3 datasets, 0 of which cannot be opened" in out
     for name, format in (("inner/push", "lerobot v3.0"), ("pusht.zarr", "replay_buffer"), ("rm", "robomimic")):
-        assert f"{tmp_path}/z/{name} {format} 3" in out
+        assert f"{tmp_path}/z/{name} {format} 3 " in out
     assert "agentview 6×8" in out
 
 
@@ -303,7 +303,7 @@ def test_show(dvla: Dvla, tmp_path: Path) -> None:
     for words in (
         "config metaworld",
         "embodiment gripper_delta_eef",
-        "licence MIT",
+        "license MIT",
         "rate 20 Hz",
         "episodes 3, 39 frames",
         "cameras front 48×64",
@@ -312,7 +312,7 @@ def test_show(dvla: Dvla, tmp_path: Path) -> None:
         "1 × 'open the drawer'",
         "2 z eef_vel_z 41 m/s × 0.01 × 20 Hz",
         "3 gripper gripper_open 10 1 open × -0.5 +0.5",
-        "0 x eef_pos_x 30 m as it is",
+        "0 x eef_pos_x 30 m unchanged",
     ):
         assert words in out, words
     refused(dvla("show", root, "--dataset-config", "droid"), "describes 8")
@@ -326,7 +326,7 @@ def test_show_an_episode(dvla: Dvla, recorded: dict[str, Path]) -> None:
     pytest.importorskip("lerobot", reason="lerobot is an optional dependency: pip install 'dvla[lerobot]'")
     episode = open_source(recorded["h264"]).load(1)
     out = squeezed(dvla("show", recorded["h264"], "--episode", 1).out)
-    assert "episode 1: 13 frames, 0.60 s, instruction 'open the drawer', pictures front 64×64, wrist 48×80" in out
+    assert "episode 1: 13 frames, 0.60 s instruction 'open the drawer' cameras front 64×64, wrist 48×80" in out
     first, last = (f"{episode.action[i, 0]:.4g}" for i in (0, -1))
     unified = [
         f"{open_source(recorded['h264']).action_map.to_unified(episode.action)[i, SLOTS['eef_vel_x']]:.4g}"
@@ -367,7 +367,7 @@ def test_statistics_are_those_of_all_rows(dvla: Dvla, tmp_path: Path) -> None:
     replaced("action", 450, [0.0, float("nan"), 0.0, 0.0])(root)
     out = tmp_path / "deep/stats.json"
     result = dvla("stats", root, "--out", out, "--native")
-    assert result.code == 0 and f"{out}: 1300 rows of 2 episodes, 1 episodes in quarantine (1)" in result.out
+    assert result.code == 0 and f"{out}: 1300 rows of 2 episodes, 1 quarantined (1)" in result.out
     assert result.err == "d episode 1: column 'action' is nan at frame 50, dimension 1\n"
     report, source = json.loads(out.read_text()), open_source(root)
     assert report["datasets"] == [
@@ -403,7 +403,7 @@ def test_merged_statistics_are_those_of_all_rows(dvla: Dvla, tmp_path: Path) -> 
     for root, file in zip(roots[:2], files):
         assert dvla("stats", root, "--out", file).code == 0
     result = dvla("stats", roots[2], "--merge", files[0], "--merge", files[1], "--out", files[2])
-    assert result.code == 0 and "2400 rows of 3 episodes, 0 episodes in quarantine" in result.out
+    assert result.code == 0 and "2400 rows of 3 episodes, 0 quarantined" in result.out
     merged = json.loads(files[2].read_text())
     everything = np.concatenate(values)
     unified = open_source(roots[0]).action_map.to_unified(everything)
@@ -520,18 +520,7 @@ def entries(path: Path) -> list[str]:
 def test_add_joints_in_degrees(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = write_dataset(tmp_path / "cubes", action=SO100, state=SO100, robot="so100")
-    command = (
-        "add",
-        root,
-        "--embodiment",
-        "gripper_joint",
-        "--action-kind",
-        "absolute",
-        "--joint-unit",
-        "deg",
-        "--gripper",
-        "100,0",
-    )
+    command = argv(f"add {root} --embodiment gripper_joint --action-kind absolute --joint-unit deg --gripper 100,0")
     result = dvla(*command)
     assert result.code == 0 and "--dataset-config cubes.yaml" in result.out
     path = tmp_path / "cubes.yaml"
@@ -559,27 +548,11 @@ def test_add_displacements_of_the_hand(dvla: Dvla, tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "d", action=names, state=HAND, robot="new")
     out = tmp_path / "new.yaml"
     result = dvla(
-        "add",
-        root,
-        "--out",
-        out,
-        "--name",
-        "kitchen",
-        "--license",
-        "MIT",
-        "--embodiment",
-        "gripper_delta_eef",
-        "--action-kind",
-        "delta",
-        "--delta-scale",
-        "0.02,deg",
-        "--position-unit",
-        "mm",
-        "--gripper=-1,1",
-        "--state-gripper",
-        "1,0",
-        "--rotation",
-        "euler_xyz",
+        *argv(
+            f"add {root} --out {out} --name kitchen --license MIT --embodiment gripper_delta_eef "
+            "--action-kind delta --delta-scale 0.02,deg --position-unit mm --gripper=-1,1 --state-gripper 1,0 "
+            "--rotation euler_xyz"
+        )
     )
     assert result.code == 0, result
     config = load_config(out)
@@ -594,28 +567,16 @@ def test_add_displacements_of_the_hand(dvla: Dvla, tmp_path: Path) -> None:
 
 
 def test_add_keeps_to_what_fields_say(dvla: Dvla, tmp_path: Path) -> None:
-    """An absolute position in an action of displacements keeps its own unit; a rotation given with its form is not asked for."""
+    """An absolute position in a displacement action keeps its unit; a rotation given with its form is not asked for."""
     root = write_dataset(tmp_path / "d", action=9, state=("lever",), robot='new"\nembodiment: bimanual')
     out = tmp_path / "o.yaml"
     result = dvla(
-        "add",
-        root,
-        "--out",
-        out,
-        "--embodiment",
-        "gripper_eef",
-        "--action-kind",
-        "delta",
-        "--delta-scale",
-        "0.5,1",
-        "--position-unit",
-        "cm",
-        "--gripper",
-        "1,0",
-        "--field",
-        "action.0-8=eef_pos_z,eef_vel_x,rotation:quat_xyzw:left_eef_angle,left_gripper_open,drop:2",
-        "--field",
-        "state.0=drop",
+        *argv(
+            f"add {root} --out {out} --embodiment gripper_eef --action-kind delta --delta-scale 0.5,1 "
+            "--position-unit cm --gripper 1,0 "
+            "--field action.0-8=eef_pos_z,eef_vel_x,rotation:quat_xyzw:left_eef_angle,left_gripper_open,drop:2 "
+            "--field state.0=drop"
+        )
     )
     assert result.code == 0, result
     config = load_config(out)
@@ -625,7 +586,7 @@ def test_add_keeps_to_what_fields_say(dvla: Dvla, tmp_path: Path) -> None:
 
 
 def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
-    """Nothing that info.json does not say is assumed: without a terminal each missing option is named, and no file appears."""
+    """Nothing is assumed that info.json does not tell: off a terminal each missing option is named; no file appears."""
     root, out = (
         write_dataset(tmp_path / "d", action=HAND, state=("motor_0", "motor_1"), robot="new"),
         tmp_path / "o.yaml",
@@ -639,21 +600,10 @@ def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
         "--gripper: ",
         "--field state.0-1=…: ",
     )
-    known = (
-        "add",
-        root,
-        "--out",
-        out,
-        "--embodiment",
-        "gripper_eef",
-        "--action-kind",
-        "absolute",
-        "--position-unit",
-        "m",
-        "--gripper",
-        "1,0",
+    known = argv(
+        f"add {root} --out {out} --embodiment gripper_eef --action-kind absolute --position-unit m --gripper 1,0"
     )
-    refused(dvla(*known, "--rotation", "axis_angle"), "--field state.0-1=…: what motor_0 … motor_1 stands for")
+    refused(dvla(*known, "--rotation", "axis_angle"), "--field state.0-1=…: meaning of motor_0 … motor_1")
     assert dvla(*known, "--rotation", "axis_angle", "--field", "state.0-1=eef_pos_z,drop").code == 0
     assert any(line.endswith('# "motor_0", by --field') for line in entries(out))
     assert load_config(out).state_columns == ("observation.state",)
@@ -667,15 +617,15 @@ def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
             ("--embodiment: unknown embodiment 'griper_eef'", "did you mean 'gripper_eef'"),
         ),
         (("--action-kind", "relative"), ("unknown kind of action 'relative'",)),
-        (("--position-unit", "inch"), ("--position-unit: 'inch' is neither a number nor one of m, cm, mm",)),
+        (("--position-unit", "inch"), ("--position-unit: 'inch' is no number and none of m, cm, mm",)),
         (("--position-unit", "0"), ("a unit of 0",)),
-        (("--gripper", "1"), ("--gripper: '1': expected two values",)),
+        (("--gripper", "1"), ("--gripper: '1': give two values",)),
         (("--gripper", "1,1"), ("open and closed are the same number",)),
         (("--rotation", "euler_zyx"), ("did you mean 'euler_xyz'",)),
         (("--field", "action.6=gripper_opne"), ("unknown action field 'gripper_opne'", "did you mean 'gripper_open'")),
         (("--field", "action.6-7=drop"), ("the action has dimensions 0 to 6",)),
-        (("--field", "action.3-5=rotation:quat_xyzw"), ("it describes 4 dimensions, action.3-5 are 3",)),
-        (("--field", "action.6=drop", "--field", "action.6=drop"), ("action.6 was named before",)),
+        (("--field", "action.3-5=rotation:quat_xyzw"), ("describes 4 dimensions, but action.3-5 has 3",)),
+        (("--field", "action.6=drop", "--field", "action.6=drop"), ("action.6 is given twice",)),
         (("--field", "6=drop"), ("expected e.g. action.6=gripper_open",)),
         (("--field", "action.0=eef_pos_y"), ("fill 'eef_pos_y'",)),
         (("--action-column", "actoin"), ("unknown column 'actoin'", "did you mean 'action'")),
@@ -724,22 +674,10 @@ def test_add_asks_on_a_terminal(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.
         and "did you mean 'arm_joint_1_pos'" in asked.err
     )
     given = dvla(
-        "add",
-        root,
-        "--out",
-        tmp_path / "given.yaml",
-        "--embodiment",
-        "bimanual",
-        "--action-kind",
-        "absolute",
-        "--joint-unit",
-        "deg",
-        "--gripper",
-        "2,0",
-        "--field",
-        "action.1=arm_joint_1_pos",
-        "--field",
-        "state.1=arm_joint_1_pos",
+        *argv(
+            f"add {root} --out {tmp_path / 'given.yaml'} --embodiment bimanual --action-kind absolute "
+            "--joint-unit deg --gripper 2,0 --field action.1=arm_joint_1_pos --field state.1=arm_joint_1_pos"
+        )
     )
     assert given.code == 0 and (tmp_path / "given.yaml").read_text() == (tmp_path / "asked.yaml").read_text()
     monkeypatch.setattr(sys, "stdin", Terminal("bimanual\nabsolute\n"))
@@ -752,18 +690,10 @@ def test_every_embodiment_can_be_chosen(dvla: Dvla, tmp_path: Path) -> None:
         out = tmp_path / f"{name}.yaml"
         assert (
             dvla(
-                "add",
-                root,
-                "--out",
-                out,
-                "--embodiment",
-                name,
-                "--action-kind",
-                "absolute",
-                "--joint-unit",
-                "percent",
-                "--gripper",
-                "100,0",
+                *argv(
+                    f"add {root} --out {out} --embodiment {name} --action-kind absolute --joint-unit percent "
+                    "--gripper 100,0"
+                )
             ).code
             == 0
         )

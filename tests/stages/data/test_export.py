@@ -1,4 +1,4 @@
-"""Any source as Episode-HDF5 and back: the same numbers and pictures, resumable, nothing overwritten or lost in silence."""
+"""Any source as Episode-HDF5 and back: the same numbers and images, resumable, nothing overwritten or lost silently."""
 
 import json
 import os
@@ -112,7 +112,9 @@ def test_export_quarantines_what_cannot_be_used(tmp_path):
     assert "'actions' is nan at frame 1" in lines[0]["reason"] and "cannot be decoded" in lines[1]["reason"]
     assert open_source(tmp_path / "out").episode_ids == (0,)
     edit(path, lambda f: f["data/demo_0/actions"].__setitem__((1, 1), np.nan))
-    with pytest.raises(UserError, match="ep_000000.hdf5 was exported before, but now its episode cannot be read"):
+    with pytest.raises(
+        UserError, match="delete .*ep_000000.hdf5: it was exported before, but its episode cannot be read now"
+    ):
         export(open_source(path, CAN), tmp_path / "out")
     with pytest.raises(UserError, match="no usable episode .*is nan"):
         export(open_source(path, CAN), tmp_path / "other")
@@ -132,7 +134,7 @@ def test_export_refuses_what_is_not_its_own(demos, episode_folder, tmp_path, mon
     with pytest.raises(UserError, match="ep_000000.hdf5 was exported from other data"):
         export(open_source(demos, CAN), out)
     (out / "ep_000000.hdf5").write_bytes(b"broken")
-    with pytest.raises(UserError, match="is damaged or no export"):
+    with pytest.raises(UserError, match="is damaged or not an export"):
         export(open_source(demos, CAN), out)
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds other files \(notes.txt\)"):
@@ -156,10 +158,7 @@ def test_export_refuses_what_is_not_its_own(demos, episode_folder, tmp_path, mon
     "how, message",
     [
         (lambda pictures: pictures[:-1], "4 images of 'robot0_eye_in_hand' for 5 rows"),
-        (
-            lambda pictures: [*pictures, pictures[0]],
-            r"image 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected 5 of",
-        ),
+        (lambda pictures: [*pictures, pictures[0]], r"image 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected 5 of"),
         (
             lambda pictures: [pictures[0][:4], *pictures[1:]],
             r"image 0 of 'robot0_eye_in_hand' is \[4, 8, 3\], expected 5 of",

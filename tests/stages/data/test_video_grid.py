@@ -75,7 +75,7 @@ def decoded(path: Path) -> list[np.ndarray]:
         return [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
 
 
-# --- layout ------------------------------------------------------------------------------------------------------------
+# --- layout -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [G1, BRIDGE, ["dropped"]], ids=["26", "7", "1"])
@@ -87,7 +87,7 @@ def test_nothing_overlaps(sizes: list[tuple[int, int]], names: list[str]) -> Non
     assert apart(views, bottom) and len(views) == len(sizes)
     for (left, top, right, low), (h, w) in zip(views, sizes):
         assert abs((right - left) / (low - top) / (w / h) - 1) < 0.02  # undistorted
-    picture = scene.picture(7, [np.full((h, w, 3), 200, np.uint8) for h, w in sizes])
+    picture = scene.frame(7, [np.full((h, w, 3), 200, np.uint8) for h, w in sizes])
     assert (
         picture.shape == (scene.height, scene.width, 3)
         and scene.height % 2 == scene.width % 2 == 0
@@ -133,7 +133,7 @@ def test_text_fits(text: str, width: int, most: int) -> None:
     assert fit("short", font(12), 400) == "short"
 
 
-# --- the file ----------------------------------------------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def test_video_of_a_recording(recorded: dict[str, Path], tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_video_of_a_recording(recorded: dict[str, Path], tmp_path: Path) -> None
         and report.fps == 20
         and frames[0].shape == (report.height, report.width, 3)
     )
-    assert shown[-1] == ("hevc episode 1", LENGTHS[1], LENGTHS[1]) and list(out.parent.iterdir()) == [out]
+    assert shown[-1] == ("hevc episode 1: frames", LENGTHS[1], LENGTHS[1]) and list(out.parent.iterdir()) == [out]
     original = source.load(1)
     scene = Scene(original, source.action_map.field_names)
     for view, (left, top, right, bottom) in zip(original.views, scene._views):
@@ -245,5 +245,5 @@ def test_frames_are_drawn_quickly() -> None:
 
 def _seconds(scene: Scene, pictures: list[np.ndarray]) -> float:
     began = time.perf_counter()
-    scene.picture(3, pictures)
+    scene.frame(3, pictures)
     return time.perf_counter() - began

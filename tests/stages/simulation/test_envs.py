@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -70,7 +71,7 @@ def fingerprint(env, start):
 
 
 def test_names_and_settings_are_checked():
-    assert len(adapter.names()) == 50 and set(adapter.names()) <= set(environment_names())
+    assert len(adapter.NAMES) == 50 and set(adapter.NAMES) <= set(environment_names())
     with pytest.raises(UserError, match="did you mean 'metaworld/push-v3'"):
         make_environment("metaworld/psh-v3")
     with pytest.raises(UserError, match="image_size must be 16"):
@@ -80,7 +81,7 @@ def test_names_and_settings_are_checked():
 
 
 def test_missing_simulator_names_the_install_step(monkeypatch):
-    monkeypatch.setattr(adapter.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dvla\[sim\]'"):
         make_environment(PUSH)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,13 +37,13 @@ def simulator():
 
 
 def test_missing_simulator_names_the_install_step(monkeypatch):
-    monkeypatch.setattr(adapter.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dvla\[aloha\]'"):
         make_environment("aloha_sim/insertion")
 
 
 def test_every_task_is_listed():
-    assert {"aloha_sim/" + task for task in TASKS} == set(adapter.names()) <= set(environment_names())
+    assert {"aloha_sim/" + task for task in TASKS} == set(adapter.NAMES) <= set(environment_names())
 
 
 def test_the_field_map_of_recordings_gives_actions_back():

@@ -66,7 +66,7 @@ def simulator(dataset, tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_said_with_the_install_step(monkeypatch, tmp_path):
-    assert set(adapter.names()) <= set(environment_names())
+    assert set(adapter.NAMES) <= set(environment_names())
     monkeypatch.delenv("DVLA_ISAAC_PYTHON", raising=False)
     with pytest.raises(UserError, match=r"Isaac Gym is not installed.*license.*docker/Dockerfile\.dexgrasp") as refused:
         make_environment(LEAP)

@@ -28,7 +28,7 @@ def push():
 
 
 def test_missing_simulator_names_the_install_step(monkeypatch):
-    monkeypatch.setattr(adapter.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dvla\[maniskill\]'"):
         make_environment(PUSH)
 

@@ -149,7 +149,7 @@ def simulator(monkeypatch, tmp_path):
 
 
 def test_what_is_missing_is_said_with_the_install_step(monkeypatch):
-    assert set(adapter.names()) <= set(environment_names())
+    assert set(adapter.NAMES) <= set(environment_names())
     monkeypatch.delenv("COPPELIASIM_ROOT", raising=False)
     monkeypatch.delenv("DISPLAY", raising=False)
     with pytest.raises(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -28,13 +30,13 @@ def lift():
 
 
 def test_missing_simulator_names_the_install_step(monkeypatch):
-    monkeypatch.setattr(adapter.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dvla\[robosuite\]'"):
         make_environment(LIFT)
 
 
 def test_every_task_is_listed():
-    assert set(adapter.names()) == {LIFT, TWO} <= set(environment_names())
+    assert set(adapter.NAMES) == {LIFT, TWO} <= set(environment_names())
 
 
 def test_the_field_map_of_recordings_gives_actions_back():

@@ -1,4 +1,5 @@
-"""Where a run's numbers go: one line per step in log.jsonl, also after a crash; W&B resumes its run and gets no secret."""
+"""Where a run's numbers go: one line per step in log.jsonl, also after a crash; W&B resumes its run and gets no
+secret."""
 
 from __future__ import annotations
 

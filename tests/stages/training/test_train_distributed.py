@@ -1,4 +1,5 @@
-"""Training in two processes (gloo, CPU) is training in one with the double batch, whatever is split over them and where it stops.
+"""Training in two processes (gloo, CPU) is training in one with the double batch, whatever is split over them and where
+it stops.
 
 One launch does all the runs: importing torch three times is what takes the time.
 """
