@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,7 +123,7 @@ class FeatureBatch:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> FeatureBatch:
         """The batch of `change(field)` for every field that it has."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return FeatureBatch(**{name: None if value is None else change(value) for name, value in values.items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FeatureBatch:

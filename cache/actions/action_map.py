@@ -33,7 +33,7 @@ class FieldSpec:
     rotation: Literal["quat_xyzw", "euler_xyz", "axis_angle", "rot6d", "matrix"] | None = None
     prefix: str = "eef_angle"  # with `rotation`: the six slots it fills, eef_angle or left_eef_angle
     drop: int | None = None  # this many dimensions are dropped
-    fill: float = 0.0  # with `drop`: the value they get on the way back
+    fill: float = 0.0  # with `drop`: their value in `to_native`
     scale: float = 1.0  # with `field(s)`: unit and sign, never 0
     offset: float = 0.0  # with `field(s)`: in unified units, before the × control_hz
     delta: bool = False  # with `field(s)`: native is a displacement per step, the slot is a velocity

@@ -1,4 +1,4 @@
-"""End-effector displacements per step ↔ absolute poses, for datasets that store only the former. Pure, in float64.
+"""End-effector displacements per step → absolute poses, for datasets that store only the former. Pure, in float64.
 
 Pose t is where the end effector should be after step t: the initial pose with deltas 0 … t applied one by one. With q
 the rotation before a step, (d, r) the delta and ⊗ the quaternion product:
@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from ...errors import UserError
-from .rotations import WIDTH, conjugate, from_quaternion, multiply, rotate, to_quaternion
+from .rotations import WIDTH, multiply, rotate, to_quaternion
 
 Form = Literal["axis_angle", "quat_xyzw", "euler_xyz"]
 Frame = Literal["world", "body", "mixed"]
@@ -44,20 +44,6 @@ def integrate(
     q[1:] *= np.cumprod(np.where((q[1:] * q[:-1]).sum(-1) < 0, -1.0, 1.0))[:, None]
     moves = rotate(q[:-1], deltas[:, :3]) if frame == "body" else deltas[:, :3]
     return np.concatenate([start[:3] + np.cumsum(moves, axis=0), q[1:]], axis=-1)
-
-
-def differentiate(
-    initial_pose: np.ndarray, poses: np.ndarray, rotation: Form = "axis_angle", frame: Frame = "world"
-) -> np.ndarray:
-    """The inverse: `poses [T, 7]` → deltas [T, 3+r] float64. Rotations come back in their canonical form: axis-angles
-    of at most π, quaternions with w ≥ 0, Euler pitch in ±π/2."""
-    path = np.concatenate([np.asarray(initial_pose, dtype=np.float64)[None], np.asarray(poses, dtype=np.float64)])
-    move, q = np.diff(path[:, :3], axis=0), to_quaternion("quat_xyzw", path[:, 3:])
-    before, after = q[:-1], q[1:]
-    if frame == "body":
-        move = rotate(conjugate(before), move)
-    turn = multiply(after, conjugate(before)) if frame == "world" else multiply(conjugate(before), after)
-    return np.concatenate([move, from_quaternion(rotation, turn)], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -98,9 +84,3 @@ class Integration:
         scale = np.array([self.position_scale] * 3 + [self.rotation_scale] * (self.width - 3))
         poses = integrate(initial_pose, action[:, : self.width] * scale, self.rotation, self.frame)
         return np.concatenate([poses, action[:, self.width :]], axis=1)
-
-    def undo(self, initial_pose: np.ndarray, action: np.ndarray) -> np.ndarray:
-        """The inverse of `apply`: absolute `action [T, 7+n]` → the stored form [T, 3+r+n] float64."""
-        scale = np.array([self.position_scale] * 3 + [self.rotation_scale] * (self.width - 3))
-        deltas = differentiate(initial_pose, action[:, :POSE], self.rotation, self.frame)
-        return np.concatenate([deltas / scale, action[:, POSE:]], axis=1)

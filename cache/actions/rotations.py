@@ -15,7 +15,7 @@ WIDTH = {"quat_xyzw": 4, "euler_xyz": 3, "axis_angle": 3, "rot6d": 6, "matrix": 
 QUATERNION_LENGTH = 0.5, 2.0  # accepted, and made 1: interpolated or rounded ones are near 1, other columns are not
 ORTHONORMAL = 0.01  # how far columns may be from orthonormal: float16 storage passes, a wrong column does not
 _LIMITS = {
-    "quat_xyzw": "a quaternion's length must lie in 0.5 to 2",
+    "quat_xyzw": "a quaternion's length must be 0.5 to 2",
     "rot6d": "the two columns must be orthonormal to 0.01",
     "matrix": "its columns must be orthonormal to 0.01 and right-handed: no reflection, no zeros",
 }

@@ -92,37 +92,31 @@ class Slot:
 
 @functools.cache
 def slots() -> tuple[Slot, ...]:
-    """All 128 in order. Of several names of a place the first of the action table is taken, but for grippers, which
-    nearly always are one opening; a place without a name is "slot 96"."""
+    """All 128 in order. Of several names of a slot the first of the table is taken, but for grippers, which nearly
+    always are one opening; a slot without a name is "slot 96"."""
     names: dict[int, str] = {}
-    for name, place in sorted(SLOTS.items(), key=lambda item: "gripper_open" not in item[0]):
-        names.setdefault(place, name)
+    for name, number in sorted(SLOTS.items(), key=lambda item: "gripper_open" not in item[0]):
+        names.setdefault(number, name)
     return tuple(_slot(names.get(i, f"slot {i}")) for i in range(UNIFIED_DIM))
 
 
 def _slot(name: str) -> Slot:
     side = "left " if name.startswith("left_") else ""
     plain = name.removeprefix("left_")
-    velocity = "_vel" in plain
-    table = (
-        ("gripper_open", "gripper", "1 open, 0 closed"),
-        ("gripper", "gripper", "rad"),
-        ("arm_joint", "arm", "rad"),
-        ("eef_pos", "hand position", "m"),
-        ("eef_angle", "hand rotation", "6D"),
-        ("eef_angular", "hand velocity", "rad"),
-        ("eef_vel", "hand velocity", "m"),
-        ("base_angular", "base", "rad"),
-        ("base", "base", "m"),
-        ("head", "torso and head", "rad"),
-        ("spine", "torso and head", "rad"),
-        ("torso", "torso and head", "rad"),
-        ("dex_finger", "fingers", "rad"),
-    )
-    for start, region, unit in table:
-        if plain.startswith(start):
-            region = "arm velocity" if start == "arm_joint" and velocity else region
-            return Slot(
-                name, side + region, "1/s" if unit.startswith("1 ") and velocity else f"{unit}/s" if velocity else unit
-            )
-    return Slot(name, "other", "")
+    regions = {
+        "gripper": "gripper",
+        "arm_joint": "arm velocity" if "_vel" in plain else "arm",
+        "eef_pos": "hand position",
+        "eef_angle": "hand rotation",
+        "eef": "hand velocity",
+        "base": "base",
+        "head": "torso and head",
+        "spine": "torso and head",
+        "torso": "torso and head",
+        "dex_finger": "fingers",
+    }
+    region = next((region for start, region in regions.items() if plain.startswith(start)), None)
+    if region is None:
+        return Slot(name, "other", "")
+    unit = unit_of(name)
+    return Slot(name, side + region, "1 open, 0 closed" if unit == "1 open" else unit)

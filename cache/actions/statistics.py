@@ -80,17 +80,18 @@ class RunningStatistics:
             raise ValueError(f"statistics of {self._rows.shape[1]} dimensions cannot take rows of {x.shape[1]}")
         if not np.isfinite(x).all():
             raise ValueError("statistics of a table with a non-finite value")
-        for start in self._cuts(len(x)):
-            part = x[start : start + BLOCK - self._filled]
+        while len(x):
+            part, x = x[: BLOCK - self._filled], x[BLOCK - self._filled :]
             self._rows[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             if self._filled == BLOCK:
-                self._add(self._rows)
+                block = _moments(self._rows)
+                self._moments = block if self._moments is None else self._moments.merge(block)
                 self._ranks.add(np.sort(self._rows.T, axis=1))
                 self._filled = 0
 
     def merge(self, other: RunningStatistics) -> None:
-        """Add all rows that `other` has seen; it stays as it is. Moments are exact up to rounding, and ranks of
+        """Add all rows that `other` has seen; `other` is unchanged. Moments are exact up to rounding, and ranks of
         quantiles keep their bound, whatever is merged in whatever order."""
         if other._moments is not None:
             self._moments = other._moments if self._moments is None else self._moments.merge(other._moments)
@@ -106,15 +107,6 @@ class RunningStatistics:
         if total is None:
             raise ValueError("statistics of no rows")
         return Statistics(total.mean, total.std, total.min, total.max, total.count, self._ranks.quantiles(rest, levels))
-
-    def _cuts(self, n: int) -> range | list[int]:
-        """Where n more rows begin a new part, so that each fills at most the waiting block."""
-        first = BLOCK - self._filled
-        return [0, *range(first, n, BLOCK)] if first < n else [0]
-
-    def _add(self, block: np.ndarray) -> None:
-        part = _moments(block)
-        self._moments = part if self._moments is None else self._moments.merge(part)
 
 
 def _moments(x: np.ndarray) -> Statistics:

@@ -1,6 +1,6 @@
 """One view of a folder, a .zip and an uncompressed .tar: list a folder, read a member, without unpacking anything.
 
-An archive is refused as a whole when a member would lie outside it or is a link; nothing is ever written. (Links in a
+An archive is refused when any member would be outside it or is a link; nothing is ever written. (Links in a
 local folder are followed: it is the user's own, and a hub snapshot consists of them.) The index of an archive is kept
 in memory for a few archives at a time, no file stays open between calls, and all calls are safe from several threads.
 """
@@ -187,7 +187,7 @@ def _read_index(archive: _Packed, size: int, time: int) -> dict[str, dict[str, _
             contents = _folder(index, name if member is None else parent)
             if member is not None and re.search(archive.wanted, name):
                 if base in contents:
-                    raise archive.refuse(name, "is there twice")
+                    raise archive.refuse(name, "appears twice")
                 contents[base] = member
     except _BROKEN as error:
         raise UserError(f"{archive.path} is cut off or damaged ({first_line(error)}); fetch it again") from None
@@ -210,7 +210,7 @@ def _inside(archive: _Packed, stored: str) -> str:
     name = stored.replace("\\", "/")
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
-        raise archive.refuse(stored, "lies outside its folder")
+        raise archive.refuse(stored, "is outside its folder")
     if not name.isprintable():
         raise archive.refuse(stored, "has characters in its name that cannot be printed")
     if len(parts) > _MAX_DEPTH:

@@ -80,7 +80,7 @@ class Source(ABC):
     @abstractmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
         """Whether a dataset with these file names (relative, "/" between parts, at most three parts of a local folder)
-        is of this format. `root` is the local folder they lie in, to look into a file where names do not tell; None
+        is of this format. `root` is the local folder they are in, to open a file where names do not tell; None
         for a hub dataset, of which only names are known."""
 
     @property
@@ -264,7 +264,7 @@ class Source(ABC):
 
 
 def _stamp(path: Path) -> tuple[str, int, int] | None:
-    """What changes when a file does; None where there is none."""
+    """What changes when a file does; None for a missing file."""
     try:
         found = path.stat()
     except OSError:

@@ -135,17 +135,11 @@ def config_names() -> tuple[str, ...]:
     return tuple(sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml")))
 
 
-def find_config(format: str, names: Iterable[str], explicit: Path | str | None = None) -> DatasetConfig:
-    """The config of a dataset: `explicit` (a YAML file or a shipped name), else the one whose `match` fits.
+def find_config(format: str, names: Iterable[str]) -> DatasetConfig:
+    """The shipped config of a format whose `match` fits one of `names`: robot type, repository or folder name.
 
-    `format` is the files' own, `names` what the dataset goes by: robot type, repository or folder name. `UserError`
-    unless exactly one family fits, or when the explicit one is for another format.
+    `UserError` unless exactly one fits.
     """
-    if explicit is not None:
-        config = load_config(explicit)
-        if config.format != format:
-            raise UserError(f"dataset config '{config.name}' is for the format {config.format}, the files are {format}")
-        return config
     known = [n.lower().rsplit("/", 1)[-1] for n in dict.fromkeys(names) if n]
     configs = [c for c in (load_config(n) for n in config_names() if "/" not in n) if c.format == format]
     fitting = [c for c in configs if any(fnmatch.fnmatchcase(n, p.lower()) for p in c.match for n in known)]

@@ -1,4 +1,4 @@
-"""What every reader yields: an `Episode` with its tables in memory and images decoded lazily, or why there is none.
+"""What every reader yields: an `Episode` with its tables in memory and its images decoded lazily, or a failure.
 
 Letters: T frames of the episode, H × W image size, ds/da native state and action width.
 """

@@ -234,7 +234,7 @@ def read_header(file: h5py.File, where: str) -> Header:
 
 def field_map(slots: Sequence[int]) -> tuple[FieldSpec, ...]:
     """The field map of a vector that holds these unified slots in ascending order. A rotation whose six slots are all
-    there is 6D; one that is there in part is taken as it is (`legacy`). `UserError` for a slot that has no name."""
+    there is 6D; one that is there in part is kept unchanged (`legacy`). `UserError` for a slot that has no name."""
     names = {slot: name for name, slot in reversed(SLOTS.items())}  # the first name of each slot
     names |= {SLOTS[n]: n for n in SLOTS if re.fullmatch(r"(left_)?gripper_open(_vel)?", n)}
     groups: list[
@@ -264,7 +264,7 @@ def write_episode(
     masks: Mapping[str, np.ndarray],
     compression: str | None = None,
 ) -> None:
-    """Write one file, whole or not at all; images go in one by one. `action`, `proprio` float32 [T, 128]; `masks`
+    """Write one file, complete or not at all; images go in one by one. `action`, `proprio` float32 [T, 128]; `masks`
     action_mask and proprio_mask bool [128]; `attributes` at least embodiment_id and action_dim; `compression` of images
     None or "gzip". `CorruptEpisode` when an image cannot be decoded, `UserError` when the file cannot be written."""
     own = {

@@ -23,7 +23,7 @@ from .episode import CorruptEpisode
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # PIL's
 
 
-def survey(encoded: Iterable[tuple[str, bytes]], formats: Sequence[str] | None) -> tuple[int, int, int, str]:
+def survey(encoded: Iterable[tuple[str, bytes]], formats: tuple[str, ...] | None) -> tuple[int, int, int, str]:
     """Number of images, H and W of the first, sha256 hex over the bytes of all. Only the first header is parsed.
 
     `formats` are PIL's names of those allowed, None for all.
@@ -39,7 +39,7 @@ def survey(encoded: Iterable[tuple[str, bytes]], formats: Sequence[str] | None) 
 
 
 def decode_all(
-    encoded: Iterable[tuple[str, bytes]], size: tuple[int, int], formats: Sequence[str] | None
+    encoded: Iterable[tuple[str, bytes]], size: tuple[int, int], formats: tuple[str, ...] | None
 ) -> Iterator[np.ndarray]:
     """Yield uint8 [H, W, 3] RGB of every image; `CorruptEpisode` where one is damaged or not of `size` (H, W)."""
     for what, data in encoded:
@@ -50,8 +50,8 @@ def decode_all(
         yield image
 
 
-def decode(data: bytes, what: str, formats: Sequence[str] | None) -> np.ndarray:
-    """uint8 [H, W, 3] RGB of one image; `CorruptEpisode` when it is none, is damaged or has more than 8 bits."""
+def decode(data: bytes, what: str, formats: tuple[str, ...] | None) -> np.ndarray:
+    """uint8 [H, W, 3] RGB of one image; `CorruptEpisode` when it is damaged or has more than 8 bits."""
     image = open_image(data, what, formats)
     try:
         return np.asarray(image.convert("RGB"))
@@ -59,8 +59,8 @@ def decode(data: bytes, what: str, formats: Sequence[str] | None) -> np.ndarray:
         raise CorruptEpisode(f"{what} cannot be decoded ({first_line(error)})", "unreadable-file") from None
 
 
-def open_image(data: bytes, what: str, formats: Sequence[str] | None) -> Image.Image:
-    """The image with only its header read; `CorruptEpisode` when it is none or has more than 8 bits per channel."""
+def open_image(data: bytes, what: str, formats: tuple[str, ...] | None) -> Image.Image:
+    """The image with only its header read; `CorruptEpisode` when that fails or it has more than 8 bits per channel."""
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except DAMAGE:  # whose text can hold an address in memory, which differs from run to run

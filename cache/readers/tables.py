@@ -66,7 +66,7 @@ def require_finite(values: np.ndarray, column: str, where: str) -> None:
 
 @dataclass(frozen=True)
 class TableBlock:
-    """The tables of several whole episodes, one after another, in native units."""
+    """The tables of several episodes, one after another, in native units."""
 
     episode_ids: np.ndarray  # [n] int64, the episode of each row
     state: np.ndarray  # [n, ds] float32

@@ -39,7 +39,7 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
         raise UserError(f"no cache at {path}; build one with `dvla cache build … --out {path}`")
     file = path / FINGERPRINT
     if not file.exists():
-        raise UserError(f"{path} is not a dvla cache (it has no {FINGERPRINT})")
+        raise UserError(f"{path} is not a dvla cache (it has no {FINGERPRINT}); give a folder of `dvla cache build`")
     try:
         document = json.loads(file.read_bytes())
         _require_format(document["store"]["format"], path)
@@ -67,15 +67,13 @@ def is_finished(path: Path) -> bool:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the finished cache at `path`. `UserError` where there is none this version reads."""
-    if not is_finished(path):
+    if not (is_begun(path) and is_finished(path)):
         read_fingerprint(path)  # raises unless a build was started here
         shards = sum(1 for _ in (path / _COMMITS).glob("*/*/*.json"))
         raise UserError(
             f"cache {path} is incomplete ({shards} shards are finished); "
             "rerun the same `dvla cache build` command to resume it"
         )
-    if not is_begun(path):
-        raise UserError(f"{path} is not a dvla cache (it has no {FINGERPRINT})")
     try:
         data = (path / MANIFEST).read_bytes()
     except OSError as error:

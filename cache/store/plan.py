@@ -104,7 +104,10 @@ class BuildPlan:
                     raise UserError(f"{kind} '{name}' is given twice; names must differ")
         for dataset in self.datasets:
             if not dataset.views or not dataset.episodes or min(e.length for e in dataset.episodes) < 1:
-                raise UserError(f"dataset '{dataset.name}' has no view, no readable episode, or an empty episode")
+                raise UserError(
+                    f"dataset '{dataset.name}' has no view, no readable episode, or an empty episode; "
+                    "run `dvla data check` on it"
+                )
             if len({e.episode_id for e in dataset.episodes}) != len(dataset.episodes):
                 raise UserError(f"dataset '{dataset.name}' lists an episode id twice")
 

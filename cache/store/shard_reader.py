@@ -44,7 +44,7 @@ def open_file(path: Path, folder: Folder | None = None) -> int:
             return os.open(path.relative_to(folder.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder.handle)
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}") from None
+        raise UserError(f"cannot read shard {path}: {error.strerror}; run `dvla cache verify`") from None
 
 
 def touch(handle: int) -> None:

@@ -55,7 +55,8 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
         lines = fp.diff(adapter_document(folder)["base"], base_identity(encoder), "adapter has", "this VLM has")
         if lines:
             raise UserError(
-                f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}"
+                f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; "
+                "give that VLM's folder"
             )
     if not (folder / TOWER).is_file():
         load_lora(encoder, folder, trainable=False)
@@ -63,7 +64,7 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
     try:
         tensors = load_file(folder / TOWER)
     except SafetensorError as error:
-        raise UserError(f"{folder / TOWER} is damaged: {error}") from None
+        raise UserError(f"{folder / TOWER} is damaged ({error}); copy the checkpoint again") from None
     wanted = dict(tower_parameters(encoder))
     if tensors.keys() != wanted.keys() or any(tensors[name].shape != p.shape for name, p in wanted.items()):
         raise UserError(

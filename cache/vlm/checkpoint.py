@@ -24,7 +24,9 @@ def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> 
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{path} is not a checkpoint folder: config.json is missing")
+            raise UserError(
+                f"{path} is not a checkpoint folder: config.json is missing; give a transformers checkpoint"
+            )
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
         raise UserError(f"checkpoint folder {path} does not exist, and it is not a hub id of the form owner/name")
@@ -64,12 +66,14 @@ def read_tensors(folder: Path, canonical: Canonical, model: str, required: str) 
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(set(wanted.values())) or ["model.safetensors"]:
         if not (folder / file).is_file():
-            raise UserError(f"{folder} is incomplete: {file}, which holds vision or embedding weights, is missing")
+            raise UserError(
+                f"{folder} is incomplete: {file}, with vision or embedding weights, is missing; download it again"
+            )
         try:
             with safe_open(folder / file, framework="pt") as f:
                 tensors |= {new: f.get_tensor(name) for name in f.keys() if (new := canonical(name)) is not None}
         except SafetensorError as error:
-            raise UserError(f"{folder / file} is damaged: {error}") from None
+            raise UserError(f"{folder / file} is damaged ({error}); download it again") from None
     absent = sorted({canonical(name) or name for name in wanted} - set(tensors)) or list({required} - set(tensors))
     if absent or len(tensors) < 2:
         raise UserError(
@@ -103,7 +107,7 @@ def load_tokenizer(folder: Path, path: str) -> Any:
 
     names = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in names):
-        raise UserError(f"{path} has no tokenizer: none of {', '.join(names)} exists")
+        raise UserError(f"{path} has no tokenizer: none of {', '.join(names)} exists; copy the tokenizer's files there")
     return AutoTokenizer.from_pretrained(folder)
 
 

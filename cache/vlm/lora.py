@@ -97,12 +97,13 @@ def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: boo
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no LoRA adapter: {name} is missing")
+            raise UserError(f"{folder} holds no LoRA adapter: {name} is missing; give an adapter's folder")
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
             stored = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
     except SafetensorError as error:
-        raise UserError(f"{folder / 'adapter_model.safetensors'} is damaged: {error}") from None
+        file = folder / "adapter_model.safetensors"
+        raise UserError(f"{file} is damaged ({error}); copy the checkpoint again") from None
     modules = dict(encoder.vision.named_modules())
     for name, shape in stored.items():
         layer, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know besides the plan, which lies in the cache. Small: it travels with every unit."""
+    """What a worker needs to know besides the plan, which is in the cache. Small: it is sent with every unit."""
 
     key: str  # of this run of the build; workers load model and sources once per key
     encoder: EncoderSpec
@@ -129,7 +129,7 @@ def _result(future: Any, unit: Unit) -> Timing:
             "system's log); give a smaller --batch-size or more memory, and rerun the same command"
         ) from None
     except CancelledError:
-        raise UserError(f"the dask scheduler went away during {where}; rerun the same command to resume") from None
+        raise UserError(f"the dask scheduler was lost during {where}; rerun the same command to resume") from None
     if isinstance(result, UserError):
         raise result
     return result

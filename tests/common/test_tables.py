@@ -83,8 +83,8 @@ def test_datasets(width: int, recorded: dict[str, Path], capsys: pytest.CaptureF
         ("action", source.action_map, episode.action),
         ("state", source.state_map, episode.state),
     ):
-        assert "unified field" in "".join(lines(data.field_table(name, mapping, None), width))
-        assert "first row" in "".join(lines(data.values_table(name, mapping, None, values), width))
+        assert "native → unified" in "".join(lines(data.field_table(name, mapping, None), width))
+        assert "first" in "".join(lines(data.values_table(name, mapping, None, values), width))
     quantiles = dict.fromkeys(data.SHOWN_QUANTILES, -1.2345e-05)
     field = {
         "unit": "rad",

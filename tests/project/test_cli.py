@@ -235,7 +235,7 @@ def test_train_resume_and_changed_settings(dvla: Dvla, tmp_path: Path, cache: Pa
     assert f"checkpoint: {tmp_path / 'run'}/checkpoints/step-00000002\nnext: dvla finetune --lora" in second.out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["optimizer"]["warmup"] == 1 and saved["dit"]["width"] == 32
-    refused(dvla(*train, "--lr", "0.5"), "begun with other settings", "optimizer.lr")
+    refused(dvla(*train, "--lr", "0.5"), "has other settings", "optimizer.lr")
     refused(dvla("finetune", tmp_path / "run", "--source", tmp_path / "none", "--out", tmp_path / "run2"), "nowhere")
     shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000002", tmp_path / "moved")
     refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +43,11 @@ def until(happened: Callable[[], Any], seconds: float = 20.0) -> None:
     while not happened():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.005)
+
+
+def argv(line: str) -> list[str]:
+    """The arguments of a command line."""
+    return shlex.split(line)
 
 
 def refused(result: Result, *words: str) -> None:

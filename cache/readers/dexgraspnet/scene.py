@@ -108,7 +108,7 @@ def _one_per_cube(points: np.ndarray, scene: str) -> np.ndarray:
     cells -= cells.min(0)
     span = cells.max(0) + 1
     if span.max() >= 2**20:
-        raise CorruptEpisode(f"{scene}: its points lie {span.max() * SPACING:.0f} m apart")
+        raise CorruptEpisode(f"{scene}: its points span {span.max() * SPACING:.0f} m")
     return np.unique((cells[:, 0] * span[1] + cells[:, 1]) * span[2] + cells[:, 2], return_index=True)[1]
 
 
@@ -214,7 +214,7 @@ def _image(path: Path, dimensions: int) -> np.ndarray:
     except _DAMAGE as error:
         raise CorruptEpisode(f"{_short(path)} cannot be decoded ({first_line(error)})", "unreadable-file") from None
     if values.ndim != dimensions or values.dtype.kind not in "iu":
-        raise CorruptEpisode(f"{_short(path)} is {values.dtype} {list(values.shape)}, not a map of whole numbers")
+        raise CorruptEpisode(f"{_short(path)} is {values.dtype} {list(values.shape)}, not an integer image")
     return values
 
 

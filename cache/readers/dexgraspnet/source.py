@@ -16,7 +16,7 @@ What is read, below the folder given (the archives of the hub, unpacked side by 
 
 Columns: those of the npz as stored, in the scene's frame; and target_translation, target_rotation, the same pose in the
 **target frame**: axes of the table, origin at the center of the box around the object's `point`s. The cameras
-(point_render.CAMERAS) stand in the target frame, so that is the pose which the images can tell; in the scene's frame it
+(render.CAMERAS) stand in the target frame, so that is the pose which the images can tell; in the scene's frame it
 depends on where that scene's first camera happened to be. There is no time axis: one frame, and the loader masks the
 rest of a chunk.
 
@@ -146,7 +146,7 @@ class DexGraspNetSource(Source):
 
     def _open(self, key: int, view: str, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
         with _named(where):
-            yield self._images(key)[view].copy()  # the kept one stays as it is
+            yield self._images(key)[view].copy()  # the cached one stays unchanged
 
     # --- read once and kept; their messages lack the episode's name ---
 
@@ -244,7 +244,7 @@ def _object_names(folder: Path) -> dict[int, str]:
 
 
 def _label_at(points: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> int | None:
-    """The label that most of `points [N, 3]` have which lie where `wanted [G, 3]` are; None when no object is there."""
+    """The most frequent label of those `points [N, 3]` that are where `wanted [G, 3]` are; None without an object."""
 
     def cells(values: np.ndarray) -> np.ndarray:
         whole = np.floor(values / _CELL).astype(np.int64)

@@ -12,7 +12,7 @@ What is read, below the folder given (or in the one file given):
         language/language                scalar text, where somebody added one
 
 Column "right_arm_eef" of a dataset config is right_arm_eef/right_arm_eef without its time;
-"right_tracker/zed_right_tracker" names an array that is called otherwise than its group. Times and image names are
+"right_tracker/zed_right_tracker" names an array whose name differs from its group's. Times and image names are
 nanoseconds of one clock, but streams start, stop and lose rows by themselves (e.g. 365 images, 394 wrist poses, 395
 hand commands): the frames of an episode are the images of the first view, and each takes the row (and the other views'
 image) nearest in time.

@@ -1,4 +1,4 @@
-"""Streams and images of one DexWild episode, brought onto one clock (see dexwild.py for the layout).
+"""Streams and images of one DexWild episode, brought onto one clock (layout: see source.py).
 
 Letters: T frames of the episode, N rows of a stream, d its values, H × W image size. Times are nanoseconds.
 """
@@ -118,7 +118,7 @@ def _nearest(clock: np.ndarray, stamps: np.ndarray) -> tuple[np.ndarray, np.ndar
     """For each time of `clock` [T] int64 ns the index of the nearest of `stamps` [N], in any order, and how far away it
     is.
 
-    Stamps kept as float64 are exact to 256 ns only; both are rounded alike before they are compared.
+    Stamps kept as float64 are exact to 256 ns only; both are rounded the same way before they are compared.
     """
     here, there = clock.astype(np.float64) - float(clock[0]), stamps.astype(np.float64) - float(clock[0])
     order = np.argsort(there, kind="stable")
@@ -130,7 +130,7 @@ def _nearest(clock: np.ndarray, stamps: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _unexplained(clock: np.ndarray, good: np.ndarray) -> int | None:
-    """A frame whose lack of a counterpart is not the begin or end of recording; None when there is none."""
+    """A frame without a counterpart that is not at the start or end of the recording; None without such a frame."""
     kept = np.flatnonzero(good)
     if not len(kept) or clock[kept[0]] - clock[0] > MAX_TRIM_S * 1e9:
         return 0

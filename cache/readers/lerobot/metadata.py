@@ -154,7 +154,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _table(path: Path, skip: str | None = None) -> pa.Table:
-    """A whole parquet file of `meta/`, without the columns that begin with `skip`."""
+    """A parquet file of `meta/`, without the columns that begin with `skip`."""
     try:
         with pq.ParquetFile(path) as file:
             names = [n for n in file.schema_arrow.names if skip is None or not n.startswith(skip)]

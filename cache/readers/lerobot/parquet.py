@@ -136,9 +136,9 @@ def _encoded(path: Path, episode_id: int, column: str, where: str) -> Iterator[t
 def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str) -> Iterator[tuple[int, pa.Table]]:
     """Yield (episode, its T rows in file order) once per episode of the file, when the last of its rows was read.
 
-    Of `columns` those the file has. Memory is bounded by one batch and the longest episode where the rows of an
-    episode lie together, as lerobot writes them. `CorruptEpisode`, beginning with `where`, when the file cannot be read
-    from here on; the episodes yielded before are sound.
+    Of `columns` those the file has. Memory is bounded by one batch and the longest episode where an episode's rows are
+    contiguous, as lerobot writes them. `CorruptEpisode`, beginning with `where`, when the file cannot be read from here
+    on; the episodes yielded before are sound.
     """
     with opened(path, where, buffer_size=_READ_BYTES) as file:
         schema = file.schema_arrow

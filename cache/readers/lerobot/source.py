@@ -25,7 +25,7 @@ from ..video import VideoExtent, decode, find_extent
 from .metadata import EpisodeEntry, Metadata
 from .parquet import ImageRows, decode_images, find_images, read_rows, stream_rows, to_matrix
 
-_CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table that tell whether rows are whole
+_CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
 
 
 class LeRobotSource(Source):
@@ -33,14 +33,13 @@ class LeRobotSource(Source):
 
     format = "lerobot"
 
-    def __init__(self, path_or_repo: str, config: DatasetConfig | str | None = None) -> None:
-        """A folder or hub id; `config` (or a YAML file, or a shipped name) None finds the shipped one that fits.
+    def __init__(self, path_or_repo: str, config: DatasetConfig | None = None) -> None:
+        """A folder or hub id; `config` None finds the shipped one that fits.
 
         `UserError` when it is missing, is not a LeRobot dataset, or the config does not describe it.
         """
         self.meta = meta = Metadata(path_or_repo)
-        if not isinstance(config, DatasetConfig):
-            config = find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name), config)
+        config = config or find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name))
         self._cameras = meta.cameras(config.views)  # short name → feature key
         super().__init__(
             meta.root,
@@ -161,7 +160,9 @@ class LeRobotSource(Source):
         used = list(dict.fromkeys(numbers.tolist()))
         missing = [n for n in used if n not in self.meta.tasks]
         if missing and self.meta.tasks:
-            raise CorruptEpisode(f"{where}: task_index {missing[0]} is none of meta/'s {len(self.meta.tasks)} tasks")
+            raise CorruptEpisode(
+                f"{where}: task_index {missing[0]} is not among the {len(self.meta.tasks)} tasks of meta/"
+            )
         texts = [self.meta.tasks[n] for n in used if n in self.meta.tasks]
         if entry.tasks and set(texts) != set(entry.tasks):
             raise CorruptEpisode(f"{where}: the rows' task is {texts}, meta/ says {list(entry.tasks)}")

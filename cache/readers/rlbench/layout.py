@@ -86,12 +86,12 @@ def dataset_name(names: Sequence[str]) -> str:
 
 def find_episodes(path: Path) -> list[Place]:
     """Every episode folder in a folder, .zip or .tar, and in the zips and tars in that folder, in the natural order of
-    their paths. `UserError` when an archive cannot be read or is refused, or the same episode is there twice."""
+    their paths. `UserError` when an archive cannot be read or is refused, or an episode appears twice."""
     places = sorted(_all_episodes(path), key=lambda p: _natural(p.path))
     for one, other in zip(places, places[1:]):
         if one.path == other.path:
             raise UserError(
-                f"{one.path} is there twice, in {one.archive.path} and {other.archive.path}; move one of them away"
+                f"{one.path} appears twice, in {one.archive.path} and {other.archive.path}; move one of them away"
             )
     return places
 

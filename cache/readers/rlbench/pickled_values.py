@@ -1,7 +1,7 @@
 """What a pickle of observations may hold besides numbers, text, lists and dicts, and the few calls that make it.
 
 Classes and functions of the file are names here; what numpy's functions would do with their arguments is done by ours,
-which check that an array is exactly its bytes. `restricted_pickle.py` is the interpreter.
+which check that an array is exactly its bytes. `unpickle.py` is the interpreter.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Refused(Exception):
 
 
 class Damaged(Exception):
-    """The bytes are not a whole pickle."""
+    """The bytes are not a complete pickle."""
 
 
 def fill(array: PickledArray, raw: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
@@ -96,7 +96,7 @@ def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None)
     array = fill(PickledArray(), raw, dtype, shape, "C" if order == "K" else order)
     if order == "K":
         if type(axes) is not tuple or any(type(i) is not int for i in axes) or sorted(axes) != list(range(len(shape))):
-            raise Damaged("a transposition that is none")
+            raise Damaged("an invalid transposition")
         array.axes = axes
     return array
 

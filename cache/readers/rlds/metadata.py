@@ -192,7 +192,7 @@ def _flatten(node: Any, path: str) -> Iterator[tuple[str, Feature]]:
             return
         yield path, _leaf(node)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"features.json describes '{path}' in a way that cannot be read") from None
+        raise UserError(f"features.json has a description of '{path}' that cannot be read") from None
 
 
 def _leaf(node: dict[str, Any]) -> Feature:

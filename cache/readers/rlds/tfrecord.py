@@ -30,7 +30,7 @@ _FRAME_NBYTES = _HEADER.size + _FOOTER.size
 class Index:
     """Where the records of a file begin."""
 
-    offsets: np.ndarray  # [N + 1] int64: first byte of each whole record, and where the last one ends
+    offsets: np.ndarray  # [N + 1] int64: first byte of each complete record, and the end of the last
     damage: str  # why the walk ended before the end of the file; "" when it did not
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ def read_record(path: Path, number: int, where: str) -> bytes:
 
 
 def parse_example(data: bytes, where: str) -> Mapping[str, Any]:
-    """Feature name → message of a serialized tf.train.Example; `CorruptEpisode` when it is none. See `values_of`."""
+    """Feature name → message of a serialized tf.train.Example; else `CorruptEpisode`. See `values_of`."""
     try:
         return _EXAMPLE.FromString(data).features.feature
     except message.DecodeError:

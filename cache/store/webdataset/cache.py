@@ -150,5 +150,5 @@ def read_index(place: Place, scratch: Path) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{place.url(INDEX)} is not the index of a dvla export; export the cache again") from None
     if version != EXPORT_FORMAT:
-        raise UserError(f"{place.url(INDEX)} is of export format {version}, this version reads {EXPORT_FORMAT}")
+        raise UserError(f"{place.url(INDEX)} has export format {version}, not {EXPORT_FORMAT}; export the cache again")
     return index

@@ -131,14 +131,9 @@ def forecast(
     pictures, stored = shares["new"].pictures + shares["again"].pictures, sum(v.bytes for v in views)
     nbytes = plan_nbytes(plan) - stored + int(stored / m.compression)
     to_write = nbytes - shares["adopted"].bytes
-    seconds = {
-        "tables": sum(c.load * len(d.episodes) / len(d.views) for c in m.views for d in [_dataset(plan, c.dataset)]),
-        "decode": sum(v.decode_seconds for v in views),
-        "encode": pictures * m.encode,
-        "write": to_write / m.write,
-    }
-    work = elapsed(seconds["decode"] / parallel, seconds["encode"] / parallel, seconds["write"], overlap)
-    total = seconds["tables"] + work
+    seconds = _seconds(plan, m, views, pictures, to_write)
+    decode, encode = (seconds[part] / parallel for part in ("decode", "encode"))
+    total = seconds["tables"] + elapsed(decode, encode, seconds["write"], overlap)
     observations = sum(int(d.observations(plan.frame_stride).sum()) for d in plan.datasets)
     sample = stored / (plan.variants + 1) / observations / m.compression
     in_memory = nbytes < MEMORY_SHARE * memory
@@ -166,6 +161,19 @@ def forecast(
         "model" if m.model and m.model < read_samples else "reading",
         _break_even(m, whole, observations, read_samples, total, overlap),
     )
+
+
+def _seconds(
+    plan: BuildPlan, m: Measured, views: Sequence[PlannedView], pictures: int, to_write: int
+) -> dict[str, float]:
+    """Of the parts of the build, each in one process."""
+    opened = ((c, _dataset(plan, c.dataset)) for c in m.views)
+    return {
+        "tables": sum(c.load * len(d.episodes) / len(d.views) for c, d in opened),
+        "decode": sum(v.decode_seconds for v in views),
+        "encode": pictures * m.encode,
+        "write": to_write / m.write,
+    }
 
 
 def _break_even(

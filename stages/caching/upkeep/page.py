@@ -70,14 +70,7 @@ def mask_figure(datasets: Sequence[CacheDataset], style: Style = LIGHT) -> Figur
     )  # [datasets,slots]
     figure = new_figure(style, max(6.0, 0.24 * len(used) + 2), 0.3 * len(datasets) + 2.6)
     axis, colors = figure.subplots(), (style.faint, style.cycle[2], style.predicted, style.expert)
-    axis.imshow(
-        table,
-        aspect="auto",
-        cmap=ListedColormap(colors),
-        vmin=-0.5,
-        vmax=3.5,
-        interpolation="nearest",
-    )
+    axis.imshow(table, aspect="auto", cmap=ListedColormap(colors), vmin=-0.5, vmax=3.5, interpolation="nearest")
     for n, label in ((3, "action and state"), (2, "action alone"), (1, "state alone"), (0, "neither")):
         axis.plot([], [], "s", color=colors[n], label=label)
     axis.set_xticks(range(len(used)), [slots()[i].name for i in used], rotation=90)

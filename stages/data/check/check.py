@@ -172,10 +172,9 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
     seen: dict[bytes, int] = {}
     for i, number in enumerate(source.episode_ids):
         length = source.attempt(source.length_of, number)
-        table = length
         if not isinstance(length, Failed):
             facts.listed_lengths[number] = length
-            table = source.attempt(source.table, number)
+        table = length if isinstance(length, Failed) else source.attempt(source.table, number)
         if isinstance(table, Failed):
             facts.failures.append(table)
         else:

@@ -151,7 +151,7 @@ def action_follows(facts: Facts) -> Iterator[Finding]:
             "action-late",
             "warning",
             f"the action repeats what the state did {-LAGS[best]} rows before (correlation of their steps "
-            f"{mean[best]:.2f}, {after:.2f} the other way); action_shift: {1 - LAGS[best]}?",
+            f"{mean[best]:.2f}, {after:.2f} in the other direction); action_shift: {1 - LAGS[best]}?",
         )
     for i, (a, s) in enumerate(follow.pairs):
         along, against = float(correlation[:, i].max()), -float(correlation[:, i].min())

@@ -81,10 +81,11 @@ class PanelData:
         """`metrics` over everything, with those of the set of chunks: "mmd", "mode_coverage"."""
         return {**self.metrics.result(), **set_metrics(*self._tensors())}
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """`pred`, `target`, `active` and `dataset` for torch."""
         values = (self.pred, self.target, self.active, self.dataset.astype(np.int64))
-        return [torch.from_numpy(np.ascontiguousarray(x)) for x in values]
+        pred, target, active, dataset = (torch.from_numpy(np.ascontiguousarray(x)) for x in values)
+        return pred, target, active, dataset
 
     def of_slot(self, metric: str) -> np.ndarray:
         """[128] of a metric: mean over the datasets that define it, NaN where none does."""

@@ -31,7 +31,7 @@ def action_distribution(data: PanelData, style: Style = LIGHT) -> Figure:
         edges: Any = np.linspace(min(a.min(), p.min()), max(a.max(), p.max()) + 1e-9, 31)
         names = (None, None) if n else ("expert", "predicted")
         axis.hist(a, edges, density=True, color=style.expert, alpha=0.55, label=names[0])
-        how = {"histtype": "step", "color": style.predicted, "linewidth": 1.5}
+        how: dict[str, Any] = {"histtype": "step", "color": style.predicted, "linewidth": 1.5}
         axis.hist(p, edges, density=True, label=names[1], **how)
         reached = "constant" if np.isnan(coverage[i]) else f"coverage {coverage[i]:.0f} %"
         axis.set_title(f"{slots()[i].name}\n{reached}")
@@ -69,7 +69,7 @@ def trajectories(data: PanelData, style: Style = LIGHT) -> Figure:
                 axis.plot([e[a], p[a]], [e[b], p[b]], color=style.faint, linewidth=0.8)
             labels = ("expert", "predicted") if not column and b == 1 else (None, None)
             axis.plot(*expert[:, [a, b]].T, color=style.expert, marker="o", markersize=2.5, label=labels[0])
-            how = {"color": style.predicted, "marker": ".", "markersize": 4, "linestyle": "--"}
+            how: dict[str, Any] = {"color": style.predicted, "marker": ".", "markersize": 4, "linestyle": "--"}
             axis.plot(*predicted[:, [a, b]].T, label=labels[1], **how)
             axis.set(xlabel=f"{names[a]} ({unit})", ylabel=f"{names[b]} ({unit})")
             axis.locator_params(nbins=4)
@@ -112,7 +112,7 @@ def mode_coverage(data: PanelData, style: Style = LIGHT) -> Figure:
             (expert, "*", style.expert, "expert"),
             (predicted, ".", style.predicted, "predicted"),
         ):
-            how = {"color": color, "markersize": 6, "alpha": 0.7, "label": None if n else label}
+            how: dict[str, Any] = {"color": color, "markersize": 6, "alpha": 0.7, "label": None if n else label}
             axis.plot(*((values - mean) @ axes.T).T, marker, **how)
         axis.set(
             title=f"{data.datasets[k]}, {len(rows)} chunks",

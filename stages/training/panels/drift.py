@@ -79,8 +79,8 @@ def drift_trend(data: PanelData, style: Style = LIGHT) -> Figure:
     recent = float((smooth[-1] - smooth[2 * len(smooth) // 3]).mean())
     flat = "flat, a hybrid head may need a greater loss.drift_weight"
     verdict = "rising" if change > 0.1 else grade(recent, (-0.05, "still falling"), beyond=flat)
-    values = f"λ {np.mean(strength[0]):.2f} → {np.mean(smooth[-1]):.2f} (ln of mean(F²))"
-    return finish(figure, f"{values}: {verdict} (A2)", style)
+    trend = f"λ {np.mean(strength[0]):.2f} → {np.mean(smooth[-1]):.2f} (ln of mean(F²))"
+    return finish(figure, f"{trend}: {verdict} (A2)", style)
 
 
 def temperature_drift(data: PanelData, style: Style = LIGHT) -> Figure:

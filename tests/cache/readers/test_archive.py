@@ -130,7 +130,7 @@ def test_members_outside_their_folder(tmp_path, name):
     """Whatever they are called and whether or not they are wanted: the archive is refused, nothing is written."""
     files = {"good.png": b"1", name: b"2"}
     for path in (a_zip(tmp_path / "x.zip", files), a_tar(tmp_path / "x.tar", files)):
-        refused(path, "member .* lies outside its folder; the archive is refused")
+        refused(path, "member .* is outside its folder; the archive is refused")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.tar", "x.zip"]
 
 
@@ -162,7 +162,7 @@ def test_names_that_are_no_names(tmp_path):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "twice.zip", "w") as file:
         file.writestr("x.png", b"1")
         file.writestr("x.png", b"2")
-    refused(tmp_path / "twice.zip", "member 'x.png' is there twice; the archive is refused")
+    refused(tmp_path / "twice.zip", "member 'x.png' appears twice; the archive is refused")
 
 
 # --- what is packed in another way, lies or is damaged -------------------------------------------------------------

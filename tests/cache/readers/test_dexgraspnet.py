@@ -1,4 +1,5 @@
-"""DexGraspNet 2.0, on files made to its documented layout: poses in the images' frame, views of the cloud, damage in one line."""
+"""DexGraspNet 2.0, on files made to its documented layout: poses in the images' frame, views of the cloud, damage in
+one line."""
 
 from __future__ import annotations
 

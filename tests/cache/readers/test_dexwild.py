@@ -1,4 +1,5 @@
-"""DexWild HDF5, on files made to its documented layout: exact values, one clock, and one clear line for every damage."""
+"""DexWild HDF5, on files made to its documented layout: exact values, one clock, and one clear line for every
+damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every LeRobot-format family on files made to the layout its facts list: found by name, read, mapped and mapped back."""
+"""Every LeRobot-format family on files made to the layout its facts list: found by name, read, mapped and mapped
+back."""
 
 from __future__ import annotations
 

@@ -254,9 +254,8 @@ def test_a_record_takes_only_attributes(name):
     state = pickle.dumps(STATES[name], 2)[2:-1]
     refused(b"\x80\x02crlbench.backend.observation\nObservation\n)\x81" + state + b"b.")
     refused(
-        b"\x80\x02crlbench.demo\nDemo\n)\x81}X\x0d\x00\x00\x00_observations]crlbench.backend.observation\nObservation\n)\x81"
-        + state
-        + b"basb."
+        b"\x80\x02crlbench.demo\nDemo\n)\x81}X\x0d\x00\x00\x00_observations]"
+        b"crlbench.backend.observation\nObservation\n)\x81" + state + b"basb."
     )
 
 

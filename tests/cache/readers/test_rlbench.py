@@ -122,7 +122,8 @@ def test_what_is_on_the_hub_is_known_by_name():
 
 
 def test_hub_zip_and_folder(tree, tmp_path, monkeypatch):
-    """A hub id, a folder of one and a zip of one: only what is below it is asked for, and the names say whence it is."""
+    """A hub id, a folder of one and a zip of one: only what is below it is asked for, and the names say whence it
+    is."""
     import huggingface_hub
 
     snapshot, asked = tmp_path / "0123abcd", []

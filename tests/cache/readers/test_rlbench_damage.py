@@ -170,7 +170,7 @@ def test_sources_that_cannot_be_opened(tree, tmp_path):
     shutil.copytree(tree / "open_drawer", root / "train" / "open_drawer")  # unpacked beside it
     refuse(
         root,
-        "train/open_drawer/all_variations/episodes/episode0 is there twice, in .*open_drawer.*; move one of them away",
+        "train/open_drawer/all_variations/episodes/episode0 appears twice, in .*open_drawer.*; move one of them away",
     )
     shutil.rmtree(root / "train" / "open_drawer")
     whole = path.read_bytes()
@@ -179,7 +179,7 @@ def test_sources_that_cannot_be_opened(tree, tmp_path):
     refuse(path, "open_drawer.zip is cut off or damaged")
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("../../open_drawer/all_variations/episodes/episode0/low_dim_obs.pkl", b"x")
-    refuse(root, "open_drawer.zip: member '../../open_drawer/.*' lies outside its folder; the archive is refused")
+    refuse(root, "open_drawer.zip: member '../../open_drawer/.*' is outside its folder; the archive is refused")
     path.write_bytes(whole)
     (root / "train" / "close_jar.tar.xz").write_bytes(b"\xfd7zXZ\0")
     refuse(root, "close_jar.tar.xz is compressed as one stream, .*; extract it first")

@@ -1,4 +1,5 @@
-"""The RLDS / TFRecord reader: what was written comes back, other layouts are survived or named, the real sample decodes."""
+"""The RLDS / TFRecord reader: what was written comes back, other layouts are survived or named, the real sample
+decodes."""
 
 import dataclasses
 import io
@@ -297,7 +298,8 @@ def test_real_bridge_against_an_independent_parse(bridge):
 
 
 def test_real_bridge_has_no_wrist_camera(bridge):
-    """Every has_image flag of the sample is false, but only image_3 is black: that one is refused, the others are kept."""
+    """Every has_image flag of the sample is false, but only image_3 is black: that one is refused, the others are
+    kept."""
     source = open_source(bridge, dataclasses.replace(load_config("bridge_v2"), views=("image_0", "image_3")))
     for number in source.episode_ids:
         with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -259,6 +260,18 @@ def test_foreign_folders_and_bad_names_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot name"):
             CacheWriter.create_or_resume(tmp_path / "c", synthetic.FINGERPRINT, bad)
     assert not (tmp_path / "c").exists()
+
+
+def test_attributes_of_the_store_must_agree_with_the_plan(tmp_path: Path) -> None:
+    plan = synthetic.make_plan()
+    tables = synthetic.make_tables(plan, "alpha")
+    with CacheWriter.create_or_resume(tmp_path / "c", synthetic.FINGERPRINT, plan) as writer:
+        for given in ({"frames": 1}, {"quarantined": []}):
+            with pytest.raises(ValueError, match=f"{next(iter(given))}.* belong to the store"):
+                writer.write_tables("alpha", dataclasses.replace(tables, attributes=given))
+        assert "alpha" in writer.tables_missing()
+        writer.write_tables("alpha", dataclasses.replace(tables, attributes={"tokens": plan.tokens}))
+        assert "alpha" not in writer.tables_missing()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

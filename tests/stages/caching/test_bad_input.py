@@ -176,7 +176,8 @@ def test_each_damage_is_one_line_in_the_ledger(damaged: tuple[Path, Path, Path, 
 
 
 def test_nothing_else_is_lost(damaged: tuple[Path, Path, Path, BuildReport]) -> None:
-    """Every healthy episode has the features (in other batches), actions and text it has in the cache of the undamaged dataset."""
+    """Every healthy episode has the features (in other batches), actions and text it has in the cache of the undamaged
+    dataset."""
     _, cache, whole, _ = damaged
     ours, all_of_it = Cache.open(cache).datasets[0], Cache.open(whole).datasets[0]
     assert ours.episode_id.tolist() == sorted([*HEALTHY, MIDWAY])
@@ -293,7 +294,7 @@ def test_archive_member_outside_its_folder(vlm: Path, tmp_path: Path) -> None:
         file.writestr("../../evil.png", b"evil")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        UserError, match=r"close_jar.zip: member '../../evil.png' lies outside its folder; the archive is refused"
+        UserError, match=r"close_jar.zip: member '../../evil.png' is outside its folder; the archive is refused"
     ) as caught:
         run(vlm, packed.parent, tmp_path / "cache")
     assert (

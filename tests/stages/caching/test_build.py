@@ -426,7 +426,7 @@ def test_fine_tuning_resumes_exactly(
 def test_another_adapter_is_refused(
     recorded: Recorded, stage_two: Path, stage_three: StageThree, lora: LoraSpec | None, field: str
 ) -> None:
-    with pytest.raises(UserError, match=f"begun with other settings: {field}"):
+    with pytest.raises(UserError, match=f"has other settings: {field}"):
         finetune(again(recorded, stage_two, stage_three.run, lora), say=quiet)
 
 

@@ -1,4 +1,5 @@
-"""Builds that are killed, interrupted, starved of disk and contended: what is left, what is said, and that going on gives the same bytes."""
+"""Builds that are killed, interrupted, starved of disk and contended: what is left, what is said, and that going on
+gives the same bytes."""
 
 from __future__ import annotations
 
@@ -127,7 +128,8 @@ def require_sound(out: Path) -> None:
 def test_fifty_kills_of_workers_and_parents_in_one_build(
     zygote: Zygote, recorded: dict[str, Path], vlm: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """With four workers, one and none, each killed at random moments and then the parent; last all four workers at once."""
+    """With four workers, one and none, each killed at random moments and then the parent; last all four workers at
+    once."""
     rng, out, kills = random.Random(1), tmp_path / "cache", 0
     (tmp_path / "cache.fault").write_text(json.dumps({"all": "slow", "wrist/9": "sleep"}))  # never whole
     for i, workers in enumerate(itertools.cycle([4, 0, 1, 4])):
@@ -192,7 +194,8 @@ def test_four_workers_finish_shards_in_another_order(
 def test_units_of_several_shards_killed_with_and_without_workers(
     zygote: Zygote, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
-    """At depth language one pass makes the shards of both views. Killed while one of a unit's shards is there and the other is not."""
+    """At depth language one pass makes the shards of both views. Killed while one of a unit's shards is there and the
+    other is not."""
     sizes = TinyPaliGemmaSpec(
         vision_depth=1, vision_width=32, vision_heads=2, image_size=28, out_width=32, text_layers=1, vocabulary=512
     )
@@ -422,7 +425,8 @@ def test_the_disk_fills_up_at_every_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert failures > 10 and tree(out) == expected and verify_checksums(out) == []
 
 
-# In a mount namespace of its own: a build into a tmpfs of a megabyte, of which something else takes all but one page before the second shard.
+# In a mount namespace of its own: a build into a tmpfs of a megabyte, of which something else takes all but one page
+# before the second shard.
 SMALL_DISK = """
 import ctypes, os, shutil, sys
 import dvla.cli
@@ -430,7 +434,8 @@ from dvla.cache.store.writer import CacheWriter
 root, whole, *arguments = sys.argv[1:]
 NEWNS, RECURSIVE_PRIVATE = 0x20000, 0x4000 | 0x40000
 libc = ctypes.CDLL(None, use_errno=True)
-if libc.unshare(NEWNS) or libc.mount(b"none", b"/", None, RECURSIVE_PRIVATE, None) or libc.mount(b"tmpfs", root.encode(), b"tmpfs", 0, b"size=1m"):
+if (libc.unshare(NEWNS) or libc.mount(b"none", b"/", None, RECURSIVE_PRIVATE, None)
+        or libc.mount(b"tmpfs", root.encode(), b"tmpfs", 0, b"size=1m")):
     print(os.strerror(ctypes.get_errno()))
     sys.exit(77)
 write_shard, filler = CacheWriter.write_shard, root + "/filler"
@@ -459,7 +464,8 @@ shutil.copytree(root + "/cache", whole + "/second")
 def test_a_small_disk_that_fills_up_amid_a_shard(
     zygote: Zygote, recorded: dict[str, Path], vlm: Path, tmp_path: Path
 ) -> None:
-    """A real tmpfs, checked for room while there is some: one line, nothing half-written, and the same command goes on."""
+    """A real tmpfs, checked for room while there is some: one line, nothing half-written, and the same command goes
+    on."""
     (tmp_path / "disk").mkdir()
     arguments = [
         *command(recorded["image"], vlm, tmp_path / "unused"),

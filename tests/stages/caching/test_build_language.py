@@ -1,4 +1,4 @@
-"""`--depth language` through the product: one pass of PaliGemma 2 makes the features of all views of an observation, with its instruction."""
+"""`--depth language` end to end: one pass of PaliGemma 2 encodes all views of an observation and its instruction."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dvla.stages.caching.upkeep.repair import repair
 from dvla.stages.caching.upkeep.verify import TOLERANCE, verify
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.simulation.envs import Observation
-from support.cli_runner import Dvla, refused
+from support.cli_runner import Dvla, argv, refused
 from support.corner import SHARD, Corner, other_instruction, other_pictures, tree
 from support.lerobot_samples import LENGTHS, TASKS, VIEWS, rewrite, the_file, with_column
 from support.tolerances import assert_same_actions, assert_same_features
@@ -81,7 +81,7 @@ def observation(source: Path, number: int, frame: int) -> Observation:
     )
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def test_the_cache_holds_what_the_encoder_gives(recorded: dict[str, Path], cache: Path, encoder: Any) -> None:
@@ -153,7 +153,7 @@ def test_a_unit_that_fails_commits_nothing_half(
         return encode(self, views, instruction) * (float("inf") if calls == 2 else 1)
 
     monkeypatch.setattr(PaliGemma2Encoder, "encode_observation", failing)
-    with pytest.raises(UserError, match=r"image/front\+wrist: the encoder gave inf"):
+    with pytest.raises(UserError, match=r"image/front\+wrist: the encoder returned inf"):
         build(configure(recorded["image"], vlm, tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("**/.*.tmp-*")) and not list(
         (tmp_path / "cache").glob(".commits/image/*/*.json")
@@ -207,13 +207,13 @@ def test_too_many_tokens_are_refused_before_anything_is_written(
     for call in (build, functools.partial(plan_build, pilot=PilotConfig(images=4))):
         with pytest.raises(
             UserError,
-            match="32 image tokens and a prompt of .* are more than the 34 tokens of this language model's context; use fewer views",
+            match="32 image tokens and a prompt of .* are more than the 34 tokens of this language model's context; use",
         ):
             call(configure(recorded["image"], small, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-# --- what changed ------------------------------------------------------------------------------------------------------------
+# --- what changed -----------------------------------------------------------------------------------------------------
 
 
 def counted(report: BuildReport) -> tuple[int, int, int]:
@@ -299,7 +299,7 @@ def test_repair_makes_one_view_of_a_unit_again(recorded: dict[str, Path], cache:
     assert (report.shards, report.other_bytes) == (2, ()) and tree(copy) == tree(cache)
 
 
-# --- live --------------------------------------------------------------------------------------------------------------------
+# --- live -------------------------------------------------------------------------------------------------------------
 
 
 def test_live_features_are_the_cached_ones_whatever_is_mixed(cache: Path, encoder: Any) -> None:
@@ -362,22 +362,9 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
     from dvla.stages.policy.policy import Policy
 
     source, out = recorded["h264"], tmp_path / "cache"
-    options = (
-        source,
-        "--vlm",
-        "tiny_paligemma2",
-        "--vlm-path",
-        vlm,
-        "--depth",
-        "language",
-        "--resolution",
-        56,
-        "--tokens",
-        4,
-        "--device",
-        "cpu",
-        "--frame-stride",
-        2,
+    options = argv(
+        f"{source} --vlm tiny_paligemma2 --vlm-path {vlm} --depth language --resolution 56 --tokens 4 "
+        "--device cpu --frame-stride 2"
     )
     refused(
         dvla("cache", "build", *options, "--features", "patch", "--out", out),
@@ -397,7 +384,7 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
     ):
         result = dvla("cache", *step)
         assert result.code == 0 and result.err == "", result
-    assert "against the finished cache, encoded again: 0 pictures" in result.out
+    assert "against the finished cache, encoded again: 0 images" in result.out
     refused(dvla("cache", "plan", *options, "--out", out, "--append", "--update"), "exclude each other")
     refused(
         dvla("cache", "build", *options, "--depth", "vision", "--out", out),
@@ -406,18 +393,7 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
     small = ("--set", "dit={width: 32, blocks: 1, heads: 2, horizon: 4}", "--set", "eval_every=0")
     assert (
         dvla(
-            "train",
-            "--from-cache",
-            out,
-            "--out",
-            tmp_path / "two",
-            "--recipe",
-            "tiny",
-            "--steps",
-            2,
-            "--batch-size",
-            4,
-            *small,
+            *argv(f"train --from-cache {out} --out {tmp_path / 'two'} --recipe tiny --steps 2 --batch-size 4"), *small
         ).code
         == 0
     )

@@ -1,4 +1,4 @@
-"""`dvla cache plan | status | inspect | diff | repair | gc`, through the command line: what they say is so, and what they mend is whole."""
+"""`dvla cache plan | status | inspect | diff | repair | gc` from the command line: what they print and repair is right."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dvla.stages.caching.planning.forecast import Measured, ViewCost, forecast
 from dvla.stages.caching.sizes import plan_nbytes, require_room
 from dvla.stages.caching.upkeep import repair as cache_repair
 from support import synthetic_cache as synthetic
-from support.cli_runner import Dvla, refused
+from support.cli_runner import Dvla, argv, refused
 from support.lerobot_samples import LENGTHS, VIEWS
 
 FRAMES = sum(LENGTHS)
@@ -117,7 +117,7 @@ def built(recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPat
     return folder / "cache"
 
 
-# --- status ------------------------------------------------------------------------------------------------------------
+# --- status -----------------------------------------------------------------------------------------------------------
 
 
 def test_status_of_unfinished_finished_and_next(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_no_cache_is_refused(
     assert list((tmp_path / "folder").iterdir()) == []
 
 
-# --- inspect -----------------------------------------------------------------------------------------------------------
+# --- inspect ----------------------------------------------------------------------------------------------------------
 
 
 def test_inspect_and_norm_images(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_inspect_and_norm_images(dvla: Dvla, whole: Path, tmp_path: Path) -> Non
     assert times(tmp_path / "norms") == before
 
 
-# --- diff --------------------------------------------------------------------------------------------------------------
+# --- diff -------------------------------------------------------------------------------------------------------------
 
 
 def test_diff_of_equal_and_other_caches(dvla: Dvla, whole: Path, copy: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_diff_names_episodes_and_unsampled_changes(
     assert few.code == 1 and "but some checksums differ" in few.out
 
 
-# --- gc ----------------------------------------------------------------------------------------------------------------
+# --- gc ---------------------------------------------------------------------------------------------------------------
 
 
 def test_gc_lists_asks_and_leaves_the_cache_alone(
@@ -322,7 +322,7 @@ def test_gc_leaves_an_interrupted_exchange(dvla: Dvla, copy: Path, tmp_path: Pat
     assert (tmp_path / "cache.next").exists() and (tmp_path / "cache.gen-1").exists()
 
 
-# --- repair ------------------------------------------------------------------------------------------------------------
+# --- repair -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,10 +360,7 @@ def test_what_cannot_be_repaired_is_refused(dvla: Dvla, copy: Path) -> None:
     flip(copy / "alpha/features/front/c/0/0/0")
     before = tree(copy)
     declined(
-        dvla("cache", "repair", copy),
-        "alpha/features/front/c/0/0/0",
-        "neither",
-        "tells what alpha was built from",
+        dvla("cache", "repair", copy), "alpha/features/front/c/0/0/0", "neither", "tells what alpha was built from"
     )  # a synthetic cache has no source
     flip(copy / "fingerprint.json", 40)
     refused(dvla("cache", "repair", copy), "put back a copy of", "fingerprint.json", "damaged")
@@ -466,49 +463,21 @@ def test_repair_refuses_another_source_or_vlm(dvla: Dvla, built: Path, tmp_path:
     assert dvla("cache", "repair", cache, "--source", moved, "--device", "cpu").code == 0 and tree(cache) == tree(built)
 
 
-# --- plan --------------------------------------------------------------------------------------------------------------
+# --- plan -------------------------------------------------------------------------------------------------------------
 
 
 def test_plan_counts_what_a_build_writes(dvla: Dvla, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
-    options = (
-        recorded["h264"],
-        "--vlm",
-        "tiny_qwen3vl",
-        "--vlm-path",
-        vlm,
-        "--resolution",
-        128,
-        "--tokens",
-        4,
-        "--dtype",
-        "int8",
-        "--frame-stride",
-        3,
-        "--augment",
-        1,
-        "--out",
-        tmp_path / "cache",
-        "--device",
-        "cpu",
-        "--shard-frames",
-        8,
+    options = argv(
+        f"{recorded['h264']} --vlm tiny_qwen3vl --vlm-path {vlm} --resolution 128 --tokens 4 --dtype int8 "
+        f"--frame-stride 3 --augment 1 --out {tmp_path / 'cache'} --device cpu --shard-frames 8"
     )
     result = dvla(
-        "cache",
-        "plan",
+        *argv("cache plan"),
         *options,
-        "--price",
-        2.5,
-        "--pilot",
-        8,
-        "--json",
-        tmp_path / "plan.json",
-        "--model-size",
-        "tiny",
-        "--draws",
-        2,
-        "--train-samples-per-second",
-        "measured",
+        *argv(
+            f"--price 2.5 --pilot 8 --json {tmp_path / 'plan.json'} --model-size tiny --draws 2 "
+            "--train-samples-per-second measured"
+        ),
     )
     assert result.code == 0 and result.err == "", result
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]  # the temporary shard is gone
@@ -546,31 +515,14 @@ def test_plan_counts_what_a_build_writes(dvla: Dvla, recorded: dict[str, Path], 
 
 
 def test_plan_without_pooling_or_stride(dvla: Dvla, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
-    options = (
-        recorded["image"],
-        "--vlm",
-        "tiny_qwen3vl",
-        "--vlm-path",
-        vlm,
-        "--resolution",
-        64,
-        "--out",
-        tmp_path / "deep" / "cache",
-        "--device",
-        "cpu",
+    options = argv(
+        f"{recorded['image']} --vlm tiny_qwen3vl --vlm-path {vlm} --resolution 64 "
+        f"--out {tmp_path / 'deep' / 'cache'} --device cpu"
     )
     result = dvla(
-        "cache",
-        "plan",
+        *argv("cache plan"),
         *options,
-        "--pilot",
-        4,
-        "--json",
-        tmp_path / "p.json",
-        "--disk-rate",
-        1e-6,
-        "--train-samples-per-second",
-        1e9,
+        *argv(f"--pilot 4 --json {tmp_path / 'p.json'} --disk-rate 1e-6 --train-samples-per-second 1e9"),
     )
     found = json.loads((tmp_path / "p.json").read_text())
     assert (
@@ -657,7 +609,7 @@ def test_forecast_is_the_arithmetic_it_says() -> None:
 
 
 def test_forecast_of_an_update_counts_what_stays() -> None:
-    """Of the first episode's 10 observations 8 lie in a shard that stays whole and 2 are copied; the 5 of the second are encoded."""
+    """8 of the first episode's 10 observations lie in a reused shard, 2 are copied; the 5 of the second are encoded."""
     plan, record = one_dataset((10, 5), variants=1), 4 * 32 * 2
     changed = [ViewChange("d", "a", 0, 5, 2, 8, 1), ViewChange("d", "b", 5, 0, 2, 8, 1)]
     f = forecast(plan, measured(), free=10**9, memory=0, changed=changed)
@@ -682,7 +634,7 @@ def test_forecast_of_an_update_counts_what_stays() -> None:
     )
 
 
-# --- room --------------------------------------------------------------------------------------------------------------
+# --- room -------------------------------------------------------------------------------------------------------------
 
 
 def test_plan_bytes_are_those_of_a_cache(whole: Path, tmp_path: Path) -> None:
@@ -695,24 +647,9 @@ def test_plan_bytes_are_those_of_a_cache(whole: Path, tmp_path: Path) -> None:
 def test_a_build_that_the_disk_cannot_hold_is_refused(
     dvla: Dvla, recorded: dict[str, Path], vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = (
-        "cache",
-        "build",
-        recorded["h264"],
-        "--vlm",
-        "tiny_qwen3vl",
-        "--vlm-path",
-        vlm,
-        "--resolution",
-        64,
-        "--out",
-        tmp_path / "cache",
-        "--device",
-        "cpu",
-        "--shard-frames",
-        8,
-        "--batch-size",
-        5,
+    options = argv(
+        f"cache build {recorded['h264']} --vlm tiny_qwen3vl --vlm-path {vlm} --resolution 64 "
+        f"--out {tmp_path / 'cache'} --device cpu --shard-frames 8 --batch-size 5"
     )
     room = [60_000]
     monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(10**9, 0, room[0]))

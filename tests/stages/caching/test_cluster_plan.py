@@ -12,7 +12,7 @@ from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.files import read_json
 from dvla.errors import UserError
 from dvla.stages.caching.planning.cluster import GB, Pool, Work, cluster_forecast, read_cluster, stage_one
-from support.cli_runner import Dvla, refused
+from support.cli_runner import Dvla, argv, refused
 from support.repository import ROOT
 from support.run_samples import TINY
 
@@ -97,22 +97,9 @@ def test_files(tmp_path: Path) -> None:
 
 def test_from_the_shell(dvla: Dvla, recorded: dict[str, Path], tmp_path: Path) -> None:
     vlm = make_tiny_qwen3vl(tmp_path / "vlm", TINY)
-    options = (
-        "cache",
-        "plan",
-        recorded["h264"],
-        "--vlm",
-        "tiny_qwen3vl",
-        "--vlm-path",
-        vlm,
-        "--resolution",
-        64,
-        "--out",
-        tmp_path / "cache",
-        "--pilot",
-        4,
-        "--device",
-        "cpu",
+    options = argv(
+        f"cache plan {recorded['h264']} --vlm tiny_qwen3vl --vlm-path {vlm} --resolution 64 "
+        f"--out {tmp_path / 'cache'} --pilot 4 --device cpu"
     )
     done = dvla(*options, "--cluster", "cluster", "--frames", 35_000_000, "--json", tmp_path / "plan.json")
     assert done.code == 0 and "on 64 GPUs, 35,000,000 frames" in done.out

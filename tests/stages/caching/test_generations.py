@@ -64,7 +64,7 @@ def observed(path: Path, dataset: str = "data") -> np.ndarray:
     return np.concatenate([np.arange(start, end, found.frame_stride) for start, end in zip(found.episode_start, ends)])
 
 
-# --- append ----------------------------------------------------------------------------------------------------------------
+# --- append -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{}, {"format": FeatureFormat("int8", "zstd"), "frame_stride": 3, "augment": 1}])
@@ -141,7 +141,7 @@ def test_append_refuses_what_is_not_new(corner: Corner, recorded: dict[str, Path
     assert tree(corner.out) == before and sorted(p.name for p in corner.folder.iterdir()) == ["cache", "data"]
 
 
-# --- update ----------------------------------------------------------------------------------------------------------------
+# --- update -----------------------------------------------------------------------------------------------------------
 
 
 def test_update_does_only_what_changed(corner: Corner) -> None:
@@ -218,7 +218,7 @@ def test_an_episode_that_is_gone_moves_the_rest(corner: Corner) -> None:
         np.testing.assert_array_equal(features(corner.out, view), features(report.previous, view)[LENGTHS[0] :])
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -226,7 +226,7 @@ class Killed(BaseException):
 
 
 def test_stopped_anywhere_equals_uninterrupted(corner: Corner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after every commit, and between and after the two renames: the same command finishes, and readers never see a mixture."""
+    """Stopped after every commit, between and after the renames: a rerun finishes, and readers never see a mixture."""
     corner.record(2).build()
     first = tree(corner.out)
     corner.record(3)
@@ -333,7 +333,7 @@ def test_a_reader_keeps_its_generation(corner: Corner) -> None:
 
 
 def test_a_reader_opens_one_generation_while_they_change(corner: Corner) -> None:
-    """Two finished generations change places over and over, OUT being absent for moments: what opens is one or the other."""
+    """Two finished generations change places again and again, OUT being absent at times: either of them opens."""
     corner.record(2).build()
     corner.record(2, other_pictures("front", 0)).build("update")
     out, later, away = corner.out, corner.folder / "cache.next", corner.folder / "cache.gen-1"

@@ -166,7 +166,8 @@ from dvla.stages.caching.transfer.object_store import pull_cache, push_cache
 cache, scratch, url = sys.argv[1], sys.argv[2], "s3://bucket/deep/cache"
 assert push_cache(cache, url).found == 0
 assert pull_cache(url, scratch + "/copy").found == 0
-with Loader(Cache.open(url, local=scratch + "/local"), batch_size=4, horizon=2) as a, Loader(Cache.open(cache), batch_size=4, horizon=2) as b:
+remote = Cache.open(url, local=scratch + "/local")
+with Loader(remote, batch_size=4, horizon=2) as a, Loader(Cache.open(cache), batch_size=4, horizon=2) as b:
     assert (next(a).batch.tokens == next(b).batch.tokens).all()
 server.stop()
 print("same")

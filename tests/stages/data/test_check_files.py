@@ -36,7 +36,8 @@ from support.lerobot_samples import FPS, LENGTHS, convert_to_v2, rewrite, with_c
 
 
 def plausible(table: Any) -> Any:
-    """Recorded files hold random numbers; these are smooth, with the gripper between its ends, and the state follows the action."""
+    """Recorded files hold random numbers; these are smooth, with the gripper between its ends, and the state follows
+    the action."""
     values = np.concatenate(
         [np.stack([path(e, n + 1)[:, [3, 4, 5, 10]] for _ in "a"])[0][:-1] for e, n in enumerate(LENGTHS)]
     )

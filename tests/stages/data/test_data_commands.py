@@ -22,7 +22,7 @@ from dvla.cache.readers.config import DatasetConfig, config_names, load_config
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.stages.data import statistics
 from dvla.stages.data.add.guesses import guess
-from support.cli_runner import Dvla, refused
+from support.cli_runner import Dvla, argv, refused
 from support.hdf5_samples import write_replay_buffer, write_robomimic
 from support.lerobot_samples import convert_to_v2
 
@@ -34,8 +34,8 @@ CAMERA = "observation.images.front"
 def write_dataset(
     root: Path, lengths=(10, 13, 16), action=METAWORLD, state=METAWORLD, robot="metaworld_sawyer", group=None, seed=0
 ) -> Path:
-    """A LeRobot v3.0 dataset without its video files, all rows in one parquet file: lerobot's row groups of one episode each,
-    or of `group` rows. `action`, `state`: names of the dimensions, or a width."""
+    """A LeRobot v3.0 dataset without its video files, all rows in one parquet file: row groups of one episode each, or of
+    `group` rows. `action`, `state`: names of the dimensions, or a width."""
     rng, width = np.random.default_rng(seed), {}
     features = {CAMERA: {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channels"]}}
     for key, names in (("action", action), ("observation.state", state)):
@@ -520,18 +520,7 @@ def entries(path: Path) -> list[str]:
 def test_add_joints_in_degrees(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = write_dataset(tmp_path / "cubes", action=SO100, state=SO100, robot="so100")
-    command = (
-        "add",
-        root,
-        "--embodiment",
-        "gripper_joint",
-        "--action-kind",
-        "absolute",
-        "--joint-unit",
-        "deg",
-        "--gripper",
-        "100,0",
-    )
+    command = argv(f"add {root} --embodiment gripper_joint --action-kind absolute --joint-unit deg --gripper 100,0")
     result = dvla(*command)
     assert result.code == 0 and "--dataset-config cubes.yaml" in result.out
     path = tmp_path / "cubes.yaml"
@@ -559,27 +548,11 @@ def test_add_displacements_of_the_hand(dvla: Dvla, tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "d", action=names, state=HAND, robot="new")
     out = tmp_path / "new.yaml"
     result = dvla(
-        "add",
-        root,
-        "--out",
-        out,
-        "--name",
-        "kitchen",
-        "--license",
-        "MIT",
-        "--embodiment",
-        "gripper_delta_eef",
-        "--action-kind",
-        "delta",
-        "--delta-scale",
-        "0.02,deg",
-        "--position-unit",
-        "mm",
-        "--gripper=-1,1",
-        "--state-gripper",
-        "1,0",
-        "--rotation",
-        "euler_xyz",
+        *argv(
+            f"add {root} --out {out} --name kitchen --license MIT --embodiment gripper_delta_eef "
+            "--action-kind delta --delta-scale 0.02,deg --position-unit mm --gripper=-1,1 --state-gripper 1,0 "
+            "--rotation euler_xyz"
+        )
     )
     assert result.code == 0, result
     config = load_config(out)
@@ -594,28 +567,16 @@ def test_add_displacements_of_the_hand(dvla: Dvla, tmp_path: Path) -> None:
 
 
 def test_add_keeps_to_what_fields_say(dvla: Dvla, tmp_path: Path) -> None:
-    """An absolute position in an action of displacements keeps its own unit; a rotation given with its form is not asked for."""
+    """An absolute position in a displacement action keeps its unit; a rotation given with its form is not asked for."""
     root = write_dataset(tmp_path / "d", action=9, state=("lever",), robot='new"\nembodiment: bimanual')
     out = tmp_path / "o.yaml"
     result = dvla(
-        "add",
-        root,
-        "--out",
-        out,
-        "--embodiment",
-        "gripper_eef",
-        "--action-kind",
-        "delta",
-        "--delta-scale",
-        "0.5,1",
-        "--position-unit",
-        "cm",
-        "--gripper",
-        "1,0",
-        "--field",
-        "action.0-8=eef_pos_z,eef_vel_x,rotation:quat_xyzw:left_eef_angle,left_gripper_open,drop:2",
-        "--field",
-        "state.0=drop",
+        *argv(
+            f"add {root} --out {out} --embodiment gripper_eef --action-kind delta --delta-scale 0.5,1 "
+            "--position-unit cm --gripper 1,0 "
+            "--field action.0-8=eef_pos_z,eef_vel_x,rotation:quat_xyzw:left_eef_angle,left_gripper_open,drop:2 "
+            "--field state.0=drop"
+        )
     )
     assert result.code == 0, result
     config = load_config(out)
@@ -625,7 +586,7 @@ def test_add_keeps_to_what_fields_say(dvla: Dvla, tmp_path: Path) -> None:
 
 
 def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
-    """Nothing that info.json does not say is assumed: without a terminal each missing option is named, and no file appears."""
+    """Nothing is assumed that info.json does not tell: off a terminal each missing option is named; no file appears."""
     root, out = (
         write_dataset(tmp_path / "d", action=HAND, state=("motor_0", "motor_1"), robot="new"),
         tmp_path / "o.yaml",
@@ -639,19 +600,8 @@ def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
         "--gripper: ",
         "--field state.0-1=…: ",
     )
-    known = (
-        "add",
-        root,
-        "--out",
-        out,
-        "--embodiment",
-        "gripper_eef",
-        "--action-kind",
-        "absolute",
-        "--position-unit",
-        "m",
-        "--gripper",
-        "1,0",
+    known = argv(
+        f"add {root} --out {out} --embodiment gripper_eef --action-kind absolute --position-unit m --gripper 1,0"
     )
     refused(dvla(*known, "--rotation", "axis_angle"), "--field state.0-1=…: meaning of motor_0 … motor_1")
     assert dvla(*known, "--rotation", "axis_angle", "--field", "state.0-1=eef_pos_z,drop").code == 0
@@ -724,22 +674,10 @@ def test_add_asks_on_a_terminal(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.
         and "did you mean 'arm_joint_1_pos'" in asked.err
     )
     given = dvla(
-        "add",
-        root,
-        "--out",
-        tmp_path / "given.yaml",
-        "--embodiment",
-        "bimanual",
-        "--action-kind",
-        "absolute",
-        "--joint-unit",
-        "deg",
-        "--gripper",
-        "2,0",
-        "--field",
-        "action.1=arm_joint_1_pos",
-        "--field",
-        "state.1=arm_joint_1_pos",
+        *argv(
+            f"add {root} --out {tmp_path / 'given.yaml'} --embodiment bimanual --action-kind absolute "
+            "--joint-unit deg --gripper 2,0 --field action.1=arm_joint_1_pos --field state.1=arm_joint_1_pos"
+        )
     )
     assert given.code == 0 and (tmp_path / "given.yaml").read_text() == (tmp_path / "asked.yaml").read_text()
     monkeypatch.setattr(sys, "stdin", Terminal("bimanual\nabsolute\n"))
@@ -752,18 +690,10 @@ def test_every_embodiment_can_be_chosen(dvla: Dvla, tmp_path: Path) -> None:
         out = tmp_path / f"{name}.yaml"
         assert (
             dvla(
-                "add",
-                root,
-                "--out",
-                out,
-                "--embodiment",
-                name,
-                "--action-kind",
-                "absolute",
-                "--joint-unit",
-                "percent",
-                "--gripper",
-                "100,0",
+                *argv(
+                    f"add {root} --out {out} --embodiment {name} --action-kind absolute --joint-unit percent "
+                    "--gripper 100,0"
+                )
             ).code
             == 0
         )

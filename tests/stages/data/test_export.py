@@ -1,4 +1,4 @@
-"""Any source as Episode-HDF5 and back: the same numbers and pictures, resumable, nothing overwritten or lost in silence."""
+"""Any source as Episode-HDF5 and back: the same numbers and images, resumable, nothing overwritten or lost silently."""
 
 import json
 import os
@@ -158,10 +158,7 @@ def test_export_refuses_what_is_not_its_own(demos, episode_folder, tmp_path, mon
     "how, message",
     [
         (lambda pictures: pictures[:-1], "4 images of 'robot0_eye_in_hand' for 5 rows"),
-        (
-            lambda pictures: [*pictures, pictures[0]],
-            r"image 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected 5 of",
-        ),
+        (lambda pictures: [*pictures, pictures[0]], r"image 5 of 'robot0_eye_in_hand' is \[6, 8, 3\], expected 5 of"),
         (
             lambda pictures: [pictures[0][:4], *pictures[1:]],
             r"image 0 of 'robot0_eye_in_hand' is \[4, 8, 3\], expected 5 of",

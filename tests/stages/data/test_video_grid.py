@@ -75,7 +75,7 @@ def decoded(path: Path) -> list[np.ndarray]:
         return [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
 
 
-# --- layout ------------------------------------------------------------------------------------------------------------
+# --- layout -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [G1, BRIDGE, ["dropped"]], ids=["26", "7", "1"])
@@ -133,7 +133,7 @@ def test_text_fits(text: str, width: int, most: int) -> None:
     assert fit("short", font(12), 400) == "short"
 
 
-# --- the file ----------------------------------------------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def test_video_of_a_recording(recorded: dict[str, Path], tmp_path: Path) -> None:

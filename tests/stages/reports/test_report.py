@@ -60,7 +60,7 @@ def write_run(folder: Path, *, worse: bool = False, **settings: Any) -> Path:
 
 
 def write_evaluation(folder: Path) -> Path:
-    """What `dvla eval --out` leaves; the film is no film."""
+    """What `dvla eval --out` leaves; the video is no video."""
     (folder / "videos").mkdir(parents=True)
     entry = {
         "success": 0.9,
@@ -172,11 +172,11 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path, dvla: Dvla) -> None:
     require_page(tmp_path / "again.html")
 
 
-def test_a_film_too_large_is_said(tmp_path: Path) -> None:
+def test_a_video_too_large_is_reported(tmp_path: Path) -> None:
     folder = write_evaluation(tmp_path / "eval")
     (folder / "videos" / "metaworld_push-v3.mp4").write_bytes(b"x" * (7 << 20))
-    film = read_evaluation(folder)["films"][0]
-    assert film["video"] == "" and "too large" in film["note"] and film["still"].startswith("data:image/jpeg")
+    video = read_evaluation(folder)["videos"][0]
+    assert video["video"] == "" and "too large" in video["note"] and video["still"].startswith("data:image/jpeg")
 
 
 def test_numbers() -> None:
