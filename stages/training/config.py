@@ -201,11 +201,11 @@ class TrainConfig:
         for name in ("eval_every", "cpu_threads", "seed"):
             require(name, getattr(self, name), at_least=0)
         require("alpha_max", self.alpha_max, at_least=1)
-        require("temperature", self.temperature, at_least=0, at_most=1)  # from every dataset alike to by size
+        require("temperature (the mixture exponent)", self.temperature, at_least=0, at_most=1)
         require("loss.drift_weight", self.loss.drift_weight, at_least=0)
         require("loss.floor", self.loss.floor, at_least=0)
         for value in self.loss.temperatures or (0.0,):
-            require("a loss temperature", value, above=0)
+            require("each of loss.temperatures (of the drift)", value, above=0)
         if self.local_gib is not None:
             require("local_gib", self.local_gib, above=0)
         for name, value in self.dit.items():
