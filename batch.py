@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,8 +123,9 @@ class FeatureBatch:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> FeatureBatch:
         """The batch of `change(field)` for every field that it has."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return FeatureBatch(**{name: None if value is None else change(value) for name, value in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values |= {name: change(value) for name, value in values.items() if value is not None}
+        return FeatureBatch(**values)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FeatureBatch:
         """The same batch on `device`."""

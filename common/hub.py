@@ -57,7 +57,7 @@ def unreachable(repo: str, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
-    """Whatever the hub's client raises, as one line."""
+    """Turn whatever the hub's client raises into one line."""
     try:
         yield
     except UserError:

@@ -1,5 +1,4 @@
-"""Attention kernels of the DiT behind one switch: torch's SDPA (default), FlexAttention, flash-attn. They differ by
-rounding.
+"""Attention kernels of the DiT behind one switch: torch's SDPA (default), FlexAttention, flash-attn.
 
 A kernel is prepared once per forward pass, `kernel(mask, queries)`, for all layers that share the mask; what it returns
 is called with q [B,H,Q,h], k and v [B,H,L,h] and gives [B,H,Q,h].
@@ -111,7 +110,7 @@ def _key_blocks(mask: Tensor, queries: int) -> BlockMask:
 def _packing(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How flash-attn's keys are unpadded, with shapes that do not depend on the data: for keys flattened to [B·L] their
     `order` with the visible ones first, which of the positions are `used`, and where each observation's keys end,
-    `ends` [B+1] int32.
+    `ends` [B+1].
 
     Positions beyond the last end are never read; their gradient is not written either, so `used` must mask it.
     """

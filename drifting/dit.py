@@ -254,8 +254,7 @@ class DriftingDiT(nn.Module):
         kept: list[list[Tensor]] | None = None,
     ) -> Tensor:
         """A denoising head needs `time` [B,G] in [0, 1] and takes noisy actions as `noise` [B,G,T,128]. `kept`: one
-        empty list per block, where several calls share one context: its keys and values are computed by the first
-        alone."""
+        empty list per block, for several calls with one context: the first alone computes keys and values."""
         b, g, t, n = noise.shape
         if (t, n) != (self.config.horizon, self.config.noise_dim) or b != context.sequence.shape[0]:
             raise ValueError(
@@ -281,11 +280,9 @@ class DriftingDiT(nn.Module):
 
 
 def set_attention(net: nn.Module, kind: str) -> None:
-    """Switch every DiT inside `net` to a kernel: auto (= sdpa), sdpa, flex or flash; weights and configs stay as they
-    are.
+    """Switch every DiT inside `net` to a kernel: auto (= sdpa), sdpa, flex or flash; weights and configs do not change.
 
-    Call it when the net is on its device. `UserError` for an unknown name, or where the kernel's library or device is
-    missing."""
+    Call it when the net is on its device. `UserError` for an unknown name, or a missing library or device."""
     for module in net.modules():
         if isinstance(module, DriftingDiT):
             module.attention = kernel(kind, module.skip.weight.device, module.config.width // module.config.heads)

@@ -197,8 +197,7 @@ def _pull(
     """Attraction to the positives minus repulsion from the negatives (the first `negatives` of y) for logits [B,K,G,N]:
     [B,K,G,D], for x [B,G,D] and y [B,N,D].
 
-    Doubly normalized affinities A [B,K,G,N]; coefficients A_pos·ΣA_neg and −A_neg·ΣA_pos sum to zero over y in every
-    row."""
+    Doubly normalized affinities A [B,K,G,N]; the coefficients A_pos·ΣA_neg and −A_neg·ΣA_pos sum to zero over y."""
     present = logits if absent is None else logits.masked_fill(absent[:, None, None, :], -math.inf)  # [B,K,G,N]
     affinity = ((present.log_softmax(3) + logits.log_softmax(2)) / 2).exp()  # [B,K,G,N] sqrt(product of softmaxes)
     if floor is not None:

@@ -1,5 +1,4 @@
-"""Heads on one trunk, so that comparisons are honest: drifting and regression act in one pass, flow matching and
-diffusion in many.
+"""Heads on one trunk, to be compared: drifting and regression act in one pass, flow matching and diffusion in many.
 
 All share the DiT, its conditions, the masks and the weights of the entries; they differ in the target, in the noisy
 input with its time (denoising heads) and in how many passes an action takes:
@@ -71,16 +70,14 @@ def signal_levels(count: int = DIFFUSION_STEPS) -> Tensor:
 
 
 def diffusion_pair(action: Tensor, noise: Tensor, level: Tensor, count: int = DIFFUSION_STEPS) -> tuple[Tensor, Tensor]:
-    """(x_k, target), both shaped like `noise`; `level` k int64 in [0, count), shaped to broadcast. The target is the
-    action."""
+    """(x_k, the action), both shaped like `noise`; `level` k int64 in [0, count), shaped to broadcast."""
     share = signal_levels(count).to(noise.device)[level]  # float64: 1−ᾱ is small at low levels
     x = share.sqrt().to(noise.dtype) * action + (1 - share).sqrt().to(noise.dtype) * noise
     return x, action.expand_as(noise)
 
 
 def ddim(predict: Callable[[Tensor, int], Tensor], noise: Tensor, steps: int, count: int = DIFFUSION_STEPS) -> Tensor:
-    """Action from `noise`: predict(x, level) gives the expected action; `steps` of the `count` levels, the last one
-    first."""
+    """Action from `noise`: predict(x, level) gives the expected action; `steps` of `count` levels, the last first."""
     levels = [round(count * (steps - i) / steps) - 1 for i in range(steps)]
     share, x = _signal_levels(count), noise
     for level, following in zip(levels, [*levels[1:], None]):
@@ -179,11 +176,9 @@ def _denoising_loss(
 def generate(
     net: PolicyNet, context: Context, noise: Tensor, alpha: Tensor, config: LossConfig, *, steps: int | None = None
 ) -> Tensor:
-    """Normalized chunks [B,G,T,128] from `noise` [B,G,T,n], a pure function of its arguments; inactive slots are
-    arbitrary.
+    """Normalized chunks [B,G,T,128] from `noise` [B,G,T,n], deterministic; inactive slots are arbitrary.
 
-    `steps` replaces the kind's number of passes (denoising kinds). The context's keys and values are computed once for
-    all passes."""
+    `steps` replaces the kind's number of passes (denoising kinds), which share the context's keys and values."""
     steps = sample_steps(dataclasses.replace(config, sample_steps=steps or config.sample_steps))
     if config.kind == "mse":
         return net.decode(context, _positions(noise), alpha).expand(-1, noise.shape[1], -1, -1)

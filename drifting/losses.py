@@ -21,8 +21,8 @@ from .field import MIN_SCALE, DriftField, GroupedField, Reduce, drifting_field, 
 
 @dataclass(frozen=True)
 class DriftLoss:
-    """`per_condition` [B] carries the gradient; its value hovers around mean(force²) and is no measure of convergence:
-    `field.mean_square` is."""
+    """`per_condition` [B] carries the gradient; its value hovers around mean(force²); convergence is
+    `field.mean_square`."""
 
     per_condition: Tensor
     field: DriftField
@@ -81,8 +81,7 @@ def counting(batch: FeatureBatch) -> Tensor:
 
 
 def per_rank(count: Tensor, reduce: Reduce | None) -> Tensor:
-    """`count` [], or with several ranks its mean over them: sums divided by it average over the ranks to the mean over
-    all."""
+    """`count` [], or its mean over the ranks: sums divided by it average over the ranks to the mean over all."""
     if reduce is None:
         return count
     total, ranks = reduce(torch.stack([count.double(), torch.ones_like(count, dtype=torch.float64)]))
@@ -90,8 +89,7 @@ def per_rank(count: Tensor, reduce: Reduce | None) -> Tensor:
 
 
 def masked_mean_square(error: Tensor, active: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Mean [] of error² [B,G,T,128] over the entries `active` [B,T,128], 0 where there are none. `reduce`: see
-    `per_rank`."""
+    """Mean [] of error² [B,G,T,128] over the entries `active` [B,T,128], 0 where there are none."""
     error = error.masked_fill(~active[:, None], 0.0)  # [B,G,T,128]
     return error.square().sum() / (error.shape[1] * per_rank(active.sum(), reduce)).clamp(min=1)
 
@@ -136,11 +134,8 @@ def policy_loss(
 
     pos = batch.action[:, None] if positives is None else torch.cat([batch.action[:, None], positives], dim=1)
     w_pos = None if positives is None or w_pos is None else F.pad(w_pos, (1, 0), value=1.0)  # [B,1+P]
-    gen, mask, group = (
-        conditions(pred),
-        conditions(active[:, None])[:, 0],
-        each(batch.embodiment),
-    )  # [C,G,D], [C,D], [C]
+    gen = conditions(pred)  # [C,G,D]
+    mask, group = conditions(active[:, None])[:, 0], each(batch.embodiment)  # [C,D], [C]
     field = grouped_drifting_field(
         gen,
         conditions(pos),
@@ -167,8 +162,7 @@ def _combined(
     config: LossConfig,
     reduce: Reduce | None,
 ) -> PolicyLoss:
-    """The loss of chunks `gen` [C,G,D] with the counting entries `mask` [C,D], embodiments `group` [C] and their
-    `field`."""
+    """The loss of chunks `gen` [C,G,D] with counting entries `mask` [C,D], embodiments `group` [C] and their field."""
     live = (field.entries > 0).to(gen.dtype)  # [C]
     diff = _towards(gen.masked_fill(~mask[:, None], 0.0), field.force, field.unit[:, None, None])  # [C,G,D]
     per_condition = diff.square().sum((1, 2)) / (gen.shape[1] * field.entries).clamp(min=1)  # [C]

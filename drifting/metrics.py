@@ -1,5 +1,4 @@
-"""Every measure of predicted actions: what training logs at an evaluation, what the panels show and what the toys are
-judged by.
+"""Every measure of predicted actions: those of evaluations, panels and toys.
 
 1. `ActionMetrics`: prediction by prediction; masked, per dataset, embodiment and slot, from sums that ranks can add.
 2. `mmd`, `mode_coverage`, `sliced_wasserstein`: a set of predictions against a set of expert actions, without pairs.
@@ -50,8 +49,7 @@ _MOMENTS = 8  # N, Σp, Σa, Σp², Σa², Σpa, Σ(p−a)², Σ|p−a|
 
 
 class ActionMetrics:
-    """Metrics over any number of batches. `datasets`: names by `FeatureBatch.dataset`; `embodiments`: by
-    `FeatureBatch.embodiment`.
+    """Metrics over any number of batches. `datasets`, `embodiments`: names by their numbers in `FeatureBatch`.
 
     >>> metrics.update(pred, batch); metrics.result()["mse"]
     """
@@ -63,16 +61,14 @@ class ActionMetrics:
 
     @torch.no_grad()
     def update(self, pred: Tensor, batch: FeatureBatch) -> None:
-        """Add the predictions `pred` [B,T,128], normalized, of any float dtype, for the batch's observations. Nothing
-        waits for the device."""
+        """Add the predictions `pred` [B,T,128], normalized, of any float dtype. Nothing waits for the device."""
         if pred.shape != batch.action.shape:
             raise ValueError(f"pred: expected {tuple(batch.action.shape)}, got {tuple(pred.shape)}")
         self.add(pred, batch.action, counting(batch), batch.dataset, batch.embodiment)
 
     @torch.no_grad()
     def add(self, pred: Tensor, action: Tensor, active: Tensor, dataset: Tensor, embodiment: Tensor) -> None:
-        """As `update`, of tensors: `pred`, `action` [B,T,128], `active` [B,T,128] bool, `dataset`, `embodiment` [B]
-        int64."""
+        """As `update`: `pred`, `action` [B,T,128], `active` [B,T,128] bool, `dataset`, `embodiment` [B] int64."""
         p, a = (x.double().masked_fill(~active, 0) for x in (pred, action))  # [B,T,D]
         error = p - a  # [B,T,D]
         entries = torch.stack(
@@ -94,8 +90,8 @@ class ActionMetrics:
         self._moments, self._seen = moments.clone().view_as(self._moments), seen.clone().view_as(self._seen)
 
     def result(self) -> dict[str, float]:
-        """ "<metric>" over everything, "<metric>/<dataset>", "<metric>/embodiment/<name>"; groups without an
-        observation are left out."""
+        """ "<metric>" over everything, "<metric>/<dataset>", "<metric>/embodiment/<name>" of those with
+        observations."""
         moments, seen = self._moments.cpu(), self._seen.cpu()
         groups = {"": torch.ones(len(self.datasets), dtype=torch.bool)}  # [K] bool each
         groups |= {f"/{name}": torch.arange(len(self.datasets)) == k for k, name in enumerate(self.datasets)}
@@ -149,13 +145,12 @@ def _by_slot(moments: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
 
 
 def mmd(x: Tensor, y: Tensor) -> float:
-    """Squared maximum mean discrepancy of two sets [n,D] of one size, where row i of both belongs to the same
-    observation.
+    """Squared maximum mean discrepancy of two sets [n,D] whose rows i belong to the same observation.
 
     The unbiased estimate of Gretton et al. 2012 (JMLR 13, eq. 4), which leaves each pair (i, i) out: 0 on average for
     two samples of one distribution, exactly 0 for x = y, and it can be slightly negative. The kernel is the mean of
-    three Gaussians whose widths are ½, 1 and 2 times the median distance within `y`, the expert. ValueError for other
-    shapes or n < 2."""
+    three Gaussians whose widths are ½, 1 and 2 times the median distance within `y`, the expert. ValueError for n <
+    2."""
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise ValueError(
             f"expected two sets [n,D] of one size, n at least 2, got {tuple(x.shape)} and {tuple(y.shape)}"
@@ -172,8 +167,8 @@ def mode_coverage(x: Tensor, y: Tensor, cells: int = 10) -> float:
     expert's samples `y` [m,D], those that get at least a quarter of the share of `x` [n,D] that they have of `y`; 1 for
     x = y, 1/cells for a collapse.
 
-    Cells as modes: Richardson and Weiss 2018 (arXiv:1805.12462). There are at most m/4 cells; no chance is involved.
-    ValueError for m < 8."""
+    Cells as modes: Richardson and Weiss 2018 (arXiv:1805.12462). At most m/4 cells; deterministic. ValueError for m <
+    8."""
     if len(y) < 8:
         raise ValueError(f"{len(y)} expert samples are too few for cells; give at least 8")
     x, y = x.double(), y.double()
@@ -236,8 +231,7 @@ class ModeMetrics:
 
 
 def mode_metrics(draws: Tensor, center: Tensor, share: Tensor) -> ModeMetrics:
-    """Of chunks `draws` [B,G,D] against the modes `center` [B,M,D], M at least 2, which the expert takes with
-    probability `share` [B,M]."""
+    """Of chunks `draws` [B,G,D] against the expert's modes `center` [B,M,D], M ≥ 2, of probability `share` [B,M]."""
     itself = torch.eye(center.shape[1], dtype=torch.bool)  # [M,M]
     apart = torch.cdist(center, center).masked_fill(itself, math.inf).flatten(1).min(1).values  # [B]
     near, which = torch.cdist(draws, center).min(2)  # [B,G] each
@@ -287,6 +281,5 @@ def drift_of(draws: Tensor, action: Tensor, active: Tensor, embodiment: Tensor, 
 
 
 def drift_strength(mean_square: Sequence[float], temperatures: Sequence[float]) -> dict[str, float]:
-    """ "lambda/<τ>" → λ, ln of mean(F²): what falls while the samples approach the expert, which the drifting loss does
-    not."""
+    """ "lambda/<τ>" → λ, ln of mean(F²): it falls while the samples approach the expert; the drifting loss does not."""
     return {f"lambda/{tau:g}": math.log(max(value, 1e-30)) for tau, value in zip(temperatures, mean_square)}

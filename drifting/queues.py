@@ -1,5 +1,4 @@
-"""Queues of earlier chunks as further positives and negatives of the drift: an ablation, for it is not what conditional
-drift wants.
+"""Queues of earlier chunks as further positives and negatives of the drift: an ablation.
 
 A queue of a task holds chunks of other observations of that task: its positives describe p(a | task), not p(a | o), and
 the global queue p(a). Drifting towards them spreads each observation's actions over everything the experts do anywhere
@@ -96,8 +95,8 @@ class ChunkQueues:
 
 def instruction_id(batch: FeatureBatch) -> Tensor:
     """A number [B] int64 for each instruction, computed from the bits of its visible embeddings (rounded to fp16):
-    equal for equal instructions, whatever the padding, the batch or the device, and different for different ones but
-    for chance."""
+    equal for equal instructions, whatever the padding, the batch or the device, and almost surely different for
+    different ones."""
     bits = batch.text.to(torch.float16).contiguous().view(torch.int16).to(torch.int64)  # [B,Lt,Dt]
     _, length, width = bits.shape
     factor = torch.arange(1, length * width + 1, device=bits.device) * _MIX  # wraps around 2^64, as do sums

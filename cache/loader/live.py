@@ -21,13 +21,12 @@ from ..vlm.observations import encode_observations
 def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache) -> FeatureBatch:
     """The batch with tokens [B,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras."""
     counts = torch.tensor([len(cache.datasets[d].views) for d in batch.dataset.tolist()], device=tokens.device)
-    view_id = (
-        torch.arange(tokens.shape[1], device=counts.device).repeat_interleave(tokens.shape[2]).expand(len(tokens), -1)
-    )  # [B,V·K]
+    view = torch.arange(tokens.shape[1], device=counts.device).repeat_interleave(tokens.shape[2])  # [V·K]
+    view_id = view.repeat(len(tokens), 1)  # [B,V·K]
     return batch.replace(
         tokens=tokens.flatten(1, 2),
         text=batch.text.to(tokens.dtype),
-        view_id=view_id.contiguous(),
+        view_id=view_id,
         frame_id=torch.zeros_like(view_id),
         token_mask=view_id < counts[:, None],
     )

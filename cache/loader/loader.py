@@ -1,5 +1,5 @@
-"""From cache to `Sample`s: threads `preadv` features straight into reused batch buffers (assembler.py), in a fixed
-global order (order.py).
+"""From cache to `Sample`s: threads `preadv` features into reused batch buffers (assembler.py), in a fixed order
+(order.py).
 
 Letters: B batch, D datasets.
 """

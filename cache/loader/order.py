@@ -87,7 +87,7 @@ class Blocks:
     """
 
     shard: int  # samples of one shard
-    run: int  # neighbours that stay in one window
+    run: int  # neighbors that stay in one window
     window: int  # samples shuffled among themselves: a multiple of `run`
     group: int  # shards of a group
 

@@ -76,7 +76,7 @@ def resize(images: torch.Tensor, resolution: int) -> torch.Tensor:
 
 
 def patchify(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """uint8 [N,3,R,R] -> uint8 [N,S,F]: patches in merge order (M x M neighbours adjacent).
+    """uint8 [N,3,R,R] -> uint8 [N,S,F]: patches in merge order (M x M neighbors adjacent).
 
     The values of one patch are in (channel, time, row, column) order.
     """

@@ -192,7 +192,8 @@ def run_side_by_side(
 
     `check()` is called between polls and may raise; `ended(job, exit code, jobs left)` after each job, failed ones too.
     """
-    waiting, running = list(jobs), []
+    waiting = list(jobs)
+    running: list[Running] = []
     try:
         while waiting or running:
             check()

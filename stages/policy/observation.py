@@ -34,7 +34,7 @@ def as_image(value: Any, view: str) -> np.ndarray:
 
     `UserError` naming the view for anything else."""
     image = _array(value)
-    if image.ndim == 3 and image.dtype == np.uint8 and image.shape[2] == 3:
+    if image.ndim == 3 and image.dtype == np.uint8 and image.shape[2] == 3 and image.size:
         return image
     if image.ndim == 3 and image.dtype.kind == "f" and image.shape[0] == 3 and image.size:
         low, high = image.min(), image.max()

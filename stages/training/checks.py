@@ -1,5 +1,4 @@
-"""The cache of a training run, and whether it has what the run asks for: refused in one line, before a run folder is
-made."""
+"""The cache of a training run, and whether it has what the run needs; called before a run folder is made."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from .run_log import require_wandb
 
 
 def open_cache(config: TrainConfig) -> Cache:
-    """The cache that `config` names: a folder, one behind a URL, or a folder with its WebDataset export. `UserError`
-    when there is none."""
+    """The cache that `config` names: a folder, a URL, or the folder of its WebDataset export; `UserError` without
+    one."""
     if (Path(config.cache) / INDEX).is_file():
         return WebDatasetCache.open(config.cache)
     if is_remote(config.cache) and config.local is None:
@@ -32,7 +31,7 @@ def open_cache(config: TrainConfig) -> Cache:
 
 
 def require_trainable(config: TrainConfig, cache: Cache, live: bool = False) -> None:
-    """`UserError` naming the setting that `cache` (or this machine) cannot honour. `live`: features are computed at
+    """`UserError` naming the setting that `cache` (or this machine) cannot honor. `live`: features are computed at
     each step, so the cache need not hold augmented ones, nor features at all."""
     if cache.boundary is not None and not live:
         raise UserError(

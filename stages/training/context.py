@@ -25,8 +25,7 @@ from .parallel.world import ALONE, World
 
 
 class Features(Protocol):
-    """A loader's batch → one with features: null ones where `no_images` [B] bool, else those of the images' augmented
-    `variant` [B] int64."""
+    """A loader's batch → one with features: null ones where `no_images` [B] bool, else of the `variant` [B] int64."""
 
     def __call__(
         self, batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
@@ -41,8 +40,7 @@ def cached_features(
 
 
 class SharedQueues(ChunkQueues):
-    """Queues of the chunks of all processes, the same in each: those that one process with the whole batch would
-    fill."""
+    """Queues of the chunks of all processes, the same in each."""
 
     def __init__(self, config: LossConfig, horizon: int, world: World) -> None:
         super().__init__(config, horizon, world.device)

@@ -51,7 +51,7 @@ class DryRun:
 
     @property
     def batch(self) -> int:
-        """Observations per optimiser step."""
+        """Observations per optimizer step."""
         return self.config.batch_size * self.config.accumulate * self.processes
 
     @property
@@ -61,7 +61,7 @@ class DryRun:
 
 
 def dry_run(config: TrainConfig, progress: Callable[[int, int], None] = lambda *_: None) -> DryRun:
-    """Measure a run of `config` for a few steps; started by a launcher, in all processes. `UserError` for what `train`
+    """Measure a run of `config` for a few steps, in all processes of a launcher. `UserError` for what `train`
     refuses."""
     cache = open_cache(config)
     require_trainable(config, cache)
@@ -137,8 +137,7 @@ def _wait(world: World) -> None:
 
 
 def resolved(config: TrainConfig, recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
-    """The settings as lines of a YAML recipe: every value, and in a comment whether the command line, the recipe or the
-    default gave it."""
+    """The settings as lines of a YAML recipe, with the origin of every value: command line, recipe or default."""
     given, lines = set(overrides), []
 
     def walk(values: Mapping[str, Any], recipe: Any, path: str, indent: str) -> None:

@@ -1,5 +1,4 @@
-"""The training loop of stages two and three: a train step, and once in a while an evaluation, a log line, panels, a
-checkpoint."""
+"""The training loop of stages two and three: train steps, and once in a while evaluation, log line, checkpoint."""
 
 from __future__ import annotations
 

@@ -76,8 +76,7 @@ class Progress:
 
 
 def resume(session: Session) -> tuple[Progress, Replicas]:
-    """Make the run folder, or load the newest intact checkpoint of the same run; share the network over the
-    processes."""
+    """Make the run folder or load the run's newest intact checkpoint; share the network over the processes."""
     prepare(session)
     progress, checkpoint = _begin(session)
     thaw(session.parameters(), session.config.unfreeze, progress.step)
@@ -164,8 +163,7 @@ def _make_folder(folder: Path, settings: dict[str, Any], world: World) -> None:
 
 
 def whole_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a config.json; those that did not exist when the run began are the defaults, as they were
-    then."""
+    """The settings in a config.json; those that did not exist when the run began have their defaults."""
     return _filled(saved, json.loads(json.dumps(dataclasses.asdict(TrainConfig("", "")))))
 
 
@@ -205,8 +203,7 @@ def _restore(checkpoint: Path, shared: Replicas) -> None:
 
 
 def save(session: Session, shared: Replicas, progress: Progress) -> None:
-    """One checkpoint: raw weights to resume with, averaged weights (and adapter) to act with, AdamW's moments. Every
-    process calls it."""
+    """Write a checkpoint: raw and averaged weights, AdamW's moments, the adapter. Every process must call it."""
     raw = {name: t.detach().clone() for name, t in whole(shared.named).items()}
     tensors = {"model": raw, "ema": whole(shared.ema), "optimizer": shared.moments()}
     if session.queues is not None:

@@ -49,8 +49,7 @@ class Tracker:
     """The log of one run, opened after `step` steps of it are done. Close it, or use it as a context manager.
 
     Lines of log.jsonl that belong to later steps are cut off: a run that was killed after its newest checkpoint does
-    those steps again, and every step has one line. W&B keeps the first value of a step that is done again, which
-    is the same.
+    those steps again, and every step has one line. W&B keeps the first value, which is the same.
 
     `settings` are the run's, as saved in config.json; W&B gets them without passwords in addresses, and neither code,
     git remote, host nor command line. Only the first rank makes a Tracker. `UserError` when W&B cannot begin."""
@@ -65,8 +64,7 @@ class Tracker:
         self._file = open(self._path, "a")
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write one line, which names its "step"; a reader sees it when this returns. `UserError` when it cannot be
-        written."""
+        """Write one line, which names its "step"; readers see it at once. `UserError` when it cannot be written."""
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

@@ -1,5 +1,4 @@
-"""What a run sets up: kernels, frozen parameters, compilation, threads, the strategy; and the lines that announce
-it."""
+"""What a run sets up: kernels, frozen parameters, compilation, threads, strategy; and its first lines."""
 
 from __future__ import annotations
 

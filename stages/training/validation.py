@@ -18,8 +18,7 @@ from .step import noise_generator, predict
 
 @torch.no_grad()
 def held_out_metrics(session: Session, seen: PanelData | None = None) -> dict[str, float]:
-    """Metrics of `ActionMetrics` over the first `eval_batches` of the held-out episodes, with the network's present
-    weights.
+    """Metrics of `ActionMetrics` over `eval_batches` of the held-out episodes, with the present weights.
 
     Of the look `seen` at some of them, whose observations have several noise samples, also "mmd", "mode_coverage" and
     "lambda/<τ>" (see metrics.py). Each observation as often as any other, one noise sample, no condition dropout, no

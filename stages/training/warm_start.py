@@ -1,5 +1,4 @@
-"""The way back from stage three: training from a cache of the fine-tuned encoder's features, starting with its
-policy."""
+"""Training that starts from another run's policy, e.g. on a cache of a fine-tuned encoder's features."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ from .config import TrainConfig
 
 
 def network_of(checkpoint: str | Path) -> dict[str, Any]:
-    """Settings of the network of a run's checkpoint, so that they need not be repeated; empty for one
-    outside its run."""
+    """The network's settings of a run's checkpoint, so that they need not be repeated; empty outside a run."""
     settings = ck.resolve(checkpoint, lambda _: None).parent.parent / "config.json"
     if not settings.is_file():
         return {}

@@ -164,7 +164,7 @@ def test_half_precision_predictions_are_summed_exactly() -> None:
     assert result["coverage"] == pytest.approx(100) and result["correlation"] == pytest.approx(1)
 
 
-# --- a set against a set, and drift --------------------------------------------------------------------------------------
+# --- a set against a set, and drift ---------------------------------------------------------------------------------
 
 
 def cloud(seed: int, n: int = 300, d: int = 6) -> torch.Tensor:

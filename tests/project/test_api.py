@@ -48,6 +48,8 @@ def python(code: str, folder: Path) -> str:
 def test_importing_is_cheap(tmp_path: Path) -> None:
     code = "import sys, dvla; dvla.__version__, dir(dvla); print([m for m in sys.modules if m.split('.')[0] in {}])"
     assert python(code.format({"torch", "numpy", "yaml"}), tmp_path) == "[]"
+    code = "import sys, dvla; dvla.PolicyClient; print('torch' in sys.modules)"
+    assert python(code, tmp_path) == "False"  # it runs on robots
     assert set(dvla.__all__) == {*NAMES, "__version__"} <= set(dir(dvla))
     assert dvla.Policy is Policy and dvla.Cache is Cache
     with pytest.raises(AttributeError, match="has no attribute 'Polcy'"):
@@ -177,6 +179,7 @@ def test_acting_refuses_what_it_cannot_use(policy: Policy) -> None:
     )
     assert "values from" in refused(both | {"wrist": image * float("nan")})
     assert refused(both | {"front": image.permute(1, 2, 0)}).startswith("image 'front' is float32 [20, 20, 3]; give")
+    assert refused(both | {"front": image[:, :0]}).startswith("image 'front' is float32 [3, 0, 20]")
     assert refused(both | {"front": image.int()}).startswith("image 'front' is int32 [3, 20, 20]")
     assert "unknown view 'wrist'" in refused({"front": image}) and "needs images of front, wrist" in refused({})
     assert refused(both, [1.0, 2.0]).startswith("the state is float64 [2]; give [3] finite numbers: right_eef_pos_x")

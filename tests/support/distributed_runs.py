@@ -1,8 +1,8 @@
-"""Trainings in several processes: `python -m torch.distributed.run … distributed_runs.py JSON`.
+"""Trainings in several processes, for test_train_distributed.py, started by `python -m torch.distributed.run`.
 
-The JSON is a list of runs, each a training configuration with optional "stop_after", "signal" (a rank and a step: that
-rank gets SIGTERM after the step) and "finetune" (the configuration of stage three around it). Every process does all of
-them in turn; rank 0 writes each report to `OUT.report`.
+The argument is a JSON list of runs, each a training configuration with optional "stop_after", "signal" (a rank and a
+step: that rank gets SIGTERM when it has done the step) and "finetune" (the configuration of stage three around it).
+Every process does all of them in turn; rank 0 writes what each reported to `OUT.report`.
 """
 
 from __future__ import annotations

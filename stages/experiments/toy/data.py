@@ -28,7 +28,7 @@ def checkerboard(n: int, generator: torch.Generator) -> Tensor:
     return (square + torch.rand(n, 2, generator=generator)) / 2 - 1
 
 
-PICTURES = {"swiss roll": swiss_roll, "checkerboard": checkerboard}
+TARGETS = {"swiss roll": swiss_roll, "checkerboard": checkerboard}
 
 
 # --- two ways around an obstacle --------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def held_out(n: int, generator: torch.Generator) -> Tensor:
     return observation
 
 
-def neighbours(observation: Tensor, count: int) -> Tensor:
+def neighbors(observation: Tensor, count: int) -> Tensor:
     """[n,count] int64: the nearest observations to each of `observation` [n,OBSERVED], itself first."""
     if count == 1:
         return torch.arange(len(observation))[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ....common.figures import BLUE, GREEN, GREY, ORANGE, PURPLE
+from ....common.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, new_figure
 from .data import NOISE, STEPS, modes
 from .tables import METRICS, label, over_seeds
 
@@ -17,12 +17,6 @@ from .tables import METRICS, label, over_seeds
 # the mean distance to the nearest data point (a blur passes the first, not the second).
 CLOSE, SHARP = 5, 2
 LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _dots(axis: Any, points: np.ndarray, color: str) -> None:
@@ -42,7 +36,7 @@ def _recipe(name: str, result: dict[str, Any]) -> str:
 def evolution_figure(plane: dict[str, dict[str, Any]], path: Path) -> None:
     """A row of snapshots per run, with the distance to fresh data above each."""
     shown = 6
-    figure = _figure(1.5 * shown + 0.6, 1.55 * len(plane) + 0.6)
+    figure = new_figure(LIGHT, 1.5 * shown + 0.6, 1.55 * len(plane) + 0.6)
     for axes, (name, result) in zip(figure.subplots(len(plane), shown, squeeze=False), plane.items()):
         picks = np.linspace(0, len(result["curve"]) - 1, shown).round().astype(int)
         for axis, at in zip(axes, picks):
@@ -68,7 +62,7 @@ def evolution_gif(plane: dict[str, dict[str, Any]], recipe: str, path: Path) -> 
     runs = {name: result for name, result in plane.items() if _recipe(name, result) == recipe}
     frames = []
     for i in range(min(len(result["curve"]) for result in runs.values())):
-        figure = _figure(2.6 * len(runs), 3.0)
+        figure = new_figure(LIGHT, 2.6 * len(runs), 3.0)
         for axis, result in zip(np.atleast_1d(figure.subplots(1, len(runs))), runs.values()):
             _dots(axis, result["samples"][i], BLUE)
             point, reference = result["curve"][i], result["data_to_data"]
@@ -85,7 +79,7 @@ def evolution_gif(plane: dict[str, dict[str, Any]], recipe: str, path: Path) -> 
 def curve_figure(plane: dict[str, dict[str, Any]], path: Path) -> None:
     """Distance (above) and λ (below) over steps, a column per target, a line per recipe."""
     targets = list(dict.fromkeys(result["picture"] for result in plane.values()))
-    figure = _figure(5.2 * len(targets), 6.5)
+    figure = new_figure(LIGHT, 5.2 * len(targets), 6.5)
     rows = figure.subplots(2, len(targets), sharex=True, squeeze=False)
     for column, target in enumerate(targets):
         above, below = rows[0][column], rows[1][column]
@@ -119,7 +113,7 @@ def _action_title(rows: list[dict[str, Any]]) -> str:
 
 def action_figure(rows: list[dict[str, Any]], path: Path) -> None:
     """One axes per metric, a row per method, the std over seeds as an error bar."""
-    figure = _figure(13, 0.24 * len(rows) + 1.6)
+    figure = new_figure(LIGHT, 13, 0.24 * len(rows) + 1.6)
     colors = {"expert": "black", "mse": GREY, "flow": GREEN, "diffusion": GREEN, "hybrid": PURPLE}
     best = {
         "share_error": "lower is better",
@@ -171,14 +165,14 @@ def sample_figure(actions: dict[str, list[dict[str, Any]]], path: Path) -> None:
     import torch
 
     names = [name for name in SHOWN if name in actions]
-    figure = _figure(12, 4.8)
-    centre = modes(torch.tensor([[-0.5, 0.0]]))[0].unflatten(1, (STEPS, 2)).numpy()  # [2,STEPS,2]
+    figure = new_figure(LIGHT, 12, 4.8)
+    center = modes(torch.tensor([[-0.5, 0.0]]))[0].unflatten(1, (STEPS, 2)).numpy()  # [2,STEPS,2]
     for axis, name in zip(figure.subplots(2, 5, sharex=True, sharey=True).flat, names):
         first = actions[name][0]
         samples = np.asarray(first["shown"]).reshape(-1, STEPS, 2)  # [S,STEPS,2]
         for chunk, style in (
             (samples, {"color": BLUE, "alpha": 0.35, "linewidth": 0.8}),
-            (centre, {"color": ORANGE, "linewidth": 1.5, "linestyle": "--"}),
+            (center, {"color": ORANGE, "linewidth": 1.5, "linestyle": "--"}),
         ):
             paths = np.concatenate([np.zeros_like(chunk[:, :1]), chunk], axis=1)  # [S,STEPS+1,2] from the origin
             axis.plot(-paths[..., 1].T, paths[..., 0].T, **style)

@@ -34,7 +34,7 @@ class PlaneRun:
     eighth of the batch, two noise entries and a higher rate reach the same result in under a minute.
     """
 
-    picture: str  # target distribution: one of data.PICTURES
+    picture: str  # target distribution: one of data.TARGETS
     temperatures: tuple[float, ...] = TEMPERATURES  # kernel widths
     floor: float | None = AFFINITY_FLOOR  # None: Algorithm 2, as in the notebook
     skip_std: float = 0.0  # spread of a linear skip from noise to sample; 0: no skip, as in the notebook
@@ -117,7 +117,7 @@ def train_plane(run: PlaneRun, steps: int, seed: int, tick: Tick, measured: int 
             data. A blur has a small sliced distance, but not this.
         samples: [measured steps, 1000, 2] from the same noise.
     """
-    sample = data.PICTURES[run.picture]
+    sample = data.TARGETS[run.picture]
     random = torch.Generator().manual_seed(seed)
     # Measuring has its own generator, so that it does not change the training.
     measure = torch.Generator().manual_seed(seed + 1_000_003)
@@ -178,7 +178,7 @@ def train_actions(
     random = torch.Generator().manual_seed(seed)
     observed = data.observations(run.observations, random)  # [N,o]
     expert = data.expert(observed, random, run.horizon)  # [N,D]
-    near = data.neighbours(observed, run.positives)  # [N,P] each observation first
+    near = data.neighbors(observed, run.positives)  # [N,P] each observation first
     d, g = expert.shape[1], 1 if run.kind == "mse" else run.draws
     net = Generator(data.OBSERVED + 1, d, d, 128, run.skip_std, seed)
 

@@ -75,8 +75,7 @@ class World:
         return torch.cat(parts)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """`work()`, done by rank 0 alone and its result given to all. A `UserError` in it is raised in every
-        process."""
+        """`work()` of rank 0, whose result all get. A `UserError` in it is raised in every process."""
         if self.size == 1:
             return work()
         answer: list[tuple[bool, object]] = [(True, None)]
@@ -107,8 +106,7 @@ ALONE = World()
 def join(device: str) -> Iterator[World]:
     """This process's rank in the run. `device`: as in the settings; of several processes on a machine each takes a GPU.
 
-    Joins the processes of a launcher (NCCL between GPUs, gloo between CPUs), or uses a process group that exists
-    already."""
+    Joins the processes of a launcher (NCCL between GPUs, gloo between CPUs), or uses an existing process group."""
     picked, begun = pick_device(device), dist.is_initialized()
     if not begun and not all(name in os.environ for name in ENVIRONMENT):
         yield World(picked)

@@ -100,6 +100,5 @@ class Zero2(Replicas):
                     p._hp_mapping.set_optim_state_fragment(flat, self._adamw.state[flat])
 
     def _groups(self) -> list[tuple[list[Any], Tensor]]:
-        """Each group's parameters, as the engine marked them, and this process's part of them in one flat tensor, which
-        is what AdamW sees."""
+        """Each group's parameters and this process's part of them in one flat tensor, which is what AdamW sees."""
         return list(zip(self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups))

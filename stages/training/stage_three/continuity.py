@@ -91,8 +91,7 @@ def compare(
 
 
 def spread(cache: Cache, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(dataset, frame row) int64 of about `count` samples, two at least, spread evenly over the datasets; none in
-    quarantine."""
+    """(dataset, frame row) int64 of about `count` samples, at least two, spread evenly; none in quarantine."""
     pairs = [
         (d, row)
         for d, table in enumerate(cache.datasets)

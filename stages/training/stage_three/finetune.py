@@ -175,8 +175,7 @@ def _features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncod
 
 
 def _mixed(features: Features, config: TrainConfig, world: World) -> Features:
-    """A tower in float32 computes in the settings' precision; frozen ones and those with LoRA have a dtype of their
-    own."""
+    """A tower in float32 computes in the settings' precision; others have a dtype of their own."""
 
     def mixed(
         batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None

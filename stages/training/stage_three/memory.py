@@ -1,5 +1,4 @@
-"""What a training step keeps in memory: weights, gradients, AdamW's state, the average, and what the backward pass
-needs.
+"""What a training step keeps in memory: weights, gradients, AdamW's state, EMA, and what the backward pass needs.
 
 Letters: B observations.
 """

@@ -31,8 +31,7 @@ from ..config import FinetuneConfig
 
 
 class SplitFeatures:
-    """Features of the samples of a split cache: the last n blocks and the projection of `encoder` on what the loader
-    read.
+    """Features of the samples of a split cache: the last n blocks and the projection of `encoder`.
 
     Make it before LoRA is put into `encoder`: dropped images get the features of black frames as the tower gave them
     then, as in a cache of features.

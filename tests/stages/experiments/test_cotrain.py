@@ -11,24 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.experiments import cotrain as cotrain_module
 from dvla.stages.experiments.cotrain import CotrainConfig, cotrain, steps
 from dvla.stages.training.config import OptimizerConfig, load_recipe, train_config
 from dvla.stages.training.parallel.replicas import parameter_groups
 from dvla.stages.training.stage_three import finetune as finetune_module
+from support.run_samples import TINY
 
-TINY = TinySpec(
-    vision_depth=2,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
 TRAIN = (
     "--model-size tiny --set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=4 --batch-size 4 "
     "--draws 2 --steps 2 --set holdout=0.3 --eval-every 2 --eval-batches 1 --log-every 1 --lr 1e-3 --device cpu"

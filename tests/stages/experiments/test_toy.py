@@ -58,11 +58,11 @@ def test_distance_refuses_other_shapes(shapes: tuple) -> None:
         sliced_wasserstein(*(torch.zeros(shape) for shape in shapes))
 
 
-@pytest.mark.parametrize("picture", data.PICTURES)
+@pytest.mark.parametrize("picture", data.TARGETS)
 def test_pictures(picture: str) -> None:
-    points = data.PICTURES[picture](4000, random())
+    points = data.TARGETS[picture](4000, random())
     assert points.shape == (4000, 2) and points.abs().max() < 1.2
-    assert torch.equal(points, data.PICTURES[picture](4000, random()))
+    assert torch.equal(points, data.TARGETS[picture](4000, random()))
     if picture == "checkerboard":  # only squares whose row and column are both even or both odd, all eight of them
         row, column = ((points + 1) * 2).floor().long().T
         assert ((row + column) % 2 == 0).all() and len(set(zip(row.tolist(), column.tolist()))) == 8
@@ -117,9 +117,9 @@ def test_the_expert_is_what_it_says() -> None:
 
 def test_neighbours_begin_with_oneself() -> None:
     observation = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.9, 0.9], [0.0, 0.0]])
-    near = data.neighbours(observation, 3)
+    near = data.neighbors(observation, 3)
     assert near[:, 0].tolist() == [0, 1, 2, 3] and set(near[0].tolist()) == {0, 3, 1}
-    assert data.neighbours(observation, 1).flatten().tolist() == [0, 1, 2, 3]
+    assert data.neighbors(observation, 1).flatten().tolist() == [0, 1, 2, 3]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

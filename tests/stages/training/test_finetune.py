@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -486,18 +487,7 @@ def test_the_loop_by_hand(recorded: Recorded, loop: Loop, tmp_path: Path, dvla: 
         loop.three,
         "--out",
         tmp_path / "run",
-        "--steps",
-        1,
-        "--batch-size",
-        4,
-        "--draws",
-        2,
-        "--set",
-        "holdout=0",
-        "--set",
-        "eval_every=0",
-        "--device",
-        "cpu",
+        *shlex.split("--steps 1 --batch-size 4 --draws 2 --set holdout=0 --set eval_every=0 --device cpu"),
     )
     assert trained.code == 0, trained.err
     settings = json.loads((tmp_path / "run" / "config.json").read_text())

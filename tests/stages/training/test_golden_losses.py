@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -24,34 +25,15 @@ REGENERATE = (
     "if the change is meant, write them again: DVLA_WRITE_GOLDEN=1 python -m pytest -n 0 tests/test_golden_losses.py"
 )
 STEPS = 20
-TOLERANCE = 3e-5  # relative; another instruction set (ATen default, oneDNN SSE4.1, MKL compatible) differs by 2.1e-6 at most, another number of threads not at all
+# Relative; another instruction set (ATen default, oneDNN SSE4.1, MKL compatible) differs by 2.1e-6 at most, another
+# number of threads not at all.
+TOLERANCE = 3e-5
 COMMON = (
     "--steps",
     STEPS,
-    "--batch-size",
-    8,
-    "--draws",
-    3,
-    "--lr",
-    "3e-3",
-    "--cond-mask-prob",
-    0.2,
-    "--log-every",
-    1,
-    "--eval-every",
-    0,
-    "--save-every",
+    *shlex.split("--batch-size 8 --draws 3 --lr 3e-3 --cond-mask-prob 0.2 --log-every 1 --eval-every 0 --save-every"),
     STEPS,
-    "--num-workers",
-    1,
-    "--device",
-    "cpu",
-    "--set",
-    "optimizer.warmup=5",
-    "--set",
-    "panels.every=0",
-    "--set",
-    "cpu_threads=1",
+    *shlex.split("--num-workers 1 --device cpu --set optimizer.warmup=5 --set panels.every=0 --set cpu_threads=1"),
 )
 KINDS = {
     "hybrid": (),  # the default

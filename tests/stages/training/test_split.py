@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ from dvla.stages.training.step import batch_loss, noise_generator
 from dvla.stages.training.train import policy_net, train
 from support.cli_runner import Dvla, refused
 from support.repository import ROOT
-from support.vlm_samples import smooth_pictures
+from support.vlm_samples import smooth_images
 
 BLOCKS, BOUNDARY = 3, 2
 LORA = LoraSpec(r=2, alpha=4.0, targets="all-linear", last_n_blocks=BOUNDARY)
@@ -95,13 +96,13 @@ def learn_apart(encoder: VisionLanguageEncoder) -> dict[str, torch.nn.Parameter]
     return found
 
 
-# --- the encoder --------------------------------------------------------------------------------------------------------
+# --- the encoder -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vlm", ["qwen3vl", "paligemma2"])
 @pytest.mark.parametrize("kind", [{}, {"tokens": 4}, {"features": "patch"}])
 def test_lower_then_upper_is_the_encoder(checkpoints: dict[str, Path], vlm: str, kind: dict[str, Any]) -> None:
-    encoder, pictures = load_encoder(spec_of(checkpoints, vlm, **kind)), smooth_pictures(3, 40, 56)
+    encoder, pictures = load_encoder(spec_of(checkpoints, vlm, **kind)), smooth_images(3, 40, 56)
     wanted = encoder.encode_images(pictures)
     lower = []
     for n in range(1, BLOCKS + 1):
@@ -149,7 +150,7 @@ def test_boundaries_that_cannot_be(checkpoints: dict[str, Path], changes: dict[s
         load_encoder(spec_of(checkpoints, **changes))
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------------
+# --- the cache -------------------------------------------------------------------------------------------------------
 
 
 def configure(source: Path, spec: EncoderSpec, out: Path, **changes: Any) -> BuildConfig:
@@ -215,7 +216,7 @@ def test_resumed_the_bytes_are_the_same(
         build(dataclasses.replace(config, encoder=spec_of(checkpoints, boundary=1)))
 
 
-# --- features and gradients ---------------------------------------------------------------------------------------------
+# --- features and gradients ------------------------------------------------------------------------------------------
 
 DIT = {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}
 
@@ -267,7 +268,7 @@ def test_features_and_gradients_are_those_of_the_live_tower(
     assert (gradients[0] - gradients[1]).norm() < 2e-3 * gradients[0].norm()
 
 
-# --- fine-tuning --------------------------------------------------------------------------------------------------------
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -474,12 +475,7 @@ def test_from_the_shell(
         "tiny_qwen3vl",
         "--vlm-path",
         checkpoints["qwen3vl"],
-        "--resolution",
-        64,
-        "--device",
-        "cpu",
-        "--boundary",
-        1,
+        *shlex.split("--resolution 64 --device cpu --boundary 1"),
     )
     planned = dvla(
         "cache",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +56,7 @@ def configure(cache: Path, **changes: Any) -> TrainConfig:
     return from_mapping(TrainConfig, {"cache": str(cache), "out": "", **SETTINGS, **changes})
 
 
-# --- options -----------------------------------------------------------------------------------------------------------
+# --- options ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_network_of_the_slots_in_use(cache: Path, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_network_of_the_slots_in_use(cache: Path, tmp_path: Path) -> None:
     assert out.shape == (2, 3, 4, 128) and not out[..., unused].any() and out[..., list(used)].abs().min() > 0
     other = dataclasses.replace(batch, proprio=batch.proprio.index_fill(1, torch.tensor(unused), 7.0))
     assert torch.equal(few(other, noise, alpha), out)
-    with pytest.raises(UserError, match="action_space active is of heads that act in one pass"):
+    with pytest.raises(UserError, match="action_space active needs a head that acts in one pass"):
         configure(cache, action_space="active", loss={"kind": "flow"})
 
 
@@ -124,62 +125,17 @@ def test_every_option_reaches_its_setting(dvla: Dvla, monkeypatch: pytest.Monkey
     given = asked(
         dvla,
         monkeypatch,
-        "--model-size",
-        "small",
-        "--loss-type",
-        "flow",
-        "--max-steps",
-        7,
-        "--batch-size",
-        3,
-        "--grad-accumulation",
-        5,
-        "--draws",
-        2,
-        "--lr",
-        1e-3,
-        "--cond-mask-prob",
-        0.2,
-        "--image-aug",
-        "--blind",
-        "--weight",
-        "a=b=0.25",
-        "--weight",
-        "droid_1.0.1=0.5",
-        "--temperature",
-        1,
-        "--order",
-        "block",
-        "--seed",
-        9,
-        "--num-workers",
-        4,
-        "--precision",
-        "bf16",
-        "--compile",
-        "--use-flash-attn",
-        "--strategy",
-        "fsdp2",
-        "--local-cache",
-        "L",
-        "--log-every",
-        11,
-        "--eval-every",
-        0,
-        "--eval-batches",
-        13,
-        "--save-every",
-        17,
-        "--wandb-mode",
-        "offline",
-        "--wandb-project",
-        "p",
-        "--set",
-        "wandb.name=n",
-        "--set",
-        "masking.text=0.3",
-        "--device",
-        "cpu",
+        *shlex.split(
+            "--model-size small --loss-type flow --max-steps 7 --batch-size 3 --grad-accumulation 5 --draws 2"
+        ),
+        *shlex.split("--lr 1e-3 --cond-mask-prob 0.2 --image-aug --blind --weight a=b=0.25 --weight droid_1.0.1=0.5"),
+        *shlex.split(
+            "--temperature 1 --order block --seed 9 --num-workers 4 --precision bf16 --compile --use-flash-attn"
+        ),
+        *shlex.split(
+            "--strategy fsdp2 --local-cache L --log-every 11 --eval-every 0 --eval-batches 13 --save-every 17"
+        ),
+        *shlex.split("--wandb-mode offline --wandb-project p --set wandb.name=n --set masking.text=0.3 --device cpu"),
     )
     expected = {
         "model_size": "small",
@@ -244,16 +200,7 @@ def test_finetune_takes_a_recipe_over_the_run(dvla: Dvla, monkeypatch: pytest.Mo
         dvla(
             "finetune",
             "runs/a",
-            "--source",
-            "s",
-            "--out",
-            "R",
-            "--recipe",
-            "posttrain",
-            "--steps",
-            9,
-            "--wandb-mode",
-            "offline",
+            *shlex.split("--source s --out R --recipe posttrain --steps 9 --wandb-mode offline"),
         ),
         "seen",
     )
@@ -333,7 +280,7 @@ def test_the_proposals_runs() -> None:
     )
 
 
-# --- what a cache cannot give --------------------------------------------------------------------------------------------
+# --- what a cache cannot give ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -389,7 +336,7 @@ def test_too_many_views(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         require_trainable(configure(cache), Cache.open(cache))
 
 
-# --- dry run -------------------------------------------------------------------------------------------------------------
+# --- dry run ---------------------------------------------------------------------------------------------------------
 
 
 def test_dry_run_shows_everything_and_writes_nothing(
@@ -402,23 +349,8 @@ def test_dry_run_shows_everything_and_writes_nothing(
         "train",
         "--from-cache",
         cache,
-        "--out",
-        "run",
-        "--recipe",
-        "r.yaml",
-        "--model-size",
-        "tiny",
-        "--batch-size",
-        4,
-        "--set",
-        "dit.horizon=4",
-        "--device",
-        "cpu",
-        "--grad-accumulation",
-        2,
-        "--set",
-        "cpu_threads=1",
-        "--dry-run",
+        *shlex.split("--out run --recipe r.yaml --model-size tiny --batch-size 4 --set dit.horizon=4 --device cpu"),
+        *shlex.split("--grad-accumulation 2 --set cpu_threads=1 --dry-run"),
     )
     assert (result.code, result.err) == (0, "")
     settings, found = result.out.split("\n\n")
@@ -501,7 +433,7 @@ def test_printed_settings_are_the_settings(cache: Path) -> None:
     assert all("# command line" in line for line in lines if line.startswith(("cache", "  width", "  horizon")))
 
 
-# --- what the console says ------------------------------------------------------------------------------------------------
+# --- what the console says -------------------------------------------------------------------------------------------
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
