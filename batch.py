@@ -124,7 +124,8 @@ class FeatureBatch:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> FeatureBatch:
         """The batch of `change(field)` for every field that it has."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return FeatureBatch(**{name: None if value is None else change(value) for name, value in values.items()})
+        values |= {name: change(value) for name, value in values.items() if value is not None}
+        return FeatureBatch(**values)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FeatureBatch:
         """The same batch on `device`."""
