@@ -37,7 +37,7 @@ Show = Callable[[str, int, int], None]  # (name, done, total); a name tells what
 
 @contextlib.contextmanager
 def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
-    """`show(name, done, total)`: a bar per name; off a terminal, a line per name and `every` seconds (None: no lines)."""
+    """`show(name, done, total)`: a bar per name; off a terminal, a line per name and `every` seconds (None: none)."""
     if not console.is_terminal:
         yield (lambda *_: None) if every is None else progress_lines(every)
         return
@@ -83,7 +83,7 @@ SHORT, LONG = 12, 40  # columns up to SHORT are never folded; those up to LONG r
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, drop: Sequence[str] = ()
 ) -> Table:
-    """A table of plain words that fits the console: the columns `drop` go first, in their order, then long words fold."""
+    """A table of plain words that fits the console: columns in `drop` go first, in that order, then long words fold."""
     columns = {name: [name, *cells] for name, *cells in zip(head, *map(list, rows))}
     widths = {name: max(len(line) for cell in cells for line in cell.split("\n")) for name, cells in columns.items()}
     for name in drop:
@@ -113,7 +113,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_json(file: Path | None, values: Any) -> None:
-    """The dataclass `values`, a list of such, or a mapping, as JSON for scripts; nothing when no file was asked for. `UserError` where it cannot go."""
+    """Write a dataclass, a list of such, or a mapping as JSON; without a file, nothing. `UserError` if it cannot."""
     if file is None:
         return
     listed = (

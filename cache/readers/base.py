@@ -41,7 +41,7 @@ class Source(ABC):
         name: str,
         config: DatasetConfig,
         *,
-        fps: float | None,
+        fps: float | None = None,
         view_names: Sequence[str],
         episode_ids: Sequence[int],
         widths: Mapping[str, int] | None = None,

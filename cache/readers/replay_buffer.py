@@ -75,7 +75,6 @@ class ReplayBufferSource(Source):
             location.root,
             name,
             config,
-            fps=None,
             view_names=views,
             episode_ids=range(len(self._ends)),
             widths=dict.fromkeys(keys, 0) | {key: math.prod(a.shape[1:]) for key, a in self._arrays.items()},

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 SERVE = """host port token_file execute fields max_batch max_wait_ms max_clients max_message_mib answer_timeout"""
 OPENED = """dataset steps compile blind seed vlm_path device"""
-LATENCY = """policy batches random.model_size random.views random.vlm vlm_path image_size repeats warm_up server dataset steps
-    compile device"""
+LATENCY = """policy batches random.model_size random.views random.vlm vlm_path image_size repeats warm_up server dataset
+    steps compile device"""
 
 
 def serve_command(

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 
-def smooth_pictures(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Smooth random pictures, uint8 [n,H,W,3]."""
+def smooth_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Smooth random images, uint8 [n,H,W,3]."""
     coarse = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     return (
         (F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1) * 255).to(torch.uint8).contiguous()

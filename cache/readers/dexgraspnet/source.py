@@ -76,12 +76,11 @@ class DexGraspNetSource(Source):
         numbers = [key * GRASPS_PER_OBJECT + k for key, path in self._paths.items() for k in range(_listed(path))]
         name = Location(str(root), ()).name
         config = config or find_config(self.format, (name,))
-        super().__init__(
-            root, name, config, fps=None, view_names=choose_views(tuple(CAMERAS), config, name), episode_ids=numbers
-        )
+        super().__init__(root, name, config, view_names=choose_views(tuple(CAMERAS), config, name), episode_ids=numbers)
         # a few scenes at a time are kept: the grasps of an object follow one another, and so do the objects of a scene
         self._grasps = functools.lru_cache(4)(self._read_grasps)
         self._frame = functools.lru_cache(4)(self._read_frame)
+        self._scene_files = functools.lru_cache(4)(scene_files)
         self._scene = functools.lru_cache(4)(find_scene)
         self._cloud = functools.lru_cache(2)(read_cloud)
         self._images = functools.lru_cache(8)(self._draw)
@@ -133,7 +132,7 @@ class DexGraspNetSource(Source):
         path = self._paths[episode_id // GRASPS_PER_OBJECT]
         folder = self._folder(episode_id // GRASPS_PER_OBJECT)
         with _named(where):
-            return path, folder / "cam0_wrt_table.npy", *(folder / name for name in scene_files(folder)[2])
+            return path, folder / "cam0_wrt_table.npy", *(folder / name for name in self._scene_files(folder)[2])
 
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
         key = episode_id // GRASPS_PER_OBJECT

@@ -90,7 +90,6 @@ class DexWildSource(Source):
             self._root,
             name,
             config,
-            fps=None,
             view_names=choose_views(sorted(cameras), config, name),
             episode_ids=tuple(self._episodes),
             widths=widths,

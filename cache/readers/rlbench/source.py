@@ -64,12 +64,7 @@ class RlbenchSource(Source):
         )
         name = dataset_name(names)
         super().__init__(
-            path,
-            name,
-            config,
-            fps=None,
-            view_names=choose_views(cameras, config, name),
-            episode_ids=tuple(self._places),
+            path, name, config, view_names=choose_views(cameras, config, name), episode_ids=tuple(self._places)
         )
 
     @classmethod

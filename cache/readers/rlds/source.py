@@ -54,7 +54,6 @@ class RldsSource(Source):
             meta.root,
             meta.name,
             config,
-            fps=None,
             view_names=tuple(self._cameras),
             episode_ids=meta.episodes,
             widths=_widths(meta.features, config, meta.name),

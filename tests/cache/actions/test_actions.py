@@ -67,12 +67,14 @@ def elementary(axis: int, angle: float) -> np.ndarray:
     return matrix
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float64, 3, elements=numbers(-3.1, 3.1)))
 def test_euler_is_fixed_axis_xyz(angles):
     expected = elementary(2, angles[2]) @ elementary(1, angles[1]) @ elementary(0, angles[0])
     np.testing.assert_allclose(matrix_from_rot6d(to_rot6d("euler_xyz", angles)), expected, atol=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2), numbers(-7.0, 7.0))
 def test_axis_angle_and_quaternion_about_one_axis(axis, angle):
     unit = np.eye(3)[axis]
@@ -104,6 +106,7 @@ def test_rotation_round_trip_through_float32_slots(form, axis, angle):
         np.testing.assert_allclose(back, native, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(numbers(-3.1, 3.1), numbers(-1.4, 1.4), numbers(-3.1, 3.1))
 def test_euler_round_trip(roll, pitch, yaw):
     native = np.array([roll, pitch, yaw])
@@ -111,12 +114,14 @@ def test_euler_round_trip(roll, pitch, yaw):
     np.testing.assert_allclose(mapping.to_native(mapping.to_unified(native)), native, atol=2e-6)
 
 
+@settings(deadline=None)
 @given(numbers(-3.0, 3.0), st.sampled_from([-1.0, 1.0]), numbers(-3.0, 3.0))
 def test_euler_gimbal_lock_keeps_the_rotation(roll, sign, yaw):
     six = to_rot6d("euler_xyz", np.array([roll, sign * np.pi / 2, yaw]))
     np.testing.assert_allclose(to_rot6d("euler_xyz", from_rot6d("euler_xyz", six)), six, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float64, (3, 6), elements=numbers(-2, 2)))
 def test_any_six_numbers_give_a_rotation(values):
     matrix = matrix_from_rot6d(values)
@@ -158,6 +163,7 @@ def test_matrix_is_row_major():
     np.testing.assert_allclose(matrix_from_rot6d(to_rot6d("matrix", stored.ravel())), turn, atol=2e-3)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(FORMS), axes, near_pi, axes)
 def test_quaternions_and_forms_are_the_same_rotations(form, axis, angle, vector):
     given_as = to_rot6d("axis_angle", axis / np.linalg.norm(axis) * angle)
@@ -174,6 +180,7 @@ def test_quaternions_and_forms_are_the_same_rotations(form, axis, angle, vector)
 # --- field maps ----------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(rows(3), numbers(1.0, 100.0), numbers(0.01, 10.0), numbers(-2.0, 2.0))
 def test_scale_offset_and_delta(native, hz, scale, offset):
     mapping = ActionMap(

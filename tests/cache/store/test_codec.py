@@ -1,4 +1,4 @@
-"""The byte dial: what 8-bit storage costs, lossless compression, and what training sees of strides and augmented variants."""
+"""Quantization, lossless compression, and what training sees of strides and augmented variants."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_batches_decode_to_the_features(cache: Cache) -> None:
                 assert not tokens[b, len(dataset.views) :].any()
 
 
-def test_masked_pictures_are_the_null_features(cache: Cache) -> None:
+def test_masked_images_are_the_null_features(cache: Cache) -> None:
     beta, rows = cache.named("beta"), np.array([0, 6])
     none = np.zeros(2, bool)
     batch = decoded(gather(cache, np.array([1, 1]), rows, 2, dropped=(none, np.array([True, False]), none)))
@@ -257,7 +257,7 @@ def test_an_epoch_visits_exactly_the_observations(cache: Cache) -> None:
 
 
 def test_actions_keep_every_frame(cache: Cache) -> None:
-    """A stride thins the pictures, not the action chunk."""
+    """A stride thins the images, not the action chunk."""
     beta = cache.named("beta")
     row = int(beta.episode_start[1]) + 2 * cache.datasets[0].frame_stride
     batch = gather(cache, np.array([1]), np.array([row]), 5)
@@ -296,7 +296,7 @@ def test_variants_are_drawn_by_position_alone(cache: Cache) -> None:
         np.testing.assert_array_equal(plain.draws(0).row, rows[1][:12])  # augmentation does not move the order
 
 
-def test_held_out_pictures_are_never_augmented(cache: Cache) -> None:
+def test_held_out_images_are_never_augmented(cache: Cache) -> None:
     config = from_mapping(
         TrainConfig,
         {
@@ -340,7 +340,7 @@ def test_masking_and_variants_are_independent(cache: Cache) -> None:
         assert max(abs(s - 0.5) for s in shares) < 0.15
 
 
-# --- augmented pictures ---
+# --- augmented images ---
 
 
 def test_augment_is_a_function_of_its_key() -> None:
@@ -360,13 +360,13 @@ def test_augment_is_a_function_of_its_key() -> None:
     assert ((first.float() - images.float()).abs().mean((1, 2, 3)) > 2).all()
 
 
-def test_augment_keeps_the_picture_recognisable() -> None:
-    """A crop of at most 10 % a side and mild colours: correlated with the original, of the same size, black stays black."""
-    grey = torch.linspace(30, 220, 64).expand(48, 64)
-    images = torch.stack([grey, grey.flip(1), grey], -1)[None].repeat(32, 1, 1, 1).to(torch.uint8)
+def test_augment_keeps_the_image_recognizable() -> None:
+    """A crop of at most 10 % a side and mild colors: correlated with the original; black stays black."""
+    gray = torch.linspace(30, 220, 64).expand(48, 64)
+    images = torch.stack([gray, gray.flip(1), gray], -1)[None].repeat(32, 1, 1, 1).to(torch.uint8)
     out = augment(images, frame_keys("d", "v", 0, np.arange(32), 1)).float()
-    for picture in out:
-        a, b = picture.flatten() - picture.mean(), images[0].float().flatten() - images[0].float().mean()
+    for image in out:
+        a, b = image.flatten() - image.mean(), images[0].float().flatten() - images[0].float().mean()
         assert float((a @ b) / (a.norm() * b.norm())) > 0.85
     assert not augment(torch.zeros(3, 20, 20, 3, dtype=torch.uint8), frame_keys("d", "v", 0, np.arange(3), 1)).any()
 

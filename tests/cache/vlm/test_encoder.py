@@ -23,7 +23,7 @@ from dvla.cache.vlm.spec import EncoderSpec, LoraSpec, encoder_spec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from support.tolerances import assert_same_features
-from support.vlm_samples import smooth_pictures, weight_files
+from support.vlm_samples import smooth_images, weight_files
 
 R = 64  # resolution of most tests: 16 patches, 4 tokens
 SMALL = TinySpec(vision_depth=3, vision_width=32, vision_heads=2, out_width=64, init_std=0.1)
@@ -55,8 +55,8 @@ def encoder(checkpoint):
     return load_encoder(EncoderSpec(path=str(checkpoint), resolution=R))
 
 
-def pictures(n, h=R, w=R, seed=0):
-    return smooth_pictures(n, h, w, seed)
+def images(n, h=R, w=R, seed=0):
+    return smooth_images(n, h, w, seed)
 
 
 def tower_output(output):
@@ -65,7 +65,7 @@ def tower_output(output):
 
 
 def official(pixels, spec):
-    """Patch rows of transformers' torch image processor for square uint8 pictures, resized to spec.resolution."""
+    """Patch rows of transformers' torch image processor for square uint8 images, resized to spec.resolution."""
     from transformers import Qwen2VLImageProcessorFast
 
     limits = {"shortest_edge": (spec.resolution - 1) ** 2, "longest_edge": (spec.resolution + 1) ** 2}
@@ -124,7 +124,7 @@ def test_tiny_checkpoint_loads_with_the_auto_classes(checkpoint, model):
     processor = AutoProcessor.from_pretrained(checkpoint)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "open the drawer"}]}]
     prompt = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=[prompt], images=[pictures(1)[0].numpy()], return_tensors="pt")
+    inputs = processor(text=[prompt], images=[images(1)[0].numpy()], return_tensors="pt")
     assert int((inputs["input_ids"] == config.image_token_id).sum()) == (R // 32) ** 2
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
 
@@ -142,13 +142,13 @@ def test_tiny_checkpoint_loads_with_the_auto_classes(checkpoint, model):
 )
 def test_preprocess_is_the_official_processor_bit_for_bit(native, resolution, mean, std):
     spec = ImageSpec(resolution, 16, 2, 2, mean, std)
-    pixels = pictures(3, native, native)
+    pixels = images(3, native, native)
     assert torch.equal(preprocess(pixels, spec).flatten(0, 1), official(pixels, spec)[0])
 
 
 @pytest.mark.parametrize("h, w", [(48, 64), (64, 33), (1, 64)])
 def test_padding_centres_the_image_on_black(h, w):
-    pixels = pictures(2, h, w) // 2 + 100
+    pixels = images(2, h, w) // 2 + 100
     square = pad_to_square(pixels)
     side = max(h, w)
     top, left = (side - h) // 2, (side - w) // 2
@@ -175,7 +175,7 @@ def test_preprocess_refuses_other_inputs():
 @pytest.mark.parametrize("resolution", [32, 64, 160])
 def test_features_equal_transformers_forward(checkpoint, model, resolution):
     encoder = load_encoder(EncoderSpec(path=str(checkpoint), resolution=resolution))
-    pixels = pictures(5, resolution, resolution)
+    pixels = images(5, resolution, resolution)
     rows, grid = official(pixels, encoder.image)
     with torch.no_grad():
         wanted = tower_output(model.model.visual(rows, grid)).reshape(5, -1, SMALL.out_width)
@@ -190,7 +190,7 @@ def test_features_equal_transformers_forward(checkpoint, model, resolution):
 @pytest.mark.parametrize("resolution", [64, 160])
 def test_patch_features_are_the_last_blocks_output_row_by_row(checkpoint, model, resolution):
     encoder = load_encoder(EncoderSpec(path=str(checkpoint), resolution=resolution, features="patch"))
-    pixels, side = pictures(3, resolution, resolution), resolution // 16
+    pixels, side = images(3, resolution, resolution), resolution // 16
     rows, grid = official(pixels, encoder.image)
     seen = []
     hook = model.model.visual.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
@@ -214,10 +214,10 @@ def test_patch_features_are_the_last_blocks_output_row_by_row(checkpoint, model,
 
 def test_pooling_196_tokens_to_49_is_the_mean_of_2_by_2_cells(checkpoint):
     whole, pooled = (load_encoder(EncoderSpec(path=str(checkpoint), resolution=448, tokens=t)) for t in (None, 49))
-    features = whole.encode_images(pictures(1))  # [1,196,D], row by row
+    features = whole.encode_images(images(1))  # [1,196,D], row by row
     assert (whole.tokens, pooled.tokens) == (196, 49) == (features.shape[1], pooled.null_image_features(1).shape[1])
     cells = features.reshape(1, 7, 2, 7, 2, -1).mean((2, 4)).flatten(1, 2)
-    torch.testing.assert_close(pooled.encode_images(pictures(1)), cells)
+    torch.testing.assert_close(pooled.encode_images(images(1)), cells)
     assert pooled.fingerprint() == whole.fingerprint() | {"tokens": 49}
 
 
@@ -273,14 +273,14 @@ def test_flash_attn_is_called_with_heads_after_tokens(monkeypatch):
 def test_bfloat16_features_are_close(checkpoint, encoder):
     half = load_encoder(encoder.spec, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    real, rounded = encoder.encode_images(pictures(4)), half.encode_images(pictures(4))
+    real, rounded = encoder.encode_images(images(4)), half.encode_images(images(4))
     assert rounded.dtype == torch.bfloat16
     assert (real - rounded.float()).norm() < 0.03 * real.norm()
     assert half.fingerprint() == encoder.fingerprint() | {"dtype": "bfloat16"}
 
 
 def test_images_of_a_batch_do_not_see_each_other_and_share_each_attention_call(encoder, monkeypatch):
-    pixels = pictures(6)
+    pixels = images(6)
     alone = torch.cat([encoder.encode_images(p[None]) for p in pixels])
     shapes = []
     real = F.scaled_dot_product_attention
@@ -290,9 +290,9 @@ def test_images_of_a_batch_do_not_see_each_other_and_share_each_attention_call(e
 
 
 def test_frozen_by_default_and_every_weight_learns_when_asked(encoder):
-    assert not encoder.encode_images(pictures(2)).requires_grad
+    assert not encoder.encode_images(images(2)).requires_grad
     encoder.vision.requires_grad_(True)
-    encoder.encode_images(pictures(2)).square().sum().backward()
+    encoder.encode_images(images(2)).square().sum().backward()
     assert [n for n, p in encoder.vision.named_parameters() if p.grad is None] == []
     assert encoder.vision.pos_embed.weight.grad.abs().sum() > 0
 
@@ -308,7 +308,7 @@ def test_text_is_the_embedding_rows(encoder, model):
         assert not row[length:].any()
 
 
-def test_null_features_are_those_of_any_black_picture(encoder):
+def test_null_features_are_those_of_any_black_image(encoder):
     black = encoder.encode_images(np.zeros((1, 40, 120, 3), np.uint8))[0]
     assert torch.equal(encoder.null_image_features(2), torch.stack([black, black]))
 
@@ -328,7 +328,7 @@ def test_language_shards_may_be_missing(copied, encoder):
         (copied / file).unlink()
     other = load_encoder(EncoderSpec(path=str(copied), resolution=R))
     assert other.fingerprint() == encoder.fingerprint()
-    assert torch.equal(other.encode_images(pictures(2)), encoder.encode_images(pictures(2)))
+    assert torch.equal(other.encode_images(images(2)), encoder.encode_images(images(2)))
 
 
 def test_a_checkpoint_in_one_file_needs_no_index(copied, encoder):
@@ -455,9 +455,9 @@ def test_fingerprint_follows_what_features_depend_on(copied, encoder):
     "targets, last, layers", [("qv", None, 3), ("attention", None, 6), ("attention", 1, 2), ("all-linear", 2, 10)]
 )
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(encoder, targets, last, layers):
-    base, before = encoder.encode_images(pictures(3)), encoder.fingerprint()
+    base, before = encoder.encode_images(images(3)), encoder.fingerprint()
     add_lora(encoder, LoraSpec(r=4, targets=targets, last_n_blocks=last))
-    features = encoder.encode_images(pictures(3))
+    features = encoder.encode_images(images(3))
     assert torch.equal(features, base)
     names = [n for n, _ in lora_parameters(encoder)]
     assert len(names) == 2 * layers
@@ -478,11 +478,11 @@ def test_dropout_is_a_function_of_the_key_and_ends_with_the_step(encoder):
 
     def dropped(key):
         with lora_dropout(encoder, key):
-            return encoder.encode_images(pictures(3))
+            return encoder.encode_images(images(3))
 
     first, again, other = (dropped(key) for key in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, adapted)
-    assert torch.equal(encoder.encode_images(pictures(3)), adapted) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(encoder.encode_images(images(3)), adapted) and torch.equal(torch.get_rng_state(), state)
     with pytest.raises(UserError, match="dropout is 1; it must be"):
         LoraSpec(dropout=1)
     with pytest.raises(UserError, match="unknown LoRA target 'q'"):
@@ -494,11 +494,11 @@ def trained_adapter(encoder, spec):
     with torch.no_grad():
         for i, (_, p) in enumerate(lora_parameters(encoder)):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    return encoder.encode_images(pictures(3))
+    return encoder.encode_images(images(3))
 
 
 def test_adapter_round_trip_and_merge(encoder, tmp_path):
-    base = encoder.encode_images(pictures(3))
+    base = encoder.encode_images(images(3))
     adapted = trained_adapter(encoder, LoraSpec(r=4, alpha=8, targets="all-linear"))
     assert not torch.allclose(adapted, base, atol=1e-2)
     save_adapter(encoder, tmp_path / "lora")
@@ -513,7 +513,7 @@ def test_adapter_round_trip_and_merge(encoder, tmp_path):
 
     fresh = load_encoder(encoder.spec)
     load_lora(fresh, tmp_path / "lora")
-    assert torch.equal(fresh.encode_images(pictures(3)), adapted)
+    assert torch.equal(fresh.encode_images(images(3)), adapted)
     assert fresh.fingerprint() == encoder.fingerprint()
     learning = [n for n, p in fresh.named_parameters() if p.requires_grad]
     assert learning == ["vision." + n for n, _ in lora_parameters(encoder)]
@@ -522,7 +522,7 @@ def test_adapter_round_trip_and_merge(encoder, tmp_path):
 
     merge_lora(fresh)
     assert not list(lora_parameters(fresh)) and not any(p.requires_grad for p in fresh.parameters())
-    torch.testing.assert_close(fresh.encode_images(pictures(3)), adapted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(fresh.encode_images(images(3)), adapted, rtol=0, atol=1e-4)
     assert fresh.fingerprint() == encoder.fingerprint()
     with pytest.raises(ValueError, match="no LoRA adapter"):
         merge_lora(fresh)

@@ -1,4 +1,4 @@
-"""PaliGemma 2 as an encoder: the toy checkpoint, preprocessing, features and text against transformers, loading, LoRA, a whole build."""
+"""PaliGemma 2 as an encoder: toy checkpoint, preprocessing, features against transformers, loading, LoRA, a build."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemm
 from dvla.errors import UserError
 from support.lerobot_samples import LENGTHS
 from support.tolerances import assert_same_features
-from support.vlm_samples import smooth_pictures, weight_files
+from support.vlm_samples import smooth_images, weight_files
 
 R = 56  # resolution of most tests: 16 patches of 14 pixels
 SMALL = TinyPaliGemmaSpec(
@@ -66,12 +66,12 @@ def encoder(checkpoint):
     return load_encoder(spec_of(checkpoint))
 
 
-def pictures(n, h=R, w=R, seed=0):
-    return smooth_pictures(n, h, w, seed)
+def images(n, h=R, w=R, seed=0):
+    return smooth_images(n, h, w, seed)
 
 
 def official(pixels, resolution, mean=0.5, std=0.5):
-    """float32 [N,3,R,R] of transformers' torch image processor for square uint8 pictures."""
+    """float32 [N,3,R,R] of transformers' torch image processor for square uint8 images."""
     from transformers import SiglipImageProcessorFast
 
     processor = SiglipImageProcessorFast(
@@ -81,7 +81,7 @@ def official(pixels, resolution, mean=0.5, std=0.5):
 
 
 def run(model, tokenizer, views, instruction):
-    """(what enters Gemma's first layer, its last hidden state), each [1,V*S+Lt,D], of transformers' forward on one observation."""
+    """(input of Gemma's first layer, its last hidden state), each [1,V*S+Lt,D], of transformers on one observation."""
     seen = []
     hook = model.model.language_model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -106,7 +106,7 @@ def test_the_toy_is_a_paligemma_2_that_transformers_runs(checkpoint, model, enco
     processor = AutoProcessor.from_pretrained(checkpoint)
     assert isinstance(processor, PaliGemmaProcessor) and type(model.model.language_model).__name__ == "Gemma2Model"
     assert len(processor.tokenizer) == model.config.text_config.vocab_size  # nothing had to be added
-    inputs = processor(images=[pictures(1)[0].numpy()], text="<image>open the drawer", return_tensors="pt")
+    inputs = processor(images=[images(1)[0].numpy()], text="<image>open the drawer", return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(model.config.image_token_id) == 16
     assert ids[16:] == load_encoder(spec_of(checkpoint, depth="language")).prompt("open the drawer")
@@ -129,7 +129,7 @@ def test_the_same_spec_gives_the_same_bytes(checkpoint, tmp_path):
 @pytest.mark.parametrize("native, resolution", [(56, 56), (128, 56), (40, 56), (97, 112)])
 @pytest.mark.parametrize("mean, std", [(0.5, 0.5), (0.4, 0.27)])
 def test_preprocess_is_the_official_processor_bit_for_bit(native, resolution, mean, std):
-    pixels = pictures(3, native, native)
+    pixels = images(3, native, native)
     rows = preprocess(pixels, ImageSpec(resolution, 14, 1, 1, (mean,) * 3, (std,) * 3))  # [3,S,3*14*14]
     cut = F.unfold(official(pixels, resolution, mean, std), 14, stride=14).transpose(
         1, 2
@@ -141,7 +141,7 @@ def test_preprocess_is_the_official_processor_bit_for_bit(native, resolution, me
 
 
 def test_features_are_what_the_language_model_is_given(model, encoder):
-    pixels = pictures(4)
+    pixels = images(4)
     with torch.no_grad():
         found = model.model.get_image_features(official(pixels, R))
     found = found if isinstance(found, torch.Tensor) else found.pooler_output  # an object in version 5
@@ -165,10 +165,10 @@ def test_text_features_carry_gemmas_scale_in_its_rounding(checkpoint, model, enc
             wanted = table[ids].to(dtype) * torch.tensor(96**0.5, dtype=dtype)  # as Gemma2Model.forward
             assert torch.equal(row[:length], wanted) and not row[length:].any()
     half = load_encoder(encoder.spec, dtype=torch.bfloat16)
-    given, _ = run(copy.deepcopy(model).to(torch.bfloat16), encoder.tokenizer, [pictures(1)], TEXTS[0])
+    given, _ = run(copy.deepcopy(model).to(torch.bfloat16), encoder.tokenizer, [images(1)], TEXTS[0])
     text, lengths = half.encode_text(TEXTS[:1])
     assert torch.equal(text[0], given[0, 17 : 17 + lengths[0]])
-    real, rounded = encoder.encode_images(pictures(4)), half.encode_images(pictures(4))
+    real, rounded = encoder.encode_images(images(4)), half.encode_images(images(4))
     assert rounded.dtype == torch.bfloat16 and (real - rounded.float()).norm() < 0.03 * real.norm()
     assert half.fingerprint() == encoder.fingerprint() | {"dtype": "bfloat16"}
 
@@ -176,7 +176,7 @@ def test_text_features_carry_gemmas_scale_in_its_rounding(checkpoint, model, enc
 @pytest.mark.parametrize("resolution", [28, 56, 98])
 def test_patch_features_are_siglips_output_at_any_resolution(checkpoint, model, resolution):
     encoder = load_encoder(spec_of(checkpoint, resolution=resolution, features="patch"))
-    pixels = pictures(2, resolution, resolution)
+    pixels = images(2, resolution, resolution)
     with torch.no_grad():
         wanted = model.model.vision_tower(official(pixels, resolution), interpolate_pos_encoding=True).last_hidden_state
     features = encoder.encode_images(pixels)
@@ -191,7 +191,7 @@ def test_patch_features_are_siglips_output_at_any_resolution(checkpoint, model, 
 @pytest.mark.parametrize("instruction", TEXTS)
 def test_language_depth_is_gemmas_last_hidden_state_over_the_image_tokens(checkpoint, model, instruction):
     encoder = load_encoder(spec_of(checkpoint, depth="language"))
-    views = [pictures(2, seed=1), pictures(2, seed=2)]
+    views = [images(2, seed=1), images(2, seed=2)]
     features = encoder.encode_observation(views, instruction)  # [N,V,K,D]
     assert features.shape == (2, 2, 16, 96) and not features.requires_grad
     for i in range(2):
@@ -203,9 +203,9 @@ def test_language_depth_is_gemmas_last_hidden_state_over_the_image_tokens(checkp
     assert (features - changed)[:, 0].abs().max() > 1e-3  # and on the other views
 
 
-def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_pictures(checkpoint, tmp_path):
+def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_images(checkpoint, tmp_path):
     whole, pooled = (load_encoder(spec_of(checkpoint, depth="language", tokens=t)) for t in (None, 4))
-    views = [pictures(1), pictures(1, 40, 70)]
+    views = [images(1), images(1, 40, 70)]
     wanted = whole.encode_observation(views, "push").reshape(1, 2, 2, 2, 2, 2, 96).mean((3, 5)).flatten(2, 3)
     torch.testing.assert_close(pooled.encode_observation(views, "push"), wanted)
     with pytest.raises(UserError, match="depth vision"):
@@ -230,9 +230,9 @@ def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_pictu
 
 def test_pooling_averages_cells_of_the_grid(checkpoint, encoder):
     pooled = load_encoder(spec_of(checkpoint, tokens=4))
-    whole = encoder.encode_images(pictures(3))  # [3,16,96], row by row
+    whole = encoder.encode_images(images(3))  # [3,16,96], row by row
     cells = whole.reshape(3, 2, 2, 2, 2, 96).mean((2, 4)).reshape(3, 4, 96)
-    torch.testing.assert_close(pooled.encode_images(pictures(3)), cells)
+    torch.testing.assert_close(pooled.encode_images(images(3)), cells)
     with pytest.raises(UserError, match="--tokens 5.*choose one of 1, 4, 9, 16") as caught:
         load_encoder(spec_of(checkpoint, tokens=5))
     assert "\n" not in str(caught.value)
@@ -242,10 +242,10 @@ def test_null_features_frozen_weights_and_the_batch(encoder):
     black = encoder.encode_images(np.zeros((1, 40, 120, 3), np.uint8))[0]
     assert torch.equal(encoder.null_image_features(2), torch.stack([black, black]))
     assert not black.requires_grad and not any(p.requires_grad for p in encoder.parameters())
-    alone = torch.cat([encoder.encode_images(p[None]) for p in pictures(4)])
-    assert_same_features(encoder.encode_images(pictures(4)), alone)
+    alone = torch.cat([encoder.encode_images(p[None]) for p in images(4)])
+    assert_same_features(encoder.encode_images(images(4)), alone)
     encoder.vision.requires_grad_(True)
-    encoder.encode_images(pictures(2)).square().sum().backward()
+    encoder.encode_images(images(2)).square().sum().backward()
     assert [n for n, p in encoder.vision.named_parameters() if p.grad is None] == []
 
 
@@ -264,7 +264,7 @@ def test_language_shards_may_be_missing_unless_they_are_asked_for(copied, encode
         (copied / file).unlink()
     other = load_encoder(spec_of(copied))
     assert other.fingerprint() == encoder.fingerprint()
-    assert torch.equal(other.encode_images(pictures(2)), encoder.encode_images(pictures(2)))
+    assert torch.equal(other.encode_images(images(2)), encoder.encode_images(images(2)))
     with pytest.raises(UserError, match=f"{spare[0]}.*missing"):
         load_encoder(spec_of(copied, depth="language"))
 
@@ -289,7 +289,7 @@ def test_other_layouts_of_the_same_weights_are_the_same_encoder(copied, encoder,
     for depth in ("vision", "language"):
         old, new = (load_encoder(spec_of(f, depth=depth)) for f in (encoder.spec.path, copied))
         assert new.fingerprint() == old.fingerprint()
-    assert torch.equal(load_encoder(spec_of(copied)).encode_images(pictures(2)), encoder.encode_images(pictures(2)))
+    assert torch.equal(load_encoder(spec_of(copied)).encode_images(images(2)), encoder.encode_images(images(2)))
     tensors.pop(in_layout(EMBEDDING_NAME, kind))
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
@@ -378,9 +378,9 @@ def test_specs_and_the_fingerprint(checkpoint, copied, encoder):
 )
 def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(checkpoint, features, targets, last, layers):
     encoder = load_encoder(spec_of(checkpoint, features=features))
-    base, before = encoder.encode_images(pictures(3)), encoder.fingerprint()
+    base, before = encoder.encode_images(images(3)), encoder.fingerprint()
     add_lora(encoder, LoraSpec(r=4, targets=targets, last_n_blocks=last))
-    out = encoder.encode_images(pictures(3))
+    out = encoder.encode_images(images(3))
     assert torch.equal(out, base)
     names = [n for n, _ in lora_parameters(encoder)]
     assert len(names) == 2 * layers
@@ -394,7 +394,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(checkpoint, feat
 def test_at_language_depth_the_gradient_reaches_the_adapter_through_a_frozen_gemma(checkpoint):
     encoder, views = (
         load_encoder(spec_of(checkpoint, depth="language")),
-        [pictures(2, seed=1), pictures(2, 40, 70, seed=2)],
+        [images(2, seed=1), images(2, 40, 70, seed=2)],
     )
     base = encoder.encode_observation(views, "push")
     add_lora(encoder, LoraSpec(r=4, targets="all-linear"))
@@ -415,24 +415,24 @@ def test_at_language_depth_the_gradient_reaches_the_adapter_through_a_frozen_gem
 
 def test_adapter_round_trip_merge_and_learning(checkpoint, encoder, tmp_path):
     add_lora(encoder, LoraSpec(r=4, alpha=8, targets="all-linear"))
-    target = load_encoder(encoder.spec).encode_images(pictures(3, seed=3))
+    target = load_encoder(encoder.spec).encode_images(images(3, seed=3))
     optimizer = torch.optim.Adam([p for _, p in lora_parameters(encoder)], 0.01)
     losses = []
     for _ in range(8):
-        loss = (encoder.encode_images(pictures(3)) - target).square().mean()
+        loss = (encoder.encode_images(images(3)) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     with torch.no_grad():
-        adapted = encoder.encode_images(pictures(3))
+        adapted = encoder.encode_images(images(3))
     save_adapter(encoder, tmp_path / "lora")
     fresh = load_encoder(encoder.spec)
     load_lora(fresh, tmp_path / "lora", trainable=False)
-    assert torch.equal(fresh.encode_images(pictures(3)), adapted) and fresh.fingerprint() == encoder.fingerprint()
+    assert torch.equal(fresh.encode_images(images(3)), adapted) and fresh.fingerprint() == encoder.fingerprint()
     merge_lora(fresh)
-    torch.testing.assert_close(fresh.encode_images(pictures(3)), adapted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(fresh.encode_images(images(3)), adapted, rtol=0, atol=1e-4)
     wide = make_tiny_paligemma2(tmp_path / "wide", TinyPaliGemmaSpec(**{**SMALL.__dict__, "vision_width": 64}))
     with pytest.raises(UserError, match="does not fit this model"):
         load_lora(load_encoder(spec_of(wide)), tmp_path / "lora")
@@ -503,64 +503,25 @@ def test_patch_features_through_build_training_live_features_and_policy(recorded
 
 
 def test_build_verify_train_finetune_and_act(recorded, tmp_path, monkeypatch):
+    from dvla.cache.store.cache import Cache
     from dvla.cli import run as command
     from dvla.stages.policy.policy import Policy
 
     monkeypatch.chdir(tmp_path)
-    command(["vlm", "tiny", "--arch", "paligemma2", "--out", "vlm"])
-    build = [
-        "cache",
-        "build",
-        str(recorded["h264"]),
-        "--vlm",
-        "tiny_paligemma2",
-        "--vlm-path",
-        "vlm",
-        "--tokens",
-        "16",
-        "--device",
-        "cpu",
-    ]
-    command([*build, "--out", "cache"])
-    with pytest.raises(UserError, match="features: unknown value 'pach'; did you mean 'patch'"):
-        command([*build, "--features", "pach", "--out", "other"])
-    command(["cache", "verify", "cache", "--live", "8", "--device", "cpu"])  # exits 1 when something differs
-    from dvla.cache.store.cache import Cache
 
+    def dvla(line: str) -> None:
+        command(line.split())
+
+    data = recorded["h264"]
+    dvla("vlm tiny --arch paligemma2 --out vlm")
+    build = f"cache build {data} --vlm tiny_paligemma2 --vlm-path vlm --tokens 16 --device cpu"
+    dvla(f"{build} --out cache")
+    with pytest.raises(UserError, match="features: unknown value 'pach'; did you mean 'patch'"):
+        dvla(f"{build} --features pach --out other")
+    dvla("cache verify cache --live 8 --device cpu")  # exits 1 when something differs
     cache = Cache.open(tmp_path / "cache")
     assert (cache.tokens, cache.width, cache.datasets[0].frames) == (16, 128, sum(LENGTHS))
-    command(
-        [
-            "train",
-            "--from-cache",
-            "cache",
-            "--out",
-            "runs/two",
-            "--model-size",
-            "tiny",
-            "--steps",
-            "2",
-            "--batch-size",
-            "4",
-            "--device",
-            "cpu",
-        ]
-    )
-    command(
-        [
-            "finetune",
-            "runs/two",
-            "--source",
-            str(recorded["h264"]),
-            "--out",
-            "runs/three",
-            "--steps",
-            "1",
-            "--batch-size",
-            "2",
-            "--device",
-            "cpu",
-        ]
-    )
+    dvla("train --from-cache cache --out runs/two --model-size tiny --steps 2 --batch-size 4 --device cpu")
+    dvla(f"finetune runs/two --source {data} --out runs/three --steps 1 --batch-size 2 --device cpu")
     policy = Policy.from_pretrained(tmp_path / "runs/three")
     assert np.isfinite(policy.act_batch([first_observation(recorded["h264"])])).all()

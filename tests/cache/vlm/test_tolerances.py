@@ -1,4 +1,4 @@
-"""What docs/concepts.md promises of features: the same bits in the same batches, equal up to rounding in others; and what the tests call equal."""
+"""The promise of docs/concepts.md on features: the same bits in the same batches, equal up to rounding in others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from support.tolerances import assert_same_actions, assert_same_features, rows_that_decide_the_rounding
-from support.vlm_samples import smooth_pictures
+from support.vlm_samples import smooth_images
 
 KINDS: dict[str, dict[str, Any]] = {
     "merged": {},
@@ -37,10 +37,10 @@ def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def in_batches(encoder: VisionLanguageEncoder, size: int) -> torch.Tensor:
-    pictures = smooth_pictures(11, 48, 64)
+    images = smooth_images(11, 48, 64)
     with torch.inference_mode():
         return torch.cat(
-            [encoder.encode_observation([pictures[at : at + size]], "push") for at in range(0, len(pictures), size)]
+            [encoder.encode_observation([images[at : at + size]], "push") for at in range(0, len(images), size)]
         )
 
 

@@ -45,7 +45,7 @@ from dvla.stages.training.step import batch_loss, noise_generator
 from dvla.stages.training.train import policy_net, train
 from support.cli_runner import Dvla, refused
 from support.repository import ROOT
-from support.vlm_samples import smooth_pictures
+from support.vlm_samples import smooth_images
 
 BLOCKS, BOUNDARY = 3, 2
 LORA = LoraSpec(r=2, alpha=4.0, targets="all-linear", last_n_blocks=BOUNDARY)
@@ -102,7 +102,7 @@ def learn_apart(encoder: VisionLanguageEncoder) -> dict[str, torch.nn.Parameter]
 @pytest.mark.parametrize("vlm", ["qwen3vl", "paligemma2"])
 @pytest.mark.parametrize("kind", [{}, {"tokens": 4}, {"features": "patch"}])
 def test_lower_then_upper_is_the_encoder(checkpoints: dict[str, Path], vlm: str, kind: dict[str, Any]) -> None:
-    encoder, pictures = load_encoder(spec_of(checkpoints, vlm, **kind)), smooth_pictures(3, 40, 56)
+    encoder, pictures = load_encoder(spec_of(checkpoints, vlm, **kind)), smooth_images(3, 40, 56)
     wanted = encoder.encode_images(pictures)
     lower = []
     for n in range(1, BLOCKS + 1):
