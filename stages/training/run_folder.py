@@ -23,7 +23,7 @@ from ...errors import UserError
 from ..policy import checkpoint as ck
 from .config import TrainConfig
 from .context import Session
-from .parallel.replicas import Replicas, place, whole
+from .parallel.replicas import Replicas, place, unsharded
 from .parallel.world import World
 from .run_log import Tracker
 from .setup import banner, prepare, share_network, thaw
@@ -204,8 +204,8 @@ def _restore(checkpoint: Path, shared: Replicas) -> None:
 
 def save(session: Session, shared: Replicas, progress: Progress) -> None:
     """Write a checkpoint: raw and averaged weights, AdamW's moments, the adapter. Every process must call it."""
-    raw = {name: t.detach().clone() for name, t in whole(shared.named).items()}
-    tensors = {"model": raw, "ema": whole(shared.ema), "optimizer": shared.moments()}
+    raw = {name: t.detach().clone() for name, t in unsharded(shared.named).items()}
+    tensors = {"model": raw, "ema": unsharded(shared.ema), "optimizer": shared.moments()}
     if session.queues is not None:
         tensors["queues"] = session.queues.state_dict()
     best = progress.best["step"] if progress.best and session.config.keep_best else None

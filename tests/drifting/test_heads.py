@@ -265,16 +265,16 @@ def test_each_head_learns_a_chunk_per_observation(kind: str, steps: int, error: 
     batch = batch.replace(action_mask=few, action=0.5 * batch.action.clamp(-1, 1) * few[:, None])
     config, draw, rate = LossConfig(kind=kind), seeded(1), 0.01
     shape = (B, 8, T, net.config.dit.noise_dim)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=rate)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
     for step in range(steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / steps)
         loss = head_loss(
             net, batch, config, noise=torch.randn(shape, generator=draw), alpha=torch.ones(B), generator=draw
         )
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.total.backward()
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
         drawn = generate(
             net,

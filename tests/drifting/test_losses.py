@@ -239,14 +239,14 @@ def spread_to_modes(kind: str) -> torch.Tensor:
     modes = torch.tensor([0.5, -0.5]).repeat(8)[None, :, None, None]  # [1,16,1,1]
     expert[..., SLOTS[1]] = modes + 0.02 * random(1, 16, T, 3, seed=7)
     pred = (0.1 * random(1, 16, T, 128)).requires_grad_()
-    optimiser = torch.optim.Adam([pred], lr=0.02)
+    optimizer = torch.optim.Adam([pred], lr=0.02)
     for step in range(200):
-        optimiser.param_groups[0]["lr"] = 0.02 * (1 - step / 200)  # the normalised force never fades
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 200)  # the normalized force never fades
         current = row.replace(action=expert[:, step % 16])
         loss = policy_loss(pred, current, LossConfig(kind=kind), positives=None if kind == "mse" else expert[:, :15])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.total.backward()
-        optimiser.step()
+        optimizer.step()
     return pred.detach()[0][..., SLOTS[1]].mean((1, 2))
 
 

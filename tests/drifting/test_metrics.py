@@ -196,12 +196,12 @@ def test_mmd_of_known_sets() -> None:
 def test_mode_coverage_of_known_sets() -> None:
     assert mode_coverage(cloud(0), cloud(0)) == 1 and mode_coverage(cloud(1), cloud(0)) == 1
     far = 20 * torch.eye(6)[:4]  # four modes
-    expert = torch.cat([cloud(i, 50) + centre for i, centre in enumerate(far)])
+    expert = torch.cat([cloud(i, 50) + center for i, center in enumerate(far)])
     for reached in range(1, 5):
-        predicted = torch.cat([cloud(9 + i, 50) + centre for i, centre in enumerate(far[:reached])])
+        predicted = torch.cat([cloud(9 + i, 50) + center for i, center in enumerate(far[:reached])])
         assert mode_coverage(predicted, expert, cells=4) == reached / 4
     assert mode_coverage(expert.mean(0).expand(200, -1), cloud(0)) == pytest.approx(0.1)  # collapsed
-    rare = torch.cat([cloud(9, 196) + far[0], *(cloud(9, 1) + centre for centre in far[1:])])
+    rare = torch.cat([cloud(9, 196) + far[0], *(cloud(9, 1) + center for center in far[1:])])
     assert mode_coverage(rare, expert, cells=4) == 0.25  # one in 200 is not enough
     with pytest.raises(ValueError, match="at least 8"):
         mode_coverage(cloud(0), cloud(0, 7))

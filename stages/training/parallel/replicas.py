@@ -40,7 +40,7 @@ def parameter_groups(named: Mapping[str, nn.Parameter], config: OptimizerConfig)
     ]
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unsharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as one process would have them. Every process must call it."""
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
@@ -122,7 +122,7 @@ class Replicas:
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state, unsharded, by name. Every process must call it."""
         state = self.optimizer.state
-        return whole(
+        return unsharded(
             {f"{name}:{kind}": state[p][kind] for name, p in self.named.items() if p in state for kind in MOMENTS}
         )
 

@@ -49,7 +49,7 @@ BLOCKS = [Blocks(40, 4, 32, 3)] * 4
 
 
 def most_pieces(blocks: Blocks, first: int, count: int, size: int) -> int:
-    """The most stretches of neighbouring samples that the window of `count` draws from `first` on can be made of.
+    """The most stretches of neighboring samples that the window of `count` draws from `first` on can be made of.
 
     Proof, from `Blocks.permute`, with positions counted from the beginning of the window's group, which is a shard's
     beginning:

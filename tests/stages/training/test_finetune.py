@@ -174,7 +174,7 @@ def test_full_resumes_exactly(recorded: Recorded, stage_two: Path, full: Full, t
         finetune(configure(recorded, stage_two, full.run), say=quiet)
 
 
-def test_only_what_is_trained_has_optimiser_state(
+def test_only_what_is_trained_has_optimizer_state(
     recorded: Recorded, stage_two: Path, full: Full, tmp_path: Path
 ) -> None:
     config = configure(recorded, stage_two, tmp_path / "run", LORA, steps=2, unfreeze={"adapter.": 2}, save_every=1)

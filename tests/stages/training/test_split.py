@@ -351,7 +351,7 @@ def test_it_learns_what_the_live_tower_learns(
     assert all(ours[name].abs().max() > 0 for name in adapter)
     policies = [Policy.from_pretrained(tmp_path / way) for way in ("split", "live")]
     assert policies[0].encoder.spec.boundary is None
-    again = load_encoder(adapted_spec(tmp_path / "split", boundary=1))  # what it learnt lies in part below this one
+    again = load_encoder(adapted_spec(tmp_path / "split", boundary=1))  # what it learned lies in part below this one
     assert again.tokens == 16 and again.fingerprint()["adapter"] and again.fingerprint()["boundary"] == 1
     episode = sources_of(Cache.open(split["qwen3vl"]), (str(recorded["h264"]),))[0].load(1)
     images = {view.name: next(view.frames(2, 3)) for view in episode.views}
