@@ -21,7 +21,7 @@ from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from dvla.cache.vlm.spec import EncoderSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.caching import sizes
 from dvla.stages.caching.build import build
@@ -32,28 +32,11 @@ from dvla.stages.caching.sizes import plan_nbytes, require_room
 from dvla.stages.caching.upkeep import repair as cache_repair
 from support import synthetic_cache as synthetic
 from support.cli_runner import Dvla, argv, refused
+from support.corner import TINY, tree
 from support.lerobot_samples import LENGTHS, VIEWS
 
 FRAMES = sum(LENGTHS)
-TINY = TinySpec(
-    vision_depth=1,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
 Usage = collections.namedtuple("Usage", "total used free")
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(path).as_posix(): p.read_bytes()
-        for p in sorted(path.rglob("*"))
-        if p.is_file() and p.name != ".lock"
-    }
 
 
 def times(path: Path) -> dict[str, int]:
