@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
@@ -16,6 +16,7 @@ from typing import Any
 
 from ...common.console import markdown_table
 from ...common.files import json_bytes, new_folder, write_file
+from ...common.progress import Progress
 from ..policy import checkpoint as ck
 from ..policy.load import read_document
 from ..policy.policy import Policy
@@ -28,8 +29,6 @@ from .tables import success_cells
 
 NAMED = ("expert", "random")  # policies without a folder
 TIMED_CALLS = 10  # whose median is `ms_per_chunk`
-
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) -> dict[str, dict[str, Any]]:

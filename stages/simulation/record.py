@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 
 from ...common.files import hold
 from ...common.mp4 import quiet_libav
+from ...common.progress import Count
 from ...errors import UserError
 from .config import RecordConfig
 from .envs import Environment, check_environment, make_environment
@@ -57,7 +58,7 @@ class Demonstration:
     action: np.ndarray  # [T, da] float32, noise-free
 
 
-def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None = None) -> RecordResult:
+def record(config: RecordConfig, on_progress: Count | None = None) -> RecordResult:
     """Record `config.episodes` demonstrations into `config.out`; `on_progress(kept, wanted)` after each.
 
     Initial states 0, 1, 2, … of the split are tried in order and failed attempts dropped, so the content is a pure
