@@ -107,7 +107,8 @@ def _parameter(name: str, options: Options, setting: str) -> inspect.Parameter:
     kind = option.type or _type_of(hint.__origin__)
     if default is not inspect.Parameter.empty and (typing.get_origin(kind) is list or not options.defaults):
         default = False if kind is bool else None
-    annotation = Annotated[kind | None if default is None else kind, typer.Option(*option.names, help=option.help)]
+    given: Any = kind | None if default is None else kind
+    annotation = Annotated[given, typer.Option(*option.names, help=option.help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
