@@ -75,7 +75,7 @@ def measure(config: LatencyConfig, show: Progress = lambda name, done, total: No
         "policy": config.checkpoint or f"{config.model_size} DiT with random weights behind {config.vlm_path}",
         "vlm": policy.encoder.spec.path,
         "dtype": str(policy.encoder.dtype).removeprefix("torch."),
-        "picture": list(config.picture),
+        "picture": list(config.camera),
     }
     rows = [row for n in config.batches for row in _time_policy(policy, config, n, show)]
     return about | {"rows": rows + (_time_server(policy, config, show) if config.server else [])}
@@ -150,7 +150,7 @@ def _observations(policy: Policy, config: LatencyConfig, n: int) -> list[Observa
     rng, state = np.random.default_rng(0), policy.robot.state_map.to_native(np.zeros(UNIFIED_DIM))
     return [
         Observation(
-            {view: rng.integers(0, 255, (*config.picture, 3), np.uint8) for view in policy.robot.views},
+            {view: rng.integers(0, 255, (*config.camera, 3), np.uint8) for view in policy.robot.views},
             INSTRUCTION,
             state,
         )

@@ -23,7 +23,7 @@ from ..policy.policy import Policy
 from ..policy.robot import RobotInterface, choose_dataset
 from .config import EvalConfig
 from .envs import make_environment
-from .film import write_grid, write_grid_image
+from .film import write_grids
 from .rollout import EpisodeResult, ExpertPolicy, RandomPolicy, RolloutConfig, assert_disjoint, rollout, wilson_interval
 from .tables import success_cells
 
@@ -207,9 +207,6 @@ def _write(folder: Path, summary: dict[str, Any], recorded: dict[str, list[Episo
     folder.mkdir(exist_ok=True)
     for name, results in recorded.items():
         if results:
-            stem = name.replace("/", "_")
             frames, won = [r.frames for r in results if r.frames is not None], [r.success for r in results]
-            labels = [f"state {r.start}" for r in results]
-            write_grid(frames, won, folder / "videos" / f"{stem}.mp4", labels)
-            write_grid_image(frames, won, folder / "videos" / f"{stem}.png", labels)
+            write_grids(frames, won, [f"state {r.start}" for r in results], folder / "videos" / name.replace("/", "_"))
     write_file(folder / "summary.json", json_bytes(summary))

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,21 +225,17 @@ def _demonstrations(config: RecordConfig, count: int) -> Iterator[Iterator[Demon
     try:
         # Only a few at a time: the images of a whole recording need not fit into memory.
         pending = deque(pool.submit(_attempt, config, start) for start in range(min(config.workers + 1, count)))
-        yield _in_order(pool, pending, config, count)
+
+        def in_order() -> Iterator[Demonstration]:
+            for start in range(len(pending), count + len(pending)):
+                demonstration = pending.popleft().result()
+                if start < count:
+                    pending.append(pool.submit(_attempt, config, start))
+                yield demonstration
+
+        yield in_order()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, pending: deque[Future[Demonstration]], config: RecordConfig, count: int
-) -> Iterator[Demonstration]:
-    upcoming = len(pending)
-    while pending:
-        demonstration = pending.popleft().result()
-        if upcoming < count:
-            pending.append(pool.submit(_attempt, config, upcoming))
-            upcoming += 1
-        yield demonstration
 
 
 @functools.lru_cache(maxsize=1)
