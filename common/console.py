@@ -15,10 +15,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from ..errors import UserError
+from .progress import Progress
 from .text import duration
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 170)
@@ -32,11 +34,9 @@ def say(line: str) -> None:
 
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
-Show = Callable[[str, int, int], None]  # (name, done, total); a name tells what is counted, as in "push/front: images"
-
 
 @contextlib.contextmanager
-def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
+def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Progress]:
     """`show(name, done, total)`: a bar per name; off a terminal, a line per name and `every` seconds (None: none)."""
     if not console.is_terminal:
         yield (lambda *_: None) if every is None else progress_lines(every)
@@ -48,7 +48,7 @@ def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, speed_estimate_period=900) as bars:
+    with RichProgress(*columns, console=console, speed_estimate_period=900) as bars:
         tasks: dict[str, Any] = {}
 
         def show(name: str, done: int, total: int) -> None:
@@ -59,7 +59,7 @@ def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
         yield show
 
 
-def progress_lines(every: float, clock: Callable[[], float] = time.monotonic) -> Show:
+def progress_lines(every: float, clock: Callable[[], float] = time.monotonic) -> Progress:
     """A `show` that prints done, total, rate and time left of a name, at most once in `every` seconds."""
     first: dict[str, tuple[float, int]] = {}  # name → when it was first shown, and what was done then
     printed: dict[str, float] = {}

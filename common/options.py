@@ -45,8 +45,8 @@ class Options:
     """Marks a command's parameter that stands for settings of the dataclass `config`.
 
     `order` holds their dotted names in the order of --help; the name of another parameter of the command puts that one
-    there, and `p.x` the setting x of another parameter p of this kind. `defaults=False`: options have no default, and the
-    parameter holds only what was given, for settings that a recipe may give.
+    there, and `p.x` the setting x of another parameter p of this kind. `defaults=False`: options have no default, and
+    the parameter holds only what was given, for settings that a recipe may give.
     """
 
     def __init__(self, config: type, order: str = "", *, defaults: bool = True) -> None:
@@ -107,7 +107,8 @@ def _parameter(name: str, options: Options, setting: str) -> inspect.Parameter:
     kind = option.type or _type_of(hint.__origin__)
     if default is not inspect.Parameter.empty and (typing.get_origin(kind) is list or not options.defaults):
         default = False if kind is bool else None
-    annotation = Annotated[kind | None if default is None else kind, typer.Option(*option.names, help=option.help)]
+    given: Any = kind | None if default is None else kind
+    annotation = Annotated[given, typer.Option(*option.names, help=option.help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

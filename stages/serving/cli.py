@@ -98,7 +98,7 @@ def latency_command(
         raise UserError(f"--image-size {image_size}: give height x width in pixels, e.g. 480x640")
     checkpoint = None if policy is None else str(policy)
     config = from_dotted(
-        LatencyConfig, given | random | {"checkpoint": checkpoint, "picture": (int(height), int(width))}
+        LatencyConfig, given | random | {"checkpoint": checkpoint, "camera": (int(height), int(width))}
     )
     with progress_bars() as show:
         report = measure(config, show)
