@@ -412,7 +412,10 @@ def test_blind_run_does_not_see_features(cache: Path, tmp_path: Path, monkeypatc
         ({"strategy": "fsdp"}, "strategy.*did you mean 'fsdp2'"),
         ({"unfreeze": {"dit": 0}}, "unfreeze of 'dit' is at step 0; it must be at least 1"),
         ({"unfreeze": {"dit": 9}, "strategy": "zero2"}, "strategy zero2 cannot unfreeze"),
-        ({"alpha_max": 3.0, "loss.kind": "flow"}, "alpha_max is 3.0; it must be 1, or loss.kind one of .*: a flow head"),
+        (
+            {"alpha_max": 3.0, "loss.kind": "flow"},
+            "alpha_max is 3.0; it must be 1, or loss.kind one of .*: a flow head",
+        ),
     ],
 )
 def test_bad_settings(overrides: dict[str, Any], message: str) -> None:
