@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Run the frozen VLM **once** into a feature cache, train a one-step Drifting DiT from it, bring the VLM back with LoRA.",
+    help="Run the frozen VLM **once** into a feature cache, train a one-step Drifting DiT on it, fine-tune.",
 )
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "data": (
@@ -49,7 +49,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
             "export": data.data_export,
         },
     ),
-    "vlm": ("Vision-language checkpoints.", {"tiny": caching.vlm_tiny}),
+    "vlm": ("Vision-language checkpoints for tests.", {"tiny": caching.vlm_tiny}),
     "cache": (
         "Stage one: the feature cache.",
         {
@@ -67,7 +67,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
             "pull": transfer.cache_pull,
         },
     ),
-    "bench": ("Measurements on this machine.", {"latency": serving.latency_command}),
+    "bench": ("Measure speed on this machine.", {"latency": serving.latency_command}),
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": training.train_command,

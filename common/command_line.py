@@ -12,7 +12,10 @@ from ..errors import UserError
 
 
 def run_command(command: Any, arguments: Sequence[str]) -> None:
-    """Run a command line of `command`, the root of all commands. Raises `UserError`; `KeyboardInterrupt` for Ctrl-C; a command's own exit code exits."""
+    """Run a command line of `command`, the root of all commands.
+
+    Raises `UserError`, `KeyboardInterrupt` for Ctrl-C, and `SystemExit` with a command's own exit code.
+    """
     click_error: Any = typer.BadParameter.__mro__[2]  # ClickException: of click, or of the copy inside newer typers
     try:
         code = command.main(args=list(arguments), prog_name="dvla", standalone_mode=False)

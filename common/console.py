@@ -15,10 +15,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from ..errors import UserError
+from .progress import Progress
 from .text import duration
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 170)
@@ -32,12 +34,10 @@ def say(line: str) -> None:
 
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
-Show = Callable[[str, int, int], None]  # (name, done, total); a name tells what is counted, as in "push/front: images"
-
 
 @contextlib.contextmanager
-def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
-    """`show(name, done, total)`: a bar per name; off a terminal, a line per name and `every` seconds (None: no lines)."""
+def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Progress]:
+    """`show(name, done, total)`: a bar per name; off a terminal, a line per name and `every` seconds (None: none)."""
     if not console.is_terminal:
         yield (lambda *_: None) if every is None else progress_lines(every)
         return
@@ -48,7 +48,7 @@ def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, speed_estimate_period=900) as bars:
+    with RichProgress(*columns, console=console, speed_estimate_period=900) as bars:
         tasks: dict[str, Any] = {}
 
         def show(name: str, done: int, total: int) -> None:
@@ -59,7 +59,7 @@ def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Show]:
         yield show
 
 
-def progress_lines(every: float, clock: Callable[[], float] = time.monotonic) -> Show:
+def progress_lines(every: float, clock: Callable[[], float] = time.monotonic) -> Progress:
     """A `show` that prints done, total, rate and time left of a name, at most once in `every` seconds."""
     first: dict[str, tuple[float, int]] = {}  # name → when it was first shown, and what was done then
     printed: dict[str, float] = {}
@@ -83,7 +83,7 @@ SHORT, LONG = 12, 40  # columns up to SHORT are never folded; those up to LONG r
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, drop: Sequence[str] = ()
 ) -> Table:
-    """A table of plain words that fits the console: the columns `drop` go first, in their order, then long words fold."""
+    """A table of plain words that fits the console: columns in `drop` go first, in that order, then long words fold."""
     columns = {name: [name, *cells] for name, *cells in zip(head, *map(list, rows))}
     widths = {name: max(len(line) for cell in cells for line in cell.split("\n")) for name, cells in columns.items()}
     for name in drop:
@@ -113,7 +113,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_json(file: Path | None, values: Any) -> None:
-    """The dataclass `values`, a list of such, or a mapping, as JSON for scripts; nothing when no file was asked for. `UserError` where it cannot go."""
+    """Write a dataclass, a list of such, or a mapping as JSON; without a file, nothing. `UserError` if it cannot."""
     if file is None:
         return
     listed = (

@@ -93,14 +93,7 @@ def _opengl() -> str | None:
 
 def doctor_table(findings: list[Finding]) -> Table:
     """One row per piece: version, or what its absence costs and how to get it."""
-    rows = [
-        (
-            f.name,
-            f.found or "missing",
-            *(("", "") if f.found else (f.costs, f.install)),
-        )  # a remedy only where it is needed
-        for f in findings
-    ]
+    rows = [(f.name, f.found or "missing", *(("", "") if f.found else (f.costs, f.install))) for f in findings]
     return table(("piece", "found", "without it", "to get it"), rows)
 
 

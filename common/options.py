@@ -1,11 +1,12 @@
 """Options of commands: those that several rooms share, and those made from the settings of a dataclass.
 
-A setting says in its dataclass how it is given on the command line (`config.Option`). A command names the settings that it offers:
+A setting says in its dataclass how it is given on the command line (`config.Option`). A command names those it offers:
 
-    def serve_command(policy: Policy, given: Annotated[Given, Options(ServeConfig, "host port")], device: Device = "auto") -> None:
+    def serve_command(given: Annotated[Given, Options(ServeConfig, "host port")], device: Device = "auto") -> None:
         config = from_dotted(ServeConfig, given)
 
-`with_options` turns the one parameter `given` into the options --host and --port, with the help, type and default that `ServeConfig` has.
+`with_options` turns the parameter `given` into the options --host and --port with the settings' help, type and default.
+To add a setting, add a field with an `Option`; a command with --set takes it at once, as `--NAME=VALUE`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import yaml
 from typer.core import TyperCommand
 
 from ..errors import UserError
-from .config import DEVICE, VLM_PATH, Option
+from .config import DATASET_CONFIG, DEVICE, VLM_PATH, Option
 
 VlmPath = Annotated[str | None, typer.Option(*VLM_PATH.names, help=VLM_PATH.help)]
 Device = Annotated[str, typer.Option(*DEVICE.names, help=DEVICE.help)]
-Json = Annotated[Path | None, typer.Option("--json", help="File to write the same as JSON to.")]
-Public = Annotated[bool, typer.Option("--public", help="A new repository is public; default: private.")]
+DatasetConfig = Annotated[str | None, typer.Option(*DATASET_CONFIG.names, help=DATASET_CONFIG.help)]
+Json = Annotated[Path | None, typer.Option("--json", help="JSON file to write the results to.")]
+Public = Annotated[bool, typer.Option("--public", help="Make a new repository public; default: private.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, e.g. --set optimizer.warmup=100; may be given several times."),
@@ -40,10 +42,11 @@ Given = dict[str, Any]
 
 
 class Options:
-    """Marks a command's parameter as standing for the settings `order` of the dataclass `config`: dotted names in the order of --help.
+    """Marks a command's parameter that stands for settings of the dataclass `config`.
 
-    The name of another parameter of the command puts that one in its place, and `p.x` the setting x of a parameter p that stands for
-    settings as well. `defaults=False`: an option that is not given is not among the given, for settings that a recipe may hold.
+    `order` holds their dotted names in the order of --help; the name of another parameter of the command puts that one
+    there, and `p.x` the setting x of another parameter p of this kind. `defaults=False`: options have no default, and the
+    parameter holds only what was given, for settings that a recipe may give.
     """
 
     def __init__(self, config: type, order: str = "", *, defaults: bool = True) -> None:
@@ -104,7 +107,8 @@ def _parameter(name: str, options: Options, setting: str) -> inspect.Parameter:
     kind = option.type or _type_of(hint.__origin__)
     if default is not inspect.Parameter.empty and (typing.get_origin(kind) is list or not options.defaults):
         default = False if kind is bool else None
-    annotation = Annotated[kind | None if default is None else kind, typer.Option(*option.names, help=option.help)]
+    given: Any = kind | None if default is None else kind
+    annotation = Annotated[given, typer.Option(*option.names, help=option.help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -22,14 +22,6 @@ from ..store.cache import Cache, CacheDataset
 from ..store.codec import dequantize
 from .sample import Draws
 
-_DTYPES = {
-    torch.float16: np.float16,
-    torch.float32: np.float32,
-    torch.int64: np.int64,
-    torch.bool: np.bool_,
-    torch.int8: np.int8,
-    torch.uint8: np.uint8,
-}
 ALIGN = 64  # bytes: fields begin at multiples of it; `preadv` to addresses that are not takes nearly twice as long
 
 
@@ -45,15 +37,12 @@ class Fields:
 
     def batch(self, flat: torch.Tensor) -> FeatureBatch:
         """The batch in `flat` uint8 [nbytes], wherever that is, as views of it."""
-        return FeatureBatch(
-            **{n: flat[self.parts[n]].view(dtype).view(shape) for n, (shape, dtype) in self.shapes.items()}
-        )
+        fields = {n: flat[self.parts[n]].view(dtype).view(shape) for n, (shape, dtype) in self.shapes.items()}
+        return FeatureBatch(**fields)
 
     def arrays(self, memory: np.ndarray) -> dict[str, np.ndarray]:
         """The same fields of `memory` uint8 [nbytes], to be filled."""
-        return {
-            n: memory[self.parts[n]].view(_DTYPES[dtype]).reshape(shape) for n, (shape, dtype) in self.shapes.items()
-        }
+        return {n: x.numpy() for n, x in vars(self.batch(torch.from_numpy(memory))).items() if x is not None}
 
 
 class Storage:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ...common.files import file_crc32c
+from ...common.progress import Count
 from .manifest import Files, read_manifest
 
 
-def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | None = None) -> list[str]:
+def verify_checksums(path: Path | str, progress: Count | None = None) -> list[str]:
     """Reread every file of a finished cache; one line per file that is missing, truncated or altered.
 
     `progress(done bytes, all bytes)` is called after each file. `UserError` as `Cache.open`.
@@ -18,7 +18,7 @@ def verify_checksums(path: Path | str, progress: Callable[[int, int], None] | No
     return [f"{name}: {problem}" for name, problem in problems.items()]
 
 
-def damaged_files(path: Path, files: Files, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+def damaged_files(path: Path, files: Files, progress: Count | None = None) -> dict[str, str]:
     """Name → problem, of those of `files` that are not as they were written."""
     problems, done, total = {}, 0, sum(entry["bytes"] for entry in files.values())
     for name, entry in sorted(files.items()):

@@ -26,6 +26,7 @@ from ...cache.store.writer import CacheWriter
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.pooling import pooling_error
 from ...common.files import lock_folder
+from ...common.progress import Progress
 from ...common.signals import terminable
 from .build_plan import decide, open_all
 from .calibration import POOLING_IMAGES, pilot_features
@@ -33,7 +34,7 @@ from .config import BuildConfig, check_settings
 from .generations import Earlier, exchange, finish_exchange, next_generation, require_intact, require_same_start
 from .pipeline import Timing, run_unit
 from .sizes import require_room
-from .sources import Corpus, Progress, located, make_tables
+from .sources import Corpus, located, make_tables
 from .workers import run_with_workers
 
 

@@ -15,9 +15,10 @@ from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.load import load_encoder
 from ...common import fingerprint as fp
 from ...common.device import pick_device
+from ...common.progress import Progress
 from .config import SHARD_NBYTES, SHARD_ROWS, BuildConfig
 from .generations import Earlier, require_only_new, same_features
-from .sources import Corpus, Progress, open_sources, read_corpus, sources_to_append
+from .sources import Corpus, open_sources, read_corpus, sources_to_append
 
 TRANSFORM_VERSION = 2  # raised when the build writes other content from the same inputs
 

@@ -67,22 +67,20 @@ def cache_build(
 def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
     """What a build made, and the next command."""
     timing, out = report.timing, config.out
-    made = f"{report.resumed_shards} shards reused"
-    if report.previous:
-        made += (
-            f", {report.adopted_shards} reused unchanged and {timing.reused} images copied from the previous "
-            f"generation ({report.previous})"
-        )
-    rate = f"{report.images_per_second:.0f} images/s, bottleneck: {timing.bottleneck}" if timing.images else ""
+    rate = "already complete" if report.complete_before else "nothing to encode"
+    if timing.images:
+        rate = f"{report.images_per_second:.0f} images/s, bottleneck: {timing.bottleneck}"
     lines = [
         f"{out}: {report.frames} frames, {size(report.bytes)}, {report.quarantined} episodes in quarantine",
-        f"{made}; {report.seconds:.1f} s, {rate or 'already complete'}",
+        f"{report.resumed_shards} shards reused; {report.seconds:.1f} s, {rate}",
     ]
+    if report.previous:
+        copied = f"{report.adopted_shards} shards reused unchanged, {timing.reused} images copied"
+        lines += [f"from the previous generation: {copied}", f"previous generation: {report.previous}"]
     if report.error:
         overall, worst = report.error
-        lines.append(
-            f"stored as {config.format.dtype}: relative error {overall:.2g} overall, {worst:.2g} in the worst channel"
-        )
+        error = f"relative error {overall:.2g} overall, {worst:.2g} in the worst channel"
+        lines.append(f"stored as {config.format.dtype}: {error}")
     if report.pooled is not None:
         lines.append(f"pooled to {config.encoder.tokens} tokens: relative error {report.pooled:.2g}")
     if report.quarantined:

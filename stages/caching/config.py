@@ -74,7 +74,7 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class FeatureChoice:
-    """The features that a command line asks for: a VLM, what it changes of that model's settings (None: nothing), storage."""
+    """The features that a command line asks for: a VLM, changes of that model's settings (None: none), and storage."""
 
     vlm: Annotated[
         str | None,

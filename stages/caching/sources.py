@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,9 +25,8 @@ from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import to_float16
 from ...cache.vlm.spec import EncoderSpec
 from ...common.failure import Failed
+from ...common.progress import Progress
 from ...errors import UserError, unknown
-
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...common.console import console, errors, progress_bars
+from ...common.config import from_dotted
+from ...common.console import console, errors, progress_bars, say
+from ...common.options import DatasetConfig, Given, Options
 from ...errors import UserError
+from .config import AddConfig
+
+if TYPE_CHECKING:
+    from ...cache.readers.lerobot.metadata import Metadata
+    from .add.draft import Request
 
 Source = Annotated[str, typer.Argument(help="Dataset folder or file, or hub id.", show_default=False)]
-Config = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset-config", help="YAML of the field map, or a shipped name; default: found by the dataset's name."
-    ),
-]
 
 
 def data_list(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(
-            help="Folders in which to look for datasets; default: the shipped families.", show_default=False
-        ),
+        typer.Argument(help="Folders to search for datasets; default: list the shipped families.", show_default=False),
     ] = None,
 ) -> None:
-    """List the dataset families that dvla knows or, with folders, the datasets that lie in them.
+    """List the dataset families that dvla knows or, with folders, the datasets in them.
 
     Example: dvla data list
 
@@ -61,7 +60,7 @@ def data_list(
 def data_show(
     source: Source,
     episode: Annotated[int | None, typer.Option("--episode", help="Also show this episode.")] = None,
-    dataset_config: Config = None,
+    dataset_config: DatasetConfig = None,
 ) -> None:
     """Show what a dataset is, what each of its dimensions means, and one episode.
 
@@ -105,15 +104,17 @@ def data_check(
         int | None,
         typer.Option(
             "--episodes",
-            help="Episodes whose pictures are decoded, evenly spread; the tables of all are read. Default: 64.",
+            help="Episodes whose frames are decoded, evenly spread; the tables of all are read. Default: 64.",
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Decode every frame of every episode.")] = False,
-    frames: Annotated[int, typer.Option("--frames", help="Frames decoded of each view of an episode.")] = 8,
+    frames: Annotated[int, typer.Option("--frames", help="Frames to decode of each view of an episode.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", help="JSON report to write.")] = None,
-    dataset_config: Config = None,
+    dataset_config: DatasetConfig = None,
 ) -> None:
-    """Examine a dataset: files, counts, time, cameras, units, rotations, jumps, text. Exit code 1 when something must be fixed.
+    """Check a dataset: files, counts, time, cameras, units, rotations, jumps, text.
+
+    Exit code 1 when something must be fixed.
 
     Example: dvla data check data/push
 
@@ -132,12 +133,12 @@ def data_check(
 
 def data_video(
     source: Source,
-    episode: Annotated[int, typer.Option("--episode", help="Which one.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 to write.")],
-    fps: Annotated[float | None, typer.Option("--fps", help="Pictures per second; default: as recorded.")] = None,
-    dataset_config: Config = None,
+    episode: Annotated[int, typer.Option("--episode", help="Number of the episode.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="mp4 file to write.")],
+    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second; default: as recorded.")] = None,
+    dataset_config: DatasetConfig = None,
 ) -> None:
-    """Draw an episode as a video: all views with instruction, time and action curves.
+    """Render an episode as a video: all views with instruction, time and action curves.
 
     Example: dvla data video data/push --episode 3 -o push-3.mp4
     """
@@ -156,15 +157,18 @@ def data_stats(
         typer.Argument(help="Dataset folder or file, or hub id; none: only merge reports.", show_default=False),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSON report to write.")] = None,
-    dataset_config: Config = None,
+    dataset_config: DatasetConfig = None,
     merge: Annotated[
-        list[Path] | None, typer.Option("--merge", help="Report of other datasets to add; may be given several times.")
+        list[Path] | None,
+        typer.Option("--merge", help="Report of other datasets to merge in; may be given several times."),
     ] = None,
     native: Annotated[
         bool, typer.Option("--native", help="Also show the native dimensions; a report always has them.")
     ] = False,
 ) -> None:
-    """Measure mean, std, min, max and quantiles of every action and state field, from the tables alone.
+    """Measure mean, std, min, max and quantiles of every action and state field.
+
+    Reads the tables alone, no image.
 
     Example: dvla data stats data/push --out push.json
 
@@ -188,123 +192,72 @@ def data_stats(
     show_report(report, out, native)
 
 
+ANSWERS = """embodiment action_kind joint_unit finger_unit position_unit delta_scale base_unit gripper state_gripper
+    rotation"""
+
+
 def data_add(
     source: Source,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="YAML file to write; default: NAME.yaml in this folder.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the family; default: the dataset's own.")] = None,
-    license: Annotated[str, typer.Option("--license", help="Of the data.")] = "",
-    action_column: Annotated[
-        list[str] | None,
-        typer.Option("--action-column", help="Column of the action; several are put side by side. Default: action."),
-    ] = None,
-    state_column: Annotated[
-        list[str] | None,
-        typer.Option("--state-column", help="Column of the state. Default: observation.state, if there is one."),
-    ] = None,
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--field",
-            help="What dimensions are, where their names do not say: action.6=gripper_open, "
-            "'state.0-6=arm_joint_{0..5}_pos,gripper_open', action.3-6=rotation:quat_xyzw, action.7=drop. May be given several times.",
-        ),
-    ] = None,
-    embodiment: Annotated[
-        str | None, typer.Option("--embodiment", help="E.g. gripper_joint, gripper_delta_eef, bimanual.")
-    ] = None,
-    action_kind: Annotated[
-        str | None, typer.Option("--action-kind", help="absolute targets, delta (displacement per step) or velocity.")
-    ] = None,
-    joint_unit: Annotated[
-        str | None, typer.Option("--joint-unit", help="rad, deg, percent (of the range, ±100) or radians per unit.")
-    ] = None,
-    finger_unit: Annotated[
-        str | None, typer.Option("--finger-unit", help="The same for a hand; 1 keeps normalised values.")
-    ] = None,
-    position_unit: Annotated[str | None, typer.Option("--position-unit", help="m, cm, mm or metres per unit.")] = None,
-    delta_scale: Annotated[
-        str | None,
-        typer.Option("--delta-scale", help="METRES,RADIANS that 1 in the hand's displacement or velocity means."),
-    ] = None,
-    base_unit: Annotated[
-        str | None, typer.Option("--base-unit", help="LENGTH,ANGLE of the base's velocity, e.g. m,deg.")
-    ] = None,
-    gripper: Annotated[
-        str | None,
-        typer.Option("--gripper", help="OPEN,CLOSED: the gripper's number in either position, e.g. 1,0 or 0,100."),
-    ] = None,
-    state_gripper: Annotated[
-        str | None, typer.Option("--state-gripper", help="OPEN,CLOSED of the state, where it differs.")
-    ] = None,
-    rotation: Annotated[
-        str | None, typer.Option("--rotation", help="Form of three rotation numbers: euler_xyz or axis_angle, radians.")
-    ] = None,
+    given: Annotated[Given, Options(AddConfig, f"out name license action_column state_column field {ANSWERS}")],
 ) -> None:
-    """Write a dataset config for a new LeRobot dataset. Field names are guessed and marked; the rest is asked for, or given as options.
+    """Write a dataset config for a new LeRobot dataset.
+
+    Guessed field names are marked; the rest is asked for, or given as options.
 
     Example: dvla data add data/cubes
 
     Example: dvla data add data/cubes --embodiment gripper_joint --action-kind absolute --joint-unit deg --gripper 100,0
     """
     from ...cache.readers.lerobot.metadata import Metadata
-    from .add.draft import Request, draft, write
+    from .add.draft import Request, write
 
-    given = {
-        "--embodiment": embodiment,
-        "--action-kind": action_kind,
-        "--joint-unit": joint_unit,
-        "--finger-unit": finger_unit,
-        "--position-unit": position_unit,
-        "--delta-scale": delta_scale,
-        "--base-unit": base_unit,
-        "--gripper": gripper,
-        "--state-gripper": state_gripper,
-        "--rotation": rotation,
-    }
-    request = Request(
-        source,
-        {k: v for k, v in given.items() if v is not None},
-        tuple(field or ()),
-        tuple(action_column or ("action",)),
-        None if state_column is None else tuple(state_column),
-        name,
-        license,
-    )
+    config = from_dotted(AddConfig, given)
+    answers = {f"--{name.replace('_', '-')}": given[name] for name in ANSWERS.split() if name in given}
+    columns = config.action_column, config.state_column
     meta = Metadata(source)
-    path = out or Path(f"{name or meta.name}.yaml")
+    path = config.out or Path(f"{config.name or meta.name}.yaml")
     if path.exists():
         raise UserError(f"{path} exists; choose another --out")
+    request, text = _answered(meta, Request(source, answers, config.field, *columns, config.name, config.license))
+    write(request, text, path)
+    say(text)
+    say(f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then:")
+    say(f"dvla data show {source} --dataset-config {path} --episode N")
+    say(f"dvla cache build {source} --dataset-config {path} --out cache")
+
+
+def _answered(meta: Metadata, request: Request) -> tuple[Request, str]:
+    """The request with its questions answered at the terminal, and the YAML text. `UserError` off a terminal."""
+    from .add.draft import draft
+
     text, missing = draft(meta, request)
     while missing:
         if not sys.stdin.isatty():
-            raise UserError(f"{source}: info.json does not say everything; add {'; '.join(q.usage for q in missing)}")
+            usage = "; ".join(question.usage for question in missing)
+            raise UserError(f"{request.source}: info.json does not say everything; add {usage}")
         try:
             candidate = request.answered(missing[0], typer.prompt(missing[0].text))
             text, missing = draft(meta, candidate)
             request = candidate
         except UserError as error:
             errors.print(str(error), style="red", markup=False)
-    write(request, text, path)
-    console.print(text, markup=False)
-    console.print(
-        f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then: "
-        f"dvla data show {source} --dataset-config {path} --episode N, dvla cache build {source} --dataset-config {path} …",
-        markup=False,
-    )
+    return request, text
 
 
 def data_export(
     source: Source,
-    out: Annotated[Path, typer.Option("--out", help="Folder to create, or to go on with.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to create; an unfinished one is resumed.")],
     to: Annotated[
         str, typer.Option("--to", help="Format: episode_hdf5 (one HDF5 file per episode, unified 128-d actions).")
     ] = "episode_hdf5",
-    compression: Annotated[str, typer.Option("--compression", help="Of the pictures: none or gzip.")] = "none",
-    dataset_config: Config = None,
+    compression: Annotated[
+        str, typer.Option("--compression", help="Compression of the images: none or gzip.")
+    ] = "none",
+    dataset_config: DatasetConfig = None,
 ) -> None:
-    """Write every episode of a dataset, in the unified action space, to files of another format. Resumable.
+    """Write every episode of a dataset, in the unified action space, to another format.
+
+    Rerun the same command to resume.
 
     Example: dvla data export data/push --to episode_hdf5 --out data/push_hdf5
     """
@@ -316,6 +269,6 @@ def data_export(
     with progress_bars() as show:
         report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
     console.print(
-        f"{report.path}: {report.episodes} episodes ({report.kept} of them already there), {report.frames} frames, "
+        f"{report.path}: {report.episodes} episodes ({report.kept} reused), {report.frames} frames, "
         f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s"
     )

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ...cache.readers import open_source
 from ...cache.readers.config import load_config
 from ...cache.readers.episode import CorruptEpisode, Episode, View
 from ...common.mp4 import mp4_writer
+from ...common.progress import Progress
 from ...errors import UserError
 
 WIDTH = 1280  # pixels of the canvas
@@ -58,7 +59,7 @@ def write_episode(
     out: Path,
     fps: float | None = None,
     dataset_config: str | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> VideoReport:
     """Write one episode of a dataset as `out` (h264, yuv420p) with `fps` frames per second (None: as recorded).
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,12 @@ from ...cache.readers.episode import CorruptEpisode
 from ...cache.readers.episode_hdf5 import episode_files, read_attributes, write_episode
 from ...common import fingerprint
 from ...common.files import hold, write_file
+from ...common.progress import Progress
 from ...errors import UserError, unknown
 
 FORMATS = ("episode_hdf5",)
 COMPRESSIONS = ("none", "gzip")
 _LEDGER, _LOCK = "quarantine.jsonl", ".lock"
-
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 @dataclass

@@ -8,7 +8,7 @@ are off by at most 1/400 of their report's rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...cache.actions.statistics import QUANTILES, RunningStatistics, Statistics
 from ...cache.readers import Source
 from ...common.failure import Failed
 from ...common.files import write_file
+from ...common.progress import Progress
 from ...errors import UserError
 from .summary import unified_fields
 
@@ -31,7 +32,7 @@ BATCH_ROWS = 16384
 Report = dict[str, Any]
 
 
-def measure(source: Source, show: Callable[[str, int, int], None]) -> Report:
+def measure(source: Source, show: Progress) -> Report:
     """Report of one dataset. Episodes that cannot be used are listed in it; `UserError` when none can be."""
     maps = {"action": source.action_map, "state": source.state_map}
     running = {what: (RunningStatistics(), RunningStatistics()) for what in maps}

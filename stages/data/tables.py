@@ -182,5 +182,5 @@ def show_report(report: Mapping[str, Any], out: Path | None, native: bool) -> No
         errors.print(f"… {len(lost) - SHOWN_REASONS} more, {where}", style="yellow", markup=False)
     episodes, rows = (sum(d[k] for d in report["datasets"]) for k in ("episodes", "rows"))
     named = ", ".join(str(q["episode"]) for q in lost[:SHOWN_NUMBERS]) + (", …" if len(lost) > SHOWN_NUMBERS else "")
-    what = out or ", ".join(d["name"] for d in report["datasets"])
-    say(f"{what}: {rows} rows of {episodes} episodes, {len(lost)} quarantined" + (f" ({named})" if lost else ""))
+    where = str(out or ", ".join(d["name"] for d in report["datasets"]))
+    say(f"{where}: {rows} rows of {episodes} episodes, {len(lost)} quarantined" + (f" ({named})" if lost else ""))

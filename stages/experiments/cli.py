@@ -19,19 +19,17 @@ def ablate_command(
     recipe: Annotated[str, typer.Argument(help="Shipped recipe (configs/ablations) or YAML file.", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of everything; an interrupted grid goes on there. Default: runs/RECIPE."),
+        typer.Option("--out", help="Folder of the whole grid; an interrupted one is resumed. Default: runs/RECIPE."),
     ] = None,
     from_cache: Annotated[
         str | None,
-        typer.Option(
-            "--from-cache", help="Cache to train from, in place of recording demonstrations and building one."
-        ),
+        typer.Option("--from-cache", help="Cache to train from, instead of recording demonstrations and building one."),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option("--seed", help="Seed; may be given several times. Default: the recipe's.")
+        list[int] | None, typer.Option("--seed", help="Random seed; may be given several times. Default: the recipe's.")
     ] = None,
     episodes: Annotated[
-        int | None, typer.Option("--episodes", help="Unseen starts per task and seed; default: the recipe's.")
+        int | None, typer.Option("--episodes", help="Held-out initial states per task and seed; default: the recipe's.")
     ] = None,
     train: Annotated[
         str,
@@ -39,13 +37,15 @@ def ablate_command(
             "--train", help='Further options of every training, in one string, e.g. "--model-size base --steps 20000".'
         ),
     ] = "",
-    jobs: Annotated[int, typer.Option("--jobs", help="Cells side by side.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", help="Cells (a training and its evaluations) to run in parallel.")] = 1,
     print_: Annotated[bool, typer.Option("--print", help="Show the cells and an estimate; run nothing.")] = False,
     table: Annotated[
-        bool, typer.Option("--table", help="Write table.md anew from what is finished, and print it; run nothing.")
+        bool, typer.Option("--table", help="Rewrite table.md from what is finished, and print it; run nothing.")
     ] = False,
 ) -> None:
-    """Train and evaluate every variant of a recipe with every seed, and write a table after each; expert, random and a blind policy beside.
+    """Train and evaluate every variant of a recipe with every seed, and tabulate the results.
+
+    The table, written after each variant, also shows the expert, a random and a blind policy.
 
     Examples: dvla ablate baselines --jobs 2
 
@@ -67,7 +67,7 @@ def ablate_command(
         return
     if table:
         if not (out / "recipe.json").exists():
-            raise UserError(f"{out} holds no results; give the --out of the grid")
+            raise UserError(f"{out} holds no results; give the --out of a grid")
         found = write(loaded, out, begin(loaded, out, from_cache))
         console.print((out / "table.md").read_text(), markup=False)
         return
@@ -81,21 +81,25 @@ def launch_command(
     script: Annotated[
         str,
         typer.Argument(
-            help="torchrun, torchrun-nodes, slurm-train, slurm-cache, accelerate-fsdp2, accelerate-zero2, or a file *.sh.",
+            help="Script: torchrun, torchrun-nodes, slurm-train, slurm-cache, accelerate-fsdp2, accelerate-zero2, "
+            "or a *.sh file.",
             show_default=False,
         ),
     ],
     command: Annotated[list[str] | None, typer.Argument(help="The dvla command, after --.", show_default=False)] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting of the script, e.g. --set processes=4; may be given several times."),
+        typer.Option("--set", help="Setting of the script, e.g. --set processes=4; may be given several times."),
     ] = None,
     print_: Annotated[bool, typer.Option("--print", help="Show the script and run nothing.")] = False,
     settings: Annotated[bool, typer.Option("--settings", help="Show the script's settings.")] = False,
 ) -> None:
-    """Run a command on every GPU, on several machines, or under Slurm (queued again after each walltime), by a script one can read.
+    """Run a command on every GPU, on several machines, or under Slurm, by a readable script.
 
-    Example: dvla launch slurm-train --set nodes=8 --print -- train --recipe pretrain --from-cache caches/all --out runs/all
+    A Slurm job is requeued after each walltime.
+
+    Example: dvla launch slurm-train --set nodes=8 --print -- train --recipe pretrain --from-cache caches/all
+    --out runs/all
     """
     from .launch import launch, read_script, render, settings_of
 
@@ -121,7 +125,7 @@ def launch_command(
 def cotrain_command(
     context: typer.Context,
     sources: Annotated[list[str], typer.Argument(help="Dataset folders or hub ids.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted loop is resumed.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the whole loop; an interrupted one is resumed.")],
     vlm: Annotated[
         str, typer.Option("--vlm", help="Model: qwen3vl, paligemma2, or a tiny one (configs/models).")
     ] = "qwen3vl",
@@ -130,13 +134,18 @@ def cotrain_command(
     train: Annotated[str, typer.Option("--train", help="Options of the first `dvla train`.")] = "",
     finetune: Annotated[str, typer.Option("--finetune", help="Options of every `dvla finetune`.")] = "",
     retrain: Annotated[
-        str | None, typer.Option("--retrain", help="Options of every later `dvla train`; default: those of the first.")
+        str | None, typer.Option("--retrain", help="Options of later `dvla train`; default: those of the first.")
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", help="How often the VLM learns and the cache is made again.")] = 1,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Rounds of fine-tuning the VLM and rebuilding the cache.")
+    ] = 1,
 ) -> None:
-    """The loop: train from a cache, fine-tune with LoRA, cache what the VLM learnt, train on from there. Prints every command.
+    """Co-train policy and VLM: train, fine-tune with LoRA, rebuild the cache, train on.
 
-    Example: dvla cotrain data/push --out runs/loop --cache "--tokens 49" --train "--recipe base" --finetune "--steps 2000 --lr 1e-4" --retrain "--recipe base --steps 20000"
+    Prints every command before running it.
+
+    Example: dvla cotrain data/push --out runs/loop --cache "--tokens 49" --train "--recipe base"
+    --finetune "--steps 2000 --lr 1e-4" --retrain "--recipe base --steps 20000"
     """
     from .cotrain import CotrainConfig, cotrain
 
@@ -149,13 +158,17 @@ def cotrain_command(
 
 def demo_command(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted demo is resumed.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the whole demo; an interrupted one is resumed.")] = Path(
         "runs/demo"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="Two minutes, every command, no claim of success.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of recording, model and training.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run every command in two minutes, with no claim of success.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of recording, model and training.")] = 0,
 ) -> None:
-    """The whole road on this machine: record, cache, train, fine-tune with LoRA, and measure success. Prints every command.
+    """Run the full pipeline here: record, cache, train, fine-tune with LoRA, evaluate.
+
+    Prints every command before running it.
 
     Example: dvla demo
     """
@@ -166,15 +179,17 @@ def demo_command(
 
 
 def toy_command(
-    out: Annotated[Path, typer.Option("--out", help="Folder of everything; an interrupted toy is resumed.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the whole toy; an interrupted one is resumed.")] = Path(
         "runs/toy"
     ),
     quick: Annotated[
-        bool, typer.Option("--quick", help="About a minute; shows that it runs, not what drifting can do.")
+        bool, typer.Option("--quick", help="Run in about a minute, to show that it runs, not what drifting can do.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, initialisation and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of data, initialization and noise.")] = 0,
 ) -> None:
-    """Drifting where the answer is known: the paper's 2-D pictures, and two ways round an obstacle beside flow and diffusion. No GPU.
+    """Show drifting where the answer is known: 2-D distributions, and two ways around an obstacle.
+
+    Compares it with flow matching and diffusion. Needs no GPU.
 
     Example: dvla toy
     """

@@ -15,20 +15,22 @@ from ...common.text import size
 def push_command(
     policy: Annotated[str, typer.Argument(help="Run, checkpoint or exported policy folder.", show_default=False)],
     repo: Annotated[
-        str, typer.Argument(help="Model repository, owner/name; made if it is not there.", show_default=False)
+        str, typer.Argument(help="Model repository, owner/name; created if it does not exist.", show_default=False)
     ],
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option("--eval", help="Folder that `dvla eval --out` wrote, for the card; may be given several times."),
+        typer.Option("--eval", help="Folder of `dvla eval --out` for the card; may be given several times."),
     ] = None,
     format: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Besides the policy: torch-export or onnx, its network as one graph."),
+        typer.Option("--format", help="Also upload the network as one graph: torch-export or onnx."),
     ] = None,
     public: Public = False,
     vlm_path: VlmPath = None,
 ) -> None:
-    """Upload a policy to the Hugging Face hub with a card: data and licences, results, limits. Log in with `hf auth login` or HF_TOKEN.
+    """Upload a policy to the Hugging Face hub with a card: data and licenses, results, limits.
+
+    Log in with `hf auth login` or HF_TOKEN.
 
     Example: dvla push runs/lora owner/push-policy --eval eval/lora
     """
@@ -55,12 +57,15 @@ def export_command(
         list[str] | None,
         typer.Option(
             "--format",
-            help="Besides the policy folder: torch-export or onnx (dvla\\[onnx]), its network as one graph; lerobot, for lerobot-eval; may be given several times.",
+            help="Also write the network as one graph (torch-export, or onnx with dvla\\[onnx]), or lerobot, for "
+            "lerobot-eval; may be given several times.",
         ),
     ] = None,
     vlm_path: VlmPath = None,
 ) -> None:
-    """Write a trained policy as a folder for deployment: averaged weights, the VLM's own with LoRA merged, statistics, field maps; nothing of training.
+    """Write a trained policy as a folder for deployment.
+
+    It holds averaged weights, those of the VLM with LoRA merged, statistics and field maps; nothing of training.
 
     Example: dvla export runs/lora --out policies/push --format onnx
     """
@@ -70,8 +75,8 @@ def export_command(
     done = export_policy(checkpoint, out, tuple(f for f in format or () if f != "policy"), vlm_path, warn)
     merged = f", with {done.merged} fine-tuned weights of the vision tower" if done.merged else ""
     console.print(
-        f"{done.path}: policy of step {done.step}, {size(done.nbytes)}{merged}; it acts with the VLM {done.vlm}",
+        f"{done.path}: policy of step {done.step}, {size(done.nbytes)}{merged}; its VLM is {done.vlm}",
         markup=False,
     )
     for name, difference in done.differences.items():
-        console.print(f"{name}: gives what the network gives, within {difference:.1e} of its size", markup=False)
+        console.print(f"{name}: matches the network within a relative difference of {difference:.1e}", markup=False)

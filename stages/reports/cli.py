@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...common.console import console, progress_bars
-from ...common.options import Device, VlmPath
+from ...common.options import DatasetConfig, Device, VlmPath
 from ...common.text import size
 
 RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
@@ -17,14 +17,16 @@ RunPath = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)
 def report_command(
     run: RunPath,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The page; one that this command made before is replaced.")
+        Path, typer.Option("--out", "-o", help="Page to write; one that this command made before is replaced.")
     ] = Path("report.html"),
     evaluation: Annotated[
         list[Path] | None, typer.Option("--eval", help="Folder of `dvla eval --out`; may be given several times.")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Steps at most that the panels can be looked at after.")] = 12,
+    steps: Annotated[int, typer.Option("--steps", help="Most steps whose panels the page holds.")] = 12,
 ) -> None:
-    """A run as one page that opens from disk: summary, curves, panels with a step slider, datasets, rollouts, settings.
+    """Write a run as one page that opens from disk.
+
+    Summary, curves, panels with a step slider, datasets, rollouts, settings.
 
     Example: dvla report runs/base --eval eval/base -o report.html
     """
@@ -36,9 +38,9 @@ def report_command(
 
 def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, at least two.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write the same to, with curves.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write, which also has curves.")] = None,
 ) -> None:
-    """Runs side by side: where their settings differ, what they reached, dataset by dataset.
+    """Compare runs: settings that differ, and results, also by dataset.
 
     Example: dvla compare runs/a runs/b -o compare.html
     """
@@ -59,16 +61,13 @@ def rerun_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, ending in .rrd.")],
     episode: Annotated[int, typer.Option("--episode", help="Number of the episode.")] = 0,
     every: Annotated[int, typer.Option("--every", help="Predict at every n-th frame.")] = 1,
-    dataset_config: Annotated[
-        str | None,
-        typer.Option(
-            "--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type."
-        ),
-    ] = None,
+    dataset_config: DatasetConfig = None,
     vlm_path: VlmPath = None,
     device: Device = "auto",
 ) -> None:
-    """A recorded episode with what the policy predicts at each frame, for the Rerun viewer (dvla\\[rerun]; open it with `rerun FILE`).
+    """Write a recorded episode and what the policy predicts at each frame for the Rerun viewer.
+
+    Needs dvla\\[rerun]; open the file with `rerun FILE`.
 
     Example: dvla rerun runs/base --source data/push --episode 0 -o episode.rrd
     """
@@ -87,6 +86,7 @@ def rerun_command(
             progress=show,
         )
     console.print(
-        f"{done.path}: {done.frames} frames, predictions at {done.predicted} of them, {done.error:.2f} σ of the actions from the expert's",
+        f"{done.path}: {done.frames} frames, predictions at {done.predicted} of them, with a mean distance of "
+        f"{done.error:.2f} σ from the expert's actions",
         markup=False,
     )

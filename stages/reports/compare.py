@@ -137,10 +137,9 @@ def verdict(found: Comparison) -> str:
     if row is None or not row.best:
         return "No run is ahead: fewer than two have held-out errors that differ"
     best, first = row.values[row.best[0]], found.names[row.best[0]]
-    others = sorted(v for i, v in enumerate(row.values) if v is not None and i not in row.best)
-    return (
-        f"{first} has the smallest held-out MSE, {best:.4g}, {others[0] / max(best, 1e-12):.2f} × below the next run's"
-    )
+    second = min(v for i, v in enumerate(row.values) if v is not None and i not in row.best)
+    larger = f"{second / max(best, 1e-12):.2f} × as large"
+    return f"{first} has the smallest held-out MSE, {best:.4g}; the next run's is {larger}"
 
 
 def show_comparison(found: Comparison) -> None:

@@ -11,7 +11,7 @@ Letters: T frames of the episode, H steps of a chunk, d native action width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import SLOTS
 from ...cache.readers import open_source
 from ...cache.readers.episode import CorruptEpisode, Episode
+from ...common.progress import Progress
 from ...errors import UserError
 
 INSTALL = 'pip install "dvla[rerun]"'
@@ -50,7 +51,7 @@ def write_rerun(
     dataset_config: str | None = None,
     vlm_path: str | None = None,
     device: str = "auto",
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> RerunReport:
     """Write an episode of the dataset `source` with the predictions of policy `run` at every `every`-th frame.
 
@@ -79,9 +80,7 @@ def write_rerun(
         raise UserError(f"{source}: {error}") from None
 
 
-def _write(
-    policy: Any, episode: Episode, episode_id: int, out: Path, every: int, progress: Callable[[str, int, int], None]
-) -> RerunReport:
+def _write(policy: Any, episode: Episode, episode_id: int, out: Path, every: int, progress: Progress) -> RerunReport:
     import rerun as rr
 
     fields = [

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 SERVE = """host port token_file execute fields max_batch max_wait_ms max_clients max_message_mib answer_timeout"""
 OPENED = """dataset steps compile blind seed vlm_path device"""
-LATENCY = """policy batches random.model_size random.views random.vlm vlm_path image_size repeats warm_up server dataset steps
-    compile device"""
+LATENCY = """policy batches random.model_size random.views random.vlm vlm_path image_size repeats warm_up server dataset
+    steps compile device"""
 
 
 def serve_command(
@@ -98,7 +98,7 @@ def latency_command(
         raise UserError(f"--image-size {image_size}: give height x width in pixels, e.g. 480x640")
     checkpoint = None if policy is None else str(policy)
     config = from_dotted(
-        LatencyConfig, given | random | {"checkpoint": checkpoint, "picture": (int(height), int(width))}
+        LatencyConfig, given | random | {"checkpoint": checkpoint, "camera": (int(height), int(width))}
     )
     with progress_bars() as show:
         report = measure(config, show)

@@ -118,7 +118,7 @@ class LatencyConfig:
             help="Observations per call; through the server: clients. May be given several times; default 1.",
         ),
     ] = (1,)
-    picture: tuple[int, int] = (480, 640)  # H, W of a camera
+    camera: tuple[int, int] = (480, 640)  # H, W of its images
     warm_up: Annotated[int, Option("--warm-up", help="Calls before those that count.")] = 5
     repeats: Annotated[int, Option("--repeats", help="Calls that count.")] = 50
     device: Annotated[str, DEVICE] = "auto"
@@ -133,5 +133,5 @@ class LatencyConfig:
                 raise UserError(
                     f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {int(name != 'warm_up')}"
                 )
-        if not self.batches or min(self.batches) < 1 or min(self.picture) < 1:
+        if not self.batches or min(self.batches) < 1 or min(self.camera) < 1:
             raise UserError("batch sizes and the sides of an image must be at least 1")

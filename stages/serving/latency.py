@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,7 @@ from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import encoder_spec
 from ...common.console import table
 from ...common.device import pick_device
+from ...common.progress import Progress
 from ...drifting.config import LossConfig
 from ...drifting.dit import dit_config
 from ...drifting.heads import generate, sample_steps
@@ -50,10 +51,8 @@ NAMES = {  # marks → rows, in the order of the table; images of an encoder wit
     "actions": "inverse map, units",
 }
 
-Show = Callable[[str, int, int], None]
 
-
-def measure(config: LatencyConfig, show: Show = lambda name, done, total: None) -> dict[str, Any]:
+def measure(config: LatencyConfig, show: Progress = lambda name, done, total: None) -> dict[str, Any]:
     """Milliseconds of every part: {"policy", "device", …, "rows": [{"batch", "part", "p50", "p90", "p99"}]}."""
     device = pick_device(config.device)
     about = {
@@ -76,7 +75,7 @@ def measure(config: LatencyConfig, show: Show = lambda name, done, total: None) 
         "policy": config.checkpoint or f"{config.model_size} DiT with random weights behind {config.vlm_path}",
         "vlm": policy.encoder.spec.path,
         "dtype": str(policy.encoder.dtype).removeprefix("torch."),
-        "picture": list(config.picture),
+        "picture": list(config.camera),
     }
     rows = [row for n in config.batches for row in _time_policy(policy, config, n, show)]
     return about | {"rows": rows + (_time_server(policy, config, show) if config.server else [])}
@@ -151,7 +150,7 @@ def _observations(policy: Policy, config: LatencyConfig, n: int) -> list[Observa
     rng, state = np.random.default_rng(0), policy.robot.state_map.to_native(np.zeros(UNIFIED_DIM))
     return [
         Observation(
-            {view: rng.integers(0, 255, (*config.picture, 3), np.uint8) for view in policy.robot.views},
+            {view: rng.integers(0, 255, (*config.camera, 3), np.uint8) for view in policy.robot.views},
             INSTRUCTION,
             state,
         )
@@ -159,7 +158,7 @@ def _observations(policy: Policy, config: LatencyConfig, n: int) -> list[Observa
     ]
 
 
-def _repeated(config: LatencyConfig, name: str, show: Show) -> Iterator[bool]:
+def _repeated(config: LatencyConfig, name: str, show: Progress) -> Iterator[bool]:
     """Whether each call counts: those of the warm-up do not."""
     total = config.warm_up + config.repeats
     for i in range(total):
@@ -175,7 +174,9 @@ def _rows(n: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def _time_net(net: PolicyNet, config: LatencyConfig, n: int, device: torch.device, show: Show) -> list[dict[str, Any]]:
+def _time_net(
+    net: PolicyNet, config: LatencyConfig, n: int, device: torch.device, show: Progress
+) -> list[dict[str, Any]]:
     """The DiT's part of an action only: `PolicyNet.encode` and the forward pass, on random features."""
     c = net.config
     batch = random_batch(n, config.views, TOKENS, c.feature_width, c.dit.horizon, WORDS, torch.float32).to(device)
@@ -190,7 +191,7 @@ def _time_net(net: PolicyNet, config: LatencyConfig, n: int, device: torch.devic
     return _rows(n, {NAMES["dit"]: seconds})
 
 
-def _time_policy(policy: Policy, config: LatencyConfig, n: int, show: Show) -> list[dict[str, Any]]:
+def _time_policy(policy: Policy, config: LatencyConfig, n: int, show: Progress) -> list[dict[str, Any]]:
     """Every part of `Policy.act_batch`, their total, and the time that a new instruction adds."""
     device, seen = policy.encoder.device, _observations(policy, config, n)
     seconds: dict[str, list[float]] = {}
@@ -227,7 +228,7 @@ def _marking_tower(policy: Policy, watch: Stopwatch) -> Iterator[None]:
             hook.remove()
 
 
-def _time_server(policy: Policy, config: LatencyConfig, show: Show) -> list[dict[str, Any]]:
+def _time_server(policy: Policy, config: LatencyConfig, show: Progress) -> list[dict[str, Any]]:
     """Round trips of `PolicyClient.infer` on this machine; n clients, each sending its next request once answered."""
     from .client import PolicyClient
     from .server import PolicyServer, in_background
@@ -238,7 +239,7 @@ def _time_server(policy: Policy, config: LatencyConfig, show: Show) -> list[dict
     )
     server.warm_up()
 
-    def client(seen: Observation, name: str, shown: Show) -> list[float]:
+    def client(seen: Observation, name: str, shown: Progress) -> list[float]:
         seconds = []
         with PolicyClient(port=port) as connection:
             for counts in _repeated(config, name, shown):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
@@ -16,20 +16,19 @@ from typing import Any
 
 from ...common.console import markdown_table
 from ...common.files import json_bytes, new_folder, write_file
+from ...common.progress import Progress
 from ..policy import checkpoint as ck
 from ..policy.load import read_document
 from ..policy.policy import Policy
 from ..policy.robot import RobotInterface, choose_dataset
 from .config import EvalConfig
 from .envs import make_environment
-from .film import write_grid, write_grid_image
+from .film import write_grids
 from .rollout import EpisodeResult, ExpertPolicy, RandomPolicy, RolloutConfig, assert_disjoint, rollout, wilson_interval
 from .tables import success_cells
 
 NAMED = ("expert", "random")  # policies without a folder
 TIMED_CALLS = 10  # whose median is `ms_per_chunk`
-
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate_policies(config: EvalConfig, progress: Progress = lambda *_: None) -> dict[str, dict[str, Any]]:
@@ -208,9 +207,6 @@ def _write(folder: Path, summary: dict[str, Any], recorded: dict[str, list[Episo
     folder.mkdir(exist_ok=True)
     for name, results in recorded.items():
         if results:
-            stem = name.replace("/", "_")
             frames, won = [r.frames for r in results if r.frames is not None], [r.success for r in results]
-            labels = [f"state {r.start}" for r in results]
-            write_grid(frames, won, folder / "videos" / f"{stem}.mp4", labels)
-            write_grid_image(frames, won, folder / "videos" / f"{stem}.png", labels)
+            write_grids(frames, won, [f"state {r.start}" for r in results], folder / "videos" / name.replace("/", "_"))
     write_file(folder / "summary.json", json_bytes(summary))

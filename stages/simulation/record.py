@@ -15,8 +15,8 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 
 from ...common.files import hold
 from ...common.mp4 import quiet_libav
+from ...common.progress import Count
 from ...errors import UserError
 from .config import RecordConfig
 from .envs import Environment, check_environment, make_environment
@@ -57,7 +58,7 @@ class Demonstration:
     action: np.ndarray  # [T, da] float32, noise-free
 
 
-def record(config: RecordConfig, on_progress: Callable[[int, int], None] | None = None) -> RecordResult:
+def record(config: RecordConfig, on_progress: Count | None = None) -> RecordResult:
     """Record `config.episodes` demonstrations into `config.out`; `on_progress(kept, wanted)` after each.
 
     Initial states 0, 1, 2, … of the split are tried in order and failed attempts dropped, so the content is a pure
@@ -224,21 +225,17 @@ def _demonstrations(config: RecordConfig, count: int) -> Iterator[Iterator[Demon
     try:
         # Only a few at a time: the images of a whole recording need not fit into memory.
         pending = deque(pool.submit(_attempt, config, start) for start in range(min(config.workers + 1, count)))
-        yield _in_order(pool, pending, config, count)
+
+        def in_order() -> Iterator[Demonstration]:
+            for start in range(len(pending), count + len(pending)):
+                demonstration = pending.popleft().result()
+                if start < count:
+                    pending.append(pool.submit(_attempt, config, start))
+                yield demonstration
+
+        yield in_order()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, pending: deque[Future[Demonstration]], config: RecordConfig, count: int
-) -> Iterator[Demonstration]:
-    upcoming = len(pending)
-    while pending:
-        demonstration = pending.popleft().result()
-        if upcoming < count:
-            pending.append(pool.submit(_attempt, config, upcoming))
-            upcoming += 1
-        yield demonstration
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...common.progress import Count
 from ...errors import UserError
 from .envs import Environment, Observation, Split, check_environment, make_environment, opens_alone
 
@@ -93,7 +94,7 @@ def rollout(
     environment_name: str,
     starts: Sequence[int],
     config: RolloutConfig,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Count | None = None,
     policy_factory: Callable[[], Policy | SimulatorPolicy] | None = None,
 ) -> list[EpisodeResult]:
     """Run one episode from every initial state in `starts`; results in the order of `starts`.

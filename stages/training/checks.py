@@ -80,13 +80,10 @@ def _require_samples(config: TrainConfig, cache: Cache, usable: list[np.ndarray]
         )
 
 
-INSTALL = 'pip install "dvla[deepspeed]"'
-
-
 def require_deepspeed() -> None:
     """`UserError` where DeepSpeed is not installed."""
     if find_spec("deepspeed") is None:
         raise UserError(
-            f"strategy zero2 needs the package deepspeed, which is not installed: {INSTALL}, "
+            "strategy zero2 needs the package deepspeed, which is not installed: pip install 'dvla[deepspeed]', "
             "or train with --strategy ddp or fsdp2"
         )

@@ -23,7 +23,7 @@ class OptimizerConfig:
     vlm_lr_scale: Annotated[
         float, Option("--vlm-lr-scale", help="The VLM's learning rate (LoRA or tower) as a share of --lr.")
     ] = 0.1
-    vlm_lr_halved: tuple[int, ...] = ()  # steps from each of which on the VLM's rate is half of what it would be
+    vlm_lr_halved: tuple[int, ...] = ()  # steps at each of which the VLM's rate is halved
     weight_decay: float = 1e-4  # on matrices; vectors have none
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: int = 500  # steps
@@ -49,16 +49,15 @@ def require(
     at_most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """`UserError` for a number that is out of its range, or none."""
+    """`UserError` for a number that is out of its range, or not finite."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     if not (math.isfinite(value) and at_least <= value <= at_most and above < value < below):
-        raise UserError(
-            f"{name} is {value}; it must be {' and '.join(f'{word} {bound}' for word, bound in bounds.items() if math.isfinite(bound))}"
-        )
+        allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+        raise UserError(f"{name} is {value}; it must be {allowed}")
 
 
 def _check_dit(name: str, value: Any) -> None:
-    """`UserError` for a value that an override of a DiT field cannot have. `dit_config` knows the names."""
+    """`UserError` for a value that a DiT field cannot have. `dit_config` checks the names."""
     from ...drifting.dit import DiTConfig
 
     default = DiTConfig.__dataclass_fields__[name].default if name in DiTConfig.__dataclass_fields__ else None
@@ -76,11 +75,11 @@ def _check_dit(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class PanelConfig:
-    """Pictures of what is learnt, drawn while training. They do not change what is learnt."""
+    """Panels of what is learned, drawn while training. They do not change what is learned."""
 
-    every: int = 500  # steps between most panels; the others come 2.5 times as often, half or a quarter as often, or at evaluations; 0 = none
-    share: float = 0.02  # of a run's time that they may take; a turn that would take more is left out; 1 = no limit
-    observations: int = 128  # held-out ones that they look at, always the same
+    every: int = 500  # steps between most panels; others are 2.5 × as frequent or rarer, or at evaluations; 0 = none
+    share: float = 0.02  # of a run's time that they may take; panels that would take more are skipped; 1 = no limit
+    observations: int = 128  # held-out ones that they show, always the same
     draws: int = 8  # chunks predicted for each
     style: Literal["light", "dark"] = "light"
 
@@ -124,9 +123,8 @@ class TrainConfig:
         ),
     ] = None
     model_size: Annotated[str, Option("--model-size", help="Size of the network: tiny, small, base or large.")] = "base"
-    action_space: Literal["unified", "active"] = (
-        "unified"  # the network's: all 128 slots, or those alone that the cache's robots use (an ablation)
-    )
+    # of the network: all 128 slots, or those alone that the cache's robots use (an ablation)
+    action_space: Literal["unified", "active"] = "unified"
     dit: dict[str, Any] = field(default_factory=dict)  # overrides of the size's DiT fields, e.g. {"horizon": 8}
     steps: Annotated[int, Option("--steps", "--max-steps", help="Optimizer steps of the run.")] = 10_000
     batch_size: Annotated[int, Option("--batch-size", help="Observations per batch and device.")] = 16
@@ -151,9 +149,7 @@ class TrainConfig:
     )
     alpha_max: float = 1.0  # guidance scales are drawn from [1, this]; 1 = no guidance
     negatives: int = 8  # unconditional negatives per observation when alpha_max > 1
-    unfreeze: dict[str, int] = field(
-        default_factory=dict
-    )  # beginning of parameter names → step from which these are trained
+    unfreeze: dict[str, int] = field(default_factory=dict)  # prefix of parameter names → step from which they train
     holdout: float = 0.05  # fraction of episodes kept for evaluation
     eval_every: Annotated[
         int, Option("--eval-every", help="Steps between evaluations on held-out episodes; 0: never.")
@@ -174,29 +170,19 @@ class TrainConfig:
     precision: Annotated[
         Literal["fp32", "bf16"], Option("--precision", help="Precision of the forward pass (autocast): fp32 or bf16.")
     ] = "fp32"
-    gradient_checkpointing: bool = False  # keep only what enters each block of the VLM and compute the rest again (stage three): less memory, slower
+    gradient_checkpointing: bool = False  # recompute the VLM's blocks in the backward pass (stage three): less memory
     compile: Annotated[bool, Option("--compile", help="Compile the network with torch.compile.")] = False
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"  # kernel of the attention; the network is the same
     strategy: Annotated[
         Literal["ddp", "fsdp2", "zero2"],
         Option("--strategy", help="Strategy on several devices (torchrun): ddp, fsdp2 or zero2."),
     ] = "ddp"
-    panels: PanelConfig = field(default_factory=PanelConfig)  # RUN/panels: what is learnt, in pictures
+    panels: PanelConfig = field(default_factory=PanelConfig)  # RUN/panels: what is learned
     wandb: WandbConfig = field(default_factory=WandbConfig)  # Weights & Biases, beside RUN/log.jsonl
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "draws",
-            "negatives",
-            "eval_batches",
-            "save_every",
-            "keep_last",
-            "log_every",
-            "threads",
-        ):
+        counts = "steps batch_size accumulate draws negatives eval_batches save_every keep_last log_every threads"
+        for name in counts.split():
             require(name, getattr(self, name), at_least=1)
         for name in ("eval_every", "cpu_threads", "seed"):
             require(name, getattr(self, name), at_least=0)
@@ -212,26 +198,28 @@ class TrainConfig:
             _check_dit(name, value)
         if self.alpha_max > 1 and self.loss.kind not in ONE_STEP:
             raise UserError(
-                f"alpha_max is {self.alpha_max}: it draws unconditional negatives, which a {self.loss.kind} head does not compare; "
-                f"it must be 1, or loss.kind one of {', '.join(ONE_STEP)}"
+                f"alpha_max is {self.alpha_max}; it must be 1, or loss.kind one of {', '.join(ONE_STEP)}: a "
+                f"{self.loss.kind} head has no unconditional negatives"
             )
         if self.action_space == "active" and self.loss.kind not in ONE_STEP:
             raise UserError(
-                f"action_space active is of heads that act in one pass ({', '.join(ONE_STEP)}); a {self.loss.kind} head reads all 128 slots"
+                f"action_space active needs a head that acts in one pass ({', '.join(ONE_STEP)}); a {self.loss.kind} "
+                "head reads all 128 slots"
             )
         if late := [name for name, step in self.unfreeze.items() if step < 1]:
             raise UserError(
-                f"unfreeze of '{late[0]}' is at step {self.unfreeze[late[0]]}; it must be at least 1 (leave it out to train from the start)"
+                f"unfreeze of '{late[0]}' is at step {self.unfreeze[late[0]]}; it must be at least 1 (leave it out to "
+                "train from the start)"
             )
         if self.unfreeze and self.strategy == "zero2":
             raise UserError(
-                "unfreeze does not go with strategy zero2, whose shards are laid out once; use ddp or fsdp2"
+                "strategy zero2 cannot unfreeze parameters later, since its shards are laid out once; use ddp or fsdp2"
             )
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Stage three: what it starts from, the pictures, and which VLM weights are trained."""
+    """Stage three: what it starts from, the images, and which VLM weights are trained."""
 
     start: str  # run or checkpoint of stage two
     sources: tuple[str, ...]  # the dataset folders or hub ids behind the cache
@@ -239,11 +227,11 @@ class FinetuneConfig:
     lora: LoraSpec | None = None  # None = the VLM stays frozen but live, or
     full: bool = False  # all of the vision tower is trained
     vlm_path: str | None = None  # where the VLM is now, if not where the cache was built from
-    memory_gib: float = 2.0  # room for decoded pictures
+    memory_gib: float = 2.0  # room for decoded images
 
     def __post_init__(self) -> None:
         if self.full and self.lora is not None:
-            raise UserError("either LoRA or all of the vision tower is trained, not both")
+            raise UserError("train either LoRA or the full vision tower, not both")
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...common.console import Show, say
+from ...common.console import say
+from ...common.progress import Progress
 from ...common.text import duration
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 BOUND = {"disk": "I/O-bound", "host→device": "copy-bound"}  # the usual case, compute-bound, is not printed
 
 
-def training_lines(show: Show, steps: int) -> Callable[[dict[str, Any]], None]:
+def training_lines(show: Progress, steps: int) -> Callable[[dict[str, Any]], None]:
     """A callback for lines of log.jsonl: moves the bar of `show` and prints each line, within 80 columns."""
     first: list[tuple[int, float]] = []  # (step, time) of the first line: the rate to come is that since then
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 
 from ...cache.loader.sample import Sample
 from ...common.console import console
+from ...common.progress import Count
 from ...common.text import duration, size
 from .checks import open_cache, require_trainable
 from .config import TrainConfig
@@ -60,7 +61,7 @@ class DryRun:
         return self.config.steps / self.steps_per_second / 3600
 
 
-def dry_run(config: TrainConfig, progress: Callable[[int, int], None] = lambda *_: None) -> DryRun:
+def dry_run(config: TrainConfig, progress: Count = lambda *_: None) -> DryRun:
     """Measure a run of `config` for a few steps, in all processes of a launcher. `UserError` for what `train`
     refuses."""
     cache = open_cache(config)
@@ -72,7 +73,7 @@ def dry_run(config: TrainConfig, progress: Callable[[int, int], None] = lambda *
         return _pilot(session, progress)
 
 
-def _pilot(session: Session, progress: Callable[[int, int], None]) -> DryRun:
+def _pilot(session: Session, progress: Count) -> DryRun:
     config, world, cuda = session.config, session.world, session.world.device.type == "cuda"
     lines = tuple(banner(session))  # before FSDP2 takes its part of the parameters
     shared = share_network(session)

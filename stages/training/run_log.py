@@ -23,8 +23,6 @@ from ...common.text import public
 from ...errors import UserError
 from .config import WandbConfig
 
-INSTALL = 'pip install "dvla[wandb]"'
-
 
 def require_wandb(config: WandbConfig) -> None:
     """`UserError` when this machine cannot log in the mode that is asked for; call it before a run folder is made."""
@@ -32,8 +30,8 @@ def require_wandb(config: WandbConfig) -> None:
         return
     if find_spec("wandb") is None:
         raise UserError(
-            f"W&B mode {config.mode} needs the package wandb, which is not installed: {INSTALL}, or train with "
-            "--wandb-mode disabled"
+            f"W&B mode {config.mode} needs the package wandb, which is not installed: pip install 'dvla[wandb]', "
+            "or train with --wandb-mode disabled"
         )
     if config.mode == "online":
         import wandb

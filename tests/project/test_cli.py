@@ -242,7 +242,7 @@ def test_train_resume_and_changed_settings(dvla: Dvla, tmp_path: Path, cache: Pa
         dvla("finetune", tmp_path / "moved", "--source", "x", "--out", tmp_path / "run2"), "is not inside a run folder"
     )
     refused(dvla("eval", tmp_path / "run", "--env", "metaworld/psuh-v3"), "did you mean 'metaworld/push-v3'")
-    refused(dvla("eval", tmp_path / "run", "--env", "metaworld/push-v3"), "0 datasets recorded in 'metaworld/push-v3'")
+    refused(dvla("eval", tmp_path / "run", "--env", "metaworld/push-v3"), "0 recorded in 'metaworld/push-v3'")
     assert not (tmp_path / "run2").exists()
 
 

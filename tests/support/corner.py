@@ -13,18 +13,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.tiny_qwen3vl import TinySpec
 from dvla.stages.caching.build import BuildReport, build
 from dvla.stages.caching.config import BuildConfig
 from support.lerobot_samples import LENGTHS, rewrite, the_file, with_column
 
 SHARD = 8
+TINY = TinySpec(
+    vision_depth=1,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
 
 
 class Corner:
     """A dataset that changes, and the cache of it."""
 
     def __init__(self, folder: Path, whole: Path, vlm: Path, /, **encoder: Any) -> None:
-        """`whole`: a recording of PNG pictures. `encoder`: settings of the `EncoderSpec`."""
+        """`whole`: a recording of PNG images. `encoder`: settings of the `EncoderSpec`."""
         self.folder, self.whole, self.vlm = folder, whole, vlm
         self.encoder = {"resolution": 64, "dtype": "float32", **encoder}
         self.source, self.out = folder / "data", folder / "cache"
@@ -69,7 +80,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def other_pictures(view: str, episode: int) -> Callable[[Path], None]:
-    """Turns the episode's pictures of one view upside down."""
+    """Turns the episode's images of one view upside down."""
 
     def change(root: Path) -> None:
         def flip(table: Any) -> Any:

@@ -40,7 +40,7 @@ class Look:
 
 
 def look_into(source: Source, dataset: DatasetPlan, stride: int, each: int) -> list[Look]:
-    """Decode about `each` observations of every view, of `RUNS` episodes from their starts; `UserError` when none works."""
+    """Decode about `each` observations of every view, of `RUNS` episodes; `UserError` when none works."""
     looks = {view: Look(dataset.name, view) for view in dataset.views}
     count, runs, reason = len(dataset.episodes), 0, ""
     for number in dict.fromkeys([0, count // 2, *range(count)]):  # first and middle; others where these are corrupt

@@ -28,13 +28,13 @@ from ....cache.vlm.augment import augment
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.observations import encoder_calls
 from ....cache.vlm.pooling import pooling_error
+from ....common.progress import Progress
 from ....errors import UserError
 from ..build_plan import decide, make_plan, open_all
 from ..calibration import encode_singly
 from ..config import BuildConfig, PilotConfig, WorkerSpec, check_settings
 from ..generations import ViewChange, changes
 from ..sizes import free_nbytes
-from ..sources import Progress
 from .forecast import Forecast, Measured, forecast
 from .looks import Look, look_into, observations
 from .rates import disk_rates, model_rate

@@ -75,7 +75,9 @@ def _show_training(f: Forecast) -> None:
         return
     shared = "1 noise sample each" if f.draws == 1 else f"{f.draws} noise samples each"
     say(f"stage two: {f.train_samples:.0f} samples/s with {shared}; {bottleneck(f.train_binds)}")
-    say(f"  reading {speed} {where}" + ("" if m.model is None else f", policy {m.model:.0f} samples/s"))
+    say(f"  reading {speed} {where}")
+    if m.model is not None:
+        say(f"  policy {m.model:.0f} samples/s")
     say(f"  {disk}, {memory}")
     if f.break_even_epoch is None:
         say("break-even: never, a live encoder is as fast")

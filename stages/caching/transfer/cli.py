@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ....common.console import console, progress_bars
+from ....common.console import progress_bars, say
 from ....common.options import Public
 from ....common.text import in_megabytes, size
 
@@ -15,11 +15,14 @@ from ....common.text import in_megabytes, size
 def cache_push(
     path: Annotated[Path, typer.Argument(help="Finished cache.", show_default=False)],
     url: Annotated[
-        str, typer.Argument(help="s3://bucket/cache, gs://…, or hf://datasets/owner/name.", show_default=False)
+        str,
+        typer.Argument(
+            help="URL to copy to: s3://bucket/cache, gs://…, or hf://datasets/owner/name.", show_default=False
+        ),
     ],
     public: Public = False,
 ) -> None:
-    """Copy a finished cache to an object store or the hub, the manifest last. Run again to finish an interrupted one.
+    """Copy a finished cache to an object store or the hub. Rerun to resume.
 
     Example: dvla cache push caches/droid s3://bucket/droid
     """
@@ -27,11 +30,8 @@ def cache_push(
 
     with progress_bars() as show:
         done = push_cache(path, url, not public, in_megabytes(show, "push"))
-    console.print(
-        f"{done.where}: {done.files} files, {size(done.nbytes)}, {done.found} found there; train from it with "
-        f"`dvla train --from-cache {done.where} --local-cache FOLDER`, or fetch it with `dvla cache pull`",
-        markup=False,
-    )
+    say(f"{done.where}: {done.files} files, {size(done.nbytes)}, {done.found} reused")
+    say(f"next: dvla train --from-cache {done.where} --local-cache FOLDER --out runs/base, or dvla cache pull")
 
 
 def cache_pull(
@@ -39,9 +39,11 @@ def cache_pull(
         str,
         typer.Argument(help="URL of a cache: s3://, gs://, https://, hf://datasets/owner/name.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Cache folder to make; an unfinished one is resumed.")],
+    out: Annotated[Path, typer.Option("--out", help="Cache folder to create; an unfinished one is resumed.")],
 ) -> None:
-    """Copy a cache from an object store or the hub; every file is checked against the manifest. Run again to finish an interrupted one.
+    """Copy a cache from an object store or the hub. Rerun to resume.
+
+    Every file is checked against the manifest.
 
     Example: dvla cache pull s3://bucket/droid --out caches/droid
     """
@@ -49,10 +51,7 @@ def cache_pull(
 
     with progress_bars() as show:
         done = pull_cache(url, out, in_megabytes(show, "pull"))
-    console.print(
-        f"{out}: {done.files} files, {size(done.nbytes)}, {done.found} found there; all as they were written",
-        markup=False,
-    )
+    say(f"{out}: {done.files} files, {size(done.nbytes)}, {done.found} reused; all intact")
 
 
 def cache_export(
@@ -64,12 +63,12 @@ def cache_export(
             help="Folder, fsspec URL (s3://bucket/cache), or 'pipe:COMMAND' with {name} for the name of each file.",
         ),
     ],
-    format: Annotated[str, typer.Option("--format", help="webdataset.")] = "webdataset",
+    format: Annotated[str, typer.Option("--format", help="Format: webdataset.")] = "webdataset",
     shard_size: Annotated[
-        str, typer.Option("--shard-size", help="Largest size of a tar, as in 1GiB or 500MB.")
+        str, typer.Option("--shard-size", help="Largest size of a tar, e.g. 1GiB or 500MB.")
     ] = "1GiB",
 ) -> None:
-    """Write a finished cache as WebDataset tars, which other tools can train from. Run again to finish an interrupted export.
+    """Write a finished cache as WebDataset tars, which other tools can train from. Rerun to resume.
 
     Example: dvla cache export cache --out s3://bucket/cache --shard-size 1GiB
     """
@@ -78,23 +77,22 @@ def cache_export(
 
     with progress_bars() as show:
         report = export(path, out, format, parse_size(shard_size), show)
-    console.print(
-        f"{report.where}: {report.samples} observations in {report.parts} tars, {size(report.bytes)}, {report.found} found finished; "
-        f"{report.seconds:.1f} s",
-        markup=False,
+    say(
+        f"{report.where}: {report.samples} observations in {report.parts} tars, {size(report.bytes)}, "
+        f"{report.found} reused; {report.seconds:.1f} s"
     )
 
 
 def cache_import(
     source: Annotated[
         str,
-        typer.Argument(
-            help="What an export was written to: folder, fsspec URL, or 'pipe:COMMAND' with {name}.", show_default=False
-        ),
+        typer.Argument(help="Export to read: folder, fsspec URL, or 'pipe:COMMAND' with {name}.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Cache folder to make; an unfinished one is resumed.")],
+    out: Annotated[Path, typer.Option("--out", help="Cache folder to create; an unfinished one is resumed.")],
 ) -> None:
-    """Make a cache from its export again, byte for byte. Every tar is checked against its checksum first.
+    """Rebuild a cache from its export, byte for byte.
+
+    Every tar is checked against its checksum first.
 
     Example: dvla cache import s3://bucket/cache --out cache
     """
@@ -104,11 +102,13 @@ def cache_import(
         report = import_cache(source, out, show)
     same = "every file is the exported cache's, byte for byte"
     if report.found == report.parts:
-        same = "nothing was missing"
+        same = "already complete"
     elif report.rewritten:
-        same = f"{report.rewritten} files have other bytes than the exported cache's, of the same content (compressed again, or metadata)"
-    console.print(
-        f"{out}: {report.samples} observations, {report.parts} shards, {size(report.bytes)}, {report.found} found finished; {same}; "
-        f"{report.seconds:.1f} s",
-        markup=False,
+        same = (
+            f"{report.rewritten} files have other bytes than in the exported cache, with equal content "
+            "(compressed again, or metadata)"
+        )
+    say(
+        f"{out}: {report.samples} observations, {report.parts} shards, {size(report.bytes)}, {report.found} reused; "
+        f"{same}; {report.seconds:.1f} s"
     )

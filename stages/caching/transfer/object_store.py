@@ -23,14 +23,13 @@ from ....cache.store.locations import BLOCK, Url, creating
 from ....cache.store.manifest import MANIFEST, parse_manifest
 from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote, require_inside
 from ....common.files import crc32c, write_file
+from ....common.progress import Count
 from ....errors import UserError
 from .card import cache_card
 
 HUB = "hf://datasets/"
 PUSHING, PULLING = ".pushing", ".pulling"
 THREADS = 8
-
-Progress = Callable[[int, int], None]  # bytes done, of all
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Transfer:
     nbytes: int  # of the cache
 
 
-def push_cache(path: Path | str, url: str, private: bool = True, progress: Progress = lambda *_: None) -> Transfer:
+def push_cache(path: Path | str, url: str, private: bool = True, progress: Count = lambda *_: None) -> Transfer:
     """Copy the finished cache at `path` to an fsspec URL (s3://…, gs://…) or a dataset repository of the hub.
 
     A repository (hf://datasets/owner/name) is created if needed, `private` or not.
@@ -90,7 +89,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Progr
     return Transfer(url, len(files), found, _total(files))
 
 
-def pull_cache(url: str, out: Path | str, progress: Progress = lambda *_: None) -> Transfer:
+def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> Transfer:
     """Copy the cache at a URL into the folder `out`; every file is compared with the manifest's size and crc32c.
 
     `UserError` when none is there, a file is damaged, or `out` holds something else.
@@ -124,7 +123,7 @@ def pull_cache(url: str, out: Path | str, progress: Progress = lambda *_: None) 
     return Transfer(url, len(files), found, _total(files))
 
 
-def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> Transfer:
+def _push_to_hub(cache: Cache, url: str, private: bool, progress: Count) -> Transfer:
     """With the hub client's own resumable upload; the manifest and the card come last."""
     from ....common.hub import hub_errors
 
@@ -146,7 +145,7 @@ def _push_to_hub(cache: Cache, url: str, private: bool, progress: Progress) -> T
     return Transfer(url, len(files), 0, _total(files))
 
 
-def _all(work: Callable[[str], bool], files: Mapping[str, Mapping[str, Any]], progress: Progress) -> int:
+def _all(work: Callable[[str], bool], files: Mapping[str, Mapping[str, Any]], progress: Count) -> int:
     """`work` on every file, a few at a time and not far ahead of the progress; returns how many were there already."""
     total, done, found = _total(files), 0, 0
     with ThreadPoolExecutor(THREADS) as pool:

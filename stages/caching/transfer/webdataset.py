@@ -35,11 +35,11 @@ from ....cache.store.webdataset.samples import (
 from ....cache.store.webdataset.tars import EXPORT_FORMAT, INDEX, META, Entry, labels, open_place, write_tar
 from ....cache.store.writer import CacheWriter, Features
 from ....common import fingerprint as fp
+from ....common.progress import Progress
 from ....errors import UserError, unknown
 
 FORMATS = ("webdataset",)
 CLAIM = ".export.json"  # whose unfinished export a folder holds
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass

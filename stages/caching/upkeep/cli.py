@@ -13,7 +13,7 @@ from ....common.text import size
 
 Moved = Annotated[
     list[str] | None,
-    typer.Option("--source", help="Dataset folders, if moved since the build; may be given several times."),
+    typer.Option("--source", help="Dataset folder, if moved since the build; may be given several times."),
 ]
 CachePath = Annotated[Path, typer.Argument(help="Cache folder.", show_default=False)]
 
@@ -25,7 +25,9 @@ def cache_verify(
     vlm_path: VlmPath = None,
     device: Device = "auto",
 ) -> None:
-    """Check every byte against its checksum, and random features against the live encoder. Exit code 1 when something differs.
+    """Check every byte against its checksum, and random features against the live encoder.
+
+    Exit code 1 when something differs.
 
     Example: dvla cache verify cache --live 32
     """
@@ -44,7 +46,9 @@ def cache_verify(
 
 
 def cache_status(path: CachePath, json: Json = None) -> None:
-    """What is done of a cache and of its generations, and whether a builder runs. Reads no feature and needs no VLM.
+    """Show what is finished of a cache and its generations, and whether a build is running.
+
+    Reads no feature and needs no VLM.
 
     Example: dvla cache status cache
     """
@@ -62,16 +66,16 @@ def cache_inspect(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder for a picture of the token norms of each view; nothing there is overwritten."
+            "--out", help="Folder for an image of the token norms of each view; nothing there is overwritten."
         ),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", help="Page to write: datasets, pictures, token norms, action ranges, masks, bytes."),
+        typer.Option("--html", help="Page to write: datasets, images, token norms, action ranges, masks, bytes."),
     ] = None,
     source: Moved = None,
 ) -> None:
-    """What a finished cache was built with, its episodes, instructions and action slots.
+    """Show what a finished cache was built with, its episodes, instructions and action slots.
 
     Example: dvla cache inspect cache --html cache.html
     """
@@ -94,10 +98,12 @@ def cache_inspect(
 def cache_diff(
     a: Annotated[Path, typer.Argument(help="Cache folder A.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Cache folder B.", show_default=False)],
-    samples: Annotated[int, typer.Option("--samples", help="Frames of each view whose features are compared.")] = 256,
+    samples: Annotated[int, typer.Option("--samples", help="Frames of each view whose features to compare.")] = 256,
     json: Json = None,
 ) -> None:
-    """How two finished caches differ: settings, datasets, episodes, tables, and features of sampled frames. Exit code 1 when they do.
+    """Compare two finished caches: settings, datasets, episodes, tables, sampled features.
+
+    Exit code 1 when they differ.
 
     Example: dvla cache diff cache cache.gen-1
     """
@@ -114,7 +120,7 @@ def cache_diff(
 
 
 def cache_repair(path: CachePath, source: Moved = None, vlm_path: VlmPath = None, device: Device = "auto") -> None:
-    """Check every file, and build again only what is damaged or missing, with the settings the cache was built with.
+    """Check every file, and rebuild what is damaged or missing with the cache's own settings.
 
     Example: dvla cache repair cache
     """
@@ -136,7 +142,9 @@ def cache_gc(
     path: CachePath,
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
 ) -> None:
-    """List earlier generations, an unfinished next one and files of killed builders; remove them with --yes or after asking.
+    """List what can be removed: earlier generations, an unfinished next one, files of killed builds.
+
+    Removes them with --yes, or after asking.
 
     Example: dvla cache gc cache --yes
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from ....cache.store.cache import Cache, CacheDataset
 from ....common import fingerprint as fp
+from ....common.progress import Progress
 from ....errors import UserError
 
 BLOCK = 256 << 20  # bytes of features compared at a time
@@ -54,9 +54,7 @@ class CacheDiff:
         return self.same_files and not self.fingerprint and not self.only and all(a.equal for a in self.arrays)
 
 
-def diff(
-    a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> CacheDiff:
+def diff(a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Progress = lambda *_: None) -> CacheDiff:
     """Compare two finished caches.
 
     Compared are actions, proprio and instructions of all common episodes, features of up to `samples` random frames of

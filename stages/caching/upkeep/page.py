@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ....cache.readers import Source, open_source
 from ....cache.readers.episode import CorruptEpisode
 from ....cache.store.cache import Cache, CacheDataset
 from ....common.figures import LIGHT, Style, finish, new_figure
+from ....common.progress import Progress
 from ....common.text import public, size
 from ....errors import UserError
 from ...reports.html import image_uri, picture, require_page, write_page
@@ -80,9 +81,7 @@ def mask_figure(datasets: Sequence[CacheDataset], style: Style = LIGHT) -> Figur
     return finish(figure, f"Actions fill {filled} of 128 slots; {shared} of them in every dataset", style, "outside")
 
 
-def write_cache_page(
-    path: Path, out: Path, given: Sequence[str] = (), progress: Callable[[str, int, int], None] = lambda *_: None
-) -> int:
+def write_cache_page(path: Path, out: Path, given: Sequence[str] = (), progress: Progress = lambda *_: None) -> int:
     """Write the page of the cache at `path`; returns its bytes.
 
     `given`: sources that moved. `UserError` as `Cache.open` and `write_page`.

@@ -41,6 +41,7 @@ from ....cache.store.zarr_format import open_table, write_table
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....common import fingerprint as fp
 from ....common.files import file_crc32c
+from ....common.progress import Progress
 from ....common.text import in_megabytes
 from ....errors import UserError
 from ..build import CameraProgress, run_here
@@ -48,7 +49,7 @@ from ..build_plan import make_fingerprint, make_plan
 from ..calibration import pilot_features
 from ..config import BuildConfig
 from ..generations import Earlier, generations
-from ..sources import Corpus, Progress, make_tables, read_corpus
+from ..sources import Corpus, make_tables, read_corpus
 from .garbage import no_builder
 from .verify import recorded_encoder
 

@@ -21,6 +21,7 @@ from ....cache.vlm.load import load_encoder, require_encoder
 from ....cache.vlm.spec import EncoderSpec
 from ....common.config import from_mapping
 from ....common.device import pick_device
+from ....common.progress import Progress
 from ....common.text import in_megabytes
 from ....errors import UserError
 
@@ -54,7 +55,7 @@ def verify(
     vlm_path: str | None = None,
     device: str = "auto",
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[str], LiveCheck | None]:
     """(problems, live check). Problems: a line per damaged file, and one when live features differ beyond `TOLERANCE`.

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from ....cache.readers.config import load_config
 from ....cache.readers.tables import EpisodeTable
 from ....common.failure import Failed
 from ....common.files import write_file
+from ....common.progress import Progress
 from ....errors import UserError
 from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
@@ -39,8 +40,6 @@ SAMPLED = 64  # episodes whose images are decoded by default
 OPENED = 1000  # of more episodes, only those sampled have their image files opened
 THREADS = 4  # episodes whose images are decoded at a time
 COLORS = {"error": "red", "warning": "yellow", "info": "dim"}
-
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass(frozen=True)

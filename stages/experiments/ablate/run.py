@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from ....common import fingerprint as fp
 from ....common.files import hold, json_bytes, read_json, write_file
+from ....common.progress import Progress
 from ....common.signals import terminable
 from ....common.text import duration
 from ....errors import UserError
@@ -37,7 +38,7 @@ def ablate(
     jobs: int,
     from_cache: str | None,
     say: Callable[..., None],
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Record, build, train and evaluate what is missing, `jobs` cells at a time.
 

@@ -24,13 +24,12 @@ import numpy as np
 import torch
 
 from ....common.files import json_bytes, read_json, write_file
+from ....common.progress import Progress
 from ....drifting.config import POLICY_TEMPERATURES
 from ....errors import UserError
 from .figures import action_figure, curve_figure, evolution_figure, evolution_gif, sample_figure
 from .tables import action_rows, action_table, markdown, plane_rows, plane_table
 from .train import ActionRun, PlaneRun, Tick, expert_metrics, train_actions, train_plane
-
-Show = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ SWEEPS = {  # each changes the defaults of `ActionRun` that its name says
 }
 
 
-def toy(out: Path, quick: bool, seed: int, say: Callable[..., None], show: Show) -> dict[str, Any]:
+def toy(out: Path, quick: bool, seed: int, say: Callable[..., None], show: Progress) -> dict[str, Any]:
     """Train what is missing, then write tables, figures and `summary.json`, which is returned.
 
     Uses one thread, which is fastest for networks this small.
@@ -142,7 +141,7 @@ def toy(out: Path, quick: bool, seed: int, say: Callable[..., None], show: Show)
     return summary
 
 
-def _train_plane(out: Path, scale: ToyScale, seed: int, show: Show) -> dict[str, dict[str, Any]]:
+def _train_plane(out: Path, scale: ToyScale, seed: int, show: Progress) -> dict[str, dict[str, Any]]:
     """Run → result, of pure drifting in the plane."""
     steps, runs = scale.plane_steps, _plane()
     bar = _bar(show, "in the plane", [steps] * len(runs))
@@ -151,7 +150,7 @@ def _train_plane(out: Path, scale: ToyScale, seed: int, show: Show) -> dict[str,
     }
 
 
-def _train_actions(out: Path, scale: ToyScale, seed: int, show: Show) -> dict[str, list[dict[str, Any]]]:
+def _train_actions(out: Path, scale: ToyScale, seed: int, show: Progress) -> dict[str, list[dict[str, Any]]]:
     """Run → a result per seed, of every method on the two-way toy."""
     steps, runs = scale.action_steps, METHODS | SWEEPS
     bar = _bar(show, "actions", [steps * run.longer for run in runs.values() for _ in range(scale.seeds)])
@@ -182,7 +181,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         write_file(path, wanted)
 
 
-def _bar(show: Show, name: str, steps: list[int]) -> Iterator[Tick]:
+def _bar(show: Progress, name: str, steps: list[int]) -> Iterator[Tick]:
     """One `Tick` per run of `steps` steps, all advancing the same progress bar."""
     for i in range(len(steps)):
 

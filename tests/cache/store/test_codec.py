@@ -1,4 +1,4 @@
-"""The byte dial: what 8-bit storage costs, lossless compression, and what training sees of strides and augmented variants."""
+"""Quantization, lossless compression, and what training sees of strides and augmented variants."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ def test_augment_is_a_function_of_its_key() -> None:
 
 
 def test_augment_keeps_the_image_recognizable() -> None:
-    """A crop of at most 10 % a side and mild colors: correlated with the original, of the same size, black stays black."""
+    """A crop of at most 10 % a side and mild colors: correlated with the original; black stays black."""
     gray = torch.linspace(30, 220, 64).expand(48, 64)
     images = torch.stack([gray, gray.flip(1), gray], -1)[None].repeat(32, 1, 1, 1).to(torch.uint8)
     out = augment(images, frame_keys("d", "v", 0, np.arange(32), 1)).float()

@@ -1,4 +1,4 @@
-"""Other libraries open a cache of every kind and read the numbers our reader gives: zarr-python, tensorstore and xarray."""
+"""zarr-python, tensorstore and xarray open a cache of every kind and read the same numbers as our reader."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_tables(cache: Cache, opened: Callable[[str], Array]) -> None:
 
 
 def test_metadata_says_what_the_numbers_mean(cache: Cache) -> None:
-    """float8 has no type in Zarr: its bytes are uint8 and an attribute says so. xarray sees named dimensions and the attributes."""
+    """float8 has no type in Zarr: its bytes are uint8, with an attribute. xarray sees dimensions and attributes."""
     library = pytest.importorskip("xarray")
     for d in cache.datasets:
         group = library.open_zarr(str(cache.path), group=d.name, consolidated=True, chunks=None)
@@ -159,7 +159,7 @@ def test_metadata_says_what_the_numbers_mean(cache: Cache) -> None:
 
 @TABLES
 def test_xarray_opens_the_whole_tree(cache: Cache) -> None:
-    """One call gives every group; xarray aligns what shares a dimension name inside a group, so no two sizes may share one."""
+    """One call opens every group; in a group xarray aligns equal dimension names, so no two sizes may share one."""
     library = pytest.importorskip("xarray")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

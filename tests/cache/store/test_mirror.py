@@ -207,7 +207,7 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(url: str, tmp_path: 
 def test_what_is_there_already_is_opened_without_tending(
     built: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Looking after fetched files costs a call for each open one: only when one is fetched. Who opens a file marks it as used."""
+    """Tending fetched files costs a call per open one, so it is done only after a download; opening marks it used."""
     cache = Cache.open(url, local=tmp_path / "local")
     everything = [
         (d, view, rows)

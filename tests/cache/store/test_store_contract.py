@@ -1,4 +1,4 @@
-"""One contract for every form a cache comes in: as built, as imported from its export, and the exported tars themselves."""
+"""One contract for every form of a cache: as built, as imported from its export, and the exported tars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export to WebDataset tars and back: nothing is lost, other tools read it, no damage goes unseen, interruptions cost nothing."""
+"""Export to WebDataset tars and back without loss; other tools read it, damage is found, interruptions cost nothing."""
 
 from __future__ import annotations
 
@@ -461,7 +461,7 @@ def test_reader_without_checks_names_a_damaged_tar(tars: Path) -> None:
 def test_another_version_of_zstd_gives_the_same_numbers(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other compressed bytes and other metadata are counted, not refused; a build from this point on knows the cache as its own."""
+    """Other compressed bytes and metadata are counted, not refused; a later build resumes the cache."""
     from numcodecs import Zstd
 
     from dvla.cache.store import zarr_format as layout

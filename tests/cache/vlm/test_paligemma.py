@@ -1,4 +1,4 @@
-"""PaliGemma 2 as an encoder: the toy checkpoint, preprocessing, features and text against transformers, loading, LoRA, a whole build."""
+"""PaliGemma 2 as an encoder: toy checkpoint, preprocessing, features against transformers, loading, LoRA, a build."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def official(pixels, resolution, mean=0.5, std=0.5):
 
 
 def run(model, tokenizer, views, instruction):
-    """(what enters Gemma's first layer, its last hidden state), each [1,V*S+Lt,D], of transformers' forward on one observation."""
+    """(input of Gemma's first layer, its last hidden state), each [1,V*S+Lt,D], of transformers on one observation."""
     seen = []
     hook = model.model.language_model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -503,64 +503,25 @@ def test_patch_features_through_build_training_live_features_and_policy(recorded
 
 
 def test_build_verify_train_finetune_and_act(recorded, tmp_path, monkeypatch):
+    from dvla.cache.store.cache import Cache
     from dvla.cli import run as command
     from dvla.stages.policy.policy import Policy
 
     monkeypatch.chdir(tmp_path)
-    command(["vlm", "tiny", "--arch", "paligemma2", "--out", "vlm"])
-    build = [
-        "cache",
-        "build",
-        str(recorded["h264"]),
-        "--vlm",
-        "tiny_paligemma2",
-        "--vlm-path",
-        "vlm",
-        "--tokens",
-        "16",
-        "--device",
-        "cpu",
-    ]
-    command([*build, "--out", "cache"])
-    with pytest.raises(UserError, match="features: unknown value 'pach'; did you mean 'patch'"):
-        command([*build, "--features", "pach", "--out", "other"])
-    command(["cache", "verify", "cache", "--live", "8", "--device", "cpu"])  # exits 1 when something differs
-    from dvla.cache.store.cache import Cache
 
+    def dvla(line: str) -> None:
+        command(line.split())
+
+    data = recorded["h264"]
+    dvla("vlm tiny --arch paligemma2 --out vlm")
+    build = f"cache build {data} --vlm tiny_paligemma2 --vlm-path vlm --tokens 16 --device cpu"
+    dvla(f"{build} --out cache")
+    with pytest.raises(UserError, match="features: unknown value 'pach'; did you mean 'patch'"):
+        dvla(f"{build} --features pach --out other")
+    dvla("cache verify cache --live 8 --device cpu")  # exits 1 when something differs
     cache = Cache.open(tmp_path / "cache")
     assert (cache.tokens, cache.width, cache.datasets[0].frames) == (16, 128, sum(LENGTHS))
-    command(
-        [
-            "train",
-            "--from-cache",
-            "cache",
-            "--out",
-            "runs/two",
-            "--model-size",
-            "tiny",
-            "--steps",
-            "2",
-            "--batch-size",
-            "4",
-            "--device",
-            "cpu",
-        ]
-    )
-    command(
-        [
-            "finetune",
-            "runs/two",
-            "--source",
-            str(recorded["h264"]),
-            "--out",
-            "runs/three",
-            "--steps",
-            "1",
-            "--batch-size",
-            "2",
-            "--device",
-            "cpu",
-        ]
-    )
+    dvla("train --from-cache cache --out runs/two --model-size tiny --steps 2 --batch-size 4 --device cpu")
+    dvla(f"finetune runs/two --source {data} --out runs/three --steps 1 --batch-size 2 --device cpu")
     policy = Policy.from_pretrained(tmp_path / "runs/three")
     assert np.isfinite(policy.act_batch([first_observation(recorded["h264"])])).all()

@@ -1,4 +1,4 @@
-"""What docs/concepts.md promises of features: the same bits in the same batches, equal up to rounding in others; and what the tests call equal."""
+"""The promise of docs/concepts.md on features: the same bits in the same batches, equal up to rounding in others."""
 
 from __future__ import annotations
 

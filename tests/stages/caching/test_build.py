@@ -22,7 +22,7 @@ from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, lora_parameters
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.config import from_mapping
 from dvla.errors import UserError
 from dvla.stages.caching.build import build
@@ -36,22 +36,14 @@ from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.stage_three import finetune as finetune_module
 from dvla.stages.training.stage_three.finetune import finetune, finetune_config
 from dvla.stages.training.train import train
+from support.corner import tree
 from support.finetune_samples import caught_encoders
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
+from support.run_samples import TINY
 from support.tolerances import assert_same_actions, assert_same_features
 
 Recorded = dict[str, Path]  # kind of recording → folder
 SHARD, FRAMES = 8, sum(LENGTHS)
-TINY = TinySpec(
-    vision_depth=2,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
 LORA = LoraSpec(r=2, alpha=4.0)
 
 
@@ -101,14 +93,6 @@ def cache(recorded: Recorded, vlm: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-def tree(path: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(path).as_posix(): p.read_bytes()
-        for p in sorted(path.rglob("*"))
-        if p.is_file() and p.name != ".lock"
-    }
-
-
 # --- stage one ----------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +139,7 @@ def test_verify_refuses_another_vlm_or_source(recorded: Recorded, cache: Path, t
     other = make_tiny_qwen3vl(tmp_path / "other", dataclasses.replace(TINY, seed=1))
     with pytest.raises(UserError, match="belongs to another VLM than .*other: .*weights"):
         verify(cache, live=2, vlm_path=str(other), device="cpu")
-    with pytest.raises(UserError, match="holds dataset 'h264', for which no source was given"):
+    with pytest.raises(UserError, match="no source was given for dataset 'h264'"):
         verify(cache, live=2, sources=(str(recorded["hevc"]),), device="cpu")
 
 
@@ -435,7 +419,7 @@ def test_fine_tuning_does_not_start_from_what_it_cannot(
 ) -> None:
     with pytest.raises(UserError, match="is a stage-three run; start from its stage-two run"):
         again(recorded, stage_three.run, tmp_path / "run")
-    with pytest.raises(UserError, match="holds dataset 'h264', for which no source was given"):
+    with pytest.raises(UserError, match="no source was given for dataset 'h264'"):
         config = again(recorded, stage_two, tmp_path / "run")
         finetune(dataclasses.replace(config, sources=(str(recorded["hevc"]),)), say=quiet)
     blind = dataclasses.replace(again(recorded, stage_two, tmp_path / "blind").train, blind=True, steps=1)

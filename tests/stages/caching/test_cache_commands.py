@@ -21,39 +21,26 @@ from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from dvla.cache.vlm.spec import EncoderSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
+from dvla.common.console import console
 from dvla.errors import UserError
 from dvla.stages.caching import sizes
-from dvla.stages.caching.build import build
+from dvla.stages.caching.build import BuildReport, build
+from dvla.stages.caching.cli import build_lines
 from dvla.stages.caching.config import BuildConfig
 from dvla.stages.caching.generations import ViewChange, generations
+from dvla.stages.caching.planning.cluster import cluster_forecast, read_cluster, work_of
 from dvla.stages.caching.planning.forecast import Measured, ViewCost, forecast
+from dvla.stages.caching.planning.tables import show_cluster, show_forecast
 from dvla.stages.caching.sizes import plan_nbytes, require_room
 from dvla.stages.caching.upkeep import repair as cache_repair
 from support import synthetic_cache as synthetic
 from support.cli_runner import Dvla, argv, refused
+from support.corner import TINY, tree
 from support.lerobot_samples import LENGTHS, VIEWS
 
 FRAMES = sum(LENGTHS)
-TINY = TinySpec(
-    vision_depth=1,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
 Usage = collections.namedtuple("Usage", "total used free")
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(path).as_posix(): p.read_bytes()
-        for p in sorted(path.rglob("*"))
-        if p.is_file() and p.name != ".lock"
-    }
 
 
 def times(path: Path) -> dict[str, int]:
@@ -632,6 +619,46 @@ def test_forecast_of_an_update_counts_what_stays() -> None:
         and f.fits
         and not forecast(plan, measured(), free=f.bytes_to_write, memory=0, changed=changed).fits
     )
+
+
+# --- lines -------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_fit_eighty_columns(dvla: Dvla, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(whole, tmp_path / "cache")
+    shutil.copytree(whole, tmp_path / "cache.gen-1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "width", 80)
+    for command in ("status", "inspect", "verify", "gc", "repair"):
+        out = dvla("cache", command, "cache").out.replace(f"{tmp_path}/", "")
+        assert out and max(map(len, out.splitlines())) <= 80, out
+    assert max(map(len, dvla("cache", "diff", "cache", "cache.gen-1").out.splitlines())) <= 80
+
+
+def test_forecasts_fit_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "width", 80)
+    plan = one_dataset((10**6, 5 * 10**6), variants=3)
+    found = measured(
+        model=12345.6, pooling_error=0.123456, stride_change=0.123456, compression=1.23456, storing_error=(0.1, 0.2)
+    )
+    forecasts = [forecast(plan, found, free=1, memory=m, price=36.0, draws=16) for m in (0, 10**14)]
+    forecasts.append(dataclasses.replace(forecasts[0], boundary=12, quarantined=123))
+    for f in forecasts:
+        show_forecast(f)
+    show_cluster(cluster_forecast(work_of(forecasts[0], 10**8, None), read_cluster("cluster"), model=123.4))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 50 and max(map(len, lines)) <= 80, max(lines, key=len)
+
+
+def test_the_closing_lines_of_a_build(tmp_path: Path) -> None:
+    config = BuildConfig((), EncoderSpec("vlm", tokens=49), Path("caches/droid"), format=FeatureFormat("int8", "none"))
+    report = BuildReport(config.out, 35_000_000, 10**13, 12345, 0, 123, 98765.4, error=(0.0081, 0.021), pooled=0.31)
+    again = build_lines(config, report)
+    assert again[1] == "12345 shards reused; 98765.4 s, already complete"
+    report.timing.images, report.timing.encode, report.previous = 70_000_000, 9e4, Path("caches/droid.gen-12")
+    lines = build_lines(config, report)
+    assert "709 images/s, bottleneck: encoding" in lines[1] and lines[3] == "previous generation: caches/droid.gen-12"
+    assert max(map(len, [*again, *lines])) <= 80, max(lines, key=len)
 
 
 # --- room -------------------------------------------------------------------------------------------------------------

@@ -19,28 +19,18 @@ from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.writer import CacheWriter
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.files import lock_folder
 from dvla.errors import UserError
 from dvla.stages.caching import build as build_module
 from dvla.stages.caching import generations as generations_module
 from dvla.stages.caching.config import PilotConfig
 from dvla.stages.caching.planning.pilot import plan_build
-from support.corner import SHARD, Corner, other_instruction, other_pictures, tree
+from support.corner import SHARD, TINY, Corner, other_instruction, other_pictures, tree
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 from support.tolerances import assert_same_features
 
 OLD = sum(LENGTHS[:2])  # frames of the dataset before it grew
-TINY = TinySpec(
-    vision_depth=1,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_there_and_back(cache: Path, url: str, tmp_path: Path, dvla: Dvla) -> None:
     sent = dvla("cache", "push", str(cache), url)
-    assert sent.code == 0 and "0 found there" in sent.out
+    assert sent.code == 0 and "0 reused" in sent.out
     got = dvla("cache", "pull", url, "--out", str(tmp_path / "copy"))
-    assert got.code == 0 and "all as they were written" in got.out
+    assert got.code == 0 and "all intact" in got.out
     assert contents(tmp_path / "copy") == contents(cache) and verify_checksums(tmp_path / "copy") == []
     assert not list(tmp_path.glob("copy/.pull*")) and PUSHING not in Url(url).names()
     with (

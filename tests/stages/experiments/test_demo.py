@@ -45,8 +45,8 @@ def test_quick_demo(tmp_path, monkeypatch, capsys):
         )
     assert summary["frames"] > 100 and summary["cache_bytes"] > summary["frames"] * 2 * 16 * 128 * 2
     assert np.isfinite(summary["loss"]["stage_two"] + summary["loss"]["stage_three"]).all()
-    for picture in ("loss.png", "switch.png", "success.png", "eval3_metaworld_button-press-topdown-v3.mp4"):
-        assert (out / picture).stat().st_size > 1000
+    for image in ("loss.png", "switch.png", "success.png", "eval3_metaworld_button-press-topdown-v3.mp4"):
+        assert (out / image).stat().st_size > 1000
 
     from dvla.stages.policy.policy import Policy
 

@@ -58,17 +58,17 @@ def test_distance_refuses_other_shapes(shapes: tuple) -> None:
         sliced_wasserstein(*(torch.zeros(shape) for shape in shapes))
 
 
-@pytest.mark.parametrize("picture", data.TARGETS)
-def test_pictures(picture: str) -> None:
-    points = data.TARGETS[picture](4000, random())
+@pytest.mark.parametrize("target", data.TARGETS)
+def test_targets(target: str) -> None:
+    points = data.TARGETS[target](4000, random())
     assert points.shape == (4000, 2) and points.abs().max() < 1.2
-    assert torch.equal(points, data.TARGETS[picture](4000, random()))
-    if picture == "checkerboard":  # only squares whose row and column are both even or both odd, all eight of them
+    assert torch.equal(points, data.TARGETS[target](4000, random()))
+    if target == "checkerboard":  # only squares whose row and column are both even or both odd, all eight of them
         row, column = ((points + 1) * 2).floor().long().T
         assert ((row + column) % 2 == 0).all() and len(set(zip(row.tolist(), column.tolist()))) == 8
 
 
-# --- two ways round an obstacle ---------------------------------------------------------------------------------------
+# --- two ways around an obstacle ---------------------------------------------------------------------------------------
 
 OBSERVATION = torch.tensor([[-0.5, 0.3], [0.5, -0.8]])  # 70/30 and 50/50
 CENTRE = data.modes(OBSERVATION)  # [2,2,D]
@@ -115,7 +115,7 @@ def test_the_expert_is_what_it_says() -> None:
     assert spread == pytest.approx(0.2, abs=0.03)  # like normalised robot actions
 
 
-def test_neighbours_begin_with_oneself() -> None:
+def test_neighbors_begin_with_oneself() -> None:
     observation = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.9, 0.9], [0.0, 0.0]])
     near = data.neighbors(observation, 3)
     assert near[:, 0].tolist() == [0, 1, 2, 3] and set(near[0].tolist()) == {0, 3, 1}

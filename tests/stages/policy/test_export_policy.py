@@ -126,7 +126,7 @@ def test_adapters_below_the_policy_are_merged_too(vlms: dict[str, Path], tmp_pat
 def test_an_export_can_be_exported(
     adapted: Path, vlms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(vlms["qwen3vl"].parent)  # a relative path of the VLM becomes a whole one
+    monkeypatch.chdir(vlms["qwen3vl"].parent)  # a relative path of the VLM becomes absolute
     first = export_policy(adapted, tmp_path / "first", vlm_path="qwen")
     monkeypatch.chdir(tmp_path)
     second = export_policy(first.path, tmp_path / "second")

@@ -63,16 +63,16 @@ def test_lerobot_loads_it_and_it_acts_as_ours(exported: Path) -> None:
         },
     )
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (2, 2, 48, 48, 3), dtype=np.uint8)  # [V,B,H,W,3]
+    images = rng.integers(0, 256, (2, 2, 48, 48, 3), dtype=np.uint8)  # [V,B,H,W,3]
     state = rng.normal(0, 0.3, (2, 3)).astype(np.float32)  # [B,ds]
     names = ("observation.images.top", f"observation.images.{VIEWS[1]}")
-    batch = {name: torch.from_numpy(p).permute(0, 3, 1, 2).float() / 255 for name, p in zip(names, pictures)}
+    batch = {name: torch.from_numpy(p).permute(0, 3, 1, 2).float() / 255 for name, p in zip(names, images)}
     batch |= {"observation.state": torch.from_numpy(state), "task": ["put it there", "and that"]}
 
     ours = Policy.from_pretrained(exported)
     expected = ours.act_batch(
         [
-            Observation({v: pictures[k, i] for k, v in enumerate(VIEWS)}, batch["task"][i], state[i], 4096 + i, 0)
+            Observation({v: images[k, i] for k, v in enumerate(VIEWS)}, batch["task"][i], state[i], 4096 + i, 0)
             for i in range(2)
         ]
     )

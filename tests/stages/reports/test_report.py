@@ -76,7 +76,7 @@ def write_evaluation(folder: Path) -> Path:
         json_bytes({"policy": "runs/a", "blind_is": "another run", "tasks": {"metaworld/push-v3": entry}})
     )
     Image.new("RGB", (64, 32), "red").save(folder / "videos" / "metaworld_push-v3.png")
-    (folder / "videos" / "metaworld_push-v3.mp4").write_bytes(b"film")
+    (folder / "videos" / "metaworld_push-v3.mp4").write_bytes(b"video")
     return folder
 
 
@@ -129,7 +129,7 @@ def test_what_users_wrote_is_escaped(page) -> None:
     assert page[1].splitlines()[1] == MARK
 
 
-def test_the_slider_shows_the_newest_picture_up_to_a_step(tmp_path: Path) -> None:
+def test_the_slider_shows_the_newest_image_up_to_a_step(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     found = panels(run, 12)
     assert found["positions"] == [500, 1000] and not found["thinned"]  # A2 alone is no position
@@ -202,7 +202,7 @@ def test_comparison_of_two_runs(tmp_path: Path, dvla: Dvla) -> None:
         "optimizer.lr",
     }  # not out; defaults count
     rows = {row.name: row for row in found.datasets}
-    assert rows["dex<hand>"].best == (0,) and rows["cup/arm"].best == ()  # alike
+    assert rows["dex<hand>"].best == (0,) and rows["cup/arm"].best == ()  # equal
     assert "No run is ahead" in verdict(found)  # the same over everything
     write_comparison(found, tmp_path / "c.html")
     page = (tmp_path / "c.html").read_text()
@@ -223,7 +223,7 @@ def test_comparison_of_two_runs(tmp_path: Path, dvla: Dvla) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(page, tmp_path: Path, width: int) -> None:
-    """Nothing is wider than the window, scripts raise nothing, the slider changes pictures and captions. Offline: no
+    """Nothing is wider than the window, scripts raise nothing, the slider changes images and captions. Offline: no
     address is asked for."""
     probe = """<script>addEventListener("load", () => {
       const slider = document.getElementById("step"); slider.value = 0; slider.dispatchEvent(new Event("input"));

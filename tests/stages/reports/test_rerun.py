@@ -28,7 +28,7 @@ T, MAP = (
 )
 
 
-def pictures(start: int, stop: int):
+def images(start: int, stop: int):
     return iter(np.full((4, 6, 3), step, np.uint8) for step in range(start, stop))
 
 
@@ -42,7 +42,7 @@ def episode() -> Episode:
         "lift <it>",
         10.0,
         T,
-        tuple(View(v, 4, 6, T, pictures) for v in ("top", "wrist")),
+        tuple(View(v, 4, 6, T, images) for v in ("top", "wrist")),
         rng.standard_normal((T, 2)).astype(np.float32),
         rng.standard_normal((T, MAP.native_dim)).astype(np.float32),
         np.arange(T) / 10,

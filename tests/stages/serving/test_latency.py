@@ -25,7 +25,7 @@ from dvla.stages.serving.latency import NAMES, NEW_TEXT, SERVED, WHOLE, measure
 from support.cli_runner import Dvla, refused
 from support.run_samples import TINY, make_run, observations
 
-QUICK: dict[str, Any] = {"warm_up": 1, "repeats": 2, "picture": (48, 64), "device": "cpu"}
+QUICK: dict[str, Any] = {"warm_up": 1, "repeats": 2, "camera": (48, 64), "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_compile_reaches_the_network(run: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"repeats": 0}, {"warm_up": -1}, {"views": 0}, {"batches": ()}, {"batches": (0,)}, {"picture": (0, 5)}]
+    "changes", [{"repeats": 0}, {"warm_up": -1}, {"views": 0}, {"batches": ()}, {"batches": (0,)}, {"camera": (0, 5)}]
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""`dvla serve` on a port of this machine: answers as the policy does, and goes on whatever clients do."""
+"""`dvla serve` on a port of this machine: answers as the policy does, and keeps running whatever clients do."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_one_action_a_step_costs_a_pass_every_few(policy: Policy) -> None:
         assert client.infer(message(seen))["chunk_left"] == 2 and server.metrics.counts["batches"] == 3
 
 
-def test_a_blind_policy_asks_for_no_pictures(run: Path) -> None:
+def test_a_blind_policy_asks_for_no_images(run: Path) -> None:
     seen = observations(1)[0]
     with serving(Policy.from_pretrained(run, blind=True)) as (_, port), PolicyClient(port=port) as client:
         assert client.metadata["views"] == []
@@ -410,8 +410,8 @@ def test_a_silent_connection_that_is_gone_is_closed(policy: Policy) -> None:
     """A peer that answers no ping: its host lost power, or its process hangs."""
     with serving(policy, ping_interval=0.2) as (server, port), socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(
-            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-            b"Sec-WebSocket-Version: 13\r\n\r\n"
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         until(lambda: server.metrics.clients == 1)
         until(lambda: server.metrics.clients == 0)

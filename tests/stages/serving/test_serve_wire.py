@@ -29,12 +29,12 @@ ARRAYS = hnp.arrays(
     st.sampled_from(["|b1", "|u1", "<i2", ">i4", "<u8", "<f2", "<f4", ">f8"]),
     hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
 )
-PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 STATE = np.array([0.5, -1.0, 2.0], np.float32)
 
 
 def message(**changes: Any) -> dict[str, Any]:
-    return {"images": {"front": PICTURE, "wrist": PICTURE + 1}, "state": STATE, "prompt": "push the puck"} | changes
+    return {"images": {"front": IMAGE, "wrist": IMAGE + 1}, "state": STATE, "prompt": "push the puck"} | changes
 
 
 def reader(*fields: str, views: tuple[str, ...] = ("front", "wrist")) -> ObservationReader:
@@ -131,14 +131,14 @@ def test_what_would_need_pickle_is_not_sent(value: Any) -> None:
 # --- fields -----------------------------------------------------------------------------------------------------------
 
 FLAT = {
-    "observation/images/front": PICTURE,
-    "observation/images/wrist": PICTURE + 1,
+    "observation/images/front": IMAGE,
+    "observation/images/wrist": IMAGE + 1,
     "observation/state": STATE.tolist(),
     "prompt": "push the puck",
 }
 DROID = {
-    "observation/exterior_image_1_left": PICTURE,
-    "observation/wrist_image_left": PICTURE + 1,
+    "observation/exterior_image_1_left": IMAGE,
+    "observation/wrist_image_left": IMAGE + 1,
     "observation/joint_position": STATE[:2].astype(np.float64),
     "observation/gripper_position": 2.0,
     "prompt": "push the puck",
@@ -158,7 +158,7 @@ DROID_FIELDS = (
         (FLAT, ()),
         (DROID, DROID_FIELDS),
         ({**message(), "seq": 3, b"x": 1}, ()),
-        (message(images={"front": PICTURE.transpose(2, 0, 1), "wrist": PICTURE + 1}), ()),
+        (message(images={"front": IMAGE.transpose(2, 0, 1), "wrist": IMAGE + 1}), ()),
     ],
 )
 def test_all_names_give_the_same_observation(given_: dict[Any, Any], fields: tuple[str, ...]) -> None:
@@ -168,8 +168,8 @@ def test_all_names_give_the_same_observation(given_: dict[Any, Any], fields: tup
         3,
         4,
     )
-    np.testing.assert_array_equal(found.images["front"], PICTURE)
-    np.testing.assert_array_equal(found.images["wrist"], PICTURE + 1)
+    np.testing.assert_array_equal(found.images["front"], IMAGE)
+    np.testing.assert_array_equal(found.images["wrist"], IMAGE + 1)
     np.testing.assert_array_equal(found.state, STATE)
     assert found.state.dtype == np.float32
 
@@ -180,21 +180,21 @@ def without(name: str) -> dict[str, Any]:
 
 WRONG = {
     "no view": (
-        message(images={"front": PICTURE, "wirst": PICTURE}),
+        message(images={"front": IMAGE, "wirst": IMAGE}),
         ("'images/wrist' (uint8 [H, W, 3]) is missing", "'images/wirst'"),
     ),
     "no images": (without("images"), ("'images/front'", "is missing", "prompt, state")),
     "no state": (without("state"), ("'state' ([3] numbers) is missing",)),
     "no prompt": (without("prompt"), ("'prompt' (text) is missing",)),
-    "float picture": (
-        message(images={"front": PICTURE / 255, "wrist": PICTURE}),
+    "float image": (
+        message(images={"front": IMAGE / 255, "wrist": IMAGE}),
         ("'images/front' must be an image", "float64 [4, 6, 3]"),
     ),
-    "grey picture": (message(images={"front": PICTURE[..., 0], "wrist": PICTURE}), ("'images/front'", "uint8 [4, 6]")),
-    "batch of pictures": (message(images={"front": PICTURE[None], "wrist": PICTURE}), ("uint8 [1, 4, 6, 3]",)),
-    "empty picture": (message(images={"front": PICTURE[:0], "wrist": PICTURE}), ("uint8 [0, 6, 3]",)),
-    "RGBA": (message(images={"front": np.zeros((4, 6, 4), np.uint8), "wrist": PICTURE}), ("uint8 [4, 6, 4]",)),
-    "picture as text": (message(images={"front": "picture", "wrist": PICTURE}), ("got str 'picture'",)),
+    "gray image": (message(images={"front": IMAGE[..., 0], "wrist": IMAGE}), ("'images/front'", "uint8 [4, 6]")),
+    "batch of pictures": (message(images={"front": IMAGE[None], "wrist": IMAGE}), ("uint8 [1, 4, 6, 3]",)),
+    "empty image": (message(images={"front": IMAGE[:0], "wrist": IMAGE}), ("uint8 [0, 6, 3]",)),
+    "RGBA": (message(images={"front": np.zeros((4, 6, 4), np.uint8), "wrist": IMAGE}), ("uint8 [4, 6, 4]",)),
+    "image as text": (message(images={"front": "image", "wrist": IMAGE}), ("got str 'image'",)),
     "short state": (message(state=STATE[:2]), ("'state' has 2 numbers; the robot's state has 3: x, y, gripper",)),
     "state matrix": (message(state=STATE[None]), ("must be numbers [3]; got float32 [1, 3]",)),
     "state as text": (message(state="0 0 0"), ("must be numbers [3]; got str",)),
@@ -213,7 +213,7 @@ def test_what_is_wrong_is_named(name: str) -> None:
     assert all(word in text for word in words), text
 
 
-def test_a_blind_policy_needs_no_pictures() -> None:
+def test_a_blind_policy_needs_no_images() -> None:
     assert reader(views=()).observation(without("images")).images == {}
 
 

@@ -20,7 +20,7 @@ from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import Observation, environment_names, make_environment, mujoco_render
 from dvla.stages.simulation.envs import metaworld as adapter
-from dvla.stages.simulation.film import write_grid, write_grid_image
+from dvla.stages.simulation.film import LABEL_HEIGHT, write_grids
 from dvla.stages.simulation.record import MARKER, record
 from dvla.stages.simulation.rollout import (
     ExpertPolicy,
@@ -117,12 +117,12 @@ def test_start_is_reproduced_after_other_episodes_and_in_another_process(push):
     assert seen[0] != seen[1] == seen[2] == child.stdout.strip()
 
 
-def test_pictures(push):
+def test_images(push):
     first, second = push.reset(0), push.reset(1)
     for view in ("corner2", "gripper"):
         assert first.images[view].shape == (SIZE, SIZE, 3) and first.images[view].dtype == np.uint8
         assert (first.images[view] != second.images[view]).any()
-        # Hiding what lies outside the field of view must not change the picture.
+        # Hiding what lies outside the field of view must not change the image.
         camera, upright = adapter.CAMERAS[view]
         whole = mujoco_render.renderer(PUSH, SIZE, lambda: None).render(push._model, push._data, camera)[upright]
         np.testing.assert_array_equal(second.images[view], whole)
@@ -132,7 +132,7 @@ def test_pictures(push):
     assert push.reset(0, render=False).images == {}
 
 
-def test_pictures_survive_more_tasks_than_open_renderers(push, monkeypatch):
+def test_images_survive_more_tasks_than_open_renderers(push, monkeypatch):
     monkeypatch.setattr(mujoco_render, "MAX_RENDERERS", 1)
     expected = push.reset(0).images
     other = make_environment("metaworld/drawer-open-v3", image_size=SIZE)
@@ -209,18 +209,15 @@ def test_wilson_interval():
 
 def test_grid(tmp_path):
     episodes = [np.full((n, 33, 33, 3), 40 * n, np.uint8) for n in (3, 5, 2)]
-    write_grid(episodes, [True, False, True], tmp_path / "grid.mp4", labels=["a", "b", "c"], columns=2)
+    write_grids(episodes, [True, False, True], ["a", "b", "c"], tmp_path / "grid", columns=2)
     with av.open(str(tmp_path / "grid.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert len(frames) == 5
-    write_grid_image(episodes, [True, False, True], tmp_path / "grid.png", columns=3)
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    green, red = picture[0, 0].astype(int), picture[0, 100].astype(int)
+    image = np.asarray(Image.open(tmp_path / "grid.png"))
+    green, red = image[LABEL_HEIGHT, 0].astype(int), image[LABEL_HEIGHT, 100].astype(int)
     assert green[1] > green[0] and red[0] > red[1]
-    with pytest.raises(UserError, match="no episode was recorded"):
-        write_grid([], [], tmp_path / "none.mp4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.mp4", "grid.png"]
 
 
@@ -355,19 +352,19 @@ def test_both_ways_are_shown_from_the_same_start(push):
     unseen.close()
 
 
-def test_pictures_go_on_after_another_library_shut_down_egl() -> None:
+def test_images_continue_after_another_library_shut_down_egl() -> None:
     """In a process of its own: it is set up for EGL, which VTK ends for the whole process when it closes a window."""
     if ctypes.util.find_library("EGL") is None:
         pytest.skip("needs libEGL")
     code = """
 from dvla.stages.simulation.envs import make_environment
 envs = [make_environment(f"metaworld/{task}-v3", image_size=48) for task in ("reach", "push", "drawer-open")]
-pictures = lambda order: [{view: p.copy() for view, p in envs[i].reset(0).images.items()} for i in order]
-before = pictures((0, 1, 2))
+images = lambda order: [{view: p.copy() for view, p in envs[i].reset(0).images.items()} for i in order]
+before = images((0, 1, 2))
 from mujoco import egl
-for order in ((0, 1, 2), (2, 0, 1), (1, 1, 0)):       # those drawn first stay right when the others' dead contexts are freed
+for order in ((0, 1, 2), (2, 0, 1), (1, 1, 0)):  # those rendered first stay right when the others' contexts are freed
     egl.EGL.eglTerminate(egl.EGL_DISPLAY)
-    for found in (pictures(order), pictures(order)):
+    for found in (images(order), images(order)):
         assert all((found[k][view] == before[i][view]).all() for k, i in enumerate(order) for view in before[i])
 assert all(p.std() > 0 for one in before for p in one.values())
 """

@@ -140,7 +140,7 @@ def test_an_unstable_episode_is_lost_until_the_next_one(task, tmp_path, monkeypa
     assert task.step(task.expert_action()).success
 
 
-def test_demonstration_has_pictures_of_both_cameras(task):
+def test_demonstration_has_images_of_both_cameras(task):
     config = RecordConfig(task.name, 1, None, image_size=SIZE, max_steps=3, keep_failures=True)
     limit, task.max_steps = task.max_steps, 3
     try:
@@ -152,9 +152,9 @@ def test_demonstration_has_pictures_of_both_cameras(task):
         task.max_steps = limit
     assert not done.success and not rehearsed.success and rehearsed.images == {}
     for view in ("top", "angle"):
-        picture = done.images[view][0].astype(int)
+        image = done.images[view][0].astype(int)
         assert done.images[view].shape == (3, SIZE, SIZE, 3)
-        row, column = (where.mean() for where in np.nonzero(picture[..., 0] - picture[..., 1] > 60))  # the cube or peg
+        row, column = (where.mean() for where in np.nonzero(image[..., 0] - image[..., 1] > 60))  # the cube or peg
         # Upright: the right hand's object lies right of the middle, and the dark wall is above the table.
         assert column > SIZE / 2 and row > SIZE / 3
-        assert picture[:4].mean() < picture[SIZE // 2 :].mean()
+        assert image[:4].mean() < image[SIZE // 2 :].mean()

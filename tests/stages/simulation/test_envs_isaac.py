@@ -47,8 +47,9 @@ def dataset(tmp_path_factory):
             place = to_scene[:3, :3] @ balls(number)[0][0] + to_scene[:3, 3]
             x, y, z, w = to_quaternion("matrix", to_scene[:3, :3].ravel())  # upright on the table
             entries += (
-                f"<obj>\n<obj_id>{number}</obj_id>\n<obj_name>{NAMES.get(number, 'x')}</obj_name>\n<obj_path>x</obj_path>\n"
-                f"<pos_in_world>{' '.join(map(str, place))}</pos_in_world>\n<ori_in_world>{w} {x} {y} {z}</ori_in_world>\n</obj>\n"
+                f"<obj>\n<obj_id>{number}</obj_id>\n<obj_name>{NAMES.get(number, 'x')}</obj_name>\n"
+                f"<obj_path>x</obj_path>\n<pos_in_world>{' '.join(map(str, place))}</pos_in_world>\n"
+                f"<ori_in_world>{w} {x} {y} {z}</ori_in_world>\n</obj>\n"
             )
         (folder / "annotations/0000.xml").write_text(f"<scene>\n{entries}</scene>\n")
     for name in (adapter.HAND, *(adapter.OBJECT.format(n) for n in OBJECTS)):

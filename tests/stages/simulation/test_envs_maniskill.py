@@ -1,4 +1,4 @@
-"""The ManiSkill adapter; skipped with a reason where ManiSkill or its Vulkan driver is missing. The rest needs neither."""
+"""The ManiSkill adapter; tests that need ManiSkill or its Vulkan driver are skipped with a reason without them."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_step_contract(push):
         push.step(np.zeros(7))
 
 
-def test_expert_solves_with_pictures_only_of_successes(push):
+def test_expert_solves_with_images_only_of_successes(push):
     config = RecordConfig(PUSH, 1, None, image_size=SIZE, extra_steps=2)
     done = demonstrate(push, 0, config)
     assert done.success and set(done.images) == {"base", "hand"} and len(done.action) < push.max_steps

@@ -25,7 +25,7 @@ JAR = "rlbench/close_jar"
 
 
 def seen(length: int, seed: int = 0) -> list:
-    """Recorded observations with the pictures that a live one has."""
+    """Recorded observations with the images that a live one has."""
     found = observations(length, seed)
     for t, one in enumerate(found):
         for number, camera in enumerate(CAMERAS):
@@ -175,7 +175,7 @@ def test_observations_and_actions_are_those_that_recorded_data_gives(tmp_path):
     assert {v.name for v in episode.views} == set(adapter.CAMERAS)
 
 
-def test_float_pictures_become_bytes_and_what_lacks_is_named():
+def test_float_images_become_bytes_and_missing_ones_are_named():
     one = seen(1)[0]
     whole = one.front_rgb
     one.front_rgb = whole / 255.0

@@ -167,7 +167,7 @@ def test_an_unstable_episode_is_lost_until_the_next_one(lift, tmp_path, monkeypa
     assert lift.step(lift._rest_action()).info == {}
 
 
-def test_demonstration_has_pictures_of_both_cameras(lift):
+def test_demonstration_has_images_of_both_cameras(lift):
     config = RecordConfig(LIFT, 1, None, image_size=SIZE, keep_failures=True, extra_steps=0)
     limit, lift.max_steps = lift.max_steps, 3
     try:
@@ -177,9 +177,9 @@ def test_demonstration_has_pictures_of_both_cameras(lift):
     finally:
         lift.max_steps = limit
     for view in ("agent", "hand"):
-        picture = done.images[view][0].astype(int)
+        image = done.images[view][0].astype(int)
         assert done.images[view].shape == (3, SIZE, SIZE, 3)
-        assert (picture[..., 0] - picture[..., 1] > 60).sum() > 4  # the red cube
+        assert (image[..., 0] - image[..., 1] > 60).sum() > 4  # the red cube
     assert done.action.shape == (3, 12) and done.state.shape == (3, 13)
 
 

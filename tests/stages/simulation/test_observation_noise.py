@@ -38,12 +38,10 @@ def test_states_get_noise_in_proportion_to_their_spread():
     np.testing.assert_array_equal(changed.images["front"], clean.images["front"])
 
 
-def test_pictures_get_noise_in_grey_levels_and_stay_pictures():
+def test_images_get_noise_in_gray_levels_and_stay_images():
     clean, changed = demonstration(), noisy(pixel_noise=5.0)
-    picture = changed.images["front"]
-    assert (
-        picture.dtype == np.uint8 and abs(picture.astype(float).std() - 5.0) < 0.1 and abs(picture.mean() - 128) < 0.1
-    )
+    image = changed.images["front"]
+    assert image.dtype == np.uint8 and abs(image.astype(float).std() - 5.0) < 0.1 and abs(image.mean() - 128) < 0.1
     np.testing.assert_array_equal(changed.state, clean.state)
     assert {
         int(v) for v in (noisy(pixel_noise=500.0).images["front"].min(), noisy(pixel_noise=500.0).images["front"].max())

@@ -122,9 +122,9 @@ def test_bars_and_maps_hold_the_errors(looks) -> None:
             names == [slots()[i].name for i in data.used] and "eef_vel_x" in names and "dex_finger_joint_3_pos" in names
         ), key
     error = np.abs(data.error)
-    picture = draw("B2", data).axes[0].images[0].get_array()
+    image = draw("B2", data).axes[0].images[0].get_array()
     place = SLOTS["eef_vel_y"]
-    assert np.allclose(picture[data.used.index(place)], np.nanmean(error[..., place], 0))
+    assert np.allclose(image[data.used.index(place)], np.nanmean(error[..., place], 0))
     widths = [bar.get_width() for bar in sorted(draw("A4", data).axes[0].patches, key=lambda bar: bar.get_y())]
     assert np.allclose(widths, data.of_slot("mae")[data.used])
     line = draw("B5", data).axes[0].lines[0].get_ydata()
@@ -173,14 +173,14 @@ def test_following_the_drift_is_measured() -> None:
 
 
 @pytest.mark.parametrize("key", PANELS)
-def test_axes_have_names_and_pictures_are_small(key: str) -> None:
+def test_axes_have_names_and_images_are_small(key: str) -> None:
     before, backend = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
     figure = PANELS[key].draw(samples.guessing(), DARK)
     assert any(axis.get_xlabel() for axis in figure.axes) or figure.get_supxlabel()
     assert any(axis.get_ylabel() or axis.get_yticklabels() for axis in figure.axes) or figure.get_supylabel()
     assert figure.get_facecolor()[:3] == matplotlib.colors.to_rgb(DARK.back) and len(title(figure)) > 15
-    picture = png(figure)
-    assert len(picture) < 120_000 and Image.open(io.BytesIO(picture)).format == "PNG"
+    image = png(figure)
+    assert len(image) < 120_000 and Image.open(io.BytesIO(image)).format == "PNG"
     assert dict(matplotlib.rcParams) == before and ("matplotlib.pyplot" in sys.modules) == backend  # nothing global
 
 

@@ -160,7 +160,7 @@ def test_settings_out_of_range(cache: Path, setting: str, value: Any) -> None:
         configure(cache, cache.parent / "none", panels={setting: value})
 
 
-def test_wandb_gets_the_pictures(cache: Path, tmp_path: Path) -> None:
+def test_wandb_gets_the_images(cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     out = tmp_path / "run"
     train(configure(cache, out, steps=2, panels=LOOK, wandb={"mode": "offline"}), say=quiet)

@@ -70,7 +70,7 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     require_wandb(OFF)
     for mode in ("online", "offline"):
         with pytest.raises(
-            UserError, match=r'W&B mode .* which is not installed: pip install "dvla\[wandb\]"'
+            UserError, match=r"W&B mode .* which is not installed: pip install 'dvla\[wandb\]'"
         ) as error:
             Tracker(tmp_path / "run", WandbConfig(mode), {}, step=0)
         assert "\n" not in str(error.value)

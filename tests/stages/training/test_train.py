@@ -411,7 +411,7 @@ def test_blind_run_does_not_see_features(cache: Path, tmp_path: Path, monkeypatc
         ({"local_gib": 0}, "local_gib is 0.0; it must be above 0"),
         ({"strategy": "fsdp"}, "strategy.*did you mean 'fsdp2'"),
         ({"unfreeze": {"dit": 0}}, "unfreeze of 'dit' is at step 0; it must be at least 1"),
-        ({"unfreeze": {"dit": 9}, "strategy": "zero2"}, "unfreeze does not go with strategy zero2"),
+        ({"unfreeze": {"dit": 9}, "strategy": "zero2"}, "strategy zero2 cannot unfreeze"),
         ({"alpha_max": 3.0, "loss.kind": "flow"}, "which a flow head does not compare; it must be 1"),
     ],
 )

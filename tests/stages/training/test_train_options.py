@@ -88,7 +88,7 @@ def test_a_network_of_the_slots_in_use(cache: Path, tmp_path: Path) -> None:
     assert out.shape == (2, 3, 4, 128) and not out[..., unused].any() and out[..., list(used)].abs().min() > 0
     other = dataclasses.replace(batch, proprio=batch.proprio.index_fill(1, torch.tensor(unused), 7.0))
     assert torch.equal(few(other, noise, alpha), out)
-    with pytest.raises(UserError, match="action_space active is of heads that act in one pass"):
+    with pytest.raises(UserError, match="action_space active needs a head that acts in one pass"):
         configure(cache, action_space="active", loss={"kind": "flow"})
 
 
