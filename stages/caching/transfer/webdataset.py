@@ -82,7 +82,7 @@ def export(
                     entry = tars.write(name, lambda: observation_samples(dataset, keys, rows, files))
                     entries.append({**entry, "dataset": dataset.name})
                     tars.done += len(rows)
-                    progress(f"{dataset.name}: observations", tars.done, report.samples)
+                    progress("export: observations", tars.done, report.samples)
         own = {**claim, "meta": meta, "quarantine": quarantine, "views": views}
         index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards, "dvla": own}
         _write_json(place, INDEX, index)
@@ -206,7 +206,7 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
             bad = [(episode, reason) for episode, reason in ledger.get(f"{task.dataset}/{task.array}/{task.index}", [])]
             writer.write_shard(task, _chunks(exported, exported.named(task.dataset), task), bad)
             done += task.stop - task.start
-            progress(task.dataset, done, total)
+            progress("import: images", done, total)
         if not writer.complete:
             report.rewritten = _compare(out, exported.manifest, plan, source)
         manifest = writer.finish()

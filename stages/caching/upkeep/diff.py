@@ -75,7 +75,7 @@ def diff(a: Path, b: Path, samples: int = 256, seed: int = 0, progress: Progress
         found, drift = _compare(x, y, samples, np.random.default_rng(seed))
         arrays += found
         drifts += drift
-        progress("comparing", i + 1, len(common))
+        progress("comparing: datasets", i + 1, len(common))
     files = [
         {name: entry for name, entry in c.manifest["files"].items() if not name.endswith("zarr.json")}
         for c in (first, second)
