@@ -45,8 +45,8 @@ class Options:
     """Marks a command's parameter that stands for settings of the dataclass `config`.
 
     `order` holds their dotted names in the order of --help; the name of another parameter of the command puts that one
-    there, and `p.x` the setting x of another parameter p of this kind. `defaults=False`: options have no default, and the
-    parameter holds only what was given, for settings that a recipe may give.
+    there, and `p.x` the setting x of another parameter p of this kind. `defaults=False`: options have no default, and
+    the parameter holds only what was given, for settings that a recipe may give.
     """
 
     def __init__(self, config: type, order: str = "", *, defaults: bool = True) -> None:

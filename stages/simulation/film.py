@@ -26,8 +26,8 @@ def write_grids(
     """Write `path`.mp4 (h264, yuv420p), all episodes side by side, and `path`.png, first and last frame of each.
 
     Args:
-        episodes: E ≥ 1 arrays uint8 `[F, H, W, 3]` of equal H and W. In the video, ended episodes hold their last frame,
-            on which the border takes its color.
+        episodes: E ≥ 1 arrays uint8 `[F, H, W, 3]` of equal H and W. In the video, ended episodes hold their last
+            frame, on which the border takes its color.
     """
     ends = [SUCCESS if won else FAILURE for won in successes]
     with mp4_writer(path.with_suffix(".mp4"), FPS) as write:

@@ -16,7 +16,7 @@ DROP = (
 
 
 def success_table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """One row per task and policy: success with interval, beside expert, random and blind; tasks without their simulator's name."""
+    """One row per task and policy, success beside expert, random and blind; tasks without their simulator's name."""
     head, rows = success_cells(summaries)
     short = {task: task.partition("/")[2] for task, *_ in rows}
     if len(set(short.values())) == len(short):

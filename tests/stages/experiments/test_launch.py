@@ -72,6 +72,12 @@ def test_refusals(dvla: Dvla, tmp_path: Path) -> None:
         render(read_script(str(tmp_path / "mine.sh")), TRAIN, {})
 
 
+def test_shell_code_that_a_template_engine_would_read_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine.sh").write_text("gpus=(0 1)\necho ${#gpus[@]} ${PATH%%:*} {%\necho {{command}}\n")
+    rendered = render(read_script(str(tmp_path / "mine.sh")), TRAIN, {})
+    assert rendered == f"gpus=(0 1)\necho ${{#gpus[@]}} ${{PATH%%:*}} {{%\necho {shlex.join(TRAIN)}\n"
+
+
 def test_slurm_needs_slurm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     refused(dvla("launch", "slurm-train", "--", *TRAIN), "sbatch is not installed; show the script with --print")
