@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what was given, what is allowed, what to do. The CLI prints it and exits 2."""
+    """Bad input. The message is one line: what was given, what is allowed, what to do. The CLI exits with 2."""
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:

@@ -56,7 +56,7 @@ class Setup:
         self.batch = observations(args.batch, shape.horizon, self.device)
         self.noise = torch.randn(args.batch, args.draws, shape.horizon, shape.noise_dim, device=self.device)
         self.alpha = torch.ones(args.batch, device=self.device)
-        self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=1e-5, fused=True)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-5, fused=True)
         if args.compile:
             self.net.compile()
 
@@ -68,8 +68,8 @@ class Setup:
         with self.autocast():
             loss = head_loss(self.net, self.batch, self.config, noise=self.noise, alpha=self.alpha)
         loss.total.backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def action(self, steps: int | None = None) -> Callable[[], None]:
         """One chunk for one observation, from its features."""
@@ -233,7 +233,7 @@ def measure_sharing(args: argparse.Namespace) -> None:
         with setup.autocast():
             out = setup.net(batch, noise, alpha)
         out.float().square().mean().backward()
-        setup.optimiser.zero_grad(set_to_none=True)
+        setup.optimizer.zero_grad(set_to_none=True)
         return out.detach().float()
 
     sides = {

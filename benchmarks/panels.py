@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
     "panels": {"every": 0},
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "learnt": {"steps": 600},
+    "trained": {"steps": 600},
     "collapsed": {
         "steps": 120,
         "batch_size": 32,

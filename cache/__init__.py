@@ -1,1 +1,1 @@
-"""Stage-one material: corpus readers, unified actions, the VLM encoder, the store, the loader. Imports neither drifting nor stages."""
+"""Readers, unified actions, the VLM encoder, the store and the loader. Imports neither drifting nor stages."""

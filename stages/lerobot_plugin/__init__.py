@@ -1,4 +1,7 @@
-"""Where the LeRobot plug-in was: the cards of earlier exports name this path for `--env.discover_packages_path`. It is `stages/policy/lerobot` now."""
+"""The earlier place of `stages/policy/lerobot`, the LeRobot plug-in.
+
+The cards of earlier exports name this path for `--env.discover_packages_path`.
+"""
 
 from ..policy.lerobot.config import DvlaConfig, make_dvla_pre_post_processors
 from ..policy.lerobot.plugin import DvlaPolicy

@@ -1,4 +1,4 @@
-"""Healthy datasets in memory for tests of the doctor and of videos: smooth poses, a state that follows the action, moving pictures."""
+"""Healthy datasets in memory: smooth poses, a state that follows the action, moving images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dvla cache plan | status | inspect | diff | repair | gc` from the command line: what they print and repair is right."""
+"""`dvla cache plan | status | inspect | diff | repair | gc` from the command line: what they print and repair."""
 
 from __future__ import annotations
 
@@ -621,7 +621,7 @@ def test_forecast_of_an_update_counts_what_stays() -> None:
     )
 
 
-# --- lines -------------------------------------------------------------------------------------------------------------
+# --- lines ---
 
 
 def test_lines_fit_eighty_columns(dvla: Dvla, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,11 +31,31 @@ METAWORLD = ("x", "y", "z", "gripper")
 CAMERA = "observation.images.front"
 
 
+def episode_table(number: int, length: int, width: dict[str, int], rng: np.random.Generator) -> pa.Table:
+    """The rows of one episode: random vectors of these widths, times and indices."""
+    frames = np.arange(length)
+    vectors = {
+        k: pa.array(list(rng.uniform(0, 1, (length, w)).astype(np.float32)), pa.list_(pa.float32()))
+        for k, w in width.items()
+    }
+    return pa.table(
+        {
+            **vectors,
+            "timestamp": (frames / HZ).astype(np.float32),
+            "frame_index": frames,
+            "episode_index": np.full(length, number),
+            "task_index": np.full(length, number % 2),
+        }
+    )
+
+
 def write_dataset(
     root: Path, lengths=(10, 13, 16), action=METAWORLD, state=METAWORLD, robot="metaworld_sawyer", group=None, seed=0
 ) -> Path:
-    """A LeRobot v3.0 dataset without its video files, all rows in one parquet file: row groups of one episode each, or of
-    `group` rows. `action`, `state`: names of the dimensions, or a width."""
+    """A LeRobot v3.0 dataset without its video files, all rows in one parquet file.
+
+    `action`, `state`: names of the dimensions, or a width. Row groups have one episode each, or `group` rows.
+    """
     rng, width = np.random.default_rng(seed), {}
     features = {CAMERA: {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channels"]}}
     for key, names in (("action", action), ("observation.state", state)):
@@ -78,24 +98,7 @@ def write_dataset(
         ),
         root / "meta/episodes/chunk-000/file-000.parquet",
     )
-    parts = []
-    for i, length in enumerate(lengths):
-        frames = np.arange(length)
-        vectors = {
-            k: pa.array(list(rng.uniform(0, 1, (length, w)).astype(np.float32)), pa.list_(pa.float32()))
-            for k, w in width.items()
-        }
-        parts.append(
-            pa.table(
-                {
-                    **vectors,
-                    "timestamp": (frames / HZ).astype(np.float32),
-                    "frame_index": frames,
-                    "episode_index": np.full(length, i),
-                    "task_index": np.full(length, i % 2),
-                }
-            )
-        )
+    parts = [episode_table(i, length, width, rng) for i, length in enumerate(lengths)]
     with pq.ParquetWriter(data_file(root), parts[0].schema) as writer:
         for part in parts if group is None else [pa.concat_tables(parts)]:
             writer.write_table(part, row_group_size=group)

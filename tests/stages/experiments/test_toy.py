@@ -68,7 +68,7 @@ def test_targets(target: str) -> None:
         assert ((row + column) % 2 == 0).all() and len(set(zip(row.tolist(), column.tolist()))) == 8
 
 
-# --- two ways around an obstacle ---------------------------------------------------------------------------------------
+# --- two ways around an obstacle ---
 
 OBSERVATION = torch.tensor([[-0.5, 0.3], [0.5, -0.8]])  # 70/30 and 50/50
 CENTRE = data.modes(OBSERVATION)  # [2,2,D]

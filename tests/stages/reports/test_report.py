@@ -227,13 +227,19 @@ def test_in_a_browser(page, tmp_path: Path, width: int) -> None:
     address is asked for."""
     probe = """<script>addEventListener("load", () => {
       const slider = document.getElementById("step"); slider.value = 0; slider.dispatchEvent(new Event("input"));
-      const bad = [...document.querySelectorAll("main > *")].filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.tagName);
-      document.title = JSON.stringify({inner: innerWidth, wider: document.documentElement.scrollWidth - document.documentElement.clientWidth, bad, shown: document.getElementById("shown").textContent,
-        note: document.querySelector('[data-drawn="A2"]').textContent, broken: [...document.images].filter(i => i.complete && !i.naturalWidth).length});
+      const page = document.documentElement, width = page.clientWidth;
+      const bad = [...document.querySelectorAll("main > *")]
+        .filter(e => e.getBoundingClientRect().right > width + 1).map(e => e.tagName);
+      document.title = JSON.stringify({inner: innerWidth, wider: page.scrollWidth - width, bad,
+        shown: document.getElementById("shown").textContent,
+        note: document.querySelector('[data-drawn="A2"]').textContent,
+        broken: [...document.images].filter(i => i.complete && !i.naturalWidth).length});
     });</script>"""
+    framed = html.escape(page[1].replace("</body>", probe + "</body>"))
     (tmp_path / "probe.html").write_text(
-        f'<iframe id="f" style="border:0;width:{width}px;height:2000px" srcdoc="{html.escape(page[1].replace("</body>", probe + "</body>"))}"></iframe>'
-        '<pre id="out"></pre><script>setInterval(() => { document.getElementById("out").textContent = document.getElementById("f").contentDocument.title }, 50)</script>'
+        f'<iframe id="f" style="border:0;width:{width}px;height:2000px" srcdoc="{framed}"></iframe>'
+        '<pre id="out"></pre><script>setInterval(() => { document.getElementById("out").textContent = '
+        'document.getElementById("f").contentDocument.title }, 50)</script>'
     )
     out = subprocess.run(
         [
