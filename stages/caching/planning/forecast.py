@@ -21,7 +21,8 @@ class ViewCost:
 
     dataset: str
     view: str
-    load: float  # to open an episode: its tables, and the hash over its stored images
+    load: float  # to open an episode for the first time: its tables, and the hash over its stored images
+    reload: float  # to open it again, its hash remembered: once for each unit of work
     first: float  # to the first frame of an episode
     following: float  # to each further observation of it, skipped frames included
 
@@ -205,7 +206,7 @@ def _planned(plan: BuildPlan, cost: ViewCost, whole: ViewChange, todo: ViewChang
 
 def _decode_seconds(cost: ViewCost, episodes: int, observations: int) -> float:
     """Of one variant: each episode is opened, and its observations are decoded in order."""
-    return episodes * (cost.load + cost.first) + (observations - episodes) * cost.following
+    return episodes * (cost.reload + cost.first) + (observations - episodes) * cost.following
 
 
 def _share(kind: str, plan: BuildPlan, m: Measured, todo: Sequence[ViewChange], parallel: int, overlap: bool) -> Share:

@@ -28,15 +28,14 @@ class Look:
     instructions: list[str] = field(default_factory=list)  # of the images
     pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # (observation, last skipped frame)
     pair_instructions: list[str] = field(default_factory=list)
-    load: list[float] = field(default_factory=list)  # seconds, per episode
+    load: list[float] = field(default_factory=list)  # seconds, per episode: for the first time
+    reload: list[float] = field(default_factory=list)  # seconds, per episode: again
     first: list[float] = field(default_factory=list)  # seconds, per episode
     following: list[float] = field(default_factory=list)  # seconds per further observation, per episode
 
     def cost(self) -> ViewCost:
-        first = float(np.mean(self.first))
-        return ViewCost(
-            self.dataset, self.view, float(np.mean(self.load)), first, float(np.mean(self.following or [first]))
-        )
+        load, reload, first = (float(np.mean(seconds)) for seconds in (self.load, self.reload, self.first))
+        return ViewCost(self.dataset, self.view, load, reload, first, float(np.mean(self.following or [first])))
 
 
 def look_into(source: Source, dataset: DatasetPlan, stride: int, each: int) -> list[Look]:
@@ -48,7 +47,9 @@ def look_into(source: Source, dataset: DatasetPlan, stride: int, each: int) -> l
         try:
             began = time.perf_counter()
             episode = source.load(entry.episode_id)
-            loaded = time.perf_counter() - began
+            loaded = time.perf_counter()
+            source.load(entry.episode_id)
+            again = time.perf_counter() - loaded
             seen = [_decode(view, stride, -(-each // RUNS)) for view in episode.views]
         except CorruptEpisode as error:
             reason = str(error)
@@ -59,7 +60,8 @@ def look_into(source: Source, dataset: DatasetPlan, stride: int, each: int) -> l
             look.pairs += pairs
             look.instructions += [entry.instruction] * len(images)
             look.pair_instructions += [entry.instruction] * len(pairs)
-            look.load.append(loaded)
+            look.load.append(loaded - began)
+            look.reload.append(again)
             look.first.append(first)
             look.following += following
         runs += 1

@@ -542,7 +542,7 @@ def one_dataset(lengths: tuple[int, ...], **settings: Any) -> BuildPlan:
 
 
 def measured(**changes: Any) -> Measured:
-    views = tuple(ViewCost("d", view, load=0.5, first=0.25, following=0.125) for view in ("a", "b"))
+    views = tuple(ViewCost("d", view, load=0.5, reload=0.0625, first=0.25, following=0.125) for view in ("a", "b"))
     return Measured(
         **{
             "views": views,
@@ -563,7 +563,7 @@ def measured(**changes: Any) -> Measured:
 def test_forecast_is_the_arithmetic_it_says() -> None:
     plan = one_dataset((10, 5))
     f = forecast(plan, measured(), free=10**9, memory=0, price=36.0)
-    decode = 2 * (2 * 0.75 + 13 * 0.125)
+    decode = 2 * (2 * 0.3125 + 13 * 0.125)
     assert f.seconds == {
         "tables": pytest.approx(1.0),
         "decode": pytest.approx(decode),
@@ -608,7 +608,7 @@ def test_forecast_of_an_update_counts_what_stays() -> None:
         ("adopted", 32, 32 * record),
     ]
     assert [s.hours * 3600 for s in f.shares] == pytest.approx([10.0, 10.0, 8 * record / 1e9, 0.0])
-    assert f.seconds["decode"] == pytest.approx(2 * 2 * (0.75 + 4 * 0.125)) and f.seconds["encode"] == f.pictures == 20
+    assert f.seconds["decode"] == pytest.approx(2 * 2 * (0.3125 + 4 * 0.125)) and f.seconds["encode"] == f.pictures == 20
     assert (
         f.seconds["tables"] == whole.seconds["tables"]
         and f.bytes == whole.bytes
