@@ -608,7 +608,9 @@ def test_forecast_of_an_update_counts_what_stays() -> None:
         ("adopted", 32, 32 * record),
     ]
     assert [s.hours * 3600 for s in f.shares] == pytest.approx([10.0, 10.0, 8 * record / 1e9, 0.0])
-    assert f.seconds["decode"] == pytest.approx(2 * 2 * (0.3125 + 4 * 0.125)) and f.seconds["encode"] == f.pictures == 20
+    assert (
+        f.seconds["decode"] == pytest.approx(2 * 2 * (0.3125 + 4 * 0.125)) and f.seconds["encode"] == f.pictures == 20
+    )
     assert (
         f.seconds["tables"] == whole.seconds["tables"]
         and f.bytes == whole.bytes
