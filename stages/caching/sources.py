@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cache.actions.statistics import RunningStatistics
-from ...cache.loader.provenance import _as_cached
+from ...cache.loader.provenance import as_cached
 from ...cache.readers import Source, open_source
 from ...cache.readers.config import load_config
 from ...cache.readers.episode import Episode
@@ -63,7 +63,7 @@ def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
     """The cache's own sources, in its order, each replaced by one of its name in `given`, and the rest of `given`."""
     by_name = {s.name: s for s in given}
     own = [
-        by_name.pop(d.name) if d.name in by_name else _as_cached(cache, d.attributes["source"]) for d in cache.datasets
+        by_name.pop(d.name) if d.name in by_name else as_cached(cache, d.attributes["source"]) for d in cache.datasets
     ]
     return own + list(by_name.values())
 

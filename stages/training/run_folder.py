@@ -17,8 +17,8 @@ import torch
 
 from ... import __version__
 from ...common import fingerprint as fp
-from ...common.doctor import version_of
 from ...common.files import json_bytes, read_json, write_file
+from ...common.packages import version_of
 from ...errors import UserError
 from ..policy import checkpoint as ck
 from .config import TrainConfig
