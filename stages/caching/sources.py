@@ -91,8 +91,7 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
             sizes = {v.name: [v.height, v.width] for v in episode.views}
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
     if not episodes:
-        reason = failed[0] if failed else "it lists no episodes"
-        raise UserError(f"{source.path} has no usable episode ({reason}); run on a complete copy of the dataset")
+        raise source.no_usable_episode(failed, "run on a complete copy of the dataset")
     quarantined = tuple((f.episode, str(f)) for f in failed)
     plan = DatasetPlan(source.name, source.view_names, tuple(episodes), quarantined)
     return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes)

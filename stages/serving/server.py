@@ -36,7 +36,7 @@ from ...errors import UserError
 from ..policy.compile import compile_blocks
 from ..policy.observation import Observation
 from ..policy.policy import Policy
-from .access import allowed
+from .access import allowed, listen
 from .batcher import Batcher, PolicyFailed
 from .config import ServeConfig
 from .fields import ObservationReader
@@ -263,7 +263,7 @@ def load_policy(path: Path, device: str, compile: bool = False, **options: Any) 
 @contextlib.contextmanager
 def in_background(server: PolicyServer) -> Iterator[int]:
     """Run the server in a thread; gives its port."""
-    sock, ready = server.config.listen(), threading.Event()
+    sock, ready = listen(server.config.host, server.config.port), threading.Event()
     port = sock.getsockname()[1]
     thread = threading.Thread(target=server.run, args=(sock, ready.set), daemon=True)
     thread.start()

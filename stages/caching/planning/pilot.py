@@ -146,8 +146,7 @@ def glance(source: Source, progress: Progress) -> DatasetPlan:
             quarantined.append((number, str(error)))
         progress(f"{source.name}: episodes", i + 1, len(source.episode_ids))
     if not episodes:
-        reason = quarantined[0][1] if quarantined else "it lists no episodes"
-        raise UserError(f"{source.path} has no usable episode ({reason}); use an intact copy of the dataset")
+        raise source.no_usable_episode([why for _, why in quarantined], "run on a complete copy of the dataset")
     return DatasetPlan(source.name, source.view_names, tuple(episodes), tuple(quarantined))
 
 
