@@ -118,9 +118,8 @@ class PolicyServer:
             stopped.append(number)
             self.stop()
 
-        ignored = (
-            signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        )  # started in the background, where Ctrl-C is not meant for it
+        # Ignored where it was started in the background: Ctrl-C is not meant for it.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         with handled(on_signal, (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)):
             asyncio.run(self._serve(sock, ready))
         return stopped[0] if stopped else None
