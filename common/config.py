@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from ..errors import UserError, unknown
 
 T = TypeVar("T")
@@ -81,6 +79,8 @@ def apply(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping; `UserError` when the file is absent, unreadable or not a mapping."""
+    import yaml  # slow to import, and `--help` reads none
+
     try:
         data = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -95,6 +95,20 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def configs_dir() -> Path:
     """The folder of shipped YAML recipes (package data)."""
     return Path(__file__).parents[1] / "configs"
+
+
+def shipped(folder: str) -> tuple[str, ...]:
+    """Names of the shipped YAML recipes in a folder of `configs_dir`, sorted."""
+    return tuple(sorted(p.stem for p in (configs_dir() / folder).glob("*.yaml")))
+
+
+def load_shipped(folder: str, name_or_file: str) -> dict[str, Any]:
+    """The mapping of a recipe: a YAML file, or one shipped in `folder` by name. `UserError` for an unknown name."""
+    if name_or_file.endswith((".yaml", ".yml")):
+        return load_yaml(Path(name_or_file))
+    if name_or_file not in shipped(folder):
+        raise unknown("recipe", name_or_file, shipped(folder))
+    return load_yaml(configs_dir() / folder / f"{name_or_file}.yaml")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

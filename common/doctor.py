@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
@@ -13,6 +11,7 @@ import typer
 from rich.table import Table
 
 from .console import console, table
+from .packages import version_of
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,6 @@ class Finding:
     costs: str = ""  # what does not work without it
     install: str = ""  # how to get it
     required: bool = False  # without it nothing works
-
-
-def version_of(package: str) -> str | None:
-    """Version of an installed package; None when it is missing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 REQUIRED = ("torch", "transformers", "peft", "av", "pyarrow", "google-crc32c", "distributed", "webdataset")
@@ -88,6 +79,8 @@ def _cuda() -> str | None:
 
 
 def _opengl() -> str | None:
+    import ctypes.util
+
     return next((f"{name} ({found})" for name in ("OSMesa", "EGL") if (found := ctypes.util.find_library(name))), None)
 
 

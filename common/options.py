@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 from typer.core import TyperCommand
 
 from ..errors import UserError
@@ -140,6 +139,8 @@ def _type_of(hint: Any) -> Any:
 
 def parse_set(given: Sequence[str] | None) -> Given:
     """`["optimizer.warmup=100"]` → {"optimizer.warmup": 100}; values are YAML."""
+    import yaml  # slow to import, and `--help` reads none
+
     out = {}
     for item in given or ():
         key, separator, value = item.partition("=")

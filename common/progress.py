@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[
-    [str, int, int], None
-]  # (name, done, total); a name tells what is counted, as in "push/front: images"
-Count = Callable[[int, int], None]  # (done, total) of one thing
+# (name, done, total); a name tells what is counted, as in "push/front: images".
+Progress = Callable[[str, int, int], None]
+# (done, total) of one thing.
+Count = Callable[[int, int], None]

@@ -17,7 +17,7 @@ import numpy as np
 from ...common.config import from_mapping
 from ...errors import UserError, unknown
 from .rotations import WIDTH, from_quaternion, from_rot6d, require_rotations, to_quaternion, to_rot6d
-from .slots import _ROTATION_PREFIXES, _SIX_D, ACTION_SCHEMA_VERSION, SLOTS, UNIFIED_DIM, _expand
+from .slots import ACTION_SCHEMA_VERSION, ROTATION_PREFIXES, SIX_D, SLOTS, UNIFIED_DIM, expand
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class FieldSpec:
         for name in self.names:
             if name not in SLOTS:
                 raise unknown("action field", name, SLOTS)
-            if SLOTS[name] in _SIX_D and not self.legacy:
+            if SLOTS[name] in SIX_D and not self.legacy:
                 raise UserError(f"'{name}' is part of a 6D rotation; use 'rotation:' {', '.join(WIDTH)}")
             if self.delta and "_vel" not in name:
                 raise UserError(f"'{name}' with 'delta: true': a displacement per step belongs in a velocity slot")
-        if self.prefix not in _ROTATION_PREFIXES:
-            raise unknown("rotation prefix", self.prefix, _ROTATION_PREFIXES)
+        if self.prefix not in ROTATION_PREFIXES:
+            raise unknown("rotation prefix", self.prefix, ROTATION_PREFIXES)
         if self.drop is not None and self.drop < 1:
             raise UserError(f"'drop: {self.drop}': give the number of dimensions to drop, at least 1")
         if self.scale == 0 or not np.isfinite([self.scale, self.offset, self.fill]).all():
@@ -65,7 +65,7 @@ class FieldSpec:
     def names(self) -> tuple[str, ...]:
         """Slot names of a `field`/`fields` entry, ranges expanded; empty for the other forms."""
         patterns = (self.field,) if self.field is not None else self.fields or ()
-        return tuple(name for p in patterns for name in _expand(p))
+        return tuple(name for p in patterns for name in expand(p))
 
     @property
     def width(self) -> int:

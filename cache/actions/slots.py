@@ -43,11 +43,11 @@ def _slots() -> dict[str, int]:
 
 
 SLOTS: dict[str, int] = _slots()  # name → slot; several names may share one (arm_joint_0_pos = right_arm_joint_0_pos)
-_ROTATION_PREFIXES = ("eef_angle", "right_eef_angle", "left_eef_angle")
-_SIX_D = frozenset(SLOTS[f"{p}_{i}"] for p in _ROTATION_PREFIXES for i in range(6))
+ROTATION_PREFIXES = ("eef_angle", "right_eef_angle", "left_eef_angle")
+SIX_D = frozenset(SLOTS[f"{p}_{i}"] for p in ROTATION_PREFIXES for i in range(6))
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """`"arm_joint_{0..2}_pos"` → the three names; a name without a range stands for itself."""
     found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
     if not found:

@@ -21,7 +21,7 @@ def sources_of(cache: Cache, paths: Sequence[str] = ()) -> list[Source]:
     `UserError` naming a dataset of the cache for which there is no source."""
     found = {}
     for path in paths or [d.attributes["source"] for d in cache.datasets]:
-        source = _as_cached(cache, path)
+        source = as_cached(cache, path)
         found[source.name] = source
     missing = [d.name for d in cache.datasets if d.name not in found]
     if missing:
@@ -32,7 +32,7 @@ def sources_of(cache: Cache, paths: Sequence[str] = ()) -> list[Source]:
     return [found[d.name] for d in cache.datasets]
 
 
-def _as_cached(cache: Cache, path: str) -> Source:
+def as_cached(cache: Cache, path: str) -> Source:
     """Open `path` with the settings of the cached dataset of the same path or name; as a new dataset without one."""
     folder = Path(path).expanduser()
     name = folder.resolve().name if folder.exists() else Path(path).name.split("@")[0]

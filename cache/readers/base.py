@@ -180,6 +180,12 @@ class Source(ABC):
             raise UserError(f"{self.name} has no episode {episode_id}; it lists {listed}")
         return f"{self.name} episode {episode_id}"
 
+    def no_usable_episode(self, reasons: Sequence[object], remedy: str) -> UserError:
+        """The error where no episode can be used; `reasons`: why each one cannot."""
+        return UserError(
+            f"{self.path} has no usable episode ({reasons[0] if reasons else 'it lists no episodes'}); {remedy}"
+        )
+
     # --- one episode ---
 
     def _find(

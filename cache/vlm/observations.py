@@ -26,6 +26,12 @@ def to_float16(features: torch.Tensor, what: str) -> np.ndarray:
     return features.detach().to("cpu", torch.float16).numpy()
 
 
+def require_finite(features: torch.Tensor, what: str) -> None:
+    """`UserError` for features with a NaN or an infinity."""
+    if not torch.isfinite(features).all():
+        raise UserError(f"{what}: the encoder gave a value that is not finite; check the weights and their dtype")
+
+
 @dataclass(frozen=True)
 class EncoderCall:
     """What goes through the encoder at once: the same views of n observations, with one instruction."""

@@ -171,16 +171,16 @@ def vlm_tiny(
 
     Example: dvla vlm tiny --arch qwen3vl --out vlm
     """
+    from ...cache.vlm.load import NAMES
     from ...cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
     from ...cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 
-    if arch not in ("qwen3vl", "paligemma2"):
-        raise unknown("architecture", arch, ["qwen3vl", "paligemma2"])
+    if arch not in NAMES:
+        raise unknown("architecture", arch, NAMES)
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
     if arch == "qwen3vl":
         make_tiny_qwen3vl(out, TinySpec(seed=seed))
     else:
         make_tiny_paligemma2(out, TinyPaliGemmaSpec(seed=seed))
-    name = {"qwen3vl": "Qwen3-VL", "paligemma2": "PaliGemma 2"}[arch]
-    console.print(f"{out}: {name} at toy width with random weights")
+    console.print(f"{out}: {NAMES[arch]} at toy width with random weights")

@@ -153,7 +153,7 @@ def check_settings(config: BuildConfig) -> None:
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: give at least 1")
     if not 0 <= config.augment <= 64:
-        raise UserError(f"--augment {config.augment}: give the number of augmented variants of each picture, 0 to 64")
+        raise UserError(f"--augment {config.augment}: give the number of augmented variants of each image, 0 to 64")
 
 
 @dataclass(frozen=True)

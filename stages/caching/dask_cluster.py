@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...common.config import load_yaml
+from ...common.packages import missing_package
 from ...common.signals import handled
 from ...errors import UserError
 
@@ -78,7 +79,7 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
             with handled(signal.default_int_handler, (signal.SIGINT,)):
                 from dask_jobqueue import SLURMCluster
         except ImportError:
-            raise UserError("--slurm needs dask-jobqueue; pip install 'dvla[slurm]'") from None
+            raise missing_package("dask-jobqueue", "--slurm", "slurm") from None
         try:
             cluster = stack.enter_context(SLURMCluster(**{"processes": 1, **load_yaml(Path(spec.slurm))}))
         except (TypeError, ValueError) as error:

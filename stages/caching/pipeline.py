@@ -29,7 +29,7 @@ from ...cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask, 
 from ...cache.store.writer import CacheWriter, Features
 from ...cache.vlm.augment import frame_keys
 from ...cache.vlm.encoder import VisionLanguageEncoder
-from ...cache.vlm.observations import augmented, to_float16
+from ...cache.vlm.observations import augmented, require_finite, to_float16
 from ...common.failure import Failed
 from ...errors import UserError
 from .generations import Earlier
@@ -218,8 +218,7 @@ def _stored(features: torch.Tensor, scales: torch.Tensor | None, build: BuildPla
     """Features [n,K,D] of one view as they are written."""
     if scales is None:
         return to_float16(features, what)
-    if not torch.isfinite(features).all():
-        raise UserError(f"{what}: the encoder gave a value that is not finite; check the weights and their dtype")
+    require_finite(features, what)
     codes, scale = quantize(features, scales, build.format.dtype)
     return codes.cpu().numpy(), scale.cpu().numpy()
 

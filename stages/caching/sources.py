@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cache.actions.statistics import RunningStatistics
-from ...cache.loader.provenance import _as_cached
+from ...cache.loader.provenance import as_cached
 from ...cache.readers import Source, open_source
 from ...cache.readers.config import load_config
 from ...cache.readers.episode import Episode
@@ -63,7 +63,7 @@ def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
     """The cache's own sources, in its order, each replaced by one of its name in `given`, and the rest of `given`."""
     by_name = {s.name: s for s in given}
     own = [
-        by_name.pop(d.name) if d.name in by_name else _as_cached(cache, d.attributes["source"]) for d in cache.datasets
+        by_name.pop(d.name) if d.name in by_name else as_cached(cache, d.attributes["source"]) for d in cache.datasets
     ]
     return own + list(by_name.values())
 
@@ -91,8 +91,7 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
             sizes = {v.name: [v.height, v.width] for v in episode.views}
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
     if not episodes:
-        reason = failed[0] if failed else "it lists no episodes"
-        raise UserError(f"{source.path} has no usable episode ({reason}); run on a complete copy of the dataset")
+        raise source.no_usable_episode(failed, "run on a complete copy of the dataset")
     quarantined = tuple((f.episode, str(f)) for f in failed)
     plan = DatasetPlan(source.name, source.view_names, tuple(episodes), quarantined)
     return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes)

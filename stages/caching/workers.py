@@ -79,9 +79,8 @@ def run_with_workers(
     with client_of(config.workers) as client:
         waiting, running = list(reversed(units)), as_completed([], loop=client.loop)
         handed: dict[str, Unit] = {}  # by the key of its future
-        again: set[Unit] = (
-            set()
-        )  # blamed once: workers that die at once pass a unit on, which is blamed for all of them
+        # Blamed once: workers that die at once pass a unit on, which is blamed for all of them.
+        again: set[Unit] = set()
 
         def hand_out() -> None:
             """One unit per worker, new ones included. More would share the blame when a worker dies."""

@@ -83,8 +83,7 @@ def export(
         write_file(out / _LEDGER, "".join(fingerprint.canonical(line) + "\n" for line in ledger).encode())
     report.quarantined = len(ledger)
     if not report.episodes:
-        reason = ledger[0]["reason"] if ledger else "it lists no episodes"
-        raise UserError(f"{source.path} has no usable episode ({reason}); see {out / _LEDGER}")
+        raise source.no_usable_episode([line["reason"] for line in ledger], f"see {out / _LEDGER}")
     report.seconds = time.perf_counter() - began
     return report
 

@@ -12,7 +12,6 @@ The frozen VLM itself is not copied: it is loaded from its path or from `vlm_pat
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
 from ...common.files import json_bytes, new_folder, read_json, write_file
+from ...common.packages import require_package
 from ...drifting.config import LossConfig
 from ...errors import UserError
 from . import checkpoint as ck
@@ -71,8 +71,8 @@ def export_policy(
     loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
     graphs_asked = tuple(dict.fromkeys(f for f in formats if f != LEROBOT))
     require_formats(graphs_asked, loss.kind)
-    if LEROBOT in formats and importlib.util.find_spec("lerobot") is None:
-        raise UserError("--format lerobot needs lerobot: pip install 'dvla[lerobot]'")
+    if LEROBOT in formats:
+        require_package("lerobot", f"--format {LEROBOT}", "lerobot")
     tensors = {"ema": ck.policy_tensors(folder, "ema")}
     vision, document = _vision(folder, document, vlm_path)
     if vision is not None:

@@ -11,7 +11,6 @@ D feature width, Dt width of text features. B, G, L and Lt are free in a graph, 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...batch import UNIFIED_DIM, FeatureBatch
+from ...common.packages import require_package
 from ...drifting.config import DENOISING, ONE_STEP, LossConfig
 from ...drifting.heads import generate
 from ...drifting.policy_net import PolicyNet
@@ -87,11 +87,8 @@ def require_formats(formats: Sequence[str], kind: str) -> None:
                 f"leave --format out: {name} is for heads that act in one pass ({', '.join(ONE_STEP)}), and this "
                 f"policy has a {kind} head, which calls its network many times"
             )
-        missing = [library for library in LIBRARIES[name] if importlib.util.find_spec(library) is None]
-        if missing:
-            raise UserError(
-                f"--format {name} needs {', '.join(missing)}: pip install 'dvla[onnx]' (torch-export needs only torch)"
-            )
+        for library in LIBRARIES[name]:
+            require_package(library, f"--format {name}", "onnx", instead="use --format torch-export")
 
 
 def input_shapes(net: PolicyNet) -> dict[str, tuple[str, tuple[str | int, ...]]]:

@@ -31,7 +31,7 @@ def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
             f"give a run of `dvla finetune --vlm-mode lora` or `full`: {folder} holds no adapter, so its features are "
             "those of the cache it was trained from"
         )
-    spec = from_mapping(EncoderSpec, read_json(folder / "policy.json")["encoder"]["spec"], "policy.json")
+    spec = from_mapping(EncoderSpec, read_document(folder)["encoder"]["spec"], "policy.json")
     given = {name: value for name, value in overrides.items() if value is not None}
     if "boundary" in given:  # tokens and their kind are made above it
         given = {"tokens": None, "features": "merged", **given}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import SLOTS
 from ...cache.readers import open_source
 from ...cache.readers.episode import CorruptEpisode, Episode
+from ...common.packages import require_package
 from ...common.progress import Progress
 from ...errors import UserError
 
-INSTALL = 'pip install "dvla[rerun]"'
 BATCH = 16  # observations of one forward pass
 QUALITY = 85  # of the JPEGs
 
@@ -58,8 +57,7 @@ def write_rerun(
     `UserError` without rerun-sdk, for a dataset the policy was not trained on, a missing or damaged episode, or a file
     that exists.
     """
-    if find_spec("rerun") is None:
-        raise UserError(f"a file for Rerun needs the package rerun-sdk, which is not installed: {INSTALL}")
+    require_package("rerun-sdk", "a file for Rerun", "rerun", module="rerun")
     if out.suffix != ".rrd":
         raise UserError(f"{out}: give a name that ends in .rrd")
     if out.exists():

@@ -1,4 +1,4 @@
-"""Access to a server: the token, and which addresses need one.
+"""Access to a server: its address, the token, and which addresses need one.
 
 A token comes from the environment or a file, where `ps` does not show it.
 """
@@ -59,6 +59,26 @@ def require_token(host: str, port: int, token: str | None) -> None:
             f"set {TOKEN_VARIABLE} or --token-file: other machines can reach host '{host}', so clients must send a "
             "token; or leave out --host, and only this machine can connect"
         )
+
+
+def listen(host: str, port: int, token: str | None = None) -> socket.socket:
+    """A socket with its port, to be opened before the long work: it accepts no connections yet.
+
+    `UserError` when the port is taken, or where other machines can connect and there is no token.
+    """
+    require_token(host, port, token)
+    family, address = addresses(host, port)[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise UserError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}; choose another --port (0: any free one) "
+            "or --host"
+        ) from None
+    return sock
 
 
 def allowed(headers: Iterable[str], token: str | None) -> bool:

@@ -36,11 +36,12 @@ def serve_command(
 
     Example: dvla serve runs/lora --port 8000
     """
-    from .access import read_token
+    from .access import listen, read_token
     from .server import PolicyServer, load_policy
 
     config = from_dotted(ServeConfig, given)
-    with config.listen(token := read_token(token_file)) as sock:
+    token = read_token(token_file)
+    with listen(config.host, config.port, token) as sock:
         loaded = load_policy(policy, **opened)
         server = PolicyServer(loaded, config, token, lambda line: errors.print(line, markup=False))
         say(_interface(policy, server.metadata))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from typing import Annotated
 
 from ...common.config import DEVICE, SAMPLE_STEPS, VLM_PATH, Option
 from ...errors import UserError
-from .access import addresses, require_token
 
 DATASET = Option("--dataset", help="Dataset whose robot and normalization to use, of a policy trained on several.")
 COMPILE = Option("--compile", help="Compile the DiT's blocks with torch.compile.")
@@ -72,25 +70,6 @@ class ServeConfig:
     def max_message(self) -> int:
         """Bytes of one message."""
         return int(self.max_message_mib * 2**20)
-
-    def listen(self, token: str | None = None) -> socket.socket:
-        """A socket with its port, to be opened before the long work: it accepts no connections yet.
-
-        `UserError` when the port is taken, or where other machines can connect and there is no token.
-        """
-        require_token(self.host, self.port, token)
-        family, address = addresses(self.host, self.port)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-        except OSError as error:
-            sock.close()
-            raise UserError(
-                f"cannot listen on {self.host}, port {self.port}: {error.strerror or error}; choose another --port "
-                "(0: any free one) or --host"
-            ) from None
-        return sock
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from ...errors import UserError
 from ..policy.compile import compile_blocks
 from ..policy.observation import Observation
 from ..policy.policy import Policy
-from .access import allowed
+from .access import allowed, listen
 from .batcher import Batcher, PolicyFailed
 from .config import ServeConfig
 from .fields import ObservationReader
@@ -118,9 +118,8 @@ class PolicyServer:
             stopped.append(number)
             self.stop()
 
-        ignored = (
-            signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        )  # started in the background, where Ctrl-C is not meant for it
+        # Ignored where it was started in the background: Ctrl-C is not meant for it.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         with handled(on_signal, (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)):
             asyncio.run(self._serve(sock, ready))
         return stopped[0] if stopped else None
@@ -263,7 +262,7 @@ def load_policy(path: Path, device: str, compile: bool = False, **options: Any) 
 @contextlib.contextmanager
 def in_background(server: PolicyServer) -> Iterator[int]:
     """Run the server in a thread; gives its port."""
-    sock, ready = server.config.listen(), threading.Event()
+    sock, ready = listen(server.config.host, server.config.port), threading.Event()
     port = sock.getsockname()[1]
     thread = threading.Thread(target=server.run, args=(sock, ready.set), daemon=True)
     thread.start()

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from ...common.packages import missing_package
 from ...errors import UserError
 
 try:
     import msgpack
     import websockets  # noqa: F401  # server and client, which import this file first
-except ImportError:
-    raise UserError("serving needs websockets and msgpack; install them with: pip install 'dvla[serve]'") from None
+except ImportError as error:
+    raise missing_package(error.name or "websockets", "serving", "serve") from None
 
 NUMBERS = re.compile(r"[<>|=]?[biuf]\d{1,2}")
 

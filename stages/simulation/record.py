@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ import numpy as np
 
 from ...common.files import hold
 from ...common.mp4 import quiet_libav
+from ...common.packages import require_package
 from ...common.progress import Count
 from ...errors import UserError
 from .config import RecordConfig
@@ -185,8 +185,7 @@ def _check(config: RecordConfig) -> None:
     if config.image_size % 2:
         raise UserError(f"image_size must be even for video, got {config.image_size}")
     _refuse_existing(config.out)
-    if importlib.util.find_spec("lerobot") is None:
-        raise UserError("recording needs lerobot; install it with: pip install 'dvla[lerobot]'")
+    require_package("lerobot", "recording", "lerobot")
 
 
 def _refuse_existing(out: Path) -> None:

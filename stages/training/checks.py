@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from ...cache.store.cache import Cache
 from ...cache.store.mirror import is_remote
 from ...cache.store.webdataset.cache import WebDatasetCache
 from ...cache.store.webdataset.tars import INDEX
+from ...common.packages import require_package
 from ...drifting.dit import dit_config
 from ...drifting.policy_net import PolicyNetConfig
 from ...errors import UserError
@@ -82,8 +82,4 @@ def _require_samples(config: TrainConfig, cache: Cache, usable: list[np.ndarray]
 
 def require_deepspeed() -> None:
     """`UserError` where DeepSpeed is not installed."""
-    if find_spec("deepspeed") is None:
-        raise UserError(
-            "strategy zero2 needs the package deepspeed, which is not installed: pip install 'dvla[deepspeed]', "
-            "or train with --strategy ddp or fsdp2"
-        )
+    require_package("deepspeed", "strategy zero2", "deepspeed", instead="train with --strategy ddp or fsdp2")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
-from ...common.config import DEVICE, Option, apply, configs_dir, from_mapping, load_yaml
+from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
 from ...drifting.config import ONE_STEP, LossConfig
-from ...errors import UserError, unknown
+from ...errors import UserError
 
 
 @dataclass(frozen=True)
@@ -236,16 +236,12 @@ class FinetuneConfig:
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the shipped recipes, sorted."""
-    return tuple(sorted(p.stem for p in (configs_dir() / "train").glob("*.yaml")))
+    return shipped("train")
 
 
 def load_recipe(name_or_file: str) -> dict[str, Any]:
     """The mapping of a recipe: a YAML file, or a shipped one by name. `UserError` for an unknown name."""
-    if name_or_file.endswith((".yaml", ".yml")):
-        return load_yaml(Path(name_or_file))
-    if name_or_file not in recipe_names():
-        raise unknown("recipe", name_or_file, recipe_names())
-    return load_yaml(configs_dir() / "train" / f"{name_or_file}.yaml")
+    return load_shipped("train", name_or_file)
 
 
 def train_config(recipe: str | None, overrides: dict[str, Any]) -> TrainConfig:

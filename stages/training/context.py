@@ -60,7 +60,7 @@ class Session:
     config: TrainConfig
     cache: Cache
     net: PolicyNet
-    documents: dict[str, Any]  # policy.json's content
+    document: dict[str, Any]  # what policy.json holds
     features: Features = cached_features
     live: bool = False  # `features` computes them, so the loader skips them
     stage_three: dict[str, Any] | None = None  # settings besides `config` that must not change on resume

@@ -17,8 +17,8 @@ import torch
 
 from ... import __version__
 from ...common import fingerprint as fp
-from ...common.doctor import version_of
 from ...common.files import json_bytes, read_json, write_file
+from ...common.packages import version_of
 from ...errors import UserError
 from ..policy import checkpoint as ck
 from .config import TrainConfig
@@ -141,8 +141,8 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
     checkpoint, state, complaints = found
     for line in complaints:
         session.say(line)
-    documents = json.loads(json.dumps(session.documents))
-    lines = fp.diff(_filled(read_json(checkpoint / "policy.json"), documents), documents, "run has", "the cache has")
+    document = json.loads(json.dumps(session.document))
+    lines = fp.diff(_filled(read_json(checkpoint / "policy.json"), document), document, "run has", "the cache has")
     if lines:
         raise UserError(
             f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}"
@@ -215,7 +215,7 @@ def save(session: Session, shared: Replicas, progress: Progress) -> None:
                 Path(session.config.out),
                 progress.step,
                 tensors,
-                {"policy": session.documents, "state": dataclasses.asdict(progress)},
+                {"policy": session.document, "state": dataclasses.asdict(progress)},
                 session.config.keep_last,
                 session.save_adapter,
                 best,

@@ -13,12 +13,12 @@ import math
 import os
 import uuid
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ...common.files import write_file
+from ...common.packages import require_package
 from ...common.text import public
 from ...errors import UserError
 from .config import WandbConfig
@@ -28,11 +28,7 @@ def require_wandb(config: WandbConfig) -> None:
     """`UserError` when this machine cannot log in the mode that is asked for; call it before a run folder is made."""
     if config.mode == "disabled":
         return
-    if find_spec("wandb") is None:
-        raise UserError(
-            f"W&B mode {config.mode} needs the package wandb, which is not installed: pip install 'dvla[wandb]', "
-            "or train with --wandb-mode disabled"
-        )
+    require_package("wandb", f"W&B mode {config.mode}", "wandb", instead="train with --wandb-mode disabled")
     if config.mode == "online":
         import wandb
 

@@ -15,6 +15,7 @@ from ...common.files import read_json
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError
 from ..policy import checkpoint as ck
+from ..policy.load import read_document
 from ..policy.robot import describe_dataset
 from .config import TrainConfig
 
@@ -32,7 +33,7 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
     holds (the fields are named), or has another network, head, or scale of actions."""
     assert config.init is not None
     folder = ck.resolve(config.init, say)
-    document = read_json(folder / "policy.json")
+    document = read_document(folder)
     seen = dict(document["encoder"]["fingerprint"])
     if (folder / "adapter").is_dir():
         seen["adapter"] = adapter_document(folder / "adapter")["adapter"]

@@ -63,9 +63,8 @@ class Metadata:
         given = self.root.absolute()
         label = info.get("name") or (given.parent if _VERSION.fullmatch(given.name) else given).name
         self.name = re.sub(r"[^\w-]+", "_", str(label))  # safe as a folder name
-        self.names = tuple(
-            dict.fromkeys((self.name, given.name, given.parent.name, self._files.name))
-        )  # to find a config by
+        # To find a config by.
+        self.names = tuple(dict.fromkeys((self.name, given.name, given.parent.name, self._files.name)))
         self.features = dict(_flatten(_steps(features, self.root), ""))  # path below `steps` → feature
         self.shards = tuple(_shards(info, str(label), self.root / DESCRIPTION[0]))
         self._firsts = [s.first for s in self.shards]

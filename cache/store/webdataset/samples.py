@@ -100,12 +100,8 @@ def sample_nbytes(d: CacheDataset, views: dict[str, str]) -> int:
     longest = max(range(len(d.episode_id)), key=lambda e: len(d.instructions[int(d.episode_instruction[e])]))
     document = fp.canonical(_row_document(d, longest, int(d.episode_start[longest]))).encode()
     features = [128 + d.tokens * d.width * d.format.itemsize, *[128 + 4 * d.tokens] * d.format.quantized]
-    members = [
-        len(document) + 64,
-        128 + 512,
-        128 + 512,
-        *features * (len(views) * (d.variants + 1)),
-    ]  # 64: longer numbers
+    # 64: longer numbers
+    members = [len(document) + 64, 128 + 512, 128 + 512, *features * (len(views) * (d.variants + 1))]
     return sum(512 + -(-n // 512) * 512 for n in members)
 
 

@@ -40,9 +40,8 @@ class Measured:
     model: float | None  # observations/s of a training step of the policy alone
     storing_error: tuple[float, float]  # RMS of the storage error over the features' RMS: overall, in the worst channel
     pooling_error: float | None  # RMS of what `--tokens` discards over the RMS of all tokens; None: nothing is pooled
-    stride_change: (
-        float | None
-    )  # RMS of the change from an observation to the last skipped frame after it; None: no stride
+    # RMS of the change from an observation to the last skipped frame after it; None: no stride.
+    stride_change: float | None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ....cache.store.codec import channel_scale, quantize, relative_error
 from ....cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan
 from ....cache.vlm.augment import augment
 from ....cache.vlm.encoder import VisionLanguageEncoder
-from ....cache.vlm.observations import encoder_calls
+from ....cache.vlm.observations import encoder_calls, require_finite
 from ....cache.vlm.pooling import pooling_error
 from ....common.progress import Progress
 from ....errors import UserError
@@ -146,8 +146,7 @@ def glance(source: Source, progress: Progress) -> DatasetPlan:
             quarantined.append((number, str(error)))
         progress(f"{source.name}: episodes", i + 1, len(source.episode_ids))
     if not episodes:
-        reason = quarantined[0][1] if quarantined else "it lists no episodes"
-        raise UserError(f"{source.path} has no usable episode ({reason}); use an intact copy of the dataset")
+        raise source.no_usable_episode([why for _, why in quarantined], "run on a complete copy of the dataset")
     return DatasetPlan(source.name, source.view_names, tuple(episodes), tuple(quarantined))
 
 
@@ -168,8 +167,7 @@ def _encode(
             _, took = _timed(encoder, lambda: augment(torch.from_numpy(images).to(encoder.device), keys))
             seconds += took * plan.variants / (plan.variants + 1)
     found = torch.cat(features)  # [n,K,D]
-    if not torch.isfinite(found).all():
-        raise UserError("the encoder gave a value that is not finite; check the weights and their dtype")
+    require_finite(found, "pilot")
     if plan.format.quantized:
         on_device = found.to(encoder.device)
         scales = torch.from_numpy(channel_scale(found)).to(encoder.device)

@@ -1,4 +1,4 @@
-"""`dvla data check`: the doctor of a dataset reads every table and a sample of the images, and reports what is wrong.
+"""`dvla data check`: reads every table of a dataset and a sample of its images, and reports what is wrong.
 
 What is kept in memory grows with episodes and dimensions, never with rows. Letters: T rows of an episode, d native
 dimensions.

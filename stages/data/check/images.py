@@ -79,9 +79,8 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     """float32 [h, w, 3]: means over blocks of BLOCK × BLOCK pixels (of the whole side where the image is smaller)."""
     by, bx = min(BLOCK, image.shape[0]), min(BLOCK, image.shape[1])
     h, w = image.shape[0] // by, image.shape[1] // bx
-    rows = (
-        image[: h * by, : w * bx].reshape(h, by, w * bx * 3).sum(1, dtype=np.uint16)
-    )  # in two steps: 30 times faster than one mean
+    # In two steps: 30 times faster than one mean.
+    rows = image[: h * by, : w * bx].reshape(h, by, w * bx * 3).sum(1, dtype=np.uint16)
     return np.add.reduceat(rows.reshape(h, w * bx, 3), np.arange(0, w * bx, bx), axis=1, dtype=np.float32) / np.float32(
         by * bx
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ....cache.store.manifest import MANIFEST
-from ....common.config import configs_dir, from_mapping, load_yaml
+from ....common.config import from_mapping, load_shipped, shipped
 from ....errors import UserError, unknown
 from ..runner import Command, Job, options, split_options
 
@@ -68,7 +68,7 @@ class Recipe:
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the shipped recipes, sorted."""
-    return tuple(sorted(p.stem for p in (configs_dir() / "ablations").glob("*.yaml")))
+    return shipped("ablations")
 
 
 def load_ablation(name_or_file: str, changes: Mapping[str, Any] | None = None, train: str = "") -> Recipe:
@@ -81,15 +81,8 @@ def load_ablation(name_or_file: str, changes: Mapping[str, Any] | None = None, t
     Raises:
         UserError: for an unknown name or field, or a recipe that contradicts itself.
     """
-    if name_or_file.endswith((".yaml", ".yml")):
-        values = load_yaml(Path(name_or_file))
-    elif name_or_file in recipe_names():
-        values = load_yaml(configs_dir() / "ablations" / f"{name_or_file}.yaml")
-    else:
-        raise unknown("recipe", name_or_file, recipe_names())
-    recipe = from_mapping(
-        Recipe, {**values, **{k: v for k, v in (changes or {}).items() if v is not None}}, name_or_file
-    )
+    values = load_shipped("ablations", name_or_file) | {k: v for k, v in (changes or {}).items() if v is not None}
+    recipe = from_mapping(Recipe, values, name_or_file)
     recipe = replace(recipe, train=f"{recipe.train} {train}".strip())
     _check(recipe)
     return recipe

@@ -14,7 +14,6 @@ angle, and gravity is always on.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from PIL import Image
 from ....cache.actions.rotations import conjugate, from_quaternion, matrix_from_rot6d, to_quaternion
 from ....cache.readers.dexgraspnet.scene import load_matrix
 from ....cache.readers.dexgraspnet.source import GRASPS_PER_OBJECT, DexGraspNetSource
+from ....common.packages import require_package
 from ....errors import UserError
 from .base import SPLITS, Environment, Setup
 
@@ -63,8 +63,7 @@ def require() -> None:
             f"DVLA_DEXGRASPNET={root or '(not set)'} must name a folder of DexGraspNet 2.0; missing in it: "
             f"{', '.join(missing)}"
         )
-    if importlib.util.find_spec("pyvista") is None:
-        raise UserError("images of DexGraspNet's scenes need pyvista; install it with: pip install 'dvla[render]'")
+    require_package("pyvista", "rendering DexGraspNet's scenes", "render")
 
 
 def waypoints(action: np.ndarray, center: np.ndarray) -> np.ndarray:

@@ -122,9 +122,8 @@ class MetaWorldEnvironment(Environment):
         self._sim._partially_observable = False
         self._sim.__dict__.pop("sawyer_observation_space", None)
         self._sim._set_task_called = True
-        self._sim.max_path_length = (
-            sys.maxsize
-        )  # the base class limits steps; the simulator would raise at its own limit
+        # The base class limits steps; the simulator would raise at its own limit.
+        self._sim.max_path_length = sys.maxsize
         self._sim._get_state_rand_vec = self._random_vector
         self._model, self._data = self._sim.model, self._sim.data
         self._model.camera("corner2").pos = CORNER2_POSITION

@@ -1,4 +1,4 @@
-"""All 17 panels by their name in the proposal: how often each is drawn, what it shows and what good looks like."""
+"""All 17 panels, A1 to D4: how often each is drawn, what it shows and what good looks like."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from ....common.hashing import mix
 from ....drifting.config import DENOISING
 from ....errors import UserError
 from ...policy import checkpoint as ck
-from ...policy.load import load_net, load_policy_encoder
+from ...policy.load import load_net, load_policy_encoder, read_document
 from ..checks import open_cache, require_trainable
 from ..config import FinetuneConfig, TrainConfig
 from ..context import Features, Session, TrainReport
@@ -90,7 +90,7 @@ def _prepare(
 ) -> tuple[Session, Continuity | None]:
     say = say if world.main else lambda _: None
     start = ck.resolve(config.start, say)
-    document = read_json(start / "policy.json")
+    document = read_document(start)
     cache = _open(config, start, document)
     config = above_boundary(config, cache)
     torch.manual_seed(config.train.seed)

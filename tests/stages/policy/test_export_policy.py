@@ -4,6 +4,7 @@ what the network does."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import resource
@@ -260,9 +261,9 @@ def test_what_cannot_be_a_graph_is_refused(
     for name in policy_graph.FILES:
         refused(dvla("export", flow, "--out", tmp_path / "out", "--format", name), "a flow head", "leave --format out")
     assert dvla("export", flow, "--out", tmp_path / "out").code == 0
-    find = policy_graph.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        policy_graph.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name) or find("torch")
     )
     refused(
         dvla("export", plain, "--out", tmp_path / "graph", "--format", "onnx"), "onnxscript", "pip install 'dvla[onnx]'"

@@ -106,6 +106,6 @@ def test_what_is_refused(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused(dvla(*common, "-o", tmp_path / "there.rrd"), "exists; choose another name")
     refused(dvla(*common, "-o", tmp_path / "e.rrd", "--every", "0"), "--every 0")
     refused(dvla(*common, "-o", tmp_path / "e.rrd", "--episode", "99"), "has no episode 99")
-    monkeypatch.setattr(rerun_export, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "dvla\[rerun\]"'):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dvla\[rerun\]'"):
         write_rerun("run", "source", 0, tmp_path / "e.rrd")

@@ -26,6 +26,7 @@ from websockets.sync.client import ClientConnection, connect
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.policy.policy import Policy
+from dvla.stages.serving.access import listen
 from dvla.stages.serving.client import PolicyClient
 from dvla.stages.serving.config import ServeConfig
 from dvla.stages.serving.server import PolicyServer, in_background
@@ -506,7 +507,7 @@ def test_clients_are_told_that_the_server_goes(policy: Policy) -> None:
 def test_a_stop_that_comes_early_is_not_lost(policy: Policy) -> None:
     server = PolicyServer(policy, ServeConfig(port=0))
     server.stop()
-    assert server.run(server.config.listen()) is None
+    assert server.run(listen(server.config.host, server.config.port)) is None
 
 
 def test_openpis_client(plain_server: tuple[PolicyServer, int], policy: Policy) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dvla.errors import UserError
-from dvla.stages.training import run_log as tracking
 from dvla.stages.training.config import WandbConfig
 from dvla.stages.training.run_log import Tracker, flat, kept_lines, require_wandb
 
@@ -66,7 +65,7 @@ def test_lines_for_charts() -> None:
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     require_wandb(OFF)
     for mode in ("online", "offline"):
         with pytest.raises(

@@ -205,7 +205,7 @@ def test_sharding_needs_processes(runs: Path, tmp_path: Path) -> None:
 
 
 def test_zero2_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"zero2 needs the package deepspeed, which is not installed: pip install 'dvla\[deepspeed\]'"
     ):
