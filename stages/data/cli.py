@@ -54,7 +54,7 @@ def data_list(
     broken += [f"{s.path}: {s.problem}" for s in found if s.family and not s.source]
     for line in broken:
         errors.print(line, style="red", markup=False)
-    console.print(f"{len(paths)} datasets, {len(broken)} of which cannot be opened")
+    say(f"{len(paths)} datasets, {len(broken)} of which cannot be opened")
 
 
 def data_show(
@@ -146,9 +146,7 @@ def data_video(
 
     with progress_bars() as show:
         written = write_episode(source, episode, out, fps, dataset_config, show)
-    console.print(
-        f"{written.path}: {written.frames} frames of {written.width}x{written.height}, {written.fps:g} per second"
-    )
+    say(f"{written.path}: {written.frames} frames of {written.width}x{written.height}, {written.fps:g} per second")
 
 
 def data_stats(
@@ -268,7 +266,7 @@ def data_export(
     check_options(to, compression)
     with progress_bars() as show:
         report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
-    console.print(
+    say(
         f"{report.path}: {report.episodes} episodes ({report.kept} reused), {report.frames} frames, "
         f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s"
     )
