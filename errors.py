@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import accumulate
+
+SHOWN_NAMES = 120  # characters of a list of allowed names in a message
 
 
 class UserError(Exception):
@@ -19,5 +22,7 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
     names = sorted(str(a) for a in allowed)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    shown = ", ".join(names[:12]) + (f", … {len(names) - 12} more" if len(names) > 12 else "")
+    fit = [name for name, used in zip(names, accumulate(len(name) + 2 for name in names)) if used <= SHOWN_NAMES]
+    fit = fit or names[:1]
+    shown = ", ".join(fit) + (f", … {len(names) - len(fit)} more" if len(fit) < len(names) else "")
     return UserError(f"unknown {kind} '{given}'{hint} (allowed: {shown})")

@@ -169,4 +169,10 @@ class Command(TyperCommand):
                 rewritten += ["--set", f"{name[2:]}={value}"]
             else:
                 rewritten.append(word)
-        return super().parse_args(ctx, rewritten + args[end:])
+        try:
+            return super().parse_args(ctx, rewritten + args[end:])
+        except typer.BadParameter.__mro__[1] as error:  # UsageError: of click, or of the copy inside newer typers
+            name = getattr(error, "option_name", "")
+            if type(error).__name__ == "NoSuchOption" and ("." in name or not getattr(error, "possibilities", None)):
+                error.message += f" (a setting is written {name}=VALUE, with '=')"
+            raise

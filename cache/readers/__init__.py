@@ -65,7 +65,7 @@ def detect_format(path_or_repo: str | Path) -> str:
         raise UserError(
             f"{given} is not itself a dataset but holds {len(inside)}: give one of them, e.g. {given}/{inside[0]}"
         )
-    kinds = "; ".join(FORMATS.values())
+    kinds = ", ".join(FORMATS)
     raise UserError(f"{given} holds none of the formats that can be read ({kinds}); give the dataset's own folder")
 
 

@@ -35,9 +35,13 @@ def is_begun(path: Path) -> bool:
 
 def read_fingerprint(path: Path) -> dict[str, Any]:
     """What the cache at `path`, finished or not, is built from. `UserError` where there is no readable cache."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the folder of a cache")
     if not path.is_dir():
         raise UserError(f"no cache at {path}; build one with `dvla cache build … --out {path}`")
     file = path / FINGERPRINT
+    if not file.exists() and (path / "_meta.tar").exists():
+        raise UserError(f"{path} is a WebDataset export; make a cache of it: `dvla cache import {path} --out CACHE`")
     if not file.exists():
         raise UserError(f"{path} is not a dvla cache (it has no {FINGERPRINT}); give a folder of `dvla cache build`")
     try:

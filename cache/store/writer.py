@@ -57,6 +57,15 @@ PIECE_NBYTES = 1 << 20  # written at a time
 Features = np.ndarray | tuple[np.ndarray, np.ndarray]  # float16, or (codes, token scales)
 
 
+def require_place(path: Path) -> None:
+    """`UserError` where `path` is a file or a folder of something else than a cache."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; choose another --out")
+    others = [n for n in os.listdir(path) if n != ".lock" and ".tmp-" not in n] if path.is_dir() else []
+    if others and not is_begun(path):
+        raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}); choose another --out")
+
+
 class CacheWriter:
     """The one builder of a cache. Use as a context manager; make it with `create_or_resume`.
 
@@ -85,9 +94,7 @@ class CacheWriter:
             _require_same(path, asked)
             if writer._nothing_missing():
                 return writer  # needs no lock, and may be read-only
-        others = [n for n in os.listdir(path) if n != ".lock" and ".tmp-" not in n] if path.is_dir() else []
-        if others and not is_begun(path):
-            raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}); choose another --out")
+        require_place(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -39,10 +39,10 @@ def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> 
         files = sorted(set(_tensor_files(folder, canonical).values())) or ["model.safetensors"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=small + files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:100]
         raise UserError(
             f"cannot get {path} from the hub: give a local checkpoint folder, or go online, check the name and log in "
-            f"if it is gated ({type(error).__name__}: {reason})"
+            f"if it is gated ({reason})"
         ) from None
 
 

@@ -22,7 +22,7 @@ from ...cache.readers import Source
 from ...cache.store.cache import Cache
 from ...cache.store.codec import channel_scale, relative_error
 from ...cache.store.plan import BuildPlan, ShardTask, Unit, units
-from ...cache.store.writer import CacheWriter
+from ...cache.store.writer import CacheWriter, require_place
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.pooling import pooling_error
 from ...common.files import lock_folder
@@ -107,7 +107,9 @@ def build(
 
         finish_exchange(config.out)
         earlier = None
-        if config.mode != "new":
+        if config.mode == "new":
+            require_place(config.out)  # before the VLM loads
+        else:
             Cache.open(config.out)  # reports what is wrong before there is anything to lock
             held = stack.enter_context(lock_folder(config.out))
             earlier = Cache.open(config.out)

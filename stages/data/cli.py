@@ -54,7 +54,8 @@ def data_list(
     broken += [f"{s.path}: {s.problem}" for s in found if s.family and not s.source]
     for line in broken:
         errors.print(line, style="red", markup=False)
-    say(f"{len(paths)} datasets, {len(broken)} of which cannot be opened")
+    broken_words = f", {len(broken)} of which cannot be opened" if broken else ""
+    say(f"{len(paths)} dataset{'s' * (len(paths) != 1)}{broken_words}")
 
 
 def data_show(

@@ -176,6 +176,8 @@ def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Pat
         if snapshot is not None:
             return resolve(snapshot, say)
         raise UserError(f"no run or checkpoint at {path}; train one with `dvla train --from-cache CACHE --out {path}`")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a run, a checkpoint or an exported policy; give one of these folders")
     raise UserError(
         f"{path} holds no checkpoint yet; wait for its first one, or give a run of `dvla train` or `dvla finetune`"
     )

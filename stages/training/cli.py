@@ -29,7 +29,7 @@ FlashAttention = Annotated[
     bool, typer.Option("--use-flash-attn", help="Use flash-attn in place of torch's own attention (dvla\\[gpu], CUDA).")
 ]
 StopAfter = Annotated[
-    int | None, typer.Option("--stop-after", help="Save and stop at this step; rerun the same command to resume.")
+    int | None, typer.Option("--stop-after", help="Save and stop at this step; rerun without it to resume.")
 ]
 RUN_FOLDER = "Run folder; one with the same settings is resumed."
 LOOP = """seed threads precision compile {} log_every eval_every eval_batches save_every wandb.mode wandb.project set_

@@ -51,6 +51,6 @@ def closing_lines(report: TrainReport, steps: int, next_command: str) -> list[st
     if not report.step:
         return lines
     lines.append(f"checkpoint: {report.run}/checkpoints/step-{report.step:08d}")
-    if report.step < steps:  # an interrupted command ends with the same advice
-        return lines if report.interrupted else [*lines, "rerun the same command to resume"]
+    if report.step < steps:  # an interrupted command ends with its own advice
+        return lines if report.interrupted else [*lines, "rerun without --stop-after to resume"]
     return [*lines, f"next: {next_command}"]

@@ -18,7 +18,7 @@ import yaml
 from ...cache.loader.sample import Sample
 from ...common.console import say
 from ...common.progress import Count
-from ...common.text import duration, size
+from ...common.text import duration, size, wrapped
 from .checks import open_cache, require_trainable
 from .config import TrainConfig
 from .context import Session, open_loader
@@ -168,15 +168,15 @@ def report(run: DryRun) -> Iterator[str]:
     """What the pilot found, in lines."""
     steps, cuda = run.config.steps, run.device.startswith("cuda")
     parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in run.memory.items())
-    peak = "peak on the device" if cuda else "peak resident memory of the process, including libraries,"
+    peak = "peak on the device" if cuda else "peak resident memory of the process, with libraries,"
     yield from run.banner
     yield f"{steps} steps are {steps * run.batch / run.observations:.3g} epochs of {run.observations} observations"
-    yield f"memory: {size(sum(run.memory.values()))} ({parts}); {peak} {size(run.peak)}"
-    yield (
+    yield wrapped(f"Memory: {size(sum(run.memory.values()))} ({parts}); {peak} {size(run.peak)}").lstrip()
+    yield wrapped(
         f"pilot of {PILOT_STEPS} steps on {run.device}: {run.steps_per_second:.3g} steps/s, "
         f"{run.steps_per_second * run.batch:.4g} samples/s, waiting for data {run.wait_share:.1%}; "
         f"bottleneck: {run.bottleneck}"
-    )
+    ).lstrip()
     yield f"{steps} steps would take {duration(run.hours * 3600)}; evaluations and checkpoints come on top"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from ...common.text import wrapped
 from ...drifting.dit import parameter_counts, set_attention
 from ...errors import UserError, unknown
 from ..policy.compile import compile_blocks
@@ -29,7 +30,7 @@ def banner(session: Session) -> list[str]:
     return [
         f"Batch: {config.batch_size}/{one} × {config.accumulate} accum × {world.size} {plural} = "
         f"{config.batch_size * config.accumulate * world.size} global",
-        f"Parameters: {total:,} ({parts})",
+        wrapped(f"Parameters: {total:,} ({parts})").lstrip(),
     ]
 
 

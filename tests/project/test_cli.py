@@ -90,6 +90,7 @@ def test_without_a_command_there_is_help(dvla: Dvla) -> None:
     "arguments, words",
     [
         ("train --bogus 1", ["No such option: --bogus", "dvla train --help"]),
+        ("train --optimizer.warmup 5", ["No such option: --optimizer.warmup", "written --optimizer.warmup=VALUE"]),
         ("train --out x", ["Missing option '--from-cache'"]),
         ("train --from-cache x --out y --steps ten", ["--steps"]),
         ("cache biuld x --out y", ["biuld", "dvla cache --help"]),
@@ -229,7 +230,7 @@ def test_train_resume_and_changed_settings(dvla: Dvla, tmp_path: Path, cache: Pa
     train = ("train", "--from-cache", cache, "--out", tmp_path / "run", *SMALL, "--set", "optimizer.warmup=1")
     first = dvla(*train, "--stop-after", 1)
     assert first.code == 0 and f"{tmp_path / 'run'}: step 1 of 2\n" in first.out and first.err == ""
-    assert first.out.endswith("rerun the same command to resume\n")
+    assert first.out.endswith("rerun without --stop-after to resume\n")
     second = dvla(*train)
     assert second.code == 0 and "resuming" in second.out and f"{tmp_path / 'run'}: step 2 of 2\n" in second.out
     assert f"checkpoint: {tmp_path / 'run'}/checkpoints/step-00000002\nnext: dvla finetune --lora" in second.out

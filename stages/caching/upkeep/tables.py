@@ -45,7 +45,9 @@ def show_status(found: Sequence[CacheStatus]) -> None:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    """`name value, …`: names without underscores, and no value where a setting has none."""
+    shown = {name.replace("_", " "): value for name, value in values.items() if value not in (None, [], "")}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def show_facts(f: CacheFacts) -> None:
@@ -92,7 +94,7 @@ def show_diff(d: CacheDiff) -> None:
     if d.arrays:
         rows = []
         for a in d.arrays:
-            relative = "other shape" if a.relative is None else "0" if a.equal else f"{a.relative:.2g}"
+            relative = "different shape" if a.relative is None else "0" if a.equal else f"{a.relative:.2g}"
             rows.append((a.dataset, a.array, str(a.compared), "equal" if a.equal else "differs", relative))
         console.print(table(("dataset", "array", "compared", "", "difference"), rows))
     for drift in d.drifts if not d.same else ():

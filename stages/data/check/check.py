@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from .... import __version__
 from ....cache.readers import Source, open_source
 from ....cache.readers.config import load_config
 from ....cache.readers.tables import EpisodeTable
+from ....common.console import table
 from ....common.failure import Failed
 from ....common.files import write_file
 from ....common.progress import Progress
@@ -69,7 +69,7 @@ class CheckReport:
 
     @property
     def summary(self) -> str:
-        """One closing line."""
+        """The closing lines."""
         f, counts = self.facts, {s: sum(x.severity == s for x in self.findings) for s in COLORS}
         usable, rows = len(f.listed) - len({x.episode for x in f.failures}), sum(f.lengths.values())
         decoded, looked = sum(p.frames for p in f.images), len({p.episode for p in f.images if p.frames})
@@ -78,7 +78,7 @@ class CheckReport:
         read = (
             f"{usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} images of {looked} episodes decoded"
         )
-        return f"{self.source.name}: {read}; {found}; {self.seconds:.1f} s"
+        return f"{self.source.name}: {read}\n  {found}; {self.seconds:.1f} s"
 
 
 def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckReport:
@@ -107,10 +107,10 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
 
 def findings_table(report: CheckReport) -> Table:
     """One row per finding."""
-    table = Table("", "rule", Column("finding", overflow="fold"))
-    for f in report.findings:
-        table.add_row(f"[{COLORS[f.severity]}]{f.severity}[/]", f.rule, escape(f.message))
-    return table
+    found = table(("", "rule", "finding"), [(f.severity, f.rule, f.message) for f in report.findings])
+    for row, f in zip(found.rows, report.findings):
+        row.style = COLORS[f.severity]
+    return found
 
 
 def as_json(report: CheckReport) -> dict[str, Any]:

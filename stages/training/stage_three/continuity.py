@@ -12,6 +12,7 @@ from ....batch import FeatureBatch
 from ....cache.loader.live import LiveFeatures
 from ....cache.loader.loader import gather
 from ....cache.store.cache import Cache
+from ....common.text import wrapped
 from ....drifting.policy_net import PolicyNet
 from ....errors import UserError
 from ..config import FinetuneConfig
@@ -47,10 +48,11 @@ def require_no_jump(continuity: Continuity | None, cache: Cache, say: Callable[[
         )
         return {}
     cached, live = continuity.cached_loss, continuity.live_loss
-    say(
+    line = (
         f"loss on one batch before the first step: {cached:.6f} from the cache, {live:.6f} live (features differ "
         f"by at most {continuity.feature_error:.2g}, their RMS is {continuity.feature_scale:.2g})"
     )
+    say(wrapped(line).lstrip())
     if continuity.jump > MAX_JUMP or continuity.difference > MAX_DIFFERENCE:
         raise UserError(
             f"run `dvla cache verify {cache.path} --live 32`: the loss would jump from {cached:.6f} to {live:.6f}, "

@@ -160,7 +160,7 @@ def _train_tower(session: Session, config: FinetuneConfig, encoder: VisionLangua
     )
     session.say(
         f"training {policy:,} parameters of the policy and {trained:,} {'' if config.full else 'of LoRA '}"
-        f"in {tower:,} of the vision tower"
+        f"in a vision tower of {tower:,}"
     )
 
 

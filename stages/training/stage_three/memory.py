@@ -12,7 +12,7 @@ import torch
 
 from ....cache.loader.loader import gather
 from ....cache.vlm.encoder import VisionLanguageEncoder
-from ....common.text import size
+from ....common.text import size, wrapped
 from ..context import Session
 from ..step import batch_loss, noise_generator
 
@@ -60,10 +60,10 @@ def live_memory(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarra
         "activations about": kept,
     }
     listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
-    return (
+    return wrapped(
         f"Memory: {size(sum(parts.values()))} ({listed}); of the weights {size(vlm)} are the VLM's, "
         f"and {size(trained)} are trained"
-    )
+    ).lstrip()
 
 
 def _activations(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarray, rows: np.ndarray) -> int:

@@ -250,6 +250,10 @@ def test_foreign_folders_and_bad_names_are_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["photo.jpg"]
     with pytest.raises(UserError, match="cannot write a cache"):
         CacheWriter.create_or_resume(tmp_path / "photo.jpg" / "c", synthetic.FINGERPRINT, synthetic.make_plan())
+    with pytest.raises(UserError, match="photo.jpg is a file; choose another --out"):
+        CacheWriter.create_or_resume(tmp_path / "photo.jpg", synthetic.FINGERPRINT, synthetic.make_plan())
+    with pytest.raises(UserError, match="photo.jpg is a file; give the folder of a cache"):
+        Cache.open(tmp_path / "photo.jpg")
     with pytest.raises(UserError, match="no cache at"):
         Cache.open(tmp_path / "nowhere")
     with pytest.raises(UserError, match="not a dvla cache"):

@@ -16,6 +16,7 @@ import pytest
 
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
+from dvla.cache.store.manifest import read_fingerprint
 from dvla.cache.store.plan import BuildPlan, DatasetPlan
 from dvla.cache.store.webdataset import tars as webdataset_io
 from dvla.cache.store.webdataset.cache import WebDatasetCache
@@ -233,6 +234,8 @@ def test_foreign_folders_are_refused(base: Path, tmp_path: Path, tars: Path) -> 
         export(tmp_path / "other", str(tars), shard_nbytes=SHARD)
     with pytest.raises(UserError, match="did you mean|allowed"):
         export(base / "cache", str(tmp_path / "x"), format="webdatset")
+    with pytest.raises(UserError, match="is a WebDataset export; .*dvla cache import"):
+        read_fingerprint(tars)
     with pytest.raises(UserError, match="holds other files"):
         import_cache(str(tars), tmp_path / "mine")
     with pytest.raises(UserError, match="built from other settings"):

@@ -193,7 +193,7 @@ def test_a_healthy_dataset_has_no_finding(examine: Callable[..., CheckReport], d
     report = examine(records(deltas), deltas, settings={"everything": everything})
     assert report.findings == () and not report.must_fix
     assert report.summary.startswith(
-        f"memory: 6 of 6 episodes usable, 360 rows; {720 if everything else 96} images of 6 episodes decoded; "
+        f"memory: 6 of 6 episodes usable, 360 rows; {720 if everything else 96} images of 6 episodes decoded\n  "
         "0 errors, 0 warnings, 0 notes"
     )
 

@@ -292,7 +292,7 @@ def test_list_of_a_folder_of_several_formats(dvla: Dvla, tmp_path: Path) -> None
     write_robomimic(tmp_path / "z/rm/demo.hdf5")
     result = dvla("list", tmp_path / "z")
     out = squeezed(result.out)
-    assert result.code == 0 and result.err == "" and "3 datasets, 0 of which cannot be opened" in out
+    assert result.code == 0 and result.err == "" and out.endswith("3 datasets")
     for name, format in (("inner/push", "lerobot v3.0"), ("pusht.zarr", "replay_buffer"), ("rm", "robomimic")):
         assert f"{tmp_path}/z/{name} {format} 3 " in out
     assert "agentview 6×8" in out

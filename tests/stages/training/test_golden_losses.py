@@ -2,7 +2,7 @@
 are what they were.
 
 Numbers: golden/losses.json. To replace them on purpose: DVLA_WRITE_GOLDEN=1 python -m pytest -n 0
-tests/test_golden_losses.py"""
+tests/stages/training/test_golden_losses.py"""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ HERE = ROOT / "tests"
 GOLDEN = HERE / "golden" / "losses.json"
 LANDING = HERE / "fixtures" / "landing_16"
 REGENERATE = (
-    "if the change is meant, write them again: DVLA_WRITE_GOLDEN=1 python -m pytest -n 0 tests/test_golden_losses.py"
+    "if the change is intended, regenerate them: "
+    "DVLA_WRITE_GOLDEN=1 python -m pytest -n 0 tests/stages/training/test_golden_losses.py"
 )
 STEPS = 20
 # Relative; another instruction set (ATen default, oneDNN SSE4.1, MKL compatible) differs by 2.1e-6 at most, another

@@ -475,7 +475,7 @@ def test_the_end_of_a_run_names_error_checkpoint_and_next_command() -> None:
     stopped = dataclasses.replace(report, step=20, eval_mse=None)
     assert training_console.closing_lines(stopped, 40, "")[::2] == [
         "runs/a: step 20 of 40",
-        "rerun the same command to resume",
+        "rerun without --stop-after to resume",
     ]
     interrupted = dataclasses.replace(report, step=20, interrupted=True)
     assert training_console.closing_lines(interrupted, 40, "")[-1] == "checkpoint: runs/a/checkpoints/step-00000020"
