@@ -6,6 +6,7 @@ Figures are made with matplotlib's objects alone, without pyplot's global state,
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -118,10 +119,21 @@ def finish(
             )
     if legend == "outside":
         named = {name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels())}
-        figure.legend(
-            named.values(), named, loc="outside lower left", ncols=5, fontsize=8, frameon=False, labelcolor=style.text
-        )
+        columns = _legend_columns(list(named), figure.get_figwidth())
+        look = {"fontsize": 8, "frameon": False, "labelcolor": style.text}
+        figure.legend(named.values(), named, loc="outside lower left", ncols=columns, **look)
     return figure
+
+
+def _legend_columns(names: list[str], inches: float) -> int:
+    """The most columns, five at most, in which a legend's names fit into a figure's width; names fill column by column."""
+    for columns in range(min(5, len(names)), 1, -1):
+        rows, longer = divmod(len(names), columns)  # the first `longer` columns have one name more
+        ends = list(itertools.accumulate([rows + 1] * longer + [rows] * (columns - longer), initial=0))
+        widest = [max(map(len, names[a:b])) for a, b in itertools.pairwise(ends)]
+        if sum(widest) + 6 * columns <= 15.6 * inches:  # characters; six for the line in front of a name
+            return columns
+    return 1
 
 
 def say_nothing(figure: Figure, why: str, style: Style) -> Figure:
