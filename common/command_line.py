@@ -24,7 +24,8 @@ def run_command(command: Any, arguments: Sequence[str]) -> None:
             error.show()
             sys.exit(error.exit_code)
         message, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
-        raise UserError(f"{message}; see `{context.command_path if context else 'dvla'} --help`") from None
+        joined = f"{message} See" if message.endswith("?") else f"{message}; see"
+        raise UserError(f"{joined} `{context.command_path if context else 'dvla'} --help`") from None
     except typer.Abort:
         raise KeyboardInterrupt from None
     if code == 130:  # how newer typers report Ctrl-C

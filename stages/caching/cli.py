@@ -24,7 +24,8 @@ Sources = Annotated[list[str] | None, typer.Argument(help="Dataset folders or hu
 Choice = Annotated[Given, Options(FeatureChoice)]
 Append = Annotated[bool, typer.Option("--append", help="Add new episodes to a finished cache, in a new generation.")]
 Update = Annotated[
-    bool, typer.Option("--update", help="Bring a finished cache up to its sources and settings, in a new generation.")
+    bool,
+    typer.Option("--update", help="Update a finished cache to its current sources and settings, as a new generation."),
 ]
 FEATURES = """choice.vlm choice.vlm_path choice.adapter choice.resolution choice.tokens choice.dtype choice.compression
     frame_stride views augment"""
@@ -108,7 +109,7 @@ def cache_plan(
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option("--frames", min=1, help="With --cluster: frames of the corpus, like these, to predict."),
+        typer.Option("--frames", min=1, help="With --cluster: number of frames, like these, to predict for."),
     ] = None,
     json: Json = None,
 ) -> None:
