@@ -103,13 +103,11 @@ def cache_plan(
     update: Update = False,
     cluster: Annotated[
         str | None,
-        typer.Option(
-            "--cluster", help="YAML of a cluster to predict for (cluster: the shipped configs/launch/cluster.yaml)."
-        ),
+        typer.Option("--cluster", help="YAML of a cluster to predict for; cluster: the shipped example."),
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option("--frames", min=1, help="With --cluster: number of frames, like these, to predict for."),
+        typer.Option("--frames", help="With --cluster: number of frames, like these, to predict for."),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -127,6 +125,8 @@ def cache_plan(
 
     if frames is not None and cluster is None:
         raise UserError("--frames needs --cluster; give both, or neither")
+    if frames is not None and frames < 1:
+        raise UserError(f"--frames {frames}: give at least 1")
     machines = None if cluster is None else read_cluster(cluster)
     settings = _pilot_config(pilot)
     with progress_bars() as show:
