@@ -10,16 +10,19 @@ import typer
 
 from ..errors import UserError
 
+# Of click, or of the copy inside newer typers.
+UsageError: Any = typer.BadParameter.__mro__[1]
+ClickException: Any = typer.BadParameter.__mro__[2]
+
 
 def run_command(command: Any, arguments: Sequence[str]) -> None:
     """Run a command line of `command`, the root of all commands.
 
     Raises `UserError`, `KeyboardInterrupt` for Ctrl-C, and `SystemExit` with a command's own exit code.
     """
-    click_error: Any = typer.BadParameter.__mro__[2]  # ClickException: of click, or of the copy inside newer typers
     try:
         code = command.main(args=list(arguments), prog_name="dvla", standalone_mode=False)
-    except click_error as error:  # wrong options: click's own message names them
+    except ClickException as error:  # wrong options: click's own message names them
         if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: its help
             error.show()
             sys.exit(error.exit_code)

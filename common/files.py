@@ -108,11 +108,16 @@ _own_names: dict[int, str] = {}  # process id → its suffix of temporary names;
 def publish(temporary: Path, path: Path) -> None:
     """Rename a synced file to its final name and make the rename durable."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def write_file(path: Path, data: bytes) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...common.config import from_dotted
-from ...common.console import console, progress_bars, say, write_json
+from ...common.console import progress_bars, say, write_json
 from ...common.options import Given, Json, Options
 from ...common.text import duration, size
 from ...errors import UserError, unknown
@@ -184,4 +184,4 @@ def vlm_tiny(
         make_tiny_qwen3vl(out, TinySpec(seed=seed))
     else:
         make_tiny_paligemma2(out, TinyPaliGemmaSpec(seed=seed))
-    console.print(f"{out}: {NAMES[arch]} at toy width with random weights")
+    say(f"{out}: {NAMES[arch]} at toy width with random weights")

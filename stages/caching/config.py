@@ -125,12 +125,12 @@ class FeatureChoice:
 
     def spec(self) -> EncoderSpec:
         """The encoder. `UserError` for an unknown model, or settings that exclude each other."""
-        from ..policy.load import adapted_spec
-
         if self.adapter and self.vlm:
             raise UserError("--adapter brings the VLM that it was trained in; leave --vlm out")
         changes = {name: getattr(self, name) for name in ("resolution", "tokens", "features", "depth", "boundary")}
         if self.adapter:
+            from ..policy.load import adapted_spec  # and torch with it
+
             return adapted_spec(self.adapter, path=self.vlm_path, **changes)
         return encoder_spec(self.vlm or "qwen3vl", path=self.vlm_path, **changes)
 

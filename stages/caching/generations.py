@@ -20,7 +20,7 @@ from ...cache.store.manifest import has_size, is_begun, is_finished, read_finger
 from ...cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask
 from ...cache.store.zarr_format import scales_folder
 from ...common import fingerprint as fp
-from ...common.files import file_crc32c, lock_folder
+from ...common.files import file_crc32c, lock_folder, sync_folder
 from ...errors import UserError
 
 
@@ -221,7 +221,7 @@ def exchange(out: Path) -> Path:
     previous = beside(out, f"gen-{number}")
     os.rename(out, previous)
     os.rename(next_generation(out), out)  # a crash in between is mended by the next build
-    _sync(out.parent)
+    sync_folder(out.parent)
     return previous
 
 
@@ -231,12 +231,4 @@ def finish_exchange(out: Path) -> None:
     if not out.exists() and last and is_finished(ready):
         with lock_folder(last[0]):
             os.rename(ready, out)
-            _sync(out.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync_folder(out.parent)

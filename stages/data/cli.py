@@ -55,7 +55,7 @@ def data_list(
     for line in broken:
         errors.print(line, style="red", markup=False)
     broken_words = f", {len(broken)} of which cannot be opened" if broken else ""
-    console.print(f"{len(paths)} dataset{'s' * (len(paths) != 1)}{broken_words}")
+    say(f"{len(paths)} dataset{'s' * (len(paths) != 1)}{broken_words}")
 
 
 def data_show(
@@ -147,9 +147,7 @@ def data_video(
 
     with progress_bars() as show:
         written = write_episode(source, episode, out, fps, dataset_config, show)
-    console.print(
-        f"{written.path}: {written.frames} frames of {written.width}x{written.height}, {written.fps:g} per second"
-    )
+    say(f"{written.path}: {written.frames} frames of {written.width}x{written.height}, {written.fps:g} per second")
 
 
 def data_stats(
@@ -269,7 +267,7 @@ def data_export(
     check_options(to, compression)
     with progress_bars() as show:
         report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
-    console.print(
+    say(
         f"{report.path}: {report.episodes} episodes ({report.kept} reused), {report.frames} frames, "
         f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s"
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...common.command_line import runner_of
-from ...common.console import console, progress_bars
+from ...common.console import console, progress_bars, say
 from ...common.console import table as grid
 from ...common.options import VlmPath
 from ...errors import UserError
@@ -62,19 +62,19 @@ def ablate_command(
         for name, state, commands in steps:
             console.print(f"{name}  ({state})", style="bold", markup=False)
             for command in commands:
-                console.print(f"  dvla {command}", markup=False)
-        console.print(line, markup=False)
+                say(f"  dvla {command}")
+        say(line)
         return
     if table:
         if not (out / "recipe.json").exists():
             raise UserError(f"{out} holds no results; give the --out of a grid")
         found = write(loaded, out, begin(loaded, out, from_cache))
-        console.print((out / "table.md").read_text(), markup=False)
+        say((out / "table.md").read_text())
         return
     with progress_bars() as show:
         found = ablate(loaded, out, jobs, from_cache, console.print, show)
     console.print(grid(*cells(found), title=loaded.title))
-    console.print(f"{out}/table.md, results.json", markup=False)
+    say(f"{out}/table.md, results.json")
 
 
 def launch_command(
@@ -106,7 +106,7 @@ def launch_command(
     text = read_script(script)
     if settings:
         for name, setting in settings_of(text).items():
-            console.print(f"{name}={setting.default}  {setting.meaning}", markup=False)
+            say(f"{name}={setting.default}  {setting.meaning}")
         return
     given = {}
     for word in set_ or ():

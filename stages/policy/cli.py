@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...common.console import console
+from ...common.console import console, say
 from ...common.options import Public, VlmPath
 from ...common.text import size
 
@@ -36,16 +36,8 @@ def push_command(
     """
     from .hub import push_policy
 
-    url = push_policy(
-        policy,
-        repo,
-        not public,
-        tuple(evaluation or ()),
-        vlm_path,
-        tuple(format or ()),
-        lambda line: console.print(line, style="yellow", markup=False),
-    )
-    console.print(f'{url}; Policy.from_pretrained("{repo}") fetches it', markup=False)
+    url = push_policy(policy, repo, not public, tuple(evaluation or ()), vlm_path, tuple(format or ()), _warn)
+    say(f'{url}; Policy.from_pretrained("{repo}") fetches it')
 
 
 def export_command(
@@ -71,12 +63,12 @@ def export_command(
     """
     from .export import export_policy
 
-    warn = lambda line: console.print(line, style="yellow", markup=False)  # noqa: E731
-    done = export_policy(checkpoint, out, tuple(f for f in format or () if f != "policy"), vlm_path, warn)
+    done = export_policy(checkpoint, out, tuple(f for f in format or () if f != "policy"), vlm_path, _warn)
     merged = f", with {done.merged} fine-tuned weights of the vision tower" if done.merged else ""
-    console.print(
-        f"{done.path}: policy of step {done.step}, {size(done.nbytes)}{merged}; its VLM is {done.vlm}",
-        markup=False,
-    )
+    say(f"{done.path}: policy of step {done.step}, {size(done.nbytes)}{merged}; its VLM is {done.vlm}")
     for name, difference in done.differences.items():
-        console.print(f"{name}: matches the network within a relative difference of {difference:.1e}", markup=False)
+        say(f"{name}: matches the network within a relative difference of {difference:.1e}")
+
+
+def _warn(line: str) -> None:
+    console.print(line, style="yellow", markup=False)

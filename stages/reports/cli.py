@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...common.console import console, progress_bars
+from ...common.console import progress_bars, say
 from ...common.options import DatasetConfig, Device, VlmPath
 from ...common.text import size
 
@@ -33,7 +33,7 @@ def report_command(
     from .report import ReportConfig, report
 
     nbytes = report(ReportConfig(run, out, tuple(evaluation or ()), steps))
-    console.print(f"{out}: {size(nbytes)}, one file that needs no network", markup=False)
+    say(f"{out}: {size(nbytes)}, one file that needs no network")
 
 
 def compare_command(
@@ -52,7 +52,7 @@ def compare_command(
     found = compare(tuple(runs))
     show_comparison(found)
     if out is not None:
-        console.print(f"{out}: {size(write_comparison(found, out))}, one file that needs no network", markup=False)
+        say(f"{out}: {size(write_comparison(found, out))}, one file that needs no network")
 
 
 def rerun_command(
@@ -85,8 +85,7 @@ def rerun_command(
             device=device,
             progress=show,
         )
-    console.print(
+    say(
         f"{done.path}: {done.frames} frames, predictions at {done.predicted} of them, with a mean distance of "
-        f"{done.error:.2f} σ from the expert's actions",
-        markup=False,
+        f"{done.error:.2f} σ from the expert's actions"
     )

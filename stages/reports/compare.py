@@ -148,7 +148,7 @@ def show_comparison(found: Comparison) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    from ...common.console import console
+    from ...common.console import console, say
 
     for title, rows in (
         ("settings that differ", found.settings),
@@ -168,7 +168,7 @@ def show_comparison(found: Comparison) -> None:
                     *(f"[bold green]{cell}[/bold green]" if i in row.best else cell for i, cell in enumerate(cells)),
                 )
             console.print(table)
-    console.print(verdict(found), markup=False)
+    say(verdict(found))
 
 
 def write_comparison(found: Comparison, out: Path) -> int:

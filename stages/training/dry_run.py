@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from ...cache.loader.sample import Sample
-from ...common.console import console
+from ...common.console import say
 from ...common.progress import Count
 from ...common.text import duration, size, wrapped
 from .checks import open_cache, require_trainable
@@ -183,4 +183,4 @@ def report(run: DryRun) -> Iterator[str]:
 def show(run: DryRun, recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     """Print settings and findings."""
     for line in (*resolved(run.config, recipe, overrides), "", *report(run)):
-        console.print(line, markup=False)
+        say(line)

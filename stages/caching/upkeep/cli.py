@@ -92,7 +92,7 @@ def cache_inspect(
     show_facts(facts)
     show_ranges(ranges)
     if html is not None:
-        console.print(f"{html}: {size(nbytes)}, one file that needs no network", markup=False)
+        say(f"{html}: {size(nbytes)}, one file that needs no network")
 
 
 def cache_diff(
@@ -154,7 +154,7 @@ def cache_gc(
     items = garbage(path)
     require_no_builder(path)
     if not items:
-        console.print(f"{path}: nothing to remove")
+        say(f"{path}: nothing to remove")
         return
     show_garbage(items)
     if not yes:
@@ -164,4 +164,4 @@ def cache_gc(
         if typer.prompt("type 'remove' to remove all of these", default="", show_default=False).strip() != "remove":
             console.print("nothing was removed")
             return
-    console.print(f"{path}: {len(items)} removed, {size(remove(path, items))} freed")
+    say(f"{path}: {len(items)} removed, {size(remove(path, items))} freed")

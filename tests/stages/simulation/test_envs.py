@@ -221,6 +221,16 @@ def test_grid(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.mp4", "grid.png"]
 
 
+RECORD = """
+import json, sys
+from pathlib import Path
+from dvla.stages.simulation.config import RecordConfig
+from dvla.stages.simulation.record import record
+if __name__ == "__main__":
+    record(RecordConfig(out=Path(sys.argv[1]), workers=int(sys.argv[2]), **json.loads(sys.argv[3])))
+"""
+
+
 @pytest.mark.slow
 def test_recorded_dataset_is_lerobots_own_and_independent_of_workers(push, tmp_path, monkeypatch):
     pytest.importorskip("lerobot", reason="lerobot is not installed (pip install 'dvla[lerobot]')")
@@ -230,9 +240,8 @@ def test_recorded_dataset_is_lerobots_own_and_independent_of_workers(push, tmp_p
     settings = dict(env="metaworld/handle-press-v3", episodes=2, image_size=SIZE, seed=5, noise=0.2, extra_steps=4)
     seen = []
     result = record(RecordConfig(out=tmp_path / "one", **settings), lambda kept, wanted: seen.append((kept, wanted)))
-    record(RecordConfig(out=tmp_path / "two", workers=2, **settings))
     assert seen == [(1, 2), (2, 2)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]  # no partial folder is left
+    assert [p.name for p in tmp_path.iterdir()] == ["one"]  # no partial folder is left
 
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -253,9 +262,14 @@ def test_recorded_dataset_is_lerobots_own_and_independent_of_workers(push, tmp_p
             shown = frame[f"observation.images.{view}"].numpy().transpose(1, 2, 0) * 255
             assert np.abs(shown - observation.images[view]).mean() < 6
 
+    # Each in a process of its own: what ran before in a process can change the first frames that its encoder writes
+    # (seen after renderings of other libraries: up to 11 levels in four frames), whatever the number of workers.
+    for name, workers in (("alone", 1), ("two", 2)):
+        words = [sys.executable, "-c", RECORD, str(tmp_path / name), str(workers), json.dumps(settings)]
+        subprocess.run(words, check=True, timeout=300)
     one, two = (
         {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
-        for name in ("one", "two")
+        for name in ("alone", "two")
     )
     assert set(one) == set(two)
     differing = {str(p) for p in one if one[p] != two[p]} - {"meta/stats.json"}
