@@ -24,6 +24,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..errors import UserError
+from .command_line import UsageError
 from .config import DATASET_CONFIG, DEVICE, VLM_PATH, Option
 
 VlmPath = Annotated[str | None, typer.Option(*VLM_PATH.names, help=VLM_PATH.help)]
@@ -171,7 +172,7 @@ class Command(TyperCommand):
                 rewritten.append(word)
         try:
             return super().parse_args(ctx, rewritten + args[end:])
-        except typer.BadParameter.__mro__[1] as error:  # UsageError: of click, or of the copy inside newer typers
+        except UsageError as error:
             name = getattr(error, "option_name", "")
             if type(error).__name__ == "NoSuchOption" and ("." in name or not getattr(error, "possibilities", None)):
                 error.message += f" (a setting is written {name}=VALUE, with '=')"

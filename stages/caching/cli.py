@@ -24,7 +24,8 @@ Sources = Annotated[list[str] | None, typer.Argument(help="Dataset folders or hu
 Choice = Annotated[Given, Options(FeatureChoice)]
 Append = Annotated[bool, typer.Option("--append", help="Add new episodes to a finished cache, in a new generation.")]
 Update = Annotated[
-    bool, typer.Option("--update", help="Bring a finished cache up to its sources and settings, in a new generation.")
+    bool,
+    typer.Option("--update", help="Update a finished cache to its current sources and settings, as a new generation."),
 ]
 FEATURES = """choice.vlm choice.vlm_path choice.adapter choice.resolution choice.tokens choice.dtype choice.compression
     frame_stride views augment"""
@@ -102,13 +103,11 @@ def cache_plan(
     update: Update = False,
     cluster: Annotated[
         str | None,
-        typer.Option(
-            "--cluster", help="YAML of a cluster to predict for (cluster: the shipped configs/launch/cluster.yaml)."
-        ),
+        typer.Option("--cluster", help="YAML of a cluster to predict for; cluster: the shipped example."),
     ] = None,
     frames: Annotated[
         int | None,
-        typer.Option("--frames", min=1, help="With --cluster: frames of the corpus, like these, to predict."),
+        typer.Option("--frames", help="With --cluster: number of frames, like these, to predict for."),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -126,6 +125,8 @@ def cache_plan(
 
     if frames is not None and cluster is None:
         raise UserError("--frames needs --cluster; give both, or neither")
+    if frames is not None and frames < 1:
+        raise UserError(f"--frames {frames}: give at least 1")
     machines = None if cluster is None else read_cluster(cluster)
     settings = _pilot_config(pilot)
     with progress_bars() as show:

@@ -177,7 +177,7 @@ class PilotConfig:
     draws: Annotated[int, Option("--draws", help="Noise samples that share one observation.")] = 4
     disk_rate: Annotated[  # bytes/s
         float | None,
-        Option("--disk-rate", help="GB/s of the disk to train from; default: measured at --out."),
+        Option("--disk-rate", help="Read rate in GB/s of the disk to train from; default: measured at --out."),
     ] = None
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class AddConfig:
         Option(
             "--field",
             help="Meaning of dimensions whose names do not say it: action.6=gripper_open, "
-            "'state.0-6=arm_joint_{0..5}_pos,gripper_open', action.3-6=rotation:quat_xyzw, action.7=drop. "
+            "'state.0-5=arm_joint_{0..5}_pos', action.3-6=rotation:quat_xyzw, action.7=drop. "
             "May be given several times.",
         ),
     ] = ()

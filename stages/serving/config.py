@@ -98,8 +98,8 @@ class LatencyConfig:
         ),
     ] = (1,)
     camera: tuple[int, int] = (480, 640)  # H, W of its images
-    warm_up: Annotated[int, Option("--warm-up", help="Calls before those that count.")] = 5
-    repeats: Annotated[int, Option("--repeats", help="Calls that count.")] = 50
+    warm_up: Annotated[int, Option("--warm-up", help="Untimed calls before the timed ones.")] = 5
+    repeats: Annotated[int, Option("--repeats", help="Timed calls.")] = 50
     device: Annotated[str, DEVICE] = "auto"
     compile: Annotated[bool, COMPILE] = False
     server: Annotated[

@@ -161,7 +161,7 @@ class TrainConfig:
     log_every: Annotated[int, Option("--log-every", help="Steps between log lines.")] = 50
     seed: Annotated[int, Option("--seed", help="Random seed: order of samples, noise, initialization.")] = 0
     local: Annotated[
-        str | None, Option("--local-cache", help="Folder for local copies of what is read of a cache behind a URL.")
+        str | None, Option("--local-cache", help="Folder for local copies of the parts read from a cache behind a URL.")
     ] = None
     local_gib: float | None = None  # room for shards in it, GiB; None = as many as there are
     threads: Annotated[int, Option("--num-workers", help="Loader threads.")] = 2

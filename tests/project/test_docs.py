@@ -198,7 +198,7 @@ def leaves(command: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ..
 
 
 def test_the_reference_has_every_command_and_option() -> None:
-    """`make docs` makes it; its wording follows the version of typer."""
+    """`make docs` makes it, with every help text; the rest of its wording follows the version of typer."""
     text = (ROOT / GENERATED).read_text()
     sections = dict(
         zip(re.findall(r"^#+ `dvla ([^`]+)`$", text, re.M), re.split(r"^#+ `dvla [^`]+`$", text, flags=re.M)[1:])
@@ -211,6 +211,10 @@ def test_the_reference_has_every_command_and_option() -> None:
         for parameter in command.params:
             for option in parameter.opts if parameter.param_type_name == "option" else ():
                 assert option in section, f"docs/cli.md lacks {option} of dvla {' '.join(path)}; run make docs"
+            text = " ".join((getattr(parameter, "help", None) or "").replace("\\[", "[").split())
+            assert text in section.replace("\\[", "["), (
+                f"docs/cli.md has another help for {parameter.name}; run make docs"
+            )
     assert {name for name in sections if not any(name == " ".join(path[:1]) for path, _ in found)} <= {
         " ".join(path) for path, _ in found
     }
