@@ -1,12 +1,18 @@
-"""The one exception a user may meet, and the helper that names the nearest valid choice."""
+"""What a user may meet: the one exception, and a part of a dataset that cannot be used, as a value."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 SHOWN_NAMES = 120  # characters of a list of allowed names in a message
+# What is wrong, in one word; `dvla data check` names its findings after it.
+Kind = Literal[
+    "missing-file", "unreadable-file", "not-finite", "rotation-norm", "time-order", "row-count", "unusable-episode"
+]
 
 
 class UserError(Exception):
@@ -26,3 +32,20 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
     fit = fit or names[:1]
     shown = ", ".join(fit) + (f", … {len(names) - len(fit)} more" if len(fit) < len(names) else "")
     return UserError(f"unknown {kind} '{given}'{hint} (allowed: {shown})")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An episode, or the rest of it, that cannot be read: a value that takes its place from the reader to the ledger.
+
+    `str` gives the line for the ledger.
+    """
+
+    episode: int
+    where: str  # dataset and episode, as every message about it begins
+    kind: Kind
+    reason: str  # one line: what is wrong, in which file or at which frame
+    rows: int = 0  # observations of a stream that it takes the place of; 0 when it was refused before any was read
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"

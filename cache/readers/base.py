@@ -16,8 +16,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from ...common.failure import Failed
-from ...errors import UserError, unknown
+from ...errors import Failed, UserError, unknown
 from ..actions.action_map import ActionMap
 from ..actions.rotations import NotARotation
 from .config import DatasetConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...common.failure import Failed, Kind
+from ...errors import Failed, Kind
 
 
 class CorruptEpisode(Exception):

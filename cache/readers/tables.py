@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...common.failure import Failed
+from ...errors import Failed
 from .episode import CorruptEpisode
 
 

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from ...common import fingerprint as fp
-from ...common.failure import Failed
 from ...common.files import file_crc32c, lock_folder, names_full_disk, publish, temporary_name, write_file
-from ...errors import UserError
+from ...errors import Failed, UserError
 from .manifest import (
     FINGERPRINT,
     MANIFEST,

@@ -30,8 +30,7 @@ from ...cache.store.writer import CacheWriter, Features
 from ...cache.vlm.augment import frame_keys
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import augmented, require_finite, to_float16
-from ...common.failure import Failed
-from ...errors import UserError
+from ...errors import Failed, UserError
 from .generations import Earlier
 
 QUEUED_BATCHES = 4  # decoded batches that may wait for the encoder, and encoded ones for the disk

@@ -24,9 +24,8 @@ from ...cache.store.plan import DatasetPlan, DatasetTables, EpisodePlan
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import to_float16
 from ...cache.vlm.spec import EncoderSpec
-from ...common.failure import Failed
 from ...common.progress import Progress
-from ...errors import UserError, unknown
+from ...errors import Failed, UserError, unknown
 
 
 @dataclass

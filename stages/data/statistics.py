@@ -18,10 +18,9 @@ from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import ACTION_SCHEMA_VERSION
 from ...cache.actions.statistics import QUANTILES, RunningStatistics, Statistics
 from ...cache.readers import Source
-from ...common.failure import Failed
 from ...common.files import write_file
 from ...common.progress import Progress
-from ...errors import UserError
+from ...errors import Failed, UserError
 from .summary import unified_fields
 
 KIND = "dvla statistics 1"  # first entry of a report; the number changes with its layout

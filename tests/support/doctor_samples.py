@@ -14,7 +14,7 @@ from dvla.cache.readers.base import Source
 from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode, View
 from dvla.cache.readers.tables import EpisodeTable, Rows
-from dvla.common.failure import Kind
+from dvla.errors import Kind
 
 EPISODES, ROWS, HZ = 6, 60, 20.0
 POSES = (

@@ -17,7 +17,7 @@ from dvla.cache.store.codec import quantize
 from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, DatasetTables, EpisodePlan, ShardTask
 from dvla.cache.store.writer import CacheWriter, Features
-from dvla.common.failure import Failed
+from dvla.errors import Failed
 
 TOKENS, WIDTH, SHARD = 3, 8, 16
 FINGERPRINT = {"encoder": {"resolution": 448, "weights": "abc"}, "prompt": "do {instruction}"}

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ....common.failure import Failed
-from ....errors import UserError
+from ....errors import Failed, UserError
 from ..base import Source
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View

@@ -26,10 +26,9 @@ from ....cache.readers import Source, open_source
 from ....cache.readers.config import load_config
 from ....cache.readers.tables import EpisodeTable
 from ....common.console import table
-from ....common.failure import Failed
 from ....common.files import write_file
 from ....common.progress import Progress
-from ....errors import UserError
+from ....errors import Failed, UserError
 from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
 from .numeric_rules import limits

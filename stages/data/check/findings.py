@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ....common.failure import Failed
+from ....errors import Failed
 from .images import CameraFacts
 from .table_stats import Dimension, Following, TableStats
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from ....common.failure import Failed
+from ....errors import Failed
 from .findings import Facts, Finding, Severity, about_cameras, about_episodes, likewise, ranges
 from .images import CameraFacts
 from .numeric_rules import action_follows, constant, jumps, rotations, saturated, units

@@ -12,7 +12,7 @@ import pytest
 
 from dvla.cache.readers import Source, open_source
 from dvla.cache.readers.episode import CorruptEpisode
-from dvla.common.failure import Failed
+from dvla.errors import Failed
 from support.lerobot_samples import rewrite, the_file, with_column
 
 CopyOf = Callable[[str], Path]

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dvla.common.failure import Kind
-from dvla.errors import UserError
+from dvla.errors import Kind, UserError
 from dvla.stages.data.check import check as check_module
 from dvla.stages.data.check.check import CheckConfig, CheckReport, as_json, as_text, check, findings_table
 from dvla.stages.data.check.numeric_rules import LIMITS
