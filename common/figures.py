@@ -126,7 +126,7 @@ def finish(
 
 
 def _legend_columns(names: list[str], inches: float) -> int:
-    """The most columns, five at most, in which a legend's names fit into a figure's width; they fill column by column."""
+    """The most columns, five at most, in which names of a legend fit into a figure."""
     for columns in range(min(5, len(names)), 1, -1):
         rows, longer = divmod(len(names), columns)  # the first `longer` columns have one name more
         ends = list(itertools.accumulate([rows + 1] * longer + [rows] * (columns - longer), initial=0))
