@@ -13,22 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dvla.cache.vlm.spec import EncoderSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec
 from dvla.stages.caching.build import BuildReport, build
 from dvla.stages.caching.config import BuildConfig
 from support.lerobot_samples import LENGTHS, rewrite, the_file, with_column
 
 SHARD = 8
-TINY = TinySpec(
-    vision_depth=1,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
 
 
 class Corner:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     finally:
         loop.batch_loss = step
+
+
+def in_two_processes(jobs: list[dict[str, Any]]) -> None:
+    """Run this script on `jobs` in two processes, started by torchrun; the answers to a job are in OUT.report."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, __file__, json.dumps(jobs)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 if __name__ == "__main__":

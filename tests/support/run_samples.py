@@ -14,23 +14,14 @@ from dvla.cache.vlm.adapter import save_adapter, tower_parameters
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, lora_parameters
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec
 from dvla.drifting.dit import dit_config
 from dvla.drifting.heads import head_dit
 from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.simulation.envs import Observation
+from support import vlm_samples
 
-TINY = TinySpec(
-    vision_depth=2,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
+TINY = dataclasses.replace(vlm_samples.TINY, vision_depth=2)
 VIEWS = ("front", "wrist")
 
 

@@ -1,4 +1,4 @@
-"""Pictures for vision-language models, and which files of a checkpoint they need."""
+"""A tiny vision-language model, images for it, and which files of a checkpoint they need."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from dvla.cache.vlm.tiny_qwen3vl import TinySpec
+
+TINY = TinySpec(
+    vision_depth=1,
+    vision_width=32,
+    vision_heads=2,
+    vision_mlp=2,
+    out_width=32,
+    text_layers=1,
+    vocabulary=512,
+    init_std=0.1,
+)
 
 
 def smooth_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

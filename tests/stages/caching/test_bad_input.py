@@ -24,7 +24,7 @@ from dvla.cache.loader.loader import gather
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.vlm.spec import EncoderSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.caching.build import BuildReport, build
 from dvla.stages.caching.config import BuildConfig
@@ -32,17 +32,8 @@ from dvla.stages.data.check.check import CheckConfig, check
 from support import rlbench_samples
 from support.lerobot_samples import LENGTHS, VIEWS, convert_to_v2, rewrite, with_column
 from support.tolerances import assert_same_features
+from support.vlm_samples import TINY
 
-TINY = TinySpec(
-    vision_depth=1,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
 LISTED, PRESENT = 100, 11
 HARMED = {  # episode → what the ledger says about it, after "damaged episode N: "
     1: r"episode_000001\.mp4 (is cut off|cannot be read as video|has no frame).*",

@@ -24,7 +24,7 @@ from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.store.plan import BuildPlan, units
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.config import configs_dir, load_yaml
 from dvla.common.signals import handled, terminable
 from dvla.errors import UserError
@@ -33,19 +33,10 @@ from support import synthetic_cache as synthetic
 from support.build_zygote import Zygote
 from support.cli_runner import until
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
+from support.vlm_samples import TINY
 
 SHARD, FRAMES = 4, sum(LENGTHS)
 SHARDS = len(VIEWS) * -(-FRAMES // SHARD)
-TINY = TinySpec(
-    vision_depth=1,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,9 @@ from dvla.stages.caching.sizes import plan_nbytes, require_room
 from dvla.stages.caching.upkeep import repair as cache_repair
 from support import synthetic_cache as synthetic
 from support.cli_runner import Dvla, argv, refused
-from support.corner import TINY, tree
+from support.corner import tree
 from support.lerobot_samples import LENGTHS, VIEWS
+from support.vlm_samples import TINY
 
 FRAMES = sum(LENGTHS)
 Usage = collections.namedtuple("Usage", "total used free")

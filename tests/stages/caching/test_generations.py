@@ -26,9 +26,10 @@ from dvla.stages.caching import build as build_module
 from dvla.stages.caching import generations as generations_module
 from dvla.stages.caching.config import PilotConfig
 from dvla.stages.caching.planning.pilot import plan_build
-from support.corner import SHARD, TINY, Corner, other_instruction, other_pictures, tree
+from support.corner import SHARD, Corner, other_instruction, other_pictures, tree
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
 from support.tolerances import assert_same_features
+from support.vlm_samples import TINY
 
 OLD = sum(LENGTHS[:2])  # frames of the dataset before it grew
 

@@ -24,7 +24,7 @@ from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
+from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common import fingerprint as fp
 from dvla.common.config import from_mapping
 from dvla.errors import UserError
@@ -38,20 +38,12 @@ from dvla.stages.policy.policy import Policy
 from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.stage_three.finetune import finetune, finetune_config
 from dvla.stages.training.train import train
+from support import vlm_samples
 from support.finetune_samples import caught_encoders
 from support.tolerances import assert_same_features
 
 Recorded = dict[str, Path]
-TINY = TinySpec(
-    vision_depth=3,
-    vision_width=32,
-    vision_heads=2,
-    vision_mlp=2,
-    out_width=32,
-    text_layers=1,
-    vocabulary=512,
-    init_std=0.1,
-)
+TINY = dataclasses.replace(vlm_samples.TINY, vision_depth=3)
 LORA = LoraSpec(r=2, alpha=4.0)
 TRAINING = {
     "model_size": "tiny",

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +41,7 @@ from dvla.stages.training.stage_three.split import SplitFeatures
 from dvla.stages.training.step import batch_loss, noise_generator
 from dvla.stages.training.train import policy_net, train
 from support.cli_runner import Dvla, refused
-from support.repository import ROOT
+from support.distributed_runs import in_two_processes
 from support.vlm_samples import smooth_images
 
 BLOCKS, BOUNDARY = 3, 2
@@ -371,16 +368,7 @@ def test_two_processes_learn_what_one_does(
     for config in ways.values():
         document = dataclasses.asdict(config)
         jobs.append({**document.pop("train"), "out": config.train.out + "-two", "batch_size": 2, "finetune": document})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(ROOT / "tests" / "support" / "distributed_runs.py")
-    done = subprocess.run(
-        [*launch, script, json.dumps(jobs)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(jobs)
     for name, config in ways.items():
         answers = json.loads((tmp_path / f"{name}-two.report").read_text())
         assert [answer.get("step") for answer in answers] == [4, 4], answers

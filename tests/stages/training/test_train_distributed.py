@@ -7,9 +7,6 @@ One launch does all the runs: importing torch three times is what takes the time
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.parallel.world import ENVIRONMENT, World, join
 from dvla.stages.training.train import train
 from support import synthetic_cache as synthetic
-from support.repository import ROOT
+from support.distributed_runs import in_two_processes
 
 SETTINGS = {
     "model_size": "tiny",
@@ -83,16 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # the other half, otherwise
     if "zero2" in RUNS:
         jobs.append({**common, "out": str(base / "two" / "zero2"), "accumulate": 2, "strategy": "zero2"})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(ROOT / "tests" / "support" / "distributed_runs.py")
-    done = subprocess.run(
-        [*launch, script, json.dumps(jobs)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(jobs)
     for name, changes in ONE.items():
         train(from_mapping(TrainConfig, {**common, "out": str(base / "one" / name), **changes}), say=lambda _: None)
     return base
