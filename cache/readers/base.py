@@ -242,7 +242,11 @@ class Source(ABC):
             frame = int(backwards.argmax())
             raise CorruptEpisode(f"{where}: timestamps do not increase at frame {frame}", "time-order")
         return EpisodeTable(
-            state.astype(np.float32), action.astype(np.float32), times, rows.instruction or config.instruction
+            state.astype(np.float32),
+            action.astype(np.float32),
+            times,
+            rows.instruction or config.instruction,
+            rows.notes,
         )
 
     def _check_widths(self, widths: Mapping[str, int]) -> None:
