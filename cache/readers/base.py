@@ -247,6 +247,7 @@ class Source(ABC):
             times,
             rows.instruction or config.instruction,
             rows.notes,
+            rows.origin,
         )
 
     def _check_widths(self, widths: Mapping[str, int]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class EpisodeEntry:
     data_path: str
     video_paths: Mapping[str, str]  # video key → file
     video_starts: Mapping[str, float]  # video key → seconds into that file at which the episode begins
+    video_ends: Mapping[str, float] = field(default_factory=dict)  # and ends, where that is listed (v3.0)
+    rows: tuple[int, int] | None = None  # [from, to) among all rows, where that is listed (v3.0)
 
 
 class Metadata:
@@ -118,7 +120,9 @@ class Metadata:
                 starts = {k: float(row[f"videos/{k}/from_timestamp"]) for k in self.video_keys}
                 data = self._fill("data_path", **numbers(row, "data"))
                 tasks_of = tuple(row.get("tasks") or ())
-                episodes[row["episode_index"]] = EpisodeEntry(row["length"], tasks_of, data, videos, starts)
+                ends = {k: float(row[f"videos/{k}/to_timestamp"]) for k in self.video_keys}
+                span = row["dataset_from_index"], row["dataset_to_index"]
+                episodes[row["episode_index"]] = EpisodeEntry(row["length"], tasks_of, data, videos, starts, ends, span)
             except KeyError as error:
                 raise UserError(f"{self.repo}: meta/episodes has no column {error}") from None
         return tasks, episodes

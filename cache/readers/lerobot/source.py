@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,27 @@ from ..base import Source
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
 from ..tables import EpisodeTable, Rows, TableBlock
-from ..video import VideoExtent, decode, find_extent
+from ..video import decode
 from .metadata import EpisodeEntry, Metadata
-from .parquet import ImageRows, decode_images, find_images, read_rows, stream_rows, to_matrix
+from .parquet import RowsAt, decode_images, find_images, stream_rows, to_matrix
+from .placement import DataFiles, FoundRows
+from .rows import Clock, put_in_order
+from .spans import Claim, VideoFile
 
-_CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
+_CHECKED = (
+    "timestamp",
+    "frame_index",
+    "index",
+    "task_index",
+)  # columns of every LeRobot table, by which its rows are checked
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where the rows of a table are, and what they say about their images."""
+
+    at: RowsAt
+    clock: Clock | None
 
 
 class LeRobotSource(Source):
@@ -49,6 +67,7 @@ class LeRobotSource(Source):
             episode_ids=tuple(meta.episodes),  # as listed; a missing file shows when the episode is loaded
             widths={key: math.prod(f.get("shape") or [1]) for key, f in meta.features.items()},
         )
+        self._data = DataFiles(meta)
         self._read_recording()
 
     @classmethod
@@ -85,56 +104,77 @@ class LeRobotSource(Source):
             try:
                 if len(left) > 1:
                     path = self.meta.locate(data_path, self.name)
-                    for number, rows in stream_rows(path, [*self.config.columns, *_CHECKED], batch_rows, self.name):
+                    for number, first, rows in stream_rows(path, self._columns, batch_rows, self.name):
                         if number in left:
+                            table = self.attempt(functools.partial(self._table_of, path, rows, first), number)
                             left.remove(number)
-                            yield number, self.attempt(functools.partial(self._table_of, rows), number)
+                            yield number, table
             except CorruptEpisode:
                 pass  # the file is missing or damaged: what is left is read one by one, each with its own reason
             for number in sorted(left):
                 yield number, self.attempt(self.table, number)
 
-    def _table_of(self, rows: pa.Table, episode_id: int) -> EpisodeTable:
+    @property
+    def _columns(self) -> list[str]:
+        return [*self.config.columns, *_CHECKED]
+
+    def _table_of(self, path: Path, rows: pa.Table, first: int, episode_id: int) -> EpisodeTable:
         where = self.where(episode_id)
-        return self._checked(self._rows_of(self._entry(episode_id), rows, self.config.columns, where), where)
+        notes = self._data.judge(episode_id, rows, first, where)
+        if notes is None:  # its rows may be elsewhere
+            return self.table(episode_id)
+        found = FoundRows(rows, RowsAt(path, episode_id), self._data.path_of(episode_id), notes)
+        return self._checked(self._rows_of(found, self.config.columns, where), where)
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
-        entry = self._entry(episode_id)
-        rows = read_rows(self.meta.locate(entry.data_path, where), episode_id, [*columns, *_CHECKED], where)
-        return self._rows_of(entry, rows, columns, where)
+        self._entry(episode_id)
+        return self._rows_of(self._data.find(episode_id, [*columns, *_CHECKED], where), columns, where)
 
-    def _rows_of(self, entry: EpisodeEntry, rows: pa.Table, columns: Sequence[str], where: str) -> Rows:
-        length = rows.num_rows
-        if length != entry.length or not length:
-            raise CorruptEpisode(
-                f"{where}: {entry.data_path} has {length} rows, meta/ lists {entry.length}", "row-count"
-            )
-        frames = to_matrix(rows, "frame_index", where)[:, 0]
-        if not np.array_equal(frames, np.arange(length)):
-            raise CorruptEpisode(f"{where}: frame_index does not run 0..{length - 1}", "row-count")
+    def _rows_of(self, found: FoundRows, columns: Sequence[str], where: str) -> Rows:
+        at, entry = found.at, self._entry(found.at.episode_id)
+        span = entry.rows[1] - entry.rows[0] if entry.rows else None
+        ordered = put_in_order(found.table, entry.length, span, self.fps, found.name, where)
+        if ordered.order is not None:
+            at = at.reordered(ordered.order, where)
+        rows = ordered.table
         numbers = to_matrix(rows, "task_index", where)[:, 0].astype(int) if "task_index" in rows.column_names else None
         return Rows(
             {name: to_matrix(rows, name, where) for name in columns},
             self._instruction(entry, numbers, where),
-            to_matrix(rows, "timestamp", where)[:, 0],
+            ordered.times,
+            (*found.notes, *ordered.notes),
+            _Origin(at, ordered.clock),
         )
 
     def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
-        entry, key = self._entry(episode_id), self._cameras[view]
-        return (self.meta.locate(entry.video_paths.get(key, entry.data_path), where),)
+        video = self._entry(episode_id).video_paths.get(self._cameras[view])
+        return (self.meta.locate(video or self._data.path_of(episode_id), where),)
 
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
-        entry = self._entry(episode_id)
-        found: VideoExtent | ImageRows
+        entry, origin = self._entry(episode_id), table.origin
+        assert isinstance(origin, _Origin)
         for name in names:
             (path,), key = self._files(episode_id, name, where), self._cameras[name]
             if key in entry.video_paths:
-                found = find_extent(path, entry.video_starts[key] + table.timestamps, where)
-                length, opener = len(found.pts), functools.partial(decode, found, where)
+                video = self._videos[key, entry.video_paths[key]]
+                extent, notes = video.find(path, episode_id, table.timestamps, origin.clock, where)
+                opener = functools.partial(decode, extent, where)
+                yield View(name, extent.height, extent.width, len(extent.pts), opener, extent.sha256, notes)
             else:
-                found = find_images(path, episode_id, key, where)
-                length, opener = found.length, functools.partial(decode_images, found, where)
-            yield View(name, found.height, found.width, length, opener, found.sha256)
+                images = find_images(origin.at, key, where)
+                opener = functools.partial(decode_images, images, where)
+                yield View(name, images.height, images.width, images.length, opener, images.sha256)
+
+    @functools.cached_property
+    def _videos(self) -> dict[tuple[str, str], VideoFile]:
+        """(feature, file) → every listed video file of the cameras in use, and the episodes in it."""
+        claims: defaultdict[tuple[str, str], list[Claim]] = defaultdict(list)
+        for number, entry in self.meta.episodes.items():
+            for key in self._cameras.values():
+                if key in entry.video_paths:
+                    claim = Claim(number, entry.length, entry.video_starts[key], entry.video_ends.get(key))
+                    claims[key, entry.video_paths[key]].append(claim)
+        return {path: VideoFile(found, self.fps) for path, found in claims.items()}
 
     def _read_recording(self) -> None:
         """Task and initial states of a simulator's recording, from `meta/dvla.json` of `dvla data record`."""
