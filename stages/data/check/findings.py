@@ -41,6 +41,7 @@ class Facts:
     gaps: list[tuple[int, int, float]] = field(default_factory=list)  # (episode, frame, step in seconds) out of rhythm
     drifts: list[tuple[int, float, float]] = field(default_factory=list)  # (episode, seconds off at its end, rows/s)
     instructions: dict[str, list[int]] = field(default_factory=dict)  # text → episodes
+    notes: tuple[str, ...] = ()  # what the reader found odd about the dataset as a whole
     twins: list[tuple[int, int]] = field(default_factory=list)  # (episode, earlier one with the same numbers)
     images: list[CameraFacts] = field(default_factory=list)
 

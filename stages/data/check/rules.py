@@ -33,6 +33,11 @@ def failures(facts: Facts) -> Iterator[Finding]:
         yield Finding(kind, "error", f"episode {group[0].episode}: {group[0].reason}{several}", episodes)
 
 
+def reader_notes(facts: Facts) -> Iterator[Finding]:
+    """What is odd about the dataset as a whole."""
+    return (Finding("dataset", "warning", note) for note in facts.notes)
+
+
 def listed_count(facts: Facts) -> Iterator[Finding]:
     """Totals of the metadata against its own list."""
     actual = {"episodes": len(facts.listed)}
@@ -168,6 +173,7 @@ def license_missing(facts: Facts) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     failures,
+    reader_notes,
     listed_count,
     row_count,
     unlisted_files,
