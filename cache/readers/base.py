@@ -33,8 +33,7 @@ class Source(ABC):
     environment: str | None = None  # simulated task it was recorded in, e.g. "metaworld/push-v3"
     location: str = ""  # where to open it again: its absolute path, or its hub id
     starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
-    text_from: str = ""  # where in the files the task texts are, most preferred first; "" where that goes without saying
-    notes: tuple[str, ...] = ()  # what is odd about the dataset as a whole, one line each: findings of `data check`
+    text_from: str = ""  # where in the files the task texts are, most preferred first; "" where a format has one place
 
     def __init__(
         self,
@@ -248,7 +247,11 @@ class Source(ABC):
             frame = int(backwards.argmax())
             raise CorruptEpisode(f"{where}: timestamps do not increase at frame {frame}", "time-order")
         return EpisodeTable(
-            state.astype(np.float32), action.astype(np.float32), times, rows.instruction or config.instruction
+            state.astype(np.float32),
+            action.astype(np.float32),
+            times,
+            rows.instruction or config.instruction,
+            rows.notes,
         )
 
     def _check_widths(self, widths: Mapping[str, int]) -> None:
