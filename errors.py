@@ -26,6 +26,14 @@ class UserError(Exception):
     """Bad input. The message is one line: what was given, what is allowed, what to do. The CLI exits with 2."""
 
 
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a reader settled about an episode that it can read: a finding of `dvla data check`, never a refusal."""
+
+    rule: str  # id of the finding, e.g. "task-differs"
+    text: str  # one line: which witnesses disagree, with both values, and which one was used
+
+
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
     """`UserError` for a name that is not in `allowed`, naming the nearest valid one.
 

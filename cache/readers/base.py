@@ -34,6 +34,7 @@ class Source(ABC):
     environment: str | None = None  # simulated task it was recorded in, e.g. "metaworld/push-v3"
     location: str = ""  # where to open it again: its absolute path, or its hub id
     starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
+    text_from: str = ""  # where in the files the task texts are, most preferred first; "" where a format has one place
 
     def __init__(
         self,
@@ -118,6 +119,10 @@ class Source(ABC):
     def instruction_of(self, episode_id: int) -> str:
         """The episode's task text, else the config's. A reader with cheap metadata overrides it."""
         return self.table(episode_id).instruction
+
+    def success_of(self, episode_id: int) -> bool | None:
+        """Whether the demonstration succeeded, by its files; None where they do not say."""
+        return None
 
     def table(self, episode_id: int) -> EpisodeTable:
         """State, action, time and task of one episode, no image; `CorruptEpisode` for rows that cannot be used,
@@ -249,7 +254,11 @@ class Source(ABC):
             frame = int(backwards.argmax())
             raise CorruptEpisode(f"{where}: timestamps do not increase at frame {frame}", "time-order")
         return EpisodeTable(
-            state.astype(np.float32), action.astype(np.float32), times, rows.instruction or config.instruction
+            state.astype(np.float32),
+            action.astype(np.float32),
+            times,
+            rows.instruction or config.instruction,
+            rows.notes,
         )
 
     def _check_widths(self, widths: Mapping[str, int]) -> None:
