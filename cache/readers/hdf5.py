@@ -25,7 +25,7 @@ from ...common.hub import hub_files
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode, View
-from .location import Location
+from .location import Location, unreadable
 
 SUFFIXES = (".hdf5", ".h5")
 _BLOCK_NBYTES = 8 << 20  # of an image array read at once where its chunks do not say
@@ -43,8 +43,7 @@ def opened(path: Path, where: str) -> Iterator[h5py.File]:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file
     except _DAMAGE as error:
-        reason = f"{where}: {path.name} cannot be read as HDF5 ({first_line(error)})"
-        raise CorruptEpisode(reason, "unreadable-file") from None
+        raise CorruptEpisode(f"{where}: {unreadable(path, 'HDF5', error)}", "unreadable-file") from None
 
 
 def one_file(given: str) -> Path:

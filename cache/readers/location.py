@@ -15,16 +15,16 @@ from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
 
+POINTER = b"version https://git-lfs.github.com/spec/"
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
-
-def unreadable(path: Path, kind: str, error: Exception) -> str:
+def unreadable(path: Path, kind: str, error: Exception | str) -> str:
     """Why a file could not be read as `kind` (e.g. "parquet"): one line that begins with its name.
 
     Every reader calls it: what was never fetched looks to each format like another kind of damage.
     """
-    return f"{path.name} {absence(path) or f'cannot be read as {kind} ({first_line(error)})'}"
+    reason = error if isinstance(error, str) else first_line(error)
+    return f"{path.name} {absence(path) or f'cannot be read as {kind} ({reason})'}"
 
 
 def absence(path: Path) -> str:
@@ -36,10 +36,8 @@ def absence(path: Path) -> str:
             if any(any(folder.glob("*.incomplete")) for folder in _download_folders(path)):
                 return "was not downloaded to its end; rerun hf download"
             return "is missing"
-        if path.stat().st_size == 0:
-            return "is empty (0 bytes); fetch or record it again"
         with open(path, "rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
+            if file.read(len(POINTER)) == POINTER:
                 return "is a Git LFS pointer, not the file itself; run git lfs pull in the dataset (or hf download)"
     except OSError:
         pass

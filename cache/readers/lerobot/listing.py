@@ -33,7 +33,7 @@ class EpisodeEntry:
 class Listing:
     """What a dataset lists."""
 
-    tasks: dict[int, str] = field(default_factory=dict)  # task_index → text, never empty
+    tasks: dict[int, str] = field(default_factory=dict)  # task_index → text, "" where it has none
     entries: dict[int, EpisodeEntry] = field(default_factory=dict)
     damaged: dict[int, tuple[Kind, str]] = field(default_factory=dict)  # episode → why its entry cannot be used
     notes: list[Note] = field(default_factory=list)
@@ -83,15 +83,16 @@ def read_tasks(location: Location, listing: Listing) -> None:
                 raise ValueError(line.problem)
             index = whole_field(line.value, "task_index") if "task_index" in line.value else position
             text = line.value.get(column)
-            texts.setdefault(index, set()).add("; ".join(usable_texts(text, {})))
+            found = text if isinstance(text, (list, tuple)) else [text]
+            texts.setdefault(index, set()).add("; ".join(t for t in found if isinstance(t, str)))
         except ValueError as error:
             listing.notes.append(Note("task-unreadable", f"{line.where} {error}"))
-    for index, found in texts.items():
-        if len(found) > 1:
-            both = " and ".join(map(shown, sorted(found)))
+    for index, different in texts.items():
+        if len(different) > 1:
+            both = " and ".join(map(shown, sorted(different)))
             listing.notes.append(Note("task-twice", f"meta/{name} gives task_index {index} the texts {both}"))
-        elif text := found.pop():
-            listing.tasks[index] = text
+        else:
+            listing.tasks[index] = different.pop()
 
 
 def _text_column(rows: Sequence[Mapping[str, Any]]) -> str | None:

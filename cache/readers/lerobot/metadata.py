@@ -1,5 +1,5 @@
-"""What a LeRobot dataset (v2.0, v2.1, v3.0; GR00T's flavor of them) says about itself: info.json, tasks, the episodes and
-the file templates.
+"""What a LeRobot dataset (v2.0, v2.1, v3.0; GR00T's flavor of them) says about itself: info.json, tasks, episodes and
+file templates.
 
 Nothing but `meta/` is read here, and the names of files; data files only where `meta/` has no list of the episodes.
 """
@@ -18,7 +18,7 @@ from ..episode import CorruptEpisode
 from ..images import choose_cameras
 from ..location import Location
 from .documents import Template, number, read_json, shown, whole
-from .listing import EpisodeEntry, Listing, Paths, read_episodes, read_tasks
+from .listing import EpisodeEntry, Listing, Paths, is_instruction, read_episodes, read_tasks
 from .modality import Modality, read_modality
 from .presence import presence, recover_episodes
 
@@ -99,6 +99,17 @@ class Metadata:
         """GR00T's meta/modality.json; empty where there is none or it cannot be used."""
         return read_modality(self.root / "meta" / "modality.json", self.features)
 
+    @functools.cached_property
+    def texts(self) -> frozenset[str]:
+        """The texts of the tasks that say what to do."""
+        return frozenset(filter(is_instruction, self.tasks.values()))
+
+    @property
+    def needs_more_texts(self) -> bool:
+        """Whether rows may point at a task without an instruction, so that other columns are worth reading."""
+        doubts = any(note.rule.startswith("task-") for note in self._listing.notes)
+        return doubts or not all(map(is_instruction, self.tasks.values()))
+
     def notes(self) -> tuple[Note, ...]:
         """What a user should know about the dataset as a whole, one line each."""
         found = [*self._listing.notes, *self.modality.notes]
@@ -169,9 +180,9 @@ class Metadata:
             newer = re.match(r"v(\d{1,4})\.(\d{1,4})", version)
             is_newer = newer is not None and (int(newer[1]), int(newer[2])) > (3, 0)
             remedy = "look for a newer dvla, or convert it" if is_newer else "convert it with lerobot"
-            shown_version = version or shown(given)
             raise UserError(
-                f"{self.repo}: LeRobot version {shown_version} is not readable; {remedy} to one of {', '.join(VERSIONS)}"
+                f"{self.repo}: LeRobot version {version or shown(given)} is not readable; {remedy} to one of "
+                f"{', '.join(VERSIONS)}"
             )
         return version
 
@@ -215,9 +226,7 @@ class Metadata:
             try:
                 return Template(text, (*_FIELDS[self._is_v3], *extra))
             except ValueError as error:
-                raise UserError(
-                    f"{self.repo}: {name} of meta/info.json does not fit {self.version}: {error}"
-                ) from None
+                raise UserError(f"{self.repo}: {name} of meta/info.json does not fit {self.version}: {error}") from None
 
         try:
             chunks = whole(self.info.get("chunks_size")) or _CHUNK

@@ -57,9 +57,7 @@ def read_modality(path: Path, features: Mapping[str, Mapping[str, Any]]) -> Moda
     return Modality(parts["state"], parts["action"], cameras or None, annotations or None, tuple(notes))
 
 
-def _slices(
-    part: str, given: Any, features: Mapping[str, Mapping[str, Any]], notes: list[Note]
-) -> tuple[Slice, ...]:
+def _slices(part: str, given: Any, features: Mapping[str, Mapping[str, Any]], notes: list[Note]) -> tuple[Slice, ...]:
     found = []
     for name, values in _objects(given, part, notes).items():
         column = values.get("original_key") or _COLUMN[part]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ....errors import Note, UserError
 from ..location import Location, unreadable
+from ..video import frames_listed
 from .listing import EpisodeEntry, Listing, Paths
 
 
 def recover_episodes(location: Location, paths: Paths, is_v3: bool, fps: float, listing: Listing) -> None:
-    """Fill `listing` from the data files, where meta/ has no list of the episodes. `UserError` when they do not tell."""
+    """Fill `listing` from the data files, where meta/ has no list of episodes. `UserError` when they do not tell."""
     missing = "meta/episodes holds no parquet file" if is_v3 else "meta/episodes.jsonl is missing or empty"
     names = [] if location.hub_id else location.names(paths.data.glob())
     if not names:
@@ -57,7 +57,9 @@ def _recover_v3(
         try:
             ids = pq.read_table(location.root / name, columns=["episode_index"])["episode_index"].to_numpy()
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"{location.given}: {missing}, and {unreadable(location.root / name, 'parquet', error)}")
+            raise UserError(
+                f"{location.given}: {missing}, and {unreadable(location.root / name, 'parquet', error)}"
+            ) from None
         starts = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
         for start, stop in zip(starts[:-1], starts[1:]):
             episode, length = int(ids[start]), stop - start
@@ -69,11 +71,11 @@ def _recover_v3(
             listing.entries[episode] = EpisodeEntry(length, (), name, videos, begins, ends, span)
         row += len(ids)
     for name in videos.values():
-        with av.open(str(location.root / name)) as container:
-            frames = container.streams.video[0].frames
+        frames = frames_listed(location.root / name, location.given)
         if frames != row:
             raise UserError(
-                f"{location.given}: {missing}, and {name} has {frames} frames for {row} rows; was the recording finalized?"
+                f"{location.given}: {missing}, and {name} has {frames} frames for {row} rows; was the recording "
+                "finalized?"
             )
 
 
@@ -84,7 +86,7 @@ def presence(location: Location, entries: Mapping[int, EpisodeEntry], keys: Sequ
     def is_here(relative: str) -> bool:
         folder, _, name = relative.rpartition("/")
         if folder not in here:
-            path = Path(location.root / folder)
+            path = location.root / folder
             here[folder] = {p.name for p in path.iterdir()} if path.is_dir() else set()
         return name in here[folder]
 
