@@ -119,7 +119,7 @@ def test_tables_of_any_size_are_arrays_zarr_reads(tmp_path: Path, shape: tuple[i
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     write_table(tmp_path / "t", values, tuple("abc"[: len(shape)]))
     np.testing.assert_array_equal(zarr.open_array(str(tmp_path / "t"), mode="r")[:], values)
-    np.testing.assert_array_equal(open_table(tmp_path / "t"), values)
+    np.testing.assert_array_equal(open_table(tmp_path / "t", (shape, "float32")), values)
 
 
 def test_quarantine_is_a_ledger_and_a_count(whole: Path) -> None:
@@ -310,6 +310,64 @@ def test_damage_is_found_and_named(copy: Path) -> None:
     for row, path in ((17, short), (33, gone)):
         with pytest.raises(UserError, match=f"shard {path}"):
             dataset.feature("front", row)
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("alpha/timestamp", {"data_type": "object"}),  # would map pointers from the file
+        ("beta/episodes/id", {"data_type": "O"}),
+        ("alpha/timestamp", {"data_type": "int64"}),  # the same bytes, other numbers
+        ("alpha/action", {"data_type": "float64"}),
+        ("alpha/action", {"data_type": None}),
+        ("alpha/action", {"shape": [128, 128]}),
+        ("alpha/action", {"shape": [True, 128]}),
+        ("alpha/action_mask", {"shape": [64]}),
+        ("alpha/text/embedding", {"shape": [0, 2, 8]}),
+        ("alpha/null_text", {"shape": [-1, 8]}),
+        ("beta/episodes/id", {"shape": []}),
+        ("beta/episodes/id", {"shape": None}),
+    ],
+)
+def test_a_table_is_mapped_with_the_expected_dtype_and_shape_only(copy: Path, table: str, change: dict) -> None:
+    """A pulled cache brings its own manifest, so its checksums are no defense."""
+    file = copy / table / "zarr.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=f"cannot read table .*{table.split('/')[-1]}") as error:
+        Cache.open(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("views", ["../../alpha/features/front"], "cannot name"),
+        ("views", "front", "cannot read table"),
+        ("views", None, "damaged"),
+        ("frames", 98.0, "damaged"),
+        ("frames", 10**12, "damaged|cannot read table"),
+        ("frame_stride", 0, "damaged"),
+        ("dtype", "object", "unknown feature dtype"),
+        ("source_hashes", [], "cannot read table"),
+        ("instructions", ["a"], "cannot read table"),
+    ],
+)
+def test_forged_attributes_are_a_line(copy: Path, name: str, value: object, said: str) -> None:
+    file = copy / "alpha/zarr.json"
+    document = json.loads(file.read_text())
+    document["attributes"][name] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=said):
+        Cache.open(copy)
+
+
+@pytest.mark.parametrize(("table", "value"), [("start", 1), ("length", 0), ("length", 10**9), ("instruction", 99)])
+def test_an_episode_table_that_points_elsewhere_is_refused(copy: Path, table: str, value: int) -> None:
+    file = copy / f"alpha/episodes/{table}/c/0"
+    data = file.read_bytes()
+    file.write_bytes(np.int64(value).tobytes() + data[8:])
+    with pytest.raises(UserError, match="damaged"):
+        Cache.open(copy)
 
 
 def test_lost_shards_alone_are_built_again(copy: Path, whole: Path) -> None:
