@@ -20,6 +20,7 @@ from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.store.shard_reader import ShardFiles, read_index, read_records
 from dvla.cache.store.shard_writer import MISSING, ShardWriter
 from dvla.cache.store.writer import CacheWriter
+from dvla.common.files import crc32c
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
 
@@ -310,6 +311,30 @@ def test_damage_is_found_and_named(copy: Path) -> None:
     for row, path in ((17, short), (33, gone)):
         with pytest.raises(UserError, match=f"shard {path}"):
             dataset.feature("front", row)
+
+
+def test_a_swapped_index_is_found_though_the_checksum_of_the_file_is_blind_to_it(tmp_path: Path) -> None:
+    """A crc32c over data that ends in its own crc32c is constant: only reading the index tells."""
+    for name in ("fp16", "fp16-lz4-stride3", "int8-zstd-stride2-variant"):
+        plan = synthetic.make_plan(**synthetic.SETTINGS[name])
+        synthetic.build(tmp_path / name, plan=plan)
+        assert verify_checksums(tmp_path / name) == []
+        for shard in ("alpha/features/front/c/0/0/0", "alpha/episodes/id/c/0", "beta/action/c/0/0"):
+            path, chunks = tmp_path / name / shard, plan.shard_frames if "features" in shard else 1
+            data = path.read_bytes()
+            size = 16 * chunks + 4
+            index = np.frombuffer(data[-size:-4], "<u8").reshape(-1, 2).copy()
+            if chunks > 1:
+                index[[0, 1]] = index[[1, 0]] if name != "fp16" else index[[0, 1]]
+                if name == "fp16":  # and none is left out at the end
+                    index[np.flatnonzero(index[:, 0] < MISSING)[-1]] = MISSING
+            else:
+                index[0] = index[0, 0] + 8, index[0, 1] - 8
+            forged = data[:-size] + index.tobytes() + np.uint32(crc32c(index)).tobytes()
+            assert crc32c(np.frombuffer(forged, np.uint8)) == crc32c(np.frombuffer(data, np.uint8)) and forged != data
+            path.write_bytes(forged)
+            assert [p.split(":")[0] for p in verify_checksums(tmp_path / name)] == [shard], name
+            path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
