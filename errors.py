@@ -11,12 +11,27 @@ from typing import Literal
 SHOWN_NAMES = 120  # characters of a list of allowed names in a message
 # What is wrong, in one word; `dvla data check` names its findings after it.
 Kind = Literal[
-    "missing-file", "unreadable-file", "not-finite", "rotation-norm", "time-order", "row-count", "unusable-episode"
+    "missing-file",
+    "unreadable-file",
+    "not-finite",
+    "rotation-norm",
+    "time-order",
+    "row-count",
+    "unusable-episode",
+    "unexpected-error",  # rather a fault of the reader than of the file
 ]
 
 
 class UserError(Exception):
     """Bad input. The message is one line: what was given, what is allowed, what to do. The CLI exits with 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a reader settled about an episode that it can read: a finding of `dvla data check`, never a refusal."""
+
+    rule: str  # id of the finding, e.g. "task-differs"
+    text: str  # one line: which witnesses disagree, with both values, and which one was used
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:

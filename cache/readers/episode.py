@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...errors import Failed, Kind
+from ...errors import Failed, Kind, Note
 
 
 class CorruptEpisode(Exception):
@@ -35,6 +35,7 @@ class View:
     length: int  # T, equal to the episode's
     open: Callable[[int, int], Iterator[np.ndarray]]  # (start, stop) → uint8 [H, W, 3] RGB of frames start..stop-1
     sha256: str = ""  # hex over the stored image bytes: changes when they do
+    notes: tuple[Note, ...] = ()  # what was settled to find its frames
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Yield uint8 [H, W, 3] RGB of frames start..stop-1 in order; `CorruptEpisode` where one cannot be decoded."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...errors import Failed
+from ...errors import Failed, Note
 from .episode import CorruptEpisode
 
 
@@ -22,6 +22,7 @@ class Rows:
     columns: dict[str, np.ndarray]  # each column asked for, [T] or [T, d], any numeric dtype
     instruction: str  # task text; "" where there is none
     timestamps: np.ndarray | None = None  # [T] seconds; None: row / control_hz
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class EpisodeTable:
     action: np.ndarray  # [T, da] float32
     timestamps: np.ndarray  # [T] float64 seconds since the episode's start
     instruction: str  # may be empty
+    notes: tuple[Note, ...] = ()  # what was settled to read it
 
 
 def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: str) -> np.ndarray:

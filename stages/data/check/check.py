@@ -28,7 +28,7 @@ from ....cache.readers.tables import EpisodeTable
 from ....common.console import table
 from ....common.files import write_file
 from ....common.progress import Progress
-from ....errors import Failed, UserError
+from ....errors import Failed, Note, UserError
 from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
 from .numeric_rules import limits
@@ -100,7 +100,7 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
     if config.out is not None:
         if config.out.exists():
             raise UserError(f"{config.out} appeared meanwhile; choose another --out")
-        write_file(config.out, as_text(as_json(report)).encode())
+        write_file(config.out, as_text(as_json(report)).encode(errors="backslashreplace"))
     return report
 
 
@@ -184,6 +184,7 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
 def _add(facts: Facts, number: int, table: EpisodeTable, seen: dict[bytes, int]) -> None:
     """Add one episode's rows; `seen`: hash of all rows → the first episode that has them."""
     facts.lengths[number] = len(table.action)
+    facts.notes += [(number, note) for note in table.notes]
     for stats in facts.tables:
         stats.update(number, getattr(table, stats.dims[0].table))
     facts.following.update(table.action, table.state)
@@ -238,26 +239,30 @@ def _look_at_images(source: Source, facts: Facts, config: CheckConfig, count: in
     chosen = [e for e in usable if e in decoded or (is_here and len(usable) <= OPENED)]
     stats, stop = facts.tables[-1], threading.Event()  # of the state, or of the action where there is none
 
-    def look(number: int) -> Iterator[CameraFacts]:
+    def look(number: int, notes: list[Note]) -> Iterator[CameraFacts]:
         episode = source.load(number)
         position = _position(stats, getattr(episode, stats.dims[0].table))
         for view in episode.views:
+            notes += view.notes
             frames: Sequence[tuple[int, int]] = ()
             if number in decoded:
                 few = sample_frames(view.length, config.frames, number % 2 > 0)
                 frames = [(0, view.length)] if config.everything else few
             yield scan(number, view, frames, position, stop.is_set)
 
-    def attempt(number: int) -> tuple[list[CameraFacts], Failed | None]:
+    def attempt(number: int) -> tuple[list[CameraFacts], list[tuple[int, Note]], Failed | None]:
         seen: list[CameraFacts] = []  # of the views before a failure, too
-        return seen, source.attempt(lambda n: seen.extend(look(n)), number)
+        notes: list[Note] = []
+        failed = source.attempt(lambda n: seen.extend(look(n, notes)), number)
+        return seen, [(number, note) for note in notes], failed
 
     pool = ThreadPoolExecutor(THREADS, "dvla-check")
     try:
         waiting = [pool.submit(attempt, number) for number in chosen]
         for done, future in enumerate(as_completed(waiting), 1):
-            seen, failed = future.result()
+            seen, notes, failed = future.result()
             facts.images += seen
+            facts.notes += notes
             facts.failures += [failed] if failed else []
             progress(f"{source.name}: images", done, len(chosen))
     finally:  # on Ctrl-C, too: what has not begun is dropped, what has ends with its frame
@@ -265,6 +270,7 @@ def _look_at_images(source: Source, facts: Facts, config: CheckConfig, count: in
         pool.shutdown(cancel_futures=True)
     facts.images.sort(key=lambda p: (p.episode, source.view_names.index(p.view)))
     facts.failures.sort(key=lambda f: (f.episode, f.reason))
+    facts.notes.sort(key=lambda n: (n[0], n[1].text))
 
 
 def _position(stats: TableStats, native: np.ndarray) -> np.ndarray:

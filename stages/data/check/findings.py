@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ....errors import Failed
+from ....errors import Failed, Note
 from .images import CameraFacts
 from .table_stats import Dimension, Following, TableStats
 
@@ -36,6 +36,7 @@ class Facts:
     declared: dict[str, int] = field(default_factory=dict)  # "episodes", "frames" as the metadata totals them
     unlisted: tuple[int, ...] = ()  # episodes with files that the metadata does not list
     failures: list[Failed] = field(default_factory=list)  # episodes that cannot be used
+    notes: list[tuple[int, Note]] = field(default_factory=list)  # (episode, what its reader settled)
     lengths: dict[int, int] = field(default_factory=dict)  # rows of each usable table
     listed_lengths: dict[int, int] = field(default_factory=dict)  # rows by the metadata
     gaps: list[tuple[int, int, float]] = field(default_factory=list)  # (episode, frame, step in seconds) out of rhythm

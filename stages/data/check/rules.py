@@ -7,9 +7,8 @@ trouble.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from ....errors import Failed
 from .findings import Facts, Finding, Severity, about_cameras, about_episodes, likewise, ranges
 from .images import CameraFacts
 from .numeric_rules import action_follows, constant, jumps, rotations, saturated, units
@@ -23,14 +22,22 @@ REPEATED = 0.75  # share of equal neighboring images while the robot moves
 
 def failures(facts: Facts) -> Iterator[Finding]:
     """Episodes a build would put into quarantine, one finding per kind of reason."""
-    groups: dict[tuple[str, str], list[Failed]] = {}
-    for failed in facts.failures:
-        alike = re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", failed.reason)
-        groups.setdefault((failed.kind, alike), []).append(failed)
-    for (kind, _), group in groups.items():
-        episodes = tuple(sorted({f.episode for f in group}))
-        several = likewise(episodes, len(facts.listed))
-        yield Finding(kind, "error", f"episode {group[0].episode}: {group[0].reason}{several}", episodes)
+    return _grouped("error", ((f.episode, f.kind, f.reason) for f in facts.failures), len(facts.listed))
+
+
+def notes(facts: Facts) -> Iterator[Finding]:
+    """What the reader settled where a dataset contradicts itself, one finding per kind."""
+    return _grouped("warning", ((episode, n.rule, n.text) for episode, n in facts.notes), len(facts.listed))
+
+
+def _grouped(severity: Severity, found: Iterable[tuple[int, str, str]], listed: int) -> Iterator[Finding]:
+    """One finding for all (episode, rule, text) that differ in numbers only."""
+    groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for episode, rule, text in found:
+        groups.setdefault((rule, re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", text)), []).append((episode, text))
+    for (rule, _), group in groups.items():
+        episodes = tuple(sorted({e for e, _ in group}))
+        yield Finding(rule, severity, f"episode {group[0][0]}: {group[0][1]}{likewise(episodes, listed)}", episodes)
 
 
 def listed_count(facts: Facts) -> Iterator[Finding]:
@@ -168,6 +175,7 @@ def license_missing(facts: Facts) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     failures,
+    notes,
     listed_count,
     row_count,
     unlisted_files,
