@@ -11,7 +11,14 @@ from typing import Literal
 SHOWN_NAMES = 120  # characters of a list of allowed names in a message
 # What is wrong, in one word; `dvla data check` names its findings after it.
 Kind = Literal[
-    "missing-file", "unreadable-file", "not-finite", "rotation-norm", "time-order", "row-count", "unusable-episode"
+    "missing-file",
+    "unreadable-file",
+    "not-finite",
+    "rotation-norm",
+    "time-order",
+    "row-count",
+    "unusable-episode",
+    "unexpected-error",  # rather a fault of the reader than of the file
 ]
 
 
@@ -21,7 +28,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a reader settled about an episode that it can read: a finding of `dvla data check`, never a refusal."""
+    """What a reader settled about an episode or a dataset that it can read: a finding of `dvla data check`, never a
+    refusal."""
 
     rule: str  # id of the finding, e.g. "task-differs"
     text: str  # one line: which witnesses disagree, with both values, and which one was used

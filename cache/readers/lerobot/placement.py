@@ -6,7 +6,6 @@ an episode does not hold it, the files beside it are searched, each at most once
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import pyarrow as pa
 
 from ....errors import Note
 from ..episode import CorruptEpisode
-from .metadata import EpisodeEntry, Metadata
+from .listing import EpisodeEntry
+from .metadata import Metadata
 from .parquet import RowsAt, read_places, read_rows
 
 
@@ -148,9 +148,7 @@ class DataFiles:
         listed = self._meta.episodes[episode_id].data_path
         if self._meta.version != "v3.0":
             return None
-        pattern = re.sub(r"\{[^}]*\}", "*", str(self._meta.info["data_path"]))
-        root = self._meta.root
-        names = sorted({*self._listed, *(p.relative_to(root).as_posix() for p in root.glob(pattern))})
+        names = sorted({*self._listed, *self._meta.data_files()})
         middle = names.index(listed)
         for name in sorted(names, key=lambda n: abs(names.index(n) - middle)):
             if name != listed and episode_id in self._episodes_in(name, where):

@@ -30,6 +30,15 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """What the metadata says about the number of an episode's rows."""
+
+    length: int | None  # None: nothing
+    span: int | None = None  # the same by v3.0's dataset_from_index and dataset_to_index
+    has_video: bool = False  # whose frames can prove another number
+
+
+@dataclass(frozen=True)
 class OrderedRows:
     """The rows in the order of their frames."""
 
@@ -40,18 +49,14 @@ class OrderedRows:
     notes: tuple[Note, ...]
 
 
-def put_in_order(
-    table: pa.Table, length: int | None, span: int | None, fps: float, path: str, where: str
-) -> OrderedRows:
+def put_in_order(table: pa.Table, listed: Listed, fps: float, path: str, where: str) -> OrderedRows:
     """Order and time of an episode's rows; `CorruptEpisode`, beginning with `where`, when the witnesses contradict each
     other.
 
     Args:
-        length: listed number of rows, None where none is listed.
-        span: the same by another list (v3.0's dataset_from_index and dataset_to_index).
         path: of the file, for messages.
     """
-    count, notes = table.num_rows, []
+    count, length, notes = table.num_rows, listed.length, []
     if not count:
         raise CorruptEpisode(f"{where}: {path} has 0 rows, meta/ lists {length}", "row-count")
     frames, order = _frames(table, notes, where), None
@@ -66,16 +71,16 @@ def put_in_order(
     if order is not None:
         table = table.take(order)
         notes.append(Note("row-order", "its rows are not in the order of frame_index; they were sorted by it"))
-    counted = length in (None, count)
+    counted = length == count
     if not counted:
-        if frames is None or frames[0] or frames[-1] != count - 1:
+        is_complete = length is None if frames is None else frames[0] == 0 and frames[-1] == count - 1
+        if not is_complete or not (length is None or listed.span == count or listed.has_video):
             raise CorruptEpisode(f"{where}: {path} has {count} rows, meta/ lists {length}", "row-count")
-        notes.append(Note("row-count", f"it has {count} rows, complete by frame_index; meta/ lists {length}"))
     steady = frames is None or (frames[0] == 0 and frames[-1] == count - 1)
     if times is None:
         times = np.arange(count) / fps if frames is None else (frames - frames[0]) / fps
     ordinary = steady and counted and start == 0 and frames is not None
-    clock = None if ordinary else Clock(start, damaged, frames, counted or span == count)
+    clock = None if ordinary else Clock(start, damaged, frames, counted or listed.span == count)
     return OrderedRows(table, order, times, clock, tuple(notes))
 
 

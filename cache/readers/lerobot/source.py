@@ -6,6 +6,7 @@ Letters: T frames of the episode.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -14,27 +15,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
-from ....errors import Failed, UserError
+from ....errors import Failed, Note, UserError
 from ..base import Source
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
+from ..faults import one_episode
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import decode
-from .metadata import EpisodeEntry, Metadata
+from .listing import EpisodeEntry
+from .metadata import Metadata
 from .parquet import RowsAt, decode_images, find_images, stream_rows, to_matrix
 from .placement import DataFiles, FoundRows
-from .rows import Clock, put_in_order
+from .rows import Clock, Listed, put_in_order
 from .spans import Claim, VideoFile
+from .texts import instruction_of, text_columns
 
-_CHECKED = (
-    "timestamp",
-    "frame_index",
-    "index",
-    "task_index",
-)  # columns of every LeRobot table, by which its rows are checked
+_CHECKED = ("timestamp", "frame_index", "index", "task_index")  # columns by which the rows of a table are checked
 
 
 @dataclass(frozen=True)
@@ -56,16 +54,17 @@ class LeRobotSource(Source):
         `UserError` when it is missing, is not a LeRobot dataset, or the config does not describe it.
         """
         self.meta = meta = Metadata(path_or_repo)
+        self._texts = text_columns(meta.features, meta.modality.annotations) if meta.needs_more_texts else ()
         config = config or find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name))
         self._cameras = meta.cameras(config.views)  # short name → feature key
         super().__init__(
             meta.root,
             meta.name,
             config,
-            fps=float(meta.info["fps"]),
+            fps=meta.info["fps"],
             view_names=tuple(self._cameras),
-            episode_ids=tuple(meta.episodes),  # as listed; a missing file shows when the episode is loaded
-            widths={key: math.prod(f.get("shape") or [1]) for key, f in meta.features.items()},
+            episode_ids=meta.episode_ids,  # as listed; a missing file shows when the episode is loaded
+            widths=self._widths(config),
         )
         self._data = DataFiles(meta)
         self._read_recording()
@@ -75,22 +74,27 @@ class LeRobotSource(Source):
         """By `meta/info.json`."""
         return "meta/info.json" in names
 
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: about `meta/`, cameras without files, and how many episodes are here."""
+        return self.meta.notes()
+
     @functools.cached_property
     def revision_hash(self) -> str:
         """sha256 hex over every file of `meta/`."""
         return self.meta.revision_hash()
 
     def length_of(self, episode_id: int) -> int:
-        """Listed number of frames T."""
-        return self._entry(episode_id).length
+        """Listed number of frames T, else that of the rows."""
+        listed = self._entry(episode_id).length
+        return len(self.table(episode_id).action) if listed is None else listed
 
     def instruction_of(self, episode_id: int) -> str:
         """The episode's task text, from `meta/` alone where it has one task. Several are joined by "; " in the order
         in which the rows use them. The config's default where there is none."""
         tasks = self._entry(episode_id).tasks
-        if len(tasks) > 1:
-            return self.table(episode_id).instruction
-        return (tasks[0] if tasks else "") or self.config.instruction
+        if len(tasks) == 1 and (tasks[0] in self.meta.texts or not self.meta.texts):
+            return tasks[0]
+        return self.table(episode_id).instruction
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
         """As in `Source`; a file of many episodes is read once, front to back, and its blocks come in that order."""
@@ -99,24 +103,22 @@ class LeRobotSource(Source):
     def _each_table(self, batch_rows: int) -> Iterator[tuple[int, EpisodeTable | Failed]]:
         files: dict[str, set[int]] = {}
         for number in self.episode_ids:
-            files.setdefault(self._entry(number).data_path, set()).add(number)
+            if number in self.meta.damaged:
+                yield number, self.attempt(self.table, number)
+            else:
+                files.setdefault(self._entry(number).data_path, set()).add(number)
         for data_path, left in files.items():
-            try:
+            # A file that is missing or damaged: what is left is read one by one, each with its own reason.
+            with contextlib.suppress(CorruptEpisode), one_episode(self.name, self.path):
                 if len(left) > 1:
                     path = self.meta.locate(data_path, self.name)
-                    for number, first, rows in stream_rows(path, self._columns, batch_rows, self.name):
+                    columns = self._wanted(self.config.columns)
+                    for number, first, rows in stream_rows(path, columns, batch_rows, self.name):
                         if number in left:
-                            table = self.attempt(functools.partial(self._table_of, path, rows, first), number)
                             left.remove(number)
-                            yield number, table
-            except CorruptEpisode:
-                pass  # the file is missing or damaged: what is left is read one by one, each with its own reason
+                            yield number, self.attempt(functools.partial(self._table_of, path, rows, first), number)
             for number in sorted(left):
                 yield number, self.attempt(self.table, number)
-
-    @property
-    def _columns(self) -> list[str]:
-        return [*self.config.columns, *_CHECKED]
 
     def _table_of(self, path: Path, rows: pa.Table, first: int, episode_id: int) -> EpisodeTable:
         where = self.where(episode_id)
@@ -127,27 +129,30 @@ class LeRobotSource(Source):
         return self._checked(self._rows_of(found, self.config.columns, where), where)
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
-        self._entry(episode_id)
-        return self._rows_of(self._data.find(episode_id, [*columns, *_CHECKED], where), columns, where)
+        self._entry(episode_id)  # refuses one whose entry is damaged
+        return self._rows_of(self._data.find(episode_id, self._wanted(columns), where), columns, where)
 
     def _rows_of(self, found: FoundRows, columns: Sequence[str], where: str) -> Rows:
         at, entry = found.at, self._entry(found.at.episode_id)
         span = entry.rows[1] - entry.rows[0] if entry.rows else None
-        ordered = put_in_order(found.table, entry.length, span, self.fps, found.name, where)
+        ordered = put_in_order(
+            found.table, Listed(entry.length, span, bool(entry.video_paths)), self.fps, found.name, where
+        )
         if ordered.order is not None:
             at = at.reordered(ordered.order, where)
         rows = ordered.table
-        numbers = to_matrix(rows, "task_index", where)[:, 0].astype(int) if "task_index" in rows.column_names else None
+        text, notes = instruction_of(rows, entry, self.meta.tasks, self._texts, where)
         return Rows(
             {name: to_matrix(rows, name, where) for name in columns},
-            self._instruction(entry, numbers, where),
+            text,
             ordered.times,
-            (*found.notes, *ordered.notes),
+            (*found.notes, *ordered.notes, *notes),
             _Origin(at, ordered.clock),
         )
 
     def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
-        video = self._entry(episode_id).video_paths.get(self._cameras[view])
+        entry, key = self._entry(episode_id), self._cameras[view]
+        video = self.meta.video_path(entry, key, where)
         return (self.meta.locate(video or self._data.path_of(episode_id), where),)
 
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
@@ -172,9 +177,11 @@ class LeRobotSource(Source):
         for number, entry in self.meta.episodes.items():
             for key in self._cameras.values():
                 if key in entry.video_paths:
-                    claim = Claim(number, entry.length, entry.video_starts[key], entry.video_ends.get(key))
+                    start, stop = entry.video_starts[key], entry.video_ends.get(key)
+                    length = round((stop - start) * self.fps) if entry.length is None and stop else entry.length or 0
+                    claim = Claim(number, length, start, stop)
                     claims[key, entry.video_paths[key]].append(claim)
-        return {path: VideoFile(found, self.fps) for path, found in claims.items()}
+        return {place: VideoFile(found, self.fps) for place, found in claims.items()}
 
     def _read_recording(self) -> None:
         """Task and initial states of a simulator's recording, from `meta/dvla.json` of `dvla data record`."""
@@ -189,20 +196,14 @@ class LeRobotSource(Source):
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); record the dataset again") from None
 
     def _entry(self, episode_id: int) -> EpisodeEntry:
-        self.where(episode_id)
-        return self.meta.episodes[episode_id]
+        return self.meta.entry(episode_id, self.where(episode_id))
 
-    def _instruction(self, entry: EpisodeEntry, numbers: np.ndarray | None, where: str) -> str:
-        """Text of the rows' `task_index` values; refuses rows that contradict `meta/`."""
-        if numbers is None:
-            return "; ".join(entry.tasks) or self.config.instruction
-        used = list(dict.fromkeys(numbers.tolist()))
-        missing = [n for n in used if n not in self.meta.tasks]
-        if missing and self.meta.tasks:
-            raise CorruptEpisode(
-                f"{where}: task_index {missing[0]} is not among the {len(self.meta.tasks)} tasks of meta/"
-            )
-        texts = [self.meta.tasks[n] for n in used if n in self.meta.tasks]
-        if entry.tasks and set(texts) != set(entry.tasks):
-            raise CorruptEpisode(f"{where}: the rows' task is {texts}, meta/ says {list(entry.tasks)}")
-        return "; ".join(texts) or self.config.instruction
+    def _wanted(self, columns: Sequence[str]) -> list[str]:
+        return [*columns, *_CHECKED, *self._texts]
+
+    def _widths(self, config: DatasetConfig) -> dict[str, int] | None:
+        """Numbers per row of every feature; None where info.json does not tell that of a column of the config."""
+        shapes = {key: feature["shape"] for key, feature in self.meta.features.items()}
+        if any(not shapes.get(column, [1]) for column in config.columns):
+            return None
+        return {key: math.prod(shape) for key, shape in shapes.items()}

@@ -51,7 +51,7 @@ class VideoFile:
         self._lengths = lengths = np.array([c.length for c in self._claims], np.int64)
         stops = [c.start + c.length / fps if c.stop is None else c.stop for c in self._claims]
         sizes = (np.array(stops) - starts) * fps
-        self._by_stop = np.maximum(np.round(sizes).astype(np.int64), 1)  # frames between the listed times
+        self._by_stop = np.clip(np.round(sizes), 1, 2**40).astype(np.int64)  # frames between the listed times
         order = np.argsort(starts, kind="stable")
         free = np.diff(starts[order]) * fps - lengths[order][:-1]  # frames between an episode and the next
         tiled = np.cumsum(lengths[order])
@@ -79,10 +79,10 @@ class VideoFile:
         stored, spans = self._spans(path, where)
         span = spans[episode]
         if span.problem:
-            raise CorruptEpisode(f"{where}: {path.name} {span.problem}", "row-count")
+            raise CorruptEpisode(f"{where}: {path.name}: {span.problem}", "row-count")
         frames = stored[span.first : span.stop]
         chosen = frames_of_rows(frames, times, clock or _ORDINARY, self._fps, f"{where}: {path.name}")
-        notes = (Note("video-span", f"{path.name} {span.note}"),) if span.note else ()
+        notes = (Note("video-span", f"{path.name}: {span.note}"),) if span.note else ()
         return find_extent(path, frames[chosen], where), notes
 
     def _spans(self, path: Path, where: str) -> tuple[np.ndarray, dict[int, Span]]:
@@ -122,7 +122,7 @@ class VideoFile:
             claim, size = self._claims[i], int(max(self._lengths[i], self._by_stop[i]))
             note = ""
             if claim.stop is not None and abs((claim.stop - claim.start) * self._fps - claim.length) >= 1:
-                note = f"is listed from {claim.start:.3f} to {claim.stop:.3f} s, with {claim.length} frames"
+                note = f"it is listed from {claim.start:.3f} to {claim.stop:.3f} s, with {claim.length} frames"
             stop = limit if claim.stop is None else min(limit, int(first[i]) + size)
             spans[claim.episode] = Span(int(first[i]), stop, note)
         return spans
@@ -135,6 +135,11 @@ class VideoFile:
         wrong = overlap.any(1) | (off >= _HALF) | (stops > count)
         if sizes.sum() == count:  # together they are the whole file
             wrong[:] = True
+        else:
+            alone = [
+                i for i in np.flatnonzero(wrong) if _fits(i, first, stops, overlap, (off >= _HALF) | (stops > count))
+            ]
+            wrong[:] = wrong if len(alone) != 1 else np.arange(len(wrong)) == alone[0]
         spans = {c.episode: Span(int(f), int(s)) for c, f, s in zip(self._claims, first, stops)}
         edges = np.flatnonzero(np.diff(np.concatenate([[0], wrong.astype(int), [0]])))
         for a, b in zip(edges[::2].tolist(), edges[1::2].tolist()):
@@ -160,7 +165,7 @@ class VideoFile:
         spans = {}
         for i in members:
             claim, at = self._claims[i], int(places[0][i])
-            listed = f"is listed at {claim.start:.3f} s, {claim.length} frames"
+            listed = f"it is listed at {claim.start:.3f} s, {claim.length} frames"
             if known or (full and places[0][i] == places[1][i] and not differs(i, places[0])):
                 seconds = shown[min(at, len(shown) - 1)]
                 note = f"{listed}; by the frames of the file and its other episodes it is at {seconds:.3f} s"
@@ -169,6 +174,14 @@ class VideoFile:
                 others = f"the file has {len(shown)} frames for {int(sizes.sum())} rows of {len(sizes)} episodes"
                 spans[claim.episode] = Span(0, 0, problem=f"{listed}, where others are or no frames; {others}")
         return spans
+
+
+def _fits(i: int, first: np.ndarray, stops: np.ndarray, overlap: np.ndarray, outside: np.ndarray) -> bool:
+    """Whether all episodes but `i` are where they are listed, and leave exactly its frames between its neighbors."""
+    others = np.arange(len(first)) != i
+    if overlap[others][:, others].any() or outside[others].any() or not 0 < i < len(first) - 1:
+        return False
+    return bool(first[i + 1] - stops[i - 1] == stops[i] - first[i])
 
 
 def frames_of_rows(stored: np.ndarray, times: np.ndarray, clock: Clock, fps: float, what: str) -> np.ndarray:
