@@ -85,15 +85,13 @@ def read_rows(at: RowsAt, columns: Sequence[str], where: str) -> tuple[pa.Table,
 
 
 def read_places(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """`episode_index`, `frame_index` and `index` [rows] int64 of all rows, -1 where one has none; None for a column
-    that the file lacks."""
+    """`episode_index`, `frame_index` and `index` [rows] int64 of all rows, -1 where one has none; None for one of the
+    latter two columns that the file lacks."""
     with opened(path, where) as file:
-        _require_episodes(file.schema_arrow, where)
         wanted = ("episode_index", "frame_index", "index")
         table = file.read(columns=[c for c in wanted if c in file.schema_arrow.names])
         episodes, *others = (_numbers(table[c], where, c) if c in table.column_names else None for c in wanted)
-        assert episodes is not None
-        return episodes, others[0], others[1]
+        return np.full(file.metadata.num_rows, -1) if episodes is None else episodes, others[0], others[1]
 
 
 def _numbers(column: pa.Array | pa.ChunkedArray, where: str, name: str = "episode_index") -> np.ndarray:
@@ -117,9 +115,13 @@ def _group_starts(file: pq.ParquetFile) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
+class NoEpisodeIndex(CorruptEpisode):
+    """A file without the column by which its rows are found."""
+
+
 def _require_episodes(schema: pa.Schema, where: str) -> None:
     if "episode_index" not in schema.names:
-        raise CorruptEpisode(f"{where}: column 'episode_index' is missing from the table")
+        raise NoEpisodeIndex(f"{where}: column 'episode_index' is missing from the table")
 
 
 def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:

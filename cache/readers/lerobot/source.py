@@ -32,7 +32,7 @@ from .rows import Clock, Listed, put_in_order
 from .spans import Claim, VideoFile
 from .texts import instruction_of, text_columns
 
-_CHECKED = ("timestamp", "frame_index", "index", "task_index")  # columns by which the rows of a table are checked
+_CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,10 @@ def test_frame_times_that_are_not_those_of_the_rows(tmp_path, pts):
 
 
 def test_late_start_with_a_frame_more(tmp_path):
-    film = lambda path, shown: write_video(path, [*shown, 39], [200 + 100 * k for k in range(len(shown) + 1)])  # noqa: E731
+
+    def film(path, shown):
+        write_video(path, [*shown, 39], [200 + 100 * k for k in range(len(shown) + 1)])
+
     all_right(open_source(write_v2(tmp_path / "d", film=film)))
 
 
