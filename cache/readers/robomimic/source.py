@@ -31,7 +31,8 @@ from ....errors import UserError
 from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
-from ..hdf5 import SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts, view_of
+from ..hdf5 import SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
+from ..images.hdf5 import is_images, range_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
 from ..tables import EpisodeTable, Rows
 from .controller import check_actions, check_controllers, controllers_in
@@ -88,6 +89,7 @@ class RobomimicSource(Source):
             episode_ids=tuple(self._demos),
             widths=widths,
         )
+        self._spans: dict[str, tuple[float, float]] = {}
         self._controllers = list(controllers_in(kwargs.get("controller_configs")))
         if config.action_columns == _ACTIONS:
             check_controllers(config, self._controllers, name)
@@ -158,7 +160,15 @@ class RobomimicSource(Source):
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
         stored = {name: f"data/{self._demos[episode_id]}/obs/{self._cameras[name]}" for name in names}
         with opened(self._file, where) as file:
-            return [view_of(file, self._file, stored[name], name, where) for name in names]
+            return [view_of(file, self._file, stored[name], name, where, self._span(name)) for name in names]
+
+    def _span(self, view: str) -> tuple[float, float]:
+        """The values of black and white of a camera, looked for in the whole file once."""
+        if view not in self._spans:
+            with opened(self._file, self.name) as file:
+                stored = [f"data/{demo}/obs/{self._cameras[view]}" for demo in self._demos.values()]
+                self._spans[view] = range_over(file, stored, self.name)
+        return self._spans[view]
 
     @contextlib.contextmanager
     def _open(self, episode_id: int) -> Iterator[tuple[h5py.File, h5py.Group, str]]:
@@ -205,7 +215,7 @@ def _usual_demo(
         try:
             demo = find(data, demos[number], here)
             obs = find(demo, "obs", here) if has(demo, "obs") else {}
-            keys = tuple(key for key in obs if _is_image(find(obs, key, here)))
+            keys = tuple(key for key in obs if is_images(find(obs, key, here)))
             if keys:
                 seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
         except CorruptEpisode as error:
@@ -217,10 +227,6 @@ def _usual_demo(
     if len(cameras) < len(keys):
         raise UserError(f"{where}: two cameras get the same short name: {', '.join(keys)}; rename one of them")
     return cameras, dict(zip(columns, widths))
-
-
-def _is_image(array: h5py.Group | h5py.Dataset) -> bool:
-    return isinstance(array, h5py.Dataset) and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
 
 
 def _json(node: h5py.Group | h5py.Dataset, name: str, where: str, required: bool = True) -> dict[str, Any]:

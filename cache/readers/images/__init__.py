@@ -1,0 +1,8 @@
+"""Whatever a camera's images are stored as becomes uint8 [H, W, 3] RGB here: turned as EXIF says, gray in three equal
+channels, the first frame of an animation, other ranges scaled to 8 bits, alpha left out (the stored colors are kept, as
+FFmpeg and Pillow do). One channel of more than 8 bits, or of floats, is a depth map and no camera."""
+
+from .cameras import choose_cameras
+from .encoded import DAMAGE, check_size, decode, decode_all, is_turned, renamed, survey
+
+__all__ = ["DAMAGE", "check_size", "choose_cameras", "decode", "decode_all", "is_turned", "renamed", "survey"]
