@@ -24,7 +24,7 @@ from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
 from .labels import SUCCESS, truth
-from .location import Location
+from .location import Location, absence
 
 SUFFIXES = (".hdf5", ".h5")
 _MAX_HOPS = 16  # soft links followed in a row; more is a loop
@@ -51,7 +51,7 @@ def opened(path: Path, where: str) -> Iterator[h5py.File]:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file
     except DAMAGE as error:
-        raise CorruptEpisode(f"{where}: {path.name} {_meaning(error)}", "unreadable-file") from None
+        raise CorruptEpisode(f"{where}: {path.name} {absence(path) or _meaning(error)}", "unreadable-file") from None
 
 
 def _meaning(error: Exception) -> str:
@@ -111,7 +111,10 @@ def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
             here = here.file if link.path.startswith("/") else here
             parts = [p for p in link.path.split("/") if p not in ("", ".")] + parts
             continue
-        here = here[part]
+        try:
+            here = here[part]
+        except DAMAGE as error:
+            raise CorruptEpisode(f"{where}: '{name}' cannot be read ({first_line(error)})", "unreadable-file") from None
     return here
 
 
@@ -152,9 +155,6 @@ def find_array(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
         raise CorruptEpisode(
             f"{where}: the values of '{name}' were never written; HDF5 would read them as {array.fillvalue}"
         )
-    elif array.size and array.nbytes > (stored := array.id.get_storage_size()):
-        reason = f"{where}: '{name}' claims {list(array.shape)} {array.dtype}, {stored:,} bytes of it are stored"
-        raise CorruptEpisode(reason, "unreadable-file")
     return array
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ...common.text import first_line
-from ...errors import UserError
+from ...errors import Note, UserError
 from .archive import Archive, open_archive
 from .base import Source, choose_views
 from .config import DatasetConfig, find_config
@@ -74,7 +74,8 @@ class ReplayBufferSource(Source):
             self._forms = {key: _form(self._arrays[key], name) for key in views}
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
-        self.notes += tuple(filter(None, (left_out(k, a.shape, a.dtype) for k, a in arrays.items())))
+        found = (left_out(k, a.shape, a.dtype) for k, a in arrays.items())
+        self._notes = tuple(note for note in found if note)
         super().__init__(
             location.root,
             name,
@@ -102,6 +103,10 @@ class ReplayBufferSource(Source):
         for array in sorted(self._arrays.values(), key=lambda a: a.name):
             digest.update(array.metadata)
         return digest.hexdigest()
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: arrays that look like images and are none."""
+        return self._notes
 
     def length_of(self, episode_id: int) -> int:
         """Rows by episode_ends."""

@@ -17,7 +17,7 @@ import numpy as np
 from ..episode import CorruptEpisode, View
 from ..hdf5 import find, find_array, numbers
 from ..images import decode, is_turned, renamed
-from ..images.arrays import form_of
+from ..images.arrays import BYTES, channels_of, form_of
 from ..images.hdf5 import stored_hash
 
 MAX_TRIM_S = 0.5  # seconds of images that may lack a row at either end of an episode; more is a stream cut short
@@ -150,12 +150,13 @@ def _decode(group: h5py.Group, name: str, where: str) -> np.ndarray:
     array = find_array(group, name, where)
     if array.ndim < 2:
         return decode(_bytes(array), f"{where}: '{name}'", _FORMATS)
-    if array.dtype != np.uint8:
+    shape = (1, *array.shape)
+    if array.dtype != np.uint8 or channels_of(shape, array.dtype) is None:
         raise CorruptEpisode(
             f"{where}: '{name}' is {array.dtype} {list(array.shape)}; an image is uint8 [H, W, 3], or a JPEG "
             f"file's bytes"
         )
-    form = form_of((1, *array.shape), array.dtype, (0.0, 255.0), f"{where}: '{name}'")
+    form = form_of(shape, array.dtype, BYTES[array.dtype], f"{where}: '{name}'")
     return form.to_rgb(array[()][None], f"{where}: '{name}'")[0]
 
 

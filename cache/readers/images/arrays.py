@@ -12,10 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from ....errors import UserError
+from ....errors import Note, UserError
 from ..episode import CorruptEpisode
 from .encoded import check_size
 
+BYTES = {np.dtype(np.uint8): (0.0, 255.0)}  # black and white of numbers that say it themselves
+DEPTH = "depth-map"  # id of the finding
 MIN_SIDE = 8  # pixels; an array of gray or four channels with shorter sides is something else
 _NO_CAMERA = re.compile("depth|disparity|segm|mask|label", re.IGNORECASE)  # in the name of an array of one channel
 
@@ -84,23 +86,23 @@ def is_camera(name: str, shape: Sequence[int], dtype: np.dtype) -> bool:
     return channels_of(shape, dtype) is not None and not (single and _NO_CAMERA.search(name))
 
 
-def left_out(name: str, shape: Sequence[int], dtype: np.dtype) -> str:
-    """One line on an array that has the shape of images and is no camera's; "" for every other."""
+def left_out(name: str, shape: Sequence[int], dtype: np.dtype) -> Note | None:
+    """What to say about an array that has the shape of images and is no camera's; None for every other."""
     shaped = len(shape) in (3, 4) and min(shape[2:], default=0) >= MIN_SIDE or (len(shape) == 4 and shape[3] == 1)
     single = len(shape) == 3 or 1 in (*shape[1:2], *shape[3:4])
     if not shaped or not single or is_camera(name, shape, dtype):
-        return ""
-    return f"'{name}' ({dtype}, one channel) is a depth map or mask and not read as a camera"
+        return None
+    return Note(DEPTH, f"'{name}' ({dtype}, one channel) is a depth map or mask and not read as a camera")
 
 
-def form_of(shape: Sequence[int], dtype: np.dtype, span: tuple[float, float], what: str) -> ArrayForm:
-    """How an array of this shape and type, whose black and white are `span`, holds images. `CorruptEpisode` where the
-    axis of the channels cannot be told, or it is no images."""
+def form_of(shape: Sequence[int], dtype: np.dtype, span: tuple[float, float] | None, what: str) -> ArrayForm:
+    """How an array of this shape and type holds images; `span`: its black and white, None where these are not known.
+    `CorruptEpisode` where the axis of the channels cannot be told, or it is no images."""
     channels = channels_of(shape, dtype)
     if channels == "both":
         raise CorruptEpisode(f"{what} {list(shape)} has its colors first or last; store it as [N, H, W, 3]")
-    if channels is None:
-        raise CorruptEpisode(f"{what} is {dtype} {list(shape)}; images have 3 or 4 channels, or 1 of 8 bits")
+    if channels is None or span is None:
+        raise CorruptEpisode(f"{what} is {dtype} {list(shape)}, images are uint8 [N, H, W, 3] or alike")
     form = ArrayForm(channels, *span)
     check_size(*form.size(shape), what)
     return form
@@ -114,8 +116,8 @@ def range_of(samples: Iterable[np.ndarray], dtype: np.dtype, what: str) -> tuple
     negative, else to 1 where one holds fractions. Integers range to 255 where no sample exceeds it, to 65535 where one
     exceeds 4095: between these, 10, 12 and 16 bits look alike.
     """
-    if dtype == np.uint8:
-        return 0.0, 255.0
+    if dtype in BYTES:
+        return BYTES[dtype]
     seen = [v.astype(np.float64) for v in samples]
     low, high = (np.array([f(v) for v in seen]) for f in (np.min, np.max))  # [samples]
     remedy = "store it as uint8, or leave it out with `views` in a dataset config"

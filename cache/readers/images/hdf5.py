@@ -7,18 +7,20 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from ....common.text import first_line
+from ....errors import Note, UserError
 from ..episode import CorruptEpisode, View
 from ..hdf5 import DAMAGE, find_array, opened
-from .arrays import form_of, is_camera, range_of
+from .arrays import BYTES, form_of, is_camera, left_out, range_of
 from .encoded import decode_all, is_encoded, renamed, survey
 
+Spans = Mapping[np.dtype, tuple[float, float]]  # type of numbers → the values of black and white
 _BLOCK_NBYTES = 8 << 20  # of an image array read at once where its chunks do not say
 _FILES = 32  # encoded images read at once
 _SAMPLED = 8  # images of one camera looked at for their range
@@ -31,39 +33,48 @@ def is_images(node: h5py.Group | h5py.Dataset) -> bool:
     return is_camera(node.name.rpartition("/")[2], node.shape, node.dtype) or _holds_files(node)
 
 
-def range_over(file: h5py.File, names: Sequence[str], where: str) -> tuple[float, float]:
-    """The values of black and white of one camera whose images are in several datasets, by some of its images.
-    `UserError` when they cannot be told."""
-    samples: list[np.ndarray] = []
+def left_out_of(group: h5py.Group | h5py.Dataset) -> Iterator[Note]:
+    """What to say about members of a group that look like images and are no camera's."""
+    members = group.items() if isinstance(group, h5py.Group) else ()
+    arrays = ((name, node) for name, node in members if isinstance(node, h5py.Dataset) and node.shape)
+    return (note for name, node in arrays if (note := left_out(name, node.shape, node.dtype)))
+
+
+def spans_over(file: h5py.File, names: Sequence[str], where: str) -> Spans:
+    """The values of black and white in the datasets `names` of one camera, by some of their images; those of a type by
+    which they cannot be told are left out."""
+    samples: dict[np.dtype, list[np.ndarray]] = {}
     spread = [names[int(i)] for i in np.linspace(0, len(names) - 1, min(_SAMPLED, len(names)))]
     for name in spread:
         with contextlib.suppress(CorruptEpisode, *DAMAGE):
             array = find_array(file, name, where)
-            if array.dtype == np.uint8 or array.dtype.kind not in "uif":
-                return 0.0, 255.0
-            rows = np.linspace(0, len(array) - 1, -(-_SAMPLED // len(spread))).astype(int)
-            samples += [array[row] for row in np.unique(rows)]
-    return range_of(samples, samples[0].dtype if samples else np.dtype(np.uint8), f"{where}: '{names[0]}'")
+            if array.dtype.kind in "uif" and array.dtype not in BYTES:
+                rows = np.linspace(0, len(array) - 1, -(-_SAMPLED // len(spread))).astype(int)
+                samples.setdefault(array.dtype, []).extend(array[row] for row in np.unique(rows))
+    found = dict(BYTES)
+    for dtype, images in samples.items():
+        with contextlib.suppress(UserError):
+            found[dtype] = range_of(images, dtype, where)
+    return found
 
 
-def view_of(
-    file: h5py.File, path: Path, stored: str, name: str, where: str, span: tuple[float, float] = (0.0, 255.0)
-) -> View:
-    """The images of the dataset `stored` of an open file as the view `name`, hashed but not decoded; `span`: the values
-    of black and white in it."""
+def view_of(file: h5py.File, path: Path, stored: str, name: str, where: str, spans: Spans = BYTES) -> View:
+    """The images of the dataset `stored` of an open file as the view `name`, hashed but not decoded; `spans`: by the
+    type of its numbers, the values of black and white."""
     array = find_array(file, stored, where)
     if _holds_files(array):
         length, height, width, sha256 = survey(_files(array, where), None)
     else:
+        span = spans.get(array.dtype)
         form = form_of(array.shape, array.dtype, span, f"{where}: '{array.name}'")
         length, (height, width) = len(array), form.size(array.shape)
-        sha256 = renamed("" if span == (0.0, 255.0) else f"{span}", stored_hash(array))
-    opener = functools.partial(read_images, path, stored, (height, width), span, where)
+        sha256 = renamed("" if array.dtype in BYTES else f"{span}", stored_hash(array))
+    opener = functools.partial(read_images, path, stored, (height, width), spans, where)
     return View(name, height, width, length, opener, sha256)
 
 
 def read_images(
-    path: Path, name: str, size: tuple[int, int], span: tuple[float, float], where: str, start: int, stop: int
+    path: Path, name: str, size: tuple[int, int], spans: Spans, where: str, start: int, stop: int
 ) -> Iterator[np.ndarray]:
     """Yield uint8 [H, W, 3] of frames start..stop-1 of the dataset `name`; `CorruptEpisode` where one cannot be read.
     Each chunk is decoded once; memory holds one block of chunks."""
@@ -74,7 +85,7 @@ def read_images(
         if _holds_files(array):
             yield from decode_all(_files(array, where, start, stop), size, None)
             return
-        form = form_of(array.shape, array.dtype, span, f"{where}: '{name}'")
+        form = form_of(array.shape, array.dtype, spans.get(array.dtype), f"{where}: '{name}'")
         for first, last in _blocks(array, start, stop):
             try:
                 block = array[first:last]

@@ -27,12 +27,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ....errors import UserError
+from ....common.text import first_line
+from ....errors import Note, UserError
 from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
-from ..hdf5 import SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
-from ..images.hdf5 import is_images, range_over, view_of
+from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
+from ..images.hdf5 import Spans, is_images, left_out_of, spans_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
 from ..tables import EpisodeTable, Rows
 from .controller import check_actions, check_controllers, controllers_in
@@ -89,7 +90,7 @@ class RobomimicSource(Source):
             episode_ids=tuple(self._demos),
             widths=widths,
         )
-        self._spans: dict[str, tuple[float, float]] = {}
+        self._spans: dict[str, Spans] = {}
         self._controllers = list(controllers_in(kwargs.get("controller_configs")))
         if config.action_columns == _ACTIONS:
             check_controllers(config, self._controllers, name)
@@ -106,6 +107,13 @@ class RobomimicSource(Source):
     def revision_hash(self) -> str:
         """sha256 hex over name and size of the file."""
         return listing_hash(self._file.parent, [self._file])
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: observations of the first demo that can be read that look like images and are none."""
+        for number in self.episode_ids:
+            with contextlib.suppress(CorruptEpisode), self._open(number) as (_, demo, where):
+                return tuple(left_out_of(find(demo, "obs", where)))
+        return ()
 
     def length_of(self, episode_id: int) -> int:
         """Rows of the action's first column."""
@@ -160,14 +168,14 @@ class RobomimicSource(Source):
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
         stored = {name: f"data/{self._demos[episode_id]}/obs/{self._cameras[name]}" for name in names}
         with opened(self._file, where) as file:
-            return [view_of(file, self._file, stored[name], name, where, self._span(name)) for name in names]
+            return [view_of(file, self._file, stored[name], name, where, self._spans_of(name)) for name in names]
 
-    def _span(self, view: str) -> tuple[float, float]:
+    def _spans_of(self, view: str) -> Spans:
         """The values of black and white of a camera, looked for in the whole file once."""
         if view not in self._spans:
             with opened(self._file, self.name) as file:
                 stored = [f"data/{demo}/obs/{self._cameras[view]}" for demo in self._demos.values()]
-                self._spans[view] = range_over(file, stored, self.name)
+                self._spans[view] = spans_over(file, stored, self.name)
         return self._spans[view]
 
     @contextlib.contextmanager
@@ -197,8 +205,11 @@ def _is_demo(data: h5py.Group, name: str) -> bool:
     """Whether a member of data is a demo: a group, or a link that should lead to one, with a number at its end."""
     if not _DEMO.fullmatch(name):
         return False
-    link = data.get(name, getlink=True)
-    return not isinstance(link, h5py.HardLink) or data.get(name, getclass=True) is h5py.Group
+    try:
+        link = data.get(name, getlink=True)
+        return not isinstance(link, h5py.HardLink) or data.get(name, getclass=True) is h5py.Group
+    except DAMAGE:
+        return True  # opening it says what is wrong
 
 
 def _usual_demo(
@@ -218,8 +229,8 @@ def _usual_demo(
             keys = tuple(key for key in obs if is_images(find(obs, key, here)))
             if keys:
                 seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
-        except CorruptEpisode as error:
-            reasons.append(str(error))
+        except (CorruptEpisode, *DAMAGE) as error:
+            reasons.append(first_line(error))
     if not seen and reasons:
         raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {reasons[0]}")
     keys, widths = max(seen, key=lambda s: seen[s]) if seen else ((), ())
