@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -253,17 +254,14 @@ class Source(ABC):
         times = np.arange(length) / self.fps if rows.timestamps is None else np.asarray(rows.timestamps, np.float64)
         if len(times) != length:
             raise CorruptEpisode(f"{where}: {length} rows of action, {len(times)} timestamps", "row-count")
-        backwards = np.diff(times, prepend=-np.inf) <= 0
-        if backwards.any() or times[0] < 0:
-            frame = int(backwards.argmax())
+        forwards = (np.diff(times, prepend=-np.inf) > 0) & np.isfinite(times)
+        if not forwards.all() or times[0] < 0:
+            frame = int(forwards.argmin())
             raise CorruptEpisode(f"{where}: timestamps do not increase at frame {frame}", "time-order")
-        return EpisodeTable(
-            state.astype(np.float32),
-            action.astype(np.float32),
-            times,
-            rows.instruction or config.instruction,
-            rows.notes,
-        )
+        text = rows.instruction or config.instruction
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise CorruptEpisode(f"{where}: its instruction is not Unicode text: {text}")
+        return EpisodeTable(state.astype(np.float32), action.astype(np.float32), times, text, rows.notes)
 
     def _check_widths(self, widths: Mapping[str, int]) -> None:
         config = self.config

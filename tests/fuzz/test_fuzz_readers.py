@@ -26,7 +26,7 @@ def test_damage_costs_episodes_only(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "tests/fuzz/fuzz_readers.py", "--format", name, "--count", str(COUNT), "--seed", "7"]
     done = subprocess.run([*command, "--out", tmp_path / "all"], cwd=ROOT, capture_output=True, text=True)
     head, counts = done.stdout.splitlines()
-    assert done.returncode == 0, f"{head}\n{counts}\n{_faults(tmp_path / "all")}"
+    assert done.returncode == 0, f"{head}\n{counts}\n{_faults(tmp_path / 'all')}"
     assert sum(map(int, counts.split()[2:-1])) == COUNT
 
 
