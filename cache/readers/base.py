@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -25,6 +26,8 @@ from .faults import guarded_frames, one_episode
 from .tables import EpisodeTable, Rows, TableBlock, as_blocks, join_columns
 
 Result = TypeVar("Result")
+Seen = TypeVar("Seen")
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Source(ABC):
@@ -308,6 +311,30 @@ def listing_hash(root: Path, files: Sequence[Path]) -> str:
     for path in sorted(files):
         digest.update(f"{path.relative_to(root).as_posix()}:{path.stat().st_size};".encode())
     return digest.hexdigest()
+
+
+def look_around(
+    look: Callable[[int], Seen | None], ids: Sequence[int], most: int = 9
+) -> tuple[list[Seen], list[CorruptEpisode]]:
+    """What `look` finds in up to `most` of the episodes `ids`, evenly spread, and why some cannot be read: an odd first
+    episode does not speak for a dataset. Others are looked at only while nothing was found."""
+    found, refused = [], []
+    spread = {ids[int(i)] for i in np.linspace(0, len(ids) - 1, min(most, len(ids)))} if ids else set()
+    for number in (*sorted(spread), *(n for n in ids if n not in spread)):
+        if found and number not in spread:
+            break
+        try:
+            seen = look(number)
+            found += [] if seen is None else [seen]
+        except CorruptEpisode as error:
+            refused.append(error)
+    return found, refused
+
+
+def common(sets: Sequence[Iterable[Name]]) -> list[Name]:
+    """What at least half of the sets hold, in the order of the first that holds it."""
+    counts = Counter(name for names in sets for name in names)
+    return [name for name, count in counts.items() if 2 * count >= len(sets)]
 
 
 def choose_views(names: Sequence[str], config: DatasetConfig, dataset: str) -> tuple[str, ...]:
