@@ -24,6 +24,7 @@ from .episode import CorruptEpisode, Episode, View
 from .tables import EpisodeTable, Rows, TableBlock, as_blocks, join_columns
 
 Result = TypeVar("Result")
+UNKNOWN_HZ = 10.0  # rows per second of files that do not give it and that no config describes
 
 
 class Source(ABC):
@@ -32,6 +33,7 @@ class Source(ABC):
     format: ClassVar[str]  # as in DatasetConfig.format
     environment: str | None = None  # simulated task it was recorded in, e.g. "metaworld/push-v3"
     location: str = ""  # where to open it again: its absolute path, or its hub id
+    problem: str = ""  # why it was opened without a config
     starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
 
     def __init__(
@@ -54,6 +56,9 @@ class Source(ABC):
         self.path, self.name, self.config = path, name, config
         self.view_names, self.episode_ids = tuple(view_names), tuple(sorted(episode_ids))
         hz = config.control_hz or fps
+        self.rate_known = bool(hz)
+        if not hz and not config.mapped:
+            hz = UNKNOWN_HZ
         if not hz:
             raise UserError(
                 f"{name}: the files do not give the number of rows per second; add control_hz to dataset config "
@@ -67,7 +72,7 @@ class Source(ABC):
         self._found: dict[tuple[int, str], tuple[object, View]] = {}  # (episode, view) → state of its files, the view
         if widths is not None:
             self._check_widths(widths)
-        if not self.view_names:
+        if not self.view_names and config.mapped:
             raise UserError(f"{name} has no camera; a cache needs images")
         for wanted in config.bgr_views if config.views is None else ():
             if wanted not in self.view_names:
@@ -121,6 +126,11 @@ class Source(ABC):
         `UserError` for an episode that is not listed."""
         where = self.where(episode_id)
         return self._checked(self._rows(episode_id, self.config.columns, where), where)
+
+    def columns_of(self, episode_id: int) -> Mapping[str, np.ndarray]:
+        """The config's columns of one episode as they are in the files; `CorruptEpisode` as `table`."""
+        where = self.where(episode_id)
+        return self._rows(episode_id, self.config.columns, where).columns
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
         """The tables of every listed episode once, in blocks of at least `batch_rows` rows (the last may be shorter).

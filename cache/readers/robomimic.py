@@ -26,9 +26,10 @@ import numpy as np
 
 from ...errors import UserError
 from .base import Source, choose_views, listing_hash
-from .config import DatasetConfig, find_config
+from .config import DatasetConfig
 from .episode import CorruptEpisode, View
 from .hdf5 import SUFFIXES, find, find_array, has, numbers, one_file, opened, text, view_of
+from .search import choose_config
 from .tables import EpisodeTable, Rows
 
 _DEMO = re.compile(r"demo_(\d+)")
@@ -56,12 +57,13 @@ class RobomimicSource(Source):
                 given = about.get("env_kwargs")
                 kwargs = given if isinstance(given, dict) else {}
                 environment = str(about.get("env_name") or "")
-                config = config or find_config(self.format, (environment, stem, self._file.parent.name))
+                names = (environment, stem, self._file.parent.name)
+                config = choose_config(config, self.format, names, self._file, lambda: _columns(data, demos))
                 self._cameras, widths = _first_demo(data, demos, config.columns, stem)
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
         name = re.sub(r"[^\w.-]+", "_", f"{environment}_{stem}".strip("_"))  # many files are called image.hdf5
-        if not self._cameras:
+        if not self._cameras and config.mapped:
             raise UserError(
                 f"{name} has no camera, only low-dimensional observations; extract images with robomimic's "
                 "dataset_states_to_obs.py and --camera_names"
@@ -154,6 +156,16 @@ def _first_demo(
     if reasons:
         raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {reasons[0]}")
     return {}, {}
+
+
+def _columns(data: h5py.Group, demos: Sequence[int]) -> dict[str, int]:
+    """Numbers per row of each array of the first demo, and of its observations, that is no image."""
+    demo = data[f"demo_{min(demos)}"]
+    found = {name: demo[name] for name in demo}
+    if isinstance(obs := found.pop("obs", None), h5py.Group):
+        found |= {f"obs/{name}": obs[name] for name in obs}
+    arrays = {k: a for k, a in found.items() if isinstance(a, h5py.Dataset) and a.dtype.kind in "fiu" and a.ndim <= 2}
+    return {name: math.prod(a.shape[1:]) for name, a in arrays.items() if name not in ("rewards", "dones", "states")}
 
 
 def _is_image(array: h5py.Group | h5py.Dataset) -> bool:

@@ -33,7 +33,7 @@ def data_list(
 
     Example: dvla data list data ~/recordings
     """
-    from ...cache.readers.config import config_names, load_config
+    from ...cache.readers.search import config_names, load_config
     from .summary import find_datasets, summarize
     from .tables import show_datasets, show_families
 

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...cache.readers import open_source
-from ...cache.readers.config import load_config
 from ...cache.readers.episode import CorruptEpisode, Episode, View
+from ...cache.readers.search import load_config
 from ...common.mp4 import mp4_writer
 from ...common.progress import Progress
 from ...errors import UserError

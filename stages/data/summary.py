@@ -14,8 +14,8 @@ import numpy as np
 from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import SLOTS, unit_of
 from ...cache.readers import Source, detect_format, open_source
-from ...cache.readers.config import find_config, load_config
 from ...cache.readers.episode import CorruptEpisode, Episode
+from ...cache.readers.search import find_config, load_config
 from ...common.progress import Progress
 from ...errors import UserError
 

@@ -6,9 +6,11 @@ Letters: T frames of the episode.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,13 +19,15 @@ import pyarrow as pa
 
 from ....errors import Failed, UserError
 from ..base import Source
-from ..config import DatasetConfig, find_config
+from ..config import UNMAPPED, DatasetConfig
 from ..episode import CorruptEpisode, View
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
 from .metadata import EpisodeEntry, Metadata
-from .parquet import ImageRows, decode_images, find_images, read_rows, stream_rows, to_matrix
+from .parquet import ImageRows, decode_images, find_images, opened, read_rows, stream_rows, to_matrix
 
+_NUMBERS = re.compile(r"(float|u?int)\d+")  # dtypes of features
 _CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
 
 
@@ -38,7 +42,9 @@ class LeRobotSource(Source):
         `UserError` when it is missing, is not a LeRobot dataset, or the config does not describe it.
         """
         self.meta = meta = Metadata(path_or_repo)
-        config = config or find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name))
+        names = (meta.name, str(meta.info.get("robot_type") or ""))
+        reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
+        config = choose_config(config, self.format, names, meta.root, self._columns, reopen)
         self._cameras = meta.cameras(config.views)  # short name → feature key
         super().__init__(
             meta.root,
@@ -50,6 +56,15 @@ class LeRobotSource(Source):
             widths={key: math.prod(f.get("shape") or [1]) for key, f in meta.features.items()},
         )
         self._read_recording()
+
+    def _columns(self) -> dict[str, int]:
+        """Numbers per row of each numeric feature that the first table has, too."""
+        features = {k: f for k, f in self.meta.features.items() if _NUMBERS.fullmatch(str(f.get("dtype")))}
+        stored = set(features)
+        for entry in list(self.meta.episodes.values())[:1]:
+            with contextlib.suppress(CorruptEpisode), opened(self.meta.locate(entry.data_path, ""), "") as file:
+                stored = set(file.schema_arrow.names)
+        return {key: math.prod(f.get("shape") or [1]) for key, f in features.items() if key in stored}
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from .... import __version__
 from ....cache.readers import Source, open_source
-from ....cache.readers.config import load_config
+from ....cache.readers.search import load_config
 from ....cache.readers.tables import EpisodeTable
 from ....common.console import table
 from ....common.files import write_file

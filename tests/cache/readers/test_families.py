@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from dvla.cache.actions.action_map import ActionMap
 from dvla.cache.actions.rotations import from_rot6d, to_rot6d
 from dvla.cache.actions.slots import EMBODIMENTS
-from dvla.cache.readers.config import FORMATS, DatasetConfig, config_names, find_config, load_config
+from dvla.cache.readers.config import FORMATS, DatasetConfig
+from dvla.cache.readers.search import config_names, find_config, load_config
 from dvla.errors import UserError
 from support.repository import ROOT
 

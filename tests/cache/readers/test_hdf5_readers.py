@@ -13,10 +13,11 @@ from dvla.cache.actions.action_map import ActionMap, FieldSpec
 from dvla.cache.actions.rotations import to_rot6d
 from dvla.cache.actions.slots import EMBODIMENTS, SLOTS
 from dvla.cache.readers import hdf5, open_source
-from dvla.cache.readers.config import DatasetConfig, config_names, load_config
+from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.episode_hdf5 import EpisodeHDF5Source, field_map
 from dvla.cache.readers.robomimic import RobomimicSource
+from dvla.cache.readers.search import config_names, load_config
 from dvla.errors import UserError
 from support.hdf5_samples import (
     ARM,

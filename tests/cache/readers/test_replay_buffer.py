@@ -9,9 +9,10 @@ import pytest
 
 from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.readers import open_source
-from dvla.cache.readers.config import DatasetConfig, load_config
+from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.replay_buffer import ReplayBufferSource
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from dvla.stages.data.export import export
 from support.hdf5_samples import LENGTHS, frames, pictures, same_unified, serve, values, write_replay_buffer

@@ -18,8 +18,9 @@ import yaml
 
 from dvla.cache.actions.slots import EMBODIMENTS, SLOTS
 from dvla.cache.readers import Source, open_source
-from dvla.cache.readers.config import DatasetConfig, config_names, load_config
+from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.search import config_names, load_config
 from dvla.stages.data import statistics
 from dvla.stages.data.add.guesses import guess
 from support.cli_runner import Dvla, argv, refused
