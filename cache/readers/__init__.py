@@ -11,6 +11,7 @@ from ...common.hub import hub_files
 from ...errors import UserError
 from .base import Source
 from .config import FORMATS, UNMAPPED, DatasetConfig
+from .faults import whole_dataset
 from .search import NoConfig, load_config
 from .tables import EpisodeTable
 
@@ -32,7 +33,8 @@ def open_source(
         config = load_config(config)
     format = config.format if config and config.mapped else detect_format(given)
     try:
-        source = _reader(format)(given, config)
+        with whole_dataset(given):
+            source = _reader(format)(given, config)
     except UserError as error:
         source = _without_config(_reader(format), given, config, unmapped, error)
     folder = Path(given).expanduser()
@@ -49,10 +51,11 @@ def _without_config(
     if config is not None or not unmapped:
         raise error
     try:
-        source = reader(given, UNMAPPED)
+        with whole_dataset(given):
+            source = reader(given, UNMAPPED)
     except UserError:
         raise error from None
-    source.problem = str(error)
+    source.problem = error
     return source
 
 
@@ -77,12 +80,14 @@ def detect_format(path_or_repo: str | Path) -> str:
     if root.is_file():
         names, look = [root.name], root.parent
     elif root.is_dir():
-        names, look = _names(root), root
+        with whole_dataset(given):
+            names, look = _names(root), root
     else:
         names, look = hub_files(given), None
     for format in FORMATS:
-        if _reader(format).matches(names, look):
-            return format
+        with whole_dataset(given):
+            if _reader(format).matches(names, look):
+                return format
     inside = sorted({n.split("/")[0] for n in names if n.endswith("/meta/info.json") and n.count("/") == 2})
     if inside:
         raise UserError(
