@@ -53,8 +53,8 @@ def _without_config(
     try:
         with whole_dataset(given):
             source = reader(given, UNMAPPED)
-    except UserError:
-        raise error from None
+    except UserError as without:
+        raise (without if isinstance(error, NoConfig) else error) from None
     source.problem = error
     return source
 

@@ -139,7 +139,8 @@ class Source(ABC):
     def columns_of(self, episode_id: int) -> Mapping[str, np.ndarray]:
         """The config's columns of one episode as they are in the files; `CorruptEpisode` as `table`."""
         where = self.where(episode_id)
-        return self._rows(episode_id, self.config.columns, where).columns
+        with one_episode(where, self.path):
+            return self._rows(episode_id, self.config.columns, where).columns
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
         """The tables of every listed episode once, in blocks of at least `batch_rows` rows (the last may be shorter).

@@ -12,6 +12,7 @@ import contextlib
 import fnmatch
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +71,11 @@ def load_config(path_or_name: Path | str) -> DatasetConfig:
     return _shipped(name)
 
 
+def place_of(config: DatasetConfig) -> str:
+    """Where it is, in a word for the shipped ones."""
+    return "shipped" if Path(config.origin).is_relative_to(configs_dir()) else config.origin
+
+
 @functools.cache
 def _shipped(name: str) -> DatasetConfig:
     return read_config(configs_dir() / "datasets" / f"{name}.yaml", name)
@@ -107,7 +113,7 @@ def find_config(
     if root is not None and (beside := _beside(format, root)):
         return beside
     known = [n.lower().rsplit("/", 1)[-1] for n in dict.fromkeys(names) if n]
-    called = " or ".join(known[:2]) or f"this {format} dataset"
+    called = " or ".join([n for n in known if not re.fullmatch(r"[\d.]+", n)][:2]) or f"this {format} dataset"
     shipped = [_shipped(n) for n in config_names() if "/" not in n]
     tiers = [
         [c for c in configs if c.format == format and _matches(c.match, known)]

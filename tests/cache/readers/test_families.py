@@ -324,7 +324,7 @@ def test_config_detection(robot, repo, expected):
 
 
 def test_config_errors(tmp_path):
-    with pytest.raises(UserError, match="no dataset config fits a lerobot dataset called 'y' or 'x'"):
+    with pytest.raises(UserError, match="no dataset config fits y or x; run `dvla data add SOURCE`"):
         find_config("lerobot", ("y", "x"))
     with pytest.raises(UserError, match="did you mean 'metaworld'"):
         load_config("metawrld")

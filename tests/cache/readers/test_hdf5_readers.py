@@ -386,7 +386,7 @@ def test_robomimic_refuses_what_its_config_does_not_say(tmp_path):
     with pytest.raises(UserError, match="its controller is JOINT_VELOCITY"):
         opened("e", controller={"type": "JOINT_VELOCITY"})
     with pytest.raises(
-        UserError, match="no dataset config fits a robomimic dataset called 'twoarmtransport' or 'image' or 'f'"
+        UserError, match="no dataset config fits twoarmtransport or image; run `dvla data add "
     ):
         opened("f", env_name="TwoArmTransport")
     path = write_robomimic(tmp_path / "g" / "image.hdf5")

@@ -319,7 +319,7 @@ def test_what_the_config_must_say(pusht):
     with pytest.raises(UserError, match="unknown view 'camera'"):
         open_source(pusht, config(views=("camera",)))
     shutil.move(pusht, pusht.parent / "mine.zarr")
-    with pytest.raises(UserError, match="no dataset config fits a replay_buffer dataset called 'mine.zarr'"):
+    with pytest.raises(UserError, match="no dataset config fits mine.zarr; run `dvla data add "):
         open_source(pusht.parent / "mine.zarr")
 
 
