@@ -35,7 +35,7 @@ def train(
     stop_after: int | None = None,
 ) -> TrainReport:
     """Train from a cache, or resume the run in `config.out` if it has the same settings."""
-    cache = open_cache(config)
+    cache = open_cache(config, config.out)
     require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:
         torch.manual_seed(config.seed)

@@ -21,12 +21,14 @@ from ..base import Source
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..images import choose_cameras, decode, decode_all, survey
+from ..labels import SUCCESS, is_task, joined, rank, truth
 from ..search import choose_config
 from ..tables import EpisodeTable, Rows
 from .metadata import Feature, Metadata, is_rlds
 from .tfrecord import index_records, parse_example, read_record, values_of
 
-_INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction")
+_INSTRUCTIONS = ("steps/language_instruction", "steps/observation/natural_language_instruction")  # by the catalog
+_CODES = ("uint8", "int32", "int64")  # of the characters of a text, filled up with 0, as Language-Table has it
 _DTYPES = {
     "bool",
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
@@ -78,7 +80,26 @@ class RldsSource(Source):
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         example = self._example(episode_id, where)
         found = {name: self._column(example, name, where) for name in columns}
-        return Rows(found, self._instruction(example, {len(v) for v in found.values()}, where))
+        lengths = {len(v) for v in found.values()}
+        if len(lengths) == 1:
+            self._check_bounds(example, min(lengths), where)
+        return Rows(found, self._instruction(example, lengths, where))
+
+    def _check_bounds(self, example: Mapping[str, Any], length: int, where: str) -> None:
+        """`CorruptEpisode` when is_first or is_last marks a step inside the record: it holds two episodes, or parts."""
+        for name in ("is_first", "is_last"):
+            if name not in self._meta.features or f"steps/{name}" not in example:
+                continue
+            flags = self._column(example, name, where).astype(bool).reshape(-1)
+            if len(flags) != length:
+                raise CorruptEpisode(f"{where}: {len(flags)} flags of '{name}' for {length} rows", "row-count")
+            inside = (
+                np.flatnonzero(flags[1:] > flags[:-1]) + 1
+                if name == "is_first"
+                else np.flatnonzero(flags[:-1] > flags[1:])
+            )  # several in a row at the expected end do no harm
+            if len(inside):
+                raise CorruptEpisode(f"{where}: {name} marks step {inside[0]} of {length}: it is not one episode")
 
     def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
         return (self._meta.locate(self._meta.find(episode_id)[0], where),)
@@ -144,20 +165,50 @@ class RldsSource(Source):
             )
         return values.reshape(-1, width)
 
+    @functools.cached_property
+    def _texts(self) -> dict[str, Feature]:
+        """Path in a record → feature that may hold the task text, the preferred first: where the catalog has it, then
+        by name, and with one name first those of a step."""
+        ranked = {
+            path: (path not in _INSTRUCTIONS, rank(path.rpartition("/")[2]), _distance(path))
+            for path, feature in self._meta.every.items()
+            if rank(path.rpartition("/")[2]) and _holds_text(feature)
+        }
+        return {path: self._meta.every[path] for path in sorted(ranked, key=lambda p: (ranked[p], p))}
+
+    @functools.cached_property
+    def text_from(self) -> str:  # type: ignore[override]
+        """The features that may hold the task text."""
+        return ", else ".join(self._texts)
+
+    def success_of(self, episode_id: int) -> bool | None:
+        """By a feature called success (of steps: any), else by a folder of that name in the path of its recording."""
+        where = self.where(episode_id)
+        example = self._example(episode_id, where)
+        for path in self._meta.every:
+            name = path.rpartition("/")[2]
+            values = _any_values(example, path) if name in SUCCESS or name.endswith("path") else []
+            if name in SUCCESS and values:
+                found = [truth(v) for v in values]
+                return None if None in found else any(found)
+            folders = {p for v in values if isinstance(v, bytes) for p in v.decode(errors="replace").split("/")}
+            if len(folders & {"success", "failure"}) == 1:  # DROID's recordings
+                return "success" in folders
+        return None
+
     def _instruction(self, example: Mapping[str, Any], lengths: Set[int], where: str) -> str:
-        """The steps' task text; differing ones are joined by "; " in order of use. `lengths`: of the columns."""
-        for name in _INSTRUCTIONS:
-            feature = self._meta.features.get(name)
-            if feature is None or feature.kind != "text":
+        """The task text: the first of `_texts` that is not empty; differing ones of the steps are joined by "; " in
+        order of use. `lengths`: of the columns."""
+        for path, feature in self._texts.items():
+            if path not in example:
                 continue
-            texts = values_of(example, f"steps/{name}", "bytes", where)
-            if len(texts) not in lengths:
-                raise CorruptEpisode(f"{where}: {len(texts)} texts of '{name}' for {max(lengths)} rows", "row-count")
-            try:
-                used = dict.fromkeys(t.decode().strip() for t in texts)
-            except UnicodeDecodeError:
-                raise CorruptEpisode(f"{where}: '{name}' is not UTF-8 text") from None
-            return "; ".join(filter(None, used))
+            found = _read_texts(example, path, feature, where)
+            short = path.removeprefix("steps/")
+            if path.startswith("steps/") and len(found) not in lengths:
+                raise CorruptEpisode(f"{where}: {len(found)} texts of '{short}' for {max(lengths)} rows", "row-count")
+            text = joined(found)
+            if is_task(path.rpartition("/")[2], text):
+                return text
         return ""
 
 
@@ -168,6 +219,40 @@ def _readable(feature: Feature) -> bool:
 def _columns(features: Mapping[str, Feature]) -> dict[str, int]:
     """Numbers per step of each numeric feature that can be read."""
     return {n: f.width or 0 for n, f in features.items() if f.kind == "tensor" and _readable(f)}
+
+
+def _distance(path: str) -> int:
+    """How far a feature is from a step: of a step, of its observation, of something else in it, of the episode."""
+    outer = path.split("/")[:-1]
+    return 3 if outer[:1] != ["steps"] else 0 if len(outer) == 1 else 1 if outer == ["steps", "observation"] else 2
+
+
+def _holds_text(feature: Feature) -> bool:
+    codes = feature.kind == "tensor" and feature.encoding == "none" and feature.dtype in _CODES
+    return feature.kind in ("text", "string tensor") or codes and len(feature.shape) == 1 and (feature.width or 0) > 1
+
+
+def _read_texts(example: Mapping[str, Any], path: str, feature: Feature, where: str) -> list[str]:
+    """The texts of a feature, one per step or the episode's one; of several strings in a step the first not empty."""
+    width, short = feature.width or 1, path.removeprefix("steps/")
+    values = values_of(example, path, "int64" if feature.kind == "tensor" else "bytes", where)
+    if feature.kind != "text" and len(values) % width:
+        raise CorruptEpisode(f"{where}: '{short}' has {len(values)} parts, no multiple of the {width} of one step")
+    try:
+        if feature.kind == "tensor":
+            rows = ("".join(map(chr, row[row != 0])) for row in values.reshape(-1, width))
+            return [t.encode("latin1").decode() if not t.isascii() and max(t) < "\u0100" else t for t in rows]
+        if feature.kind == "string tensor" and feature.shape:
+            values = [next(filter(None, values[i : i + width]), b"") for i in range(0, len(values), width)]
+        return [v.decode() for v in values]
+    except (UnicodeError, ValueError, OverflowError):
+        raise CorruptEpisode(f"{where}: '{short}' is not UTF-8 text") from None
+
+
+def _any_values(example: Mapping[str, Any], path: str) -> list[Any]:
+    """The values of a feature of any kind; [] where the record lacks it."""
+    kind = example[path].WhichOneof("kind") if path in example else None
+    return list(getattr(example[path], kind).value) if kind else []
 
 
 def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, int]:

@@ -27,11 +27,12 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ....common.text import first_line
 from ....errors import UserError
 from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..hdf5 import SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts, view_of
+from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts, view_of
 from ..labels import found_in, is_task, joined, plain, rank
 from ..search import choose_config
 from ..tables import EpisodeTable, Rows
@@ -190,8 +191,11 @@ def _is_demo(data: h5py.Group, name: str) -> bool:
     """Whether a member of data is a demo: a group, or a link that should lead to one, with a number at its end."""
     if not _DEMO.fullmatch(name):
         return False
-    link = data.get(name, getlink=True)
-    return not isinstance(link, h5py.HardLink) or data.get(name, getclass=True) is h5py.Group
+    try:
+        link = data.get(name, getlink=True)
+        return not isinstance(link, h5py.HardLink) or data.get(name, getclass=True) is h5py.Group
+    except DAMAGE:
+        return True  # opening it says what is wrong
 
 
 def _usual_demo(
@@ -211,8 +215,8 @@ def _usual_demo(
             keys = tuple(key for key in obs if _is_image(find(obs, key, here)))
             if keys:
                 seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
-        except CorruptEpisode as error:
-            reasons.append(str(error))
+        except (CorruptEpisode, *DAMAGE) as error:
+            reasons.append(first_line(error))
     if not seen and reasons:
         raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {reasons[0]}")
     keys, widths = max(seen, key=lambda s: seen[s]) if seen else ((), ())
