@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from ...errors import Failed, UserError, unknown
+from ...errors import Failed, Note, UserError, unknown
 from ..actions.action_map import ActionMap
 from ..actions.rotations import NotARotation
 from .config import DatasetConfig
@@ -120,6 +120,10 @@ class Source(ABC):
                 return read(episode_id)
         except CorruptEpisode as error:
             return error.failed(episode_id, where)
+
+    def notes(self) -> tuple[Note, ...]:
+        """What to know about the dataset as a whole, in one line each: `check` finds it, the others say it."""
+        return ()
 
     def instruction_of(self, episode_id: int) -> str:
         """The episode's task text, else the config's. A reader with cheap metadata overrides it."""

@@ -27,7 +27,7 @@ from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode, View
 from .labels import SUCCESS, truth
-from .location import Location
+from .location import Location, absence
 
 SUFFIXES = (".hdf5", ".h5")
 _BLOCK_NBYTES = 8 << 20  # of an image array read at once where its chunks do not say
@@ -55,7 +55,7 @@ def opened(path: Path, where: str) -> Iterator[h5py.File]:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file
     except DAMAGE as error:
-        raise CorruptEpisode(f"{where}: {path.name} {_meaning(error)}", "unreadable-file") from None
+        raise CorruptEpisode(f"{where}: {path.name} {absence(path) or _meaning(error)}", "unreadable-file") from None
 
 
 def _meaning(error: Exception) -> str:

@@ -39,6 +39,16 @@ class Corpus:
     timestamp: np.ndarray  # [N] float64
     view_sizes: dict[str, list[int]] = field(default_factory=dict)
 
+    def remarks(self) -> list[str]:
+        """What to know about the dataset, one line each."""
+        lines = [note.text for note in self.source.notes()]
+        texts = self.plan.episodes
+        empty = sum(not e.instruction.strip() for e in texts)
+        if empty:
+            share = f"{empty} of {len(texts)} episodes ({empty / len(texts):.0%}) have no instruction"
+            lines.append(f"{share}; where all share one, give `instruction` in the dataset config")
+        return [f"{self.plan.name}: {line}" for line in lines]
+
 
 def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
     """Open every source, with only `views` of its cameras when some are named. `UserError` when two have one name,

@@ -265,7 +265,10 @@ def data_export(
 
     check_options(to, compression)
     with progress_bars() as show:
-        report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
+        opened = open_source(source, dataset_config)
+        report = export(opened, out, show, to=to, compression=compression)
+    for note in opened.notes():
+        say(f"{opened.name}: {note.text}")
     say(
         f"{report.path}: {report.episodes} episodes ({report.kept} reused), {report.frames} frames, "
         f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s"

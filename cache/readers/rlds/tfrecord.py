@@ -21,6 +21,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from ..episode import CorruptEpisode
+from ..location import absence
 from .packed import Damaged, Unpacked, compression_of
 
 _HEADER = struct.Struct("<QI")  # length, its checksum
@@ -59,6 +60,8 @@ def read_record(path: Path, number: int, where: str) -> bytes:
     file and record, when the file ends or is damaged before or in it."""
     index = index_records(path, where)
     if number >= len(index):
+        if reason := absence(path):
+            raise CorruptEpisode(f"{where}: {path.name} {reason}", "unreadable-file")
         reason = index.damage or f"it ends after {len(index)} records"
         raise CorruptEpisode(f"{where}: record {number} of {path.name} cannot be found: {reason}", "unreadable-file")
     first, last = int(index.offsets[number]), int(index.offsets[number + 1])

@@ -97,6 +97,7 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
         raise UserError(f"{config.out} exists; choose another --out")
     source = open_source(config.source, config.dataset_config, unmapped=True)
     facts = _read_tables(source, progress)
+    facts.about = source.notes()
     _look_at_images(source, facts, config, count, progress)
     report = CheckReport(source, facts, tuple(judge(facts)), time.perf_counter() - began)
     if config.out is not None:
