@@ -19,6 +19,7 @@ from ... import __version__
 from ...common import fingerprint as fp
 from ...common.files import hold, json_bytes, read_json, write_file
 from ...common.packages import version_of
+from ...common.text import public
 from ...errors import UserError
 from ..policy import checkpoint as ck
 from .checks import ENVIRONMENT, fingerprint_of
@@ -103,8 +104,8 @@ def open_log(session: Session, step: int) -> contextlib.AbstractContextManager[T
 
 
 def settings_of(session: Session) -> dict[str, Any]:
-    """What RUN/config.json holds."""
-    settings = json.loads(json.dumps(dataclasses.asdict(session.config)))
+    """What RUN/config.json holds: no password of an address."""
+    settings = public(json.loads(json.dumps(dataclasses.asdict(session.config))))
     return (
         settings
         if session.stage_three is None
