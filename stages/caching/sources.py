@@ -17,8 +17,8 @@ import numpy as np
 from ...cache.actions.statistics import RunningStatistics
 from ...cache.loader.provenance import as_cached
 from ...cache.readers import Source, open_source
-from ...cache.readers.config import load_config
 from ...cache.readers.episode import Episode
+from ...cache.readers.search import load_config
 from ...cache.store.cache import Cache
 from ...cache.store.plan import DatasetPlan, DatasetTables, EpisodePlan
 from ...cache.vlm.encoder import VisionLanguageEncoder
@@ -132,7 +132,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
     starts = source.starts or {}
     attributes = {
         "dataset_config": source.config.name,
-        "config": dataclasses.asdict(source.config),
+        "config": source.config.document(),
         "embodiment_name": source.config.embodiment,
         "license": source.config.license,
         "view_sizes": corpus.view_sizes,

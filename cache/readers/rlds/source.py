@@ -19,9 +19,10 @@ import numpy as np
 
 from ....errors import UserError
 from ..base import Source
-from ..config import DatasetConfig, find_config
+from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..images import ArrayForm, Stored, channels_of, choose_cameras, decode, decode_all, survey
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows
 from .labels import read_text, success_in, text_features
 from .metadata import Feature, Metadata, is_rlds
@@ -50,7 +51,7 @@ class RldsSource(Source):
         `UserError` when there is none or the config does not describe it.
         """
         self._meta = meta = Metadata(path_or_repo)
-        config = config or find_config(self.format, meta.names)
+        config = choose_config(config, self.format, meta.names, meta.root, lambda: _columns(meta.features))
         self._cameras = _cameras(meta.features, config, meta.name)  # short name → path below `steps`
         self._texts = text_features(meta.every)
         super().__init__(
@@ -187,12 +188,21 @@ class RldsSource(Source):
         return success_in(self._example(episode_id, self.where(episode_id)), self._meta.every)
 
 
+def _readable(feature: Feature) -> bool:
+    return feature.encoding in ("none", "bytes", "zlib") and feature.dtype in _DTYPES and bool(feature.width)
+
+
+def _columns(features: Mapping[str, Feature]) -> dict[str, int]:
+    """Numbers per step of each numeric feature that can be read."""
+    return {n: f.width or 0 for n, f in features.items() if f.kind == "tensor" and _readable(f)}
+
+
 def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, int]:
     """Numbers per step of each numeric feature; `UserError` for one that the config wants and that cannot be read."""
     numeric = {n: f for n, f in features.items() if f.kind == "tensor"}
     for name in (n for n in config.columns if n in numeric):
         feature = numeric[name]
-        if feature.encoding not in ("none", "bytes", "zlib") or feature.dtype not in _DTYPES or not feature.width:
+        if not _readable(feature):
             raise UserError(
                 f"{dataset}: column '{name}' is {feature.dtype} {list(feature.shape)} with encoding "
                 f"'{feature.encoding}', which cannot be read; dataset config '{config.name}' asks for it"

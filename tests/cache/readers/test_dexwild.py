@@ -14,8 +14,8 @@ import pytest
 from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.actions.slots import SLOTS
 from dvla.cache.readers import detect_format, open_source
-from dvla.cache.readers.config import load_config
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from support.dex_samples import (
     CAMERAS,
@@ -364,7 +364,7 @@ def test_an_odd_first_episode_does_not_speak_for_the_others(tmp_path):
     path = write_dexwild(tmp_path / "dexwild", (8, 6, 7))
     with h5py.File(path, "r+") as file:
         file.copy("ep_0000/right_thumb_cam", file["ep_0000"], "another_cam")
-        replace(file["ep_0000/right_leapv1/right_leapv1"], np.zeros((8, 5)))
+        replace(file["ep_0000/right_leapv1"], np.zeros((8, 5)))
     source = open_source(path, dataclasses.replace(load_config("dexwild"), views=None))
     assert "another_cam" not in source.view_names
     assert [source.load(n).length for n in (1, 2)] == [open_source(path).length_of(n) for n in (1, 2)]
