@@ -109,6 +109,14 @@ class RunningStatistics:
         return Statistics(total.mean, total.std, total.min, total.max, total.count, self._ranks.quantiles(rest, levels))
 
 
+def statistics_of(table: np.ndarray) -> Statistics:
+    """Of all rows of `table [N, D]`, which may be a memory map."""
+    running = RunningStatistics()
+    for start in range(0, len(table), 32 * BLOCK):
+        running.update(table[start : start + 32 * BLOCK])
+    return running.result()
+
+
 def _moments(x: np.ndarray) -> Statistics:
     return Statistics(x.mean(0), x.std(0), x.min(0), x.max(0), len(x))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...common.config import configs_dir, from_mapping, load_yaml
 from ...errors import UserError, unknown
 from ..actions.action_map import ActionMap, FieldSpec
 from ..actions.integration import POSE, Integration
+from ..actions.normalizer import Scheme
 from ..actions.slots import EMBODIMENTS, SLOTS
 
 FORMATS = {  # format → what it is, in one phrase; the reader is cache/readers/<format>.py
@@ -50,6 +53,7 @@ class DatasetConfig:
     action_shift: int = 0  # rows by which the action's columns are read ahead: 1 = the next measured pose
     integrate: Integration | None = None  # the action begins with displacements per step: make them absolute poses
     sampling_weight: float = 1.0  # factor on the dataset's share of the mixture, which goes as N^temperature
+    normalize: Scheme | None = None  # of its actions and state where a run does not choose; None = std5
 
     def __post_init__(self) -> None:
         if self.embodiment not in EMBODIMENTS:
@@ -87,6 +91,11 @@ class DatasetConfig:
                 f"dataset config '{self.name}': integrate starts from the measured pose, so the state needs "
                 "eef_pos_x, eef_pos_y, eef_pos_z and a rotation in eef_angle"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a cache keeps it; without what is not given and earlier releases did not know."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k != "normalize" or v is not None}
 
     @property
     def columns(self) -> tuple[str, ...]:

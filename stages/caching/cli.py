@@ -86,6 +86,7 @@ def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
         lines.append(f"pooled to {config.encoder.tokens} tokens: relative error {report.pooled:.2g}")
     if report.quarantined:
         lines.append(f"see {out}/quarantine.jsonl for the reasons")
+    lines += report.extremes
     split = config.encoder.boundary is not None
     command = "finetune --lora RUN" if split else "train"
     return [*lines, f"next: dvla {command} --from-cache {out} --out runs/{'lora' if split else 'base'}"]

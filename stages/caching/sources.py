@@ -6,6 +6,7 @@ Letters: N frames of a dataset, D feature width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...cache.actions.statistics import RunningStatistics
+from ...cache.actions.extremes import extremes
+from ...cache.actions.normalizer import Normalizer
+from ...cache.actions.statistics import Statistics, statistics_of
 from ...cache.loader.provenance import as_cached
 from ...cache.readers import Source, open_source
 from ...cache.readers.config import load_config
@@ -38,6 +41,25 @@ class Corpus:
     proprio: np.ndarray  # [N,128] float32 unified
     timestamp: np.ndarray  # [N] float64
     view_sizes: dict[str, list[int]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def statistics(self) -> tuple[Statistics, Statistics]:
+        """Of action and proprio."""
+        return statistics_of(self.action), statistics_of(self.proprio)
+
+    def extreme_lines(self) -> list[str]:
+        """What to say of values far from all others, or cut off by the normalization that the dataset config asks."""
+        lines = []
+        maps = self.source.action_map, self.source.state_map
+        for table, values, stats, fields in zip(
+            ("action", "state"), (self.action, self.proprio), self.statistics, maps
+        ):
+            scheme = self.source.config.normalize or "std5"
+            normalizer = Normalizer(stats, fields.mask, fields.rotation_slots, scheme)
+            ends = zip(self.plan.episodes, self.plan.starts.tolist())
+            rows = ((e.episode_id, values[start : start + e.length]) for e, start in ends)
+            lines += extremes(table, stats, normalizer, rows).lines(self.plan.name)
+        return lines
 
 
 def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
@@ -114,15 +136,11 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
     text, length = encoder.encode_text(plan.instructions)  # [n,Lt,D], [n]
     null_text, _ = encoder.encode_text([""])  # [1,1,D]
     null_image = to_float16(encoder.null_image_features(len(plan.views)), f"{plan.name}: black frame")  # [V,K,D]
-    stats = []
-    for table in (corpus.action, corpus.proprio):
-        running = RunningStatistics()
-        running.update(table)
-        stats.append(running.result())
+    stats = corpus.statistics
     starts = source.starts or {}
     attributes = {
         "dataset_config": source.config.name,
-        "config": dataclasses.asdict(source.config),
+        "config": source.config.to_dict(),
         "embodiment_name": source.config.embodiment,
         "license": source.config.license,
         "view_sizes": corpus.view_sizes,
