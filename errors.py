@@ -11,7 +11,14 @@ from typing import Literal
 SHOWN_NAMES = 120  # characters of a list of allowed names in a message
 # What is wrong, in one word; `dvla data check` names its findings after it.
 Kind = Literal[
-    "missing-file", "unreadable-file", "not-finite", "rotation-norm", "time-order", "row-count", "unusable-episode"
+    "missing-file",
+    "unreadable-file",
+    "not-finite",
+    "rotation-norm",
+    "time-order",
+    "row-count",
+    "unusable-episode",
+    "unexpected-error",  # rather a fault of the reader than of the file
 ]
 
 

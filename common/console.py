@@ -21,10 +21,18 @@ from rich.table import Table
 
 from ..errors import UserError
 from .progress import Progress
-from .text import duration
+from .text import duration, printable
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 170)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """A console that prints no control character of a text, wherever that comes from."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **how)
+
+
+console = _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 170)
+errors = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
@@ -42,7 +50,7 @@ def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Progress]:
         yield (lambda *_: None) if every is None else progress_lines(every)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -53,7 +61,9 @@ def progress_bars(every: float | None = LINE_SECONDS) -> Iterator[Progress]:
 
         def show(name: str, done: int, total: int) -> None:
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, completed=done)  # a resumed run does not start at 0
+                tasks[name] = bars.add_task(
+                    printable(name), total=total, completed=done
+                )  # a resumed run does not start at 0
             bars.update(tasks[name], completed=done, total=total)
 
         yield show
@@ -84,14 +94,14 @@ def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, drop: Sequence[str] = ()
 ) -> Table:
     """A table of plain words that fits the console: columns in `drop` go first, in that order, then long words fold."""
-    columns = {name: [name, *cells] for name, *cells in zip(head, *map(list, rows))}
+    columns = {name: [name, *map(printable, cells)] for name, *cells in zip(head, *map(list, rows))}
     widths = {name: max(len(line) for cell in cells for line in cell.split("\n")) for name, cells in columns.items()}
     for name in drop:
         if sum(min(width, LONG) + 2 for width in widths.values()) - 2 <= console.width:
             break
         widths.pop(name, None)
     narrow: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    found = Table(title=title, title_justify="left", **narrow)
+    found = Table(title=escape(printable(title)) if title else None, title_justify="left", **narrow)
     for name, width in widths.items():
         numbers = all(re.fullmatch(rf"[-+–.,/\d%e ]*({UNITS})?", cell) for cell in columns[name][1:])
         found.add_column(
@@ -124,6 +134,6 @@ def write_json(file: Path | None, values: Any) -> None:
         else dataclasses.asdict(values)
     )
     try:
-        file.write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
+        file.write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; give another --json") from None

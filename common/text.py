@@ -9,6 +9,19 @@ from typing import Any
 
 from ..errors import UserError
 
+# Control characters but tab and newline, marks that reorder text, halves of surrogate pairs: names and texts of files
+# may hold them, and a terminal obeys them or cannot print them.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with "\N{REPLACEMENT CHARACTER}" for each character that a terminal would obey or refuse.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\N{REPLACEMENT CHARACTER}[2Jb'
+    """
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its type where that is empty."""

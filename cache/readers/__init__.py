@@ -11,6 +11,7 @@ from ...common.hub import hub_files
 from ...errors import UserError
 from .base import Source
 from .config import FORMATS, DatasetConfig, load_config
+from .faults import whole_dataset
 from .tables import EpisodeTable
 
 __all__ = ["EpisodeTable", "Source", "detect_format", "open_source"]
@@ -27,7 +28,8 @@ def open_source(path_or_repo: str | Path, config: DatasetConfig | str | None = N
     if isinstance(config, str):
         config = load_config(config)
     format = config.format if config else detect_format(given)
-    source = _reader(format)(given, config)
+    with whole_dataset(given):
+        source = _reader(format)(given, config)
     folder = Path(given).expanduser()
     source.location = str(folder.resolve()) if folder.exists() else given
     return source
@@ -54,12 +56,14 @@ def detect_format(path_or_repo: str | Path) -> str:
     if root.is_file():
         names, look = [root.name], root.parent
     elif root.is_dir():
-        names, look = _names(root), root
+        with whole_dataset(given):
+            names, look = _names(root), root
     else:
         names, look = hub_files(given), None
     for format in FORMATS:
-        if _reader(format).matches(names, look):
-            return format
+        with whole_dataset(given):
+            if _reader(format).matches(names, look):
+                return format
     inside = sorted({n.split("/")[0] for n in names if n.endswith("/meta/info.json") and n.count("/") == 2})
     if inside:
         raise UserError(

@@ -21,6 +21,7 @@ from ..actions.action_map import ActionMap
 from ..actions.rotations import NotARotation
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
+from .faults import guarded_frames, one_episode
 from .tables import EpisodeTable, Rows, TableBlock, as_blocks, join_columns
 
 Result = TypeVar("Result")
@@ -33,6 +34,7 @@ class Source(ABC):
     environment: str | None = None  # simulated task it was recorded in, e.g. "metaworld/push-v3"
     location: str = ""  # where to open it again: its absolute path, or its hub id
     starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
+    text_from: str = ""  # where in the files the task texts are, most preferred first; "" where a format has one place
 
     def __init__(
         self,
@@ -107,20 +109,27 @@ class Source(ABC):
 
     def attempt(self, read: Callable[[int], Result], episode_id: int) -> Result | Failed:
         """`read(episode_id)`, or why that cannot be read."""
+        where = self.where(episode_id)
         try:
-            return read(episode_id)
+            with one_episode(where, self.path):
+                return read(episode_id)
         except CorruptEpisode as error:
-            return error.failed(episode_id, self.where(episode_id))
+            return error.failed(episode_id, where)
 
     def instruction_of(self, episode_id: int) -> str:
         """The episode's task text, else the config's. A reader with cheap metadata overrides it."""
         return self.table(episode_id).instruction
 
+    def success_of(self, episode_id: int) -> bool | None:
+        """Whether the demonstration succeeded, by its files; None where they do not say."""
+        return None
+
     def table(self, episode_id: int) -> EpisodeTable:
         """State, action, time and task of one episode, no image; `CorruptEpisode` for rows that cannot be used,
         `UserError` for an episode that is not listed."""
         where = self.where(episode_id)
-        return self._checked(self._rows(episode_id, self.config.columns, where), where)
+        with one_episode(where, self.path):
+            return self._checked(self._rows(episode_id, self.config.columns, where), where)
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
         """The tables of every listed episode once, in blocks of at least `batch_rows` rows (the last may be shorter).
@@ -154,7 +163,8 @@ class Source(ABC):
             part = values.tobytes()
             digest.update(f"{len(part)};".encode() + part)
         wanted = self.view_names if views is None else tuple(v for v in self.view_names if v in views)
-        found = self._find(episode_id, wanted, table, digest.digest(), where)
+        with one_episode(where, self.path):
+            found = self._find(episode_id, wanted, table, digest.digest(), where)
         known = {**(hashes or {}), **{v.name: v.sha256 for v in found}}
         for name in self.view_names:
             digest.update(f"{name}:{known.get(name)};".encode())
@@ -201,6 +211,8 @@ class Source(ABC):
             if view.name in self.config.bgr_views:
                 digest = hashlib.sha256(f"bgr:{view.sha256}".encode()).hexdigest()
                 view = dataclasses.replace(view, open=functools.partial(_swapped, view.open), sha256=digest)
+            opener = functools.partial(guarded_frames, view.open, view, where, self.path)
+            view = dataclasses.replace(view, open=opener)
             self._found[episode_id, view.name] = state[view.name], view
         return tuple(self._found[episode_id, n][1] for n in names)
 

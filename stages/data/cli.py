@@ -127,7 +127,7 @@ def data_check(
         report = check(CheckConfig(source, episodes, frames, everything, out, dataset_config), show)
     if report.findings:
         console.print(findings_table(report))
-    console.print(report.summary)
+    say(report.summary)
     if report.must_fix:
         raise typer.Exit(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ...cache.readers import Source, detect_format, open_source
 from ...cache.readers.config import find_config, load_config
 from ...cache.readers.episode import CorruptEpisode, Episode
 from ...common.progress import Progress
-from ...errors import UserError
+from ...errors import Failed, UserError
 
 if TYPE_CHECKING:
     from ...cache.readers.lerobot.metadata import Metadata
@@ -149,10 +148,8 @@ def _lerobot_summary(path: str, source: Source | None, problem: str) -> Summary:
 
 
 def _frames(source: Source) -> int | None:
-    try:
-        return sum(map(source.length_of, source.episode_ids))
-    except CorruptEpisode:
-        return None
+    lengths = [source.attempt(source.length_of, e) for e in source.episode_ids]
+    return None if any(isinstance(n, Failed) for n in lengths) else sum(n for n in lengths if isinstance(n, int))
 
 
 def _loaded_cameras(source: Source) -> dict[str, tuple[int, int] | None]:
@@ -272,8 +269,9 @@ def instructions(summary: Summary, show: Progress) -> Counter[str]:
     counts: Counter[str] = Counter()
     wanted = source.episode_ids[:INSTRUCTION_SAMPLE]
     for done, episode_id in enumerate(wanted, start=1):
-        with contextlib.suppress(CorruptEpisode):  # the counts' total tells how many were read
-            counts[source.instruction_of(episode_id)] += 1
+        text = source.attempt(source.instruction_of, episode_id)
+        if isinstance(text, str):  # the counts' total tells how many were read
+            counts[text] += 1
         show("instructions: episodes", done, len(wanted))
     return counts
 

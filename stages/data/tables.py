@@ -90,6 +90,7 @@ def show_summary(s: Summary, instructions: Counter[str]) -> None:
     counted = instructions.total()
     lines["instructions"] = f"{len(instructions)} different"
     lines["instructions"] += f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
+    lines["instructions"] += f", from {s.source.text_from}" if s.source and s.source.text_from else ""
     for name, value in lines.items():
         if value:
             say(f"{name:<13} {wrapped(value, ' ' * 14)[14:]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dvla.common.text import duration, parse_size, public
+from dvla.common.text import duration, parse_size, printable, public
 from dvla.errors import UserError
 
 
@@ -30,3 +30,7 @@ def test_secrets_in_addresses_are_left_out() -> None:
         "nested": {"list": ["https://host/x", "runs/a@b?c"]},
         "steps": 3,
     }
+
+
+def test_what_a_terminal_would_obey_is_replaced() -> None:
+    assert printable("a\x1b[31m\x07\r\x9bb\u202e\udc80\tc\nd é→") == "a�[31m���b��\tc\nd é→"

@@ -58,7 +58,12 @@ class MemorySource(Source):
     def __init__(self, records: list[Record], config: DatasetConfig, fps: float = HZ) -> None:
         self.records = records
         super().__init__(
-            Path("."), "memory", config, fps=fps, view_names=tuple(records[0].pictures), episode_ids=range(len(records))
+            Path(__file__),
+            "memory",
+            config,
+            fps=fps,
+            view_names=tuple(records[0].pictures),
+            episode_ids=range(len(records)),
         )
 
     @classmethod

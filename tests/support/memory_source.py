@@ -22,7 +22,7 @@ class MemorySource(Source):
     def __init__(
         self, config: DatasetConfig, episodes: Mapping[int, Mapping[str, np.ndarray]], fps: float = 10.0
     ) -> None:
-        super().__init__(Path("memory"), "memory", config, fps=fps, view_names=("front",), episode_ids=tuple(episodes))
+        super().__init__(Path(__file__), "memory", config, fps=fps, view_names=("front",), episode_ids=tuple(episodes))
         self._episodes = episodes
 
     @classmethod

@@ -6,6 +6,7 @@ Letters: T frames of the episode.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -19,6 +20,7 @@ from ....errors import Failed, UserError
 from ..base import Source
 from ..config import DatasetConfig, find_config
 from ..episode import CorruptEpisode, View
+from ..faults import one_episode
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
 from .metadata import EpisodeEntry, Metadata
@@ -82,15 +84,14 @@ class LeRobotSource(Source):
         for number in self.episode_ids:
             files.setdefault(self._entry(number).data_path, set()).add(number)
         for data_path, left in files.items():
-            try:
+            # A file that is missing or damaged: what is left is read one by one, each with its own reason.
+            with contextlib.suppress(CorruptEpisode), one_episode(self.name, self.path):
                 if len(left) > 1:
                     path = self.meta.locate(data_path, self.name)
                     for number, rows in stream_rows(path, [*self.config.columns, *_CHECKED], batch_rows, self.name):
                         if number in left:
                             left.remove(number)
                             yield number, self.attempt(functools.partial(self._table_of, rows), number)
-            except CorruptEpisode:
-                pass  # the file is missing or damaged: what is left is read one by one, each with its own reason
             for number in sorted(left):
                 yield number, self.attempt(self.table, number)
 

@@ -29,7 +29,7 @@ from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.observations import encoder_calls, require_finite
 from ....cache.vlm.pooling import pooling_error
 from ....common.progress import Progress
-from ....errors import UserError
+from ....errors import Failed, UserError
 from ..build_plan import decide, make_plan, open_all
 from ..calibration import encode_singly
 from ..config import BuildConfig, PilotConfig, WorkerSpec, check_settings
@@ -140,10 +140,11 @@ def glance(source: Source, progress: Progress) -> DatasetPlan:
     """The source's episodes from metadata or a cheap look: lengths and instructions, no hashes."""
     episodes, quarantined = [], []
     for i, number in enumerate(source.episode_ids):
-        try:
-            episodes.append(EpisodePlan(number, source.length_of(number), source.instruction_of(number), ""))
-        except CorruptEpisode as error:
-            quarantined.append((number, str(error)))
+        found = source.attempt(lambda n: EpisodePlan(n, source.length_of(n), source.instruction_of(n), ""), number)
+        if isinstance(found, Failed):
+            quarantined.append((number, str(found)))
+        else:
+            episodes.append(found)
         progress(f"{source.name}: episodes", i + 1, len(source.episode_ids))
     if not episodes:
         raise source.no_usable_episode([why for _, why in quarantined], "run on a complete copy of the dataset")

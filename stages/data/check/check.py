@@ -100,7 +100,7 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
     if config.out is not None:
         if config.out.exists():
             raise UserError(f"{config.out} appeared meanwhile; choose another --out")
-        write_file(config.out, as_text(as_json(report)).encode())
+        write_file(config.out, as_text(as_json(report)).encode(errors="backslashreplace"))
     return report
 
 

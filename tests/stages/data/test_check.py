@@ -144,6 +144,7 @@ BY_POSES: dict[str, tuple[str, str, Change]] = {
         lambda made: vars(made[2]).update(undecodable="frame 3 of a.mp4 cannot be decoded", kind="unreadable-file"),
     ),
     "anything else": ("unusable-episode", "error", fails("the moon is in the wrong house")),
+    "a fault of the reader": ("unexpected-error", "error", fails("unexpected TypeError: no", "unexpected-error")),
     "one row": ("single-row", "warning", cut(1)),
     "short": ("short-episode", "info", cut(9)),
     "copied": ("twin-episodes", "warning", twin),
