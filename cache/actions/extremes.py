@@ -6,18 +6,21 @@ A glitch of a sensor stretches the range of its slot until nothing is left of th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from .normalizer import HIGH, LOW, Normalizer, Scheme
-from .slots import slots
+from .normalizer import Normalizer, Scheme
+from .slots import UNIFIED_DIM, slots
 from .statistics import Statistics
 
-FAR = 50.0  # widths of the middle 98 % of a slot's values, beyond which a value is a glitch …
-WIDTH = 0.1  # … of this width at least, in the slot's own unit …
+USUAL = (0.1, 0.9)  # quantiles between which most of a slot's values lie
+FAR = 50.0  # times the width of that, beyond which a value is a glitch …
+WIDTHS = (0.1, 2.0)  # … which counts as this at least, of a position and of a velocity, in the slot's own unit …
 FEW, FEW_ROWS = 0.001, 3  # … where no more than this share, or number, of its rows are that far
+LEAST = np.array([WIDTHS["_vel" in slot.name] for slot in slots()])  # [128]
 CLIPPED = 0.001  # share of a slot's values from which it is said that they are cut off
 SHOWN = 3  # lines of each kind
 
@@ -31,20 +34,14 @@ class Glitch:
     episode: int
     row: int  # in the episode
     value: float
-    usual: tuple[float, float]  # the middle 98 % of the slot's values
-    values: int  # of the episode and the table
-
-    @property
-    def stretch(self) -> float:
-        """How many times further than the usual values this one is from their middle."""
-        low, high = self.usual
-        return abs(self.value - (low + high) / 2) / max((high - low) / 2, WIDTH / 2)
+    stretch: float  # how many times further from the middle of its slot's values it is than 80 % of them
+    values: int = 1  # of the episode and the table
 
     def __str__(self) -> str:
         more = f" ({self.values - 1} more like it)" if self.values > 1 else ""
         return (
             f"{self.table} {slots()[self.slot].name} is {self.value:.4g} at episode {self.episode} row {self.row}{more}, "
-            f"{self.stretch:.2g} times as far out as 98 % of its values"
+            f"{self.stretch:.2g} times as far out as 80 % of its values"
         )
 
 
@@ -60,16 +57,18 @@ class Extremes:
         """What to say before a dataset is trained on: the first few of each kind, and how many there are."""
         reach = f"{self.scheme} reaches up to it; " if self.scheme in ("std5", "minmax") else ""
         lines = [f"{dataset}: {g}; {reach}leave it out with --exclude-episodes {g.episode}" for g in self.glitches]
-        cut = [
-            f"{dataset}: {share:.2g} % of {name} is beyond the range of {self.scheme} and cut off; --normalize std5 is not"
-            for name, share in ((name, 100 * share) for name, share in self.clipped)
-        ]
+        cut = [f"{dataset}: {cut_off(name, share, self.scheme)}" for name, share in self.clipped]
         more = "more like it; see `dvla data check`"
         return [
             line
             for found in (lines, cut)
             for line in (*found[:SHOWN], *([f"{dataset}: {len(found) - SHOWN} {more}"] if len(found) > SHOWN else []))
         ]
+
+
+def cut_off(name: str, share: float, scheme: Scheme) -> str:
+    """What to say of a share of the values of `name` that are clipped."""
+    return f"{100 * share:.2g} % of {name} is beyond the range of {scheme} and cut off; normalize it by std5 instead"
 
 
 def extremes(
@@ -79,53 +78,44 @@ def extremes(
 
     `episodes`: (id, unified [T, 128]), gone through only where the statistics show a value that is far or cut off."""
     cut = np.flatnonzero(normalizer.clips(stats))
-    low, high = _limits(stats)
-    far = np.flatnonzero(normalizer.scaled & ((stats.min < low) | (stats.max > high)))
+    middle, width = _usual(stats)
+    far = np.flatnonzero(normalizer.scaled & (np.maximum(stats.max - middle, middle - stats.min) > FAR * width))
     if not len(cut) and not len(far):
         return Extremes(scheme=normalizer.scheme)
     few, lost, seen = max(FEW_ROWS, FEW * stats.count), np.zeros(len(cut)), np.zeros(len(far), np.int64)
-    found: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # (episode, row, which of `far`, values)
+    found: list[tuple[Glitch, int]] = []  # with its place in `far`
     edge = normalizer.half_range[cut] * (normalizer.limit + 1e-6)
     for number, values in episodes:
         lost += (np.abs(values[:, cut] - normalizer.center[cut]) > edge).sum(0)
         x = values[:, far]  # [T, far]
-        beyond = (x < low[far]) | (x > high[far])
+        stretch = np.abs(x - middle[far]) / (width[far] / 2)
+        beyond = stretch > 2 * FAR
         seen += beyond.sum(0)
         beyond &= seen <= few  # what is not rare is not kept
-        found += [(number, row, beyond[row], x[row]) for row in np.flatnonzero(beyond.any(1)).tolist()]
+        for row, i in np.argwhere(beyond).tolist():
+            place = int(far[i]), number, row, float(x[row, i]), float(stretch[row, i])
+            found.append((Glitch(table, *place), i))
     shares = zip(cut.tolist(), (lost / stats.count).tolist())
     return Extremes(
-        _by_episode(table, stats, far, seen <= few, found),
+        _by_episode(g for g, i in found if seen[i] <= few),
         tuple((f"{table} {slots()[slot].name}", share) for slot, share in shares if share > CLIPPED),
         normalizer.scheme,
     )
 
 
-def _limits(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
-    """[D] values below and above which one is far from all others; infinite without quantiles (of earlier caches)."""
+def _usual(stats: Statistics) -> tuple[np.ndarray, np.ndarray]:
+    """(middle, width) [128] of most values of each slot; infinitely wide without quantiles (of earlier caches)."""
     if stats.quantiles is None:
-        return np.full_like(stats.mean, -np.inf), np.full_like(stats.mean, np.inf)
-    first, last = stats.quantiles[LOW], stats.quantiles[HIGH]
-    reach = FAR * np.maximum(last - first, WIDTH)
-    return first - reach, last + reach
+        return stats.mean, np.full(UNIFIED_DIM, np.inf)
+    low, high = (stats.quantiles[q] for q in USUAL)
+    return (low + high) / 2, np.maximum(high - low, LEAST)
 
 
-def _by_episode(
-    table: str,
-    stats: Statistics,
-    far: np.ndarray,
-    rare: np.ndarray,
-    found: list[tuple[int, int, np.ndarray, np.ndarray]],
-) -> tuple[Glitch, ...]:
+def _by_episode(glitches: Iterable[Glitch]) -> tuple[Glitch, ...]:
+    """The worst of each episode, with the number of all."""
     worst: dict[int, Glitch] = {}
-    for number, row, beyond, x in found:
-        for i in np.flatnonzero(beyond & rare).tolist():
-            slot = int(far[i])
-            assert stats.quantiles is not None  # else nothing is far
-            usual = float(stats.quantiles[LOW][slot]), float(stats.quantiles[HIGH][slot])
-            before = worst.get(number)
-            glitch = Glitch(table, slot, number, row, float(x[i]), usual, 1 + (before.values if before else 0))
-            if before is not None and before.stretch >= glitch.stretch:
-                glitch = Glitch(table, before.slot, number, before.row, before.value, before.usual, glitch.values)
-            worst[number] = glitch
+    for glitch in glitches:
+        before = worst.get(glitch.episode, glitch)
+        count = 1 if before is glitch else before.values + 1
+        worst[glitch.episode] = dataclasses.replace(max(before, glitch, key=lambda g: g.stretch), values=count)
     return tuple(worst.values())

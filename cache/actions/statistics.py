@@ -43,6 +43,17 @@ class Statistics:
             count,
         )
 
+    def on(self, slots: np.ndarray) -> Statistics:
+        """Statistics of wider vectors, whose `slots` [W] bool these dimensions are and which are 0 elsewhere."""
+
+        def wide(values: np.ndarray) -> np.ndarray:
+            out = np.zeros(len(slots))
+            out[slots] = values
+            return out
+
+        quantiles = None if self.quantiles is None else {q: wide(v) for q, v in self.quantiles.items()}
+        return Statistics(*map(wide, (self.mean, self.std, self.min, self.max)), self.count, quantiles)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; floats survive the round trip exactly."""
         arrays = {k: getattr(self, k).tolist() for k in ("mean", "std", "min", "max")}
