@@ -48,6 +48,7 @@ class BuildReport:
     resumed_shards: int = 0  # shards that were finished before
     adopted_shards: int = 0  # shards of the previous generation that are reused unchanged
     quarantined: int = 0  # episodes in quarantine.jsonl
+    lost: tuple[str, ...] = ()  # datasets of which no episode could be read
     seconds: float = 0.0
     timing: Timing = field(default_factory=Timing)
     previous: Path | None = None  # where the previous generation is now
@@ -131,6 +132,7 @@ def build(
         if target != config.out:
             report.previous = exchange(config.out)
     report.frames, report.bytes = manifest["frames"], manifest["bytes"]
+    report.lost = tuple(d.name for d in Cache.open(config.out).datasets if d.quarantined.all())
     report.quarantined, report.seconds = manifest["quarantine_count"], time.perf_counter() - began
     return report
 

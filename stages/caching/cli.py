@@ -63,6 +63,8 @@ def cache_build(
         report = build(config, show, say)
     for line in build_lines(config, report):
         say(line)
+    if report.lost:
+        raise typer.Exit(1)
 
 
 def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
@@ -87,6 +89,8 @@ def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
     if report.quarantined:
         lines.append(f"see {out}/quarantine.jsonl for the reasons")
     lines += report.extremes
+    if report.lost:
+        return [f"no episode of {', '.join(report.lost)} could be read; run `dvla data check` on it", *lines]
     split = config.encoder.boundary is not None
     command = "finetune --lora RUN" if split else "train"
     return [*lines, f"next: dvla {command} --from-cache {out} --out runs/{'lora' if split else 'base'}"]

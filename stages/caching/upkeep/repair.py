@@ -298,7 +298,7 @@ def _channels(
     entry = found.written.get(name)
     for folder in generations(path):
         if entry and (folder / name).exists() and file_crc32c(folder / name) == (entry["bytes"], entry["crc32c"]):
-            return np.array(open_table(folder / CHANNELS))
+            return np.array(open_table(folder / CHANNELS, ((plan.width,), "float32")))
     scales = channel_scale(pilot_features(corpora, plan, encoder))
     with tempfile.TemporaryDirectory() as scratch:
         written = write_table(Path(scratch) / CHANNELS, scales, ("channel",))[Path(scratch) / name]

@@ -217,12 +217,9 @@ def _declared(source: Source) -> tuple[dict[str, int], tuple[int, ...]]:
     """Totals by a LeRobot dataset's metadata, and episodes that have a v2 table file without being listed."""
     if source.format != "lerobot":
         return {}, ()
-    info = json.loads((source.path / "meta" / "info.json").read_text())  # the reader has read it already
-    totals = {
-        short: int(info[key])
-        for short, key in (("episodes", "total_episodes"), ("frames", "total_frames"))
-        if key in info
-    }
+    info = source.meta.info  # type: ignore[attr-defined]
+    named = (("episodes", info.get("total_episodes")), ("frames", info.get("total_frames")))
+    totals = {short: total for short, total in named if isinstance(total, int)}
     files = (
         re.fullmatch(r"episode_(\d+)\.parquet", p.name) for p in (source.path / "data").glob("*/episode_*.parquet")
     )
