@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .normalizer import Normalizer, Scheme
+from .normalizer import Normalizer
+from .schemes import Scheme
 from .slots import UNIFIED_DIM, slots
 from .statistics import Statistics
 
@@ -38,9 +39,9 @@ class Glitch:
     values: int = 1  # of the episode and the table
 
     def __str__(self) -> str:
-        more = f" ({self.values - 1} more like it)" if self.values > 1 else ""
+        name, more = slots()[self.slot].name, f" ({self.values - 1} more like it)" if self.values > 1 else ""
         return (
-            f"{self.table} {slots()[self.slot].name} is {self.value:.4g} at episode {self.episode} row {self.row}{more}, "
+            f"{self.table} {name} is {self.value:.4g} at episode {self.episode} row {self.row}{more}, "
             f"{self.stretch:.2g} times as far out as 80 % of its values"
         )
 

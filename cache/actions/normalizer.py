@@ -13,16 +13,12 @@ runs keep: std5 without reaching up to min and max, so that rare values far from
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 
 from ...errors import unknown
+from .schemes import EARLIER, SCHEMES, Scheme
 from .statistics import Statistics
 
-Scheme = Literal["std5", "meanstd", "minmax", "quantile", "std5-clipped"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-EARLIER: Scheme = "std5-clipped"  # of what says no scheme: runs and policies of earlier releases
 FLOOR = 0.01  # of the std or half range, in the slot's own unit
 STD_MULTIPLE = 5.0  # of std5: half of the normalized range, in standard deviations
 LOW, HIGH = 0.01, 0.99  # the quantiles of `quantile`

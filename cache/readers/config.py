@@ -14,7 +14,7 @@ from ...common.config import configs_dir, from_mapping, load_yaml
 from ...errors import UserError, unknown
 from ..actions.action_map import ActionMap, FieldSpec
 from ..actions.integration import POSE, Integration
-from ..actions.normalizer import Scheme
+from ..actions.schemes import Scheme
 from ..actions.slots import EMBODIMENTS, SLOTS
 
 FORMATS = {  # format → what it is, in one phrase; the reader is cache/readers/<format>.py

@@ -17,7 +17,8 @@ import torch
 from ...common.files import crc32c
 from ...common.text import public, size
 from ...errors import UserError, unknown
-from ..actions.normalizer import Normalizer, Scheme
+from ..actions.normalizer import Normalizer
+from ..actions.schemes import Scheme
 from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import Statistics, statistics_of
 from .codec import dequantize, quantize

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ...cache.actions.action_map import ActionMap
-from ...cache.actions.normalizer import EARLIER, Normalizer
+from ...cache.actions.normalizer import Normalizer
+from ...cache.actions.schemes import EARLIER
 from ...cache.actions.statistics import Statistics
 from ...cache.store.cache import CacheDataset
 from ...errors import UserError, unknown

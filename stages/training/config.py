@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ...cache.actions.normalizer import Scheme
+from ...cache.actions.schemes import Scheme
 from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
 from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...cache.actions.normalizer import EARLIER
+from ...cache.actions.schemes import EARLIER
 from ...common import fingerprint as fp
 from ...common.files import json_bytes, read_json, write_file
 from ...common.packages import version_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...cache.actions.normalizer import EARLIER, Scheme
+from ...cache.actions.schemes import EARLIER, Scheme
 from ...cache.store.cache import Cache
 from ...cache.vlm.adapter import adapter_document
 from ...cache.vlm.load import encoder_differences

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dvla.cache.actions.extremes import extremes
-from dvla.cache.actions.normalizer import SCHEMES, Normalizer, Scheme
+from dvla.cache.actions.normalizer import Normalizer
+from dvla.cache.actions.schemes import SCHEMES, Scheme
 from dvla.cache.actions.statistics import BLOCK, QUANTILES, RunningStatistics, Statistics
 from dvla.errors import UserError
 

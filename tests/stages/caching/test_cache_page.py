@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dvla.cache.actions.normalizer import Normalizer, Scheme
+from dvla.cache.actions.normalizer import Normalizer
+from dvla.cache.actions.schemes import Scheme
 from dvla.cache.actions.slots import SLOTS
 from dvla.cache.actions.statistics import RunningStatistics
 from dvla.cache.store.cache import Cache

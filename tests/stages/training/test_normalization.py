@@ -1,4 +1,4 @@
-"""How a run normalizes actions and state: chosen per dataset, kept by its checkpoints and by whatever starts from it."""
+"""How a run normalizes actions and state: chosen per dataset, kept by its checkpoints and by what starts from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dvla.cache.actions.action_map import ActionMap, FieldSpec
-from dvla.cache.actions.normalizer import SCHEMES
+from dvla.cache.actions.schemes import SCHEMES
 from dvla.cache.actions.slots import SLOTS
 from dvla.cache.actions.statistics import statistics_of
 from dvla.cache.loader.loader import gather
