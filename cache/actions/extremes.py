@@ -54,16 +54,16 @@ class Extremes:
     clipped: tuple[tuple[str, float], ...] = ()  # ("action arm_joint_0_pos", share of its values that are cut off)
     scheme: Scheme = "std5"
 
-    def lines(self, dataset: str) -> list[str]:
+    def lines(self) -> list[str]:
         """What to say before a dataset is trained on: the first few of each kind, and how many there are."""
         reach = f"{self.scheme} reaches up to it; " if self.scheme in ("std5", "minmax") else ""
-        lines = [f"{dataset}: {g}; {reach}leave it out with --exclude-episodes {g.episode}" for g in self.glitches]
-        cut = [f"{dataset}: {cut_off(name, share, self.scheme)}" for name, share in self.clipped]
+        lines = [f"{g}; {reach}leave it out with --exclude-episodes {g.episode}" for g in self.glitches]
+        cut = [cut_off(name, share, self.scheme) for name, share in self.clipped]
         more = "more like it; see `dvla data check`"
         return [
             line
             for found in (lines, cut)
-            for line in (*found[:SHOWN], *([f"{dataset}: {len(found) - SHOWN} {more}"] if len(found) > SHOWN else []))
+            for line in (*found[:SHOWN], *([f"{len(found) - SHOWN} {more}"] if len(found) > SHOWN else []))
         ]
 
 

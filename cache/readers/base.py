@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from ...errors import Failed, UserError, unknown
+from ...errors import Failed, Note, UserError, unknown
 from ..actions.action_map import ActionMap
 from ..actions.rotations import NotARotation
 from .config import DatasetConfig
@@ -25,6 +25,7 @@ from .faults import guarded_frames, one_episode
 from .tables import EpisodeTable, Rows, TableBlock, as_blocks, join_columns
 
 Result = TypeVar("Result")
+UNKNOWN_HZ = 10.0  # rows per second of files that do not give it and that no config describes
 
 
 class Source(ABC):
@@ -33,6 +34,7 @@ class Source(ABC):
     format: ClassVar[str]  # as in DatasetConfig.format
     environment: str | None = None  # simulated task it was recorded in, e.g. "metaworld/push-v3"
     location: str = ""  # where to open it again: its absolute path, or its hub id
+    problem: UserError | None = None  # why it was opened without a config
     starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
     text_from: str = ""  # where in the files the task texts are, most preferred first; "" where a format has one place
 
@@ -56,6 +58,9 @@ class Source(ABC):
         self.path, self.name, self.config = path, name, config
         self.view_names, self.episode_ids = tuple(view_names), tuple(sorted(episode_ids))
         hz = config.control_hz or fps
+        self.rate_known = bool(hz)
+        if not hz and not config.mapped:
+            hz = UNKNOWN_HZ
         if not hz:
             raise UserError(
                 f"{name}: the files do not give the number of rows per second; add control_hz to dataset config "
@@ -69,7 +74,7 @@ class Source(ABC):
         self._found: dict[tuple[int, str], tuple[object, View]] = {}  # (episode, view) → state of its files, the view
         if widths is not None:
             self._check_widths(widths)
-        if not self.view_names:
+        if not self.view_names and config.mapped:
             raise UserError(f"{name} has no camera; a cache needs images")
         for wanted in config.bgr_views if config.views is None else ():
             if wanted not in self.view_names:
@@ -116,6 +121,10 @@ class Source(ABC):
         except CorruptEpisode as error:
             return error.failed(episode_id, where)
 
+    def notes(self) -> tuple[Note, ...]:
+        """What to know about the dataset as a whole, in one line each: `check` finds it, the others say it."""
+        return ()
+
     def instruction_of(self, episode_id: int) -> str:
         """The episode's task text, else the config's. A reader with cheap metadata overrides it."""
         return self.table(episode_id).instruction
@@ -130,6 +139,12 @@ class Source(ABC):
         where = self.where(episode_id)
         with one_episode(where, self.path):
             return self._checked(self._rows(episode_id, self.config.columns, where), where)
+
+    def columns_of(self, episode_id: int) -> Mapping[str, np.ndarray]:
+        """The config's columns of one episode as they are in the files; `CorruptEpisode` as `table`."""
+        where = self.where(episode_id)
+        with one_episode(where, self.path):
+            return self._rows(episode_id, self.config.columns, where).columns
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
         """The tables of every listed episode once, in blocks of at least `batch_rows` rows (the last may be shorter).

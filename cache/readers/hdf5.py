@@ -27,7 +27,7 @@ from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode, View
 from .labels import SUCCESS, truth
-from .location import Location
+from .location import Location, absence
 
 SUFFIXES = (".hdf5", ".h5")
 _BLOCK_NBYTES = 8 << 20  # of an image array read at once where its chunks do not say
@@ -42,7 +42,7 @@ _MEANINGS = (  # of what HDF5 says when it opens a file
     ("truncated file", "cannot be read as HDF5: it is cut short ({sizes} bytes); copy it again"),
     ("signature not found", "cannot be read as HDF5: it is another kind of file, or its beginning is damaged"),
 )
-_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)  # what h5py raises for damaged files
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)  # what h5py raises for damaged files
 
 
 @contextlib.contextmanager
@@ -54,8 +54,8 @@ def opened(path: Path, where: str) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file
-    except _DAMAGE as error:
-        raise CorruptEpisode(f"{where}: {path.name} {_meaning(error)}", "unreadable-file") from None
+    except DAMAGE as error:
+        raise CorruptEpisode(f"{where}: {path.name} {absence(path) or _meaning(error)}", "unreadable-file") from None
 
 
 def _meaning(error: Exception) -> str:
@@ -115,7 +115,10 @@ def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
             here = here.file if link.path.startswith("/") else here
             parts = [p for p in link.path.split("/") if p not in ("", ".")] + parts
             continue
-        here = here[part]
+        try:
+            here = here[part]
+        except DAMAGE as error:
+            raise CorruptEpisode(f"{where}: '{name}' cannot be read ({first_line(error)})", "unreadable-file") from None
     return here
 
 
@@ -156,9 +159,6 @@ def find_array(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
         raise CorruptEpisode(
             f"{where}: the values of '{name}' were never written; HDF5 would read them as {array.fillvalue}"
         )
-    elif array.size and array.nbytes > (stored := array.id.get_storage_size()):
-        reason = f"{where}: '{name}' claims {list(array.shape)} {array.dtype}, {stored:,} bytes of it are stored"
-        raise CorruptEpisode(reason, "unreadable-file")
     return array
 
 
@@ -246,7 +246,7 @@ def read_images(path: Path, name: str, where: str, start: int, stop: int) -> Ite
         for first, last in _blocks(array, start, stop):
             try:
                 block = array[first:last]
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 reason = f"{where}: images {first} to {last - 1} of '{name}' cannot be decoded ({first_line(error)})"
                 raise CorruptEpisode(reason, "unreadable-file") from None
             yield from block

@@ -24,6 +24,7 @@ from av.stream import Disposition
 from ...common.mp4 import quiet_libav
 from .episode import CorruptEpisode
 from .images import check_size, renamed
+from .location import unreadable
 
 DECODER_THREADS = 2  # per open file; a build decodes several files at once
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails  # video streams that are no recording
@@ -125,6 +126,12 @@ def decode(extent: VideoExtent, where: str, start: int, stop: int) -> Iterator[n
             yield _to_rgb(frame, extent, f"{where}: frame {index} of {extent.path.name}")
 
 
+def frames_listed(path: Path, where: str) -> int:
+    """Frames of a video by its container, none of them read; 0 where it does not say."""
+    with _opened(path, where) as (_, stream):
+        return stream.frames
+
+
 def _decoded_from(container: av.container.InputContainer, stream: av.VideoStream, pts: int) -> Iterator[av.VideoFrame]:
     """Decode forwards from a key frame that is shown at or before `pts`. A seek goes by decoding time, so it may find a
     key frame that is shown later (reordered frames, open groups of images): then step back further and further."""
@@ -164,8 +171,7 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
         raise CorruptEpisode(f"{where}: {path} is missing", "missing-file") from None
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        message = f"{where}: {path.name} cannot be read as video ({reason})"
-        raise CorruptEpisode(message, "unreadable-file") from None
+        raise CorruptEpisode(f"{where}: {unreadable(path, 'video', reason)}", "unreadable-file") from None
 
 
 # --- pixels ---

@@ -54,7 +54,7 @@ class BuildReport:
     previous: Path | None = None  # where the previous generation is now
     error: tuple[float, float] | None = None  # relative error of 8-bit features: overall, worst channel (of the pilot)
     pooled: float | None = None  # relative error of pooling: the detail that pooled tokens lose (of the pilot)
-    extremes: list[str] = field(default_factory=list)  # what to say of values that are far from all others
+    remarks: list[str] = field(default_factory=list)  # what to know about the datasets, one line each
 
     @property
     def complete_before(self) -> bool:
@@ -117,6 +117,7 @@ def build(
             earlier = Cache.open(config.out)
         sources, encoder = open_all(config, earlier, say)
         found = decide(config, sources, encoder, earlier, checked)
+        report.remarks = [line for corpus in found.corpora.values() for line in corpus.remarks()]
         plan, reused, target = found.plan, found.reused, config.out
         if earlier is not None and found.unchanged:
             held.close()
@@ -159,7 +160,6 @@ def _fill(
     channels = _calibrate(config, writer, encoder, list(corpora.values()), reused, report, bool(missing))
     for name in writer.tables_missing():
         writer.write_tables(name, make_tables(corpora[name], encoder))
-        report.extremes += corpora[name].extreme_lines()
     report.resumed_shards = len(writer.plan.tasks()) - len(missing)
     todo, adopted = _split(missing, corpora, writer.plan, reused)
     for task in adopted:

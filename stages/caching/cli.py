@@ -88,7 +88,7 @@ def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
         lines.append(f"pooled to {config.encoder.tokens} tokens: relative error {report.pooled:.2g}")
     if report.quarantined:
         lines.append(f"see {out}/quarantine.jsonl for the reasons")
-    lines += report.extremes
+    lines += report.remarks
     if report.lost:
         return [f"no episode of {', '.join(report.lost)} could be read; run `dvla data check` on it", *lines]
     split = config.encoder.boundary is not None

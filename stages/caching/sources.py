@@ -20,8 +20,8 @@ from ...cache.actions.normalizer import Normalizer
 from ...cache.actions.statistics import Statistics, statistics_of
 from ...cache.loader.provenance import as_cached
 from ...cache.readers import Source, open_source
-from ...cache.readers.config import load_config
 from ...cache.readers.episode import Episode
+from ...cache.readers.search import load_config
 from ...cache.store.cache import Cache
 from ...cache.store.plan import DatasetPlan, DatasetTables, EpisodePlan
 from ...cache.vlm.encoder import VisionLanguageEncoder
@@ -47,18 +47,26 @@ class Corpus:
         """Of action and proprio."""
         return statistics_of(self.action), statistics_of(self.proprio)
 
-    def extreme_lines(self) -> list[str]:
+    def remarks(self) -> list[str]:
+        """What to know about the dataset, one line each."""
+        lines = [note.text for note in self.source.notes()]
+        texts = self.plan.episodes
+        empty = sum(not e.instruction.strip() for e in texts)
+        if empty:
+            share = f"{empty} of {len(texts)} episodes ({empty / len(texts):.0%}) have no instruction"
+            lines.append(f"{share}; where all share one, give `instruction` in the dataset config")
+        return [f"{self.plan.name}: {line}" for line in (*lines, *self._extremes())]
+
+    def _extremes(self) -> list[str]:
         """What to say of values far from all others, or cut off by the normalization that the dataset config asks."""
-        lines = []
-        maps = self.source.action_map, self.source.state_map
-        for table, values, stats, fields in zip(
-            ("action", "state"), (self.action, self.proprio), self.statistics, maps
-        ):
-            scheme = self.source.config.normalize or "std5"
-            normalizer = Normalizer(stats, fields.mask, fields.rotation_slots, scheme)
+        lines, source = [], self.source
+        maps, scheme = (source.action_map, source.state_map), source.config.normalize or "std5"
+        tables = zip(("action", "state"), maps, (self.action, self.proprio), self.statistics)
+        for table, fields, values, stats in tables:
             ends = zip(self.plan.episodes, self.plan.starts.tolist())
             rows = ((e.episode_id, values[start : start + e.length]) for e, start in ends)
-            lines += extremes(table, stats, normalizer, rows).lines(self.plan.name)
+            normalizer = Normalizer(stats, fields.mask, fields.rotation_slots, scheme)
+            lines += extremes(table, stats, normalizer, rows).lines()
         return lines
 
 
@@ -140,7 +148,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
     starts = source.starts or {}
     attributes = {
         "dataset_config": source.config.name,
-        "config": source.config.to_dict(),
+        "config": source.config.document(),
         "embodiment_name": source.config.embodiment,
         "license": source.config.license,
         "view_sizes": corpus.view_sizes,

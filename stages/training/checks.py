@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from ...cache.actions.extremes import extremes
 from ...cache.loader.loader import require_variants
 from ...cache.loader.order import held_out, mixture, override
 from ...cache.store.cache import Cache
+from ...cache.store.manifest import find_manifest
 from ...cache.store.mirror import is_remote
 from ...cache.store.webdataset.cache import WebDatasetCache
 from ...cache.store.webdataset.tars import INDEX
+from ...common.files import read_json
 from ...common.packages import require_package
 from ...drifting.dit import dit_config
 from ...drifting.policy_net import PolicyNetConfig
@@ -20,11 +23,17 @@ from ...errors import UserError
 from .config import ALL, TrainConfig
 from .run_log import require_wandb
 
+ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
 
-def open_cache(config: TrainConfig) -> Cache:
+
+def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
     """The cache that `config` names, normalized as it says: a folder, a URL, or the folder of its WebDataset export;
-    `UserError` without one, or for a dataset in `normalize` that it does not hold."""
-    cache = _open(config)
+    `UserError` without one, or for a dataset in `normalize` that it does not hold.
+
+    Where the folder `run` holds a run that was begun with an earlier generation of it, which `--append` has kept beside
+    it, that generation.
+    """
+    cache = _generation(config, run)
     for name in config.normalize:
         if name != ALL:
             cache.named(name)
@@ -41,8 +50,24 @@ def extreme_lines(cache: Cache) -> list[str]:
         for table, kind in (("action", "action"), ("state", "proprio")):
             values, normalizer = getattr(d, kind), getattr(d, f"{kind}_normalizer")
             rows = ((number, values[start : start + length]) for number, start, length in ends)
-            lines += extremes(table, d.statistics(kind), normalizer, rows).lines(d.name)
+            found = extremes(table, d.statistics(kind), normalizer, rows)
+            lines += [f"{d.name}: {line}" for line in found.lines()]
     return lines
+
+
+def _generation(config: TrainConfig, run: str | None) -> Cache:
+    cache, begun = _open(config), fingerprint_of(run)
+    if begun not in (None, cache.manifest["fingerprint"]) and cache.folder is not None:
+        for folder in sorted(cache.path.absolute().parent.glob(f"{glob.escape(cache.path.absolute().name)}.gen-*")):
+            if (found := find_manifest(folder)) is not None and found["fingerprint"] == begun:
+                return Cache.open(folder)
+    return cache
+
+
+def fingerprint_of(run: str | None) -> str | None:
+    """The fingerprint of the cache that the run in a folder was begun with; None where none is recorded."""
+    file = Path(run or "", ENVIRONMENT)
+    return read_json(file).get("cache_fingerprint") if run and file.is_file() else None
 
 
 def _open(config: TrainConfig) -> Cache:
