@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from ...common.text import first_line
 from ...errors import Note, UserError
 from .archive import Archive, open_archive
 from .base import Source, choose_views
-from .config import DatasetConfig, find_config
+from .config import DatasetConfig
 from .episode import CorruptEpisode, View
-from .images.arrays import ArrayForm, form_of, is_camera, left_out, range_of
+from .images.arrays import ArrayForm, channels_of, form_of, is_camera, left_out, range_of
 from .location import Location
+from .search import choose_config
 from .tables import EpisodeTable, Rows
 
 _ENDS = "meta/episode_ends"
@@ -57,12 +58,14 @@ class ReplayBufferSource(Source):
         """
         location = Location(str(path_or_repo), _HUB_PATTERNS)
         name = location.name
-        config = config or find_config(self.format, (name,))
         try:
             group = _Group.find(location.root, name)
             self._ends = _check_ends(group.array(_ENDS, name), name)
             keys = group.keys("data")
             arrays = {k: group.array(f"data/{k}", name) for k in keys}
+            config = choose_config(
+                config, self.format, (name,), location.root, functools.partial(_columns, arrays, self._ends)
+            )
             cameras = [k for k, a in arrays.items() if is_camera(k, a.shape, a.dtype)]
             views = choose_views(cameras, config, name)
             used = [key for key in (*config.columns, *views) if key in keys]
@@ -316,6 +319,12 @@ def _form(array: _Array, name: str) -> ArrayForm:
 
     what = f"{name}: {array.name}"
     return form_of(array.shape, array.dtype, range_of(samples(), array.dtype, what), what)
+
+
+def _columns(arrays: Mapping[str, _Array], ends: np.ndarray) -> dict[str, int]:
+    """Numbers per row of each array of `data` that is no image and has a row for each step."""
+    fitting = {k: a for k, a in arrays.items() if channels_of(a.shape, a.dtype) is None and a.shape[0] == ends[-1]}
+    return {key: math.prod(a.shape[1:]) for key, a in fitting.items()}
 
 
 READER = ReplayBufferSource
