@@ -13,10 +13,11 @@ from dvla.cache.actions.action_map import ActionMap, FieldSpec
 from dvla.cache.actions.rotations import to_rot6d
 from dvla.cache.actions.slots import EMBODIMENTS, SLOTS
 from dvla.cache.readers import hdf5, open_source
-from dvla.cache.readers.config import DatasetConfig, config_names, load_config
+from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.episode_hdf5 import EpisodeHDF5Source, field_map
 from dvla.cache.readers.robomimic import RobomimicSource
+from dvla.cache.readers.search import config_names, load_config
 from dvla.errors import UserError
 from support.hdf5_samples import (
     ARM,
@@ -244,6 +245,15 @@ def test_file_that_is_no_hdf5(episode_folder, data, first):
     assert source.load(2).length == LENGTHS[2]
 
 
+def test_an_odd_first_file_does_not_speak_for_the_others(episode_folder):
+    before = {n: open_source(episode_folder).load(n).source_hash for n in (1, 2)}
+    edit(episode_folder / "ep_000000.hdf5", lambda f: f.attrs.update(embodiment_id=2))
+    source = open_source(episode_folder)
+    assert {n: source.load(n).source_hash for n in (1, 2)} == before
+    with pytest.raises(CorruptEpisode, match="its embodiment_id is 2, the dataset's 1"):
+        source.load(0)
+
+
 def test_no_file_can_be_read(episode_folder):
     for path in episode_folder.iterdir():
         path.write_bytes(b"broken")
@@ -387,9 +397,7 @@ def test_robomimic_refuses_what_its_config_does_not_say(tmp_path):
         )
     with pytest.raises(UserError, match="its controller is JOINT_VELOCITY"):
         opened("e", controller={"type": "JOINT_VELOCITY"})
-    with pytest.raises(
-        UserError, match="no dataset config fits a robomimic dataset called 'twoarmtransport' or 'image' or 'f'"
-    ):
+    with pytest.raises(UserError, match="no dataset config fits twoarmtransport or image; run `dvla data add "):
         opened("f", env_name="TwoArmTransport")
     path = write_robomimic(tmp_path / "g" / "image.hdf5")
     for number in (0, 2, 10):
