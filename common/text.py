@@ -14,6 +14,10 @@ from ..errors import UserError
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# Of an address in a text: scheme, then what is no user, password or query.
+_URL = re.compile(r"(\w[\w+.-]*://)(?:[^/\s'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\",;)]+)?")
+
+
 def printable(text: str) -> str:
     """The text with "\N{REPLACEMENT CHARACTER}" for each character that a terminal would obey or refuse.
 
@@ -21,6 +25,15 @@ def printable(text: str) -> str:
     'a\N{REPLACEMENT CHARACTER}[2Jb'
     """
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def markdown(text: str) -> str:
+    r"""Text of a file as one line of plain words in Markdown, where it could otherwise be a link, HTML or a section.
+
+    >>> markdown("MIT | <b>\n# [x](y)")
+    'MIT \\| \\<b\\> # \\[x\\](y)'
+    """
+    return re.sub(r"([\\`\[\]<>|])", r"\\\1", " ".join(printable(text).split()))
 
 
 def first_line(error: Exception) -> str:
@@ -79,6 +92,4 @@ def public(value: Any) -> Any:
         return {k: public(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [public(v) for v in value]
-    if isinstance(value, str) and "://" in value:
-        return re.sub(r"\?\S*", "", re.sub(r"://[^/\s]*@", "://", value))
-    return value
+    return _URL.sub(r"\1\2", value) if isinstance(value, str) and "://" in value else value

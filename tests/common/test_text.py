@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dvla.common.text import duration, parse_size, printable, public
+from dvla.common.text import duration, markdown, parse_size, printable, public
 from dvla.errors import UserError
 
 
@@ -32,5 +32,15 @@ def test_secrets_in_addresses_are_left_out() -> None:
     }
 
 
+def test_an_address_within_a_message_is_cut_where_it_ends() -> None:
+    said = "did you mean 's3://me:x@host/b?sig=1'? see https://host/a; http://u:p@h/c?t=9, or ask?"
+    assert public(said) == "did you mean 's3://host/b'? see https://host/a; http://h/c, or ask?"
+
+
 def test_what_a_terminal_would_obey_is_replaced() -> None:
     assert printable("a\x1b[31m\x07\r\x9bb\u202e\udc80\tc\nd é→") == "a�[31m���b��\tc\nd é→"
+
+
+def test_what_a_card_would_obey_is_escaped() -> None:
+    assert markdown("MIT | <b>\n# [x](y)") == "MIT \\| \\<b\\> # \\[x\\](y)"
+    assert markdown("two_ways-2.0") == "two_ways-2.0"

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,19 +20,21 @@ import pyarrow as pa
 
 from ....errors import Failed, Note, UserError
 from ..base import Source
-from ..config import DatasetConfig, find_config
+from ..config import UNMAPPED, DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import decode
 from .listing import EpisodeEntry
 from .metadata import Metadata
-from .parquet import RowsAt, decode_images, find_images, stream_rows, to_matrix
+from .parquet import RowsAt, decode_images, find_images, opened, stream_rows, to_matrix
 from .placement import DataFiles, FoundRows
 from .rows import Clock, Listed, put_in_order
 from .spans import Claim, VideoFile
 from .texts import instruction_of, text_columns
 
+_NUMBERS = re.compile(r"(float|u?int)\d+")  # dtypes of features
 _CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
 
 
@@ -55,7 +58,9 @@ class LeRobotSource(Source):
         """
         self.meta = meta = Metadata(path_or_repo)
         self._texts = text_columns(meta.features, meta.modality.annotations) if meta.needs_more_texts else ()
-        config = config or find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name))
+        names = (meta.name, str(meta.info.get("robot_type") or ""))
+        reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
+        config = choose_config(config, self.format, names, meta.root, self._columns, reopen)
         self._cameras = meta.cameras(config.views)  # short name → feature key
         super().__init__(
             meta.root,
@@ -68,6 +73,15 @@ class LeRobotSource(Source):
         )
         self._data = DataFiles(meta)
         self._read_recording()
+
+    def _columns(self) -> dict[str, int]:
+        """Numbers per row of each numeric feature that the first table has, too."""
+        features = {k: f for k, f in self.meta.features.items() if _NUMBERS.fullmatch(str(f.get("dtype")))}
+        stored = set(features)
+        for entry in list(self.meta.episodes.values())[:1]:
+            with contextlib.suppress(CorruptEpisode), opened(self.meta.locate(entry.data_path, ""), "") as file:
+                stored = set(file.schema_arrow.names)
+        return {key: math.prod(f.get("shape") or [1]) for key, f in features.items() if key in stored}
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:

@@ -56,8 +56,9 @@ class Unpacked:
         self._step = _BLOCK
 
     def blocks(self, start: int = 0, learn: bool = False) -> Iterator[bytes]:
-        """What is unpacked from byte `start` on, in blocks of up to 1 MiB; `Damaged` where that ends too early. `learn`:
-        keep places on the way."""
+        """What is unpacked from byte `start` on, in blocks of up to 1 MiB; `Damaged` where that ends early.
+
+        `learn`: keep places on the way."""
         point = next(p for p in reversed(self._points) if p.at <= start)
         engine, rest, at, packed = point.engine.copy(), point.rest, point.at, point.packed
         block, begun = b"", point.at > 0

@@ -8,26 +8,26 @@ A record holds the steps of an episode as flat lists under the path of each feat
 from __future__ import annotations
 
 import functools
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ....errors import UserError
 from ..base import Source
-from ..config import DatasetConfig, find_config
+from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..images import choose_cameras, decode, decode_all, survey
-from ..labels import SUCCESS, is_task, joined, rank, truth
+from ..images import ArrayForm, Stored, channels_of, choose_cameras, decode, decode_all, survey
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows
+from .labels import read_text, success_in, text_features
 from .metadata import Feature, Metadata, is_rlds
 from .tfrecord import index_records, parse_example, read_record, values_of
 
-_INSTRUCTIONS = ("steps/language_instruction", "steps/observation/natural_language_instruction")  # by the catalog
-_CODES = ("uint8", "int32", "int64")  # of the characters of a text, filled up with 0, as Language-Table has it
 _DTYPES = {
     "bool",
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
@@ -35,6 +35,7 @@ _DTYPES = {
     "float32",
     "float64",
 }
+_MASK = re.compile(r"depth|mask|seg[^/]*$", re.IGNORECASE)  # of a tensor that is no camera's image
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what tfds writes; PIL would try many more
 
 
@@ -50,8 +51,9 @@ class RldsSource(Source):
         `UserError` when there is none or the config does not describe it.
         """
         self._meta = meta = Metadata(path_or_repo)
-        config = config or find_config(self.format, meta.names)
+        config = choose_config(config, self.format, meta.names, meta.root, lambda: _columns(meta.features))
         self._cameras = _cameras(meta.features, config, meta.name)  # short name → path below `steps`
+        self._texts = text_features(meta.every)
         super().__init__(
             meta.root,
             meta.name,
@@ -82,7 +84,7 @@ class RldsSource(Source):
         lengths = {len(v) for v in found.values()}
         if len(lengths) == 1:
             self._check_bounds(example, min(lengths), where)
-        return Rows(found, self._instruction(example, lengths, where))
+        return Rows(found, read_text(example, self._texts, lengths, where))
 
     def _check_bounds(self, example: Mapping[str, Any], length: int, where: str) -> None:
         """`CorruptEpisode` when is_first or is_last marks a step inside the record: it holds two episodes, or parts."""
@@ -106,9 +108,9 @@ class RldsSource(Source):
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
         example = self._example(episode_id, where)
         for name in names:
-            images = values_of(example, f"steps/{self._cameras[name]}", "bytes", where)
+            images = self._stored(example, name, where)
             count, height, width, sha256 = survey(_named(images, name, where), _FORMATS)
-            if count:
+            if count and isinstance(images, list):
                 self._refuse_placeholder(example, name, images, where)
             opener = functools.partial(self._decode, episode_id, name, (height, width), where)
             yield View(name, height, width, count, opener, sha256)
@@ -117,10 +119,22 @@ class RldsSource(Source):
         self, episode_id: int, view: str, size: tuple[int, int], where: str, start: int, stop: int
     ) -> Iterator[np.ndarray]:
         """Yield uint8 [H, W, 3] of frames start..stop-1. The record is read again: a source keeps no images."""
-        images = values_of(self._example(episode_id, where), f"steps/{self._cameras[view]}", "bytes", where)
+        images = self._stored(self._example(episode_id, where), view, where)
         if stop > len(images):
             raise CorruptEpisode(f"{where}: {len(images)} images of '{view}', expected {stop}", "row-count")
         return decode_all(islice(_named(images, view, where), start, stop), size, _FORMATS)
+
+    def _stored(self, example: Mapping[str, Any], view: str, where: str) -> list[bytes] | np.ndarray:
+        """The images of a view: files, or uint8 [T, H, W, 3] of a tensor."""
+        path = self._cameras[view]
+        feature = self._meta.features[path]
+        if feature.kind == "image":
+            return values_of(example, f"steps/{path}", "bytes", where)
+        values = self._column(example, path, where)
+        if values.size and not 0 <= values.min() <= values.max() <= 255:
+            raise CorruptEpisode(f"{where}: '{path}' holds {values.min()} to {values.max()}, its images range to 255")
+        pixels = values.astype(np.uint8).reshape(-1, *map(int, filter(None, feature.shape)))
+        return ArrayForm(_channels(feature) or "last").to_rgb(pixels, f"{where}: '{path}'")
 
     def _refuse_placeholder(self, example: Mapping[str, Any], view: str, images: Sequence[bytes], where: str) -> None:
         """Refuse a camera that was not there: Bridge fills it with black images and sets `has_<view>` false. The flag
@@ -165,84 +179,22 @@ class RldsSource(Source):
         return values.reshape(-1, width)
 
     @functools.cached_property
-    def _texts(self) -> dict[str, Feature]:
-        """Path in a record → feature that may hold the task text, the preferred first: where the catalog has it, then
-        by name, and with one name first those of a step."""
-        ranked = {
-            path: (path not in _INSTRUCTIONS, rank(path.rpartition("/")[2]), _distance(path))
-            for path, feature in self._meta.every.items()
-            if rank(path.rpartition("/")[2]) and _holds_text(feature)
-        }
-        return {path: self._meta.every[path] for path in sorted(ranked, key=lambda p: (ranked[p], p))}
-
-    @functools.cached_property
     def text_from(self) -> str:  # type: ignore[override]
         """The features that may hold the task text."""
         return ", else ".join(self._texts)
 
     def success_of(self, episode_id: int) -> bool | None:
-        """By a feature called success (of steps: any), else by a folder of that name in the path of its recording."""
-        where = self.where(episode_id)
-        example = self._example(episode_id, where)
-        for path in self._meta.every:
-            name = path.rpartition("/")[2]
-            values = _any_values(example, path) if name in SUCCESS or name.endswith("path") else []
-            if name in SUCCESS and values:
-                found = [truth(v) for v in values]
-                return None if None in found else any(found)
-            folders = {p for v in values if isinstance(v, bytes) for p in v.decode(errors="replace").split("/")}
-            if len(folders & {"success", "failure"}) == 1:  # DROID's recordings
-                return "success" in folders
-        return None
-
-    def _instruction(self, example: Mapping[str, Any], lengths: Set[int], where: str) -> str:
-        """The task text: the first of `_texts` that is not empty; differing ones of the steps are joined by "; " in
-        order of use. `lengths`: of the columns."""
-        for path, feature in self._texts.items():
-            if path not in example:
-                continue
-            found = _read_texts(example, path, feature, where)
-            short = path.removeprefix("steps/")
-            if path.startswith("steps/") and len(found) not in lengths:
-                raise CorruptEpisode(f"{where}: {len(found)} texts of '{short}' for {max(lengths)} rows", "row-count")
-            text = joined(found)
-            if is_task(path.rpartition("/")[2], text):
-                return text
-        return ""
+        """As `success_in` its record."""
+        return success_in(self._example(episode_id, self.where(episode_id)), self._meta.every)
 
 
-def _distance(path: str) -> int:
-    """How far a feature is from a step: of a step, of its observation, of something else in it, of the episode."""
-    outer = path.split("/")[:-1]
-    return 3 if outer[:1] != ["steps"] else 0 if len(outer) == 1 else 1 if outer == ["steps", "observation"] else 2
+def _readable(feature: Feature) -> bool:
+    return feature.encoding in ("none", "bytes", "zlib") and feature.dtype in _DTYPES and bool(feature.width)
 
 
-def _holds_text(feature: Feature) -> bool:
-    codes = feature.kind == "tensor" and feature.encoding == "none" and feature.dtype in _CODES
-    return feature.kind in ("text", "string tensor") or codes and len(feature.shape) == 1 and (feature.width or 0) > 1
-
-
-def _read_texts(example: Mapping[str, Any], path: str, feature: Feature, where: str) -> list[str]:
-    """The texts of a feature, one per step or the episode's one; of several strings in a step the first not empty."""
-    width, short = feature.width or 1, path.removeprefix("steps/")
-    values = values_of(example, path, "int64" if feature.kind == "tensor" else "bytes", where)
-    if feature.kind != "text" and len(values) % width:
-        raise CorruptEpisode(f"{where}: '{short}' has {len(values)} parts, no multiple of the {width} of one step")
-    try:
-        if feature.kind == "tensor":
-            rows = ("".join(map(chr, row[row != 0])) for row in values.reshape(-1, width))
-            return [t.encode("latin1").decode() if not t.isascii() and max(t) < "\u0100" else t for t in rows]
-        if feature.kind == "string tensor" and feature.shape:
-            values = [next(filter(None, values[i : i + width]), b"") for i in range(0, len(values), width)]
-        return [v.decode() for v in values]
-    except (UnicodeError, ValueError, OverflowError):
-        raise CorruptEpisode(f"{where}: '{short}' is not UTF-8 text") from None
-
-
-def _any_values(example: Mapping[str, Any], path: str) -> list[Any]:
-    """The values of a feature of any kind; [] where the record lacks it."""
-    kind = example[path].WhichOneof("kind") if path in example else None
-    return list(getattr(example[path], kind).value) if kind else []
+def _columns(features: Mapping[str, Feature]) -> dict[str, int]:
+    """Numbers per step of each numeric feature that can be read."""
+    return {n: f.width or 0 for n, f in features.items() if f.kind == "tensor" and _readable(f)}
 
 
 def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, int]:
@@ -250,7 +202,7 @@ def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str
     numeric = {n: f for n, f in features.items() if f.kind == "tensor"}
     for name in (n for n in config.columns if n in numeric):
         feature = numeric[name]
-        if feature.encoding not in ("none", "bytes", "zlib") or feature.dtype not in _DTYPES or not feature.width:
+        if not _readable(feature):
             raise UserError(
                 f"{dataset}: column '{name}' is {feature.dtype} {list(feature.shape)} with encoding "
                 f"'{feature.encoding}', which cannot be read; dataset config '{config.name}' asks for it"
@@ -259,19 +211,32 @@ def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str
 
 
 def _cameras(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, str]:
-    """Short view name → path below `steps`, of the 8-bit images under `observation` that are no depth maps."""
+    """Short view name → path below `steps`, of the 8-bit images under `observation` that are no depth maps; where there
+    is none, and for `views` of the config that are none, of the tensors of such a shape."""
+    under = {k: f for k, f in features.items() if k.startswith("observation/")}
     keys = [
         k
-        for k, f in features.items()
-        if f.kind == "image"
-        and f.dtype == "uint8"
-        and k.startswith("observation/")
-        and "depth" not in k.rpartition("/")[2].lower()
+        for k, f in under.items()
+        if f.kind == "image" and f.dtype == "uint8" and "depth" not in k.rpartition("/")[2].lower()
+    ]
+    wanted = {w.rpartition("/")[2] for w in config.views or ()} - {k.rpartition("/")[2] for k in keys}
+    keys += [
+        k
+        for k, f in under.items()
+        if _channels(f) and (k.rpartition("/")[2] in wanted if keys else not _MASK.search(k))
     ]
     return choose_cameras(keys, "observation/", config.views, dataset, "name the ones to use in `views`")
 
 
-def _named(images: Sequence[bytes], view: str, where: str) -> Iterator[tuple[str, bytes]]:
+def _channels(feature: Feature) -> Literal["last", "first"] | None:
+    """Where a tensor of one step has its colors, were it an image; None for what is none."""
+    if feature.kind != "tensor" or feature.dtype != "uint8" or len(feature.shape) != 3 or not feature.width:
+        return None
+    found = channels_of((1, *map(int, filter(None, feature.shape))), np.dtype(np.uint8))
+    return found if found in ("last", "first") else None
+
+
+def _named(images: Sequence[Stored], view: str, where: str) -> Iterator[tuple[str, Stored]]:
     return ((f"{where}: image {i} of '{view}'", data) for i, data in enumerate(images))
 
 

@@ -27,13 +27,15 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ....common.text import first_line
-from ....errors import UserError
+from ....errors import Note, UserError
 from ..base import Source, choose_views, listing_hash
-from ..config import DatasetConfig, find_config
+from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts, view_of
+from ..faults import one_episode
+from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
+from ..images.hdf5 import Spans, is_images, left_out_of, spans_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows
 from .controller import check_actions, check_controllers, controllers_in
 
@@ -69,12 +71,14 @@ class RobomimicSource(Source):
                 given = about.get("env_kwargs")
                 kwargs = given if isinstance(given, dict) else {}
                 environment = str(about.get("env_name") or "")
-                config = config or find_config(self.format, (environment, stem, self._file.parent.name))
+                names = (environment, stem, self._file.parent.name)
+                config = choose_config(config, self.format, names, self._file, lambda: _columns(data, self._demos))
                 self._cameras, widths = _usual_demo(data, self._demos, config.columns, stem)
+                widths = widths or _columns(data, self._demos)
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
         name = re.sub(r"[^\w.-]+", "_", f"{environment}_{stem}".strip("_"))  # many files are called image.hdf5
-        if not self._cameras:
+        if not self._cameras and config.mapped:
             raise UserError(
                 f"{name} has no camera, only low-dimensional observations; extract images with robomimic's "
                 "dataset_states_to_obs.py and --camera_names"
@@ -89,8 +93,9 @@ class RobomimicSource(Source):
             episode_ids=tuple(self._demos),
             widths=widths,
         )
+        self._spans: dict[str, Spans] = {}
         self._controllers = list(controllers_in(kwargs.get("controller_configs")))
-        if config.action_columns == _ACTIONS:
+        if config.mapped and config.action_columns == _ACTIONS:
             check_controllers(config, self._controllers, name)
 
     @classmethod
@@ -105,6 +110,13 @@ class RobomimicSource(Source):
     def revision_hash(self) -> str:
         """sha256 hex over name and size of the file."""
         return listing_hash(self._file.parent, [self._file])
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: observations of the first demo that can be read that look like images and are none."""
+        for number in self.episode_ids:
+            with contextlib.suppress(CorruptEpisode), self._open(number) as (_, demo, where):
+                return tuple(left_out_of(find(demo, "obs", where)))
+        return ()
 
     def length_of(self, episode_id: int) -> int:
         """Rows of the action's first column."""
@@ -148,7 +160,7 @@ class RobomimicSource(Source):
             if (listed := demo.attrs.get("num_samples", len(found[first]))) != len(found[first]):
                 reason = f"{where}: '{first}' has {len(found[first])} rows, num_samples says {listed}"
                 raise CorruptEpisode(reason, "row-count")
-            if self.config.action_columns == _ACTIONS:
+            if self.config.mapped and self.config.action_columns == _ACTIONS:
                 position = next((v for c, v in found.items() if _POSITION.fullmatch(c)), None)
                 check_actions(found[first], position, self.config, self._controllers, where)
             return Rows(found, _instruction(file, demo, where)[0])
@@ -159,7 +171,15 @@ class RobomimicSource(Source):
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
         stored = {name: f"data/{self._demos[episode_id]}/obs/{self._cameras[name]}" for name in names}
         with opened(self._file, where) as file:
-            return [view_of(file, self._file, stored[name], name, where) for name in names]
+            return [view_of(file, self._file, stored[name], name, where, self._spans_of(name)) for name in names]
+
+    def _spans_of(self, view: str) -> Spans:
+        """The values of black and white of a camera, looked for in the whole file once."""
+        if view not in self._spans:
+            with opened(self._file, self.name) as file:
+                stored = [f"data/{demo}/obs/{self._cameras[view]}" for demo in self._demos.values()]
+                self._spans[view] = spans_over(file, stored, self.name)
+        return self._spans[view]
 
     @contextlib.contextmanager
     def _open(self, episode_id: int) -> Iterator[tuple[h5py.File, h5py.Group, str]]:
@@ -207,13 +227,14 @@ def _usual_demo(
             break
         here = f"{where} episode {number}"
         try:
-            demo = find(data, demos[number], here)
-            obs = find(demo, "obs", here) if has(demo, "obs") else {}
-            keys = tuple(key for key in obs if _is_image(find(obs, key, here)))
-            if keys:
-                seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
-        except (CorruptEpisode, *DAMAGE) as error:
-            reasons.append(first_line(error))
+            with one_episode(here):
+                demo = find(data, demos[number], here)
+                obs = find(demo, "obs", here) if has(demo, "obs") else {}
+                keys = tuple(key for key in obs if is_images(find(obs, key, here)))
+                if keys:
+                    seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
+        except CorruptEpisode as error:
+            reasons.append(str(error))
     if not seen and reasons:
         raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {reasons[0]}")
     keys, widths = max(seen, key=lambda s: seen[s]) if seen else ((), ())
@@ -223,8 +244,14 @@ def _usual_demo(
     return cameras, dict(zip(columns, widths))
 
 
-def _is_image(array: h5py.Group | h5py.Dataset) -> bool:
-    return isinstance(array, h5py.Dataset) and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
+def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:
+    """Numbers per row of each array of the first demo, and of its observations, that is no image."""
+    demo = data.get(demos[min(demos)])
+    found = {name: demo[name] for name in demo} if isinstance(demo, h5py.Group) else {}
+    if isinstance(obs := found.pop("obs", None), h5py.Group):
+        found |= {f"obs/{name}": obs[name] for name in obs}
+    arrays = {k: a for k, a in found.items() if isinstance(a, h5py.Dataset) and a.dtype.kind in "fiu" and a.ndim <= 2}
+    return {name: math.prod(a.shape[1:]) for name, a in arrays.items() if name not in ("rewards", "dones", "states")}
 
 
 def _json(node: h5py.Group | h5py.Dataset, name: str, where: str, required: bool = True) -> dict[str, Any]:

@@ -23,17 +23,17 @@ from rich.table import Table
 
 from .... import __version__
 from ....cache.readers import Source, open_source
-from ....cache.readers.config import load_config
 from ....cache.readers.tables import EpisodeTable
 from ....common.console import table
 from ....common.files import write_file
 from ....common.progress import Progress
 from ....errors import Failed, Note, UserError
+from ..summary import column_names
 from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
 from .numeric_rules import limits
 from .rules import judge
-from .table_stats import Following, TableStats, dimensions
+from .table_stats import Following, TableStats, dimensions, extremes_of
 
 SAMPLED = 64  # episodes whose images are decoded by default
 OPENED = 1000  # of more episodes, only those sampled have their image files opened
@@ -77,7 +77,9 @@ class CheckReport:
         read = (
             f"{usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} images of {looked} episodes decoded"
         )
-        return f"{self.source.name}: {read}\n  {found}; {self.seconds:.1f} s"
+        problem = self.source.problem
+        unchecked = f"\n  not checked: units, rotations, action against state ({problem})" if problem else ""
+        return f"{self.source.name}: {read}\n  {found}; {self.seconds:.1f} s{unchecked}"
 
 
 def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckReport:
@@ -93,7 +95,7 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
         raise UserError(f"--episodes {count} and --all exclude each other; give one of them")
     if config.out is not None and config.out.exists():
         raise UserError(f"{config.out} exists; choose another --out")
-    source = open_source(config.source, load_config(config.dataset_config) if config.dataset_config else None)
+    source = open_source(config.source, config.dataset_config, unmapped=True)
     facts = _read_tables(source, progress)
     facts.about = source.notes()
     _look_at_images(source, facts, config, count, progress)
@@ -135,7 +137,7 @@ def as_json(report: CheckReport) -> dict[str, Any]:
         "dvla": __version__,
         "dataset": source.name,
         "format": source.format,
-        "dataset_config": source.config.name,
+        "dataset_config": source.config.name if source.config.mapped else None,
         "revision": source.revision_hash,
         "must_fix": report.must_fix,
         "seconds": round(report.seconds, 3),
@@ -159,13 +161,16 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
     maps = {"action": source.action_map, "state": source.state_map}
     dims = {name: dimensions(name, m) for name, m in maps.items()}
     tables = {name: TableStats(name, m, *limits(dims[name])) for name, m in maps.items() if m.native_dim}
+    for name, stats in tables.items() if not source.config.mapped else ():
+        named = zip(stats.dims, column_names(source)[name])
+        stats.dims = tuple(dataclasses.replace(d, name=called, kind="other") for d, called in named)
     facts = Facts(
         source.episode_ids,
         tuple(tables.values()),
         Following(dims["action"], dims["state"], source.control_hz),
         source.fps,
         source.control_hz,
-        source.config.license,
+        source.config.license if source.config.mapped else "not known",
         *_declared(source),
     )
     seen: dict[bytes, int] = {}
@@ -179,6 +184,7 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
         else:
             _add(facts, number, table, seen)
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
+    facts.extremes = [extremes_of(source, stats) for stats in facts.tables if stats.mapping.mask.any() and stats.rows]
     return facts
 
 

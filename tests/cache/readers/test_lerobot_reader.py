@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dvla.cache.readers import open_source, video
-from dvla.cache.readers.config import load_config
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from support.lerobot_samples import (
     FPS,
