@@ -83,7 +83,7 @@ def test_older_layout_listed_and_present(healthy: Callable[[str], Path], tmp_pat
     assert report.findings[0].message == (
         "episode 3: data/chunk-000/episode_000003.parquet is missing; the same in 97 of 100 episodes (3-99)"
     )
-    assert report.findings[1].message.startswith("3 of 100 episodes present: 3 tables, 3 videos")
+    assert report.findings[1].message.startswith("3 of 100 episodes present: 3 tables;")
     assert "gives a total of 3 episodes but lists 100" in report.findings[2].message
     (root / "meta/episodes.jsonl").write_text(
         "\n".join(lines[:0] + (root / "meta/episodes.jsonl").read_text().splitlines()[:2]) + "\n"
