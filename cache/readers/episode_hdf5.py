@@ -37,7 +37,8 @@ from ..actions.slots import EMBODIMENTS, SLOTS, UNIFIED_DIM
 from .base import Source, choose_views, listing_hash, look_around
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
-from .hdf5 import find, find_array, has, numbers, opened, text, view_of, whole_file, write_images
+from .hdf5 import find, find_array, has, numbers, opened, text, whole_file
+from .images.hdf5 import view_of, write_images
 from .location import Location
 from .search import NoConfig, choose_config
 from .tables import EpisodeTable, Rows

@@ -1,6 +1,6 @@
 """Diffusion Policy's replay buffers: one Zarr group (v2 or v3), a folder or a zip, all episodes one after another.
 
-    data/<key>              [N, …]; images [N, H, W, 3] or [N, 3, H, W], uint8, or float that ranges to 255 or to 1
+    data/<key>              [N, …]; images [N, H, W, 3] or [N, 3, H, W], uint8 or another range
     meta/episode_ends       [E] row after the last of each episode, ascending; the last is N
 
 Columns are the keys of `data` ("action", "state"), and so are views; an episode's id is its position in episode_ends.
@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 
 from ...common.text import first_line
-from ...errors import UserError
+from ...errors import Note, UserError
 from .archive import Archive, open_archive
 from .base import Source, choose_views
 from .config import DatasetConfig
 from .episode import CorruptEpisode, View
+from .images.arrays import ArrayForm, channels_of, form_of, is_camera, left_out, range_of
 from .location import Location
 from .search import choose_config
 from .tables import EpisodeTable, Rows
@@ -61,19 +62,23 @@ class ReplayBufferSource(Source):
             group = _Group.find(location.root, name)
             self._ends = _check_ends(group.array(_ENDS, name), name)
             keys = group.keys("data")
+            arrays = {k: group.array(f"data/{k}", name) for k in keys}
             config = choose_config(
-                config, self.format, (name,), location.root, functools.partial(_columns, group, keys, self._ends, name)
+                config, self.format, (name,), location.root, functools.partial(_columns, arrays, self._ends)
             )
-            views = choose_views([k for k in keys if group.array(f"data/{k}", name).layout], config, name)
+            cameras = [k for k, a in arrays.items() if is_camera(k, a.shape, a.dtype)]
+            views = choose_views(cameras, config, name)
             used = [key for key in (*config.columns, *views) if key in keys]
-            self._arrays = {key: group.array(f"data/{key}", name) for key in used}
+            self._arrays = {key: arrays[key] for key in used}
             for array in self._arrays.values():
                 if array.shape[0] != self._ends[-1]:
                     raise UserError(f"{name}: {array.name} has {array.shape[0]} rows, {_ENDS} ends at {self._ends[-1]}")
                 array.check_codecs(name)
-            self._white = {key: _white_level(self._arrays[key], name) for key in views}
+            self._forms = {key: _form(self._arrays[key], name) for key in views}
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
+        found = (left_out(k, a.shape, a.dtype) for k, a in arrays.items())
+        self._notes = tuple(note for note in found if note)
         super().__init__(
             location.root,
             name,
@@ -101,6 +106,10 @@ class ReplayBufferSource(Source):
         for array in sorted(self._arrays.values(), key=lambda a: a.name):
             digest.update(array.metadata)
         return digest.hexdigest()
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: arrays that look like images and are none."""
+        return self._notes
 
     def length_of(self, episode_id: int) -> int:
         """Rows by episode_ends."""
@@ -130,7 +139,7 @@ class ReplayBufferSource(Source):
             digest = hashlib.sha256(form.encode())
             for chunk in array.chunk_names(first, last):
                 digest.update(array.chunk(chunk, where))
-            height, width = array.shape[1:3] if array.layout == "last" else array.shape[2:]
+            height, width = self._forms[key].size(array.shape)
             opener = functools.partial(self._images, key, first, where)
             yield View(key, height, width, last - first, opener, digest.hexdigest())
 
@@ -140,7 +149,7 @@ class ReplayBufferSource(Source):
         step = array.chunks[0]
         while row < end:
             upto = min(end, (row // step + 1) * step)
-            yield from _to_uint8(array.read(row, upto, where), self._white[key], array, where)
+            yield from self._forms[key].to_rgb(array.read(row, upto, where), f"{where}: {array.name}")
             row = upto
 
     def _span(self, episode_id: int) -> tuple[int, int]:
@@ -210,14 +219,6 @@ class _Array:
             or min(self.chunks) < 1
         ):
             raise ValueError(f"{self.dtype} {list(self.shape)} in chunks of {list(self.chunks)}")
-
-    @property
-    def layout(self) -> str | None:
-        """Axis of the three colors: "last", "first", or "both" when that cannot be told; None when it is no image."""
-        if len(self.shape) != 4 or not (self.dtype == np.uint8 or self.dtype.kind == "f"):
-            return None
-        last, first = self.shape[3] == 3, self.shape[1] == 3
-        return "both" if last and first else "last" if last else "first" if first else None
 
     def check_codecs(self, where: str) -> None:
         """`UserError` naming a codec that cannot be decoded here."""
@@ -308,45 +309,21 @@ def _check_ends(array: _Array, name: str) -> np.ndarray:
     return ends
 
 
-def _white_level(array: _Array, name: str) -> float:
-    """The value of full brightness: 255 for uint8; for floats 255 or 1 by what up to 8 images hold. `UserError` when
-    that cannot be told, or which axis holds the colors."""
-    if array.layout == "both":
-        raise UserError(
-            f"{name}: {array.name} {list(array.shape)} has its colors first or last; store it as [N, H, W, 3]"
-        )
-    if array.dtype == np.uint8:
-        return 255.0
-    for row in np.linspace(0, array.shape[0] - 1, min(_PROBES, array.shape[0])).round().astype(int).tolist():
-        with contextlib.suppress(CorruptEpisode):  # reported with the episode it is in
-            values = array.read(row, row + 1, name).astype(np.float64)
-            if values.min() >= 0 and values.max() > 2:  # not 1: resampling overshoots
-                return 255.0
-            if values.min() >= 0 and values.max() <= 1 and (values % 1 > 0).any():
-                return 1.0
-    raise UserError(
-        f"{name}: {array.name} is {array.dtype} and may range to 1 or to 255, or is no image; store it as uint8, "
-        f"or leave it out with `views` in a dataset config"
-    )
+def _form(array: _Array, name: str) -> ArrayForm:
+    """How the array holds images. `UserError` or `CorruptEpisode` when that cannot be told."""
+
+    def samples() -> Iterator[np.ndarray]:
+        for row in np.linspace(0, array.shape[0] - 1, min(_PROBES, array.shape[0])).round().astype(int).tolist():
+            with contextlib.suppress(CorruptEpisode):  # reported with the episode it is in
+                yield array.read(row, row + 1, name)
+
+    what = f"{name}: {array.name}"
+    return form_of(array.shape, array.dtype, range_of(samples(), array.dtype, what), what)
 
 
-def _to_uint8(block: np.ndarray, white: float, array: _Array, where: str) -> np.ndarray:
-    """Images as stored → uint8 [k, H, W, 3], rounded; `CorruptEpisode` for a value outside 0..white or NaN."""
-    if array.layout == "first":
-        block = np.moveaxis(block, 1, 3)
-    if block.dtype.kind == "f":
-        if not (block.min() >= 0 and block.max() <= white):  # False for NaN too
-            raise CorruptEpisode(
-                f"{where}: {array.name} holds {block.min()} to {block.max()}, its images range to {white:g}"
-            )
-        block = np.rint(block * (255.0 / white)).astype(np.uint8)
-    return np.ascontiguousarray(block)
-
-
-def _columns(group: _Group, keys: Sequence[str], ends: np.ndarray, name: str) -> dict[str, int]:
+def _columns(arrays: Mapping[str, _Array], ends: np.ndarray) -> dict[str, int]:
     """Numbers per row of each array of `data` that is no image and has a row for each step."""
-    arrays = {key: group.array(f"data/{key}", name) for key in keys}
-    fitting = {k: a for k, a in arrays.items() if not a.layout and a.shape[0] == ends[-1]}
+    fitting = {k: a for k, a in arrays.items() if channels_of(a.shape, a.dtype) is None and a.shape[0] == ends[-1]}
     return {key: math.prod(a.shape[1:]) for key, a in fitting.items()}
 
 
