@@ -8,7 +8,7 @@ and their order, not on how these were cut into tables, and those of several par
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,14 @@ class RunningStatistics:
         if total is None:
             raise ValueError("statistics of no rows")
         return Statistics(total.mean, total.std, total.min, total.max, total.count, self._ranks.quantiles(rest, levels))
+
+
+def statistics_of(tables: Iterable[np.ndarray]) -> Statistics:
+    """Statistics of the rows of tables [n, D], one after another."""
+    running = RunningStatistics()
+    for table in tables:
+        running.update(table)
+    return running.result()
 
 
 def _moments(x: np.ndarray) -> Statistics:

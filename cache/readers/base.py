@@ -22,6 +22,7 @@ from ..actions.rotations import NotARotation
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
 from .faults import guarded_frames, one_episode
+from .selection import Choice
 from .tables import EpisodeTable, Rows, TableBlock, as_blocks, join_columns
 
 Result = TypeVar("Result")
@@ -34,6 +35,10 @@ class Source(ABC):
     environment: str | None = None  # simulated task it was recorded in, e.g. "metaworld/push-v3"
     location: str = ""  # where to open it again: its absolute path, or its hub id
     starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
+    choice = Choice()  # what is used of it
+    left_out: tuple[int, ...] = ()  # episodes that are not used by choice
+    failed: tuple[int, ...] = ()  # episodes used that the files mark as failed
+    marks_success = False  # whether the files say of any episode whether it succeeded
     text_from: str = ""  # where in the files the task texts are, most preferred first; "" where a format has one place
 
     def __init__(
@@ -123,6 +128,32 @@ class Source(ABC):
     def success_of(self, episode_id: int) -> bool | None:
         """Whether the demonstration succeeded, by its files; None where they do not say."""
         return None
+
+    def key_of(self, episode_id: int) -> str | None:
+        """The name of the episode's recording, as lists of other projects name it; None where it has none."""
+        return None
+
+    def choose(self, choice: Choice) -> None:
+        """Use these episodes only: the others are listed no more. `UserError` for episodes that it does not have, or
+        where none is left.
+
+        Finds those marked as failed, too; one that cannot be looked at shows that when it is read."""
+        listed = self.episode_ids
+        if choice:
+            choice = choice.numbered(listed, self.name, functools.partial(self.attempt, self.key_of))
+        used = choice.episodes(listed, self.name) if choice else list(listed)
+        success = {number: self.attempt(self.success_of, number) for number in used}
+        failed = [number for number, found in success.items() if found is False]
+        if choice.success_only and failed:
+            used = sorted(set(used) - set(failed))
+            if not used:
+                raise UserError(
+                    f"{self.name}: all {len(failed)} demonstrations are marked as failed; leave --success-only out"
+                )
+        self.choice, self.failed = choice, () if choice.success_only else tuple(failed)
+        self.marks_success = any(isinstance(found, bool) for found in success.values())
+        self.episode_ids, self._numbers = tuple(used), frozenset(used)
+        self.left_out = tuple(sorted(set(listed) - self._numbers))
 
     def table(self, episode_id: int) -> EpisodeTable:
         """State, action, time and task of one episode, no image; `CorruptEpisode` for rows that cannot be used,

@@ -6,19 +6,24 @@ Letters: N frames of a dataset, D feature width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ...cache.actions.statistics import RunningStatistics
+from ...cache.actions.idle import bands, idle_frames
+from ...cache.actions.statistics import statistics_of
 from ...cache.loader.provenance import as_cached
+from ...cache.loader.select import not_kept
 from ...cache.readers import Source, open_source
 from ...cache.readers.config import load_config
 from ...cache.readers.episode import Episode
+from ...cache.readers.selection import Choice, Selection
 from ...cache.store.cache import Cache
 from ...cache.store.plan import DatasetPlan, DatasetTables, EpisodePlan
 from ...cache.vlm.encoder import VisionLanguageEncoder
@@ -38,6 +43,7 @@ class Corpus:
     proprio: np.ndarray  # [N,128] float32 unified
     timestamp: np.ndarray  # [N] float64
     view_sizes: dict[str, list[int]] = field(default_factory=dict)
+    idle: float | None = None  # share of idle frames, where these are dropped
 
 
 def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
@@ -67,6 +73,29 @@ def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
     return own + list(by_name.values())
 
 
+def choose_episodes(sources: Sequence[Source], selection: Selection, earlier: Mapping[str, Any] | None = None) -> None:
+    """List only the chosen episodes of each source. `earlier`: the fingerprint of the cache that is built further, whose
+    own selection stays. `UserError` for another one, or where no demonstration says whether it succeeded."""
+    given = selection.by_dataset([s.name for s in sources])
+    if earlier is not None:
+        for source in sources:
+            entry = earlier["sources"].get(source.name)
+            if entry is None:
+                continue
+            asked, stored = given[source.name], entry.get("selection", {})
+            keys = functools.partial(source.attempt, source.key_of)
+            if asked and asked.numbered(source.episode_ids, source.name, keys).document() != stored:
+                raise UserError(
+                    f"{source.name} was built with {Choice.from_document(stored) or 'all episodes'}, and the cache keeps "
+                    f"that: leave {asked} out, or build another cache"
+                )
+            given[source.name] = Choice.from_document(stored)
+    for source in sources:
+        source.choose(given[source.name])
+    if selection.success_only and not any(s.marks_success for s in sources):
+        raise UserError("--success-only: no demonstration says whether it succeeded; leave it out")
+
+
 def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Corpus:
     """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost.
     `by_observation`: the encoder's; what a view's features depend on, and so when they have to be made again."""
@@ -83,6 +112,7 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
                 if by_observation
                 else tuple(v.sha256 for v in episode.views)
             )
+            source.choice.require_frames(number, episode.length, source.name)
             episodes.append(EpisodePlan(number, episode.length, episode.instruction, episode.source_hash, hashes))
             actions.append(source.action_map.to_unified(episode.action))
             states.append(source.state_map.to_unified(episode.state))
@@ -92,8 +122,32 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
     if not episodes:
         raise source.no_usable_episode(failed, "run on a complete copy of the dataset")
     quarantined = tuple((f.episode, str(f)) for f in failed)
-    plan = DatasetPlan(source.name, source.view_names, tuple(episodes), quarantined)
-    return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes)
+    entries, idle = _with_kept(source, episodes, actions, states)
+    plan = DatasetPlan(source.name, source.view_names, tuple(entries), quarantined)
+    return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes, idle)
+
+
+def _with_kept(
+    source: Source, episodes: list[EpisodePlan], actions: list[np.ndarray], states: list[np.ndarray]
+) -> tuple[list[EpisodePlan], float | None]:
+    """The episodes with the frames that are kept of each, and the share of idle frames where these are dropped."""
+    choice = source.choice
+    if not choice.drop_idle and choice.frames is None:
+        return episodes, None
+    out = [not_kept(choice, e.episode_id, e.length) for e in episodes]
+    share = None
+    if choice.drop_idle:
+        tables = ((actions, source.action_map), (states, source.state_map))
+        spread = [bands(statistics_of(parts), fields.mask) for parts, fields in tables]
+        idle = [idle_frames(list(zip(pair, spread)), source.control_hz) for pair in zip(actions, states)]
+        share, out = float(np.concatenate(idle).mean()), [a | b for a, b in zip(out, idle)]
+    return [dataclasses.replace(e, kept=_ranges(~left)) for e, left in zip(episodes, out)], share
+
+
+def _ranges(kept: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The stretches [first, end) of a bool [T] that are set."""
+    edges = np.flatnonzero(np.diff(kept.astype(np.int8), prepend=0, append=0)).tolist()
+    return tuple(zip(edges[::2], edges[1::2]))
 
 
 def _observation_hash(episode: Episode) -> str:
@@ -114,11 +168,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
     text, length = encoder.encode_text(plan.instructions)  # [n,Lt,D], [n]
     null_text, _ = encoder.encode_text([""])  # [1,1,D]
     null_image = to_float16(encoder.null_image_features(len(plan.views)), f"{plan.name}: black frame")  # [V,K,D]
-    stats = []
-    for table in (corpus.action, corpus.proprio):
-        running = RunningStatistics()
-        running.update(table)
-        stats.append(running.result())
+    stats = [statistics_of([table]) for table in (corpus.action, corpus.proprio)]
     starts = source.starts or {}
     attributes = {
         "dataset_config": source.config.name,
@@ -133,6 +183,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
         "source": source.location,
         "encoder": dataclasses.asdict(located(encoder.spec)),
         "starts": [starts[e.episode_id] for e in plan.episodes if e.episode_id in starts],
+        **({"failed": list(source.failed)} if source.failed else {}),
     }
     return DatasetTables(
         action=corpus.action,

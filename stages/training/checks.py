@@ -8,6 +8,7 @@ import numpy as np
 
 from ...cache.loader.loader import require_variants
 from ...cache.loader.order import held_out, mixture, override
+from ...cache.loader.select import select
 from ...cache.store.cache import Cache
 from ...cache.store.mirror import is_remote
 from ...cache.store.webdataset.cache import WebDatasetCache
@@ -21,8 +22,12 @@ from .run_log import require_wandb
 
 
 def open_cache(config: TrainConfig) -> Cache:
-    """The cache that `config` names: a folder, a URL, or the folder of its WebDataset export; `UserError` without
-    one."""
+    """The cache that `config` names, as its selection leaves it: a folder, a URL, or the folder of its WebDataset export;
+    `UserError` without one."""
+    return select(_open(config), config.select)
+
+
+def _open(config: TrainConfig) -> Cache:
     if (Path(config.cache) / INDEX).is_file():
         return WebDatasetCache.open(config.cache)
     if is_remote(config.cache) and config.local is None:
@@ -70,7 +75,7 @@ def _require_samples(config: TrainConfig, cache: Cache, usable: list[np.ndarray]
     kept, out = [], 0
     for d, use in zip(cache.datasets, usable):
         held = held_out(d.name, d.episode_id[use], config.holdout, 0)
-        kept.append(int(d.episode_observations[use][~held].sum()))
+        kept.append(len(d.samples(np.flatnonzero(use)[~held])))
         out += int(held.sum())
     override(mixture(kept, config.temperature), [d.name for d in cache.datasets], config.weights)
     if config.holdout and config.eval_every and not out:

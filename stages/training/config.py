@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ...cache.loader.dropout import ConditionDropout
+from ...cache.readers.selection import Selection
 from ...cache.vlm.spec import LoraSpec
 from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
 from ...drifting.config import ONE_STEP, LossConfig
@@ -139,6 +140,7 @@ class TrainConfig:
     temperature: Annotated[
         float, Option("--temperature", help="Sample datasets in proportion to size^this: 1 by size, 0 uniformly.")
     ] = 0.5
+    select: Selection = field(default_factory=Selection)  # which demonstrations of the cache
     weights: dict[str, float] = field(default_factory=dict)  # dataset → its share in [0, 1], in place of the above
     order: Annotated[
         Literal["global", "block", "sequential"],

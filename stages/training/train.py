@@ -35,6 +35,7 @@ def train(
     stop_after: int | None = None,
 ) -> TrainReport:
     """Train from a cache, or resume the run in `config.out` if it has the same settings."""
+    config = dataclasses.replace(config, select=config.select.pinned())
     cache = open_cache(config)
     require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:

@@ -24,8 +24,9 @@ from ..faults import one_episode
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
 from .metadata import EpisodeEntry, Metadata
-from .parquet import ImageRows, decode_images, find_images, read_rows, stream_rows, to_matrix
+from .parquet import ImageRows, decode_images, find_images, read_marks, read_rows, stream_rows, to_matrix
 
+_SUCCESS = ("next.success", "success")  # columns that say whether a demonstration succeeded
 _CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
 
 
@@ -42,6 +43,7 @@ class LeRobotSource(Source):
         self.meta = meta = Metadata(path_or_repo)
         config = config or find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name))
         self._cameras = meta.cameras(config.views)  # short name → feature key
+        self._marks: dict[Path, dict[int, bool]] = {}  # of the table files looked at, by episode
         super().__init__(
             meta.root,
             meta.name,
@@ -74,6 +76,16 @@ class LeRobotSource(Source):
         if len(tasks) > 1:
             return self.table(episode_id).instruction
         return (tasks[0] if tasks else "") or self.config.instruction
+
+    def success_of(self, episode_id: int) -> bool | None:
+        """By the column `next.success` or `success`: whether any row of the episode is marked."""
+        name = next((name for name in _SUCCESS if name in self.meta.features), None)
+        if name is None:
+            return None
+        path = self.meta.locate(self._entry(episode_id).data_path, self.where(episode_id))
+        if path not in self._marks:
+            self._marks[path] = read_marks(path, name, self.where(episode_id))
+        return self._marks[path].get(episode_id)
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
         """As in `Source`; a file of many episodes is read once, front to back, and its blocks come in that order."""
