@@ -46,10 +46,10 @@ def idle_frames(tables: Sequence[tuple[np.ndarray, np.ndarray]], hz: float) -> n
         for mine, spread in ((band > 0) & ~_velocities(), _range), ((band > 0) & _velocities(), _size):
             if mine.any():
                 still &= (spread(values[:, mine], run) <= band[mine]).all(axis=1)
-    idle |= _runs(still, run, length)
-    margin = run // 2
-    padded = np.pad(idle, margin, constant_values=True)  # no motion beyond the ends
-    idle &= ~_runs(~padded, 2 * margin + 1, length + 4 * margin)[2 * margin : 2 * margin + length]
+    edges = np.flatnonzero(np.diff(still.astype(np.int8), prepend=0, append=0)).tolist()
+    for first, end in zip(edges[::2], edges[1::2]):  # a pause; one that begins at once is another: between is a jump
+        last = end + run - 2
+        idle[first + (run // 2 if first else 0) : last + 1 - (run // 2 if last < length - 1 else 0)] = True
     idle[0] &= not idle.all()
     return idle
 
@@ -58,14 +58,6 @@ def idle_frames(tables: Sequence[tuple[np.ndarray, np.ndarray]], hz: float) -> n
 def _velocities() -> np.ndarray:
     """bool [128]: the slots whose rest is at 0."""
     return np.array([slot.unit.endswith("/s") for slot in slots()])
-
-
-def _runs(begin: np.ndarray, run: int, length: int) -> np.ndarray:
-    """bool [length]: the union of the stretches of `run` frames that begin where `begin` is set."""
-    change = np.zeros(length + 1, np.int64)
-    np.add.at(change, np.flatnonzero(begin), 1)
-    np.add.at(change, np.flatnonzero(begin) + run, -1)
-    return np.cumsum(change[:-1]) > 0
 
 
 def _range(x: np.ndarray, run: int) -> np.ndarray:

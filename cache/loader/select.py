@@ -17,6 +17,7 @@ from ..actions.idle import bands, idle_frames
 from ..actions.statistics import Statistics, statistics_of
 from ..readers.selection import Choice, Selection
 from ..store.cache import Cache, CacheDataset
+from .provenance import choice_of
 
 LOOKED_AT = 64  # episodes by which the share of idle frames is estimated
 
@@ -26,13 +27,13 @@ def select(cache: Cache, selection: Selection) -> Cache:
     if not selection:
         return cache
     choices = selection.by_dataset([d.name for d in cache.datasets])
-    if selection.success_only and not any(d.attributes.get("failed") for d in cache.datasets):
-        built = [cache.fingerprint.get("sources", {}).get(d.name, {}).get("selection", {}) for d in cache.datasets]
-        if not all(found.get("success_only") for found in built):
-            raise UserError(
-                f"--success-only: cache {cache.path} marks no demonstration as failed; leave it out, or build the cache "
-                "anew if an earlier release did, with --success-only"
-            )
+    if selection.success_only and not any(
+        d.attributes.get("failed") or choice_of(cache, d.name).success_only for d in cache.datasets
+    ):
+        raise UserError(
+            f"--success-only: cache {cache.path} marks no demonstration as failed; leave it out, or build the cache anew "
+            "if an earlier release did, with --success-only"
+        )
     chosen = object.__new__(type(cache))  # `copy` would open it again
     chosen.__dict__ |= cache.__dict__
     chosen.datasets = tuple(_selected(d, choices[d.name]) for d in cache.datasets)

@@ -152,8 +152,7 @@ class Source(ABC):
                 )
         self.choice, self.failed = choice, () if choice.success_only else tuple(failed)
         self.marks_success = any(isinstance(found, bool) for found in success.values())
-        self.episode_ids, self._numbers = tuple(used), frozenset(used)
-        self.left_out = tuple(sorted(set(listed) - self._numbers))
+        self.episode_ids, self.left_out = tuple(used), tuple(sorted(set(listed).difference(used)))
 
     def table(self, episode_id: int) -> EpisodeTable:
         """State, action, time and task of one episode, no image; `CorruptEpisode` for rows that cannot be used,

@@ -84,7 +84,7 @@ class Choice:
         """The same with the frames of every episode by its id; `key_of`: the key of an episode's recording, if any."""
         if self.frames is None:
             return self
-        if all(re.fullmatch(r"\d{1,18}", key) for key in self.frames):
+        if all(re.fullmatch(r"[0-9]{1,18}", key) for key in self.frames):
             return dataclasses.replace(self, frames={str(int(key)): ranges for key, ranges in self.frames.items()})
         if key_of is None:
             raise UserError(
@@ -172,7 +172,7 @@ def parse(text: str, option: str) -> Ranges:
     """`"0-9,17,30-"` → ((0, 9), (17, 17), (30, None)). `UserError` for anything else."""
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})\s*(-\s*(\d{1,18})?\s*)?", part)
+        match = re.fullmatch(r"\s*([0-9]{1,18})\s*(-\s*([0-9]{1,18})?\s*)?", part)
         if not match:
             raise UserError(f"{option} {_short(text)}: '{_short(part.strip())}' is no id and no range; {GRAMMAR}")
         first, last = int(match[1]), int(match[3]) if match[3] else None if match[2] else int(match[1])
@@ -200,8 +200,9 @@ def _short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 2]} …"
 
 
-def _expand(ranges: Iterable[tuple[int, int | None]], listed: Sequence[int], name: str, option: str) -> Iterable[int]:
+def _expand(ranges: Iterable[tuple[int, int | None]], listed: Sequence[int], name: str, option: str) -> list[int]:
     """The episodes of `listed` (ascending) in the ranges."""
+    found: list[int] = []
     for first, last in ranges:
         begin = bisect.bisect_left(listed, first)
         end = len(listed) if last is None else bisect.bisect_right(listed, last)
@@ -209,7 +210,8 @@ def _expand(ranges: Iterable[tuple[int, int | None]], listed: Sequence[int], nam
         if missing is not None:
             known = f"{len(listed)}, {listed[0]} to {listed[-1]}" if listed else "none"
             raise UserError(f"{option}: {name} has no episode {missing}; it has {known}")
-        yield from listed[begin:end]
+        found += listed[begin:end]
+    return found
 
 
 # --- what an option may be --------------------------------------------------------------------------------------------

@@ -202,7 +202,9 @@ def _find(file: Path) -> dict[str, Any] | None:
 def require_format(version: Any, where: Path | str) -> None:
     """`UserError` for a version of the layout that is not read."""
     if version not in (FORMAT, KEPT_FORMAT):
-        raise UserError(f"cache {where} has format {version}, this version reads {FORMAT} and {KEPT_FORMAT}; rebuild it")
+        raise UserError(
+            f"cache {where} has format {version}, this version reads {FORMAT} and {KEPT_FORMAT}; rebuild it"
+        )
 
 
 def _damaged(file: Path | str, error: Exception, remedy: str = "run `dvla cache repair` on the cache") -> UserError:

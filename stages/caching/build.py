@@ -51,6 +51,10 @@ class BuildReport:
     seconds: float = 0.0
     timing: Timing = field(default_factory=Timing)
     previous: Path | None = None  # where the previous generation is now
+    left_out: dict[str, int] = field(default_factory=dict)  # episodes that are not used by choice, by dataset
+    chosen: dict[str, str] = field(default_factory=dict)  # by which options, by dataset
+    failed: dict[str, tuple[int, ...]] = field(default_factory=dict)  # episodes used that are marked as failed
+    idle: dict[str, float] = field(default_factory=dict)  # share of idle frames, which are left out
     error: tuple[float, float] | None = None  # relative error of 8-bit features: overall, worst channel (of the pilot)
     pooled: float | None = None  # relative error of pooling: the detail that pooled tokens lose (of the pilot)
 
@@ -115,6 +119,7 @@ def build(
             earlier = Cache.open(config.out)
         sources, encoder = open_all(config, earlier, say)
         found = decide(config, sources, encoder, earlier, checked)
+        _note_choice(report, found.corpora)
         plan, reused, target = found.plan, found.reused, config.out
         if earlier is not None and found.unchanged:
             held.close()
@@ -132,6 +137,18 @@ def build(
     report.frames, report.bytes = manifest["frames"], manifest["bytes"]
     report.quarantined, report.seconds = manifest["quarantine_count"], time.perf_counter() - began
     return report
+
+
+def _note_choice(report: BuildReport, corpora: Mapping[str, Corpus]) -> None:
+    """Which demonstrations and frames are used."""
+    for name, corpus in corpora.items():
+        source = corpus.source
+        if source.choice:
+            report.chosen[name], report.left_out[name] = str(source.choice), len(source.left_out)
+        if source.failed:
+            report.failed[name] = source.failed
+        if corpus.idle is not None:
+            report.idle[name] = corpus.idle
 
 
 def _split(
