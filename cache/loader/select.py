@@ -55,7 +55,7 @@ def _selected(d: CacheDataset, choice: Choice) -> CacheDataset:
     for name in ("action_normalizer", "proprio_normalizer"):
         chosen.__dict__.pop(name, None)
     chosen.quarantined = d.quarantined | ~mask
-    chosen.attributes = {**d.attributes, "left_out": int((~mask).sum())}
+    chosen.attributes = {**d.attributes, "left_out": int((~mask).sum()), "selection": str(choice)}
     if not mask.all():
         chosen.attributes |= {f"{kind}_stats": _statistics(d, kind, mask).to_dict() for kind in ("action", "proprio")}
         if len(d.attributes["starts"]) == len(mask):

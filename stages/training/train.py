@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...cache.loader.provenance import choice_of
 from ...cache.store.cache import Cache
 from ...drifting.dit import dit_config
 from ...drifting.heads import head_dit
@@ -65,6 +66,8 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
 def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[str, Any]:
     """policy.json: everything that inference needs besides the weights."""
     encoder = {"spec": cache.datasets[0].attributes["encoder"], "fingerprint": cache.fingerprint["encoder"]}
+    chosen = {d.name: (str(choice_of(cache, d.name)), d.attributes.get("selection", "")) for d in cache.datasets}
+    selection = {name: "; then ".join(filter(None, words)) for name, words in chosen.items() if any(words)}
     return {
         "format": ck.POLICY_FORMAT,
         "net": dataclasses.asdict(net.config),
@@ -76,4 +79,5 @@ def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[s
             "masking": dataclasses.asdict(config.masking),
             "alpha_max": config.alpha_max,
         },
+        **({"selection": selection} if selection else {}),  # options by which demonstrations were chosen, by dataset
     }
