@@ -14,6 +14,7 @@ from .common.command_line import run_command
 from .common.console import console, errors
 from .common.doctor import doctor_command
 from .common.options import Command, with_options
+from .common.text import public
 from .errors import UserError
 from .stages.caching import cli as caching
 from .stages.caching.transfer import cli as transfer
@@ -115,7 +116,7 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except UserError as error:
-        errors.print(f"error: {error}", style="red", markup=False)
+        errors.print(f"error: {public(str(error))}", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("interrupted; rerun the same command to resume", style="yellow")

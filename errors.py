@@ -28,7 +28,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a reader settled about an episode that it can read: a finding of `dvla data check`, never a refusal."""
+    """What a reader settled about an episode or a dataset that it can read: a finding of `dvla data check`, never a
+    refusal."""
 
     rule: str  # id of the finding, e.g. "task-differs"
     text: str  # one line: which witnesses disagree, with both values, and which one was used

@@ -14,6 +14,10 @@ from ..errors import UserError
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# Of an address in a text: scheme, then what is no user, password or query.
+_URL = re.compile(r"(\w[\w+.-]*://)(?:[^/\s'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\",;)]+)?")
+
+
 def printable(text: str) -> str:
     """The text with "\N{REPLACEMENT CHARACTER}" for each character that a terminal would obey or refuse.
 
@@ -79,6 +83,4 @@ def public(value: Any) -> Any:
         return {k: public(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [public(v) for v in value]
-    if isinstance(value, str) and "://" in value:
-        return re.sub(r"\?\S*", "", re.sub(r"://[^/\s]*@", "://", value))
-    return value
+    return _URL.sub(r"\1\2", value) if isinstance(value, str) and "://" in value else value

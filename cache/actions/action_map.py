@@ -19,6 +19,8 @@ from ...errors import UserError, unknown
 from .rotations import WIDTH, from_quaternion, from_rot6d, require_rotations, to_quaternion, to_rot6d
 from .slots import ACTION_SCHEMA_VERSION, ROTATION_PREFIXES, SIX_D, SLOTS, UNIFIED_DIM, expand
 
+NATIVE = ("native", "unit")  # entries of a FieldSpec that only name things
+
 
 @dataclass(frozen=True)
 class FieldSpec:
@@ -40,6 +42,8 @@ class FieldSpec:
     # For old layouts, whose 6D slots count as plain scaled slots: with `field(s)` they hold raw numbers, with
     # `rotation` a quaternion xyzw (w ≥ 0) in the first four.
     legacy: bool = False
+    native: tuple[str, ...] = ()  # the robot's own name of each dimension, e.g. "shoulder_pan.pos"
+    unit: str = ""  # native unit, e.g. "deg"
 
     def __post_init__(self) -> None:
         given = [n for n in ("field", "fields", "rotation", "drop") if getattr(self, n) is not None]
@@ -52,6 +56,8 @@ class FieldSpec:
                 raise UserError(f"'{name}' is part of a 6D rotation; use 'rotation:' {', '.join(WIDTH)}")
             if self.delta and "_vel" not in name:
                 raise UserError(f"'{name}' with 'delta: true': a displacement per step belongs in a velocity slot")
+        if self.native and len(self.native) != self.width:
+            raise UserError(f"'native' names {len(self.native)} dimensions of an entry that has {self.width}")
         if self.prefix not in ROTATION_PREFIXES:
             raise unknown("rotation prefix", self.prefix, ROTATION_PREFIXES)
         if self.drop is not None and self.drop < 1:
@@ -118,6 +124,18 @@ class ActionMap:
         self.rotation_slots = np.zeros(UNIFIED_DIM, dtype=bool)  # [128] of those, the 6D rotation slots
         for _, legacy, _, target in self._rotations:
             self.rotation_slots[target] = not legacy
+
+    @property
+    def native_names(self) -> tuple[str, ...]:
+        """The robot's own name of each native dimension, where the config gives it; else the slot's."""
+        ends = np.cumsum([spec.width for spec in self.specs])
+        named = [s.native or self.field_names[end - s.width : end] for s, end in zip(self.specs, ends)]
+        return tuple(name for names in named for name in names)
+
+    @property
+    def native_units(self) -> tuple[str, ...]:
+        """The native unit of each dimension; "" where the config does not give it."""
+        return tuple(spec.unit for spec in self.specs for _ in range(spec.width))
 
     def check(self, native: np.ndarray) -> None:
         """`NotARotation` (a `UserError`) naming the first row of `native [..., d]` that holds no valid rotation."""

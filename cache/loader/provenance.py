@@ -10,9 +10,9 @@ from typing import Any
 from ...common import fingerprint as fp
 from ...common.config import from_mapping
 from ...errors import UserError
+from ..actions.selection import Choice
 from ..readers import Source, open_source
 from ..readers.config import DatasetConfig
-from ..readers.selection import Choice
 from ..store.cache import Cache
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from ...errors import UserError
 from ..actions.idle import bands, idle_frames
+from ..actions.selection import Choice, Selection
 from ..actions.statistics import Statistics, statistics_of
-from ..readers.selection import Choice, Selection
 from ..store.cache import Cache, CacheDataset
 from .provenance import choice_of
 
@@ -31,8 +31,8 @@ def select(cache: Cache, selection: Selection) -> Cache:
         d.attributes.get("failed") or choice_of(cache, d.name).success_only for d in cache.datasets
     ):
         raise UserError(
-            f"--success-only: cache {cache.path} marks no demonstration as failed; leave it out, or build the cache anew "
-            "if an earlier release did, with --success-only"
+            f"--success-only: cache {cache.path} marks no demonstration as failed; leave it out, or, if an earlier "
+            "release built the cache, build it anew with --success-only"
         )
     chosen = object.__new__(type(cache))  # `copy` would open it again
     chosen.__dict__ |= cache.__dict__

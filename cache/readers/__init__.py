@@ -10,33 +10,57 @@ from typing import Protocol
 from ...common.hub import hub_files
 from ...errors import UserError
 from .base import Source
-from .config import FORMATS, DatasetConfig, load_config
+from .config import FORMATS, UNMAPPED, DatasetConfig
 from .faults import whole_dataset
+from .search import NoConfig, load_config
 from .tables import EpisodeTable
 
 __all__ = ["EpisodeTable", "Source", "detect_format", "open_source"]
 
 
-def open_source(path_or_repo: str | Path, config: DatasetConfig | str | None = None) -> Source:
+def open_source(
+    path_or_repo: str | Path, config: DatasetConfig | str | None = None, *, unmapped: bool = False
+) -> Source:
     """Open a dataset: a local folder or file, or a hub id "owner/name[/folder][@revision]".
 
-    `config` (or a YAML file, or the name of a shipped one) says what its numbers mean and which format it has; None
-    finds the format by the files and the config by the dataset's name. `UserError` when the path is missing, has no
-    format that can be read, or the config does not describe it.
+    `config` (or a YAML file, or the name of one) says what its numbers mean and which format it has; None finds the
+    format by the files and the config as `search` describes. `unmapped`: where no config describes the dataset, it is
+    opened without one (`source.config.mapped` is False, `source.problem` says why). `UserError` when the path is
+    missing, has no format that can be read, or the config does not describe it.
     """
     given = str(path_or_repo)
     if isinstance(config, str):
         config = load_config(config)
-    format = config.format if config else detect_format(given)
-    with whole_dataset(given):
-        source = _reader(format)(given, config)
+    format = config.format if config and config.mapped else detect_format(given)
+    try:
+        with whole_dataset(given):
+            source = _reader(format)(given, config)
+    except UserError as error:
+        source = _without_config(_reader(format), given, config, unmapped, error)
     folder = Path(given).expanduser()
     source.location = str(folder.resolve()) if folder.exists() else given
     return source
 
 
+def _without_config(
+    reader: _Reader, given: str, config: DatasetConfig | None, unmapped: bool, error: UserError
+) -> Source:
+    """The dataset without a map, where its config was to be found and only that failed; raises `error` otherwise."""
+    if isinstance(error, NoConfig):
+        error = NoConfig(str(error).replace("SOURCE", given))
+    if config is not None or not unmapped:
+        raise error
+    try:
+        with whole_dataset(given):
+            source = reader(given, UNMAPPED)
+    except UserError as without:
+        raise (without if isinstance(error, NoConfig) else error) from None
+    source.problem = error
+    return source
+
+
 class _Reader(Protocol):
-    """A subclass of `Source` that is made of a path or hub id and a config, None for the shipped one that fits."""
+    """A subclass of `Source` that is made of a path or hub id and a config, None for the one that fits."""
 
     def __call__(self, path_or_repo: str, config: DatasetConfig | None) -> Source: ...
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
+from .location import POINTER, absence
 
 SUFFIXES = (".zip", ".tar")
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|7z|rar)$", re.IGNORECASE)
@@ -83,6 +84,8 @@ class _Folder(Archive):
             data = file.read(MAX_MEMBER + 1)
             if len(data) > MAX_MEMBER:
                 raise ValueError(f"it is larger than {MAX_MEMBER >> 20} MiB")
+            if data.startswith(POINTER):
+                raise CorruptEpisode(f"{where}: {name} {absence(self.path / name)}", "unreadable-file")
             return data
 
 
@@ -190,6 +193,8 @@ def _read_index(archive: _Packed, size: int, time: int) -> dict[str, dict[str, _
                     raise archive.refuse(name, "appears twice")
                 contents[base] = member
     except _BROKEN as error:
+        if reason := absence(archive.path):
+            raise UserError(f"{archive.path} {reason}") from None
         raise UserError(f"{archive.path} is cut off or damaged ({first_line(error)}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{archive.path} cannot be read: {error.strerror or error}") from None

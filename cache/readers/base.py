@@ -16,16 +16,17 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from ...errors import Failed, UserError, unknown
+from ...errors import Failed, Note, UserError, unknown
 from ..actions.action_map import ActionMap
 from ..actions.rotations import NotARotation
+from ..actions.selection import Choice
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
 from .faults import guarded_frames, one_episode
-from .selection import Choice
 from .tables import EpisodeTable, Rows, TableBlock, as_blocks, join_columns
 
 Result = TypeVar("Result")
+UNKNOWN_HZ = 10.0  # rows per second of files that do not give it and that no config describes
 
 
 class Source(ABC):
@@ -34,11 +35,10 @@ class Source(ABC):
     format: ClassVar[str]  # as in DatasetConfig.format
     environment: str | None = None  # simulated task it was recorded in, e.g. "metaworld/push-v3"
     location: str = ""  # where to open it again: its absolute path, or its hub id
+    problem: UserError | None = None  # why it was opened without a config
     starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
     choice = Choice()  # what is used of it
     left_out: tuple[int, ...] = ()  # episodes that are not used by choice
-    failed: tuple[int, ...] = ()  # episodes used that the files mark as failed
-    marks_success = False  # whether the files say of any episode whether it succeeded
     text_from: str = ""  # where in the files the task texts are, most preferred first; "" where a format has one place
 
     def __init__(
@@ -61,6 +61,9 @@ class Source(ABC):
         self.path, self.name, self.config = path, name, config
         self.view_names, self.episode_ids = tuple(view_names), tuple(sorted(episode_ids))
         hz = config.control_hz or fps
+        self.rate_known = bool(hz)
+        if not hz and not config.mapped:
+            hz = UNKNOWN_HZ
         if not hz:
             raise UserError(
                 f"{name}: the files do not give the number of rows per second; add control_hz to dataset config "
@@ -74,7 +77,7 @@ class Source(ABC):
         self._found: dict[tuple[int, str], tuple[object, View]] = {}  # (episode, view) → state of its files, the view
         if widths is not None:
             self._check_widths(widths)
-        if not self.view_names:
+        if not self.view_names and config.mapped:
             raise UserError(f"{name} has no camera; a cache needs images")
         for wanted in config.bgr_views if config.views is None else ():
             if wanted not in self.view_names:
@@ -121,6 +124,10 @@ class Source(ABC):
         except CorruptEpisode as error:
             return error.failed(episode_id, where)
 
+    def notes(self) -> tuple[Note, ...]:
+        """What to know about the dataset as a whole, in one line each: `check` finds it, the others say it."""
+        return ()
+
     def instruction_of(self, episode_id: int) -> str:
         """The episode's task text, else the config's. A reader with cheap metadata overrides it."""
         return self.table(episode_id).instruction
@@ -135,23 +142,19 @@ class Source(ABC):
 
     def choose(self, choice: Choice) -> None:
         """Use these episodes only: the others are listed no more. `UserError` for episodes that it does not have, or
-        where none is left.
-
-        Finds those marked as failed, too; one that cannot be looked at shows that when it is read."""
+        where none is left. One that cannot be looked at shows that when it is read."""
         listed = self.episode_ids
         if choice:
             choice = choice.numbered(listed, self.name, functools.partial(self.attempt, self.key_of))
         used = choice.episodes(listed, self.name) if choice else list(listed)
-        success = {number: self.attempt(self.success_of, number) for number in used}
-        failed = [number for number, found in success.items() if found is False]
-        if choice.success_only and failed:
-            used = sorted(set(used) - set(failed))
-            if not used:
+        if choice.success_only:
+            kept = [number for number in used if self.attempt(self.success_of, number) is not False]
+            if not kept:
                 raise UserError(
-                    f"{self.name}: all {len(failed)} demonstrations are marked as failed; leave --success-only out"
+                    f"{self.name}: all {len(used)} demonstrations are marked as failed; leave --success-only out"
                 )
-        self.choice, self.failed = choice, () if choice.success_only else tuple(failed)
-        self.marks_success = any(isinstance(found, bool) for found in success.values())
+            used = kept
+        self.choice = choice
         self.episode_ids, self.left_out = tuple(used), tuple(sorted(set(listed).difference(used)))
 
     def table(self, episode_id: int) -> EpisodeTable:
@@ -160,6 +163,12 @@ class Source(ABC):
         where = self.where(episode_id)
         with one_episode(where, self.path):
             return self._checked(self._rows(episode_id, self.config.columns, where), where)
+
+    def columns_of(self, episode_id: int) -> Mapping[str, np.ndarray]:
+        """The config's columns of one episode as they are in the files; `CorruptEpisode` as `table`."""
+        where = self.where(episode_id)
+        with one_episode(where, self.path):
+            return self._rows(episode_id, self.config.columns, where).columns
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
         """The tables of every listed episode once, in blocks of at least `batch_rows` rows (the last may be shorter).

@@ -1,16 +1,20 @@
-"""One YAML per dataset family (configs/datasets/): what each native dimension means, at what rate, which embodiment."""
+"""One YAML per dataset family: what each native dimension means, at what rate, which embodiment.
+
+Which file describes a dataset is found in `search`."""
 
 from __future__ import annotations
 
-import fnmatch
-import functools
-from collections.abc import Iterable
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ...common.config import configs_dir, from_mapping, load_yaml
+from ...common.config import from_mapping, load_yaml
 from ...errors import UserError, unknown
-from ..actions.action_map import ActionMap, FieldSpec
+from ..actions.action_map import NATIVE, ActionMap, FieldSpec
 from ..actions.integration import POSE, Integration
 from ..actions.slots import EMBODIMENTS, SLOTS
 
@@ -26,6 +30,15 @@ FORMATS = {  # format → what it is, in one phrase; the reader is cache/readers
 }
 _POSE_FIELDS = ("eef_pos_x", "eef_pos_y", "eef_pos_z", *(f"eef_angle.quat_xyzw[{i}]" for i in range(4)))
 _POSE_SLOTS = [SLOTS[n] for n in ("eef_pos_x", "eef_pos_y", "eef_pos_z", *(f"eef_angle_{i}" for i in range(6)))]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the numbers must show for a config to fit, where one robot's datasets come in several units."""
+
+    dims: tuple[int, ...]  # of the action, and of a state of the same width
+    above: float = 0.0  # their largest magnitude in the data is more than this …
+    upto: float = math.inf  # … and at most this
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,9 @@ class DatasetConfig:
     action_shift: int = 0  # rows by which the action's columns are read ahead: 1 = the next measured pose
     integrate: Integration | None = None  # the action begins with displacements per step: make them absolute poses
     sampling_weight: float = 1.0  # factor on the dataset's share of the mixture, which goes as N^temperature
+    fits: Fit | None = None  # of configs with the same `match`, the one whose numbers look like this
+    origin: str = ""  # the file it was read from
+    mapped: bool = True  # False: no config describes the files, and every dimension is taken as it is
 
     def __post_init__(self) -> None:
         if self.embodiment not in EMBODIMENTS:
@@ -104,51 +120,50 @@ class DatasetConfig:
         """Position in EMBODIMENTS, as fed to the model."""
         return EMBODIMENTS.index(self.embodiment)
 
-
-def load_config(path_or_name: Path | str) -> DatasetConfig:
-    """Read a dataset config from a YAML file, or a shipped one by name; `UserError` names the file and the entry."""
-    path, name = Path(path_or_name), Path(path_or_name).stem
-    if path.suffix not in (".yaml", ".yml"):
-        name = str(path_or_name)
-        if name not in config_names():
-            raise unknown("dataset config", name, config_names())
-        return _shipped(name)
-    return _read(path, name)
+    def document(self) -> dict[str, Any]:
+        """What a cache or policy stores of it, JSON-ready: the map, not how it was found."""
+        values = dataclasses.asdict(self)
+        for found in ("fits", "origin", "mapped"):
+            del values[found]
+        for vector in ("action", "state"):
+            values[vector] = [{k: v for k, v in s.items() if v or k not in NATIVE} for s in values[vector]]
+        return values
 
 
-@functools.cache
-def _shipped(name: str) -> DatasetConfig:
-    return _read(configs_dir() / "datasets" / f"{name}.yaml", name)
-
-
-def _read(path: Path, name: str) -> DatasetConfig:
+def read_config(path: Path, name: str) -> DatasetConfig:
+    """The config in a YAML file; `UserError` names the file and the entry."""
     values = load_yaml(path)
     try:
-        return from_mapping(DatasetConfig, {"name": name, **values}, "dataset config")
+        config: DatasetConfig = from_mapping(DatasetConfig, {"name": name, **values}, "dataset config")
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
+    return dataclasses.replace(config, origin=str(path))
 
 
-def config_names() -> tuple[str, ...]:
-    """Names of the shipped dataset configs, sorted. Those in a folder, like "legacy/droid", are loaded by name only."""
-    root = configs_dir() / "datasets"
-    return tuple(sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml")))
+def unmapped_config(format: str, columns: Mapping[str, int]) -> DatasetConfig:
+    """A config of files that none describes: every number of `columns` (name → numbers per row) as it is, in no slot.
 
-
-def find_config(format: str, names: Iterable[str]) -> DatasetConfig:
-    """The shipped config of a format whose `match` fits one of `names`: robot type, repository or folder name.
-
-    `UserError` unless exactly one fits.
-    """
-    known = [n.lower().rsplit("/", 1)[-1] for n in dict.fromkeys(names) if n]
-    configs = [c for c in (load_config(n) for n in config_names() if "/" not in n) if c.format == format]
-    fitting = [c for c in configs if any(fnmatch.fnmatchcase(n, p.lower()) for p in c.match for n in known)]
-    if len(fitting) == 1:
-        return fitting[0]
-    fit = ", ".join(c.name for c in fitting)
-    found = f"{len(fitting)} dataset configs ({fit}) fit" if fitting else "no dataset config fits"
-    raise UserError(
-        f"{found} a {format} dataset called {' or '.join(repr(n) for n in known) or 'nothing'}; give --dataset-config "
-        f"with one of {', '.join(c.name for c in configs) or 'no shipped one'}, or with a YAML file like those in "
-        "configs/datasets/ (`dvla data add` writes one for a LeRobot dataset)"
+    The action's are those called action, else all. `data show`, `check`, `stats` and `video` read with it; nothing is
+    built of it."""
+    numbers = {c: n for c, n in columns.items() if n > 0 and not _BOOKKEEPING.fullmatch(c)}
+    named = [c for c in numbers if re.fullmatch(r"actions?", c)] or [c for c in numbers if _ACTION.match(c)]
+    action = named or list(numbers)
+    state = [c for c in numbers if c not in action]
+    if not action:
+        raise UserError(f"it has no column of numbers (columns: {', '.join(columns) or 'none'})")
+    return dataclasses.replace(
+        UNMAPPED,
+        format=format,
+        action=tuple(FieldSpec(drop=numbers[c]) for c in action),
+        state=tuple(FieldSpec(drop=numbers[c]) for c in state),
+        action_columns=tuple(action),
+        state_columns=tuple(state),
     )
+
+
+_ACTION = re.compile(r"actions?[./_]", re.IGNORECASE)
+_BOOKKEEPING = re.compile(
+    r"timestamp|(frame_|episode_|task_|subtask_)?index|next\..*|is_(first|last|terminal)|reward|discount|annotation\..*"
+)
+UNMAPPED = DatasetConfig("none", (), EMBODIMENTS[0], (FieldSpec(drop=1),), (), mapped=False)
+"""Given to a reader instead of a config: take every number as it is."""

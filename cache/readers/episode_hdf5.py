@@ -38,6 +38,7 @@ from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
 from .hdf5 import find, find_array, has, numbers, opened, text, view_of, whole_file, write_images
 from .location import Location
+from .search import NoConfig, choose_config
 from .tables import EpisodeTable, Rows
 
 _FILE = re.compile(r"ep_(\d+)\.hdf5")
@@ -76,7 +77,11 @@ class EpisodeHDF5Source(Source):
         if header.proprio_mask is None:  # a config tells, else the values do
             used = ActionMap(config.state, 1.0).mask if config else self._used_slots()
             self._slots["proprio"] = tuple(np.flatnonzero(used).tolist())
-        config = config or self._derived_config()
+        widths = {name: len(slots) for name, slots in self._slots.items()}
+        with contextlib.suppress(NoConfig):
+            if config is None or header.control_hz is None:
+                config = choose_config(config, self.format, (self._location.name,), self._location.root, lambda: widths)
+        config = config if config and (config.mapped or header.control_hz is None) else self._derived_config()
         super().__init__(
             self._location.root,
             self._location.name,
@@ -84,7 +89,7 @@ class EpisodeHDF5Source(Source):
             fps=header.control_hz,
             view_names=choose_views(header.views, config, self._location.name),
             episode_ids=tuple(self._names),
-            widths={name: len(slots) for name, slots in self._slots.items()},
+            widths=widths,
         )
 
     @classmethod

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +26,23 @@ from ...common.hub import hub_files
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode, View
-from .location import Location
+from .labels import SUCCESS, truth
+from .location import Location, absence
 
 SUFFIXES = (".hdf5", ".h5")
 _BLOCK_NBYTES = 8 << 20  # of an image array read at once where its chunks do not say
 _MAX_HOPS = 16  # soft links followed in a row; more is a loop
-_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)  # what h5py raises for damaged files
+_MAX_TABLE = 1 << 30  # bytes of a table or of one chunk, unpacked; more is a damaged description
+_MEANINGS = (  # of what HDF5 says when it opens a file
+    ("unable to lock", "is open in a program that may still write to it; close that, or read a copy of the file"),
+    (
+        "already open for write",
+        "was not closed by the program that wrote it; when none writes to it any more, run h5clear -s on it",
+    ),
+    ("truncated file", "cannot be read as HDF5: it is cut short ({sizes} bytes); copy it again"),
+    ("signature not found", "cannot be read as HDF5: it is another kind of file, or its beginning is damaged"),
+)
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)  # what h5py raises for damaged files
 
 
 @contextlib.contextmanager
@@ -42,9 +54,16 @@ def opened(path: Path, where: str) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file
-    except _DAMAGE as error:
-        reason = f"{where}: {path.name} cannot be read as HDF5 ({first_line(error)})"
-        raise CorruptEpisode(reason, "unreadable-file") from None
+    except DAMAGE as error:
+        raise CorruptEpisode(f"{where}: {path.name} {absence(path) or _meaning(error)}", "unreadable-file") from None
+
+
+def _meaning(error: Exception) -> str:
+    """What an error of HDF5 says about the file, and what to do."""
+    said = first_line(error)
+    sizes = " of ".join(re.findall(r"eof = (\d+)", said))  # those there, those written down
+    known = (text.format(sizes=sizes) for sign, text in _MEANINGS if sign in said)
+    return next(known, f"cannot be read as HDF5 ({said})")
 
 
 def one_file(given: str) -> Path:
@@ -96,7 +115,10 @@ def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
             here = here.file if link.path.startswith("/") else here
             parts = [p for p in link.path.split("/") if p not in ("", ".")] + parts
             continue
-        here = here[part]
+        try:
+            here = here[part]
+        except DAMAGE as error:
+            raise CorruptEpisode(f"{where}: '{name}' cannot be read ({first_line(error)})", "unreadable-file") from None
     return here
 
 
@@ -122,6 +144,9 @@ def find_array(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
                 f"{where}: '{name}' is compressed with '{label}', for which HDF5 has no decoder here; rewrite the "
                 f"file with gzip or without compression, e.g. h5repack -f GZIP=4"
             )
+    row_nbytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+    if max(row_nbytes, math.prod(array.chunks or (0,)) * array.dtype.itemsize) > _MAX_TABLE:
+        raise CorruptEpisode(f"{where}: '{name}' claims {list(array.shape)} {array.dtype} in chunks of {array.chunks}")
     if array.size and array.chunks:
         expected = math.prod(-(-n // c) for n, c in zip(array.shape, array.chunks))
         written = array.id.get_num_chunks()
@@ -142,6 +167,8 @@ def numbers(group: h5py.Group, name: str, where: str) -> np.ndarray:
     array = find_array(group, name, where)
     if array.dtype.kind not in "fiub":
         raise CorruptEpisode(f"{where}: '{name}' is not numeric ({array.dtype})")
+    if array.nbytes > _MAX_TABLE:
+        raise CorruptEpisode(f"{where}: '{name}' has {array.nbytes:,} bytes; a table has at most {_MAX_TABLE:,}")
     return array[()]
 
 
@@ -156,7 +183,28 @@ def text(value: Any, where: str) -> str:
             raise CorruptEpisode(f"{where} is not UTF-8 text") from None
     if not isinstance(value, str):
         raise CorruptEpisode(f"{where} is not text but {type(value).__name__}")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):  # h5py's way to keep such bytes
+        raise CorruptEpisode(f"{where} is not UTF-8 text")
     return str(value)
+
+
+def texts(value: Any, where: str) -> list[str]:
+    """Every string in what h5py returns; [] for what is no text, `CorruptEpisode` where it is not UTF-8."""
+    parts = value.reshape(-1).tolist() if isinstance(value, np.ndarray) else [value]
+    return [text(p, where) for p in parts] if all(isinstance(p, (bytes, str)) for p in parts) else []
+
+
+def success_of(node: h5py.Group, where: str) -> bool | None:
+    """Whether a demonstration succeeded, by an attribute or a dataset of its group (of a dataset [T] the last row, and
+    any before it); None where there is neither."""
+    for name in SUCCESS:
+        if name in node.attrs:
+            return truth(node.attrs[name])
+        if has(node, name):
+            array = find_array(node, name, where)
+            values = array[()] if array.size <= _MAX_TABLE and not array.dtype.hasobject else np.zeros(0)
+            return bool(np.any(values)) if values.size and values.dtype.kind in "biuf" else truth(values)
+    return None
 
 
 def check_images(array: h5py.Dataset, where: str) -> h5py.Dataset:
@@ -198,7 +246,7 @@ def read_images(path: Path, name: str, where: str, start: int, stop: int) -> Ite
         for first, last in _blocks(array, start, stop):
             try:
                 block = array[first:last]
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 reason = f"{where}: images {first} to {last - 1} of '{name}' cannot be decoded ({first_line(error)})"
                 raise CorruptEpisode(reason, "unreadable-file") from None
             yield from block

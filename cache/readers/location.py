@@ -7,13 +7,49 @@ commit.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
-from ...common.hub import HUB_ID, snapshot
+from ...common.hub import HUB_ID, hub_files, snapshot
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def unreadable(path: Path, kind: str, error: Exception | str) -> str:
+    """Why a file could not be read as `kind` (e.g. "parquet"): one line that begins with its name.
+
+    Every reader calls it: what was never fetched looks to each format like another kind of damage.
+    """
+    reason = error if isinstance(error, str) else first_line(error)
+    return f"{path.name} {absence(path) or f'cannot be read as {kind} ({reason})'}"
+
+
+def absence(path: Path) -> str:
+    """Why the content of a file was never fetched to here, with the remedy; "" where that is not so."""
+    try:
+        if not path.exists():
+            if path.is_symlink():
+                return "is a link to a file that is not there; fetch the dataset again (hf download …)"
+            if any(any(folder.glob("*.incomplete")) for folder in _download_folders(path)):
+                return "was not downloaded to its end; rerun hf download"
+            return "is missing"
+        with open(path, "rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                return "is a Git LFS pointer, not the file itself; run git lfs pull in the dataset (or hf download)"
+    except OSError:
+        pass
+    return ""
+
+
+def _download_folders(path: Path) -> Iterator[Path]:
+    """Where the hub's client keeps unfinished downloads of a file: beside the dataset, or in its cache."""
+    for root in path.parents:
+        yield (root / ".cache/huggingface/download" / path.relative_to(root)).parent
+        if root.parent.name == "snapshots":
+            yield root.parent.parent / "blobs"
 
 
 class Location:
@@ -26,6 +62,7 @@ class Location:
         self.root = Path(path_or_repo).expanduser()
         found = None if self.root.exists() else HUB_ID.fullmatch(self.given)
         self._repo = self._commit = None
+        self._listed: list[str] | None = None  # files of a hub dataset
         self._folder = ""
         if found:
             self._repo, self._folder = found[1], found[2].removeprefix("/")
@@ -52,8 +89,20 @@ class Location:
         if self._repo and not path.is_file():
             _fetch(self._repo, self._commit or "main", self._inside(relative), where)
         if not path.is_file():
-            raise CorruptEpisode(f"{where}: {relative} is missing", "missing-file")
+            raise CorruptEpisode(f"{where}: {relative} {absence(path) or 'is no file'}", "missing-file")
         return path
+
+    def names(self, pattern: str) -> list[str]:
+        """Files of the dataset that fit a pattern of `Path.glob`, relative, sorted; of a hub dataset those the hub
+        lists, and [] where it cannot be asked."""
+        if not self._repo:
+            return sorted(p.relative_to(self.root).as_posix() for p in self.root.glob(pattern))
+        if self._listed is None:
+            try:
+                self._listed = hub_files(f"{self.hub_id}@{self._commit}")
+            except UserError:
+                self._listed = []
+        return sorted(n for n in self._listed if PurePosixPath(n).match(pattern))
 
     def _inside(self, relative: str) -> str:
         return f"{self._folder}/{relative}" if self._folder else relative

@@ -27,9 +27,10 @@ from ...common.text import first_line
 from ...errors import UserError
 from .archive import Archive, open_archive
 from .base import Source, choose_views
-from .config import DatasetConfig, find_config
+from .config import DatasetConfig
 from .episode import CorruptEpisode, View
 from .location import Location
+from .search import choose_config
 from .tables import EpisodeTable, Rows
 
 _ENDS = "meta/episode_ends"
@@ -56,11 +57,13 @@ class ReplayBufferSource(Source):
         """
         location = Location(str(path_or_repo), _HUB_PATTERNS)
         name = location.name
-        config = config or find_config(self.format, (name,))
         try:
             group = _Group.find(location.root, name)
             self._ends = _check_ends(group.array(_ENDS, name), name)
             keys = group.keys("data")
+            config = choose_config(
+                config, self.format, (name,), location.root, functools.partial(_columns, group, keys, self._ends, name)
+            )
             views = choose_views([k for k in keys if group.array(f"data/{k}", name).layout], config, name)
             used = [key for key in (*config.columns, *views) if key in keys]
             self._arrays = {key: group.array(f"data/{key}", name) for key in used}
@@ -338,6 +341,13 @@ def _to_uint8(block: np.ndarray, white: float, array: _Array, where: str) -> np.
             )
         block = np.rint(block * (255.0 / white)).astype(np.uint8)
     return np.ascontiguousarray(block)
+
+
+def _columns(group: _Group, keys: Sequence[str], ends: np.ndarray, name: str) -> dict[str, int]:
+    """Numbers per row of each array of `data` that is no image and has a row for each step."""
+    arrays = {key: group.array(f"data/{key}", name) for key in keys}
+    fitting = {k: a for k, a in arrays.items() if not a.layout and a.shape[0] == ends[-1]}
+    return {key: math.prod(a.shape[1:]) for key, a in fitting.items()}
 
 
 READER = ReplayBufferSource

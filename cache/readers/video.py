@@ -1,7 +1,9 @@
 """Video files: which stored frames belong to an episode (demuxing only), and decoding those in order.
 
 A frame is known by its presentation time stamp (pts, in ticks of the stream's time base), never by counting: one file
-may hold many episodes and start anywhere. Letters: T frames of the episode, H × W image size.
+may hold many episodes and start anywhere. Its pixels are those of the `ffmpeg` command line: turned as the file says,
+converted to RGB by the matrix and range it is tagged with (BT.601, limited, where it is not), neither scaled to square
+pixels nor tone mapped. Letters: T frames of the episode, H × W image size.
 """
 
 from __future__ import annotations
@@ -17,11 +19,21 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from ...common.mp4 import quiet_libav
 from .episode import CorruptEpisode
+from .images import check_size, renamed
+from .location import unreadable
 
 DECODER_THREADS = 2  # per open file; a build decodes several files at once
+_STILLS = Disposition.attached_pic | Disposition.timed_thumbnails  # video streams that are no recording
+_UNTAGGED = (0, 2, 5, 6)  # color matrices that mean BT.601, which is also what libswscale takes without a tag
+_MATRICES = (*_UNTAGGED, 1, 4, 7, 9)  # those libswscale knows, by their numbers in H.273
+_FULL = 2  # AVCOL_RANGE_JPEG
+_SLANT = 0.02  # of a display matrix that is taken for straight: 1 degree
+_PLAIN = {f"yuv{how}p" for how in ("420", "422", "444")} | {"nv12", "nv21", "yuva420p", "yuyv422", "uyvy422"}
+_PLAIN_FULL = {f"yuvj{how}p" for how in ("420", "422", "444")}  # these are of full range by their name
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +42,10 @@ class VideoExtent:
 
     path: Path
     pts: Sequence[int]  # one time stamp per frame of the episode, ascending; a range where they are evenly spaced
-    height: int  # H
+    height: int  # H of the frames as they are shown
     width: int  # W
-    sha256: str  # hex, over the time (relative to the episode) and the compressed bytes of its packets
+    sha256: str  # hex, over the time (relative to the episode) and compressed bytes of its packets, and the conversion
+    turn: str = ""  # how decoded frames are turned: t (axes exchanged), then r, c (rows, columns reversed)
 
 
 def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
@@ -43,8 +56,11 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
     """
     tolerance = 0.25 * float(np.diff(times).min()) if len(times) > 1 else 0.01
     packets: list[tuple[int, bytes]] = []
+    look = None  # what the first frame found says about all
     with _opened(path, where) as (container, stream):
         base = _tick(stream)
+        what = f"{where}: {path.name}"
+        check_size(stream.height, stream.width, what)
         first, last = math.floor((times[0] - tolerance) / base), math.ceil((times[-1] + tolerance) / base)
         _seek(container, stream, first, 1.0)  # a second early: reordered frames may be stored before their key frame
         for packet in container.demux(stream):
@@ -52,11 +68,12 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
                 continue
             if packet.is_corrupt:
                 raise CorruptEpisode(f"{where}: {path.name} is cut off at {packet.pts * base:.3f} s", "unreadable-file")
+            if look is None and (frame := _decoded_alone(stream, packet)) is not None:
+                look = _turn(frame, what) or "", _conversion(frame, what), frame.height, frame.width
             if first <= packet.pts <= last:
                 packets.append((packet.pts, bytes(packet)))
             elif packet.dts is not None and packet.dts > last:  # pts ≥ dts: nothing of this episode follows
                 break
-        height, width = stream.codec_context.height, stream.codec_context.width
     packets.sort(key=lambda p: p[0])
     stored = np.array([p for p, _ in packets], dtype=np.int64)
     if not len(stored):
@@ -76,7 +93,12 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
     for pts, data in packets:
         digest.update(f"{pts - packets[0][0]}:{len(data)};".encode())
         digest.update(data)
-    return VideoExtent(path, _compact(stored[nearest]), height, width, digest.hexdigest())
+    if look is None:
+        raise CorruptEpisode(f"{where}: no frame of {path.name} can be decoded", "unreadable-file")
+    turn, conversion, height, width = look
+    height, width = (width, height) if "t" in turn else (height, width)
+    name = renamed(conversion + turn, digest.hexdigest())
+    return VideoExtent(path, _compact(stored[nearest]), height, width, name, turn)
 
 
 def _compact(pts: np.ndarray) -> Sequence[int]:
@@ -101,12 +123,20 @@ def decode(extent: VideoExtent, where: str, start: int, stop: int) -> Iterator[n
             if frame is None or frame.pts != extent.pts[index] or frame.is_corrupt:
                 reason = f"{where}: frame {index} of {extent.path.name} cannot be decoded"
                 raise CorruptEpisode(reason, "unreadable-file")
-            yield frame.to_ndarray(format="rgb24")
+            yield _to_rgb(frame, extent, f"{where}: frame {index} of {extent.path.name}")
+
+
+def frames_listed(path: Path, where: str) -> int:
+    """Frames of a video by its container, none of them read; 0 where it does not say."""
+    with _opened(path, where) as (_, stream):
+        return stream.frames
 
 
 def _decoded_from(container: av.container.InputContainer, stream: av.VideoStream, pts: int) -> Iterator[av.VideoFrame]:
     """Decode forwards from a key frame that is shown at or before `pts`. A seek goes by decoding time, so it may find a
     key frame that is shown later (reordered frames, open groups of images): then step back further and further."""
+    if stream.codec_context.pix_fmt == "pal8":  # the palette comes with the first packet only
+        return container.decode(stream)
     for seconds in (0, 1, 4, 16, math.inf):
         _seek(container, stream, pts, seconds)
         frames = container.decode(stream)
@@ -133,12 +163,87 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
     quiet_libav()
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
+            moving = [s for s in container.streams.video if not s.disposition & _STILLS]
+            if not moving:
                 raise CorruptEpisode(f"{where}: {path.name} holds no video stream", "unreadable-file")
-            yield container, container.streams.video[0]
+            yield container, max(moving, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
     except FileNotFoundError:
         raise CorruptEpisode(f"{where}: {path} is missing", "missing-file") from None
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        message = f"{where}: {path.name} cannot be read as video ({reason})"
-        raise CorruptEpisode(message, "unreadable-file") from None
+        raise CorruptEpisode(f"{where}: {unreadable(path, 'video', reason)}", "unreadable-file") from None
+
+
+# --- pixels ---
+
+
+def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame | None:
+    """The frame of a packet that can be decoded without others, as a key frame can; None where it cannot."""
+    context = stream.codec_context
+    try:
+        frames = context.decode(packet) or context.decode(None)
+        context.flush_buffers()
+    except av.FFmpegError:  # what is damaged shows when the episode is decoded
+        return None
+    return frames[0] if frames else None
+
+
+def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
+    """uint8 [H, W, 3] of a decoded frame; `CorruptEpisode` for one of another size or orientation than the first."""
+    turn = _turn(frame, what)
+    if turn not in (None, extent.turn):
+        raise CorruptEpisode(f"{what} is turned another way than the first")
+    if _conversion(frame, what):
+        full = frame.color_range == _FULL or frame.format.name in _PLAIN_FULL
+        frame = frame.reformat(
+            format="rgb24",
+            interpolation="BICUBIC",
+            src_colorspace=frame.colorspace,
+            dst_colorspace=1 if frame.colorspace == 5 else 5,  # RGB has none, but PyAV heeds only one that differs
+            src_color_range=_FULL if full else 1,
+            dst_color_range=_FULL,
+        )
+    image = frame.to_ndarray(format="rgb24")
+    if extent.turn:
+        image = image.transpose(1, 0, 2) if "t" in extent.turn else image
+        image = np.ascontiguousarray(image[:: -1 if "r" in extent.turn else 1, :: -1 if "c" in extent.turn else 1])
+    if image.shape[:2] != (extent.height, extent.width):
+        size = f"{image.shape[1]}x{image.shape[0]}"
+        raise CorruptEpisode(f"{what} is {size}, the first is {extent.width}x{extent.height}")
+    return image
+
+
+def _turn(frame: av.VideoFrame, what: str) -> str | None:
+    """How a frame is to be turned (as `VideoExtent.turn`) by its display matrix; None without one."""
+    matrix = frame.side_data.get("DISPLAYMATRIX") if len(frame.side_data) else None
+    if matrix is None:
+        return None
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # shown at a·x + c·y, b·x + d·y
+    across = abs(b) + abs(c) > abs(a) + abs(d)
+    straight, slanted = ((b, c), (a, d)) if across else ((a, d), (b, c))
+    if max(map(abs, slanted)) > _SLANT * min(map(abs, straight)):
+        degrees = math.degrees(math.atan2(b, a))
+        raise CorruptEpisode(f"{what} is shown turned by {degrees:.0f} degrees; only quarter turns and flips are read")
+    rows, columns = straight if across else straight[::-1]
+    return "t" * across + "r" * (rows < 0) + "c" * (columns < 0)
+
+
+def _conversion(frame: av.VideoFrame, what: str) -> str:
+    """How a frame becomes RGB, "" as PyAV does it by itself; `CorruptEpisode` for what has no colors."""
+    form, matrix = frame.format, frame.colorspace
+    full = frame.color_range == _FULL
+    if matrix in _UNTAGGED and (form.name in _PLAIN_FULL or (form.name in _PLAIN and not full)):
+        return ""
+    if form.is_rgb or form.has_palette:
+        return ""
+    if len(form.components) < 3:
+        if form.components[0].bits > 8:
+            raise CorruptEpisode(
+                f"{what} is gray of {form.components[0].bits} bits, a depth map; leave that camera out with `views`"
+            )
+        return ""
+    if matrix not in _MATRICES:
+        raise CorruptEpisode(
+            f"{what} has colors of matrix {matrix} (H.273), which cannot be read; encode it again, e.g. as BT.709"
+        )
+    return f"{form.name} matrix {matrix} {'full' if full else 'limited'};"

@@ -24,10 +24,10 @@ from .codec import dequantize, quantize
 from .feature_format import FeatureFormat
 from .manifest import json_bytes, read_attributes, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
-from .plan import EpisodePlan, array_name
+from .plan import EpisodePlan, array_name, require_names
 from .samples import CacheSamples
 from .shard_reader import Folder, ShardFiles, advise_records, read_records
-from .zarr_format import features_folder, open_table, record_compression, scales_folder
+from .zarr_format import Layout, features_folder, open_table, record_compression, scales_folder, table_layouts
 
 
 class CacheDataset:
@@ -59,10 +59,17 @@ class CacheDataset:
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
         self._shard_folders: dict[tuple[str, int, Callable[[Path, str, str], Path]], str] = {}
-        self._describe(read_attributes(root, name))
-        self._compression = record_compression(self.format)
-        channels = open_table(root / "channel_scale") if self.format.quantized else None
-        self._load(lambda table: open_table(self.path / table), channels)
+        attributes = read_attributes(root, name)
+        try:
+            self._describe(attributes)
+            self._compression = record_compression(self.format)
+            channels = open_table(root / "channel_scale", ((self.width,), "float32")) if self.format.quantized else None
+            self._load(lambda table, layout: open_table(self.path / table, layout), channels)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"dataset {self.path} of the cache is damaged ({type(error).__name__}: {error}); "
+                "run `dvla cache repair` on the cache"
+            ) from None
 
     def _describe(self, attributes: dict[str, Any]) -> None:
         self.attributes = a = attributes
@@ -72,29 +79,51 @@ class CacheDataset:
         self.frame_stride, self.variants = a["frame_stride"], a["variants"]
         self.format = FeatureFormat(a["dtype"], a["compression"])
         self.embodiment_id, self.control_hz = a["embodiment"], a["control_hz"]
+        self._episodes = len(a["source_hashes"])
+        counts = self.tokens, self.width, self.frames, self.shard_frames, self.frame_stride, self.variants + 1
+        if not self.views or any(type(n) is not int or n < 1 for n in counts):
+            raise ValueError(f"views {self.views}, counts {counts}")
+        require_names((self.name, *self.views))
 
-    def _load(self, table: Callable[[str], np.ndarray], channels: np.ndarray | None) -> None:
-        """Take in the tables by their names. Large ones stay memory-mapped, as arrays whose rows are cheap to take."""
+    def _load(self, table: Callable[[str, Layout], np.ndarray], channels: np.ndarray | None) -> None:
+        """Take in the tables by name and layout. Large ones stay memory-mapped; taking their rows is cheap."""
+        layouts = table_layouts(
+            self.frames, self._episodes, len(self.instructions), self.tokens, self.width, self.views
+        )
+        tables = {name: table(name, layout) for name, layout in layouts.items()}
         for field in ("start", "length", "id", "instruction"):
-            setattr(self, f"episode_{field}", np.array(table(f"episodes/{field}")))
+            setattr(self, f"episode_{field}", np.array(tables[f"episodes/{field}"]))
         for field in ("action", "proprio", "timestamp", "null_text"):
-            setattr(self, field, np.asarray(table(field)))
-        self.action_mask, self.proprio_mask = np.array(table("action_mask")), np.array(table("proprio_mask"))
-        self.text, self.text_length = np.asarray(table("text/embedding")), np.array(table("text/length"))
+            setattr(self, field, np.asarray(tables[field]))
+        self.action_mask, self.proprio_mask = np.array(tables["action_mask"]), np.array(tables["proprio_mask"])
+        self.text, self.text_length = np.asarray(tables["text/embedding"]), np.array(tables["text/length"])
         self.channel_scale = None if channels is None else np.array(channels)
-        self.null_features = np.stack([table(f"null/{view}") for view in self.views])
+        self.null_features = np.stack([tables[f"null/{view}"] for view in self.views])
+        self._require_sense()
         self.quarantined = np.isin(self.episode_id, self.attributes["quarantined"])
         self.episode_observations = -(-self.episode_length // self.frame_stride)
         self._observed: np.ndarray | None = None  # [observations] int64 frames, where the build kept some only
         if "kept" in self.attributes:
             frames = [
                 EpisodePlan(0, length, "", "", kept=kept).observed(self.frame_stride)
-                for length, kept in zip(self.episode_length.tolist(), self.attributes["kept"])
+                for length, kept in zip(self.episode_length.tolist(), self.attributes["kept"], strict=True)
             ]
             self.episode_observations = np.array([len(f) for f in frames], np.int64)
             self._observed = np.concatenate(frames) + np.repeat(self.episode_start, self.episode_observations)
         self.observation_ends = np.cumsum(self.episode_observations)  # [E]
         self._observation_start = self.observation_ends - self.episode_observations
+
+    def _require_sense(self) -> None:
+        """`ValueError` unless episodes, texts and their lengths point into the tables."""
+        length, text = self.episode_length, self.episode_instruction
+        if length.min(initial=1) < 1 or (self.episode_start != np.cumsum(length) - length).any():
+            raise ValueError("its episodes do not follow each other")
+        if length.sum() != self.frames:
+            raise ValueError(f"its episodes have {length.sum()} frames, its tables {self.frames}")
+        if text.min(initial=0) < 0 or text.max(initial=0) >= len(self.text):
+            raise ValueError(f"an episode has instruction {text.max()} of {len(self.text)}")
+        if self.text_length.min(initial=0) < 0 or self.text_length.max(initial=0) > self.text.shape[1]:
+            raise ValueError(f"an instruction has {self.text_length.max()} of {self.text.shape[1]} text tokens")
 
     @cached_property
     def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:

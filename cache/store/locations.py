@@ -7,14 +7,18 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from ...common.files import crc32c, hold, publish, temporary_name
+from ...common.text import public
 from ...errors import UserError
 
 BLOCK = 1 << 20  # bytes copied at a time
+PATIENCE = 60.0  # seconds
+T = TypeVar("T")
 
 
 class Place:
@@ -114,17 +118,20 @@ class Folder(Place):
 
 
 class Url(Place):
-    """A folder or prefix of an fsspec file system. Objects of object stores appear when they are closed."""
+    """A folder or prefix of an fsspec file system. Objects of object stores appear when they are closed.
+
+    A server that does not answer for `PATIENCE` seconds is given up. Messages show the address without passwords.
+    """
 
     def __init__(self, where: str) -> None:
         import fsspec
 
-        self.where = where.rstrip("/")
+        self.where = public(where.rstrip("/"))
         try:
-            self._fs, self._path = fsspec.core.url_to_fs(self.where)
+            self._fs, self._path = fsspec.core.url_to_fs(where.rstrip("/"))
         except Exception as error:  # unknown scheme, missing package, no credentials: whatever the package raises
             raise UserError(
-                f"{where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
+                f"{self.where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
                 "(s3fs for s3://, gcsfs for gs://), or pipe:COMMAND with {name}"
             ) from None
         logger = logging.getLogger(type(self._fs).__module__.partition(".")[0])
@@ -141,19 +148,52 @@ class Url(Place):
             file.discard()
 
     def open(self, name: str) -> Any:
-        return self._fs.open(f"{self._path}/{name}", "rb")
+        return _Patient(self._within(lambda: self._fs.open(f"{self._path}/{name}", "rb")), self)
 
     def names(self) -> list[str]:
         self._fs.invalidate_cache()
-        paths = self._fs.ls(self._path, detail=False) if self._fs.isdir(self._path) else []
-        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
+        found = self._within(lambda: self._fs.ls(self._path, detail=False) if self._fs.isdir(self._path) else [])
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
 
     def size(self, name: str) -> int | None:
         path = f"{self._path}/{name}"
-        return self._fs.size(path) if self._fs.exists(path) else None
+        return self._within(lambda: self._fs.size(path) if self._fs.exists(path) else None)
+
+    def _within(self, call: Callable[[], T]) -> T:
+        """`call()`; `UserError` when that takes longer than `PATIENCE`. A stalled one stays behind in its thread."""
+        outcome: list[tuple[bool, Any]] = []
+
+        def work() -> None:
+            try:
+                outcome.append((True, call()))
+            except BaseException as error:  # raised again in the thread that waits
+                outcome.append((False, error))
+
+        thread = threading.Thread(target=work, daemon=True, name="dvla-url")
+        thread.start()
+        thread.join(PATIENCE)
+        if not outcome:
+            raise UserError(f"{self.where} has not answered for {PATIENCE:g} s; check the network, then rerun")
+        done, value = outcome[0]
+        if not done:
+            raise value
+        return value
 
     def remove(self, name: str) -> None:
         self._fs.rm(f"{self._path}/{name}")
+
+
+class _Patient(contextlib.AbstractContextManager[Any]):
+    """A remote file whose reads do not wait for ever."""
+
+    def __init__(self, file: Any, place: Url) -> None:
+        self._file, self._place = file, place
+
+    def read(self, size: int = -1) -> bytes:
+        return self._place._within(lambda: self._file.read(size))
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
 
 
 class Sink:

@@ -19,6 +19,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIANT = re.compile(r".*\.aug\d+")
 
 
+def require_names(names: Iterable[object]) -> None:
+    """`UserError` for what cannot name a dataset or view: a name becomes part of paths, and of commands of pipes."""
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith(".json") or _VARIANT.fullmatch(name):
+            raise UserError(
+                f"{name!r} cannot name a dataset or view in a cache; use letters, digits, . _ and - (and no "
+                "ending like .json or .aug1)"
+            )
+
+
 @dataclass(frozen=True)
 class EpisodePlan:
     """One episode that gets rows in the cache."""
@@ -110,12 +120,7 @@ class BuildPlan:
                 "0 or more augmented variants"
             )
         names = [d.name for d in self.datasets]
-        for name in [*names, *(v for d in self.datasets for v in d.views)]:
-            if not _NAME.fullmatch(name) or name.endswith(".json") or _VARIANT.fullmatch(name):
-                raise UserError(
-                    f"'{name}' cannot name a dataset or view in a cache; use letters, digits, . _ and - (and no "
-                    "ending like .json or .aug1)"
-                )
+        require_names([*names, *(v for d in self.datasets for v in d.views)])
         for kind, given in [("dataset", names)] + [(f"view of {d.name}", list(d.views)) for d in self.datasets]:
             for name in given:
                 if given.count(name) > 1:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from ...errors import UserError
-from ..actions.slots import UNIFIED_DIM
 from .plan import BuildPlan, DatasetPlan, DatasetTables, ShardTask
+from .zarr_format import require_layout, table_layouts
 
 
 def check_features(block: np.ndarray, scale: np.ndarray | None, task: ShardTask, first: int, plan: BuildPlan) -> None:
@@ -36,32 +36,29 @@ def check_features(block: np.ndarray, scale: np.ndarray | None, task: ShardTask,
 
 def checked_arrays(plan: DatasetPlan, build: BuildPlan, t: DatasetTables) -> dict[str, np.ndarray]:
     """The arrays of a dataset's tables by path. `ValueError` unless they have the contract's shapes and dtypes."""
-    frames, n, width, slots = plan.frames, len(plan.instructions), build.width, UNIFIED_DIM
-    text_width = t.text.shape[-1]  # `width`, unless features are taken before the projection into the language model
     row = {text: i for i, text in enumerate(plan.instructions)}
-    expected = {
-        "action": (t.action, (frames, slots), "f4"),
-        "proprio": (t.proprio, (frames, slots), "f4"),
-        "action_mask": (t.action_mask, (slots,), "?"),
-        "proprio_mask": (t.proprio_mask, (slots,), "?"),
-        "timestamp": (t.timestamp, (frames,), "f8"),
-        "text/embedding": (t.text, (n, t.text.shape[1], text_width), "f2"),
-        "text/length": (t.text_length, (n,), "i8"),
-        "null_text": (t.null_text, (len(t.null_text), text_width), "f2"),
-        **{f"null/{view}": (t.null_features[view], (build.tokens, width), "f2") for view in plan.views},
+    arrays = {
+        "action": t.action,
+        "proprio": t.proprio,
+        "action_mask": t.action_mask,
+        "proprio_mask": t.proprio_mask,
+        "timestamp": t.timestamp,
+        "text/embedding": t.text,
+        "text/length": t.text_length,
+        "null_text": t.null_text,
+        **{f"null/{view}": t.null_features[view] for view in plan.views},
+        "episodes/start": plan.starts,
+        "episodes/length": np.array([e.length for e in plan.episodes], np.int64),
+        "episodes/id": np.array([e.episode_id for e in plan.episodes], np.int64),
+        "episodes/instruction": np.array([row[e.instruction] for e in plan.episodes], np.int64),
     }
-    for name, (values, shape, dtype) in expected.items():
-        if values.shape != shape or values.dtype != np.dtype(dtype):
-            raise ValueError(
-                f"{plan.name}/{name}: expected {shape} {np.dtype(dtype)}, got {values.shape} {values.dtype}"
-            )
-    arrays = {name: values for name, (values, _, _) in expected.items()}
+    sizes = plan.frames, len(plan.episodes), len(plan.instructions), build.tokens, build.width
+    for name, layout in table_layouts(*sizes, plan.views).items():
+        try:
+            require_layout(arrays[name].shape, arrays[name].dtype.name, layout)
+        except ValueError as error:
+            raise ValueError(f"{plan.name}/{name}: {error}") from None
+    if t.null_text.shape[-1] != t.text.shape[-1]:
+        raise ValueError(f"{plan.name}/null_text: width {t.null_text.shape[-1]}, text has {t.text.shape[-1]}")
     used = np.arange(t.text.shape[1]) < t.text_length[:, None]
-    arrays["text/embedding"] = np.where(used[..., None], t.text, np.float16(0))  # bytes do not depend on padding
-    episodes = {
-        "start": plan.starts.tolist(),
-        "length": [e.length for e in plan.episodes],
-        "id": [e.episode_id for e in plan.episodes],
-        "instruction": [row[e.instruction] for e in plan.episodes],
-    }
-    return arrays | {f"episodes/{name}": np.array(values, np.int64) for name, values in episodes.items()}
+    return arrays | {"text/embedding": np.where(used[..., None], t.text, np.float16(0))}  # padding changes no byte

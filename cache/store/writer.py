@@ -180,7 +180,7 @@ class CacheWriter:
         folder = self.path / "channel_scale"
         if not is_committed(self.path, scale_commit(self.path)):
             self._commit(scale_commit(self.path), write_table(folder, measure().astype(np.float32), ("channel",)))
-        return np.array(open_table(folder))
+        return np.array(open_table(folder, ((self.plan.width,), "float32")))
 
     @names_full_disk
     def adopt(self, task: ShardTask, other: Path) -> None:

@@ -24,7 +24,7 @@ bytes and any Zarr library opens it:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import numpy as np
 
 from ...common.files import write_file
 from ...errors import UserError
+from ..actions.slots import UNIFIED_DIM
 from .codec import Compression
 from .feature_format import FeatureFormat
 from .manifest import json_bytes
@@ -39,6 +40,7 @@ from .plan import BuildPlan, DatasetPlan, DatasetTables, array_name
 from .shard_writer import ShardWriter
 
 TABLE_CHUNK_NBYTES = 1 << 20  # inner chunk of a table: about 1 MiB of rows
+Layout = tuple[tuple[int | None, ...], str]  # of a table: shape (None: not known before it is read), dtype
 _FILL: dict[str, float | int | bool] = {"float16": 0.0, "float32": 0.0, "float64": 0.0, "int64": 0, "int8": 0}
 _FILL |= {"uint8": 0, "bool": False}
 _DIMENSIONS = {
@@ -210,11 +212,49 @@ def write_table(folder: Path, values: np.ndarray, dimensions: tuple[str, ...]) -
     return written
 
 
-def open_table(folder: Path) -> np.ndarray:
-    """The array that `write_table` wrote, memory-mapped read-only; `UserError` when it is missing or too short."""
+def open_table(folder: Path, layout: Layout) -> np.ndarray:
+    """The array that `write_table` wrote, memory-mapped read-only.
+
+    `UserError` when it is missing, too short, or of another dtype or shape than `layout`: nothing else is mapped, for
+    the file may come from a stranger.
+    """
     try:
         document = json.loads((folder / "zarr.json").read_bytes())
         shape = tuple(document["shape"])
-        return np.memmap(folder.joinpath("c", *["0"] * len(shape)), document["data_type"], "r", shape=shape)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        require_layout(shape, document["data_type"], layout)
+        return np.memmap(folder.joinpath("c", *["0"] * len(shape)), layout[1], "r", shape=shape)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read table {folder}: {error}; run `dvla cache verify` on the cache") from None
+
+
+def table_layouts(
+    frames: int, episodes: int, instructions: int, tokens: int, width: int, views: Iterable[str]
+) -> dict[str, Layout]:
+    """The layout of every table of a dataset, by its path."""
+    vectors, mask = ((frames, UNIFIED_DIM), "float32"), ((UNIFIED_DIM,), "bool")
+    return {
+        "action": vectors,
+        "proprio": vectors,
+        "action_mask": mask,
+        "proprio_mask": mask,
+        "timestamp": ((frames,), "float64"),
+        # Of text, length and width follow from no setting: the width is `width`, unless features are taken before the
+        # projection into the language model.
+        "text/embedding": ((instructions, None, None), "float16"),
+        "text/length": ((instructions,), "int64"),
+        "null_text": ((None, None), "float16"),
+        **{f"null/{view}": ((tokens, width), "float16") for view in views},
+        **{f"episodes/{name}": ((episodes,), "int64") for name in ("start", "length", "id", "instruction")},
+    }
+
+
+def require_layout(shape: tuple[Any, ...], dtype: Any, layout: Layout) -> None:
+    """`ValueError` for another shape or dtype than `layout`."""
+    expected, name = layout
+    fits = len(shape) == len(expected) and all(
+        type(given) is int and (given >= 1 if wanted is None else given == wanted)
+        for given, wanted in zip(shape, expected)
+    )
+    if not fits or dtype != name:
+        wanted = ", ".join("any" if n is None else str(n) for n in expected)
+        raise ValueError(f"it says {dtype} {list(shape)}, expected {name} [{wanted}]")

@@ -6,8 +6,9 @@ transformers versions store the same model under different names. A file without
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,35 @@ def require_filled(module: torch.nn.Module) -> None:
         raise ValueError(f"this transformers version has tensors neither stored nor rebuilt: {', '.join(left)}")
 
 
+def load_config(folder: Path) -> Any:
+    """The checkpoint's config. `UserError` when transformers cannot read it, or it needs code of its own."""
+    from transformers import AutoConfig
+
+    with _without_code(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _without_code(folder: Path) -> Iterator[None]:
+    """`UserError` for whatever transformers raises: a file may hold anything, and code in the folder is never run."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"{folder} cannot be read as a checkpoint, or needs code of its own, which is never run ({reason})"
+        ) from None
+
+
 def load_tokenizer(folder: Path, path: str) -> Any:
-    """The checkpoint's tokenizer; `UserError` when none of its files exists."""
+    """The checkpoint's tokenizer; `UserError` when none of its files exists, or it needs code of its own."""
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in names):
         raise UserError(f"{path} has no tokenizer: none of {', '.join(names)} exists; copy the tokenizer's files there")
-    return AutoTokenizer.from_pretrained(folder)
+    with _without_code(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def image_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -210,14 +210,13 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
 
 def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGemma2Encoder:
     """See `load_encoder`."""
-    from transformers import AutoConfig
 
     reads_language = spec.depth == "language"
     needed = functools.partial(canonical, language=reads_language)
     folder = checkpoint.checkpoint_folder(spec.path, spec.revision, needed)
     checkpoint.require_model_type(folder, spec.path, spec.vlm, "paligemma")
     checkpoint.require_model_type(folder, spec.path, spec.vlm, "gemma2", "text_config")
-    config = copy.deepcopy(AutoConfig.from_pretrained(folder))
+    config = copy.deepcopy(checkpoint.load_config(folder))
     image = ImageSpec(spec.resolution, config.vision_config.patch_size, 1, 1, *checkpoint.image_statistics(folder))
     tensors = checkpoint.read_tensors(folder, needed, "PaliGemma 2", EMBEDDING_NAME)
     weights = {"sha256": checkpoint.tensors_sha256(tensors), "config": _config_identity(config, reads_language)}

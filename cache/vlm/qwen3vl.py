@@ -77,12 +77,11 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
 
 def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VLEncoder:
     """See `load_encoder`."""
-    from transformers import AutoConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
     folder = checkpoint.checkpoint_folder(spec.path, spec.revision, canonical)
     checkpoint.require_model_type(folder, spec.path, spec.vlm, "qwen3_vl")
-    config = copy.deepcopy(AutoConfig.from_pretrained(folder).vision_config)
+    config = copy.deepcopy(checkpoint.load_config(folder).vision_config)
     sides = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     image = ImageSpec(spec.resolution, *sides, *checkpoint.image_statistics(folder))
     tensors = checkpoint.read_tensors(folder, canonical, "Qwen3-VL", EMBEDDING_NAME)

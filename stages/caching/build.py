@@ -48,15 +48,13 @@ class BuildReport:
     resumed_shards: int = 0  # shards that were finished before
     adopted_shards: int = 0  # shards of the previous generation that are reused unchanged
     quarantined: int = 0  # episodes in quarantine.jsonl
+    lost: tuple[str, ...] = ()  # datasets of which no episode could be read
     seconds: float = 0.0
     timing: Timing = field(default_factory=Timing)
     previous: Path | None = None  # where the previous generation is now
-    left_out: dict[str, int] = field(default_factory=dict)  # episodes that are not used by choice, by dataset
-    chosen: dict[str, str] = field(default_factory=dict)  # by which options, by dataset
-    failed: dict[str, tuple[int, ...]] = field(default_factory=dict)  # episodes used that are marked as failed
-    idle: dict[str, float] = field(default_factory=dict)  # share of idle frames, which are left out
     error: tuple[float, float] | None = None  # relative error of 8-bit features: overall, worst channel (of the pilot)
     pooled: float | None = None  # relative error of pooling: the detail that pooled tokens lose (of the pilot)
+    remarks: list[str] = field(default_factory=list)  # what to know about the datasets, one line each
 
     @property
     def complete_before(self) -> bool:
@@ -119,7 +117,7 @@ def build(
             earlier = Cache.open(config.out)
         sources, encoder = open_all(config, earlier, say)
         found = decide(config, sources, encoder, earlier, checked)
-        _note_choice(report, found.corpora)
+        report.remarks = [line for corpus in found.corpora.values() for line in corpus.remarks()]
         plan, reused, target = found.plan, found.reused, config.out
         if earlier is not None and found.unchanged:
             held.close()
@@ -135,20 +133,9 @@ def build(
         if target != config.out:
             report.previous = exchange(config.out)
     report.frames, report.bytes = manifest["frames"], manifest["bytes"]
+    report.lost = tuple(d.name for d in Cache.open(config.out).datasets if d.quarantined.all())
     report.quarantined, report.seconds = manifest["quarantine_count"], time.perf_counter() - began
     return report
-
-
-def _note_choice(report: BuildReport, corpora: Mapping[str, Corpus]) -> None:
-    """Which demonstrations and frames are used."""
-    for name, corpus in corpora.items():
-        source = corpus.source
-        if source.choice:
-            report.chosen[name], report.left_out[name] = str(source.choice), len(source.left_out)
-        if source.failed:
-            report.failed[name] = source.failed
-        if corpus.idle is not None:
-            report.idle[name] = corpus.idle
 
 
 def _split(

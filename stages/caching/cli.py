@@ -64,6 +64,8 @@ def cache_build(
         report = build(config, show, say)
     for line in build_lines(config, report):
         say(line)
+    if report.lost:
+        raise typer.Exit(1)
 
 
 def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
@@ -76,7 +78,6 @@ def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
         f"{out}: {report.frames} frames, {size(report.bytes)}, {report.quarantined} episodes in quarantine",
         f"{report.resumed_shards} shards reused; {report.seconds:.1f} s, {rate}",
     ]
-    lines[1:1] = _choice_lines(report)
     if report.previous:
         copied = f"{report.adopted_shards} shards reused unchanged, {timing.reused} images copied"
         lines += [f"from the previous generation: {copied}", f"previous generation: {report.previous}"]
@@ -88,24 +89,12 @@ def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
         lines.append(f"pooled to {config.encoder.tokens} tokens: relative error {report.pooled:.2g}")
     if report.quarantined:
         lines.append(f"see {out}/quarantine.jsonl for the reasons")
+    lines += report.remarks
+    if report.lost:
+        return [f"no episode of {', '.join(report.lost)} could be read; run `dvla data check` on it", *lines]
     split = config.encoder.boundary is not None
     command = "finetune --lora RUN" if split else "train"
     return [*lines, f"next: dvla {command} --from-cache {out} --out runs/{'lora' if split else 'base'}"]
-
-
-def _choice_lines(report: BuildReport) -> list[str]:
-    """Which demonstrations and frames are left out, and which are used though they are marked as failed."""
-    lines = []
-    for name, count in report.left_out.items():
-        idle = f", {report.idle[name]:.0%} of frames idle" if name in report.idle else ""
-        lines.append(f"{name}: {count} episode{'s' * (count != 1)} left out by {report.chosen[name]}{idle}")
-    for name, failed in report.failed.items():
-        count, shown = len(failed), ", ".join(map(str, failed[:6])) + ", …" * (len(failed) > 6)
-        lines.append(
-            f"{name}: {count} demonstration{'s' * (count != 1)} marked as failed ({shown}); --success-only leaves "
-            f"{'it' if count == 1 else 'them'} out"
-        )
-    return lines
 
 
 def cache_plan(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from ...cache.readers.selection import Selection
+from ...cache.actions.selection import Selection
 from ...cache.store.feature_format import FeatureFormat, feature_format
 from ...cache.vlm.spec import EncoderSpec, encoder_spec
 from ...common.config import DATASET_CONFIG, DEVICE, VLM_PATH, Option

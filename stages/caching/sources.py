@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from ...cache.actions.idle import bands, idle_frames
+from ...cache.actions.selection import Choice, Selection
 from ...cache.actions.statistics import statistics_of
 from ...cache.loader.provenance import as_cached
 from ...cache.loader.select import not_kept
 from ...cache.readers import Source, open_source
-from ...cache.readers.config import load_config
 from ...cache.readers.episode import Episode
-from ...cache.readers.selection import Choice, Selection
+from ...cache.readers.search import load_config
 from ...cache.store.cache import Cache
 from ...cache.store.plan import DatasetPlan, DatasetTables, EpisodePlan
 from ...cache.vlm.encoder import VisionLanguageEncoder
@@ -44,6 +44,25 @@ class Corpus:
     timestamp: np.ndarray  # [N] float64
     view_sizes: dict[str, list[int]] = field(default_factory=dict)
     idle: float | None = None  # share of idle frames, where these are dropped
+    failed: tuple[int, ...] = ()  # episodes whose demonstration is marked as failed
+
+    def remarks(self) -> list[str]:
+        """What to know about the dataset, one line each."""
+        source, texts = self.source, self.plan.episodes
+        lines = [note.text for note in source.notes()]
+        if source.choice:
+            idle = "" if self.idle is None else f", {self.idle:.0%} of frames idle"
+            left, listed = len(source.left_out), len(source.left_out) + len(source.episode_ids)
+            lines.append(f"{left} of {listed} episodes left out by {source.choice}{idle}")
+        if self.failed:
+            count, shown = len(self.failed), ", ".join(map(str, self.failed[:6])) + ", …" * (len(self.failed) > 6)
+            marked = f"{count} of {len(texts)} demonstrations marked as failed ({shown})"
+            lines.append(f"{marked}; --success-only leaves them out")
+        empty = sum(not e.instruction.strip() for e in texts)
+        if empty:
+            share = f"{empty} of {len(texts)} episodes ({empty / len(texts):.0%}) have no instruction"
+            lines.append(f"{share}; where all share one, give `instruction` in the dataset config")
+        return [f"{self.plan.name}: {line}" for line in lines]
 
 
 def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
@@ -74,8 +93,10 @@ def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
 
 
 def choose_episodes(sources: Sequence[Source], selection: Selection, earlier: Mapping[str, Any] | None = None) -> None:
-    """List only the chosen episodes of each source. `earlier`: the fingerprint of the cache that is built further, whose
-    own selection stays. `UserError` for another one, or where no demonstration says whether it succeeded."""
+    """List only the chosen episodes of each source. `UserError` where no demonstration says whether it succeeded.
+
+    `earlier`: the fingerprint of the cache that is built further, whose selection stays; `UserError` for another one.
+    """
     given = selection.by_dataset([s.name for s in sources])
     if earlier is not None:
         for source in sources:
@@ -86,13 +107,15 @@ def choose_episodes(sources: Sequence[Source], selection: Selection, earlier: Ma
             keys = functools.partial(source.attempt, source.key_of)
             if asked and asked.numbered(source.episode_ids, source.name, keys).document() != stored:
                 raise UserError(
-                    f"{source.name} was built with {Choice.from_document(stored) or 'all episodes'}, and the cache keeps "
-                    f"that: leave {asked} out, or build another cache"
+                    f"{source.name} was built with {Choice.from_document(stored) or 'all episodes'}, and the cache "
+                    f"keeps that: leave {asked} out, or build another cache"
                 )
             given[source.name] = Choice.from_document(stored)
     for source in sources:
         source.choose(given[source.name])
-    if selection.success_only and not any(s.marks_success for s in sources):
+    if selection.success_only and not any(
+        isinstance(s.attempt(s.success_of, number), bool) for s in sources for number in (*s.left_out, *s.episode_ids)
+    ):
         raise UserError("--success-only: no demonstration says whether it succeeded; leave it out")
 
 
@@ -101,6 +124,7 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
     `by_observation`: the encoder's; what a view's features depend on, and so when they have to be made again."""
     episodes: list[EpisodePlan] = []
     failed: list[Failed] = []
+    unsuccessful: list[int] = []
     actions, states, times, sizes = [], [], [], {}
     for i, number in enumerate(source.episode_ids):
         episode = source.attempt(source.load, number)
@@ -118,13 +142,15 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
             states.append(source.state_map.to_unified(episode.state))
             times.append(episode.timestamps)
             sizes = {v.name: [v.height, v.width] for v in episode.views}
+            unsuccessful += [number] if source.attempt(source.success_of, number) is False else []
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
     if not episodes:
         raise source.no_usable_episode(failed, "run on a complete copy of the dataset")
     quarantined = tuple((f.episode, str(f)) for f in failed)
     entries, idle = _with_kept(source, episodes, actions, states)
     plan = DatasetPlan(source.name, source.view_names, tuple(entries), quarantined)
-    return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes, idle)
+    tables = (np.concatenate(values) for values in (actions, states, times))
+    return Corpus(source, plan, *tables, sizes, idle, tuple(unsuccessful))
 
 
 def _with_kept(
@@ -172,7 +198,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
     starts = source.starts or {}
     attributes = {
         "dataset_config": source.config.name,
-        "config": dataclasses.asdict(source.config),
+        "config": source.config.document(),
         "embodiment_name": source.config.embodiment,
         "license": source.config.license,
         "view_sizes": corpus.view_sizes,
@@ -183,7 +209,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
         "source": source.location,
         "encoder": dataclasses.asdict(located(encoder.spec)),
         "starts": [starts[e.episode_id] for e in plan.episodes if e.episode_id in starts],
-        **({"failed": list(source.failed)} if source.failed else {}),
+        **({"failed": list(corpus.failed)} if corpus.failed else {}),
     }
     return DatasetTables(
         action=corpus.action,

@@ -33,8 +33,8 @@ def data_list(
 
     Example: dvla data list data ~/recordings
     """
-    from ...cache.readers.config import config_names, load_config
-    from .summary import find_datasets, summarize
+    from ...cache.readers.search import config_names, load_config
+    from .summary import find_datasets, misfit, summarize
     from .tables import show_datasets, show_families
 
     if not folders:
@@ -51,7 +51,7 @@ def data_list(
             show("datasets", done, len(paths))
     if found:
         show_datasets(found)
-    broken += [f"{s.path}: {s.problem}" for s in found if s.family and not s.source]
+    broken += [f"{s.path}: {s.source.problem}" for s in found if misfit(s)]
     for line in broken:
         errors.print(line, style="red", markup=False)
     broken_words = f", {len(broken)} of which cannot be opened" if broken else ""
@@ -69,30 +69,27 @@ def data_show(
 
     Example: dvla data show data/push --episode 3
     """
-    from .summary import instructions, load_episode, native_names, summarize
-    from .tables import features_table, field_table, show_episode, show_summary, values_table
+    from .summary import instructions, load_episode, native_names, ranges, summarize
+    from .tables import columns_table, field_table, show_episode, show_summary, values_table
 
     with progress_bars() as show:
         summary = summarize(source, dataset_config)
         counts = instructions(summary, show)
         opened = summary.source
-        shown = load_episode(opened, episode) if opened and episode is not None else None
+        shown = load_episode(opened, episode) if episode is not None else None
+        seen = ({}, 0) if opened.config.mapped else ranges(opened, show)
     show_summary(summary, counts)
-    if opened is None:
-        assert summary.meta is not None  # other datasets are opened or refused
-        console.print(features_table(summary.meta.features))
-        errors.print(summary.problem, style="yellow", markup=False)
-        errors.print(f"write a dataset config: dvla data add {source}", style="yellow", markup=False)
-        if episode is not None:
-            raise UserError("an episode can be shown only with a dataset config that describes it")
-        return
     if shown:
         show_episode(shown)
+    if not opened.config.mapped:
+        console.print(columns_table(opened, *seen, shown))
+        errors.print(str(opened.problem), style="yellow", markup=False)
+        return
     vectors = [
         ("action", opened.action_map, shown.action if shown else None),
         ("state", opened.state_map, shown.state if shown else None),
     ]
-    for (name, mapping, values), named in zip(vectors, native_names(summary)):
+    for (name, mapping, values), named in zip(vectors, native_names(opened)):
         if mapping.native_dim:
             console.print(
                 field_table(name, mapping, named) if values is None else values_table(name, mapping, named, values)
@@ -182,7 +179,9 @@ def data_stats(
     refuse_existing(out)
     reports = [read_report(path) for path in merge or ()]
     if source is not None:
-        opened = open_source(source, dataset_config)
+        opened = open_source(source, dataset_config, unmapped=True)
+        if opened.problem:
+            errors.print(str(opened.problem), style="yellow", markup=False)
         with progress_bars() as show:
             reports.insert(0, measure(opened, show))
     report = merge_reports(reports)
@@ -266,7 +265,10 @@ def data_export(
 
     check_options(to, compression)
     with progress_bars() as show:
-        report = export(open_source(source, dataset_config), out, show, to=to, compression=compression)
+        opened = open_source(source, dataset_config)
+        report = export(opened, out, show, to=to, compression=compression)
+    for note in opened.notes():
+        say(f"{opened.name}: {note.text}")
     say(
         f"{report.path}: {report.episodes} episodes ({report.kept} reused), {report.frames} frames, "
         f"{size(report.bytes)}; {report.quarantined} episodes in quarantine; {report.seconds:.1f} s"

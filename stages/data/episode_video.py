@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...cache.readers import open_source
-from ...cache.readers.config import load_config
 from ...cache.readers.episode import CorruptEpisode, Episode, View
 from ...common.mp4 import mp4_writer
 from ...common.progress import Progress
 from ...errors import UserError
+from .summary import column_names
 
 WIDTH = 1280  # pixels of the canvas
 VIEWS_HEIGHT = 420  # pixels, at most, of an image
@@ -71,11 +71,12 @@ def write_episode(
         raise UserError(f"{out} exists; choose another name")
     if fps is not None and not 0 < fps <= 1000:
         raise UserError(f"--fps {fps:g}: give a number above 0, at most 1000")
-    opened = open_source(source, load_config(dataset_config) if dataset_config else None)
+    opened = open_source(source, dataset_config, unmapped=True)
+    names = opened.action_map.field_names if opened.config.mapped else column_names(opened)["action"]
     rate = fps or opened.fps
     try:
         episode = opened.load(episode_id)
-        scene = Scene(episode, opened.action_map.field_names)
+        scene = Scene(episode, names)
         with contextlib.ExitStack() as closing, mp4_writer(out, rate) as write:
             streams = [view.frames() for view in episode.views]
             for stream in streams:

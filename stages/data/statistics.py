@@ -21,7 +21,7 @@ from ...cache.readers import Source
 from ...common.files import write_file
 from ...common.progress import Progress
 from ...errors import Failed, UserError
-from .summary import unified_fields
+from .summary import column_names, unified_fields
 
 KIND = "dvla statistics 1"  # first entry of a report; the number changes with its layout
 PARTS = 200  # of the grid
@@ -43,7 +43,8 @@ def measure(source: Source, show: Progress) -> Report:
             values = getattr(block, what)
             if mapping.native_dim and len(values):
                 unified, native = running[what]
-                unified.update(mapping.to_unified(values)[:, mapping.mask])
+                if mapping.mask.any():
+                    unified.update(mapping.to_unified(values)[:, mapping.mask])
                 native.update(values)
         refused += block.refused
         episodes += len(np.unique(block.episode_ids))
@@ -53,22 +54,30 @@ def measure(source: Source, show: Progress) -> Report:
         raise UserError(f"{source.name}: none of {total} episodes can be used" + (f"; {refused[0]}" if refused else ""))
     about = {
         "name": source.name,
-        "config": source.config.name,
+        "config": source.config.name if source.config.mapped else None,
         "control_hz": source.control_hz,
         "episodes": episodes,
         "rows": rows,
         "quarantined": [{"episode": f.episode, "reason": str(f)} for f in refused],
     }
-    vectors = {what: _vector(mapping, *running[what]) for what, mapping in maps.items() if mapping.native_dim}
+    names = {what: mapping.field_names for what, mapping in maps.items()}
+    if not source.config.mapped:
+        names = {what: tuple(found) for what, found in column_names(source).items()}
+    vectors = {
+        what: _vector(mapping, *running[what], names[what]) for what, mapping in maps.items() if mapping.native_dim
+    }
     return {"kind": KIND, "action_schema": ACTION_SCHEMA_VERSION, "datasets": [about], **vectors}
 
 
-def _vector(mapping: ActionMap, unified: RunningStatistics, native: RunningStatistics) -> dict[str, Any]:
-    entries = dict(zip(np.flatnonzero(mapping.mask).tolist(), _entries(unified)))  # in the order of the slots
+def _vector(
+    mapping: ActionMap, unified: RunningStatistics, native: RunningStatistics, names: Sequence[str]
+) -> dict[str, Any]:
+    slots = np.flatnonzero(mapping.mask).tolist()
+    entries = dict(zip(slots, _entries(unified) if slots else ()))  # in the order of the slots
     named = {name: {"slot": slot, "unit": unit, **entries[slot]} for slot, name, unit in unified_fields(mapping)}
     return {
         "unified": named,
-        "native": {f"{i} {name}": entry for i, (name, entry) in enumerate(zip(mapping.field_names, _entries(native)))},
+        "native": {f"{i} {name}": entry for i, (name, entry) in enumerate(zip(names, _entries(native)))},
     }
 
 
@@ -140,7 +149,8 @@ def merge_reports(reports: Sequence[Report]) -> Report:
     if twice:
         raise UserError(f"dataset {', '.join(twice)} is in more than one of the reports; its rows would count twice")
     merged: Report = {"kind": KIND, "action_schema": ACTION_SCHEMA_VERSION, "datasets": datasets}
-    same = len({d["config"] for d in datasets}) == 1
+    configs = {d["config"] for d in datasets}
+    same = len(configs) == 1 and None not in configs
     for what in ("action", "state"):
         vectors = [r[what] for r in reports if what in r]
         if vectors:

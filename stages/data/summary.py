@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import numpy as np
 from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import SLOTS, unit_of
 from ...cache.readers import Source, detect_format, open_source
-from ...cache.readers.config import find_config, load_config
 from ...cache.readers.episode import CorruptEpisode, Episode
+from ...cache.readers.search import SAMPLED, NoConfig
 from ...common.progress import Progress
 from ...errors import Failed, UserError
 
@@ -38,10 +39,13 @@ class Summary:
     frames: int | None  # in all of them; None where one cannot be read
     hz: float  # rows per second, by the files
     cameras: Mapping[str, tuple[int, int] | None]  # short name → (H, W)
-    family: str | None  # dataset config that fits; None: no shipped one does
-    source: Source | None  # opened with that config; None: it cannot be opened
+    source: Source  # opened with the dataset config that fits, else without one
     meta: Metadata | None = None  # of a LeRobot dataset
-    problem: str = ""  # why there is no source, one line
+
+    @property
+    def family(self) -> str | None:
+        """The dataset config; None: none describes it."""
+        return self.source.config.name if self.source.config.mapped else None
 
 
 def find_datasets(folders: Sequence[Path]) -> Iterator[Path]:
@@ -88,63 +92,38 @@ def _remains(folder: Path) -> bool:
 def summarize(path: str | Path, config: str | None = None) -> Summary:
     """What the dataset at `path` (or hub id) is, with `config` or the family that fits.
 
-    A dataset without a config that describes it has no `source`. `UserError` when not even its metadata can be read.
+    `UserError` when it cannot be opened.
     """
-    given = str(path)
     try:
-        format = load_config(config).format if config else detect_format(given)
+        source = open_source(path, config, unmapped=True)
     except UserError:
-        if config or not _remains(Path(path)):
-            raise
-        format = "lerobot"
-    try:
-        source = open_source(given, config)
-    except UserError as error:
-        if config or format != "lerobot":
-            raise
-        return _lerobot_summary(given, None, str(error))
-    if format == "lerobot":
-        return _lerobot_summary(given, source, "")
+        if config is None and _format_of(Path(path)) == "lerobot" and not (Path(path) / "meta" / "info.json").exists():
+            raise UserError(f"{path} is not a LeRobot dataset: it has no meta/info.json") from None
+        raise
+    meta: Metadata | None = getattr(source, "meta", None)
     return Summary(
-        given,
+        str(path),
         source.name,
-        format,
-        None,
+        source.format,
+        meta.version if meta else None,
         len(source.episode_ids),
-        _frames(source),
+        sum(e.length for e in meta.episodes.values()) if meta else _frames(source),
         source.fps,
-        _loaded_cameras(source),
-        source.config.name,
-        source,
-    )
-
-
-def _lerobot_summary(path: str, source: Source | None, problem: str) -> Summary:
-    from ...cache.readers.lerobot.metadata import Metadata
-
-    meta = source.meta if source else Metadata(path)  # type: ignore[attr-defined]
-    family = source.config.name if source else None
-    if not source:
-        try:
-            family = find_config("lerobot", (str(meta.info.get("robot_type") or ""), meta.name)).name
-        except UserError as error:
-            problem = str(error)
-    cameras = meta.cameras(source.config.views if source else None)
-    sizes = {name: image_size(meta.features[key]) for name, key in cameras.items()}
-    return Summary(
-        path,
-        meta.name,
-        "lerobot",
-        meta.version,
-        len(meta.episodes),
-        sum(e.length for e in meta.episodes.values()),
-        float(meta.info["fps"]),
-        sizes,
-        family,
+        _listed_cameras(meta, source) if meta else _loaded_cameras(source),
         source,
         meta,
-        problem,
     )
+
+
+def _listed_cameras(meta: Metadata, source: Source) -> dict[str, tuple[int, int] | None]:
+    cameras = meta.cameras(source.config.views)
+    return {name: image_size(meta.features[key]) for name, key in cameras.items()}
+
+
+def misfit(summary: Summary) -> bool:
+    """Whether a dataset config fits by name and does not describe the files."""
+    problem = summary.source.problem
+    return problem is not None and not isinstance(problem, NoConfig)
 
 
 def _frames(source: Source) -> int | None:
@@ -245,15 +224,54 @@ def _flat(names: Any) -> Iterator[str]:
         yield str(names)
 
 
-def native_names(summary: Summary) -> list[list[str] | None]:
-    """The files' names of the native action's and state's dimensions; None without names, or if integrated."""
-    if not (summary.meta and summary.source):
-        return [None, None]
-    config = summary.source.config
-    return [
-        None if config.integrate else dimension_names(summary.meta.features, config.action_columns),
-        dimension_names(summary.meta.features, config.state_columns) if config.state else None,
-    ]
+def native_names(source: Source) -> list[list[str] | None]:
+    """The names of the native action's and state's dimensions in the files or the config; None without names, or if
+    integrated."""
+    config, found = source.config, []
+    meta: Metadata | None = getattr(source, "meta", None)
+    for columns, mapping in ((config.action_columns, source.action_map), (config.state_columns, source.state_map)):
+        named = dimension_names(meta.features, columns) if meta else None
+        if not named and any(spec.native for spec in mapping.specs):
+            named = list(mapping.native_names)
+        found.append(None if not mapping.specs or config.integrate and mapping is source.action_map else named)
+    return found
+
+
+def column_names(source: Source) -> dict[str, list[str]]:
+    """ "action" and "state" → a name for each native dimension of a dataset without a map: the files' own, else its
+    column and number."""
+    config = source.config
+    meta: Metadata | None = getattr(source, "meta", None)
+    found = {}
+    for what, columns, specs in (
+        ("action", config.action_columns, config.action),
+        ("state", config.state_columns, config.state),
+    ):
+        found[what] = [
+            name
+            for column, spec in zip(columns, specs)
+            for name in (meta and dimension_names(meta.features, (column,)))
+            or ([f"{column}[{i}]" for i in range(spec.width)] if spec.width > 1 else [column])
+        ]
+    return found
+
+
+def ranges(source: Source, show: Progress) -> tuple[dict[str, np.ndarray], int]:
+    """ "action" and "state" → [2, d] smallest and largest value of each native dimension, and in how many episodes they
+    were looked for (at most `SAMPLED`, evenly spread)."""
+    every, read = source.episode_ids, 0
+    found: dict[str, np.ndarray] = {}
+    wanted = sorted({round(i) for i in np.linspace(0, len(every) - 1, min(SAMPLED, len(every)))})
+    for done, i in enumerate(wanted, start=1):
+        with contextlib.suppress(CorruptEpisode):
+            table = source.table(every[i])
+            for what in ("action", "state"):
+                ends = np.stack([getattr(table, what).min(0), getattr(table, what).max(0)])
+                before = found.get(what, ends)
+                found[what] = np.stack([np.minimum(before[0], ends[0]), np.maximum(before[1], ends[1])])
+            read += 1
+        show("ranges: episodes", done, len(wanted))
+    return found, read
 
 
 def instructions(summary: Summary, show: Progress) -> Counter[str]:
@@ -263,9 +281,7 @@ def instructions(summary: Summary, show: Progress) -> Counter[str]:
     """
     source = summary.source
     if summary.meta:
-        default = source.config.instruction if source else ""
-        return Counter("; ".join(e.tasks) or default for e in summary.meta.episodes.values())
-    assert source is not None  # only a LeRobot dataset is described without
+        return Counter("; ".join(e.tasks) or source.config.instruction for e in summary.meta.episodes.values())
     counts: Counter[str] = Counter()
     wanted = source.episode_ids[:INSTRUCTION_SAMPLE]
     for done, episode_id in enumerate(wanted, start=1):

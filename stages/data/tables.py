@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from ...cache.readers.search import place_of
 from ...common.console import console, errors, say, table
 from ...common.text import wrapped
 
 if TYPE_CHECKING:
     from ...cache.actions.action_map import ActionMap
+    from ...cache.readers import Source
     from ...cache.readers.config import DatasetConfig
     from ...cache.readers.episode import Episode
     from .summary import Summary
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 SHOWN_INSTRUCTIONS = 5
 SHOWN_REASONS = 10
 SHOWN_NUMBERS = 20
+WIDE = 64  # numbers per row of a column, above which they are shown as one
 SHOWN_QUANTILES = ("0.01", "0.5", "0.99")
 
 
@@ -66,9 +69,10 @@ def show_datasets(found: Sequence[Summary]) -> None:
 
 def show_summary(s: Summary, instructions: Counter[str]) -> None:
     """What the dataset is, in lines."""
-    lines = {"dataset": s.path, "format": f"{s.format} {s.version or ''}".strip(), "config": s.family or "none fits"}
-    if s.source:
-        config = s.source.config
+    config = s.source.config
+    lines = {"dataset": s.path, "format": f"{s.format} {s.version or ''}".strip(), "config": "none fits"}
+    if config.mapped:
+        lines["config"] = f"{config.name} ({place_of(config)})"
         lines |= {
             "embodiment": config.embodiment,
             "license": config.license or "not known",
@@ -84,13 +88,14 @@ def show_summary(s: Summary, instructions: Counter[str]) -> None:
         state = " + ".join(config.state_columns) if config.state else "none"
         lines["columns"] = f"action: {' + '.join(config.action_columns)}{ahead}; state: {state}"
     else:
-        lines["rate"] = f"{s.hz:g} Hz"
+        lines["rate"] = f"{s.hz:g} Hz" if s.source.rate_known else "not in the files"
     lines["episodes"] = f"{s.episodes}, {'an unknown number of' if s.frames is None else s.frames} frames"
     lines["cameras"] = _cameras(s.cameras, ", ")
     counted = instructions.total()
     lines["instructions"] = f"{len(instructions)} different"
     lines["instructions"] += f" in {counted} of {s.episodes} episodes" if counted < s.episodes else ""
-    lines["instructions"] += f", from {s.source.text_from}" if s.source and s.source.text_from else ""
+    lines["instructions"] += f", from {s.source.text_from}" if s.source.text_from else ""
+    lines["remarks"] = "; ".join(note.text for note in s.source.notes())
     for name, value in lines.items():
         if value:
             say(f"{name:<13} {wrapped(value, ' ' * 14)[14:]}")
@@ -102,20 +107,27 @@ def _cameras(cameras: Mapping[str, tuple[int, int] | None], between: str) -> str
     return between.join(name + (f" {size[0]}×{size[1]}" if size else "") for name, size in cameras.items()) or "none"
 
 
-def features_table(features: Mapping[str, Any]) -> Table:
-    """The raw features of a LeRobot dataset that no config describes."""
-    from .summary import dimension_names
+def columns_table(source: Source, ranges: Mapping[str, np.ndarray], read: int, episode: Episode | None) -> Table:
+    """The numbers of a dataset that no config describes, with their `ranges` in `read` episodes; a wide column in one
+    row. `episode`: also its first and last row."""
+    from .summary import column_names
 
-    rows = [
-        (
-            key,
-            str(feature.get("dtype")),
-            "×".join(map(str, feature.get("shape") or [1])),
-            ", ".join(dimension_names(features, (key,)) or []),
-        )
-        for key, feature in features.items()
-    ]
-    return table(("feature", "type", "shape", "names"), rows)
+    config, rows = source.config, []
+    for what, names in column_names(source).items():
+        columns, specs = (getattr(config, part) for part in (f"{what}_columns", what))
+        start = 0
+        for column, spec in zip(columns, specs):
+            whole = slice(start, start + spec.width)
+            parts = [whole] if spec.width > WIDE else [slice(i, i + 1) for i in range(start, whole.stop)]
+            for part in parts:
+                at = _span(range(part.start - start, part.stop - start))
+                low, high = (f"{end(v[i, part]):.4g}" for i, end, v in _ends(ranges.get(what)))
+                values = [_numbers(getattr(episode, what)[row, part]) for row in (0, -1)] if episode else []
+                rows.append((column, at, names[part.start] if part != whole else "", low, high, *values))
+            start = whole.stop
+    head = ("column", "dim", "name", "min", "max", *(("first", "last") if episode else ()))
+    every = len(source.episode_ids)
+    return table(head, rows, f"numbers, ranges in {read} of {every} episodes" if read < every else "numbers")
 
 
 def field_table(title: str, mapping: ActionMap, native_names: Sequence[str] | None) -> Table:
@@ -150,6 +162,11 @@ def show_episode(episode: Episode) -> None:
     say(wrapped(f"cameras {_cameras({v.name: (v.height, v.width) for v in episode.views}, ', ')}"))
 
 
+def _ends(values: np.ndarray | None) -> list[tuple[int, Any, np.ndarray]]:
+    known = np.full((2, 1 << 16), np.nan) if values is None else values
+    return [(0, np.min, known), (1, np.max, known)]
+
+
 def _span(numbers: Sequence[int]) -> str:
     return "" if not numbers else str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
 
@@ -172,8 +189,9 @@ def statistics_table(title: str, fields: Mapping[str, Mapping[str, Any]]) -> Tab
 def show_report(report: Mapping[str, Any], out: Path | None, native: bool) -> None:
     """Tables of a report, the reasons of its quarantine, and the closing line."""
     for what in ("action", "state"):
-        for part in ("unified", "native")[: 1 + native]:
-            if part in report.get(what, {}):
+        unmapped = not report.get(what, {}).get("unified")
+        for part in ("unified", "native")[: 1 + (native or unmapped)]:
+            if report.get(what, {}).get(part):
                 console.print(statistics_table(f"{what}, {part}", report[what][part]))
     lost = [q for d in report["datasets"] for q in d["quarantined"]]
     for q in lost[:SHOWN_REASONS]:

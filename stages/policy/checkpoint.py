@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...common.files import file_crc32c, json_bytes, read_json, write_file
+from ...common.files import crc32c, file_crc32c, json_bytes, read_json, write_file
 from ...common.hub import policy_snapshot
 from ...errors import UserError
 
@@ -101,13 +101,25 @@ def write_files(
     for name in files:
         with open(folder / name, "rb") as handle:
             os.fsync(handle.fileno())
-    write_file(folder / "state.json", json_bytes({**documents["state"], "files": files}))
+    state = {**documents["state"], "files": files}
+    write_file(folder / "state.json", json_bytes({**state, "crc32c": _own_crc32c(state)}))
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint after checking every file's size and crc32c; `UserError` naming the damaged one."""
-    state = read_json(folder / "state.json")
-    for name, (nbytes, crc) in state["files"].items():
+    """state.json of a checkpoint after checking it and every file's size and crc32c; `UserError` naming the damaged
+    one. Checkpoints of earlier releases have no checksum of state.json itself."""
+    file = folder / "state.json"
+    state = read_json(file)
+    try:
+        own = state.pop("crc32c", None)
+        files = {Path(name): (nbytes, crc) for name, (nbytes, crc) in state["files"].items()}
+        if own not in (None, _own_crc32c(state)):
+            raise ValueError("its checksum differs")
+        if any(name.is_absolute() or ".." in name.parts for name in files):
+            raise ValueError("it names a file outside the folder")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error})") from None
+    for name, (nbytes, crc) in files.items():
         try:
             found = file_crc32c(folder / name)
         except OSError as error:
@@ -118,12 +130,34 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def _own_crc32c(state: dict[str, Any]) -> int:
+    """The checksum of state.json's own entries, which say where training resumes."""
+    return crc32c(json_bytes(state))
+
+
 def load_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
     """The tensors of one safetensors file of a checkpoint."""
     try:
         return load_file(folder / f"{stem}.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {folder / stem}.safetensors: {error}") from None
+
+
+def require_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: Path | str) -> None:
+    """`UserError` unless weights have the names and shapes of the network `expected`, and finite values."""
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} belongs to no part of it" for name in found if name not in expected]
+    wrong += [
+        f"{name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    wrong += [f"{name} is not finite" for name, t in found.items() if t.is_floating_point() and not t.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"{where} does not hold the weights of its network: {wrong[0]}"
+            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        )
 
 
 def policy_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:

@@ -74,6 +74,7 @@ def export_policy(
     if LEROBOT in formats:
         require_package("lerobot", f"--format {LEROBOT}", "lerobot")
     tensors = {"ema": ck.policy_tensors(folder, "ema")}
+    net = load_net(document, tensors["ema"], folder)  # or what would be deployed is refused here
     vision, document = _vision(folder, document, vlm_path)
     if vision is not None:
         tensors["vision"] = vision
@@ -86,7 +87,7 @@ def export_policy(
 
                 write_lerobot(document, part)
             if graphs_asked:
-                graphs = write_graphs(load_net(document, tensors["ema"]), loss, graphs_asked, part)
+                graphs = write_graphs(net, loss, graphs_asked, part)
                 write_file(part / "graph.json", json_bytes(graphs))
             ck.write_files(part, tensors, {"policy": document, "state": kept})
             nbytes = sum(p.stat().st_size for p in part.iterdir())

@@ -46,9 +46,13 @@ def read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def load_net(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> PolicyNet:
-    """The network that policy.json describes, with these weights (`checkpoint.policy_tensors`)."""
+def load_net(
+    document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: Path | str = "the checkpoint"
+) -> PolicyNet:
+    """The network that policy.json describes, with these weights (`checkpoint.policy_tensors`); `UserError`, which
+    begins with `where`, unless they are its own and finite."""
     net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
+    ck.require_tensors(tensors, net.state_dict(), where)
     net.load_state_dict(tensors)
     return net
 

@@ -81,6 +81,17 @@ def listen(host: str, port: int, token: str | None = None) -> socket.socket:
     return sock
 
 
+def names_this_machine(header: str | None, host: str) -> bool:
+    """Whether a request's Host header names this server: by an address, as localhost, or by the `host` it was started
+    with. Any other name may be a web page's own that its owner has pointed at this machine (DNS rebinding)."""
+    name = re.sub(r":\d*$", "", header or "").strip("[]").lower().rstrip(".")
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name == host.lower() or name == "localhost" or name.endswith(".localhost")
+    return True
+
+
 def allowed(headers: Iterable[str], token: str | None) -> bool:
     """Whether one of the request's Authorization headers holds the token, compared in constant time."""
     if token is None:

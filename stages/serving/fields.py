@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from ...cache.readers.episode import CorruptEpisode
+from ...cache.readers.images import check_size
 from ...errors import UserError, unknown
 from ..policy.observation import Observation
 
@@ -73,6 +75,10 @@ class ObservationReader:
             image = np.ascontiguousarray(image.transpose(1, 2, 0))
         if image.shape[-1] != 3 or 0 in image.shape:
             raise UserError(f"'{key}' must be an image, uint8 [H, W, 3]; got {_what(image)}")
+        try:
+            check_size(*image.shape[:2], f"'{key}'")  # it is padded to a square of its longer side
+        except CorruptEpisode as error:
+            raise UserError(str(error)) from None
         return image
 
     def _state(self, found: Mapping[str, Any]) -> np.ndarray:

@@ -19,7 +19,7 @@ COUNTS = {
     "vanished": "requests whose client had disconnected",
     "slow": "clients disconnected because they did not read",
     "full": "connections refused because too many were open",
-    "unauthorised": "connections refused for a missing or wrong token",
+    "unauthorised": "connections refused for a missing or wrong token, or for the name they asked for",
 }
 TIMES = {
     "queue": "waiting for the forward pass",

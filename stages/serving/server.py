@@ -36,7 +36,7 @@ from ...errors import UserError
 from ..policy.compile import compile_blocks
 from ..policy.observation import Observation
 from ..policy.policy import Policy
-from .access import allowed, listen
+from .access import allowed, listen, names_this_machine
 from .batcher import Batcher, PolicyFailed
 from .config import ServeConfig
 from .fields import ObservationReader
@@ -165,6 +165,11 @@ class PolicyServer:
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response to an HTTP request; None begins a WebSocket."""
         path = request.path.partition("?")[0]
+        if self._token is None and not names_this_machine(request.headers.get("Host"), self.config.host):
+            self.metrics.counts["unauthorised"] += 1
+            return connection.respond(
+                http.HTTPStatus.FORBIDDEN, "this server answers to an address, to localhost or to its --host\n"
+            )
         if path == "/healthz":
             return (
                 connection.respond(http.HTTPStatus.OK, "OK\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from ...cache.loader.loader import require_variants
 from ...cache.loader.order import held_out, mixture, override
 from ...cache.loader.select import select
 from ...cache.store.cache import Cache
+from ...cache.store.manifest import find_manifest
 from ...cache.store.mirror import is_remote
 from ...cache.store.webdataset.cache import WebDatasetCache
 from ...cache.store.webdataset.tars import INDEX
+from ...common.files import read_json
 from ...common.packages import require_package
 from ...drifting.dit import dit_config
 from ...drifting.policy_net import PolicyNetConfig
@@ -20,11 +23,28 @@ from ...errors import UserError
 from .config import TrainConfig
 from .run_log import require_wandb
 
+ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
 
-def open_cache(config: TrainConfig) -> Cache:
-    """The cache that `config` names, as its selection leaves it: a folder, a URL, or the folder of its WebDataset export;
-    `UserError` without one."""
-    return select(_open(config), config.select)
+
+def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
+    """The cache that `config` names, as its selection leaves it: a folder, a URL, or the folder of its WebDataset
+    export; `UserError` without one.
+
+    Where the folder `run` holds a run that was begun with an earlier generation of it, which `--append` has kept beside
+    it, that generation.
+    """
+    cache, begun = _open(config), fingerprint_of(run)
+    if begun not in (None, cache.manifest["fingerprint"]) and cache.folder is not None:
+        for folder in sorted(cache.path.absolute().parent.glob(f"{glob.escape(cache.path.absolute().name)}.gen-*")):
+            if (found := find_manifest(folder)) is not None and found["fingerprint"] == begun:
+                cache = Cache.open(folder)
+    return select(cache, config.select)
+
+
+def fingerprint_of(run: str | None) -> str | None:
+    """The fingerprint of the cache that the run in a folder was begun with; None where none is recorded."""
+    file = Path(run or "", ENVIRONMENT)
+    return read_json(file).get("cache_fingerprint") if run and file.is_file() else None
 
 
 def _open(config: TrainConfig) -> Cache:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ...cache.actions.selection import Selection
 from ...cache.loader.dropout import ConditionDropout
-from ...cache.readers.selection import Selection
 from ...cache.vlm.spec import LoraSpec
 from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
 from ...drifting.config import ONE_STEP, LossConfig

@@ -64,7 +64,7 @@ class DryRun:
 def dry_run(config: TrainConfig, progress: Count = lambda *_: None) -> DryRun:
     """Measure a run of `config` for a few steps, in all processes of a launcher. `UserError` for what `train`
     refuses."""
-    cache = open_cache(config)
+    cache = open_cache(config, config.out)
     require_trainable(config, cache)
     with join(config.device) as world:
         torch.manual_seed(config.seed)

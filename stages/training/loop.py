@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -28,8 +29,12 @@ def run(session: Session, stop_after: int | None = None) -> TrainReport:
     SIGINT and SIGTERM in any process save and stop all after the same step; a non-finite loss stops before the
     optimizer step (`UserError`).
     """
+    with contextlib.ExitStack() as held:
+        return _run(session, *resume(session, held), stop_after)
+
+
+def _run(session: Session, progress: Progress, shared: Replicas, stop_after: int | None) -> TrainReport:
     config, world = session.config, session.world
-    progress, shared = resume(session)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     began, first, ending = time.perf_counter(), progress.step, progress.step >= last
     session.net.train()

@@ -17,10 +17,12 @@ import torch
 
 from ... import __version__
 from ...common import fingerprint as fp
-from ...common.files import json_bytes, read_json, write_file
+from ...common.files import hold, json_bytes, read_json, write_file
 from ...common.packages import version_of
+from ...common.text import public
 from ...errors import UserError
 from ..policy import checkpoint as ck
+from .checks import ENVIRONMENT, fingerprint_of
 from .config import TrainConfig
 from .context import Session
 from .parallel.replicas import Replicas, place, unsharded
@@ -30,6 +32,7 @@ from .setup import banner, prepare, share_network, thaw
 
 FREE = (
     "out",
+    "cache",  # it is known by its fingerprint
     "local",
     "local_gib",
     "device",
@@ -48,6 +51,7 @@ FREE = (
     "strategy",
 )
 """Settings that may change when a run resumes: they do not change what is learned."""
+LOCK = ".lock"  # held by the one training
 
 
 @dataclass
@@ -75,9 +79,13 @@ class Progress:
         return smallest
 
 
-def resume(session: Session) -> tuple[Progress, Replicas]:
-    """Make the run folder or load the run's newest intact checkpoint; share the network over the processes."""
+def resume(session: Session, held: contextlib.ExitStack) -> tuple[Progress, Replicas]:
+    """Make the run folder or load the run's newest intact checkpoint; share the network over the processes.
+
+    The folder stays locked until `held` is closed. `UserError` when another training holds it.
+    """
     prepare(session)
+    session.world.on_main(lambda: _lock(Path(session.config.out), held))
     progress, checkpoint = _begin(session)
     thaw(session.parameters(), session.config.unfreeze, progress.step)
     shared = share_network(session)
@@ -96,8 +104,8 @@ def open_log(session: Session, step: int) -> contextlib.AbstractContextManager[T
 
 
 def settings_of(session: Session) -> dict[str, Any]:
-    """What RUN/config.json holds."""
-    settings = json.loads(json.dumps(dataclasses.asdict(session.config)))
+    """What RUN/config.json holds: no password of an address."""
+    settings = public(json.loads(json.dumps(dataclasses.asdict(session.config))))
     return (
         settings
         if session.stage_three is None
@@ -113,8 +121,9 @@ def _begin(session: Session) -> tuple[Progress, Path | None]:
     progress.processes = now
     if checkpoint is None:
         return progress, None
-    stored = ck.load_tensors(checkpoint, "model")
-    for name, parameter in session.parameters().items():
+    stored, parameters = ck.load_tensors(checkpoint, "model"), session.parameters()
+    ck.require_tensors(stored, parameters, checkpoint / "model.safetensors")
+    for name, parameter in parameters.items():
         place(parameter, stored[name])
     if before != now:
         session.say(
@@ -127,7 +136,7 @@ def _begin(session: Session) -> tuple[Progress, Path | None]:
 def _find(session: Session) -> tuple[Progress, Path | None]:
     folder, settings = Path(session.config.out), settings_of(session)
     if not (folder / "config.json").exists():
-        _make_folder(folder, settings, session.world)
+        _make_folder(folder, settings, session)
         return Progress(), None
     saved = whole_settings(read_json(folder / "config.json"))
     before, now = ({k: v for k, v in values.items() if k not in FREE} for values in (saved, settings))
@@ -135,6 +144,13 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         raise UserError(
             f"run {folder} has other settings: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings"
         )
+    if fingerprint_of(session.config.out) not in (None, session.cache.manifest["fingerprint"]):
+        raise UserError(
+            f"cache {session.config.cache} is not the one run {folder} was begun with: it was built again or grown, and "
+            "that generation is gone (see `dvla cache diff`). Begin a new run from the old one's weights with --init"
+        )
+    if session.cache.path.absolute() != Path(session.config.cache).absolute() and session.cache.folder is not None:
+        session.say(f"the cache was grown since: {folder} goes on with {session.cache.path}, which it was begun with")
     found = ck.latest_intact(folder)
     if found is None:
         return Progress(), None
@@ -152,12 +168,23 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
     return Progress(**{name: value for name, value in state.items() if name in known}), checkpoint
 
 
-def _make_folder(folder: Path, settings: dict[str, Any], world: World) -> None:
+def _lock(folder: Path, held: contextlib.ExitStack) -> None:
+    """Be the only training in a run folder, which is made if needed. `UserError` when another one is, or when the
+    folder holds anything but a run."""
     try:
-        if folder.exists() and any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").exists() and {p.name for p in folder.iterdir()} - {LOCK}:
             raise UserError(f"{folder} holds other files; choose another --out")
+        hold(held.enter_context(open(folder / LOCK, "ab")), f"another process is training in {folder}")
+    except OSError as error:
+        raise UserError(f"cannot make run folder {folder}: {error.strerror or error}; choose another --out") from None
+
+
+def _make_folder(folder: Path, settings: dict[str, Any], session: Session) -> None:
+    try:
         write_file(folder / "config.json", json_bytes(settings))
-        write_file(folder / "environment.json", json_bytes(environment(world)))
+        begun = environment(session.world) | {"cache_fingerprint": session.cache.manifest["fingerprint"]}
+        write_file(folder / ENVIRONMENT, json_bytes(begun))
     except OSError as error:
         raise UserError(f"cannot make run folder {folder}: {error.strerror or error}; choose another --out") from None
 
@@ -195,6 +222,7 @@ def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 def _restore(checkpoint: Path, shared: Replicas) -> None:
     """Load a checkpoint's averaged weights and AdamW's state; `_begin` has loaded the weights."""
     stored = ck.load_tensors(checkpoint, "ema")
+    ck.require_tensors(stored, shared.session.parameters(), checkpoint / "ema.safetensors")
     for name, tensor in shared.ema.items():
         place(tensor, stored[name])
     shared.load_moments(ck.load_tensors(checkpoint, "optimizer"))

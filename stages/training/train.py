@@ -37,7 +37,7 @@ def train(
 ) -> TrainReport:
     """Train from a cache, or resume the run in `config.out` if it has the same settings."""
     config = dataclasses.replace(config, select=config.select.pinned())
-    cache = open_cache(config)
+    cache = open_cache(config, config.out)
     require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:
         torch.manual_seed(config.seed)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dvla.cache.readers import open_source
-from dvla.cache.readers.config import config_names, load_config
+from dvla.cache.readers.search import config_names, load_config
 from dvla.common import console as console_module
 from dvla.common.console import console, table
 from dvla.common.doctor import Finding, doctor_table

@@ -32,5 +32,10 @@ def test_secrets_in_addresses_are_left_out() -> None:
     }
 
 
+def test_an_address_within_a_message_is_cut_where_it_ends() -> None:
+    said = "did you mean 's3://me:x@host/b?sig=1'? see https://host/a; http://u:p@h/c?t=9, or ask?"
+    assert public(said) == "did you mean 's3://host/b'? see https://host/a; http://h/c, or ask?"
+
+
 def test_what_a_terminal_would_obey_is_replaced() -> None:
     assert printable("a\x1b[31m\x07\r\x9bb\u202e\udc80\tc\nd é→") == "a�[31m���b��\tc\nd é→"

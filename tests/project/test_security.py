@@ -24,6 +24,8 @@ CALLS = {  # what a call must say to be allowed; None: never
     "exec": None,
     "marshal.loads": None,
     "torch.load": ("weights_only", True),
+    "AutoConfig.from_pretrained": ("trust_remote_code", False),
+    "AutoTokenizer.from_pretrained": ("trust_remote_code", False),
     "np.load": ("allow_pickle", False),
     "numpy.load": ("allow_pickle", False),
 }
@@ -70,6 +72,7 @@ def test_nothing_unsafe_is_called(file: Path) -> None:
         "yaml.load(f)",
         "subprocess.run(x, shell=True)",
         "AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "AutoTokenizer.from_pretrained(p)",
         "import pickle",
         "from pickle import loads",
     ],

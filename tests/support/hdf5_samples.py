@@ -15,7 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dvla.cache.readers.config import load_config
+from dvla.cache.readers.search import load_config
 
 CAN = load_config("robomimic")
 LENGTHS = (7, 5, 9)

@@ -122,15 +122,18 @@ def write(
     version: str = "1.0.0",
     splits: Mapping[str, Sequence[int]] = SPLITS,
     template: str | None = TEMPLATE,
+    metadata: Mapping[str, Any] | None = None,
+    pack: Callable[[bytes], bytes] = bytes,
 ) -> Path:
-    """A version's folder; `records` in the order of splits and shards. A template of None is left out of the JSON."""
+    """A version's folder; `records` in the order of splits and shards. A template of None is left out of the JSON.
+    `metadata`: features of the episode; `pack` compresses a shard."""
     folder = root / name / version
     folder.mkdir(parents=True)
     steps = {
         "pythonClassName": "tensorflow_datasets.core.features.dataset_feature.Dataset",
         "sequence": {"feature": tree(features), "length": "-1"},
     }
-    (folder / "features.json").write_text(json.dumps(tree({"steps": steps, "episode_metadata": tree({})})))
+    (folder / "features.json").write_text(json.dumps(tree({"steps": steps, "episode_metadata": tree(metadata or {})})))
     info = {"fileFormat": "tfrecord", "name": name, "version": version, "splits": []}
     left = list(records)
     for split, lengths in splits.items():
@@ -147,7 +150,7 @@ def write(
                 SHARD_X_OF_Y=f"{index}-of-{count}",
             )
             (folder / relative).parent.mkdir(exist_ok=True)
-            (folder / relative).write_bytes(b"".join(frame(r) for r in left[:length]))
+            (folder / relative).write_bytes(pack(b"".join(frame(r) for r in left[:length])))
             left = left[length:]
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
@@ -226,11 +229,16 @@ TOY_FEATURES = {
 
 
 def write_toy(
-    root: Path, name: str = "toy", change: Mapping[int, Callable[[dict[str, Any]], Any]] | None = None, **layout: Any
+    root: Path,
+    name: str = "toy",
+    change: Mapping[int, Callable[[dict[str, Any]], Any]] | Callable[[dict[str, Any]], Any] | None = None,
+    features: Mapping[str, Any] | None = None,
+    **layout: Any,
 ) -> Path:
-    """The toy dataset; `change` alters the features of single episodes."""
-    records = [toy_record(e, (change or {}).get(e, lambda f: None)) for e in range(EPISODES)]
-    return write(root, name, TOY_FEATURES, records, **layout)
+    """The toy dataset; `change` alters the features of single episodes, or of each."""
+    each = change if callable(change) else None
+    records = [toy_record(e, each or (change or {}).get(e, lambda f: None)) for e in range(EPISODES)]
+    return write(root, name, features or TOY_FEATURES, records, **layout)
 
 
 def toy_config(**changes: Any) -> DatasetConfig:

@@ -35,7 +35,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,9 +45,10 @@ import numpy as np
 
 from ....errors import UserError
 from ..base import Source, choose_views, listing_hash
-from ..config import DatasetConfig, find_config
+from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..location import Location
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows
 from .render import CAMERAS, SIZE, VERSION, render, shade
 from .scene import SPACING, find_scene, load_arrays, load_matrix, read_cloud, scene_files
@@ -75,7 +78,7 @@ class DexGraspNetSource(Source):
         self._paths = _grasp_files(root / "dex_grasps_new")
         numbers = [key * GRASPS_PER_OBJECT + k for key, path in self._paths.items() for k in range(_listed(path))]
         name = Location(str(root), ()).name
-        config = config or find_config(self.format, (name,))
+        config = choose_config(config, self.format, (name,), root, lambda: _columns(next(iter(self._paths.values()))))
         super().__init__(root, name, config, view_names=choose_views(tuple(CAMERAS), config, name), episode_ids=numbers)
         # a few scenes at a time are kept: the grasps of an object follow one another, and so do the objects of a scene
         self._grasps = functools.lru_cache(4)(self._read_grasps)
@@ -221,6 +224,16 @@ def _grasp_files(folder: Path) -> dict[int, Path]:
     if not files:
         raise UserError(f"{folder} holds no scene_<number>/leap_hand/<object>.npz; unpack dex_grasps_new.tar.gz again")
     return dict(sorted(files.items()))
+
+
+def _columns(path: Path) -> dict[str, int]:
+    """Numbers per grasp of each array of a file of grasps."""
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
+        arrays = np.load(path)
+        if isinstance(arrays, np.lib.npyio.NpzFile):
+            numbers = {name: arrays[name] for name in arrays.files if arrays[name].dtype.kind in "fiu"}
+            return {name: math.prod(values.shape[1:]) for name, values in numbers.items()}
+    return {}
 
 
 def _listed(path: Path) -> int:

@@ -40,10 +40,11 @@ import numpy as np
 
 from ....errors import UserError, unknown
 from ..base import Source, choose_views, listing_hash
-from ..config import DatasetConfig, find_config
+from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..hdf5 import SUFFIXES, find, find_array, opened, text
 from ..location import Location
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows
 from .streams import Alignment, align, is_camera, read_images, read_stream, view_of
 
@@ -84,7 +85,8 @@ class DexWildSource(Source):
             )
         self._episodes = dict(enumerate(entries))
         name = location.root.stem if one_file else location.name
-        config = config or find_config(self.format, (name, location.hub_id or "", *(p.stem for p in self._paths)))
+        names = (name, location.hub_id or "", *(p.stem for p in self._paths))
+        config = choose_config(config, self.format, names, location.root, lambda: self._columns(name))
         widths, cameras = self._survey(config, name)
         super().__init__(
             self._root,
@@ -148,6 +150,17 @@ class DexWildSource(Source):
             if name is None:
                 raise CorruptEpisode(f"{where}: {path.name} holds no group ep_0000, ep_0001, …")
             yield find(file, name, where), f"{where} ({path.name} {name})"
+
+    def _columns(self, dataset: str) -> dict[str, int]:
+        """Numbers per row of each stream of the first readable episode, its time left out."""
+        widths: dict[str, int] = {}
+        for path, name in ((p, n) for p, n in self._episodes.values() if n and not widths):
+            with contextlib.suppress(CorruptEpisode), opened(path, dataset) as file:
+                group = find(file, name, dataset)
+                for stream in (s for s in group if s != "language" and not is_camera(group, s)):
+                    with contextlib.suppress(CorruptEpisode):
+                        widths[stream] = read_stream(group, stream, dataset).shape[1] - 1
+        return widths
 
     def _survey(self, config: DatasetConfig, dataset: str) -> tuple[dict[str, int], set[str]]:
         """Width of each column the config asks for, and names of the cameras, over the first readable episodes."""

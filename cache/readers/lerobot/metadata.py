@@ -1,64 +1,140 @@
-"""What a LeRobot dataset (v2.0, v2.1, v3.0) says about itself: info.json, tasks, the episodes and the file templates.
+"""What a LeRobot dataset (v2.0, v2.1, v3.0; GR00T's flavor of them) says about itself: info.json, tasks, episodes and
+file templates.
 
-Nothing but `meta/` is read here.
+Nothing but `meta/` is read here, and the names of files; data files only where `meta/` has no list of the episodes.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from ....common.text import first_line
-from ....errors import UserError
+from ....errors import Kind, Note, UserError
+from ..episode import CorruptEpisode
 from ..images import choose_cameras
 from ..location import Location
+from .documents import Template, number, read_json, shown, whole
+from .listing import EpisodeEntry, Listing, Paths, is_instruction, read_episodes, read_tasks
+from .modality import Modality, read_modality
+from .presence import presence, recover_episodes
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
-
-
-@dataclass(frozen=True)
-class EpisodeEntry:
-    """One listed episode: where its rows and images are (paths relative to the dataset)."""
-
-    length: int
-    tasks: tuple[str, ...]
-    data_path: str
-    video_paths: Mapping[str, str]  # video key → file
-    video_starts: Mapping[str, float]  # video key → seconds into that file at which the episode begins
+_PATHS = {  # LeRobot's own, where info.json has none
+    "data_path": (
+        "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+    ),
+    "video_path": (
+        "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+        "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    ),
+}
+_FIELDS = (("episode_chunk", "episode_index", "chunk_index"), ("chunk_index", "file_index"))
+_RATES = (1e-3, 1e5)  # rows per second that can be meant
+_CHUNK = 1000  # episodes per folder of v2, where info.json does not say
 
 
 class Metadata:
-    """`meta/` of one dataset. `UserError` when the path is not a LeRobot dataset or its description cannot be used."""
+    """`meta/` of one dataset. `UserError` when the path is not a LeRobot dataset or its description cannot be used.
+
+    Episodes are `episodes`, or `damaged` where their own entry cannot be used; `notes` tell what was settled.
+    """
 
     def __init__(self, path_or_repo: str) -> None:
-        files = Location(path_or_repo, ["meta/**"])
-        self.locate, self.root, self.name = files.locate, files.root, files.name
+        self._location = files = Location(path_or_repo, ["meta/**"])
+        self.root, self.name = files.root, files.name
         self.repo = files.hub_id or path_or_repo
         info_path = self.root / "meta" / "info.json"
-        if not info_path.is_file():
+        if not info_path.is_file() and not info_path.is_symlink():
             raise UserError(f"{path_or_repo} is not a LeRobot dataset: it has no meta/info.json")
-        self.info: dict[str, Any] = _json(info_path)
-        self.version = str(self.info.get("codebase_version"))
-        if self.version not in VERSIONS:
-            raise UserError(
-                f"{path_or_repo}: LeRobot version {self.version} is not readable; "
-                f"convert it to one of {', '.join(VERSIONS)}"
-            )
-        for key in ("fps", "features", "data_path"):
-            if not self.info.get(key):
-                raise UserError(f"{info_path}: '{key}' is missing")
-        self.features: dict[str, Any] = self.info["features"]
-        self.video_keys = tuple(k for k, f in self.features.items() if f.get("dtype") == "video")
-        if self.video_keys and not self.info.get("video_path"):
-            raise UserError(f"{info_path}: there are video features ({', '.join(self.video_keys)}) but no 'video_path'")
-        self.tasks, self.episodes = self._read_v3() if self.version == "v3.0" else self._read_v2()
+        try:
+            self.info: dict[str, Any] = read_json(info_path)
+        except ValueError as error:
+            raise UserError(f"{path_or_repo}: meta/{error}") from None
+        self._listing = Listing()
+        self.version = self._version()
+        self.info["fps"] = self._fps()
+        self.features = self.info["features"] = self._features()
+        self.video_keys = tuple(k for k, f in self.features.items() if f["dtype"] == "video")
+        self._paths = self._templates()
+        self._read_lists()
+        self.tasks, self.episodes = self._listing.tasks, self._listing.entries
+        self.damaged: dict[int, tuple[Kind, str]] = self._listing.damaged
+
+    @property
+    def episode_ids(self) -> tuple[int, ...]:
+        """Every listed episode, also those whose entry is damaged."""
+        return tuple(sorted({*self.episodes, *self.damaged}))
+
+    def entry(self, episode_id: int, where: str) -> EpisodeEntry:
+        """A listed episode; `CorruptEpisode`, beginning with `where`, when its entry cannot be used."""
+        if episode_id in self.damaged:
+            kind, reason = self.damaged[episode_id]
+            raise CorruptEpisode(f"{where}: {reason}", kind)
+        return self.episodes[episode_id]
+
+    def images_path(self, entry: EpisodeEntry, key: str, where: str) -> str:
+        """The file of one camera: its video, or the table that holds the images."""
+        if key in self.video_keys and key not in entry.video_paths:
+            raise CorruptEpisode(f"{where}: meta/episodes has no file or time for '{key}' of it", "missing-file")
+        return entry.video_paths.get(key, entry.data_path)
+
+    def locate(self, relative: str, where: str) -> Path:
+        """As `Location.locate`; an episode's own file is also found in the folder of another chunk."""
+        try:
+            return self._location.locate(relative, where)
+        except CorruptEpisode:
+            elsewhere = re.sub(r"\bchunk-\d+/", "chunk-*/", relative)
+            found = [] if self._is_v3 or self._location.hub_id else self._location.names(elsewhere)
+            if len(found) != 1 or not (self.root / found[0]).is_file():
+                raise
+            return self.root / found[0]
+
+    @functools.cached_property
+    def modality(self) -> Modality:
+        """GR00T's meta/modality.json; empty where there is none or it cannot be used."""
+        return read_modality(self.root / "meta" / "modality.json", self.features)
+
+    @functools.cached_property
+    def texts(self) -> frozenset[str]:
+        """The texts of the tasks that say what to do."""
+        return frozenset(filter(is_instruction, self.tasks.values()))
+
+    @property
+    def needs_more_texts(self) -> bool:
+        """Whether rows may point at a task without an instruction, so that other columns are worth reading."""
+        doubts = any(note.rule.startswith("task-") for note in self._listing.notes)
+        return doubts or not all(map(is_instruction, self.tasks.values()))
+
+    def notes(self) -> tuple[Note, ...]:
+        """What a user should know about the dataset as a whole, one line each."""
+        found = [*self._listing.notes, *self.modality.notes]
+        if self.absent_videos:
+            found.append(Note("camera-without-files", f"no video file of {', '.join(self.absent_videos)}: not read"))
+        if not self._location.hub_id:
+            keys = [k for k in self.video_keys if k not in self.absent_videos]
+            here, listed = presence(self._location, self.episodes, keys), len(self.episode_ids)
+            if here["both"] < listed - len(self.damaged):
+                videos = f", {here['videos']} videos" if keys else ""
+                counts = f"{here['both']} of {listed} episodes present: {here['tables']} tables{videos}"
+                found.append(Note("partly-present", f"{counts}; fetch the others (git lfs pull or hf download)"))
+        return tuple(found)
+
+    @functools.cached_property
+    def absent_videos(self) -> tuple[str, ...]:
+        """Video features that no episode has a file of, while others have."""
+        if len(self.video_keys) < 2 or self._paths.video is None:
+            return ()
+        if self._is_v3:
+            have = {k for entry in self.episodes.values() for k in entry.video_paths}
+        else:
+            template = self._paths.video
+            have = {k for k in self.video_keys if self._location.names(template.glob(video_key=k))}
+        return tuple(k for k in self.video_keys if have and k not in have)
 
     def revision_hash(self) -> str:
         """sha256 hex over names and bytes of every file in `meta/`."""
@@ -74,90 +150,103 @@ class Metadata:
         def is_depth(feature: dict) -> bool:
             return bool((feature.get("info") or feature.get("video_info") or {}).get("video.is_depth_map"))
 
-        keys = [k for k, f in self.features.items() if f.get("dtype") in ("video", "image")]
-        chosen = [k for k in keys if not is_depth(self.features[k])] if wanted is None else wanted
+        keys = [k for k, f in self.features.items() if f["dtype"] in ("video", "image")]
+        usable = [k for k in keys if not is_depth(self.features[k]) and k not in self.absent_videos]
+        chosen = usable if wanted is None else wanted
         return choose_cameras(keys, "observation.images.", chosen, self.name, "rename one of them in meta/info.json")
 
-    def _read_v2(self) -> tuple[dict[int, str], dict[int, EpisodeEntry]]:
-        tasks = {int(t["task_index"]): str(t["task"]) for t in _json_lines(self.root / "meta" / "tasks.jsonl")}
-        episodes = {}
-        for row in _json_lines(self.root / "meta" / "episodes.jsonl"):
-            number = int(row["episode_index"])
-            values = {"episode_index": number, "episode_chunk": number // int(self.info.get("chunks_size") or 1000)}
-            videos = {k: self._fill("video_path", video_key=k, **values) for k in self.video_keys}
-            episodes[number] = EpisodeEntry(
-                int(row["length"]),
-                tuple(row.get("tasks") or ()),
-                self._fill("data_path", **values),
-                videos,
-                dict.fromkeys(videos, 0.0),
-            )
-        return tasks, episodes
+    # --- info.json ---
 
-    def _read_v3(self) -> tuple[dict[int, str], dict[int, EpisodeEntry]]:
-        files = sorted((self.root / "meta" / "episodes").glob("*/*.parquet"))
-        if not files:
-            raise UserError(f"{self.repo}: meta/episodes holds no parquet file; was the recording finalized?")
-        table = pa.concat_tables([_table(f, skip="stats/") for f in files], promote_options="default")
-        texts = _table(self.root / "meta" / "tasks.parquet").to_pydict()
-        # pandas keeps the text in its index
-        text_column = next((c for c in ("__index_level_0__", "task") if c in texts), None)
-        if text_column is None or "task_index" not in texts:
-            raise UserError(f"{self.repo}: meta/tasks.parquet has no task text (columns: {', '.join(texts)})")
-        tasks = dict(zip(texts["task_index"], texts[text_column], strict=True))
-        episodes = {}
+    @property
+    def _is_v3(self) -> bool:
+        return self.version == "v3.0"
 
-        def numbers(row: dict[str, Any], of: str) -> dict[str, Any]:
-            return {name: row[f"{of}/{name}"] for name in ("chunk_index", "file_index")}
+    def _wrong(self, what: str) -> UserError:
+        return UserError(f"{self.repo}: {what} in meta/info.json")
 
-        for row in table.to_pylist():
-            try:
-                videos = {
-                    k: self._fill("video_path", video_key=k, **numbers(row, f"videos/{k}")) for k in self.video_keys
-                }
-                starts = {k: float(row[f"videos/{k}/from_timestamp"]) for k in self.video_keys}
-                data = self._fill("data_path", **numbers(row, "data"))
-                tasks_of = tuple(row.get("tasks") or ())
-                episodes[row["episode_index"]] = EpisodeEntry(row["length"], tasks_of, data, videos, starts)
-            except KeyError as error:
-                raise UserError(f"{self.repo}: meta/episodes has no column {error}") from None
-        return tasks, episodes
-
-    def _fill(self, template: str, **values: Any) -> str:
-        try:
-            path = Path(self.info[template].format(**values))
-        except (KeyError, ValueError, IndexError) as error:
+    def _version(self) -> str:
+        """The version, guessed by the files where info.json has none."""
+        storage = self.info.get("storage_format")
+        if storage not in (None, "", "parquet"):
             raise UserError(
-                f"{self.repo}: {template} '{self.info[template]}' of meta/info.json does not fit "
-                f"{self.version} (known: {', '.join(values)}; {type(error).__name__}: {error})"
-            ) from None
-        if path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{self.repo}: {template} '{self.info[template]}' of meta/info.json leaves its folder")
-        return path.as_posix()
+                f"{self.repo} is stored as {shown(storage)} (storage_format in meta/info.json), which is not readable; "
+                "convert it to LeRobot's parquet and mp4"
+            )
+        given = self.info.get("codebase_version")
+        if given is None:
+            return "v3.0" if (self.root / "meta" / "episodes").is_dir() else "v2.1"
+        version = f"v{given}".replace("vv", "v") if isinstance(given, (str, int, float)) else ""
+        if version not in VERSIONS:
+            newer = re.match(r"v(\d{1,4})\.(\d{1,4})", version)
+            is_newer = newer is not None and (int(newer[1]), int(newer[2])) > (3, 0)
+            remedy = "look for a newer dvla, or convert it" if is_newer else "convert it with lerobot"
+            raise UserError(
+                f"{self.repo}: LeRobot version {version or shown(given)} is not readable; {remedy} to one of "
+                f"{', '.join(VERSIONS)}"
+            )
+        return version
 
+    def _fps(self) -> float:
+        try:
+            fps = number(self.info.get("fps"))
+            if not _RATES[0] <= fps <= _RATES[1]:
+                raise ValueError(f"is {fps:g}, expected rows per second")
+        except ValueError as error:
+            raise self._wrong(f"'fps' {'is missing' if self.info.get('fps') is None else error}") from None
+        return fps
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
+    def _features(self) -> dict[str, dict[str, Any]]:
+        """Features in plain form: "dtype" a text, "shape" a list of whole numbers ([]: not known), "info" an object."""
+        given = self.info.get("features")
+        if not isinstance(given, Mapping) or not given:
+            raise self._wrong(f"'features' is {'missing' if given is None else shown(given)}, expected an object")
+        features = {}
+        for key, feature in given.items():
+            if not isinstance(feature, Mapping):
+                note = f"feature '{key}' of meta/info.json is {shown(feature)}, expected an object: not read"
+                self._listing.notes.append(Note("feature-unreadable", note))
+                continue
+            plain = {**feature, "dtype": str(feature.get("dtype")), "shape": self._shape(key, feature.get("shape"))}
+            for name in ("info", "video_info"):
+                if not isinstance(plain.get(name), Mapping):
+                    plain.pop(name, None)
+            features[key] = plain
+        return features
 
+    def _shape(self, key: str, shape: Any) -> list[int]:
+        try:
+            return [whole(n) for n in (shape if isinstance(shape, list) else [shape])] if shape is not None else []
+        except ValueError as error:
+            self._listing.notes.append(Note("feature-unreadable", f"the shape of '{key}' in meta/info.json {error}"))
+            return []
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON lines: {error}") from None
+    def _templates(self) -> Paths:
+        def template(name: str, extra: Sequence[str] = ()) -> Template:
+            text = self.info.get(name) or _PATHS[name][self._is_v3]
+            try:
+                return Template(text, (*_FIELDS[self._is_v3], *extra))
+            except ValueError as error:
+                raise UserError(f"{self.repo}: {name} of meta/info.json does not fit {self.version}: {error}") from None
 
+        try:
+            chunks = whole(self.info.get("chunks_size")) or _CHUNK
+        except ValueError:
+            chunks = _CHUNK
+        video = template("video_path", ["video_key"]) if self.video_keys else None
+        paths = Paths(template("data_path"), video, self.video_keys, chunks)
+        try:  # a path that leaves the folder does so for every episode
+            paths.data.glob(), [video.glob(video_key=key) for key in self.video_keys if video]
+        except ValueError as error:
+            raise UserError(f"{self.repo}: a path of meta/info.json: {error}") from None
+        return paths
 
-def _table(path: Path, skip: str | None = None) -> pa.Table:
-    """A parquet file of `meta/`, without the columns that begin with `skip`."""
-    try:
-        with pq.ParquetFile(path) as file:
-            names = [n for n in file.schema_arrow.names if skip is None or not n.startswith(skip)]
-            return file.read(columns=names)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from None
+    def _read_lists(self) -> None:
+        files, listing = self._location, self._listing
+        read_tasks(files, listing)
+        try:
+            total = min(whole(self.info.get("total_episodes")), 10**6)
+        except ValueError:
+            total = 0
+        read_episodes(files, self._paths, self._is_v3, total, listing)
+        if not listing.entries and not listing.damaged:
+            recover_episodes(files, self._paths, self._is_v3, self.info["fps"], listing)

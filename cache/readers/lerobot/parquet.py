@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ....common.text import first_line
 from ..episode import CorruptEpisode
 from ..images import decode_all, survey
+from ..location import unreadable
 from ..tables import require_finite
 
 _IMAGE_ROWS = 32  # rows of images read at a time
@@ -33,8 +33,7 @@ def opened(path: Path, where: str, buffer_size: int = 0) -> Iterator[pq.ParquetF
         with pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=not buffer_size) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
-        reason = f"{where}: {path.name} cannot be read as parquet ({first_line(error)})"
-        raise CorruptEpisode(reason, "unreadable-file") from None
+        raise CorruptEpisode(f"{where}: {unreadable(path, 'parquet', error)}", "unreadable-file") from None
 
 
 # --- one episode ---

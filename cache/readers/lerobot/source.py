@@ -10,23 +10,28 @@ import contextlib
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from ....errors import Failed, UserError
+from ....errors import Failed, Note, UserError
 from ..base import Source
-from ..config import DatasetConfig, find_config
+from ..config import UNMAPPED, DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
+from ..labels import SUCCESS
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
-from .metadata import EpisodeEntry, Metadata
-from .parquet import ImageRows, decode_images, find_images, read_marks, read_rows, stream_rows, to_matrix
+from .listing import EpisodeEntry
+from .metadata import Metadata
+from .parquet import ImageRows, decode_images, find_images, opened, read_marks, read_rows, stream_rows, to_matrix
+from .texts import instruction_of, text_columns
 
-_SUCCESS = ("next.success", "success")  # columns that say whether a demonstration succeeded
+_NUMBERS = re.compile(r"(float|u?int)\d+")  # dtypes of features
 _CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
 
 
@@ -41,24 +46,40 @@ class LeRobotSource(Source):
         `UserError` when it is missing, is not a LeRobot dataset, or the config does not describe it.
         """
         self.meta = meta = Metadata(path_or_repo)
-        config = config or find_config(self.format, (str(meta.info.get("robot_type") or ""), meta.name))
+        self._texts = text_columns(meta.features, meta.modality.annotations) if meta.needs_more_texts else ()
+        names = (meta.name, str(meta.info.get("robot_type") or ""))
+        reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
+        config = choose_config(config, self.format, names, meta.root, self._columns, reopen)
         self._cameras = meta.cameras(config.views)  # short name → feature key
         self._marks: dict[Path, dict[int, bool]] = {}  # of the table files looked at, by episode
         super().__init__(
             meta.root,
             meta.name,
             config,
-            fps=float(meta.info["fps"]),
+            fps=meta.info["fps"],
             view_names=tuple(self._cameras),
-            episode_ids=tuple(meta.episodes),  # as listed; a missing file shows when the episode is loaded
-            widths={key: math.prod(f.get("shape") or [1]) for key, f in meta.features.items()},
+            episode_ids=meta.episode_ids,  # as listed; a missing file shows when the episode is loaded
+            widths=self._widths(config),
         )
         self._read_recording()
+
+    def _columns(self) -> dict[str, int]:
+        """Numbers per row of each numeric feature that the first table has, too."""
+        features = {k: f for k, f in self.meta.features.items() if _NUMBERS.fullmatch(str(f.get("dtype")))}
+        stored = set(features)
+        for entry in list(self.meta.episodes.values())[:1]:
+            with contextlib.suppress(CorruptEpisode), opened(self.meta.locate(entry.data_path, ""), "") as file:
+                stored = set(file.schema_arrow.names)
+        return {key: math.prod(f.get("shape") or [1]) for key, f in features.items() if key in stored}
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
         """By `meta/info.json`."""
         return "meta/info.json" in names
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: about `meta/`, cameras without files, and how many episodes are here."""
+        return self.meta.notes()
 
     @functools.cached_property
     def revision_hash(self) -> str:
@@ -73,16 +94,17 @@ class LeRobotSource(Source):
         """The episode's task text, from `meta/` alone where it has one task. Several are joined by "; " in the order
         in which the rows use them. The config's default where there is none."""
         tasks = self._entry(episode_id).tasks
-        if len(tasks) > 1:
-            return self.table(episode_id).instruction
-        return (tasks[0] if tasks else "") or self.config.instruction
+        if len(tasks) == 1 and (tasks[0] in self.meta.texts or not self.meta.texts):
+            return tasks[0]
+        return self.table(episode_id).instruction
 
     def success_of(self, episode_id: int) -> bool | None:
-        """By the column `next.success` or `success`: whether any row of the episode is marked."""
-        name = next((name for name in _SUCCESS if name in self.meta.features), None)
-        if name is None:
-            return None
-        path = self.meta.locate(self._entry(episode_id).data_path, self.where(episode_id))
+        """By a field of the list of episodes, else by a column: whether any row of the episode is marked."""
+        entry = self._entry(episode_id)
+        name = next((name for name in ("next.success", *SUCCESS) if name in self.meta.features), None)
+        if entry.success is not None or name is None:
+            return entry.success
+        path = self.meta.locate(entry.data_path, self.where(episode_id))
         if path not in self._marks:
             self._marks[path] = read_marks(path, name, self.where(episode_id))
         return self._marks[path].get(episode_id)
@@ -94,13 +116,16 @@ class LeRobotSource(Source):
     def _each_table(self, batch_rows: int) -> Iterator[tuple[int, EpisodeTable | Failed]]:
         files: dict[str, set[int]] = {}
         for number in self.episode_ids:
-            files.setdefault(self._entry(number).data_path, set()).add(number)
+            if number in self.meta.damaged:
+                yield number, self.attempt(self.table, number)
+            else:
+                files.setdefault(self._entry(number).data_path, set()).add(number)
         for data_path, left in files.items():
             # A file that is missing or damaged: what is left is read one by one, each with its own reason.
             with contextlib.suppress(CorruptEpisode), one_episode(self.name, self.path):
                 if len(left) > 1:
                     path = self.meta.locate(data_path, self.name)
-                    for number, rows in stream_rows(path, [*self.config.columns, *_CHECKED], batch_rows, self.name):
+                    for number, rows in stream_rows(path, self._wanted(self.config.columns), batch_rows, self.name):
                         if number in left:
                             left.remove(number)
                             yield number, self.attempt(functools.partial(self._table_of, rows), number)
@@ -113,7 +138,7 @@ class LeRobotSource(Source):
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         entry = self._entry(episode_id)
-        rows = read_rows(self.meta.locate(entry.data_path, where), episode_id, [*columns, *_CHECKED], where)
+        rows = read_rows(self.meta.locate(entry.data_path, where), episode_id, self._wanted(columns), where)
         return self._rows_of(entry, rows, columns, where)
 
     def _rows_of(self, entry: EpisodeEntry, rows: pa.Table, columns: Sequence[str], where: str) -> Rows:
@@ -125,16 +150,17 @@ class LeRobotSource(Source):
         frames = to_matrix(rows, "frame_index", where)[:, 0]
         if not np.array_equal(frames, np.arange(length)):
             raise CorruptEpisode(f"{where}: frame_index does not run 0..{length - 1}", "row-count")
-        numbers = to_matrix(rows, "task_index", where)[:, 0].astype(int) if "task_index" in rows.column_names else None
+        text, notes = instruction_of(rows, entry, self.meta.tasks, self._texts, where)
         return Rows(
             {name: to_matrix(rows, name, where) for name in columns},
-            self._instruction(entry, numbers, where),
+            text,
             to_matrix(rows, "timestamp", where)[:, 0],
+            notes,
         )
 
     def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
         entry, key = self._entry(episode_id), self._cameras[view]
-        return (self.meta.locate(entry.video_paths.get(key, entry.data_path), where),)
+        return (self.meta.locate(self.meta.images_path(entry, key, where), where),)
 
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
         entry = self._entry(episode_id)
@@ -162,20 +188,14 @@ class LeRobotSource(Source):
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); record the dataset again") from None
 
     def _entry(self, episode_id: int) -> EpisodeEntry:
-        self.where(episode_id)
-        return self.meta.episodes[episode_id]
+        return self.meta.entry(episode_id, self.where(episode_id))
 
-    def _instruction(self, entry: EpisodeEntry, numbers: np.ndarray | None, where: str) -> str:
-        """Text of the rows' `task_index` values; refuses rows that contradict `meta/`."""
-        if numbers is None:
-            return "; ".join(entry.tasks) or self.config.instruction
-        used = list(dict.fromkeys(numbers.tolist()))
-        missing = [n for n in used if n not in self.meta.tasks]
-        if missing and self.meta.tasks:
-            raise CorruptEpisode(
-                f"{where}: task_index {missing[0]} is not among the {len(self.meta.tasks)} tasks of meta/"
-            )
-        texts = [self.meta.tasks[n] for n in used if n in self.meta.tasks]
-        if entry.tasks and set(texts) != set(entry.tasks):
-            raise CorruptEpisode(f"{where}: the rows' task is {texts}, meta/ says {list(entry.tasks)}")
-        return "; ".join(texts) or self.config.instruction
+    def _wanted(self, columns: Sequence[str]) -> list[str]:
+        return [*columns, *_CHECKED, *self._texts]
+
+    def _widths(self, config: DatasetConfig) -> dict[str, int] | None:
+        """Numbers per row of every feature; None where info.json does not tell that of a column of the config."""
+        shapes = {key: feature["shape"] for key, feature in self.meta.features.items()}
+        if any(not shapes.get(column, [1]) for column in config.columns):
+            return None
+        return {key: math.prod(shape) for key, shape in shapes.items()}

@@ -12,6 +12,7 @@ Letters: T frames of the episode.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections import Counter
@@ -24,9 +25,10 @@ import numpy as np
 from ....errors import UserError
 from ..archive import SUFFIXES
 from ..base import Source, choose_views, listing_hash
-from ..config import DatasetConfig, find_config
+from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..images import decode_all, survey
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows
 from .layout import LOW_DIM, TEXTS, Place, dataset_name, find_episodes, locate, looks_like_rlbench
 from .pickled_values import PickledArray, Record
@@ -48,8 +50,8 @@ class RlbenchSource(Source):
         """A folder, a .zip or .tar, or a hub id; `config` None finds the shipped one by the names of the folder and
         those around it. `UserError` when there is no episode, or an archive is damaged or refused."""
         path, names = locate(path_or_repo)
-        config = config or find_config(self.format, names)
         places = find_episodes(path)
+        config = choose_config(config, self.format, names, path, lambda: _columns(places))
         if not places:
             raise UserError(
                 f"{path_or_repo} holds no RLBench episode: a folder like all_variations/episodes/episode0 with "
@@ -127,6 +129,15 @@ def _observations(place: Place, where: str) -> list[Record]:
             f"{place.spot(where)}: {place.member(LOW_DIM)} holds no list of 1 to {_MAX_FRAMES:,} observations"
         )
     return found
+
+
+def _columns(places: Sequence[Place]) -> dict[str, int]:
+    """Numbers per frame of each attribute of the first observation of the first readable episode."""
+    for place in places:
+        with contextlib.suppress(CorruptEpisode):
+            found = {name: _numbers(value) for name, value in _observations(place, "")[0].fields.items()}
+            return {name: value.size for name, value in found.items() if value is not None}
+    return {}
 
 
 def _column(observations: Sequence[Record], name: str, spot: str) -> np.ndarray:

@@ -66,6 +66,8 @@ class Metadata:
         # To find a config by.
         self.names = tuple(dict.fromkeys((self.name, given.name, given.parent.name, self._files.name)))
         self.features = dict(_flatten(_steps(features, self.root), ""))  # path below `steps` → feature
+        self.every = {f"steps/{k}": f for k, f in self.features.items()}  # path in a record → feature
+        self.every |= dict(_flatten(_around(features), ""))
         self.shards = tuple(_shards(info, str(label), self.root / DESCRIPTION[0]))
         self._firsts = [s.first for s in self.shards]
 
@@ -90,16 +92,30 @@ class Metadata:
 
     def locate(self, shard: Shard, where: str) -> Path:
         """The shard's file, fetched when it is on the hub; `CorruptEpisode` when it is missing."""
+        listed = (Path(self._base) / shard.path).as_posix()
+        packed = f"{listed}.gz"
         try:
-            return self._files.locate((Path(self._base) / shard.path).as_posix(), where)
+            found = packed if not self._files.hub_id and (self._files.root / packed).is_file() else listed
+            return self._files.locate(listed if (self._files.root / listed).is_file() else found, where)
         except CorruptEpisode:
-            raise CorruptEpisode(f"{where}: shard {shard.path} is missing", "missing-file") from None
+            share = "" if self._files.hub_id else f"; {self.present} of {len(self.shards)} shards are present"
+            raise CorruptEpisode(f"{where}: shard {shard.path} is missing{share}", "missing-file") from None
+
+    @property
+    def present(self) -> int:
+        """Number of listed shards that are in the folder."""
+        folder = {p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()}
+        return sum(s.path in folder or f"{s.path}.gz" in folder for s in self.shards)
 
 
 def is_rlds(names: Sequence[str]) -> bool:
-    """Whether files of these names (relative) hold, in one folder, what describes a tfds dataset."""
-    info, features = ({n.rpartition("/")[0] for n in names if n.rpartition("/")[2] == name} for name in DESCRIPTION)
-    return bool(info & features)
+    """Whether files of these names (relative) hold, in one folder, what describes a tfds dataset, or a part of that
+    beside its shards: opening it says what is missing."""
+    info, features, shards = (
+        {n.rpartition("/")[0] for n in names if re.search(name, n.rpartition("/")[2])}
+        for name in (rf"^{DESCRIPTION[0]}$", rf"^{DESCRIPTION[1]}$", r"\.tfrecord")
+    )
+    return bool(info & features or (info | features) & shards)
 
 
 def _choose(root: Path, given: str) -> str:
@@ -115,6 +131,13 @@ def _choose(root: Path, given: str) -> str:
     versions = {p for p in found if _VERSION.fullmatch(p.name)}  # beside them: leftovers of interrupted conversions
     folders = versions or found
     if not folders:
+        half = next((p for name in DESCRIPTION for p in sorted(root.rglob(name))), None)
+        missing = next((name for name in DESCRIPTION if half and not (half.parent / name).is_file()), None)
+        if half and missing:
+            raise UserError(
+                f"{given} holds no RLDS dataset that can be read: {missing} is missing beside {half.relative_to(root)} "
+                "(tfds 4.5 or newer writes both); copy it from where the shards are from"
+            )
         raise UserError(
             f"{given} holds no RLDS dataset: no folder in it has {' and '.join(DESCRIPTION)}; give the folder of a "
             "version, e.g. bridge_dataset/1.0.0"
@@ -182,6 +205,12 @@ def _steps(features: dict[str, Any], root: Path) -> dict[str, Any]:
         ) from None
 
 
+def _around(features: dict[str, Any]) -> dict[str, Any]:
+    """The features of a record beside its steps, such as episode_metadata."""
+    beside = {k: v for k, v in features["featuresDict"]["features"].items() if k != "steps"}
+    return {"featuresDict": {"features": beside}}
+
+
 def _flatten(node: Any, path: str) -> Iterator[tuple[str, Feature]]:
     """(path, feature) of every leaf."""
     try:
@@ -190,7 +219,7 @@ def _flatten(node: Any, path: str) -> Iterator[tuple[str, Feature]]:
                 yield from _flatten(child, f"{path}/{name}" if path else name)
             return
         yield path, _leaf(node)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(f"features.json has a description of '{path}' that cannot be read") from None
 
 

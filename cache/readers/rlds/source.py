@@ -8,24 +8,26 @@ A record holds the steps of an episode as flat lists under the path of each feat
 from __future__ import annotations
 
 import functools
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ....errors import UserError
 from ..base import Source
-from ..config import DatasetConfig, find_config
+from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..images import choose_cameras, decode, decode_all, survey
+from ..images import ArrayForm, Stored, channels_of, choose_cameras, decode, decode_all, survey
+from ..search import choose_config
 from ..tables import EpisodeTable, Rows
+from .labels import read_text, success_in, text_features
 from .metadata import Feature, Metadata, is_rlds
 from .tfrecord import index_records, parse_example, read_record, values_of
 
-_INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction")
 _DTYPES = {
     "bool",
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
@@ -33,6 +35,7 @@ _DTYPES = {
     "float32",
     "float64",
 }
+_MASK = re.compile(r"depth|mask|seg[^/]*$", re.IGNORECASE)  # of a tensor that is no camera's image
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what tfds writes; PIL would try many more
 
 
@@ -48,8 +51,9 @@ class RldsSource(Source):
         `UserError` when there is none or the config does not describe it.
         """
         self._meta = meta = Metadata(path_or_repo)
-        config = config or find_config(self.format, meta.names)
+        config = choose_config(config, self.format, meta.names, meta.root, lambda: _columns(meta.features))
         self._cameras = _cameras(meta.features, config, meta.name)  # short name → path below `steps`
+        self._texts = text_features(meta.every)
         super().__init__(
             meta.root,
             meta.name,
@@ -84,7 +88,26 @@ class RldsSource(Source):
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         example = self._example(episode_id, where)
         found = {name: self._column(example, name, where) for name in columns}
-        return Rows(found, self._instruction(example, {len(v) for v in found.values()}, where))
+        lengths = {len(v) for v in found.values()}
+        if len(lengths) == 1:
+            self._check_bounds(example, min(lengths), where)
+        return Rows(found, read_text(example, self._texts, lengths, where))
+
+    def _check_bounds(self, example: Mapping[str, Any], length: int, where: str) -> None:
+        """`CorruptEpisode` when is_first or is_last marks a step inside the record: it holds two episodes, or parts."""
+        for name in ("is_first", "is_last"):
+            if name not in self._meta.features or f"steps/{name}" not in example:
+                continue
+            flags = self._column(example, name, where).astype(bool).reshape(-1)
+            if len(flags) != length:
+                raise CorruptEpisode(f"{where}: {len(flags)} flags of '{name}' for {length} rows", "row-count")
+            inside = (
+                np.flatnonzero(flags[1:] > flags[:-1]) + 1
+                if name == "is_first"
+                else np.flatnonzero(flags[:-1] > flags[1:])
+            )  # several in a row at the expected end do no harm
+            if len(inside):
+                raise CorruptEpisode(f"{where}: {name} marks step {inside[0]} of {length}: it is not one episode")
 
     def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
         return (self._meta.locate(self._meta.find(episode_id)[0], where),)
@@ -92,9 +115,9 @@ class RldsSource(Source):
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
         example = self._example(episode_id, where)
         for name in names:
-            images = values_of(example, f"steps/{self._cameras[name]}", "bytes", where)
+            images = self._stored(example, name, where)
             count, height, width, sha256 = survey(_named(images, name, where), _FORMATS)
-            if count:
+            if count and isinstance(images, list):
                 self._refuse_placeholder(example, name, images, where)
             opener = functools.partial(self._decode, episode_id, name, (height, width), where)
             yield View(name, height, width, count, opener, sha256)
@@ -103,10 +126,22 @@ class RldsSource(Source):
         self, episode_id: int, view: str, size: tuple[int, int], where: str, start: int, stop: int
     ) -> Iterator[np.ndarray]:
         """Yield uint8 [H, W, 3] of frames start..stop-1. The record is read again: a source keeps no images."""
-        images = values_of(self._example(episode_id, where), f"steps/{self._cameras[view]}", "bytes", where)
+        images = self._stored(self._example(episode_id, where), view, where)
         if stop > len(images):
             raise CorruptEpisode(f"{where}: {len(images)} images of '{view}', expected {stop}", "row-count")
         return decode_all(islice(_named(images, view, where), start, stop), size, _FORMATS)
+
+    def _stored(self, example: Mapping[str, Any], view: str, where: str) -> list[bytes] | np.ndarray:
+        """The images of a view: files, or uint8 [T, H, W, 3] of a tensor."""
+        path = self._cameras[view]
+        feature = self._meta.features[path]
+        if feature.kind == "image":
+            return values_of(example, f"steps/{path}", "bytes", where)
+        values = self._column(example, path, where)
+        if values.size and not 0 <= values.min() <= values.max() <= 255:
+            raise CorruptEpisode(f"{where}: '{path}' holds {values.min()} to {values.max()}, its images range to 255")
+        pixels = values.astype(np.uint8).reshape(-1, *map(int, filter(None, feature.shape)))
+        return ArrayForm(_channels(feature) or "last").to_rgb(pixels, f"{where}: '{path}'")
 
     def _refuse_placeholder(self, example: Mapping[str, Any], view: str, images: Sequence[bytes], where: str) -> None:
         """Refuse a camera that was not there: Bridge fills it with black images and sets `has_<view>` false. The flag
@@ -150,21 +185,23 @@ class RldsSource(Source):
             )
         return values.reshape(-1, width)
 
-    def _instruction(self, example: Mapping[str, Any], lengths: Set[int], where: str) -> str:
-        """The steps' task text; differing ones are joined by "; " in order of use. `lengths`: of the columns."""
-        for name in _INSTRUCTIONS:
-            feature = self._meta.features.get(name)
-            if feature is None or feature.kind != "text":
-                continue
-            texts = values_of(example, f"steps/{name}", "bytes", where)
-            if len(texts) not in lengths:
-                raise CorruptEpisode(f"{where}: {len(texts)} texts of '{name}' for {max(lengths)} rows", "row-count")
-            try:
-                used = dict.fromkeys(t.decode().strip() for t in texts)
-            except UnicodeDecodeError:
-                raise CorruptEpisode(f"{where}: '{name}' is not UTF-8 text") from None
-            return "; ".join(filter(None, used))
-        return ""
+    @functools.cached_property
+    def text_from(self) -> str:  # type: ignore[override]
+        """The features that may hold the task text."""
+        return ", else ".join(self._texts)
+
+    def success_of(self, episode_id: int) -> bool | None:
+        """As `success_in` its record."""
+        return success_in(self._example(episode_id, self.where(episode_id)), self._meta.every)
+
+
+def _readable(feature: Feature) -> bool:
+    return feature.encoding in ("none", "bytes", "zlib") and feature.dtype in _DTYPES and bool(feature.width)
+
+
+def _columns(features: Mapping[str, Feature]) -> dict[str, int]:
+    """Numbers per step of each numeric feature that can be read."""
+    return {n: f.width or 0 for n, f in features.items() if f.kind == "tensor" and _readable(f)}
 
 
 def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, int]:
@@ -172,7 +209,7 @@ def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str
     numeric = {n: f for n, f in features.items() if f.kind == "tensor"}
     for name in (n for n in config.columns if n in numeric):
         feature = numeric[name]
-        if feature.encoding not in ("none", "bytes", "zlib") or feature.dtype not in _DTYPES or not feature.width:
+        if not _readable(feature):
             raise UserError(
                 f"{dataset}: column '{name}' is {feature.dtype} {list(feature.shape)} with encoding "
                 f"'{feature.encoding}', which cannot be read; dataset config '{config.name}' asks for it"
@@ -181,19 +218,32 @@ def _widths(features: Mapping[str, Feature], config: DatasetConfig, dataset: str
 
 
 def _cameras(features: Mapping[str, Feature], config: DatasetConfig, dataset: str) -> dict[str, str]:
-    """Short view name → path below `steps`, of the 8-bit images under `observation` that are no depth maps."""
+    """Short view name → path below `steps`, of the 8-bit images under `observation` that are no depth maps; where there
+    is none, and for `views` of the config that are none, of the tensors of such a shape."""
+    under = {k: f for k, f in features.items() if k.startswith("observation/")}
     keys = [
         k
-        for k, f in features.items()
-        if f.kind == "image"
-        and f.dtype == "uint8"
-        and k.startswith("observation/")
-        and "depth" not in k.rpartition("/")[2].lower()
+        for k, f in under.items()
+        if f.kind == "image" and f.dtype == "uint8" and "depth" not in k.rpartition("/")[2].lower()
+    ]
+    wanted = {w.rpartition("/")[2] for w in config.views or ()} - {k.rpartition("/")[2] for k in keys}
+    keys += [
+        k
+        for k, f in under.items()
+        if _channels(f) and (k.rpartition("/")[2] in wanted if keys else not _MASK.search(k))
     ]
     return choose_cameras(keys, "observation/", config.views, dataset, "name the ones to use in `views`")
 
 
-def _named(images: Sequence[bytes], view: str, where: str) -> Iterator[tuple[str, bytes]]:
+def _channels(feature: Feature) -> Literal["last", "first"] | None:
+    """Where a tensor of one step has its colors, were it an image; None for what is none."""
+    if feature.kind != "tensor" or feature.dtype != "uint8" or len(feature.shape) != 3 or not feature.width:
+        return None
+    found = channels_of((1, *map(int, filter(None, feature.shape))), np.dtype(np.uint8))
+    return found if found in ("last", "first") else None
+
+
+def _named(images: Sequence[Stored], view: str, where: str) -> Iterator[tuple[str, Stored]]:
     return ((f"{where}: image {i} of '{view}'", data) for i, data in enumerate(images))
 
 

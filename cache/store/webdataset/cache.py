@@ -14,9 +14,10 @@ from ..cache import Cache, CacheDataset
 from ..feature_format import FeatureFormat
 from ..locations import Folder, Place, fetch
 from ..manifest import FINGERPRINT, MANIFEST, require_format
+from ..plan import require_names
 from ..shard_reader import ShardFiles
-from ..zarr_format import features_folder
-from .tars import EXPORT_FORMAT, INDEX, META, Entry, Tars, field_name, open_place, sample_key
+from ..zarr_format import Layout, features_folder, require_layout
+from .tars import EXPORT_FORMAT, INDEX, META, Entry, Tars, field_name, open_place, require_entry, sample_key
 
 
 class WebDatasetCache(Cache):
@@ -39,7 +40,8 @@ class WebDatasetCache(Cache):
         quantized = FeatureFormat(self.manifest["dtype"]).quantized
         channels = self.tars.array(META, "cache/store.channel_scale.npy") if quantized else None
         datasets = []
-        for name in (d["name"] for d in self.manifest["datasets"]):
+        require_names(names := [d["name"] for d in self.manifest["datasets"]])
+        for name in names:
             shards, apart = ([e for e in tars if e["dataset"] == name] for tars in (self.shards, quarantine))
             views = self.index["views"][name]
             datasets.append(WebDatasetDataset(self.path, name, self.tars, views, channels, shards, apart))
@@ -76,10 +78,12 @@ class WebDatasetDataset(CacheDataset):
         shards: Sequence[Entry],
         quarantine: Sequence[Entry],
     ) -> None:
-        def table(path: str) -> np.ndarray:
+        def table(path: str, layout: Layout) -> np.ndarray:
             group, _, view = path.partition("/")
             field = f"null.{views[view]}" if group == "null" else path.replace("/", ".")
-            return tars.array(META, f"{name}/tables.{field}.npy")
+            found = tars.array(META, f"{name}/tables.{field}.npy")
+            require_layout(found.shape, found.dtype.name, layout)
+            return found
 
         self.name, self.path, self._tars, self._labels = name, root / name, tars, views
         self._describe(tars.json(META, f"{name}/tables.json"))
@@ -142,8 +146,14 @@ def read_index(place: Place, scratch: Path) -> dict[str, Any]:
         try:
             index = json.loads(file.read())
             version = index["dvla"]["export"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{place.url(INDEX)} is not the index of a dvla export; export the cache again") from None
+            if version == EXPORT_FORMAT:
+                for entry in (index["dvla"]["meta"], *index["shardlist"], *index["dvla"]["quarantine"]):
+                    require_entry(entry)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{place.url(INDEX)} is not the index of a dvla export ({type(error).__name__}: {error}); export the "
+                "cache again"
+            ) from None
     if version != EXPORT_FORMAT:
         raise UserError(f"{place.url(INDEX)} has export format {version}, not {EXPORT_FORMAT}; export the cache again")
     return index

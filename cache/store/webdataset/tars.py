@@ -45,6 +45,18 @@ from ..locations import Folder, Place, Url, creating, fetch
 
 INDEX, META, EXPORT_FORMAT = "index.json", "_meta.tar", 1
 Entry = dict[str, Any]  # of a tar: url, nsamples, filesize, crc32c
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # of a file beside the index, also within a command
+
+
+def require_entry(entry: Entry) -> Entry:
+    """An entry of an index that somebody else may have written. `ValueError` unless it is one of a tar beside the
+    index: its name becomes part of paths, URLs and commands."""
+    if not (isinstance(name := entry["url"], str) and _PLAIN.fullmatch(name) and name.endswith(".tar")):
+        raise ValueError(f"{name!r} does not name a tar beside the index")
+    for key in ("nsamples", "filesize", "crc32c"):
+        if type(entry[key]) is not int or entry[key] < 0:
+            raise ValueError(f"{key} of {name} is {entry[key]!r}, not a number of 0 or more")
+    return entry
 
 
 def labels(views: Sequence[str]) -> dict[str, str]:
@@ -108,6 +120,9 @@ class Pipe(Place):
         self.where = where
 
     def url(self, name: str) -> str:
+        """The command for one file. `UserError` for a name that a shell could read as anything but a name."""
+        if not _PLAIN.fullmatch(name):
+            raise UserError(f"{name!r} is no file name for a command; export the cache again, or fetch it to a folder")
         return self.where.replace("{name}", name)
 
     def begin(self, name: str) -> Any:

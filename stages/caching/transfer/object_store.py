@@ -24,6 +24,7 @@ from ....cache.store.manifest import MANIFEST, parse_manifest
 from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote, require_inside
 from ....common.files import crc32c, write_file
 from ....common.progress import Count
+from ....common.text import public
 from ....errors import UserError
 from .card import cache_card
 
@@ -98,7 +99,7 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
     data = fetch_manifest(place)
     files = parse_manifest(data, url)["files"]
     require_inside(files, url)
-    marker, mine = out / PULLING, f"{crc32c(data):08x} {url}\n".encode()
+    marker, mine = out / PULLING, f"{crc32c(data):08x} {public(url)}\n".encode()
     if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == data:
         return Transfer(url, len(files), len(files), _total(files))
     if out.exists() and not (marker.is_file() and marker.read_bytes().split()[:1] == mine.split()[:1]):

@@ -32,7 +32,16 @@ from ....cache.store.webdataset.samples import (
     sample_nbytes,
     tables_of,
 )
-from ....cache.store.webdataset.tars import EXPORT_FORMAT, INDEX, META, Entry, labels, open_place, write_tar
+from ....cache.store.webdataset.tars import (
+    EXPORT_FORMAT,
+    INDEX,
+    META,
+    Entry,
+    labels,
+    open_place,
+    require_entry,
+    write_tar,
+)
 from ....cache.store.writer import CacheWriter, Features
 from ....common import fingerprint as fp
 from ....common.progress import Progress
@@ -175,7 +184,10 @@ def _finished(place: Place, claim: dict[str, Any]) -> dict[str, Entry]:
     if INDEX not in names and CLAIM not in names:
         _write_json(place, CLAIM, claim)
     with _sense(place.where):
-        return {e["url"]: {key: e[key] for key in ("url", "nsamples", "filesize", "crc32c")} for e in entries}
+        return {
+            e["url"]: {key: e[key] for key in ("url", "nsamples", "filesize", "crc32c")}
+            for e in map(require_entry, entries)
+        }
 
 
 def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -> ExchangeReport:

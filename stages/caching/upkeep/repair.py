@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ....cache.actions.selection import Selection
 from ....cache.loader.provenance import sources_of
-from ....cache.readers.selection import Selection
 from ....cache.store.checksums import damaged_files
 from ....cache.store.codec import channel_scale
 from ....cache.store.manifest import (
@@ -300,7 +300,7 @@ def _channels(
     entry = found.written.get(name)
     for folder in generations(path):
         if entry and (folder / name).exists() and file_crc32c(folder / name) == (entry["bytes"], entry["crc32c"]):
-            return np.array(open_table(folder / CHANNELS))
+            return np.array(open_table(folder / CHANNELS, ((plan.width,), "float32")))
     scales = channel_scale(pilot_features(corpora, plan, encoder))
     with tempfile.TemporaryDirectory() as scratch:
         written = write_table(Path(scratch) / CHANNELS, scales, ("channel",))[Path(scratch) / name]

@@ -20,7 +20,7 @@ from ....cache.actions.action_map import FieldSpec
 from ....cache.actions.rotations import WIDTH
 from ....cache.actions.slots import SLOTS
 from ....cache.readers import open_source
-from ....cache.readers.config import load_config
+from ....cache.readers.search import load_config
 from ....common.files import write_file
 from ....errors import UserError, unknown
 from ..summary import dimension_names, image_size

@@ -23,12 +23,12 @@ from rich.table import Table
 
 from .... import __version__
 from ....cache.readers import Source, open_source
-from ....cache.readers.config import load_config
 from ....cache.readers.tables import EpisodeTable
 from ....common.console import table
 from ....common.files import write_file
 from ....common.progress import Progress
 from ....errors import Failed, Note, UserError
+from ..summary import column_names
 from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
 from .numeric_rules import limits
@@ -77,7 +77,9 @@ class CheckReport:
         read = (
             f"{usable} of {len(f.listed)} episodes usable, {rows} rows; {decoded} images of {looked} episodes decoded"
         )
-        return f"{self.source.name}: {read}\n  {found}; {self.seconds:.1f} s"
+        problem = self.source.problem
+        unchecked = f"\n  not checked: units, rotations, action against state ({problem})" if problem else ""
+        return f"{self.source.name}: {read}\n  {found}; {self.seconds:.1f} s{unchecked}"
 
 
 def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckReport:
@@ -93,8 +95,9 @@ def check(config: CheckConfig, progress: Progress = lambda *_: None) -> CheckRep
         raise UserError(f"--episodes {count} and --all exclude each other; give one of them")
     if config.out is not None and config.out.exists():
         raise UserError(f"{config.out} exists; choose another --out")
-    source = open_source(config.source, load_config(config.dataset_config) if config.dataset_config else None)
+    source = open_source(config.source, config.dataset_config, unmapped=True)
     facts = _read_tables(source, progress)
+    facts.about = source.notes()
     _look_at_images(source, facts, config, count, progress)
     report = CheckReport(source, facts, tuple(judge(facts)), time.perf_counter() - began)
     if config.out is not None:
@@ -134,7 +137,7 @@ def as_json(report: CheckReport) -> dict[str, Any]:
         "dvla": __version__,
         "dataset": source.name,
         "format": source.format,
-        "dataset_config": source.config.name,
+        "dataset_config": source.config.name if source.config.mapped else None,
         "revision": source.revision_hash,
         "must_fix": report.must_fix,
         "seconds": round(report.seconds, 3),
@@ -158,13 +161,16 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
     maps = {"action": source.action_map, "state": source.state_map}
     dims = {name: dimensions(name, m) for name, m in maps.items()}
     tables = {name: TableStats(name, m, *limits(dims[name])) for name, m in maps.items() if m.native_dim}
+    for name, stats in tables.items() if not source.config.mapped else ():
+        named = zip(stats.dims, column_names(source)[name])
+        stats.dims = tuple(dataclasses.replace(d, name=called, kind="other") for d, called in named)
     facts = Facts(
         source.episode_ids,
         tuple(tables.values()),
         Following(dims["action"], dims["state"], source.control_hz),
         source.fps,
         source.control_hz,
-        source.config.license,
+        source.config.license if source.config.mapped else "not known",
         *_declared(source),
     )
     seen: dict[bytes, int] = {}
@@ -216,12 +222,9 @@ def _declared(source: Source) -> tuple[dict[str, int], tuple[int, ...]]:
     """Totals by a LeRobot dataset's metadata, and episodes that have a v2 table file without being listed."""
     if source.format != "lerobot":
         return {}, ()
-    info = json.loads((source.path / "meta" / "info.json").read_text())  # the reader has read it already
-    totals = {
-        short: int(info[key])
-        for short, key in (("episodes", "total_episodes"), ("frames", "total_frames"))
-        if key in info
-    }
+    info = source.meta.info  # type: ignore[attr-defined]
+    named = (("episodes", info.get("total_episodes")), ("frames", info.get("total_frames")))
+    totals = {short: total for short, total in named if isinstance(total, int)}
     files = (
         re.fullmatch(r"episode_(\d+)\.parquet", p.name) for p in (source.path / "data").glob("*/episode_*.parquet")
     )

@@ -36,6 +36,7 @@ class Facts:
     declared: dict[str, int] = field(default_factory=dict)  # "episodes", "frames" as the metadata totals them
     unlisted: tuple[int, ...] = ()  # episodes with files that the metadata does not list
     failures: list[Failed] = field(default_factory=list)  # episodes that cannot be used
+    about: tuple[Note, ...] = ()  # what the reader says about the dataset as a whole
     notes: list[tuple[int, Note]] = field(default_factory=list)  # (episode, what its reader settled)
     lengths: dict[int, int] = field(default_factory=dict)  # rows of each usable table
     listed_lengths: dict[int, int] = field(default_factory=dict)  # rows by the metadata

@@ -27,7 +27,8 @@ def failures(facts: Facts) -> Iterator[Finding]:
 
 def notes(facts: Facts) -> Iterator[Finding]:
     """What the reader settled where a dataset contradicts itself, one finding per kind."""
-    return _grouped("warning", ((episode, n.rule, n.text) for episode, n in facts.notes), len(facts.listed))
+    yield from (Finding(note.rule, "warning", note.text) for note in facts.about)
+    yield from _grouped("warning", ((episode, n.rule, n.text) for episode, n in facts.notes), len(facts.listed))
 
 
 def _grouped(severity: Severity, found: Iterable[tuple[int, str, str]], listed: int) -> Iterator[Finding]:

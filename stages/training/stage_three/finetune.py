@@ -133,7 +133,7 @@ def _open(config: FinetuneConfig, start: Path, document: dict[str, Any]) -> Cach
     """The cache of the run. `UserError` where it, or the settings, do not fit the policy of `start`."""
     if document["conditions"]["blind"]:
         raise UserError(f"{start} is a blind policy (trained with images blanked); start from one that sees images")
-    cache, kind = open_cache(config.train), config.train.loss.kind
+    cache, kind = open_cache(config.train, config.train.out), config.train.loss.kind
     require_trainable(config.train, cache, live=True)
     if config.full and cache.boundary is not None:
         raise UserError(

@@ -23,7 +23,7 @@ from dvla.cache.actions.rotations import (
     to_rot6d,
 )
 from dvla.cache.actions.slots import EMBODIMENTS, SLOTS, UNIFIED_DIM
-from dvla.cache.readers.config import load_config
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 
 FORMS = tuple(WIDTH)

@@ -21,8 +21,9 @@ from dvla.cache.actions.rotations import (
     to_quaternion,
 )
 from dvla.cache.readers import open_source
-from dvla.cache.readers.config import DatasetConfig, load_config
+from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from support.memory_source import MemorySource
 

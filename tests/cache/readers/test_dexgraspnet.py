@@ -16,10 +16,10 @@ from PIL import Image
 
 from dvla.cache.actions.slots import SLOTS
 from dvla.cache.readers import detect_format, open_source
-from dvla.cache.readers.config import load_config
 from dvla.cache.readers.dexgraspnet import render as point_render
 from dvla.cache.readers.dexgraspnet.source import GRASPS_PER_OBJECT
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from support.dex_samples import JOINTS, OBJECTS, balls, grasp_arrays, write_dexgraspnet
 

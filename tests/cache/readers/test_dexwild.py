@@ -14,8 +14,8 @@ import pytest
 from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.actions.slots import SLOTS
 from dvla.cache.readers import detect_format, open_source
-from dvla.cache.readers.config import load_config
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from support.dex_samples import (
     CAMERAS,

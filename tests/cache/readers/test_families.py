@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from dvla.cache.actions.action_map import ActionMap
 from dvla.cache.actions.rotations import from_rot6d, to_rot6d
 from dvla.cache.actions.slots import EMBODIMENTS
-from dvla.cache.readers.config import FORMATS, DatasetConfig, config_names, find_config, load_config
+from dvla.cache.readers.config import FORMATS, DatasetConfig
+from dvla.cache.readers.search import config_names, find_config, load_config
 from dvla.errors import UserError
 from support.repository import ROOT
 
@@ -323,7 +324,7 @@ def test_config_detection(robot, repo, expected):
 
 
 def test_config_errors(tmp_path):
-    with pytest.raises(UserError, match="no dataset config fits a lerobot dataset called 'y' or 'x'"):
+    with pytest.raises(UserError, match="no dataset config fits y or x; run `dvla data add SOURCE`"):
         find_config("lerobot", ("y", "x"))
     with pytest.raises(UserError, match="did you mean 'metaworld'"):
         load_config("metawrld")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dvla.cache.readers import open_source
-from dvla.cache.readers.config import load_config
+from dvla.cache.readers.search import load_config
 
 ROWS = 6
 FAMILIES = {

@@ -180,8 +180,7 @@ def edit_info(root, **changes):
         (lambda r: edit_info(r, robot_type="toaster"), "no dataset config fits"),
         (lambda r: edit_info(r, data_path="data/{episode_chunk}.parquet"), "data_path .* does not fit v3.0"),
         (lambda r: edit_info(r, video_path="../{video_key}/{chunk_index}-{file_index}.mp4"), "leaves its folder"),
-        (lambda r: edit_info(r, video_path=None), "no 'video_path'"),
-        (lambda r: shutil.rmtree(r / "meta/episodes"), "was the recording finalized"),
+        (lambda r: (shutil.rmtree(r / "meta/episodes"), shutil.rmtree(r / "data")), "was the recording finalized"),
         (lambda r: cut(r / "meta/tasks.parquet", 0.5), "tasks.parquet cannot be read as parquet"),
     ],
 )

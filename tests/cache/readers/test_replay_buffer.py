@@ -9,9 +9,10 @@ import pytest
 
 from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.readers import open_source
-from dvla.cache.readers.config import DatasetConfig, load_config
+from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.replay_buffer import ReplayBufferSource
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from dvla.stages.data.export import export
 from support.hdf5_samples import LENGTHS, frames, pictures, same_unified, serve, values, write_replay_buffer
@@ -318,7 +319,7 @@ def test_what_the_config_must_say(pusht):
     with pytest.raises(UserError, match="unknown view 'camera'"):
         open_source(pusht, config(views=("camera",)))
     shutil.move(pusht, pusht.parent / "mine.zarr")
-    with pytest.raises(UserError, match="no dataset config fits a replay_buffer dataset called 'mine.zarr'"):
+    with pytest.raises(UserError, match="no dataset config fits mine.zarr; run `dvla data add "):
         open_source(pusht.parent / "mine.zarr")
 
 

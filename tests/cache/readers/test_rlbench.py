@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dvla.cache.readers import archive, open_source
-from dvla.cache.readers.config import load_config
 from dvla.cache.readers.rlbench.source import RlbenchSource
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from support.rlbench_samples import (
     CAMERAS,

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvla.cache.readers import open_source
-from dvla.cache.readers.config import load_config
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.images import decode
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from support.rlbench_samples import CAMERAS, LENGTH, Demo, copy_two, dump, observations, pack, picture, png, write_tree
 

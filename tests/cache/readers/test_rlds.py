@@ -14,8 +14,8 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from dvla.cache.readers import detect_format, open_source
-from dvla.cache.readers.config import find_config, load_config
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.search import find_config, load_config
 from dvla.errors import UserError
 from support.rlds_samples import (
     EPISODES,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dvla.cache.loader.loader import Loader
+from dvla.cache.store import locations
 from dvla.cache.store import mirror as remote
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.locations import Url
 from dvla.cache.store.shard_reader import ShardFiles
+from dvla.common.config import from_mapping
 from dvla.errors import UserError
+from dvla.stages.training.config import TrainConfig
+from dvla.stages.training.train import train
 from support import synthetic_cache as synthetic
 
 
@@ -249,30 +254,59 @@ with Loader(Cache.open(sys.argv[1], local=sys.argv[2]), batch_size=8, threads=4,
 """
 
 
-def test_two_processes_share_a_folder_over_http(built: Path, tmp_path: Path) -> None:
-    asked: Counter = Counter()
+@contextlib.contextmanager
+def served(folder: Path, on_get: Callable[[str], object]) -> Iterator[str]:
+    """The host and port at which the files of a folder are; `on_get(path)` comes before each answer."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
             pass
 
         def do_GET(self) -> None:
-            asked.update([self.path])
-            super().do_GET()
+            on_get(self.path)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a reader that gave up
+                super().do_GET()
 
-    shutil.copytree(built, tmp_path / "www/cache")
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path / "www"))
-    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        where = f"http://127.0.0.1:{server.server_port}/cache"
-        command = [sys.executable, "-c", READ, where, str(tmp_path / "local"), "1"]
-        readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        said = [reader.communicate(timeout=240)[0] for reader in readers]
+        yield f"127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_stalled_server_is_given_up_in_one_line(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locations, "PATIENCE", 0.3)
+    again = threading.Event()
+    with served(built.parent, lambda path: again.wait(20) if "action/c" in path else None) as host:
+        url = f"http://me:secret@{host}/{built.name}"
+        with pytest.raises(UserError, match=r"has not answered for 0.3 s; check the network, then rerun") as error:
+            Cache.open(url, local=tmp_path / "local")
+        assert "secret" not in str(error.value) and "\n" not in str(error.value)
+        again.set()
+        monkeypatch.setattr(locations, "PATIENCE", 20.0)
+        assert Cache.open(url, local=tmp_path / "local").frames == Cache.open(built).frames  # what was copied is used
+
+
+def test_passwords_of_an_address_stay_out_of_the_run(built: Path, tmp_path: Path) -> None:
+    with served(built.parent, lambda path: None) as host:
+        settings = {"model_size": "tiny", "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}, "steps": 1}
+        values = {"cache": f"http://me:secret@{host}/{built.name}", "out": str(tmp_path / "run"), "batch_size": 4}
+        more = {"local": str(tmp_path / "local"), "device": "cpu", "eval_every": 0, "threads": 1}
+        train(from_mapping(TrainConfig, {**settings, **values, **more}), say=lambda _: None)
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert f"http://{host}/{built.name}" in (tmp_path / "run/config.json").read_text()
+    assert [p.name for p in files if b"secret" in p.read_bytes()] == []
+
+
+def test_two_processes_share_a_folder_over_http(built: Path, tmp_path: Path) -> None:
+    asked: Counter = Counter()
+    shutil.copytree(built, tmp_path / "www/cache")
+    with served(tmp_path / "www", lambda path: asked.update([path])) as host:
+        command = [sys.executable, "-c", READ, f"http://{host}/cache", str(tmp_path / "local"), "1"]
+        readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        said = [reader.communicate(timeout=240)[0] for reader in readers]
     with Loader(Cache.open(built), batch_size=8, threads=1, seed=1) as loader:
         expected = sum(float(next(loader).batch.tokens.double().sum()) for _ in range(12))
     assert [r.returncode for r in readers] == [0, 0] and [float(s) for s in said] == [expected, expected]

@@ -20,6 +20,7 @@ from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.store.shard_reader import ShardFiles, read_index, read_records
 from dvla.cache.store.shard_writer import MISSING, ShardWriter
 from dvla.cache.store.writer import CacheWriter
+from dvla.common.files import crc32c
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
 
@@ -119,7 +120,7 @@ def test_tables_of_any_size_are_arrays_zarr_reads(tmp_path: Path, shape: tuple[i
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     write_table(tmp_path / "t", values, tuple("abc"[: len(shape)]))
     np.testing.assert_array_equal(zarr.open_array(str(tmp_path / "t"), mode="r")[:], values)
-    np.testing.assert_array_equal(open_table(tmp_path / "t"), values)
+    np.testing.assert_array_equal(open_table(tmp_path / "t", (shape, "float32")), values)
 
 
 def test_quarantine_is_a_ledger_and_a_count(whole: Path) -> None:
@@ -310,6 +311,88 @@ def test_damage_is_found_and_named(copy: Path) -> None:
     for row, path in ((17, short), (33, gone)):
         with pytest.raises(UserError, match=f"shard {path}"):
             dataset.feature("front", row)
+
+
+def test_a_swapped_index_is_found_though_the_checksum_of_the_file_is_blind_to_it(tmp_path: Path) -> None:
+    """A crc32c over data that ends in its own crc32c is constant: only reading the index tells."""
+    for name in ("fp16", "fp16-lz4-stride3", "int8-zstd-stride2-variant"):
+        plan = synthetic.make_plan(**synthetic.SETTINGS[name])
+        synthetic.build(tmp_path / name, plan=plan)
+        assert verify_checksums(tmp_path / name) == []
+        for shard in ("alpha/features/front/c/0/0/0", "alpha/episodes/id/c/0", "beta/action/c/0/0"):
+            path, chunks = tmp_path / name / shard, plan.shard_frames if "features" in shard else 1
+            data = path.read_bytes()
+            size = 16 * chunks + 4
+            index = np.frombuffer(data[-size:-4], "<u8").reshape(-1, 2).copy()
+            if chunks > 1:
+                index[[0, 1]] = index[[1, 0]] if name != "fp16" else index[[0, 1]]
+                if name == "fp16":  # and none is left out at the end
+                    index[np.flatnonzero(index[:, 0] < MISSING)[-1]] = MISSING
+            else:
+                index[0] = index[0, 0] + 8, index[0, 1] - 8
+            forged = data[:-size] + index.tobytes() + np.uint32(crc32c(index)).tobytes()
+            assert crc32c(np.frombuffer(forged, np.uint8)) == crc32c(np.frombuffer(data, np.uint8)) and forged != data
+            path.write_bytes(forged)
+            assert [p.split(":")[0] for p in verify_checksums(tmp_path / name)] == [shard], name
+            path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("alpha/timestamp", {"data_type": "object"}),  # would map pointers from the file
+        ("beta/episodes/id", {"data_type": "O"}),
+        ("alpha/timestamp", {"data_type": "int64"}),  # the same bytes, other numbers
+        ("alpha/action", {"data_type": "float64"}),
+        ("alpha/action", {"data_type": None}),
+        ("alpha/action", {"shape": [128, 128]}),
+        ("alpha/action", {"shape": [True, 128]}),
+        ("alpha/action_mask", {"shape": [64]}),
+        ("alpha/text/embedding", {"shape": [0, 2, 8]}),
+        ("alpha/null_text", {"shape": [-1, 8]}),
+        ("beta/episodes/id", {"shape": []}),
+        ("beta/episodes/id", {"shape": None}),
+    ],
+)
+def test_a_table_is_mapped_with_the_expected_dtype_and_shape_only(copy: Path, table: str, change: dict) -> None:
+    """A pulled cache brings its own manifest, so its checksums are no defense."""
+    file = copy / table / "zarr.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=f"cannot read table .*{table.split('/')[-1]}") as error:
+        Cache.open(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("views", ["../../alpha/features/front"], "cannot name"),
+        ("views", "front", "cannot read table"),
+        ("views", None, "damaged"),
+        ("frames", 98.0, "damaged"),
+        ("frames", 10**12, "damaged|cannot read table"),
+        ("frame_stride", 0, "damaged"),
+        ("dtype", "object", "unknown feature dtype"),
+        ("source_hashes", [], "cannot read table"),
+        ("instructions", ["a"], "cannot read table"),
+    ],
+)
+def test_forged_attributes_are_a_line(copy: Path, name: str, value: object, said: str) -> None:
+    file = copy / "alpha/zarr.json"
+    document = json.loads(file.read_text())
+    document["attributes"][name] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=said):
+        Cache.open(copy)
+
+
+@pytest.mark.parametrize(("table", "value"), [("start", 1), ("length", 0), ("length", 10**9), ("instruction", 99)])
+def test_an_episode_table_that_points_elsewhere_is_refused(copy: Path, table: str, value: int) -> None:
+    file = copy / f"alpha/episodes/{table}/c/0"
+    data = file.read_bytes()
+    file.write_bytes(np.int64(value).tobytes() + data[8:])
+    with pytest.raises(UserError, match="damaged"):
+        Cache.open(copy)
 
 
 def test_lost_shards_alone_are_built_again(copy: Path, whole: Path) -> None:

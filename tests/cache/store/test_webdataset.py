@@ -435,6 +435,29 @@ def test_damaged_index(base: Path, tars: Path, tmp_path: Path, index: bytes) -> 
         export(base / "cache", str(tars), shard_nbytes=SHARD)
 
 
+@pytest.mark.parametrize("form", ["pipe:cat {tars}/{{name}}", "{tars}"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.tar; touch {mark}",
+        "$(touch {mark}).tar",
+        "`touch {mark}`.tar",
+        "../beta-000000.tar",
+        "{tars}/beta-000000.tar",
+        "a\n.tar",
+    ],
+)
+def test_a_strangers_index_names_files_beside_it_only(tars: Path, tmp_path: Path, form: str, name: str) -> None:
+    """Its names reach a shell (pipe:) and paths: one that is more than a name is refused before anything is opened."""
+    mark = tmp_path / "mark"
+    index = json.loads((tars / "index.json").read_text())
+    index["shardlist"][0]["url"] = name.format(mark=mark, tars=tars)
+    (tars / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="does not name a tar beside the index") as error:
+        import_cache(form.format(tars=tars), tmp_path / "back")
+    assert not mark.exists() and not (tmp_path / "back").exists() and "\n" not in str(error.value)
+
+
 def test_damaged_caches_are_not_exported(base: Path, tmp_path: Path) -> None:
     for name, said in (
         ("alpha/features/front.aug1/c/1/0/0", "front.aug1/c/1/0/0"),

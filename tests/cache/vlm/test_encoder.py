@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
@@ -380,6 +381,22 @@ def damage(folder, kind):
         return "tokenizer"
     (folder / "preprocessor_config.json").write_text("{")
     return "not valid JSON"
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_code_of_a_checkpoint_is_never_run(copied, tmp_path, monkeypatch, file):
+    """Not even after a "y" on standard input, which transformers asks for where nothing is said."""
+    (copied / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nOwn = object\n")
+    document = json.loads((copied / file).read_text())
+    name = "AutoTokenizer" if "tokenizer" in file else "AutoConfig"
+    document |= {"auto_map": {name: ["own.Own", None] if "tokenizer" in file else "own.Own"}, "tokenizer_class": "Own"}
+    if file == "config.json":
+        document |= {"model_type": "qwen3_vl_own"}
+    (copied / file).write_text(json.dumps(document))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match="never run|checkpoint; --vlm"):
+        load_encoder(EncoderSpec(path=str(copied), resolution=R))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.stage_three import finetune as finetune_module
 from dvla.stages.training.stage_three.finetune import finetune, finetune_config
 from dvla.stages.training.train import train
+from support.cli_runner import Dvla
 from support.corner import tree
 from support.finetune_samples import caught_encoders
 from support.lerobot_samples import LENGTHS, VIEWS, rewrite, the_file, with_column
@@ -242,6 +243,22 @@ def test_a_dataset_without_a_usable_episode(copy_of: Any, vlm: Path, tmp_path: P
     with pytest.raises(UserError, match="has no usable episode .*run on a complete copy"):
         build(configure(root, vlm, tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_build_that_lost_every_episode_says_so_first(copy_of: Any, vlm: Path, tmp_path: Path, dvla: Dvla) -> None:
+    """Their rows and headers are intact: what is damaged shows only when the images are decoded."""
+
+    def cut(table: Any) -> Any:
+        pictures = table["observation.images.front"].to_pylist()
+        return with_column(table, "observation.images.front", [{**p, "bytes": p["bytes"][:60]} for p in pictures])
+
+    rewrite(the_file(copy_of("image"), "data/*/*.parquet"), cut)
+    where = ("--vlm", "tiny_qwen3vl", "--vlm-path", vlm, "--device", "cpu", "--out", tmp_path / "cache")
+    for _ in range(2):  # a second time it is complete, and still without anything
+        done = dvla("cache", "build", tmp_path / "image", *where)
+        lines = [line for line in done.out.splitlines() if not line.startswith(("loading ", "image/"))]
+        assert done.code == 1 and lines[0].startswith("no episode of image could be read"), done
+        assert not any(line.startswith("next:") for line in lines) and "quarantine.jsonl" in done.out
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ def examine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CheckReport]:
         settings: dict[str, Any] | None = None,
         **changes: Any,
     ) -> CheckReport:
-        monkeypatch.setattr(check_module, "open_source", lambda *_: MemorySource(made, config(deltas, **changes), fps))
+        monkeypatch.setattr(
+            check_module, "open_source", lambda *_, **__: MemorySource(made, config(deltas, **changes), fps)
+        )
         return check(CheckConfig(".", **(settings or {})))
 
     return run
@@ -328,7 +330,7 @@ def test_interrupting_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         if stage.endswith("images"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(check_module, "open_source", lambda *_: MemorySource(records(), config()))
+    monkeypatch.setattr(check_module, "open_source", lambda *_, **__: MemorySource(records(), config()))
     with pytest.raises(KeyboardInterrupt):
         check(CheckConfig(".", out=tmp_path / "report.json"), progress)
     assert list(tmp_path.iterdir()) == []

@@ -18,8 +18,9 @@ import yaml
 
 from dvla.cache.actions.slots import EMBODIMENTS, SLOTS
 from dvla.cache.readers import Source, open_source
-from dvla.cache.readers.config import DatasetConfig, config_names, load_config
+from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.search import config_names, load_config
 from dvla.stages.data import statistics
 from dvla.stages.data.add.guesses import guess
 from support.cli_runner import Dvla, argv, refused
@@ -339,12 +340,15 @@ def test_show_an_episode(dvla: Dvla, recorded: dict[str, Path]) -> None:
 
 
 def test_show_without_a_config(dvla: Dvla, tmp_path: Path) -> None:
-    """The raw features, and how to write a config."""
+    """Every number with its name and range, and how to write a config."""
     root = write_dataset(tmp_path / "d", robot="toaster", state=("left_lever", "right_lever"))
     result = dvla("show", root)
     assert result.code == 0
-    assert "observation.state float32 2 left_lever, right_lever" in squeezed(result.out)
-    assert "no dataset config fits" in result.err and f"dvla data add {root}" in result.err
+    state = np.concatenate([open_source(root, unmapped=True).table(i).state for i in range(3)])
+    for i, name in enumerate(("left_lever", "right_lever")):
+        low, high = state[:, i].min(), state[:, i].max()
+        assert f"observation.state {i} {name} {low:.4g} {high:.4g}" in squeezed(result.out)
+    assert result.err == f"no dataset config fits d or toaster; run `dvla data add {root}`\n"
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

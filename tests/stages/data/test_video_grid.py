@@ -172,7 +172,7 @@ def test_single_row_and_constant_action(monkeypatch: pytest.MonkeyPatch, tmp_pat
     r = made[0]
     r.action, r.state, r.times, r.listed = r.action[:1], r.state[:1], r.times[:1], 1
     r.pictures = {n: p[:1] for n, p in r.pictures.items()}
-    monkeypatch.setattr(video_grid, "open_source", lambda *_: MemorySource(made, config()))
+    monkeypatch.setattr(video_grid, "open_source", lambda *_, **__: MemorySource(made, config()))
     assert write_episode("x", 0, tmp_path / "a.mp4").frames == 1 and len(decoded(tmp_path / "a.mp4")) == 1
 
 
@@ -198,7 +198,7 @@ def test_refusals_leave_nothing(
         write_episode(str(damaged), 0, out / "a.mp4")
     made = records()
     made[0].undecodable = "picture 5 cannot be decoded"
-    monkeypatch.setattr(video_grid, "open_source", lambda *_: MemorySource(made, config()))
+    monkeypatch.setattr(video_grid, "open_source", lambda *_, **__: MemorySource(made, config()))
     with pytest.raises(UserError, match="memory episode 0: picture 5 cannot be decoded"):
         write_episode("x", 0, out / "a.mp4")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import http.client
 import os
 import signal
 import socket
@@ -452,6 +453,29 @@ def test_pages_in_a_browser_are_refused(plain_server: tuple[PolicyServer, int]) 
     with pytest.raises(InvalidStatus) as error:
         raw(plain_server[1], origin="http://example.com")
     assert error.value.response.status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("evil.example", 403),
+        ("evil.example:8000", 403),
+        ("localhost.evil.example", 403),
+        ("", 403),
+        ("localhost", 200),
+        ("LOCALHOST:1", 200),
+        ("127.0.0.1:9", 200),
+        ("[::1]:9", 200),
+    ],
+)
+def test_a_page_that_pointed_its_own_name_here_is_refused(
+    plain_server: tuple[PolicyServer, int], name: str, status: int
+) -> None:
+    """DNS rebinding: its requests have no Origin, but its name as the host."""
+    connection = http.client.HTTPConnection("127.0.0.1", plain_server[1], timeout=10)
+    connection.request("GET", "/metrics", headers={"Host": name})
+    assert connection.getresponse().status == status
+    connection.close()
 
 
 def test_metrics_over_http(policy: Policy) -> None:

@@ -193,6 +193,10 @@ WRONG = {
     "gray image": (message(images={"front": IMAGE[..., 0], "wrist": IMAGE}), ("'images/front'", "uint8 [4, 6]")),
     "batch of pictures": (message(images={"front": IMAGE[None], "wrist": IMAGE}), ("uint8 [1, 4, 6, 3]",)),
     "empty image": (message(images={"front": IMAGE[:0], "wrist": IMAGE}), ("uint8 [0, 6, 3]",)),
+    "thin image": (
+        message(images={"front": np.zeros((1, 8000, 3), np.uint8), "wrist": IMAGE}),
+        ("'images/front' is 8000x1 pixels; at most 8192 a side and 32:1",),
+    ),
     "RGBA": (message(images={"front": np.zeros((4, 6, 4), np.uint8), "wrist": IMAGE}), ("uint8 [4, 6, 4]",)),
     "image as text": (message(images={"front": "image", "wrist": IMAGE}), ("got str 'image'",)),
     "short state": (message(state=STATE[:2]), ("'state' has 2 numbers; the robot's state has 3: x, y, gripper",)),

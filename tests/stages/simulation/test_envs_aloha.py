@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dvla.cache.actions.action_map import ActionMap
-from dvla.cache.readers.config import find_config
+from dvla.cache.readers.search import find_config
 from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import aloha as adapter

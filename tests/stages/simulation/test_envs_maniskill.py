@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dvla.cache.actions.action_map import ActionMap
-from dvla.cache.readers.config import load_config
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment

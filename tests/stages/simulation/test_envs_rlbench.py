@@ -12,7 +12,7 @@ from PIL import Image
 
 from dvla.cache.actions.action_map import ActionMap
 from dvla.cache.readers import open_source
-from dvla.cache.readers.config import find_config, load_config
+from dvla.cache.readers.search import find_config, load_config
 from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment

@@ -10,7 +10,7 @@ import pytest
 from dvla.cache.actions.action_map import ActionMap
 from dvla.cache.actions.rotations import rotate, to_quaternion
 from dvla.cache.actions.slots import SLOTS
-from dvla.cache.readers.config import find_config
+from dvla.cache.readers.search import find_config
 from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment

@@ -25,6 +25,7 @@ from dvla.common.files import file_crc32c, json_bytes, read_json
 from dvla.errors import UserError
 from dvla.stages.caching.transfer.webdataset import export
 from dvla.stages.policy import checkpoint as ck
+from dvla.stages.policy.export import export_policy
 from dvla.stages.training import loop
 from dvla.stages.training.config import TrainConfig, train_config
 from dvla.stages.training.context import Session
@@ -90,6 +91,7 @@ def change_weights(folder: Path, name: str, value: float) -> None:
     save_file(stored, file)
     state = read_json(folder / "state.json")
     state["files"][file.name] = list(file_crc32c(file))
+    del state["crc32c"]  # as checkpoints of earlier releases
     (folder / "state.json").write_bytes(json_bytes(state))
 
 
@@ -162,11 +164,84 @@ def test_another_cache_at_the_same_place_is_refused(cache: Path, tmp_path: Path)
         train(configure(copy, tmp_path / "run"), say=quiet)
 
 
+def test_a_second_training_into_the_same_run_is_one_line(cache: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "run", []
+
+    def at_first_line(_: object) -> None:
+        with pytest.raises(UserError, match="another process is training in .*; wait for it to finish") as error:
+            train(configure(cache, out), say=quiet)
+        refused.append(str(error.value))
+
+    train(configure(cache, out), on_log=at_first_line, say=quiet, stop_after=1)
+    assert len(refused) == 1 and "\n" not in refused[0]
+    assert train(configure(cache, out), say=quiet).step == 4  # the lock went with the first
+
+
+def test_a_run_knows_its_cache_by_fingerprint_not_by_name(
+    cache: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative name, a moved cache; and one that has grown since: its earlier generation stays beside it."""
+    copy, out, said = shutil.copytree(cache, tmp_path / "cache"), tmp_path / "run", []
+    train(configure(copy, out), say=quiet, stop_after=1)
+    monkeypatch.chdir(tmp_path)
+    assert train(configure("cache", Path("run")), say=quiet, stop_after=2).step == 2
+    copy.rename(tmp_path / "moved")
+    assert train(configure(tmp_path / "moved", out), say=quiet, stop_after=3).step == 3
+    (tmp_path / "moved").rename(tmp_path / "cache.gen-1")
+    synthetic.build(tmp_path / "cache", plan=synthetic.make_plan(frame_stride=2))  # in its place, another
+    assert train(configure("cache", out), say=said.append).step == 4
+    assert any("goes on with" in line and "cache.gen-1" in line for line in said)
+    assert_equal_runs(out, straight)
+    shutil.rmtree(tmp_path / "cache.gen-1")
+    with pytest.raises(UserError, match="is not the one run .* was begun with: it was built again or grown"):
+        train(configure("cache", out), say=quiet)
+
+
+@pytest.mark.parametrize(("name", "value"), [("offset", 0), ("step", 99), ("files", {}), ("loss", None)])
+def test_a_changed_state_resumes_nowhere(cache: Path, straight: Path, tmp_path: Path, name: str, value: object) -> None:
+    run = shutil.copytree(straight, tmp_path / "run")
+    for folder in ck.checkpoints(run):
+        state = read_json(folder / "state.json") | {name: value}
+        (folder / "state.json").write_bytes(json_bytes(state))
+    with pytest.raises(UserError, match=r"no checkpoint is intact .*state.json is damaged"):
+        train(configure(cache, run), say=quiet)
+
+
+@pytest.mark.parametrize("change", ["nan", "empty", "shape", "foreign"])
+def test_weights_that_are_not_the_networks_are_refused(
+    cache: Path, straight: Path, tmp_path: Path, change: str
+) -> None:
+    """Their checksums are right: whoever made them wrote those too."""
+    run = shutil.copytree(straight, tmp_path / "run")
+    for folder in ck.checkpoints(run):
+        state = read_json(folder / "state.json")
+        del state["crc32c"]
+        for stem in ("model", "ema"):
+            file = folder / f"{stem}.safetensors"
+            stored = load_file(file)
+            name = next(n for n, t in stored.items() if t.ndim == 2)
+            stored = {
+                "nan": {**stored, name: torch.full_like(stored[name], torch.nan)},
+                "empty": {},
+                "shape": {**stored, name: stored[name][:-1].contiguous()},
+                "foreign": {**stored, "more": torch.zeros(1)},
+            }[change]
+            save_file(stored, file)
+            state["files"][file.name] = list(file_crc32c(file))
+        (folder / "state.json").write_bytes(json_bytes(state))
+    refused = "does not hold the weights of its network"
+    with pytest.raises(UserError, match=refused):
+        train(configure(cache, run, steps=4), say=quiet)
+    with pytest.raises(UserError, match=refused):
+        export_policy(run, tmp_path / "policy", say=quiet)
+    assert not (tmp_path / "policy").exists()
+
+
 def test_foreign_folder_is_refused(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files; choose another --out"):
         train(configure(cache, tmp_path), say=quiet)
-    with pytest.raises(UserError, match="cannot make run folder .*notes.txt: Not a directory; choose another --out"):
+    with pytest.raises(UserError, match="cannot make run folder .*notes.txt: File exists; choose another --out"):
         train(configure(cache, tmp_path / "notes.txt"), say=quiet)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"] and (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -194,7 +269,7 @@ def test_no_whole_checkpoint_is_said(cache: Path, straight: Path, tmp_path: Path
         train(configure(cache, out), say=quiet)
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [3e38, -3e38])
 def test_non_finite_loss_stops_before_the_step(
     cache: Path, straight: Path, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

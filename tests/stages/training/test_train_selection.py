@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dvla.cache.actions.selection import Selection
 from dvla.cache.loader.loader import Loader
 from dvla.cache.loader.select import select
-from dvla.cache.readers.selection import Selection
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.config import from_mapping

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dvla.cache.readers.selection import Choice, Selection, as_text, parse
+from dvla.cache.actions.selection import Choice, Selection, as_text, parse
 from dvla.errors import UserError
 
 LISTED = [0, 1, 2, 3, 5, 8, 10]

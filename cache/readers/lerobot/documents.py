@@ -1,0 +1,250 @@
+"""Files of `meta/` as plain values: JSON, JSON lines and parquet as people really write them; numbers out of values;
+templates of paths. What cannot be used is a `ValueError` whose text completes "FILE …" or "'FIELD' …"."""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ....common.text import first_line
+from ..location import unreadable
+
+_BIGGEST = 2**53  # whole numbers beyond it are no counts
+_BLANK = " \t\r\n\x00"  # what surrounds values; a crash can leave a tail of zero bytes
+
+
+@dataclass(frozen=True)
+class Line:
+    """One object of a JSON lines file, or one row of a parquet file."""
+
+    where: str  # file and line, or file and row
+    value: dict[str, Any] | None  # None: it cannot be read
+    problem: str = ""  # why
+    text: str = ""  # of the line that cannot be read
+    odd_bytes: bool = False  # it is no UTF-8 and was read as Windows-1252
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file."""
+    try:
+        data = path.read_bytes()
+        text, _ = _decoded(data)
+        value = _one(text.strip(_BLANK))
+    except (OSError, ValueError) as error:
+        raise ValueError(unreadable(path, "JSON", error)) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds {shown(value)}, expected a JSON object")
+    return value
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Every object of a JSON lines file in order, blank lines left out; lines end at line feeds alone.
+
+    `ValueError` when the file cannot be read, or holds lines and none of them can.
+    """
+    found: list[Line] = []
+    try:
+        data = path.read_bytes()
+        for number, (text, is_utf8) in enumerate(_split(data), 1):
+            found += _objects(f"meta/{path.name} line {number}", text, is_utf8)
+        if found and all(line.value is None for line in found):
+            whole = _one(_decoded(data)[0].strip(_BLANK))  # one array or object over many lines
+            values = whole if isinstance(whole, list) else [whole]
+            found = [_as_line(f"meta/{path.name} entry {i}", value, "", False) for i, value in enumerate(values, 1)]
+    except (OSError, ValueError) as error:
+        raise ValueError(unreadable(path, "JSON lines", error)) from None
+    return found
+
+
+def _split(data: bytes) -> Iterator[tuple[str, bool]]:
+    """(text of a line, whether it is valid in the file's encoding)."""
+    if not json.detect_encoding(data).startswith("utf-8"):  # UTF-16 or -32, of Windows tools
+        yield from ((line, True) for line in _decoded(data)[0].split("\n"))
+    else:
+        yield from map(_decoded, data.split(b"\n"))
+
+
+def _decoded(data: bytes) -> tuple[str, bool]:
+    encoding = json.detect_encoding(data)
+    try:
+        return data.decode(encoding), True
+    except UnicodeDecodeError:
+        if not encoding.startswith("utf-8"):
+            raise
+        return data.decode("cp1252", "replace"), False
+
+
+def _objects(where: str, text: str, is_utf8: bool) -> Iterator[Line]:
+    """The objects in one line: usually one; two where a writer lost the line feed between them."""
+    rest = text.strip(_BLANK)
+    while rest:
+        try:
+            value, end = _next(rest)
+        except ValueError as error:
+            yield Line(where, None, f"cannot be read as JSON: {first_line(error)}", rest, not is_utf8)
+            return
+        yield _as_line(where, value, rest[:end], not is_utf8)
+        rest = rest[end:].strip(_BLANK)
+
+
+def _as_line(where: str, value: Any, text: str, odd_bytes: bool) -> Line:
+    if isinstance(value, dict):
+        return Line(where, value, odd_bytes=odd_bytes)
+    return Line(where, None, f"holds {shown(value)}, expected an object", text, odd_bytes)
+
+
+def _one(text: str) -> Any:
+    value, end = _next(text)
+    if text[end:].strip(_BLANK):
+        raise ValueError(f"extra data after character {end}")
+    return value
+
+
+def _next(text: str) -> tuple[Any, int]:
+    """The first JSON value of `text` and where it ends."""
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\ud" in text[:end].lower():  # half of a pair of escapes cannot be written again
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return value, end
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if value != values[key]:
+                raise ValueError(f"'{key}' is given twice with different values")
+    return values
+
+
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unique)  # not strict: a raw tab in a text is no damage
+
+
+def read_rows(path: Path, root: Path, skip: str | None = None) -> list[Line]:
+    """Every row of a parquet file, without the columns that begin with `skip`; `ValueError` when it cannot be read."""
+    name = path.relative_to(root).as_posix()
+    try:
+        with pq.ParquetFile(path) as file:
+            names = [n for n in file.schema_arrow.names if skip is None or not n.startswith(skip)]
+            table = file.read(columns=names)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise ValueError(unreadable(path, "parquet", error)) from None
+    try:
+        return [Line(f"{name} row {i}", row) for i, row in enumerate(table.to_pylist())]
+    except (ValueError, OverflowError, pa.ArrowException):  # e.g. a text that is no UTF-8: of one row
+        return [_row(f"{name} row {i}", table.slice(i, 1)) for i in range(table.num_rows)]
+
+
+def _row(where: str, table: pa.Table) -> Line:
+    try:
+        return Line(where, table.to_pylist()[0])
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return Line(where, None, f"cannot be read: {first_line(error)}")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, in one line."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def number(value: Any) -> float:
+    """A finite number, also one in a text or alone in a list."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        raise ValueError("is empty")
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
+            raise ValueError
+        found = float(value)
+        if not math.isfinite(found):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueError(f"is {shown(value)}, expected a number") from None
+    return found
+
+
+def whole(value: Any) -> int:
+    """A count or an index: 0 or more; 12.0 and "12" are 12."""
+    found = number(value)
+    if not (0 <= found <= _BIGGEST and found == int(found)):
+        raise ValueError(f"is {shown(value)}, expected a whole number of 0 or more")
+    return int(found)
+
+
+def field(values: Mapping[str, Any], name: str) -> int:
+    """The whole number `name` of an object; the `ValueError` names it."""
+    if name not in values:
+        raise ValueError(f"has no '{name}'")
+    try:
+        return whole(values[name])
+    except ValueError as error:
+        raise ValueError(f"'{name}' {error}") from None
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+
+_FIELD = re.compile(r"\{(\w+)(?::(0?\d{0,2})d?)?\}")
+
+
+class Template:
+    """A path with fields like `{episode_index:06d}`. Nothing but a number's width can be asked of a field."""
+
+    def __init__(self, text: Any, known: Sequence[str]) -> None:
+        """`ValueError` for fields that are not `known`, and for anything else in braces."""
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"is {shown(text)}, expected a path")
+        self.text = text
+        for name, _ in _FIELD.findall(text):
+            if name not in known:
+                raise ValueError(f"'{text}' has the field '{name}' (known: {', '.join(known)})")
+        if re.search(r"[{}]", _FIELD.sub("", text)):
+            raise ValueError(f"'{text}' has braces that are no field (known: {', '.join(known)})")
+
+    def fill(self, **values: int | str) -> str:
+        """The path, relative; `ValueError` when it would leave the dataset's folder."""
+
+        def one(found: re.Match[str]) -> str:
+            value = values[found[1]]
+            return format(value, f"{found[2] or ''}d") if isinstance(value, int) else value
+
+        return self._inside(_FIELD.sub(one, self.text))
+
+    def glob(self, **values: str) -> str:
+        """A pattern for the paths with these values and any others."""
+        literal = [glob.escape(p) for p in _FIELD.sub("\0", self.text).split("\0")]
+        filled = [glob.escape(values[m[1]]) if m[1] in values else "*" for m in _FIELD.finditer(self.text)]
+        return self._inside("".join(a + b for a, b in zip(literal, [*filled, ""])))
+
+    def match(self, path: str) -> dict[str, str]:
+        """The fields of a path that was made by this template; {} for another path."""
+        parts = [re.escape(p) for p in _FIELD.sub("\0", self.text).split("\0")]
+        pattern, seen = parts[0], set()
+        for name, part in zip((m[1] for m in _FIELD.finditer(self.text)), parts[1:]):
+            pattern += (f"(?P={name})" if name in seen else f"(?P<{name}>.+?)") + part
+            seen.add(name)
+        found = re.fullmatch(pattern, path)
+        return found.groupdict() if found else {}
+
+    def _inside(self, path: str) -> str:
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in path or "\\" in path or not parts.parts:
+            raise ValueError(f"'{self.text}' leaves its folder")
+        return parts.as_posix()

@@ -1,0 +1,98 @@
+"""What is there of a LeRobot dataset: episodes found by their files, and how many of the listed ones have theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ....errors import Note, UserError
+from ..location import Location, unreadable
+from ..video import frames_listed
+from .listing import EpisodeEntry, Listing, Paths
+
+
+def recover_episodes(location: Location, paths: Paths, is_v3: bool, fps: float, listing: Listing) -> None:
+    """Fill `listing` from the data files, where meta/ has no list of episodes. `UserError` when they do not tell."""
+    missing = "meta/episodes holds no parquet file" if is_v3 else "meta/episodes.jsonl is missing or empty"
+    names = [] if location.hub_id else location.names(paths.data.glob())
+    if not names:
+        remedy = "fetch the whole dataset" if not is_v3 else "was the recording finalized?"
+        raise UserError(f"{location.given}: {missing}, and no data file of it is here; {remedy}")
+    if is_v3:
+        _recover_v3(location, paths, names, fps, missing, listing)
+    else:
+        for name in names:
+            fields = paths.data.match(name)
+            if not fields.get("episode_index", "").isdigit():
+                raise UserError(f"{location.given}: {missing}, and {name} does not name its episode; fetch meta/ again")
+            episode = int(fields["episode_index"])
+            try:
+                with pq.ParquetFile(location.root / name) as file:
+                    listing.entries[episode] = paths.entry_v2(episode, file.metadata.num_rows, ())
+            except (OSError, ValueError, pa.ArrowException) as error:
+                reason = unreadable(location.root / name, "parquet", error)
+                listing.damaged[episode] = "unreadable-file", reason
+    count = len(listing.entries) + len(listing.damaged)
+    listing.notes.append(Note("list-missing", f"{missing}; {count} episodes were found by the data files"))
+
+
+def _recover_v3(
+    location: Location, paths: Paths, names: Sequence[str], fps: float, missing: str, listing: Listing
+) -> None:
+    """Episodes in the order of their rows; those of a video file follow each other as their rows do."""
+    videos: dict[str, str] = {}
+    for key in paths.video_keys if paths.video else ():
+        files = location.names(paths.video.glob(video_key=key))  # type: ignore[union-attr]
+        if len(files) != 1:
+            raise UserError(
+                f"{location.given}: {missing}, and '{key}' has {len(files)} video files, so their episodes are not "
+                "known; was the recording finalized?"
+            )
+        videos[key] = files[0]
+    row = 0
+    for name in names:
+        try:
+            ids = pq.read_table(location.root / name, columns=["episode_index"])["episode_index"].to_numpy()
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise UserError(
+                f"{location.given}: {missing}, and {unreadable(location.root / name, 'parquet', error)}"
+            ) from None
+        starts = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
+        for start, stop in zip(starts[:-1], starts[1:]):
+            episode, length = int(ids[start]), stop - start
+            begins = dict.fromkeys(videos, (row + start) / fps)
+            ends = dict.fromkeys(videos, (row + stop) / fps)
+            span = (row + start, row + stop)
+            if episode in listing.entries:
+                raise UserError(f"{location.given}: {missing}, and the rows of episode {episode} are not together")
+            listing.entries[episode] = EpisodeEntry(length, (), name, videos, begins, ends, span)
+        row += len(ids)
+    for name in videos.values():
+        frames = frames_listed(location.root / name, location.given)
+        if frames != row:
+            raise UserError(
+                f"{location.given}: {missing}, and {name} has {frames} frames for {row} rows; was the recording "
+                "finalized?"
+            )
+
+
+def presence(location: Location, entries: Mapping[int, EpisodeEntry], keys: Sequence[str]) -> dict[str, int]:
+    """How many episodes have their table here, and their videos of all `keys`; by listings of the folders."""
+    here: dict[str, set[str]] = {}
+
+    def is_here(relative: str) -> bool:
+        folder, _, name = relative.rpartition("/")
+        if folder not in here:
+            path = location.root / folder
+            here[folder] = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        return name in here[folder]
+
+    videos = [[e.video_paths[k] for k in keys if k in e.video_paths] for e in entries.values()]
+    return {
+        "tables": sum(is_here(e.data_path) for e in entries.values()),
+        "videos": sum(all(map(is_here, v)) for v in videos),
+        "both": sum(is_here(e.data_path) and all(map(is_here, v)) for e, v in zip(entries.values(), videos)),
+    }

@@ -1,0 +1,68 @@
+"""The instruction of an episode: its rows' `task_index` decides; other columns and `meta/` help if it says nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ....errors import Note
+from ..episode import CorruptEpisode
+from .documents import shown
+from .listing import EpisodeEntry, usable_texts
+
+_TEXTS = re.compile(
+    r"annotation\..*|language_instruction.*|(natural_)?(instruction|language)|task(_description)?|prompt|subtask"
+)
+_SKIPPED = re.compile(r"annotation\..*validity.*")
+
+
+def text_columns(features: Iterable[str], annotations: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Columns of rows that may hold instructions besides `task_index`, as texts or as indices of tasks, best first:
+    GR00T's task descriptions, its other annotations, then those that other converters write."""
+    named = [n for n in (annotations or {}).values() if n != "task_index" and "validity" not in n]
+    found = dict.fromkeys([*named, *(k for k in features if _TEXTS.fullmatch(k) and not _SKIPPED.fullmatch(k))])
+    return tuple(sorted(found, key=lambda n: (n == "subtask", "task_description" not in n)))
+
+
+def instruction_of(
+    rows: pa.Table, entry: EpisodeEntry, tasks: Mapping[int, str], others: Sequence[str], where: str
+) -> tuple[str, tuple[Note, ...]]:
+    """The text of one episode's rows, several joined by "; " in the order of their use; "" where there is none.
+
+    `CorruptEpisode`, beginning with `where`, when they point at a task that does not exist and nothing else tells.
+    """
+    used = _values(rows, "task_index")
+    texts, column = usable_texts(used, tasks), ""
+    for column in others if not texts else ():
+        texts = usable_texts(_values(rows, column), tasks)
+        if texts:
+            return "; ".join(texts), ()
+    unknown = [n for n in used if n not in tasks]
+    if not texts and entry.tasks:
+        listed = "; ".join(entry.tasks)
+        if not used or not tasks:
+            return listed, ()
+        note = f"task_index {used[0]} has no text in meta/; the text that the episode lists is used, {shown(listed)}"
+        return listed, (Note("task-unknown", note),)
+    if not texts and unknown and tasks:
+        raise CorruptEpisode(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta/")
+    if texts and entry.tasks and set(texts) != set(entry.tasks):
+        ours, listed = shown("; ".join(texts)), shown("; ".join(entry.tasks))
+        return "; ".join(texts), (Note("task-differs", f"the rows' task is {ours}, used here; meta/ lists {listed}"),)
+    return "; ".join(texts), ()
+
+
+def _values(rows: pa.Table, column: str) -> list[Any]:
+    """The different values of a column in order, those that stand in a list too; whole numbers as int, no null."""
+    if column not in rows.column_names:
+        return []
+    values = rows[column]
+    while (
+        pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type)
+    ):
+        values = pa.chunked_array([chunk.flatten() for chunk in values.chunks], values.type.value_type)
+    found = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values.unique().to_pylist()]
+    return [int(v) if isinstance(v, float) and v.is_integer() else v for v in found if v is not None]

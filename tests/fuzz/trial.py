@@ -1,0 +1,219 @@
+"""One damaged dataset through `dvla data show`, `data check` and `cache build`, in this process, and what came of it.
+
+The build has a stand-in for the vision-language model whose features are checksums of the images: equal features, equal
+images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import re
+import shutil
+import signal
+import threading
+import traceback
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+
+from dvla.cache.store.cache import Cache
+from dvla.cli import app
+from dvla.common.command_line import run_command
+from dvla.errors import UserError
+from dvla.stages.caching import build_plan
+from fuzz.fuzz_samples import Format
+from fuzz.mutations import Mutation, mutate
+
+CPU_SECONDS = 10.0  # a command that computes for longer hangs
+MOST_NBYTES = 2 << 30  # resident
+# From good to bad. right: all as before; left out: some episodes are quarantined, the others are as before; refused:
+# one line, exit code 2; changed: other rows or images, from a file that nothing else vouches for; silent: other rows
+# or images although the damaged file is metadata or carries a checksum; the rest are faults.
+OUTCOMES = ("right", "left out", "refused", "changed", "silent", "traceback", "hang", "memory", "died")
+FAULTS = OUTCOMES[5:]
+COMMANDS = (("data", "show"), ("data", "check", "--all"), ("cache", "build"))
+Content = dict[int, str]  # episode → digest of its rows, text and features
+
+command = typer.main.get_command(app)
+
+
+class Hang(BaseException):
+    """Too much time of the processor."""
+
+
+class StandIn:
+    """What a build needs of a vision-language encoder."""
+
+    by_observation, tokens, native_tokens, width, device = False, 1, 1, 4, torch.device("cpu")
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    def require_fits(self, views: int, instructions: Sequence[str]) -> None: ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"vlm": "checksums"}
+
+    def encode_text(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [_numbers(text.encode(errors="replace")) for text in texts]
+        return torch.tensor(found)[:, None], torch.ones(len(texts), dtype=torch.int64)
+
+    def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
+        found = [[_numbers(np.asarray(image).tobytes()) for image in images] for images in views]
+        return torch.tensor(found).swapaxes(0, 1)[:, :, None]
+
+    def null_image_features(self, views: int) -> torch.Tensor:
+        return torch.zeros(views, 1, self.width)
+
+
+def _numbers(data: bytes) -> list[float]:
+    return [float(b) for b in zlib.crc32(data).to_bytes(4, "big")]
+
+
+@dataclass
+class Outcome:
+    """What came of one mutation."""
+
+    index: int
+    mutation: Mutation
+    result: str = "right"  # of OUTCOMES
+    unforeseen: bool = False  # an error that no reader names: it was caught where all are
+    text: str = ""  # the reason, one line, or the traceback
+    content: Content = field(default_factory=dict)
+
+
+def prepare() -> None:
+    """Put the stand-in in the place of the encoder, and have threads and destructors report what they raise."""
+    build_plan.load_encoder = lambda spec, device, say=None: StandIn(spec)  # type: ignore[assignment, return-value]
+    torch.set_num_threads(1)
+
+
+def examine(folder: Path, dataset: str, index: int, mutation: Mutation) -> Outcome:
+    """Run the commands on `folder`/`dataset`; `content` is what the build stored of each usable episode."""
+    found, cache = Outcome(index, mutation), folder.parent / f"{folder.name}.cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    for words in COMMANDS:
+        arguments = [*words, str(folder / dataset)]
+        if words[0] == "cache":
+            arguments += ["--out", str(cache), "--batch-size", "8", "--device", "cpu"]
+        result, text = _run(arguments)
+        if place := re.search(r".*(please report|\.py:\d).*", text):
+            found.unforeseen, found.text = True, place[0]
+        if result == "refused" and words[0] == "cache":
+            found.result, found.text = "refused", text
+        if result in FAULTS:
+            found.result, found.text = result, f"{' '.join(words)}: {text}"
+            return found
+    if found.result != "refused":
+        try:
+            found.content = content_of(cache)
+        except Exception:
+            found.result, found.text = "traceback", f"of the finished cache: {traceback.format_exc()}"
+    return found
+
+
+def judge(found: Outcome, sound: Content, format: Format) -> Outcome:
+    """Compare what was stored with what the undamaged dataset gives."""
+    if found.result != "right":
+        return found
+    wrong = {e: d for e, d in found.content.items() if sound.get(e) != d}
+    if wrong:
+        # other text, or the same episodes under other numbers, is what such a file may say
+        found.result = "silent" if format.silent(found.mutation.file) else "changed"
+        found.text = f"episodes {sorted(wrong)} differ"
+    elif found.content.keys() != sound.keys():
+        found.result = "left out"
+    return found
+
+
+def content_of(path: Path) -> Content:
+    """Digest of what a finished cache holds of each episode that is not in its quarantine."""
+    found: Content = {}
+    for data in Cache.open(path).datasets:
+        for i, episode in enumerate(data.episode_id.tolist()):
+            if data.quarantined[i]:
+                continue
+            rows = slice(int(data.episode_start[i]), int(data.episode_start[i] + data.episode_length[i]))
+            digest = zlib.crc32(
+                str((data.views, data.instructions[int(data.episode_instruction[i])])).encode(errors="replace")
+            )
+            for view in data.views:
+                digest = zlib.crc32(data.features(view, np.arange(rows.start, rows.stop)).tobytes(), digest)
+            for table in (data.action, data.proprio, data.timestamp):
+                digest = zlib.crc32(np.asarray(table[rows]).tobytes(), digest)
+            found[episode] = f"{rows.stop - rows.start} rows {digest:08x}"
+    return found
+
+
+def damaged(sample: Path, folder: Path, seed: str) -> Mutation:
+    """`folder` becomes a copy of `sample` with one mutation; the same for the same seed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(sample, folder)
+    return mutate(folder, random.Random(seed))
+
+
+def _run(arguments: list[str]) -> tuple[str, str]:
+    """(outcome, what was printed or raised) of one command line."""
+    printed = io.StringIO()
+    try:
+        with _watched() as others, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            run_command(command, arguments)
+    except UserError as error:
+        text = str(error)
+        if "\n" in text or not text:
+            return "traceback", f"a message of several lines: {text!r}"
+        return ("memory" if _of_memory(text) else "refused"), text
+    except SystemExit as error:
+        if error.code not in (0, 1):
+            return "traceback", f"exit code {error.code}: {printed.getvalue()[-500:]}"
+    except Hang:
+        return "hang", traceback.format_exc()
+    except BaseException:
+        return "traceback", traceback.format_exc()
+    text = printed.getvalue()
+    if others:
+        return "traceback", others[0]
+    if "\x1b" in text:
+        return "traceback", f"control characters reach the terminal: {text!r}"
+    return ("memory" if _of_memory(text) or _peak() > MOST_NBYTES else "right"), text
+
+
+def _of_memory(text: str) -> bool:
+    return any(word in text for word in ("MemoryError", "Unable to allocate", "out of memory", "malloc"))
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[list[str]]:
+    """Tracebacks of other threads; `Hang` after CPU_SECONDS of computing."""
+    others: list[str] = []
+
+    def late(*_: object) -> None:
+        raise Hang
+
+    def failed(args: threading.ExceptHookArgs) -> None:
+        others.append("".join(traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)))
+
+    before, threading.excepthook = threading.excepthook, failed
+    old = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    try:
+        yield others
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
+        threading.excepthook = before
+
+
+def _peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
