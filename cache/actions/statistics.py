@@ -8,7 +8,7 @@ and their order, not on how these were cut into tables, and those of several par
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,17 @@ class Statistics:
             np.maximum(self.max, other.max),
             count,
         )
+
+    def on(self, slots: np.ndarray) -> Statistics:
+        """Statistics of wider vectors, whose `slots` [W] bool these dimensions are and which are 0 elsewhere."""
+
+        def wide(values: np.ndarray) -> np.ndarray:
+            out = np.zeros(len(slots))
+            out[slots] = values
+            return out
+
+        quantiles = None if self.quantiles is None else {q: wide(v) for q, v in self.quantiles.items()}
+        return Statistics(*map(wide, (self.mean, self.std, self.min, self.max)), self.count, quantiles)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; floats survive the round trip exactly."""
@@ -109,11 +120,12 @@ class RunningStatistics:
         return Statistics(total.mean, total.std, total.min, total.max, total.count, self._ranks.quantiles(rest, levels))
 
 
-def statistics_of(tables: Iterable[np.ndarray]) -> Statistics:
-    """Statistics of the rows of tables [n, D], one after another."""
+def statistics_of(*tables: np.ndarray) -> Statistics:
+    """Of all rows of tables [n, D], one after another; each may be a memory map."""
     running = RunningStatistics()
     for table in tables:
-        running.update(table)
+        for start in range(0, len(table), 32 * BLOCK):
+            running.update(table[start : start + 32 * BLOCK])
     return running.result()
 
 

@@ -54,7 +54,7 @@ def _selected(d: CacheDataset, choice: Choice) -> CacheDataset:
     chosen = copy.copy(d)
     for name in ("action_normalizer", "proprio_normalizer"):
         chosen.__dict__.pop(name, None)
-    chosen.quarantined = d.quarantined | ~mask
+    chosen.used, chosen.quarantined = mask, d.quarantined | ~mask
     chosen.attributes = {**d.attributes, "left_out": int((~mask).sum()), "selection": str(choice)}
     if not mask.all():
         chosen.attributes |= {f"{kind}_stats": _statistics(d, kind, mask).to_dict() for kind in ("action", "proprio")}
@@ -70,7 +70,7 @@ def _statistics(d: CacheDataset, kind: str, used: np.ndarray) -> Statistics:
     """Of the rows of the episodes `used` [E] bool."""
     table = getattr(d, kind)
     spans = zip(d.episode_start[used].tolist(), d.episode_length[used].tolist())
-    return statistics_of(table[start : start + length] for start, length in spans)
+    return statistics_of(*(table[start : start + length] for start, length in spans))
 
 
 def _not_sampled(d: CacheDataset, choice: Choice, episodes: np.ndarray) -> np.ndarray:

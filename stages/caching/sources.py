@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from ...cache.actions.extremes import extremes
 from ...cache.actions.idle import bands, idle_frames
+from ...cache.actions.normalizer import Normalizer
 from ...cache.actions.selection import Choice, Selection
-from ...cache.actions.statistics import statistics_of
+from ...cache.actions.statistics import Statistics, statistics_of
 from ...cache.loader.provenance import as_cached
 from ...cache.loader.select import not_kept
 from ...cache.readers import Source, open_source
@@ -46,6 +48,11 @@ class Corpus:
     idle: float | None = None  # share of idle frames, where these are dropped
     failed: tuple[int, ...] = ()  # episodes whose demonstration is marked as failed
 
+    @functools.cached_property
+    def statistics(self) -> tuple[Statistics, Statistics]:
+        """Of action and proprio."""
+        return statistics_of(self.action), statistics_of(self.proprio)
+
     def remarks(self) -> list[str]:
         """What to know about the dataset, one line each."""
         source, texts = self.source, self.plan.episodes
@@ -62,7 +69,19 @@ class Corpus:
         if empty:
             share = f"{empty} of {len(texts)} episodes ({empty / len(texts):.0%}) have no instruction"
             lines.append(f"{share}; where all share one, give `instruction` in the dataset config")
-        return [f"{self.plan.name}: {line}" for line in lines]
+        return [f"{self.plan.name}: {line}" for line in (*lines, *self._extremes())]
+
+    def _extremes(self) -> list[str]:
+        """What to say of values far from all others, or cut off by the normalization that the dataset config asks."""
+        lines, source = [], self.source
+        maps, scheme = (source.action_map, source.state_map), source.config.normalize or "std5"
+        tables = zip(("action", "state"), maps, (self.action, self.proprio), self.statistics)
+        for table, fields, values, stats in tables:
+            ends = zip(self.plan.episodes, self.plan.starts.tolist())
+            rows = ((e.episode_id, values[start : start + e.length]) for e, start in ends)
+            normalizer = Normalizer(stats, fields.mask, fields.rotation_slots, scheme)
+            lines += extremes(table, stats, normalizer, rows).lines()
+        return lines
 
 
 def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
@@ -164,7 +183,7 @@ def _with_kept(
     share = None
     if choice.drop_idle:
         tables = ((actions, source.action_map), (states, source.state_map))
-        spread = [bands(statistics_of(parts), fields.mask) for parts, fields in tables]
+        spread = [bands(statistics_of(*parts), fields.mask) for parts, fields in tables]
         idle = [idle_frames(list(zip(pair, spread)), source.control_hz) for pair in zip(actions, states)]
         share, out = float(np.concatenate(idle).mean()), [a | b for a, b in zip(out, idle)]
     return [dataclasses.replace(e, kept=_ranges(~left)) for e, left in zip(episodes, out)], share
@@ -194,7 +213,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
     text, length = encoder.encode_text(plan.instructions)  # [n,Lt,D], [n]
     null_text, _ = encoder.encode_text([""])  # [1,1,D]
     null_image = to_float16(encoder.null_image_features(len(plan.views)), f"{plan.name}: black frame")  # [V,K,D]
-    stats = [statistics_of([table]) for table in (corpus.action, corpus.proprio)]
+    stats = corpus.statistics
     starts = source.starts or {}
     attributes = {
         "dataset_config": source.config.name,

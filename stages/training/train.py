@@ -21,11 +21,12 @@ from ...drifting.heads import head_dit
 from ...drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..policy import checkpoint as ck
 from ..policy.robot import describe_dataset
-from .checks import open_cache, require_trainable
+from .checks import extreme_lines, open_cache, require_trainable
 from .config import TrainConfig
 from .context import Session, TrainReport
 from .loop import run
 from .parallel.world import join
+from .run_folder import as_begun
 from .warm_start import start_from
 
 
@@ -36,10 +37,12 @@ def train(
     stop_after: int | None = None,
 ) -> TrainReport:
     """Train from a cache, or resume the run in `config.out` if it has the same settings."""
-    config = dataclasses.replace(config, select=config.select.pinned())
+    config = as_begun(dataclasses.replace(config, select=config.select.pinned()))
     cache = open_cache(config, config.out)
     require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:
+        for line in extreme_lines(cache) if world.main else ():
+            say(line)
         torch.manual_seed(config.seed)
         net = policy_net(config, cache)
         if config.init is not None and not ck.checkpoints(Path(config.out)):
@@ -68,11 +71,12 @@ def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[s
     encoder = {"spec": cache.datasets[0].attributes["encoder"], "fingerprint": cache.fingerprint["encoder"]}
     chosen = {d.name: (str(choice_of(cache, d.name)), d.attributes.get("selection", "")) for d in cache.datasets}
     selection = {name: "; then ".join(filter(None, words)) for name, words in chosen.items() if any(words)}
+    datasets = [describe_dataset(d) for d in cache.datasets]
     return {
-        "format": ck.POLICY_FORMAT,
+        "format": 2 if any("normalize" in d for d in datasets) else 1,
         "net": dataclasses.asdict(net.config),
         "encoder": encoder,
-        "datasets": [describe_dataset(d) for d in cache.datasets],
+        "datasets": datasets,
         "loss": {"kind": config.loss.kind, "sample_steps": config.loss.sample_steps},  # how the head samples
         "conditions": {
             "blind": config.blind,

@@ -35,6 +35,7 @@ _PATHS = {  # LeRobot's own, where info.json has none
 }
 _FIELDS = (("episode_chunk", "episode_index", "chunk_index"), ("chunk_index", "file_index"))
 _RATES = (1e-3, 1e5)  # rows per second that can be meant
+_DEEP = re.compile(r"gray(f|9|1\d)")  # pixel formats of more than 8 bits in one channel
 _CHUNK = 1000  # episodes per folder of v2, where info.json does not say
 
 
@@ -59,6 +60,7 @@ class Metadata:
         self.version = self._version()
         self.info["fps"] = self._fps()
         self.features = self.info["features"] = self._features()
+        self.depth_maps = tuple(k for k, f in self.features.items() if _is_depth(f))
         self.video_keys = tuple(k for k, f in self.features.items() if f["dtype"] == "video")
         self._paths = self._templates()
         self._read_lists()
@@ -113,6 +115,8 @@ class Metadata:
     def notes(self) -> tuple[Note, ...]:
         """What a user should know about the dataset as a whole, one line each."""
         found = [*self._listing.notes, *self.modality.notes]
+        if self.depth_maps:
+            found.append(Note("depth-map", f"{', '.join(self.depth_maps)}: depth maps, not read as cameras"))
         if self.absent_videos:
             found.append(Note("camera-without-files", f"no video file of {', '.join(self.absent_videos)}: not read"))
         if not self._location.hub_id:
@@ -145,15 +149,16 @@ class Metadata:
         return digest.hexdigest()
 
     def cameras(self, wanted: Sequence[str] | None) -> dict[str, str]:
-        """Short view name → feature of those `wanted` (full keys or short names); None: all that are no depth map."""
-
-        def is_depth(feature: dict) -> bool:
-            return bool((feature.get("info") or feature.get("video_info") or {}).get("video.is_depth_map"))
-
+        """Short view name → feature of those `wanted` (full keys or short names), None for all; a depth map is none."""
         keys = [k for k, f in self.features.items() if f["dtype"] in ("video", "image")]
-        usable = [k for k in keys if not is_depth(self.features[k]) and k not in self.absent_videos]
+        usable = [k for k in keys if k not in self.depth_maps and k not in self.absent_videos]
         chosen = usable if wanted is None else wanted
-        return choose_cameras(keys, "observation.images.", chosen, self.name, "rename one of them in meta/info.json")
+        remedy = "rename one of them in meta/info.json"
+        found = choose_cameras(keys, "observation.images.", chosen, self.name, remedy)
+        for short, key in found.items():
+            if key in self.depth_maps:
+                raise UserError(f"{self.name}: view '{short}' is a depth map, not a camera; leave it out of `views`")
+        return found
 
     # --- info.json ---
 
@@ -250,3 +255,10 @@ class Metadata:
         read_episodes(files, self._paths, self._is_v3, total, listing)
         if not listing.entries and not listing.damaged:
             recover_episodes(files, self._paths, self._is_v3, self.info["fps"], listing)
+
+
+def _is_depth(feature: Mapping[str, Any]) -> bool:
+    """Whether a feature is marked as a depth map, or is gray video of more than 8 bits."""
+    about = {**feature, **feature.get("video_info", {}), **feature.get("info", {})}
+    marked = about.get("is_depth_map") or about.get("video.is_depth_map") or feature["dtype"] == "depth"
+    return bool(marked or _DEEP.match(str(about.get("video.pix_fmt") or about.get("pix_fmt"))))

@@ -27,7 +27,7 @@ def found(*tables: np.ndarray, hz: float = HZ) -> np.ndarray:
     """The idle frames of the one demonstration of a dataset."""
     used = [np.flatnonzero(t.any(0)) for t in tables]
     masks = [np.isin(np.arange(128), u) for u in used]
-    return np.flatnonzero(idle_frames([(t, bands(statistics_of([t]), m)) for t, m in zip(tables, masks)], hz))
+    return np.flatnonzero(idle_frames([(t, bands(statistics_of(t), m)) for t, m in zip(tables, masks)], hz))
 
 
 def test_a_pause_is_idle_but_for_its_margins() -> None:
@@ -53,7 +53,7 @@ def test_the_ends_of_a_demonstration_need_no_margin() -> None:
 def test_one_that_never_moves_keeps_its_first_frame() -> None:
     moving, still = demonstration(), np.ones((50, 128), np.float32)
     mask = np.isin(np.arange(128), JOINTS)
-    band = bands(statistics_of([moving]), mask)
+    band = bands(statistics_of(moving), mask)
     assert np.flatnonzero(~idle_frames([(still, band)], HZ)).tolist() == [0]
 
 
@@ -67,7 +67,7 @@ def test_a_gripper_that_closes_is_motion_however_rare(frame: int) -> None:
     many = np.concatenate([demonstration(i) for i in range(40)])  # closed in 1 of 4000 rows
     many[:, GRIPPER] = 1.0
     many[frame, GRIPPER] = 0.0
-    band = bands(statistics_of([many]), many.any(0))
+    band = bands(statistics_of(many), many.any(0))
     assert not idle_frames([(many[:100], band)], HZ)[frame - 1 : frame + 2].any()
 
 
