@@ -30,7 +30,7 @@ from .base import Source, choose_views
 from .config import DatasetConfig
 from .episode import CorruptEpisode, View
 from .location import Location
-from .search import choose_config
+from .search import Files, choose_config
 from .tables import EpisodeTable, Rows
 
 _ENDS = "meta/episode_ends"
@@ -61,9 +61,8 @@ class ReplayBufferSource(Source):
             group = _Group.find(location.root, name)
             self._ends = _check_ends(group.array(_ENDS, name), name)
             keys = group.keys("data")
-            config = choose_config(
-                config, self.format, (name,), location.root, functools.partial(_columns, group, keys, self._ends, name)
-            )
+            columns = functools.partial(_columns, group, keys, self._ends, name)
+            config = choose_config(config, self.format, Files((name,), location.root, columns))
             views = choose_views([k for k in keys if group.array(f"data/{k}", name).layout], config, name)
             used = [key for key in (*config.columns, *views) if key in keys]
             self._arrays = {key: group.array(f"data/{key}", name) for key in used}

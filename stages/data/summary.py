@@ -202,35 +202,12 @@ def unified_fields(mapping: ActionMap) -> list[tuple[int, str, str]]:
     return [(SLOTS[name], name, unit_of(name)) for name in names]
 
 
-def dimension_names(features: Mapping[str, Any], columns: Sequence[str]) -> list[str] | None:
-    """The names of each dimension of these columns in LeRobot's `features`; None where they have none."""
-    found: list[str] = []
-    for column in columns:
-        feature = features.get(column) or {}
-        names = list(_flat(feature.get("names")))
-        if len(names) != int(np.prod(feature.get("shape") or [1])):
-            return None
-        found += names
-    return found
-
-
-def _flat(names: Any) -> Iterator[str]:
-    if isinstance(names, Mapping):  # {"motors": […]}
-        names = list(names.values())
-    if isinstance(names, (list, tuple)):
-        for part in names:
-            yield from _flat(part)
-    elif names is not None:
-        yield str(names)
-
-
 def native_names(source: Source) -> list[list[str] | None]:
     """The names of the native action's and state's dimensions in the files or the config; None without names, or if
     integrated."""
     config, found = source.config, []
-    meta: Metadata | None = getattr(source, "meta", None)
     for columns, mapping in ((config.action_columns, source.action_map), (config.state_columns, source.state_map)):
-        named = dimension_names(meta.features, columns) if meta else None
+        named = source.dimension_names(columns)
         if not named and any(spec.native for spec in mapping.specs):
             named = list(mapping.native_names)
         found.append(None if not mapping.specs or config.integrate and mapping is source.action_map else named)
@@ -240,9 +217,7 @@ def native_names(source: Source) -> list[list[str] | None]:
 def column_names(source: Source) -> dict[str, list[str]]:
     """ "action" and "state" → a name for each native dimension of a dataset without a map: the files' own, else its
     column and number."""
-    config = source.config
-    meta: Metadata | None = getattr(source, "meta", None)
-    found = {}
+    config, found = source.config, {}
     for what, columns, specs in (
         ("action", config.action_columns, config.action),
         ("state", config.state_columns, config.state),
@@ -250,7 +225,7 @@ def column_names(source: Source) -> dict[str, list[str]]:
         found[what] = [
             name
             for column, spec in zip(columns, specs)
-            for name in (meta and dimension_names(meta.features, (column,)))
+            for name in source.dimension_names((column,))
             or ([f"{column}[{i}]" for i in range(spec.width)] if spec.width > 1 else [column])
         ]
     return found

@@ -11,8 +11,9 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from ..base import Source
 from ..config import UNMAPPED, DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
-from ..search import choose_config
+from ..search import NUMBERED, Files, choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
 from .listing import EpisodeEntry
@@ -48,7 +49,8 @@ class LeRobotSource(Source):
         self._texts = text_columns(meta.features, meta.modality.annotations) if meta.needs_more_texts else ()
         names = (meta.name, str(meta.info.get("robot_type") or ""))
         reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
-        config = choose_config(config, self.format, names, meta.root, self._columns, reopen)
+        files = Files(names, meta.root, self._columns, self.dimension_names, reopen)
+        config = choose_config(config, self.format, files)
         self._cameras = meta.cameras(config.views)  # short name → feature key
         super().__init__(
             meta.root,
@@ -60,6 +62,21 @@ class LeRobotSource(Source):
             widths=self._widths(config),
         )
         self._read_recording()
+
+    def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
+        """As in `features` of meta/info.json; GR00T's, as "left_arm.0", where those only number the dimensions."""
+        found: list[str] = []
+        for column in columns:
+            feature = self.meta.features.get(column) or {}
+            names, width = list(_flat(feature.get("names"))), math.prod(feature.get("shape") or [1])
+            if len(names) != width or all(map(NUMBERED.fullmatch, names)):
+                slices = [s for s in (*self.meta.modality.action, *self.meta.modality.state) if s.column == column]
+                parts = {i: f"{s.name}.{i - s.start}" for s in slices for i in range(s.start, s.stop)}
+                names = [parts[i] for i in sorted(parts)] if len(parts) == width else names
+            if len(names) != width:
+                return None
+            found += names
+        return found
 
     def _columns(self) -> dict[str, int]:
         """Numbers per row of each numeric feature that the first table has, too."""
@@ -186,3 +203,13 @@ class LeRobotSource(Source):
         if any(not shapes.get(column, [1]) for column in config.columns):
             return None
         return {key: math.prod(shape) for key, shape in shapes.items()}
+
+
+def _flat(names: Any) -> Iterator[str]:
+    if isinstance(names, Mapping):  # {"motors": […]}
+        names = list(names.values())
+    if isinstance(names, (list, tuple)):
+        for part in names:
+            yield from _flat(part)
+    elif names is not None:
+        yield str(names)
