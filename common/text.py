@@ -27,6 +27,15 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def markdown(text: str) -> str:
+    r"""Text of a file as one line of plain words in Markdown, where it could otherwise be a link, HTML or a section.
+
+    >>> markdown("MIT | <b>\n# [x](y)")
+    'MIT \\| \\<b\\> # \\[x\\](y)'
+    """
+    return re.sub(r"([\\`\[\]<>|])", r"\\\1", " ".join(printable(text).split()))
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its type where that is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

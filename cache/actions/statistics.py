@@ -43,6 +43,17 @@ class Statistics:
             count,
         )
 
+    def on(self, slots: np.ndarray) -> Statistics:
+        """Statistics of wider vectors, whose `slots` [W] bool these dimensions are and which are 0 elsewhere."""
+
+        def wide(values: np.ndarray) -> np.ndarray:
+            out = np.zeros(len(slots))
+            out[slots] = values
+            return out
+
+        quantiles = None if self.quantiles is None else {q: wide(v) for q, v in self.quantiles.items()}
+        return Statistics(*map(wide, (self.mean, self.std, self.min, self.max)), self.count, quantiles)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; floats survive the round trip exactly."""
         arrays = {k: getattr(self, k).tolist() for k in ("mean", "std", "min", "max")}
@@ -107,6 +118,14 @@ class RunningStatistics:
         if total is None:
             raise ValueError("statistics of no rows")
         return Statistics(total.mean, total.std, total.min, total.max, total.count, self._ranks.quantiles(rest, levels))
+
+
+def statistics_of(table: np.ndarray) -> Statistics:
+    """Of all rows of `table [N, D]`, which may be a memory map."""
+    running = RunningStatistics()
+    for start in range(0, len(table), 32 * BLOCK):
+        running.update(table[start : start + 32 * BLOCK])
+    return running.result()
 
 
 def _moments(x: np.ndarray) -> Statistics:

@@ -94,12 +94,12 @@ class _Table:
     def __init__(self, values: np.ndarray, normalizer: Normalizer) -> None:
         self._values, self._slots = values, np.flatnonzero(normalizer.mask)
         self._center, self._half_range = normalizer.center[self._slots], normalizer.half_range[self._slots]
-        self._rotation = normalizer.rotation_slots[self._slots]
+        self._rotation, self._limit = normalizer.rotation_slots[self._slots], normalizer.limit
 
     def write(self, out: np.ndarray, where: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> None:
         """out[where] = rows [n] or [n, T] of the table, 0 where not `wanted` (of the shape of `rows`)."""
         x = self._values[rows][..., self._slots]  # [n, (T,) active]
-        scaled = np.clip((x - self._center) / self._half_range, -1.0, 1.0)
+        scaled = np.clip((x - self._center) / self._half_range, -self._limit, self._limit)
         values = np.zeros((*rows.shape, UNIFIED_DIM), np.float32)  # [n, (T,) 128]
         values[..., self._slots] = np.where(self._rotation, x, scaled) * wanted[..., None]
         out[where] = values

@@ -16,6 +16,7 @@ from ...common.config import from_mapping, load_yaml
 from ...errors import UserError, unknown
 from ..actions.action_map import NATIVE, ActionMap, FieldSpec
 from ..actions.integration import POSE, Integration
+from ..actions.schemes import Scheme
 from ..actions.slots import EMBODIMENTS, SLOTS
 
 FORMATS = {  # format → what it is, in one phrase; the reader is cache/readers/<format>.py
@@ -73,6 +74,7 @@ class DatasetConfig:
     action_shift: int = 0  # rows by which the action's columns are read ahead: 1 = the next measured pose
     integrate: Integration | None = None  # the action begins with displacements per step: make them absolute poses
     sampling_weight: float = 1.0  # factor on the dataset's share of the mixture, which goes as N^temperature
+    normalize: Scheme | None = None  # of its actions and state where a run does not choose; None = std5
     fits: Fit = Fit()  # what else than `match` must agree for it to be found
     origin: str = ""  # the file it was read from
     mapped: bool = True  # False: no config describes the files, and every dimension is taken as it is
@@ -133,7 +135,7 @@ class DatasetConfig:
     def document(self) -> dict[str, Any]:
         """What a cache or policy stores of it, JSON-ready: the map, not how it was found."""
         values = dataclasses.asdict(self)
-        for found in ("fits", "origin", "mapped"):
+        for found in ("fits", "origin", "mapped", *(() if self.normalize else ("normalize",))):
             del values[found]
         for vector in ("action", "state"):
             values[vector] = [{k: v for k, v in s.items() if v or k not in NATIVE} for s in values[vector]]

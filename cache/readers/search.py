@@ -183,8 +183,8 @@ def _of_unit(configs: Sequence[DatasetConfig], files: Files) -> list[DatasetConf
     if not fitting:
         names = " or ".join(c.name for c in configs)
         raise NoConfig(
-            f"the numbers of {files} reach {reached:.4g}, which does not tell their unit; give --dataset-config {names}, "
-            "or run `dvla data add SOURCE`"
+            f"the numbers of {files} reach {reached:.4g}, which does not tell their unit; give --dataset-config "
+            f"{names}, or run `dvla data add SOURCE`"
         )
     return fitting
 

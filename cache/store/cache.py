@@ -18,8 +18,9 @@ from ...common.files import crc32c
 from ...common.text import public, size
 from ...errors import UserError, unknown
 from ..actions.normalizer import Normalizer
+from ..actions.schemes import Scheme
 from ..actions.slots import UNIFIED_DIM
-from ..actions.statistics import Statistics
+from ..actions.statistics import Statistics, statistics_of
 from .codec import dequantize, quantize
 from .feature_format import FeatureFormat
 from .manifest import json_bytes, read_attributes, read_fingerprint, read_manifest
@@ -53,6 +54,7 @@ class CacheDataset:
     null_text: np.ndarray  # [Lt0, Dt] float16
     null_features: np.ndarray  # [views, tokens, D] float16
     channel_scale: np.ndarray | None  # [D] float32, of 8-bit features only
+    scheme: Scheme  # of normalization: the dataset config's, or what `normalize` was told
 
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
@@ -77,6 +79,7 @@ class CacheDataset:
         self.frame_stride, self.variants = a["frame_stride"], a["variants"]
         self.format = FeatureFormat(a["dtype"], a["compression"])
         self.embodiment_id, self.control_hz = a["embodiment"], a["control_hz"]
+        self.scheme = a.get("config", {}).get("normalize") or "std5"
         self._episodes = len(a["source_hashes"])
         counts = self.tokens, self.width, self.frames, self.shard_frames, self.frame_stride, self.variants + 1
         if not self.views or any(type(n) is not int or n < 1 for n in counts):
@@ -134,10 +137,23 @@ class CacheDataset:
         """Unified state ↔ the [-1, 1] the model sees."""
         return self._normalizer("proprio")
 
+    def normalize(self, scheme: Scheme) -> None:
+        """Normalize actions and state by `scheme` from now on; loaders that exist keep theirs."""
+        self.scheme = scheme
+        for name in ("action_normalizer", "proprio_normalizer"):
+            self.__dict__.pop(name, None)
+
+    def statistics(self, kind: str) -> Statistics:
+        """Of all rows of a table, "action" or "proprio", as stored; with quantiles that an earlier release did not
+        store where `scheme` needs them."""
+        stats = Statistics.from_dict(self.attributes[f"{kind}_stats"])
+        if stats.quantiles is not None or self.scheme != "quantile":
+            return stats
+        return statistics_of(getattr(self, kind))
+
     def _normalizer(self, kind: str) -> Normalizer:
         rotation = np.isin(np.arange(UNIFIED_DIM), self.attributes[f"{kind}_rotation"])
-        stats = Statistics.from_dict(self.attributes[f"{kind}_stats"])
-        return Normalizer(stats, getattr(self, f"{kind}_mask"), rotation)
+        return Normalizer(self.statistics(kind), getattr(self, f"{kind}_mask"), rotation, self.scheme)
 
     def episode_of(self, rows: np.ndarray) -> np.ndarray:
         """Positions in the episode table of rows on the flat time axis, int64; `ValueError` for a row out of range."""
@@ -330,7 +346,8 @@ class Cache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For worker processes, which open it again."""
-        return _reopen, (type(self), self.opened, crc32c(json_bytes(self.manifest)))
+        schemes = tuple(d.scheme for d in self.datasets)
+        return _reopen, (type(self), self.opened, crc32c(json_bytes(self.manifest)), schemes)
 
     def dataset(self, *, horizon: int = 16) -> CacheSamples:
         """Its observations as a map-style dataset for `torch.utils.data.DataLoader`; `dvla.Loader` is much faster."""
@@ -344,11 +361,13 @@ class Cache:
         raise unknown("dataset", name, [d.name for d in self.datasets])
 
 
-def _reopen(kind: type[Cache], opened: tuple[Any, ...], digest: int) -> Cache:
+def _reopen(kind: type[Cache], opened: tuple[Any, ...], digest: int, schemes: tuple[Scheme, ...]) -> Cache:
     """In a worker process, the cache opened with these arguments. `UserError` when it was replaced since."""
     cache = kind.open(*opened)
     if crc32c(json_bytes(cache.manifest)) != digest:
         raise UserError(f"cache {cache.path} was replaced since it was opened; open it again")
+    for dataset, scheme in zip(cache.datasets, schemes):
+        dataset.normalize(scheme)
     return cache
 
 

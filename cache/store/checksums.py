@@ -67,9 +67,9 @@ def _array_document(folder: Path) -> dict[str, Any] | None:
 def _index_problem(path: Path, document: dict[str, Any] | None) -> str | None:
     """What is wrong with the index of a shard, or None.
 
-    The index ends in its own crc32c, and a crc32c over data that ends in its own crc32c does not depend on the data: the
-    file's checksum is blind to it. So the index is compared with how dvla writes: chunks one after the other, from byte
-    0, and compressed ones are decoded.
+    The index ends in its own crc32c, and a crc32c over data that ends in its own crc32c does not depend on the data:
+    the file's checksum is blind to it. So the index is compared with how dvla writes: chunks one after the other, from
+    byte 0, and compressed ones are decoded.
     """
     if document is None:
         return None

@@ -97,6 +97,7 @@ def make_fingerprint(encoder: VisionLanguageEncoder, corpora: Sequence[Corpus], 
                 "embodiment": c.source.config.embodiment,
                 "action_map": c.source.action_map.to_dict(),
                 "state_map": c.source.state_map.to_dict(),
+                **({"normalize": c.source.config.normalize} if c.source.config.normalize else {}),
             }
             for c in corpora
         },

@@ -6,6 +6,7 @@ Letters: N frames of a dataset, D feature width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...cache.actions.statistics import RunningStatistics
+from ...cache.actions.extremes import extremes
+from ...cache.actions.normalizer import Normalizer
+from ...cache.actions.statistics import Statistics, statistics_of
 from ...cache.loader.provenance import as_cached
 from ...cache.readers import Source, open_source
 from ...cache.readers.episode import Episode
@@ -39,6 +42,11 @@ class Corpus:
     timestamp: np.ndarray  # [N] float64
     view_sizes: dict[str, list[int]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def statistics(self) -> tuple[Statistics, Statistics]:
+        """Of action and proprio."""
+        return statistics_of(self.action), statistics_of(self.proprio)
+
     def remarks(self) -> list[str]:
         """What to know about the dataset, one line each."""
         lines = [note.text for note in self.source.notes()]
@@ -47,7 +55,19 @@ class Corpus:
         if empty:
             share = f"{empty} of {len(texts)} episodes ({empty / len(texts):.0%}) have no instruction"
             lines.append(f"{share}; where all share one, give `instruction` in the dataset config")
-        return [f"{self.plan.name}: {line}" for line in lines]
+        return [f"{self.plan.name}: {line}" for line in (*lines, *self._extremes())]
+
+    def _extremes(self) -> list[str]:
+        """What to say of values far from all others, or cut off by the normalization that the dataset config asks."""
+        lines, source = [], self.source
+        maps, scheme = (source.action_map, source.state_map), source.config.normalize or "std5"
+        tables = zip(("action", "state"), maps, (self.action, self.proprio), self.statistics)
+        for table, fields, values, stats in tables:
+            ends = zip(self.plan.episodes, self.plan.starts.tolist())
+            rows = ((e.episode_id, values[start : start + e.length]) for e, start in ends)
+            normalizer = Normalizer(stats, fields.mask, fields.rotation_slots, scheme)
+            lines += extremes(table, stats, normalizer, rows).lines()
+        return lines
 
 
 def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
@@ -124,11 +144,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
     text, length = encoder.encode_text(plan.instructions)  # [n,Lt,D], [n]
     null_text, _ = encoder.encode_text([""])  # [1,1,D]
     null_image = to_float16(encoder.null_image_features(len(plan.views)), f"{plan.name}: black frame")  # [V,K,D]
-    stats = []
-    for table in (corpus.action, corpus.proprio):
-        running = RunningStatistics()
-        running.update(table)
-        stats.append(running.result())
+    stats = corpus.statistics
     starts = source.starts or {}
     attributes = {
         "dataset_config": source.config.name,

@@ -15,6 +15,7 @@ from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import SLOTS, unit_of
 from ...cache.readers import Source, detect_format, open_source
 from ...cache.readers.episode import CorruptEpisode, Episode
+from ...cache.readers.lerobot.documents import flat_names
 from ...cache.readers.search import SAMPLED, NoConfig
 from ...common.progress import Progress
 from ...errors import Failed, UserError
@@ -143,7 +144,7 @@ def _loaded_cameras(source: Source) -> dict[str, tuple[int, int] | None]:
 
 def image_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
     """(H, W) of a LeRobot image feature, from its shape and the names of its axes; None where these do not tell."""
-    shape, names = list(feature.get("shape") or ()), [str(n) for n in feature.get("names") or ()]
+    shape, names = list(feature.get("shape") or ()), list(flat_names(feature.get("names")))
     if len(shape) != 3:
         return None
     if "height" in names and "width" in names and len(names) == 3:
@@ -255,7 +256,7 @@ def instructions(summary: Summary, show: Progress) -> Counter[str]:
     In a format where each episode has to be opened for it: among the first `INSTRUCTION_SAMPLE`.
     """
     source = summary.source
-    if summary.meta:
+    if summary.meta and len(source.episode_ids) > INSTRUCTION_SAMPLE:
         return Counter("; ".join(e.tasks) or source.config.instruction for e in summary.meta.episodes.values())
     counts: Counter[str] = Counter()
     wanted = source.episode_ids[:INSTRUCTION_SAMPLE]

@@ -5,6 +5,7 @@ A card is a function of stored documents: what was not measured is reported as s
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 
 from ... import __version__
 from ...common.config import from_mapping
+from ...common.text import markdown
 from ...drifting.heads import sample_steps
 from ...drifting.losses import LossConfig
 
@@ -62,16 +64,19 @@ def _description(document: Mapping[str, Any], base: str) -> str:
     steps = sample_steps(loss)
     return (
         f"A vision-language-action policy of dvla {__version__}: a DiT of {dit['blocks']} blocks of width "
-        f"{dit['width']} that turns features of `{base}`, the instruction and the robot's state into "
+        f"{dit['width']} that turns features of {markdown(base)}, the instruction and the robot's state into "
         f"{dit['horizon']} actions, in {steps} forward pass{'es' if steps > 1 else ''} ({loss.kind} head)."
     )
 
 
 def data_section(datasets: Sequence[Mapping[str, Any]]) -> str:
     """The datasets, each with its license; a non-commercial one is named first."""
-    restricted = ", ".join(d["name"] for d in datasets if NON_COMMERCIAL.search(d["license"]))
-    unknown = ", ".join(d["name"] for d in datasets if not d["license"] or "not stated" in d["license"])
-    rows = "".join(f"\n| {d['name']} | {d['license'] or 'not stated'} | {d['control_hz']:g} |" for d in datasets)
+    restricted = ", ".join(markdown(d["name"]) for d in datasets if NON_COMMERCIAL.search(d["license"]))
+    unknown = ", ".join(markdown(d["name"]) for d in datasets if not d["license"] or "not stated" in d["license"])
+    rows = "".join(
+        f"\n| {markdown(d['name'])} | {markdown(d['license']) or 'not stated'} | {d['control_hz']:g} |"
+        for d in datasets
+    )
     paragraphs = ["## Data", f"| dataset | license | Hz |\n|---|---|---|{rows}"]
     if unknown:
         paragraphs.insert(1, f"**No license is stated** for {unknown}: ask its owners before use.")
@@ -81,8 +86,8 @@ def data_section(datasets: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _use(datasets: Sequence[Mapping[str, Any]], repo: str) -> str:
-    which = f', dataset="{datasets[0]["name"]}"' if len(datasets) > 1 else ""
-    views = "; ".join(f"{d['name']}: {', '.join(d['views'])}" for d in datasets)
+    which = f", dataset={json.dumps(datasets[0]['name'])}" if len(datasets) > 1 else ""
+    views = "; ".join(markdown(f"{d['name']}: {', '.join(d['views'])}") for d in datasets)
     return f"""```python
 import dvla
 
@@ -118,7 +123,7 @@ def _closed_loop(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not tasks:
         return "No closed-loop success was measured."
     rows = "".join(
-        f"\n| {task} | {_percent(r['success'])} | {_percent(r['ci95'][0])} – {_percent(r['ci95'][1])} | "
+        f"\n| {markdown(task)} | {_percent(r['success'])} | {_percent(r['ci95'][0])} – {_percent(r['ci95'][1])} | "
         f"{_percent(r.get('expert'))} | {_percent(r.get('random'))} | {_percent(r.get('blind'))} | {r['episodes']} |"
         for task, r in tasks
     )

@@ -29,7 +29,7 @@ from ...common.hub import policy_snapshot
 from ...errors import UserError
 
 _STEP = re.compile(r"step-(\d{8})")
-POLICY_FORMAT = 1
+POLICY_FORMATS = (1, 2)  # 2: says how its datasets are normalized, which releases that read 1 alone would not see
 
 
 def checkpoints(run: Path) -> list[Path]:

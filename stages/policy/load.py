@@ -41,8 +41,9 @@ def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
 def read_document(folder: Path) -> dict[str, Any]:
     """policy.json of a checkpoint or an exported folder; `UserError` for one of another version."""
     document = read_json(folder / "policy.json")
-    if document.get("format") != ck.POLICY_FORMAT:
-        raise UserError(f"{folder} has policy format {document.get('format')}, this version reads {ck.POLICY_FORMAT}")
+    if document.get("format") not in ck.POLICY_FORMATS:
+        newest = ck.POLICY_FORMATS[-1]
+        raise UserError(f"{folder} has policy format {document.get('format')}, this version reads up to {newest}")
     return document
 
 

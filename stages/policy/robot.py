@@ -9,6 +9,7 @@ import numpy as np
 
 from ...cache.actions.action_map import ActionMap
 from ...cache.actions.normalizer import Normalizer
+from ...cache.actions.schemes import EARLIER
 from ...cache.actions.statistics import Statistics
 from ...cache.store.cache import CacheDataset
 from ...errors import UserError, unknown
@@ -20,9 +21,11 @@ DESCRIBED = (  # attributes of a cache's dataset
 
 
 def describe_dataset(dataset: CacheDataset) -> dict[str, Any]:
-    """What a policy must know of a dataset to act in its robot's units, as JSON."""
+    """What a policy must know of a dataset to act in its robot's units, as JSON. Without "normalize": see EARLIER."""
     described = {key: dataset.attributes[key] for key in DESCRIBED}
-    return {"name": dataset.name, "views": list(dataset.views), **described}
+    described |= {f"{kind}_stats": dataset.statistics(kind).to_dict() for kind in ("action", "proprio")}
+    scheme = {} if dataset.scheme == EARLIER else {"normalize": dataset.scheme}
+    return {"name": dataset.name, "views": list(dataset.views), **described, **scheme}
 
 
 class RobotInterface:
@@ -34,7 +37,12 @@ class RobotInterface:
         self.embodiment, self.control_hz = int(values["embodiment"]), float(values["control_hz"])
         self.action_map, self.state_map = (ActionMap.from_dict(values[k]) for k in ("action_map", "state_map"))
         self._action, self._state = (
-            Normalizer(Statistics.from_dict(values[stats]), fields.mask, fields.rotation_slots)
+            Normalizer(
+                Statistics.from_dict(values[stats]),
+                fields.mask,
+                fields.rotation_slots,
+                values.get("normalize", EARLIER),
+            )
             for stats, fields in (("action_stats", self.action_map), ("proprio_stats", self.state_map))
         )
 

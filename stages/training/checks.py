@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...cache.actions.extremes import extremes
 from ...cache.loader.loader import require_variants
 from ...cache.loader.order import held_out, mixture, override
 from ...cache.store.cache import Cache
@@ -19,18 +20,42 @@ from ...common.packages import require_package
 from ...drifting.dit import dit_config
 from ...drifting.policy_net import PolicyNetConfig
 from ...errors import UserError
-from .config import TrainConfig
+from .config import ALL, TrainConfig
 from .run_log import require_wandb
 
 ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
 
 
 def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
-    """The cache that `config` names: a folder, a URL, or the folder of its WebDataset export; `UserError` without one.
+    """The cache that `config` names, normalized as it says: a folder, a URL, or the folder of its WebDataset export;
+    `UserError` without one, or for a dataset in `normalize` that it does not hold.
 
     Where the folder `run` holds a run that was begun with an earlier generation of it, which `--append` has kept beside
     it, that generation.
     """
+    cache = _generation(config, run)
+    for name in config.normalize:
+        if name != ALL:
+            cache.named(name)
+    for d in cache.datasets:
+        d.normalize(config.normalize.get(d.name) or config.normalize.get(ALL) or d.scheme)
+    return cache
+
+
+def extreme_lines(cache: Cache) -> list[str]:
+    """What to say of values far from all others, or cut off, before a run trains on them."""
+    lines = []
+    for d in cache.datasets:
+        ends = list(zip(d.episode_id.tolist(), d.episode_start.tolist(), d.episode_length.tolist()))
+        for table, kind in (("action", "action"), ("state", "proprio")):
+            values, normalizer = getattr(d, kind), getattr(d, f"{kind}_normalizer")
+            rows = ((number, values[start : start + length]) for number, start, length in ends)
+            found = extremes(table, d.statistics(kind), normalizer, rows)
+            lines += [f"{d.name}: {line}" for line in found.lines()]
+    return lines
+
+
+def _generation(config: TrainConfig, run: str | None) -> Cache:
     cache, begun = _open(config), fingerprint_of(run)
     if begun not in (None, cache.manifest["fingerprint"]) and cache.folder is not None:
         for folder in sorted(cache.path.absolute().parent.glob(f"{glob.escape(cache.path.absolute().name)}.gen-*")):

@@ -12,7 +12,7 @@ from ...cache.vlm.spec import LoraSpec
 from ...common.console import progress_bars, say
 from ...common.options import Device, Given, Options, Set, VlmPath, parse_set
 from ...errors import UserError, unknown
-from .config import TrainConfig, load_recipe, train_config
+from .config import ALL, TrainConfig, load_recipe, train_config
 from .console import closing_lines, training_lines
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ RUN_FOLDER = "Run folder; one with the same settings is resumed."
 LOOP = """seed threads precision compile {} log_every eval_every eval_batches save_every wandb.mode wandb.project set_
     stop_after device"""
 TRAIN = f"""cache out init local dry_run recipe model_size loss_type steps batch_size accumulate draws optimizer.lr mask
-    image_aug blind weight temperature order {LOOP.format("flash strategy")}"""
+    image_aug blind weight temperature normalize order {LOOP.format("flash strategy")}"""
 FINETUNE = f"""out source vlm_mode lora adapter optimizer.vlm_lr_scale from_cache local vlm_path recipe steps batch_size
     accumulate optimizer.lr mask {LOOP.format("flash")}"""
 
@@ -58,6 +58,14 @@ def train_command(
             "--weight", help="Share of a dataset, NAME=0.3; the others divide the rest. May be given several times."
         ),
     ] = None,
+    normalize: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--normalize",
+            help="Normalization: std5 (default), meanstd, minmax or quantile, for all or as NAME=SCHEME; may be given "
+            "several times.",
+        ),
+    ] = None,
     flash: FlashAttention = False,
     set_: Set = None,
     stop_after: StopAfter = None,
@@ -69,11 +77,12 @@ def train_command(
     if out is None and not dry_run:
         raise UserError("Missing option '--out' (the run folder); only --dry-run needs none")
     given |= {"out": str(out or ""), "loss.kind": loss_type, "weights": _shares(weight)}
+    given |= {"normalize": _schemes(normalize)}
     overrides = _overrides(given, mask, flash, set_)
     if "init" in overrides:
-        from .warm_start import network_of
+        from .warm_start import settings_of_start
 
-        overrides = {**network_of(overrides["init"]), **overrides}
+        overrides = {**settings_of_start(overrides["init"]), **overrides}
     config = train_config(recipe, overrides)
     if dry_run:
         _dry_run(config, recipe, overrides)
@@ -175,7 +184,7 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         out |= (
             _dotted(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and key not in ("unfreeze", "weights")
+            if isinstance(value, dict) and key not in ("unfreeze", "weights", "normalize")
             else {f"{prefix}{key}": value}
         )
     return out
@@ -207,3 +216,9 @@ def _shares(given: list[str] | None) -> dict[str, float] | None:
         if not separator or not name:
             raise UserError(f"--weight {item}: expected NAME=SHARE, e.g. --weight droid=0.3")
     return out or None
+
+
+def _schemes(given: list[str] | None) -> dict[str, str] | None:
+    """`["minmax", "droid=quantile"]` → {"*": "minmax", "droid": "quantile"}; None: not given."""
+    parts = [item.rpartition("=") for item in given or []]
+    return {name if separator else ALL: scheme for name, separator, scheme in parts} or None

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ...cache.actions.schemes import Scheme
 from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
 from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
 from ...drifting.config import ONE_STEP, LossConfig
 from ...errors import UserError
+
+ALL = "*"  # in `normalize`: every dataset that is not named
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ class TrainConfig:
         float, Option("--temperature", help="Sample datasets in proportion to size^this: 1 by size, 0 uniformly.")
     ] = 0.5
     weights: dict[str, float] = field(default_factory=dict)  # dataset → its share in [0, 1], in place of the above
+    # dataset, or "*" for all others → how its actions and state are normalized, in place of its dataset config's
+    normalize: dict[str, Scheme] = field(default_factory=dict)
     order: Annotated[
         Literal["global", "block", "sequential"],
         Option("--order", help="Order of samples: global shuffle, block shuffle (slow disks) or sequential."),

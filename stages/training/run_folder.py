@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ... import __version__
+from ...cache.actions.schemes import EARLIER
 from ...common import fingerprint as fp
 from ...common.files import hold, json_bytes, read_json, write_file
 from ...common.packages import version_of
@@ -23,7 +24,7 @@ from ...common.text import public
 from ...errors import UserError
 from ..policy import checkpoint as ck
 from .checks import ENVIRONMENT, fingerprint_of
-from .config import TrainConfig
+from .config import ALL, TrainConfig
 from .context import Session
 from .parallel.replicas import Replicas, place, unsharded
 from .parallel.world import World
@@ -146,8 +147,8 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         )
     if fingerprint_of(session.config.out) not in (None, session.cache.manifest["fingerprint"]):
         raise UserError(
-            f"cache {session.config.cache} is not the one run {folder} was begun with: it was built again or grown, and "
-            "that generation is gone (see `dvla cache diff`). Begin a new run from the old one's weights with --init"
+            f"cache {session.config.cache} is not the one run {folder} was begun with: it was built again or grown, "
+            "and that generation is gone (see `dvla cache diff`); begin a new run from its weights with --init"
         )
     if session.cache.path.absolute() != Path(session.config.cache).absolute() and session.cache.folder is not None:
         session.say(f"the cache was grown since: {folder} goes on with {session.cache.path}, which it was begun with")
@@ -190,8 +191,18 @@ def _make_folder(folder: Path, settings: dict[str, Any], session: Session) -> No
 
 
 def whole_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a config.json; those that did not exist when the run began have their defaults."""
-    return _filled(saved, json.loads(json.dumps(dataclasses.asdict(TrainConfig("", "")))))
+    """The settings in a config.json; those that did not exist when the run began have their defaults, or what was done
+    then."""
+    then = {"normalize": {ALL: EARLIER}, **saved}
+    return _filled(then, json.loads(json.dumps(dataclasses.asdict(TrainConfig("", "")))))
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """`config`, or the run's own normalization where an earlier release began the run in `config.out`."""
+    saved = Path(config.out) / "config.json"
+    if config.normalize or not saved.is_file() or "normalize" in read_json(saved):
+        return config
+    return dataclasses.replace(config, normalize={ALL: EARLIER})
 
 
 def environment(world: World) -> dict[str, Any]:

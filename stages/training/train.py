@@ -20,11 +20,12 @@ from ...drifting.heads import head_dit
 from ...drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..policy import checkpoint as ck
 from ..policy.robot import describe_dataset
-from .checks import open_cache, require_trainable
+from .checks import extreme_lines, open_cache, require_trainable
 from .config import TrainConfig
 from .context import Session, TrainReport
 from .loop import run
 from .parallel.world import join
+from .run_folder import as_begun
 from .warm_start import start_from
 
 
@@ -35,9 +36,12 @@ def train(
     stop_after: int | None = None,
 ) -> TrainReport:
     """Train from a cache, or resume the run in `config.out` if it has the same settings."""
+    config = as_begun(config)
     cache = open_cache(config, config.out)
     require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:
+        for line in extreme_lines(cache) if world.main else ():
+            say(line)
         torch.manual_seed(config.seed)
         net = policy_net(config, cache)
         if config.init is not None and not ck.checkpoints(Path(config.out)):
@@ -64,11 +68,12 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
 def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[str, Any]:
     """policy.json: everything that inference needs besides the weights."""
     encoder = {"spec": cache.datasets[0].attributes["encoder"], "fingerprint": cache.fingerprint["encoder"]}
+    datasets = [describe_dataset(d) for d in cache.datasets]
     return {
-        "format": ck.POLICY_FORMAT,
+        "format": 2 if any("normalize" in d for d in datasets) else 1,
         "net": dataclasses.asdict(net.config),
         "encoder": encoder,
-        "datasets": [describe_dataset(d) for d in cache.datasets],
+        "datasets": datasets,
         "loss": {"kind": config.loss.kind, "sample_steps": config.loss.sample_steps},  # how the head samples
         "conditions": {
             "blind": config.blind,

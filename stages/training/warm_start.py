@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...cache.actions.schemes import EARLIER, Scheme
 from ...cache.store.cache import Cache
 from ...cache.vlm.adapter import adapter_document
 from ...cache.vlm.load import encoder_differences
@@ -17,15 +18,23 @@ from ...errors import UserError
 from ..policy import checkpoint as ck
 from ..policy.load import read_document
 from ..policy.robot import describe_dataset
-from .config import TrainConfig
+from .config import ALL, TrainConfig
 
 
-def network_of(checkpoint: str | Path) -> dict[str, Any]:
-    """The network's settings of a run's checkpoint, so that they need not be repeated; empty outside a run."""
-    settings = ck.resolve(checkpoint, lambda _: None).parent.parent / "config.json"
-    if not settings.is_file():
-        return {}
-    return {name: value for name, value in read_json(settings).items() if name in ("model_size", "dit", "action_space")}
+def settings_of_start(checkpoint: str | Path) -> dict[str, Any]:
+    """What training from a checkpoint keeps, so that it need not be repeated: its normalization and, of a run's, the
+    network's settings."""
+    folder = ck.resolve(checkpoint, lambda _: None)
+    settings, kept = folder.parent.parent / "config.json", {"normalize": schemes_of(read_document(folder))}
+    if settings.is_file():
+        kept |= {k: v for k, v in read_json(settings).items() if k in ("model_size", "dit", "action_space")}
+    return kept
+
+
+def schemes_of(document: Mapping[str, Any]) -> dict[str, Scheme]:
+    """The normalization in a policy.json, as a setting of a run."""
+    found = {d["name"]: d.get("normalize", EARLIER) for d in document["datasets"]}
+    return {ALL: schemes.pop()} if len(schemes := set(found.values())) == 1 else found
 
 
 def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[[str], None]) -> None:
@@ -59,8 +68,8 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
         now, before = describe_dataset(dataset), stored.get(dataset.name)
         different = [
             key
-            for key in ("action_map", "state_map", "action_stats", "proprio_stats")
-            if before is not None and before[key] != now[key]
+            for key in ("action_map", "state_map", "action_stats", "proprio_stats", "normalize")
+            if before is not None and before.get(key) != now.get(key)
         ]
         if different:
             raise UserError(

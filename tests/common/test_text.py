@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dvla.common.text import duration, parse_size, printable, public
+from dvla.common.text import duration, markdown, parse_size, printable, public
 from dvla.errors import UserError
 
 
@@ -39,3 +39,8 @@ def test_an_address_within_a_message_is_cut_where_it_ends() -> None:
 
 def test_what_a_terminal_would_obey_is_replaced() -> None:
     assert printable("a\x1b[31m\x07\r\x9bb\u202e\udc80\tc\nd é→") == "a�[31m���b��\tc\nd é→"
+
+
+def test_what_a_card_would_obey_is_escaped() -> None:
+    assert markdown("MIT | <b>\n# [x](y)") == "MIT \\| \\<b\\> # \\[x\\](y)"
+    assert markdown("two_ways-2.0") == "two_ways-2.0"

@@ -74,7 +74,7 @@ def make_run(
         parameter.data += 0.1 * torch.randn_like(parameter)
     tensors = dict(net.state_dict())
     document = {
-        "format": ck.POLICY_FORMAT,
+        "format": ck.POLICY_FORMATS[0],
         "net": dataclasses.asdict(net.config),
         "encoder": {"spec": spec, "fingerprint": fingerprint},
         "datasets": [_robot()],

@@ -11,9 +11,8 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ from ..base import Source
 from ..config import UNMAPPED, DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
-from ..search import NUMBERED, Files, choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
 from .listing import EpisodeEntry
@@ -49,7 +48,7 @@ class LeRobotSource(Source):
         self._texts = text_columns(meta.features, meta.modality.annotations) if meta.needs_more_texts else ()
         names = (meta.name, str(meta.info.get("robot_type") or ""))
         reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
-        files = Files(names, meta.root, self._columns, self.dimension_names, reopen)
+        files = Files(names, meta.root, self._columns, meta.dimension_names, reopen)
         config = choose_config(config, self.format, files)
         self._cameras = meta.cameras(config.views)  # short name → feature key
         super().__init__(
@@ -64,19 +63,8 @@ class LeRobotSource(Source):
         self._read_recording()
 
     def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
-        """As in `features` of meta/info.json; GR00T's, as "left_arm.0", where those only number the dimensions."""
-        found: list[str] = []
-        for column in columns:
-            feature = self.meta.features.get(column) or {}
-            names, width = list(_flat(feature.get("names"))), math.prod(feature.get("shape") or [1])
-            if len(names) != width or all(map(NUMBERED.fullmatch, names)):
-                slices = [s for s in (*self.meta.modality.action, *self.meta.modality.state) if s.column == column]
-                parts = {i: f"{s.name}.{i - s.start}" for s in slices for i in range(s.start, s.stop)}
-                names = [parts[i] for i in sorted(parts)] if len(parts) == width else names
-            if len(names) != width:
-                return None
-            found += names
-        return found
+        """As `Metadata.dimension_names`."""
+        return self.meta.dimension_names(columns)
 
     def _columns(self) -> dict[str, int]:
         """Numbers per row of each numeric feature that the first table has, too."""
@@ -203,13 +191,3 @@ class LeRobotSource(Source):
         if any(not shapes.get(column, [1]) for column in config.columns):
             return None
         return {key: math.prod(shape) for key, shape in shapes.items()}
-
-
-def _flat(names: Any) -> Iterator[str]:
-    if isinstance(names, Mapping):  # {"motors": […]}
-        names = list(names.values())
-    if isinstance(names, (list, tuple)):
-        for part in names:
-            yield from _flat(part)
-    elif names is not None:
-        yield str(names)

@@ -27,12 +27,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ....common.text import first_line
-from ....errors import UserError
+from ....errors import Note, UserError
 from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts, view_of
+from ..faults import one_episode
+from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
+from ..images.hdf5 import Spans, is_images, left_out_of, spans_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
@@ -94,6 +95,7 @@ class RobomimicSource(Source):
             episode_ids=tuple(self._demos),
             widths=widths,
         )
+        self._spans: dict[str, Spans] = {}
         self._controllers = list(controllers_in(kwargs.get("controller_configs")))
         if config.mapped and config.action_columns == _ACTIONS:
             check_controllers(config, self._controllers, name)
@@ -110,6 +112,13 @@ class RobomimicSource(Source):
     def revision_hash(self) -> str:
         """sha256 hex over name and size of the file."""
         return listing_hash(self._file.parent, [self._file])
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: observations of the first demo that can be read that look like images and are none."""
+        for number in self.episode_ids:
+            with contextlib.suppress(CorruptEpisode), self._open(number) as (_, demo, where):
+                return tuple(left_out_of(find(demo, "obs", where)))
+        return ()
 
     def length_of(self, episode_id: int) -> int:
         """Rows of the action's first column."""
@@ -164,7 +173,15 @@ class RobomimicSource(Source):
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
         stored = {name: f"data/{self._demos[episode_id]}/obs/{self._cameras[name]}" for name in names}
         with opened(self._file, where) as file:
-            return [view_of(file, self._file, stored[name], name, where) for name in names]
+            return [view_of(file, self._file, stored[name], name, where, self._spans_of(name)) for name in names]
+
+    def _spans_of(self, view: str) -> Spans:
+        """The values of black and white of a camera, looked for in the whole file once."""
+        if view not in self._spans:
+            with opened(self._file, self.name) as file:
+                stored = [f"data/{demo}/obs/{self._cameras[view]}" for demo in self._demos.values()]
+                self._spans[view] = spans_over(file, stored, self.name)
+        return self._spans[view]
 
     @contextlib.contextmanager
     def _open(self, episode_id: int) -> Iterator[tuple[h5py.File, h5py.Group, str]]:
@@ -212,13 +229,14 @@ def _usual_demo(
             break
         here = f"{where} episode {number}"
         try:
-            demo = find(data, demos[number], here)
-            obs = find(demo, "obs", here) if has(demo, "obs") else {}
-            keys = tuple(key for key in obs if _is_image(find(obs, key, here)))
-            if keys:
-                seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
-        except (CorruptEpisode, *DAMAGE) as error:
-            reasons.append(first_line(error))
+            with one_episode(here):
+                demo = find(data, demos[number], here)
+                obs = find(demo, "obs", here) if has(demo, "obs") else {}
+                keys = tuple(key for key in obs if is_images(find(obs, key, here)))
+                if keys:
+                    seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
+        except CorruptEpisode as error:
+            reasons.append(str(error))
     if not seen and reasons:
         raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {reasons[0]}")
     keys, widths = max(seen, key=lambda s: seen[s]) if seen else ((), ())
@@ -236,10 +254,6 @@ def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:
         found |= {f"obs/{name}": obs[name] for name in obs}
     arrays = {k: a for k, a in found.items() if isinstance(a, h5py.Dataset) and a.dtype.kind in "fiu" and a.ndim <= 2}
     return {name: math.prod(a.shape[1:]) for name, a in arrays.items() if name not in ("rewards", "dones", "states")}
-
-
-def _is_image(array: h5py.Group | h5py.Dataset) -> bool:
-    return isinstance(array, h5py.Dataset) and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
 
 
 def _json(node: h5py.Group | h5py.Dataset, name: str, where: str, required: bool = True) -> dict[str, Any]:

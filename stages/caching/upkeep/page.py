@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .... import __version__
-from ....cache.actions.normalizer import STD_FLOOR, STD_MULTIPLE
+from ....cache.actions.normalizer import Normalizer
 from ....cache.actions.slots import slots
 from ....cache.actions.statistics import Statistics
 from ....cache.loader.provenance import config_of, sources_of
@@ -34,30 +34,27 @@ HEIGHT = 120  # pixels of a thumbnail
 TEXTS = 12  # instructions listed
 
 
-def range_figure(name: str, stats: Statistics, active: Sequence[int], style: Style = LIGHT) -> Figure:
-    """Range of every active dimension in normalized units: all of it (thin), 1 to 99 % (thick), and the median.
-
-    Values beyond ±1 are clipped.
-    """
+def range_figure(name: str, stats: Statistics, normalizer: Normalizer, style: Style = LIGHT) -> Figure:
+    """Range of every active dimension in normalized units: all of it (thin), 1 to 99 % (thick), and the median."""
+    active = np.flatnonzero(normalizer.mask).tolist()
     figure = new_figure(style, 8, 0.22 * len(active) + 1.3)
-    axis, outside = figure.subplots(), 0
+    axis, outside = figure.subplots(), int(normalizer.clips(stats).sum())
     for n, i in enumerate(active):
-        half = STD_MULTIPLE * max(stats.std[i], STD_FLOOR)
-        low, high = ((x[i] - stats.mean[i]) / half for x in (stats.min, stats.max))
-        outside += bool(max(-low, high) > 1 + 1e-6) and slots()[i].unit != "6D"
+        center, half = normalizer.center[i], normalizer.half_range[i]
+        low, high = ((x[i] - center) / half for x in (stats.min, stats.max))
         axis.plot((low, high), (n, n), color=style.expert, linewidth=1)
         if stats.quantiles is not None and {0.01, 0.5, 0.99} <= set(stats.quantiles):
-            first, middle, last = ((stats.quantiles[q][i] - stats.mean[i]) / half for q in (0.01, 0.5, 0.99))
+            first, middle, last = ((stats.quantiles[q][i] - center) / half for q in (0.01, 0.5, 0.99))
             axis.plot((first, last), (n, n), color=style.expert, linewidth=5, solid_capstyle="butt", alpha=0.6)
             axis.plot(middle, n, "|", color=style.predicted, markersize=9)
     for edge in (-1, 1):
         axis.axvline(edge, color=style.text, linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(active)), [slots()[i].name for i in active])
     axis.invert_yaxis()
-    axis.set_xlabel("normalized: 0 mean, 1 is 5 σ; thin: all, thick: 1 to 99 %, mark: median; dashed: clipped beyond")
+    axis.set_xlabel(f"normalized ({normalizer.scheme}); thin: all, thick: 1 to 99 %, mark: median; dashed: ±1")
     verdict = "nothing is clipped"
     if outside:
-        verdict = f"{outside} of {len(active)} dimensions reach beyond 5 σ and are clipped there"
+        verdict = f"{outside} of {len(active)} dimensions reach beyond ±1 and are clipped there"
     return finish(figure, f"{name}: {verdict}", style)
 
 
@@ -130,7 +127,7 @@ def _dataset(
         strip, (low, high) = norm_strip(d, view, rows)
         norms = image_uri(Image.fromarray(strip), "png")
         views.append({"name": view, "photos": photos.get(view, []), "norms": norms, "low": low, "high": high})
-    actions = Statistics.from_dict(d.attributes["action_stats"]), np.flatnonzero(d.action_mask).tolist()
+    actions = d.statistics("action"), d.action_normalizer
     return {
         "name": fact.name,
         "fact": fact,

@@ -33,7 +33,7 @@ from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
 from .numeric_rules import limits
 from .rules import judge
-from .table_stats import Following, TableStats, dimensions
+from .table_stats import Following, TableStats, dimensions, extremes_of
 
 SAMPLED = 64  # episodes whose images are decoded by default
 OPENED = 1000  # of more episodes, only those sampled have their image files opened
@@ -184,6 +184,7 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
         else:
             _add(facts, number, table, seen)
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
+    facts.extremes = [extremes_of(source, stats) for stats in facts.tables if stats.mapping.mask.any() and stats.rows]
     return facts
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ....cache.actions.extremes import Extremes
 from ....errors import Failed, Note
 from .images import CameraFacts
 from .table_stats import Dimension, Following, TableStats
@@ -44,6 +45,7 @@ class Facts:
     drifts: list[tuple[int, float, float]] = field(default_factory=list)  # (episode, seconds off at its end, rows/s)
     instructions: dict[str, list[int]] = field(default_factory=dict)  # text → episodes
     twins: list[tuple[int, int]] = field(default_factory=list)  # (episode, earlier one with the same numbers)
+    extremes: list[Extremes] = field(default_factory=list)  # of each table
     images: list[CameraFacts] = field(default_factory=list)
 
     def by_view(self) -> dict[str, list[CameraFacts]]:

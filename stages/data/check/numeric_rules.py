@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .findings import Facts, Finding, Severity, named, places
+from ....cache.actions.extremes import cut_off
+from .findings import Facts, Finding, Severity, likewise, named, places
 from .table_stats import LAGS, Dimension
 
 SATURATED = 0.1  # share of rows at exactly the smallest or largest value
@@ -127,6 +128,21 @@ def jumps(facts: Facts) -> Iterator[Finding]:
                 below = f"99 of 100 steps are below {usual[d.index]:.2g}"
                 message = f"{d} jumps by {large[0][0]:.4g} at {places(large)}; {below}"
                 yield Finding("jump", "warning", message, tuple(sorted({s[1] for s in large})))
+
+
+def glitches(facts: Facts) -> Iterator[Finding]:
+    """Values far from all others of their slot, which stretch the range that is normalized; one finding per table."""
+    for found in (f.glitches for f in facts.extremes if f.glitches):
+        episodes, worst = tuple(g.episode for g in found), max(found, key=lambda g: g.stretch)
+        remedy = f"leave it out with --exclude-episodes {worst.episode}"
+        yield Finding("glitch", "warning", f"{worst}; {remedy}{likewise(episodes)}", episodes)
+
+
+def clipped(facts: Facts) -> Iterator[Finding]:
+    """Slots of which the normalization that the dataset config asks for cuts off too much."""
+    for found in facts.extremes:
+        for name, share in found.clipped:
+            yield Finding("clipped", "warning", cut_off(name, share, found.scheme))
 
 
 def action_follows(facts: Facts) -> Iterator[Finding]:

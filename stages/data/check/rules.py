@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from .findings import Facts, Finding, Severity, about_cameras, about_episodes, likewise, ranges
 from .images import CameraFacts
-from .numeric_rules import action_follows, constant, jumps, rotations, saturated, units
+from .numeric_rules import action_follows, clipped, constant, glitches, jumps, rotations, saturated, units
 
 CHUNK = 16  # rows of an action chunk by default
 REPEATED = 0.75  # share of equal neighboring images while the robot moves
@@ -194,6 +194,8 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     units,
     rotations,
     jumps,
+    glitches,
+    clipped,
     action_follows,
     instructions,
     license_missing,

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ....cache.actions.action_map import ActionMap
+from ....cache.actions.extremes import Extremes, extremes
+from ....cache.actions.normalizer import Normalizer
 from ....cache.actions.rotations import matrix_from_rot6d, to_rot6d
 from ....cache.actions.slots import SLOTS, kind_of
+from ....cache.actions.statistics import RunningStatistics
+from ....cache.readers import Source
+from ....errors import Failed
 
 TOP = 4  # examples kept per dimension
 BINS, PER_OCTAVE, LOWEST = 160, 2, -40  # step sizes 2^-40 .. 2^40, two bins an octave
@@ -99,6 +104,7 @@ class TableStats:
         self.odd, self.wrong = np.zeros(width, np.int64), np.zeros(width, np.int64)  # rows beyond `soft`, `hard`
         self.steps = Steps(width)
         self.rotations = [RotationStats(form, span) for form, span in rotation_spans(mapping)]
+        self.mapping, self.unified = mapping, RunningStatistics()  # of the slots that the mapping fills
         self._soft, self._hard = soft, hard
         self._gain = np.array([d.gain for d in self.dims])
         self._offset = np.array([d.offset for d in self.dims])
@@ -120,6 +126,7 @@ class TableStats:
         for i in np.flatnonzero(beyond[rows, np.arange(len(rows))] > np.maximum(known, 0)):
             self.worst[i], self.worst_at[i] = mapped[rows[i], i], (episode, int(rows[i]))
         self.steps.update(episode, np.abs(np.diff(native.astype(np.float64), axis=0)))
+        self.unified.update(self.mapping.to_unified(native)[:, self.mapping.mask])
         for rotation in self.rotations:
             rotation.update(episode, native)
 
@@ -220,3 +227,13 @@ class Following:
         """[pairs] measured step per commanded one at a lag of `lag` rows, by least squares."""
         xy, xx, _ = self.products[:, LAGS.index(lag)]
         return xy / np.maximum(xx, 1e-30)
+
+
+def extremes_of(source: Source, table: TableStats) -> Extremes:
+    """Values far from all others or cut off; reads the tables again where the statistics show some."""
+    mapping, what = table.mapping, table.dims[0].table
+    stats = table.unified.result().on(mapping.mask)
+    scheme = source.config.normalize or "std5"
+    found = ((e, source.attempt(source.table, e)) for e in source.episode_ids)
+    rows = ((e, mapping.to_unified(getattr(t, what))) for e, t in found if not isinstance(t, Failed))
+    return extremes(what, stats, Normalizer(stats, mapping.mask, mapping.rotation_slots, scheme), rows)

@@ -12,7 +12,7 @@ from ....cache.actions.slots import slots
 from ....common.figures import LIGHT, Style, finish, grid, label_bars, new_figure, say_nothing
 from .data import PanelData, grade
 
-UNIT = "normalized units, 1 is 5 σ of the expert"
+UNIT = "normalized units"
 GOOD_R2 = 0.8  # from which on a dimension counts as predicted
 HARD = 2.0  # × the median error from which on a dimension stands out
 GROWTH = 50.0  # percent from first to last step that is too much

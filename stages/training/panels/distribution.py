@@ -36,7 +36,7 @@ def action_distribution(data: PanelData, style: Style = LIGHT) -> Figure:
         reached = "constant" if np.isnan(coverage[i]) else f"coverage {coverage[i]:.0f} %"
         axis.set_title(f"{slots()[i].name}\n{reached}")
         axis.set_yticks([])
-    figure.supxlabel("action (normalized units, 1 is 5 σ of the expert)", fontsize=8, color=style.text)
+    figure.supxlabel("action (normalized units)", fontsize=8, color=style.text)
     figure.supylabel("density", fontsize=8, color=style.text)
     value = data.result.get("coverage")
     if value is None:

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from dvla.cache.actions.extremes import extremes
 from dvla.cache.actions.normalizer import Normalizer
+from dvla.cache.actions.schemes import SCHEMES, Scheme
 from dvla.cache.actions.statistics import BLOCK, QUANTILES, RunningStatistics, Statistics
+from dvla.errors import UserError
 
 ROWS = 200_000
 
@@ -165,3 +168,108 @@ def test_normalisation_formula_mask_and_rotations():
     far = table[:1] + 1e3
     assert normalizer.normalize(far)[0, 0] == 1.0 and normalizer.normalize(far)[0, 33] > 100  # clipped; rotations never
     assert (normalizer.center[33:39] == 0).all() and (normalizer.half_range[33:39] == 1).all()
+
+
+INVERTING = [scheme for scheme in SCHEMES if scheme != "std5-clipped"]
+
+
+def normalizer_of(column: np.ndarray, scheme: Scheme) -> Normalizer:
+    """Of data with this one column, in slot 0."""
+    mask = np.arange(128) == 0
+    return Normalizer(running(column[:, None]).result().on(mask), mask, np.zeros(128, bool), scheme)
+
+
+def there_and_back(column: np.ndarray, scheme: Scheme) -> np.ndarray:
+    normalizer, wide = normalizer_of(column, scheme), np.zeros((len(column), 128), np.float32)
+    wide[:, 0] = column
+    normalized = normalizer.normalize(wide)
+    assert np.isfinite(normalized).all() and (scheme in ("meanstd", "quantile") or np.abs(normalized).max() <= 1)
+    return normalizer.denormalize(normalized)[:, 0]
+
+
+@pytest.mark.parametrize("scheme", INVERTING)
+@given(hnp.arrays(np.float32, st.integers(1, 300), elements=numbers(-100, 100)))
+def test_every_value_of_the_data_comes_back(scheme: Scheme, column: np.ndarray) -> None:
+    np.testing.assert_allclose(there_and_back(column, scheme), column, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", INVERTING)
+@pytest.mark.parametrize("share", [0.0001, 0.005, 0.02, 0.5])
+@pytest.mark.parametrize("values", [(1.0, 0.0), (0.0, 0.02), (-1.0, 1.0), (7.0, 7.0)])
+def test_two_valued_slots_come_back(scheme: Scheme, share: float, values: tuple[float, float]) -> None:
+    column = np.full(20_000, values[0], np.float32)
+    column[: round(share * len(column))] = values[1]
+    np.testing.assert_allclose(there_and_back(column, scheme), column, rtol=0, atol=1e-4)
+    if values[0] == values[1]:
+        np.testing.assert_array_equal(there_and_back(column, scheme), column)
+
+
+def test_what_earlier_releases_cut_off() -> None:
+    column = np.ones(1000, np.float32)
+    column[:5] = 0  # a gripper that is closed in 0.5 % of the rows
+    assert there_and_back(column, "std5-clipped")[0] == pytest.approx(0.6423, abs=1e-4)
+    assert there_and_back(column, "std5")[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_std5_is_as_before_where_no_value_is_beyond() -> None:
+    column = np.random.default_rng(0).uniform(-3, 4, 500).astype(np.float32)
+    now, before = (normalizer_of(column, scheme) for scheme in ("std5", "std5-clipped"))
+    for name in ("center", "half_range", "limit"):
+        np.testing.assert_array_equal(getattr(now, name), getattr(before, name))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "center", "half_range"),
+    [("std5", 0.0, 5.0), ("minmax", 0.5, 3.5), ("meanstd", 0.0, 1.0), ("quantile", 0.25, 2.25)],
+)
+def test_schemes(scheme: Scheme, center: float, half_range: float) -> None:
+    stats = Statistics(
+        *(np.full(128, x) for x in (0.0, 1.0, -3.0, 4.0)), 9, {0.01: np.full(128, -2.0), 0.99: np.full(128, 2.5)}
+    )
+    normalizer = Normalizer(stats, np.ones(128, bool), np.zeros(128, bool), scheme)
+    assert normalizer.center[0] == center and normalizer.half_range[0] == half_range
+    far = normalizer.normalize(np.full(128, 20.0))[0]
+    assert far == (1.0 if scheme in ("std5", "minmax") else pytest.approx((20 - center) / half_range))
+
+
+def test_unknown_schemes_and_missing_quantiles() -> None:
+    stats = Statistics(*(np.zeros(128) for _ in range(4)), 1)
+    with pytest.raises(UserError, match="'minmaxx'; did you mean 'minmax'"):
+        Normalizer(stats, np.ones(128, bool), np.zeros(128, bool), "minmaxx")
+    with pytest.raises(ValueError, match="needs statistics with quantiles"):
+        Normalizer(stats, np.ones(128, bool), np.zeros(128, bool), "quantile")
+
+
+# --- extremes ---
+
+
+def extremes_of(tables: list[np.ndarray], scheme: Scheme = "std5"):
+    """Of episodes 10, 11, … with these columns in slot 0."""
+    normalizer, stats = normalizer_of(np.concatenate(tables), scheme), running(np.concatenate(tables)[:, None]).result()
+    wide = ((10 + i, np.pad(column[:, None], ((0, 0), (0, 127)))) for i, column in enumerate(tables))
+    return extremes("action", stats.on(normalizer.mask), normalizer, wide)
+
+
+def test_glitches_are_named_with_their_place() -> None:
+    tables = [np.random.default_rng(i).normal(size=100) for i in range(3)]
+    assert not extremes_of(tables).lines()
+    tables[1][[20, 30]] = 1e3, -1e5
+    tables[2][7] = 1e5
+    found = extremes_of(tables)
+    assert [(g.episode, g.row, g.value, g.values) for g in found.glitches] == [(11, 30, -1e5, 2), (12, 7, 1e5, 1)]
+    assert found.lines()[0].startswith("action arm_joint_0_pos is -1e+05 at episode 11 row 30 (1 more like it)")
+    assert found.lines()[1].endswith("; std5 reaches up to it; leave it out with --exclude-episodes 12")
+    assert all(len(line) < 200 for line in found.lines())
+    for table in tables:
+        table[:20] = 1e5  # a fifth of the rows: not rare
+    assert not extremes_of(tables).lines()
+
+
+def test_rare_values_within_their_unit_are_no_glitch() -> None:
+    tables = [np.ones(1000) for _ in range(3)]
+    tables[1][:15] = 0  # a gripper
+    assert not extremes_of(tables).lines()
+    (line,) = extremes_of(tables, "std5-clipped").lines()
+    assert line.startswith("0.5 % of action arm_joint_0_pos is beyond the range of std5-clipped and cut off")
+    tables[1][3:] = 1  # 0.1 % is not more than 0.1 %
+    assert not extremes_of(tables, "std5-clipped").lines()

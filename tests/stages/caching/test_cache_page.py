@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dvla.cache.actions.normalizer import Normalizer
+from dvla.cache.actions.schemes import Scheme
 from dvla.cache.actions.slots import SLOTS
 from dvla.cache.actions.statistics import RunningStatistics
 from dvla.cache.store.cache import Cache
@@ -49,7 +51,7 @@ def test_the_page(dvla: Dvla, whole: Path, tmp_path: Path) -> None:
 
 
 def test_ranges_say_what_is_clipped() -> None:
-    rng, places = np.random.default_rng(0), [SLOTS["eef_vel_x"], SLOTS["gripper_open"]]
+    rng, places = np.random.default_rng(0), sorted([SLOTS["eef_vel_x"], SLOTS["gripper_open"]])
     values = np.zeros((4000, 128))
     values[:, places] = rng.standard_normal((4000, 2)).clip(-3, 3)
 
@@ -58,15 +60,20 @@ def test_ranges_say_what_is_clipped() -> None:
         running.update(values)
         return running.result()
 
-    figure = range_figure("cube", stats(), places)
+    def figure_of(scheme: Scheme):
+        normalizer = Normalizer(stats(), np.isin(np.arange(128), places), np.zeros(128, bool), scheme)
+        return range_figure("cube", stats(), normalizer)
+
+    figure = figure_of("std5-clipped")
     assert figure.get_suptitle() == "cube: nothing is clipped"
     x, _ = figure.axes[0].lines[0].get_data()
     assert np.allclose(x, (-0.6, 0.6), atol=0.02) and [t.get_text() for t in figure.axes[0].get_yticklabels()] == [
-        "eef_vel_x",
         "gripper_open",
+        "eef_vel_x",
     ]
     values[0, places[0]] = 50
-    assert "1 of 2 dimensions reach beyond 5 σ" in range_figure("cube", stats(), places).get_suptitle()
+    assert "1 of 2 dimensions reach beyond ±1" in figure_of("std5-clipped").get_suptitle()
+    assert figure_of("std5").get_suptitle() == "cube: nothing is clipped"
 
 
 def test_masks_and_norms(whole: Path) -> None:

@@ -186,7 +186,7 @@ BY_DELTAS: dict[str, tuple[str, str, Change]] = {
     "wrong scale": ("action-scale", "warning", scaled("action", slice(2, 3), 0.05)),
     "no action": ("constant", "error", filled(slice(None), 0.0)),
 }
-ELSEWHERE = {"listed-count", "unlisted-files", "rate-differs", "license-missing"}  # tested below
+ELSEWHERE = {"listed-count", "unlisted-files", "rate-differs", "license-missing", "glitch", "clipped"}  # tested below
 
 
 @pytest.mark.parametrize("deltas", [False, True])
@@ -224,6 +224,34 @@ def test_every_rule_is_tested() -> None:
     ids = set(re.findall(r'(?:Finding|about_episodes|about_cameras)\(\s*"([a-z-]+)"', source))
     ids |= {f"unit-{kind}" for kind in LIMITS} | set(get_args(Kind))
     assert ids == {c[0] for c in (*BY_POSES.values(), *BY_DELTAS.values())} | ELSEWHERE
+
+
+def test_a_row_far_from_all_others_is_named(examine: Callable[..., CheckReport]) -> None:
+    made = records()
+    made[2].state[31, 1] = made[2].state[7, 4] = 1e4
+    made[4].state[5, 1] = -2e5
+    found = {f.rule: f for f in examine(made).findings}["glitch"]
+    assert found.message.startswith("state arm_joint_1_pos is -2e+05 at episode 4 row 5, ") and found.episodes == (2, 4)
+    assert "leave it out with --exclude-episodes 4" in found.message
+
+
+def test_a_burst_is_no_glitch(examine: Callable[..., CheckReport]) -> None:
+    made = records()
+    made[2].state[20:40, 1] = 1e4  # a tenth of all rows: wrong, but not rare
+    assert "glitch" not in {f.rule for f in examine(made).findings}
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [("std5-clipped", {"clipped"}), (None, set())])
+def test_values_that_normalization_cuts_off(
+    examine: Callable[..., CheckReport], scheme: str | None, expected: set[str]
+) -> None:
+    made = records()
+    for record in made:
+        record.action[:, 10] = 1.0
+    made[1].action[30:32, 10] = 0.0  # closed in two of 360 rows
+    found = {f.rule: f.message for f in examine(made, normalize=scheme).findings}
+    assert set(found) == expected
+    assert not expected or found["clipped"].startswith("0.56 % of action gripper_open is beyond the range of std5-")
 
 
 def test_findings_say_where(examine: Callable[..., CheckReport]) -> None:

@@ -105,6 +105,12 @@ def asked(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, *options: Any) -> TrainCo
     return seen[0]
 
 
+def test_normalization_for_all_and_for_one_dataset(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = asked(dvla, monkeypatch, "--normalize", "minmax", "--normalize", "a=b=quantile")
+    assert config.normalize == {"*": "minmax", "a=b": "quantile"}
+    refused(dvla("train", "--from-cache", "C", "--out", "R", "--normalize", "gauss"), "unknown value 'gauss'", "std5")
+
+
 def test_without_options_the_defaults_hold(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
     config = asked(dvla, monkeypatch)
     assert config == TrainConfig("C", "R")
