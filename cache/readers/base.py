@@ -341,8 +341,8 @@ def look_around(
 
 
 def common(sets: Sequence[Iterable[Name]]) -> list[Name]:
-    """What at least half of the sets hold, in the order of the first that holds it."""
-    counts = Counter(name for names in sets for name in names)
+    """What at least half of the sets hold, in the order of the first of the largest."""
+    counts = Counter(name for names in sorted(map(list, sets), key=len, reverse=True) for name in names)
     return [name for name, count in counts.items() if 2 * count >= len(sets)]
 
 
