@@ -26,7 +26,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ....errors import Note, UserError
+from ....errors import Failed, Note, UserError
 from ..base import Source, choose_views, common, listing_hash, look_around
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
@@ -131,9 +131,13 @@ class RobomimicSource(Source):
     def text_from(self) -> str:  # type: ignore[override]
         """Where the first demo that can be read has its task text."""
         for number in self.episode_ids:
-            with contextlib.suppress(CorruptEpisode), self._open(number) as (file, demo, where):
-                return _instruction(file, demo, where)[1]
+            if not isinstance(found := self.attempt(self._said, number), Failed):
+                return found[1]
         return ""
+
+    def _said(self, episode_id: int) -> tuple[str, str]:
+        with self._open(episode_id) as (file, demo, where):
+            return _instruction(file, demo, where)
 
     def success_of(self, episode_id: int) -> bool | None:
         """By the demo's mark; else by its rewards of 0 and 1, where any demo of the file has a 1."""
@@ -191,7 +195,7 @@ class RobomimicSource(Source):
 
 
 def _demos(data: h5py.Group | h5py.Dataset, where: str) -> dict[int, str]:
-    """Episode id → name in `data`: the number in it, or its place in their natural order where two have one number."""
+    """Episode id → name in `data`: the number in it, or its place in natural order where two have one number."""
     names = [n for n in data if _is_demo(data, n)] if isinstance(data, h5py.Group) else []
     if not names:
         inside = ", ".join(list(data)[:3]) if isinstance(data, h5py.Group) else ""
@@ -276,7 +280,8 @@ def _instruction(file: h5py.File, demo: h5py.Group, where: str) -> tuple[str, st
             content = text(node.attrs["bddl_file_content"], f"{where}: attribute bddl_file_content")
             if said := _GOAL.search(content):
                 return said[1].strip(), f"attribute bddl_file_content of {place}"
-        for group in filter(None, (node, find(node, "obs", where) if node is demo and has(node, "obs") else None)):
+        inside = find(node, "obs", where) if node is demo and has(node, "obs") else None
+        for group in (g for g in (node, inside) if isinstance(g, h5py.Group)):
             for name in sorted(filter(rank, group), key=rank):  # type: ignore[type-var, arg-type]
                 found = _stored_text(group, name, where)
                 if is_task(name, found):
