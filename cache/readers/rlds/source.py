@@ -78,6 +78,13 @@ class RldsSource(Source):
         where = self.where(episode_id)
         return len(self._column(self._example(episode_id, where), self.config.action_columns[0], where))
 
+    def key_of(self, episode_id: int) -> str | None:
+        """As openpi names DROID's recordings: "<recording folder>--<file>"."""
+        example = self._example(episode_id, self.where(episode_id))
+        paths = [f"episode_metadata/{name}" for name in ("recording_folderpath", "file_path")]
+        found = [values_of(example, p, "bytes", self.where(episode_id)) for p in paths if p in example]
+        return "--".join(values[0].decode(errors="replace") for values in found) if len(found) == len(paths) else None
+
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         example = self._example(episode_id, where)
         found = {name: self._column(example, name, where) for name in columns}
