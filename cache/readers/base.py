@@ -210,9 +210,9 @@ class Source(ABC):
 
     def no_usable_episode(self, reasons: Sequence[object], remedy: str) -> UserError:
         """The error where no episode can be used; `reasons`: why each one cannot."""
-        return UserError(
-            f"{self.path} has no usable episode ({reasons[0] if reasons else 'it lists no episodes'}); {remedy}"
-        )
+        present = [note.text.partition(";")[0] for note in self.notes() if note.rule == "partly-present"]
+        why = "; ".join(map(str, [*present, *(reasons[:1] or ["it lists no episodes"])]))
+        return UserError(f"{self.path} has no usable episode ({why}); {remedy}")
 
     # --- one episode ---
 
