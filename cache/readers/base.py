@@ -361,7 +361,8 @@ def look_around(
         if found and number not in spread:
             break
         try:
-            seen = look(number)
+            with one_episode(f"episode {number}"):
+                seen = look(number)
             found += [] if seen is None else [seen]
         except CorruptEpisode as error:
             refused.append(error)
