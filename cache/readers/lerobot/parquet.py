@@ -148,7 +148,10 @@ def read_marks(path: Path, column: str, where: str) -> dict[int, bool]:
 def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
     """Row groups whose statistics allow the episode; all groups without statistics."""
     _require_episodes(file.schema_arrow, where)
-    paths = [file.schema.column(i).path.split(".")[0] for i in range(len(file.schema))]
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    for path in {p for p in leaves if leaves.count(p) > 1}:
+        raise CorruptEpisode(f"{where}: the table has column '{path}' twice")
+    paths = [path.split(".")[0] for path in leaves]
     leaf, chosen = paths.index("episode_index"), []
     for group in range(file.num_row_groups):
         stats = file.metadata.row_group(group).column(leaf).statistics
