@@ -102,8 +102,9 @@ class EpisodeHDF5Source(Source):
     @functools.cached_property
     def revision_hash(self) -> str:
         """sha256 hex over names and sizes of the files (those of a hub dataset are all fetched for it)."""
-        paths = [self._path(number, self.where(number)) for number in self._names]
-        return listing_hash(paths[0].parent, paths)
+        found = (self.attempt(lambda n: self._path(n, self.where(n)), number) for number in self._names)
+        paths = [path for path in found if isinstance(path, Path)]
+        return listing_hash(paths[0].parent if paths else self.path, paths)
 
     def length_of(self, episode_id: int) -> int:
         """Rows of `actions`."""

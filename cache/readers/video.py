@@ -162,7 +162,7 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
     """Open `path`; any FFmpeg or file error inside the block becomes `CorruptEpisode`."""
     quiet_libav()
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:  # a title in Latin-1 is no damage
             moving = [s for s in container.streams.video if not s.disposition & _STILLS]
             if not moving:
                 raise CorruptEpisode(f"{where}: {path.name} holds no video stream", "unreadable-file")

@@ -176,7 +176,7 @@ class DexGraspNetSource(Source):
 
     def _read_frame(self, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(axes [3, 3], shift [3], center [3]): scene to table is axes @ x + shift, to target that less center."""
-        table = load_matrix(self._folder(key) / "cam0_wrt_table.npy", (4, 4))
+        table = load_matrix(self._folder(key) / "cam0_wrt_table.npy")
         axes, shift = table[:3, :3], table[:3, 3]
         if table.ndim > 2 or np.abs(axes @ axes.T - np.eye(3)).max() > 1e-3 or np.linalg.det(axes) < 0:
             raise CorruptEpisode(
