@@ -180,6 +180,8 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
 def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame | None:
     """The frame of a packet that can be decoded without others, as a key frame can; None where it cannot."""
     context = stream.codec_context
+    if not context.is_open:
+        context.thread_count = 1  # starting threads takes longer than the frame
     try:
         frames = context.decode(packet) or context.decode(None)
         context.flush_buffers()
