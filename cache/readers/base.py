@@ -168,6 +168,10 @@ class Source(ABC):
         with one_episode(where, self.path):
             return self._checked(self._rows(episode_id, self.config.columns, where), where)
 
+    def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
+        """The files' name of each dimension of these columns, side by side; None where they have none."""
+        return None
+
     def columns_of(self, episode_id: int) -> Mapping[str, np.ndarray]:
         """The config's columns of one episode as they are in the files; `CorruptEpisode` as `table`."""
         where = self.where(episode_id)
@@ -357,7 +361,8 @@ def look_around(
         if found and number not in spread:
             break
         try:
-            seen = look(number)
+            with one_episode(f"episode {number}"):
+                seen = look(number)
             found += [] if seen is None else [seen]
         except CorruptEpisode as error:
             refused.append(error)

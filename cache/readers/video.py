@@ -163,9 +163,12 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
     quiet_libav()
     try:
         with av.open(str(path), metadata_errors="replace") as container:  # a title in Latin-1 is no damage
-            moving = [s for s in container.streams.video if not s.disposition & _STILLS]
+            # A stream whose codec is not known has no context.
+            moving = [s for s in container.streams.video if s.codec_context and not s.disposition & _STILLS]
             if not moving:
-                raise CorruptEpisode(f"{where}: {path.name} holds no video stream", "unreadable-file")
+                raise CorruptEpisode(
+                    f"{where}: {path.name} holds no video stream that can be decoded", "unreadable-file"
+                )
             yield container, max(moving, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
     except FileNotFoundError:
         raise CorruptEpisode(f"{where}: {path} is missing", "missing-file") from None
@@ -180,6 +183,8 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
 def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame | None:
     """The frame of a packet that can be decoded without others, as a key frame can; None where it cannot."""
     context = stream.codec_context
+    if not context.is_open:
+        context.thread_count = 1  # starting threads takes longer than the frame
     try:
         frames = context.decode(packet) or context.decode(None)
         context.flush_buffers()
@@ -193,7 +198,7 @@ def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
     turn = _turn(frame, what)
     if turn not in (None, extent.turn):
         raise CorruptEpisode(f"{what} is turned another way than the first")
-    if _conversion(frame, what):
+    if _conversion(frame, what) and not frame.format.has_palette:
         full = frame.color_range == _FULL or frame.format.name in _PLAIN_FULL
         frame = frame.reformat(
             format="rgb24",
@@ -229,13 +234,15 @@ def _turn(frame: av.VideoFrame, what: str) -> str | None:
 
 
 def _conversion(frame: av.VideoFrame, what: str) -> str:
-    """How a frame becomes RGB, "" as PyAV does it by itself; `CorruptEpisode` for what has no colors."""
+    """How a frame becomes RGB, "" as it always did; `CorruptEpisode` for what has no colors."""
     form, matrix = frame.format, frame.colorspace
     full = frame.color_range == _FULL
     if matrix in _UNTAGGED and (form.name in _PLAIN_FULL or (form.name in _PLAIN and not full)):
         return ""
-    if form.is_rgb or form.has_palette:
+    if form.is_rgb:
         return ""
+    if form.has_palette:
+        return "palette;"
     if len(form.components) < 3:
         if form.components[0].bits > 8:
             raise CorruptEpisode(

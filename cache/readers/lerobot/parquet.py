@@ -73,9 +73,11 @@ def read_marks(path: Path, column: str, where: str) -> dict[int, bool]:
 
 def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
     """Row groups whose statistics allow the episode; all groups without statistics."""
-    if "episode_index" not in file.schema_arrow.names:
-        raise CorruptEpisode(f"{where}: column 'episode_index' is missing from the table")
     paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    if "episode_index" not in paths:
+        raise CorruptEpisode(f"{where}: column 'episode_index' is missing from the table, or is not a number")
+    for path in {p for p in paths if paths.count(p) > 1}:
+        raise CorruptEpisode(f"{where}: the table has column '{path}' twice")
     leaf, chosen = paths.index("episode_index"), []
     for group in range(file.num_row_groups):
         stats = file.metadata.row_group(group).column(leaf).statistics

@@ -23,7 +23,7 @@ from ..config import UNMAPPED, DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
 from ..labels import SUCCESS
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
 from .listing import EpisodeEntry
@@ -49,7 +49,8 @@ class LeRobotSource(Source):
         self._texts = text_columns(meta.features, meta.modality.annotations) if meta.needs_more_texts else ()
         names = (meta.name, str(meta.info.get("robot_type") or ""))
         reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
-        config = choose_config(config, self.format, names, meta.root, self._columns, reopen)
+        files = Files(names, meta.root, self._columns, meta.dimension_names, reopen)
+        config = choose_config(config, self.format, files)
         self._cameras = meta.cameras(config.views)  # short name → feature key
         self._marks: dict[Path, dict[int, bool]] = {}  # of the table files looked at, by episode
         super().__init__(
@@ -62,6 +63,10 @@ class LeRobotSource(Source):
             widths=self._widths(config),
         )
         self._read_recording()
+
+    def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
+        """As `Metadata.dimension_names`."""
+        return self.meta.dimension_names(columns)
 
     def _columns(self) -> dict[str, int]:
         """Numbers per row of each numeric feature that the first table has, too."""

@@ -22,7 +22,7 @@ from ..base import Source
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..images import ArrayForm, Stored, channels_of, choose_cameras, decode, decode_all, survey
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .labels import read_text, success_features, success_in, text_features
 from .metadata import Feature, Metadata, is_rlds
@@ -51,7 +51,7 @@ class RldsSource(Source):
         `UserError` when there is none or the config does not describe it.
         """
         self._meta = meta = Metadata(path_or_repo)
-        config = choose_config(config, self.format, meta.names, meta.root, lambda: _columns(meta.features))
+        config = choose_config(config, self.format, Files(meta.names, meta.root, lambda: _columns(meta.features)))
         self._cameras = _cameras(meta.features, config, meta.name)  # short name → path below `steps`
         self._texts, self._marks = text_features(meta.every), success_features(meta.every)
         self._succeeded: dict[int, bool | None] = {}  # by the records read so far

@@ -34,7 +34,7 @@ from ..faults import one_episode
 from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
 from ..images.hdf5 import Spans, is_images, left_out_of, spans_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .controller import check_actions, check_controllers, controllers_in
 
@@ -70,7 +70,9 @@ class RobomimicSource(Source):
                 kwargs = given if isinstance(given, dict) else {}
                 environment = str(about.get("env_name") or "")
                 names = (environment, stem, self._file.parent.name)
-                config = choose_config(config, self.format, names, self._file, lambda: _columns(data, self._demos))
+                config = choose_config(
+                    config, self.format, Files(names, self._file, lambda: _columns(data, self._demos))
+                )
                 self._cameras, widths = _usual_demo(data, self._demos, config.columns, stem)
                 widths = widths or _columns(data, self._demos)
         except CorruptEpisode as error:
