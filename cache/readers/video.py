@@ -202,6 +202,8 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
 def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame | None:
     """The frame of a packet that can be decoded without others, as a key frame can; None where it cannot."""
     context = stream.codec_context
+    if not context.is_open:
+        context.thread_count = 1  # starting threads takes longer than the frame
     try:
         frames = context.decode(packet) or context.decode(None)
         context.flush_buffers()
@@ -215,7 +217,7 @@ def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
     turn = _turn(frame, what)
     if turn not in (None, extent.turn):
         raise CorruptEpisode(f"{what} is turned another way than the first")
-    if _conversion(frame, what):
+    if _conversion(frame, what) and not frame.format.has_palette:
         full = frame.color_range == _FULL or frame.format.name in _PLAIN_FULL
         frame = frame.reformat(
             format="rgb24",
@@ -251,13 +253,15 @@ def _turn(frame: av.VideoFrame, what: str) -> str | None:
 
 
 def _conversion(frame: av.VideoFrame, what: str) -> str:
-    """How a frame becomes RGB, "" as PyAV does it by itself; `CorruptEpisode` for what has no colors."""
+    """How a frame becomes RGB, "" as it always did; `CorruptEpisode` for what has no colors."""
     form, matrix = frame.format, frame.colorspace
     full = frame.color_range == _FULL
     if matrix in _UNTAGGED and (form.name in _PLAIN_FULL or (form.name in _PLAIN and not full)):
         return ""
-    if form.is_rgb or form.has_palette:
+    if form.is_rgb:
         return ""
+    if form.has_palette:
+        return "palette;"
     if len(form.components) < 3:
         if form.components[0].bits > 8:
             raise CorruptEpisode(
