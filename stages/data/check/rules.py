@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from .findings import Facts, Finding, Severity, about_cameras, about_episodes, likewise, ranges
 from .images import CameraFacts
 from .numeric_rules import action_follows, clipped, constant, glitches, jumps, rotations, saturated, units
+from .pauses import idle
 
 CHUNK = 16  # rows of an action chunk by default
 REPEATED = 0.75  # share of equal neighboring images while the robot moves
@@ -73,6 +74,11 @@ def short_episodes(facts: Facts) -> Iterator[Finding]:
     short = [e for e, n in facts.lengths.items() if 2 <= n < CHUNK]
     what = f"fewer than a chunk of {CHUNK}; steps past its end are masked"
     yield from about_episodes("short-episode", "info", short, lambda e: f"has {facts.lengths[e]} rows, {what}")
+
+
+def unsuccessful(facts: Facts) -> Iterator[Finding]:
+    what = "is marked as failed; build or train with --success-only to leave such demonstrations out"
+    return about_episodes("marked-failed", "warning", facts.unsuccessful, lambda _: what)
 
 
 def duplicates(facts: Facts) -> Iterator[Finding]:
@@ -181,7 +187,9 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     row_count,
     unlisted_files,
     short_episodes,
+    unsuccessful,
     duplicates,
+    idle,
     time_gaps,
     time_drift,
     rate_differs,
