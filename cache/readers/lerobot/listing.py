@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ....errors import Kind, Note, UserError
 from ..location import Location
 from .documents import Line, Template, number, read_lines, read_rows, shown, whole
@@ -187,11 +190,13 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
                 episode = int(named[1]) if named else position
         found.setdefault(episode, []).append((line.where, entry))
     for episode, candidates in found.items():
-        _settle(episode, candidates, listing)
+        _settle(location, episode, candidates, listing)
 
 
-def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], listing: Listing) -> None:
-    """Keep the one entry of an episode; several that differ damage it."""
+def _settle(
+    location: Location, episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], listing: Listing
+) -> None:
+    """Keep the one entry of an episode; of several that differ the one that its rows agree with, else it is damaged."""
     readable = [(where, e) for where, e in candidates if isinstance(e, EpisodeEntry)]
     different = [e for i, (_, e) in enumerate(readable) if e not in [x for _, x in readable[:i]]]
     if len(different) == 1:
@@ -199,9 +204,25 @@ def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], 
         listing.notes += [Note("entry-unreadable", str(e)) for _, e in candidates if not isinstance(e, EpisodeEntry)]
     elif different:
         lengths = " and ".join(f"{e.length} frames ({where})" for where, e in readable[:2])
-        listing.damaged[episode] = "unusable-episode", f"it is listed {len(readable)} times: {lengths}"
+        listed = f"it is listed {len(readable)} times: {lengths}"
+        fitting = [e for e in different if e.length == _rows_of(location, e.data_path, episode)]
+        if len(fitting) == 1:
+            listing.entries[episode] = fitting[0]
+            note = f"episode {episode}: {listed}; its {fitting[0].length} rows decide"
+            listing.notes.append(Note("listed-twice", note))
+        else:
+            listing.damaged[episode] = "unusable-episode", listed
     else:
         listing.damaged[episode] = "unusable-episode", str(candidates[0][1])
+
+
+def _rows_of(location: Location, data_path: str, episode: int) -> int | None:
+    """How many rows an episode has in a file that is here; None where that cannot be told."""
+    try:
+        where = [("episode_index", "=", episode)]
+        return pq.read_table(location.root / data_path, columns=["episode_index"], filters=where).num_rows
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
 
 
 def _v2_lines(location: Location) -> list[Line]:

@@ -146,7 +146,6 @@ def test_odd_lists_are_read(tmp_path, change):
         (lambda b: b.replace(b'"length": 5', b'"x": ' + b"[" * 100_000), "line 3 cannot be read as JSON"),
         (lambda b: b.replace(b'{"episode_index": 2', b"[3, 4]#"), "line 3 holds [3, 4], expected an object"),
         (lambda b: b.replace(b'"episode_index": 2', b'"episode_index": null'), "line 3 'episode_index' is empty"),
-        (lambda b: b + b'{"episode_index": 2, "length": 9}\n', "listed 2 times: 5 frames (meta/episodes.jsonl line 3)"),
     ],
 )
 def test_a_bad_line_costs_its_episode(tmp_path, change, reason):
@@ -174,6 +173,15 @@ def test_half_of_a_pair_of_escapes_is_replaced(tmp_path):
     root = write_v2(tmp_path / "d")
     (root / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "push \\ud83d the \\ud83d\\ude00 puck"}\n')
     assert outcome(root) == good(0, 1, 2, text="push ? the 😀 puck")
+
+
+def test_of_two_entries_the_rows_choose_one(tmp_path):
+    root = write_v2(tmp_path / "d")
+    rewrite(root, lambda b: b'{"episode_index": 2, "length": 9}\n' + b)
+    assert outcome(root) == good(0, 1, 2)
+    assert "listed 2 times: 9 frames (meta/episodes.jsonl line 1) and 5 frames" in open_source(root).notes()[0].text
+    (root / "data/chunk-000/episode_000002.parquet").unlink()
+    assert "it is listed 2 times: 9 frames" in outcome(root)[2]
 
 
 def test_windows_texts_are_read_and_named(tmp_path):
