@@ -17,6 +17,7 @@ import numpy as np
 
 from ...common.files import crc32c
 from ...errors import UserError
+from .manifest import MANIFEST
 from .shard_writer import index_nbytes
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path, self.handle = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._finalizer = weakref.finalize(self, os.close, self.handle)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(self.handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # no manifest, or a file system without locks
+            held = os.open(MANIFEST, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.handle)
+            self._unlock = weakref.finalize(self, os.close, held)
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def is_at(self, path: Path) -> bool:
         """Whether it is at `path` now."""
@@ -44,7 +47,10 @@ class Folder:
 @contextlib.contextmanager
 def unread(path: Path) -> Iterator[bool]:
     """Whether no process reads the generation in a directory through a `Folder`; none can start inside the block."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if not (path / MANIFEST).is_file():
+        yield True
+        return
+    handle = os.open(path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ....errors import Kind, Note, UserError
+from ..labels import SUCCESS, truth
 from ..location import Location
 from .documents import Line, Template, number, read_lines, read_rows, shown, whole
 from .documents import field as whole_field
@@ -24,13 +23,14 @@ _NO_INSTRUCTIONS = ("valid", "invalid")  # GR00T's marks of an episode, kept amo
 class EpisodeEntry:
     """One listed episode: where its rows and images are (paths relative to the dataset)."""
 
-    length: int
+    length: int | None  # rows; None where the list does not tell, and the rows have to
     tasks: tuple[str, ...]  # as listed; the rows decide which of them are used
     data_path: str
     video_paths: Mapping[str, str]  # video key → file
     video_starts: Mapping[str, float]  # video key → seconds into that file at which the episode begins
     video_ends: Mapping[str, float] = field(default_factory=dict)  # and ends, where that is listed (v3.0)
     rows: tuple[int, int] | None = None  # [from, to) among all rows, where that is listed (v3.0)
+    success: bool | None = None  # whether the demonstration succeeded, where that is listed
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Paths:
     video_keys: tuple[str, ...]
     chunks_size: int
 
-    def entry_v2(self, number: int, length: int, tasks: tuple[str, ...]) -> EpisodeEntry:
+    def entry_v2(self, number: int, length: int | None, tasks: tuple[str, ...]) -> EpisodeEntry:
         """An episode that has files of its own."""
         chunk = number // self.chunks_size
         values = {"episode_index": number, "episode_chunk": chunk, "chunk_index": chunk}
@@ -148,7 +148,7 @@ class Paths:
                 ends[key] = _seconds(row, end)
         bounds = row.get("dataset_from_index"), row.get("dataset_to_index")
         span = None if any(map(_is_empty, bounds)) else (whole(bounds[0]), whole(bounds[1]))
-        return EpisodeEntry(whole_field(row, "length"), tasks, self._path("", row), videos, starts, ends, span)
+        return EpisodeEntry(_length(row), tasks, self._path("", row), videos, starts, ends, span)
 
     @functools.cached_property
     def _times(self) -> dict[str, tuple[str, str]]:
@@ -167,6 +167,10 @@ class Paths:
             template, named = (self.video, {"video_key": key}) if key and self.video else (self.data, {})
             self._filled[wanted] = template.fill(chunk_index=chunk, file_index=file, **named)
         return self._filled[wanted]
+
+
+def _length(row: Mapping[str, Any]) -> int | None:
+    return None if _is_empty(row.get("length")) else whole_field(row, "length")
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float:
@@ -194,8 +198,10 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
             episode = whole_field(row, "episode_index")
             tasks = usable_texts(row.get("tasks", row.get("task")), listing.tasks)
             entry: EpisodeEntry | str = (
-                paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, whole_field(row, "length"), tasks)
+                paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, _length(row), tasks)
             )
+            if mark := next((name for name in SUCCESS if row.get(name) is not None), None):
+                entry = dataclasses.replace(entry, success=truth(row[mark]))
         except ValueError as error:
             entry = f"{line.where} {error}"
             if episode is None:
@@ -203,13 +209,12 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
                 episode = int(named[1]) if named else position
         found.setdefault(episode, []).append((line.where, entry))
     for episode, candidates in found.items():
-        _settle(location, episode, candidates, listing)
+        _settle(episode, candidates, listing)
 
 
-def _settle(
-    location: Location, episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], listing: Listing
-) -> None:
-    """Keep the one entry of an episode; of several that differ the one that its rows agree with, else it is damaged."""
+def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], listing: Listing) -> None:
+    """Keep the one entry of an episode. Several that differ in its length leave that to the rows, where not just one
+    agrees with itself; several in different places damage it."""
     readable = [(where, e) for where, e in candidates if isinstance(e, EpisodeEntry)]
     different = [e for i, (_, e) in enumerate(readable) if e not in [x for _, x in readable[:i]]]
     if len(different) == 1:
@@ -217,25 +222,17 @@ def _settle(
         listing.notes += [Note("entry-unreadable", str(e)) for _, e in candidates if not isinstance(e, EpisodeEntry)]
     elif different:
         lengths = " and ".join(f"{e.length} frames ({where})" for where, e in readable[:2])
-        listed = f"it is listed {len(readable)} times: {lengths}"
-        fitting = [e for e in different if e.length == _rows_of(location, e.data_path, episode)]
-        if len(fitting) == 1:
-            listing.entries[episode] = fitting[0]
-            note = f"episode {episode}: {listed}; its {fitting[0].length} rows decide"
-            listing.notes.append(Note("listed-twice", note))
+        told = f"it is listed {len(readable)} times: {lengths}"
+        sound = [e for e in different if e.rows is not None and e.rows[1] - e.rows[0] == e.length]
+        places = [dataclasses.replace(e, length=None, tasks=(), video_ends={}, rows=None) for e in different]
+        if all(place == places[0] for place in places):
+            unsure = dataclasses.replace(different[-1], length=None, video_ends={}, rows=None)
+            listing.entries[episode] = sound[0] if len(sound) == 1 else unsure
+            listing.notes.append(Note("entry-twice", f"episode {episode}: {told}; the rows decide"))
         else:
-            listing.damaged[episode] = "unusable-episode", listed
+            listing.damaged[episode] = "unusable-episode", told
     else:
         listing.damaged[episode] = "unusable-episode", str(candidates[0][1])
-
-
-def _rows_of(location: Location, data_path: str, episode: int) -> int | None:
-    """How many rows an episode has in a file that is here; None where that cannot be told."""
-    try:
-        where = [("episode_index", "=", episode)]
-        return pq.read_table(location.root / data_path, columns=["episode_index"], filters=where).num_rows
-    except (OSError, ValueError, KeyError, pa.ArrowException):
-        return None
 
 
 def _v2_lines(location: Location) -> list[Line]:
