@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -25,6 +27,8 @@ from .faults import guarded_frames, one_episode
 from .tables import EpisodeTable, Rows, TableBlock, as_blocks, join_columns
 
 Result = TypeVar("Result")
+Seen = TypeVar("Seen")
+Name = TypeVar("Name", bound=Hashable)
 UNKNOWN_HZ = 10.0  # rows per second of files that do not give it and that no config describes
 
 
@@ -264,17 +268,14 @@ class Source(ABC):
         times = np.arange(length) / self.fps if rows.timestamps is None else np.asarray(rows.timestamps, np.float64)
         if len(times) != length:
             raise CorruptEpisode(f"{where}: {length} rows of action, {len(times)} timestamps", "row-count")
-        backwards = np.diff(times, prepend=-np.inf) <= 0
-        if backwards.any() or times[0] < 0:
-            frame = int(backwards.argmax())
+        forwards = (np.diff(times, prepend=-np.inf) > 0) & np.isfinite(times)
+        if not forwards.all() or times[0] < 0:
+            frame = int(forwards.argmin())
             raise CorruptEpisode(f"{where}: timestamps do not increase at frame {frame}", "time-order")
-        return EpisodeTable(
-            state.astype(np.float32),
-            action.astype(np.float32),
-            times,
-            rows.instruction or config.instruction,
-            rows.notes,
-        )
+        text = rows.instruction or config.instruction
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise CorruptEpisode(f"{where}: its instruction is not Unicode text: {text}")
+        return EpisodeTable(state.astype(np.float32), action.astype(np.float32), times, text, rows.notes)
 
     def _check_widths(self, widths: Mapping[str, int]) -> None:
         config = self.config
@@ -319,6 +320,30 @@ def listing_hash(root: Path, files: Sequence[Path]) -> str:
     for path in sorted(files):
         digest.update(f"{path.relative_to(root).as_posix()}:{path.stat().st_size};".encode())
     return digest.hexdigest()
+
+
+def look_around(
+    look: Callable[[int], Seen | None], ids: Sequence[int], most: int = 9
+) -> tuple[list[Seen], list[CorruptEpisode]]:
+    """What `look` finds in up to `most` of the episodes `ids`, evenly spread, and why some cannot be read: an odd first
+    episode does not speak for a dataset. Others are looked at only while nothing was found."""
+    found, refused = [], []
+    spread = {ids[int(i)] for i in np.linspace(0, len(ids) - 1, min(most, len(ids)))} if ids else set()
+    for number in (*sorted(spread), *(n for n in ids if n not in spread)):
+        if found and number not in spread:
+            break
+        try:
+            seen = look(number)
+            found += [] if seen is None else [seen]
+        except CorruptEpisode as error:
+            refused.append(error)
+    return found, refused
+
+
+def common(sets: Sequence[Iterable[Name]]) -> list[Name]:
+    """What at least half of the sets hold, in the order of the first that holds it."""
+    counts = Counter(name for names in sets for name in names)
+    return [name for name, count in counts.items() if 2 * count >= len(sets)]
 
 
 def choose_views(names: Sequence[str], config: DatasetConfig, dataset: str) -> tuple[str, ...]:

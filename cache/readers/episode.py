@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...common.text import printable
 from ...errors import Failed, Kind, Note
 
 
@@ -17,7 +18,7 @@ class CorruptEpisode(Exception):
     """This episode cannot be used; the message is one line: which one, what is wrong, where. A build quarantines it."""
 
     def __init__(self, message: str, kind: Kind = "unusable-episode") -> None:
-        super().__init__(message)
+        super().__init__(" ".join(printable(message).split("\n")))  # it may quote a file
         self.kind: Kind = kind
 
     def failed(self, episode_id: int, where: str, rows: int = 0) -> Failed:

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from ...common.hub import hub_files
 from ...errors import UserError
 from ..actions.action_map import ActionMap, FieldSpec
 from ..actions.slots import EMBODIMENTS, SLOTS, UNIFIED_DIM
-from .base import Source, choose_views, listing_hash
+from .base import Source, choose_views, listing_hash, look_around
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
 from .hdf5 import find, find_array, has, numbers, opened, text, view_of, whole_file, write_images
@@ -42,7 +43,7 @@ from .search import NoConfig, choose_config
 from .tables import EpisodeTable, Rows
 
 _FILE = re.compile(r"ep_(\d+)\.hdf5")
-_SAMPLED = 8  # episodes looked into for the active proprio slots where the files have no proprio_mask
+_SAMPLED = 8  # files looked into for what they have in common, and for the active proprio slots without a mask
 _ROTATIONS = {SLOTS[f"{prefix}_0"]: prefix for prefix in ("eef_angle", "left_eef_angle")}  # first of six slots → prefix
 _QUATERNION = 4  # of these six, the first are used where a file keeps a quaternion there (the layout's first form)
 
@@ -72,7 +73,7 @@ class EpisodeHDF5Source(Source):
         `UserError` when no file can be read, a mask names a slot that has no name, or the config does not fit.
         """
         self._location, self._names = _locate(str(path_or_repo))
-        self._header = header = self._first_header()
+        self._header = header = self._usual_header()
         self._slots = {"actions": header.action_mask, "proprio": header.proprio_mask or ()}
         if header.proprio_mask is None:  # a config tells, else the values do
             used = ActionMap(config.state, 1.0).mask if config else self._used_slots()
@@ -151,18 +152,20 @@ class EpisodeHDF5Source(Source):
         root = self._location.root
         return root if root.is_file() else self._location.locate(self._names[number], where)
 
-    def _first_header(self) -> Header:
-        """Header of the first file that can be read."""
-        reasons = []
-        for number, name in self._names.items():
-            try:
-                with opened(self._path(number, name), name) as file:
-                    return read_header(file, name)
-            except CorruptEpisode as error:
-                reasons.append(str(error))
-        raise UserError(
-            f"none of the {len(reasons)} ep_*.hdf5 files of {self._location.given} can be read: {reasons[0]}"
-        )
+    def _usual_header(self) -> Header:
+        """The header of most of the files looked at; of a hub dataset of the first that can be read."""
+
+        def look(number: int) -> Header:
+            name = self._names[number]
+            with opened(self._path(number, name), name) as file:
+                return read_header(file, name)
+
+        found, refused = look_around(look, tuple(self._names), 1 if self._location.hub_id else _SAMPLED)
+        if not found:
+            raise UserError(
+                f"none of the {len(refused)} ep_*.hdf5 files of {self._location.given} can be read: {refused[0]}"
+            )
+        return Counter(found).most_common(1)[0][0]
 
     def _check_header(self, header: Header, where: str) -> None:
         for field in dataclasses.fields(Header):

@@ -143,7 +143,7 @@ def _loaded_cameras(source: Source) -> dict[str, tuple[int, int] | None]:
 
 def image_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
     """(H, W) of a LeRobot image feature, from its shape and the names of its axes; None where these do not tell."""
-    shape, names = list(feature.get("shape") or ()), [str(n) for n in feature.get("names") or ()]
+    shape, names = list(feature.get("shape") or ()), list(_flat(feature.get("names")))
     if len(shape) != 3:
         return None
     if "height" in names and "width" in names and len(names) == 3:
@@ -215,9 +215,18 @@ def dimension_names(features: Mapping[str, Any], columns: Sequence[str]) -> list
 
 
 def _flat(names: Any) -> Iterator[str]:
-    if isinstance(names, Mapping):  # {"motors": […]}
-        names = list(names.values())
-    if isinstance(names, (list, tuple)):
+    """Names out of the forms that writers use: a list, lists in lists, groups like {"motors": […]} (their names before
+    those of several groups that share one), and name → position."""
+    if isinstance(names, Mapping):
+        values = list(names.values())
+        if values and all(type(v) is int for v in values):
+            yield from sorted(map(str, names), key=lambda name: names[name])
+            return
+        groups = {str(group): list(_flat(inside)) for group, inside in names.items()}
+        every = [name for inside in groups.values() for name in inside]
+        is_plain = len(set(every)) == len(every)
+        yield from every if is_plain else (f"{g}.{name}" for g, inside in groups.items() for name in inside)
+    elif isinstance(names, (list, tuple)):
         for part in names:
             yield from _flat(part)
     elif names is not None:
@@ -280,7 +289,7 @@ def instructions(summary: Summary, show: Progress) -> Counter[str]:
     In a format where each episode has to be opened for it: among the first `INSTRUCTION_SAMPLE`.
     """
     source = summary.source
-    if summary.meta:
+    if summary.meta and len(source.episode_ids) > INSTRUCTION_SAMPLE:
         return Counter("; ".join(e.tasks) or source.config.instruction for e in summary.meta.episodes.values())
     counts: Counter[str] = Counter()
     wanted = source.episode_ids[:INSTRUCTION_SAMPLE]

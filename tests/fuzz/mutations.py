@@ -1,4 +1,4 @@
-"""Seeded damage to a folder of files: bits, lengths and names of any file, and the content of those that are understood.
+"""Seeded damage to a folder of files: bits, lengths and names of any file, and what those say that are understood.
 
 Each mutation is a function of the folder and a random generator; it says in words what it did.
 """

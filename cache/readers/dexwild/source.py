@@ -39,7 +39,7 @@ import h5py
 import numpy as np
 
 from ....errors import UserError, unknown
-from ..base import Source, choose_views, listing_hash
+from ..base import Source, choose_views, common, listing_hash, look_around
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..hdf5 import SUFFIXES, find, find_array, opened, text
@@ -57,7 +57,7 @@ TASKS = {  # task in a file's name → our wording of it, since the files hold n
 }
 _EPISODE = re.compile(r"ep_?(\d+)")
 _FILE = re.compile(r"(?:robot|human)_([A-Za-z]+)_data.*")
-_SURVEYED = 3  # readable episodes looked into when a dataset is opened
+_SURVEYED = 5  # episodes looked into when a dataset is opened
 
 
 class DexWildSource(Source):
@@ -163,30 +163,31 @@ class DexWildSource(Source):
         return widths
 
     def _survey(self, config: DatasetConfig, dataset: str) -> tuple[dict[str, int], set[str]]:
-        """Width of each column the config asks for, and names of the cameras, over the first readable episodes."""
+        """Width of each column the config asks for, and names of the cameras, of half of the episodes looked at."""
         wanted = config.columns
-        widths: dict[str, int] = {}
-        members: dict[str, bool] = {}  # name in an episode → whether it is a camera
-        seen, refusals = 0, []
-        for path, name in ((p, n) for p, n in self._episodes.values() if n):
-            try:
-                with opened(path, dataset) as file:
-                    group = find(file, name, dataset)
-                    widths |= {c: read_stream(group, c, dataset).shape[1] - 1 for c in wanted if c in group}
-                    members |= {n: is_camera(group, n) for n in group}
-                seen += 1
-            except CorruptEpisode as error:
-                refusals.append(str(error))
-            if seen == _SURVEYED:
-                break
-        if not seen:
-            raise UserError(f"{dataset}: no episode can be read: {refusals[0]}")
+        streams: set[str] = set()
+
+        def look(number: int) -> tuple[dict[str, int], list[str]] | None:
+            path, name = self._episodes[number]
+            if name is None:
+                return None
+            with opened(path, dataset) as file:
+                group = find(file, name, dataset)
+                cameras = [n for n in group if is_camera(group, n)]
+                streams.update(set(group) - set(cameras))
+                return {c: read_stream(group, c, dataset).shape[1] - 1 for c in wanted if c in group}, cameras
+
+        found, refused = look_around(look, tuple(self._episodes), _SURVEYED)
+        if not found:
+            raise UserError(f"{dataset}: no episode can be read: {refused[0]}")
+        widths = {c: n for seen, _ in found for c, n in seen.items()}
+        widths |= dict(common([seen.items() for seen, _ in found]))
+        cameras = set(common([names for _, names in found]))
         for column in (c for c in wanted if c not in widths):
             raise UserError(
-                f"{dataset}: {unknown('stream', column, [n for n, camera in members.items() if not camera])}; dataset "
-                f"config '{config.name}' asks for it"
+                f"{dataset}: {unknown('stream', column, streams)}; dataset config '{config.name}' asks for it"
             )
-        return widths, {n for n, camera in members.items() if camera}
+        return widths, cameras
 
     def _remedy(self, columns: Sequence[str]) -> str:
         if not any("leapv2" in c for c in columns):

@@ -57,10 +57,10 @@ def read_lines(path: Path) -> list[Line]:
         data = path.read_bytes()
         for number, (text, is_utf8) in enumerate(_split(data), 1):
             found += _objects(f"meta/{path.name} line {number}", text, is_utf8)
+        if any(line.value is None for line in found):
+            found = _one_document(path, data) or found
         if found and all(line.value is None for line in found):
-            whole = _one(_decoded(data)[0].strip(_BLANK))  # one array or object over many lines
-            values = whole if isinstance(whole, list) else [whole]
-            found = [_as_line(f"meta/{path.name} entry {i}", value, "", False) for i, value in enumerate(values, 1)]
+            raise ValueError(found[0].problem)
     except (OSError, ValueError) as error:
         raise ValueError(unreadable(path, "JSON lines", error)) from None
     return found
@@ -93,8 +93,19 @@ def _objects(where: str, text: str, is_utf8: bool) -> Iterator[Line]:
         except ValueError as error:
             yield Line(where, None, f"cannot be read as JSON: {first_line(error)}", rest, not is_utf8)
             return
-        yield _as_line(where, value, rest[:end], not is_utf8)
-        rest = rest[end:].strip(_BLANK)
+        line = _as_line(where, value, rest, not is_utf8)
+        yield line
+        rest = rest[end:].strip(_BLANK) if line.value is not None else ""
+
+
+def _one_document(path: Path, data: bytes) -> list[Line]:
+    """The objects of a file that is one array, or one object over many lines; [] for any other."""
+    try:
+        whole = _one(_decoded(data)[0].strip(_BLANK))
+    except ValueError:
+        return []
+    values = whole if isinstance(whole, list) else [whole]
+    return [_as_line(f"meta/{path.name} entry {i}", value, "", False) for i, value in enumerate(values, 1)]
 
 
 def _as_line(where: str, value: Any, text: str, odd_bytes: bool) -> Line:
@@ -238,7 +249,7 @@ class Template:
         parts = [re.escape(p) for p in _FIELD.sub("\0", self.text).split("\0")]
         pattern, seen = parts[0], set()
         for name, part in zip((m[1] for m in _FIELD.finditer(self.text)), parts[1:]):
-            pattern += (f"(?P={name})" if name in seen else f"(?P<{name}>.+?)") + part
+            pattern += ("(?:.+?)" if name in seen else f"(?P<{name}>.+?)") + part
             seen.add(name)
         found = re.fullmatch(pattern, path)
         return found.groupdict() if found else {}

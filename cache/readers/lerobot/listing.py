@@ -75,7 +75,9 @@ def read_tasks(location: Location, listing: Listing) -> None:
     rows = [line.value for line in lines if line.value is not None]
     column = _text_column(rows)
     if rows and column is None:
-        raise UserError(f"{location.given}: meta/{name} has no task text (columns: {', '.join(rows[0])})")
+        names = ", ".join(rows[0])
+        listing.notes.append(Note("task-column", f"meta/{name} has no column of texts (columns: {names}): not used"))
+        return
     texts: dict[int, set[str]] = {}
     for position, line in enumerate(lines):
         try:

@@ -24,7 +24,7 @@ def text_columns(features: Iterable[str], annotations: Mapping[str, str] | None)
     GR00T's task descriptions, its other annotations, then those that other converters write."""
     named = [n for n in (annotations or {}).values() if n != "task_index" and "validity" not in n]
     found = dict.fromkeys([*named, *(k for k in features if _TEXTS.fullmatch(k) and not _SKIPPED.fullmatch(k))])
-    return tuple(sorted(found, key=lambda n: (n == "subtask", "task_description" not in n)))
+    return tuple(sorted(found, key=lambda n: (n == "subtask", "task_description" not in n, n not in named, n)))
 
 
 def instruction_of(

@@ -27,11 +27,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ....common.text import first_line
 from ....errors import UserError
 from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
+from ..faults import one_episode
 from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts, view_of
 from ..labels import found_in, is_task, joined, plain, rank
 from ..search import choose_config
@@ -210,13 +210,14 @@ def _usual_demo(
             break
         here = f"{where} episode {number}"
         try:
-            demo = find(data, demos[number], here)
-            obs = find(demo, "obs", here) if has(demo, "obs") else {}
-            keys = tuple(key for key in obs if _is_image(find(obs, key, here)))
-            if keys:
-                seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
-        except (CorruptEpisode, *DAMAGE) as error:
-            reasons.append(first_line(error))
+            with one_episode(here):
+                demo = find(data, demos[number], here)
+                obs = find(demo, "obs", here) if has(demo, "obs") else {}
+                keys = tuple(key for key in obs if _is_image(find(obs, key, here)))
+                if keys:
+                    seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
+        except CorruptEpisode as error:
+            reasons.append(str(error))
     if not seen and reasons:
         raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {reasons[0]}")
     keys, widths = max(seen, key=lambda s: seen[s]) if seen else ((), ())

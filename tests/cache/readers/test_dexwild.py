@@ -357,3 +357,14 @@ def test_folders_without_dexwild_files(tmp_path):
         write_episode(file, "ep_0000")
     assert detect_format(tmp_path) == "dexwild"
     assert open_source(tmp_path).load(1).instruction == "put the toy into the box"
+
+
+def test_an_odd_first_episode_does_not_speak_for_the_others(tmp_path):
+    """A camera, and a column's width, that one episode of three has."""
+    path = write_dexwild(tmp_path / "dexwild", (8, 6, 7))
+    with h5py.File(path, "r+") as file:
+        file.copy("ep_0000/right_thumb_cam", file["ep_0000"], "another_cam")
+        replace(file["ep_0000/right_leapv1"], np.zeros((8, 5)))
+    source = open_source(path, dataclasses.replace(load_config("dexwild"), views=None))
+    assert "another_cam" not in source.view_names
+    assert [source.load(n).length for n in (1, 2)] == [open_source(path).length_of(n) for n in (1, 2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +94,22 @@ def test_the_reason_names_the_place_in_the_package() -> None:
     assert (
         isinstance(lost, Failed) and "ValueError: could not" in lost.reason and "(cache/readers/base.py:" in lost.reason
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"timestamps": np.array([0.0, np.nan, 1.0])}, "timestamps do not increase at frame 1"),
+        ({"timestamps": np.array([0.0, 1.0, np.inf])}, "timestamps do not increase at frame 2"),
+        ({"instruction": "pick \udcff\nthis"}, "not Unicode text: pick \N{REPLACEMENT CHARACTER} this"),
+    ],
+)
+def test_values_that_no_cache_can_hold(change: dict[str, Any], reason: str) -> None:
+    source = Odd("rows", lambda: None)
+    rows = Rows(**{"columns": {"action": np.zeros((3, 1))}, "instruction": "", **change})
+    source._rows = lambda *_: rows  # type: ignore[method-assign]
+    lost = source.attempt(source.table, 0)
+    assert isinstance(lost, Failed) and reason in lost.reason
 
 
 def test_tables_go_on_past_an_odd_episode() -> None:

@@ -245,6 +245,15 @@ def test_file_that_is_no_hdf5(episode_folder, data, first):
     assert source.load(2).length == LENGTHS[2]
 
 
+def test_an_odd_first_file_does_not_speak_for_the_others(episode_folder):
+    before = {n: open_source(episode_folder).load(n).source_hash for n in (1, 2)}
+    edit(episode_folder / "ep_000000.hdf5", lambda f: f.attrs.update(embodiment_id=2))
+    source = open_source(episode_folder)
+    assert {n: source.load(n).source_hash for n in (1, 2)} == before
+    with pytest.raises(CorruptEpisode, match="its embodiment_id is 2, the dataset's 1"):
+        source.load(0)
+
+
 def test_no_file_can_be_read(episode_folder):
     for path in episode_folder.iterdir():
         path.write_bytes(b"broken")

@@ -1,4 +1,4 @@
-"""RLDS datasets as people write them: compressed shards, task texts in many places, tensors for images, parts missing."""
+"""RLDS datasets as people write them: compressed shards, texts in many places, tensors for images, parts missing."""
 
 from __future__ import annotations
 
