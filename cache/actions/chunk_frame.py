@@ -7,10 +7,12 @@ the state lacks. Both ways are linear in the action, so that one undoes the othe
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 from .rotations import matrix_from_rot6d
-from .slots import ROTATION_PREFIXES, SLOTS, UNIFIED_DIM, kind_of, slots
+from .slots import ROTATION_PREFIXES, SLOTS, kind_of, slots
 
 RELATIVE = np.array([kind_of(slot.name) in ("joint", "position") for slot in slots()])  # [128] become differences
 ROTATIONS = sorted({SLOTS[f"{prefix}_0"] for prefix in ROTATION_PREFIXES})  # first slots of 6D rotations
@@ -28,6 +30,13 @@ class ChunkFrame:
         """Whether anything becomes relative."""
         return bool(len(self.plain) or self.rotations)
 
+    def on(self, used: np.ndarray) -> ChunkFrame:
+        """The same for vectors of the slots `used` [n] alone, ascending, among which all relative ones are."""
+        few = copy.copy(self)
+        few.plain = np.searchsorted(used, self.plain)
+        few.rotations = np.searchsorted(used, self.rotations).tolist()
+        return few
+
     def encode(self, action: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Unified actions `[..., T, 128]` relative to the unified state `[..., 128]` at the chunk's start, float32."""
         return self._moved(action, state, -1)
@@ -37,13 +46,14 @@ class ChunkFrame:
         return self._moved(action, state, 1)
 
     def _moved(self, action: np.ndarray, state: np.ndarray, sign: int) -> np.ndarray:
-        if action.shape[-1] != UNIFIED_DIM or state.shape != (*action.shape[:-2], UNIFIED_DIM):
+        if state.shape != (*action.shape[:-2], action.shape[-1]):
             raise ValueError(f"chunks {action.shape} do not start at states {state.shape}")
         out = np.array(action, np.float32)
         out[..., self.plain] += sign * state[..., None, self.plain].astype(np.float32)
         for first in self.rotations:
             start = matrix_from_rot6d(state[..., first : first + 6])  # [..., 3, 3]
-            columns = action[..., first : first + 6].reshape(*action.shape[:-1], 2, 3)  # rows of this are columns of R
-            turned = columns @ (start if sign < 0 else start.swapaxes(-1, -2))[..., None, :, :]  # (R₀ᵀ·c)ᵀ = cᵀ·R₀
-            out[..., first : first + 6] = turned.reshape(*action.shape[:-1], 6)
+            six = action[..., first : first + 6]  # [..., T, 6]: two columns c of each R
+            columns = six.reshape(*state.shape[:-1], -1, 3)  # [..., 2T, 3], of all steps at once
+            turned = columns @ (start if sign < 0 else start.swapaxes(-1, -2))  # (R₀ᵀ·c)ᵀ = cᵀ·R₀
+            out[..., first : first + 6] = turned.reshape(six.shape)
         return out

@@ -100,16 +100,16 @@ class _Table:
         state: np.ndarray | None = None,
     ) -> None:
         """`frame`: rows [n, T] are chunks, relative to the `state` [N, 128] of their first row."""
-        self._values, self._slots, self._frame, self._state = values, np.flatnonzero(normalizer.mask), frame, state
+        self._values, self._state, self._slots = values, state, np.flatnonzero(normalizer.mask)
+        self._frame = None if frame is None else frame.on(self._slots)
         self._center, self._half_range = normalizer.center[self._slots], normalizer.half_range[self._slots]
         self._rotation, self._limit = normalizer.rotation_slots[self._slots], normalizer.limit
 
     def write(self, out: np.ndarray, where: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> None:
         """out[where] = rows [n] or [n, T] of the table, 0 where not `wanted` (of the shape of `rows`)."""
-        x = self._values[rows]  # [n, (T,) 128]
+        x = self._values[rows][..., self._slots]  # [n, (T,) active]
         if self._frame is not None and self._state is not None:
-            x = self._frame.encode(x, self._state[rows[:, 0]])
-        x = x[..., self._slots]  # [n, (T,) active]
+            x = self._frame.encode(x, self._state[rows[:, 0]][:, self._slots])
         scaled = np.clip((x - self._center) / self._half_range, -self._limit, self._limit)
         values = np.zeros((*rows.shape, UNIFIED_DIM), np.float32)  # [n, (T,) 128]
         values[..., self._slots] = np.where(self._rotation, x, scaled) * wanted[..., None]

@@ -182,14 +182,16 @@ class CacheDataset:
 
     def _of_chunks(self) -> Statistics | None:
         """Statistics of the actions of the chunks of all observations, before their episode's end; None without any."""
-        running, step = RunningStatistics(), np.arange(self.horizon or 1)
+        running, step, used = RunningStatistics(), np.arange(self.horizon or 1), np.flatnonzero(self.action_mask)
+        frame = self._chunk_frame.on(used)
         for episode in np.flatnonzero(~self.quarantined).tolist():
             start, length = int(self.episode_start[episode]), int(self.episode_length[episode])
-            rows = np.arange(start, start + length, self.frame_stride)
+            action, state = (np.asarray(x[start : start + length])[:, used] for x in (self.action, self.proprio))
+            rows = np.arange(0, length, self.frame_stride)
             for first in (rows[i : i + CHUNKS] for i in range(0, len(rows), CHUNKS)):
                 row = first[:, None] + step  # [n, T]
-                last = start + length - 1
-                running.update(self.chunks(np.minimum(row, last), first)[row <= last][:, self.action_mask])
+                chunks = frame.encode(action[np.minimum(row, length - 1)], state[first])
+                running.update(chunks[row < length])
         return running.result().on(self.action_mask) if not self.quarantined.all() else None
 
     def _normalizer(self, kind: str) -> Normalizer:
