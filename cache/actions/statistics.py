@@ -120,11 +120,12 @@ class RunningStatistics:
         return Statistics(total.mean, total.std, total.min, total.max, total.count, self._ranks.quantiles(rest, levels))
 
 
-def statistics_of(table: np.ndarray) -> Statistics:
-    """Of all rows of `table [N, D]`, which may be a memory map."""
+def statistics_of(*tables: np.ndarray) -> Statistics:
+    """Of all rows of tables [n, D], one after another; each may be a memory map."""
     running = RunningStatistics()
-    for start in range(0, len(table), 32 * BLOCK):
-        running.update(table[start : start + 32 * BLOCK])
+    for table in tables:
+        for start in range(0, len(table), 32 * BLOCK):
+            running.update(table[start : start + 32 * BLOCK])
     return running.result()
 
 

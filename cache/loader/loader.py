@@ -56,7 +56,7 @@ def gather(
 
 
 class _Observations:
-    """The observations of a split: every `frame_stride`-th frame of its usable episodes, numbered within each dataset.
+    """The observations of a split: those to train on of its usable episodes, numbered within each dataset.
 
     `sizes` [D] is their number, `episodes` that of all their episodes. Quarantined episodes are never among them."""
 
@@ -64,7 +64,12 @@ class _Observations:
         self._datasets = cache.datasets
         self._episodes = [_episodes(d, split, holdout) for d in cache.datasets]
         self._ends = [np.cumsum(d.episode_observations[e]) for d, e in zip(cache.datasets, self._episodes)]
-        self.sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]
+        # frames by number, where some are idle; without, they are found from the episode: no memory per observation
+        self._frames = [None if d.idle is None else d.samples(e) for d, e in zip(cache.datasets, self._episodes)]
+        self.sizes = [
+            len(frames) if frames is not None else int(ends[-1]) if len(ends) else 0
+            for frames, ends in zip(self._frames, self._ends)
+        ]
         self.episodes = sum(map(len, self._episodes))
         if not any(self.sizes):
             raise UserError(f"no episode of {cache.path} is in split {split} with holdout {holdout}; change it")
@@ -73,11 +78,13 @@ class _Observations:
         """Frame rows [n] of the observations `index` [n] of the datasets `dataset` [n], int64 each."""
         row = np.empty_like(index)
         for d in np.unique(dataset):
-            here, source = dataset == d, self._datasets[d]
+            here, source, frames = dataset == d, self._datasets[d], self._frames[d]
+            if frames is not None:
+                row[here] = frames[index[here]]
+                continue
             k = np.searchsorted(self._ends[d], index[here], side="right")  # which of the split's episodes
             episode = self._episodes[d][k]
-            step = index[here] - (self._ends[d][k] - source.episode_observations[episode])
-            row[here] = source.episode_start[episode] + step * source.frame_stride
+            row[here] = source.frame_of(index[here] - self._ends[d][k] + source.observation_ends[episode])
         return row
 
 

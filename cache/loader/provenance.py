@@ -10,6 +10,7 @@ from typing import Any
 from ...common import fingerprint as fp
 from ...common.config import from_mapping
 from ...errors import UserError
+from ..actions.selection import Choice
 from ..readers import Source, open_source
 from ..readers.config import DatasetConfig
 from ..store.cache import Cache
@@ -46,6 +47,11 @@ def config_of(attributes: dict[str, Any]) -> DatasetConfig:
     """The dataset config that a cached dataset was read with, including its views."""
     config = from_mapping(DatasetConfig, attributes["config"], "cache")
     return dataclasses.replace(config, views=tuple(attributes["views"]))
+
+
+def choice_of(cache: Cache, name: str) -> Choice:
+    """Which of a source's demonstrations the cache was built from."""
+    return Choice.from_document(cache.fingerprint.get("sources", {}).get(name, {}).get("selection", {}))
 
 
 def require_sources(cache: Cache, sources: list[Any]) -> None:

@@ -12,6 +12,7 @@ from ...errors import UserError
 from .base import Source
 from .config import FORMATS, UNMAPPED, DatasetConfig
 from .faults import whole_dataset
+from .location import misplaced
 from .search import NoConfig, load_config
 from .tables import EpisodeTable
 
@@ -88,10 +89,12 @@ def detect_format(path_or_repo: str | Path) -> str:
         with whole_dataset(given):
             if _reader(format).matches(names, look):
                 return format
-    inside = sorted({n.split("/")[0] for n in names if n.endswith("/meta/info.json") and n.count("/") == 2})
-    if inside:
+    if look is not None and (reason := misplaced(root)):
+        raise UserError(f"{given} {reason}")
+    folders = sorted({n.rpartition("/meta/info.json")[0] for n in names if n.endswith("/meta/info.json")})
+    if folders:
         raise UserError(
-            f"{given} is not itself a dataset but holds {len(inside)}: give one of them, e.g. {given}/{inside[0]}"
+            f"{given} is not itself a dataset but holds {len(folders)}; give one, e.g. {given}/{folders[0]}"
         )
     kinds = ", ".join(FORMATS)
     raise UserError(f"{given} holds none of the formats that can be read ({kinds}); give the dataset's own folder")

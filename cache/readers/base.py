@@ -21,6 +21,7 @@ import numpy as np
 from ...errors import Failed, Note, UserError, unknown
 from ..actions.action_map import ActionMap
 from ..actions.rotations import NotARotation
+from ..actions.selection import Choice
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
 from .faults import guarded_frames, one_episode
@@ -40,6 +41,8 @@ class Source(ABC):
     location: str = ""  # where to open it again: its absolute path, or its hub id
     problem: UserError | None = None  # why it was opened without a config
     starts: dict[int, list[float]] | None = None  # start vector of each recorded simulator episode
+    choice = Choice()  # what is used of it
+    left_out: tuple[int, ...] = ()  # episodes that are not used by choice
     text_from: str = ""  # where in the files the task texts are, most preferred first; "" where a format has one place
 
     def __init__(
@@ -137,12 +140,37 @@ class Source(ABC):
         """Whether the demonstration succeeded, by its files; None where they do not say."""
         return None
 
+    def key_of(self, episode_id: int) -> str | None:
+        """The name of the episode's recording, as lists of other projects name it; None where it has none."""
+        return None
+
+    def choose(self, choice: Choice) -> None:
+        """Use these episodes only: the others are listed no more. `UserError` for episodes that it does not have, or
+        where none is left. One that cannot be looked at shows that when it is read."""
+        listed = self.episode_ids
+        if choice:
+            choice = choice.numbered(listed, self.name, functools.partial(self.attempt, self.key_of))
+        used = choice.episodes(listed, self.name) if choice else list(listed)
+        if choice.success_only:
+            kept = [number for number in used if self.attempt(self.success_of, number) is not False]
+            if not kept:
+                raise UserError(
+                    f"{self.name}: all {len(used)} demonstrations are marked as failed; leave --success-only out"
+                )
+            used = kept
+        self.choice = choice
+        self.episode_ids, self.left_out = tuple(used), tuple(sorted(set(listed).difference(used)))
+
     def table(self, episode_id: int) -> EpisodeTable:
         """State, action, time and task of one episode, no image; `CorruptEpisode` for rows that cannot be used,
         `UserError` for an episode that is not listed."""
         where = self.where(episode_id)
         with one_episode(where, self.path):
             return self._checked(self._rows(episode_id, self.config.columns, where), where)
+
+    def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
+        """The files' name of each dimension of these columns, side by side; None where they have none."""
+        return None
 
     def columns_of(self, episode_id: int) -> Mapping[str, np.ndarray]:
         """The config's columns of one episode as they are in the files; `CorruptEpisode` as `table`."""
@@ -210,9 +238,9 @@ class Source(ABC):
 
     def no_usable_episode(self, reasons: Sequence[object], remedy: str) -> UserError:
         """The error where no episode can be used; `reasons`: why each one cannot."""
-        return UserError(
-            f"{self.path} has no usable episode ({reasons[0] if reasons else 'it lists no episodes'}); {remedy}"
-        )
+        present = [note.text.partition(";")[0] for note in self.notes() if note.rule == "partly-present"]
+        why = "; ".join(map(str, [*present, *(reasons[:1] or ["it lists no episodes"])]))
+        return UserError(f"{self.path} has no usable episode ({why}); {remedy}")
 
     # --- one episode ---
 
@@ -333,7 +361,8 @@ def look_around(
         if found and number not in spread:
             break
         try:
-            seen = look(number)
+            with one_episode(f"episode {number}"):
+                seen = look(number)
             found += [] if seen is None else [seen]
         except CorruptEpisode as error:
             refused.append(error)
@@ -341,8 +370,8 @@ def look_around(
 
 
 def common(sets: Sequence[Iterable[Name]]) -> list[Name]:
-    """What at least half of the sets hold, in the order of the first that holds it."""
-    counts = Counter(name for names in sets for name in names)
+    """What at least half of the sets hold, in the order of the first of the largest."""
+    counts = Counter(name for names in sorted(map(list, sets), key=len, reverse=True) for name in names)
     return [name for name, count in counts.items() if 2 * count >= len(sets)]
 
 

@@ -37,9 +37,10 @@ from ..actions.slots import EMBODIMENTS, SLOTS, UNIFIED_DIM
 from .base import Source, choose_views, listing_hash, look_around
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
-from .hdf5 import find, find_array, has, numbers, opened, text, view_of, whole_file, write_images
+from .hdf5 import find, find_array, has, numbers, opened, text, whole_file
+from .images.hdf5 import view_of, write_images
 from .location import Location
-from .search import NoConfig, choose_config
+from .search import Files, NoConfig, choose_config
 from .tables import EpisodeTable, Rows
 
 _FILE = re.compile(r"ep_(\d+)\.hdf5")
@@ -81,7 +82,9 @@ class EpisodeHDF5Source(Source):
         widths = {name: len(slots) for name, slots in self._slots.items()}
         with contextlib.suppress(NoConfig):
             if config is None or header.control_hz is None:
-                config = choose_config(config, self.format, (self._location.name,), self._location.root, lambda: widths)
+                config = choose_config(
+                    config, self.format, Files((self._location.name,), self._location.root, lambda: widths)
+                )
         config = config if config and (config.mapped or header.control_hz is None) else self._derived_config()
         super().__init__(
             self._location.root,
@@ -101,8 +104,9 @@ class EpisodeHDF5Source(Source):
     @functools.cached_property
     def revision_hash(self) -> str:
         """sha256 hex over names and sizes of the files (those of a hub dataset are all fetched for it)."""
-        paths = [self._path(number, self.where(number)) for number in self._names]
-        return listing_hash(paths[0].parent, paths)
+        found = (self.attempt(lambda n: self._path(n, self.where(n)), number) for number in self._names)
+        paths = [path for path in found if isinstance(path, Path)]
+        return listing_hash(paths[0].parent if paths else self.path, paths)
 
     def length_of(self, episode_id: int) -> int:
         """Rows of `actions`."""

@@ -7,9 +7,6 @@ Letters: T rows or frames of an episode, H × W image size.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import itertools
 import math
 import os
 import re
@@ -25,12 +22,11 @@ from ...common.files import publish, temporary_name
 from ...common.hub import hub_files
 from ...common.text import first_line
 from ...errors import UserError
-from .episode import CorruptEpisode, View
+from .episode import CorruptEpisode
 from .labels import SUCCESS, truth
 from .location import Location, absence
 
 SUFFIXES = (".hdf5", ".h5")
-_BLOCK_NBYTES = 8 << 20  # of an image array read at once where its chunks do not say
 _MAX_HOPS = 16  # soft links followed in a row; more is a loop
 _MAX_TABLE = 1 << 30  # bytes of a table or of one chunk, unpacked; more is a damaged description
 _MEANINGS = (  # of what HDF5 says when it opens a file
@@ -207,51 +203,6 @@ def success_of(node: h5py.Group, where: str) -> bool | None:
     return None
 
 
-def check_images(array: h5py.Dataset, where: str) -> h5py.Dataset:
-    """`array`; `CorruptEpisode` unless it is uint8 [T, H, W, 3]."""
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:]:
-        raise CorruptEpisode(
-            f"{where}: '{array.name}' is {array.dtype} {list(array.shape)}, images are uint8 [T, H, W, 3]"
-        )
-    return array
-
-
-def stored_hash(array: h5py.Dataset) -> str:
-    """sha256 hex over shape, type and the bytes of `array` as stored (compressed chunks are not decoded)."""
-    digest = hashlib.sha256(f"{array.shape}{array.dtype.str}{array.chunks};".encode())
-    if array.chunks:
-        for corner in itertools.product(*(range(0, n, c) for n, c in zip(array.shape, array.chunks))):
-            digest.update(array.id.read_direct_chunk(corner)[1])
-    else:
-        for start, stop in _blocks(array, 0, len(array)):
-            digest.update(array[start:stop].tobytes())
-    return digest.hexdigest()
-
-
-def view_of(file: h5py.File, path: Path, stored: str, name: str, where: str) -> View:
-    """The images of the dataset `stored` of an open file as the view `name`, hashed but not decoded."""
-    array = check_images(find_array(file, stored, where), where)
-    length, height, width = array.shape[:3]
-    opener = functools.partial(read_images, path, stored, where)
-    return View(name, height, width, length, opener, stored_hash(array))
-
-
-def read_images(path: Path, name: str, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Yield uint8 [H, W, 3] of frames start..stop-1 of the dataset `name`; `CorruptEpisode` where one cannot be read.
-    Each chunk is decoded once; memory holds one block of chunks."""
-    with opened(path, where) as file:
-        array = check_images(find_array(file, name, where), where)
-        if stop > len(array):
-            raise CorruptEpisode(f"{where}: '{name}' has {len(array)} images, {stop} were expected", "row-count")
-        for first, last in _blocks(array, start, stop):
-            try:
-                block = array[first:last]
-            except DAMAGE as error:
-                reason = f"{where}: images {first} to {last - 1} of '{name}' cannot be decoded ({first_line(error)})"
-                raise CorruptEpisode(reason, "unreadable-file") from None
-            yield from block
-
-
 @contextlib.contextmanager
 def whole_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
     """A new file of about `nbytes` to write into; it appears under its name, synced, when the block ends without an
@@ -270,31 +221,3 @@ def whole_file(path: Path, nbytes: int) -> Iterator[h5py.File]:
         raise UserError(f"cannot write {path}: {first_line(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_images(group: h5py.Group, name: str, view: View, compression: str | None, where: str) -> None:
-    """Store the frames of `view` one by one as the dataset `name`, uint8 [T, H, W, 3] with one frame per chunk.
-    `CorruptEpisode` when one cannot be decoded, or their number or size is not what the view says."""
-    size, count = (view.height, view.width, 3), 0
-    array = group.create_dataset(name, (view.length, *size), np.uint8, chunks=(1, *size), compression=compression)
-    for frame in view.frames():
-        if count == view.length or frame.shape != size:
-            raise CorruptEpisode(
-                f"{where}: image {count} of '{view.name}' is {list(frame.shape)}, expected {view.length} of "
-                f"{list(size)}"
-            )
-        array[count] = frame
-        count += 1
-    if count < view.length:
-        raise CorruptEpisode(f"{where}: {count} images of '{view.name}' for {view.length} rows", "row-count")
-
-
-def _blocks(array: h5py.Dataset, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Consecutive row ranges that cover start..stop-1, cut only where chunks end."""
-    row_nbytes = max(1, math.prod(array.shape[1:]) * array.dtype.itemsize)
-    chunk = array.chunks[0] if array.chunks else 1
-    rows = chunk * max(1, _BLOCK_NBYTES // (row_nbytes * chunk))
-    while start < stop:
-        end = min(stop, (start // rows + 1) * rows)
-        yield start, end
-        start = end

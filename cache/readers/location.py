@@ -44,6 +44,31 @@ def absence(path: Path) -> str:
     return ""
 
 
+_MARKS = ("meta/info.json", "features.json", "meta/episode_ends")  # of LeRobot, RLDS and a Zarr buffer
+_PACKED = re.compile(r"\.(zip|tar|tar\.\w+|tgz|tbz2?|txz|7z|rar)$", re.IGNORECASE)
+
+
+def misplaced(root: Path) -> str:
+    """What a local path without a dataset is instead, and what to give; "" where that is not known."""
+    if root.is_file() and (reason := absence(root)):
+        return reason
+    if root.is_file() and _PACKED.search(root.name):
+        return "is an archive without RLBench episodes or a Zarr buffer; extract it and give the folder"
+    above = next((p for p in list(root.resolve().parents)[:4] if any((p / mark).exists() for mark in _MARKS)), None)
+    if above is not None:
+        return f"is inside a dataset; give {above}"
+    below = [p.parent.parent for depth in ("*/", "*/*/") for p in sorted(root.glob(f"{depth}meta/info.json"))]
+    if below:
+        count = f"{len(below)} datasets" if len(below) > 1 else "a dataset"
+        return f"is not itself a dataset but holds {count}; give {'one of them, e.g. ' * (len(below) > 1)}{below[0]}"
+    if (root / "meta_data" / "info.json").exists():
+        return "is a LeRobot dataset of version 1, which is not readable; convert it with lerobot"
+    if (root / "meta").is_dir() and (root / "data").is_dir():
+        return "is a LeRobot dataset without its meta/info.json; fetch meta/ again"
+    pointers = [p for p in sorted(root.glob("*")) if p.is_file() and "LFS" in absence(p)] if root.is_dir() else []
+    return f"holds {pointers[0].name}, which {absence(pointers[0])}" if pointers else ""
+
+
 def _download_folders(path: Path) -> Iterator[Path]:
     """Where the hub's client keeps unfinished downloads of a file: beside the dataset, or in its cache."""
     for root in path.parents:

@@ -162,10 +162,13 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
     """Open `path`; any FFmpeg or file error inside the block becomes `CorruptEpisode`."""
     quiet_libav()
     try:
-        with av.open(str(path)) as container:
-            moving = [s for s in container.streams.video if not s.disposition & _STILLS]
+        with av.open(str(path), metadata_errors="replace") as container:  # a title in Latin-1 is no damage
+            # A stream whose codec is not known has no context.
+            moving = [s for s in container.streams.video if s.codec_context and not s.disposition & _STILLS]
             if not moving:
-                raise CorruptEpisode(f"{where}: {path.name} holds no video stream", "unreadable-file")
+                raise CorruptEpisode(
+                    f"{where}: {path.name} holds no video stream that can be decoded", "unreadable-file"
+                )
             yield container, max(moving, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
     except FileNotFoundError:
         raise CorruptEpisode(f"{where}: {path} is missing", "missing-file") from None

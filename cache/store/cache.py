@@ -26,7 +26,7 @@ from .codec import dequantize, quantize
 from .feature_format import FeatureFormat
 from .manifest import json_bytes, read_attributes, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
-from .plan import array_name, require_names
+from .plan import EpisodePlan, array_name, require_names
 from .samples import CacheSamples
 from .shard_reader import Folder, ShardFiles, advise_records, read_records
 from .zarr_format import Layout, features_folder, open_table, record_compression, scales_folder, table_layouts
@@ -37,7 +37,8 @@ CHUNKS = 1024  # made relative at a time where all are
 class CacheDataset:
     """One dataset of a finished cache. E episodes, N frames, n instructions; arrays are read-only memory maps.
 
-    Every `frame_stride`-th frame of an episode is an observation: only those have features.
+    Every `frame_stride`-th frame of an episode is an observation, or those of them that the build kept: only those have
+    features.
     """
 
     attributes: dict[str, Any]  # everything the build recorded, such as the action map
@@ -46,7 +47,9 @@ class CacheDataset:
     episode_id: np.ndarray  # [E] int64, in the source
     episode_instruction: np.ndarray  # [E] int64, row of `text`
     episode_observations: np.ndarray  # [E] int64, frames that have features
-    quarantined: np.ndarray  # [E] bool
+    quarantined: np.ndarray  # [E] bool; also those that `select` leaves out
+    used: np.ndarray  # [E] bool: episodes that `select` keeps; statistics are of these
+    idle: np.ndarray | None = None  # [N] bool: frames that `select` leaves out as observations
     action: np.ndarray  # [N, 128] float32 unified, not normalized
     proprio: np.ndarray  # [N, 128] float32 unified, not normalized
     action_mask: np.ndarray  # [128] bool
@@ -106,8 +109,18 @@ class CacheDataset:
         self.null_features = np.stack([tables[f"null/{view}"] for view in self.views])
         self._require_sense()
         self.quarantined = np.isin(self.episode_id, self.attributes["quarantined"])
+        self.used = np.ones(len(self.episode_id), bool)
         self.episode_observations = -(-self.episode_length // self.frame_stride)
-        self._observation_start = np.cumsum(self.episode_observations) - self.episode_observations
+        self._observed: np.ndarray | None = None  # [observations] int64 frames, where the build kept some only
+        if "kept" in self.attributes:
+            frames = [
+                EpisodePlan(0, length, "", "", kept=kept).observed(self.frame_stride)
+                for length, kept in zip(self.episode_length.tolist(), self.attributes["kept"], strict=True)
+            ]
+            self.episode_observations = np.array([len(f) for f in frames], np.int64)
+            self._observed = np.concatenate(frames) + np.repeat(self.episode_start, self.episode_observations)
+        self.observation_ends = np.cumsum(self.episode_observations)  # [E]
+        self._observation_start = self.observation_ends - self.episode_observations
 
     def _require_sense(self) -> None:
         """`ValueError` unless episodes, texts and their lengths point into the tables."""
@@ -162,7 +175,7 @@ class CacheDataset:
     def scale_statistics(self) -> dict[str, Statistics]:
         """Those that "action" and "proprio" are normalized by: of the tables, or of the actions of all chunks."""
         own = {kind: self.statistics(kind) for kind in ("action", "proprio")}
-        return own if self.frame is None else {**own, "action": self._of_chunks() or own["action"]}
+        return own if self.frame is None else {**own, "action": self._of_chunks()}
 
     @cached_property
     def _chunk_frame(self) -> ChunkFrame:
@@ -180,11 +193,11 @@ class CacheDataset:
         action = self.action[rows]
         return action if self.frame is None else self.frame.encode(action, self.proprio[starts])
 
-    def _of_chunks(self) -> Statistics | None:
-        """Statistics of the actions of the chunks of all observations, before their episode's end; None without any."""
+    def _of_chunks(self) -> Statistics:
+        """Statistics of the actions of the chunks of all observations, before their episode's end."""
         running, step, used = RunningStatistics(), np.arange(self.horizon or 1), np.flatnonzero(self.action_mask)
         frame = self._chunk_frame.on(used)
-        for episode in np.flatnonzero(~self.quarantined).tolist():
+        for episode in np.flatnonzero(self.used).tolist():
             start, length = int(self.episode_start[episode]), int(self.episode_length[episode])
             action, state = (np.asarray(x[start : start + length])[:, used] for x in (self.action, self.proprio))
             rows = np.arange(0, length, self.frame_stride)
@@ -192,7 +205,7 @@ class CacheDataset:
                 row = first[:, None] + step  # [n, T]
                 chunks = frame.encode(action[np.minimum(row, length - 1)], state[first])
                 running.update(chunks[row < length])
-        return running.result().on(self.action_mask) if not self.quarantined.all() else None
+        return running.result().on(self.action_mask)
 
     def _normalizer(self, kind: str) -> Normalizer:
         rotation = np.isin(np.arange(UNIFIED_DIM), self.attributes[f"{kind}_rotation"])
@@ -208,6 +221,11 @@ class CacheDataset:
     def observation_of(self, rows: np.ndarray) -> np.ndarray:
         """Rows of the feature arrays that belong to frames `rows`, int64; `ValueError` for a frame without features."""
         rows = np.asarray(rows, np.int64)
+        if self._observed is not None:
+            at = np.searchsorted(self._observed, rows)
+            if not (has := self.has_features(rows)).all():
+                raise ValueError(f"{self.name}: frame {rows[has.argmin()]} has no features; the build left it out")
+            return at
         if self.frame_stride == 1:
             return rows
         episode = self.episode_of(rows)
@@ -218,6 +236,27 @@ class CacheDataset:
             )
         return self._observation_start[episode] + step
 
+    def has_features(self, rows: np.ndarray) -> np.ndarray:
+        """bool [n]: which of the frames `rows` [n] are observations."""
+        rows = np.asarray(rows, np.int64)
+        if self._observed is not None:
+            at = np.minimum(np.searchsorted(self._observed, rows), len(self._observed) - 1)
+            return self._observed[at] == rows
+        return (rows - self.episode_start[self.episode_of(rows)]) % self.frame_stride == 0
+
+    def samples(self, episodes: np.ndarray) -> np.ndarray:
+        """int64: the observations to train on, as frames, of the episodes at these positions of the table, in order;
+        at least one of each."""
+        count = self.episode_observations[episodes]
+        at = np.arange(count.sum()) + np.repeat(self._observation_start[episodes] - (np.cumsum(count) - count), count)
+        frames = self.frame_of(at)
+        if self.idle is None:
+            return frames
+        used = ~self.idle[frames]
+        first = np.cumsum(count) - count
+        used[first[np.add.reduceat(used, first, dtype=np.int64) == 0] if len(first) else first] = True
+        return frames[used]
+
     @property
     def observations(self) -> int:
         """Rows of the feature arrays."""
@@ -226,6 +265,10 @@ class CacheDataset:
     def frame_of(self, observations: np.ndarray) -> np.ndarray:
         """Inverse of `observation_of`: the frames of rows of the feature arrays, int64."""
         at = np.asarray(observations, np.int64)
+        if self._observed is not None:
+            return self._observed[at]
+        if self.frame_stride == 1:
+            return at
         episode = np.searchsorted(self._observation_start, at, side="right") - 1
         return self.episode_start[episode] + (at - self._observation_start[episode]) * self.frame_stride
 

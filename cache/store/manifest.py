@@ -13,7 +13,7 @@ from typing import Any
 from ...common import files
 from ...common import fingerprint as fp
 from ...errors import UserError
-from .plan import FORMAT, BuildPlan, ShardTask
+from .plan import FORMAT, KEPT_FORMAT, BuildPlan, ShardTask
 
 FINGERPRINT, MANIFEST, QUARANTINE = "fingerprint.json", "manifest.json", "quarantine.jsonl"
 _COMMITS = ".commits"
@@ -46,7 +46,7 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a dvla cache (it has no {FINGERPRINT}); give a folder of `dvla cache build`")
     try:
         document = json.loads(file.read_bytes())
-        _require_format(document["store"]["format"], path)
+        require_format(document["store"]["format"], path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(file, error, "restore a copy of it, or rebuild the cache") from None
     return document
@@ -89,7 +89,7 @@ def parse_manifest(data: bytes, where: Path | str) -> dict[str, Any]:
     """The manifest in `data`, of the cache at `where`. `UserError` when it is damaged or of another format."""
     try:
         manifest = json.loads(data)
-        _require_format(manifest["format"], where)
+        require_format(manifest["format"], where)
         if manifest["complete"] is not True or not isinstance(manifest["files"], dict):
             raise ValueError("it is not that of a finished cache")
     except (ValueError, KeyError, TypeError) as error:
@@ -109,7 +109,7 @@ def manifest_document(
     """The manifest of a finished cache of the files `written`. `quarantined`: episodes, by dataset."""
     return {
         "complete": True,
-        "format": FORMAT,
+        "format": plan.version,
         "datasets": [
             {
                 "name": d.name,
@@ -199,9 +199,12 @@ def _find(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _require_format(version: Any, where: Path | str) -> None:
-    if version != FORMAT:
-        raise UserError(f"cache {where} has format {version}, this version reads {FORMAT}; rebuild it")
+def require_format(version: Any, where: Path | str) -> None:
+    """`UserError` for a version of the layout that is not read."""
+    if version not in (FORMAT, KEPT_FORMAT):
+        raise UserError(
+            f"cache {where} has format {version}, this version reads {FORMAT} and {KEPT_FORMAT}; rebuild it"
+        )
 
 
 def _damaged(file: Path | str, error: Exception, remedy: str = "run `dvla cache repair` on the cache") -> UserError:

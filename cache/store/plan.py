@@ -14,6 +14,7 @@ from ...errors import UserError
 from .feature_format import FeatureFormat
 
 FORMAT = 2  # version of the layout of a cache
+KEPT_FORMAT = 3  # the same, of a cache without features of some frames: earlier releases would take wrong ones
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIANT = re.compile(r".*\.aug\d+")
 
@@ -37,6 +38,17 @@ class EpisodePlan:
     instruction: str  # may be empty
     source_hash: str  # changes when the episode's source bytes change
     view_hashes: tuple[str, ...] = ()  # per view: changes when, and only when, the source of its features changes
+    kept: tuple[tuple[int, int], ...] | None = None  # frames to train on, ranges [first, end); None: all
+
+    def observed(self, stride: int) -> np.ndarray:
+        """int64: the frames that have features, of every `stride`-th from the first; at least the first."""
+        frames = np.arange(0, self.length, stride)
+        if self.kept is None:
+            return frames
+        inside = np.zeros(self.length, bool)
+        for first, end in self.kept:
+            inside[first:end] = True
+        return frames[inside[frames]] if inside[frames].any() else frames[:1]
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,8 @@ class DatasetPlan:
 
     def observations(self, stride: int) -> np.ndarray:
         """`[episodes]` int64: rows of each episode that have features, every `stride`-th from its first."""
-        return -(-np.array([e.length for e in self.episodes], np.int64) // stride)
+        counts = (-(-e.length // stride) if e.kept is None else len(e.observed(stride)) for e in self.episodes)
+        return np.fromiter(counts, np.int64, len(self.episodes))
 
     @cached_property
     def instructions(self) -> tuple[str, ...]:
@@ -93,6 +106,11 @@ class BuildPlan:
             ]
         return out
 
+    @cached_property
+    def version(self) -> int:
+        """Of the layout."""
+        return KEPT_FORMAT if any(e.kept is not None for d in self.datasets for e in d.episodes) else FORMAT
+
     def check(self) -> None:
         """`UserError` for a plan that the layout cannot hold."""
         sizes = (self.tokens, self.width, self.shard_frames, self.frame_stride)
@@ -119,7 +137,7 @@ class BuildPlan:
     def document(self) -> dict[str, Any]:
         """The plan's part of the fingerprint (key "store")."""
         return {
-            "format": FORMAT,
+            "format": self.version,
             "tokens": self.tokens,
             "width": self.width,
             "shard_frames": self.shard_frames,
@@ -138,6 +156,7 @@ class BuildPlan:
                             "instruction": e.instruction,
                             "source_hash": e.source_hash,
                             "view_hashes": list(e.view_hashes),
+                            **({} if e.kept is None else {"kept": [list(r) for r in e.kept]}),
                         }
                         for e in d.episodes
                     },
@@ -154,7 +173,14 @@ class BuildPlan:
         def dataset(name: str) -> DatasetPlan:
             d = document["datasets"][name]
             episodes = tuple(
-                EpisodePlan(n, e["length"], e["instruction"], e["source_hash"], tuple(e["view_hashes"]))
+                EpisodePlan(
+                    n,
+                    e["length"],
+                    e["instruction"],
+                    e["source_hash"],
+                    tuple(e["view_hashes"]),
+                    None if e.get("kept") is None else tuple((first, end) for first, end in e["kept"]),
+                )
                 for n in d["episode_order"]
                 for e in [d["episodes"][str(n)]]
             )

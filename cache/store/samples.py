@@ -53,8 +53,8 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
         k = int(np.searchsorted(self.episode_ends, at, side="right"))
         number, episode = int(self._dataset[k]), int(self._episode[k])
         source = self.cache.datasets[number]
-        observation = at - int(self.episode_ends[k]) + int(source.episode_observations[episode])
-        row = int(source.episode_start[episode]) + observation * source.frame_stride
+        observation = at - int(self.episode_ends[k]) + int(source.observation_ends[episode])
+        row = int(source.frame_of(np.array([observation]))[0])
         return {
             **self._vision(source, row),
             **self._language(source, int(source.episode_instruction[episode])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 
 from ...common.files import crc32c
 from ...errors import UserError
+from .manifest import MANIFEST
 from .shard_writer import index_nbytes
 
 if TYPE_CHECKING:
@@ -23,11 +25,16 @@ if TYPE_CHECKING:
 
 
 class Folder:
-    """A directory held open: paths with its original name lead into it even after it was renamed or replaced."""
+    """A directory held open: paths with its original name lead into it even after it was renamed or replaced, and
+    `unread` tells that it is in use."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.handle = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._finalizer = weakref.finalize(self, os.close, self.handle)
+        with contextlib.suppress(OSError):  # no manifest, or a file system without locks
+            held = os.open(MANIFEST, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.handle)
+            self._unlock = weakref.finalize(self, os.close, held)
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def is_at(self, path: Path) -> bool:
         """Whether it is at `path` now."""
@@ -35,6 +42,26 @@ class Folder:
             return os.path.samestat(os.fstat(self.handle), os.stat(path))
         except FileNotFoundError:
             return False
+
+
+@contextlib.contextmanager
+def unread(path: Path) -> Iterator[bool]:
+    """Whether no process reads the generation in a directory through a `Folder`; none can start inside the block."""
+    if not (path / MANIFEST).is_file():
+        yield True
+        return
+    handle = os.open(path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
+    finally:
+        os.close(handle)
 
 
 def open_file(path: Path, folder: Folder | None = None) -> int:

@@ -263,7 +263,7 @@ class CacheWriter:
             for name in files
             if name.endswith("/zarr.json")
         }
-        return contents | {"zarr.json": json_bytes(root_document(nodes))}
+        return contents | {"zarr.json": json_bytes(root_document(nodes, self.plan.version))}
 
     def close(self) -> None:
         """Release the lock."""

@@ -6,7 +6,8 @@ bytes and any Zarr library opens it:
     zarr.json                               root group, with consolidated metadata
     fingerprint.json  manifest.json  quarantine.jsonl
     <dataset>/features/<view>/c/<shard>/0/0 [observations, tokens, width] float16, int8, or uint8 holding float8_e4m3fn;
-                                            one inner chunk = one observation = one frame in `frame_stride`
+                                            one inner chunk = one observation = one frame in `frame_stride`, or of
+                                            those the frames that the attribute "kept" names by episode
                                             (with a boundary: hidden states of the vision tower, one token per patch)
     <dataset>/features/<view>.aug<k>/…      the same images in their k-th augmented variant, k = 1 … variants
     <dataset>/scales/<view>[.aug<k>]/c/<shard>/0  [observations, tokens] float32, of 8-bit features
@@ -35,7 +36,7 @@ from ..actions.slots import UNIFIED_DIM
 from .codec import Compression
 from .feature_format import FeatureFormat
 from .manifest import json_bytes
-from .plan import FORMAT, BuildPlan, DatasetPlan, DatasetTables, array_name
+from .plan import BuildPlan, DatasetPlan, DatasetTables, array_name
 from .shard_writer import ShardWriter
 
 TABLE_CHUNK_NBYTES = 1 << 20  # inner chunk of a table: about 1 MiB of rows
@@ -140,10 +141,10 @@ def dataset_nodes(
             yield f"{dataset.name}/scales/{array}", scales_document(rows, plan)
 
 
-def root_document(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def root_document(nodes: dict[str, dict[str, Any]], version: int) -> dict[str, Any]:
     """The root group of a cache, with the consolidated metadata of all its groups and arrays."""
     consolidated = {"kind": "inline", "must_understand": False, "metadata": nodes}
-    return {**group_document({"dvla": {"format": FORMAT}}), "consolidated_metadata": consolidated}
+    return {**group_document({"dvla": {"format": version}}), "consolidated_metadata": consolidated}
 
 
 def dimensions_of(table: str) -> tuple[str, ...]:
@@ -156,8 +157,9 @@ def dataset_attributes(dataset: DatasetPlan, plan: BuildPlan, tables: DatasetTab
     hashes = {
         view: [e.view_hashes[i] for e in dataset.episodes if e.view_hashes] for i, view in enumerate(dataset.views)
     }
+    kept = [None if e.kept is None else [list(r) for r in e.kept] for e in dataset.episodes]
     return {
-        "format": FORMAT,
+        "format": plan.version,
         "views": list(dataset.views),
         "tokens": plan.tokens,
         "width": plan.width,
@@ -176,6 +178,7 @@ def dataset_attributes(dataset: DatasetPlan, plan: BuildPlan, tables: DatasetTab
         "proprio_stats": tables.proprio_stats.to_dict(),
         "action_rotation": np.flatnonzero(tables.action_rotation).tolist(),
         "proprio_rotation": np.flatnonzero(tables.proprio_rotation).tolist(),
+        **({"kept": kept} if any(ranges is not None for ranges in kept) else {}),
     }
 
 

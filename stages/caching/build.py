@@ -48,13 +48,13 @@ class BuildReport:
     resumed_shards: int = 0  # shards that were finished before
     adopted_shards: int = 0  # shards of the previous generation that are reused unchanged
     quarantined: int = 0  # episodes in quarantine.jsonl
-    lost: tuple[str, ...] = ()  # datasets of which no episode could be read
     seconds: float = 0.0
     timing: Timing = field(default_factory=Timing)
     previous: Path | None = None  # where the previous generation is now
     error: tuple[float, float] | None = None  # relative error of 8-bit features: overall, worst channel (of the pilot)
     pooled: float | None = None  # relative error of pooling: the detail that pooled tokens lose (of the pilot)
     remarks: list[str] = field(default_factory=list)  # what to know about the datasets, one line each
+    lost: tuple[str, ...] = ()  # datasets of which no episode could be read
 
     @property
     def complete_before(self) -> bool:

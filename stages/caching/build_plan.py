@@ -18,7 +18,7 @@ from ...common.device import pick_device
 from ...common.progress import Progress
 from .config import SHARD_NBYTES, SHARD_ROWS, BuildConfig
 from .generations import Earlier, require_only_new, same_features
-from .sources import Corpus, open_sources, read_corpus, sources_to_append
+from .sources import Corpus, choose_episodes, open_sources, read_corpus, sources_to_append
 
 TRANSFORM_VERSION = 2  # raised when the build writes other content from the same inputs
 
@@ -42,6 +42,7 @@ def open_all(
     sources = open_sources(config.sources, config.dataset_config, config.views)
     if earlier is not None and config.mode == "append":
         sources = sources_to_append(earlier, sources)
+    choose_episodes(sources, config.select, None if earlier is None else earlier.fingerprint)
     return sources, load_encoder(config.encoder, device, say=say)
 
 
@@ -98,6 +99,7 @@ def make_fingerprint(encoder: VisionLanguageEncoder, corpora: Sequence[Corpus], 
                 "action_map": c.source.action_map.to_dict(),
                 "state_map": c.source.state_map.to_dict(),
                 **({"normalize": c.source.config.normalize} if c.source.config.normalize else {}),
+                **({"selection": c.source.choice.document()} if c.source.choice else {}),
             }
             for c in corpora
         },

@@ -30,7 +30,8 @@ def pilot_observations(
         picked = sorted({round(i * (len(episodes) - 1) / max(1, each - 1)) for i in range(each)})
         for i, number in enumerate(picked):
             entry = episodes[number]
-            frame = (i * entry.length // len(picked)) // plan.frame_stride * plan.frame_stride
+            frames = entry.observed(plan.frame_stride)
+            frame = int(frames[max(0, np.searchsorted(frames, i * entry.length // len(picked), "right") - 1)])
             try:
                 views = [next(view.frames(frame, frame + 1)) for view in corpus.source.load(entry.episode_id).views]
             except CorruptEpisode:

@@ -27,12 +27,13 @@ Update = Annotated[
     bool,
     typer.Option("--update", help="Update a finished cache to its current sources and settings, as a new generation."),
 ]
+SELECT = "select.include select.exclude select.success_only select.drop_idle"
 FEATURES = """choice.vlm choice.vlm_path choice.adapter choice.resolution choice.tokens choice.dtype choice.compression
     frame_stride views augment"""
 RUNNING = """workers.count workers.scheduler workers.slurm batch_size shard_frames dataset_config device
     choice.features choice.depth choice.boundary"""
-BUILD = f"out sources {FEATURES} append update {RUNNING}"
-PLAN = f"sources out {FEATURES} {RUNNING} append update pilot"
+BUILD = f"out sources {FEATURES} {SELECT} append update {RUNNING}"
+PLAN = f"sources out {FEATURES} {SELECT} {RUNNING} append update pilot"
 
 
 def _build_config(given: Given, choice: Given, sources: list[str] | None, append: bool, update: bool) -> BuildConfig:

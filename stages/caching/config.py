@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from ...cache.actions.selection import Selection
 from ...cache.store.feature_format import FeatureFormat, feature_format
 from ...cache.vlm.spec import EncoderSpec, encoder_spec
 from ...common.config import DATASET_CONFIG, DEVICE, VLM_PATH, Option
@@ -68,6 +69,7 @@ class BuildConfig:
         tuple[str, ...], Option("--view", help="Camera to encode; may be given several times. Default: all.")
     ] = ()
     augment: Annotated[int, Option("--augment", help="Augmented variants of every image.")] = 0
+    select: Selection = field(default_factory=Selection)  # which demonstrations
     mode: str = "new"  # new; append: new episodes in a new generation; update: whatever changed
     workers: WorkerSpec = field(default_factory=WorkerSpec)
 

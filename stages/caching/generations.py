@@ -55,18 +55,22 @@ class Earlier:
         if task.stop > total or (task.stop < task.start + build.shard_frames and task.stop != total):
             return False
         old = dataset.attributes["view_hashes"][task.view][:last]
+        kept = dataset.attributes.get("kept", [None] * len(dataset.episode_id))[:last]
         entries = plan.episodes[:last]
         return (
             dataset.episode_id[:last].tolist() == [e.episode_id for e in entries]
             and dataset.episode_length[:last].tolist() == [e.length for e in entries]
             and old == [e.view_hashes[view] for e in entries]
+            and kept == [None if e.kept is None else [list(r) for r in e.kept] for e in entries]
             and not dataset.quarantined[:last].any()
         )
 
-    def find(self, name: str, view: str, number: int, entry: EpisodePlan) -> tuple[CacheDataset, int] | None:
+    def find(
+        self, name: str, view: str, number: int, entry: EpisodePlan, frames: np.ndarray
+    ) -> tuple[CacheDataset, int] | None:
         """(dataset, its first row of the episode) for the view that is the plan's `number`-th.
 
-        None when the view's images are new or changed, or could not be read then.
+        None when the view's images are new or changed, or one of `frames` could not be read or was not kept then.
         """
         dataset = self._datasets.get(name)
         if dataset is None or view not in dataset.views or not entry.view_hashes:
@@ -74,8 +78,9 @@ class Earlier:
         at = np.flatnonzero(dataset.episode_id == entry.episode_id)
         if not len(at) or dataset.quarantined[at[0]] or dataset.episode_length[at[0]] != entry.length:
             return None
+        start = int(dataset.episode_start[at[0]])
         same = dataset.attributes["view_hashes"][view][int(at[0])] == entry.view_hashes[number]
-        return (dataset, int(dataset.episode_start[at[0]])) if same else None
+        return (dataset, start) if same and dataset.has_features(start + frames).all() else None
 
     def records(
         self, dataset: CacheDataset, task: ShardTask, frames: np.ndarray
@@ -138,7 +143,7 @@ def changes(earlier: Cache, plan: BuildPlan, reused: Earlier, unchanged: bool) -
                 rest = count - int(whole[start : start + count].sum())
                 if not rest:
                     continue
-                found = reused.find(dataset.name, view, number, entry)
+                found = reused.find(dataset.name, view, number, entry, entry.observed(plan.frame_stride))
                 sums["copied" if found else "again" if entry.episode_id in known else "new"] += rest
                 sums["episodes"] += not found
             out.append(ViewChange(dataset.name, view, adopted=int(whole.sum()), **sums))

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import numpy as np
@@ -284,20 +284,22 @@ class _Decoder(_Worker):
         for entry, start, count in zip(plan.episodes[first:], starts[first:].tolist(), counts[first:].tolist()):
             if start >= task.stop or self.stopping.is_set():
                 return
-            begin, end = max(task.start - start, 0), min(task.stop - start, count)
-            asked = (self._earlier.find(t.dataset, t.view, plan.views.index(t.view), entry) for t in self._unit.tasks)
+            frames = entry.observed(stride)[max(task.start - start, 0) : min(task.stop - start, count)]
+            asked = (
+                self._earlier.find(t.dataset, t.view, plan.views.index(t.view), entry, frames) for t in self._unit.tasks
+            )
             found = [each for each in asked if each is not None]
             if len(found) == len(self._unit.tasks):
-                yield from self._copied(found, np.arange(begin, end) * stride)
+                yield from self._copied(found, frames)
                 continue
-            done = begin
+            done = 0
             try:
-                for views in self._images(entry, begin, end):
-                    frames = np.arange(done, done + len(views[0])) * stride
-                    yield _Images(views, self._keys(entry, frames), entry.instruction)
-                    done += len(frames)
+                for views in self._images(entry, frames):
+                    part = frames[done : done + len(views[0])]
+                    yield _Images(views, self._keys(entry, part), entry.instruction)
+                    done += len(part)
             except CorruptEpisode as error:
-                yield error.failed(entry.episode_id, self._source.where(entry.episode_id), end - done)
+                yield error.failed(entry.episode_id, self._source.where(entry.episode_id), len(frames) - done)
 
     def _keys(self, entry: EpisodePlan, frames: np.ndarray) -> list[np.ndarray]:
         """uint64 [n] of the augmented variant of each view's frames, 0 = as they are."""
@@ -306,22 +308,21 @@ class _Decoder(_Worker):
             return [np.zeros(len(frames), np.uint64) for _ in self._seen]
         return [frame_keys(task.dataset, v, entry.episode_id, frames, task.variant) for v in self._seen]
 
-    def _images(self, entry: EpisodePlan, begin: int, end: int) -> Iterator[list[np.ndarray]]:
-        """uint8 [n,H,W,3] of each view seen, of observations begin…end-1 of an episode, n ≤ the size of a batch.
+    def _images(self, entry: EpisodePlan, frames: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """uint8 [n,H,W,3] of each view seen, of `frames` (ascending) of an episode, n ≤ the size of a batch.
 
         Only these views' files are opened; the plan has the hashes of the others.
         """
-        stride, others = self._build.frame_stride, dict(zip(self._plan.views, entry.view_hashes))
+        others = dict(zip(self._plan.views, entry.view_hashes))
         episode = self._source.load(entry.episode_id, self._seen, others)
         if episode.source_hash != entry.source_hash:
             raise UserError(
                 f"{self._source.path}: episode {entry.episode_id} changed during the build; rerun the same command "
                 "when nothing writes to the dataset"
             )
-        frames = [
-            islice(view.frames(begin * stride, (end - 1) * stride + 1), 0, None, stride) for view in episode.views
-        ]
-        while (blocks := [list(islice(each, self._size)) for each in frames])[0]:
+        first, wanted = int(frames[0]), np.isin(np.arange(frames[0], frames[-1] + 1), frames).tolist()
+        images = [compress(view.frames(first, first + len(wanted)), wanted) for view in episode.views]
+        while (blocks := [list(islice(each, self._size)) for each in images])[0]:
             yield [np.stack(block) for block in blocks]
 
     def _copied(self, found: list[tuple[CacheDataset, int]], frames: np.ndarray) -> Iterator[_Copied]:

@@ -9,16 +9,20 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...cache.actions.extremes import extremes
+from ...cache.actions.idle import bands, idle_frames
 from ...cache.actions.normalizer import Normalizer
+from ...cache.actions.selection import Choice, Selection
 from ...cache.actions.statistics import Statistics, statistics_of
 from ...cache.loader.provenance import as_cached
+from ...cache.loader.select import not_kept
 from ...cache.readers import Source, open_source
 from ...cache.readers.episode import Episode
 from ...cache.readers.search import load_config
@@ -41,6 +45,8 @@ class Corpus:
     proprio: np.ndarray  # [N,128] float32 unified
     timestamp: np.ndarray  # [N] float64
     view_sizes: dict[str, list[int]] = field(default_factory=dict)
+    idle: float | None = None  # share of idle frames, where these are dropped
+    failed: tuple[int, ...] = ()  # episodes whose demonstration is marked as failed
 
     @functools.cached_property
     def statistics(self) -> tuple[Statistics, Statistics]:
@@ -49,8 +55,16 @@ class Corpus:
 
     def remarks(self) -> list[str]:
         """What to know about the dataset, one line each."""
-        lines = [note.text for note in self.source.notes()]
-        texts = self.plan.episodes
+        source, texts = self.source, self.plan.episodes
+        lines = [note.text for note in source.notes()]
+        if source.choice:
+            idle = "" if self.idle is None else f", {self.idle:.0%} of frames idle"
+            left, listed = len(source.left_out), len(source.left_out) + len(source.episode_ids)
+            lines.append(f"{left} of {listed} episodes left out by {source.choice}{idle}")
+        if self.failed:
+            count, shown = len(self.failed), ", ".join(map(str, self.failed[:6])) + ", …" * (len(self.failed) > 6)
+            marked = f"{count} of {len(texts)} demonstrations marked as failed ({shown})"
+            lines.append(f"{marked}; --success-only leaves them out")
         empty = sum(not e.instruction.strip() for e in texts)
         if empty:
             share = f"{empty} of {len(texts)} episodes ({empty / len(texts):.0%}) have no instruction"
@@ -97,11 +111,39 @@ def sources_to_append(cache: Cache, given: Sequence[Source]) -> list[Source]:
     return own + list(by_name.values())
 
 
+def choose_episodes(sources: Sequence[Source], selection: Selection, earlier: Mapping[str, Any] | None = None) -> None:
+    """List only the chosen episodes of each source. `UserError` where no demonstration says whether it succeeded.
+
+    `earlier`: the fingerprint of the cache that is built further, whose selection stays; `UserError` for another one.
+    """
+    given = selection.by_dataset([s.name for s in sources])
+    if earlier is not None:
+        for source in sources:
+            entry = earlier["sources"].get(source.name)
+            if entry is None:
+                continue
+            asked, stored = given[source.name], entry.get("selection", {})
+            keys = functools.partial(source.attempt, source.key_of)
+            if asked and asked.numbered(source.episode_ids, source.name, keys).document() != stored:
+                raise UserError(
+                    f"{source.name} was built with {Choice.from_document(stored) or 'all episodes'}, and the cache "
+                    f"keeps that: leave {asked} out, or build another cache"
+                )
+            given[source.name] = Choice.from_document(stored)
+    for source in sources:
+        source.choose(given[source.name])
+    if selection.success_only and not any(
+        isinstance(s.attempt(s.success_of, number), bool) for s in sources for number in (*s.left_out, *s.episode_ids)
+    ):
+        raise UserError("--success-only: no demonstration says whether it succeeded; leave it out")
+
+
 def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Corpus:
     """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost.
     `by_observation`: the encoder's; what a view's features depend on, and so when they have to be made again."""
     episodes: list[EpisodePlan] = []
     failed: list[Failed] = []
+    unsuccessful: list[int] = []
     actions, states, times, sizes = [], [], [], {}
     for i, number in enumerate(source.episode_ids):
         episode = source.attempt(source.load, number)
@@ -113,17 +155,44 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
                 if by_observation
                 else tuple(v.sha256 for v in episode.views)
             )
+            source.choice.require_frames(number, episode.length, source.name)
             episodes.append(EpisodePlan(number, episode.length, episode.instruction, episode.source_hash, hashes))
             actions.append(source.action_map.to_unified(episode.action))
             states.append(source.state_map.to_unified(episode.state))
             times.append(episode.timestamps)
             sizes = {v.name: [v.height, v.width] for v in episode.views}
+            unsuccessful += [number] if source.attempt(source.success_of, number) is False else []
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
     if not episodes:
         raise source.no_usable_episode(failed, "run on a complete copy of the dataset")
     quarantined = tuple((f.episode, str(f)) for f in failed)
-    plan = DatasetPlan(source.name, source.view_names, tuple(episodes), quarantined)
-    return Corpus(source, plan, np.concatenate(actions), np.concatenate(states), np.concatenate(times), sizes)
+    entries, idle = _with_kept(source, episodes, actions, states)
+    plan = DatasetPlan(source.name, source.view_names, tuple(entries), quarantined)
+    tables = (np.concatenate(values) for values in (actions, states, times))
+    return Corpus(source, plan, *tables, sizes, idle, tuple(unsuccessful))
+
+
+def _with_kept(
+    source: Source, episodes: list[EpisodePlan], actions: list[np.ndarray], states: list[np.ndarray]
+) -> tuple[list[EpisodePlan], float | None]:
+    """The episodes with the frames that are kept of each, and the share of idle frames where these are dropped."""
+    choice = source.choice
+    if not choice.drop_idle and choice.frames is None:
+        return episodes, None
+    out = [not_kept(choice, e.episode_id, e.length) for e in episodes]
+    share = None
+    if choice.drop_idle:
+        tables = ((actions, source.action_map), (states, source.state_map))
+        spread = [bands(statistics_of(*parts), fields.mask) for parts, fields in tables]
+        idle = [idle_frames(list(zip(pair, spread)), source.control_hz) for pair in zip(actions, states)]
+        share, out = float(np.concatenate(idle).mean()), [a | b for a, b in zip(out, idle)]
+    return [dataclasses.replace(e, kept=_ranges(~left)) for e, left in zip(episodes, out)], share
+
+
+def _ranges(kept: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The stretches [first, end) of a bool [T] that are set."""
+    edges = np.flatnonzero(np.diff(kept.astype(np.int8), prepend=0, append=0)).tolist()
+    return tuple(zip(edges[::2], edges[1::2]))
 
 
 def _observation_hash(episode: Episode) -> str:
@@ -159,6 +228,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
         "source": source.location,
         "encoder": dataclasses.asdict(located(encoder.spec)),
         "starts": [starts[e.episode_id] for e in plan.episodes if e.episode_id in starts],
+        **({"failed": list(corpus.failed)} if corpus.failed else {}),
     }
     return DatasetTables(
         action=corpus.action,

@@ -106,6 +106,7 @@ def _training(document: Mapping[str, Any], state: Mapping[str, Any]) -> str:
         f"- step {state.get('step', '?')}, features: {made.get('features', '?')} tokens, {made.get('tokens', '?')} per "
         f"image, resolution {made.get('resolution', '?')}",
         f"- the VLM was {tuned}",
+        *(f"- of the demonstrations of {name}: `{chosen}`" for name, chosen in document.get("selection", {}).items()),
         *(["- it was trained with images blanked (a blind baseline)"] if document["conditions"]["blind"] else []),
     ]
     return "\n".join(lines)

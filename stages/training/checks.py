@@ -11,6 +11,7 @@ from ...cache.actions.extremes import extremes
 from ...cache.actions.normalizer import Normalizer
 from ...cache.loader.loader import require_variants
 from ...cache.loader.order import held_out, mixture, override
+from ...cache.loader.select import select
 from ...cache.store.cache import Cache
 from ...cache.store.manifest import find_manifest
 from ...cache.store.mirror import is_remote
@@ -29,8 +30,9 @@ ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
 
 
 def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
-    """The cache that `config` names, its numbers as it says: a folder, a URL, or the folder of its WebDataset export;
-    `UserError` without one, for a dataset in `normalize` that it does not hold, or where no action can be relative.
+    """The cache that `config` names, as its selection leaves it, its numbers as it says: a folder, a URL, or the folder
+    of its WebDataset export; `UserError` without one, for a dataset or episode that it does not hold, or where no
+    action can be relative.
 
     Where the folder `run` holds a run that was begun with an earlier generation of it, which `--append` has kept beside
     it, that generation.
@@ -51,8 +53,7 @@ def remarks(cache: Cache) -> list[str]:
     """What to know of the numbers before a run trains on them: what is far from all others, cut off or not relative."""
     lines = []
     for d in cache.datasets:
-        usable = np.flatnonzero(~d.quarantined)
-        ends = list(zip(*(x[usable].tolist() for x in (d.episode_id, d.episode_start, d.episode_length))))
+        ends = list(zip(*(x[d.used].tolist() for x in (d.episode_id, d.episode_start, d.episode_length))))
         for table, kind in (("action", "action"), ("state", "proprio")):
             values, stats, own = getattr(d, kind), d.statistics(kind), getattr(d, f"{kind}_normalizer")
             rows = ((number, values[start : start + length]) for number, start, length in ends)
@@ -68,8 +69,8 @@ def _generation(config: TrainConfig, run: str | None) -> Cache:
     if begun not in (None, cache.manifest["fingerprint"]) and cache.folder is not None:
         for folder in sorted(cache.path.absolute().parent.glob(f"{glob.escape(cache.path.absolute().name)}.gen-*")):
             if (found := find_manifest(folder)) is not None and found["fingerprint"] == begun:
-                return Cache.open(folder)
-    return cache
+                cache = Cache.open(folder)
+    return select(cache, config.select)
 
 
 def fingerprint_of(run: str | None) -> str | None:
@@ -126,7 +127,7 @@ def _require_samples(config: TrainConfig, cache: Cache, usable: list[np.ndarray]
     kept, out = [], 0
     for d, use in zip(cache.datasets, usable):
         held = held_out(d.name, d.episode_id[use], config.holdout, 0)
-        kept.append(int(d.episode_observations[use][~held].sum()))
+        kept.append(len(d.samples(np.flatnonzero(use)[~held])))
         out += int(held.sum())
     override(mixture(kept, config.temperature), [d.name for d in cache.datasets], config.weights)
     if config.holdout and config.eval_every and not out:

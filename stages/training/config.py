@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ...cache.actions.schemes import Frame, Scheme
+from ...cache.actions.selection import Selection
 from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
 from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
@@ -142,6 +143,7 @@ class TrainConfig:
     temperature: Annotated[
         float, Option("--temperature", help="Sample datasets in proportion to size^this: 1 by size, 0 uniformly.")
     ] = 0.5
+    select: Selection = field(default_factory=Selection)  # which demonstrations of the cache
     weights: dict[str, float] = field(default_factory=dict)  # dataset → its share in [0, 1], in place of the above
     # dataset, or "*" for all others → how its actions and state are normalized, in place of its dataset config's
     normalize: dict[str, Scheme] = field(default_factory=dict)

@@ -148,7 +148,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
     if fingerprint_of(session.config.out) not in (None, session.cache.manifest["fingerprint"]):
         raise UserError(
             f"cache {session.config.cache} is not the one run {folder} was begun with: it was built again or grown, "
-            "and that generation is gone (see `dvla cache diff`); begin a new run from the old one's weights with --init"
+            "and that generation is gone (see `dvla cache diff`); begin a new run from its weights with --init"
         )
     if session.cache.path.absolute() != Path(session.config.cache).absolute() and session.cache.folder is not None:
         session.say(f"the cache was grown since: {folder} goes on with {session.cache.path}, which it was begun with")

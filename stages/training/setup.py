@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from ...cache.loader.select import idle_share
 from ...common.text import wrapped
 from ...drifting.dit import parameter_counts, set_attention
 from ...errors import UserError, unknown
@@ -16,6 +17,8 @@ from ..policy.compile import compile_blocks
 from .checks import require_deepspeed
 from .context import Session
 from .parallel.replicas import Replicas, Shards
+
+NOTABLE = 0.05  # share of idle frames from which it is mentioned
 
 
 def banner(session: Session) -> list[str]:
@@ -31,7 +34,19 @@ def banner(session: Session) -> list[str]:
         f"Batch: {config.batch_size}/{one} × {config.accumulate} accum × {world.size} {plural} = "
         f"{config.batch_size * config.accumulate * world.size} global",
         wrapped(f"Parameters: {total:,} ({parts})").lstrip(),
+        *_data_lines(session),
     ]
+
+
+def _data_lines(session: Session) -> list[str]:
+    """What of the cache is trained on, where that is not all of it; and what of it is idle."""
+    datasets, select = session.cache.datasets, session.config.select
+    left, share = sum(d.attributes.get("left_out", 0) for d in datasets), idle_share(datasets)
+    used = sum(int((~d.quarantined).sum()) for d in datasets)
+    lines = [f"Data: {used} episodes, {left} left out by the selection"] if select else []
+    if select.drop_idle:
+        return [*lines, f"Idle: {share:.0%} of frames, not trained on"]
+    return [*lines, f"Idle: {share:.0%} of frames; --drop-idle leaves them out"] if share >= NOTABLE else lines
 
 
 def _short(count: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...cache.loader.provenance import choice_of
 from ...cache.store.cache import Cache
 from ...drifting.dit import dit_config
 from ...drifting.heads import head_dit
@@ -36,7 +37,7 @@ def train(
     stop_after: int | None = None,
 ) -> TrainReport:
     """Train from a cache, or resume the run in `config.out` if it has the same settings."""
-    config = as_begun(config)
+    config = as_begun(dataclasses.replace(config, select=config.select.pinned()))
     cache = open_cache(config, config.out)
     require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:
@@ -68,6 +69,8 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
 def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[str, Any]:
     """policy.json: everything that inference needs besides the weights."""
     encoder = {"spec": cache.datasets[0].attributes["encoder"], "fingerprint": cache.fingerprint["encoder"]}
+    chosen = {d.name: (str(choice_of(cache, d.name)), d.attributes.get("selection", "")) for d in cache.datasets}
+    selection = {name: "; then ".join(filter(None, words)) for name, words in chosen.items() if any(words)}
     datasets = [describe_dataset(d) for d in cache.datasets]
     return {
         "format": 2 if any("normalize" in d or "action_frame" in d for d in datasets) else 1,
@@ -80,4 +83,5 @@ def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[s
             "masking": dataclasses.asdict(config.masking),
             "alpha_max": config.alpha_max,
         },
+        **({"selection": selection} if selection else {}),  # options by which demonstrations were chosen, by dataset
     }

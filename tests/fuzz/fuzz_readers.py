@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fuzz.fuzz_samples import FORMATS  # noqa: E402
 from fuzz.mutations import Mutation  # noqa: E402
-from fuzz.trial import FAULTS, MOST_NBYTES, OUTCOMES, Content, Outcome, damaged, examine, judge, prepare  # noqa: E402
+from fuzz.trial import FAULTS, MOST_NBYTES, OUTCOMES, Outcome, damaged, examine, judge, prepare  # noqa: E402
 
 BATCH = 40  # mutations of one process
 WALL_SECONDS = 60.0  # without a word of it, on a machine that may be busy
@@ -47,16 +47,16 @@ def fuzz(name: str, count: int, seed: int, where: Path, only: int | None = None)
             yield found
 
 
-def _reference(sample: Path, dataset: str, where: Path) -> Content:
+def _reference(sample: Path, dataset: str, where: Path) -> Outcome:
     """What the undamaged dataset gives."""
     (found,) = _in_child(lambda send: send(examine(sample, dataset, -1, Mutation("", "none"))), 1)
     if not isinstance(found, Outcome) or not found.content:
         raise SystemExit(f"the undamaged {dataset} cannot be built: {found}")
     shutil.rmtree(where / f"{sample.name}.cache")
-    return found.content
+    return found
 
 
-def _batch(name: str, dataset: str, sample: Path, numbers: list[int], seed: int, sound: Content) -> Iterator[Outcome]:
+def _batch(name: str, dataset: str, sample: Path, numbers: list[int], seed: int, sound: Outcome) -> Iterator[Outcome]:
     """The outcomes of these mutations, up to the first one that ended its process."""
     folder = sample.with_name(f"{name}.damaged")
 

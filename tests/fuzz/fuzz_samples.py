@@ -70,9 +70,11 @@ class Format:
     metadata: tuple[str, ...] = ()  # patterns of names relative to that folder
     checked: tuple[str, ...] = ()  # of files that carry a checksum of their content
 
-    def silent(self, name: str) -> bool:
-        """Whether other content of this file must never give other rows or images without a word."""
-        return any(fnmatch.fnmatch(name, pattern) for pattern in (*self.metadata, *self.checked))
+    def vouched(self, name: str, sound: bool) -> bool:
+        """Whether a change of this file must never give other rows or images without a word: it is metadata, or a
+        checksum of its own tells. `sound`: it is a whole file of its kind, whose checksums are right."""
+        patterns = self.metadata if sound else (*self.metadata, *self.checked)
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 FORMATS = {

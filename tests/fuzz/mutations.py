@@ -29,7 +29,7 @@ class Mutation:
 
     file: str  # relative to the folder
     what: str
-    semantic: bool = False  # the file is a sound one of its kind afterwards: it says something else
+    sound: bool = False  # the file is a sound one of its kind afterwards: it says something else
 
 
 def mutate(root: Path, rng: random.Random) -> Mutation:
@@ -49,7 +49,8 @@ def mutate(root: Path, rng: random.Random) -> Mutation:
             path.write_bytes(before)
             what = f"nothing, {type(error).__name__}"
         return Mutation(name, what, True)
-    return Mutation(name, rng.choice(ANY)(path, rng, files))
+    how = rng.choice(ANY)
+    return Mutation(name, how(path, rng, files), how in (exchange, replace, duplicate))
 
 
 def _kind(path: Path) -> str:

@@ -35,10 +35,11 @@ from fuzz.mutations import Mutation, mutate
 CPU_SECONDS = 10.0  # a command that computes for longer hangs
 MOST_NBYTES = 2 << 30  # resident
 # From good to bad. right: all as before; left out: some episodes are quarantined, the others are as before; refused:
-# one line, exit code 2; changed: other rows or images, from a file that nothing else vouches for; silent: other rows
-# or images although the damaged file is metadata or carries a checksum; the rest are faults.
-OUTCOMES = ("right", "left out", "refused", "changed", "silent", "traceback", "hang", "memory", "died")
-FAULTS = OUTCOMES[5:]
+# one line, exit code 2; told: other rows, text or images, and `check` has a finding that the undamaged dataset has not;
+# changed: the same without a finding, from values that nothing else vouches for; silent: the same although the damaged
+# file is metadata or carries a checksum; the rest are faults.
+OUTCOMES = ("right", "left out", "refused", "told", "changed", "silent", "traceback", "hang", "memory", "died")
+FAULTS = OUTCOMES[6:]
 COMMANDS = (("data", "show"), ("data", "check", "--all"), ("cache", "build"))
 Content = dict[int, str]  # episode → digest of its rows, text and features
 
@@ -88,6 +89,7 @@ class Outcome:
     unforeseen: bool = False  # an error that no reader names: it was caught where all are
     text: str = ""  # the reason, one line, or the traceback
     content: Content = field(default_factory=dict)
+    findings: str = ""  # of check: how many errors, warnings and notes
 
 
 def prepare() -> None:
@@ -107,6 +109,8 @@ def examine(folder: Path, dataset: str, index: int, mutation: Mutation) -> Outco
         result, text = _run(arguments)
         if place := re.search(r".*(please report|\.py:\d).*", text):
             found.unforeseen, found.text = True, place[0]
+        if counts := re.search(r"\d+ errors?, \d+ warnings?, \d+ notes?", text):
+            found.findings = counts[0]
         if result == "refused" and words[0] == "cache":
             found.result, found.text = "refused", text
         if result in FAULTS:
@@ -120,16 +124,16 @@ def examine(folder: Path, dataset: str, index: int, mutation: Mutation) -> Outco
     return found
 
 
-def judge(found: Outcome, sound: Content, format: Format) -> Outcome:
+def judge(found: Outcome, sound: Outcome, format: Format) -> Outcome:
     """Compare what was stored with what the undamaged dataset gives."""
     if found.result != "right":
         return found
-    wrong = {e: d for e, d in found.content.items() if sound.get(e) != d}
+    wrong = {e: d for e, d in found.content.items() if sound.content.get(e) != d}
     if wrong:
-        # other text, or the same episodes under other numbers, is what such a file may say
-        found.result = "silent" if format.silent(found.mutation.file) else "changed"
+        vouched = format.vouched(found.mutation.file, found.mutation.sound)
+        found.result = "told" if found.findings != sound.findings else "silent" if vouched else "changed"
         found.text = f"episodes {sorted(wrong)} differ"
-    elif found.content.keys() != sound.keys():
+    elif found.content.keys() != sound.content.keys():
         found.result = "left out"
     return found
 

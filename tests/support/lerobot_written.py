@@ -1,4 +1,4 @@
-"""Small LeRobot datasets written by hand: PNG images in parquet, or files that only look like videos; made to be spoilt."""
+"""Small LeRobot datasets written by hand, with PNG images in parquet; made to be spoilt."""
 
 from __future__ import annotations
 

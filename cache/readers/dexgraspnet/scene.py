@@ -112,17 +112,18 @@ def _one_per_cube(points: np.ndarray, scene: str) -> np.ndarray:
     return np.unique((cells[:, 0] * span[1] + cells[:, 1]) * span[2] + cells[:, 2], return_index=True)[1]
 
 
-def load_matrix(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An .npy of finite numbers, float64, whose last dimensions are `shape`, else `CorruptEpisode`; never unpickled."""
+def load_matrix(path: Path, several: bool = False) -> np.ndarray:
+    """An .npy of one finite 4 × 4 matrix, or of `several`, as float64; else `CorruptEpisode`. Never unpickled."""
     try:
-        values = np.load(path, allow_pickle=False)
-        values = np.asarray(values, np.float64)
+        stored = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # mapped: its header cannot promise more than there is
+        values = stored.astype(np.float64, casting="same_kind")
     except _DAMAGE as error:
         raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
-    if values.shape[values.ndim - len(shape) :] != shape or not np.isfinite(values).all():
-        raise CorruptEpisode(
-            f"{_short(path)} is {list(values.shape)}, or not finite; a finite […, {str(list(shape))[1:-1]}] is expected"
-        )
+    if values.ndim != 2 + several or values.shape[-2:] != (4, 4) or not np.isfinite(values).all():
+        expected = "[n, 4, 4]" if several else "[4, 4]"
+        raise CorruptEpisode(f"{_short(path)} is {list(values.shape)}, or not finite; a finite {expected} is expected")
     return values
 
 
@@ -136,8 +137,8 @@ def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def _from_depth(files: SceneFiles) -> list[Cloud]:
-    poses = load_matrix(files.folder / "camera_poses.npy", (4, 4))
-    table = load_matrix(files.folder / "cam0_wrt_table.npy", (4, 4))
+    poses = load_matrix(files.folder / "camera_poses.npy", several=True)
+    table = load_matrix(files.folder / "cam0_wrt_table.npy")
     parts = []
     for stem in files.images:
         if not stem.isdigit() or int(stem) >= len(poses):

@@ -44,7 +44,7 @@ from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..hdf5 import SUFFIXES, find, find_array, opened, text
 from ..location import Location
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .streams import Alignment, align, is_camera, read_images, read_stream, view_of
 
@@ -86,7 +86,7 @@ class DexWildSource(Source):
         self._episodes = dict(enumerate(entries))
         name = location.root.stem if one_file else location.name
         names = (name, location.hub_id or "", *(p.stem for p in self._paths))
-        config = choose_config(config, self.format, names, location.root, lambda: self._columns(name))
+        config = choose_config(config, self.format, Files(names, location.root, lambda: self._columns(name)))
         widths, cameras = self._survey(config, name)
         super().__init__(
             self._root,

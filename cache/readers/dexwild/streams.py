@@ -15,11 +15,14 @@ import h5py
 import numpy as np
 
 from ..episode import CorruptEpisode, View
-from ..hdf5 import find, find_array, numbers, stored_hash
-from ..images import decode
+from ..hdf5 import find, find_array, numbers
+from ..images import decode, is_turned, renamed
+from ..images.arrays import BYTES, channels_of, form_of
+from ..images.hdf5 import stored_hash
 
 MAX_TRIM_S = 0.5  # seconds of images that may lack a row at either end of an episode; more is a stream cut short
 _IMAGE = re.compile(r"(\d+)\.(?:jpe?g|png)", re.IGNORECASE)
+_FORMATS = ("JPEG", "PNG")
 Opener = Callable[[tuple[int, int], int, int], Iterator[np.ndarray]]  # (size, start, stop)
 
 
@@ -79,12 +82,14 @@ def is_camera(group: h5py.Group, name: str) -> bool:
 
 def view_of(group: h5py.Group, view: str, names: list[str], opener: Opener, where: str) -> View:
     """The images `names` of an open episode as a view, hashed; only the first is decoded, for its size."""
-    digest = hashlib.sha256()
+    digest, turned = hashlib.sha256(), False
     for name in names:
         array = find_array(group, name, where)
         digest.update((stored_hash(array) if array.ndim else hashlib.sha256(_bytes(array)).hexdigest()).encode())
+        turned |= array.ndim < 2 and is_turned(_bytes(array), f"{where}: '{name}'", _FORMATS)
     height, width, _ = _decode(group, names[0], where).shape
-    return View(view, height, width, len(names), functools.partial(opener, (height, width)), digest.hexdigest())
+    sha256 = renamed("orientation" if turned else "", digest.hexdigest())
+    return View(view, height, width, len(names), functools.partial(opener, (height, width)), sha256)
 
 
 def read_images(group: h5py.Group, names: list[str], size: tuple[int, int], where: str) -> Iterator[np.ndarray]:
@@ -143,14 +148,16 @@ def _unexplained(clock: np.ndarray, good: np.ndarray) -> int | None:
 def _decode(group: h5py.Group, name: str, where: str) -> np.ndarray:
     """A stored image as uint8 [H, W, 3] RGB."""
     array = find_array(group, name, where)
-    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3 and array.size:
-        return array[()]
-    if array.ndim > 1:
+    if array.ndim < 2:
+        return decode(_bytes(array), f"{where}: '{name}'", _FORMATS)
+    shape = (1, *array.shape)
+    if array.dtype != np.uint8 or channels_of(shape, array.dtype) is None:
         raise CorruptEpisode(
             f"{where}: '{name}' is {array.dtype} {list(array.shape)}; an image is uint8 [H, W, 3], or a JPEG "
             f"file's bytes"
         )
-    return decode(_bytes(array), f"{where}: '{name}'", ("JPEG", "PNG"))
+    form = form_of(shape, array.dtype, BYTES[array.dtype], f"{where}: '{name}'")
+    return form.to_rgb(array[()][None], f"{where}: '{name}'")[0]
 
 
 def _bytes(array: h5py.Dataset) -> bytes:

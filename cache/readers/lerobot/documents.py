@@ -259,3 +259,22 @@ class Template:
         if parts.is_absolute() or ".." in parts.parts or "\0" in path or "\\" in path or not parts.parts:
             raise ValueError(f"'{self.text}' leaves its folder")
         return parts.as_posix()
+
+
+def flat_names(names: Any) -> Iterator[str]:
+    """Names out of the forms that writers use: a list, lists in lists, groups like {"motors": […]} (their names before
+    those of several groups that share one), and name → position."""
+    if isinstance(names, Mapping):
+        values = list(names.values())
+        if values and all(type(v) is int for v in values):
+            yield from sorted(map(str, names), key=lambda name: names[name])
+            return
+        groups = {str(group): list(flat_names(inside)) for group, inside in names.items()}
+        every = [name for inside in groups.values() for name in inside]
+        is_plain = len(set(every)) == len(every)
+        yield from every if is_plain else (f"{g}.{name}" for g, inside in groups.items() for name in inside)
+    elif isinstance(names, (list, tuple)):
+        for part in names:
+            yield from flat_names(part)
+    elif names is not None:
+        yield str(names)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ....errors import Kind, Note, UserError
+from ..labels import SUCCESS, truth
 from ..location import Location
 from .documents import Line, Template, number, read_lines, read_rows, shown, whole
 from .documents import field as whole_field
@@ -27,6 +29,7 @@ class EpisodeEntry:
     video_starts: Mapping[str, float]  # video key → seconds into that file at which the episode begins
     video_ends: Mapping[str, float] = field(default_factory=dict)  # and ends, where that is listed (v3.0)
     rows: tuple[int, int] | None = None  # [from, to) among all rows, where that is listed (v3.0)
+    success: bool | None = None  # whether the demonstration succeeded, where that is listed
 
 
 @dataclass
@@ -180,6 +183,8 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
             entry: EpisodeEntry | str = (
                 paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, whole_field(row, "length"), tasks)
             )
+            if mark := next((name for name in SUCCESS if row.get(name) is not None), None):
+                entry = dataclasses.replace(entry, success=truth(row[mark]))
         except ValueError as error:
             entry = f"{line.where} {error}"
             if episode is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from ....errors import Kind, Note, UserError
 from ..episode import CorruptEpisode
 from ..images import choose_cameras
 from ..location import Location
-from .documents import Template, number, read_json, shown, whole
+from ..search import NUMBERED
+from .documents import Template, flat_names, number, read_json, shown, whole
 from .listing import EpisodeEntry, Listing, Paths, is_instruction, read_episodes, read_tasks
 from .modality import Modality, read_modality
 from .presence import presence, recover_episodes
@@ -35,6 +37,7 @@ _PATHS = {  # LeRobot's own, where info.json has none
 }
 _FIELDS = (("episode_chunk", "episode_index", "chunk_index"), ("chunk_index", "file_index"))
 _RATES = (1e-3, 1e5)  # rows per second that can be meant
+_DEEP = re.compile(r"gray(f|9|1\d)")  # pixel formats of more than 8 bits in one channel
 _CHUNK = 1000  # episodes per folder of v2, where info.json does not say
 
 
@@ -59,6 +62,7 @@ class Metadata:
         self.version = self._version()
         self.info["fps"] = self._fps()
         self.features = self.info["features"] = self._features()
+        self.depth_maps = tuple(k for k, f in self.features.items() if _is_depth(f))
         self.video_keys = tuple(k for k, f in self.features.items() if f["dtype"] == "video")
         self._paths = self._templates()
         self._read_lists()
@@ -99,6 +103,23 @@ class Metadata:
         """GR00T's meta/modality.json; empty where there is none or it cannot be used."""
         return read_modality(self.root / "meta" / "modality.json", self.features)
 
+    def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
+        """The name of each dimension of these columns by meta/info.json; None where it has none.
+
+        Where they only number the dimensions, GR00T's, as "left_arm.0"."""
+        found: list[str] = []
+        for column in columns:
+            feature = self.features.get(column) or {}
+            names, width = list(flat_names(feature.get("names"))), math.prod(feature.get("shape") or [1])
+            if len(names) != width or all(map(NUMBERED.fullmatch, names)):
+                slices = [s for s in (*self.modality.action, *self.modality.state) if s.column == column]
+                parts = {i: f"{s.name}.{i - s.start}" for s in slices for i in range(s.start, s.stop)}
+                names = [parts[i] for i in sorted(parts)] if len(parts) == width else names
+            if len(names) != width:
+                return None
+            found += names
+        return found
+
     @functools.cached_property
     def texts(self) -> frozenset[str]:
         """The texts of the tasks that say what to do."""
@@ -113,6 +134,8 @@ class Metadata:
     def notes(self) -> tuple[Note, ...]:
         """What a user should know about the dataset as a whole, one line each."""
         found = [*self._listing.notes, *self.modality.notes]
+        if self.depth_maps:
+            found.append(Note("depth-map", f"{', '.join(self.depth_maps)}: depth maps, not read as cameras"))
         if self.absent_videos:
             found.append(Note("camera-without-files", f"no video file of {', '.join(self.absent_videos)}: not read"))
         if not self._location.hub_id:
@@ -145,15 +168,16 @@ class Metadata:
         return digest.hexdigest()
 
     def cameras(self, wanted: Sequence[str] | None) -> dict[str, str]:
-        """Short view name → feature of those `wanted` (full keys or short names); None: all that are no depth map."""
-
-        def is_depth(feature: dict) -> bool:
-            return bool((feature.get("info") or feature.get("video_info") or {}).get("video.is_depth_map"))
-
+        """Short view name → feature of those `wanted` (full keys or short names), None for all; a depth map is none."""
         keys = [k for k, f in self.features.items() if f["dtype"] in ("video", "image")]
-        usable = [k for k in keys if not is_depth(self.features[k]) and k not in self.absent_videos]
+        usable = [k for k in keys if k not in self.depth_maps and k not in self.absent_videos]
         chosen = usable if wanted is None else wanted
-        return choose_cameras(keys, "observation.images.", chosen, self.name, "rename one of them in meta/info.json")
+        remedy = "rename one of them in meta/info.json"
+        found = choose_cameras(keys, "observation.images.", chosen, self.name, remedy)
+        for short, key in found.items():
+            if key in self.depth_maps:
+                raise UserError(f"{self.name}: view '{short}' is a depth map, not a camera; leave it out of `views`")
+        return found
 
     # --- info.json ---
 
@@ -250,3 +274,10 @@ class Metadata:
         read_episodes(files, self._paths, self._is_v3, total, listing)
         if not listing.entries and not listing.damaged:
             recover_episodes(files, self._paths, self._is_v3, self.info["fps"], listing)
+
+
+def _is_depth(feature: Mapping[str, Any]) -> bool:
+    """Whether a feature is marked as a depth map, or is gray video of more than 8 bits."""
+    about = {**feature, **feature.get("video_info", {}), **feature.get("info", {})}
+    marked = about.get("is_depth_map") or about.get("video.is_depth_map") or feature["dtype"] == "depth"
+    return bool(marked or _DEEP.match(str(about.get("video.pix_fmt") or about.get("pix_fmt"))))

@@ -50,11 +50,34 @@ def read_rows(path: Path, episode_id: int, columns: Sequence[str], where: str) -
         return table.filter(pc.equal(table["episode_index"], episode_id))
 
 
+def read_marks(path: Path, column: str, where: str) -> dict[int, bool]:
+    """Episode → whether any of its rows is set in a column of flags; without the episodes that have none.
+
+    `CorruptEpisode` as `read_rows`.
+    """
+    with opened(path, where) as file:
+        if column not in file.schema_arrow.names or "episode_index" not in file.schema_arrow.names:
+            return {}
+        table = file.read(columns=["episode_index", column])
+    values = table[column].combine_chunks()
+    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
+        values = values.flatten()
+    if len(values) != table.num_rows or not (pa.types.is_boolean(values.type) or pa.types.is_primitive(values.type)):
+        return {}
+    marks: dict[int, bool] = {}
+    for number, mark in zip(table["episode_index"].to_pylist(), values.to_pylist()):
+        if number is not None and mark is not None:
+            marks[number] = marks.get(number, False) or mark > 0
+    return marks
+
+
 def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
     """Row groups whose statistics allow the episode; all groups without statistics."""
-    if "episode_index" not in file.schema_arrow.names:
-        raise CorruptEpisode(f"{where}: column 'episode_index' is missing from the table")
     paths = [file.schema.column(i).path for i in range(len(file.schema))]
+    if "episode_index" not in paths:
+        raise CorruptEpisode(f"{where}: column 'episode_index' is missing from the table, or is not a number")
+    for path in {p for p in paths if paths.count(p) > 1}:
+        raise CorruptEpisode(f"{where}: the table has column '{path}' twice")
     leaf, chosen = paths.index("episode_index"), []
     for group in range(file.num_row_groups):
         stats = file.metadata.row_group(group).column(leaf).statistics

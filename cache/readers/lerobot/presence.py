@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ....errors import Note, UserError
-from ..location import Location, unreadable
+from ..location import Location, absence, unreadable
 from ..video import frames_listed
 from .listing import EpisodeEntry, Listing, Paths
 
@@ -81,6 +81,9 @@ def _recover_v3(
 
 def presence(location: Location, entries: Mapping[int, EpisodeEntry], keys: Sequence[str]) -> dict[str, int]:
     """How many episodes have their table here, and their videos of all `keys`; by listings of the folders."""
+    files = {e.data_path for e in entries.values()} | {p for e in entries.values() for p in e.video_paths.values()}
+    looked = [location.root / p for p in (min(files, default=""), max(files, default=""))]
+    all_fetched = not any((p.is_file() or p.is_symlink()) and absence(p) for p in looked)  # else each is looked into
     here: dict[str, set[str]] = {}
 
     def is_here(relative: str) -> bool:
@@ -88,7 +91,7 @@ def presence(location: Location, entries: Mapping[int, EpisodeEntry], keys: Sequ
         if folder not in here:
             path = location.root / folder
             here[folder] = {p.name for p in path.iterdir()} if path.is_dir() else set()
-        return name in here[folder]
+        return name in here[folder] and (all_fetched or not absence(location.root / relative))
 
     videos = [[e.video_paths[k] for k in keys if k in e.video_paths] for e in entries.values()]
     return {

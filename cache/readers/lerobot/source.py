@@ -22,12 +22,13 @@ from ..base import Source
 from ..config import UNMAPPED, DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
-from ..search import choose_config
+from ..labels import SUCCESS
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import VideoExtent, decode, find_extent
 from .listing import EpisodeEntry
 from .metadata import Metadata
-from .parquet import ImageRows, decode_images, find_images, opened, read_rows, stream_rows, to_matrix
+from .parquet import ImageRows, decode_images, find_images, opened, read_marks, read_rows, stream_rows, to_matrix
 from .texts import instruction_of, text_columns
 
 _NUMBERS = re.compile(r"(float|u?int)\d+")  # dtypes of features
@@ -48,8 +49,10 @@ class LeRobotSource(Source):
         self._texts = text_columns(meta.features, meta.modality.annotations) if meta.needs_more_texts else ()
         names = (meta.name, str(meta.info.get("robot_type") or ""))
         reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
-        config = choose_config(config, self.format, names, meta.root, self._columns, reopen)
+        files = Files(names, meta.root, self._columns, meta.dimension_names, reopen)
+        config = choose_config(config, self.format, files)
         self._cameras = meta.cameras(config.views)  # short name → feature key
+        self._marks: dict[Path, dict[int, bool]] = {}  # of the table files looked at, by episode
         super().__init__(
             meta.root,
             meta.name,
@@ -60,6 +63,10 @@ class LeRobotSource(Source):
             widths=self._widths(config),
         )
         self._read_recording()
+
+    def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
+        """As `Metadata.dimension_names`."""
+        return self.meta.dimension_names(columns)
 
     def _columns(self) -> dict[str, int]:
         """Numbers per row of each numeric feature that the first table has, too."""
@@ -95,6 +102,17 @@ class LeRobotSource(Source):
         if len(tasks) == 1 and (tasks[0] in self.meta.texts or not self.meta.texts):
             return tasks[0]
         return self.table(episode_id).instruction
+
+    def success_of(self, episode_id: int) -> bool | None:
+        """By a field of the list of episodes, else by a column: whether any row of the episode is marked."""
+        entry = self._entry(episode_id)
+        name = next((name for name in ("next.success", *SUCCESS) if name in self.meta.features), None)
+        if entry.success is not None or name is None:
+            return entry.success
+        path = self.meta.locate(entry.data_path, self.where(episode_id))
+        if path not in self._marks:
+            self._marks[path] = read_marks(path, name, self.where(episode_id))
+        return self._marks[path].get(episode_id)
 
     def tables(self, batch_rows: int = 65536) -> Iterator[TableBlock]:
         """As in `Source`; a file of many episodes is read once, front to back, and its blocks come in that order."""

@@ -34,25 +34,24 @@ def instruction_of(
 
     `CorruptEpisode`, beginning with `where`, when they point at a task that does not exist and nothing else tells.
     """
-    used = _values(rows, "task_index")
-    texts, column = usable_texts(used, tasks), ""
+    used, listed = _values(rows, "task_index"), "; ".join(entry.tasks)
+    texts = usable_texts(used, tasks)
     for column in others if not texts else ():
-        texts = usable_texts(_values(rows, column), tasks)
-        if texts:
-            return "; ".join(texts), ()
-    unknown = [n for n in used if n not in tasks]
-    if not texts and entry.tasks:
-        listed = "; ".join(entry.tasks)
-        if not used or not tasks:
-            return listed, ()
-        note = f"task_index {used[0]} has no text in meta/; the text that the episode lists is used, {shown(listed)}"
-        return listed, (Note("task-unknown", note),)
-    if not texts and unknown and tasks:
+        if found := usable_texts(_values(rows, column), tasks):
+            return "; ".join(found), ()
+    unknown = [n for n in used if n not in tasks] if tasks else []
+    if not texts and not listed and unknown:
         raise CorruptEpisode(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta/")
-    if texts and entry.tasks and set(texts) != set(entry.tasks):
-        ours, listed = shown("; ".join(texts)), shown("; ".join(entry.tasks))
-        return "; ".join(texts), (Note("task-differs", f"the rows' task is {ours}, used here; meta/ lists {listed}"),)
-    return "; ".join(texts), ()
+    if not texts and listed:
+        note = f"task_index {used[0] if used else ''} has no text in meta/; the one that the episode lists is used"
+        return listed, (Note("task-unknown", f"{note}, {shown(listed)}"),) if used and tasks else ()
+    text, notes = "; ".join(texts), []
+    if unknown:
+        notes.append(Note("task-unknown", f"task_index {shown(unknown[0])} of some rows is no task of meta/"))
+    if listed and set(texts) != set(entry.tasks):
+        differs = f"the rows' task is {shown(text)}, which is used; meta/ lists {shown(listed)}"
+        notes.append(Note("task-differs", differs))
+    return text, tuple(notes)
 
 
 def _values(rows: pa.Table, column: str) -> list[Any]:

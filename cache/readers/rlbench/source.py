@@ -28,7 +28,7 @@ from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..images import decode_all, survey
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .layout import LOW_DIM, TEXTS, Place, dataset_name, find_episodes, locate, looks_like_rlbench
 from .pickled_values import PickledArray, Record
@@ -51,7 +51,7 @@ class RlbenchSource(Source):
         those around it. `UserError` when there is no episode, or an archive is damaged or refused."""
         path, names = locate(path_or_repo)
         places = find_episodes(path)
-        config = choose_config(config, self.format, names, path, lambda: _columns(places))
+        config = choose_config(config, self.format, Files(names, path, lambda: _columns(places)))
         if not places:
             raise UserError(
                 f"{path_or_repo} holds no RLBench episode: a folder like all_variations/episodes/episode0 with "

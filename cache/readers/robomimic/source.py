@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,21 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ....errors import UserError
-from ..base import Source, choose_views, listing_hash
+from ....errors import Failed, Note, UserError
+from ..base import Source, choose_views, common, listing_hash, look_around
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
-from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts, view_of
+from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
+from ..images.hdf5 import Spans, is_images, left_out_of, spans_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .controller import check_actions, check_controllers, controllers_in
 
 _ACTIONS = ("actions",)  # the column that the controllers of env_args are about
 _DEMO = re.compile(r".*?(\d{1,18})")
 _PARTS = re.compile(r"(\d{1,18})")
-_SAMPLED = 9  # demos looked into for what is usual
 _MUST_BE_JSON = ("ep_meta", "problem_info")  # RoboCasa's and LIBERO's, where the task text is
 _DOCUMENTS = (*_MUST_BE_JSON, "env_args", "metadata", "meta", "info")
 _GOAL = re.compile(r"\(:language\s+([^()]+)\)")
@@ -71,7 +70,9 @@ class RobomimicSource(Source):
                 kwargs = given if isinstance(given, dict) else {}
                 environment = str(about.get("env_name") or "")
                 names = (environment, stem, self._file.parent.name)
-                config = choose_config(config, self.format, names, self._file, lambda: _columns(data, self._demos))
+                config = choose_config(
+                    config, self.format, Files(names, self._file, lambda: _columns(data, self._demos))
+                )
                 self._cameras, widths = _usual_demo(data, self._demos, config.columns, stem)
                 widths = widths or _columns(data, self._demos)
         except CorruptEpisode as error:
@@ -92,6 +93,7 @@ class RobomimicSource(Source):
             episode_ids=tuple(self._demos),
             widths=widths,
         )
+        self._spans: dict[str, Spans] = {}
         self._controllers = list(controllers_in(kwargs.get("controller_configs")))
         if config.mapped and config.action_columns == _ACTIONS:
             check_controllers(config, self._controllers, name)
@@ -109,6 +111,13 @@ class RobomimicSource(Source):
         """sha256 hex over name and size of the file."""
         return listing_hash(self._file.parent, [self._file])
 
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: observations of the first demo that can be read that look like images and are none."""
+        for number in self.episode_ids:
+            with contextlib.suppress(CorruptEpisode), self._open(number) as (_, demo, where):
+                return tuple(left_out_of(find(demo, "obs", where)))
+        return ()
+
     def length_of(self, episode_id: int) -> int:
         """Rows of the action's first column."""
         with self._open(episode_id) as (_, demo, where):
@@ -124,9 +133,13 @@ class RobomimicSource(Source):
     def text_from(self) -> str:  # type: ignore[override]
         """Where the first demo that can be read has its task text."""
         for number in self.episode_ids:
-            with contextlib.suppress(CorruptEpisode), self._open(number) as (file, demo, where):
-                return _instruction(file, demo, where)[1]
+            if not isinstance(found := self.attempt(self._said, number), Failed):
+                return found[1]
         return ""
+
+    def _said(self, episode_id: int) -> tuple[str, str]:
+        with self._open(episode_id) as (file, demo, where):
+            return _instruction(file, demo, where)
 
     def success_of(self, episode_id: int) -> bool | None:
         """By the demo's mark; else by its rewards of 0 and 1, where any demo of the file has a 1."""
@@ -162,7 +175,15 @@ class RobomimicSource(Source):
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> list[View]:
         stored = {name: f"data/{self._demos[episode_id]}/obs/{self._cameras[name]}" for name in names}
         with opened(self._file, where) as file:
-            return [view_of(file, self._file, stored[name], name, where) for name in names]
+            return [view_of(file, self._file, stored[name], name, where, self._spans_of(name)) for name in names]
+
+    def _spans_of(self, view: str) -> Spans:
+        """The values of black and white of a camera, looked for in the whole file once."""
+        if view not in self._spans:
+            with opened(self._file, self.name) as file:
+                stored = [f"data/{demo}/obs/{self._cameras[view]}" for demo in self._demos.values()]
+                self._spans[view] = spans_over(file, stored, self.name)
+        return self._spans[view]
 
     @contextlib.contextmanager
     def _open(self, episode_id: int) -> Iterator[tuple[h5py.File, h5py.Group, str]]:
@@ -176,7 +197,7 @@ class RobomimicSource(Source):
 
 
 def _demos(data: h5py.Group | h5py.Dataset, where: str) -> dict[int, str]:
-    """Episode id → name in `data`: the number in it, or its place in their natural order where two have one number."""
+    """Episode id → name in `data`: the number in it, or its place in natural order where two have one number."""
     names = [n for n in data if _is_demo(data, n)] if isinstance(data, h5py.Group) else []
     if not names:
         inside = ", ".join(list(data)[:3]) if isinstance(data, h5py.Group) else ""
@@ -201,30 +222,25 @@ def _is_demo(data: h5py.Group, name: str) -> bool:
 def _usual_demo(
     data: h5py.Group, demos: Mapping[int, str], columns: Sequence[str], where: str
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """(view name → key in obs, width of each column) of most of the demos looked at; empty when none has an image."""
-    seen: Counter[tuple[tuple[str, ...], tuple[int, ...]]] = Counter()
-    reasons, order = [], list(demos)
-    spread = {order[int(i)] for i in np.linspace(0, len(order) - 1, min(_SAMPLED, len(order)))}
-    for number in (*sorted(spread), *(n for n in order if n not in spread)):
-        if seen and number not in spread:
-            break
+    """(view name → key in obs, width of each column) of half of the demos looked at; empty when none has an image."""
+
+    def look(number: int) -> tuple[list[str], dict[str, int]] | None:
         here = f"{where} episode {number}"
-        try:
-            with one_episode(here):
-                demo = find(data, demos[number], here)
-                obs = find(demo, "obs", here) if has(demo, "obs") else {}
-                keys = tuple(key for key in obs if _is_image(find(obs, key, here)))
-                if keys:
-                    seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
-        except CorruptEpisode as error:
-            reasons.append(str(error))
-    if not seen and reasons:
-        raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {reasons[0]}")
-    keys, widths = max(seen, key=lambda s: seen[s]) if seen else ((), ())
+        with one_episode(here):
+            demo = find(data, demos[number], here)
+            obs = find(demo, "obs", here) if has(demo, "obs") else {}
+            keys = [key for key in obs if is_images(find(obs, key, here))]
+            return (keys, {c: math.prod(find_array(demo, c, here).shape[1:]) for c in columns}) if keys else None
+
+    found, refused = look_around(look, tuple(demos))
+    if not found and refused:
+        raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {refused[0]}")
+    keys = common([seen for seen, _ in found])
     cameras = {re.sub(r"[^\w-]+", "_", k.removesuffix("_image")): k for k in keys}
     if len(cameras) < len(keys):
         raise UserError(f"{where}: two cameras get the same short name: {', '.join(keys)}; rename one of them")
-    return cameras, dict(zip(columns, widths))
+    widths = {c: n for _, seen in found for c, n in seen.items()}
+    return cameras, widths | dict(common([seen.items() for _, seen in found]))
 
 
 def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:
@@ -235,10 +251,6 @@ def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:
         found |= {f"obs/{name}": obs[name] for name in obs}
     arrays = {k: a for k, a in found.items() if isinstance(a, h5py.Dataset) and a.dtype.kind in "fiu" and a.ndim <= 2}
     return {name: math.prod(a.shape[1:]) for name, a in arrays.items() if name not in ("rewards", "dones", "states")}
-
-
-def _is_image(array: h5py.Group | h5py.Dataset) -> bool:
-    return isinstance(array, h5py.Dataset) and array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
 
 
 def _json(node: h5py.Group | h5py.Dataset, name: str, where: str, required: bool = True) -> dict[str, Any]:
@@ -270,7 +282,8 @@ def _instruction(file: h5py.File, demo: h5py.Group, where: str) -> tuple[str, st
             content = text(node.attrs["bddl_file_content"], f"{where}: attribute bddl_file_content")
             if said := _GOAL.search(content):
                 return said[1].strip(), f"attribute bddl_file_content of {place}"
-        for group in filter(None, (node, find(node, "obs", where) if node is demo and has(node, "obs") else None)):
+        inside = find(node, "obs", where) if node is demo and has(node, "obs") else None
+        for group in (g for g in (node, inside) if isinstance(g, h5py.Group)):
             for name in sorted(filter(rank, group), key=rank):  # type: ignore[type-var, arg-type]
                 found = _stored_text(group, name, where)
                 if is_task(name, found):

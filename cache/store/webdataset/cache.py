@@ -13,8 +13,8 @@ from ....errors import UserError
 from ..cache import Cache, CacheDataset
 from ..feature_format import FeatureFormat
 from ..locations import Folder, Place, fetch
-from ..manifest import FINGERPRINT, MANIFEST
-from ..plan import FORMAT, require_names
+from ..manifest import FINGERPRINT, MANIFEST, require_format
+from ..plan import require_names
 from ..shard_reader import ShardFiles
 from ..zarr_format import Layout, features_folder, require_layout
 from .tars import EXPORT_FORMAT, INDEX, META, Entry, Tars, field_name, open_place, require_entry, sample_key
@@ -36,11 +36,7 @@ class WebDatasetCache(Cache):
         self.fingerprint, self.manifest = (
             self.tars.json(META, f"cache/store.{name}") for name in (FINGERPRINT, MANIFEST)
         )
-        if self.manifest["format"] != FORMAT:
-            raise UserError(
-                f"{place.where} holds a cache of format {self.manifest['format']}, this version reads {FORMAT}; "
-                "import it with the version that exported it"
-            )
+        require_format(self.manifest["format"], place.where)
         quantized = FeatureFormat(self.manifest["dtype"]).quantized
         channels = self.tars.array(META, "cache/store.channel_scale.npy") if quantized else None
         datasets = []

@@ -93,6 +93,9 @@ def _planned(
     progress: Progress,
 ) -> tuple[BuildPlan, list[ViewChange] | None]:
     """The plan of the build, and what changes against the finished cache `earlier` (None: there is none)."""
+    frames_chosen = any(s.choice.drop_idle or s.choice.frames is not None for s in sources)
+    if earlier is None and frames_chosen:  # which frames, the tables tell
+        return decide(config, sources, encoder, None, progress).plan, None
     if earlier is None:
         return make_plan(config, [glance(source, progress) for source in sources], encoder), None
     found = decide(config, sources, encoder, earlier, progress)

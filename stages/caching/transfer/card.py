@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .... import __version__
+from ....cache.loader.provenance import choice_of
 from ....cache.store.cache import Cache
 from ...policy.card import data_section, front_matter, license_of
 
@@ -21,6 +22,7 @@ def cache_card(cache: Cache, url: str) -> str:
             f"unified actions of {cache.frames} frames: a cache of dvla {__version__}, in Zarr v3.",
             "",
             data_section(attributes),
+            *[f"\nOf {d.name}: {chosen}." for d in cache.datasets if (chosen := choice_of(cache, d.name))],
             "",
             "## Use",
             "",

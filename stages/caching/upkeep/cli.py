@@ -157,6 +157,10 @@ def cache_gc(
         say(f"{path}: nothing to remove")
         return
     show_garbage(items)
+    items = [item for item in items if not item.stays]
+    if not items:
+        say(f"{path}: nothing to remove but what is in use; stop what reads it, or rerun this later")
+        return
     if not yes:
         if not console.is_terminal:
             console.print("nothing was removed; give --yes to remove all of these")

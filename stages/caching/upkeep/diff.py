@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,7 @@ def _compare(
     texts = [(x.instructions[x.episode_instruction[i]], y.instructions[y.episode_instruction[j]]) for i, j in pairs]
     words = sum(s != t for s, t in texts)
     out += [ArrayDiff(x.name, "instruction", len(pairs), words == 0, words / len(pairs))]
-    seen = np.flatnonzero(step % math.lcm(x.frame_stride, y.frame_stride) == 0)
+    seen = np.flatnonzero(x.has_features(rows[0]) & y.has_features(rows[1]))
     chosen = np.sort(rng.choice(seen, min(samples, len(seen)), replace=False))
     arrays = [(view, k) for view in x.views if view in y.views for k in range(min(x.variants, y.variants) + 1)]
     found = [_features(x, y, view, k, rows[0][chosen], rows[1][chosen]) for view, k in arrays]

@@ -11,6 +11,7 @@ import numpy as np
 
 from ....cache.actions.slots import slots
 from ....cache.actions.statistics import Statistics
+from ....cache.loader.provenance import choice_of
 from ....cache.store.cache import Cache, CacheDataset
 from ....errors import UserError
 from .status import summary
@@ -46,6 +47,7 @@ class DatasetFacts:
     control_hz: float
     embodiment: str
     source: str
+    selection: str  # options by which its demonstrations were chosen; "" for all
     instructions: tuple[tuple[str, int], ...]  # (text, episodes), most frequent first
     action: tuple[SlotRow, ...]
     proprio: tuple[SlotRow, ...]
@@ -72,11 +74,11 @@ def inspect(path: Path) -> CacheFacts:
         len(cache.manifest["files"]),
         cache.datasets[0].attributes.get("encoder", {}),
         summary(cache.fingerprint),
-        tuple(_facts(d) for d in cache.datasets),
+        tuple(_facts(d, str(choice_of(cache, d.name))) for d in cache.datasets),
     )
 
 
-def _facts(d: CacheDataset) -> DatasetFacts:
+def _facts(d: CacheDataset, selection: str) -> DatasetFacts:
     counts = np.bincount(d.episode_instruction, minlength=len(d.instructions))
     order = np.argsort(-counts, kind="stable")
     lengths = d.episode_length
@@ -91,6 +93,7 @@ def _facts(d: CacheDataset) -> DatasetFacts:
         d.control_hz,
         str(d.attributes.get("embodiment_name", d.embodiment_id)),
         str(d.attributes.get("source", "")),
+        selection,
         tuple((d.instructions[i], int(counts[i])) for i in order),
         _slots(d, "action"),
         _slots(d, "proprio"),

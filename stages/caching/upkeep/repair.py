@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ....cache.actions.selection import Selection
 from ....cache.loader.provenance import sources_of
 from ....cache.store.checksums import damaged_files
 from ....cache.store.codec import channel_scale
@@ -49,7 +50,7 @@ from ..build_plan import make_fingerprint, make_plan
 from ..calibration import pilot_features
 from ..config import BuildConfig
 from ..generations import Earlier, generations
-from ..sources import Corpus, make_tables, read_corpus
+from ..sources import Corpus, choose_episodes, make_tables, read_corpus
 from .garbage import no_builder
 from .verify import recorded_encoder
 
@@ -230,6 +231,7 @@ class _Job:
             path=path, datasets=[SimpleNamespace(name=n, attributes=a) for n, a in attributes.items()]
         )
         opened = sources_of(described, tuple(sources))  # type: ignore[arg-type]
+        choose_episodes(opened, Selection(), cached)
         encoder = recorded_encoder(next(iter(attributes.values())), vlm_path, device, say)
         corpora = tuple(read_corpus(source, encoder.by_observation, progress) for source in opened)
         config = BuildConfig(

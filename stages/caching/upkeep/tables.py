@@ -66,7 +66,7 @@ def _show_dataset(d: DatasetFacts) -> None:
     say(f"  {d.episodes} episodes of {low} to {high} frames (median {middle}), {d.quarantined} quarantined")
     say(f"  {d.frames} frames, {d.observations} observations")
     if d.source:
-        say(f"  from {d.source}")
+        say(f"  from {d.source}{f', {d.selection}' if d.selection else ''}")
     texts = [f"“{text}” ({count})" for text, count in d.instructions[:SHOWN_INSTRUCTIONS]]
     more = f", {len(d.instructions) - SHOWN_INSTRUCTIONS} more" if len(d.instructions) > SHOWN_INSTRUCTIONS else ""
     say(wrapped(f"instructions ({len(d.instructions)}): {', '.join(texts)}{more}"))

@@ -94,13 +94,13 @@ def compare(
 
 def spread(cache: Cache, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(dataset, frame row) int64 of about `count` samples, at least two, spread evenly; none in quarantine."""
-    pairs = [
-        (d, row)
-        for d, table in enumerate(cache.datasets)
-        for row in table.frame_of(
-            np.linspace(0, table.observations - 1, max(1, count // len(cache.datasets))).astype(int)
-        ).tolist()
-        if not table.quarantined[table.episode_of(np.array([row]))[0]]
-    ]
+    each, pairs = max(1, count // len(cache.datasets)), []
+    for d, table in enumerate(cache.datasets):
+        if table.quarantined.any():
+            frames = table.samples(np.flatnonzero(~table.quarantined))
+            rows = frames[np.linspace(0, len(frames) - 1, each).astype(int)] if len(frames) else frames
+        else:
+            rows = table.frame_of(np.linspace(0, table.observations - 1, each).astype(int))
+        pairs += [(d, row) for row in rows.tolist()]
     ids, rows = np.array(pairs if len(pairs) > 1 else pairs * 2, np.int64).T
     return ids, rows

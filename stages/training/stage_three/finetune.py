@@ -82,6 +82,8 @@ def finetune(
 ) -> tuple[TrainReport, Continuity | None]:
     """Continue the policy at `config.start`. `UserError` when VLM, cache and sources do not belong together, or when
     the loss would jump. No `Continuity` on a split cache for whose samples there are neither features nor sources."""
+    train = dataclasses.replace(config.train, select=config.train.select.pinned())
+    config = dataclasses.replace(config, train=train)
     with join(config.train.device) as world:
         session, continuity = _prepare(config, world, on_log, say)
         return run(session, stop_after), continuity

@@ -147,4 +147,4 @@ def _same_frames(a: CacheDataset, b: CacheDataset) -> bool:
 def _has(dataset: CacheDataset, row: int) -> bool:
     """Whether frame `row` has features."""
     episode = int(dataset.episode_of(np.array([row]))[0])
-    return not dataset.quarantined[episode] and (row - int(dataset.episode_start[episode])) % dataset.frame_stride == 0
+    return not dataset.quarantined[episode] and bool(dataset.has_features(np.array([row]))[0])

@@ -319,7 +319,7 @@ def pickled(path):
         ),
         (
             lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.array([Evil()])),
-            "allow_pickle=False",
+            "Python objects",
         ),
         (lambda p: shutil.rmtree(p.parents[3] / "scenes/scene_0000/realsense/depth_gt"), "has neither depth"),
         (

@@ -173,7 +173,7 @@ def edit_info(root, **changes):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda r: (r / "meta/info.json").unlink(), "holds none of the formats that can be read"),
+        (lambda r: (r / "meta/info.json").unlink(), "is a LeRobot dataset without its meta/info.json"),
         (lambda r: (r / "meta/info.json").write_text("{"), "cannot be read as JSON"),
         (lambda r: edit_info(r, codebase_version="v1.6"), "version v1.6 is not readable"),
         (lambda r: edit_info(r, fps=None), "'fps' is missing"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import re
@@ -292,6 +293,19 @@ def test_gc_lists_asks_and_leaves_the_cache_alone(
     assert dvla("cache", "gc", copy, "--yes").code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
     assert tree(copy) == {k: v for k, v in before.items() if k != "alpha/.x.tmp-1"} and verify_checksums(copy) == []
+
+
+def test_gc_keeps_the_generation_that_a_training_reads(dvla: Dvla, copy: Path, tmp_path: Path) -> None:
+    """A training goes on with the generation it opened after `--append` has put the next one in its place."""
+    reader = Cache.open(copy)
+    copy.rename(tmp_path / "cache.gen-1")
+    shutil.copytree(tmp_path / "cache.gen-1", copy)
+    said = dvla("cache", "gc", copy, "--yes")
+    assert said.code == 0 and "in use" in said.out and "nothing to remove but what is in use" in said.out
+    reader.datasets[0].feature("front", 90)  # a shard that was not open yet
+    del reader
+    gc.collect()
+    assert "1 removed" in dvla("cache", "gc", copy, "--yes").out and not (tmp_path / "cache.gen-1").exists()
 
 
 def test_gc_asks_on_a_terminal(dvla: Dvla, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The instruction of a LeRobot episode: the row's task decides; odd task tables, GR00T's annotations, columns of text."""
+"""The instruction of a LeRobot episode: its rows decide; odd task tables, annotations of GR00T, columns of text."""
 
 import json
 
@@ -81,6 +81,18 @@ def test_a_task_that_does_not_exist_costs_the_episode_if_nothing_else_tells(tmp_
     lines(root / "meta/tasks.jsonl", [{"task_index": 0, "task": "push"}])
     lines(root / "meta/episodes.jsonl", [{"episode_index": e, "length": n} for e, n in enumerate(LENGTHS)])
     assert outcome(root) == [("push", []), "task_index 1 is not among the 1 tasks of meta/", ("push", [])]
+
+
+def test_one_row_of_another_task_is_named(tmp_path):
+    root = write_v2(tmp_path / "d", ("push", "pull"))
+    for path, other in zip(sorted(root.glob("data/*/*.parquet")), (1, 1, 9)):
+        change_table(
+            path,
+            lambda t, o=other: t.set_column(
+                t.column_names.index("task_index"), "task_index", [[*t["task_index"].to_pylist()[:-1], o]]
+            ),
+        )
+    assert outcome(root) == [("push; pull", ["task-differs"]), ("pull", []), ("push", ["task-unknown"])]
 
 
 def test_without_a_task_table_the_list_has_the_texts(tmp_path):

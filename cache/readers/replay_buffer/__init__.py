@@ -1,0 +1,5 @@
+"""Diffusion Policy's Zarr replay buffers."""
+
+from .source import ReplayBufferSource
+
+READER = ReplayBufferSource
