@@ -151,7 +151,7 @@ class TrainConfig:
         Frame,
         Option(
             "--action-frame",
-            help="Frame of the actions: absolute, or chunk (joints and poses relative to the state at a chunk's start).",
+            help="Frame of actions: absolute, or chunk (joints and poses relative to the state at a chunk's start).",
         ),
     ] = "absolute"
     order: Annotated[
