@@ -50,7 +50,7 @@ def held_out_metrics(session: Session, seen: PanelData | None = None) -> dict[st
 
 
 def native_errors(metrics: ActionMetrics, datasets: Sequence[CacheDataset]) -> dict[str, float]:
-    """ "native/<unit>" → root mean square over all slots of the unit ("rad", "m", …) of all datasets, each counting once.
+    """Root mean square errors "native/rad", "native/m", …: over all slots of a unit, each of each dataset once.
 
     Unlike errors in normalized units it compares runs of other normalizations and frames, which it does not depend on.
     """
