@@ -105,7 +105,7 @@ def table(
     for name, width in widths.items():
         numbers = all(re.fullmatch(rf"[-+–.,/\d%e ]*({UNITS})?", cell) for cell in columns[name][1:])
         found.add_column(
-            escape(name),
+            escape(printable(name)),
             justify="right" if numbers else "left",
             no_wrap=width <= SHORT,
             min_width=min(width, SHORT),

@@ -12,6 +12,7 @@ from ...batch import FeatureBatch
 from ...errors import UserError
 from ..readers import Source
 from ..readers.episode import Episode
+from ..readers.faults import whole_dataset
 from ..store.cache import Cache
 from ..vlm.augment import frame_keys
 from ..vlm.encoder import VisionLanguageEncoder
@@ -84,17 +85,18 @@ class LiveFeatures:
         """uint8 [H, W, 3]: the source image behind one row of the cache."""
         position, step = self._place(dataset, row)
         key = (dataset, position)
-        if key not in self._episodes:
-            self._episodes[key] = self._load(dataset, position)
-        stream = self._episodes[key].views[view]
-        if (*key, view) in self._decoded:
+        with whole_dataset(self._sources[dataset].path):  # it was sound when the cache was built
+            if key not in self._episodes:
+                self._episodes[key] = self._load(dataset, position)
+            stream = self._episodes[key].views[view]
+            if (*key, view) in self._decoded:
+                return self._decoded[*key, view][step]
+            size = stream.length * stream.height * stream.width * 3
+            if size > self._room:
+                return next(stream.frames(step, step + 1))
+            self._room -= size
+            self._decoded[*key, view] = np.stack(list(stream.frames()))
             return self._decoded[*key, view][step]
-        size = stream.length * stream.height * stream.width * 3
-        if size > self._room:
-            return next(stream.frames(step, step + 1))
-        self._room -= size
-        self._decoded[*key, view] = np.stack(list(stream.frames()))
-        return self._decoded[*key, view][step]
 
     def _place(self, dataset: int, row: int) -> tuple[int, int]:
         """(position of the row's episode in the dataset, step in the episode)."""

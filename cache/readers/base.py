@@ -168,6 +168,10 @@ class Source(ABC):
         with one_episode(where, self.path):
             return self._checked(self._rows(episode_id, self.config.columns, where), where)
 
+    def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
+        """The files' name of each dimension of these columns, side by side; None where they have none."""
+        return None
+
     def columns_of(self, episode_id: int) -> Mapping[str, np.ndarray]:
         """The config's columns of one episode as they are in the files; `CorruptEpisode` as `table`."""
         where = self.where(episode_id)
@@ -299,7 +303,7 @@ class Source(ABC):
         text = rows.instruction or config.instruction
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise CorruptEpisode(f"{where}: its instruction is not Unicode text: {text}")
-        return EpisodeTable(state.astype(np.float32), action.astype(np.float32), times, text, rows.notes)
+        return EpisodeTable(state.astype(np.float32), action.astype(np.float32), times, text, rows.notes, rows.origin)
 
     def _check_widths(self, widths: Mapping[str, int]) -> None:
         config = self.config
@@ -357,7 +361,8 @@ def look_around(
         if found and number not in spread:
             break
         try:
-            seen = look(number)
+            with one_episode(f"episode {number}"):
+                seen = look(number)
             found += [] if seen is None else [seen]
         except CorruptEpisode as error:
             refused.append(error)
@@ -365,8 +370,8 @@ def look_around(
 
 
 def common(sets: Sequence[Iterable[Name]]) -> list[Name]:
-    """What at least half of the sets hold, in the order of the first that holds it."""
-    counts = Counter(name for names in sets for name in names)
+    """What at least half of the sets hold, in the order of the first of the largest."""
+    counts = Counter(name for names in sorted(map(list, sets), key=len, reverse=True) for name in names)
     return [name for name, count in counts.items() if 2 * count >= len(sets)]
 
 

@@ -34,12 +34,22 @@ _POSE_SLOTS = [SLOTS[n] for n in ("eef_pos_x", "eef_pos_y", "eef_pos_z", *(f"eef
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What the numbers must show for a config to fit, where one robot's datasets come in several units."""
+class Reach:
+    """How large some numbers of a dataset are, which tells their unit."""
 
     dims: tuple[int, ...]  # of the action, and of a state of the same width
     above: float = 0.0  # their largest magnitude in the data is more than this …
     upto: float = math.inf  # … and at most this
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the files must show for a config to fit, where one robot's datasets come in several orders or units."""
+
+    # Patterns of the files' names of the action's dimensions, where they name them; "|" parts alternatives.
+    names: tuple[str, ...] = ()
+    named: bool = False  # files without names do not fit
+    reach: tuple[Reach, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class DatasetConfig:
     integrate: Integration | None = None  # the action begins with displacements per step: make them absolute poses
     sampling_weight: float = 1.0  # factor on the dataset's share of the mixture, which goes as N^temperature
     normalize: Scheme | None = None  # of its actions and state where a run does not choose; None = std5
-    fits: Fit | None = None  # of configs with the same `match`, the one whose numbers look like this
+    fits: Fit = Fit()  # what else than `match` must agree for it to be found
     origin: str = ""  # the file it was read from
     mapped: bool = True  # False: no config describes the files, and every dimension is taken as it is
 

@@ -23,7 +23,8 @@ class CorruptEpisode(Exception):
 
     def failed(self, episode_id: int, where: str, rows: int = 0) -> Failed:
         """The same as a value; `where` is how messages about the episode begin."""
-        return Failed(episode_id, where, self.kind, str(self).removeprefix(f"{where}: "), rows)
+        reason = str(self).removeprefix(f"{where}: ").removeprefix(f"{where} ")
+        return Failed(episode_id, where, self.kind, reason, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from ...common.config import configs_dir, load_yaml
 from ...errors import UserError, unknown
-from .config import DatasetConfig, read_config, unmapped_config
+from .config import DatasetConfig, Fit, read_config, unmapped_config
 from .episode import CorruptEpisode
 from .tables import join_columns
 
@@ -32,7 +33,6 @@ BESIDE = "dvla.yaml"
 SUFFIXES = (".yaml", ".yml")
 LARGEST = 1 << 18  # bytes of a dataset config; larger files are none
 SAMPLED = 64  # episodes, evenly spread, whose numbers tell the unit
-Columns = Callable[[], Mapping[str, int]]  # numeric columns of the files → numbers per row
 
 
 class NoConfig(UserError):
@@ -81,85 +81,110 @@ def _shipped(name: str) -> DatasetConfig:
     return read_config(configs_dir() / "datasets" / f"{name}.yaml", name)
 
 
-def choose_config(
-    given: DatasetConfig | None,
-    format: str,
-    names: Iterable[str],
-    root: Path,
-    columns: Columns | None = None,
-    reopen: Callable[[], Source] | None = None,
-) -> DatasetConfig:
-    """The config a reader uses: the one `given`, the nearest that fits, or for UNMAPPED one that maps nothing.
+@dataclass(frozen=True)
+class Files:
+    """What a reader can tell about a dataset before it has a config."""
 
-    Args:
-        columns: None where only reading an episode would tell.
-        reopen: the same dataset without a map, to look at its numbers.
-    """
+    names: Sequence[str]  # of the dataset, then of its robot or folder; those that are empty do not count
+    root: Path  # its folder or file
+    columns: Callable[[], Mapping[str, int]]  # columns of numbers → numbers per row; 0: not known
+    dimensions: Callable[[Sequence[str]], Sequence[str] | None] = lambda _: None  # names in columns, side by side
+    reopen: Callable[[], Source] | None = None  # the dataset without a map, to look at its numbers
+
+    @functools.cached_property
+    def known(self) -> list[str]:
+        """The names as `match` sees them."""
+        return [n.lower().rsplit("/", 1)[-1] for n in dict.fromkeys(self.names) if n]
+
+    def __str__(self) -> str:
+        return " or ".join([n for n in self.known if not re.fullmatch(r"[\d.]+", n)][:2]) or self.root.name
+
+
+def choose_config(given: DatasetConfig | None, format: str, files: Files) -> DatasetConfig:
+    """The config a reader uses: the one `given`, the nearest that fits, or for UNMAPPED one that maps nothing."""
     if given is None:
-        return find_config(format, names, root, columns, reopen)
-    return given if given.mapped else unmapped_config(format, columns() if columns else {})
+        return find_config(format, files)
+    return given if given.mapped else unmapped_config(format, files.columns())
 
 
-def find_config(
-    format: str,
-    names: Iterable[str],
-    root: Path | None = None,
-    columns: Columns | None = None,
-    reopen: Callable[[], Source] | None = None,
-) -> DatasetConfig:
-    """The nearest config of a format that fits a dataset in `root` with one of `names`: robot type, repository, folder.
-
-    `NoConfig` unless exactly one fits; `UserError` for a file that fits and cannot be used."""
-    if root is not None and (beside := _beside(format, root)):
+def find_config(format: str, files: Files) -> DatasetConfig:
+    """The nearest config of a format that fits a dataset. `NoConfig` unless exactly one does; `UserError` for a file
+    that fits and cannot be used."""
+    if beside := _beside(format, files.root):
         return beside
-    known = [n.lower().rsplit("/", 1)[-1] for n in dict.fromkeys(names) if n]
-    called = " or ".join([n for n in known if not re.fullmatch(r"[\d.]+", n)][:2]) or f"this {format} dataset"
     shipped = [_shipped(n) for n in config_names() if "/" not in n]
-    tiers = [
-        [c for c in configs if c.format == format and _matches(c.match, known)]
-        for configs in (_own(Path(), known), _own(registered_folder(), known), shipped)
-    ]
+    places = (_own(Path(), files.known), _own(registered_folder(), files.known), shipped)
+    tiers = [[c for c in configs if c.format == format and _matches(c.match, files.known)] for configs in places]
     named = [c for near in tiers for c in near]
-    if len(named) == 1 and not named[0].fits:
+    if len(named) == 1 and named[0].fits == Fit():
         return named[0]  # the reader says what it does not describe
     for near in tiers:
-        fitting = [c for c in near if columns is None or describes(c, columns())]
-        if len(fitting) > 1 or fitting and fitting[0].fits:
-            fitting = _of_unit(fitting, called, reopen)
+        fitting = _nearest([c for c in near if not _differs(c, files)], files)
+        if not fitting:
+            continue
+        fitting = _of_unit(fitting, files)
         if len(fitting) == 1:
             return fitting[0]
-        if fitting:
-            several = ", ".join(c.name for c in fitting)
-            raise NoConfig(f"{len(fitting)} dataset configs fit {called}: {several}; choose one with --dataset-config")
-    if len(named) == 1:
-        return named[0]
-    if named:
-        several = ", ".join(c.name for c in named)
-        raise NoConfig(f"the columns of {called} are of other widths than in {several}; run `dvla data add SOURCE`")
-    raise NoConfig(f"no dataset config fits {called}; run `dvla data add SOURCE`")
+        several = ", ".join(c.name for c in fitting)
+        raise NoConfig(f"{len(fitting)} dataset configs fit {files}: {several}; choose one with --dataset-config")
+    why = "".join(f"; '{c.name}' has other {_differs(c, files)}" for c in named[:2])
+    raise NoConfig(f"no dataset config fits {files}{why}; run `dvla data add SOURCE`")
 
 
-def describes(config: DatasetConfig, columns: Mapping[str, int]) -> bool:
-    """Whether the columns it asks for are there, with its widths; 0: a width the files do not tell."""
+def _nearest(configs: Sequence[DatasetConfig], files: Files) -> list[DatasetConfig]:
+    """Those that match the first name that any of them matches: the dataset's own rather than its robot's."""
+    for name in files.known:
+        if found := [c for c in configs if _matches(c.match, [name])]:
+            return found
+    return list(configs)
+
+
+def _differs(config: DatasetConfig, files: Files) -> str:
+    """What of the files a config does not describe, in a word; "" where it describes them."""
+    columns = files.columns()
     sides = [(config.action_columns, config.action_width)]
     sides += [(config.state_columns, sum(s.width for s in config.state))] if config.state else []
-    widths = [[columns.get(c, -1) for c in names] for names, _ in sides]
-    return all(min(w) >= 0 and (0 in w or sum(w) == width) for w, (_, width) in zip(widths, sides))
+    for names, width in sides:
+        if missing := [c for c in names if c not in columns]:
+            return f"columns ({missing[0]})"
+        widths = [columns[c] for c in names]
+        if 0 not in widths and sum(widths) != width:
+            return f"widths ({'+'.join(names)} {width}, here {sum(widths)})"
+    if config.fits.names:
+        given = files.dimensions(config.action_columns) or ()
+        odd = [n for n, patterns in zip(given, config.fits.names) if not _is_called(n.lower(), patterns.lower())]
+        if not given and config.fits.named or odd and (config.fits.named or not all(map(NUMBERED.fullmatch, given))):
+            return f"names ({odd[0]})" if odd else "names"
+    return ""
 
 
-def _of_unit(configs: Sequence[DatasetConfig], called: str, reopen: Callable[[], Source] | None) -> list[DatasetConfig]:
-    """Those whose `fits` agrees with the data's numbers; `NoConfig` names all where none does."""
-    guarded = [c for c in configs if c.fits]
-    if not guarded or reopen is None:
+def _is_called(name: str, patterns: str) -> bool:
+    """Whether a name fits one of the patterns, which "|" parts, and is of a position where they are."""
+    other = _NO_POSITION.search(name)
+    return any(fnmatch.fnmatchcase(name, p) and (not other or other[0] in p) for p in patterns.split("|"))
+
+
+# Names that only number dimensions: "motor_3", "action[3]"
+NUMBERED = re.compile(r"(motor|joint|action|state|dim|axis|value|[a-z])?[\W_]*\d+\W*", re.IGNORECASE)
+_NO_POSITION = re.compile(r"vel|effort|torque|current|acc|delta")
+
+
+def _of_unit(configs: Sequence[DatasetConfig], files: Files) -> list[DatasetConfig]:
+    """Those whose `fits.reach` agrees with the data's numbers; `NoConfig` names all where none does."""
+    if files.reopen is None or not any(c.fits.reach for c in configs):
         return list(configs)
-    largest = magnitudes(reopen(), guarded[0])
-    reached = {c.name: float(largest[list(c.fits.dims)].max()) for c in guarded if c.fits}
-    fitting = [c for c in configs if not c.fits or c.fits.above < reached[c.name] <= c.fits.upto]
+    source, fitting, reached = files.reopen(), [], 0.0
+    for config in configs:
+        largest = magnitudes(source, config)
+        tops = [(float(largest[list(r.dims)].max()), r) for r in config.fits.reach]
+        reached = max(reached, tops[0][0] if tops else 0.0)
+        if all(r.above < top <= r.upto for top, r in tops):
+            fitting.append(config)
     if not fitting:
-        names = " or ".join(c.name for c in guarded)
-        reach = max(reached.values())
+        names = " or ".join(c.name for c in configs)
         raise NoConfig(
-            f"{called}: its joints reach {reach:.4g}, which does not tell the unit; give --dataset-config {names}"
+            f"the numbers of {files} reach {reached:.4g}, which does not tell their unit; give --dataset-config "
+            f"{names}, or run `dvla data add SOURCE`"
         )
     return fitting
 

@@ -15,6 +15,7 @@ from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import SLOTS, unit_of
 from ...cache.readers import Source, detect_format, open_source
 from ...cache.readers.episode import CorruptEpisode, Episode
+from ...cache.readers.lerobot.documents import flat_names
 from ...cache.readers.search import SAMPLED, NoConfig
 from ...common.progress import Progress
 from ...errors import Failed, UserError
@@ -107,7 +108,7 @@ def summarize(path: str | Path, config: str | None = None) -> Summary:
         source.format,
         meta.version if meta else None,
         len(source.episode_ids),
-        sum(e.length for e in meta.episodes.values()) if meta else _frames(source),
+        sum(e.length or 0 for e in meta.episodes.values()) if meta else _frames(source),
         source.fps,
         _listed_cameras(meta, source) if meta else _loaded_cameras(source),
         source,
@@ -143,7 +144,7 @@ def _loaded_cameras(source: Source) -> dict[str, tuple[int, int] | None]:
 
 def image_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
     """(H, W) of a LeRobot image feature, from its shape and the names of its axes; None where these do not tell."""
-    shape, names = list(feature.get("shape") or ()), list(_flat(feature.get("names")))
+    shape, names = list(feature.get("shape") or ()), list(flat_names(feature.get("names")))
     if len(shape) != 3:
         return None
     if "height" in names and "width" in names and len(names) == 3:
@@ -202,44 +203,12 @@ def unified_fields(mapping: ActionMap) -> list[tuple[int, str, str]]:
     return [(SLOTS[name], name, unit_of(name)) for name in names]
 
 
-def dimension_names(features: Mapping[str, Any], columns: Sequence[str]) -> list[str] | None:
-    """The names of each dimension of these columns in LeRobot's `features`; None where they have none."""
-    found: list[str] = []
-    for column in columns:
-        feature = features.get(column) or {}
-        names = list(_flat(feature.get("names")))
-        if len(names) != int(np.prod(feature.get("shape") or [1])):
-            return None
-        found += names
-    return found
-
-
-def _flat(names: Any) -> Iterator[str]:
-    """Names out of the forms that writers use: a list, lists in lists, groups like {"motors": […]} (their names before
-    those of several groups that share one), and name → position."""
-    if isinstance(names, Mapping):
-        values = list(names.values())
-        if values and all(type(v) is int for v in values):
-            yield from sorted(map(str, names), key=lambda name: names[name])
-            return
-        groups = {str(group): list(_flat(inside)) for group, inside in names.items()}
-        every = [name for inside in groups.values() for name in inside]
-        is_plain = len(set(every)) == len(every)
-        yield from every if is_plain else (f"{g}.{name}" for g, inside in groups.items() for name in inside)
-    elif isinstance(names, (list, tuple)):
-        for part in names:
-            yield from _flat(part)
-    elif names is not None:
-        yield str(names)
-
-
 def native_names(source: Source) -> list[list[str] | None]:
     """The names of the native action's and state's dimensions in the files or the config; None without names, or if
     integrated."""
     config, found = source.config, []
-    meta: Metadata | None = getattr(source, "meta", None)
     for columns, mapping in ((config.action_columns, source.action_map), (config.state_columns, source.state_map)):
-        named = dimension_names(meta.features, columns) if meta else None
+        named = source.dimension_names(columns)
         if not named and any(spec.native for spec in mapping.specs):
             named = list(mapping.native_names)
         found.append(None if not mapping.specs or config.integrate and mapping is source.action_map else named)
@@ -249,9 +218,7 @@ def native_names(source: Source) -> list[list[str] | None]:
 def column_names(source: Source) -> dict[str, list[str]]:
     """ "action" and "state" → a name for each native dimension of a dataset without a map: the files' own, else its
     column and number."""
-    config = source.config
-    meta: Metadata | None = getattr(source, "meta", None)
-    found = {}
+    config, found = source.config, {}
     for what, columns, specs in (
         ("action", config.action_columns, config.action),
         ("state", config.state_columns, config.state),
@@ -259,7 +226,7 @@ def column_names(source: Source) -> dict[str, list[str]]:
         found[what] = [
             name
             for column, spec in zip(columns, specs)
-            for name in (meta and dimension_names(meta.features, (column,)))
+            for name in source.dimension_names((column,))
             or ([f"{column}[{i}]" for i in range(spec.width)] if spec.width > 1 else [column])
         ]
     return found

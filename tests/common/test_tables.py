@@ -102,3 +102,13 @@ def test_columns_go_before_words_fold(monkeypatch: pytest.MonkeyPatch, width: in
     shown = "".join(lines(table(head, rows, drop=("extra",)), width))
     assert ("extra" in shown) == (width == 120) and "x" * 30 in shown
     assert shown.count("y") == 30
+
+
+def test_what_files_contain_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets are no markup, and nothing that a terminal would obey gets through."""
+    name = "[red]cup[/red] [/] \x1b[2J\x9b31m\x07 \u202edlo \udcff"
+    shown = "[red]cup[/red] [/] �[2J�31m� �dlo �"
+    console.print(table((name, "b"), [(name, name)], name))
+    console_module.say(name)
+    printed = capsys.readouterr().out
+    assert printed.count(shown) == 5 and not set(printed) & set("\x1b\x9b\x07\u202e\udcff")

@@ -79,7 +79,7 @@ FENCES = {
     "isaacgym": {"stages/simulation/envs/isaac_worker.py"},
     "robosuite": {"stages/simulation/envs/robosuite.py"},
     "av": {"cache/readers/video.py", "common/mp4.py"},
-    "zarr": {"cache/readers/replay_buffer.py"},
+    "zarr": {"cache/readers/replay_buffer/store.py"},
     "h5py": {"cache/readers/"},
     "dask": {"stages/caching/dask_cluster.py"},
     "distributed": {"stages/caching/dask_cluster.py", "stages/caching/workers.py"},

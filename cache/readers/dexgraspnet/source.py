@@ -48,7 +48,7 @@ from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..location import Location
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .render import CAMERAS, SIZE, VERSION, render, shade
 from .scene import SPACING, find_scene, load_arrays, load_matrix, read_cloud, scene_files
@@ -78,7 +78,9 @@ class DexGraspNetSource(Source):
         self._paths = _grasp_files(root / "dex_grasps_new")
         numbers = [key * GRASPS_PER_OBJECT + k for key, path in self._paths.items() for k in range(_listed(path))]
         name = Location(str(root), ()).name
-        config = choose_config(config, self.format, (name,), root, lambda: _columns(next(iter(self._paths.values()))))
+        config = choose_config(
+            config, self.format, Files((name,), root, lambda: _columns(next(iter(self._paths.values()))))
+        )
         super().__init__(root, name, config, view_names=choose_views(tuple(CAMERAS), config, name), episode_ids=numbers)
         # a few scenes at a time are kept: the grasps of an object follow one another, and so do the objects of a scene
         self._grasps = functools.lru_cache(4)(self._read_grasps)

@@ -42,9 +42,9 @@ from ....errors import UserError, unknown
 from ..base import Source, choose_views, common, listing_hash, look_around
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..hdf5 import SUFFIXES, find, find_array, opened, text
+from ..hdf5 import SUFFIXES, find, find_array, opened, success_of, text
 from ..location import Location
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .streams import Alignment, align, is_camera, read_images, read_stream, view_of
 
@@ -86,7 +86,7 @@ class DexWildSource(Source):
         self._episodes = dict(enumerate(entries))
         name = location.root.stem if one_file else location.name
         names = (name, location.hub_id or "", *(p.stem for p in self._paths))
-        config = choose_config(config, self.format, names, location.root, lambda: self._columns(name))
+        config = choose_config(config, self.format, Files(names, location.root, lambda: self._columns(name)))
         widths, cameras = self._survey(config, name)
         super().__init__(
             self._root,
@@ -119,6 +119,11 @@ class DexWildSource(Source):
         """The episode's own text, else our wording of its file's task (TASKS), else the config's."""
         with self._open(episode_id) as (group, where):
             return self._instruction(group, self._episodes[episode_id][0], where)
+
+    def success_of(self, episode_id: int) -> bool | None:
+        """By an attribute or a dataset of the episode's group."""
+        with self._open(episode_id) as (group, where):
+            return success_of(group, where)
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         with self._open(episode_id) as (group, place):

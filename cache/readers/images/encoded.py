@@ -22,7 +22,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, 
 MAX_SIDE = 8192  # pixels; an encoder pads an image to a square of its longer side
 MAX_ASPECT = 32  # longer side by shorter side
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM")  # how encoded images begin
-_TURNED = (b"Exif", b"eXIf", b"tiff:Orientation")  # without one of these an image has no orientation, unless it is TIFF
+_TURNED = (b"Exif", b"eXIf", b"EXIF", b"tiff:Orientation")  # without one of these an image has no orientation
 _ORIENTATION = 274  # EXIF's number of it
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -136,11 +136,13 @@ def is_turned(data: bytes, what: str, formats: tuple[str, ...] | None) -> bool:
 
 
 def _may_be_turned(data: bytes) -> bool:
-    return data[:4] in (b"II*\0", b"MM\0*") or any(mark in data for mark in _TURNED)
+    return any(mark in data for mark in _TURNED)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read."""
+    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read, and of TIFF, which PIL turns."""
+    if image.format == "TIFF":
+        return 1
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # PIL raises many types on damaged EXIF data, without which the image is still good

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from ....errors import Kind, Note, UserError
 from ..episode import CorruptEpisode
 from ..images import choose_cameras
 from ..location import Location
-from .documents import Template, number, read_json, shown, whole
+from ..search import NUMBERED
+from .documents import Template, flat_names, number, read_json, shown, whole
 from .listing import EpisodeEntry, Listing, Paths, is_instruction, read_episodes, read_tasks
 from .modality import Modality, read_modality
 from .presence import presence, recover_episodes
@@ -79,11 +81,15 @@ class Metadata:
             raise CorruptEpisode(f"{where}: {reason}", kind)
         return self.episodes[episode_id]
 
-    def images_path(self, entry: EpisodeEntry, key: str, where: str) -> str:
-        """The file of one camera: its video, or the table that holds the images."""
+    def video_path(self, entry: EpisodeEntry, key: str, where: str) -> str | None:
+        """The video file of one camera; None for one whose images are in the table."""
         if key in self.video_keys and key not in entry.video_paths:
             raise CorruptEpisode(f"{where}: meta/episodes has no file or time for '{key}' of it", "missing-file")
-        return entry.video_paths.get(key, entry.data_path)
+        return entry.video_paths.get(key)
+
+    def data_files(self) -> list[str]:
+        """Every data file that is here, relative."""
+        return self._location.names(self._paths.data.glob())
 
     def locate(self, relative: str, where: str) -> Path:
         """As `Location.locate`; an episode's own file is also found in the folder of another chunk."""
@@ -100,6 +106,23 @@ class Metadata:
     def modality(self) -> Modality:
         """GR00T's meta/modality.json; empty where there is none or it cannot be used."""
         return read_modality(self.root / "meta" / "modality.json", self.features)
+
+    def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
+        """The name of each dimension of these columns by meta/info.json; None where it has none.
+
+        Where they only number the dimensions, GR00T's, as "left_arm.0"."""
+        found: list[str] = []
+        for column in columns:
+            feature = self.features.get(column) or {}
+            names, width = list(flat_names(feature.get("names"))), math.prod(feature.get("shape") or [1])
+            if len(names) != width or all(map(NUMBERED.fullmatch, names)):
+                slices = [s for s in (*self.modality.action, *self.modality.state) if s.column == column]
+                parts = {i: f"{s.name}.{i - s.start}" for s in slices for i in range(s.start, s.stop)}
+                names = [parts[i] for i in sorted(parts)] if len(parts) == width else names
+            if len(names) != width:
+                return None
+            found += names
+        return found
 
     @functools.cached_property
     def texts(self) -> frozenset[str]:
@@ -240,7 +263,8 @@ class Metadata:
         video = template("video_path", ["video_key"]) if self.video_keys else None
         paths = Paths(template("data_path"), video, self.video_keys, chunks)
         try:  # a path that leaves the folder does so for every episode
-            paths.data.glob(), [video.glob(video_key=key) for key in self.video_keys if video]
+            for key in self.video_keys if video else ():
+                video.glob(video_key=key)  # type: ignore[union-attr]
         except ValueError as error:
             raise UserError(f"{self.repo}: a path of meta/info.json: {error}") from None
         return paths

@@ -27,7 +27,7 @@ from ..episode import CorruptEpisode, View
 from ..images.arrays import ArrayForm, channels_of, form_of, is_camera, left_out, range_of
 from ..labels import found_in
 from ..location import Location
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .store import ENDS, METADATA, Array, Group
 
@@ -53,9 +53,8 @@ class ReplayBufferSource(Source):
             self._ends = _read_ends(group.array(ENDS, name), name)
             keys = group.keys("data")
             arrays, others = _arrays(group, keys, name)
-            config = choose_config(
-                config, self.format, (name,), location.root, functools.partial(_columns, arrays, self._ends)
-            )
+            columns = functools.partial(_columns, arrays, self._ends)
+            config = choose_config(config, self.format, Files((name,), location.root, columns))
             cameras = [k for k, a in arrays.items() if is_camera(k, a.shape, a.dtype)]
             views = choose_views(cameras, config, name)
             used = [key for key in (*config.columns, *views) if key in keys]

@@ -7,6 +7,7 @@ The layout is <name>/<version>/ (or <name>/<config>/<version>/) with the two JSO
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import math
@@ -67,7 +68,8 @@ class Metadata:
         self.names = tuple(dict.fromkeys((self.name, given.name, given.parent.name, self._files.name)))
         self.features = dict(_flatten(_steps(features, self.root), ""))  # path below `steps` → feature
         self.every = {f"steps/{k}": f for k, f in self.features.items()}  # path in a record → feature
-        self.every |= dict(_flatten(_around(features), ""))
+        with contextlib.suppress(UserError):  # what is beside the steps is not needed
+            self.every |= dict(_flatten(_around(features), ""))
         self.shards = tuple(_shards(info, str(label), self.root / DESCRIPTION[0]))
         self._firsts = [s.first for s in self.shards]
 

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ....errors import UserError
+from ....errors import Note, UserError
 from ..base import Source
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..images import ArrayForm, Stored, channels_of, choose_cameras, decode, decode_all, survey
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
-from .labels import read_text, success_in, text_features
+from .labels import read_text, success_features, success_in, text_features
 from .metadata import Feature, Metadata, is_rlds
 from .tfrecord import index_records, parse_example, read_record, values_of
 
@@ -51,9 +51,10 @@ class RldsSource(Source):
         `UserError` when there is none or the config does not describe it.
         """
         self._meta = meta = Metadata(path_or_repo)
-        config = choose_config(config, self.format, meta.names, meta.root, lambda: _columns(meta.features))
+        config = choose_config(config, self.format, Files(meta.names, meta.root, lambda: _columns(meta.features)))
         self._cameras = _cameras(meta.features, config, meta.name)  # short name → path below `steps`
-        self._texts = text_features(meta.every)
+        self._texts, self._marks = text_features(meta.every), success_features(meta.every)
+        self._succeeded: dict[int, bool | None] = {}  # by the records read so far
         super().__init__(
             meta.root,
             meta.name,
@@ -88,10 +89,20 @@ class RldsSource(Source):
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         example = self._example(episode_id, where)
         found = {name: self._column(example, name, where) for name in columns}
+        self._succeeded[episode_id] = success_in(example, self._marks)
         lengths = {len(v) for v in found.values()}
         if len(lengths) == 1:
             self._check_bounds(example, min(lengths), where)
-        return Rows(found, read_text(example, self._texts, lengths, where))
+        return Rows(found, read_text(example, self._texts, lengths, where), notes=self._shard_notes(episode_id, where))
+
+    def _shard_notes(self, episode_id: int, where: str) -> tuple[Note, ...]:
+        """Records of the episode's shard that are not there, so that others stand in their places."""
+        shard, _ = self._meta.find(episode_id)
+        index = index_records(self._meta.locate(shard, where), where)
+        if index.damage or len(index) == shard.length:
+            return ()
+        text = f"{shard.path} holds {len(index)} records, dataset_info.json lists {shard.length}: which ones are not "
+        return (Note("records-missing", f"{text}there cannot be told, episodes may have the numbers of others"),)
 
     def _check_bounds(self, example: Mapping[str, Any], length: int, where: str) -> None:
         """`CorruptEpisode` when is_first or is_last marks a step inside the record: it holds two episodes, or parts."""
@@ -191,8 +202,11 @@ class RldsSource(Source):
         return ", else ".join(self._texts)
 
     def success_of(self, episode_id: int) -> bool | None:
-        """As `success_in` its record."""
-        return success_in(self._example(episode_id, self.where(episode_id)), self._meta.every)
+        """As `success_in` its record, which is not read again for it once its rows were."""
+        where = self.where(episode_id)
+        if self._marks and episode_id not in self._succeeded:
+            self._succeeded[episode_id] = success_in(self._example(episode_id, where), self._marks)
+        return self._succeeded.get(episode_id)
 
 
 def _readable(feature: Feature) -> bool:

@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,20 @@ import h5py
 import numpy as np
 
 from ....errors import Failed, Note, UserError
-from ..base import Source, choose_views, listing_hash
+from ..base import Source, choose_views, common, listing_hash, look_around
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
 from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
 from ..images.hdf5 import Spans, is_images, left_out_of, spans_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
-from ..search import choose_config
+from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
 from .controller import check_actions, check_controllers, controllers_in
 
 _ACTIONS = ("actions",)  # the column that the controllers of env_args are about
 _DEMO = re.compile(r".*?(\d{1,18})")
 _PARTS = re.compile(r"(\d{1,18})")
-_SAMPLED = 9  # demos looked into for what is usual
 _MUST_BE_JSON = ("ep_meta", "problem_info")  # RoboCasa's and LIBERO's, where the task text is
 _DOCUMENTS = (*_MUST_BE_JSON, "env_args", "metadata", "meta", "info")
 _GOAL = re.compile(r"\(:language\s+([^()]+)\)")
@@ -72,7 +70,9 @@ class RobomimicSource(Source):
                 kwargs = given if isinstance(given, dict) else {}
                 environment = str(about.get("env_name") or "")
                 names = (environment, stem, self._file.parent.name)
-                config = choose_config(config, self.format, names, self._file, lambda: _columns(data, self._demos))
+                config = choose_config(
+                    config, self.format, Files(names, self._file, lambda: _columns(data, self._demos))
+                )
                 self._cameras, widths = _usual_demo(data, self._demos, config.columns, stem)
                 widths = widths or _columns(data, self._demos)
         except CorruptEpisode as error:
@@ -222,30 +222,25 @@ def _is_demo(data: h5py.Group, name: str) -> bool:
 def _usual_demo(
     data: h5py.Group, demos: Mapping[int, str], columns: Sequence[str], where: str
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """(view name → key in obs, width of each column) of most of the demos looked at; empty when none has an image."""
-    seen: Counter[tuple[tuple[str, ...], tuple[int, ...]]] = Counter()
-    reasons, order = [], list(demos)
-    spread = {order[int(i)] for i in np.linspace(0, len(order) - 1, min(_SAMPLED, len(order)))}
-    for number in (*sorted(spread), *(n for n in order if n not in spread)):
-        if seen and number not in spread:
-            break
+    """(view name → key in obs, width of each column) of half of the demos looked at; empty when none has an image."""
+
+    def look(number: int) -> tuple[list[str], dict[str, int]] | None:
         here = f"{where} episode {number}"
-        try:
-            with one_episode(here):
-                demo = find(data, demos[number], here)
-                obs = find(demo, "obs", here) if has(demo, "obs") else {}
-                keys = tuple(key for key in obs if is_images(find(obs, key, here)))
-                if keys:
-                    seen[keys, tuple(math.prod(find_array(demo, c, here).shape[1:]) for c in columns)] += 1
-        except CorruptEpisode as error:
-            reasons.append(str(error))
-    if not seen and reasons:
-        raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {reasons[0]}")
-    keys, widths = max(seen, key=lambda s: seen[s]) if seen else ((), ())
+        with one_episode(here):
+            demo = find(data, demos[number], here)
+            obs = find(demo, "obs", here) if has(demo, "obs") else {}
+            keys = [key for key in obs if is_images(find(obs, key, here))]
+            return (keys, {c: math.prod(find_array(demo, c, here).shape[1:]) for c in columns}) if keys else None
+
+    found, refused = look_around(look, tuple(demos))
+    if not found and refused:
+        raise CorruptEpisode(f"none of its {len(demos)} demos can be used: {refused[0]}")
+    keys = common([seen for seen, _ in found])
     cameras = {re.sub(r"[^\w-]+", "_", k.removesuffix("_image")): k for k in keys}
     if len(cameras) < len(keys):
         raise UserError(f"{where}: two cameras get the same short name: {', '.join(keys)}; rename one of them")
-    return cameras, dict(zip(columns, widths))
+    widths = {c: n for _, seen in found for c, n in seen.items()}
+    return cameras, widths | dict(common([seen.items() for _, seen in found]))
 
 
 def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from ....cache.readers import open_source
 from ....cache.readers.search import load_config
 from ....common.files import write_file
 from ....errors import UserError, unknown
-from ..summary import dimension_names, image_size
+from ..summary import image_size
 from .guesses import Target, guess
 from .questions import QUESTIONS, Question
 
@@ -122,7 +122,7 @@ def _dimensions(meta: Metadata, what: str, columns: Sequence[str]) -> list[str]:
         if column not in meta.features:
             raise UserError(f"{unknown('column', column, meta.features)}; name the {what}'s with --{what}-column")
     width = sum(math.prod(meta.features[c].get("shape") or [1]) for c in columns)
-    return dimension_names(meta.features, columns) or [f"{what}[{i}]" for i in range(width)]
+    return meta.dimension_names(columns) or [f"{what}[{i}]" for i in range(width)]
 
 
 def _given(fields: Sequence[str]) -> dict[str, dict[int, tuple[int, str]]]:

@@ -76,11 +76,6 @@ def short_episodes(facts: Facts) -> Iterator[Finding]:
     yield from about_episodes("short-episode", "info", short, lambda e: f"has {facts.lengths[e]} rows, {what}")
 
 
-def unsuccessful(facts: Facts) -> Iterator[Finding]:
-    what = "is marked as failed; build or train with --success-only to leave such demonstrations out"
-    return about_episodes("marked-failed", "warning", facts.unsuccessful, lambda _: what)
-
-
 def duplicates(facts: Facts) -> Iterator[Finding]:
     earlier = dict(facts.twins)
     what = "has exactly the numbers of episode {}; recorded or copied twice?"
@@ -187,7 +182,6 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     row_count,
     unlisted_files,
     short_episodes,
-    unsuccessful,
     duplicates,
     idle,
     time_gaps,

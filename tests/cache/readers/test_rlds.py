@@ -15,8 +15,9 @@ from PIL import Image
 
 from dvla.cache.readers import detect_format, open_source
 from dvla.cache.readers.episode import CorruptEpisode
-from dvla.cache.readers.search import find_config, load_config
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
+from support.family import family_of
 from support.rlds_samples import (
     EPISODES,
     RT1_WIDTHS,
@@ -194,7 +195,7 @@ def test_revision_follows_the_description(toy_copy):
     ],
 )
 def test_folder_names_find_their_family(name, family):
-    assert find_config("rlds", ["1.0.0", name]).name == family
+    assert family_of("rlds", ["1.0.0", name]).name == family
 
 
 @pytest.mark.parametrize("family", ["bridge_v2", "rt1"])

@@ -251,6 +251,18 @@ def test_missing_shards_are_counted(toy_copy):
     assert source.load(3).length == 4
 
 
+def test_records_that_are_not_there_are_named(toy_copy):
+    path = shard(toy_copy)
+    first, second = index_records(path, "t").offsets[:2].tolist()
+    path.write_bytes(path.read_bytes()[second:])
+    source = open_source(toy_copy, toy_config())
+    (note,) = source.table(0).notes
+    assert first == 0 and note.rule == "records-missing" and "holds 2 records, dataset_info.json lists 3" in note.text
+    assert not source.table(3).notes
+    with pytest.raises(CorruptEpisode, match="record 2 of .* ends after 2 records"):
+        source.table(2)
+
+
 @pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
 def test_a_description_without_its_other_half(toy_copy, name):
     (toy_copy / name).unlink()

@@ -187,7 +187,7 @@ BY_DELTAS: dict[str, tuple[str, str, Change]] = {
     "no action": ("constant", "error", filled(slice(None), 0.0)),
 }
 ELSEWHERE = {  # tested below
-    *("listed-count", "unlisted-files", "rate-differs", "license-missing", "glitch", "clipped", "idle", "marked-failed")
+    *("listed-count", "unlisted-files", "rate-differs", "license-missing", "glitch", "clipped", "idle")
 }
 
 
@@ -249,15 +249,6 @@ def test_the_share_of_idle_frames_is_told(examine: Callable[..., CheckReport]) -
     (found,) = (f for f in report.findings if f.rule == "idle")
     assert found.message.startswith("17% of frames are idle: ") and "--drop-idle" in found.message
     assert as_json(report)["idle_share"] == pytest.approx(1 / 6, abs=1e-3)
-
-
-def test_demonstrations_marked_as_failed_are_named(
-    examine: Callable[..., CheckReport], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MemorySource, "success_of", lambda self, number: number not in (1, 4))
-    (found,) = examine(records()).findings
-    assert (found.rule, found.severity, found.episodes) == ("marked-failed", "warning", (1, 4))
-    assert found.message.startswith("episode 1 is marked as failed; build or train with --success-only")
 
 
 def test_a_burst_is_no_glitch(examine: Callable[..., CheckReport]) -> None:

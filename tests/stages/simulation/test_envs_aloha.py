@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from dvla.cache.actions.action_map import ActionMap
-from dvla.cache.readers.search import find_config
 from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import aloha as adapter
 from dvla.stages.simulation.envs import environment_names, make_environment
 from dvla.stages.simulation.record import demonstrate
 from dvla.stages.simulation.rollout import assert_disjoint
+from support.family import family_of
 from support.simulators import simulated
 
 TASKS = ("insertion", "transfer_cube")
@@ -47,7 +47,7 @@ def test_every_task_is_listed():
 
 
 def test_the_field_map_of_recordings_gives_actions_back():
-    family = find_config("lerobot", [adapter.AlohaEnvironment.robot_type, "my_recording"])
+    family = family_of("lerobot", [adapter.AlohaEnvironment.robot_type, "my_recording"])
     assert (family.name, family.embodiment) == ("aloha", "bimanual")
     mapping = ActionMap(family.action, adapter.AlohaEnvironment.control_hz)
     actions = np.linspace(0, 1, 42).reshape(3, 14).astype(np.float32)

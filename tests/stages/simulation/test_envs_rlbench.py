@@ -12,13 +12,14 @@ from PIL import Image
 
 from dvla.cache.actions.action_map import ActionMap
 from dvla.cache.readers import open_source
-from dvla.cache.readers.search import find_config, load_config
+from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment
 from dvla.stages.simulation.envs import rlbench as adapter
 from dvla.stages.simulation.record import demonstrate
 from dvla.stages.simulation.rollout import ExpertPolicy, RandomPolicy, RolloutConfig, rollout
+from support.family import family_of
 from support.rlbench_samples import CAMERAS, LENGTH, observations, picture, write_tree
 
 JAR = "rlbench/close_jar"
@@ -200,7 +201,7 @@ def test_actions_that_rlbench_would_refuse_are_made_allowed():
 
 
 def test_the_field_map_of_recordings_is_that_of_rlbenchs_own_data():
-    family = find_config("lerobot", [adapter.RlbenchEnvironment.robot_type])
+    family = family_of("lerobot", [adapter.RlbenchEnvironment.robot_type])
     theirs = load_config("rlbench")
     assert (family.embodiment, family.action, family.state) == (theirs.embodiment, theirs.action, theirs.state)
     assert ActionMap(family.action, 20.0).native_dim == len(adapter.RlbenchEnvironment.action_names)

@@ -10,13 +10,13 @@ import pytest
 from dvla.cache.actions.action_map import ActionMap
 from dvla.cache.actions.rotations import rotate, to_quaternion
 from dvla.cache.actions.slots import SLOTS
-from dvla.cache.readers.search import find_config
 from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import environment_names, make_environment
 from dvla.stages.simulation.envs import robosuite as adapter
 from dvla.stages.simulation.record import demonstrate
 from dvla.stages.simulation.rollout import assert_disjoint
+from support.family import family_of
 from support.simulators import simulated
 
 LIFT, TWO = "robosuite/dex_lift", "robosuite/dex_two_lift"
@@ -40,7 +40,7 @@ def test_every_task_is_listed():
 
 
 def test_the_field_map_of_recordings_gives_actions_back():
-    family = find_config("lerobot", [KIND.robot_type, "my_recording"])
+    family = family_of("lerobot", [KIND.robot_type, "my_recording"])
     assert (family.name, family.embodiment) == ("robosuite", "dex_hand")
     mapping = ActionMap(family.action, KIND.control_hz)
     actions = np.linspace(-1, 1, 36).reshape(3, 12).astype(np.float32)
@@ -54,7 +54,7 @@ def test_the_field_map_of_recordings_gives_actions_back():
 
 
 def test_the_field_map_of_two_hands_is_that_of_one_twice():
-    one, two = (find_config("lerobot", [kind.robot_type]) for kind in (KIND, adapter.TwoHandEnvironment))
+    one, two = (family_of("lerobot", [kind.robot_type]) for kind in (KIND, adapter.TwoHandEnvironment))
     assert (two.name, two.embodiment) == ("robosuite_two", "bimanual_dex")
     actions = np.random.default_rng(0).uniform(-1, 1, (5, 24)).astype(np.float32)
     mapping, single = ActionMap(two.action, KIND.control_hz), ActionMap(one.action, KIND.control_hz)
@@ -73,7 +73,7 @@ def test_the_field_map_of_two_hands_is_that_of_one_twice():
 
 
 def test_the_finger_targets_of_the_field_map_are_the_simulators(lift):
-    mapping = ActionMap(find_config("lerobot", [KIND.robot_type]).action, KIND.control_hz)
+    mapping = ActionMap(family_of("lerobot", [KIND.robot_type]).action, KIND.control_hz)
     for sign, bound in ((-1, 0), (1, 1)):
         fingers = mapping.to_unified(np.full((1, 12), sign, np.float32))[0, 103:109]
         ranges = [lift._model.actuator(f"gripper0_right_{finger}_drive").ctrlrange[bound] for finger in adapter.FINGERS]
