@@ -22,7 +22,7 @@ _NO_INSTRUCTIONS = ("valid", "invalid")  # GR00T's marks of an episode, kept amo
 class EpisodeEntry:
     """One listed episode: where its rows and images are (paths relative to the dataset)."""
 
-    length: int
+    length: int | None  # rows; None where the list does not tell, and the rows have to
     tasks: tuple[str, ...]  # as listed; the rows decide which of them are used
     data_path: str
     video_paths: Mapping[str, str]  # video key → file
@@ -128,7 +128,7 @@ class Paths:
     video_keys: tuple[str, ...]
     chunks_size: int
 
-    def entry_v2(self, number: int, length: int, tasks: tuple[str, ...]) -> EpisodeEntry:
+    def entry_v2(self, number: int, length: int | None, tasks: tuple[str, ...]) -> EpisodeEntry:
         """An episode that has files of its own."""
         chunk = number // self.chunks_size
         values = {"episode_index": number, "episode_chunk": chunk, "chunk_index": chunk}
@@ -149,11 +149,15 @@ class Paths:
         bounds = [row.get(f"dataset_{n}_index") for n in ("from", "to")]
         span = None if any(map(_is_empty, bounds)) else (whole(bounds[0]), whole(bounds[1]))
         data = self.data.fill(**_place(row, "data"))
-        return EpisodeEntry(whole_field(row, "length"), tasks, data, videos, starts, ends, span)
+        return EpisodeEntry(_length(row), tasks, data, videos, starts, ends, span)
 
 
 def _place(row: Mapping[str, Any], of: str) -> dict[str, int]:
     return {name: whole_field(row, f"{of}/{name}") for name in ("chunk_index", "file_index")}
+
+
+def _length(row: Mapping[str, Any]) -> int | None:
+    return None if _is_empty(row.get("length")) else whole_field(row, "length")
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float:
@@ -181,7 +185,7 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
             episode = whole_field(row, "episode_index")
             tasks = usable_texts(row.get("tasks", row.get("task")), listing.tasks)
             entry: EpisodeEntry | str = (
-                paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, whole_field(row, "length"), tasks)
+                paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, _length(row), tasks)
             )
             if mark := next((name for name in SUCCESS if row.get(name) is not None), None):
                 entry = dataclasses.replace(entry, success=truth(row[mark]))
@@ -196,7 +200,8 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
 
 
 def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], listing: Listing) -> None:
-    """Keep the one entry of an episode; several that differ damage it."""
+    """Keep the one entry of an episode. Several that differ in its length leave that to the rows, where not just one
+    agrees with itself; several in different places damage it."""
     readable = [(where, e) for where, e in candidates if isinstance(e, EpisodeEntry)]
     different = [e for i, (_, e) in enumerate(readable) if e not in [x for _, x in readable[:i]]]
     if len(different) == 1:
@@ -204,7 +209,15 @@ def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], 
         listing.notes += [Note("entry-unreadable", str(e)) for _, e in candidates if not isinstance(e, EpisodeEntry)]
     elif different:
         lengths = " and ".join(f"{e.length} frames ({where})" for where, e in readable[:2])
-        listing.damaged[episode] = "unusable-episode", f"it is listed {len(readable)} times: {lengths}"
+        told = f"it is listed {len(readable)} times: {lengths}"
+        sound = [e for e in different if e.rows is not None and e.rows[1] - e.rows[0] == e.length]
+        places = [dataclasses.replace(e, length=None, tasks=(), video_ends={}, rows=None) for e in different]
+        if all(place == places[0] for place in places):
+            unsure = dataclasses.replace(different[-1], length=None, video_ends={}, rows=None)
+            listing.entries[episode] = sound[0] if len(sound) == 1 else unsure
+            listing.notes.append(Note("entry-twice", f"episode {episode}: {told}; the rows decide"))
+        else:
+            listing.damaged[episode] = "unusable-episode", told
     else:
         listing.damaged[episode] = "unusable-episode", str(candidates[0][1])
 

@@ -81,11 +81,15 @@ class Metadata:
             raise CorruptEpisode(f"{where}: {reason}", kind)
         return self.episodes[episode_id]
 
-    def images_path(self, entry: EpisodeEntry, key: str, where: str) -> str:
-        """The file of one camera: its video, or the table that holds the images."""
+    def video_path(self, entry: EpisodeEntry, key: str, where: str) -> str | None:
+        """The video file of one camera; None for one whose images are in the table."""
         if key in self.video_keys and key not in entry.video_paths:
             raise CorruptEpisode(f"{where}: meta/episodes has no file or time for '{key}' of it", "missing-file")
-        return entry.video_paths.get(key, entry.data_path)
+        return entry.video_paths.get(key)
+
+    def data_files(self) -> list[str]:
+        """Every data file that is here, relative."""
+        return self._location.names(self._paths.data.glob())
 
     def locate(self, relative: str, where: str) -> Path:
         """As `Location.locate`; an episode's own file is also found in the folder of another chunk."""

@@ -183,6 +183,9 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
             facts.failures.append(table)
         else:
             _add(facts, number, table, seen)
+            if source.attempt(source.success_of, number) is False:
+                note = Note("failed-demonstration", "is marked as failed by its files; --success-only leaves it out")
+                facts.notes.append((number, note))
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
     facts.extremes = [extremes_of(source, stats) for stats in facts.tables if stats.mapping.mask.any() and stats.rows]
     return facts
