@@ -311,9 +311,9 @@ def test_another_layout_is_named(tmp_path):
     """As ACT and ALOHA write it."""
     with h5py.File(tmp_path / "episode_0.hdf5", "w") as file:
         file["observations/qpos"] = file["action"] = np.zeros((5, 14))
-    for given in (tmp_path, tmp_path / "episode_0.hdf5"):
+    for place in (tmp_path, tmp_path / "episode_0.hdf5"):
         with pytest.raises(UserError, match="episode_0.hdf5 has another layout than .* such as ALOHA's, to LeRobot"):
-            open_source(given)
+            open_source(place)
 
 
 def test_two_files_of_one_number(episode_folder):
