@@ -266,7 +266,8 @@ class Metadata:
         video = template("video_path", ["video_key"]) if self.video_keys else None
         paths = Paths(template("data_path"), video, self.video_keys, chunks)
         try:  # a path that leaves the folder does so for every episode
-            paths.data.glob(), [video.glob(video_key=key) for key in self.video_keys if video]
+            for key in self.video_keys if video else ():
+                video.glob(video_key=key)  # type: ignore[union-attr]
         except ValueError as error:
             raise UserError(f"{self.repo}: a path of meta/info.json: {error}") from None
         return paths
