@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..episode import CorruptEpisode
-from ..images import decode_all, survey
 from ..location import unreadable
 from ..tables import require_finite
 
@@ -208,47 +206,23 @@ def _is_number(kind: pa.DataType) -> bool:
     return t.is_integer(kind) or t.is_floating(kind) or t.is_boolean(kind) or t.is_decimal(kind)
 
 
-# --- its images ---
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRows:
-    """The images of one camera and one episode, as encoded bytes (PNG or JPEG) in the rows of a parquet file."""
-
-    at: RowsAt
-    column: str
-    height: int  # H of the first image; all others must agree
-    width: int  # W
-    length: int  # rows with an image
-    sha256: str  # hex, over the encoded bytes of every image
-
-
-def find_images(at: RowsAt, column: str, where: str) -> ImageRows:
-    """Check that each of the episode's rows holds image bytes, without decoding more than the first header."""
-    count, height, width, sha256 = survey(_encoded(at, column, where), None)
-    return ImageRows(at, column, height, width, count, sha256)
-
-
-def decode_images(rows: ImageRows, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where an image cannot be decoded."""
-    encoded = _encoded(rows.at, rows.column, where)
-    return decode_all(islice(encoded, start, stop), (rows.height, rows.width), None)
-
-
-def _encoded(at: RowsAt, column: str, where: str) -> Iterator[tuple[str, bytes]]:
-    index = 0
+def column_batches(at: RowsAt, column: str, where: str) -> Iterator[pa.Array]:
+    """The values of one column in the rows, some rows at a time; `CorruptEpisode` where the file cannot be read."""
     with opened(at.path, where) as file:
         if column not in file.schema_arrow.names:
             raise CorruptEpisode(f"{where}: column '{column}' is missing from {at.path.name}")
-        for values in _column_batches(file, at, column, where):
-            for value in values.field("bytes") if pa.types.is_struct(values.type) else values:
-                if not value.is_valid:
-                    raise CorruptEpisode(f"{where}: a row of '{column}' holds no image bytes")
-                yield f"{where}: image {index} of '{column}'", value.as_py()
-                index += 1
+        yield from _batches(file, at, column, where)
 
 
-def _column_batches(file: pq.ParquetFile, at: RowsAt, column: str, where: str) -> Iterator[pa.Array]:
+def first_value(path: Path, column: str, where: str) -> pa.Array:
+    """The value of one column in the first row of a file, [1]."""
+    with opened(path, where, buffer_size=_READ_BYTES) as file:
+        if column not in file.schema_arrow.names or not file.metadata.num_rows:
+            raise CorruptEpisode(f"{where}: column '{column}' is missing from {path.name}")
+        return next(file.iter_batches(1, columns=[column])).column(0)
+
+
+def _batches(file: pq.ParquetFile, at: RowsAt, column: str, where: str) -> Iterator[pa.Array]:
     groups = at.row_groups(file, where)
     if at.positions is not None:  # any order: all of them at once
         values = file.read_row_groups(groups, columns=[column])[column].take(at.order(file, groups))
