@@ -1,4 +1,4 @@
-"""The video files of one camera: an episode that is not in the file it is listed in is looked for in those beside it."""
+"""The video files of one camera: an episode that is not in the file it is listed in is looked for beside it.
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class CameraFiles:
             if listed in self._tried or len(episodes) > _MOST or any(c.stop is None for c in file.claims):
                 return
             self._tried.add(listed)
-            names = sorted({*self._files, *self._names()})
+            names = sorted({listed, *self._names()})
             at = names.index(listed)
             near = [n for n in sorted(names, key=lambda n: abs(names.index(n) - at))[:_NEAR] if n != listed]
             stored = self._read(listed, where)

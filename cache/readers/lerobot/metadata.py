@@ -96,7 +96,8 @@ class Metadata:
 
     def video_files(self, key: str) -> list[str]:
         """Every video file of a camera that is here, relative."""
-        return self._location.names(self._paths.video.glob(video_key=key)) if self._paths.video else []
+        found = self.root.glob(self._paths.video.glob(video_key=key)) if self._paths.video else ()
+        return [path.relative_to(self.root).as_posix() for path in found]
 
     def locate(self, relative: str, where: str) -> Path:
         """As `Location.locate`; an episode's own file is also found in the folder of another chunk."""
@@ -148,7 +149,7 @@ class Metadata:
         if self.depth_maps:
             found.append(Note("depth-map", f"{', '.join(self.depth_maps)}: depth maps, not read as cameras"))
         splits = self.info.get("splits")
-        if isinstance(splits, Mapping) and splits and list(splits.values()) != [f"0:{len(self.episode_ids)}"]:
+        if isinstance(splits, Mapping) and len(splits) > 1:
             parts = ", ".join(f"{name} {shown(value)}" for name, value in list(splits.items())[:3])
             found.append(Note("splits", f"meta/info.json has splits ({parts}); all {len(self.episode_ids)} are read"))
         if self.absent_videos:
