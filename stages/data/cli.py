@@ -27,18 +27,23 @@ def data_list(
         typer.Argument(help="Folders to search for datasets; default: list the shipped families.", show_default=False),
     ] = None,
 ) -> None:
-    """List the dataset families that dvla knows or, with folders, the datasets in them.
+    """List the dataset configs that are shipped or registered or, with folders, the datasets in them.
 
     Example: dvla data list
 
     Example: dvla data list data ~/recordings
     """
-    from ...cache.readers.search import config_names, load_config
+    from ...cache.readers.search import config_names, load_config, registered
     from .summary import find_datasets, misfit, summarize
     from .tables import show_datasets, show_families
 
     if not folders:
         show_families([load_config(name) for name in config_names()])
+        for name, path in registered().items():
+            try:
+                say(f"registered: {name} ({load_config(path).format}, {path})")
+            except UserError as error:
+                errors.print(f"{path}: {error}", style="red", markup=False)
         return
     found, broken = [], []
     with progress_bars() as show:

@@ -284,7 +284,7 @@ def _text(
         f"name: {json.dumps(name)}",
         f"match: [{json.dumps(glob.escape(known[0]) if known else name)}]  # the dataset's name{robot}",
         *([f"format: {source.format}"] if source.format != "lerobot" else ()),
-        f"embodiment: {ask.used.get('--embodiment')}",
+        f"embodiment: {plain(ask.used.get('--embodiment', ''))}",
         f"license: {json.dumps(request.license)}" + ("" if request.license else "  # not in the files"),
         f"source: [{json.dumps(dataset.path)}]",
         f"note: {json.dumps('as given to `dvla data add`: ' + answers, ensure_ascii=False)}",

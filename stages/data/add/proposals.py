@@ -185,7 +185,7 @@ def _gripper(vector: Vector, robot: str) -> Proposal | None:
         (
             (f"{a:g}", f"{b:g}")
             for a, b in ((0, 1), (-1, 1), (0, 100), (0, 850), (0, 255), (0, 0.04), (0, 0.08))
-            if low >= a - 0.02 * (b - a) and high <= b * 1.02 and high >= a + 0.5 * (b - a)
+            if a - 0.02 * (b - a) <= low < a + 0.25 * (b - a) and a + 0.5 * (b - a) <= high <= b + 0.02 * (b - a)
         ),
         (f"{low:.4g}", f"{high:.4g}"),
     )
