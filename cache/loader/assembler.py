@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ...batch import UNIFIED_DIM, FeatureBatch, Layout, layout
+from ..actions.chunk_frame import ChunkFrame
 from ..actions.normalizer import Normalizer
 from ..store.cache import Cache, CacheDataset
 from ..store.codec import dequantize
@@ -91,14 +92,24 @@ def _values(numbers: np.ndarray) -> list[int]:
 class _Table:
     """Rows of a unified table [N, 128] as `Normalizer.normalize` gives them, computed for active slots alone."""
 
-    def __init__(self, values: np.ndarray, normalizer: Normalizer) -> None:
-        self._values, self._slots = values, np.flatnonzero(normalizer.mask)
+    def __init__(
+        self,
+        values: np.ndarray,
+        normalizer: Normalizer,
+        frame: ChunkFrame | None = None,
+        state: np.ndarray | None = None,
+    ) -> None:
+        """`frame`: rows [n, T] are chunks, relative to the `state` [N, 128] of their first row."""
+        self._values, self._state, self._slots = values, state, np.flatnonzero(normalizer.mask)
+        self._frame = None if frame is None else frame.on(self._slots)
         self._center, self._half_range = normalizer.center[self._slots], normalizer.half_range[self._slots]
         self._rotation, self._limit = normalizer.rotation_slots[self._slots], normalizer.limit
 
     def write(self, out: np.ndarray, where: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> None:
         """out[where] = rows [n] or [n, T] of the table, 0 where not `wanted` (of the shape of `rows`)."""
         x = self._values[rows][..., self._slots]  # [n, (T,) active]
+        if self._frame is not None and self._state is not None:
+            x = self._frame.encode(x, self._state[rows[:, 0]][:, self._slots])
         scaled = np.clip((x - self._center) / self._half_range, -self._limit, self._limit)
         values = np.zeros((*rows.shape, UNIFIED_DIM), np.float32)  # [n, (T,) 128]
         values[..., self._slots] = np.where(self._rotation, x, scaled) * wanted[..., None]
@@ -119,7 +130,8 @@ class Assembler:
         self.slots, self.quantized = b * self.views, features and cache.format.quantized
         self.fields = Fields(layout(b, length, width, text, horizon, stored, self.quantized))
         self._tables = [
-            (_Table(d.action, d.action_normalizer), _Table(d.proprio, d.proprio_normalizer)) for d in cache.datasets
+            (_Table(d.action, d.action_normalizer, d.frame, d.proprio), _Table(d.proprio, d.proprio_normalizer))
+            for d in cache.datasets
         ]
         self.pool: queue.SimpleQueue[Storage] = queue.SimpleQueue()
         self.files = cache.shard_files()

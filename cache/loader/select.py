@@ -52,7 +52,7 @@ def _selected(d: CacheDataset, choice: Choice) -> CacheDataset:
     if not (mask & ~d.quarantined).any():
         raise UserError(f"no usable episode of {d.name} is left by {choice}; choose others")
     chosen = copy.copy(d)
-    for name in ("action_normalizer", "proprio_normalizer"):
+    for name in ("action_normalizer", "proprio_normalizer", "scale_statistics"):
         chosen.__dict__.pop(name, None)
     chosen.used, chosen.quarantined = mask, d.quarantined | ~mask
     chosen.attributes = {**d.attributes, "left_out": int((~mask).sum()), "selection": str(choice)}

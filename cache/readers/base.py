@@ -303,7 +303,7 @@ class Source(ABC):
         text = rows.instruction or config.instruction
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise CorruptEpisode(f"{where}: its instruction is not Unicode text: {text}")
-        return EpisodeTable(state.astype(np.float32), action.astype(np.float32), times, text, rows.notes)
+        return EpisodeTable(state.astype(np.float32), action.astype(np.float32), times, text, rows.notes, rows.origin)
 
     def _check_widths(self, widths: Mapping[str, int]) -> None:
         config = self.config

@@ -37,7 +37,7 @@ from ..actions.slots import EMBODIMENTS, SLOTS, UNIFIED_DIM
 from .base import Source, choose_views, listing_hash, look_around
 from .config import DatasetConfig
 from .episode import CorruptEpisode, Episode, View
-from .hdf5 import find, find_array, has, numbers, opened, text, whole_file
+from .hdf5 import find, find_array, has, numbers, opened, success_of, text, whole_file
 from .images.hdf5 import view_of, write_images
 from .location import Location
 from .search import Files, NoConfig, choose_config
@@ -119,6 +119,12 @@ class EpisodeHDF5Source(Source):
         where = self.where(episode_id)
         with opened(self._path(episode_id, where), where) as file:
             return _language(file, where) or self.config.instruction
+
+    def success_of(self, episode_id: int) -> bool | None:
+        """By an attribute or a dataset of the file."""
+        where = self.where(episode_id)
+        with opened(self._path(episode_id, where), where) as file:
+            return success_of(file, where)
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         with opened(self._path(episode_id, where), where) as file:

@@ -23,6 +23,7 @@ class Rows:
     instruction: str  # task text; "" where there is none
     timestamps: np.ndarray | None = None  # [T] seconds; None: row / control_hz
     notes: tuple[Note, ...] = ()
+    origin: object = None  # what the reader wants to know of these rows when it looks for their images
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class EpisodeTable:
     timestamps: np.ndarray  # [T] float64 seconds since the episode's start
     instruction: str  # may be empty
     notes: tuple[Note, ...] = ()  # what was settled to read it
+    origin: object = None  # its reader's own
 
 
 def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: str) -> np.ndarray:

@@ -46,6 +46,24 @@ class VideoExtent:
     width: int  # W
     sha256: str  # hex, over the time (relative to the episode) and compressed bytes of its packets, and the conversion
     turn: str = ""  # how decoded frames are turned: t (axes exchanged), then r, c (rows, columns reversed)
+    in_file: int = 0  # frames of the whole file by its header; 0 where that does not say
+
+
+class NoFrame(CorruptEpisode):
+    """A time has no frame of its own."""
+
+
+def stored_times(path: Path, where: str) -> np.ndarray:
+    """Seconds [n], ascending, at which the frames of a file are shown, without decoding; those that are decoded but
+    never shown (before the start that an edit list gives) are left out. `CorruptEpisode` as `find_extent`."""
+    with _opened(path, where) as (container, stream):
+        shown = []
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise CorruptEpisode(f"{where}: {path.name} is cut off", "unreadable-file")
+            if packet.pts is not None and not packet.is_discard:
+                shown.append(packet.pts)
+        return np.unique(np.array(shown, np.int64)) * _tick(stream)
 
 
 def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
@@ -64,7 +82,7 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
         first, last = math.floor((times[0] - tolerance) / base), math.ceil((times[-1] + tolerance) / base)
         _seek(container, stream, first, 1.0)  # a second early: reordered frames may be stored before their key frame
         for packet in container.demux(stream):
-            if packet.pts is None:  # the flush packet at the end
+            if packet.pts is None or packet.is_discard:  # the flush packet at the end; a frame that is never shown
                 continue
             if packet.is_corrupt:
                 raise CorruptEpisode(f"{where}: {path.name} is cut off at {packet.pts * base:.3f} s", "unreadable-file")
@@ -74,17 +92,18 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
                 packets.append((packet.pts, bytes(packet)))
             elif packet.dts is not None and packet.dts > last:  # pts ≥ dts: nothing of this episode follows
                 break
+        in_file = stream.frames
     packets.sort(key=lambda p: p[0])
     stored = np.array([p for p, _ in packets], dtype=np.int64)
     if not len(stored):
         span = f"between {times[0]:.3f} and {times[-1]:.3f} s"
-        raise CorruptEpisode(f"{where}: {path.name} has no frame {span}", "unreadable-file")
+        raise NoFrame(f"{where}: {path.name} has no frame {span}", "unreadable-file")
     nearest = np.searchsorted((stored[1:] + stored[:-1]) / 2, times / base)  # midpoints separate the nearest neighbors
     wrong = np.abs(stored[nearest] * base - times) > tolerance
     wrong[1:] |= np.diff(nearest) == 0
     if wrong.any():
         row = int(wrong.argmax())
-        raise CorruptEpisode(
+        raise NoFrame(
             f"{where}: {path.name} has no frame for row {row} at {times[row]:.3f} s "
             f"({len(times)} rows, {len(stored)} stored frames in their span)",
             "row-count",
@@ -98,7 +117,7 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
     turn, conversion, height, width = look
     height, width = (width, height) if "t" in turn else (height, width)
     name = renamed(conversion + turn, digest.hexdigest())
-    return VideoExtent(path, _compact(stored[nearest]), height, width, name, turn)
+    return VideoExtent(path, _compact(stored[nearest]), height, width, name, turn, in_file)
 
 
 def _compact(pts: np.ndarray) -> Sequence[int]:
@@ -183,6 +202,8 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
 def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame | None:
     """The frame of a packet that can be decoded without others, as a key frame can; None where it cannot."""
     context = stream.codec_context
+    if not context.is_open:
+        context.thread_count = 1  # starting threads takes longer than the frame
     try:
         frames = context.decode(packet) or context.decode(None)
         context.flush_buffers()
@@ -196,7 +217,7 @@ def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
     turn = _turn(frame, what)
     if turn not in (None, extent.turn):
         raise CorruptEpisode(f"{what} is turned another way than the first")
-    if _conversion(frame, what):
+    if _conversion(frame, what) and not frame.format.has_palette:
         full = frame.color_range == _FULL or frame.format.name in _PLAIN_FULL
         frame = frame.reformat(
             format="rgb24",
@@ -232,13 +253,15 @@ def _turn(frame: av.VideoFrame, what: str) -> str | None:
 
 
 def _conversion(frame: av.VideoFrame, what: str) -> str:
-    """How a frame becomes RGB, "" as PyAV does it by itself; `CorruptEpisode` for what has no colors."""
+    """How a frame becomes RGB, "" as it always did; `CorruptEpisode` for what has no colors."""
     form, matrix = frame.format, frame.colorspace
     full = frame.color_range == _FULL
     if matrix in _UNTAGGED and (form.name in _PLAIN_FULL or (form.name in _PLAIN and not full)):
         return ""
-    if form.is_rgb or form.has_palette:
+    if form.is_rgb:
         return ""
+    if form.has_palette:
+        return "palette;"
     if len(form.components) < 3:
         if form.components[0].bits > 8:
             raise CorruptEpisode(

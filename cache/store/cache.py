@@ -17,10 +17,11 @@ import torch
 from ...common.files import crc32c
 from ...common.text import public, size
 from ...errors import UserError, unknown
+from ..actions.chunk_frame import ChunkFrame
 from ..actions.normalizer import Normalizer
 from ..actions.schemes import Scheme
 from ..actions.slots import UNIFIED_DIM
-from ..actions.statistics import Statistics, statistics_of
+from ..actions.statistics import RunningStatistics, Statistics, statistics_of
 from .codec import dequantize, quantize
 from .feature_format import FeatureFormat
 from .manifest import json_bytes, read_attributes, read_fingerprint, read_manifest
@@ -29,6 +30,8 @@ from .plan import EpisodePlan, array_name, require_names
 from .samples import CacheSamples
 from .shard_reader import Folder, ShardFiles, advise_records, read_records
 from .zarr_format import Layout, features_folder, open_table, record_compression, scales_folder, table_layouts
+
+CHUNKS = 1024  # made relative at a time where all are
 
 
 class CacheDataset:
@@ -58,6 +61,7 @@ class CacheDataset:
     null_features: np.ndarray  # [views, tokens, D] float16
     channel_scale: np.ndarray | None  # [D] float32, of 8-bit features only
     scheme: Scheme  # of normalization: the dataset config's, or what `normalize` was told
+    horizon: int | None = None  # steps of chunks whose actions are relative to the state at their start; None: absolute
 
     def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
         self.name, self.path, self._files = name, root / name, files
@@ -150,10 +154,13 @@ class CacheDataset:
         """Unified state ↔ the [-1, 1] the model sees."""
         return self._normalizer("proprio")
 
-    def normalize(self, scheme: Scheme) -> None:
-        """Normalize actions and state by `scheme` from now on; loaders that exist keep theirs."""
-        self.scheme = scheme
-        for name in ("action_normalizer", "proprio_normalizer"):
+    def normalize(self, scheme: Scheme, horizon: int | None = None) -> None:
+        """Normalize actions and state by `scheme` from now on; loaders that exist keep theirs.
+
+        `horizon`: take actions relative to the state at the start of their chunk, of so many steps, by whose statistics
+        they are normalized."""
+        self.scheme, self.horizon = scheme, horizon
+        for name in ("action_normalizer", "proprio_normalizer", "scale_statistics"):
             self.__dict__.pop(name, None)
 
     def statistics(self, kind: str) -> Statistics:
@@ -164,9 +171,45 @@ class CacheDataset:
             return stats
         return statistics_of(getattr(self, kind))
 
+    @cached_property
+    def scale_statistics(self) -> dict[str, Statistics]:
+        """Those that "action" and "proprio" are normalized by: of the tables, or of the actions of all chunks."""
+        own = {kind: self.statistics(kind) for kind in ("action", "proprio")}
+        return own if self.frame is None else {**own, "action": self._of_chunks()}
+
+    @cached_property
+    def _chunk_frame(self) -> ChunkFrame:
+        both = set(self.attributes["action_rotation"]) & set(self.attributes["proprio_rotation"])
+        rotation = np.isin(np.arange(UNIFIED_DIM), sorted(both))
+        return ChunkFrame(self.action_mask & self.proprio_mask, rotation)
+
+    @property
+    def frame(self) -> ChunkFrame | None:
+        """What makes its actions relative; None where they are absolute, also for lack of a state to compare with."""
+        return self._chunk_frame if self.horizon is not None and self._chunk_frame else None
+
+    def chunks(self, rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Actions float32 [n, T, 128] of the rows [n, T] of chunks that start at the frames [n]; not normalized."""
+        action = self.action[rows]
+        return action if self.frame is None else self.frame.encode(action, self.proprio[starts])
+
+    def _of_chunks(self) -> Statistics:
+        """Statistics of the actions of the chunks of all observations, before their episode's end."""
+        running, step, used = RunningStatistics(), np.arange(self.horizon or 1), np.flatnonzero(self.action_mask)
+        frame = self._chunk_frame.on(used)
+        for episode in np.flatnonzero(self.used).tolist():
+            start, length = int(self.episode_start[episode]), int(self.episode_length[episode])
+            action, state = (np.asarray(x[start : start + length])[:, used] for x in (self.action, self.proprio))
+            rows = np.arange(0, length, self.frame_stride)
+            for first in (rows[i : i + CHUNKS] for i in range(0, len(rows), CHUNKS)):
+                row = first[:, None] + step  # [n, T]
+                chunks = frame.encode(action[np.minimum(row, length - 1)], state[first])
+                running.update(chunks[row < length])
+        return running.result().on(self.action_mask)
+
     def _normalizer(self, kind: str) -> Normalizer:
         rotation = np.isin(np.arange(UNIFIED_DIM), self.attributes[f"{kind}_rotation"])
-        return Normalizer(self.statistics(kind), getattr(self, f"{kind}_mask"), rotation, self.scheme)
+        return Normalizer(self.scale_statistics[kind], getattr(self, f"{kind}_mask"), rotation, self.scheme)
 
     def episode_of(self, rows: np.ndarray) -> np.ndarray:
         """Positions in the episode table of rows on the flat time axis, int64; `ValueError` for a row out of range."""
@@ -389,7 +432,7 @@ class Cache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For worker processes, which open it again."""
-        schemes = tuple(d.scheme for d in self.datasets)
+        schemes = tuple((d.scheme, d.horizon) for d in self.datasets)
         return _reopen, (type(self), self.opened, crc32c(json_bytes(self.manifest)), schemes)
 
     def dataset(self, *, horizon: int = 16) -> CacheSamples:
@@ -404,13 +447,15 @@ class Cache:
         raise unknown("dataset", name, [d.name for d in self.datasets])
 
 
-def _reopen(kind: type[Cache], opened: tuple[Any, ...], digest: int, schemes: tuple[Scheme, ...]) -> Cache:
+def _reopen(
+    kind: type[Cache], opened: tuple[Any, ...], digest: int, schemes: tuple[tuple[Scheme, int | None], ...]
+) -> Cache:
     """In a worker process, the cache opened with these arguments. `UserError` when it was replaced since."""
     cache = kind.open(*opened)
     if crc32c(json_bytes(cache.manifest)) != digest:
         raise UserError(f"cache {cache.path} was replaced since it was opened; open it again")
     for dataset, scheme in zip(cache.datasets, schemes):
-        dataset.normalize(scheme)
+        dataset.normalize(*scheme)
     return cache
 
 

@@ -93,7 +93,8 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
         on."""
         stop = min(row + self.horizon, end)
         action = np.zeros((self.horizon, UNIFIED_DIM), np.float32)  # [T, 128]
-        action[: stop - row] = source.action_normalizer.normalize(source.action[row:stop])
+        chunk = source.chunks(np.arange(row, stop)[None], np.array([row]))[0]  # [≤T, 128]
+        action[: stop - row] = source.action_normalizer.normalize(chunk)
         return {
             "proprio": torch.from_numpy(source.proprio_normalizer.normalize(source.proprio[row])),
             "action": torch.from_numpy(action),

@@ -108,7 +108,7 @@ def summarize(path: str | Path, config: str | None = None) -> Summary:
         source.format,
         meta.version if meta else None,
         len(source.episode_ids),
-        sum(e.length for e in meta.episodes.values()) if meta else _frames(source),
+        sum(e.length or 0 for e in meta.episodes.values()) if meta else _frames(source),
         source.fps,
         _listed_cameras(meta, source) if meta else _loaded_cameras(source),
         source,

@@ -2,7 +2,7 @@
 
 A graph computes what `PolicyNet` does with a one-step head, and is checked against it: features of the VLM,
 proprioception and noise in, an action chunk out. The VLM is not in it, nor is normalization: `graph_inputs` makes its
-inputs from a `FeatureBatch`, and policy.json beside it holds field maps and statistics.
+inputs from a `FeatureBatch`, and policy.json beside it holds field maps, statistics, scheme and frame of the actions.
 
 Letters: B observations, G noise samples, T action steps, n noise entries, L vision tokens of all views, Lt text tokens,
 D feature width, Dt width of text features. B, G, L and Lt are free in a graph, each at least 1.

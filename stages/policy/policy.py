@@ -146,7 +146,8 @@ class Policy:
         alpha = torch.ones(len(observations), device=device)  # [N]
         out = generate(self.net, self.net.encode(batch), noise[:, None].to(device), alpha, self.loss)  # [N,1,T,128]
         mark("dit")
-        actions = self.robot.actions(out[:, 0].float().cpu().numpy())  # [N,T,d]
+        state = np.stack([o.state for o in observations])  # [N,ds]
+        actions = self.robot.actions(out[:, 0].float().cpu().numpy(), state)  # [N,T,d]
         mark("actions")
         return actions
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ...cache.actions.action_map import ActionMap
+from ...cache.actions.chunk_frame import ChunkFrame
 from ...cache.actions.normalizer import Normalizer
-from ...cache.actions.schemes import EARLIER
+from ...cache.actions.schemes import EARLIER, FRAMES
 from ...cache.actions.statistics import Statistics
 from ...cache.store.cache import CacheDataset
 from ...errors import UserError, unknown
@@ -21,11 +22,14 @@ DESCRIBED = (  # attributes of a cache's dataset
 
 
 def describe_dataset(dataset: CacheDataset) -> dict[str, Any]:
-    """What a policy must know of a dataset to act in its robot's units, as JSON. Without "normalize": see EARLIER."""
+    """What a policy must know of a dataset to act in its robot's units, as JSON.
+
+    Without "normalize" it is `EARLIER`, without "action_frame" absolute; statistics are those of the frame."""
     described = {key: dataset.attributes[key] for key in DESCRIBED}
-    described |= {f"{kind}_stats": dataset.statistics(kind).to_dict() for kind in ("action", "proprio")}
-    scheme = {} if dataset.scheme == EARLIER else {"normalize": dataset.scheme}
-    return {"name": dataset.name, "views": list(dataset.views), **described, **scheme}
+    described |= {f"{kind}_stats": stats.to_dict() for kind, stats in dataset.scale_statistics.items()}
+    described |= {} if dataset.scheme == EARLIER else {"normalize": dataset.scheme}
+    described |= {} if dataset.frame is None else {"action_frame": "chunk"}
+    return {"name": dataset.name, "views": list(dataset.views), **described}
 
 
 class RobotInterface:
@@ -45,14 +49,27 @@ class RobotInterface:
             )
             for stats, fields in (("action_stats", self.action_map), ("proprio_stats", self.state_map))
         )
+        masks = ((m.mask, m.rotation_slots) for m in (self.action_map, self.state_map))
+        shared, rotation = (a & b for a, b in zip(*masks))
+        frame = values.get("action_frame", "absolute")
+        if frame not in FRAMES:
+            raise unknown("action_frame", frame, FRAMES)
+        self._frame = ChunkFrame(shared, rotation) if frame == "chunk" else None
 
     def proprio(self, state: np.ndarray) -> np.ndarray:
         """Native state [N,ds] → [N,128] normalized."""
         return self._state.normalize(self.state_map.to_unified(state))
 
-    def actions(self, normalized: np.ndarray) -> np.ndarray:
-        """Model output [N,T,128] → native [N,T,d] float32."""
-        return self.action_map.to_native(self._action.denormalize(normalized))
+    def actions(self, normalized: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
+        """Model output [N,T,128] → native [N,T,d] float32.
+
+        `state` [N,ds]: the native one that was acted on; only chunk-relative actions need it (`ValueError`)."""
+        unified = self._action.denormalize(normalized)
+        if self._frame is not None:
+            if state is None:
+                raise ValueError("these actions are relative to the state at the chunk's start; give it")
+            unified = self._frame.decode(unified, self.state_map.to_unified(state))
+        return self.action_map.to_native(unified)
 
 
 def choose_dataset(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cache.actions.extremes import extremes
+from ...cache.actions.normalizer import Normalizer
 from ...cache.loader.loader import require_variants
 from ...cache.loader.order import held_out, mixture, override
 from ...cache.loader.select import select
@@ -24,12 +25,14 @@ from ...errors import UserError
 from .config import ALL, TrainConfig
 from .run_log import require_wandb
 
+ABSOLUTE = "has a joint or a pose in both its actions and its state"
 ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
 
 
 def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
-    """The cache that `config` names, as its selection leaves it, normalized as it says: a folder, a URL, or the folder
-    of its WebDataset export; `UserError` without one, or for a dataset or episode that it does not hold.
+    """The cache that `config` names, as its selection leaves it, its numbers as it says: a folder, a URL, or the folder
+    of its WebDataset export; `UserError` without one, for a dataset or episode that it does not hold, or where no
+    action can be relative.
 
     Where the folder `run` holds a run that was begun with an earlier generation of it, which `--append` has kept beside
     it, that generation.
@@ -38,21 +41,26 @@ def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
     for name in config.normalize:
         if name != ALL:
             cache.named(name)
+    horizon = dit_config(config.model_size, **config.dit).horizon if config.action_frame == "chunk" else None
     for d in cache.datasets:
-        d.normalize(config.normalize.get(d.name) or config.normalize.get(ALL) or d.scheme)
+        d.normalize(config.normalize.get(d.name) or config.normalize.get(ALL) or d.scheme, horizon)
+    if horizon is not None and all(d.frame is None for d in cache.datasets):
+        raise UserError(f"train with --action-frame absolute: no dataset of {cache.path} {ABSOLUTE}")
     return cache
 
 
-def extreme_lines(cache: Cache) -> list[str]:
-    """What to say of values far from all others, or cut off, before a run trains on them."""
+def remarks(cache: Cache) -> list[str]:
+    """What to know of the numbers before a run trains on them: what is far from all others, cut off or not relative."""
     lines = []
     for d in cache.datasets:
         ends = list(zip(*(x[d.used].tolist() for x in (d.episode_id, d.episode_start, d.episode_length))))
         for table, kind in (("action", "action"), ("state", "proprio")):
-            values, normalizer = getattr(d, kind), getattr(d, f"{kind}_normalizer")
+            values, stats, own = getattr(d, kind), d.statistics(kind), getattr(d, f"{kind}_normalizer")
             rows = ((number, values[start : start + length]) for number, start, length in ends)
-            found = extremes(table, d.statistics(kind), normalizer, rows)
+            found = extremes(table, stats, Normalizer(stats, own.mask, own.rotation_slots, d.scheme), rows)
             lines += [f"{d.name}: {line}" for line in found.lines()]
+        if d.horizon is not None and d.frame is None:
+            lines.append(f"{d.name}: its actions stay absolute: no dataset is relative unless it {ABSOLUTE}")
     return lines
 
 

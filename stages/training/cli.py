@@ -36,7 +36,7 @@ LOOP = """seed threads precision compile {} log_every eval_every eval_batches sa
     stop_after device"""
 TRAIN = f"""cache out init local dry_run recipe model_size loss_type steps batch_size accumulate draws optimizer.lr mask
     image_aug blind select.include select.exclude select.success_only select.drop_idle weight temperature normalize
-    order {LOOP.format("flash strategy")}"""
+    action_frame order {LOOP.format("flash strategy")}"""
 FINETUNE = f"""out source vlm_mode lora adapter optimizer.vlm_lr_scale from_cache local vlm_path recipe steps batch_size
     accumulate optimizer.lr mask {LOOP.format("flash")}"""
 

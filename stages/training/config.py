@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ...cache.actions.schemes import Scheme
+from ...cache.actions.schemes import Frame, Scheme
 from ...cache.actions.selection import Selection
 from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
@@ -147,6 +147,13 @@ class TrainConfig:
     weights: dict[str, float] = field(default_factory=dict)  # dataset → its share in [0, 1], in place of the above
     # dataset, or "*" for all others → how its actions and state are normalized, in place of its dataset config's
     normalize: dict[str, Scheme] = field(default_factory=dict)
+    action_frame: Annotated[
+        Frame,
+        Option(
+            "--action-frame",
+            help="Frame of actions: absolute, or chunk (joints and poses relative to the state at a chunk's start).",
+        ),
+    ] = "absolute"
     order: Annotated[
         Literal["global", "block", "sequential"],
         Option("--order", help="Order of samples: global shuffle, block shuffle (slow disks) or sequential."),

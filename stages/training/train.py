@@ -21,7 +21,7 @@ from ...drifting.heads import head_dit
 from ...drifting.policy_net import PolicyNet, PolicyNetConfig
 from ..policy import checkpoint as ck
 from ..policy.robot import describe_dataset
-from .checks import extreme_lines, open_cache, require_trainable
+from .checks import open_cache, remarks, require_trainable
 from .config import TrainConfig
 from .context import Session, TrainReport
 from .loop import run
@@ -41,7 +41,7 @@ def train(
     cache = open_cache(config, config.out)
     require_trainable(config, cache)  # before a run folder is made
     with join(config.device) as world:
-        for line in extreme_lines(cache) if world.main else ():
+        for line in remarks(cache) if world.main else ():
             say(line)
         torch.manual_seed(config.seed)
         net = policy_net(config, cache)
@@ -73,7 +73,7 @@ def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[s
     selection = {name: "; then ".join(filter(None, words)) for name, words in chosen.items() if any(words)}
     datasets = [describe_dataset(d) for d in cache.datasets]
     return {
-        "format": 2 if any("normalize" in d for d in datasets) else 1,
+        "format": 2 if any("normalize" in d or "action_frame" in d for d in datasets) else 1,
         "net": dataclasses.asdict(net.config),
         "encoder": encoder,
         "datasets": datasets,

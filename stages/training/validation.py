@@ -6,10 +6,13 @@ Letters: B observations, T action steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from ...cache.actions.slots import EMBODIMENTS
+from ...cache.actions.slots import EMBODIMENTS, slots
+from ...cache.store.cache import CacheDataset
 from ...drifting.metrics import ActionMetrics, drift_strength
 from .context import Session, open_loader
 from .panels.data import PanelData
@@ -39,7 +42,23 @@ def held_out_metrics(session: Session, seen: PanelData | None = None) -> dict[st
                 metrics.update(pred, batch)
     net.train()
     metrics.load_sums(world.total(metrics.sums().to(device)))
+    result = metrics.result() | native_errors(metrics, session.cache.datasets)
     if seen is None:
-        return metrics.result()
+        return result
     more = {name: v for name, v in seen.result.items() if name in ("mmd", "mode_coverage")}
-    return metrics.result() | more | drift_strength(seen.mean_square.tolist(), seen.temperatures)
+    return result | more | drift_strength(seen.mean_square.tolist(), seen.temperatures)
+
+
+def native_errors(metrics: ActionMetrics, datasets: Sequence[CacheDataset]) -> dict[str, float]:
+    """Root mean square errors "native/rad", "native/m", …: over all slots of a unit, each of each dataset once.
+
+    Unlike errors in normalized units it compares runs of other normalizations and frames, which it does not depend on.
+    """
+    half_range = np.stack([d.action_normalizer.half_range for d in datasets])  # [K,128]
+    squares = metrics.slots()["mse"].numpy() * np.square(half_range, dtype=np.float64)  # [K,128], NaN where undefined
+    found: dict[str, list[float]] = {}
+    for slot, column in zip(slots(), squares.T):
+        found.setdefault(f"native/{slot.unit.split(',')[0] or 'other'}", []).extend(
+            column[np.isfinite(column)].tolist()
+        )
+    return {name: math.sqrt(np.mean(values)) for name, values in found.items() if values}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...cache.actions.schemes import EARLIER, Scheme
+from ...cache.actions.schemes import EARLIER
 from ...cache.store.cache import Cache
 from ...cache.vlm.adapter import adapter_document
 from ...cache.vlm.load import encoder_differences
@@ -22,19 +22,24 @@ from .config import ALL, TrainConfig
 
 
 def settings_of_start(checkpoint: str | Path) -> dict[str, Any]:
-    """What training from a checkpoint keeps, so that it need not be repeated: its normalization and, of a run's, the
-    network's settings."""
+    """What training from a checkpoint keeps, so that it need not be repeated: what its actions mean and, of a run's,
+    the network's settings."""
     folder = ck.resolve(checkpoint, lambda _: None)
-    settings, kept = folder.parent.parent / "config.json", {"normalize": schemes_of(read_document(folder))}
+    settings, kept = folder.parent.parent / "config.json", meaning_of(read_document(folder))
     if settings.is_file():
         kept |= {k: v for k, v in read_json(settings).items() if k in ("model_size", "dit", "action_space")}
     return kept
 
 
-def schemes_of(document: Mapping[str, Any]) -> dict[str, Scheme]:
-    """The normalization in a policy.json, as a setting of a run."""
+def meaning_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The normalization and frame of a policy.json's actions, as settings of a run."""
     found = {d["name"]: d.get("normalize", EARLIER) for d in document["datasets"]}
-    return {ALL: schemes.pop()} if len(schemes := set(found.values())) == 1 else found
+    schemes = set(found.values())
+    relative = any(d.get("action_frame") == "chunk" for d in document["datasets"])
+    return {
+        "normalize": {ALL: schemes.pop()} if len(schemes) == 1 else found,
+        "action_frame": "chunk" if relative else "absolute",
+    }
 
 
 def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[[str], None]) -> None:
@@ -68,7 +73,7 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
         now, before = describe_dataset(dataset), stored.get(dataset.name)
         different = [
             key
-            for key in ("action_map", "state_map", "action_stats", "proprio_stats", "normalize")
+            for key in ("action_map", "state_map", "normalize", "action_frame", "action_stats", "proprio_stats")
             if before is not None and before.get(key) != now.get(key)
         ]
         if different:

@@ -42,7 +42,7 @@ from ....errors import UserError, unknown
 from ..base import Source, choose_views, common, listing_hash, look_around
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..hdf5 import SUFFIXES, find, find_array, opened, text
+from ..hdf5 import SUFFIXES, find, find_array, opened, success_of, text
 from ..location import Location
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
@@ -119,6 +119,11 @@ class DexWildSource(Source):
         """The episode's own text, else our wording of its file's task (TASKS), else the config's."""
         with self._open(episode_id) as (group, where):
             return self._instruction(group, self._episodes[episode_id][0], where)
+
+    def success_of(self, episode_id: int) -> bool | None:
+        """By an attribute or a dataset of the episode's group."""
+        with self._open(episode_id) as (group, where):
+            return success_of(group, where)
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         with self._open(episode_id) as (group, place):

@@ -18,11 +18,14 @@ from PIL import Image
 from ....common.text import first_line
 from ..episode import CorruptEpisode
 
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # PIL's
+DAMAGE = (  # what PIL raises
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, MemoryError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 MAX_SIDE = 8192  # pixels; an encoder pads an image to a square of its longer side
 MAX_ASPECT = 32  # longer side by shorter side
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM")  # how encoded images begin
-_TURNED = (b"Exif", b"eXIf", b"tiff:Orientation")  # without one of these an image has no orientation, unless it is TIFF
+_TURNED = (b"Exif", b"eXIf", b"EXIF", b"tiff:Orientation")  # without one of these an image has no orientation
 _ORIENTATION = 274  # EXIF's number of it
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -112,7 +115,7 @@ def open_image(data: bytes, what: str, formats: tuple[str, ...] | None) -> Image
         allowed = "" if formats is None else f" ({', '.join(formats)})"
         raise CorruptEpisode(f"{what} is not an image{allowed}", "unreadable-file") from None
     check_size(image.height, image.width, what)
-    if is_depth(image):
+    if _is_deep(image):
         raise CorruptEpisode(
             f"{what} has one channel of more than 8 bits (PIL mode {image.mode}), so it is not an 8-bit image but a "
             f"depth map; leave that camera out with `views`"
@@ -120,8 +123,15 @@ def open_image(data: bytes, what: str, formats: tuple[str, ...] | None) -> Image
     return image
 
 
-def is_depth(image: Image.Image) -> bool:
-    """Whether an image has one channel of more than 8 bits: a depth map, and never a camera's."""
+def is_depth_map(data: bytes) -> bool:
+    """Whether an image has one channel of more than 8 bits, and so is no camera's."""
+    try:
+        return _is_deep(Image.open(io.BytesIO(data)))
+    except DAMAGE:
+        return False
+
+
+def _is_deep(image: Image.Image) -> bool:
     return image.mode[0] in "IF"
 
 
@@ -136,11 +146,13 @@ def is_turned(data: bytes, what: str, formats: tuple[str, ...] | None) -> bool:
 
 
 def _may_be_turned(data: bytes) -> bool:
-    return data[:4] in (b"II*\0", b"MM\0*") or any(mark in data for mark in _TURNED)
+    return any(mark in data for mark in _TURNED)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read."""
+    """EXIF's orientation, 1 to 8; 1 where there is none, or none that can be read, and of TIFF, which PIL turns."""
+    if image.format == "TIFF":
+        return 1
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # PIL raises many types on damaged EXIF data, without which the image is still good

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ _NO_INSTRUCTIONS = ("valid", "invalid")  # GR00T's marks of an episode, kept amo
 class EpisodeEntry:
     """One listed episode: where its rows and images are (paths relative to the dataset)."""
 
-    length: int
+    length: int | None  # rows; None where the list does not tell, and the rows have to
     tasks: tuple[str, ...]  # as listed; the rows decide which of them are used
     data_path: str
     video_paths: Mapping[str, str]  # video key → file
@@ -128,7 +129,7 @@ class Paths:
     video_keys: tuple[str, ...]
     chunks_size: int
 
-    def entry_v2(self, number: int, length: int, tasks: tuple[str, ...]) -> EpisodeEntry:
+    def entry_v2(self, number: int, length: int | None, tasks: tuple[str, ...]) -> EpisodeEntry:
         """An episode that has files of its own."""
         chunk = number // self.chunks_size
         values = {"episode_index": number, "episode_chunk": chunk, "chunk_index": chunk}
@@ -138,22 +139,38 @@ class Paths:
     def entry_v3(self, row: Mapping[str, Any], tasks: tuple[str, ...]) -> EpisodeEntry:
         """An episode of a row of meta/episodes; a camera without a file in it has no video path."""
         ends, starts, videos = {}, {}, {}
-        for key in self.video_keys if self.video else ():
-            of = f"videos/{key}"
-            if any(_is_empty(row.get(f"{of}/{n}")) for n in ("chunk_index", "file_index", "from_timestamp")):
+        for key, (start, end) in self._times.items():
+            if _is_empty(row.get(start)) or _is_empty(row.get(f"videos/{key}/file_index")):
                 continue
-            videos[key] = self.video.fill(video_key=key, **_place(row, of))  # type: ignore[union-attr]
-            starts[key] = _seconds(row, f"{of}/from_timestamp")
-            if not _is_empty(row.get(f"{of}/to_timestamp")):
-                ends[key] = _seconds(row, f"{of}/to_timestamp")
-        bounds = [row.get(f"dataset_{n}_index") for n in ("from", "to")]
+            videos[key] = self._path(key, row)
+            starts[key] = _seconds(row, start)
+            if not _is_empty(row.get(end)):
+                ends[key] = _seconds(row, end)
+        bounds = row.get("dataset_from_index"), row.get("dataset_to_index")
         span = None if any(map(_is_empty, bounds)) else (whole(bounds[0]), whole(bounds[1]))
-        data = self.data.fill(**_place(row, "data"))
-        return EpisodeEntry(whole_field(row, "length"), tasks, data, videos, starts, ends, span)
+        return EpisodeEntry(_length(row), tasks, self._path("", row), videos, starts, ends, span)
+
+    @functools.cached_property
+    def _times(self) -> dict[str, tuple[str, str]]:
+        return {k: (f"videos/{k}/from_timestamp", f"videos/{k}/to_timestamp") for k in self.video_keys if self.video}
+
+    @functools.cached_property
+    def _filled(self) -> dict[tuple[str, int, int], str]:
+        return {}
+
+    def _path(self, key: str, row: Mapping[str, Any]) -> str:
+        """The file of a camera, or of the rows (""), that many episodes share."""
+        of = f"videos/{key}" if key else "data"
+        chunk, file = whole_field(row, f"{of}/chunk_index"), whole_field(row, f"{of}/file_index")
+        wanted = key, chunk, file
+        if wanted not in self._filled:
+            template, named = (self.video, {"video_key": key}) if key and self.video else (self.data, {})
+            self._filled[wanted] = template.fill(chunk_index=chunk, file_index=file, **named)
+        return self._filled[wanted]
 
 
-def _place(row: Mapping[str, Any], of: str) -> dict[str, int]:
-    return {name: whole_field(row, f"{of}/{name}") for name in ("chunk_index", "file_index")}
+def _length(row: Mapping[str, Any]) -> int | None:
+    return None if _is_empty(row.get("length")) else whole_field(row, "length")
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float:
@@ -180,11 +197,9 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
             row = line.value
             episode = whole_field(row, "episode_index")
             tasks = usable_texts(row.get("tasks", row.get("task")), listing.tasks)
-            entry: EpisodeEntry | str = (
-                paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, whole_field(row, "length"), tasks)
-            )
-            if mark := next((name for name in SUCCESS if row.get(name) is not None), None):
-                entry = dataclasses.replace(entry, success=truth(row[mark]))
+            read = paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, _length(row), tasks)
+            mark = next((name for name in SUCCESS if row.get(name) is not None), None)
+            entry: EpisodeEntry | str = read if mark is None else dataclasses.replace(read, success=truth(row[mark]))
         except ValueError as error:
             entry = f"{line.where} {error}"
             if episode is None:
@@ -196,7 +211,8 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
 
 
 def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], listing: Listing) -> None:
-    """Keep the one entry of an episode; several that differ damage it."""
+    """Keep the one entry of an episode. Several that differ in its length leave that to the rows, where not just one
+    agrees with itself; several in different places damage it."""
     readable = [(where, e) for where, e in candidates if isinstance(e, EpisodeEntry)]
     different = [e for i, (_, e) in enumerate(readable) if e not in [x for _, x in readable[:i]]]
     if len(different) == 1:
@@ -204,7 +220,15 @@ def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], 
         listing.notes += [Note("entry-unreadable", str(e)) for _, e in candidates if not isinstance(e, EpisodeEntry)]
     elif different:
         lengths = " and ".join(f"{e.length} frames ({where})" for where, e in readable[:2])
-        listing.damaged[episode] = "unusable-episode", f"it is listed {len(readable)} times: {lengths}"
+        told = f"it is listed {len(readable)} times: {lengths}"
+        sound = [e for e in different if e.rows is not None and e.rows[1] - e.rows[0] == e.length]
+        places = [dataclasses.replace(e, length=None, tasks=(), video_ends={}, rows=None) for e in different]
+        if all(place == places[0] for place in places):
+            unsure = dataclasses.replace(different[-1], length=None, video_ends={}, rows=None)
+            listing.entries[episode] = sound[0] if len(sound) == 1 else unsure
+            listing.notes.append(Note("entry-twice", f"episode {episode}: {told}; the rows decide"))
+        else:
+            listing.damaged[episode] = "unusable-episode", told
     else:
         listing.damaged[episode] = "unusable-episode", str(candidates[0][1])
 

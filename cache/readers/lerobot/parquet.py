@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..episode import CorruptEpisode
-from ..images import decode_all, survey
 from ..location import unreadable
 from ..tables import require_finite
 
@@ -39,15 +37,89 @@ def opened(path: Path, where: str, buffer_size: int = 0) -> Iterator[pq.ParquetF
 # --- one episode ---
 
 
-def read_rows(path: Path, episode_id: int, columns: Sequence[str], where: str) -> pa.Table:
-    """The rows with `episode_index == episode_id`, in file order, of those `columns` the file has.
+@dataclass(frozen=True, slots=True)
+class RowsAt:
+    """Where the rows of one episode are: those with its `episode_index`, else those at `positions`."""
+
+    path: Path
+    episode_id: int
+    positions: tuple[int, ...] | None = None  # of rows of the file, in the order of the frames
+
+    def row_groups(self, file: pq.ParquetFile, where: str) -> list[int]:
+        """Row groups that can hold the rows."""
+        if self.positions is None:
+            return _row_groups(file, self.episode_id, where)
+        return np.unique(np.searchsorted(_group_starts(file), self.positions, "right") - 1).tolist()
+
+    def order(self, file: pq.ParquetFile, groups: Sequence[int]) -> np.ndarray:
+        """Where the rows at `positions` are in a table of these row groups."""
+        rows = [np.arange(s, e) for s, e in zip(_group_starts(file), _group_starts(file)[1:])]
+        return np.searchsorted(np.concatenate([rows[g] for g in groups]), self.positions or ())
+
+    def reordered(self, order: np.ndarray, where: str) -> RowsAt:
+        """The same rows with the one at `order[0]` first."""
+        positions = self.positions or np.flatnonzero(read_places(self.path, where)[0] == self.episode_id)
+        return RowsAt(self.path, self.episode_id, tuple(np.asarray(positions)[order].tolist()))
+
+
+def read_rows(at: RowsAt, columns: Sequence[str], where: str) -> tuple[pa.Table, int]:
+    """The rows, in file order or that of the positions, of those `columns` the file has; and the position of the first.
 
     `CorruptEpisode`, beginning with `where`, when the file cannot be read or lacks `episode_index`.
     """
-    with opened(path, where) as file:
+    with opened(at.path, where) as file:
         names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in file.schema_arrow.names]
-        table = file.read_row_groups(_row_groups(file, episode_id, where), columns=names)
-        return table.filter(pc.equal(table["episode_index"], episode_id))
+        groups = at.row_groups(file, where)
+        table = file.read_row_groups(groups, columns=names)
+        if at.positions is not None:
+            return table.take(at.order(file, groups)), at.positions[0]
+        chosen = _numbers(table["episode_index"], where) == at.episode_id
+        first = int(chosen.argmax()) if len(chosen) else 0
+        starts, sizes = _group_starts(file), np.diff(_group_starts(file))[groups]
+        ends = np.cumsum(sizes)
+        group = min(int(np.searchsorted(ends, first, "right")), len(groups) - 1)
+        offset = int(starts[groups[group]] - (ends[group] - sizes[group])) if groups else 0
+        return table.filter(pa.array(chosen)), first + offset
+
+
+def read_places(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """`episode_index`, `frame_index` and `index` [rows] int64 of all rows, -1 where one has none; None for one of the
+    latter two columns that the file lacks."""
+    with opened(path, where) as file:
+        wanted = ("episode_index", "frame_index", "index")
+        table = file.read(columns=[c for c in wanted if c in file.schema_arrow.names])
+        episodes, *others = (_numbers(table[c], where, c) if c in table.column_names else None for c in wanted)
+        return np.full(file.metadata.num_rows, -1) if episodes is None else episodes, others[0], others[1]
+
+
+def _numbers(column: pa.Array | pa.ChunkedArray, where: str, name: str = "episode_index") -> np.ndarray:
+    """Whole numbers [T] int64 of a column of integers, floats, or lists of one of these; -1 where there is none."""
+    if pa.types.is_integer(column.type) and not column.null_count:
+        return column.to_numpy().astype(np.int64, copy=False)
+    values = plain_values(column)
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
+        if values.null_count or len(values.flatten()) != len(values):
+            raise CorruptEpisode(f"{where}: '{name}' has rows without a number, or with several")
+        values = plain_values(values.flatten())
+    if not _is_number(values.type):
+        raise CorruptEpisode(f"{where}: '{name}' is not a number ({values.type})")
+    numbers = pc.fill_null(pc.cast(values, pa.float64()), -1.0).to_numpy(zero_copy_only=False)
+    return np.where(numbers == np.floor(numbers), numbers, -1).astype(np.int64)
+
+
+def _group_starts(file: pq.ParquetFile) -> np.ndarray:
+    """Position of the first row of each row group, and the number of all rows."""
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+class NoEpisodeIndex(CorruptEpisode):
+    """A file without the column by which its rows are found."""
+
+
+def _require_episodes(schema: pa.Schema, where: str) -> None:
+    if "episode_index" not in schema.names:
+        raise NoEpisodeIndex(f"{where}: column 'episode_index' is missing from the table")
 
 
 def read_marks(path: Path, column: str, where: str) -> dict[int, bool]:
@@ -73,11 +145,11 @@ def read_marks(path: Path, column: str, where: str) -> dict[int, bool]:
 
 def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
     """Row groups whose statistics allow the episode; all groups without statistics."""
-    paths = [file.schema.column(i).path for i in range(len(file.schema))]
-    if "episode_index" not in paths:
-        raise CorruptEpisode(f"{where}: column 'episode_index' is missing from the table, or is not a number")
-    for path in {p for p in paths if paths.count(p) > 1}:
+    _require_episodes(file.schema_arrow, where)
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    for path in {p for p in leaves if leaves.count(p) > 1}:
         raise CorruptEpisode(f"{where}: the table has column '{path}' twice")
+    paths = [path.split(".")[0] for path in leaves]
     leaf, chosen = paths.index("episode_index"), []
     for group in range(file.num_row_groups):
         stats = file.metadata.row_group(group).column(leaf).statistics
@@ -91,106 +163,110 @@ def to_matrix(table: pa.Table, column: str, where: str) -> np.ndarray:
     null, a non-finite value or rows of different width."""
     if column not in table.column_names:
         raise CorruptEpisode(f"{where}: column '{column}' is missing from the table")
-    values = table[column].combine_chunks()
-    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
+    values, rows = plain_values(table[column]), table.num_rows
+
+    def require_no_null() -> None:
         if values.null_count:
-            raise CorruptEpisode(f"{where}: column '{column}' has an empty row")
+            row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0]) * rows // len(values)
+            raise CorruptEpisode(f"{where}: column '{column}' is empty at frame {row}")
+
+    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
+        require_no_null()
         if not pa.types.is_fixed_size_list(values.type) and pc.count_distinct(pc.list_value_length(values)).as_py() > 1:
             raise CorruptEpisode(f"{where}: rows of column '{column}' differ in width")
-        values = values.flatten()
-    if values.null_count:
-        raise CorruptEpisode(f"{where}: column '{column}' has an empty value")
-    try:
-        matrix = values.to_numpy(zero_copy_only=False).astype(np.float64).reshape(table.num_rows, -1)
-    except (ValueError, TypeError):
-        raise CorruptEpisode(f"{where}: column '{column}' is not numeric ({values.type})") from None
+        values = plain_values(values.flatten())
+    require_no_null()
+    if not _is_number(values.type):
+        raise CorruptEpisode(f"{where}: column '{column}' is not numeric ({values.type})")
+    if pa.types.is_decimal(values.type):
+        values = pc.cast(values, pa.float64())
+    flat = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    matrix = flat.reshape(rows, len(flat) // max(rows, 1))
     require_finite(matrix, column, where)
     return matrix
 
 
-# --- its images ---
+def plain_values(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """One array of the values themselves: chunks joined, extension types and dictionaries resolved."""
+    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRows:
-    """The images of one camera and one episode, as encoded bytes (PNG or JPEG) in the rows of a parquet file."""
-
-    path: Path
-    episode_id: int
-    column: str
-    height: int  # H of the first image; all others must agree
-    width: int  # W
-    length: int  # rows with an image
-    sha256: str  # hex, over the encoded bytes of every image
+def _is_number(kind: pa.DataType) -> bool:
+    """A text of digits is none: it would be parsed."""
+    t = pa.types
+    return t.is_integer(kind) or t.is_floating(kind) or t.is_boolean(kind) or t.is_decimal(kind)
 
 
-def find_images(path: Path, episode_id: int, column: str, where: str) -> ImageRows:
-    """Check that each of the episode's rows holds image bytes, without decoding more than the first header."""
-    count, height, width, sha256 = survey(_encoded(path, episode_id, column, where), None)
-    return ImageRows(path, episode_id, column, height, width, count, sha256)
-
-
-def decode_images(rows: ImageRows, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where an image cannot be decoded."""
-    encoded = _encoded(rows.path, rows.episode_id, rows.column, where)
-    return decode_all(islice(encoded, start, stop), (rows.height, rows.width), None)
-
-
-def _encoded(path: Path, episode_id: int, column: str, where: str) -> Iterator[tuple[str, bytes]]:
-    index = 0
-    with opened(path, where) as file:
+def column_batches(at: RowsAt, column: str, where: str) -> Iterator[pa.Array]:
+    """The values of one column in the rows, some rows at a time; `CorruptEpisode` where the file cannot be read."""
+    with opened(at.path, where) as file:
         if column not in file.schema_arrow.names:
+            raise CorruptEpisode(f"{where}: column '{column}' is missing from {at.path.name}")
+        yield from _batches(file, at, column, where)
+
+
+def first_value(path: Path, column: str, where: str) -> pa.Array:
+    """The value of one column in the first row of a file, [1]."""
+    with opened(path, where, buffer_size=_READ_BYTES) as file:
+        if column not in file.schema_arrow.names or not file.metadata.num_rows:
             raise CorruptEpisode(f"{where}: column '{column}' is missing from {path.name}")
-        groups = _row_groups(file, episode_id, where)
-        for batch in file.iter_batches(_IMAGE_ROWS, row_groups=groups, columns=[column, "episode_index"]):
-            batch = batch.filter(pc.equal(batch.column("episode_index"), episode_id))
-            values = batch.column(column)
-            for value in values.field("bytes") if pa.types.is_struct(values.type) else values:
-                if not value.is_valid:
-                    raise CorruptEpisode(f"{where}: a row of '{column}' holds no image bytes")
-                yield f"{where}: image {index} of '{column}'", value.as_py()
-                index += 1
+        return next(file.iter_batches(1, columns=[column])).column(0)
+
+
+def _batches(file: pq.ParquetFile, at: RowsAt, column: str, where: str) -> Iterator[pa.Array]:
+    groups = at.row_groups(file, where)
+    if at.positions is not None:  # any order: all of them at once
+        values = file.read_row_groups(groups, columns=[column])[column].take(at.order(file, groups))
+        yield from values.chunks
+        return
+    for batch in file.iter_batches(_IMAGE_ROWS, row_groups=groups, columns=[column, "episode_index"]):
+        yield batch.filter(pa.array(_numbers(batch.column("episode_index"), where) == at.episode_id)).column(column)
 
 
 # --- all episodes of a file ---
 
 
-def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str) -> Iterator[tuple[int, pa.Table]]:
-    """Yield (episode, its T rows in file order) once per episode of the file, when the last of its rows was read.
+def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str) -> Iterator[tuple[int, int, pa.Table]]:
+    """Yield (episode, position of its first row in the file, its T rows in file order) once per episode of the file,
+    when the last of its rows was read.
 
     Of `columns` those the file has. Memory is bounded by one batch and the longest episode where an episode's rows are
     contiguous, as lerobot writes them. `CorruptEpisode`, beginning with `where`, when the file cannot be read from here
     on; the episodes yielded before are sound.
     """
     with opened(path, where, buffer_size=_READ_BYTES) as file:
-        schema = file.schema_arrow
-        names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in schema.names]
-        if "episode_index" not in names or not pa.types.is_integer(schema.field("episode_index").type):
-            raise CorruptEpisode(f"{where}: {path.name} has no integers in 'episode_index'")
-        missing = _rows_per_episode(file, batch_rows)  # rows still to come
+        _require_episodes(file.schema_arrow, where)
+        names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in file.schema_arrow.names]
+        missing = _rows_per_episode(file, batch_rows, where)  # rows still to come
         pieces: dict[int, list[pa.RecordBatch]] = {}
+        firsts: dict[int, int] = {}
+        done = 0
         for batch in file.iter_batches(batch_rows, columns=names):
-            for episode_id, piece in _runs(batch):
+            for episode_id, start, piece in _runs(batch, where):
+                firsts.setdefault(episode_id, done + start)
                 pieces.setdefault(episode_id, []).append(piece)
                 missing[episode_id] -= piece.num_rows
                 if not missing[episode_id]:
-                    yield episode_id, pa.Table.from_batches(pieces.pop(episode_id))
+                    yield episode_id, firsts[episode_id], pa.Table.from_batches(pieces.pop(episode_id))
+            done += batch.num_rows
 
 
-def _rows_per_episode(file: pq.ParquetFile, batch_rows: int) -> Counter[int]:
+def _rows_per_episode(file: pq.ParquetFile, batch_rows: int, where: str) -> Counter[int]:
     counts: Counter[int] = Counter()
     for batch in file.iter_batches(batch_rows, columns=["episode_index"]):
-        for episode_id, piece in _runs(batch):
+        for episode_id, _, piece in _runs(batch, where):
             counts[episode_id] += piece.num_rows
     return counts
 
 
-def _runs(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The stretches of a batch that belong to one episode; rows without an `episode_index` belong to none."""
-    if batch.column("episode_index").null_count:
-        batch = batch.filter(pc.is_valid(batch.column("episode_index")))
-    ids = batch.column("episode_index").to_numpy()
+def _runs(batch: pa.RecordBatch, where: str) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+    """The stretches of a batch that belong to one episode: (episode, where in the batch, rows). Rows without an
+    `episode_index` belong to none."""
+    ids = _numbers(batch.column("episode_index"), where)
     starts = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
     for start, stop in zip(starts[:-1], starts[1:]):
-        if stop > start:
-            yield int(ids[start]), batch.slice(start, stop - start)
+        if stop > start and ids[start] >= 0:
+            yield int(ids[start]), start, batch.slice(start, stop - start)

@@ -11,10 +11,11 @@ import functools
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from ....errors import Failed, Note, UserError
@@ -25,14 +26,26 @@ from ..faults import one_episode
 from ..labels import SUCCESS
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
-from ..video import VideoExtent, decode, find_extent
+from ..video import decode
+from .image_columns import decode_images, find_images, holds_depth, image_file
 from .listing import EpisodeEntry
 from .metadata import Metadata
-from .parquet import ImageRows, decode_images, find_images, opened, read_marks, read_rows, stream_rows, to_matrix
+from .parquet import RowsAt, opened, read_marks, stream_rows, to_matrix
+from .placement import DataFiles, FoundRows
+from .rows import Clock, Listed, put_in_order
+from .spans import Claim, VideoFile
 from .texts import instruction_of, text_columns
 
 _NUMBERS = re.compile(r"(float|u?int)\d+")  # dtypes of features
 _CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where the rows of a table are, and what they say about their images."""
+
+    at: RowsAt
+    clock: Clock | None
 
 
 class LeRobotSource(Source):
@@ -51,6 +64,7 @@ class LeRobotSource(Source):
         reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
         files = Files(names, meta.root, self._columns, meta.dimension_names, reopen)
         config = choose_config(config, self.format, files)
+        meta.depth_maps += tuple(self._deep_images())
         self._cameras = meta.cameras(config.views)  # short name → feature key
         self._marks: dict[Path, dict[int, bool]] = {}  # of the table files looked at, by episode
         super().__init__(
@@ -62,6 +76,7 @@ class LeRobotSource(Source):
             episode_ids=meta.episode_ids,  # as listed; a missing file shows when the episode is loaded
             widths=self._widths(config),
         )
+        self._data = DataFiles(meta)
         self._read_recording()
 
     def dimension_names(self, columns: Sequence[str]) -> list[str] | None:
@@ -76,6 +91,16 @@ class LeRobotSource(Source):
             with contextlib.suppress(CorruptEpisode), opened(self.meta.locate(entry.data_path, ""), "") as file:
                 stored = set(file.schema_arrow.names)
         return {key: math.prod(f.get("shape") or [1]) for key, f in features.items() if key in stored}
+
+    def _deep_images(self) -> Iterator[str]:
+        """Features of images with one channel that are depth maps by the first image there is."""
+        images = {k: f for k, f in self.meta.features.items() if f["dtype"] == "image" and 3 not in f["shape"]}
+        for key in (k for k in images if k not in self.meta.depth_maps):
+            for number, entry in list(self.meta.episodes.items())[:1]:
+                fetch = functools.partial(image_file, self.meta.files, key, number, "")
+                with contextlib.suppress(CorruptEpisode):
+                    if holds_depth(self.meta.locate(entry.data_path, ""), key, fetch, ""):
+                        yield key
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -92,8 +117,9 @@ class LeRobotSource(Source):
         return self.meta.revision_hash()
 
     def length_of(self, episode_id: int) -> int:
-        """Listed number of frames T."""
-        return self._entry(episode_id).length
+        """Listed number of frames T, else that of the rows."""
+        listed = self._entry(episode_id).length
+        return len(self.table(episode_id).action) if listed is None else listed
 
     def instruction_of(self, episode_id: int) -> str:
         """The episode's task text, from `meta/` alone where it has one task. Several are joined by "; " in the order
@@ -109,7 +135,7 @@ class LeRobotSource(Source):
         name = next((name for name in ("next.success", *SUCCESS) if name in self.meta.features), None)
         if entry.success is not None or name is None:
             return entry.success
-        path = self.meta.locate(entry.data_path, self.where(episode_id))
+        path = self.meta.locate(self._data.path_of(episode_id), self.where(episode_id))
         if path not in self._marks:
             self._marks[path] = read_marks(path, name, self.where(episode_id))
         return self._marks[path].get(episode_id)
@@ -130,55 +156,77 @@ class LeRobotSource(Source):
             with contextlib.suppress(CorruptEpisode), one_episode(self.name, self.path):
                 if len(left) > 1:
                     path = self.meta.locate(data_path, self.name)
-                    for number, rows in stream_rows(path, self._wanted(self.config.columns), batch_rows, self.name):
+                    columns = self._wanted(self.config.columns)
+                    for number, first, rows in stream_rows(path, columns, batch_rows, self.name):
                         if number in left:
                             left.remove(number)
-                            yield number, self.attempt(functools.partial(self._table_of, rows), number)
+                            yield number, self.attempt(functools.partial(self._table_of, path, rows, first), number)
             for number in sorted(left):
                 yield number, self.attempt(self.table, number)
 
-    def _table_of(self, rows: pa.Table, episode_id: int) -> EpisodeTable:
+    def _table_of(self, path: Path, rows: pa.Table, first: int, episode_id: int) -> EpisodeTable:
         where = self.where(episode_id)
-        return self._checked(self._rows_of(self._entry(episode_id), rows, self.config.columns, where), where)
+        notes = self._data.judge(episode_id, rows, first, where)
+        if notes is None:  # its rows may be elsewhere
+            return self.table(episode_id)
+        found = FoundRows(rows, RowsAt(path, episode_id), self._data.path_of(episode_id), notes)
+        return self._checked(self._rows_of(found, self.config.columns, where), where)
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
-        entry = self._entry(episode_id)
-        rows = read_rows(self.meta.locate(entry.data_path, where), episode_id, self._wanted(columns), where)
-        return self._rows_of(entry, rows, columns, where)
+        self._entry(episode_id)  # refuses one whose entry is damaged
+        return self._rows_of(self._data.find(episode_id, self._wanted(columns), where), columns, where)
 
-    def _rows_of(self, entry: EpisodeEntry, rows: pa.Table, columns: Sequence[str], where: str) -> Rows:
-        length = rows.num_rows
-        if length != entry.length or not length:
-            raise CorruptEpisode(
-                f"{where}: {entry.data_path} has {length} rows, meta/ lists {entry.length}", "row-count"
-            )
-        frames = to_matrix(rows, "frame_index", where)[:, 0]
-        if not np.array_equal(frames, np.arange(length)):
-            raise CorruptEpisode(f"{where}: frame_index does not run 0..{length - 1}", "row-count")
+    def _rows_of(self, found: FoundRows, columns: Sequence[str], where: str) -> Rows:
+        at, entry = found.at, self._entry(found.at.episode_id)
+        span = entry.rows[1] - entry.rows[0] if entry.rows else None
+        ordered = put_in_order(
+            found.table, Listed(entry.length, span, bool(entry.video_paths)), self.fps, found.name, where
+        )
+        if ordered.order is not None:
+            at = at.reordered(ordered.order, where)
+        rows = ordered.table
         text, notes = instruction_of(rows, entry, self.meta.tasks, self._texts, where)
         return Rows(
             {name: to_matrix(rows, name, where) for name in columns},
             text,
-            to_matrix(rows, "timestamp", where)[:, 0],
-            notes,
+            ordered.times,
+            (*found.notes, *ordered.notes, *notes),
+            _Origin(at, ordered.clock),
         )
 
     def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
         entry, key = self._entry(episode_id), self._cameras[view]
-        return (self.meta.locate(self.meta.images_path(entry, key, where), where),)
+        video = self.meta.video_path(entry, key, where)
+        return (self.meta.locate(video or self._data.path_of(episode_id), where),)
 
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
-        entry = self._entry(episode_id)
-        found: VideoExtent | ImageRows
+        entry, origin = self._entry(episode_id), table.origin
+        assert isinstance(origin, _Origin)
         for name in names:
             (path,), key = self._files(episode_id, name, where), self._cameras[name]
             if key in entry.video_paths:
-                found = find_extent(path, entry.video_starts[key] + table.timestamps, where)
-                length, opener = len(found.pts), functools.partial(decode, found, where)
+                video = self._videos[key, entry.video_paths[key]]
+                extent, notes = video.find(path, episode_id, table.timestamps, origin.clock, where)
+                opener = functools.partial(decode, extent, where)
+                yield View(name, extent.height, extent.width, len(extent.pts), opener, extent.sha256, notes)
             else:
-                found = find_images(path, episode_id, key, where)
-                length, opener = found.length, functools.partial(decode_images, found, where)
-            yield View(name, found.height, found.width, length, opener, found.sha256)
+                fetch = functools.partial(image_file, self.meta.files, key, episode_id, where)
+                images = find_images(origin.at, key, fetch, where)
+                opener = functools.partial(decode_images, images, fetch, where)
+                yield View(name, images.height, images.width, images.length, opener, images.sha256)
+
+    @functools.cached_property
+    def _videos(self) -> dict[tuple[str, str], VideoFile]:
+        """(feature, file) → every listed video file of the cameras in use, and the episodes in it."""
+        claims: defaultdict[tuple[str, str], list[Claim]] = defaultdict(list)
+        for number, entry in self.meta.episodes.items():
+            for key in self._cameras.values():
+                if key in entry.video_paths:
+                    start, stop = entry.video_starts[key], entry.video_ends.get(key)
+                    length = round((stop - start) * self.fps) if entry.length is None and stop else entry.length or 0
+                    claim = Claim(number, length, start, stop)
+                    claims[key, entry.video_paths[key]].append(claim)
+        return {place: VideoFile(found, self.fps) for place, found in claims.items()}
 
     def _read_recording(self) -> None:
         """Task and initial states of a simulator's recording, from `meta/dvla.json` of `dvla data record`."""

@@ -46,6 +46,7 @@ class Place:
     path: str  # the same packed and unpacked: "train/close_jar/all_variations/episodes/episode7"
     label: str  # of the archive, in messages: "train/close_jar.zip"; "" for the given folder
     cameras: tuple[str, ...]  # those with a folder of images
+    damage: str = ""  # why nothing of the archive can be read: it counts as one episode
 
     def member(self, name: str) -> str:
         """Name in the archive of something in the episode's folder."""
@@ -86,8 +87,11 @@ def dataset_name(names: Sequence[str]) -> str:
 
 def find_episodes(path: Path) -> list[Place]:
     """Every episode folder in a folder, .zip or .tar, and in the zips and tars in that folder, in the natural order of
-    their paths. `UserError` when an archive cannot be read or is refused, or an episode appears twice."""
+    their paths; an archive that cannot be read or is refused is one, with its `damage`. `UserError` when none can be
+    read, or an episode appears twice."""
     places = sorted(_all_episodes(path), key=lambda p: _natural(p.path))
+    if places and all(p.damage for p in places):
+        raise UserError(places[0].damage)
     for one, other in zip(places, places[1:]):
         if one.path == other.path:
             raise UserError(
@@ -135,7 +139,14 @@ def _walk(archive: Archive, folder: str, outside: str, label: str, depth: int = 
             if depth < _MAX_DEPTH:
                 yield from _walk(archive, inside, outside, label, depth + 1)
         elif not label and (entry.lower().endswith(SUFFIXES) or COMPRESSED.search(entry)):
-            yield from _walk(open_archive(archive.path / inside, _WANTED), "", inside.rpartition(".")[0], inside)
+            unpacked = inside.rpartition(".")[0]
+            try:
+                packed = open_archive(archive.path / inside, _WANTED)
+                packed.entries()
+            except UserError as error:
+                yield Place(archive, inside, unpacked, inside, (), str(error))
+            else:
+                yield from _walk(packed, "", unpacked, inside)
 
 
 def _place(archive: Archive, folder: str, path: str, label: str) -> Place:

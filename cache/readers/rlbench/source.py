@@ -77,37 +77,46 @@ class RlbenchSource(Source):
     @functools.cached_property
     def revision_hash(self) -> str:
         """sha256 hex over names and sizes of the zips and tars and of each unpacked `low_dim_obs.pkl`."""
-        files = {p.archive.path if p.label else p.archive.path / p.member(LOW_DIM) for p in self._places.values()}
+        files = {
+            p.archive.path if p.label and not p.damage else p.archive.path / p.member(LOW_DIM)
+            for p in self._places.values()
+        }
         return listing_hash(self.path if self.path.is_dir() else self.path.parent, [f for f in files if f.is_file()])
 
     def length_of(self, episode_id: int) -> int:
         """Number of images of the first camera."""
         where = self.where(episode_id)
-        return len(_images(self._places[episode_id], self.view_names[0], where))
+        return len(_images(self._place(episode_id, where), self.view_names[0], where))
 
     def instruction_of(self, episode_id: int) -> str:
         """The first description of the episode's variation; the config's default where there is none."""
         where = self.where(episode_id)
-        return _instruction(self._places[episode_id], where) or self.config.instruction
+        return _instruction(self._place(episode_id, where), where) or self.config.instruction
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
-        place = self._places[episode_id]
+        place = self._place(episode_id, where)
         observations, spot = _observations(place, where), f"{place.spot(where)}: {place.member(LOW_DIM)}"
         return Rows({name: _column(observations, name, spot) for name in columns}, _instruction(place, where))
 
     def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
-        place = self._places[episode_id]
+        place = self._place(episode_id, where)
         if place.archive.path.is_file():
             return (place.archive.path,)
         return [place.archive.path / name for name in _images(place, view, where)]
 
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
-        place = self._places[episode_id]
+        place = self._place(episode_id, where)
         for camera in names:
             encoded = _encoded(place, camera, 0, None, where)
             count, height, width, sha256 = survey(encoded, _FORMATS)
             opener = functools.partial(_decode, place, camera, (height, width), where)
             yield View(camera, height, width, count, opener, sha256)
+
+    def _place(self, episode_id: int, where: str) -> Place:
+        place = self._places[episode_id]
+        if place.damage:
+            raise CorruptEpisode(f"{where}: {place.damage}", "unreadable-file")
+        return place
 
 
 def _load(place: Place, name: str, where: str) -> Any:
@@ -171,15 +180,17 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 
 def _instruction(place: Place, where: str) -> str:
-    """The first text, "" without any: beside `episodes/` (RLBench), or in the episode (PerAct mixes variations)."""
+    """The first text that is not empty, "" without any: beside `episodes/` (RLBench), or in the episode (PerAct mixes
+    variations)."""
     outer = place.folder.split("/")[:-1]
     for folder in (place.folder, "/".join(outer[:-1] if outer[-1:] == ["episodes"] else outer)):
         if TEXTS in place.archive.entries(folder):
             member, spot = f"{folder}/{TEXTS}".lstrip("/"), place.spot(where)
             texts = load_records(place.archive.read(member, spot), member, spot)
-            if isinstance(texts, (list, tuple)) and texts and isinstance(texts[0], str):
-                return texts[0].strip()
-            raise CorruptEpisode(f"{spot}: {member} holds no list of texts")
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+                raise CorruptEpisode(f"{spot}: {member} holds no list of texts")
+            if said := next(filter(None, (t.strip() for t in texts)), ""):
+                return said
     return ""
 
 

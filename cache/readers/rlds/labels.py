@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -42,13 +42,17 @@ def read_text(example: Mapping[str, Any], features: Mapping[str, Feature], lengt
     return ""
 
 
-def success_in(example: Mapping[str, Any], features: Mapping[str, Feature]) -> bool | None:
+def success_features(features: Iterable[str]) -> tuple[str, ...]:
+    """Paths of the features that may say whether an episode succeeded."""
+    return tuple(p for p in features if p.rpartition("/")[2] in SUCCESS or p.endswith("path"))
+
+
+def success_in(example: Mapping[str, Any], paths: Sequence[str]) -> bool | None:
     """By a feature called success (of steps: any of them), else by a folder of that name in the path of a recording,
-    as DROID's; None where neither tells."""
-    for path in features:
-        name = path.rpartition("/")[2]
-        values = _any_values(example, path) if name in SUCCESS or name.endswith("path") else []
-        if name in SUCCESS and values:
+    as DROID's; None where neither tells. `paths`: of `success_features`."""
+    for path in paths:
+        values = _any_values(example, path)
+        if path.rpartition("/")[2] in SUCCESS and values:
             found = [truth(v) for v in values]
             return None if None in found else any(found)
         folders = {p for v in values if isinstance(v, bytes) for p in v.decode(errors="replace").split("/")}

@@ -24,7 +24,7 @@ from ..episode import CorruptEpisode, View
 from ..images import ArrayForm, Stored, channels_of, choose_cameras, decode, decode_all, survey
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
-from .labels import read_text, success_in, text_features
+from .labels import read_text, success_features, success_in, text_features
 from .metadata import Feature, Metadata, is_rlds
 from .tfrecord import index_records, parse_example, read_record, values_of
 
@@ -53,7 +53,8 @@ class RldsSource(Source):
         self._meta = meta = Metadata(path_or_repo)
         config = choose_config(config, self.format, Files(meta.names, meta.root, lambda: _columns(meta.features)))
         self._cameras = _cameras(meta.features, config, meta.name)  # short name → path below `steps`
-        self._texts = text_features(meta.every)
+        self._texts, self._marks = text_features(meta.every), success_features(meta.every)
+        self._succeeded: dict[int, bool | None] = {}  # by the records read so far
         super().__init__(
             meta.root,
             meta.name,
@@ -88,6 +89,7 @@ class RldsSource(Source):
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         example = self._example(episode_id, where)
         found = {name: self._column(example, name, where) for name in columns}
+        self._succeeded[episode_id] = success_in(example, self._marks)
         lengths = {len(v) for v in found.values()}
         if len(lengths) == 1:
             self._check_bounds(example, min(lengths), where)
@@ -200,8 +202,11 @@ class RldsSource(Source):
         return ", else ".join(self._texts)
 
     def success_of(self, episode_id: int) -> bool | None:
-        """As `success_in` its record."""
-        return success_in(self._example(episode_id, self.where(episode_id)), self._meta.every)
+        """As `success_in` its record, which is not read again for it once its rows were."""
+        where = self.where(episode_id)
+        if self._marks and episode_id not in self._succeeded:
+            self._succeeded[episode_id] = success_in(self._example(episode_id, where), self._marks)
+        return self._succeeded.get(episode_id)
 
 
 def _readable(feature: Feature) -> bool:

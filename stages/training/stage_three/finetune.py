@@ -36,7 +36,7 @@ from ..loop import run
 from ..parallel.world import World, join
 from ..step import autocast
 from ..train import policy_document
-from ..warm_start import schemes_of
+from ..warm_start import meaning_of
 from .continuity import Continuity, compare, require_no_jump, spread
 from .memory import live_memory
 from .split import SplitFeatures, above_boundary, split_features
@@ -61,9 +61,9 @@ def finetune_config(
             f"{run_folder} is a stage-three run; start from its stage-two run {values['stage_three']['start']}, "
             "or rerun the command that began it to resume it"
         )
-    values["normalize"] = schemes_of(read_document(folder))
+    values |= meaning_of(read_document(folder))
     settings = apply({**values, "unfreeze": {}, "init": None}, overrides)  # whose steps were stage two's
-    for name in ("model_size", "dit", "normalize"):
+    for name in ("model_size", "dit", "normalize", "action_frame"):
         if settings[name] != values[name]:
             raise UserError(
                 f"{name} is {settings[name]}, but fine-tuning keeps the policy of {run_folder}, whose {name} is "

@@ -1,6 +1,7 @@
 """Damaged, hostile and missing RLBench demonstrations: each is one clear line, and nothing else is lost."""
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import shutil
@@ -181,8 +182,13 @@ def test_sources_that_cannot_be_opened(tree, tmp_path):
         file.writestr("../../open_drawer/all_variations/episodes/episode0/low_dim_obs.pkl", b"x")
     refuse(root, "open_drawer.zip: member '../../open_drawer/.*' is outside its folder; the archive is refused")
     path.write_bytes(whole)
+    count = len(open_source(root, CONFIG).episode_ids)
     (root / "train" / "close_jar.tar.xz").write_bytes(b"\xfd7zXZ\0")
-    refuse(root, "close_jar.tar.xz is compressed as one stream, .*; extract it first")
+    pack(tree / "close_jar", root / "train" / "turn_tap.zip").write_bytes(whole[: len(whole) // 2])
+    source = open_source(root, CONFIG)  # each counts as one episode
+    assert len(source.episode_ids) == count + 2 and source.load(1).length
+    corrupt(source, 0, "close_jar.tar.xz is compressed as one stream, .*; extract it first")
+    corrupt(source, count + 1, "turn_tap.zip is cut off or damaged .*; fetch it again")
     (root / "notes.txt").write_text("x")
     refuse(root / "notes.txt", "notes.txt is not a folder, a .zip or a .tar file")
 
@@ -205,3 +211,12 @@ def test_five_of_a_hundred_episodes_are_there(tree, tmp_path):
     for number in bad[::19]:
         corrupt(source, number, f"episode{number}/low_dim_obs.pkl is missing")
     assert [source.load(n).length for n in (7, 87)] == [LENGTH, LENGTH]
+
+
+def test_texts_that_are_empty_are_skipped(tree, tmp_path):
+    root = shutil.copytree(tree / "close_jar", tmp_path / "close_jar")
+    folders = sorted((root / "all_variations/episodes").iterdir())
+    for folder, texts in zip(folders, ([], [" ", " close it "])):
+        (folder / "variation_descriptions.pkl").write_bytes(dump(texts))
+    source = open_source(root, dataclasses.replace(CONFIG, instruction="do it"))
+    assert [source.load(n).instruction for n in source.episode_ids[:2]] == ["do it", "close it"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dvla.cache.readers.lerobot import source as lerobot
+from dvla.cache.readers.lerobot import source, spans
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
@@ -33,18 +33,23 @@ def configure(source: Path, vlm: Path, out: Path) -> BuildConfig:
     return BuildConfig((str(source),), spec, out, batch_size=5, shard_frames=8, device="cpu")
 
 
-@pytest.mark.parametrize(("kind", "finder"), [("h264", "find_extent"), ("image", "find_images")])
+@pytest.mark.parametrize(("kind", "finder"), [("h264", (spans, "find_extent")), ("image", (source, "find_images"))])
 def test_each_view_of_an_episode_is_hashed_once(
-    recorded: dict[str, Path], vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, finder: str
+    recorded: dict[str, Path],
+    vlm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    finder: tuple[Any, str],
 ) -> None:
-    real: Callable[..., Any] = getattr(lerobot, finder)
+    real: Callable[..., Any] = getattr(*finder)
     counted: Counter[str] = Counter()
 
     def find(*args: Any) -> Any:
         counted[str((args[0], args[1:]))] += 1  # the file, and the times or the episode and camera
         return real(*args)
 
-    monkeypatch.setattr(lerobot, finder, find)
+    monkeypatch.setattr(*finder, find)
     report = build(configure(recorded[kind], vlm, tmp_path / "cache"))
     assert report.timing.images == len(VIEWS) * sum(LENGTHS)
     assert sum(counted.values()) == len(VIEWS) * len(LENGTHS) and set(counted.values()) == {1}

@@ -30,6 +30,7 @@ from dvla.stages.data.check.table_stats import (
     step_angles,
 )
 from support.doctor_samples import HZ, PLACES, path
+from support.hdf5_samples import edit
 from support.lerobot_samples import FPS, LENGTHS, convert_to_v2, rewrite, with_column
 
 # --- on files ---------------------------------------------------------------------------------------------------------
@@ -252,3 +253,9 @@ def test_rhythm() -> None:
     assert [g[0] for g in gaps] == [10] and drift is None
     gaps, drift = rhythm(even * 2, FPS)
     assert gaps == [] and drift is not None and drift[1] == pytest.approx(FPS / 2)
+
+
+def test_failed_demonstrations_are_named(demos):
+    edit(demos, lambda f: f["data/demo_2"].attrs.update(success=False))
+    (found,) = [f for f in check(CheckConfig(source=str(demos), episodes=0)).findings if f.rule.startswith("failed")]
+    assert found.episodes == (2,) and "--success-only leaves it out" in found.message

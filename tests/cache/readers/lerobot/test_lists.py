@@ -63,14 +63,25 @@ def test_types_may_differ_between_files(tmp_path, change):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.set_column(2, "length", pa.array([None], pa.int64())),
+        lambda t: t.set_column(2, "length", pa.array([float("nan")])),
+        lambda t: t.drop_columns(["length"]),
+    ],
+)
+def test_rows_tell_a_length_that_is_not_listed(tmp_path, change):
+    root = write_v3(tmp_path / "d")
+    second_file(root, change)
+    assert outcome(root) == good(0, 1, 2)
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda t: t.set_column(2, "length", pa.array([None], pa.int64())), "file-001.parquet row 0 'length' is empty"),
         (lambda t: t.set_column(2, "length", pa.array([5.5])), "'length' is 5.5, expected a whole number"),
         (lambda t: t.set_column(2, "length", pa.array([-5])), "'length' is -5, expected a whole number"),
         (lambda t: t.set_column(2, "length", pa.array(["five"])), "'length' is 'five', expected a number"),
-        (lambda t: t.set_column(2, "length", pa.array([float("nan")])), "'length' is nan, expected a number"),
-        (lambda t: t.drop_columns(["length"]), "has no 'length'"),
         (lambda t: t.set_column(4, "data/file_index", pa.array([None], pa.int64())), "'data/file_index' is empty"),
     ],
 )
@@ -122,6 +133,8 @@ def rewrite(root, change, name=EPISODES):
         lambda b: b.replace(b'"tasks": ["push the puck"]', b'"tasks": {"a": [1]}'),
         lambda b: b.replace(b'"tasks": ["push the puck"]', b'"tasks": [0]'),
         lambda b: b + b.splitlines(keepends=True)[1],  # the same entry again
+        lambda b: b + b'{"episode_index": 2, "length": 9}\n',  # another one: the rows decide
+        lambda b: b.replace(b'"length": 5', b'"length": NaN'),
     ],
 )
 def test_odd_lists_are_read(tmp_path, change):
@@ -134,7 +147,6 @@ def test_odd_lists_are_read(tmp_path, change):
     ("change", "reason"),
     [
         (lambda b: b[:-12], "episodes.jsonl line 3 cannot be read as JSON"),  # torn: a crash while it was written
-        (lambda b: b.replace(b'"length": 5', b'"length": NaN'), "line 3 'length' is nan, expected a number"),
         (lambda b: b.replace(b'"length": 5', b'"length": Infinity'), "line 3 'length' is inf, expected a number"),
         (lambda b: b.replace(b'"length": 5', b'"length": 1e400'), "line 3 'length' is inf, expected a number"),
         (lambda b: b.replace(b'"length": 5', b'"length": ' + b"9" * 30), "expected a whole number"),
@@ -146,7 +158,6 @@ def test_odd_lists_are_read(tmp_path, change):
         (lambda b: b.replace(b'"length": 5', b'"x": ' + b"[" * 100_000), "line 3 cannot be read as JSON"),
         (lambda b: b.replace(b'{"episode_index": 2', b"[3, 4]#"), "line 3 holds [3, 4], expected an object"),
         (lambda b: b.replace(b'"episode_index": 2', b'"episode_index": null'), "line 3 'episode_index' is empty"),
-        (lambda b: b + b'{"episode_index": 2, "length": 9}\n', "listed 2 times: 5 frames (meta/episodes.jsonl line 3)"),
     ],
 )
 def test_a_bad_line_costs_its_episode(tmp_path, change, reason):
@@ -174,6 +185,13 @@ def test_half_of_a_pair_of_escapes_is_replaced(tmp_path):
     root = write_v2(tmp_path / "d")
     (root / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "push \\ud83d the \\ud83d\\ude00 puck"}\n')
     assert outcome(root) == good(0, 1, 2, text="push ? the 😀 puck")
+
+
+def test_of_two_entries_the_rows_choose_one(tmp_path):
+    root = write_v2(tmp_path / "d")
+    rewrite(root, lambda b: b'{"episode_index": 2, "length": 9}\n' + b)
+    assert outcome(root) == good(0, 1, 2)
+    assert "listed 2 times: 9 frames (meta/episodes.jsonl line 1) and 5 frames" in open_source(root).notes()[0].text
 
 
 def test_windows_texts_are_read_and_named(tmp_path):

@@ -1,0 +1,279 @@
+"""Which frames of a video belong to which episode and row, where a dataset's own lists contradict each other."""
+
+import numpy as np
+import pytest
+
+from dvla.cache.readers import open_source
+from dvla.cache.readers.episode import CorruptEpisode
+from support.lerobot_files import CAMERA, FPS, LENGTHS, numbers, put, rows_of, write_v2, write_v3, write_video
+
+FROM, TO = (f"videos/{CAMERA}/{n}_timestamp" for n in ("from", "to"))
+
+
+def listed_at(starts, stops=None):
+    """Change of the listed times: episode → seconds from (and to; by default from + length)."""
+
+    def change(episode, row):
+        if episode in starts:
+            row |= {FROM: starts[episode], TO: starts[episode] + LENGTHS[episode] / FPS}
+        if stops and episode in stops:
+            row[TO] = stops[episode]
+        return row
+
+    return change
+
+
+def all_right(source):
+    assert [numbers(source, e) for e in range(3)] == [rows_of(e) for e in range(3)]
+
+
+def notes(source, episode):
+    return [n.text for n in source.load(episode).views[0].notes]
+
+
+# --- [from, to) of v3.0 ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("starts", "wrong"),
+    [
+        ({2: 1.2}, [2]),  # two episodes claim the same frames
+        ({2: 1.1}, [2]),
+        ({1: 1.5}, [1]),  # by three frames, into the next one
+        ({1: 9.0}, [1]),  # behind the end of the file
+        ({1: 1.1}, [1]),  # by one frame, into the one before
+        ({0: 0.1, 1: 1.3, 2: 2.7}, [0, 1, 2]),  # all by one frame, so that the last ends behind the file
+        ({0: 0.0, 1: 0.0, 2: 0.0}, [1, 2]),
+        ({2: 1e30}, [2]),
+    ],
+)
+def test_frame_counts_prove_the_place_where_listed_times_are_wrong(tmp_path, starts, wrong):
+    source = open_source(write_v3(tmp_path / "d", listed=listed_at(starts)))
+    all_right(source)
+    assert [e for e in range(3) if notes(source, e)] == wrong
+    (note,) = notes(source, wrong[-1])
+    right = [0.0, 1.2, 2.6][wrong[-1]]
+    assert f"listed at {starts[wrong[-1]]:.3f} s" in note and f"it is at {right:.3f} s" in note
+
+
+def test_episodes_in_another_order_than_their_numbers(tmp_path):
+    source = open_source(write_v3(tmp_path / "d", order=(2, 0, 1)))
+    all_right(source)
+    assert not any(notes(source, e) for e in range(3))
+
+
+def test_two_orders_that_fit_equally_are_refused(tmp_path):
+    """Episodes 0 and 1 are listed the other way round, with places that overlap: which one is first is not known."""
+    source = open_source(write_v3(tmp_path / "d", listed=listed_at({0: 1.2, 1: 0.0})))
+    assert numbers(source, 2) == rows_of(2)
+    for episode, start in ((0, 1.2), (1, 0.0)):
+        with pytest.raises(
+            CorruptEpisode, match=f"listed at {start:.3f} s, {LENGTHS[episode]} frames.*36 frames for 36"
+        ):
+            source.load(episode)
+
+
+def test_overlap_in_a_file_with_other_frames_costs_only_the_episodes_concerned(tmp_path):
+    """Five frames more than rows: nothing proves which of the two episodes is there."""
+    film = lambda path, shown: write_video(path, [*shown, 36, 37, 38, 39, 39])  # noqa: E731
+    source = open_source(write_v3(tmp_path / "d", film=film, listed=listed_at({2: 1.3})))
+    assert numbers(source, 0) == rows_of(0)
+    for episode in (1, 2):
+        with pytest.raises(CorruptEpisode, match="41 frames for 36 rows of 3 episodes"):
+            source.load(episode)
+    hole = open_source(write_v3(tmp_path / "hole", film=film, listed=listed_at({1: 1.5})))  # 14 frames between 0 and 2
+    all_right(hole)
+
+
+def test_listed_end_that_is_wrong_is_a_note(tmp_path):
+    source = open_source(write_v3(tmp_path / "d", listed=listed_at({}, {2: 99.0})))
+    all_right(source)
+    assert "from 2.600 to 99.000 s, with 10 frames" in notes(source, 2)[0]
+
+
+@pytest.mark.parametrize("drift", [0.02, 0.049, -0.03, 0.06, -0.08])
+def test_times_that_drift_by_part_of_a_frame(tmp_path, drift):
+    """Durations that ffmpeg rounded and that were added up, from a part of a frame to more than one."""
+    times = lambda e: sum(LENGTHS[:e]) / FPS + drift * e  # noqa: E731
+    source = open_source(write_v3(tmp_path / "d", listed=listed_at({e: times(e) for e in range(3)})))
+    all_right(source)
+
+
+def test_drift_keeps_the_hash(tmp_path):
+    plain, drifting = (
+        open_source(write_v3(tmp_path / name, listed=listed_at({2: 2.6 + d})))
+        for name, d in (("plain", 0.0), ("drift", 0.07))
+    )
+    assert [plain.load(e).source_hash for e in range(3)] == [
+        drifting.load(e).source_hash.replace("plain", "drift") for e in range(3)
+    ]
+
+
+def test_file_with_gaps_between_its_episodes(tmp_path):
+    """Segments that were concatenated with a pause: listed times are those of the frames, not of their number."""
+    starts = {0: 0.0, 1: 1.5, 2: 3.9}
+    pts = [round(1000 * (starts[e] + k / FPS)) for e in range(3) for k in range(LENGTHS[e])]
+    film = lambda path, shown: write_video(path, shown, pts)  # noqa: E731
+    all_right(open_source(write_v3(tmp_path / "d", film=film, listed=listed_at(starts))))
+
+
+def test_film_cut_short_costs_its_last_episode(tmp_path):
+    film = lambda path, shown: write_video(path, shown[:-3])  # noqa: E731
+    source = open_source(write_v3(tmp_path / "d", film=film))
+    assert [numbers(source, e) for e in (0, 1)] == [rows_of(0), rows_of(1)]
+    with pytest.raises(CorruptEpisode, match=r"33 frames for 36 rows|7 frames for 10 rows"):
+        source.load(2)
+
+
+# --- rows and frames -------------------------------------------------------------------------------------------------
+
+
+def clock(change):
+    """All timestamps through `change(seconds, row of the dataset)`, float64."""
+
+    def apply(table):
+        times = [change(t, i) for t, i in zip(table["timestamp"].to_pylist(), table["index"].to_pylist())]
+        return put(table, "timestamp", np.array(times))
+
+    return apply
+
+
+CLOCKS = {
+    "begins at 1/fps": clock(lambda t, i: t + 1 / FPS),
+    "runs on": clock(lambda t, i: i / FPS),
+    "epoch": clock(lambda t, i: 1.7e9 + i / FPS),
+    "epoch without resolution": clock(lambda t, i: float(np.float32(1.7e9 + i / FPS))),
+    "milliseconds": clock(lambda t, i: 1000 * t),
+    "nanoseconds since 1970": clock(lambda t, i: 1e9 * (1000 + t)),
+    "negative": clock(lambda t, i: t - 5),
+    "repeated": clock(lambda t, i: t - (0.1 if i == 5 else 0)),
+    "backwards": clock(lambda t, i: t - (3 if i % 5 == 4 else 0)),
+    "not a number": clock(lambda t, i: float("nan") if i % 7 == 3 else t),
+    "jitter": clock(lambda t, i: t + (0.06 if i % 3 == 1 else 0)),
+    "another rate": clock(lambda t, i: 1.7 * t),
+    "one long pause": clock(lambda t, i: t + (4 if t > 0.45 else 0)),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+@pytest.mark.parametrize("write", [write_v2, write_v3])
+def test_as_many_frames_as_rows_belong_to_each_other_whatever_the_clock(tmp_path, write, name):
+    source = open_source(write(tmp_path / "d", change=CLOCKS[name]))
+    all_right(source)
+    for episode in range(3):
+        loaded = source.load(episode)
+        assert loaded.timestamps[0] == 0 and (np.diff(loaded.timestamps) > 0).all()
+        assert loaded.timestamps[-1] < 10 and list(loaded.action[:, 0]) == rows_of(episode)
+
+
+@pytest.mark.parametrize("name", ["runs on", "epoch", "milliseconds"])
+def test_one_more_frame_with_another_clock(tmp_path, name):
+    """A final image without a row: the first one is still that of row 0, where the clock cannot mean the video's."""
+    film = lambda path, shown: write_video(path, [*shown, 39])  # noqa: E731
+    source = open_source(write_v2(tmp_path / "d", change=CLOCKS[name], film=film))
+    assert numbers(source, 2) == rows_of(2)
+
+
+def test_more_frames_than_rows_where_witnesses_disagree(tmp_path):
+    """One frame more, timestamps from 1/fps, frame_index from 0: row 0 is frame 1 by one and frame 0 by the other."""
+    film = lambda path, shown: write_video(path, [*shown, shown[-1]])  # noqa: E731
+    source = open_source(write_v2(tmp_path / "d", change=CLOCKS["begins at 1/fps"], film=film))
+    with pytest.raises(CorruptEpisode, match="13 frames for 12 rows: row 0 is frame 1 by its timestamp and frame 0"):
+        source.load(0)
+
+
+def test_trimmed_rows_whose_timestamps_and_frame_index_agree(tmp_path):
+    """The first three rows were cut off, the video was not."""
+
+    def film(path, shown):
+        write_video(path, [39, 39, 39, *shown])
+
+    def change(table):
+        table = put(table, "frame_index", [i + 3 for i in table["frame_index"].to_pylist()])
+        return put(table, "timestamp", np.array(table["frame_index"]) / FPS)
+
+    all_right(open_source(write_v2(tmp_path / "d", change=change, film=film)))
+
+
+def test_dropped_rows_are_found_by_time(tmp_path):
+    """Every third row is missing, the video has all frames."""
+
+    def change(table):
+        return put(table, "timestamp", [k // 2 * 3 / FPS + k % 2 / FPS for k in range(table.num_rows)])
+
+    def film(path, shown):
+        write_video(path, [n for k, n in enumerate(shown) for n in ([n] if k % 2 == 0 else [n, 39])])
+
+    all_right(open_source(write_v2(tmp_path / "d", change=change, film=film)))
+
+
+@pytest.mark.parametrize("missing", [["timestamp"], ["frame_index"], ["timestamp", "frame_index"], ["index"]])
+@pytest.mark.parametrize("write", [write_v2, write_v3])
+def test_missing_columns(tmp_path, write, missing):
+    source = open_source(write(tmp_path / "d", change=lambda t: t.drop_columns(missing)))
+    all_right(source)
+    assert source.load(1).timestamps == pytest.approx(np.arange(14) / FPS)
+
+
+def test_more_frames_and_no_column_that_tells(tmp_path):
+    film = lambda path, shown: write_video(path, [*shown, 39])  # noqa: E731
+    missing = ["timestamp", "frame_index"]
+    source = open_source(write_v2(tmp_path / "d", change=lambda t: t.drop_columns(missing), film=film))
+    with pytest.raises(CorruptEpisode, match="13 frames for 12 rows and no timestamps"):
+        source.load(0)
+    all_right(open_source(write_v2(tmp_path / "e", change=lambda t: t.drop_columns(["timestamp"]), film=film)))
+
+
+@pytest.mark.parametrize(
+    "pts", [lambda k: 200 + 100 * k, lambda k: 100 * k + 30 * (k % 3), lambda k: 33 * k, lambda k: 100 * k + 40]
+)
+def test_frame_times_that_are_not_those_of_the_rows(tmp_path, pts):
+    """A start other than 0, a variable rate (a phone), another rate: as many frames as rows."""
+    film = lambda path, shown: write_video(path, shown, [pts(k) for k in range(len(shown))])  # noqa: E731
+    all_right(open_source(write_v2(tmp_path / "d", film=film)))
+
+
+def test_late_start_with_a_frame_more(tmp_path):
+
+    def film(path, shown):
+        write_video(path, [*shown, 39], [200 + 100 * k for k in range(len(shown) + 1)])
+
+    all_right(open_source(write_v2(tmp_path / "d", film=film)))
+
+
+def test_reordered_frames_in_files_of_many_episodes(tmp_path):
+    film = lambda path, shown: write_video(path, shown, options={"bf": "2", "g": "12"})  # noqa: E731
+    all_right(open_source(write_v3(tmp_path / "d", film=film)))
+    all_right(open_source(write_v2(tmp_path / "e", film=film)))
+
+
+def test_film_with_fewer_frames_costs_that_episode_only(tmp_path):
+    film = lambda path, shown: write_video(path, shown[:-2] if len(shown) == 14 else shown)  # noqa: E731
+    source = open_source(write_v2(tmp_path / "d", film=film))
+    assert [numbers(source, e) for e in (0, 2)] == [rows_of(0), rows_of(2)]
+    with pytest.raises(CorruptEpisode, match="episode 1: episode_000001.mp4 has 12 frames for 14 rows"):
+        source.load(1)
+
+
+def test_one_video_file_for_all_episodes_of_v2(tmp_path):
+    """A path without the episode's number: row counts share its frames out; without them, nothing is guessed."""
+
+    def film(path, shown, extra=()):
+        write_video(path, [*range(36), *extra])
+
+    path = "videos/{video_key}/all.mp4"
+    for name, extra in (("d", []), ("more", [39])):
+        root = write_v2(tmp_path / name, video_path=path)
+        film(root / path.format(video_key=CAMERA), None, extra)
+    all_right(open_source(tmp_path / "d"))
+    for episode in range(3):
+        with pytest.raises(CorruptEpisode, match="37 frames for 36 rows of 3 episodes"):
+            open_source(tmp_path / "more").load(episode)
+
+
+def test_a_healthy_file_is_opened_once(tmp_path, monkeypatch):
+    from dvla.cache.readers.lerobot import spans
+
+    source = open_source(write_v3(tmp_path / "d"))
+    monkeypatch.setattr(spans, "stored_times", lambda *a: pytest.fail("looked through the whole file"))
+    all_right(source)
