@@ -84,8 +84,8 @@ class Dataset:
 
     def range_of(self, columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Smallest and largest value of each dimension of these columns, side by side; infinite where none is known."""
-        empty = [np.zeros(0)]
-        return tuple(np.concatenate([side[c] for c in columns] or empty) for side in (self.low, self.high))  # type: ignore[return-value]
+        low, high = (np.concatenate([np.zeros(0), *(side[c] for c in columns)]) for side in (self.low, self.high))
+        return low, high
 
     def _called(self, column: str, what: str, start: int) -> list[str]:
         width, last = self.widths[column], re.split(r"[./]", column)[-1]

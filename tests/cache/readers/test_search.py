@@ -1,4 +1,5 @@
-"""Where a dataset config is looked for: beside the data, in the current folder, registered, shipped; the nearest wins."""
+"""Where a dataset config is looked for: beside the data, in the current folder, registered, shipped; the nearest
+wins."""
 
 from __future__ import annotations
 
