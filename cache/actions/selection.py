@@ -92,7 +92,7 @@ class Choice:
                 "`dvla cache build`"
             )
         keys = ((number, key_of(number)) for number in listed)
-        frames = {str(number): self.frames[key] for number, key in keys if key in self.frames}
+        frames = {str(number): self.frames[key] for number, key in keys if isinstance(key, str) and key in self.frames}
         if not frames:
             example = next(iter(self.frames))
             raise UserError(f"{INCLUDE}: no episode of {name} is among those of the file (its first is {example[:60]})")
