@@ -96,6 +96,11 @@ def detect_format(path_or_repo: str | Path) -> str:
         raise UserError(
             f"{given} is not itself a dataset but holds {len(folders)}; give one, e.g. {given}/{folders[0]}"
         )
+    if files := [n for n in names if n.endswith((".hdf5", ".h5")) and "/" not in n]:
+        raise UserError(
+            f"{given}: {files[0]} has another layout than the HDF5 files that are read (robomimic's data/demo_0, "
+            "DexWild's ep_0000, those of `dvla data export`); convert others, such as ALOHA's, to LeRobot"
+        )
     kinds = ", ".join(FORMATS)
     raise UserError(f"{given} holds none of the formats that can be read ({kinds}); give the dataset's own folder")
 

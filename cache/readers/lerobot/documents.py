@@ -177,6 +177,8 @@ def shown(value: Any) -> str:
 
 def number(value: Any) -> float:
     """A finite number, also one in a text or alone in a list."""
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if value is None:
@@ -194,6 +196,8 @@ def number(value: Any) -> float:
 
 def whole(value: Any) -> int:
     """A count or an index: 0 or more; 12.0 and "12" are 12."""
+    if type(value) is int and 0 <= value <= _BIGGEST:
+        return value
     found = number(value)
     if not (0 <= found <= _BIGGEST and found == int(found)):
         raise ValueError(f"is {shown(value)}, expected a whole number of 0 or more")
@@ -219,46 +223,50 @@ class Template:
     """A path with fields like `{episode_index:06d}`. Nothing but a number's width can be asked of a field."""
 
     def __init__(self, text: Any, known: Sequence[str]) -> None:
-        """`ValueError` for fields that are not `known`, and for anything else in braces."""
+        """`ValueError` for fields that are not `known`, for anything else in braces, for a path out of its folder."""
         if not isinstance(text, str) or not text:
             raise ValueError(f"is {shown(text)}, expected a path")
-        self.text = text
+        self.text, self._safe = text, set[str]()
         for name, _ in _FIELD.findall(text):
             if name not in known:
                 raise ValueError(f"'{text}' has the field '{name}' (known: {', '.join(known)})")
         if re.search(r"[{}]", _FIELD.sub("", text)):
             raise ValueError(f"'{text}' has braces that are no field (known: {', '.join(known)})")
+        self._require_inside(text)
+        pieces = _FIELD.split(PurePosixPath(text).as_posix())  # literal, name, width, literal, …
+        self._literals, self._fields = pieces[::3], list(zip(pieces[1::3], pieces[2::3]))
 
     def fill(self, **values: int | str) -> str:
-        """The path, relative; `ValueError` when it would leave the dataset's folder."""
-
-        def one(found: re.Match[str]) -> str:
-            value = values[found[1]]
-            return format(value, f"{found[2] or ''}d") if isinstance(value, int) else value
-
-        return self._inside(_FIELD.sub(one, self.text))
+        """The path, relative; `ValueError` when a text of `values` would lead out of the dataset's folder."""
+        path = self._literals[0]
+        for (name, width), literal in zip(self._fields, self._literals[1:]):
+            value = values[name]
+            if isinstance(value, str) and value not in self._safe:
+                self._require_inside(value)
+                self._safe.add(value)
+            path += (format(value, f"{width or ''}d") if isinstance(value, int) else value) + literal
+        return path
 
     def glob(self, **values: str) -> str:
         """A pattern for the paths with these values and any others."""
-        literal = [glob.escape(p) for p in _FIELD.sub("\0", self.text).split("\0")]
-        filled = [glob.escape(values[m[1]]) if m[1] in values else "*" for m in _FIELD.finditer(self.text)]
-        return self._inside("".join(a + b for a, b in zip(literal, [*filled, ""])))
+        for value in values.values():
+            self._require_inside(value)
+        filled = [glob.escape(values[name]) if name in values else "*" for name, _ in self._fields]
+        return "".join(glob.escape(a) + b for a, b in zip(self._literals, [*filled, ""]))
 
     def match(self, path: str) -> dict[str, str]:
         """The fields of a path that was made by this template; {} for another path."""
-        parts = [re.escape(p) for p in _FIELD.sub("\0", self.text).split("\0")]
-        pattern, seen = parts[0], set()
-        for name, part in zip((m[1] for m in _FIELD.finditer(self.text)), parts[1:]):
-            pattern += ("(?:.+?)" if name in seen else f"(?P<{name}>.+?)") + part
+        pattern, seen = re.escape(self._literals[0]), set()
+        for (name, _), literal in zip(self._fields, self._literals[1:]):
+            pattern += ("(?:.+?)" if name in seen else f"(?P<{name}>.+?)") + re.escape(literal)
             seen.add(name)
         found = re.fullmatch(pattern, path)
         return found.groupdict() if found else {}
 
-    def _inside(self, path: str) -> str:
+    def _require_inside(self, path: str) -> None:
         parts = PurePosixPath(path)
         if parts.is_absolute() or ".." in parts.parts or "\0" in path or "\\" in path or not parts.parts:
             raise ValueError(f"'{self.text}' leaves its folder")
-        return parts.as_posix()
 
 
 def flat_names(names: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,22 +139,34 @@ class Paths:
     def entry_v3(self, row: Mapping[str, Any], tasks: tuple[str, ...]) -> EpisodeEntry:
         """An episode of a row of meta/episodes; a camera without a file in it has no video path."""
         ends, starts, videos = {}, {}, {}
-        for key in self.video_keys if self.video else ():
-            of = f"videos/{key}"
-            if any(_is_empty(row.get(f"{of}/{n}")) for n in ("chunk_index", "file_index", "from_timestamp")):
+        for key, (start, end) in self._times.items():
+            if _is_empty(row.get(start)) or _is_empty(row.get(f"videos/{key}/file_index")):
                 continue
-            videos[key] = self.video.fill(video_key=key, **_place(row, of))  # type: ignore[union-attr]
-            starts[key] = _seconds(row, f"{of}/from_timestamp")
-            if not _is_empty(row.get(f"{of}/to_timestamp")):
-                ends[key] = _seconds(row, f"{of}/to_timestamp")
-        bounds = [row.get(f"dataset_{n}_index") for n in ("from", "to")]
+            videos[key] = self._path(key, row)
+            starts[key] = _seconds(row, start)
+            if not _is_empty(row.get(end)):
+                ends[key] = _seconds(row, end)
+        bounds = row.get("dataset_from_index"), row.get("dataset_to_index")
         span = None if any(map(_is_empty, bounds)) else (whole(bounds[0]), whole(bounds[1]))
-        data = self.data.fill(**_place(row, "data"))
-        return EpisodeEntry(_length(row), tasks, data, videos, starts, ends, span)
+        return EpisodeEntry(_length(row), tasks, self._path("", row), videos, starts, ends, span)
 
+    @functools.cached_property
+    def _times(self) -> dict[str, tuple[str, str]]:
+        return {k: (f"videos/{k}/from_timestamp", f"videos/{k}/to_timestamp") for k in self.video_keys if self.video}
 
-def _place(row: Mapping[str, Any], of: str) -> dict[str, int]:
-    return {name: whole_field(row, f"{of}/{name}") for name in ("chunk_index", "file_index")}
+    @functools.cached_property
+    def _filled(self) -> dict[tuple[str, int, int], str]:
+        return {}
+
+    def _path(self, key: str, row: Mapping[str, Any]) -> str:
+        """The file of a camera, or of the rows (""), that many episodes share."""
+        of = f"videos/{key}" if key else "data"
+        chunk, file = whole_field(row, f"{of}/chunk_index"), whole_field(row, f"{of}/file_index")
+        wanted = key, chunk, file
+        if wanted not in self._filled:
+            template, named = (self.video, {"video_key": key}) if key and self.video else (self.data, {})
+            self._filled[wanted] = template.fill(chunk_index=chunk, file_index=file, **named)
+        return self._filled[wanted]
 
 
 def _length(row: Mapping[str, Any]) -> int | None:
@@ -184,11 +197,9 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
             row = line.value
             episode = whole_field(row, "episode_index")
             tasks = usable_texts(row.get("tasks", row.get("task")), listing.tasks)
-            entry: EpisodeEntry | str = (
-                paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, _length(row), tasks)
-            )
-            if mark := next((name for name in SUCCESS if row.get(name) is not None), None):
-                entry = dataclasses.replace(entry, success=truth(row[mark]))
+            read = paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, _length(row), tasks)
+            mark = next((name for name in SUCCESS if row.get(name) is not None), None)
+            entry: EpisodeEntry | str = read if mark is None else dataclasses.replace(read, success=truth(row[mark]))
         except ValueError as error:
             entry = f"{line.where} {error}"
             if episode is None:

@@ -30,6 +30,7 @@ _CODECS = frozenset((
 ))  # fmt: skip
 _MAX_CHUNK = 1 << 30  # bytes of a chunk or a row, unpacked
 _MAX_COUNT = 1 << 16  # chunks of a row
+_MAX_GROWTH = 8  # times the bytes of a chunk before it was compressed
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,17 @@ class Array:
             or min(self.chunks) < 1
         ):
             raise ValueError(f"{self.dtype} {list(self.shape)} in chunks of {list(self.chunks)}")
-        row = self.dtype.itemsize * math.prod(self.shape[1:])
-        chunk = self.dtype.itemsize * math.prod(self.chunks)
+        if self.separator not in (".", "/") or not all(isinstance(c, str) for c in self.codecs):
+            raise ValueError(f"chunks named with {self.separator!r}, codecs {self.codecs}")
+        row, chunk = self.dtype.itemsize * math.prod(self.shape[1:]), self.chunk_nbytes
         many = math.prod(-(-n // c) for n, c in zip(self.shape[1:], self.chunks[1:]))
         if min(self.shape) < 0 or max(row, chunk) > _MAX_CHUNK or many > _MAX_COUNT:
             raise ValueError(f"{list(self.shape)} in chunks of {list(self.chunks)}: more than is read at once")
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of a chunk, unpacked."""
+        return self.dtype.itemsize * math.prod(self.chunks)
 
     def check_codecs(self, where: str) -> None:
         """`UserError` naming a codec that cannot be decoded here."""
@@ -148,11 +155,17 @@ class Array:
             if error.kind == "missing-file" and self.fill is not None:
                 return None
             raise
-        if self.codecs and self.codecs[-1].endswith("blosc"):  # whose decoder reads on behind the end of its input
-            listed, unpacked = (int.from_bytes(data[at : at + 4], "little") for at in (12, 4))
-            if len(data) < 16 or listed != len(data) or unpacked > 2 * _MAX_CHUNK:
+        codec = self.codecs[-1] if self.codecs else ""
+        if codec.endswith("blosc"):  # whose decoder reads on behind the end of its input
+            listed = int.from_bytes(data[12:16], "little")
+            if len(data) < 16 or listed != len(data):
                 reason = f"{where}: {self.name}/{name} has {len(data)} bytes, its header says {listed}"
                 raise CorruptEpisode(reason, "unreadable-file")
+        if _claimed(codec, data) > _MAX_GROWTH * (self.chunk_nbytes + 1024):  # filters may have made it larger
+            reason = (
+                f"{where}: {self.name}/{name} claims {_claimed(codec, data):,} bytes of a chunk's {self.chunk_nbytes:,}"
+            )
+            raise CorruptEpisode(reason, "unreadable-file")
         return data
 
     def read(self, start: int, stop: int, where: str, empty: list[str] | None = None) -> np.ndarray:
@@ -175,6 +188,21 @@ class Array:
         except Exception as error:  # codecs raise many types: RuntimeError, ValueError, zlib.error, EOFError, …
             reason = f"{where}: rows {start} to {stop - 1} of {self.name} cannot be decoded ({first_line(error)})"
             raise CorruptEpisode(reason, "unreadable-file") from None
+
+
+def _claimed(codec: str, data: bytes) -> int:
+    """Bytes that a compressed chunk claims to unpack to, which its decoder takes at once; 0 where it does not say."""
+    if codec.endswith("blosc"):
+        return int.from_bytes(data[4:8], "little")
+    if codec.endswith("lz4"):
+        return int.from_bytes(data[:4], "little")
+    if codec.endswith("zstd") and data[:4] == b"\x28\xb5\x2f\xfd" and len(data) > 5:  # RFC 8878, 3.1.1.1
+        flags = data[4]
+        single = flags >> 5 & 1
+        at = 5 + (not single) + (0, 1, 2, 4)[flags & 3]
+        size = (single, 2, 4, 8)[flags >> 6]
+        return int.from_bytes(data[at : at + size], "little") + 256 * (size == 2)
+    return 0
 
 
 def _parse_v2(about: dict[str, Any]) -> dict[str, Any]:

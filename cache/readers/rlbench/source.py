@@ -180,7 +180,8 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 
 def _instruction(place: Place, where: str) -> str:
-    """The first text that is not empty, "" without any: beside `episodes/` (RLBench), or in the episode (PerAct mixes variations)."""
+    """The first text that is not empty, "" without any: beside `episodes/` (RLBench), or in the episode (PerAct mixes
+    variations)."""
     outer = place.folder.split("/")[:-1]
     for folder in (place.folder, "/".join(outer[:-1] if outer[-1:] == ["episodes"] else outer)):
         if TEXTS in place.archive.entries(folder):

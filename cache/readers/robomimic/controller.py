@@ -101,10 +101,10 @@ def _is_relative(config: DatasetConfig) -> bool:
 
 def _range(controller: dict[str, Any], side: str) -> np.ndarray | None:
     """[2, 6] lowest and highest "input" or "output" of a controller; None where that is not written down."""
-    high = controller.get(f"{side}_max")
-    low = controller.get(f"{side}_min", [-h for h in high] if isinstance(high, list) else high and -high)
     try:
-        span = np.array([np.resize(np.asarray(v, np.float64), _POSE) for v in (low, high)])
+        high = np.resize(np.asarray(controller.get(f"{side}_max"), np.float64), _POSE)  # NaN where there is none
+        low = np.resize(np.asarray(controller.get(f"{side}_min", -high), np.float64), _POSE)
     except (TypeError, ValueError):
         return None
+    span = np.array([low, high])
     return span if np.isfinite(span).all() and (span[1] > span[0]).all() else None

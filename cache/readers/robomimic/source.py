@@ -228,8 +228,8 @@ def _usual_demo(
         here = f"{where} episode {number}"
         with one_episode(here):
             demo = find(data, demos[number], here)
-            obs = find(demo, "obs", here) if has(demo, "obs") else {}
-            keys = [key for key in obs if is_images(find(obs, key, here))]
+            obs = find(demo, "obs", here) if has(demo, "obs") else None
+            keys = [key for key in obs if is_images(find(obs, key, here))] if isinstance(obs, h5py.Group) else []
             return (keys, {c: math.prod(find_array(demo, c, here).shape[1:]) for c in columns}) if keys else None
 
     found, refused = look_around(look, tuple(demos))

@@ -307,6 +307,15 @@ def test_unknown_compression_is_named(tmp_path):
         hdf5.find_array(file, "x", "e")
 
 
+def test_another_layout_is_named(tmp_path):
+    """As ACT and ALOHA write it."""
+    with h5py.File(tmp_path / "episode_0.hdf5", "w") as file:
+        file["observations/qpos"] = file["action"] = np.zeros((5, 14))
+    for place in (tmp_path, tmp_path / "episode_0.hdf5"):
+        with pytest.raises(UserError, match="episode_0.hdf5 has another layout than .* such as ALOHA's, to LeRobot"):
+            open_source(place)
+
+
 def test_two_files_of_one_number(episode_folder):
     shutil.copy(episode_folder / "ep_000001.hdf5", episode_folder / "ep_1.hdf5")
     with pytest.raises(UserError, match="ep_000001.hdf5 and ep_1.hdf5 are both episode 1"):

@@ -332,6 +332,30 @@ def test_a_text_in_the_attributes(pusht, version):
     assert source.text_from == "the group's attributes"
 
 
+@pytest.mark.parametrize("codec", ["Zstd", "LZ4", "Blosc"])
+def test_a_chunk_that_lies_takes_no_memory(tmp_path, codec):
+    """Its header claims 2 GB, which a decoder would take before it looks at the rest."""
+    import numcodecs
+
+    path = write_replay_buffer(tmp_path / "pusht.zarr")
+    group = zarr.open_group(path, mode="a")
+    del group["data/action"]
+    array = group.create_array(
+        "data/action", shape=(ROWS, 2), chunks=(ROWS, 2), dtype="f4", compressors=getattr(numcodecs, codec)()
+    )
+    array[:] = values(0, ROWS, 2)
+    assert len(open_source(path, PUSHT).load(1).action) == 5
+    chunk = path / "data/action/0.0"
+    data = bytearray(chunk.read_bytes())
+    if codec == "Zstd":
+        data[4] |= 0xC0  # eight bytes of size instead of one, which fall on what follows
+    else:
+        data[{"LZ4": 3, "Blosc": 7}[codec]] = 0x7F
+    chunk.write_bytes(data)
+    with pytest.raises(CorruptEpisode, match="data/action/0.0 claims [0-9,]{13,} bytes of a chunk's 168"):
+        open_source(path, PUSHT).load(1)
+
+
 @pytest.mark.parametrize("part", ["shape", "chunks"])
 def test_a_description_that_lies_takes_no_memory(pusht, version, part):
     def change(about):

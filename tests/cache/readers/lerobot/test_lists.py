@@ -187,6 +187,13 @@ def test_half_of_a_pair_of_escapes_is_replaced(tmp_path):
     assert outcome(root) == good(0, 1, 2, text="push ? the 😀 puck")
 
 
+def test_of_two_entries_the_rows_choose_one(tmp_path):
+    root = write_v2(tmp_path / "d")
+    rewrite(root, lambda b: b'{"episode_index": 2, "length": 9}\n' + b)
+    assert outcome(root) == good(0, 1, 2)
+    assert "listed 2 times: 9 frames (meta/episodes.jsonl line 1) and 5 frames" in open_source(root).notes()[0].text
+
+
 def test_windows_texts_are_read_and_named(tmp_path):
     root = write_v2(tmp_path / "d")
     (root / "meta/tasks.jsonl").write_bytes('{"task_index": 0, "task": "Tür öffnen"}\n'.encode("latin-1"))
