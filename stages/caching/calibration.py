@@ -31,7 +31,8 @@ def pilot_observations(
         for i, number in enumerate(picked):
             entry = episodes[number]
             frames = entry.observed(plan.frame_stride)
-            frame = int(frames[max(0, np.searchsorted(frames, i * entry.length // len(picked), "right") - 1)])
+            at = int(np.searchsorted(frames, i * entry.length // len(picked), "right")) - 1
+            frame = int(frames[max(at, 0)])
             try:
                 views = [next(view.frames(frame, frame + 1)) for view in corpus.source.load(entry.episode_id).views]
             except CorruptEpisode:

@@ -168,8 +168,8 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
     quarantined = tuple((f.episode, str(f)) for f in failed)
     entries, idle = _with_kept(source, episodes, actions, states)
     plan = DatasetPlan(source.name, source.view_names, tuple(entries), quarantined)
-    tables = (np.concatenate(values) for values in (actions, states, times))
-    return Corpus(source, plan, *tables, sizes, idle, tuple(unsuccessful))
+    action, proprio, timestamp = (np.concatenate(values) for values in (actions, states, times))
+    return Corpus(source, plan, action, proprio, timestamp, sizes, idle, tuple(unsuccessful))
 
 
 def _with_kept(

@@ -33,6 +33,7 @@ def data_list(
 
     Example: dvla data list data ~/recordings
     """
+    from ...cache.readers.faults import whole_dataset
     from ...cache.readers.search import config_names, load_config
     from .summary import find_datasets, misfit, summarize
     from .tables import show_datasets, show_families
@@ -45,7 +46,8 @@ def data_list(
         paths = list(find_datasets(folders))
         for done, path in enumerate(paths, start=1):
             try:
-                found.append(summarize(path))
+                with whole_dataset(path):
+                    found.append(summarize(path))
             except UserError as error:
                 broken.append(f"{path}: {error}")
             show("datasets", done, len(paths))
@@ -69,10 +71,11 @@ def data_show(
 
     Example: dvla data show data/push --episode 3
     """
+    from ...cache.readers.faults import whole_dataset
     from .summary import instructions, load_episode, native_names, ranges, summarize
     from .tables import columns_table, field_table, show_episode, show_summary, values_table
 
-    with progress_bars() as show:
+    with whole_dataset(source), progress_bars() as show:
         summary = summarize(source, dataset_config)
         counts = instructions(summary, show)
         opened = summary.source

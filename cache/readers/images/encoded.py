@@ -18,7 +18,10 @@ from PIL import Image
 from ....common.text import first_line
 from ..episode import CorruptEpisode
 
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # PIL's
+DAMAGE = (  # what PIL raises
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, MemoryError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 MAX_SIDE = 8192  # pixels; an encoder pads an image to a square of its longer side
 MAX_ASPECT = 32  # longer side by shorter side
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM")  # how encoded images begin
@@ -112,7 +115,7 @@ def open_image(data: bytes, what: str, formats: tuple[str, ...] | None) -> Image
         allowed = "" if formats is None else f" ({', '.join(formats)})"
         raise CorruptEpisode(f"{what} is not an image{allowed}", "unreadable-file") from None
     check_size(image.height, image.width, what)
-    if is_depth(image):
+    if _is_deep(image):
         raise CorruptEpisode(
             f"{what} has one channel of more than 8 bits (PIL mode {image.mode}), so it is not an 8-bit image but a "
             f"depth map; leave that camera out with `views`"
@@ -120,8 +123,15 @@ def open_image(data: bytes, what: str, formats: tuple[str, ...] | None) -> Image
     return image
 
 
-def is_depth(image: Image.Image) -> bool:
-    """Whether an image has one channel of more than 8 bits: a depth map, and never a camera's."""
+def is_depth_map(data: bytes) -> bool:
+    """Whether an image has one channel of more than 8 bits, and so is no camera's."""
+    try:
+        return _is_deep(Image.open(io.BytesIO(data)))
+    except DAMAGE:
+        return False
+
+
+def _is_deep(image: Image.Image) -> bool:
     return image.mode[0] in "IF"
 
 

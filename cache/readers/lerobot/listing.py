@@ -197,11 +197,9 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
             row = line.value
             episode = whole_field(row, "episode_index")
             tasks = usable_texts(row.get("tasks", row.get("task")), listing.tasks)
-            entry: EpisodeEntry | str = (
-                paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, _length(row), tasks)
-            )
-            if mark := next((name for name in SUCCESS if row.get(name) is not None), None):
-                entry = dataclasses.replace(entry, success=truth(row[mark]))
+            read = paths.entry_v3(row, tasks) if is_v3 else paths.entry_v2(episode, _length(row), tasks)
+            mark = next((name for name in SUCCESS if row.get(name) is not None), None)
+            entry: EpisodeEntry | str = read if mark is None else dataclasses.replace(read, success=truth(row[mark]))
         except ValueError as error:
             entry = f"{line.where} {error}"
             if episode is None:

@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ....errors import Kind, Note, UserError
 from ..episode import CorruptEpisode
 from ..images import choose_cameras
+from ..images.arrays import left_out
 from ..location import Location
 from ..search import NUMBERED
 from .documents import Template, flat_names, number, read_json, shown, whole
@@ -48,7 +51,7 @@ class Metadata:
     """
 
     def __init__(self, path_or_repo: str) -> None:
-        self._location = files = Location(path_or_repo, ["meta/**"])
+        self.files = files = Location(path_or_repo, ["meta/**"])
         self.root, self.name = files.root, files.name
         self.repo = files.hub_id or path_or_repo
         info_path = self.root / "meta" / "info.json"
@@ -89,15 +92,15 @@ class Metadata:
 
     def data_files(self) -> list[str]:
         """Every data file that is here, relative."""
-        return self._location.names(self._paths.data.glob())
+        return self.files.names(self._paths.data.glob())
 
     def locate(self, relative: str, where: str) -> Path:
         """As `Location.locate`; an episode's own file is also found in the folder of another chunk."""
         try:
-            return self._location.locate(relative, where)
+            return self.files.locate(relative, where)
         except CorruptEpisode:
             elsewhere = re.sub(r"\bchunk-\d+/", "chunk-*/", relative)
-            found = [] if self._is_v3 or self._location.hub_id else self._location.names(elsewhere)
+            found = [] if self._is_v3 or self.files.hub_id else self.files.names(elsewhere)
             if len(found) != 1 or not (self.root / found[0]).is_file():
                 raise
             return self.root / found[0]
@@ -142,9 +145,9 @@ class Metadata:
             found.append(Note("depth-map", f"{', '.join(self.depth_maps)}: depth maps, not read as cameras"))
         if self.absent_videos:
             found.append(Note("camera-without-files", f"no video file of {', '.join(self.absent_videos)}: not read"))
-        if not self._location.hub_id:
+        if not self.files.hub_id:
             keys = [k for k in self.video_keys if k not in self.absent_videos]
-            here, listed = presence(self._location, self.episodes, keys), len(self.episode_ids)
+            here, listed = presence(self.files, self.episodes, keys), len(self.episode_ids)
             if here["both"] < listed - len(self.damaged):
                 videos = f", {here['videos']} videos" if keys else ""
                 counts = f"{here['both']} of {listed} episodes present: {here['tables']} tables{videos}"
@@ -160,7 +163,7 @@ class Metadata:
             have = {k for entry in self.episodes.values() for k in entry.video_paths}
         else:
             template = self._paths.video
-            have = {k for k in self.video_keys if self._location.names(template.glob(video_key=k))}
+            have = {k for k in self.video_keys if self.files.names(template.glob(video_key=k))}
         return tuple(k for k in self.video_keys if have and k not in have)
 
     def revision_hash(self) -> str:
@@ -270,7 +273,7 @@ class Metadata:
         return paths
 
     def _read_lists(self) -> None:
-        files, listing = self._location, self._listing
+        files, listing = self.files, self._listing
         read_tasks(files, listing)
         try:
             total = min(whole(self.info.get("total_episodes")), 10**6)
@@ -282,7 +285,13 @@ class Metadata:
 
 
 def _is_depth(feature: Mapping[str, Any]) -> bool:
-    """Whether a feature is marked as a depth map, or is gray video of more than 8 bits."""
+    """Whether a feature is a depth map: marked as one, gray video of more than 8 bits, or a table of such images."""
     about = {**feature, **feature.get("video_info", {}), **feature.get("info", {})}
-    marked = about.get("is_depth_map") or about.get("video.is_depth_map") or feature["dtype"] == "depth"
-    return bool(marked or _DEEP.match(str(about.get("video.pix_fmt") or about.get("pix_fmt"))))
+    if about.get("is_depth_map") or about.get("video.is_depth_map") or feature["dtype"] == "depth":
+        return True
+    if feature["dtype"] in ("video", "image"):
+        return _DEEP.match(str(about.get("video.pix_fmt") or about.get("pix_fmt"))) is not None
+    shape = tuple(feature["shape"])
+    return (
+        feature["dtype"] in ("uint16", "float16", "float32") and left_out("", (1, *shape), np.dtype("f4")) is not None
+    )

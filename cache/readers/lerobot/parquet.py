@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..episode import CorruptEpisode
-from ..images import decode_all, survey
 from ..location import unreadable
 from ..tables import require_finite
 
@@ -50,7 +49,7 @@ class RowsAt:
     def row_groups(self, file: pq.ParquetFile, where: str) -> list[int]:
         """Row groups that can hold the rows."""
         if self.positions is None:
-            return _row_groups(file, self.episode_id, where)
+            return _row_groups(file, self.path, self.episode_id, where)
         return np.unique(np.searchsorted(_group_starts(file), self.positions, "right") - 1).tolist()
 
     def order(self, file: pq.ParquetFile, groups: Sequence[int]) -> np.ndarray:
@@ -145,19 +144,32 @@ def read_marks(path: Path, column: str, where: str) -> dict[int, bool]:
     return marks
 
 
-def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
-    """Row groups whose statistics allow the episode; all groups without statistics."""
+def _row_groups(file: pq.ParquetFile, path: Path, episode_id: int, where: str) -> list[int]:
+    """Row groups that hold the episode, by the values themselves: pyarrow ends the process over damaged statistics."""
     _require_episodes(file.schema_arrow, where)
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    for path in {p for p in leaves if leaves.count(p) > 1}:
-        raise CorruptEpisode(f"{where}: the table has column '{path}' twice")
-    paths = [path.split(".")[0] for path in leaves]
-    leaf, chosen = paths.index("episode_index"), []
-    for group in range(file.num_row_groups):
-        stats = file.metadata.row_group(group).column(leaf).statistics
-        if stats is None or not stats.has_min_max or stats.min <= episode_id <= stats.max:
-            chosen.append(group)
-    return chosen
+    for leaf in {name for name in leaves if leaves.count(name) > 1}:
+        raise CorruptEpisode(f"{where}: the table has column '{leaf}' twice")
+    if file.num_row_groups == 1:
+        return [0]
+    stat = path.stat()
+    first, last = _episode_spans(path, stat.st_size, stat.st_mtime_ns)
+    return np.flatnonzero((first <= episode_id) & (episode_id <= last)).tolist()
+
+
+@functools.lru_cache(256)
+def _episode_spans(path: Path, size: int, modified: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last episode of each row group of a file; an empty span where they cannot be read."""
+    spans = []
+    with opened(path, path.name) as file:
+        for group in range(file.num_row_groups):
+            try:
+                found = pc.min_max(file.read_row_group(group, columns=["episode_index"])["episode_index"]).as_py()
+                spans.append((1, 0) if found["min"] is None else (found["min"], found["max"]))
+            except (OSError, pa.ArrowException):
+                spans.append((1, 0))
+    first, last = np.array(spans).reshape(-1, 2).T
+    return first, last
 
 
 def to_matrix(table: pa.Table, column: str, where: str) -> np.ndarray:
@@ -202,47 +214,23 @@ def _is_number(kind: pa.DataType) -> bool:
     return t.is_integer(kind) or t.is_floating(kind) or t.is_boolean(kind) or t.is_decimal(kind)
 
 
-# --- its images ---
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRows:
-    """The images of one camera and one episode, as encoded bytes (PNG or JPEG) in the rows of a parquet file."""
-
-    at: RowsAt
-    column: str
-    height: int  # H of the first image; all others must agree
-    width: int  # W
-    length: int  # rows with an image
-    sha256: str  # hex, over the encoded bytes of every image
-
-
-def find_images(at: RowsAt, column: str, where: str) -> ImageRows:
-    """Check that each of the episode's rows holds image bytes, without decoding more than the first header."""
-    count, height, width, sha256 = survey(_encoded(at, column, where), None)
-    return ImageRows(at, column, height, width, count, sha256)
-
-
-def decode_images(rows: ImageRows, where: str, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Yield uint8 [H, W, 3] RGB of frames start..stop-1; `CorruptEpisode` where an image cannot be decoded."""
-    encoded = _encoded(rows.at, rows.column, where)
-    return decode_all(islice(encoded, start, stop), (rows.height, rows.width), None)
-
-
-def _encoded(at: RowsAt, column: str, where: str) -> Iterator[tuple[str, bytes]]:
-    index = 0
+def column_batches(at: RowsAt, column: str, where: str) -> Iterator[pa.Array]:
+    """The values of one column in the rows, some rows at a time; `CorruptEpisode` where the file cannot be read."""
     with opened(at.path, where) as file:
         if column not in file.schema_arrow.names:
             raise CorruptEpisode(f"{where}: column '{column}' is missing from {at.path.name}")
-        for values in _column_batches(file, at, column, where):
-            for value in values.field("bytes") if pa.types.is_struct(values.type) else values:
-                if not value.is_valid:
-                    raise CorruptEpisode(f"{where}: a row of '{column}' holds no image bytes")
-                yield f"{where}: image {index} of '{column}'", value.as_py()
-                index += 1
+        yield from _batches(file, at, column, where)
 
 
-def _column_batches(file: pq.ParquetFile, at: RowsAt, column: str, where: str) -> Iterator[pa.Array]:
+def first_value(path: Path, column: str, where: str) -> pa.Array:
+    """The value of one column in the first row of a file, [1]."""
+    with opened(path, where, buffer_size=_READ_BYTES) as file:
+        if column not in file.schema_arrow.names or not file.metadata.num_rows:
+            raise CorruptEpisode(f"{where}: column '{column}' is missing from {path.name}")
+        return next(file.iter_batches(1, columns=[column])).column(0)
+
+
+def _batches(file: pq.ParquetFile, at: RowsAt, column: str, where: str) -> Iterator[pa.Array]:
     groups = at.row_groups(file, where)
     if at.positions is not None:  # any order: all of them at once
         values = file.read_row_groups(groups, columns=[column])[column].take(at.order(file, groups))

@@ -27,9 +27,10 @@ from ..labels import SUCCESS
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
 from ..video import decode
+from .image_columns import decode_images, find_images, holds_depth, image_file
 from .listing import EpisodeEntry
 from .metadata import Metadata
-from .parquet import RowsAt, decode_images, find_images, opened, read_marks, stream_rows, to_matrix
+from .parquet import RowsAt, opened, read_marks, stream_rows, to_matrix
 from .placement import DataFiles, FoundRows
 from .rows import Clock, Listed, put_in_order
 from .spans import Claim, VideoFile
@@ -63,6 +64,7 @@ class LeRobotSource(Source):
         reopen = functools.partial(type(self), path_or_repo, UNMAPPED)
         files = Files(names, meta.root, self._columns, meta.dimension_names, reopen)
         config = choose_config(config, self.format, files)
+        meta.depth_maps += tuple(self._deep_images())
         self._cameras = meta.cameras(config.views)  # short name → feature key
         self._marks: dict[Path, dict[int, bool]] = {}  # of the table files looked at, by episode
         super().__init__(
@@ -89,6 +91,16 @@ class LeRobotSource(Source):
             with contextlib.suppress(CorruptEpisode), opened(self.meta.locate(entry.data_path, ""), "") as file:
                 stored = set(file.schema_arrow.names)
         return {key: math.prod(f.get("shape") or [1]) for key, f in features.items() if key in stored}
+
+    def _deep_images(self) -> Iterator[str]:
+        """Features of images with one channel that are depth maps by the first image there is."""
+        images = {k: f for k, f in self.meta.features.items() if f["dtype"] == "image" and 3 not in f["shape"]}
+        for key in (k for k in images if k not in self.meta.depth_maps):
+            for number, entry in list(self.meta.episodes.items())[:1]:
+                fetch = functools.partial(image_file, self.meta.files, key, number, "")
+                with contextlib.suppress(CorruptEpisode):
+                    if holds_depth(self.meta.locate(entry.data_path, ""), key, fetch, ""):
+                        yield key
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -198,8 +210,9 @@ class LeRobotSource(Source):
                 opener = functools.partial(decode, extent, where)
                 yield View(name, extent.height, extent.width, len(extent.pts), opener, extent.sha256, notes)
             else:
-                images = find_images(origin.at, key, where)
-                opener = functools.partial(decode_images, images, where)
+                fetch = functools.partial(image_file, self.meta.files, key, episode_id, where)
+                images = find_images(origin.at, key, fetch, where)
+                opener = functools.partial(decode_images, images, fetch, where)
                 yield View(name, images.height, images.width, images.length, opener, images.sha256)
 
     @functools.cached_property

@@ -32,6 +32,7 @@ from ..summary import column_names
 from .findings import Facts, Finding
 from .images import CameraFacts, sample_episodes, sample_frames, scan
 from .numeric_rules import limits
+from .pauses import idle_share
 from .rules import judge
 from .table_stats import Following, TableStats, dimensions, extremes_of
 
@@ -146,6 +147,7 @@ def as_json(report: CheckReport) -> dict[str, Any]:
         "episodes_listed": len(f.listed),
         "episodes_readable": len(f.lengths),
         "rows": sum(f.lengths.values()),
+        "idle_share": round(f.idle, 4),
         "findings": [dataclasses.asdict(x) for x in report.findings],
         "failures": [{"episode": x.episode, "kind": x.kind, "reason": x.reason} for x in f.failures],
         "dimensions": dims,
@@ -187,6 +189,7 @@ def _read_tables(source: Source, progress: Progress) -> Facts:
                 note = Note("failed-demonstration", "is marked as failed by its files; --success-only leaves it out")
                 facts.notes.append((number, note))
         progress(f"{source.name}: tables", i + 1, len(source.episode_ids))
+    facts.idle = idle_share(source, facts)
     facts.extremes = [extremes_of(source, stats) for stats in facts.tables if stats.mapping.mask.any() and stats.rows]
     return facts
 

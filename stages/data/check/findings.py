@@ -47,6 +47,7 @@ class Facts:
     twins: list[tuple[int, int]] = field(default_factory=list)  # (episode, earlier one with the same numbers)
     extremes: list[Extremes] = field(default_factory=list)  # of each table
     images: list[CameraFacts] = field(default_factory=list)
+    idle: float = 0.0  # share of frames in which nothing moves
 
     def by_view(self) -> dict[str, list[CameraFacts]]:
         views: dict[str, list[CameraFacts]] = {}

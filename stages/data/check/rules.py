@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from .findings import Facts, Finding, Severity, about_cameras, about_episodes, likewise, ranges
 from .images import CameraFacts
 from .numeric_rules import action_follows, clipped, constant, glitches, jumps, rotations, saturated, units
+from .pauses import idle
 
 CHUNK = 16  # rows of an action chunk by default
 REPEATED = 0.75  # share of equal neighboring images while the robot moves
@@ -182,6 +183,7 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     unlisted_files,
     short_episodes,
     duplicates,
+    idle,
     time_gaps,
     time_drift,
     rate_differs,

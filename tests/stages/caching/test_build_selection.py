@@ -301,3 +301,30 @@ def test_bad_input_is_one_line(
     how = ("--vlm-path", corner.vlm, "--resolution", 64, "--device", "cpu", "--out", corner.out)
     refused(dvla("cache", command, corner.source, *how, *options), *words)
     assert not corner.out.exists()
+
+
+def test_a_list_of_episodes_marks_success_too(corner: Corner) -> None:
+    def change(root: Path) -> None:
+        rewrite(the_file(root, "meta/episodes/*/*.parquet"), lambda t: t.append_column("success", pa.array(marks)))
+
+    marks = [True, False, None]
+    source = open_source(str(corner.record(3, change).source))
+    assert [source.success_of(number) for number in range(3)] == marks
+
+
+def test_openpis_filter_of_droid(tmp_path: Path, vlm: Path) -> None:
+    """Its keys name the recording; it lists recordings that a part of DROID does not have."""
+
+    def recorded_as(number: int) -> Callable[[dict], None]:
+        paths = {"recording_folderpath": f"r2d2/{number}/recordings/MP4", "file_path": f"/data/{number}/trajectory.h5"}
+        return lambda features: features.update({f"episode_metadata/{k}": [v.encode()] for k, v in paths.items()})
+
+    folder = rlds_samples.write_toy(tmp_path, change={n: recorded_as(n) for n in range(rlds_samples.EPISODES)})
+    key = "r2d2/{0}/recordings/MP4--/data/{0}/trajectory.h5"
+    file = tmp_path / "droid_sample_ranges_v1_0_1.json"
+    kept = {key.format(1): [[0, 3]], key.format(4): [[0, 1], [2, 4]], key.format(5): [], key.format(99): [[0, 50]]}
+    file.write_text(json.dumps(kept))
+    source = open_source(str(folder), rlds_samples.toy_config())
+    source.choose(Selection((str(file),)).by_dataset(["toy"])["toy"])
+    assert source.episode_ids == (1, 4) and source.left_out == (0, 2, 3, 5, 6)
+    assert source.choice.frames == {"1": ((0, 3),), "4": ((0, 1), (2, 4)), "5": ()}

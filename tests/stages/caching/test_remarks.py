@@ -48,3 +48,12 @@ def test_what_the_config_s_normalization_cuts_off(scheme: str | None, count: int
 def test_a_config_without_normalization_is_stored_as_before() -> None:
     assert "normalize" not in config(False).document()
     assert config(False, normalize="minmax").document()["normalize"] == "minmax"
+
+
+def test_episodes_without_an_instruction_are_counted() -> None:
+    made = records()
+    for record in made[:2]:
+        record.text = ""
+    source = MemorySource(made, config(False))
+    (line,) = [x for x in read_corpus(source, False, lambda *_: None).remarks() if "instruction" in x]
+    assert line.startswith(f"memory: 2 of {len(made)} episodes (")

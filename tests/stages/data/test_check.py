@@ -186,7 +186,9 @@ BY_DELTAS: dict[str, tuple[str, str, Change]] = {
     "wrong scale": ("action-scale", "warning", scaled("action", slice(2, 3), 0.05)),
     "no action": ("constant", "error", filled(slice(None), 0.0)),
 }
-ELSEWHERE = {"listed-count", "unlisted-files", "rate-differs", "license-missing", "glitch", "clipped"}  # tested below
+ELSEWHERE = {  # tested below
+    *("listed-count", "unlisted-files", "rate-differs", "license-missing", "glitch", "clipped", "idle")
+}
 
 
 @pytest.mark.parametrize("deltas", [False, True])
@@ -219,8 +221,11 @@ def test_breaking_one_rule_is_that_finding(
     assert all("\n" not in f.message for f in report.findings) and report.must_fix == (severity == "error")
 
 
+PARTS = ("rules", "numeric_rules", "pauses")
+
+
 def test_every_rule_is_tested() -> None:
-    source = "".join((ROOT / "stages/data/check" / f"{part}.py").read_text() for part in ("rules", "numeric_rules"))
+    source = "".join((ROOT / "stages/data/check" / f"{part}.py").read_text() for part in PARTS)
     ids = set(re.findall(r'(?:Finding|about_episodes|about_cameras)\(\s*"([a-z-]+)"', source))
     ids |= {f"unit-{kind}" for kind in LIMITS} | set(get_args(Kind))
     assert ids == {c[0] for c in (*BY_POSES.values(), *BY_DELTAS.values())} | ELSEWHERE
@@ -233,6 +238,17 @@ def test_a_row_far_from_all_others_is_named(examine: Callable[..., CheckReport])
     found = {f.rule: f for f in examine(made).findings}["glitch"]
     assert found.message.startswith("state arm_joint_1_pos is -2e+05 at episode 4 row 5, ") and found.episodes == (2, 4)
     assert "leave it out with --exclude-episodes 4" in found.message
+
+
+def test_the_share_of_idle_frames_is_told(examine: Callable[..., CheckReport]) -> None:
+    made = records()
+    for record in made[:3]:
+        for rows in (record.action, record.state):
+            rows[20:50] = rows[20]
+    report = examine(made)
+    (found,) = (f for f in report.findings if f.rule == "idle")
+    assert found.message.startswith("17% of frames are idle: ") and "--drop-idle" in found.message
+    assert as_json(report)["idle_share"] == pytest.approx(1 / 6, abs=1e-3)
 
 
 def test_a_burst_is_no_glitch(examine: Callable[..., CheckReport]) -> None:
@@ -252,6 +268,14 @@ def test_values_that_normalization_cuts_off(
     found = {f.rule: f.message for f in examine(made, normalize=scheme).findings}
     assert set(found) == expected
     assert not expected or found["clipped"].startswith("0.56 % of action gripper_open is beyond the range of std5-")
+
+
+def test_a_number_that_its_slot_s_unit_makes_infinite(examine: Callable[..., CheckReport]) -> None:
+    made = records(True)
+    made[2].action[3, 1] = 2e38  # times the rate beyond float32
+    assert {(f.rule, f.episodes) for f in examine(made, True).findings if f.severity == "error"} == {
+        ("not-finite", (2,))
+    }
 
 
 def test_findings_say_where(examine: Callable[..., CheckReport]) -> None:

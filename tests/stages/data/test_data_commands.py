@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from dvla.cache.actions.slots import EMBODIMENTS, SLOTS
 from dvla.cache.readers import Source, open_source
 from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.cache.readers.lerobot.source import LeRobotSource
 from dvla.cache.readers.search import config_names, load_config
 from dvla.stages.data import statistics
 from dvla.stages.data.add.guesses import guess
@@ -283,6 +285,29 @@ def test_list_of_folders(dvla: Dvla, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(dvla("list", tmp_path / "empty"), "holds no dataset")
     refused(dvla("list", tmp_path / "none"), "does not exist")
+
+
+def test_a_broken_dataset_among_others_is_named(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever opening it raises, and a folder that cannot be listed."""
+    for name in ("good", "odd", "shut"):
+        write_dataset(tmp_path / name)
+    opened, listed = LeRobotSource.__init__, Path.iterdir
+
+    def odd(self: LeRobotSource, path: str, *more: Any) -> None:
+        if path.endswith("odd"):
+            raise RecursionError("too deep")
+        opened(self, path, *more)
+
+    def shut(self: Path) -> Any:
+        if self.name == "shut":
+            raise PermissionError(13, "Permission denied")
+        return listed(self)
+
+    monkeypatch.setattr(LeRobotSource, "__init__", odd)
+    monkeypatch.setattr(Path, "iterdir", shut)
+    done = dvla("list", tmp_path)
+    assert done.code == 0 and "3 datasets, 2 of which cannot be opened" in done.out, done
+    assert "RecursionError: too deep" in done.err and "Permission denied" in done.err and "Traceback" not in done.err
 
 
 def test_list_of_a_folder_of_several_formats(dvla: Dvla, tmp_path: Path) -> None:
