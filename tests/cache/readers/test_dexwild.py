@@ -4,12 +4,14 @@ damage."""
 from __future__ import annotations
 
 import dataclasses
+import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.actions.slots import SLOTS
@@ -344,6 +346,29 @@ def test_a_picture_array_of_another_kind_is_refused(dexwild):
             file[f"ep_0000/right_thumb_cam/{name}"] = np.zeros((4, 4, 4), np.uint8)
     with pytest.raises(CorruptEpisode, match="is uint8 \\[4, 4, 4\\]; an image is uint8 \\[H, W, 3\\]"):
         open_source(dexwild).load(0)
+
+
+@pytest.mark.parametrize("form", ["gray", "gray without an axis", "rgba", "turned"])
+def test_pictures_stored_otherwise(dexwild, form):
+    def stored(image):
+        if form == "turned":
+            exif, file = Image.Exif(), io.BytesIO()
+            exif[274] = 3
+            Image.fromarray(image).save(file, "PNG", exif=exif)
+            return np.frombuffer(file.getvalue(), np.uint8)
+        gray = image[..., :1]
+        return {"gray": gray, "gray without an axis": gray[..., 0], "rgba": np.concatenate([image, gray], 2)}[form]
+
+    before = open_source(dexwild).load(0)
+    images = list(before.views[0].frames())
+    with h5py.File(next(dexwild.rglob("*.hdf5")), "a") as file:
+        for image, name in zip(images, sorted(file["ep_0000/right_thumb_cam"]), strict=True):
+            del file[f"ep_0000/right_thumb_cam/{name}"]
+            file[f"ep_0000/right_thumb_cam/{name}"] = stored(image)
+    view = open_source(dexwild).load(0).views[0]
+    shown = {"turned": lambda i: i[::-1, ::-1], "rgba": lambda i: i}.get(form, lambda i: np.repeat(i[..., :1], 3, 2))
+    assert all(np.array_equal(f, shown(i)) for f, i in zip(view.frames(), images, strict=True))
+    assert view.sha256 != before.views[0].sha256
 
 
 def test_folders_without_dexwild_files(tmp_path):
