@@ -52,7 +52,23 @@ def snapshot(repo: str, revision: str | None, patterns: list[str] | None, kind: 
 
 def unreachable(repo: str, error: Exception) -> UserError:
     """The error for a repository that is neither a local folder nor on the hub."""
-    return UserError(f"'{repo}' is not a local folder and could not be downloaded from the hub: {first_line(error)}")
+    return UserError(f"'{repo}' is not a local folder and could not be downloaded from the hub: {why(error)}")
+
+
+def why(error: Exception) -> str:
+    """What an error of the hub's client means, and what to do; its first line often is only a number."""
+    from huggingface_hub import errors
+
+    said = first_line(error)
+    known: tuple[tuple[type[Exception], str], ...] = (  # a subclass before the one it is made of
+        (errors.GatedRepoError, "its owner grants access on request; ask on its page, then `hf auth login`"),
+        (errors.RepositoryNotFoundError, "there is none of that name, or it is private; check it, or `hf auth login`"),
+        (errors.RevisionNotFoundError, "it has no such revision; check what follows the @"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and it is not in the cache"),
+        (errors.LocalEntryNotFoundError, "it is not in the cache, and the hub cannot be reached"),
+    )
+    meaning = next((text for kind, text in known if isinstance(error, kind)), "")
+    return f"{meaning} ({said})" if meaning else said
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from ...common.hub import HUB_ID, hub_files, snapshot
+from ...common.hub import HUB_ID, hub_files, snapshot, why
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
@@ -140,8 +140,8 @@ def _fetch(repo: str, commit: str, relative: str, where: str) -> None:
     try:
         hf_hub_download(repo, relative, repo_type="dataset", revision=commit)
     except LocalEntryNotFoundError as error:  # offline; a subclass of EntryNotFoundError, hence first
-        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {first_line(error)}") from None
+        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {why(error)}") from None
     except EntryNotFoundError:
         raise CorruptEpisode(f"{where}: {relative} is missing from '{repo}'", "missing-file") from None
     except Exception as error:  # see hub_files
-        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {first_line(error)}") from None
+        raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {why(error)}") from None

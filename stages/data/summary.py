@@ -67,8 +67,12 @@ def find_datasets(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def _datasets_below(folder: Path, depth: int) -> Iterator[Path]:
-    below = folder.iterdir() if folder.is_dir() else ()
-    children = sorted(p for p in below if p.is_dir() and not p.name.startswith("."))
+    try:
+        below = folder.iterdir() if folder.is_dir() else ()
+        children = sorted(p for p in below if p.is_dir() and not p.name.startswith("."))
+    except OSError:
+        yield folder  # opening it says what is wrong
+        return
     format = _format_of(folder)
     # names down to three levels may look like one dataset, though the folder holds several formats
     if format == "lerobot" or format and not {_format_of(child) for child in children} - {None, format}:

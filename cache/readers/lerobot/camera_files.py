@@ -1,4 +1,4 @@
-"""The video files of one camera: an episode that is not in the file it is listed in is looked for beside it.
+"""The video files of one camera: an episode that is not in the file it is listed in is looked for beside it."""
 
 from __future__ import annotations
 

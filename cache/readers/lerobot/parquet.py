@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class RowsAt:
     def row_groups(self, file: pq.ParquetFile, where: str) -> list[int]:
         """Row groups that can hold the rows."""
         if self.positions is None:
-            return _row_groups(file, self.episode_id, where)
+            return _row_groups(file, self.path, self.episode_id, where)
         return np.unique(np.searchsorted(_group_starts(file), self.positions, "right") - 1).tolist()
 
     def order(self, file: pq.ParquetFile, groups: Sequence[int]) -> np.ndarray:
@@ -149,19 +150,33 @@ def read_marks(path: Path, column: str, where: str) -> dict[int, bool]:
     return marks
 
 
-def _row_groups(file: pq.ParquetFile, episode_id: int, where: str) -> list[int]:
-    """Row groups whose statistics allow the episode; all groups without statistics."""
+def _row_groups(file: pq.ParquetFile, path: Path, episode_id: int, where: str) -> list[int]:
+    """Row groups that hold the episode, by the values themselves: pyarrow ends the process over damaged statistics."""
     _require_episodes(file.schema_arrow, where)
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    for path in {p for p in leaves if leaves.count(p) > 1}:
-        raise CorruptEpisode(f"{where}: the table has column '{path}' twice")
-    paths = [path.split(".")[0] for path in leaves]
-    leaf, chosen = paths.index("episode_index"), []
-    for group in range(file.num_row_groups):
-        stats = file.metadata.row_group(group).column(leaf).statistics
-        if stats is None or not stats.has_min_max or stats.min <= episode_id <= stats.max:
-            chosen.append(group)
-    return chosen
+    for leaf in {name for name in leaves if leaves.count(name) > 1}:
+        raise CorruptEpisode(f"{where}: the table has column '{leaf}' twice")
+    if file.num_row_groups == 1:
+        return [0]
+    stat = path.stat()
+    first, last = _episode_spans(path, stat.st_size, stat.st_mtime_ns)
+    return np.flatnonzero((first <= episode_id) & (episode_id <= last)).tolist()
+
+
+@functools.lru_cache(256)
+def _episode_spans(path: Path, size: int, modified: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last episode of each row group of a file; an empty span where they cannot be read."""
+    spans = []
+    with opened(path, path.name) as file:
+        for group in range(file.num_row_groups):
+            try:
+                found = _numbers(file.read_row_group(group, columns=["episode_index"])["episode_index"], path.name)
+                found = found[found >= 0]
+                spans.append((int(found.min()), int(found.max())) if len(found) else (1, 0))
+            except (OSError, pa.ArrowException):
+                spans.append((1, 0))
+    first, last = np.array(spans).reshape(-1, 2).T
+    return first, last
 
 
 def to_matrix(table: pa.Table, column: str, where: str) -> np.ndarray:
