@@ -21,7 +21,7 @@ from ..episode import CorruptEpisode
 from ..images import choose_cameras
 from ..images.arrays import left_out
 from ..location import Location
-from ..search import NUMBERED
+from ..search import BESIDE, NUMBERED
 from .documents import Template, flat_names, number, read_json, shown, whole
 from .listing import EpisodeEntry, Listing, Paths, is_instruction, read_episodes, read_tasks
 from .modality import Modality, read_modality
@@ -167,9 +167,9 @@ class Metadata:
         return tuple(k for k in self.video_keys if have and k not in have)
 
     def revision_hash(self) -> str:
-        """sha256 hex over names and bytes of every file in `meta/`."""
+        """sha256 hex over names and bytes of every file in `meta/` but a dataset config."""
         digest = hashlib.sha256()
-        for path in sorted(p for p in (self.root / "meta").rglob("*") if p.is_file()):
+        for path in sorted(p for p in (self.root / "meta").rglob("*") if p.is_file() and p.name != BESIDE):
             digest.update(f"{path.relative_to(self.root).as_posix()}:{path.stat().st_size};".encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()

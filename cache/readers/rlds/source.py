@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -257,7 +257,7 @@ def _channels(feature: Feature) -> Literal["last", "first"] | None:
     return found if found in ("last", "first") else None
 
 
-def _named(images: Sequence[Stored], view: str, where: str) -> Iterator[tuple[str, Stored]]:
+def _named(images: Iterable[Stored], view: str, where: str) -> Iterator[tuple[str, Stored]]:
     return ((f"{where}: image {i} of '{view}'", data) for i, data in enumerate(images))
 
 
