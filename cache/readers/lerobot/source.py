@@ -208,12 +208,21 @@ class LeRobotSource(Source):
                 video = self._videos[key, entry.video_paths[key]]
                 extent, notes = video.find(path, episode_id, table.timestamps, origin.clock, where)
                 opener = functools.partial(decode, extent, where)
+                notes = (*notes, *extent.notes, *self._sizes_differ(key, extent.height, extent.width))
                 yield View(name, extent.height, extent.width, len(extent.pts), opener, extent.sha256, notes)
             else:
                 fetch = functools.partial(image_file, self.meta.files, key, episode_id, where)
                 images = find_images(origin.at, key, fetch, where)
                 opener = functools.partial(decode_images, images, fetch, where)
-                yield View(name, images.height, images.width, images.length, opener, images.sha256)
+                notes = self._sizes_differ(key, images.height, images.width)
+                yield View(name, images.height, images.width, images.length, opener, images.sha256, notes)
+
+    def _sizes_differ(self, key: str, height: int, width: int) -> tuple[Note, ...]:
+        """What to say where images are not of the size that info.json gives: theirs is used."""
+        listed = self.meta.features[key]["shape"]
+        if not listed or {height, width} <= set(listed):
+            return ()
+        return (Note("image-size", f"'{key}' is {width}x{height}, meta/info.json lists {listed}: read as it is"),)
 
     @functools.cached_property
     def _videos(self) -> dict[tuple[str, str], VideoFile]:
