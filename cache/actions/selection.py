@@ -25,7 +25,7 @@ from ...errors import UserError, unknown
 
 INCLUDE, EXCLUDE = "--include-episodes", "--exclude-episodes"
 PIN = "#sha256="  # between a file's name and its content, where a selection is stored
-GRAMMAR = "give ids and ranges such as 0-9,17,30-"
+GRAMMAR = "give ids and ranges such as 0-9,17,30-, or a .json file"
 Ranges = tuple[tuple[int, int | None], ...]  # (first, last) of episodes, last included; None: to the end
 Frames = Mapping[
     str, tuple[tuple[int, int], ...]
@@ -74,7 +74,7 @@ class Choice:
         if self.include is not None:
             words.append(f"{INCLUDE} {_short(as_text(self.include))}")
         if self.frames is not None:
-            words.append(f"{INCLUDE} of {len(self.frames)} episodes' frames")
+            words.append(f"{INCLUDE} (frames of {len(self.frames)} episodes)")
         if self.exclude:
             words.append(f"{EXCLUDE} {_short(as_text(self.exclude))}")
         flags = {"--success-only": self.success_only, "--drop-idle": self.drop_idle}
@@ -200,6 +200,14 @@ def _short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 2]} …"
 
 
+def _shown(value: Any) -> str:
+    """A JSON value in a message."""
+    try:
+        return _short(json.dumps(value))
+    except RecursionError:
+        return "[[…"
+
+
 def _expand(ranges: Iterable[tuple[int, int | None]], listed: Sequence[int], name: str, option: str) -> list[int]:
     """The episodes of `listed` (ascending) in the ranges."""
     found: list[int] = []
@@ -237,7 +245,7 @@ def _parsed(item: str, names: Sequence[str], option: str) -> tuple[dict[str, Ran
         return _document(_loaded(item, f"{option} {_short(item)}"), names, option, item)
     file, pin, digest = item.partition(PIN)
     name, equals, rest = file.partition("=")
-    if equals:
+    if equals and not _exists(file):
         if name not in names:
             raise unknown(f"dataset in {option}", name, names)
         return _parsed(rest + pin + digest, [name], option)
@@ -282,7 +290,7 @@ def _listed(values: Any, where: str, option: str) -> Ranges:
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             found.append((value, value))
         else:
-            raise UserError(f'{where}: {_short(json.dumps(value))} is no id and no range; write 5, or "5-9"')
+            raise UserError(f'{where}: {_shown(value)} is no id and no range; write 5, or "5-9"')
     if not found:
         raise UserError(f"{where}: an empty list leaves nothing; name at least one episode")
     return tuple(found)
@@ -294,7 +302,7 @@ def _frames(values: Any, key: str, where: str) -> tuple[tuple[int, int], ...]:
     for pair in values if isinstance(values, list) else [values]:
         if not _is_pair(pair) or not 0 <= pair[0] < pair[1]:
             raise UserError(
-                f"{where}: frames {_short(json.dumps(pair))} of episode '{_short(key)}' are no range; write "
+                f"{where}: frames {_shown(pair)} of episode '{_short(key)}' are no range; write "
                 "[first, end] with 0 <= first < end"
             )
         found.append((pair[0], pair[1]))
@@ -325,8 +333,13 @@ def _is_file(item: str) -> bool:
     return item.endswith(".json")
 
 
+def _exists(item: str) -> bool:
+    """Whether it is the name of a file that is there; one may hold "="."""
+    return _is_file(item) and Path(item).expanduser().is_file()
+
+
 def _pin(item: str) -> str:
-    file = item.rpartition("=")[2]
+    file = item if _exists(item) else item.rpartition("=")[2]
     if PIN in item or not _is_file(file):
         return item
     return f"{item}{PIN}{hashlib.sha256(_bytes(file, INCLUDE)).hexdigest()}"

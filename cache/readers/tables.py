@@ -14,6 +14,8 @@ import numpy as np
 from ...errors import Failed, Note
 from .episode import CorruptEpisode
 
+LARGEST = 1e30  # of a number: float32 holds it times any scale and rate that make it a slot's unit
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -60,8 +62,9 @@ def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: st
 
 
 def require_finite(values: np.ndarray, column: str, where: str) -> None:
-    """`CorruptEpisode` for a value of a column [T, d] that is not finite, or beyond float32, the type of tables."""
-    good = np.abs(values) <= np.finfo(np.float32).max  # False for NaN too
+    """`CorruptEpisode` for a value of a column [T, d] that is not finite, or beyond float32 in its own or a slot's
+    unit."""
+    good = np.abs(values) <= LARGEST  # False for NaN too
     if not good.all():
         row, dim = np.argwhere(~good)[0]
         value = values[row, dim]

@@ -36,6 +36,7 @@ METRICS = {
 }
 """Log entry → (its name, which value is best; None: neither)."""
 BEST = "best held-out MSE"
+NATIVE = "eval/native/"  # of errors in a unit, which alone compare runs of other normalizations or action frames
 NAMES = ("out", "wandb.name")  # settings that differ between equal runs
 
 
@@ -69,11 +70,13 @@ def compare(paths: Sequence[Path]) -> Comparison:
     keys = sorted({key for settings in flat for key in settings} - set(NAMES))
     differ = [Row(key, tuple(settings.get(key, "–") for settings in flat)) for key in keys]
     newest = [(evaluations(run.log) or [{}])[-1] for run in runs]
+    native = sorted({key for line in newest for key in line if key.startswith(NATIVE)})
     results = [
         Row("step", tuple(run.log[-1]["step"] for run in runs)),
         Row("of steps", tuple(run.config["steps"] for run in runs)),
         Row("loss", tuple(run.log[-1]["loss"] for run in runs)),
         *(_judged(name, [line.get(key) for line in newest], better) for key, (name, better) in METRICS.items()),
+        *(_judged(f"RMSE, {key.removeprefix(NATIVE)}", [x.get(key) for x in newest], min) for key in native),
         _judged(BEST, [min((x["eval/mse"] for x in evaluations(run.log)), default=None) for run in runs], min),
         _judged("samples/s", [float(np.median([line["samples_per_second"] for line in run.log])) for run in runs], max),
         Row("waiting for data, %", tuple(100 * run.log[-1]["wait_share"] for run in runs)),

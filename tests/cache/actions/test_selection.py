@@ -53,6 +53,10 @@ def test_a_json_file(tmp_path: Path, document: object, wanted: list[int]) -> Non
     assert choice.episodes(LISTED, "push") == wanted
     again = Choice.from_document(json.loads(json.dumps(choice.document())))
     assert again == choice and again.document() == choice.document()
+    (tmp_path / "a=b").mkdir()
+    odd = file.rename(tmp_path / "a=b" / "keep.json")  # "=" in a path is not that of NAME=
+    assert Selection((str(odd),)).pinned().by_dataset(names)["push"].numbered(LISTED, "push", None) == choice
+    odd.rename(file)
     pinned = Selection((f"push={file}",) if isinstance(document, list) else (str(file),)).pinned()
     assert pinned == pinned.pinned() and pinned.by_dataset(names)["push"].numbered(LISTED, "push", None) == choice
     file.write_text(json.dumps([0]))
@@ -100,6 +104,7 @@ def test_a_selection_is_stored_in_one_form(text: str, short: str) -> None:
         ("push=", "", "'' is no id"),
         ("[1, 2", "", "this is not JSON"),
         ("[" * 100_000, "", "this is not JSON"),
+        ("[" * 900 + "]" * 900, "", "is no id and no range"),
         ("[true]", "", "true is no id and no range"),
         ("[[0, 3]]", "", 'write 5, or "5-9"'),
         ("[]", "", "an empty list leaves nothing"),

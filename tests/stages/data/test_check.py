@@ -270,6 +270,14 @@ def test_values_that_normalization_cuts_off(
     assert not expected or found["clipped"].startswith("0.56 % of action gripper_open is beyond the range of std5-")
 
 
+def test_a_number_that_its_slot_s_unit_makes_infinite(examine: Callable[..., CheckReport]) -> None:
+    made = records(True)
+    made[2].action[3, 1] = 2e38  # times the rate beyond float32
+    assert {(f.rule, f.episodes) for f in examine(made, True).findings if f.severity == "error"} == {
+        ("not-finite", (2,))
+    }
+
+
 def test_findings_say_where(examine: Callable[..., CheckReport]) -> None:
     made = records()
     moved_pose(made)

@@ -23,6 +23,7 @@ from dvla.common.files import read_json
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.robot import RobotInterface, describe_dataset
+from dvla.stages.reports.compare import compare
 from dvla.stages.training.checks import open_cache, remarks
 from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.stage_three.finetune import finetune_config
@@ -237,3 +238,5 @@ def test_relative_is_better_where_small_motions_start_anywhere(tmp_path: Path, m
         )
         errors[frame] = log(tmp_path / frame)[-1]["eval/native/m"]
     assert errors["chunk"] < 0.5 * errors["absolute"], errors
+    rows = {row.name: row for row in compare([tmp_path / frame for frame in errors]).results}
+    assert rows["RMSE, m"].values == tuple(errors.values()) and rows["RMSE, m"].best == (1,)
