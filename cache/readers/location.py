@@ -121,6 +121,10 @@ class Location:
             raise CorruptEpisode(f"{where}: {relative} {absence(path) or 'is no file'}", "missing-file")
         return path
 
+    def has(self, pattern: str) -> bool:
+        """Whether a file of the dataset fits; as `names`."""
+        return bool(self.names(pattern)) if self._repo else any(True for _ in self.root.glob(pattern))
+
     def names(self, pattern: str) -> list[str]:
         """Files of the dataset that fit a pattern of `Path.glob`, relative, sorted; of a hub dataset those the hub
         lists, and [] where it cannot be asked."""
