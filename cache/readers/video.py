@@ -236,7 +236,7 @@ def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
             src_color_range=_FULL if full else 1,
             dst_color_range=_FULL,
         )
-    image = frame.to_ndarray(format="rgb24")
+    image: np.ndarray = frame.to_ndarray(format="rgb24")
     if extent.turn:
         image = image.transpose(1, 0, 2) if "t" in extent.turn else image
         image = np.ascontiguousarray(image[:: -1 if "r" in extent.turn else 1, :: -1 if "c" in extent.turn else 1])
@@ -251,7 +251,8 @@ def _turn(frame: av.VideoFrame, what: str) -> str | None:
     matrix = frame.side_data.get("DISPLAYMATRIX") if len(frame.side_data) else None
     if matrix is None:
         return None
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # shown at a·x + c·y, b·x + d·y
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # type: ignore[call-overload]
+    # (x, y) is shown at (a·x + c·y, b·x + d·y)
     across = abs(b) + abs(c) > abs(a) + abs(d)
     straight, slanted = ((b, c), (a, d)) if across else ((a, d), (b, c))
     if max(map(abs, slanted)) > _SLANT * min(map(abs, straight)):
