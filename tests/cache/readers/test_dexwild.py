@@ -18,7 +18,7 @@ from dvla.cache.actions.slots import SLOTS
 from dvla.cache.readers import detect_format, open_source
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.search import load_config
-from dvla.errors import UserError
+from dvla.errors import Failed, UserError
 from support.dex_samples import (
     CAMERAS,
     PERIOD_NS,
@@ -393,3 +393,15 @@ def test_an_odd_first_episode_does_not_speak_for_the_others(tmp_path):
     source = open_source(path, dataclasses.replace(load_config("dexwild"), views=None))
     assert "another_cam" not in source.view_names
     assert [source.load(n).length for n in (1, 2)] == [open_source(path).length_of(n) for n in (1, 2)]
+
+
+def test_a_huge_dataset_in_the_place_of_a_group_costs_that_episode(tmp_path: Path) -> None:
+    """Looking for a member by name would read each of its rows."""
+    path = write_dexwild(tmp_path, (4, 3, 3))
+    with h5py.File(path, "r+") as file:
+        del file["ep_0000"]
+        file.create_dataset("ep_0000", (10**9, 8), np.uint8, chunks=(1, 8))
+    source = open_source(path)
+    lost, *others = (source.attempt(source.load, number) for number in source.episode_ids)
+    assert isinstance(lost, Failed) and "is a dataset, not a group" in lost.reason
+    assert [each.length for each in others] == [3, 3]
