@@ -207,6 +207,17 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
 # --- pixels ---
 
 
+def is_depth_video(path: Path, where: str) -> bool:
+    """Whether a video has one channel of more than 8 bits; `CorruptEpisode` when it cannot be read."""
+    with _opened(path, where) as (_, stream):
+        form = stream.codec_context.format
+        return form is not None and _is_deep(form)
+
+
+def _is_deep(form: av.VideoFormat) -> bool:
+    return len(form.components) < 3 and form.components[0].bits > 8 and not form.is_rgb
+
+
 def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame | None:
     """The frame of a packet that can be decoded without others, as a key frame can; None where it cannot."""
     context = stream.codec_context
@@ -278,7 +289,7 @@ def _conversion(frame: av.VideoFrame, what: str) -> str:
     if form.has_palette:
         return "palette;"
     if len(form.components) < 3:
-        if form.components[0].bits > 8:
+        if _is_deep(form):
             raise CorruptEpisode(
                 f"{what} is gray of {form.components[0].bits} bits, a depth map; leave that camera out with `views`"
             )
