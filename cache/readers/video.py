@@ -56,10 +56,15 @@ class NoFrame(CorruptEpisode):
     """A time has no frame of its own."""
 
 
-def stored_times(path: Path, where: str) -> np.ndarray:
+def stored_times(path: Path, where: str, count: int = 0) -> np.ndarray:
     """Seconds [n], ascending, at which the frames of a file are shown, without decoding; those that are decoded but
-    never shown (before the start that an edit list gives) are left out. `CorruptEpisode` as `find_extent`."""
+    never shown (before the start that an edit list gives) are left out. `CorruptEpisode` as `find_extent`.
+
+    With `count`, none at once for a file whose header gives another number of frames.
+    """
     with _opened(path, where) as (container, stream):
+        if count and stream.frames not in (0, count):
+            return np.zeros(0)
         shown = []
         for packet in container.demux(stream):
             if packet.is_corrupt:
