@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import uuid
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ def pytest_configure() -> None:
     """A shell starts what is in the background with Ctrl-C ignored, and so would all that the tests start."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test sees the dataset configs of the person who runs it, or leaves one behind."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "none" / uuid.uuid4().hex))
 
 
 @pytest.fixture(scope="session")

@@ -355,7 +355,8 @@ def look_around(
 ) -> tuple[list[Seen], list[CorruptEpisode]]:
     """What `look` finds in up to `most` of the episodes `ids`, evenly spread, and why some cannot be read: an odd first
     episode does not speak for a dataset. Others are looked at only while nothing was found."""
-    found, refused = [], []
+    found: list[Seen] = []
+    refused: list[CorruptEpisode] = []
     spread = {ids[int(i)] for i in np.linspace(0, len(ids) - 1, min(most, len(ids)))} if ids else set()
     for number in (*sorted(spread), *(n for n in ids if n not in spread)):
         if found and number not in spread:

@@ -9,6 +9,7 @@ several do, the one whose columns, widths and `fits` agree with the files.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import os
@@ -104,7 +105,9 @@ def choose_config(given: DatasetConfig | None, format: str, files: Files) -> Dat
     """The config a reader uses: the one `given`, the nearest that fits, or for UNMAPPED one that maps nothing."""
     if given is None:
         return find_config(format, files)
-    return given if given.mapped else unmapped_config(format, files.columns())
+    if given.mapped:
+        return given
+    return dataclasses.replace(unmapped_config(format, files.columns()), match=tuple(files.known))
 
 
 def find_config(format: str, files: Files) -> DatasetConfig:

@@ -15,7 +15,7 @@ from ...errors import UserError
 from .config import AddConfig
 
 if TYPE_CHECKING:
-    from ...cache.readers.lerobot.metadata import Metadata
+    from .add.dataset import Dataset
     from .add.draft import Request
 
 Source = Annotated[str, typer.Argument(help="Dataset folder or file, or hub id.", show_default=False)]
@@ -27,19 +27,24 @@ def data_list(
         typer.Argument(help="Folders to search for datasets; default: list the shipped families.", show_default=False),
     ] = None,
 ) -> None:
-    """List the dataset families that dvla knows or, with folders, the datasets in them.
+    """List the dataset configs that are shipped or registered or, with folders, the datasets in them.
 
     Example: dvla data list
 
     Example: dvla data list data ~/recordings
     """
     from ...cache.readers.faults import whole_dataset
-    from ...cache.readers.search import config_names, load_config
+    from ...cache.readers.search import config_names, load_config, registered
     from .summary import find_datasets, misfit, summarize
     from .tables import show_datasets, show_families
 
     if not folders:
         show_families([load_config(name) for name in config_names()])
+        for name, path in registered().items():
+            try:
+                say(f"registered: {name} ({load_config(path).format}, {path})")
+            except UserError as error:
+                errors.print(f"{path}: {error}", style="red", markup=False)
         return
     found, broken = [], []
     with progress_bars() as show:
@@ -194,51 +199,62 @@ def data_stats(
 
 
 ANSWERS = """embodiment action_kind joint_unit finger_unit position_unit delta_scale base_unit gripper state_gripper
-    rotation"""
+    rotation control_hz"""
 
 
 def data_add(
     source: Source,
-    given: Annotated[Given, Options(AddConfig, f"out name license action_column state_column field {ANSWERS}")],
+    given: Annotated[Given, Options(AddConfig, f"out name license action_column state_column field {ANSWERS} yes")],
 ) -> None:
-    """Write a dataset config for a new LeRobot dataset.
+    """Write a dataset config for a new dataset, and register it: the dataset then opens without an option.
 
-    Guessed field names are marked; the rest is asked for, or given as options.
+    Proposes each answer from names and values, and asks at a terminal; elsewhere it takes what is certain.
 
     Example: dvla data add data/cubes
 
     Example: dvla data add data/cubes --embodiment gripper_joint --action-kind absolute --joint-unit deg --gripper 100,0
     """
-    from ...cache.readers.lerobot.metadata import Metadata
+    from ...cache.readers.search import config_names, registered_folder
+    from .add.dataset import Dataset
     from .add.draft import Request, write
 
     config = from_dotted(AddConfig, given)
     answers = {f"--{name.replace('_', '-')}": given[name] for name in ANSWERS.split() if name in given}
     columns = config.action_column, config.state_column
-    meta = Metadata(source)
-    path = config.out or Path(f"{config.name or meta.name}.yaml")
+    with console.status("reading names and ranges"):
+        dataset = Dataset(source)
+    name = config.name or dataset.source.name
+    if not config.out and name in config_names():
+        raise UserError(f"'{name}' is a shipped family; choose another --name")
+    path = config.out or registered_folder() / f"{name}.yaml"
     if path.exists():
-        raise UserError(f"{path} exists; choose another --out")
-    request, text = _answered(meta, Request(source, answers, config.field, *columns, config.name, config.license))
+        raise UserError(f"{path} exists; choose another --{'out' if config.out else 'name'}")
+    certain = config.yes or not sys.stdin.isatty()
+    request = Request(source, answers, config.field, *columns, config.name, config.license, certain, config.yes)
+    request, text = _answered(dataset, request)
     write(request, text, path)
     say(text)
+    option = f" --dataset-config {path}" if config.out else ""
     say(f"{path}: written, and the dataset opens with it. Look at every line marked 'guessed', then:")
-    say(f"dvla data show {source} --dataset-config {path} --episode N")
-    say(f"dvla cache build {source} --dataset-config {path} --out cache")
+    say(f"dvla data show {source}{option} --episode N")
+    say(f"dvla cache build {source}{option} --out cache")
 
 
-def _answered(meta: Metadata, request: Request) -> tuple[Request, str]:
+def _answered(dataset: Dataset, request: Request) -> tuple[Request, str]:
     """The request with its questions answered at the terminal, and the YAML text. `UserError` off a terminal."""
     from .add.draft import draft
 
-    text, missing = draft(meta, request)
+    text, missing = draft(dataset, request)
     while missing:
-        if not sys.stdin.isatty():
+        question, asked = missing[0], missing[0].proposal
+        if not sys.stdin.isatty() or request.take_all:
             usage = "; ".join(question.usage for question in missing)
-            raise UserError(f"{request.source}: info.json does not say everything; add {usage}")
+            yes = " (--yes takes what is proposed)" if any(q.proposal for q in missing) else ""
+            raise UserError(f"{request.source}: the files do not say everything; add {usage}{yes}")
         try:
-            candidate = request.answered(missing[0], typer.prompt(missing[0].text))
-            text, missing = draft(meta, candidate)
+            shown = f"{question.text} ({asked.why})" if asked else question.text
+            candidate = request.answered(question, typer.prompt(shown, default=asked.answer if asked else None))
+            text, missing = draft(dataset, candidate)
             request = candidate
         except UserError as error:
             errors.print(str(error), style="red", markup=False)

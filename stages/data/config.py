@@ -11,18 +11,22 @@ from ...common.config import Option
 
 @dataclass(frozen=True)
 class AddConfig:
-    """What info.json does not say of a dataset; None: not given."""
+    """What the files do not say of a dataset; None: not given."""
 
-    out: Annotated[Path | None, Option("--out", help="YAML file to write; default: NAME.yaml in this folder.")] = None
+    out: Annotated[
+        Path | None,
+        Option("--out", help="YAML file to write; default: registered, in ~/.config/dvla/datasets/NAME.yaml."),
+    ] = None
+    yes: Annotated[bool, Option("--yes", help="Take every proposal without asking.")] = False
     name: Annotated[str | None, Option("--name", help="Family name; default: the dataset's own.")] = None
     license: Annotated[str, Option("--license", help="Dataset license.")] = ""
     action_column: Annotated[
-        tuple[str, ...],
-        Option("--action-column", help="Column of the action; several are concatenated. Default: action."),
-    ] = ("action",)
+        tuple[str, ...] | None,
+        Option("--action-column", help="Column of the action; several are concatenated. Default: those called action."),
+    ] = None
     state_column: Annotated[
         tuple[str, ...] | None,
-        Option("--state-column", help="Column of the state. Default: observation.state, if there is one."),
+        Option("--state-column", help="Column of the state. Default: observation.state, or what is like it."),
     ] = None
     field: Annotated[
         tuple[str, ...],
@@ -70,4 +74,7 @@ class AddConfig:
     rotation: Annotated[
         str | None,
         Option("--rotation", help="Form of three rotation numbers in radians: euler_xyz or axis_angle."),
+    ] = None
+    control_hz: Annotated[
+        str | None, Option("--control-hz", help="Rows per second, where the files do not give it.")
     ] = None

@@ -21,7 +21,7 @@ from ..episode import CorruptEpisode
 from ..images import choose_cameras
 from ..images.arrays import left_out
 from ..location import Location
-from ..search import NUMBERED
+from ..search import BESIDE, NUMBERED
 from .documents import Template, flat_names, number, read_json, shown, whole
 from .listing import EpisodeEntry, Listing, Paths, is_instruction, read_episodes, read_tasks
 from .modality import Modality, read_modality
@@ -94,6 +94,11 @@ class Metadata:
         """Every data file that is here, relative."""
         return self.files.names(self._paths.data.glob())
 
+    def video_files(self, key: str) -> list[str]:
+        """Every video file of a camera that is here, relative."""
+        found = self.root.glob(self._paths.video.glob(video_key=key)) if self._paths.video else ()
+        return [path.relative_to(self.root).as_posix() for path in found]
+
     def locate(self, relative: str, where: str) -> Path:
         """As `Location.locate`; an episode's own file is also found in the folder of another chunk."""
         try:
@@ -143,6 +148,10 @@ class Metadata:
         found = [*self._listing.notes, *self.modality.notes]
         if self.depth_maps:
             found.append(Note("depth-map", f"{', '.join(self.depth_maps)}: depth maps, not read as cameras"))
+        splits = self.info.get("splits")
+        if isinstance(splits, Mapping) and len(splits) > 1:
+            parts = ", ".join(f"{name} {shown(value)}" for name, value in list(splits.items())[:3])
+            found.append(Note("splits", f"meta/info.json has splits ({parts}); all {len(self.episode_ids)} are read"))
         if self.absent_videos:
             found.append(Note("camera-without-files", f"no video file of {', '.join(self.absent_videos)}: not read"))
         if not self.files.hub_id:
@@ -167,9 +176,9 @@ class Metadata:
         return tuple(k for k in self.video_keys if have and k not in have)
 
     def revision_hash(self) -> str:
-        """sha256 hex over names and bytes of every file in `meta/`."""
+        """sha256 hex over names and bytes of every file in `meta/` but a dataset config."""
         digest = hashlib.sha256()
-        for path in sorted(p for p in (self.root / "meta").rglob("*") if p.is_file()):
+        for path in sorted(p for p in (self.root / "meta").rglob("*") if p.is_file() and p.name != BESIDE):
             digest.update(f"{path.relative_to(self.root).as_posix()}:{path.stat().st_size};".encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()

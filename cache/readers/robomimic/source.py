@@ -31,7 +31,20 @@ from ..base import Source, choose_views, common, listing_hash, look_around
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
-from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
+from ..hdf5 import (
+    DAMAGE,
+    SUFFIXES,
+    find,
+    find_array,
+    find_group,
+    has,
+    numbers,
+    one_file,
+    opened,
+    success_of,
+    text,
+    texts,
+)
 from ..images.hdf5 import Spans, is_images, left_out_of, spans_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
 from ..search import Files, choose_config
@@ -64,7 +77,7 @@ class RobomimicSource(Source):
         stem = self._file.stem
         try:
             with opened(self._file, stem) as file:
-                data = find(file, "data", stem)
+                data = find_group(file, "data", stem)
                 self._demos, about = _demos(data, stem), _json(data, "env_args", stem)
                 given = about.get("env_kwargs")
                 kwargs = given if isinstance(given, dict) else {}
@@ -115,7 +128,7 @@ class RobomimicSource(Source):
         """As in `Source`: observations of the first demo that can be read that look like images and are none."""
         for number in self.episode_ids:
             with contextlib.suppress(CorruptEpisode), self._open(number) as (_, demo, where):
-                return tuple(left_out_of(find(demo, "obs", where)))
+                return tuple(left_out_of(find_group(demo, "obs", where)))
         return ()
 
     def length_of(self, episode_id: int) -> int:
@@ -190,7 +203,7 @@ class RobomimicSource(Source):
         """The file and the demo, open inside the block, and how messages about it begin."""
         where = self.where(episode_id)
         with opened(self._file, where) as file:
-            demo = find(file, f"data/{self._demos[episode_id]}", where)
+            demo = find_group(file, f"data/{self._demos[episode_id]}", where)
             if not isinstance(demo, h5py.Group):
                 raise CorruptEpisode(f"{where}: data/{self._demos[episode_id]} is no group of a demo's arrays")
             yield file, demo, where
@@ -227,7 +240,7 @@ def _usual_demo(
     def look(number: int) -> tuple[list[str], dict[str, int]] | None:
         here = f"{where} episode {number}"
         with one_episode(here):
-            demo = find(data, demos[number], here)
+            demo = find_group(data, demos[number], here)
             obs = find(demo, "obs", here) if has(demo, "obs") else None
             keys = [key for key in obs if is_images(find(obs, key, here))] if isinstance(obs, h5py.Group) else []
             return (keys, {c: math.prod(find_array(demo, c, here).shape[1:]) for c in columns}) if keys else None

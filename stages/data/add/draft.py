@@ -1,20 +1,20 @@
-"""`dvla data add`: a dataset config for a LeRobot dataset from its info.json; guesses are marked, the rest is asked.
+"""`dvla data add`: a dataset config from what the files say; guesses are marked, the rest is asked.
 
-Nothing is assumed that info.json does not tell: embodiment, units, gripper values, rotation form, and whether an action
-is a target or a displacement are answers. A config is written only when all answers that it needs are given.
+Embodiment, units, gripper values, rotation form, and whether an action is a target or a displacement are answers, each
+with a proposal where names or ranges suggest one. A config is written only when all answers that it needs are given.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
-import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ....cache.actions.action_map import FieldSpec
 from ....cache.actions.rotations import WIDTH
@@ -23,12 +23,10 @@ from ....cache.readers import open_source
 from ....cache.readers.search import load_config
 from ....common.files import write_file
 from ....errors import UserError, unknown
-from ..summary import image_size
+from .dataset import Dataset
 from .guesses import Target, guess
-from .questions import QUESTIONS, Question
-
-if TYPE_CHECKING:
-    from ....cache.readers.lerobot.metadata import Metadata
+from .proposals import Vector, propose
+from .questions import QUESTIONS, Question, plain
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,12 @@ class Request:
     source: str
     answers: Mapping[str, str]  # option → text as given
     fields: tuple[str, ...] = ()  # the --field values
-    action_columns: tuple[str, ...] = ("action",)
-    state_columns: tuple[str, ...] | None = None  # None: observation.state where there is one
+    action_columns: tuple[str, ...] | None = None  # None: the usual ones
+    state_columns: tuple[str, ...] | None = None  # None: the usual ones, where there are some
     name: str | None = None
     license: str = ""
+    take_certain: bool = False  # proposals that leave no doubt count as answers
+    take_all: bool = False  # every proposal does
 
     def answered(self, question: Question, answer: str) -> Request:
         """This request with one more answer."""
@@ -50,33 +50,35 @@ class Request:
         return dataclasses.replace(self, answers={**self.answers, question.option: answer})
 
 
-def draft(meta: Metadata, request: Request) -> tuple[str, list[Question]]:
+def draft(dataset: Dataset, request: Request) -> tuple[str, list[Question]]:
     """The YAML text, and the questions to answer first (while there is one, the text means nothing).
 
     `UserError` for an invalid answer, or a column or dimension that does not exist.
     """
-    ask = _Asker(request.answers)
-    ask("--embodiment")
-    kind = ask("--action-kind") or "absolute"
-    state = request.state_columns
-    if state is None:
-        state = ("observation.state",) * ("observation.state" in meta.features)
-    columns = {"action": request.action_columns, "state": state}
-    lines = {}
-    for what, given in _given(request.fields).items():
-        names = _dimensions(meta, what, columns[what])
-        targets = guess(names, _given_targets(what, given, names))
-        for first, last in _gaps(targets):
+    columns = {"action": dataset.columns("action", request.action_columns)}
+    columns["state"] = dataset.columns("state", request.state_columns)
+    given, targets, vectors, missing = _given(request.fields), {}, {}, {}
+    for what in columns:
+        names = dataset.names(what, columns[what])
+        targets[what] = guess(names, _given_targets(what, given[what], names))
+        vectors[what] = Vector(targets[what], *dataset.range_of(columns[what]))
+        for first, last in _gaps(targets[what]):
             span = f"{what}.{first}-{last}" if last > first else f"{what}.{first}"
             called = f"{names[first]} … {names[last]}" if last > first else names[first]
-            ask.missing[span] = Question(
-                "--field", f"meaning of {called}: slots, rotation:FORM or drop", str, f"{span}="
-            )
+            missing[span] = Question("--field", f"meaning of {called}: slots, rotation:FORM or drop", str, f"{span}=")
+    ask = _Asker(request, vectors, dataset.robot)
+    kind = ask("--action-kind") or "absolute"
+    ask("--embodiment")
+    ask.missing |= missing
+    if not dataset.source.rate_known:
+        ask("--control-hz")
+    lines = {}
+    for what in columns:
         moving = kind if what == "action" else "absolute"
         lines[what] = [
-            f"  - {_flow(_entry(t, what, moving, ask))}  # {_origin(t)}" for t in targets if t.kind != "unknown"
+            f"  - {_flow(_entry(t, what, moving, ask))}  # {_origin(t)}" for t in targets[what] if t.kind != "unknown"
         ]
-    return _text(meta, request, ask, columns, lines), list(ask.missing.values())
+    return _text(dataset, request, ask, columns, lines), list(ask.missing.values())
 
 
 def write(request: Request, text: str, out: Path) -> None:
@@ -89,23 +91,41 @@ def write(request: Request, text: str, out: Path) -> None:
         trial = Path(folder) / out.name
         trial.write_text(text)
         open_source(request.source, load_config(trial))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
     write_file(out, text.encode())
 
 
 class _Asker:
-    """Answers by option; keeps which were used and which are missing."""
+    """Answers by option; keeps which were used and which are missing, with what is proposed for them."""
 
-    def __init__(self, answers: Mapping[str, str]) -> None:
-        self.answers = answers
+    def __init__(self, request: Request, vectors: Mapping[str, Vector], robot: str) -> None:
+        self._request, self._vectors, self._robot = request, vectors, robot
         self.missing: dict[str, Question] = {}
         self.used: dict[str, str] = {}
 
+    @property
+    def state_differs(self) -> bool:
+        """Whether the state's gripper has ends of its own: given, or far from the action's."""
+        if "--state-gripper" in self._request.answers:
+            return True
+        ends = [v.span("gripper_open") for v in (self._vectors["action"], self._vectors["state"])]
+        if "--gripper" in self._request.answers or not all(ends):
+            return False
+        sizes = [high - low for low, high in filter(None, ends)]
+        return max(sizes) > 3 * min(sizes) > 0
+
     def __call__(self, option: str) -> Any:
-        """The answer's value; None where there is none yet."""
-        question, answer = QUESTIONS[option], self.answers.get(option)
+        """The answer's value, or that of a proposal that is taken; None where there is none yet."""
+        question, answer = QUESTIONS[option], self._request.answers.get(option)
         if answer is None:
-            self.missing[option] = question
-            return None
+            proposal = propose(option, self._vectors, self._robot, self.used)
+            if not proposal or not (proposal.certain and self._request.take_certain or self._request.take_all):
+                self.missing[option] = dataclasses.replace(question, proposal=proposal)
+                return question.read(proposal.answer) if proposal else None
+            answer = proposal.answer
         self.used[option] = answer
         try:
             return question.read(answer)
@@ -114,15 +134,6 @@ class _Asker:
 
 
 # --- dimensions ------------------------------------------------------------------------------------------------------
-
-
-def _dimensions(meta: Metadata, what: str, columns: Sequence[str]) -> list[str]:
-    """The files' name of each dimension; "action[3]" where they have none."""
-    for column in columns:
-        if column not in meta.features:
-            raise UserError(f"{unknown('column', column, meta.features)}; name the {what}'s with --{what}-column")
-    width = sum(math.prod(meta.features[c].get("shape") or [1]) for c in columns)
-    return meta.dimension_names(columns) or [f"{what}[{i}]" for i in range(width)]
 
 
 def _given(fields: Sequence[str]) -> dict[str, dict[int, tuple[int, str]]]:
@@ -203,7 +214,13 @@ def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
     entry |= {"scale": scale} if scale != 1 else {}
     entry |= {"offset": offset} if offset else {}
     delta = kind == "delta" and "_vel" in slots[0] and not slots[0].startswith("base")
-    return entry | ({"delta": True} if delta else {})
+    entry |= {"delta": True} if delta else {}
+    unit = plain(ask.used.get(_unit_option(slots[0]) or "", "")).split(",")
+    unit = unit[-1] if "angular" in slots[0] else unit[0]
+    entry |= {"unit": unit} if re.fullmatch(r"[a-z]+", unit) else {}
+    return entry | (
+        {} if any(re.fullmatch(r"\w+\[\d+\]", n) for n in target.native) else {"native": list(target.native)}
+    )
 
 
 def _velocity(slot: str, what: str, native: str) -> str:
@@ -220,15 +237,22 @@ def _scale(slot: str, what: str, ask: _Asker) -> tuple[float, float]:
     """(scale, offset) from the files' unit to the slot's; (1, 0) while the answer is missing."""
     turns = "angular" in slot
     if "gripper_open" in slot:
-        option = "--state-gripper" if what == "state" and "--state-gripper" in ask.answers else "--gripper"
+        option = "--state-gripper" if what == "state" and ask.state_differs else "--gripper"
         opened, closed = ask(option) or (1.0, 0.0)
         return 1 / (opened - closed), -closed / (opened - closed)
+    answer = ask(_unit_option(slot))
+    return (answer[turns] if isinstance(answer, tuple) else answer or 1.0), 0.0
+
+
+def _unit_option(slot: str) -> str:
+    """The option that gives a slot's native unit; "" of a gripper."""
+    if "gripper_open" in slot:
+        return ""
     if slot.startswith("base"):
-        return (ask("--base-unit") or (1.0, 1.0))[turns], 0.0
-    if "eef" in slot and "_vel" in slot:
-        return (ask("--delta-scale") or (1.0, 1.0))[turns], 0.0
-    option = "--position-unit" if "eef" in slot else "--finger-unit" if "finger" in slot else "--joint-unit"
-    return ask(option) or 1.0, 0.0
+        return "--base-unit"
+    if "eef" in slot:
+        return "--delta-scale" if "_vel" in slot else "--position-unit"
+    return "--finger-unit" if "finger" in slot else "--joint-unit"
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -244,24 +268,30 @@ def _origin(target: Target) -> str:
 
 
 def _text(
-    meta: Metadata, request: Request, ask: _Asker, columns: Mapping[str, Sequence[str]], lines: Mapping[str, list[str]]
+    dataset: Dataset,
+    request: Request,
+    ask: _Asker,
+    columns: Mapping[str, Sequence[str]],
+    lines: Mapping[str, list[str]],
 ) -> str:
-    robot = str(meta.info.get("robot_type") or "")
-    cameras = meta.cameras(None)
-    sizes = ", ".join("×".join(map(str, image_size(meta.features[key]) or "?")) for key in cameras.values())
+    source, (cameras, sizes) = dataset.source, dataset.cameras()
+    known, name = list(dataset.known), request.name or source.name
     answers = ", ".join(f"{option} {answer}" for option, answer in ask.used.items() if option != "--embodiment")
-    origin = f"robot_type {json.dumps(robot)}" if robot else "the dataset's name"
+    rate = f", {source.fps:g} Hz" if source.rate_known else ""
+    robot = f"; add {json.dumps(dataset.robot)} for every dataset of this robot" if dataset.robot else ""
     head = [
-        f"# {meta.name}: LeRobot {meta.version}, {float(meta.info['fps']):g} Hz. Written by `dvla data add`: "
-        'check every line marked "guessed".',
-        f"name: {json.dumps(request.name or meta.name)}",
-        f"match: [{json.dumps(robot or meta.name)}]  # guessed from {origin}",
-        f"embodiment: {ask.used.get('--embodiment')}",
-        f"license: {json.dumps(request.license)}" + ("" if request.license else "  # not in info.json"),
-        f"source: [{json.dumps(meta.repo)}]",
+        f'# {source.name}: {dataset.version}{rate}. Written by `dvla data add`: check every line marked "guessed".',
+        f"name: {json.dumps(name)}",
+        f"match: [{json.dumps(glob.escape(known[0]) if known else name)}]  # the dataset's name{robot}",
+        *([f"format: {source.format}"] if source.format != "lerobot" else ()),
+        f"embodiment: {plain(ask.used.get('--embodiment', ''))}",
+        f"license: {json.dumps(request.license)}" + ("" if request.license else "  # not in the files"),
+        f"source: [{json.dumps(dataset.path)}]",
         f"note: {json.dumps('as given to `dvla data add`: ' + answers, ensure_ascii=False)}",
-        f"views: {json.dumps(list(cameras))}  # {sizes}",
+        f"views: {json.dumps(cameras)}  # {sizes}",
     ]
+    if hz := ask.used.get("--control-hz"):
+        head.append(f"control_hz: {QUESTIONS['--control-hz'].read(hz):g}")
     head += [f"{what}_columns: {json.dumps(list(found))}" for what, found in columns.items() if found]
     for what in ("action", "state"):
         head += [f"{what}:", *lines[what]] if lines[what] else [f"{what}: []"]

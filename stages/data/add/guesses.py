@@ -22,7 +22,7 @@ _QUATERNION = {"q", "quat", "quaternion"}
 _NOISE = _HAND | _ANGLE | _QUATERNION | {
     "main", "follower", "leader", "robot", "arm", "k", "pos", "position", "state", "observation", "action",
     "target", "goal", "cmd", "command", "value", "rad", "deg", "m", "open", "closed", "closedness", "width",
-    "delta", "rel", "relative", "world", "vector", "left", "right",
+    "delta", "rel", "relative", "world", "vector", "left", "right", "single",
 }
 _ARM = {
     "joint", "j", "shoulder", "elbow", "wrist", "forearm", "waist", "pan", "lift", "flex", "pitch", "roll", "yaw",
@@ -127,6 +127,8 @@ def _role(words: Sequence[str], sided: bool) -> str:
         return "gripper" if only == "gripper" else "unknown"
     if names & _FINGERS:
         return "finger"
+    if not core and any(w.isdigit() for w in words) and names & {"arm", "hand"}:  # GR00T's left_arm.0, left_hand.0
+        return "finger" if "hand" in names else "joint"
     for kind, marks in (("head", {"head", "neck"}), ("spine", {"spine"}), ("torso", {"torso", "trunk"})):
         if names & marks:
             return kind if core <= marks | _ARM | {"tilt"} else "unknown"

@@ -22,7 +22,7 @@ from dvla.cache.readers import Source, open_source
 from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.lerobot.source import LeRobotSource
-from dvla.cache.readers.search import config_names, load_config
+from dvla.cache.readers.search import config_names, load_config, registered_folder
 from dvla.stages.data import statistics
 from dvla.stages.data.add.guesses import guess
 from support.cli_runner import Dvla, argv, refused
@@ -554,13 +554,12 @@ def test_add_joints_in_degrees(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.M
     root = write_dataset(tmp_path / "cubes", action=SO100, state=SO100, robot="so100")
     command = argv(f"add {root} --embodiment gripper_joint --action-kind absolute --joint-unit deg --gripper 100,0")
     result = dvla(*command)
-    assert result.code == 0 and "--dataset-config cubes.yaml" in result.out
-    path = tmp_path / "cubes.yaml"
-    assert path.read_text() in result.out
+    path = registered_folder() / "cubes.yaml"
+    assert result.code == 0 and f"{path}: written" in result.out and path.read_text() in result.out
     config = load_config(path)
     assert (config.name, config.match, config.embodiment, config.views) == (
         "cubes",
-        ("so100",),
+        ("cubes",),
         "gripper_joint",
         ("front",),
     )
@@ -569,10 +568,13 @@ def test_add_joints_in_degrees(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.M
         assert line.endswith(f'# guessed from "{name}"')
     unified = open_source(root, config).action_map.to_unified(np.array([180, -90, 0, 0, 45, 25.0]))
     np.testing.assert_allclose(unified[[0, 1, 2, 3, 4, 10]], [np.pi, -np.pi / 2, 0, 0, np.pi / 4, 0.25], rtol=1e-6)
-    assert dvla("show", root, "--dataset-config", path).code == 0
+    for option in ((), ("--dataset-config", path), ("--dataset-config", "cubes")):  # registered, so found by itself
+        assert f"config cubes ({path})" in squeezed(dvla("show", root, *option).out)
+    assert open_source(root).action_map.native_names == tuple(SO100)
     before = path.read_bytes()
-    refused(dvla(*command), "cubes.yaml exists", "choose another --out")
-    assert path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["cubes", "cubes.yaml"]
+    refused(dvla(*command), "cubes.yaml exists", "choose another --name")
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["cubes"]
+    refused(dvla(*command, "--name", "droid"), "'droid' is a shipped family")
 
 
 def test_add_displacements_of_the_hand(dvla: Dvla, tmp_path: Path) -> None:
@@ -618,19 +620,18 @@ def test_add_keeps_to_what_fields_say(dvla: Dvla, tmp_path: Path) -> None:
 
 
 def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
-    """Nothing is assumed that info.json does not tell: off a terminal each missing option is named; no file appears."""
+    """Off a terminal each missing option is named, with what is proposed for it; no file appears."""
     root, out = (
         write_dataset(tmp_path / "d", action=HAND, state=("motor_0", "motor_1"), robot="new"),
         tmp_path / "o.yaml",
     )
     refused(
         dvla("add", root, "--out", out),
-        "--embodiment: ",
         "--action-kind: ",
-        "--position-unit: ",
-        "--rotation: ",
-        "--gripper: ",
+        "--embodiment gripper_eef (proposed); ",
+        "--gripper 1,0 (proposed)",
         "--field state.0-1=…: ",
+        "(--yes takes what is proposed)",
     )
     known = argv(
         f"add {root} --out {out} --embodiment gripper_eef --action-kind absolute --position-unit m --gripper 1,0"
@@ -648,7 +649,7 @@ def test_add_says_what_is_missing(dvla: Dvla, tmp_path: Path) -> None:
             ("--embodiment", "griper_eef"),
             ("--embodiment: unknown embodiment 'griper_eef'", "did you mean 'gripper_eef'"),
         ),
-        (("--action-kind", "relative"), ("unknown kind of action 'relative'",)),
+        (("--action-kind", "sideways"), ("unknown kind of action 'sideways'",)),
         (("--position-unit", "inch"), ("--position-unit: 'inch' is no number and none of m, cm, mm",)),
         (("--position-unit", "0"), ("a unit of 0",)),
         (("--gripper", "1"), ("--gripper: '1': give two values",)),
@@ -683,7 +684,7 @@ def test_add_refusals(
 
 def test_add_of_another_format(dvla: Dvla, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    refused(dvla("add", tmp_path / "x"), "is not a LeRobot dataset")
+    refused(dvla("add", tmp_path / "x"), "holds none of the formats that can be read")
 
 
 class Terminal(io.StringIO):
@@ -696,7 +697,7 @@ def test_add_asks_on_a_terminal(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.
     root = write_dataset(
         tmp_path / "d", action=("joint_0", "motor", "gripper"), state=("joint_0", "motor", "gripper"), robot="new"
     )
-    answers = ["bimanul", "bimanual", "absolute", "arm_joint_1_po", "arm_joint_1_pos", "deg", "2,0", "arm_joint_1_pos"]
+    answers = ["absolute", "bimanul", "bimanual", "arm_joint_1_po", "arm_joint_1_pos", "arm_joint_1_pos", "deg", "2,0"]
     monkeypatch.setattr(sys, "stdin", Terminal("".join(a + "\n" for a in answers)))
     asked = dvla("add", root, "--out", tmp_path / "asked.yaml")
     assert asked.code == 0, asked
@@ -712,7 +713,7 @@ def test_add_asks_on_a_terminal(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.
         )
     )
     assert given.code == 0 and (tmp_path / "given.yaml").read_text() == (tmp_path / "asked.yaml").read_text()
-    monkeypatch.setattr(sys, "stdin", Terminal("bimanual\nabsolute\n"))
+    monkeypatch.setattr(sys, "stdin", Terminal("absolute\nbimanual\n"))
     assert dvla("add", root, "--out", tmp_path / "half.yaml").code == 130 and not (tmp_path / "half.yaml").exists()
 
 

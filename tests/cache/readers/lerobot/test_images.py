@@ -1,5 +1,6 @@
 """Images in LeRobot's parquet files, however a column holds them; depth maps are named and are no camera."""
 
+import hashlib
 import io
 import json
 
@@ -11,7 +12,7 @@ from PIL import Image
 from dvla.cache.readers import open_source
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.search import load_config
-from dvla.errors import UserError
+from dvla.errors import Note, UserError
 from support.lerobot_written import CAMERA, LENGTHS, change_info, change_table, info, png, write_v2, write_v3
 
 FEATURES = info("v3.0")["features"]
@@ -81,8 +82,20 @@ def test_ways_of_a_column(tmp_path, kind):
 
 
 def test_the_hash_of_an_ordinary_column_is_what_it_was(tmp_path):
-    first = open_source(write_v3(tmp_path / "a")).load(1).views[0].sha256
-    assert first == open_source(dataset(tmp_path / "b", *KINDS["path"])).load(1).views[0].sha256
+    wanted = hashlib.sha256()
+    for frame in range(LENGTHS[1]):
+        wanted.update(f"{len(png(1, frame))};".encode() + png(1, frame))
+    for kind in ("struct", "bytes", "path"):
+        assert open_source(dataset(tmp_path / kind, *KINDS[kind])).load(1).views[0].sha256 == wanted.hexdigest()
+
+
+def test_images_of_another_size_than_listed_are_read_and_named(tmp_path):
+    root = write_v3(tmp_path / "x")
+    assert open_source(root).load(0).views[0].notes == ()
+    change_info(root, features={**FEATURES, CAMERA: {**FEATURES[CAMERA], "shape": [24, 32, 3]}})
+    (view,) = open_source(root).load(0).views
+    text = f"'{CAMERA}' is 16x16, meta/info.json lists [24, 32, 3]: read as it is"
+    assert view.notes == (Note("image-size", text),) and equal(view, [pixels(0, i) for i in range(LENGTHS[0])])
 
 
 @pytest.mark.parametrize(

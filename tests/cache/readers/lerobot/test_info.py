@@ -31,6 +31,7 @@ def with_feature(key, **changes):
         {"data_path": None},
         {"data_path": "data/chunk-{episode_chunk:03}/episode_{episode_index:06}.parquet"},
         {"data_path": "./data//chunk-{chunk_index:03d}/episode_{episode_index:06d}.parquet"},
+        {"data_path": "data\\chunk-{chunk_index:03d}\\episode_{episode_index:06d}.parquet"},
         {"video_path": "../{nonsense}"},  # there is no video
         {"total_episodes": None},
         {"total_episodes": "many", "total_frames": [1]},
@@ -81,7 +82,7 @@ def test_odd_info_is_read(tmp_path, changes):
         ({"data_path": ["data"]}, r"is \['data'\], expected a path"),
         ({"data_path": "../data/episode_{episode_index:06d}.parquet"}, "leaves its folder"),
         ({"data_path": "/etc/{episode_index:06d}"}, "leaves its folder"),
-        ({"data_path": "data\\{episode_index:06d}"}, "leaves its folder"),
+        ({"data_path": "..\\{episode_index:06d}"}, "leaves its folder"),
     ],
 )
 def test_unusable_info_is_one_line(tmp_path, changes, message):
