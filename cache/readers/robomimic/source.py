@@ -90,7 +90,8 @@ class RobomimicSource(Source):
                 widths = widths or _columns(data, self._demos)
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
-        name = re.sub(r"[^\w.-]+", "_", f"{environment}_{stem}".strip("_"))  # many files are called image.hdf5
+        named = f"{environment[:100]}_{stem}".strip("_")  # many files are called image.hdf5
+        name = re.sub(r"[^\w.-]+", "_", named)
         if not self._cameras and config.mapped:
             raise UserError(
                 f"{name} has no camera, only low-dimensional observations; extract images with robomimic's "
