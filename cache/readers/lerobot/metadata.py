@@ -150,6 +150,10 @@ class Metadata:
         found = [*self._listing.notes, *self.modality.notes]
         if self.depth_maps:
             found.append(Note("depth-map", f"{', '.join(self.depth_maps)}: depth maps, not read as cameras"))
+        named = [k for k in self.features if k.startswith("observation.image") and k not in self.depth_maps]
+        if unread := [k for k in named if self.features[k]["dtype"] not in ("video", "image")]:
+            kinds = ", ".join(f"{k} ({shown(self.features[k]['dtype'])})" for k in unread)
+            found.append(Note("camera-unknown", f"{kinds}: named like cameras, neither video nor image; not read"))
         splits = self.info.get("splits")
         if isinstance(splits, Mapping) and len(splits) > 1:
             parts = ", ".join(f"{name} {shown(value)}" for name, value in list(splits.items())[:3])

@@ -55,6 +55,16 @@ def test_odd_info_is_read(tmp_path, changes):
     assert source.fps == 10 and source.view_names == ("front",)
 
 
+@pytest.mark.parametrize("dtype", [None, "vide", 7])
+def test_a_camera_that_is_not_read_is_named(tmp_path, dtype):
+    root = write_v2(tmp_path / "d")
+    change_info(root, features={**FEATURES, f"{CAMERA}_2": {**FEATURES[CAMERA], "dtype": dtype}})
+    source = open_source(root)
+    assert source.view_names == ("front",)
+    (note,) = source.notes()
+    assert note.rule == "camera-unknown" and f"{CAMERA}_2" in note.text and "not read" in note.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
