@@ -142,6 +142,8 @@ class Metadata:
     @property
     def needs_more_texts(self) -> bool:
         """Whether rows may point at a task without an instruction, so that other columns are worth reading."""
+        if not self.tasks or "task_index" not in self.features:
+            return True
         doubts = any(note.rule.startswith("task-") for note in self._listing.notes)
         return doubts or not all(map(is_instruction, self.tasks.values()))
 
@@ -304,7 +306,7 @@ class Metadata:
         files, listing = self.files, self._listing
         read_tasks(files, listing)
         try:
-            total = min(whole(self.info.get("total_episodes")), 10**6)
+            total = min(whole(self.info.get("total_episodes")), 10**5)
         except ValueError:
             total = 0
         read_episodes(files, self._paths, self._is_v3, total, listing)
