@@ -74,6 +74,10 @@ class RldsSource(Source):
         """sha256 hex over dataset_info.json and features.json."""
         return self._meta.revision_hash
 
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: how many episodes are here."""
+        return self._meta.notes()
+
     def length_of(self, episode_id: int) -> int:
         """Number of frames T, counted in the record itself: the metadata does not list it."""
         where = self.where(episode_id)

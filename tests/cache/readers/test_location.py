@@ -130,6 +130,12 @@ def test_a_packed_dataset(tmp_path):
         assert f"{name} is an archive without RLBench episodes or a Zarr buffer; extract it" in refusal(tmp_path / name)
 
 
+def test_a_folder_with_an_archive_alone(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/push.tar.gz").write_bytes(b"\x1f\x8b")
+    assert "holds an archive, push.tar.gz, and no dataset" in refusal(tmp_path / "d")
+
+
 def test_other_folders_that_look_like_a_dataset(tmp_path):
     (tmp_path / "old/meta_data").mkdir(parents=True)
     (tmp_path / "old/meta_data/info.json").write_text("{}")

@@ -83,6 +83,23 @@ def test_a_task_that_does_not_exist_costs_the_episode_if_nothing_else_tells(tmp_
     assert outcome(root) == [("push", []), "task_index 1 is not among the 1 tasks of meta/", ("push", [])]
 
 
+@pytest.mark.parametrize(
+    "values", [pa.array([1.0] * 4), pa.array(["1"] * 4), pa.array([[1]] * 4), pa.array([None, 1, 1, 1])]
+)
+def test_indices_may_have_any_type(tmp_path, values):
+    root = write_v2(tmp_path / "d", ("push", "pull"))
+    at = 7  # of task_index
+    change_table(root / "data/chunk-000/episode_000000.parquet", lambda t: t.set_column(at, "task_index", values))
+    assert outcome(root)[0] == ("pull", ["task-differs"])
+
+
+def test_texts_may_be_bytes(tmp_path):
+    root = write_v3(tmp_path / "d")
+    texts = pa.array([b"push"], pa.binary())
+    pq.write_table(pa.table({"task_index": [0], "task": texts}), root / "meta/tasks.parquet")
+    assert outcome(root) == [("push", ["task-differs"])] * 3
+
+
 def test_one_row_of_another_task_is_named(tmp_path):
     root = write_v2(tmp_path / "d", ("push", "pull"))
     for path, other in zip(sorted(root.glob("data/*/*.parquet")), (1, 1, 9)):
