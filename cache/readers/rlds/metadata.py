@@ -26,6 +26,7 @@ from ..location import Location, absence
 DESCRIPTION = ("dataset_info.json", "features.json")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # tfds' own, where a split names none
 _MAX_EPISODES = 10_000_000  # a list of ids is kept in memory; the largest corpora have a hundredth of that
+_MAX_NAME = 100  # characters
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -64,7 +65,7 @@ class Metadata:
         info, features = (_load(self.root / name) for name in DESCRIPTION)
         given = self.root.absolute()
         label = info.get("name") or (given.parent if _VERSION.fullmatch(given.name) else given).name
-        self.name = re.sub(r"[^\w-]+", "_", str(label))  # safe as a folder name
+        self.name = re.sub(r"[^\w-]+", "_", str(label))[:_MAX_NAME]  # safe as a folder name
         # To find a config by.
         self.names = tuple(dict.fromkeys((self.name, given.name, given.parent.name, self._files.name)))
         self.features = dict(_flatten(_steps(features, self.root), ""))  # path below `steps` → feature
@@ -198,7 +199,9 @@ def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:
                 }
                 shard = re.sub(r"\{(\w*)\}", lambda found: known[found[1]], split.get("filepathTemplate") or _TEMPLATE)
                 if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                    raise ValueError(f"'{shard}' leaves the folder")
+                    raise ValueError(f"'{shard[:80]}' leaves the folder")
+                if max(map(len, Path(shard).parts), default=0) > 255:
+                    raise ValueError(f"'{shard[:80]}…' is no name of a file")
                 if not 0 <= length <= _MAX_EPISODES - first:
                     raise ValueError(f"'{shard}' with {length} records")
                 yield Shard(shard, first, length)
