@@ -327,7 +327,10 @@ def test_reordered_frames_of_a_file_without_an_edit_list(tmp_path, write):
 
 @pytest.mark.parametrize("write", [write_v2, write_v3])
 def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path, write):
-    film = lambda path, shown: write_video(path, [39, 39, 39, *shown], [100 * k - 300 for k in range(len(shown) + 3)])  # noqa: E731
+
+    def film(path, shown):
+        write_video(path, [39, 39, 39, *shown], [100 * k - 300 for k in range(len(shown) + 3)])
+
     source = open_source(write(tmp_path / "d", film=film))
     all_right(source)
     all_right(open_source(write(tmp_path / "e", film=film, change=CLOCKS["begins at 1/fps"])))
