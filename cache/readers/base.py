@@ -376,6 +376,14 @@ def common(sets: Sequence[Iterable[Name]]) -> list[Name]:
     return [name for name, count in counts.items() if 2 * count >= len(sets)]
 
 
+def rare_cameras(sets: Sequence[Iterable[str]]) -> tuple[Note, ...]:
+    """What to say about cameras that fewer than half of the episodes looked at have, so that they are no views."""
+    counts = Counter(name for names in sets for name in names)
+    few = ((name, n) for name, n in sorted(counts.items()) if 2 * n < len(sets))
+    text = "camera '{}' is in {} of {} episodes looked at and not used"
+    return tuple(Note("camera-rare", text.format(name, n, len(sets))) for name, n in few)
+
+
 def choose_views(names: Sequence[str], config: DatasetConfig, dataset: str) -> tuple[str, ...]:
     """The cameras to use among `names`: the config's, in its order, or all. `UserError` names the nearest valid one."""
     for wanted in config.views or ():

@@ -207,6 +207,17 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
 # --- pixels ---
 
 
+def is_depth_video(path: Path, where: str) -> bool:
+    """Whether a video has one channel of more than 8 bits; `CorruptEpisode` when it cannot be read."""
+    with _opened(path, where) as (_, stream):
+        form = stream.codec_context.format
+        return form is not None and _is_deep(form)
+
+
+def _is_deep(form: av.VideoFormat) -> bool:
+    return len(form.components) < 3 and form.components[0].bits > 8 and not form.is_rgb
+
+
 def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame | None:
     """The frame of a packet that can be decoded without others, as a key frame can; None where it cannot."""
     context = stream.codec_context
@@ -241,7 +252,7 @@ def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
             src_color_range=_FULL if full else 1,
             dst_color_range=_FULL,
         )
-    image = frame.to_ndarray(format="rgb24")
+    image: np.ndarray = frame.to_ndarray(format="rgb24")
     if extent.turn:
         image = image.transpose(1, 0, 2) if "t" in extent.turn else image
         image = np.ascontiguousarray(image[:: -1 if "r" in extent.turn else 1, :: -1 if "c" in extent.turn else 1])
@@ -256,7 +267,8 @@ def _turn(frame: av.VideoFrame, what: str) -> str | None:
     matrix = frame.side_data.get("DISPLAYMATRIX") if len(frame.side_data) else None
     if matrix is None:
         return None
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # shown at a·x + c·y, b·x + d·y
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # type: ignore[call-overload]
+    # (x, y) is shown at (a·x + c·y, b·x + d·y)
     across = abs(b) + abs(c) > abs(a) + abs(d)
     straight, slanted = ((b, c), (a, d)) if across else ((a, d), (b, c))
     if max(map(abs, slanted)) > _SLANT * min(map(abs, straight)):
@@ -277,7 +289,7 @@ def _conversion(frame: av.VideoFrame, what: str) -> str:
     if form.has_palette:
         return "palette;"
     if len(form.components) < 3:
-        if form.components[0].bits > 8:
+        if _is_deep(form):
             raise CorruptEpisode(
                 f"{what} is gray of {form.components[0].bits} bits, a depth map; leave that camera out with `views`"
             )

@@ -38,8 +38,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ....errors import UserError, unknown
-from ..base import Source, choose_views, common, listing_hash, look_around
+from ....errors import Note, UserError, unknown
+from ..base import Source, choose_views, common, listing_hash, look_around, rare_cameras
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..hdf5 import SUFFIXES, find, find_array, find_group, opened, success_of, text
@@ -109,6 +109,10 @@ class DexWildSource(Source):
     def revision_hash(self) -> str:
         """sha256 hex over the names and sizes of the HDF5 files."""
         return listing_hash(self._root, self._paths)
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: cameras of few episodes."""
+        return self._rare
 
     def length_of(self, episode_id: int) -> int:
         """Number of frames T: the first view's images that are left after alignment."""
@@ -188,6 +192,7 @@ class DexWildSource(Source):
         widths = {c: n for seen, _ in found for c, n in seen.items()}
         widths |= dict(common([seen.items() for seen, _ in found]))
         cameras = set(common([names for _, names in found]))
+        self._rare = () if config.views else rare_cameras([names for _, names in found])
         for column in (c for c in wanted if c not in widths):
             raise UserError(
                 f"{dataset}: {unknown('stream', column, streams)}; dataset config '{config.name}' asks for it"

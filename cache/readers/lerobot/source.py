@@ -26,7 +26,7 @@ from ..faults import one_episode
 from ..labels import SUCCESS
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
-from ..video import decode
+from ..video import decode, is_depth_video
 from .camera_files import CameraFiles
 from .image_columns import decode_images, find_images, holds_depth, image_file
 from .listing import EpisodeEntry
@@ -94,14 +94,23 @@ class LeRobotSource(Source):
         return {key: math.prod(f.get("shape") or [1]) for key, f in features.items() if key in stored}
 
     def _deep_images(self) -> Iterator[str]:
-        """Features of images with one channel that are depth maps by the first image there is."""
-        images = {k: f for k, f in self.meta.features.items() if f["dtype"] == "image" and 3 not in f["shape"]}
-        for key in (k for k in images if k not in self.meta.depth_maps):
-            for number, entry in list(self.meta.episodes.items())[:1]:
+        """Features that are depth maps by the first image or video there is. Only those with one channel or a name that
+        says depth are looked at: tables need no video."""
+        for key, feature in self.meta.features.items():
+            doubtful = feature["dtype"] in ("image", "video") and (3 not in feature["shape"] or "depth" in key.lower())
+            with contextlib.suppress(CorruptEpisode):
+                if doubtful and key not in self.meta.depth_maps and self._is_deep(key, feature["dtype"]):
+                    yield key
+
+    def _is_deep(self, key: str, dtype: str) -> bool:
+        """Whether a feature is a depth map by the first episode that has it."""
+        for number, entry in self.meta.episodes.items():
+            if dtype == "image":
                 fetch = functools.partial(image_file, self.meta.files, key, number, "")
-                with contextlib.suppress(CorruptEpisode):
-                    if holds_depth(self.meta.locate(entry.data_path, ""), key, fetch, ""):
-                        yield key
+                return holds_depth(self.meta.locate(entry.data_path, ""), key, fetch, "")
+            if key in entry.video_paths:
+                return is_depth_video(self.meta.locate(entry.video_paths[key], ""), "")
+        return False
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:

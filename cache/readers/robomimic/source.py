@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 
 from ....errors import Failed, Note, UserError
-from ..base import Source, choose_views, common, listing_hash, look_around
+from ..base import Source, choose_views, common, listing_hash, look_around, rare_cameras
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
@@ -86,7 +86,7 @@ class RobomimicSource(Source):
                 config = choose_config(
                     config, self.format, Files(names, self._file, lambda: _columns(data, self._demos))
                 )
-                self._cameras, widths = _usual_demo(data, self._demos, config.columns, stem)
+                self._cameras, widths, self._rare = _usual_demo(data, self._demos, config.columns, stem)
                 widths = widths or _columns(data, self._demos)
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
@@ -126,11 +126,12 @@ class RobomimicSource(Source):
         return listing_hash(self._file.parent, [self._file])
 
     def notes(self) -> tuple[Note, ...]:
-        """As in `Source`: observations of the first demo that can be read that look like images and are none."""
+        """As in `Source`: cameras of few demos, and observations of the first that can be read that look like images
+        and are none."""
         for number in self.episode_ids:
             with contextlib.suppress(CorruptEpisode), self._open(number) as (_, demo, where):
-                return tuple(left_out_of(find_group(demo, "obs", where)))
-        return ()
+                return (*self._rare, *left_out_of(find_group(demo, "obs", where)))
+        return self._rare
 
     def length_of(self, episode_id: int) -> int:
         """Rows of the action's first column."""
@@ -235,8 +236,9 @@ def _is_demo(data: h5py.Group, name: str) -> bool:
 
 def _usual_demo(
     data: h5py.Group, demos: Mapping[int, str], columns: Sequence[str], where: str
-) -> tuple[dict[str, str], dict[str, int]]:
-    """(view name → key in obs, width of each column) of half of the demos looked at; empty when none has an image."""
+) -> tuple[dict[str, str], dict[str, int], tuple[Note, ...]]:
+    """(view name → key in obs, width of each column, cameras of fewer) of half of the demos looked at; empty when none
+    has an image."""
 
     def look(number: int) -> tuple[list[str], dict[str, int]] | None:
         here = f"{where} episode {number}"
@@ -254,7 +256,8 @@ def _usual_demo(
     if len(cameras) < len(keys):
         raise UserError(f"{where}: two cameras get the same short name: {', '.join(keys)}; rename one of them")
     widths = {c: n for _, seen in found for c, n in seen.items()}
-    return cameras, widths | dict(common([seen.items() for _, seen in found]))
+    widths |= dict(common([seen.items() for _, seen in found]))
+    return cameras, widths, rare_cameras([seen for seen, _ in found])
 
 
 def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:

@@ -392,6 +392,7 @@ def test_an_odd_first_episode_does_not_speak_for_the_others(tmp_path):
         replace(file["ep_0000/right_leapv1"], np.zeros((8, 5)))
     source = open_source(path, dataclasses.replace(load_config("dexwild"), views=None))
     assert "another_cam" not in source.view_names
+    assert [n.text for n in source.notes()] == ["camera 'another_cam' is in 1 of 3 episodes looked at and not used"]
     assert [source.load(n).length for n in (1, 2)] == [open_source(path).length_of(n) for n in (1, 2)]
 
 
