@@ -121,6 +121,10 @@ class Location:
             raise CorruptEpisode(f"{where}: {relative} {absence(path) or 'is no file'}", "missing-file")
         return path
 
+    def has(self, pattern: str) -> bool:
+        """Whether a file of the dataset fits; as `names`."""
+        return bool(self.names(pattern)) if self._repo else any(True for _ in self.root.glob(pattern))
+
     def names(self, pattern: str) -> list[str]:
         """Files of the dataset that fit a pattern of `Path.glob`, relative, sorted; of a hub dataset those the hub
         lists, and [] where it cannot be asked."""
@@ -139,12 +143,15 @@ class Location:
 
 
 def _fetch(repo: str, commit: str, relative: str, where: str) -> None:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(repo, relative, repo_type="dataset", revision=commit)
     except LocalEntryNotFoundError as error:  # offline; a subclass of EntryNotFoundError, hence first
+        if constants.HF_HUB_OFFLINE:
+            reason = f"{where}: {relative} is not in the hub's cache, and HF_HUB_OFFLINE is set"
+            raise CorruptEpisode(reason, "missing-file") from None
         raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {why(error)}") from None
     except EntryNotFoundError:
         raise CorruptEpisode(f"{where}: {relative} is missing from '{repo}'", "missing-file") from None

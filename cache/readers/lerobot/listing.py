@@ -95,7 +95,7 @@ def read_tasks(location: Location, listing: Listing) -> None:
             if line.value is None:
                 raise ValueError(line.problem)
             index = whole_field(line.value, "task_index") if "task_index" in line.value else position
-            text = line.value.get(column)
+            text = line.value.get(column or "")
             found = text if isinstance(text, (list, tuple)) else [text]
             texts.setdefault(index, set()).add("; ".join(filter(None, map(as_text, found))))
         except ValueError as error:

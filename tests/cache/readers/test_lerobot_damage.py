@@ -90,11 +90,6 @@ DAMAGE = {  # name: (dataset, how, message about episode 1)
     "row missing": ("image", remove_rows, "has 12 rows, meta/ lists 13"),
     "image missing": ("image", null_picture, "'observation.images.wrist' holds no image bytes"),
     "action column missing": ("image", drop_column("action"), "column 'action' is missing"),
-    "image column missing": (
-        "image",
-        drop_column("observation.images.front"),
-        "column 'observation.images.front' is missing",
-    ),
 }
 
 

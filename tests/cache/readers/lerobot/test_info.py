@@ -141,6 +141,14 @@ def test_template_fills_and_matches():
 _FIELDS = ("episode_chunk", "episode_index", "video_key")
 
 
+def test_a_camera_without_a_column_is_skipped_and_named(tmp_path):
+    root = write_v2(tmp_path / "d")
+    change_info(root, features=FEATURES | {"observation.images.wrist": FEATURES[CAMERA]})
+    source = open_source(root)
+    assert source.view_names == ("front",) and source.load(1).length == LENGTHS[1]
+    assert [n.text for n in source.notes()] == ["no images of observation.images.wrist: not read"]
+
+
 def test_an_episode_in_another_chunk_is_found(tmp_path):
     root = write_v2(tmp_path / "d")
     (root / "data/chunk-007").mkdir()

@@ -162,6 +162,20 @@ def test_columns_of_text_are_asked_where_the_task_has_none(tmp_path, name):
     assert outcome(root) == [("push", []), ("pull", []), ("", [])]
 
 
+@pytest.mark.parametrize("column", [True, False])
+def test_columns_of_text_are_asked_where_there_is_no_task_table(tmp_path, column):
+    root = write_v2(tmp_path / "d", ("pull",))
+    add_column(root, "language_instruction", ["push", "push it", ""])
+    if column:
+        (root / "meta/tasks.jsonl").unlink()
+    else:
+        for path in root.glob("data/*/*.parquet"):
+            change_table(path, lambda t: t.drop_columns(["task_index"]))
+        features = json.loads((root / "meta/info.json").read_text())["features"]
+        change_info(root, features={k: v for k, v in features.items() if k != "task_index"})
+    assert [x[0] for x in outcome(root)] == ["push", "push it", "pull"]
+
+
 def test_the_first_language_column_with_a_text_is_used(tmp_path):
     root = write_v2(tmp_path / "d", ("",))
     add_column(root, "language_instruction", ["", "", "a"])
