@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help venv system vulkan demo test lint docs site audit wheel clean-venv
+.PHONY: help venv system vulkan demo test lint fuzz docs site audit wheel clean-venv
 
 VENV := .venv
 STAMP := $(VENV)/.dvla-installed
@@ -103,6 +103,9 @@ docs: $(STAMP)  ## regenerate docs/cli.md from the commands' help
 site: $(STAMP)  ## build the documentation site in build/site, offline; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	echo build/site/index.html
+
+fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and read them (about an hour)
+	@$(VENV)/bin/python tests/fuzz/fuzz_readers.py --count 2000
 
 audit: $(STAMP)  ## check the pinned versions for known vulnerabilities (asks PyPI)
 	@$(UV)x pip-audit -r constraints.txt --no-deps --disable-pip

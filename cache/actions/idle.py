@@ -39,7 +39,7 @@ def idle_frames(tables: Sequence[tuple[np.ndarray, np.ndarray]], hz: float) -> n
     and state. Its first frame is never idle where all others are."""
     length, run = len(tables[0][0]), max(FEWEST, math.ceil(RUN * hz))
     idle = np.zeros(length, bool)
-    if length <= run:
+    if length <= run or not any(band.any() for _, band in tables):
         return idle
     still = np.ones(length - run + 1, bool)  # the `run` frames from here
     for values, band in tables:

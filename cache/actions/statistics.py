@@ -52,7 +52,8 @@ class Statistics:
             return out
 
         quantiles = None if self.quantiles is None else {q: wide(v) for q, v in self.quantiles.items()}
-        return Statistics(*map(wide, (self.mean, self.std, self.min, self.max)), self.count, quantiles)
+        moments = {name: wide(getattr(self, name)) for name in ("mean", "std", "min", "max")}
+        return Statistics(**moments, count=self.count, quantiles=quantiles)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; floats survive the round trip exactly."""

@@ -355,7 +355,8 @@ def look_around(
 ) -> tuple[list[Seen], list[CorruptEpisode]]:
     """What `look` finds in up to `most` of the episodes `ids`, evenly spread, and why some cannot be read: an odd first
     episode does not speak for a dataset. Others are looked at only while nothing was found."""
-    found, refused = [], []
+    found: list[Seen] = []
+    refused: list[CorruptEpisode] = []
     spread = {ids[int(i)] for i in np.linspace(0, len(ids) - 1, min(most, len(ids)))} if ids else set()
     for number in (*sorted(spread), *(n for n in ids if n not in spread)):
         if found and number not in spread:
@@ -373,6 +374,14 @@ def common(sets: Sequence[Iterable[Name]]) -> list[Name]:
     """What at least half of the sets hold, in the order of the first of the largest."""
     counts = Counter(name for names in sorted(map(list, sets), key=len, reverse=True) for name in names)
     return [name for name, count in counts.items() if 2 * count >= len(sets)]
+
+
+def rare_cameras(sets: Sequence[Iterable[str]]) -> tuple[Note, ...]:
+    """What to say about cameras that fewer than half of the episodes looked at have, so that they are no views."""
+    counts = Counter(name for names in sets for name in names)
+    few = ((name, n) for name, n in sorted(counts.items()) if 2 * n < len(sets))
+    text = "camera '{}' is in {} of {} episodes looked at and not used"
+    return tuple(Note("camera-rare", text.format(name, n, len(sets))) for name, n in few)
 
 
 def choose_views(names: Sequence[str], config: DatasetConfig, dataset: str) -> tuple[str, ...]:

@@ -118,6 +118,14 @@ def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
     return here
 
 
+def find_group(group: h5py.Group, name: str, where: str) -> h5py.Group:
+    """The group `name` of `group`; `CorruptEpisode` when it is absent or a dataset (whose rows it would list)."""
+    found = find(group, name, where)
+    if not isinstance(found, h5py.Group):
+        raise CorruptEpisode(f"{where}: '{name}' is a dataset, not a group")
+    return found
+
+
 def find_array(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
     """The dataset `name` of `group`, all of whose values are stored in this file.
 

@@ -65,12 +65,16 @@ def misplaced(root: Path) -> str:
         return "is a LeRobot dataset of version 1, which is not readable; convert it with lerobot"
     if (root / "meta").is_dir() and (root / "data").is_dir():
         return "is a LeRobot dataset without its meta/info.json; fetch meta/ again"
+    packed = [p.name for p in sorted(root.glob("*")) if p.is_file() and _PACKED.search(p.name)]
+    if packed:
+        return f"holds an archive, {packed[0]}, and no dataset; extract it and give the folder"
     pointers = [p for p in sorted(root.glob("*")) if p.is_file() and "LFS" in absence(p)] if root.is_dir() else []
     return f"holds {pointers[0].name}, which {absence(pointers[0])}" if pointers else ""
 
 
 def _download_folders(path: Path) -> Iterator[Path]:
-    """Where the hub's client keeps unfinished downloads of a file: beside the dataset, or in its cache."""
+    """Where the hub's client keeps unfinished downloads of a file: beside it, in the dataset, or in its cache."""
+    yield path.parent
     for root in path.parents:
         yield (root / ".cache/huggingface/download" / path.relative_to(root)).parent
         if root.parent.name == "snapshots":
@@ -117,11 +121,16 @@ class Location:
             raise CorruptEpisode(f"{where}: {relative} {absence(path) or 'is no file'}", "missing-file")
         return path
 
+    def has(self, pattern: str) -> bool:
+        """Whether a file of the dataset fits; as `names`."""
+        return bool(self.names(pattern)) if self._repo else any(True for _ in self.root.glob(pattern))
+
     def names(self, pattern: str) -> list[str]:
         """Files of the dataset that fit a pattern of `Path.glob`, relative, sorted; of a hub dataset those the hub
         lists, and [] where it cannot be asked."""
         if not self._repo:
-            return sorted(p.relative_to(self.root).as_posix() for p in self.root.glob(pattern))
+            found = (p for p in self.root.glob(pattern) if not p.name.startswith("."))  # as macOS leaves beside a file
+            return sorted(p.relative_to(self.root).as_posix() for p in found)
         if self._listed is None:
             try:
                 self._listed = hub_files(f"{self.hub_id}@{self._commit}")
@@ -134,12 +143,15 @@ class Location:
 
 
 def _fetch(repo: str, commit: str, relative: str, where: str) -> None:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         hf_hub_download(repo, relative, repo_type="dataset", revision=commit)
     except LocalEntryNotFoundError as error:  # offline; a subclass of EntryNotFoundError, hence first
+        if constants.HF_HUB_OFFLINE:
+            reason = f"{where}: {relative} is not in the hub's cache, and HF_HUB_OFFLINE is set"
+            raise CorruptEpisode(reason, "missing-file") from None
         raise UserError(f"{where}: {relative} could not be fetched from '{repo}': {why(error)}") from None
     except EntryNotFoundError:
         raise CorruptEpisode(f"{where}: {relative} is missing from '{repo}'", "missing-file") from None

@@ -22,6 +22,7 @@ import numpy as np
 from av.stream import Disposition
 
 from ...common.mp4 import quiet_libav
+from ...errors import Note
 from .episode import CorruptEpisode
 from .images import check_size, renamed
 from .location import unreadable
@@ -30,6 +31,7 @@ DECODER_THREADS = 2  # per open file; a build decodes several files at once
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails  # video streams that are no recording
 _UNTAGGED = (0, 2, 5, 6)  # color matrices that mean BT.601, which is also what libswscale takes without a tag
 _MATRICES = (*_UNTAGGED, 1, 4, 7, 9)  # those libswscale knows, by their numbers in H.273
+_HDR = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_…
 _FULL = 2  # AVCOL_RANGE_JPEG
 _SLANT = 0.02  # of a display matrix that is taken for straight: 1 degree
 _PLAIN = {f"yuv{how}p" for how in ("420", "422", "444")} | {"nv12", "nv21", "yuva420p", "yuyv422", "uyvy422"}
@@ -47,16 +49,22 @@ class VideoExtent:
     sha256: str  # hex, over the time (relative to the episode) and compressed bytes of its packets, and the conversion
     turn: str = ""  # how decoded frames are turned: t (axes exchanged), then r, c (rows, columns reversed)
     in_file: int = 0  # frames of the whole file by its header; 0 where that does not say
+    notes: tuple[Note, ...] = ()  # what to know about its pixels
 
 
 class NoFrame(CorruptEpisode):
     """A time has no frame of its own."""
 
 
-def stored_times(path: Path, where: str) -> np.ndarray:
+def stored_times(path: Path, where: str, count: int = 0) -> np.ndarray:
     """Seconds [n], ascending, at which the frames of a file are shown, without decoding; those that are decoded but
-    never shown (before the start that an edit list gives) are left out. `CorruptEpisode` as `find_extent`."""
+    never shown (before the start that an edit list gives) are left out. `CorruptEpisode` as `find_extent`.
+
+    With `count`, none at once for a file whose header gives another number of frames.
+    """
     with _opened(path, where) as (container, stream):
+        if count and stream.frames not in (0, count):
+            return np.zeros(0)
         shown = []
         for packet in container.demux(stream):
             if packet.is_corrupt:
@@ -82,17 +90,17 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
         first, last = math.floor((times[0] - tolerance) / base), math.ceil((times[-1] + tolerance) / base)
         _seek(container, stream, first, 1.0)  # a second early: reordered frames may be stored before their key frame
         for packet in container.demux(stream):
+            if look is None and (frame := _decoded_alone(stream, packet)) is not None:
+                look = _turn(frame, what) or "", _conversion(frame, what), frame.height, frame.width
             if packet.pts is None or packet.is_discard:  # the flush packet at the end; a frame that is never shown
                 continue
             if packet.is_corrupt:
                 raise CorruptEpisode(f"{where}: {path.name} is cut off at {packet.pts * base:.3f} s", "unreadable-file")
-            if look is None and (frame := _decoded_alone(stream, packet)) is not None:
-                look = _turn(frame, what) or "", _conversion(frame, what), frame.height, frame.width
             if first <= packet.pts <= last:
                 packets.append((packet.pts, bytes(packet)))
             elif packet.dts is not None and packet.dts > last:  # pts ≥ dts: nothing of this episode follows
                 break
-        in_file = stream.frames
+        in_file, notes = stream.frames, _notes(stream, path.name)
     packets.sort(key=lambda p: p[0])
     stored = np.array([p for p, _ in packets], dtype=np.int64)
     if not len(stored):
@@ -117,7 +125,7 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
     turn, conversion, height, width = look
     height, width = (width, height) if "t" in turn else (height, width)
     name = renamed(conversion + turn, digest.hexdigest())
-    return VideoExtent(path, _compact(stored[nearest]), height, width, name, turn, in_file)
+    return VideoExtent(path, _compact(stored[nearest]), height, width, name, turn, in_file, notes)
 
 
 def _compact(pts: np.ndarray) -> Sequence[int]:
@@ -199,6 +207,17 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
 # --- pixels ---
 
 
+def is_depth_video(path: Path, where: str) -> bool:
+    """Whether a video has one channel of more than 8 bits; `CorruptEpisode` when it cannot be read."""
+    with _opened(path, where) as (_, stream):
+        form = stream.codec_context.format
+        return form is not None and _is_deep(form)
+
+
+def _is_deep(form: av.VideoFormat) -> bool:
+    return len(form.components) < 3 and form.components[0].bits > 8 and not form.is_rgb
+
+
 def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame | None:
     """The frame of a packet that can be decoded without others, as a key frame can; None where it cannot."""
     context = stream.codec_context
@@ -210,6 +229,12 @@ def _decoded_alone(stream: av.VideoStream, packet: av.Packet) -> av.VideoFrame |
     except av.FFmpegError:  # what is damaged shows when the episode is decoded
         return None
     return frames[0] if frames else None
+
+
+def _notes(stream: av.VideoStream, name: str) -> tuple[Note, ...]:
+    """What to know about the pixels of a stream."""
+    transfer = _HDR.get(stream.codec_context.color_trc)
+    return (Note("hdr", f"{name} is HDR ({transfer}): read without tone mapping, pale"),) if transfer else ()
 
 
 def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
@@ -227,7 +252,7 @@ def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
             src_color_range=_FULL if full else 1,
             dst_color_range=_FULL,
         )
-    image = frame.to_ndarray(format="rgb24")
+    image: np.ndarray = frame.to_ndarray(format="rgb24")
     if extent.turn:
         image = image.transpose(1, 0, 2) if "t" in extent.turn else image
         image = np.ascontiguousarray(image[:: -1 if "r" in extent.turn else 1, :: -1 if "c" in extent.turn else 1])
@@ -242,7 +267,8 @@ def _turn(frame: av.VideoFrame, what: str) -> str | None:
     matrix = frame.side_data.get("DISPLAYMATRIX") if len(frame.side_data) else None
     if matrix is None:
         return None
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # shown at a·x + c·y, b·x + d·y
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # type: ignore[call-overload]
+    # (x, y) is shown at (a·x + c·y, b·x + d·y)
     across = abs(b) + abs(c) > abs(a) + abs(d)
     straight, slanted = ((b, c), (a, d)) if across else ((a, d), (b, c))
     if max(map(abs, slanted)) > _SLANT * min(map(abs, straight)):
@@ -263,7 +289,7 @@ def _conversion(frame: av.VideoFrame, what: str) -> str:
     if form.has_palette:
         return "palette;"
     if len(form.components) < 3:
-        if form.components[0].bits > 8:
+        if _is_deep(form):
             raise CorruptEpisode(
                 f"{what} is gray of {form.components[0].bits} bits, a depth map; leave that camera out with `views`"
             )

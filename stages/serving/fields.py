@@ -76,7 +76,7 @@ class ObservationReader:
         if image.shape[-1] != 3 or 0 in image.shape:
             raise UserError(f"'{key}' must be an image, uint8 [H, W, 3]; got {_what(image)}")
         try:
-            check_size(*image.shape[:2], f"'{key}'")  # it is padded to a square of its longer side
+            check_size(image.shape[0], image.shape[1], f"'{key}'")  # it is padded to a square of its longer side
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
         return image

@@ -265,4 +265,7 @@ def train_config(recipe: str | None, overrides: dict[str, Any]) -> TrainConfig:
     for key in overrides:
         if key not in known and (found := [f"{group}.{key}" for group, names in groups.items() if key in names]):
             raise UserError(f"unknown setting '{key}'; did you mean '{found[0]}'?")
-    return from_mapping(TrainConfig, apply(load_recipe(recipe) if recipe else {}, overrides), "training settings")
+    values = apply(load_recipe(recipe) if recipe else {}, overrides)
+    if isinstance(values.get("normalize"), str):  # one for all, as a dataset config says it
+        values["normalize"] = {ALL: values["normalize"]}
+    return from_mapping(TrainConfig, values, "training settings")

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -44,6 +45,9 @@ def _data_lines(session: Session) -> list[str]:
     left, share = sum(d.attributes.get("left_out", 0) for d in datasets), idle_share(datasets)
     used = sum(int((~d.quarantined).sum()) for d in datasets)
     lines = [f"Data: {used} episodes, {left} left out by the selection"] if select else []
+    failed = sum(int(np.isin(d.episode_id[~d.quarantined], d.attributes.get("failed", ())).sum()) for d in datasets)
+    if failed:
+        lines.append(f"Data: {failed} of {used} demonstrations are marked as failed; --success-only leaves them out")
     if select.drop_idle:
         return [*lines, f"Idle: {share:.0%} of frames, not trained on"]
     return [*lines, f"Idle: {share:.0%} of frames; --drop-idle leaves them out"] if share >= NOTABLE else lines

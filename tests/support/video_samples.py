@@ -48,6 +48,7 @@ def write_video(
     matrix: int = 2,
     color_range: int = 0,
     options: dict[str, str] | None = None,
+    transfer: int = 2,
 ) -> Path:
     """A video whose frames are `planes`, of `size` (H, W), with these tags in the stream and in each frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,7 @@ def write_video(
         stream = out.add_stream(codec, rate=FPS, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
+        stream.codec_context.color_trc = transfer
         stream.codec_context.gop_size = 4
         for number, values in enumerate(planes):
             frame = av.VideoFrame(size[1], size[0], pix_fmt)

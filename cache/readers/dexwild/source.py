@@ -38,11 +38,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ....errors import UserError, unknown
-from ..base import Source, choose_views, common, listing_hash, look_around
+from ....errors import Note, UserError, unknown
+from ..base import Source, choose_views, common, listing_hash, look_around, rare_cameras
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..hdf5 import SUFFIXES, find, find_array, opened, success_of, text
+from ..hdf5 import SUFFIXES, find, find_array, find_group, opened, success_of, text
 from ..location import Location
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
@@ -110,6 +110,10 @@ class DexWildSource(Source):
         """sha256 hex over the names and sizes of the HDF5 files."""
         return listing_hash(self._root, self._paths)
 
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: cameras of few episodes."""
+        return self._rare
+
     def length_of(self, episode_id: int) -> int:
         """Number of frames T: the first view's images that are left after alignment."""
         with self._open(episode_id) as (group, where):
@@ -154,14 +158,14 @@ class DexWildSource(Source):
         with opened(path, where) as file:
             if name is None:
                 raise CorruptEpisode(f"{where}: {path.name} holds no group ep_0000, ep_0001, …")
-            yield find(file, name, where), f"{where} ({path.name} {name})"
+            yield find_group(file, name, where), f"{where} ({path.name} {name})"
 
     def _columns(self, dataset: str) -> dict[str, int]:
         """Numbers per row of each stream of the first readable episode, its time left out."""
         widths: dict[str, int] = {}
         for path, name in ((p, n) for p, n in self._episodes.values() if n and not widths):
             with contextlib.suppress(CorruptEpisode), opened(path, dataset) as file:
-                group = find(file, name, dataset)
+                group = find_group(file, name, dataset)
                 for stream in (s for s in group if s != "language" and not is_camera(group, s)):
                     with contextlib.suppress(CorruptEpisode):
                         widths[stream] = read_stream(group, stream, dataset).shape[1] - 1
@@ -177,7 +181,7 @@ class DexWildSource(Source):
             if name is None:
                 return None
             with opened(path, dataset) as file:
-                group = find(file, name, dataset)
+                group = find_group(file, name, dataset)
                 cameras = [n for n in group if is_camera(group, n)]
                 streams.update(set(group) - set(cameras))
                 return {c: read_stream(group, c, dataset).shape[1] - 1 for c in wanted if c in group}, cameras
@@ -188,6 +192,7 @@ class DexWildSource(Source):
         widths = {c: n for seen, _ in found for c, n in seen.items()}
         widths |= dict(common([seen.items() for seen, _ in found]))
         cameras = set(common([names for _, names in found]))
+        self._rare = () if config.views else rare_cameras([names for _, names in found])
         for column in (c for c in wanted if c not in widths):
             raise UserError(
                 f"{dataset}: {unknown('stream', column, streams)}; dataset config '{config.name}' asks for it"

@@ -60,7 +60,7 @@ def survey(stored: Iterable[tuple[str, Stored]], formats: tuple[str, ...] | None
             height, width = (height, width) if count else value.shape[:2]
             check_size(height, width, what)
             digest.update(f"{value.shape};".encode())
-            digest.update(np.ascontiguousarray(value))
+            digest.update(value.tobytes())
         else:
             if not count or _may_be_turned(value):
                 image = open_image(value, what, formats)

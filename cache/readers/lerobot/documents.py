@@ -226,6 +226,7 @@ class Template:
         """`ValueError` for fields that are not `known`, for anything else in braces, for a path out of its folder."""
         if not isinstance(text, str) or not text:
             raise ValueError(f"is {shown(text)}, expected a path")
+        text = text.replace("\\", "/")
         self.text, self._safe = text, set[str]()
         for name, _ in _FIELD.findall(text):
             if name not in known:

@@ -46,8 +46,15 @@ class Listing:
 def usable_texts(values: Any, tasks: Mapping[int, str]) -> tuple[str, ...]:
     """The instructions in a `tasks` entry: a list or one text, of texts or of indices into `tasks`; each once."""
     values = values if isinstance(values, (list, tuple)) else [values]
-    texts = [tasks.get(v, "") if isinstance(v, int) else v if isinstance(v, str) else "" for v in values]
+    texts = [tasks.get(v, "") if isinstance(v, int) else as_text(v) for v in values]
     return tuple(dict.fromkeys(t for t in texts if is_instruction(t)))
+
+
+def as_text(value: Any) -> str:
+    """A text, also one stored as bytes; "" for anything else."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else ""
 
 
 def is_instruction(text: str) -> bool:
@@ -88,9 +95,9 @@ def read_tasks(location: Location, listing: Listing) -> None:
             if line.value is None:
                 raise ValueError(line.problem)
             index = whole_field(line.value, "task_index") if "task_index" in line.value else position
-            text = line.value.get(column)
+            text = line.value.get(column or "")
             found = text if isinstance(text, (list, tuple)) else [text]
-            texts.setdefault(index, set()).add("; ".join(t for t in found if isinstance(t, str)))
+            texts.setdefault(index, set()).add("; ".join(filter(None, map(as_text, found))))
         except ValueError as error:
             listing.notes.append(Note("task-unreadable", f"{line.where} {error}"))
     for index, different in texts.items():
@@ -105,7 +112,7 @@ def _text_column(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The column of the texts: by its name, else the only one that holds texts."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     known = [name for name in _TEXT_COLUMNS if name in names]
-    others = [n for n in names if n != "task_index" and any(isinstance(row.get(n), str) for row in rows)]
+    others = [n for n in names if n != "task_index" and any(as_text(row.get(n)) for row in rows)]
     return known[0] if known else others[0] if len(others) == 1 else None
 
 
@@ -246,11 +253,12 @@ def _v2_lines(location: Location) -> list[Line]:
 def _v3_lines(location: Location, total: int, listing: Listing) -> list[Line]:
     """Rows of every file of meta/episodes; the episodes of a file that cannot be read are damaged, if others can."""
     lines, problems = [], []
-    for path in sorted((location.root / "meta" / "episodes").glob("*/*.parquet")):
+    files = sorted((location.root / "meta" / "episodes").rglob("*.parquet"))
+    for path in (p for p in files if not p.name.startswith(".")):  # as macOS leaves beside a file
         try:
             lines += read_rows(path, location.root, skip="stats/")
         except ValueError as error:
-            problems.append(f"meta/episodes/{path.parent.name}/{error}")
+            problems.append(f"{path.parent.relative_to(location.root).as_posix()}/{error}")
     if problems and not lines:
         raise UserError(f"{location.given}: {problems[0]}")
     if problems:

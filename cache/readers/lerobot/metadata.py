@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ....errors import Kind, Note, UserError
 from ..episode import CorruptEpisode
@@ -94,6 +96,11 @@ class Metadata:
         """Every data file that is here, relative."""
         return self.files.names(self._paths.data.glob())
 
+    def video_files(self, key: str) -> list[str]:
+        """Every video file of a camera that is here, relative."""
+        found = self.root.glob(self._paths.video.glob(video_key=key)) if self._paths.video else ()
+        return [path.relative_to(self.root).as_posix() for path in found]
+
     def locate(self, relative: str, where: str) -> Path:
         """As `Location.locate`; an episode's own file is also found in the folder of another chunk."""
         try:
@@ -135,6 +142,8 @@ class Metadata:
     @property
     def needs_more_texts(self) -> bool:
         """Whether rows may point at a task without an instruction, so that other columns are worth reading."""
+        if not self.tasks or "task_index" not in self.features:
+            return True
         doubts = any(note.rule.startswith("task-") for note in self._listing.notes)
         return doubts or not all(map(is_instruction, self.tasks.values()))
 
@@ -143,10 +152,18 @@ class Metadata:
         found = [*self._listing.notes, *self.modality.notes]
         if self.depth_maps:
             found.append(Note("depth-map", f"{', '.join(self.depth_maps)}: depth maps, not read as cameras"))
-        if self.absent_videos:
-            found.append(Note("camera-without-files", f"no video file of {', '.join(self.absent_videos)}: not read"))
+        named = [k for k in self.features if k.startswith("observation.image") and k not in self.depth_maps]
+        if unread := [k for k in named if self.features[k]["dtype"] not in ("video", "image")]:
+            kinds = ", ".join(f"{k} ({shown(self.features[k]['dtype'])})" for k in unread)
+            found.append(Note("camera-unknown", f"{kinds}: named like cameras, neither video nor image; not read"))
+        splits = self.info.get("splits")
+        if isinstance(splits, Mapping) and len(splits) > 1:
+            parts = ", ".join(f"{name} {shown(value)}" for name, value in list(splits.items())[:3])
+            found.append(Note("splits", f"meta/info.json has splits ({parts}); all {len(self.episode_ids)} are read"))
+        if self.absent_cameras:
+            found.append(Note("camera-without-files", f"no images of {', '.join(self.absent_cameras)}: not read"))
         if not self.files.hub_id:
-            keys = [k for k in self.video_keys if k not in self.absent_videos]
+            keys = [k for k in self.video_keys if k not in self.absent_cameras]
             here, listed = presence(self.files, self.episodes, keys), len(self.episode_ids)
             if here["both"] < listed - len(self.damaged):
                 videos = f", {here['videos']} videos" if keys else ""
@@ -155,16 +172,29 @@ class Metadata:
         return tuple(found)
 
     @functools.cached_property
-    def absent_videos(self) -> tuple[str, ...]:
-        """Video features that no episode has a file of, while others have."""
-        if len(self.video_keys) < 2 or self._paths.video is None:
+    def absent_cameras(self) -> tuple[str, ...]:
+        """Cameras of info.json that no episode has a file of, or no table a column, while another camera has."""
+        keys = [k for k, f in self.features.items() if f["dtype"] in ("video", "image") and k not in self.depth_maps]
+        if len(keys) < 2:
             return ()
+        stored = self._stored_columns() if set(keys) - set(self.video_keys) else None
+        template, have = self._paths.video, set[str]()
         if self._is_v3:
             have = {k for entry in self.episodes.values() for k in entry.video_paths}
-        else:
-            template = self._paths.video
-            have = {k for k in self.video_keys if self.files.names(template.glob(video_key=k))}
-        return tuple(k for k in self.video_keys if have and k not in have)
+        elif template is not None:
+            have = {k for k in self.video_keys if self.files.has(template.glob(video_key=k))}
+        have |= {k for k in keys if k not in self.video_keys and (stored is None or k in stored)}
+        return tuple(k for k in keys if have.intersection(keys) and k not in have)
+
+    def _stored_columns(self) -> set[str] | None:
+        """Columns of the first and the last table; None where these are not here or cannot be read."""
+        if self.files.hub_id or not self.episodes:
+            return None
+        ends = {self.episodes[e].data_path for e in (min(self.episodes), max(self.episodes))}
+        try:
+            return {name for path in ends for name in pq.read_schema(self.root / path).names}
+        except (OSError, ValueError, pa.ArrowException):
+            return None
 
     def revision_hash(self) -> str:
         """sha256 hex over names and bytes of every file in `meta/` but a dataset config."""
@@ -177,7 +207,7 @@ class Metadata:
     def cameras(self, wanted: Sequence[str] | None) -> dict[str, str]:
         """Short view name → feature of those `wanted` (full keys or short names), None for all; a depth map is none."""
         keys = [k for k, f in self.features.items() if f["dtype"] in ("video", "image")]
-        usable = [k for k in keys if k not in self.depth_maps and k not in self.absent_videos]
+        usable = [k for k in keys if k not in self.depth_maps and k not in self.absent_cameras]
         chosen = usable if wanted is None else wanted
         remedy = "rename one of them in meta/info.json"
         found = choose_cameras(keys, "observation.images.", chosen, self.name, remedy)
@@ -276,7 +306,7 @@ class Metadata:
         files, listing = self.files, self._listing
         read_tasks(files, listing)
         try:
-            total = min(whole(self.info.get("total_episodes")), 10**6)
+            total = min(whole(self.info.get("total_episodes")), 10**5)
         except ValueError:
             total = 0
         read_episodes(files, self._paths, self._is_v3, total, listing)

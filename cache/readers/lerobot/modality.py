@@ -73,8 +73,9 @@ def _slices(part: str, given: Any, features: Mapping[str, Mapping[str, Any]], no
             continue
         absolute, rotation = values.get("absolute"), values.get("rotation_type")
         bounds = values.get("range")
-        is_range = isinstance(bounds, list) and len(bounds) == 2 and all(type(b) in (int, float) for b in bounds)
-        low, high = map(float, bounds) if is_range else (None, None)
+        low = high = None
+        if isinstance(bounds, list) and len(bounds) == 2 and all(type(b) in (int, float) for b in bounds):
+            low, high = map(float, bounds)
         found.append(
             Slice(
                 name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -89,8 +90,13 @@ def read_places(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None, 
     with opened(path, where) as file:
         wanted = ("episode_index", "frame_index", "index")
         table = file.read(columns=[c for c in wanted if c in file.schema_arrow.names])
-        episodes, *others = (_numbers(table[c], where, c) if c in table.column_names else None for c in wanted)
-        return np.full(file.metadata.num_rows, -1) if episodes is None else episodes, others[0], others[1]
+        found: dict[str, np.ndarray | None] = dict.fromkeys(wanted)
+        for name in table.column_names:
+            with contextlib.suppress(CorruptEpisode):
+                found[name] = _numbers(table[name], where, name)
+        episodes = found["episode_index"]
+        none = np.full(file.metadata.num_rows, -1)
+        return none if episodes is None else episodes, found["frame_index"], found["index"]
 
 
 def _numbers(column: pa.Array | pa.ChunkedArray, where: str, name: str = "episode_index") -> np.ndarray:
@@ -164,8 +170,9 @@ def _episode_spans(path: Path, size: int, modified: int) -> tuple[np.ndarray, np
     with opened(path, path.name) as file:
         for group in range(file.num_row_groups):
             try:
-                found = pc.min_max(file.read_row_group(group, columns=["episode_index"])["episode_index"]).as_py()
-                spans.append((1, 0) if found["min"] is None else (found["min"], found["max"]))
+                found = _numbers(file.read_row_group(group, columns=["episode_index"])["episode_index"], path.name)
+                found = found[found >= 0]
+                spans.append((int(found.min()), int(found.max())) if len(found) else (1, 0))
             except (OSError, pa.ArrowException):
                 spans.append((1, 0))
     first, last = np.array(spans).reshape(-1, 2).T

@@ -56,7 +56,8 @@ def put_in_order(table: pa.Table, listed: Listed, fps: float, path: str, where: 
     Args:
         path: of the file, for messages.
     """
-    count, length, notes = table.num_rows, listed.length, []
+    count, length = table.num_rows, listed.length
+    notes: list[Note] = []
     if not count:
         raise CorruptEpisode(f"{where}: {path} has 0 rows, meta/ lists {length}", "row-count")
     frames, order = _frames(table, notes, where), None
@@ -86,7 +87,7 @@ def put_in_order(table: pa.Table, listed: Listed, fps: float, path: str, where: 
 
 def _frames(table: pa.Table, notes: list[Note], where: str) -> np.ndarray | None:
     """`frame_index` [T] int64 as stored; None where there is none, or one number for all rows."""
-    if "frame_index" not in table.column_names:
+    if _is_empty(table, "frame_index"):
         return None
     values = plain_values(table["frame_index"])
     if values.type == pa.int64() and not values.null_count:
@@ -110,7 +111,7 @@ def _times(
 
     A first time that is nearer to 0 than to the second one is left as it is.
     """
-    if "timestamp" not in table.column_names:
+    if _is_empty(table, "timestamp"):
         return None, None, False
     stored = _seconds(table, where)
     times = stored if order is None else stored[order]
@@ -135,6 +136,10 @@ def _times(
         return times, 0.0, False
     notes.append(Note("time-start", f"timestamps begin at {start:.10g} s; times are since the episode's first row"))
     return times - start, start, False
+
+
+def _is_empty(table: pa.Table, column: str) -> bool:
+    return column not in table.column_names or table[column].null_count == table.num_rows
 
 
 def _seconds(table: pa.Table, where: str) -> np.ndarray:

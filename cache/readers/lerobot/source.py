@@ -26,14 +26,15 @@ from ..faults import one_episode
 from ..labels import SUCCESS
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows, TableBlock
-from ..video import decode
+from ..video import decode, is_depth_video
+from .camera_files import CameraFiles
 from .image_columns import decode_images, find_images, holds_depth, image_file
 from .listing import EpisodeEntry
 from .metadata import Metadata
 from .parquet import RowsAt, opened, read_marks, stream_rows, to_matrix
 from .placement import DataFiles, FoundRows
 from .rows import Clock, Listed, put_in_order
-from .spans import Claim, VideoFile
+from .spans import Claim
 from .texts import instruction_of, text_columns
 
 _NUMBERS = re.compile(r"(float|u?int)\d+")  # dtypes of features
@@ -93,14 +94,23 @@ class LeRobotSource(Source):
         return {key: math.prod(f.get("shape") or [1]) for key, f in features.items() if key in stored}
 
     def _deep_images(self) -> Iterator[str]:
-        """Features of images with one channel that are depth maps by the first image there is."""
-        images = {k: f for k, f in self.meta.features.items() if f["dtype"] == "image" and 3 not in f["shape"]}
-        for key in (k for k in images if k not in self.meta.depth_maps):
-            for number, entry in list(self.meta.episodes.items())[:1]:
+        """Features that are depth maps by the first image or video there is. Only those with one channel or a name that
+        says depth are looked at: tables need no video."""
+        for key, feature in self.meta.features.items():
+            doubtful = feature["dtype"] in ("image", "video") and (3 not in feature["shape"] or "depth" in key.lower())
+            with contextlib.suppress(CorruptEpisode):
+                if doubtful and key not in self.meta.depth_maps and self._is_deep(key, feature["dtype"]):
+                    yield key
+
+    def _is_deep(self, key: str, dtype: str) -> bool:
+        """Whether a feature is a depth map by the first episode that has it."""
+        for number, entry in self.meta.episodes.items():
+            if dtype == "image":
                 fetch = functools.partial(image_file, self.meta.files, key, number, "")
-                with contextlib.suppress(CorruptEpisode):
-                    if holds_depth(self.meta.locate(entry.data_path, ""), key, fetch, ""):
-                        yield key
+                return holds_depth(self.meta.locate(entry.data_path, ""), key, fetch, "")
+            if key in entry.video_paths:
+                return is_depth_video(self.meta.locate(entry.video_paths[key], ""), "")
+        return False
 
     @classmethod
     def matches(cls, names: Sequence[str], root: Path | None) -> bool:
@@ -196,37 +206,46 @@ class LeRobotSource(Source):
 
     def _files(self, episode_id: int, view: str, where: str) -> Sequence[Path]:
         entry, key = self._entry(episode_id), self._cameras[view]
-        video = self.meta.video_path(entry, key, where)
-        return (self.meta.locate(video or self._data.path_of(episode_id), where),)
+        if self.meta.video_path(entry, key, where):
+            return (self._videos[key].path(episode_id, where),)
+        return (self.meta.locate(self._data.path_of(episode_id), where),)
 
     def _views(self, episode_id: int, names: Sequence[str], table: EpisodeTable, where: str) -> Iterator[View]:
         entry, origin = self._entry(episode_id), table.origin
         assert isinstance(origin, _Origin)
         for name in names:
-            (path,), key = self._files(episode_id, name, where), self._cameras[name]
+            key = self._cameras[name]
             if key in entry.video_paths:
-                video = self._videos[key, entry.video_paths[key]]
-                extent, notes = video.find(path, episode_id, table.timestamps, origin.clock, where)
+                extent, notes = self._videos[key].find(episode_id, table.timestamps, origin.clock, where)
                 opener = functools.partial(decode, extent, where)
+                notes = (*notes, *extent.notes, *self._sizes_differ(key, extent.height, extent.width))
                 yield View(name, extent.height, extent.width, len(extent.pts), opener, extent.sha256, notes)
             else:
                 fetch = functools.partial(image_file, self.meta.files, key, episode_id, where)
                 images = find_images(origin.at, key, fetch, where)
                 opener = functools.partial(decode_images, images, fetch, where)
-                yield View(name, images.height, images.width, images.length, opener, images.sha256)
+                notes = self._sizes_differ(key, images.height, images.width)
+                yield View(name, images.height, images.width, images.length, opener, images.sha256, notes)
+
+    def _sizes_differ(self, key: str, height: int, width: int) -> tuple[Note, ...]:
+        """What to say where images are not of the size that info.json gives: theirs is used."""
+        listed = self.meta.features[key]["shape"]
+        if not listed or {height, width} <= set(listed):
+            return ()
+        return (Note("image-size", f"'{key}' is {width}x{height}, meta/info.json lists {listed}: read as it is"),)
 
     @functools.cached_property
-    def _videos(self) -> dict[tuple[str, str], VideoFile]:
-        """(feature, file) → every listed video file of the cameras in use, and the episodes in it."""
-        claims: defaultdict[tuple[str, str], list[Claim]] = defaultdict(list)
+    def _videos(self) -> dict[str, CameraFiles]:
+        """Feature → the video files of each camera in use."""
+        claims: defaultdict[str, defaultdict[str, list[Claim]]] = defaultdict(lambda: defaultdict(list))
         for number, entry in self.meta.episodes.items():
             for key in self._cameras.values():
                 if key in entry.video_paths:
                     start, stop = entry.video_starts[key], entry.video_ends.get(key)
                     length = round((stop - start) * self.fps) if entry.length is None and stop else entry.length or 0
-                    claim = Claim(number, length, start, stop)
-                    claims[key, entry.video_paths[key]].append(claim)
-        return {place: VideoFile(found, self.fps) for place, found in claims.items()}
+                    claims[key][entry.video_paths[key]].append(Claim(number, length, start, stop))
+        files = {key: functools.partial(self.meta.video_files, key) for key in claims}
+        return {key: CameraFiles(found, self.fps, self.meta.locate, files[key]) for key, found in claims.items()}
 
     def _read_recording(self) -> None:
         """Task and initial states of a simulator's recording, from `meta/dvla.json` of `dvla data record`."""

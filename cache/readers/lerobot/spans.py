@@ -19,6 +19,7 @@ from ..video import NoFrame, VideoExtent, find_extent, stored_times
 from .rows import Clock
 
 _HALF = 0.5 + 1e-3  # of a step: a frame that is nearer belongs to a time
+_TRIED = 8  # episodes that are wrong, of which each is tried as the only one
 _ORDINARY = Clock()
 
 
@@ -46,19 +47,24 @@ class VideoFile:
     """One video file and the episodes listed in it."""
 
     def __init__(self, claims: Sequence[Claim], fps: float) -> None:
-        self._claims, self._fps = sorted(claims, key=lambda c: c.episode), fps
-        self._starts = starts = np.array([c.start for c in self._claims])
-        self._lengths = lengths = np.array([c.length for c in self._claims], np.int64)
-        stops = [c.start + c.length / fps if c.stop is None else c.stop for c in self._claims]
-        sizes = (np.array(stops) - starts) * fps
-        self._by_stop = np.clip(np.round(sizes), 1, 2**40).astype(np.int64)  # frames between the listed times
+        self.claims, self._fps = sorted(claims, key=lambda c: c.episode), fps
+        self._starts = starts = np.array([c.start for c in self.claims])
+        self._lengths = lengths = np.array([c.length for c in self.claims], np.int64)
+        stops = [c.start + c.length / fps if c.stop is None else c.stop for c in self.claims]
+        self._stops = np.array(stops)
+        sizes = (self._stops - starts) * fps
         order = np.argsort(starts, kind="stable")
         free = np.diff(starts[order]) * fps - lengths[order][:-1]  # frames between an episode and the next
         tiled = np.cumsum(lengths[order])
         self._is_sound = bool((free > -_HALF).all() and (np.abs(sizes - lengths) < 1).all())
         self._is_tiled = bool((np.abs(starts[order] * fps - tiled + lengths[order]) < _HALF).all())
-        self._total = int(tiled[-1])
         self._placed: tuple[tuple[int, int], np.ndarray, dict[int, Span]] | None = None
+
+    def claim(self, episode: int) -> Claim:
+        return self.claims[bisect.bisect_left(self.claims, episode, key=lambda c: c.episode)]
+
+    def without(self, episode: int) -> VideoFile:
+        return VideoFile([c for c in self.claims if c.episode != episode], self._fps)
 
     def find(
         self, path: Path, episode: int, times: np.ndarray, clock: Clock | None, where: str
@@ -67,14 +73,14 @@ class VideoFile:
 
         `CorruptEpisode`, beginning with `where`, with the numbers that contradict each other.
         """
-        claim = self._claims[bisect.bisect_left(self._claims, episode, key=lambda c: c.episode)]
+        claim = self.claim(episode)
         if clock is None and self._is_sound and times[-1] * self._fps < max(claim.length, len(times)) - 0.5:
             try:
                 extent = find_extent(path, claim.start + times, where)
             except NoFrame:
                 pass
             else:
-                if len(self._claims) == 1 or extent.in_file != self._total or self._is_tiled:
+                if len(self.claims) == 1 or extent.in_file != self.total or self._is_tiled:
                     return extent, ()
         stored, spans = self._spans(path, where)
         span = spans[episode]
@@ -97,33 +103,54 @@ class VideoFile:
             self._placed = placed = state, stored, self.place(stored)
         return placed[1:]
 
+    def unsettled(self, path: Path, where: str) -> list[int]:
+        """Episodes whose frames are not known."""
+        return [episode for episode, span in self._spans(path, where)[1].items() if span.problem]
+
+    def fits(self, stored: np.ndarray) -> bool:
+        """Whether all episodes are where they are listed among the `stored` [n] times of all frames."""
+        if not self.claims or not len(stored):
+            return not self.claims
+        return not any(s.note or s.problem or s.stop - s.first < c.length for c, s in self._by_claim(stored))
+
+    @property
+    def total(self) -> int:
+        """Frames of all episodes."""
+        return int(self._lengths.sum())
+
+    def _by_claim(self, stored: np.ndarray) -> list[tuple[Claim, Span]]:
+        spans = self.place(stored)
+        return [(c, spans[c.episode]) for c in self.claims]
+
     def place(self, stored: np.ndarray) -> dict[int, Span]:
         """Where each episode lies among the `stored` [n] times of all frames."""
         count = len(stored)
-        if len(self._claims) == 1 and (count == self._total or self._claims[0].stop is None):
-            return {self._claims[0].episode: Span(0, count)}
+        if len(self.claims) == 1 and (count == self.total or self.claims[0].stop is None):
+            return {self.claims[0].episode: Span(0, count)}
         for shown in (stored, stored - stored[0]):  # listed times count from the file's 0, or from its first frame
             first = _nearest(shown, self._starts)
+            behind = np.clip(np.round((self._stops - shown[-1]) * self._fps) - 1, 0, 2**40).astype(np.int64)
+            ends = np.searchsorted(shown, self._stops - 0.5 / self._fps) + behind  # by the listed times
             off = np.abs(shown[first] - self._starts) * self._fps
             order = np.argsort(first, kind="stable")
             limits = np.append(first[order][1:], count)  # where the next one begins
-            for sizes in (self._lengths, self._by_stop):
+            by_stop = np.maximum(ends - first, 1)
+            for sizes in (self._lengths, by_stop):
                 if (off < _HALF).all() and (first[order] + sizes[order] <= limits).all():
-                    return self._as_listed(first, order, limits)
-        if len(self._claims) == 1:
-            return {self._claims[0].episode: Span(int(first[0]), count)}
-        sizes = self._by_stop if self._by_stop.sum() == count != self._total else self._lengths
+                    return self._as_listed(first, first + np.maximum(self._lengths, by_stop), order, limits)
+        if len(self.claims) == 1:
+            return {self.claims[0].episode: Span(int(first[0]), count)}
+        sizes = by_stop if by_stop.sum() == count != self.total else self._lengths
         return self._settled(shown, first, off, sizes)
 
-    def _as_listed(self, first: np.ndarray, order: np.ndarray, limits: np.ndarray) -> dict[int, Span]:
+    def _as_listed(self, first: np.ndarray, ends: np.ndarray, order: np.ndarray, limits: np.ndarray) -> dict[int, Span]:
         """Frames that nobody claims belong to the episode before them, as far as its listed end."""
         spans = {}
         for i, limit in zip(order.tolist(), limits.tolist()):
-            claim, size = self._claims[i], int(max(self._lengths[i], self._by_stop[i]))
-            note = ""
+            claim, note = self.claims[i], ""
             if claim.stop is not None and abs((claim.stop - claim.start) * self._fps - claim.length) >= 1:
                 note = f"it is listed from {claim.start:.3f} to {claim.stop:.3f} s, with {claim.length} frames"
-            stop = limit if claim.stop is None else min(limit, int(first[i]) + size)
+            stop = limit if claim.stop is None else min(limit, int(ends[i]))
             spans[claim.episode] = Span(int(first[i]), stop, note)
         return spans
 
@@ -131,16 +158,14 @@ class VideoFile:
         """Listed times contradict each other or the file: the frames that the sound ones leave are shared out in order
         of the episodes, where these need exactly as many."""
         count, stops = len(shown), first + sizes
-        overlap = (first[:, None] < stops) & (first < stops[:, None]) & ~np.eye(len(first), dtype=bool)
-        wrong = overlap.any(1) | (off >= _HALF) | (stops > count)
+        outside = (off >= _HALF) | (stops > count)
+        wrong = _overlapping(first, stops) | outside
         if sizes.sum() == count:  # together they are the whole file
             wrong[:] = True
-        else:
-            alone = [
-                i for i in np.flatnonzero(wrong) if _fits(i, first, stops, overlap, (off >= _HALF) | (stops > count))
-            ]
+        elif wrong.sum() <= _TRIED:
+            alone = [i for i in np.flatnonzero(wrong).tolist() if _fits(i, first, stops, outside)]
             wrong[:] = wrong if len(alone) != 1 else np.arange(len(wrong)) == alone[0]
-        spans = {c.episode: Span(int(f), int(s)) for c, f, s in zip(self._claims, first, stops)}
+        spans = {c.episode: Span(int(f), int(s)) for c, f, s in zip(self.claims, first, stops)}
         edges = np.flatnonzero(np.diff(np.concatenate([[0], wrong.astype(int), [0]])))
         for a, b in zip(edges[::2].tolist(), edges[1::2].tolist()):
             left, right = int(stops[a - 1]) if a else 0, int(first[b]) if b < len(first) else count
@@ -164,7 +189,7 @@ class VideoFile:
         known = full and (better or (by_number == by_time).all())
         spans = {}
         for i in members:
-            claim, at = self._claims[i], int(places[0][i])
+            claim, at = self.claims[i], int(places[0][i])
             listed = f"it is listed at {claim.start:.3f} s, {claim.length} frames"
             if known or (full and places[0][i] == places[1][i] and not differs(i, places[0])):
                 seconds = shown[min(at, len(shown) - 1)]
@@ -176,10 +201,20 @@ class VideoFile:
         return spans
 
 
-def _fits(i: int, first: np.ndarray, stops: np.ndarray, overlap: np.ndarray, outside: np.ndarray) -> bool:
+def _overlapping(first: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Which of the spans [first, stops) share a frame with another one."""
+    order = np.argsort(first, kind="stable")
+    ends = np.maximum.accumulate(stops[order])
+    found = np.zeros(len(first), bool)
+    found[order[1:]] |= first[order[1:]] < ends[:-1]
+    found[order[:-1]] |= first[order[1:]] < stops[order[:-1]]
+    return found
+
+
+def _fits(i: int, first: np.ndarray, stops: np.ndarray, outside: np.ndarray) -> bool:
     """Whether all episodes but `i` are where they are listed, and leave exactly its frames between its neighbors."""
     others = np.arange(len(first)) != i
-    if overlap[others][:, others].any() or outside[others].any() or not 0 < i < len(first) - 1:
+    if not 0 < i < len(first) - 1 or outside[others].any() or _overlapping(first[others], stops[others]).any():
         return False
     return bool(first[i + 1] - stops[i - 1] == stops[i] - first[i])
 

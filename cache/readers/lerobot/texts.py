@@ -11,7 +11,7 @@ import pyarrow as pa
 from ....errors import Note
 from ..episode import CorruptEpisode
 from .documents import shown
-from .listing import EpisodeEntry, usable_texts
+from .listing import EpisodeEntry, as_text, usable_texts
 
 _TEXTS = re.compile(
     r"annotation\..*|language_instruction.*|(natural_)?(instruction|language)|task(_description)?|prompt|subtask"
@@ -63,5 +63,8 @@ def _values(rows: pa.Table, column: str) -> list[Any]:
         pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type)
     ):
         values = pa.chunked_array([chunk.flatten() for chunk in values.chunks], values.type.value_type)
-    found = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values.unique().to_pylist()]
-    return [int(v) if isinstance(v, float) and v.is_integer() else v for v in found if v is not None]
+    found = [v for v in values.unique().to_pylist() if v is not None]
+    is_index = column == "task_index"  # one in a text, too
+    return [
+        int(v) if isinstance(v, float) and v.is_integer() or is_index and as_text(v).isdecimal() else v for v in found
+    ]

@@ -123,7 +123,8 @@ class ReplayBufferSource(Source):
 
     def _rows(self, episode_id: int, columns: Sequence[str], where: str) -> Rows:
         first, last = self._span(episode_id, where)
-        found, notes = {}, []
+        found: dict[str, np.ndarray] = {}
+        notes: list[Note] = []
         for array in (self._arrays[k] for k in columns if k in self._arrays):
             empty: list[str] = []
             found[array.name.removeprefix("data/")] = array.read(first, last, where, empty)

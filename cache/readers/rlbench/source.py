@@ -15,16 +15,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ....errors import UserError
+from ....errors import Note, UserError
 from ..archive import SUFFIXES
-from ..base import Source, choose_views, listing_hash
+from ..base import Source, choose_views, common, listing_hash, rare_cameras
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..images import decode_all, survey
@@ -59,9 +58,10 @@ class RlbenchSource(Source):
             )
         self._places = dict(enumerate(places))
         # The cameras of at least half of the episodes that have any: one without such a camera is damaged.
-        counts, filled = Counter(c for p in places for c in p.cameras), sum(bool(p.cameras) for p in places)
+        seen = [p.cameras for p in places if p.cameras]
+        self._rare = rare_cameras(seen)
         cameras = sorted(
-            (c for c, n in counts.items() if 2 * n >= filled),
+            common(seen),
             key=lambda c: (CAMERAS.index(c) if c in CAMERAS else len(CAMERAS), c),
         )
         name = dataset_name(names)
@@ -82,6 +82,10 @@ class RlbenchSource(Source):
             for p in self._places.values()
         }
         return listing_hash(self.path if self.path.is_dir() else self.path.parent, [f for f in files if f.is_file()])
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: cameras of few episodes."""
+        return self._rare
 
     def length_of(self, episode_id: int) -> int:
         """Number of images of the first camera."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ....common.text import first_line
-from ....errors import UserError
+from ....errors import Note, UserError
 from ..episode import CorruptEpisode
-from ..location import Location
+from ..location import Location, absence
 
 DESCRIPTION = ("dataset_info.json", "features.json")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # tfds' own, where a split names none
 _MAX_EPISODES = 10_000_000  # a list of ids is kept in memory; the largest corpora have a hundredth of that
+_MAX_NAME = 100  # characters
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -63,7 +65,7 @@ class Metadata:
         info, features = (_load(self.root / name) for name in DESCRIPTION)
         given = self.root.absolute()
         label = info.get("name") or (given.parent if _VERSION.fullmatch(given.name) else given).name
-        self.name = re.sub(r"[^\w-]+", "_", str(label))  # safe as a folder name
+        self.name = re.sub(r"[^\w-]+", "_", str(label))[:_MAX_NAME]  # safe as a folder name
         # To find a config by.
         self.names = tuple(dict.fromkeys((self.name, given.name, given.parent.name, self._files.name)))
         self.features = dict(_flatten(_steps(features, self.root), ""))  # path below `steps` → feature
@@ -100,14 +102,29 @@ class Metadata:
             found = packed if not self._files.hub_id and (self._files.root / packed).is_file() else listed
             return self._files.locate(listed if (self._files.root / listed).is_file() else found, where)
         except CorruptEpisode:
-            share = "" if self._files.hub_id else f"; {self.present} of {len(self.shards)} shards are present"
+            share = "" if self._files.hub_id else f"; {self._here} of {len(self.shards)} shards are present"
             raise CorruptEpisode(f"{where}: shard {shard.path} is missing{share}", "missing-file") from None
 
-    @property
-    def present(self) -> int:
-        """Number of listed shards that are in the folder."""
-        folder = {p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()}
-        return sum(s.path in folder or f"{s.path}.gz" in folder for s in self.shards)
+    def present(self) -> list[Shard]:
+        """The listed shards that are in the folder; all of them where it is on the hub."""
+        if self._files.hub_id:
+            return list(self.shards)
+        sizes = {p.relative_to(self.root).as_posix(): p.stat().st_size for p in self.root.rglob("*") if p.is_file()}
+        found = ((s, next((n for n in (s.path, f"{s.path}.gz") if n in sizes), "")) for s in self.shards)
+        small = 1024  # bytes of a pointer to a file that was not fetched
+        return [s for s, name in found if name and (sizes[name] > small or not absence(self.root / name))]
+
+    @functools.cached_property
+    def _here(self) -> int:
+        return len(self.present())  # once: each episode that is not there says it
+
+    def notes(self) -> tuple[Note, ...]:
+        """How much of the dataset is here, where that is not all of it."""
+        here = self.present()
+        if len(here) == len(self.shards):
+            return ()
+        text = f"{sum(s.length for s in here)} of {len(self.episodes)} episodes present: {len(here)} of "
+        return (Note("partly-present", f"{text}{len(self.shards)} shards; fetch the others from where these are from"),)
 
 
 def is_rlds(names: Sequence[str]) -> bool:
@@ -182,7 +199,9 @@ def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:
                 }
                 shard = re.sub(r"\{(\w*)\}", lambda found: known[found[1]], split.get("filepathTemplate") or _TEMPLATE)
                 if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                    raise ValueError(f"'{shard}' leaves the folder")
+                    raise ValueError(f"'{shard[:80]}' leaves the folder")
+                if max(map(len, Path(shard).parts), default=0) > 255:
+                    raise ValueError(f"'{shard[:80]}…' is no name of a file")
                 if not 0 <= length <= _MAX_EPISODES - first:
                     raise ValueError(f"'{shard}' with {length} records")
                 yield Shard(shard, first, length)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +73,10 @@ class RldsSource(Source):
     def revision_hash(self) -> str:
         """sha256 hex over dataset_info.json and features.json."""
         return self._meta.revision_hash
+
+    def notes(self) -> tuple[Note, ...]:
+        """As in `Source`: how many episodes are here."""
+        return self._meta.notes()
 
     def length_of(self, episode_id: int) -> int:
         """Number of frames T, counted in the record itself: the metadata does not list it."""
@@ -257,7 +261,7 @@ def _channels(feature: Feature) -> Literal["last", "first"] | None:
     return found if found in ("last", "first") else None
 
 
-def _named(images: Sequence[Stored], view: str, where: str) -> Iterator[tuple[str, Stored]]:
+def _named(images: Iterable[Stored], view: str, where: str) -> Iterator[tuple[str, Stored]]:
     return ((f"{where}: image {i} of '{view}'", data) for i, data in enumerate(images))
 
 

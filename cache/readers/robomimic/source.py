@@ -27,11 +27,24 @@ import h5py
 import numpy as np
 
 from ....errors import Failed, Note, UserError
-from ..base import Source, choose_views, common, listing_hash, look_around
+from ..base import Source, choose_views, common, listing_hash, look_around, rare_cameras
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
 from ..faults import one_episode
-from ..hdf5 import DAMAGE, SUFFIXES, find, find_array, has, numbers, one_file, opened, success_of, text, texts
+from ..hdf5 import (
+    DAMAGE,
+    SUFFIXES,
+    find,
+    find_array,
+    find_group,
+    has,
+    numbers,
+    one_file,
+    opened,
+    success_of,
+    text,
+    texts,
+)
 from ..images.hdf5 import Spans, is_images, left_out_of, spans_over, view_of
 from ..labels import found_in, is_task, joined, plain, rank
 from ..search import Files, choose_config
@@ -64,7 +77,7 @@ class RobomimicSource(Source):
         stem = self._file.stem
         try:
             with opened(self._file, stem) as file:
-                data = find(file, "data", stem)
+                data = find_group(file, "data", stem)
                 self._demos, about = _demos(data, stem), _json(data, "env_args", stem)
                 given = about.get("env_kwargs")
                 kwargs = given if isinstance(given, dict) else {}
@@ -73,11 +86,12 @@ class RobomimicSource(Source):
                 config = choose_config(
                     config, self.format, Files(names, self._file, lambda: _columns(data, self._demos))
                 )
-                self._cameras, widths = _usual_demo(data, self._demos, config.columns, stem)
+                self._cameras, widths, self._rare = _usual_demo(data, self._demos, config.columns, stem)
                 widths = widths or _columns(data, self._demos)
         except CorruptEpisode as error:
             raise UserError(str(error)) from None
-        name = re.sub(r"[^\w.-]+", "_", f"{environment}_{stem}".strip("_"))  # many files are called image.hdf5
+        named = f"{environment[:100]}_{stem}".strip("_")  # many files are called image.hdf5
+        name = re.sub(r"[^\w.-]+", "_", named)
         if not self._cameras and config.mapped:
             raise UserError(
                 f"{name} has no camera, only low-dimensional observations; extract images with robomimic's "
@@ -112,11 +126,12 @@ class RobomimicSource(Source):
         return listing_hash(self._file.parent, [self._file])
 
     def notes(self) -> tuple[Note, ...]:
-        """As in `Source`: observations of the first demo that can be read that look like images and are none."""
+        """As in `Source`: cameras of few demos, and observations of the first that can be read that look like images
+        and are none."""
         for number in self.episode_ids:
             with contextlib.suppress(CorruptEpisode), self._open(number) as (_, demo, where):
-                return tuple(left_out_of(find(demo, "obs", where)))
-        return ()
+                return (*self._rare, *left_out_of(find_group(demo, "obs", where)))
+        return self._rare
 
     def length_of(self, episode_id: int) -> int:
         """Rows of the action's first column."""
@@ -190,7 +205,7 @@ class RobomimicSource(Source):
         """The file and the demo, open inside the block, and how messages about it begin."""
         where = self.where(episode_id)
         with opened(self._file, where) as file:
-            demo = find(file, f"data/{self._demos[episode_id]}", where)
+            demo = find_group(file, f"data/{self._demos[episode_id]}", where)
             if not isinstance(demo, h5py.Group):
                 raise CorruptEpisode(f"{where}: data/{self._demos[episode_id]} is no group of a demo's arrays")
             yield file, demo, where
@@ -221,13 +236,14 @@ def _is_demo(data: h5py.Group, name: str) -> bool:
 
 def _usual_demo(
     data: h5py.Group, demos: Mapping[int, str], columns: Sequence[str], where: str
-) -> tuple[dict[str, str], dict[str, int]]:
-    """(view name → key in obs, width of each column) of half of the demos looked at; empty when none has an image."""
+) -> tuple[dict[str, str], dict[str, int], tuple[Note, ...]]:
+    """(view name → key in obs, width of each column, cameras of fewer) of half of the demos looked at; empty when none
+    has an image."""
 
     def look(number: int) -> tuple[list[str], dict[str, int]] | None:
         here = f"{where} episode {number}"
         with one_episode(here):
-            demo = find(data, demos[number], here)
+            demo = find_group(data, demos[number], here)
             obs = find(demo, "obs", here) if has(demo, "obs") else None
             keys = [key for key in obs if is_images(find(obs, key, here))] if isinstance(obs, h5py.Group) else []
             return (keys, {c: math.prod(find_array(demo, c, here).shape[1:]) for c in columns}) if keys else None
@@ -240,7 +256,8 @@ def _usual_demo(
     if len(cameras) < len(keys):
         raise UserError(f"{where}: two cameras get the same short name: {', '.join(keys)}; rename one of them")
     widths = {c: n for _, seen in found for c, n in seen.items()}
-    return cameras, widths | dict(common([seen.items() for _, seen in found]))
+    widths |= dict(common([seen.items() for _, seen in found]))
+    return cameras, widths, rare_cameras([seen for seen, _ in found])
 
 
 def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:

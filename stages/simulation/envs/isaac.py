@@ -215,8 +215,8 @@ def scene_objects(root: Path, scene: int) -> dict[int, np.ndarray]:
     for path in sorted((folder / "annotations").glob("*.xml")):
         found = _POSED.findall(path.read_text(errors="replace"))
         if found and path.stem.isdecimal():
-            camera = load_matrix(folder / "camera_poses.npy", (4, 4))[int(path.stem)]
-            to_table = load_matrix(folder / "cam0_wrt_table.npy", (4, 4)) @ camera
+            camera = load_matrix(folder / "camera_poses.npy", several=True)[int(path.stem)]
+            to_table = load_matrix(folder / "cam0_wrt_table.npy") @ camera
             return {
                 int(n): object_pose([float(v) for v in p.split()], [float(v) for v in q.split()], to_table)
                 for n, p, q in found

@@ -89,6 +89,10 @@ def test_commands_and_state_both_rest() -> None:
     assert len(found(state, state)) == 31
 
 
+def test_without_numbers_nothing_is_idle() -> None:
+    assert not idle_frames([(np.zeros((100, 128), np.float32), np.zeros(128, np.float32))], HZ).any()
+
+
 def test_a_velocity_rests_at_zero_only() -> None:
     x = np.zeros((100, 128), np.float32)
     x[:, SPEED] = 0.2  # steady motion

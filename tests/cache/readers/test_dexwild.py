@@ -4,19 +4,21 @@ damage."""
 from __future__ import annotations
 
 import dataclasses
+import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from dvla.cache.actions.action_map import FieldSpec
 from dvla.cache.actions.slots import SLOTS
 from dvla.cache.readers import detect_format, open_source
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.search import load_config
-from dvla.errors import UserError
+from dvla.errors import Failed, UserError
 from support.dex_samples import (
     CAMERAS,
     PERIOD_NS,
@@ -346,6 +348,29 @@ def test_a_picture_array_of_another_kind_is_refused(dexwild):
         open_source(dexwild).load(0)
 
 
+@pytest.mark.parametrize("form", ["gray", "gray without an axis", "rgba", "turned"])
+def test_pictures_stored_otherwise(dexwild, form):
+    def stored(image):
+        if form == "turned":
+            exif, file = Image.Exif(), io.BytesIO()
+            exif[274] = 3
+            Image.fromarray(image).save(file, "PNG", exif=exif)
+            return np.frombuffer(file.getvalue(), np.uint8)
+        gray = image[..., :1]
+        return {"gray": gray, "gray without an axis": gray[..., 0], "rgba": np.concatenate([image, gray], 2)}[form]
+
+    before = open_source(dexwild).load(0)
+    images = list(before.views[0].frames())
+    with h5py.File(next(dexwild.rglob("*.hdf5")), "a") as file:
+        for image, name in zip(images, sorted(file["ep_0000/right_thumb_cam"]), strict=True):
+            del file[f"ep_0000/right_thumb_cam/{name}"]
+            file[f"ep_0000/right_thumb_cam/{name}"] = stored(image)
+    view = open_source(dexwild).load(0).views[0]
+    shown = {"turned": lambda i: i[::-1, ::-1], "rgba": lambda i: i}.get(form, lambda i: np.repeat(i[..., :1], 3, 2))
+    assert all(np.array_equal(f, shown(i)) for f, i in zip(view.frames(), images, strict=True))
+    assert view.sha256 != before.views[0].sha256
+
+
 def test_folders_without_dexwild_files(tmp_path):
     with pytest.raises(UserError, match="holds no .hdf5 file; .*join and unpack"):
         open_source(tmp_path, load_config("dexwild"))
@@ -367,4 +392,17 @@ def test_an_odd_first_episode_does_not_speak_for_the_others(tmp_path):
         replace(file["ep_0000/right_leapv1"], np.zeros((8, 5)))
     source = open_source(path, dataclasses.replace(load_config("dexwild"), views=None))
     assert "another_cam" not in source.view_names
+    assert [n.text for n in source.notes()] == ["camera 'another_cam' is in 1 of 3 episodes looked at and not used"]
     assert [source.load(n).length for n in (1, 2)] == [open_source(path).length_of(n) for n in (1, 2)]
+
+
+def test_a_huge_dataset_in_the_place_of_a_group_costs_that_episode(tmp_path: Path) -> None:
+    """Looking for a member by name would read each of its rows."""
+    path = write_dexwild(tmp_path, (4, 3, 3))
+    with h5py.File(path, "r+") as file:
+        del file["ep_0000"]
+        file.create_dataset("ep_0000", (10**9, 8), np.uint8, chunks=(1, 8))
+    source = open_source(path)
+    lost, *others = (source.attempt(source.load, number) for number in source.episode_ids)
+    assert isinstance(lost, Failed) and "is a dataset, not a group" in lost.reason
+    assert [each.length for each in others] == [3, 3]

@@ -249,6 +249,9 @@ def test_cameras_with_the_same_last_name(copy_of):
         "observation.images.depth.head": {**picture, "info": {"video.is_depth_map": True}},
     }
     (root / "meta/info.json").write_text(json.dumps(info))
+    names = ("observation.images.rgb.head", "observation.images.tactile.head")
+    for name in names:
+        rewrite(the_file(root, "data/*/*.parquet"), lambda t, n=name: t.append_column(n, t["observation.images.front"]))
     assert open_source(root).view_names == ("front", "wrist", "rgb_head", "tactile_head")
 
 

@@ -81,6 +81,30 @@ def test_a_download_that_was_not_finished(tmp_path):
     assert failed.kind == "missing-file" and "was not downloaded to its end; rerun hf download" in failed.reason
 
 
+def test_offline_what_is_not_in_the_cache_costs_its_episode(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    root = write_v2(tmp_path / "0123abcd")
+    (root / "data/chunk-000/episode_000001.parquet").unlink()
+
+    def refuse(*args, **kwargs):
+        raise LocalEntryNotFoundError("it is not here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(root))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: ["meta/info.json"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    source = open_source("owner/push")
+    with pytest.raises(UserError, match="it is not in the cache, and the hub cannot be reached"):
+        source.load(1)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    failed = source.attempt(source.load, 1)
+    assert isinstance(failed, Failed) and "is not in the hub's cache, and HF_HUB_OFFLINE is set" in failed.reason
+    assert source.load(2).length == LENGTHS[2]
+
+
 def test_a_link_into_a_cache_that_is_gone(tmp_path):
     root = write_v2(tmp_path / "d")
     path = root / "data/chunk-000/episode_000002.parquet"
@@ -128,6 +152,12 @@ def test_a_packed_dataset(tmp_path):
         packed.add(root, "d")
     for name in ("d.zip", "d.tar.gz"):
         assert f"{name} is an archive without RLBench episodes or a Zarr buffer; extract it" in refusal(tmp_path / name)
+
+
+def test_a_folder_with_an_archive_alone(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/push.tar.gz").write_bytes(b"\x1f\x8b")
+    assert "holds an archive, push.tar.gz, and no dataset" in refusal(tmp_path / "d")
 
 
 def test_other_folders_that_look_like_a_dataset(tmp_path):

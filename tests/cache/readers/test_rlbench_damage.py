@@ -207,6 +207,7 @@ def test_five_of_a_hundred_episodes_are_there(tree, tmp_path):
     )  # in one alone
     source = open_source(tmp_path / "rlbench", CONFIG)
     assert len(source.episode_ids) == 100 and source.view_names == CAMERAS
+    assert [n.text for n in source.notes()] == ["camera 'extra' is in 1 of 5 episodes looked at and not used"]
     bad = [n for n in source.episode_ids if n % 20 != 7]
     for number in bad[::19]:
         corrupt(source, number, f"episode{number}/low_dim_obs.pkl is missing")

@@ -38,6 +38,7 @@ def spoil(name, text):
         (describe(fileFormat="array_record"), "'array_record' files, only tfrecord"),
         (describe(filepathTemplate="../{SHARD_X_OF_Y}"), "leaves the folder"),
         (describe(filepathTemplate="/etc/{SHARD_INDEX}"), "leaves the folder"),
+        (describe(filepathTemplate="x" * 70000), "x…' is no name of a file"),
         (describe(filepathTemplate="{FOO}-{SPLIT}"), "'FOO' is not known"),
         (describe(shardLengths=["-1"]), "-1 records"),
         (describe(shardLengths=["99999999999999"]), "99999999999999 records"),

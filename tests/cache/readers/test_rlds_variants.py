@@ -249,6 +249,11 @@ def test_missing_shards_are_counted(toy_copy):
     with pytest.raises(CorruptEpisode, match="shard toy-train.*00000-of-00002 is missing; 1 of 3 shards are present"):
         source.load(0)
     assert source.load(3).length == 4
+    shard(toy_copy).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (note,) = open_source(toy_copy, toy_config()).notes()
+    assert note.rule == "partly-present" and note.text.startswith("2 of 7 episodes present: 1 of 3 shards; fetch the")
+    with pytest.raises(CorruptEpisode, match="is a Git LFS pointer"):
+        source.load(0)
 
 
 def test_records_that_are_not_there_are_named(toy_copy):

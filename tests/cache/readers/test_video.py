@@ -136,6 +136,17 @@ def test_display_matrix(tmp_path, matrix):
     assert np.array_equal(list(decode(extent, "e", 4, 5))[0], found[4])
 
 
+@pytest.mark.parametrize("transfer, name", [(16, "PQ"), (18, "HLG"), (14, "")])
+def test_hdr_is_named(tmp_path, transfer, name):
+    planes = [to_yuv(i, 9, False, 10) for i in images()]
+    path = write_video(tmp_path / "x.mkv", planes, "yuv420p10le", SIZE, matrix=9, color_range=1, transfer=transfer)
+    extent, found = read(path)
+    assert [n.text for n in extent.notes] == (
+        [f"x.mkv is HDR ({name}): read without tone mapping, pale"] if name else []
+    )
+    assert all(off(f, i) <= 4 for f, i in zip(found, images(), strict=True))
+
+
 def test_a_slanted_display_matrix_is_refused(tmp_path):
     path = turn(write_h264(tmp_path / "x.mp4", images()), 0.866, 0.5, -0.5, 0.866)
     with pytest.raises(CorruptEpisode, match=r"e: x\.mp4 is shown turned by 30 degrees; only quarter turns"):

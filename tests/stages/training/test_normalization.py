@@ -22,7 +22,7 @@ from dvla.common.files import read_json
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.robot import RobotInterface, describe_dataset
-from dvla.stages.training.checks import open_cache
+from dvla.stages.training.checks import open_cache, remarks
 from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.train import train
 from dvla.stages.training.warm_start import settings_of_start
@@ -188,3 +188,19 @@ def test_glitches_are_said_before_the_first_step(tmp_path: Path, monkeypatch: py
     train(configure(tmp_path / "cache", out=str(tmp_path / "run"), steps=1), say=said.append)
     assert any(line.startswith("beta: action eef_vel_y is 1e+05 at episode 11 row 5, ") for line in said), said
     assert sum("far out" in line for line in said) == 2  # and alpha's
+
+
+def test_what_an_earlier_run_cuts_off_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tables = synthetic.make_tables
+
+    def rarely_closed(plan: Any, name: str) -> Any:
+        tables = make_tables(plan, name)
+        proprio = tables.proprio.copy()
+        proprio[:, 45], proprio[20, 45] = 1.0, 0.0
+        return dataclasses.replace(tables, proprio=proprio, proprio_stats=statistics_of(proprio))
+
+    monkeypatch.setattr(synthetic, "make_tables", rarely_closed)
+    synthetic.build(tmp_path / "cache")
+    for scheme, count in (("std5", 0), ("std5-clipped", 2)):
+        lines = remarks(open_cache(configure(tmp_path / "cache", normalize={"*": scheme})))
+        assert len(lines) == count and all("% of state head_joint_0 is beyond the range of" in line for line in lines)

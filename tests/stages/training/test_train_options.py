@@ -108,6 +108,8 @@ def asked(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, *options: Any) -> TrainCo
 def test_normalization_for_all_and_for_one_dataset(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
     config = asked(dvla, monkeypatch, "--normalize", "minmax", "--normalize", "a=b=quantile")
     assert config.normalize == {"*": "minmax", "a=b": "quantile"}
+    assert asked(dvla, monkeypatch, "--set", "normalize=meanstd").normalize == {"*": "meanstd"}
+    assert asked(dvla, monkeypatch, "--set", "normalize.alpha=meanstd").normalize == {"alpha": "meanstd"}
     refused(dvla("train", "--from-cache", "C", "--out", "R", "--normalize", "gauss"), "unknown value 'gauss'", "std5")
 
 

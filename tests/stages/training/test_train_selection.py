@@ -133,8 +133,12 @@ def test_an_export_is_selected_from_too(corner: Corner, tmp_path: Path) -> None:
 
 def test_failed_demonstrations_are_left_out(corner: Corner, tmp_path: Path) -> None:
     corner.record(3, marked(0)).build()
-    wanted = learned(run(corner.out, tmp_path / "a", select=CHOSEN))
-    assert learned(run(corner.out, tmp_path / "b", select={"success_only": True})) == wanted
+    said: list[str] = []
+    wanted = learned(run(corner.out, tmp_path / "a", said, select=CHOSEN))
+    assert learned(run(corner.out, tmp_path / "b", said, select={"success_only": True})) == wanted
+    assert not any("marked as failed" in line for line in said)
+    run(corner.out, tmp_path / "c", said)
+    assert "Data: 1 of 3 demonstrations are marked as failed; --success-only leaves them out" in said
 
 
 def test_resume_keeps_the_selection(corner: Corner, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_every_episode_is_read(tmp_path):
         found = source.table(e)
         assert found.instruction == source.instruction_of(e) == TASKS[2 * e]
         assert [n.rule for n in found.notes] == ["time-start"]
-    assert [n.text for n in source.notes()] == ["no video file of observation.images.egoview: not read"]
+    assert [n.text for n in source.notes()] == ["no images of observation.images.egoview: not read"]
 
 
 def test_without_any_video_no_camera_is_skipped(tmp_path):

@@ -1,5 +1,6 @@
 """Images in LeRobot's parquet files, however a column holds them; depth maps are named and are no camera."""
 
+import hashlib
 import io
 import json
 
@@ -11,8 +12,9 @@ from PIL import Image
 from dvla.cache.readers import open_source
 from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.search import load_config
-from dvla.errors import UserError
+from dvla.errors import Note, UserError
 from support.lerobot_written import CAMERA, LENGTHS, change_info, change_table, info, png, write_v2, write_v3
+from support.video_samples import write_video
 
 FEATURES = info("v3.0")["features"]
 FILE = "data/chunk-000/file-000.parquet"
@@ -81,8 +83,20 @@ def test_ways_of_a_column(tmp_path, kind):
 
 
 def test_the_hash_of_an_ordinary_column_is_what_it_was(tmp_path):
-    first = open_source(write_v3(tmp_path / "a")).load(1).views[0].sha256
-    assert first == open_source(dataset(tmp_path / "b", *KINDS["path"])).load(1).views[0].sha256
+    wanted = hashlib.sha256()
+    for frame in range(LENGTHS[1]):
+        wanted.update(f"{len(png(1, frame))};".encode() + png(1, frame))
+    for kind in ("struct", "bytes", "path"):
+        assert open_source(dataset(tmp_path / kind, *KINDS[kind])).load(1).views[0].sha256 == wanted.hexdigest()
+
+
+def test_images_of_another_size_than_listed_are_read_and_named(tmp_path):
+    root = write_v3(tmp_path / "x")
+    assert open_source(root).load(0).views[0].notes == ()
+    change_info(root, features={**FEATURES, CAMERA: {**FEATURES[CAMERA], "shape": [24, 32, 3]}})
+    (view,) = open_source(root).load(0).views
+    text = f"'{CAMERA}' is 16x16, meta/info.json lists [24, 32, 3]: read as it is"
+    assert view.notes == (Note("image-size", text),) and equal(view, [pixels(0, i) for i in range(LENGTHS[0])])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +161,28 @@ def test_depth_maps_are_named_and_no_camera(tmp_path, write, feature):
     assert source.view_names == ("front",)
     assert [n.text for n in source.notes() if n.rule == "depth-map"] == [f"{key}: depth maps, not read as cameras"]
     assert equal(source.load(1).views[0], [pixels(1, i) for i in range(LENGTHS[1])])
+
+
+@pytest.mark.parametrize("name, shape", [("front_depth", [16, 16, 3]), ("tof", [16, 16, 1]), ("tof", [16, 16])])
+def test_depth_video_that_nothing_marks(tmp_path, name, shape):
+    root = write_v3(tmp_path / "x")
+    key, path = f"observation.images.{name}", f"videos/observation.images.{name}/chunk-000/file-000.mkv"
+    planes = [np.full(16 * 16, 100 * k, np.uint16) for k in range(sum(LENGTHS))]
+    write_video(root / path, planes, "gray12le", (16, 16))
+    template = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mkv"
+    feature = {"dtype": "video", "shape": shape, "info": {"video.fps": 10}}
+    change_info(root, features={**FEATURES, key: feature}, video_path=template)
+
+    def place(table):
+        columns = {"chunk_index": 0, "file_index": 0, "from_timestamp": 0.0, "to_timestamp": 1.0}
+        for name, value in columns.items():
+            table = table.append_column(f"videos/{key}/{name}", pa.array([value] * len(table)))
+        return table
+
+    change_table(root / "meta/episodes/chunk-000/file-000.parquet", place)
+    source = open_source(root)
+    assert source.view_names == ("front",) and source.load(1).length == LENGTHS[1]
+    assert [n.text for n in source.notes() if n.rule == "depth-map"] == [f"{key}: depth maps, not read as cameras"]
 
 
 def test_a_depth_map_asked_for_is_refused(tmp_path):

@@ -31,6 +31,7 @@ def with_feature(key, **changes):
         {"data_path": None},
         {"data_path": "data/chunk-{episode_chunk:03}/episode_{episode_index:06}.parquet"},
         {"data_path": "./data//chunk-{chunk_index:03d}/episode_{episode_index:06d}.parquet"},
+        {"data_path": "data\\chunk-{chunk_index:03d}\\episode_{episode_index:06d}.parquet"},
         {"video_path": "../{nonsense}"},  # there is no video
         {"total_episodes": None},
         {"total_episodes": "many", "total_frames": [1]},
@@ -52,6 +53,16 @@ def test_odd_info_is_read(tmp_path, changes):
     source = open_source(root)
     assert [source.load(e).length for e in source.episode_ids] == list(LENGTHS)
     assert source.fps == 10 and source.view_names == ("front",)
+
+
+@pytest.mark.parametrize("dtype", [None, "vide", 7])
+def test_a_camera_that_is_not_read_is_named(tmp_path, dtype):
+    root = write_v2(tmp_path / "d")
+    change_info(root, features={**FEATURES, f"{CAMERA}_2": {**FEATURES[CAMERA], "dtype": dtype}})
+    source = open_source(root)
+    assert source.view_names == ("front",)
+    (note,) = source.notes()
+    assert note.rule == "camera-unknown" and f"{CAMERA}_2" in note.text and "not read" in note.text
 
 
 @pytest.mark.parametrize(
@@ -81,7 +92,7 @@ def test_odd_info_is_read(tmp_path, changes):
         ({"data_path": ["data"]}, r"is \['data'\], expected a path"),
         ({"data_path": "../data/episode_{episode_index:06d}.parquet"}, "leaves its folder"),
         ({"data_path": "/etc/{episode_index:06d}"}, "leaves its folder"),
-        ({"data_path": "data\\{episode_index:06d}"}, "leaves its folder"),
+        ({"data_path": "..\\{episode_index:06d}"}, "leaves its folder"),
     ],
 )
 def test_unusable_info_is_one_line(tmp_path, changes, message):
@@ -128,6 +139,14 @@ def test_template_fills_and_matches():
 
 
 _FIELDS = ("episode_chunk", "episode_index", "video_key")
+
+
+def test_a_camera_without_a_column_is_skipped_and_named(tmp_path):
+    root = write_v2(tmp_path / "d")
+    change_info(root, features=FEATURES | {"observation.images.wrist": FEATURES[CAMERA]})
+    source = open_source(root)
+    assert source.view_names == ("front",) and source.load(1).length == LENGTHS[1]
+    assert [n.text for n in source.notes()] == ["no images of observation.images.wrist: not read"]
 
 
 def test_an_episode_in_another_chunk_is_found(tmp_path):

@@ -230,6 +230,14 @@ def test_v3_without_a_list_is_read_by_its_rows(tmp_path):
         open_source(root)
 
 
+def test_what_macos_leaves_beside_files_is_no_file(tmp_path):
+    old, new = write_v2(tmp_path / "old"), write_v3(tmp_path / "new")
+    (old / EPISODES).unlink()
+    for path in (*old.rglob("*.parquet"), *new.rglob("*.parquet")):
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+    assert outcome(old) == outcome(new) == good(0, 1, 2) and not open_source(new).notes()
+
+
 def test_no_list_and_no_data_is_one_line(tmp_path):
     root = write_v2(tmp_path / "d")
     (root / EPISODES).write_text("\n")

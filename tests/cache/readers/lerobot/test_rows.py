@@ -264,6 +264,14 @@ def test_ids_with_gaps(tmp_path):
     assert source.episode_ids == (0, 3, 4) and numbers(source, 3) == rows_of(1) and numbers(source, 4) == rows_of(2)
 
 
+def test_splits_are_read_as_one_and_said(tmp_path):
+    source = open_source(write_v2(tmp_path / "d", splits={"train": "0:2", "val": "2:3"}))
+    all_right(source)
+    text = "meta/info.json has splits (train '0:2', val '2:3'); all 3 are read"
+    assert [n.text for n in source.notes()] == [text]
+    assert not open_source(write_v2(tmp_path / "e", splits={"train": "0:3"})).notes()
+
+
 # --- types -----------------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +300,10 @@ TYPES = {
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("write", [write_v2, write_v3])
 def test_types_that_converters_write(tmp_path, write, name):
-    source = open_source(write(tmp_path / "d", change=TYPES[name]))
+    root = write(tmp_path / "d", change=TYPES[name])
+    for path in root.glob("data/*/*.parquet"):  # as lerobot writes them
+        pq.write_table(pq.read_table(path), path, row_group_size=7)
+    source = open_source(root)
     assert not any(all_right(source))
     assert source.load(0).timestamps == pytest.approx(np.arange(12) / 10)
 
@@ -329,6 +340,13 @@ def test_columns_that_are_no_numbers(tmp_path, values, message):
     )
     with pytest.raises(CorruptEpisode, match=message):
         source.table(0)
+
+
+@pytest.mark.parametrize("name", ["frame_index", "timestamp", "index", "task_index", "episode_index"])
+@pytest.mark.parametrize("write", [write_v2, write_v3])
+def test_column_that_is_empty_in_all_rows(tmp_path, write, name):
+    empty = lambda t: put(t, name, pa.nulls(t.num_rows, t.schema.field(name).type))  # noqa: E731
+    all_right(open_source(write(tmp_path / "d", change=empty)))
 
 
 def test_files_without_a_column_of_episodes(tmp_path):

@@ -1,11 +1,12 @@
 """Which frames of a video belong to which episode and row, where a dataset's own lists contradict each other."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dvla.cache.readers import open_source
 from dvla.cache.readers.episode import CorruptEpisode
-from support.lerobot_files import CAMERA, FPS, LENGTHS, numbers, put, rows_of, write_v2, write_v3, write_video
+from support.lerobot_files import CAMERA, FPS, LENGTHS, VIDEO, numbers, put, rows_of, write_v2, write_v3, write_video
 
 FROM, TO = (f"videos/{CAMERA}/{n}_timestamp" for n in ("from", "to"))
 
@@ -123,6 +124,67 @@ def test_film_cut_short_costs_its_last_episode(tmp_path):
     assert [numbers(source, e) for e in (0, 1)] == [rows_of(0), rows_of(1)]
     with pytest.raises(CorruptEpisode, match=r"33 frames for 36 rows|7 frames for 10 rows"):
         source.load(2)
+
+
+# --- files of other episodes ---
+
+
+def stale(root, listed, sizes=((0,), (1, 2))):
+    """The only video split into files of these episodes; episode → the number of the file it is listed in."""
+    path = root / VIDEO.format(video_key=CAMERA, chunk_index=0, file_index=0)
+    table = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet")
+    starts, stops = [0.0] * 3, [0.0] * 3
+    for number, episodes in enumerate(sizes):
+        write_video(path.with_name(f"file-{number:03d}.mp4"), [r for e in episodes for r in rows_of(e)])
+        for e in episodes:
+            starts[e] = sum(LENGTHS[x] for x in episodes if x < e) / FPS
+            stops[e] = starts[e] + LENGTHS[e] / FPS
+    for name, values in ((FROM, starts), (TO, stops), (f"videos/{CAMERA}/file_index", listed)):
+        table = put(table, name, values)
+    pq.write_table(table, root / "meta/episodes/chunk-000/file-000.parquet")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("listed", "sizes", "wrong"),
+    [
+        ([0, 0, 1], [(0,), (1, 2)], 1),  # the first one of a new file is listed with the old file
+        ([0, 1, 1], [(0,), (1,), (2,)], 2),
+        ([0, 7, 1], [(0,), (1, 2)], 1),  # a file that does not exist
+        ([0, 0, 1], [(0, 1), (2,)], None),
+        ([1, 0, 1], [(0, 1), (2,)], 0),
+    ],
+)
+def test_stale_number_of_a_video_file(tmp_path, listed, sizes, wrong):
+    source = open_source(stale(write_v3(tmp_path / "d"), listed, sizes))
+    for order in ((0, 1, 2), (2, 1, 0)):
+        assert [numbers(source, e) for e in order] == [rows_of(e) for e in order]
+        source = open_source(tmp_path / "d")
+    assert [e for e in range(3) if notes(source, e)] == ([] if wrong is None else [wrong])
+    assert (
+        wrong is None or "its frames are in videos/observation.images.front/chunk-000/file-" in notes(source, wrong)[0]
+    )
+
+
+def test_number_of_a_video_file_that_two_files_fit_is_refused(tmp_path):
+    """Two other files have as many frames that belong to nobody."""
+    root = stale(write_v3(tmp_path / "d"), [0, 0, 3], [(0,), (1,), (1,), (2,)])
+    source = open_source(root)
+    for episode in (0, 1):
+        with pytest.raises(CorruptEpisode, match="12 frames for 26 rows of 2 episodes"):
+            source.load(episode)
+    assert numbers(source, 2) == rows_of(2)
+
+
+def test_film_of_another_rate_than_the_rows(tmp_path):
+    """30 images a second for 10 rows, with ordinary times and with a clock that runs on."""
+
+    def film(path, shown):
+        write_video(path, [n for n in shown for _ in range(3)], [100 * i // 3 for i in range(3 * len(shown))])
+
+    all_right(open_source(write_v3(tmp_path / "d", film=film)))
+    all_right(open_source(write_v3(tmp_path / "e", film=film, change=CLOCKS["runs on"])))
+    all_right(open_source(write_v2(tmp_path / "f", film=film, change=CLOCKS["epoch"])))
 
 
 # --- rows and frames -------------------------------------------------------------------------------------------------

@@ -83,6 +83,23 @@ def test_a_task_that_does_not_exist_costs_the_episode_if_nothing_else_tells(tmp_
     assert outcome(root) == [("push", []), "task_index 1 is not among the 1 tasks of meta/", ("push", [])]
 
 
+@pytest.mark.parametrize(
+    "values", [pa.array([1.0] * 4), pa.array(["1"] * 4), pa.array([[1]] * 4), pa.array([None, 1, 1, 1])]
+)
+def test_indices_may_have_any_type(tmp_path, values):
+    root = write_v2(tmp_path / "d", ("push", "pull"))
+    at = 7  # of task_index
+    change_table(root / "data/chunk-000/episode_000000.parquet", lambda t: t.set_column(at, "task_index", values))
+    assert outcome(root)[0] == ("pull", ["task-differs"])
+
+
+def test_texts_may_be_bytes(tmp_path):
+    root = write_v3(tmp_path / "d")
+    texts = pa.array([b"push"], pa.binary())
+    pq.write_table(pa.table({"task_index": [0], "task": texts}), root / "meta/tasks.parquet")
+    assert outcome(root) == [("push", ["task-differs"])] * 3
+
+
 def test_one_row_of_another_task_is_named(tmp_path):
     root = write_v2(tmp_path / "d", ("push", "pull"))
     for path, other in zip(sorted(root.glob("data/*/*.parquet")), (1, 1, 9)):
@@ -143,6 +160,20 @@ def test_columns_of_text_are_asked_where_the_task_has_none(tmp_path, name):
     root = write_v2(tmp_path / "d", ("", "pull"))
     add_column(root, name, ["push", "never", None])
     assert outcome(root) == [("push", []), ("pull", []), ("", [])]
+
+
+@pytest.mark.parametrize("column", [True, False])
+def test_columns_of_text_are_asked_where_there_is_no_task_table(tmp_path, column):
+    root = write_v2(tmp_path / "d", ("pull",))
+    add_column(root, "language_instruction", ["push", "push it", ""])
+    if column:
+        (root / "meta/tasks.jsonl").unlink()
+    else:
+        for path in root.glob("data/*/*.parquet"):
+            change_table(path, lambda t: t.drop_columns(["task_index"]))
+        features = json.loads((root / "meta/info.json").read_text())["features"]
+        change_info(root, features={k: v for k, v in features.items() if k != "task_index"})
+    assert [x[0] for x in outcome(root)] == ["push", "push it", "pull"]
 
 
 def test_the_first_language_column_with_a_text_is_used(tmp_path):
