@@ -54,10 +54,10 @@ class Extremes:
     clipped: tuple[tuple[str, float], ...] = ()  # ("action arm_joint_0_pos", share of its values that are cut off)
     scheme: Scheme = "std5"
 
-    def lines(self) -> list[str]:
+    def lines(self, dataset: str) -> list[str]:
         """What to say before a dataset is trained on: the first few of each kind, and how many there are."""
         reach = f"{self.scheme} reaches up to it; " if self.scheme in ("std5", "minmax") else ""
-        lines = [f"{g}; {reach}leave it out with --exclude-episodes {g.episode}" for g in self.glitches]
+        lines = [f"{g}; {reach}leave it out with --exclude-episodes {dataset}={g.episode}" for g in self.glitches]
         cut = [cut_off(name, share, self.scheme) for name, share in self.clipped]
         more = "more like it; see `dvla data check`"
         return [

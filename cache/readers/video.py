@@ -49,6 +49,7 @@ class VideoExtent:
     sha256: str  # hex, over the time (relative to the episode) and compressed bytes of its packets, and the conversion
     turn: str = ""  # how decoded frames are turned: t (axes exchanged), then r, c (rows, columns reversed)
     in_file: int = 0  # frames of the whole file by its header; 0 where that does not say
+    begins: float = 0.0  # seconds at which the first frame of the file is shown
     notes: tuple[Note, ...] = ()  # what to know about its pixels
 
 
@@ -100,7 +101,8 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
                 packets.append((packet.pts, bytes(packet)))
             elif packet.dts is not None and packet.dts > last:  # pts ≥ dts: nothing of this episode follows
                 break
-        in_file, notes = stream.frames, _notes(stream, path.name)
+        in_file, begins = stream.frames, (stream.start_time or 0) * base
+        notes = _notes(stream, path.name)
     packets.sort(key=lambda p: p[0])
     stored = np.array([p for p, _ in packets], dtype=np.int64)
     if not len(stored):
@@ -125,7 +127,7 @@ def find_extent(path: Path, times: np.ndarray, where: str) -> VideoExtent:
     turn, conversion, height, width = look
     height, width = (width, height) if "t" in turn else (height, width)
     name = renamed(conversion + turn, digest.hexdigest())
-    return VideoExtent(path, _compact(stored[nearest]), height, width, name, turn, in_file, notes)
+    return VideoExtent(path, _compact(stored[nearest]), height, width, name, turn, in_file, begins, notes)
 
 
 def _compact(pts: np.ndarray) -> Sequence[int]:

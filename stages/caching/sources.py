@@ -80,7 +80,7 @@ class Corpus:
             ends = zip(self.plan.episodes, self.plan.starts.tolist())
             rows = ((e.episode_id, values[start : start + e.length]) for e, start in ends)
             normalizer = Normalizer(stats, fields.mask, fields.rotation_slots, scheme)
-            lines += extremes(table, stats, normalizer, rows).lines()
+            lines += extremes(table, stats, normalizer, rows).lines(self.plan.name)
         return lines
 
 

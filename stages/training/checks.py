@@ -58,7 +58,7 @@ def remarks(cache: Cache) -> list[str]:
             values, stats, own = getattr(d, kind), d.statistics(kind), getattr(d, f"{kind}_normalizer")
             rows = ((number, values[start : start + length]) for number, start, length in ends)
             found = extremes(table, stats, Normalizer(stats, own.mask, own.rotation_slots, d.scheme), rows)
-            lines += [f"{d.name}: {line}" for line in found.lines()]
+            lines += [f"{d.name}: {line}" for line in found.lines(d.name)]
         if d.horizon is not None and d.frame is None:
             lines.append(f"{d.name}: its actions stay absolute: no dataset is relative unless it {ABSOLUTE}")
     return lines

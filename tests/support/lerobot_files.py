@@ -49,11 +49,15 @@ def rows_of(episode: int, lengths: Sequence[int] = LENGTHS) -> list[int]:
 
 
 def write_video(
-    path: Path, shown: Sequence[int], pts: Sequence[int] | None = None, options: dict[str, str] | None = None
+    path: Path,
+    shown: Sequence[int],
+    pts: Sequence[int] | None = None,
+    options: dict[str, str] | None = None,
+    container: dict[str, str] | None = None,
 ) -> None:
     """An H.264 file of the images `shown`; `pts` in thousandths of a second, None for one frame every 1/FPS."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as out:
+    with av.open(str(path), "w", options=container or {}) as out:
         stream = out.add_stream("libx264", rate=FPS, options={"crf": "8", "g": "4", "bf": "0", **(options or {})})
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"

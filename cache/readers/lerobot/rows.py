@@ -90,6 +90,9 @@ def _frames(table: pa.Table, notes: list[Note], where: str) -> np.ndarray | None
     if _is_empty(table, "frame_index"):
         return None
     values = plain_values(table["frame_index"])
+    if _is_text(values.type):
+        notes.append(Note("row-order", "frame_index is a text; the rows were taken in file order"))
+        return None
     if values.type == pa.int64() and not values.null_count:
         found = values.to_numpy()[:, None]
     else:
@@ -142,6 +145,10 @@ def _is_empty(table: pa.Table, column: str) -> bool:
     return column not in table.column_names or table[column].null_count == table.num_rows
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def _seconds(table: pa.Table, where: str) -> np.ndarray:
     """The column `timestamp` [T] float64, NaN where a row has none."""
     values = plain_values(table["timestamp"])
@@ -150,6 +157,8 @@ def _seconds(table: pa.Table, where: str) -> np.ndarray:
         whole = pc.cast(values, pa.int64())
         first = next((v.as_py() for v in whole if v.is_valid), 0)
         return pc.fill_null(pc.cast(pc.subtract(whole, first), pa.float64()), np.nan).to_numpy() / scale
+    if _is_text(values.type):
+        return np.full(table.num_rows, np.nan)
     if pa.types.is_floating(values.type):
         return values.to_numpy(zero_copy_only=False).astype(np.float64)
     return to_matrix(table, "timestamp", where)[:, 0]

@@ -80,7 +80,8 @@ class VideoFile:
             except NoFrame:
                 pass
             else:
-                if len(self.claims) == 1 or extent.in_file != self.total or self._is_tiled:
+                starts = abs(extent.begins) * self._fps < _HALF  # else listed times may count from the first frame
+                if len(self.claims) == 1 or (starts and (self._is_tiled or extent.in_file != self.total)):
                     return extent, ()
         stored, spans = self._spans(path, where)
         span = spans[episode]

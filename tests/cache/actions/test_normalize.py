@@ -252,24 +252,24 @@ def extremes_of(tables: list[np.ndarray], scheme: Scheme = "std5"):
 
 def test_glitches_are_named_with_their_place() -> None:
     tables = [np.random.default_rng(i).normal(size=100) for i in range(3)]
-    assert not extremes_of(tables).lines()
+    assert not extremes_of(tables).lines("push")
     tables[1][[20, 30]] = 1e3, -1e5
     tables[2][7] = 1e5
     found = extremes_of(tables)
     assert [(g.episode, g.row, g.value, g.values) for g in found.glitches] == [(11, 30, -1e5, 2), (12, 7, 1e5, 1)]
-    assert found.lines()[0].startswith("action arm_joint_0_pos is -1e+05 at episode 11 row 30 (1 more like it)")
-    assert found.lines()[1].endswith("; std5 reaches up to it; leave it out with --exclude-episodes 12")
-    assert all(len(line) < 200 for line in found.lines())
+    assert found.lines("push")[0].startswith("action arm_joint_0_pos is -1e+05 at episode 11 row 30 (1 more like it)")
+    assert found.lines("push")[1].endswith("; std5 reaches up to it; leave it out with --exclude-episodes push=12")
+    assert all(len(line) < 200 for line in found.lines("push"))
     for table in tables:
         table[:20] = 1e5  # a fifth of the rows: not rare
-    assert not extremes_of(tables).lines()
+    assert not extremes_of(tables).lines("push")
 
 
 def test_rare_values_within_their_unit_are_no_glitch() -> None:
     tables = [np.ones(1000) for _ in range(3)]
     tables[1][:15] = 0  # a gripper
-    assert not extremes_of(tables).lines()
-    (line,) = extremes_of(tables, "std5-clipped").lines()
+    assert not extremes_of(tables).lines("push")
+    (line,) = extremes_of(tables, "std5-clipped").lines("push")
     assert line.startswith("0.5 % of action arm_joint_0_pos is beyond the range of std5-clipped and cut off")
     tables[1][3:] = 1  # 0.1 % is not more than 0.1 %
-    assert not extremes_of(tables, "std5-clipped").lines()
+    assert not extremes_of(tables, "std5-clipped").lines("push")

@@ -35,7 +35,7 @@ def test_a_healthy_dataset_needs_no_remark() -> None:
 def test_a_glitch_is_named_with_its_row() -> None:
     (line,) = remarks(glitching)
     assert line.startswith("memory: state arm_joint_2_pos is -1e+05 at episode 4 row 7, ")
-    assert line.endswith("; std5 reaches up to it; leave it out with --exclude-episodes 4") and len(line) < 200
+    assert line.endswith("; std5 reaches up to it; leave it out with --exclude-episodes memory=4") and len(line) < 200
     assert "reaches" not in remarks(glitching, normalize="quantile")[0]
 
 

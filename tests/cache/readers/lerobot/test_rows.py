@@ -349,6 +349,14 @@ def test_column_that_is_empty_in_all_rows(tmp_path, write, name):
     all_right(open_source(write(tmp_path / "d", change=empty)))
 
 
+@pytest.mark.parametrize("name", ["frame_index", "timestamp", "index"])
+@pytest.mark.parametrize("write", [write_v2, write_v3])
+def test_column_of_texts(tmp_path, write, name):
+    texts = lambda t: put(t, name, [f"{v} of" for v in t[name].to_pylist()])  # noqa: E731
+    found = all_right(open_source(write(tmp_path / "d", change=texts)))
+    assert [bool(f) for f in found] == [name != "index"] * 3
+
+
 def test_files_without_a_column_of_episodes(tmp_path):
     """A file of its own tells the episode, and so does a listed place where frame_index begins and ends."""
     for name, write in (("v2", write_v2), ("v3", write_v3)):

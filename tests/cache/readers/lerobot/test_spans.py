@@ -1,5 +1,6 @@
 """Which frames of a video belong to which episode and row, where a dataset's own lists contradict each other."""
 
+import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -307,6 +308,32 @@ def test_reordered_frames_in_files_of_many_episodes(tmp_path):
     film = lambda path, shown: write_video(path, shown, options={"bf": "2", "g": "12"})  # noqa: E731
     all_right(open_source(write_v3(tmp_path / "d", film=film)))
     all_right(open_source(write_v2(tmp_path / "e", film=film)))
+
+
+@pytest.mark.parametrize("write", [write_v2, write_v3])
+def test_reordered_frames_of_a_file_without_an_edit_list(tmp_path, write):
+    """Its first frame is shown at 0.2 s, and with it every frame later than is listed."""
+
+    def film(path, shown):
+        write_video(path, shown, options={"bf": "2", "g": "12"}, container={"use_editlist": "0"})
+
+    source = open_source(write(tmp_path / "d", film=film))
+    (path,) = list((tmp_path / "d").glob("videos/**/*.mp4"))[:1]
+    with av.open(str(path)) as opened:
+        assert opened.streams.video[0].start_time * opened.streams.video[0].time_base > 0.1
+    all_right(source)
+    all_right(open_source(write(tmp_path / "e", film=film, change=CLOCKS["runs on"])))
+
+
+@pytest.mark.parametrize("write", [write_v2, write_v3])
+def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path, write):
+
+    def film(path, shown):
+        write_video(path, [39, 39, 39, *shown], [100 * k - 300 for k in range(len(shown) + 3)])
+
+    source = open_source(write(tmp_path / "d", film=film))
+    all_right(source)
+    all_right(open_source(write(tmp_path / "e", film=film, change=CLOCKS["begins at 1/fps"])))
 
 
 def test_film_with_fewer_frames_costs_that_episode_only(tmp_path):
