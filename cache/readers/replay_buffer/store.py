@@ -128,8 +128,8 @@ class Array:
                 raise UserError(f"{where}: {self.name} is sharded, which is not read; rewrite it without shards")
             if codec.removeprefix("numcodecs.") not in _CODECS:
                 raise UserError(
-                    f"{where}: {self.name} is stored with the codec '{codec[:_MAX_TEXT]}', which is not available here; rewrite "
-                    f"it with one of {', '.join(sorted(_CODECS))}"
+                    f"{where}: {self.name} is stored with the codec '{codec[:_MAX_TEXT]}', which is not available "
+                    f"here; rewrite it with one of {', '.join(sorted(_CODECS))}"
                 )
 
     def chunk_names(self, start: int, stop: int) -> Iterator[str]:
