@@ -29,7 +29,7 @@ class Option:
 DEVICE = Option("--device", help="Device: cpu, cuda, cuda:N, or auto (CUDA where there is one).")
 VLM_PATH = Option("--vlm-path", help="Checkpoint folder or hub id of the VLM; default: the model's own.")
 DATASET_CONFIG = Option(
-    "--dataset-config", help="YAML of the field map, or a shipped name; default: found by robot type or name."
+    "--dataset-config", help="YAML of the field map, or a registered or shipped name; default: the nearest that fits."
 )
 SAMPLE_STEPS = Option(
     "--sample-steps", help="Forward passes per action of a flow or diffusion head; default: as it was trained for."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from ...errors import UserError
 from ..actions.selection import Choice
 from ..readers import Source, open_source
 from ..readers.config import DatasetConfig
-from ..store.cache import Cache
+from ..readers.search import NoConfig
+from ..store.cache import Cache, CacheDataset
 
 
 def sources_of(cache: Cache, paths: Sequence[str] = ()) -> list[Source]:
@@ -35,12 +36,39 @@ def sources_of(cache: Cache, paths: Sequence[str] = ()) -> list[Source]:
 
 def as_cached(cache: Cache, path: str) -> Source:
     """Open `path` with the settings of the cached dataset of the same path or name; as a new dataset without one."""
+    dataset = cached_at(cache, path)
+    return open_source(path, config_of(dataset.attributes) if dataset else None)
+
+
+def cached_at(cache: Cache, path: str) -> CacheDataset | None:
+    """The dataset that was read from `path`, else the one of its name."""
     folder = Path(path).expanduser()
-    name = folder.resolve().name if folder.exists() else Path(path).name.split("@")[0]
     by_path = {d.attributes["source"]: d for d in cache.datasets}
     by_name = {d.name: d for d in cache.datasets}
-    dataset = by_path.get(str(folder.resolve())) or by_path.get(path) or by_name.get(name)
-    return open_source(path, config_of(dataset.attributes) if dataset else None)
+    return by_path.get(str(folder.resolve())) or by_path.get(path) or by_name.get(name_at(path))
+
+
+def name_at(path: str) -> str:
+    """What a dataset at `path` is called in a cache and a policy."""
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.exists() else Path(path).name.split("@")[0]
+
+
+def with_own_map(cache: Cache | None, path: str, say: Callable[[str], None]) -> Source:
+    """Open `path` with the dataset config that is found for it; with that of the cached dataset where none is found, or
+    one of another name."""
+    dataset, found = cached_at(cache, path) if cache else None, None
+    try:
+        found = open_source(path)
+    except NoConfig:
+        if dataset is None:
+            raise
+    own = dataset.attributes["dataset_config"] if dataset else None
+    if dataset is None or found is not None and found.config.name == own:
+        assert found is not None
+        return found
+    say(f"{path}: read with the map '{own}' of the cache; --dataset-config takes another")
+    return open_source(path, config_of(dataset.attributes))
 
 
 def config_of(attributes: dict[str, Any]) -> DatasetConfig:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...common.text import first_line
-from ...errors import UserError
+from ...errors import Kind, UserError
 from .episode import CorruptEpisode, View
 
 # Of the machine, not of a file: they end the command, since the next episode would be lost to them, too.
@@ -45,7 +45,7 @@ def one_episode(where: str, root: Path | None = None) -> Iterator[None]:
             raise UserError(f"{root} is no longer there; rerun the same command when it is") from None
         if isinstance(error, CorruptEpisode):
             raise
-        kind = "unexpected-error" if isinstance(error, _OURS) else "unreadable-file"
+        kind: Kind = "unexpected-error" if isinstance(error, _OURS) else "unreadable-file"
         raise CorruptEpisode(f"{where}: {described(error)}", kind) from error
 
 

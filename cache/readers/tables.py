@@ -6,7 +6,7 @@ Letters: T rows of an episode, n of a block, ds/da native state and action width
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class EpisodeTable:
     origin: object = None  # its reader's own
 
 
-def join_columns(columns: dict[str, np.ndarray], names: Sequence[str], where: str) -> np.ndarray:
+def join_columns(columns: Mapping[str, np.ndarray], names: Sequence[str], where: str) -> np.ndarray:
     """The named columns side by side, float64 [T, d]; `CorruptEpisode` for one that is missing or cannot be used."""
     parts = []
     for name in names:

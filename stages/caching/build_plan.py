@@ -39,7 +39,7 @@ def open_all(
 ) -> tuple[list[Source], VisionLanguageEncoder]:
     """The sources and the encoder of `config`; with `--append` also the sources of the finished cache `earlier`."""
     device = pick_device(config.device)  # refuses before anything is read
-    sources = open_sources(config.sources, config.dataset_config, config.views)
+    sources = open_sources(config.sources, config.dataset_config, config.views, earlier, say)
     if earlier is not None and config.mode == "append":
         sources = sources_to_append(earlier, sources)
     choose_episodes(sources, config.select, None if earlier is None else earlier.fingerprint)

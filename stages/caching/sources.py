@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ...cache.actions.idle import bands, idle_frames
 from ...cache.actions.normalizer import Normalizer
 from ...cache.actions.selection import Choice, Selection
 from ...cache.actions.statistics import Statistics, statistics_of
-from ...cache.loader.provenance import as_cached
+from ...cache.loader.provenance import as_cached, with_own_map
 from ...cache.loader.select import not_kept
 from ...cache.readers import Source, open_source
 from ...cache.readers.episode import Episode
@@ -84,11 +84,18 @@ class Corpus:
         return lines
 
 
-def open_sources(paths: Sequence[str], dataset_config: str | None = None, views: Sequence[str] = ()) -> list[Source]:
-    """Open every source, with only `views` of its cameras when some are named. `UserError` when two have one name,
-    since a cache names its datasets after them, or when a source has none of the views."""
+def open_sources(
+    paths: Sequence[str],
+    dataset_config: str | None = None,
+    views: Sequence[str] = (),
+    earlier: Cache | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Source]:
+    """Open every source, with only `views` of its cameras when some are named; without `dataset_config`, a dataset of
+    the cache `earlier` keeps its map. `UserError` when two have one name, since a cache names its datasets after them,
+    or when a source has none of the views."""
     config = load_config(dataset_config) if dataset_config else None
-    sources = [open_source(path, config) for path in paths]
+    sources = [open_source(path, config) if config else with_own_map(earlier, path, say) for path in paths]
     names = [s.name for s in sources]
     for name in names:
         if names.count(name) > 1:

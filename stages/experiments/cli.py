@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 from ...common.command_line import runner_of
 from ...common.console import console, progress_bars, say
 from ...common.console import table as grid
-from ...common.options import VlmPath
+from ...common.options import DatasetConfig, VlmPath
 from ...errors import UserError
 
 
@@ -139,6 +140,7 @@ def cotrain_command(
     rounds: Annotated[
         int, typer.Option("--rounds", help="Rounds of fine-tuning the VLM and rebuilding the cache.")
     ] = 1,
+    dataset_config: DatasetConfig = None,
 ) -> None:
     """Co-train policy and VLM: train, fine-tune with LoRA, rebuild the cache, train on.
 
@@ -149,6 +151,8 @@ def cotrain_command(
     """
     from .cotrain import CotrainConfig, cotrain
 
+    if dataset_config:
+        cache = f"--dataset-config {shlex.quote(dataset_config)} {cache}".strip()
     cotrain(
         CotrainConfig(tuple(sources), out, vlm, vlm_path, cache, train, finetune, retrain, rounds),
         runner_of(context),

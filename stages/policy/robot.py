@@ -22,13 +22,14 @@ DESCRIBED = (  # attributes of a cache's dataset
 
 
 def describe_dataset(dataset: CacheDataset) -> dict[str, Any]:
-    """What a policy must know of a dataset to act in its robot's units, as JSON.
+    """What a policy must know of a dataset to act in its robot's units and to read such data again, as JSON.
 
     Without "normalize" it is `EARLIER`, without "action_frame" absolute; statistics are those of the frame."""
     described = {key: dataset.attributes[key] for key in DESCRIBED}
     described |= {f"{kind}_stats": stats.to_dict() for kind, stats in dataset.scale_statistics.items()}
     described |= {} if dataset.scheme == EARLIER else {"normalize": dataset.scheme}
     described |= {} if dataset.frame is None else {"action_frame": "chunk"}
+    described |= {"config": dataset.attributes["config"]} if "config" in dataset.attributes else {}
     return {"name": dataset.name, "views": list(dataset.views), **described}
 
 

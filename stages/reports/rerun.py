@@ -20,8 +20,11 @@ import numpy as np
 
 from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import SLOTS
+from ...cache.loader.provenance import name_at
 from ...cache.readers import open_source
+from ...cache.readers.config import DatasetConfig
 from ...cache.readers.episode import CorruptEpisode, Episode
+from ...common.config import from_mapping
 from ...common.packages import require_package
 from ...common.progress import Progress
 from ...errors import UserError
@@ -64,7 +67,7 @@ def write_rerun(
         raise UserError(f"{out} exists; choose another name")
     if every < 1:
         raise UserError(f"--every {every}: give at least 1")
-    data = open_source(source, dataset_config)
+    data = open_source(source, dataset_config or _own_map(run, source))
     if episode_id not in data.episode_ids:
         first, last = data.episode_ids[0], data.episode_ids[-1]
         raise UserError(f"{source} has no episode {episode_id}; its {len(data.episode_ids)} are {first} to {last}")
@@ -76,6 +79,20 @@ def write_rerun(
         return _write(policy, episode, episode_id, out, every, progress)
     except CorruptEpisode as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def _own_map(run: str, source: str) -> DatasetConfig | None:
+    """The map with which the run's dataset of this name was read; None where the run has none."""
+    from ..policy.checkpoint import resolve
+    from ..policy.load import read_document
+
+    try:
+        datasets = read_document(resolve(run, lambda _: None))["datasets"]
+    except UserError:
+        return None  # the policy's loader says it, after the dataset was looked at
+    found = [d for d in datasets if d["name"] == name_at(source)] or datasets[: len(datasets) == 1]
+    config = found[0].get("config") if found else None  # earlier releases stored none
+    return None if config is None else from_mapping(DatasetConfig, config, "policy.json")
 
 
 def _write(policy: Any, episode: Episode, episode_id: int, out: Path, every: int, progress: Progress) -> RerunReport:

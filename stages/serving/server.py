@@ -81,6 +81,10 @@ class PolicyServer:
             "views": list(robot.views) if policy.needs_images else [],
             "state": list(robot.state_map.field_names),
             "actions": list(robot.action_map.field_names),
+            "state_names": list(robot.state_map.native_names),  # the robot's own, with its units
+            "state_units": list(robot.state_map.native_units),
+            "action_names": list(robot.action_map.native_names),
+            "action_units": list(robot.action_map.native_units),
             "horizon": self.horizon,
             "control_hz": robot.control_hz,
             "execute": config.execute,

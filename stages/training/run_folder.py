@@ -158,8 +158,9 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
     checkpoint, state, complaints = found
     for line in complaints:
         session.say(line)
-    document = json.loads(json.dumps(session.document))
-    lines = fp.diff(_filled(read_json(checkpoint / "policy.json"), document), document, "run has", "the cache has")
+    document = _meaning(json.loads(json.dumps(session.document)))
+    begun = _filled(_meaning(read_json(checkpoint / "policy.json")), document)
+    lines = fp.diff(begun, document, "run has", "the cache has")
     if lines:
         raise UserError(
             f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}"
@@ -167,6 +168,12 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
     session.say(f"resuming {folder} at step {state['step']} of {session.config.steps}")
     known = {f.name for f in dataclasses.fields(Progress)}
     return Progress(**{name: value for name, value in state.items() if name in known}), checkpoint
+
+
+def _meaning(document: dict[str, Any]) -> dict[str, Any]:
+    """policy.json without the dataset configs, which earlier releases did not store and whose maps are in it, too."""
+    datasets = [{k: v for k, v in d.items() if k != "config"} for d in document["datasets"]]
+    return {**document, "datasets": datasets}
 
 
 def _lock(folder: Path, held: contextlib.ExitStack) -> None:

@@ -107,8 +107,8 @@ def examine(folder: Path, dataset: str, index: int, mutation: Mutation) -> Outco
         if words[0] == "cache":
             arguments += ["--out", str(cache), "--batch-size", "8", "--device", "cpu"]
         result, text = _run(arguments)
-        if place := re.search(r".*(please report|\.py:\d).*", text):
-            found.unforeseen, found.text = True, place[0]
+        if place := next((x for x in text.splitlines() if "please report" in x or re.search(r"\.py:\d", x)), ""):
+            found.unforeseen, found.text = True, place
         if counts := re.search(r"\d+ errors?, \d+ warnings?, \d+ notes?", text):
             found.findings = counts[0]
         if result == "refused" and words[0] == "cache":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 
@@ -24,8 +25,10 @@ DAMAGE = (  # what PIL raises
 )
 MAX_SIDE = 8192  # pixels; an encoder pads an image to a square of its longer side
 MAX_ASPECT = 32  # longer side by shorter side
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM")  # how encoded images begin
-_TURNED = (b"Exif", b"eXIf", b"EXIF", b"tiff:Orientation")  # without one of these an image has no orientation
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = (_JPEG, _PNG, b"RIFF", b"GIF8", b"BM")  # how encoded images begin
+_JPEG_ENDS = (b"", b"\xda", b"\xe1")  # the pixels begin, or EXIF or XMP
+_PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks that may hold EXIF data or XMP
 _ORIENTATION = 274  # EXIF's number of it
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,6 +40,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 Stored = bytes | np.ndarray
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` is stricter
 
 
 def check_size(height: int, width: int, what: str) -> None:
@@ -101,7 +105,8 @@ def decode(data: bytes, what: str, formats: tuple[str, ...] | None) -> np.ndarra
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
             image = image.convert("RGBA")  # else PIL warns
         turn = _TURNS.get(_orientation(image)) if _may_be_turned(data) else None
-        image = image.convert("RGB")
+        image.load()
+        image = image if image.mode == "RGB" else image.convert("RGB")
         return np.asarray(image if turn is None else image.transpose(turn))
     except DAMAGE as error:
         raise CorruptEpisode(f"{what} cannot be decoded ({first_line(error)})", "unreadable-file") from None
@@ -146,7 +151,18 @@ def is_turned(data: bytes, what: str, formats: tuple[str, ...] | None) -> bool:
 
 
 def _may_be_turned(data: bytes) -> bool:
-    return any(mark in data for mark in _TURNED)
+    """Whether an image has metadata that can hold an orientation: found chunk by chunk, for the pixels are long."""
+    at = 8
+    if data.startswith(_PNG):
+        while (kind := data[at + 4 : at + 8]) and kind not in _PNG_METADATA:
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+        return bool(kind)
+    at = 2
+    if data.startswith(_JPEG):
+        while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in _JPEG_ENDS:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        return data[at : at + 2] == b"\xff\xe1"
+    return any(mark in data for mark in (b"EXIF", b"Exif", b"tiff:Orientation"))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -244,7 +244,9 @@ def _batches(file: pq.ParquetFile, at: RowsAt, column: str, where: str) -> Itera
         yield from values.chunks
         return
     for batch in file.iter_batches(_IMAGE_ROWS, row_groups=groups, columns=[column, "episode_index"]):
-        yield batch.filter(pa.array(_numbers(batch.column("episode_index"), where) == at.episode_id)).column(column)
+        chosen, values = _numbers(batch.column("episode_index"), where) == at.episode_id, batch.column(column)
+        if chosen.any():  # filtering copies the images
+            yield values if chosen.all() else values.filter(pa.array(chosen))
 
 
 # --- all episodes of a file ---

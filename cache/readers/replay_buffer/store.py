@@ -30,6 +30,7 @@ _CODECS = frozenset((
 ))  # fmt: skip
 _MAX_CHUNK = 1 << 30  # bytes of a chunk or a row, unpacked
 _MAX_COUNT = 1 << 16  # chunks of a row
+_MAX_TEXT = 100  # characters quoted of what a file says
 _MAX_GROWTH = 8  # times the bytes of a chunk before it was compressed
 
 
@@ -69,7 +70,8 @@ class Group:
                 self, name, which, metadata, **(_parse_v2 if which == ".zarray" else _parse_v3)(json.loads(metadata))
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise CorruptEpisode(f"{where}: {name}/{which} does not describe an array of numbers ({error})") from None
+            reason = f"{where}: {name}/{which} does not describe an array of numbers ({str(error)[:_MAX_TEXT]})"
+            raise CorruptEpisode(reason) from None
 
     def attributes(self) -> dict[str, Any]:
         """What people wrote beside the group; {} where that cannot be read."""
@@ -126,8 +128,8 @@ class Array:
                 raise UserError(f"{where}: {self.name} is sharded, which is not read; rewrite it without shards")
             if codec.removeprefix("numcodecs.") not in _CODECS:
                 raise UserError(
-                    f"{where}: {self.name} is stored with the codec '{codec}', which is not available here; rewrite "
-                    f"it with one of {', '.join(sorted(_CODECS))}"
+                    f"{where}: {self.name} is stored with the codec '{codec[:_MAX_TEXT]}', which is not available "
+                    f"here; rewrite it with one of {', '.join(sorted(_CODECS))}"
                 )
 
     def chunk_names(self, start: int, stop: int) -> Iterator[str]:

@@ -417,6 +417,14 @@ def test_damaged_metadata(pusht, version, change, message):
         open_source(pusht, PUSHT)
 
 
+def test_a_long_name_of_a_type_is_not_repeated(pusht, version):
+    long = "x" * 70_000
+    edit_metadata(pusht, version, "data/action", lambda about: about.update({"dtype": long, "data_type": long}))
+    with pytest.raises(UserError, match="does not describe an array of numbers") as caught:
+        open_source(pusht, PUSHT)
+    assert len(str(caught.value)) < 250
+
+
 def test_sharded_arrays_are_refused(tmp_path):
     path = write_replay_buffer(tmp_path / "pusht.zarr", zarr_format=3)
     group = zarr.open_group(path, mode="a")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dvla.cache.readers.search import load_config
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
 from dvla.cache.store.feature_format import FeatureFormat
@@ -130,6 +131,31 @@ def test_append_refuses_what_is_not_new(corner: Corner, recorded: dict[str, Path
     with pytest.raises(UserError, match="no cache at .*none; build one"):
         corner.build("append", out=corner.folder / "none")
     assert tree(corner.out) == before and sorted(p.name for p in corner.folder.iterdir()) == ["cache", "data"]
+
+
+def of_a_toaster(root: Path) -> None:
+    info = json.loads((root / "meta/info.json").read_text())
+    (root / "meta/info.json").write_text(json.dumps(info | {"robot_type": "toaster"}))
+
+
+def test_a_cache_keeps_its_own_map(corner: Corner) -> None:
+    """A dataset that was built with a config of one's own is updated and appended to without it, wherever it is; and
+    one that a shipped config fits, too, does not change its map unasked."""
+    mine = corner.folder / "mine.yaml"
+    mine.write_text(Path(load_config("metaworld").origin).read_text())
+    for change in (of_a_toaster, lambda root: None):
+        shutil.rmtree(corner.out, ignore_errors=True)
+        corner.record(2, change).build(dataset_config=str(mine))
+        assert corner.build("update").previous is None
+        corner.record(3, change)
+        said: list[str] = []
+        report = build_module.build(corner.config("append"), say=said.append)
+        assert report.timing.images == len(VIEWS) * LENGTHS[2]
+        assert any("read with the map 'mine' of the cache; --dataset-config takes another" in line for line in said)
+        assert Cache.open(corner.out).datasets[0].attributes["dataset_config"] == "mine"
+        shutil.rmtree(report.previous)
+    mine.unlink()
+    assert corner.build("update").previous is None
 
 
 # --- update -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from dvla.stages.experiments.cotrain import CotrainConfig, cotrain, steps
 from dvla.stages.training.config import OptimizerConfig, load_recipe, train_config
 from dvla.stages.training.parallel.replicas import parameter_groups
 from dvla.stages.training.stage_three import finetune as finetune_module
+from support.cli_runner import Dvla
 from support.run_samples import TINY
 
 TRAIN = (
@@ -28,6 +29,15 @@ TRAIN = (
 
 def words(config: CotrainConfig) -> list[str]:
     return [shlex.join(command) for step in steps(config) for command in step.commands]
+
+
+def test_every_build_of_the_loop_gets_the_map(dvla: Dvla, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[CotrainConfig] = []
+    monkeypatch.setattr(cotrain_module, "cotrain", lambda config, *_: seen.append(config))
+    given = ("--dataset-config", "my map.yaml", "--cache", "--tokens 49")
+    assert dvla("cotrain", "d", "--out", "o", *given).code == 0
+    builds = [line for line in words(seen[0]) if line.startswith("cache build")]
+    assert len(builds) == 2 and all("--dataset-config 'my map.yaml' --tokens 49" in line for line in builds)
 
 
 # --- the staged recipe ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from dvla.cache.actions.action_map import ActionMap, FieldSpec
+from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import Episode, View
 from dvla.errors import UserError
 from dvla.stages.reports import rerun as rerun_export
@@ -109,3 +111,20 @@ def test_what_is_refused(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dvla\[rerun\]'"):
         write_rerun("run", "source", 0, tmp_path / "e.rrd")
+
+
+def test_a_run_carries_its_own_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dataset is read as it was for the run, though no config is shipped for it or it lies elsewhere now."""
+    mine = DatasetConfig("mine", (), "gripper_joint", (FieldSpec(field="gripper_open"),), ())
+    stored = json.loads(json.dumps(mine.document()))
+    documents = {
+        "run": [{"name": "cubes", "config": stored}, {"name": "push"}],
+        "one": [{"name": "a", "config": stored}],
+    }
+    monkeypatch.setattr("dvla.stages.policy.checkpoint.resolve", lambda run, say: run)
+    monkeypatch.setattr("dvla.stages.policy.load.read_document", lambda run: {"datasets": documents[run]})
+    (tmp_path / "cubes").mkdir()
+    assert rerun_export._own_map("run", str(tmp_path / "cubes")) == mine
+    assert rerun_export._own_map("run", "owner/cubes@main") == mine
+    assert rerun_export._own_map("run", "owner/push") is None  # written by an earlier release
+    assert rerun_export._own_map("one", "owner/another") == mine

@@ -132,6 +132,9 @@ def test_one_action_a_step_costs_a_pass_every_few(policy: Policy) -> None:
     seen = observations(1)[0]
     with serving(policy, execute=3) as (server, port), PolicyClient(port=port) as client:
         assert client.metadata["execute"] == 3
+        named = {part: len(client.metadata[part]) for part in ("state_names", "action_names", "action_units")}
+        expected = {"state_names": "state", "action_names": "actions", "action_units": "actions"}
+        assert named == {part: len(client.metadata[of]) for part, of in expected.items()}
         actions = [client.infer(message(seen))["actions"], client.infer({})["actions"], client.infer({})["actions"]]
         np.testing.assert_array_equal(actions, policy.act(seen.images, seen.instruction, seen.state)[:3])
         assert (server.metrics.counts["batches"], server.metrics.counts["queued"]) == (1, 2)
