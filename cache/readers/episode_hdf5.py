@@ -186,13 +186,16 @@ class EpisodeHDF5Source(Source):
                 )
 
     def _used_slots(self) -> np.ndarray:
-        """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source. A rotation counts
-        as a whole: six slots, or the first four where the last two are never used (a quaternion)."""
-        every, used = list(self._names), np.zeros(UNIFIED_DIM, bool)
+        """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source; of several rows one
+        alone may be damaged. A rotation counts as a whole: six slots, or the first four where the last two are never
+        used (a quaternion)."""
+        every, filled, rows = list(self._names), np.zeros(UNIFIED_DIM, int), 0
         for i in np.linspace(0, len(every) - 1, min(_SAMPLED, len(every))).round().astype(int):
             name = self._names[every[i]]
             with contextlib.suppress(CorruptEpisode), opened(self._path(every[i], name), name) as file:
-                used |= (_wide(numbers(file, "proprio", name), "proprio", name) != 0).any(axis=0)
+                values = _wide(numbers(file, "proprio", name), "proprio", name)
+                filled, rows = filled + (values != 0).sum(axis=0), rows + len(values)
+        used = filled > (rows > 1)
         for first in _ROTATIONS:
             if used[first : first + 6].any():
                 used[first : first + (6 if used[first + _QUATERNION : first + 6].any() else _QUATERNION)] = True

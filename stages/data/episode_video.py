@@ -74,6 +74,8 @@ def write_episode(
     opened = open_source(source, dataset_config, unmapped=True)
     names = opened.action_map.field_names if opened.config.mapped else column_names(opened)["action"]
     rate = fps or opened.fps
+    if not opened.view_names:
+        raise UserError(f"{opened.name} has no camera; a video needs one")
     try:
         episode = opened.load(episode_id)
         scene = Scene(episode, names)

@@ -1,4 +1,4 @@
-"""Small LeRobot datasets written by hand, with PNG images in parquet; made to be spoilt."""
+"""Small LeRobot datasets for tests of `meta/` and of images in parquet: a few rows, 16-pixel PNGs, any tasks."""
 
 from __future__ import annotations
 

@@ -149,6 +149,14 @@ def test_a_camera_without_a_column_is_skipped_and_named(tmp_path):
     assert [n.text for n in source.notes()] == ["no images of observation.images.wrist: not read"]
 
 
+def test_a_video_of_a_dataset_without_a_camera_is_one_line(tmp_path, dvla):
+    root = write_v2(tmp_path / "d")
+    change_info(root, features={k: f for k, f in FEATURES.items() if k != CAMERA})
+    found = dvla("data", "video", root, "--episode", 0, "-o", tmp_path / "x.mp4")
+    assert found.code == 2 and "d has no camera; a video needs one" in found.err
+    assert dvla("data", "show", root).code == 0
+
+
 def test_an_episode_in_another_chunk_is_found(tmp_path):
     root = write_v2(tmp_path / "d")
     (root / "data/chunk-007").mkdir()
