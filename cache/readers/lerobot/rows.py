@@ -68,10 +68,13 @@ def put_in_order(table: pa.Table, listed: Listed, fps: float, path: str, where: 
         if same.any():
             reason = f"frame_index {frames[same.argmax()]} is given to several of its {count} rows"
             raise CorruptEpisode(f"{where}: {reason}, meta/ lists {length}", "row-count")
+    if frames is None:
+        order = _order_by_time(table, where)
     times, start, damaged = _times(table, order, fps, notes, where)
     if order is not None:
         table = table.take(order)
-        notes.append(Note("row-order", "its rows are not in the order of frame_index; they were sorted by it"))
+        name = "timestamp" if frames is None else "frame_index"
+        notes.append(Note("row-order", f"its rows are not in the order of {name}; they were sorted by it"))
     counted = length == count
     if not counted:
         is_complete = length is None if frames is None else frames[0] == 0 and frames[-1] == count - 1
@@ -104,6 +107,24 @@ def _frames(table: pa.Table, notes: list[Note], where: str) -> np.ndarray | None
         notes.append(Note("row-order", f"frame_index is {frames[0]} in all rows; they were taken in file order"))
         return None
     return frames
+
+
+def _order_by_time(table: pa.Table, where: str) -> np.ndarray | None:
+    """Order of rows without a `frame_index`: that of their timestamps, where these are evenly spaced then; None for
+    file order, which timestamps do not contradict. `CorruptEpisode` where they do."""
+    if _is_empty(table, "timestamp"):
+        return None
+    times = _seconds(table, where)
+    steps = np.diff(times[np.isfinite(times)])
+    if not (steps < 0).any():
+        return None
+    order = np.argsort(times, kind="stable")
+    steps = np.diff(times[order])
+    usual = float(np.median(steps))
+    if not (np.isfinite(times).all() and usual > 0 and (np.abs(steps - usual) < 0.5 * usual).all()):
+        reason = "timestamps go back, and there is no frame_index that tells the order of its rows"
+        raise CorruptEpisode(f"{where}: {reason}", "time-order")
+    return order
 
 
 def _times(

@@ -242,7 +242,10 @@ class LeRobotSource(Source):
             for key in self._cameras.values():
                 if key in entry.video_paths:
                     start, stop = entry.video_starts[key], entry.video_ends.get(key)
-                    length = round((stop - start) * self.fps) if entry.length is None and stop else entry.length or 0
+                    by_time = None if stop is None else round((stop - start) * self.fps)
+                    span = entry.rows[1] - entry.rows[0] if entry.rows else None
+                    listed = span if span is not None and by_time == span else entry.length  # two against one
+                    length = max(listed or by_time or 0, 0)
                     claims[key][entry.video_paths[key]].append(Claim(number, length, start, stop))
         files = {key: functools.partial(self.meta.video_files, key) for key in claims}
         return {key: CameraFiles(found, self.fps, self.meta.locate, files[key]) for key, found in claims.items()}

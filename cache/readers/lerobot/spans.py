@@ -7,6 +7,7 @@ a frame of another episode never takes part. Nothing is decoded. Letters: T rows
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..video import NoFrame, VideoExtent, find_extent, stored_times
 from .rows import Clock
 
 _HALF = 0.5 + 1e-3  # of a step: a frame that is nearer belongs to a time
+_QUARTER = 0.25 + 1e-3  # the same, where nothing else proves it
 _TRIED = 8  # episodes that are wrong, of which each is tried as the only one
 _ORDINARY = Clock()
 
@@ -41,6 +43,7 @@ class Span:
     stop: int
     note: str = ""
     problem: str = ""
+    is_shared: bool = False  # by the number of frames alone
 
 
 class VideoFile:
@@ -81,14 +84,16 @@ class VideoFile:
                 pass
             else:
                 starts = abs(extent.begins) * self._fps < _HALF  # else listed times may count from the first frame
-                if len(self.claims) == 1 or (starts and (self._is_tiled or extent.in_file != self.total)):
+                ends = not extent.in_file or float(self._stops.max()) * self._fps < extent.in_file + 1
+                if len(self.claims) == 1 or (starts and ends and (self._is_tiled or extent.in_file != self.total)):
                     return extent, ()
         stored, spans = self._spans(path, where)
         span = spans[episode]
         if span.problem:
             raise CorruptEpisode(f"{where}: {path.name}: {span.problem}", "row-count")
         frames = stored[span.first : span.stop]
-        chosen = frames_of_rows(frames, times, clock or _ORDINARY, self._fps, f"{where}: {path.name}")
+        clock = dataclasses.replace(clock or _ORDINARY, **({"counted": False} if span.is_shared else {}))
+        chosen = frames_of_rows(frames, times, clock, self._fps, f"{where}: {path.name}")
         notes = (Note("video-span", f"{path.name}: {span.note}"),) if span.note else ()
         return find_extent(path, frames[chosen], where), notes
 
@@ -128,44 +133,66 @@ class VideoFile:
         count = len(stored)
         if len(self.claims) == 1 and (count == self.total or self.claims[0].stop is None):
             return {self.claims[0].episode: Span(0, count)}
-        for shown in (stored, stored - stored[0]):  # listed times count from the file's 0, or from its first frame
-            first = _nearest(shown, self._starts)
-            behind = np.clip(np.round((self._stops - shown[-1]) * self._fps) - 1, 0, 2**40).astype(np.int64)
-            ends = np.searchsorted(shown, self._stops - 0.5 / self._fps) + behind  # by the listed times
-            off = np.abs(shown[first] - self._starts) * self._fps
-            order = np.argsort(first, kind="stable")
-            limits = np.append(first[order][1:], count)  # where the next one begins
-            by_stop = np.maximum(ends - first, 1)
-            for sizes in (self._lengths, by_stop):
-                if (off < _HALF).all() and (first[order] + sizes[order] <= limits).all():
-                    return self._as_listed(first, first + np.maximum(self._lengths, by_stop), order, limits)
+        fitting = [s for s in map(self._as_listed, (stored, stored - stored[0])) if s is not None]
+        if fitting and fitting[0] == fitting[-1]:
+            return fitting[0]
+        if fitting:
+            problem = f"its listed times fit when counted from 0 s and from the first frame at {stored[0]:.3f} s"
+            return {claim.episode: Span(0, 0, problem=problem) for claim in self.claims}
+        shown = stored - stored[0]
+        first, _ = self._nearest(shown)
         if len(self.claims) == 1:
             return {self.claims[0].episode: Span(int(first[0]), count)}
-        sizes = by_stop if by_stop.sum() == count != self.total else self._lengths
-        return self._settled(shown, first, off, sizes)
+        return self._settled(shown, first, self._lengths)
 
-    def _as_listed(self, first: np.ndarray, ends: np.ndarray, order: np.ndarray, limits: np.ndarray) -> dict[int, Span]:
-        """Frames that nobody claims belong to the episode before them, as far as its listed end."""
-        spans = {}
+    def _nearest(self, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First frame of each episode and number of its frames, by the listed times."""
+        first = _nearest(shown, self._starts)
+        behind = np.clip(np.round((self._stops - shown[-1]) * self._fps) - 1, 0, 2**40).astype(np.int64)
+        ends = np.searchsorted(shown, self._stops - 0.5 / self._fps) + behind
+        return first, np.maximum(ends - first, 1)
+
+    def _as_listed(self, shown: np.ndarray) -> dict[int, Span] | None:
+        """The listed places, where each has a frame and no two share one; None otherwise. Frames that nobody claims
+        belong to the episode before them, as far as its listed end."""
+        count, (first, by_stop) = len(shown), self._nearest(shown)
+        order = np.argsort(first, kind="stable")
+        limits = np.append(first[order][1:], count)  # where the next one begins
+        is_whole = count == self.total  # with as many frames as rows, none can be off by one unnoticed
+        if (np.abs(shown[first] - self._starts) * self._fps >= (_HALF if is_whole else _QUARTER)).any():
+            return None
+        if (first[order] + self._lengths[order] <= limits).all():
+            ends = first + np.maximum(self._lengths, by_stop)
+        elif not is_whole and (first[order] + by_stop[order] <= limits).all():
+            ends = first + by_stop
+        else:
+            return None
+        spans, before = {}, 0
         for i, limit in zip(order.tolist(), limits.tolist()):
-            claim, note = self.claims[i], ""
-            if claim.stop is not None and abs((claim.stop - claim.start) * self._fps - claim.length) >= 1:
-                note = f"it is listed from {claim.start:.3f} to {claim.stop:.3f} s, with {claim.length} frames"
+            claim, note, problem = self.claims[i], "", ""
             stop = limit if claim.stop is None else min(limit, int(ends[i]))
-            spans[claim.episode] = Span(int(first[i]), stop, note)
+            off = 0.0 if claim.stop is None else abs((claim.stop - claim.start) * self._fps - claim.length)
+            if off >= 1:
+                note = f"it is listed from {claim.start:.3f} to {claim.stop:.3f} s, with {claim.length} frames"
+            if 1 < off < claim.length / 2 and not is_whole and (stop == limit or first[i] != before):
+                note, problem = "", note  # which of the two times is right?
+            spans[claim.episode] = Span(int(first[i]), stop, note, problem)
+            before = int(first[i]) + claim.length
         return spans
 
-    def _settled(self, shown: np.ndarray, first: np.ndarray, off: np.ndarray, sizes: np.ndarray) -> dict[int, Span]:
+    def _settled(self, shown: np.ndarray, first: np.ndarray, sizes: np.ndarray) -> dict[int, Span]:
         """Listed times contradict each other or the file: the frames that the sound ones leave are shared out in order
         of the episodes, where these need exactly as many."""
         count, stops = len(shown), first + sizes
-        outside = (off >= _HALF) | (stops > count)
+        outside = (np.abs(shown[first] - self._starts) * self._fps >= _QUARTER) | (stops > count)
         wrong = _overlapping(first, stops) | outside
         if sizes.sum() == count:  # together they are the whole file
             wrong[:] = True
         elif wrong.sum() <= _TRIED:
             alone = [i for i in np.flatnonzero(wrong).tolist() if _fits(i, first, stops, outside)]
-            wrong[:] = wrong if len(alone) != 1 else np.arange(len(wrong)) == alone[0]
+            wrong[:] = _doubtful(first, stops, wrong, count) if len(alone) != 1 else np.arange(len(wrong)) == alone[0]
+        else:
+            wrong[:] = _doubtful(first, stops, wrong, count)
         spans = {c.episode: Span(int(f), int(s)) for c, f, s in zip(self.claims, first, stops)}
         edges = np.flatnonzero(np.diff(np.concatenate([[0], wrong.astype(int), [0]])))
         for a, b in zip(edges[::2].tolist(), edges[1::2].tolist()):
@@ -195,7 +222,8 @@ class VideoFile:
             if known or (full and places[0][i] == places[1][i] and not differs(i, places[0])):
                 seconds = shown[min(at, len(shown) - 1)]
                 note = f"{listed}; by the frames of the file and its other episodes it is at {seconds:.3f} s"
-                spans[claim.episode] = Span(at, at + int(sizes[i]), note if differs(i, places[0]) else "")
+                note = note if differs(i, places[0]) else ""
+                spans[claim.episode] = Span(at, at + int(sizes[i]), note, is_shared=True)
             else:
                 others = f"the file has {len(shown)} frames for {int(sizes.sum())} rows of {len(sizes)} episodes"
                 spans[claim.episode] = Span(0, 0, problem=f"{listed}, where others are or no frames; {others}")
@@ -210,6 +238,14 @@ def _overlapping(first: np.ndarray, stops: np.ndarray) -> np.ndarray:
     found[order[1:]] |= first[order[1:]] < ends[:-1]
     found[order[:-1]] |= first[order[1:]] < stops[order[:-1]]
     return found
+
+
+def _doubtful(first: np.ndarray, stops: np.ndarray, wrong: np.ndarray, count: int) -> np.ndarray:
+    """`wrong`, and what touches no other sound span: in a file that contradicts itself, one number proves nothing."""
+    touches = np.isin(first, stops[~wrong]) | np.isin(stops, first[~wrong])
+    touches |= (first == 0) & (np.cumsum(wrong) == 0)
+    touches |= (stops == count) & (np.cumsum(wrong[::-1])[::-1] == 0)
+    return wrong | ~touches
 
 
 def _fits(i: int, first: np.ndarray, stops: np.ndarray, outside: np.ndarray) -> bool:

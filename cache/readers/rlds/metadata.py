@@ -206,7 +206,7 @@ def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:
                     raise ValueError(f"'{shard}' with {length} records")
                 yield Shard(shard, first, length)
                 first += length
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is not known" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path}: its splits cannot be read ({reason}); each has a name, shardLengths and a filepathTemplate of "
@@ -219,7 +219,7 @@ def _steps(features: dict[str, Any], root: Path) -> dict[str, Any]:
     try:
         steps = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]
         return {"featuresDict": {"features": dict(steps["featuresDict"]["features"])}}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise UserError(
             f"{root / DESCRIPTION[1]} describes no episodes: RLDS has a dataset of features called 'steps', as "
             "tfds 4.5 or newer writes it"
@@ -240,7 +240,7 @@ def _flatten(node: Any, path: str) -> Iterator[tuple[str, Feature]]:
                 yield from _flatten(child, f"{path}/{name}" if path else name)
             return
         yield path, _leaf(node)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (KeyError, OverflowError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(f"features.json has a description of '{path}' that cannot be read") from None
 
 

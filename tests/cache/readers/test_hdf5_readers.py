@@ -20,7 +20,7 @@ from dvla.cache.readers.images import hdf5 as image_files
 from dvla.cache.readers.images.arrays import BYTES
 from dvla.cache.readers.robomimic import RobomimicSource
 from dvla.cache.readers.search import config_names, load_config
-from dvla.errors import UserError
+from dvla.errors import Failed, UserError
 from support.hdf5_samples import (
     ARM,
     CAN,
@@ -554,3 +554,16 @@ def test_files_on_the_hub_are_fetched_when_needed(tmp_path, monkeypatch):
         open_source("owner/name/can/ph/other.hdf5", CAN)
     with pytest.raises(UserError, match="no/such.hdf5 does not exist|holds no HDF5"):
         open_source("no/such.hdf5", CAN)
+
+
+def test_one_odd_value_does_not_make_a_slot_of_the_state(episode_folder):
+    """Without a proprio_mask the values say which slots are used: one of them, in a rotation, cost every episode."""
+
+    def spoil(file):
+        file["proprio"][2, 33] = 0.7
+
+    edit(episode_folder / "ep_000001.hdf5", spoil)
+    source = open_source(episode_folder)
+    found = [source.attempt(source.load, number) for number in source.episode_ids]
+    assert [isinstance(each, Failed) for each in found] == [False, True, False]
+    assert "in slot 33, which is not active" in found[1].reason

@@ -184,6 +184,22 @@ def test_order_that_timestamps_contradict(tmp_path):
         open_source(write_v2(tmp_path / "d", change=reverse)).table(0)
 
 
+def test_rows_out_of_order_without_a_frame_index(tmp_path):
+    """Their timestamps sort them, unless these go back in another way."""
+
+    def shuffled(table):
+        return table.take(np.random.default_rng(0).permutation(table.num_rows)).drop_columns(["frame_index"])
+
+    found = all_right(open_source(write_v2(tmp_path / "d", change=shuffled)))
+    assert ("row-order", "its rows are not in the order of timestamp; they were sorted by it") in found[0]
+
+    def back(table):
+        return put(table, "timestamp", [k / 10 % 0.7 for k in range(table.num_rows)]).drop_columns(["frame_index"])
+
+    with pytest.raises(CorruptEpisode, match="timestamps go back, and there is no frame_index"):
+        open_source(write_v2(tmp_path / "e", change=back)).table(0)
+
+
 def test_frame_index_twice(tmp_path):
     double = lambda t: put(t, "frame_index", [max(i, 1) for i in t["frame_index"].to_pylist()])  # noqa: E731
     with pytest.raises(CorruptEpisode, match="frame_index 1 is given to several of its 12 rows, meta/ lists 12"):

@@ -7,6 +7,7 @@ import pytest
 
 from dvla.cache.readers import open_source
 from dvla.cache.readers.episode import CorruptEpisode
+from dvla.errors import Failed
 from support.lerobot_files import CAMERA, FPS, LENGTHS, VIDEO, numbers, put, rows_of, write_v2, write_v3, write_video
 
 FROM, TO = (f"videos/{CAMERA}/{n}_timestamp" for n in ("from", "to"))
@@ -125,6 +126,36 @@ def test_film_cut_short_costs_its_last_episode(tmp_path):
     assert [numbers(source, e) for e in (0, 1)] == [rows_of(0), rows_of(1)]
     with pytest.raises(CorruptEpisode, match=r"33 frames for 36 rows|7 frames for 10 rows"):
         source.load(2)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "lead", "extra", "lengths", "options"),
+    [
+        ({2: 0.06}, 0, 1, {}, {}),  # nearer to the next frame, and room for it
+        ({1: 0.1, 2: 99}, 2, 4, {}, {}),  # room between 0 and 1, and 2 is behind the end
+        ({0: 1.2, 1: -1.2, 2: -0.3}, 0, 1, {}, {}),
+        ({1: 0.1, 2: -3.5}, 0, 1, {}, {}),
+        ({}, 0, 1, {0: 1}, {}),  # a length that makes the rows as many as the frames
+        ({1: -0.1}, 0, 1, {}, {}),
+        ({}, 2, 0, {}, {"use_editlist": "0"}),  # fits counted from 0 and from the first frame, which is late
+    ],
+)
+def test_never_a_frame_of_another_episode(tmp_path, offsets, lead, extra, lengths, options):
+    """Several faults in one file whose frames are more than its rows: what is not proven is refused."""
+
+    def listed(episode, row):
+        row |= {FROM: max(row[FROM] + lead / FPS + offsets.get(episode, 0), 0), TO: row[TO] + lead / FPS}
+        return row | {"length": row["length"] + lengths.get(episode, 0)}
+
+    def film(path, shown):
+        write_video(path, [39] * lead + [*shown] + [38] * extra, None, {"bf": "2", "g": "12"}, options)
+
+    source = open_source(write_v3(tmp_path / "d", film=film, listed=listed))
+    found = {e: source.attempt(lambda n: numbers(source, n), e) for e in range(3)}
+    assert {e: f for e, f in found.items() if not isinstance(f, Failed)} == {
+        e: rows_of(e) for e, f in found.items() if not isinstance(f, Failed)
+    }
+    assert all(f.kind == "row-count" for f in found.values() if isinstance(f, Failed))
 
 
 # --- files of other episodes ---
