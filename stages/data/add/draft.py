@@ -215,8 +215,8 @@ def _entry(target: Target, what: str, kind: str, ask: _Asker) -> dict[str, Any]:
     entry |= {"offset": offset} if offset else {}
     delta = kind == "delta" and "_vel" in slots[0] and not slots[0].startswith("base")
     entry |= {"delta": True} if delta else {}
-    unit = plain(ask.used.get(_unit_option(slots[0]) or "", "")).split(",")
-    unit = unit[-1] if "angular" in slots[0] else unit[0]
+    said = ask.used.get(_unit_option(slots[0]), "").split(",")
+    unit = plain(said[-1] if "angular" in slots[0] else said[0])
     entry |= {"unit": unit} if re.fullmatch(r"[a-z]+", unit) else {}
     return entry | (
         {} if any(re.fullmatch(r"\w+\[\d+\]", n) for n in target.native) else {"native": list(target.native)}

@@ -5,6 +5,7 @@ A proposal is certain where nothing else would explain the files; only such a on
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,8 +132,8 @@ def _kind(action: Vector, state: Vector) -> Proposal | None:
 
 def _starts(targets: Sequence[Target]) -> list[tuple[int, Target]]:
     """(first dimension, target)."""
-    ends = np.cumsum([t.width for t in targets]) if targets else []
-    return [(int(end) - t.width, t) for end, t in zip(ends, targets)]
+    ends = itertools.accumulate(t.width for t in targets)
+    return [(end - t.width, t) for end, t in zip(ends, targets)]
 
 
 def _reach(spans: Sequence[tuple[float, float]]) -> float:
