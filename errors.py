@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+LONGEST = 1000  # characters of a message
 SHOWN_NAMES = 120  # characters of a list of allowed names in a message
 # What is wrong, in one word; `dvla data check` names its findings after it.
 Kind = Literal[
@@ -24,6 +25,9 @@ Kind = Literal[
 
 class UserError(Exception):
     """Bad input. The message is one line: what was given, what is allowed, what to do. The CLI exits with 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]}…")  # it may quote a file
 
 
 @dataclass(frozen=True, slots=True)

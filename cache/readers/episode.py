@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...common.text import printable
-from ...errors import Failed, Kind, Note
+from ...errors import LONGEST, Failed, Kind, Note
 
 
 class CorruptEpisode(Exception):
     """This episode cannot be used; the message is one line: which one, what is wrong, where. A build quarantines it."""
 
     def __init__(self, message: str, kind: Kind = "unusable-episode") -> None:
-        super().__init__(" ".join(printable(message).split("\n")))  # it may quote a file
+        super().__init__(" ".join(printable(message[:LONGEST]).split("\n")))  # it may quote a file
         self.kind: Kind = kind
 
     def failed(self, episode_id: int, where: str, rows: int = 0) -> Failed:

@@ -186,8 +186,8 @@ class EpisodeHDF5Source(Source):
                 )
 
     def _used_slots(self) -> np.ndarray:
-        """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source; of several rows one
-        alone may be damaged. A rotation counts as a whole: six slots, or the first four where the last two are never
+        """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source; a single row of
+        several may be damaged. A rotation counts as a whole: six slots, or the first four where the last two are never
         used (a quaternion)."""
         every, filled, rows = list(self._names), np.zeros(UNIFIED_DIM, int), 0
         for i in np.linspace(0, len(every) - 1, min(_SAMPLED, len(every))).round().astype(int):
@@ -233,7 +233,7 @@ def read_header(file: h5py.File, where: str) -> Header:
     embodiment, hz = file.attrs["embodiment_id"], file.attrs.get("control_hz")
     if not isinstance(embodiment, (int, np.integer)) or not 0 <= embodiment < len(EMBODIMENTS):
         raise CorruptEpisode(f"{where}: embodiment_id is {embodiment}, allowed are 0 to {len(EMBODIMENTS) - 1}")
-    if hz is not None and not (isinstance(hz, (int, float, np.number)) and np.isfinite(hz) and hz > 0):
+    if hz is not None and not (isinstance(hz, (int, float, np.integer, np.floating)) and np.isfinite(hz) and hz > 0):
         raise CorruptEpisode(f"{where}: control_hz is {hz}, it must be positive")
     images = find(file, "images", where)
     stored = set(images) if isinstance(images, h5py.Group) else set()

@@ -176,18 +176,20 @@ def _of_unit(configs: Sequence[DatasetConfig], files: Files) -> list[DatasetConf
     """Those whose `fits.reach` agrees with the data's numbers; `NoConfig` names all where none does."""
     if files.reopen is None or not any(c.fits.reach for c in configs):
         return list(configs)
-    source, fitting, reached = files.reopen(), [], 0.0
+    source, fitting, odd = files.reopen(), [], ""
     for config in configs:
         largest = magnitudes(source, config)
         tops = [(float(largest[list(r.dims)].max()), r) for r in config.fits.reach]
-        reached = max(reached, tops[0][0] if tops else 0.0)
-        if all(r.above < top <= r.upto for top, r in tops):
+        other = [(top, r.dims) for top, r in tops if not r.above < top <= r.upto]
+        if not other:
             fitting.append(config)
+        elif not odd:
+            odd = f"{other[0][1][0]}-{other[0][1][-1]} of {files} reach {other[0][0]:.4g}"
     if not fitting:
         names = " or ".join(c.name for c in configs)
         raise NoConfig(
-            f"the numbers of {files} reach {reached:.4g}, which does not tell their unit; give --dataset-config "
-            f"{names}, or run `dvla data add SOURCE`"
+            f"dimensions {odd}, which does not tell their unit; give --dataset-config {names}, "
+            "or run `dvla data add SOURCE`"
         )
     return fitting
 
@@ -251,7 +253,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _looks_right(path: Path) -> bool:
     """Whether it has the two entries that every dataset config has."""
-    if path.stat().st_size > LARGEST:
+    try:
+        lines = path.read_text(errors="replace").splitlines() if path.stat().st_size <= LARGEST else []
+    except OSError:
         return False
-    lines = path.read_text(errors="replace").splitlines()
     return all(any(line.startswith(f"{entry}:") for line in lines) for entry in ("embodiment", "action"))

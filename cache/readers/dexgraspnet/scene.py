@@ -115,11 +115,10 @@ def _one_per_cube(points: np.ndarray, scene: str) -> np.ndarray:
 def load_matrix(path: Path, several: bool = False) -> np.ndarray:
     """An .npy of one finite 4 × 4 matrix, or of `several`, as float64; else `CorruptEpisode`. Never unpickled."""
     try:
-        stored = np.load(
-            path, mmap_mode="r", allow_pickle=False
-        )  # mapped: its header cannot promise more than there is
+        # mapped: its header cannot promise more than there is
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
         values = stored.astype(np.float64, casting="same_kind")
-    except _DAMAGE as error:
+    except (*_DAMAGE, AttributeError) as error:  # an .npz under that name is no array
         raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
     if values.ndim != 2 + several or values.shape[-2:] != (4, 4) or not np.isfinite(values).all():
         expected = "[n, 4, 4]" if several else "[4, 4]"
@@ -235,7 +234,8 @@ def _intrinsics(path: Path) -> tuple[np.ndarray, float]:
             float(np.asarray(found["factor_depth"]).reshape(-1)[0]),
         )
     except Exception as error:  # a damaged file makes loadmat raise almost anything
-        raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
+        said = "it claims more than it holds" if isinstance(error, MemoryError) else first_line(error)
+        raise CorruptEpisode(f"{_short(path)} cannot be read ({said})", "unreadable-file") from None
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or not min(matrix[0, 0], matrix[1, 1], factor) > 0:
         raise CorruptEpisode(f"{_short(path)} holds no camera matrix and depth factor that can be used")
     return matrix, factor

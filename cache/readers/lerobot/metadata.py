@@ -7,6 +7,7 @@ Nothing but `meta/` is read here, and the names of files; data files only where 
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import math
 import re
@@ -27,7 +28,7 @@ from ..search import BESIDE, NUMBERED
 from .documents import Template, flat_names, number, read_json, shown, whole
 from .listing import EpisodeEntry, Listing, Paths, is_instruction, read_episodes, read_tasks
 from .modality import Modality, read_modality
-from .presence import presence, recover_episodes
+from .presence import ANY_CHUNK, presence, recover_episodes
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 _PATHS = {  # LeRobot's own, where info.json has none
@@ -106,7 +107,7 @@ class Metadata:
         try:
             return self.files.locate(relative, where)
         except CorruptEpisode:
-            elsewhere = re.sub(r"\bchunk-\d+/", "chunk-*/", relative)
+            elsewhere = ANY_CHUNK.sub("chunk-*", glob.escape(relative))
             found = [] if self._is_v3 or self.files.hub_id else self.files.names(elsewhere)
             if len(found) != 1 or not (self.root / found[0]).is_file():
                 raise
@@ -164,7 +165,7 @@ class Metadata:
             found.append(Note("camera-without-files", f"no images of {', '.join(self.absent_cameras)}: not read"))
         if not self.files.hub_id:
             keys = [k for k in self.video_keys if k not in self.absent_cameras]
-            here, listed = presence(self.files, self.episodes, keys), len(self.episode_ids)
+            here, listed = presence(self.files, self.episodes, keys, not self._is_v3), len(self.episode_ids)
             if here["both"] < listed - len(self.damaged):
                 videos = f", {here['videos']} videos" if keys else ""
                 counts = f"{here['both']} of {listed} episodes present: {here['tables']} tables{videos}"

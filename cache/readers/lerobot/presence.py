@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +14,8 @@ from ....errors import Note, UserError
 from ..location import Location, absence, unreadable
 from ..video import frames_listed
 from .listing import EpisodeEntry, Listing, Paths
+
+ANY_CHUNK = re.compile(r"\bchunk-\d+")  # a chunk's folder in a path
 
 
 def recover_episodes(location: Location, paths: Paths, is_v3: bool, fps: float, listing: Listing) -> None:
@@ -79,8 +83,13 @@ def _recover_v3(
             )
 
 
-def presence(location: Location, entries: Mapping[int, EpisodeEntry], keys: Sequence[str]) -> dict[str, int]:
-    """How many episodes have their table here, and their videos of all `keys`; by listings of the folders."""
+def presence(
+    location: Location, entries: Mapping[int, EpisodeEntry], keys: Sequence[str], any_chunk: bool
+) -> dict[str, int]:
+    """How many episodes have their table here, and their videos of all `keys`; by listings of the folders.
+
+    `any_chunk`: also in the folder of another chunk, as v2 names its files.
+    """
     files = {e.data_path for e in entries.values()} | {p for e in entries.values() for p in e.video_paths.values()}
     looked = [location.root / p for p in (min(files, default=""), max(files, default=""))]
     all_fetched = not any((p.is_file() or p.is_symlink()) and absence(p) for p in looked)  # else each is looked into
@@ -88,9 +97,11 @@ def presence(location: Location, entries: Mapping[int, EpisodeEntry], keys: Sequ
 
     def is_here(relative: str) -> bool:
         folder, _, name = relative.rpartition("/")
+        folder = glob.escape(folder)
+        folder = ANY_CHUNK.sub("chunk-*", folder) if any_chunk else folder
         if folder not in here:
-            path = location.root / folder
-            here[folder] = {p.name for p in path.iterdir()} if path.is_dir() else set()
+            folders = location.root.glob(folder) if folder else [location.root]
+            here[folder] = {p.name for path in folders if path.is_dir() for p in path.iterdir()}
         return name in here[folder] and (all_fetched or not absence(location.root / relative))
 
     videos = [[e.video_paths[k] for k in keys if k in e.video_paths] for e in entries.values()]

@@ -321,6 +321,10 @@ def pickled(path):
             lambda p: np.save(p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy", np.array([Evil()])),
             "Python objects",
         ),
+        (
+            lambda p: shutil.copy(p, p.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy"),
+            "cam0_wrt_table.npy cannot be read",
+        ),
         (lambda p: shutil.rmtree(p.parents[3] / "scenes/scene_0000/realsense/depth_gt"), "has neither depth"),
         (
             lambda p: (p.parents[3] / "scenes/scene_0000/realsense/camera_poses.npy").unlink(),

@@ -164,3 +164,7 @@ def test_an_error_about_the_dataset_is_one_line(tmp_path: Path, monkeypatch: pyt
 
 def raising_of(error: Exception) -> Callable[..., object]:
     return lambda *_: raising(error)()
+
+
+def test_a_message_is_short_whatever_it_quotes() -> None:
+    assert len(str(UserError("x" * 70000))) == len(str(CorruptEpisode("x" * 70000))) + 1 == 1001

@@ -89,6 +89,7 @@ def test_other_files_are_left_alone(bench: Path) -> None:
     """A recipe, a damaged file, one of another dataset, a huge one: none is a config of this dataset."""
     put(Path("recipe.yaml"), "optimizer: {lr: 1e-3}\n")
     put(Path("bench.yml"), "not: [a\n")
+    put(Path("latin.yaml"), "").write_bytes(config(2, match="elsewhere").encode() + b"note: caf\xe9\n")
     put(Path("big.yaml"), config(2) + "# " + "x" * (1 << 18))
     put(registered_folder() / "broken.yaml", config(2, match="elsewhere").replace("arm_joint_0_pos", "arm_joint_0_po"))
     with pytest.raises(NoConfig, match="no dataset config fits"):
@@ -100,6 +101,9 @@ def test_a_config_that_fits_and_cannot_be_used_is_named(bench: Path) -> None:
     path = put(registered_folder() / "mine.yaml", wrong)
     with pytest.raises(UserError, match="mine.yaml: .*did you mean 'arm_joint_0_pos'"):
         open_source(bench)
+    path.write_bytes(config(2).encode() + b"note: caf\xe9\n")
+    with pytest.raises(UserError, match="mine.yaml is not valid YAML"):
+        open_source(bench, "mine")
     path.unlink()
     put(bench / "dvla.yaml", config(2, format="rlds"))
     with pytest.raises(UserError, match="dvla.yaml is for rlds files, these are lerobot"):

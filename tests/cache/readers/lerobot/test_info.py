@@ -161,4 +161,5 @@ def test_an_episode_in_another_chunk_is_found(tmp_path):
     root = write_v2(tmp_path / "d")
     (root / "data/chunk-007").mkdir()
     (root / "data/chunk-000/episode_000001.parquet").rename(root / "data/chunk-007/episode_000001.parquet")
-    assert open_source(root).load(1).length == LENGTHS[1]
+    source = open_source(root)
+    assert source.load(1).length == LENGTHS[1] and not source.notes()
