@@ -21,6 +21,7 @@ from .rows import Clock
 
 _HALF = 0.5 + 1e-3  # of a step: a frame that is nearer belongs to a time
 _QUARTER = 0.25 + 1e-3  # the same, where nothing else proves it
+_ONE = 1 - 1e-3  # steps by which a listed end may differ from the length
 _TRIED = 8  # episodes that are wrong, of which each is tried as the only one
 _ORDINARY = Clock()
 
@@ -59,7 +60,7 @@ class VideoFile:
         order = np.argsort(starts, kind="stable")
         free = np.diff(starts[order]) * fps - lengths[order][:-1]  # frames between an episode and the next
         tiled = np.cumsum(lengths[order])
-        self._is_sound = bool((free > -_HALF).all() and (np.abs(sizes - lengths) < 1).all())
+        self._is_sound = bool((free > -_HALF).all() and (np.abs(sizes - lengths) < _ONE).all())
         self._is_tiled = bool((np.abs(starts[order] * fps - tiled + lengths[order]) < _HALF).all())
         self._placed: tuple[tuple[int, int], np.ndarray, dict[int, Span]] | None = None
 
@@ -172,9 +173,9 @@ class VideoFile:
             claim, note, problem = self.claims[i], "", ""
             stop = limit if claim.stop is None else min(limit, int(ends[i]))
             off = 0.0 if claim.stop is None else abs((claim.stop - claim.start) * self._fps - claim.length)
-            if off >= 1:
+            if off > _ONE:
                 note = f"it is listed from {claim.start:.3f} to {claim.stop:.3f} s, with {claim.length} frames"
-            if 1 < off < claim.length / 2 and not is_whole and (stop == limit or first[i] != before):
+            if _ONE < off < claim.length / 2 and not is_whole and (first[i] != before or (off > 1.5 and stop == limit)):
                 note, problem = "", note  # which of the two times is right?
             spans[claim.episode] = Span(int(first[i]), stop, note, problem)
             before = int(first[i]) + claim.length

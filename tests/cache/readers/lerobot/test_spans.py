@@ -137,6 +137,7 @@ def test_film_cut_short_costs_its_last_episode(tmp_path):
         ({1: 0.1, 2: -3.5}, 0, 1, {}, {}),
         ({}, 0, 1, {0: 1}, {}),  # a length that makes the rows as many as the frames
         ({1: -0.1}, 0, 1, {}, {}),
+        ({2: 0.1}, 0, 4, {}, {}),
         ({}, 2, 0, {}, {"use_editlist": "0"}),  # fits counted from 0 and from the first frame, which is late
     ],
 )
