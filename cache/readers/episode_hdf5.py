@@ -186,9 +186,9 @@ class EpisodeHDF5Source(Source):
                 )
 
     def _used_slots(self) -> np.ndarray:
-        """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source; a single row of
-        several may be damaged. A rotation counts as a whole: six slots, or the first four where the last two are never
-        used (a quaternion)."""
+        """[128] bool: slots of `proprio` not always zero in up to 8 episodes spread over the source; a row of several
+        may be damaged. A rotation counts as a whole: six slots, or the first four where the last two are never used (a
+        quaternion)."""
         every, filled, rows = list(self._names), np.zeros(UNIFIED_DIM, int), 0
         for i in np.linspace(0, len(every) - 1, min(_SAMPLED, len(every))).round().astype(int):
             name = self._names[every[i]]
