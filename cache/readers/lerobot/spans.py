@@ -93,7 +93,9 @@ class VideoFile:
         if span.problem:
             raise CorruptEpisode(f"{where}: {path.name}: {span.problem}", "row-count")
         frames = stored[span.first : span.stop]
-        clock = dataclasses.replace(clock or _ORDINARY, **({"counted": False} if span.is_shared else {}))
+        clock = clock or _ORDINARY
+        if span.is_shared:
+            clock = dataclasses.replace(clock, counted=False)
         chosen = frames_of_rows(frames, times, clock, self._fps, f"{where}: {path.name}")
         notes = (Note("video-span", f"{path.name}: {span.note}"),) if span.note else ()
         return find_extent(path, frames[chosen], where), notes
