@@ -298,10 +298,10 @@ def promising(path):
 
 
 def towering(path):
-    """A header of 320 x 2^20 pixels."""
+    """A header of 96 x 2^20 pixels."""
     image = path.parents[3] / "scenes/scene_0000/realsense/depth_gt/0000.png"
     head = image.read_bytes()
-    size = b"IHDR" + struct.pack(">II", 320, 2**20) + head[24:29]
+    size = b"IHDR" + struct.pack(">II", 96, 2**20) + head[24:29]
     image.write_bytes(head[:12] + size + struct.pack(">I", zlib.crc32(size)) + head[33:])
 
 
@@ -413,5 +413,5 @@ def test_the_samples_balls_are_where_the_target_frame_says(scenes):
 def test_a_huge_header_of_a_depth_image_allocates_nothing(damaged):
     towering(damaged / "dex_grasps_new/scene_0000/leap_hand/005.npz")
     episode = open_source(damaged).load(first_of(0, 5))
-    with pytest.raises(CorruptEpisode, match="depth_gt/0000.png is 320x1048576 pixels"):
+    with pytest.raises(CorruptEpisode, match="depth_gt/0000.png is 96x1048576 pixels"):
         list(episode.views[0].frames())
