@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tokenize
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from ....common.text import first_line
 from ....errors import UserError
 from ..episode import CorruptEpisode
-from ..images import DAMAGE
+from ..images import DAMAGE, check_size
 
 CLOUD_VIEWS = 8  # of up to 256 depth images, chosen evenly: enough to see an object from all sides
 SPACING = 0.002  # m; one point is kept per cube of this size
@@ -31,6 +32,7 @@ _DAMAGE = (
     TypeError,
     MemoryError,
     NotImplementedError,
+    tokenize.TokenError,  # of the header of an .npy
     zipfile.BadZipFile,
 )  # numpy's and scipy's, too
 
@@ -210,6 +212,7 @@ def _moved(cloud: Cloud, pose: np.ndarray) -> Cloud:
 def _image(path: Path, dimensions: int) -> np.ndarray:
     try:
         with Image.open(path, formats=("PNG",)) as image:
+            check_size(image.height, image.width, _short(path))
             values = np.asarray(image.convert("RGB") if dimensions == 3 else image)
     except _DAMAGE as error:
         raise CorruptEpisode(f"{_short(path)} cannot be decoded ({first_line(error)})", "unreadable-file") from None

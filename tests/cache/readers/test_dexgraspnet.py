@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import re
 import shutil
+import struct
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -287,6 +290,21 @@ def pickled(path):
     grasps_with(path, translation=values)
 
 
+def promising(path):
+    """A header of 80 TB."""
+    table = path.parents[3] / "scenes/scene_0000/realsense/cam0_wrt_table.npy"
+    np.save(table, np.eye(4))
+    table.write_bytes(re.sub(rb"\(4, 4\), }.{11}", b"(10000000000000,), }", table.read_bytes()))
+
+
+def towering(path):
+    """A header of 320 x 2^20 pixels."""
+    image = path.parents[3] / "scenes/scene_0000/realsense/depth_gt/0000.png"
+    head = image.read_bytes()
+    size = b"IHDR" + struct.pack(">II", 320, 2**20) + head[24:29]
+    image.write_bytes(head[:12] + size + struct.pack(">I", zlib.crc32(size)) + head[33:])
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -330,6 +348,7 @@ def pickled(path):
             lambda p: (p.parents[3] / "scenes/scene_0000/realsense/camera_poses.npy").unlink(),
             "camera_poses.npy cannot be read",
         ),
+        (promising, "cam0_wrt_table.npy cannot be read .*mmap length"),
     ],
 )
 def test_a_damaged_file_is_one_line_and_costs_only_its_grasps(damaged, damage, message):
@@ -389,3 +408,10 @@ def test_the_samples_balls_are_where_the_target_frame_says(scenes):
     centre, radius = balls(14)[0]
     pose = open_source(scenes).table(first_of(0, 14)).action[0, :3]
     assert abs(np.linalg.norm(pose) - (radius + 0.1)) < 0.01
+
+
+def test_a_huge_header_of_a_depth_image_allocates_nothing(damaged):
+    towering(damaged / "dex_grasps_new/scene_0000/leap_hand/005.npz")
+    episode = open_source(damaged).load(first_of(0, 5))
+    with pytest.raises(CorruptEpisode, match="depth_gt/0000.png is 320x1048576 pixels"):
+        list(episode.views[0].frames())
