@@ -269,11 +269,18 @@ def test_one_more_frame_with_another_clock(tmp_path, name):
     assert numbers(source, 2) == rows_of(2)
 
 
-def test_more_frames_than_rows_where_witnesses_disagree(tmp_path):
-    """One frame more, timestamps from 1/fps, frame_index from 0: row 0 is frame 1 by one and frame 0 by the other."""
+def test_one_more_frame_and_times_from_one_step(tmp_path):
+    """Times of the end of each step, and an image after the last: the order of rows and frame_index outvote them."""
     film = lambda path, shown: write_video(path, [*shown, shown[-1]])  # noqa: E731
     source = open_source(write_v2(tmp_path / "d", change=CLOCKS["begins at 1/fps"], film=film))
-    with pytest.raises(CorruptEpisode, match="13 frames for 12 rows: row 0 is frame 1 by its timestamp and frame 0"):
+    assert numbers(source, 2) == rows_of(2) and [n.rule for n in source.table(2).notes] == ["time-start"]
+
+
+def test_more_frames_than_rows_where_witnesses_disagree(tmp_path):
+    """Two frames more, timestamps from 1/fps, frame_index from 0: row 0 is frame 1 by one and frame 0 by the other."""
+    film = lambda path, shown: write_video(path, [*shown, shown[-1], shown[-1]])  # noqa: E731
+    source = open_source(write_v2(tmp_path / "d", change=CLOCKS["begins at 1/fps"], film=film))
+    with pytest.raises(CorruptEpisode, match="14 frames for 12 rows: row 0 is frame 1 by its timestamp and frame 0"):
         source.load(0)
 
 
