@@ -257,3 +257,18 @@ def test_the_quick_start(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert (tmp_path / "eval" / "summary.json").exists() and (tmp_path / "policy" / "policy.json").exists()
+
+
+def test_what_shows_how_files_are_read_exists() -> None:
+    """The last column of the tables in docs/datasets.md names tests, `file::test` or `::test` of the file before."""
+    rows = [line for line in (ROOT / "docs/datasets.md").read_text().splitlines() if "::test_" in line]
+    assert len(rows) > 150
+    missing = []
+    for row in rows:
+        file = ""
+        for named in re.findall(r"`([\w/.]*)::(test_\w+)`", row):
+            file = named[0] or file
+            path = ROOT / file
+            if not path.is_file() or f"def {named[1]}(" not in path.read_text():
+                missing.append(f"{file}::{named[1]}")
+    assert not missing

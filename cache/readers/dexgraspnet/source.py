@@ -231,7 +231,7 @@ def _grasp_files(folder: Path) -> dict[int, Path]:
 def _columns(path: Path) -> dict[str, int]:
     """Numbers per grasp of each array of a file of grasps."""
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
-        arrays = np.load(path)
+        arrays = np.load(path, allow_pickle=False)
         if isinstance(arrays, np.lib.npyio.NpzFile):
             numbers = {name: arrays[name] for name in arrays.files if arrays[name].dtype.kind in "fiu"}
             return {name: math.prod(values.shape[1:]) for name, values in numbers.items()}

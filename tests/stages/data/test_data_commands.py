@@ -178,7 +178,7 @@ def cut_in_the_middle(root: Path) -> None:
     data_file(root).write_bytes(data)
 
 
-DAMAGE = {  # what was done to rows 0-9 (episode 0), 10-22 (1), 23-38 (2) → episodes refused
+DAMAGE = {  # what was done to rows 0-9 (episode 0), 10-22 (1), 23-38 (2) → episodes refused, not settled
     "nothing": (lambda r: None, []),
     "rows interleaved": (interleave, []),
     "NaN": (replaced("action", 13, [0.0, float("nan"), 0.0, 0.0]), [1]),
@@ -187,12 +187,12 @@ DAMAGE = {  # what was done to rows 0-9 (episode 0), 10-22 (1), 23-38 (2) → ep
     "another width": (replaced("action", 38, [0.0, 1.0]), [2]),
     "row missing": (lambda r: change(r, lambda t: pa.concat_tables([t.slice(0, 15), t.slice(16)])), [1]),
     "row twice": (lambda r: change(r, lambda t: pa.concat_tables([t, t.slice(4, 1)])), [0]),
-    "rows swapped": (lambda r: change(r, lambda t: t.take([*range(11), 12, 11, *range(13, t.num_rows)])), [1]),
+    "rows swapped": (lambda r: change(r, lambda t: t.take([*range(11), 12, 11, *range(13, t.num_rows)])), []),  # sorted
     "no rows": (lambda r: change(r, lambda t: t.slice(10)), [0]),
-    "an episode that is not listed": (replaced("episode_index", 38, 7), [2]),
+    "an episode that is not listed": (replaced("episode_index", 38, 7), []),  # index, frame_index and length outvote it
     "row without episode": (replaced("episode_index", 0, None), [0]),
-    "time repeated": (replaced("timestamp", 14, 0.15), [1]),
-    "time missing": (replaced("timestamp", 0, None), [0]),
+    "time repeated": (replaced("timestamp", 14, 0.15), []),
+    "time missing": (replaced("timestamp", 0, None), []),
     "task that is not listed": (replaced("task_index", 30, 9), []),
     "another task": (replaced("task_index", 30, 1), []),
     "page damaged": (cut_in_the_middle, [1]),

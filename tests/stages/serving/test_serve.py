@@ -415,7 +415,7 @@ def test_a_silent_connection_that_is_gone_is_closed(policy: Policy) -> None:
     """A peer that answers no ping: its host lost power, or its process hangs."""
     with serving(policy, ping_interval=0.2) as (server, port), socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(
-            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         until(lambda: server.metrics.clients == 1)
