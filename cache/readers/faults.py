@@ -80,16 +80,21 @@ def guarded_frames(
 ) -> Iterator[np.ndarray]:
     """Yield the frames start..stop-1 of `open`, all of the size of `view`; else, and for any error, raise as
     `one_episode` does, naming the view and the frame."""
-    size, frames = (view.height, view.width, 3), open(start, stop)
-    for index in range(start, stop):
-        about = f"{where}: view '{view.name}', frame {index}"
-        with one_episode(about, root):
+    size, index = (view.height, view.width, 3), start
+    try:  # around the loop, for thousands of frames pass a second
+        frames = open(start, stop)
+        while index < stop:
             frame = next(frames, None)
             if frame is None:
-                raise CorruptEpisode(f"{about} is missing", "row-count")
+                raise CorruptEpisode(f"{where}: view '{view.name}', frame {index} is missing", "row-count")
             if frame.shape != size:
-                raise CorruptEpisode(f"{about} is {list(frame.shape)}, expected {list(size)}", "unreadable-file")
-        yield frame
+                found = f"frame {index} is {list(frame.shape)}, expected {list(size)}"
+                raise CorruptEpisode(f"{where}: view '{view.name}', {found}", "unreadable-file")
+            yield frame
+            index += 1
+    except Exception as error:
+        with one_episode(f"{where}: view '{view.name}', frame {index}", root):
+            raise error
 
 
 def _require_machine(error: BaseException | None, where: str) -> None:

@@ -152,7 +152,11 @@ def decode(extent: VideoExtent, where: str, start: int, stop: int) -> Iterator[n
             if frame is None or frame.pts != extent.pts[index] or frame.is_corrupt:
                 reason = f"{where}: frame {index} of {extent.path.name} cannot be decoded"
                 raise CorruptEpisode(reason, "unreadable-file")
-            yield _to_rgb(frame, extent, f"{where}: frame {index} of {extent.path.name}")
+            try:
+                image = _to_rgb(frame, extent)
+            except CorruptEpisode as error:
+                raise CorruptEpisode(f"{where}: frame {index} of {error}", error.kind) from None
+            yield image
 
 
 def frames_listed(path: Path, where: str) -> int:
@@ -239,8 +243,10 @@ def _notes(stream: av.VideoStream, name: str) -> tuple[Note, ...]:
     return (Note("hdr", f"{name} is HDR ({transfer}): read without tone mapping, pale"),) if transfer else ()
 
 
-def _to_rgb(frame: av.VideoFrame, extent: VideoExtent, what: str) -> np.ndarray:
-    """uint8 [H, W, 3] of a decoded frame; `CorruptEpisode` for one of another size or orientation than the first."""
+def _to_rgb(frame: av.VideoFrame, extent: VideoExtent) -> np.ndarray:
+    """uint8 [H, W, 3] of a decoded frame; `CorruptEpisode`, which begins with the file's name, for one of another size
+    or orientation than the first."""
+    what = extent.path.name
     turn = _turn(frame, what)
     if turn not in (None, extent.turn):
         raise CorruptEpisode(f"{what} is turned another way than the first")
