@@ -299,6 +299,8 @@ class _Decoder(_Worker):
                     yield _Images(views, self._keys(entry, part), entry.instruction)
                     done += len(part)
             except CorruptEpisode as error:
+                if error.kind == "missing-file":  # the plan has its hash: a folder that was unmounted, a moved dataset
+                    raise UserError(f"{error}, which was there when the build began; put it back and rerun") from None
                 yield error.failed(entry.episode_id, self._source.where(entry.episode_id), len(frames) - done)
 
     def _keys(self, entry: EpisodePlan, frames: np.ndarray) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ from dvla.common.files import lock_folder
 from dvla.errors import UserError
 from dvla.stages.caching import build as build_module
 from dvla.stages.caching import generations as generations_module
+from dvla.stages.caching.build import build
 from dvla.stages.caching.config import PilotConfig
 from dvla.stages.caching.planning.pilot import plan_build
 from support.corner import SHARD, Corner, other_instruction, other_pictures, tree
@@ -389,3 +390,19 @@ def test_generations_are_numbered(corner: Corner) -> None:
     (corner.folder / "cache.gen-1").rename(corner.folder / "elsewhere")
     assert [p.name for p in generations_module.generations(corner.out)] == ["cache.gen-2"]
     assert dataclasses.replace(corner.build("update")).previous is None
+
+
+def test_a_file_that_is_away_for_a_moment_stops_the_build_and_costs_nothing(corner: Corner) -> None:
+    """It was hashed when the build began: an unmounted folder is no damaged episode."""
+    corner.record(3).build(out=corner.folder / "whole")
+    file = the_file(corner.source, "data/*/*.parquet")
+
+    def leave(name: str, done: int, total: int) -> None:
+        if name.endswith(": images") and done and file.exists():
+            file.rename(corner.folder / "away")
+
+    with pytest.raises(UserError, match=r"was there when the build began; put it back and rerun") as error:
+        build(corner.config(), leave)
+    assert "\n" not in str(error.value) and not (corner.out / "manifest.json").exists()
+    (corner.folder / "away").rename(file)
+    assert corner.build().quarantined == 0 and tree(corner.out) == tree(corner.folder / "whole")
