@@ -57,7 +57,7 @@ def show_datasets(found: Sequence[Summary]) -> None:
             f"{s.format} {s.version or ''}".strip(),
             str(s.episodes),
             "?" if s.frames is None else str(s.frames),
-            f"{s.hz:g}",
+            f"{s.hz:g}" if s.source is None or s.source.rate_known else "?",
             _cameras(s.cameras, "\n"),
             s.family or "none",
         )

@@ -89,7 +89,6 @@ FENCES = {
     "fsspec": {"cache/store/locations.py"},
     "pyvista": {"cache/readers/dexgraspnet/render.py"},
     "vtkmodules": {"cache/readers/dexgraspnet/render.py"},
-    "scipy": {"cache/readers/dexgraspnet/scene.py"},
     "wandb": {"stages/training/run_log.py"},
     "deepspeed": {"stages/training/parallel/zero2.py"},
     "onnxruntime": {"stages/policy/graph.py"},

@@ -8,7 +8,6 @@ pose; the table's has z up; `cam0_wrt_table` leads from the one to the other.
 from __future__ import annotations
 
 import hashlib
-import io
 import tokenize
 import zipfile
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from ....common.text import first_line
-from ....errors import UserError
 from ..episode import CorruptEpisode
 from ..images import DAMAGE, check_size
+from .mat_file import read_matrices
 
 CLOUD_VIEWS = 8  # of up to 256 depth images, chosen evenly: enough to see an object from all sides
 SPACING = 0.002  # m; one point is kept per cube of this size
@@ -29,12 +28,13 @@ _RIM = 0.01  # m of depth between neighbors: more is the rim of a surface
 _DAMAGE = (
     *DAMAGE,
     KeyError,
+    IndexError,
     TypeError,
     MemoryError,
     NotImplementedError,
     tokenize.TokenError,  # of the header of an .npy
     zipfile.BadZipFile,
-)  # numpy's and scipy's, too
+)  # numpy's, too
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def scene_files(folder: Path) -> tuple[tuple[str, ...], str, list[str]]:
 
 
 def read_cloud(files: SceneFiles) -> Cloud:
-    """The cloud of a scene, one point per cube of SPACING. `CorruptEpisode` (without the episode's name) for damage,
-    `UserError` when scipy is not installed."""
+    """The cloud of a scene, one point per cube of SPACING. `CorruptEpisode` (without the episode's name) for damage."""
     parts = _from_depth(files) if files.images else _from_network_input(files.folder)
 
     def joined(name: str) -> np.ndarray | None:
@@ -224,21 +223,10 @@ def _image(path: Path, dimensions: int) -> np.ndarray:
 def _intrinsics(path: Path) -> tuple[np.ndarray, float]:
     """(camera matrix [3, 3] in pixels, units of depth per m)."""
     try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError(
-            "the camera matrices of DexGraspNet 2.0 are MATLAB files, which scipy reads; install it with "
-            "pip install 'dvla[render]'"
-        ) from None
-    try:
-        found = loadmat(io.BytesIO(path.read_bytes()), variable_names=("intrinsic_matrix", "factor_depth"))
-        matrix, factor = (
-            np.asarray(found["intrinsic_matrix"], np.float64),
-            float(np.asarray(found["factor_depth"]).reshape(-1)[0]),
-        )
-    except Exception as error:  # a damaged file makes loadmat raise almost anything
-        said = "it claims more than it holds" if isinstance(error, MemoryError) else first_line(error)
-        raise CorruptEpisode(f"{_short(path)} cannot be read ({said})", "unreadable-file") from None
+        found = read_matrices(path.read_bytes())
+        matrix, factor = found["intrinsic_matrix"], float(found["factor_depth"].reshape(-1)[0])
+    except _DAMAGE as error:
+        raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or not min(matrix[0, 0], matrix[1, 1], factor) > 0:
         raise CorruptEpisode(f"{_short(path)} holds no camera matrix and depth factor that can be used")
     return matrix, factor

@@ -59,6 +59,8 @@ def _values(rows: pa.Table, column: str) -> list[Any]:
     if column not in rows.column_names:
         return []
     values = rows[column]
+    if pa.types.is_struct(values.type) or pa.types.is_map(values.type):
+        return []
     while (
         pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type)
     ):

@@ -149,6 +149,15 @@ def test_a_camera_without_a_column_is_skipped_and_named(tmp_path):
     assert [n.text for n in source.notes()] == ["no images of observation.images.wrist: not read"]
 
 
+@pytest.mark.parametrize("folder", ["videos/observation.images.top", "videos/chunk-000/observation.images.top"])
+def test_videos_that_are_not_listed_are_named(tmp_path, folder):
+    root = write_v2(tmp_path / "d")
+    assert not open_source(root).notes()
+    (root / folder).mkdir(parents=True)
+    said = "videos of observation.images.top are here, but not in meta/info.json: not read"
+    assert [n.text for n in open_source(root).notes()] == [said]
+
+
 def test_a_video_of_a_dataset_without_a_camera_is_one_line(tmp_path, dvla):
     root = write_v2(tmp_path / "d")
     change_info(root, features={k: f for k, f in FEATURES.items() if k != CAMERA})

@@ -68,6 +68,14 @@ def test_odd_task_tables(tmp_path, tasks, expected):
     assert outcome(root) == expected
 
 
+def test_task_numbers_of_a_type_that_is_none_are_no_numbers(tmp_path):
+    root = write_v2(tmp_path / "d", ("push",))
+    path = sorted(root.glob("data/*/*.parquet"))[0]
+    task = pa.array([{"n": 0}] * LENGTHS[0])
+    change_table(path, lambda t: t.set_column(t.column_names.index("task_index"), "task_index", task))
+    assert outcome(root) == [("push", [])] * 3
+
+
 def test_a_torn_task_line_is_named(tmp_path):
     root = write_v2(tmp_path / "d", ("push", "pull"))
     path = root / "meta/tasks.jsonl"
