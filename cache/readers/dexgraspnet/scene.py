@@ -24,6 +24,7 @@ from .mat_file import read_matrices
 CLOUD_VIEWS = 8  # of up to 256 depth images, chosen evenly: enough to see an object from all sides
 SPACING = 0.002  # m; one point is kept per cube of this size
 _STRIDE = 3  # pixels of a depth image between two points: 1.6 mm at 0.5 m
+_FAR = 1e3  # m
 _RIM = 0.01  # m of depth between neighbors: more is the rim of a surface
 _DAMAGE = (
     *DAMAGE,
@@ -105,6 +106,8 @@ def _one_per_cube(points: np.ndarray, scene: str) -> np.ndarray:
     """Index of the first of the points in each cube of SPACING, in the order of cubes."""
     if not len(points):
         raise CorruptEpisode(f"{scene}: its depth images hold no point")
+    if not (np.abs(points) < _FAR).all():
+        raise CorruptEpisode(f"{scene}: a point is {np.abs(points).max():.3g} m away; check its camera poses")
     cells = np.floor(points / SPACING).astype(np.int64)
     cells -= cells.min(0)
     span = cells.max(0) + 1
@@ -203,8 +206,9 @@ def _evenly(count: int) -> list[int]:
 
 
 def _moved(cloud: Cloud, pose: np.ndarray) -> Cloud:
-    points = (cloud.points @ pose[:3, :3].T + pose[:3, 3]).astype(np.float32)
-    normals = None if cloud.normals is None else (cloud.normals @ pose[:3, :3].T).astype(np.float32)
+    with np.errstate(all="ignore"):  # a pose that makes no sense puts its points far away, where they are refused
+        points = (cloud.points @ pose[:3, :3].T + pose[:3, 3]).astype(np.float32)
+        normals = None if cloud.normals is None else (cloud.normals @ pose[:3, :3].T).astype(np.float32)
     return Cloud(points, cloud.labels, normals, cloud.colors)
 
 

@@ -251,7 +251,10 @@ def _listed(path: Path) -> int:
 def _object_names(folder: Path) -> dict[int, str]:
     """Object number → name, from the first annotation file that can be read: 011_banana.ply is "banana"."""
     for path in sorted(folder.glob("*.xml")):
-        found = _NAMED.findall(path.read_text(errors="replace"))
+        try:
+            found = _NAMED.findall(path.read_text(errors="replace"))
+        except OSError:
+            continue
         if found:
             return {int(number): re.sub(r"^\d+_|\.\w+$", "", name).replace("_", " ").strip() for number, name in found}
     return {}

@@ -385,6 +385,7 @@ def test_a_damaged_file_is_one_line_and_costs_only_its_grasps(damaged, damage, m
             lambda f: np.save(f / "camera_poses.npy", np.load(f / "camera_poses.npy") + np.array([0, 0, 0, 0.3])),
             "show no object where its points are",
         ),
+        (lambda f: np.save(f / "camera_poses.npy", np.load(f / "camera_poses.npy") * 1e300), "m away"),
         (lambda f: [Image.new("I;16", (320, 180)).save(p) for p in (f / "depth_gt").glob("*.png")], "hold no point"),
     ],
 )
@@ -394,6 +395,13 @@ def test_damaged_pictures_are_refused_when_a_view_is_drawn(damaged, damage, mess
     with pytest.raises(CorruptEpisode, match=f"^dexgraspnet episode {first_of(0, 5)}: .*{message}") as error:
         next(source.load(first_of(0, 5)).views[0].frames())
     assert "\n" not in str(error.value)
+
+
+def test_an_annotation_that_is_a_folder_names_nothing(damaged):
+    for path in (damaged / "scenes/scene_0000").rglob("annotations/*.xml"):
+        path.unlink()
+        path.mkdir()
+    assert open_source(damaged).load(first_of(0, 5)).length
 
 
 def test_grasps_of_another_scene_are_noticed(damaged):
