@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,10 +62,23 @@ def decide(
     plan = make_plan(config, [c.plan for c in corpora], encoder)
     fingerprint = make_fingerprint(encoder, corpora, config)
     unchanged = earlier is not None and not fp.diff(earlier.fingerprint, {**fingerprint, "store": plan.document()})
+    if earlier is not None and unchanged and config.mode == "update":
+        unchanged = not _readable_again(earlier, sources)
     if earlier is not None and not unchanged and config.mode == "append":
         require_only_new(earlier, fingerprint, plan)
     same = earlier is not None and not unchanged and same_features(earlier, fingerprint, plan)
     return Decision({c.plan.name: c for c in corpora}, plan, fingerprint, unchanged, Earlier(earlier if same else None))
+
+
+def _readable_again(earlier: Cache, sources: Sequence[Source]) -> bool:
+    """Whether an episode that could not be decoded when `earlier` was built, and has zeros in it, can be now."""
+    opened = {source.name: source for source in sources}
+
+    def decode(source: Source, episode: int) -> bool:
+        return all(frame.size for view in source.load(episode).views for frame in view.frames())
+
+    lost = [(opened[d.name], e) for d in earlier.datasets for e in d.episode_id[d.quarantined].tolist()]
+    return any(source.attempt(functools.partial(decode, source), e) is True for source, e in lost)
 
 
 def make_plan(config: BuildConfig, datasets: Sequence[DatasetPlan], encoder: VisionLanguageEncoder) -> BuildPlan:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.search import load_config
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
@@ -25,6 +26,7 @@ from dvla.common.files import lock_folder
 from dvla.errors import UserError
 from dvla.stages.caching import build as build_module
 from dvla.stages.caching import generations as generations_module
+from dvla.stages.caching import pipeline
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import PilotConfig
 from dvla.stages.caching.planning.pilot import plan_build
@@ -406,3 +408,24 @@ def test_a_file_that_is_away_for_a_moment_stops_the_build_and_costs_nothing(corn
     assert "\n" not in str(error.value) and not (corner.out / "manifest.json").exists()
     (corner.folder / "away").rename(file)
     assert corner.build().quarantined == 0 and tree(corner.out) == tree(corner.folder / "whole")
+
+
+def test_an_update_encodes_what_can_be_read_again(corner: Corner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are those of before, so that nothing but its quarantine says that something is to do."""
+    corner.record(3).build(out=corner.folder / "whole")
+    images = pipeline._Decoder._images
+
+    def failing(self: Any, entry: Any, frames: np.ndarray) -> Any:
+        if entry.episode_id == 1:
+            raise CorruptEpisode("data episode 1: the network is away", "unreadable-file")
+        return images(self, entry, frames)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Decoder, "_images", failing)
+        assert corner.build().quarantined == 1
+        assert corner.build("update").previous is not None  # it could be read, but not by this build
+    report = corner.build("update")
+    assert report.quarantined == 0 and report.timing.images > 0
+    content = {name: data for name, data in tree(corner.out).items() if "/c/" in name}
+    assert content == {name: data for name, data in tree(corner.folder / "whole").items() if "/c/" in name}
+    assert corner.build("update").previous is None
