@@ -164,9 +164,10 @@ class Metadata:
         if self.absent_cameras:
             found.append(Note("camera-without-files", f"no images of {', '.join(self.absent_cameras)}: not read"))
         if not self.files.hub_id:
-            folders = {p.name for place in ("", "*/") for p in self.root.glob(f"videos/{place}observation.*")}
-            if unlisted := sorted(folders - self.features.keys()):
-                text = f"videos of {', '.join(unlisted)} are here, but not in meta/info.json: not read"
+            stored = {p.name for place in ("", "*/") for p in self.root.glob(f"videos/{place}observation.*")}
+            stored |= {name for name in self._stored_columns() or () if name.startswith("observation.image")}
+            if unlisted := sorted(stored - self.features.keys()):
+                text = f"images of {', '.join(unlisted)} are here, but not in meta/info.json: not read"
                 found.append(Note("camera-unlisted", text))
             keys = [k for k in self.video_keys if k not in self.absent_cameras]
             here, listed = presence(self.files, self.episodes, keys, not self._is_v3), len(self.episode_ids)

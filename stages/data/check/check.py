@@ -213,7 +213,7 @@ def _add(facts: Facts, number: int, table: EpisodeTable, seen: dict[bytes, int])
 
 def rhythm(times: np.ndarray, fps: float) -> tuple[list[tuple[int, float]], tuple[float, float] | None]:
     """Steps of `times` [T] seconds that are out of rhythm, as (frame, seconds), and (seconds off at the end, rows per
-    second) where the others do not add up to `fps`: more than one row off, None otherwise."""
+    second) where the others do not add up to `fps`: more than one row off, or 2 % of them, None otherwise."""
     steps = np.diff(times)
     if not len(steps):
         return [], None
@@ -221,7 +221,8 @@ def rhythm(times: np.ndarray, fps: float) -> tuple[list[tuple[int, float]], tupl
     odd = (steps > 1.5 * usual) | (steps < 0.5 * usual)
     even = steps[~odd]
     off = float(even.sum()) - len(even) / fps
-    drift = (off, len(even) / float(even.sum())) if abs(off) > 1 / fps else None
+    is_off = abs(off) * fps > (min(1.0, 0.02 * len(even)) if len(even) >= 5 else 1.0)  # rows; 2 % of a short episode
+    drift = (off, len(even) / float(even.sum())) if is_off else None
     return [(int(i) + 1, float(steps[i])) for i in np.flatnonzero(odd)], drift
 
 

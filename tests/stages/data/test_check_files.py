@@ -251,6 +251,7 @@ def test_rhythm() -> None:
     assert rhythm(even, FPS) == ([], None) and rhythm(even[:1], FPS) == ([], None)
     gaps, drift = rhythm(even + 0.5 * (np.arange(50) > 9), FPS)
     assert [g[0] for g in gaps] == [10] and drift is None
+    assert rhythm(even[:12] * 1.01, FPS)[1] is None and rhythm(even[:12] * 1.05, FPS)[1] is not None  # half a row off
     gaps, drift = rhythm(even * 2, FPS)
     assert gaps == [] and drift is not None and drift[1] == pytest.approx(FPS / 2)
 

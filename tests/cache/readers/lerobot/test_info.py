@@ -154,8 +154,15 @@ def test_videos_that_are_not_listed_are_named(tmp_path, folder):
     root = write_v2(tmp_path / "d")
     assert not open_source(root).notes()
     (root / folder).mkdir(parents=True)
-    said = "videos of observation.images.top are here, but not in meta/info.json: not read"
+    said = "images of observation.images.top are here, but not in meta/info.json: not read"
     assert [n.text for n in open_source(root).notes()] == [said]
+
+
+def test_image_columns_that_are_not_listed_are_named(tmp_path):
+    root = write_v2(tmp_path / "d")
+    change_info(root, features=FEATURES | {"observation.images.top": FEATURES[CAMERA]})
+    change_info(root, features={k: f for k, f in FEATURES.items() if k != CAMERA})
+    assert f"images of {CAMERA} are here, but not in" in open_source(root, unmapped=True).notes()[0].text
 
 
 def test_a_video_of_a_dataset_without_a_camera_is_one_line(tmp_path, dvla):
