@@ -194,6 +194,8 @@ class EpisodeHDF5Source(Source):
             name = self._names[every[i]]
             with contextlib.suppress(CorruptEpisode), opened(self._path(every[i], name), name) as file:
                 values = _wide(numbers(file, "proprio", name), "proprio", name)
+                if values[:, ~_NAMED].any():  # damaged: nothing writes there
+                    continue
                 filled, rows = filled + (values != 0).sum(axis=0), rows + len(values)
         used = filled > (rows > 1)
         for first in _ROTATIONS:
@@ -251,6 +253,9 @@ def read_header(file: h5py.File, where: str) -> Header:
     proprio = _mask(file, "proprio_mask", where) if has(file, "proprio_mask") else None
     name = text(file.attrs["dataset_name"], f"{where}: dataset_name")
     return Header(name, int(embodiment), None if hz is None else float(hz), names, action, proprio)
+
+
+_NAMED = np.isin(np.arange(UNIFIED_DIM), list(SLOTS.values()))  # [128] slots that mean something
 
 
 def field_map(slots: Sequence[int]) -> tuple[FieldSpec, ...]:

@@ -567,3 +567,14 @@ def test_one_odd_value_does_not_make_a_slot_of_the_state(episode_folder):
     found = [source.attempt(source.load, number) for number in source.episode_ids]
     assert [isinstance(each, Failed) for each in found] == [False, True, False]
     assert "in slot 33, which is not active" in found[1].reason
+
+
+def test_an_episode_with_values_in_slots_that_mean_nothing_costs_itself(episode_folder):
+    """Its values, in slots without a name, said which slots of the state are used: the dataset was refused."""
+
+    def spoil(file):
+        file["proprio"][:, 40:60] = 1e3
+
+    edit(episode_folder / "ep_000001.hdf5", spoil)
+    source = open_source(episode_folder)
+    assert [isinstance(source.attempt(source.load, n), Failed) for n in source.episode_ids] == [False, True, False]
