@@ -1,4 +1,4 @@
-"""Which frames of a demonstration are idle: a pause in which the robot neither moves nor is told to.
+"""Which frames of a demonstration are idle: a pause in which the robot neither moves nor is commanded to.
 
 For `RUN` seconds (at least `FEWEST` frames) every number of action and state stays within a band: a position (joint,
 hand, gripper, finger) changes by at most the band, a velocity is at most that. The band of a slot is `SHARE` of the

@@ -19,8 +19,9 @@ import torch
 from ...batch import UNIFIED_DIM, FeatureBatch, Layout, layout
 from ..actions.chunk_frame import ChunkFrame
 from ..actions.normalizer import Normalizer
-from ..store.cache import Cache, CacheDataset
+from ..store.cache import Cache
 from ..store.codec import dequantize
+from ..store.dataset import CacheDataset
 from .sample import Draws
 
 ALIGN = 64  # bytes: fields begin at multiples of it; `preadv` to addresses that are not takes nearly twice as long

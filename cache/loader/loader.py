@@ -17,7 +17,8 @@ import torch
 
 from ...batch import FeatureBatch
 from ...errors import UserError
-from ..store.cache import Cache, CacheDataset
+from ..store.cache import Cache
+from ..store.dataset import CacheDataset
 from ..vlm.augment import draw_variants
 from .assembler import Assembler, decoded
 from .dropout import NO_DROPOUT, ConditionDropout

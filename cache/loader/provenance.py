@@ -14,7 +14,8 @@ from ..actions.selection import Choice
 from ..readers import Source, open_source
 from ..readers.config import DatasetConfig
 from ..readers.search import NoConfig
-from ..store.cache import Cache, CacheDataset
+from ..store.cache import Cache
+from ..store.dataset import CacheDataset
 
 
 def sources_of(cache: Cache, paths: Sequence[str] = ()) -> list[Source]:

@@ -16,7 +16,8 @@ from ...errors import UserError
 from ..actions.idle import bands, idle_frames
 from ..actions.selection import Choice, Selection
 from ..actions.statistics import Statistics, statistics_of
-from ..store.cache import Cache, CacheDataset
+from ..store.cache import Cache
+from ..store.dataset import CacheDataset
 from .provenance import choice_of
 
 LOOKED_AT = 64  # episodes by which the share of idle frames is estimated

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ...cache.store.cache import Cache, CacheDataset, beside
+from ...cache.store.cache import Cache, beside
+from ...cache.store.dataset import CacheDataset
 from ...cache.store.manifest import has_size, is_begun, is_finished, read_fingerprint
 from ...cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask
 from ...cache.store.zarr_format import scales_folder

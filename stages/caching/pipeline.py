@@ -23,8 +23,8 @@ import torch
 
 from ...cache.readers import Source
 from ...cache.readers.episode import CorruptEpisode
-from ...cache.store.cache import CacheDataset
 from ...cache.store.codec import quantize
+from ...cache.store.dataset import CacheDataset
 from ...cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask, Unit
 from ...cache.store.writer import CacheWriter, Features
 from ...cache.vlm.augment import frame_keys

@@ -12,7 +12,7 @@ from ...cache.actions.chunk_frame import ChunkFrame
 from ...cache.actions.normalizer import Normalizer
 from ...cache.actions.schemes import EARLIER, FRAMES
 from ...cache.actions.statistics import Statistics
-from ...cache.store.cache import CacheDataset
+from ...cache.store.dataset import CacheDataset
 from ...errors import UserError, unknown
 
 DESCRIBED = (  # attributes of a cache's dataset

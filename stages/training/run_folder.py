@@ -151,7 +151,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
             "and that generation is gone (see `dvla cache diff`); begin a new run from its weights with --init"
         )
     if session.cache.path.absolute() != Path(session.config.cache).absolute() and session.cache.folder is not None:
-        session.say(f"the cache was grown since: {folder} goes on with {session.cache.path}, which it was begun with")
+        session.say(f"the cache was grown since: {folder} resumes with {session.cache.path}, which it was begun with")
     found = ck.latest_intact(folder)
     if found is None:
         return Progress(), None

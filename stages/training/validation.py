@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...cache.actions.slots import EMBODIMENTS, slots
-from ...cache.store.cache import CacheDataset
+from ...cache.store.dataset import CacheDataset
 from ...drifting.metrics import ActionMetrics, drift_strength
 from .context import Session, open_loader
 from .panels.data import PanelData

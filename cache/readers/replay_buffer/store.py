@@ -1,7 +1,7 @@
 """Zarr groups and arrays in a folder or a zip, found without opening anything but metadata, read chunk by chunk.
 
 Zarr does not write chunks that hold nothing but the fill value, so a chunk without a file is data. A copy that lost
-files looks the same, which is why they are told to who reads. Letters: N rows.
+files looks the same, which is why a reader is given their number. Letters: N rows.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ....errors import UserError
-from ..cache import Cache, CacheDataset
+from ..cache import Cache
+from ..dataset import CacheDataset
 from ..feature_format import FeatureFormat
 from ..locations import Folder, Place, fetch
 from ..manifest import FINGERPRINT, MANIFEST, require_format

@@ -14,7 +14,8 @@ from ....common import fingerprint as fp
 from ....common.files import file_crc32c
 from ....errors import UserError
 from ...actions.statistics import Statistics
-from ..cache import Cache, CacheDataset
+from ..cache import Cache
+from ..dataset import CacheDataset
 from ..manifest import FINGERPRINT, MANIFEST, json_bytes, read_commit, shard_commit
 from ..plan import BuildPlan, DatasetTables, array_name
 from .tars import field_name, labels, npy, sample_key

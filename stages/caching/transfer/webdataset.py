@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ....cache.store.cache import Cache, CacheDataset
+from ....cache.store.cache import Cache
+from ....cache.store.dataset import CacheDataset
 from ....cache.store.locations import Place, creating, errors, fetch
 from ....cache.store.manifest import commit_records, json_bytes
 from ....cache.store.plan import BuildPlan, ShardTask

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ....cache.store.cache import Cache, CacheDataset
+from ....cache.store.cache import Cache
+from ....cache.store.dataset import CacheDataset
 from ....common import fingerprint as fp
 from ....common.progress import Progress
 from ....errors import UserError

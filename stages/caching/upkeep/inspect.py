@@ -12,7 +12,8 @@ import numpy as np
 from ....cache.actions.slots import slots
 from ....cache.actions.statistics import Statistics
 from ....cache.loader.provenance import choice_of
-from ....cache.store.cache import Cache, CacheDataset
+from ....cache.store.cache import Cache
+from ....cache.store.dataset import CacheDataset
 from ....errors import UserError
 from .status import summary
 

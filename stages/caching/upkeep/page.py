@@ -17,7 +17,8 @@ from ....cache.actions.statistics import Statistics
 from ....cache.loader.provenance import config_of, sources_of
 from ....cache.readers import Source, open_source
 from ....cache.readers.episode import CorruptEpisode
-from ....cache.store.cache import Cache, CacheDataset
+from ....cache.store.cache import Cache
+from ....cache.store.dataset import CacheDataset
 from ....common.figures import LIGHT, Style, finish, new_figure
 from ....common.progress import Progress
 from ....common.text import public, size

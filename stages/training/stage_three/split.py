@@ -20,7 +20,8 @@ from ....batch import FeatureBatch
 from ....cache.loader.live import LiveFeatures, with_tokens
 from ....cache.loader.loader import gather, require_variants
 from ....cache.loader.provenance import sources_of
-from ....cache.store.cache import Cache, CacheDataset
+from ....cache.store.cache import Cache
+from ....cache.store.dataset import CacheDataset
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.load import require_encoder
 from ....common.files import read_json

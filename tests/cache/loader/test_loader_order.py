@@ -16,7 +16,8 @@ from dvla.cache.loader.loader import ConditionDropout, Loader
 from dvla.cache.loader.order import BLOCK, Blocks, SampleOrder, mixture
 from dvla.cache.loader.prefetch import Prefetch
 from dvla.cache.loader.sample import Draws
-from dvla.cache.store.cache import Cache, CacheDataset
+from dvla.cache.store.cache import Cache
+from dvla.cache.store.dataset import CacheDataset
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
 

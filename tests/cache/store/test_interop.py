@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from dvla.cache.store.cache import Cache, CacheDataset
+from dvla.cache.store.cache import Cache
 from dvla.cache.store.codec import dequantize
+from dvla.cache.store.dataset import CacheDataset
 from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import array_name
 from support import synthetic_cache as synthetic

@@ -13,7 +13,8 @@ import torch
 
 from dvla.cache.loader.dropout import ConditionDropout
 from dvla.cache.loader.loader import Loader, gather
-from dvla.cache.store.cache import Cache, CacheDataset
+from dvla.cache.store.cache import Cache
+from dvla.cache.store.dataset import CacheDataset
 from dvla.cache.store.webdataset.cache import WebDatasetCache
 from dvla.errors import UserError
 from dvla.stages.caching.transfer.webdataset import export, import_cache

@@ -296,7 +296,7 @@ def test_gc_lists_asks_and_leaves_the_cache_alone(
 
 
 def test_gc_keeps_the_generation_that_a_training_reads(dvla: Dvla, copy: Path, tmp_path: Path) -> None:
-    """A training goes on with the generation it opened after `--append` has put the next one in its place."""
+    """A training keeps the generation it opened after `--append` has put the next one in its place."""
     reader = Cache.open(copy)
     copy.rename(tmp_path / "cache.gen-1")
     shutil.copytree(tmp_path / "cache.gen-1", copy)

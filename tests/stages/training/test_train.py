@@ -190,7 +190,7 @@ def test_a_run_knows_its_cache_by_fingerprint_not_by_name(
     (tmp_path / "moved").rename(tmp_path / "cache.gen-1")
     synthetic.build(tmp_path / "cache", plan=synthetic.make_plan(frame_stride=2))  # in its place, another
     assert train(configure("cache", out), say=said.append).step == 4
-    assert any("goes on with" in line and "cache.gen-1" in line for line in said)
+    assert any("resumes with" in line and "cache.gen-1" in line for line in said)
     assert_equal_runs(out, straight)
     shutil.rmtree(tmp_path / "cache.gen-1")
     with pytest.raises(UserError, match="is not the one run .* was begun with: it was built again or grown"):
