@@ -151,3 +151,18 @@ def test_an_image_of_another_size():
     files = [("a", encoded(RGB)), ("b", encoded(RGB[:, :30]))]
     with pytest.raises(CorruptEpisode, match="b is 30x24, the first is 40x24"):
         list(decode_all(files, (24, 40), None))
+
+
+def test_a_flipped_bit_of_a_png_is_found_though_pillow_decodes_it() -> None:
+    """Of the bits of the pixels, every one: a PNG carries checksums."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    begin = whole.index(b"IDAT") + 4
+    end = begin + int.from_bytes(whole[begin - 8 : begin - 4], "big")
+    assert survey([("it", whole)], None)[0] == 1
+    for at in range(begin, end):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        with pytest.raises(CorruptEpisode, match="it is damaged: its checksum differs"):
+            survey([("it", bytes(damaged))], None)
