@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,21 @@ from support import vlm_samples
 
 TINY = dataclasses.replace(vlm_samples.TINY, vision_depth=2)
 VIEWS = ("front", "wrist")
+# Settings of a training of four steps, without evaluation or panels.
+FOUR_STEPS: dict[str, Any] = {
+    "model_size": "tiny",
+    "dit": {"width": 16, "blocks": 1, "heads": 2, "horizon": 4},
+    "steps": 4,
+    "batch_size": 4,
+    "draws": 2,
+    "holdout": 0.3,
+    "threads": 1,
+    "cpu_threads": 1,
+    "device": "cpu",
+    "eval_every": 0,
+    "log_every": 1,
+    "panels": {"every": 0},
+}
 
 
 def _robot() -> dict[str, object]:

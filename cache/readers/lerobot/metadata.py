@@ -165,7 +165,7 @@ class Metadata:
             found.append(Note("camera-without-files", f"no images of {', '.join(self.absent_cameras)}: not read"))
         if not self.files.hub_id:
             stored = {p.name for place in ("", "*/") for p in self.root.glob(f"videos/{place}observation.*")}
-            stored |= {name for name in self._stored_columns() or () if name.startswith("observation.image")}
+            stored |= {name for name in self._stored_columns or () if name.startswith("observation.image")}
             if unlisted := sorted(stored - self.features.keys()):
                 text = f"images of {', '.join(unlisted)} are here, but not in meta/info.json: not read"
                 found.append(Note("camera-unlisted", text))
@@ -183,7 +183,7 @@ class Metadata:
         keys = [k for k, f in self.features.items() if f["dtype"] in ("video", "image") and k not in self.depth_maps]
         if len(keys) < 2:
             return ()
-        stored = self._stored_columns() if set(keys) - set(self.video_keys) else None
+        stored = self._stored_columns if set(keys) - set(self.video_keys) else None
         template, have = self._paths.video, set[str]()
         if self._is_v3:
             have = {k for entry in self.episodes.values() for k in entry.video_paths}
@@ -192,6 +192,7 @@ class Metadata:
         have |= {k for k in keys if k not in self.video_keys and (stored is None or k in stored)}
         return tuple(k for k in keys if have.intersection(keys) and k not in have)
 
+    @functools.cached_property
     def _stored_columns(self) -> set[str] | None:
         """Columns of the first and the last table; None where these are not here or cannot be read."""
         if self.files.hub_id or not self.episodes:

@@ -30,23 +30,10 @@ from dvla.stages.training.stage_three.finetune import finetune_config
 from dvla.stages.training.train import train
 from dvla.stages.training.warm_start import settings_of_start
 from support import synthetic_cache as synthetic
+from support.run_samples import FOUR_STEPS
 
 T = 4
-SETTINGS: dict[str, Any] = {
-    "model_size": "tiny",
-    "dit": {"width": 16, "blocks": 1, "heads": 2, "horizon": T},
-    "steps": 4,
-    "batch_size": 4,
-    "draws": 2,
-    "holdout": 0.3,
-    "threads": 1,
-    "cpu_threads": 1,
-    "device": "cpu",
-    "eval_every": 0,
-    "log_every": 1,
-    "panels": {"every": 0},
-    "action_frame": "chunk",
-}
+SETTINGS: dict[str, Any] = {**FOUR_STEPS, "dit": {**FOUR_STEPS["dit"], "horizon": T}, "action_frame": "chunk"}
 
 
 def configure(cache: Path, **changes: Any) -> TrainConfig:

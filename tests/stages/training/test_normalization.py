@@ -27,25 +27,11 @@ from dvla.stages.training.config import TrainConfig
 from dvla.stages.training.train import train
 from dvla.stages.training.warm_start import settings_of_start
 from support import synthetic_cache as synthetic
-
-SETTINGS = {
-    "model_size": "tiny",
-    "dit": {"width": 16, "blocks": 1, "heads": 2, "horizon": 4},
-    "steps": 4,
-    "batch_size": 4,
-    "draws": 2,
-    "holdout": 0.3,
-    "threads": 1,
-    "cpu_threads": 1,
-    "device": "cpu",
-    "eval_every": 0,
-    "log_every": 1,
-    "panels": {"every": 0},
-}
+from support.run_samples import FOUR_STEPS
 
 
 def configure(cache: Path, **changes: Any) -> TrainConfig:
-    return from_mapping(TrainConfig, {"cache": str(cache), "out": "", **SETTINGS, **changes})
+    return from_mapping(TrainConfig, {"cache": str(cache), "out": "", **FOUR_STEPS, **changes})
 
 
 def trained(cache: Path, out: Path, stop_after: int | None = None, **changes: Any) -> dict[str, Any]:
@@ -144,7 +130,7 @@ def test_caches_of_earlier_releases_have_no_quantiles(cache: Path, tmp_path: Pat
 def test_what_starts_from_a_policy_keeps_its_normalization(cache: Path, tmp_path: Path) -> None:
     trained(cache, tmp_path / "first", normalize={"*": "meanstd"})
     kept = settings_of_start(tmp_path / "first")
-    assert kept["normalize"] == {"*": "meanstd"} and kept["dit"] == SETTINGS["dit"]
+    assert kept["normalize"] == {"*": "meanstd"} and kept["dit"] == FOUR_STEPS["dit"]
     start = {"init": str(tmp_path / "first")}
     with pytest.raises(UserError, match="train without --init: normalize of dataset alpha .* is not what"):
         trained(cache, tmp_path / "second", **start, normalize={"*": "minmax"})
