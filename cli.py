@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .common.command_line import run_command
 from .common.console import console, errors
 from .common.doctor import doctor_command
-from .common.options import Command, with_options
+from .common.options import Command, run_command, with_options
 from .common.text import public
 from .errors import UserError
 from .stages.caching import cli as caching

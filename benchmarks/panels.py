@@ -18,8 +18,8 @@ from PIL import Image
 
 from dvla.cache.store.cache import Cache
 from dvla.common.config import from_mapping
+from dvla.common.documents import read_json
 from dvla.common.figures import LIGHT, png
-from dvla.common.files import read_json
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.load import load_net
 from dvla.stages.training.config import TrainConfig

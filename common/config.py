@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, unknown
+from .documents import read_yaml
 
 T = TypeVar("T")
 
@@ -77,21 +78,6 @@ def apply(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
     return out
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping; `UserError` when the file is absent, unreadable or not a mapping."""
-    import yaml  # slow to import, and `--help` reads none
-
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping at the top level")
-    return data
-
-
 def configs_dir() -> Path:
     """The folder of shipped YAML recipes (package data)."""
     return Path(__file__).parents[1] / "configs"
@@ -105,10 +91,10 @@ def shipped(folder: str) -> tuple[str, ...]:
 def load_shipped(folder: str, name_or_file: str) -> dict[str, Any]:
     """The mapping of a recipe: a YAML file, or one shipped in `folder` by name. `UserError` for an unknown name."""
     if name_or_file.endswith((".yaml", ".yml")):
-        return load_yaml(Path(name_or_file))
+        return read_yaml(Path(name_or_file))
     if name_or_file not in shipped(folder):
         raise unknown("recipe", name_or_file, shipped(folder))
-    return load_yaml(configs_dir() / folder / f"{name_or_file}.yaml")
+    return read_yaml(configs_dir() / folder / f"{name_or_file}.yaml")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Locks, durable writes, checksums and JSON documents; a full disk is reported in one line."""
+"""Locks, durable writes and checksums; a full disk is reported in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import json
 import os
 import shutil
 import uuid
@@ -142,19 +141,3 @@ def file_crc32c(path: Path) -> tuple[int, int]:
         while got := file.readinto(buffer.data):
             crc, nbytes = crc32c(buffer[:got], crc), nbytes + got
     return nbytes, crc
-
-
-def json_bytes(document: Any, *, indent: int = 1, allow_nan: bool = True) -> bytes:
-    """Readable JSON with a fixed byte form and sorted keys. `ValueError` for a NaN or infinity that is not allowed."""
-    text = json.dumps(document, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
-    return f"{text}\n".encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON document; `UserError` when it cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None

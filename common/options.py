@@ -1,4 +1,4 @@
-"""Options of commands: those that several rooms share, and those made from the settings of a dataclass.
+"""Options of commands: those that several rooms share, and those made from the settings of a dataclass; running a line.
 
 A setting says in its dataclass how it is given on the command line (`config.Option`). A command names those it offers:
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -24,8 +25,12 @@ import typer
 from typer.core import TyperCommand
 
 from ..errors import UserError
-from .command_line import UsageError
 from .config import DATASET_CONFIG, DEVICE, VLM_PATH, Option
+from .documents import parse_yaml
+
+# Of click, or of the copy inside newer typers.
+UsageError: Any = typer.BadParameter.__mro__[1]
+ClickException: Any = typer.BadParameter.__mro__[2]
 
 VlmPath = Annotated[str | None, typer.Option(*VLM_PATH.names, help=VLM_PATH.help)]
 Device = Annotated[str, typer.Option(*DEVICE.names, help=DEVICE.help)]
@@ -140,17 +145,12 @@ def _type_of(hint: Any) -> Any:
 
 def parse_set(given: Sequence[str] | None) -> Given:
     """`["optimizer.warmup=100"]` → {"optimizer.warmup": 100}; values are YAML."""
-    import yaml  # slow to import, and `--help` reads none
-
     out = {}
     for item in given or ():
         key, separator, value = item.partition("=")
         if not separator:
             raise UserError(f"--set {item}: expected name=value, e.g. --set optimizer.warmup=100")
-        try:
-            out[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {item}: the value is not valid YAML") from None
+        out[key] = parse_yaml(value, f"--set {item}: the value")
     return out
 
 
@@ -177,3 +177,31 @@ class Command(TyperCommand):
             if type(error).__name__ == "NoSuchOption" and ("." in name or not getattr(error, "possibilities", None)):
                 error.message += f" (a setting is written {name}=VALUE, with '=')"
             raise
+
+
+def run_command(command: Any, arguments: Sequence[str]) -> None:
+    """Run a command line of `command`, the root of all commands.
+
+    Raises `UserError`, `KeyboardInterrupt` for Ctrl-C, and `SystemExit` with a command's own exit code.
+    """
+    try:
+        code = command.main(args=list(arguments), prog_name="dvla", standalone_mode=False)
+    except ClickException as error:  # wrong options: click's own message names them
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: its help
+            error.show()
+            sys.exit(error.exit_code)
+        message, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
+        joined = f"{message} See" if message.endswith("?") else f"{message}; see"
+        raise UserError(f"{joined} `{context.command_path if context else 'dvla'} --help`") from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    if code == 130:  # how newer typers report Ctrl-C
+        raise KeyboardInterrupt
+    if code:
+        sys.exit(code)
+
+
+def runner_of(context: typer.Context) -> Callable[[Sequence[str]], None]:
+    """For a command that runs other commands: `run(arguments)`, by the root command that it was called through."""
+    root = context.find_root().command
+    return lambda arguments: run_command(root, arguments)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.config import from_mapping, load_yaml
+from ...common.config import from_mapping
+from ...common.documents import read_yaml
 from ...errors import UserError, unknown
 from ..actions.action_map import NATIVE, ActionMap, FieldSpec
 from ..actions.integration import POSE, Integration
@@ -144,7 +145,7 @@ class DatasetConfig:
 
 def read_config(path: Path, name: str) -> DatasetConfig:
     """The config in a YAML file; `UserError` names the file and the entry."""
-    values = load_yaml(path)
+    values = read_yaml(path)
     try:
         config: DatasetConfig = from_mapping(DatasetConfig, {"name": name, **values}, "dataset config")
     except UserError as error:

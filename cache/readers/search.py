@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...common.config import configs_dir, load_yaml
+from ...common.config import configs_dir
+from ...common.documents import read_yaml
 from ...errors import UserError, unknown
 from .config import DatasetConfig, Fit, read_config, unmapped_config
 from .episode import CorruptEpisode
@@ -241,7 +242,7 @@ def _match_of(path: Path) -> list[object]:
     """`match` of a dataset config that cannot be used, and its name."""
     found: object = ()
     with contextlib.suppress(UserError):
-        found = load_yaml(path).get("match")
+        found = read_yaml(path).get("match")
     return [path.stem, *(found if isinstance(found, list) else ())]
 
 

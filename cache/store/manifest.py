@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...common import files
+from ...common import documents
 from ...common import fingerprint as fp
 from ...errors import UserError
 from .plan import FORMAT, KEPT_FORMAT, BuildPlan, ShardTask
@@ -22,7 +22,7 @@ Files = dict[str, dict[str, int]]  # name → {"bytes", "crc32c"} as written
 
 def json_bytes(document: dict[str, Any]) -> bytes:
     """Readable JSON with a fixed byte form. `ValueError` for NaN or infinity."""
-    return files.json_bytes(document, allow_nan=False)
+    return documents.json_bytes(document, allow_nan=False)
 
 
 # --- fingerprint and plan --------------------------------------------------------------------------------------------

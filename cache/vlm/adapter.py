@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...common import fingerprint as fp
-from ...common.files import json_bytes, new_folder, read_json, write_file
+from ...common.documents import json_bytes, read_json
+from ...common.files import new_folder, write_file
 from ...errors import UserError
 from .checkpoint import tensors_sha256
 from .encoder import VisionLanguageEncoder

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...common.files import read_json
+from ...common.documents import read_json
 from ...errors import UserError
 
 Canonical = Callable[[str], str | None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ...common.config import Option, configs_dir, from_mapping, load_yaml
+from ...common.config import Option, configs_dir, from_mapping
+from ...common.documents import read_yaml
 from ...errors import UserError, unknown
 
 TARGETS = ("qv", "attention", "all-linear")
@@ -48,7 +49,7 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
     file = folder / f"{model}.yaml"
     if not file.is_file():
         raise unknown("model", model, [f.stem for f in folder.glob("*.yaml")])
-    values = load_yaml(file) | {name: value for name, value in overrides.items() if value is not None}
+    values = read_yaml(file) | {name: value for name, value in overrides.items() if value is not None}
     if "path" not in values:
         raise UserError(f"model '{model}' has no default checkpoint; give the folder (--vlm-path DIR)")
     return from_mapping(EncoderSpec, values, where=f"model {model}")

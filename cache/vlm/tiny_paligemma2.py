@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.files import json_bytes, new_folder, write_file
+from ...common.documents import json_bytes
+from ...common.files import new_folder, write_file
 from ...errors import UserError
 from .tiny_qwen3vl import instructions, write_weights
 

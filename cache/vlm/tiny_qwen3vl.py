@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ...common.files import json_bytes, new_folder, write_file
+from ...common.documents import json_bytes
+from ...common.files import new_folder, write_file
 from ...errors import UserError
 
 _SPECIAL = (

@@ -14,7 +14,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...common.config import load_yaml
+from ...common.documents import read_yaml
 from ...common.packages import missing_package
 from ...common.signals import handled
 from ...errors import UserError
@@ -81,7 +81,7 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
         except ImportError:
             raise missing_package("dask-jobqueue", "--slurm", "slurm") from None
         try:
-            cluster = stack.enter_context(SLURMCluster(**{"processes": 1, **load_yaml(Path(spec.slurm))}))
+            cluster = stack.enter_context(SLURMCluster(**{"processes": 1, **read_yaml(Path(spec.slurm))}))
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{spec.slurm} does not describe a Slurm cluster: {error}; see configs/launch/slurm.yaml"

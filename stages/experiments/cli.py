@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ...common.command_line import runner_of
 from ...common.console import console, progress_bars, say
 from ...common.console import table as grid
-from ...common.options import DatasetConfig, VlmPath
+from ...common.options import DatasetConfig, VlmPath, runner_of
 from ...errors import UserError
 
 

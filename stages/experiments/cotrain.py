@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.files import json_bytes, read_json, write_file
+from ...common.documents import json_bytes, read_json
+from ...common.files import write_file
 from ...errors import UserError
 from ..training.run_log import evaluations, read_log
 from .runner import Command, Job, options, run_in_order, split_options

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.store.manifest import read_manifest
-from ...common.files import json_bytes, read_json, write_file
+from ...common.documents import json_bytes, read_json
+from ...common.files import write_file
 from ..simulation.envs import check_environment
 from ..training.run_log import read_log
 from .demo_figures import loss_figure, success_figure, switch_figure

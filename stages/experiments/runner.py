@@ -19,7 +19,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from ...common.files import json_bytes, read_json, write_file
+from ...common.documents import json_bytes, read_json
+from ...common.files import write_file
 from ...errors import UserError
 
 Command = tuple[str, ...]

@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...common.files import crc32c, file_crc32c, json_bytes, read_json, write_file
+from ...common.documents import json_bytes, read_json
+from ...common.files import crc32c, file_crc32c, write_file
 from ...common.hub import policy_snapshot
 from ...errors import UserError
 

@@ -24,7 +24,8 @@ from ...cache.vlm.adapter import changed_weights
 from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
-from ...common.files import json_bytes, new_folder, read_json, write_file
+from ...common.documents import json_bytes, read_json
+from ...common.files import new_folder, write_file
 from ...common.packages import require_package
 from ...drifting.config import LossConfig
 from ...errors import UserError

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...common.files import read_json, write_file
+from ...common.documents import read_json
+from ...common.files import write_file
 from ...common.hub import hub_errors
 from ...errors import UserError
 from .card import policy_card

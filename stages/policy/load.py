@@ -14,7 +14,7 @@ from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.load import load_encoder, require_encoder
 from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
-from ...common.files import read_json
+from ...common.documents import read_json
 from ...drifting.policy_net import PolicyNet, PolicyNetConfig
 from ...errors import UserError
 from . import checkpoint as ck

@@ -12,8 +12,8 @@ import numpy as np
 
 from ... import __version__
 from ...cache.actions.slots import EMBODIMENTS
+from ...common.documents import read_json
 from ...common.figures import LIGHT, Style, finish, new_figure
-from ...common.files import read_json
 from ...common.text import public
 from ...drifting.metrics import METRICS
 from ...errors import UserError

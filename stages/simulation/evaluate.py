@@ -15,7 +15,8 @@ from statistics import fmean, median
 from typing import Any
 
 from ...common.console import markdown_table
-from ...common.files import json_bytes, new_folder, write_file
+from ...common.documents import json_bytes
+from ...common.files import new_folder, write_file
 from ...common.progress import Progress
 from ..policy import checkpoint as ck
 from ..policy.load import read_document

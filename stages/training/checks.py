@@ -17,7 +17,7 @@ from ...cache.store.manifest import find_manifest
 from ...cache.store.mirror import is_remote
 from ...cache.store.webdataset.cache import WebDatasetCache
 from ...cache.store.webdataset.tars import INDEX
-from ...common.files import read_json
+from ...common.documents import read_json
 from ...common.packages import require_package
 from ...drifting.dit import dit_config
 from ...drifting.policy_net import PolicyNetConfig

@@ -18,7 +18,8 @@ import torch
 from ... import __version__
 from ...cache.actions.schemes import EARLIER
 from ...common import fingerprint as fp
-from ...common.files import hold, json_bytes, read_json, write_file
+from ...common.documents import json_bytes, read_json
+from ...common.files import hold, write_file
 from ...common.packages import version_of
 from ...common.text import public
 from ...errors import UserError

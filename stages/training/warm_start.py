@@ -12,7 +12,7 @@ from ...cache.store.cache import Cache
 from ...cache.vlm.adapter import adapter_document
 from ...cache.vlm.load import encoder_differences
 from ...common import fingerprint as fp
-from ...common.files import read_json
+from ...common.documents import read_json
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError
 from ..policy import checkpoint as ck

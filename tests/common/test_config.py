@@ -8,7 +8,8 @@ from typing import Literal
 
 import pytest
 
-from dvla.common.config import from_mapping, load_yaml
+from dvla.common.config import from_mapping
+from dvla.common.documents import read_yaml
 from dvla.errors import UserError
 
 
@@ -28,7 +29,7 @@ class Outer:
 
 def test_values_take_the_types_of_their_fields(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("rate: 1e-4\nnames: [x, y]\ninner: {kind: b}\nweights: {x: 2}\n")
-    assert from_mapping(Outer, load_yaml(tmp_path / "settings.yaml")) == Outer(
+    assert from_mapping(Outer, read_yaml(tmp_path / "settings.yaml")) == Outer(
         1e-4, ("x", "y"), Inner("b"), None, {"x": 2.0}
     )
 

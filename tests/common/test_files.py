@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dvla.common.files import file_crc32c, json_bytes, lock_folder, names_full_disk, new_folder, read_json, write_file
+from dvla.common.documents import json_bytes, read_json
+from dvla.common.files import file_crc32c, lock_folder, names_full_disk, new_folder, write_file
 from dvla.errors import UserError
 
 

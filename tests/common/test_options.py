@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 import pytest
 import typer
 
-from dvla.common.command_line import run_command
 from dvla.common.config import Option, from_dotted
-from dvla.common.options import Command, Given, Options, Set, parse_set, with_options
+from dvla.common.options import Command, Given, Options, Set, parse_set, run_command, with_options
 from dvla.errors import UserError
 
 

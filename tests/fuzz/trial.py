@@ -6,34 +6,25 @@ images.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import random
 import re
 import shutil
-import signal
-import threading
 import traceback
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import typer
 
 from dvla.cache.store.cache import Cache
-from dvla.cli import app
-from dvla.common.command_line import run_command
-from dvla.errors import UserError
 from dvla.stages.caching import build_plan
+from fuzz.bounded import run_bounded
 from fuzz.fuzz_samples import Format
 from fuzz.mutations import Mutation, mutate
 
-CPU_SECONDS = 10.0  # a command that computes for longer hangs
-MOST_NBYTES = 2 << 30  # resident
 # From good to bad. right: all as before; left out: some episodes are quarantined, the others are as before; refused:
 # one line, exit code 2; told: other rows, text or images, and `check` has a finding that the undamaged dataset has not;
 # changed: the same without a finding, from values that nothing else vouches for; silent: the same although the damaged
@@ -42,12 +33,6 @@ OUTCOMES = ("right", "left out", "refused", "told", "changed", "silent", "traceb
 FAULTS = OUTCOMES[6:]
 COMMANDS = (("data", "show"), ("data", "check", "--all"), ("cache", "build"))
 Content = dict[int, str]  # episode → digest of its rows, text and features
-
-command = typer.main.get_command(app)
-
-
-class Hang(BaseException):
-    """Too much time of the processor."""
 
 
 class StandIn:
@@ -106,7 +91,7 @@ def examine(folder: Path, dataset: str, index: int, mutation: Mutation) -> Outco
         arguments = [*words, str(folder / dataset)]
         if words[0] == "cache":
             arguments += ["--out", str(cache), "--batch-size", "8", "--device", "cpu"]
-        result, text = _run(arguments)
+        result, text = run_bounded(arguments)
         if place := next((x for x in text.splitlines() if "please report" in x or re.search(r"\.py:\d", x)), ""):
             found.unforeseen, found.text = True, place
         if counts := re.search(r"\d+ errors?, \d+ warnings?, \d+ notes?", text):
@@ -162,62 +147,3 @@ def damaged(sample: Path, folder: Path, seed: str) -> Mutation:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(sample, folder)
     return mutate(folder, random.Random(seed))
-
-
-def _run(arguments: list[str]) -> tuple[str, str]:
-    """(outcome, what was printed or raised) of one command line."""
-    printed = io.StringIO()
-    try:
-        with _watched() as others, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            run_command(command, arguments)
-    except UserError as error:
-        text = str(error)
-        if "\n" in text or not text:
-            return "traceback", f"a message of several lines: {text!r}"
-        return ("memory" if _of_memory(text) else "refused"), text
-    except SystemExit as error:
-        if error.code not in (0, 1):
-            return "traceback", f"exit code {error.code}: {printed.getvalue()[-500:]}"
-    except Hang:
-        return "hang", traceback.format_exc()
-    except BaseException:
-        return "traceback", traceback.format_exc()
-    text = printed.getvalue()
-    if others:
-        return "traceback", others[0]
-    if "\x1b" in text:
-        return "traceback", f"control characters reach the terminal: {text!r}"
-    return ("memory" if _of_memory(text) or _peak() > MOST_NBYTES else "right"), text
-
-
-def _of_memory(text: str) -> bool:
-    return any(word in text for word in ("MemoryError", "Unable to allocate", "out of memory", "malloc"))
-
-
-@contextlib.contextmanager
-def _watched() -> Iterator[list[str]]:
-    """Tracebacks of other threads; `Hang` after CPU_SECONDS of computing."""
-    others: list[str] = []
-
-    def late(*_: object) -> None:
-        raise Hang
-
-    def failed(args: threading.ExceptHookArgs) -> None:
-        others.append("".join(traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)))
-
-    before, threading.excepthook = threading.excepthook, failed
-    old = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    try:
-        yield others
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, old)
-        threading.excepthook = before
-
-
-def _peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))

@@ -18,7 +18,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....common.config import configs_dir, from_mapping, load_yaml
+from ....common.config import configs_dir, from_mapping
+from ....common.documents import read_yaml
 from ....errors import UserError
 from ..config import SHARD_NBYTES, SHARD_ROWS
 from ..sizes import ROW_NBYTES
@@ -221,10 +222,10 @@ def cluster_forecast(work: Work, cluster: Cluster, *, model: float | None = None
 def read_cluster(name_or_file: str) -> Cluster:
     """A YAML file, or the shipped one: "cluster". `UserError`."""
     if name_or_file.endswith((".yaml", ".yml")):
-        return from_mapping(Cluster, load_yaml(Path(name_or_file)), name_or_file)
+        return from_mapping(Cluster, read_yaml(Path(name_or_file)), name_or_file)
     if name_or_file != "cluster":
         raise UserError(
             f"--cluster {name_or_file}: give a YAML file (a copy of configs/launch/cluster.yaml with your numbers), or "
             "'cluster' for the shipped one"
         )
-    return from_mapping(Cluster, load_yaml(configs_dir() / "launch" / "cluster.yaml"), "cluster")
+    return from_mapping(Cluster, read_yaml(configs_dir() / "launch" / "cluster.yaml"), "cluster")

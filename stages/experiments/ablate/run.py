@@ -19,7 +19,8 @@ from typing import Any
 from rich.markup import escape
 
 from ....common import fingerprint as fp
-from ....common.files import hold, json_bytes, read_json, write_file
+from ....common.documents import json_bytes, read_json
+from ....common.files import hold, write_file
 from ....common.progress import Progress
 from ....common.signals import terminable
 from ....common.text import duration

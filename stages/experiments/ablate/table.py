@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from ....common.console import markdown_table
-from ....common.files import json_bytes, read_json, write_file
+from ....common.documents import json_bytes, read_json
+from ....common.files import write_file
 from ....common.text import duration
 from ...simulation.rollout import wilson_interval
 from ...training.run_log import evaluations, read_log

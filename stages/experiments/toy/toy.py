@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....common.files import json_bytes, read_json, write_file
+from ....common.documents import json_bytes, read_json
+from ....common.files import write_file
 from ....common.progress import Progress
 from ....drifting.config import POLICY_TEMPERATURES
 from ....errors import UserError

@@ -23,7 +23,7 @@ from ....cache.vlm.load import require_encoder
 from ....cache.vlm.lora import add_lora, lora_dropout, lora_parameters
 from ....cache.vlm.spec import LoraSpec
 from ....common.config import apply, from_mapping
-from ....common.files import read_json
+from ....common.documents import read_json
 from ....common.hashing import mix
 from ....drifting.config import DENOISING
 from ....errors import UserError

@@ -24,7 +24,7 @@ from ....cache.store.cache import Cache
 from ....cache.store.dataset import CacheDataset
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.load import require_encoder
-from ....common.files import read_json
+from ....common.documents import read_json
 from ....errors import UserError
 from ...policy import checkpoint as ck
 from ..checks import open_cache

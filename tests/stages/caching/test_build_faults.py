@@ -25,7 +25,8 @@ from dvla.cache.store.plan import BuildPlan, units
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
-from dvla.common.config import configs_dir, load_yaml
+from dvla.common.config import configs_dir
+from dvla.common.documents import read_yaml
 from dvla.common.signals import handled, terminable
 from dvla.errors import UserError
 from dvla.stages.caching.workers import Job, make_unit
@@ -526,7 +527,7 @@ def test_ctrl_c_stays_ours_beside_jobqueue(tmp_path: Path, monkeypatch: pytest.M
 def test_the_shipped_slurm_recipe_describes_a_job() -> None:
     with handled(signal.default_int_handler, (signal.SIGINT,)):
         jobqueue = pytest.importorskip("dask_jobqueue")
-    with jobqueue.SLURMCluster(processes=1, **load_yaml(configs_dir() / "launch" / "slurm.yaml")) as cluster:
+    with jobqueue.SLURMCluster(processes=1, **read_yaml(configs_dir() / "launch" / "slurm.yaml")) as cluster:
         script = cluster.job_script()
     for line in (
         "#SBATCH --cpus-per-task=8",

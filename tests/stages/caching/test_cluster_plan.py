@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
-from dvla.common.files import read_json
+from dvla.common.documents import read_json
 from dvla.errors import UserError
 from dvla.stages.caching.planning.cluster import GB, Pool, Work, cluster_forecast, read_cluster, stage_one
 from support.cli_runner import Dvla, argv, refused

@@ -14,7 +14,7 @@ import yaml
 
 from dvla.cache.vlm.spec import LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
-from dvla.common.files import read_json
+from dvla.common.documents import read_json
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.card import policy_card

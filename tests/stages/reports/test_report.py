@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dvla.common.documents import json_bytes
 from dvla.common.figures import LIGHT, finish, new_figure, png
-from dvla.common.files import json_bytes
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.reports.compare import compare, verdict, write_comparison

@@ -18,7 +18,7 @@ from dvla.cache.actions.slots import SLOTS
 from dvla.cache.actions.statistics import statistics_of
 from dvla.cache.loader.loader import gather
 from dvla.common.config import from_mapping
-from dvla.common.files import read_json
+from dvla.common.documents import read_json
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.robot import RobotInterface, describe_dataset

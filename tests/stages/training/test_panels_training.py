@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dvla.cache.store.cache import Cache
+from dvla.common.documents import read_json
 from dvla.common.figures import finish, new_figure
-from dvla.common.files import read_json
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.training.context import Session, open_loader

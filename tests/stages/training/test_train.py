@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from dvla.batch import FeatureBatch
 from dvla.cache.store.cache import Cache
 from dvla.common.config import from_mapping
-from dvla.common.files import file_crc32c, json_bytes, read_json
+from dvla.common.documents import json_bytes, read_json
+from dvla.common.files import file_crc32c
 from dvla.errors import UserError
 from dvla.stages.caching.transfer.webdataset import export
 from dvla.stages.policy import checkpoint as ck

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from dvla.common.config import from_mapping
-from dvla.common.files import read_json
+from dvla.common.documents import read_json
 from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.training import checks

@@ -15,7 +15,7 @@ from dvla.cache.loader.select import select
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.config import from_mapping
-from dvla.common.files import read_json
+from dvla.common.documents import read_json
 from dvla.errors import UserError
 from dvla.stages.caching.transfer.webdataset import export
 from dvla.stages.policy import checkpoint as ck
