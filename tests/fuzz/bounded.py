@@ -117,10 +117,15 @@ def _limit() -> None:
 
 def run_bounded(arguments: list[str]) -> tuple[str, str]:
     """(outcome, what was printed or raised) of one command line."""
+    return bounded(lambda: run_command(command, arguments))
+
+
+def bounded(work: Callable[[], None]) -> tuple[str, str]:
+    """(outcome, what was printed or raised) of `work`."""
     printed = io.StringIO()
     try:
         with _watched() as others, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            run_command(command, arguments)
+            work()
     except UserError as error:
         text = str(error)
         if "\n" in text or not text:
