@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, unknown
-from .documents import read_yaml
+from .documents import read_yaml, shown
 
 T = TypeVar("T")
 
@@ -109,21 +109,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             except UserError:
                 if len(inner) == 1:
                     raise
-        raise UserError(f"{where}: {value!r} fits none of {', '.join(str(a) for a in inner)}")
+        raise UserError(f"{where}: {shown(value)} fits none of {', '.join(str(a) for a in inner)}")
     if origin is typing.Literal:
         if value not in args:
             raise UserError(f"{where}: {unknown('value', str(value), [str(a) for a in args])}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, got {value!r}")
+            raise UserError(f"{where}: expected a list, got {shown(value)}")
         item = args[0] if len(args) == 2 and args[1] is Ellipsis else None
         if item is None and len(value) != len(args):
-            raise UserError(f"{where}: expected {len(args)} values, got {value!r}")
+            raise UserError(f"{where}: expected {len(args)} values, got {shown(value)}")
         return tuple(_convert(item or args[i], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected a mapping, got {value!r}")
+            raise UserError(f"{where}: expected a mapping, got {shown(value)}")
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_mapping(hint, value, where)
@@ -134,4 +134,4 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return float(value)  # YAML 1.1 reads 1e-4 as text
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {shown(value)}")

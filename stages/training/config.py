@@ -12,6 +12,7 @@ from ...cache.actions.selection import Selection
 from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
 from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
+from ...common.documents import Form, read_json, require_form
 from ...drifting.config import ONE_STEP, LossConfig
 from ...errors import UserError
 
@@ -246,6 +247,35 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.full and self.lora is not None:
             raise UserError("train either LoRA or the full vision tower, not both")
+
+
+LATER = ("select", "normalize", "action_frame")  # settings that runs of earlier releases do not have
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """RUN/config.json as it is. `UserError`, naming file and setting, for what no training writes."""
+    path = run / "config.json"
+    values = read_json(path)
+    stage_three = values.pop("stage_three", None)
+    from_mapping(TrainConfig, values, str(path))
+    for group, found in (("", TrainConfig), ("loss.", LossConfig), ("optimizer.", OptimizerConfig)):
+        inside = values.get(group.rstrip("."), {}) if group else values
+        if missing := [f.name for f in fields(found) if f.name not in inside and f.name not in LATER]:  # type: ignore[arg-type]
+            raise UserError(f"{path} is damaged: '{group}{missing[0]}' is missing; restore it from a copy")
+    if stage_three is None:
+        return values
+    require_form(stage_three, path, StageThreeForm)
+    if stage_three["lora"] is not None:
+        from_mapping(LoraSpec, stage_three["lora"], f"{path}: stage_three.lora")
+    return {**values, "stage_three": stage_three}
+
+
+class StageThreeForm(Form):
+    """What config.json says of stage three besides the settings."""
+
+    start: str
+    lora: dict[str, Any] | None
+    full: bool = False
 
 
 def recipe_names() -> tuple[str, ...]:

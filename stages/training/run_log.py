@@ -15,8 +15,11 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field
+
+from ...common.documents import Form, json_value, read_file, read_json, require_form
 from ...common.files import write_file
 from ...common.packages import require_package
 from ...common.text import public
@@ -39,6 +42,41 @@ def require_wandb(config: WandbConfig) -> None:
             )
 
 
+Number = Annotated[float, Field(allow_inf_nan=True)]
+
+
+class StepForm(Form):
+    """What of a line a training that resumes must know."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+    step: Annotated[int, Field(ge=1, le=10**12)]
+
+
+class LineForm(StepForm):
+    """A line of log.jsonl; it may have further numbers, e.g. of an evaluation."""
+
+    __pydantic_extra__: dict[str, Number]
+
+    loss: Number
+    mse: Number
+    drift: Number
+    scale: Number
+    mean_square: list[Number]
+    grad_norm: Number
+    lr: Number
+    samples_per_second: Annotated[float, Field(gt=0)]
+    wait_share: Annotated[float, Field(ge=0)]
+    binds: str = "compute"
+
+
+class WandbForm(Form):
+    """wandb.json."""
+
+    id: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    project: str
+
+
 class Tracker:
     """The log of one run, opened after `step` steps of it are done. Close it, or use it as a context manager.
 
@@ -51,9 +89,9 @@ class Tracker:
     def __init__(self, run_folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, step: int) -> None:
         self._path = run_folder / "log.jsonl"
         run_folder.mkdir(parents=True, exist_ok=True)
-        found = self._path.read_text() if self._path.exists() else ""
-        if (kept := kept_lines(found, step)) != found:
-            write_file(self._path, kept.encode())
+        found = read_file(self._path) if self._path.exists() else b""
+        if (kept := kept_lines(found, self._path, step)) != found:
+            write_file(self._path, kept)
         self._run = None if wandb.mode == "disabled" else _begin_wandb(run_folder, wandb, settings)
         self._file = open(self._path, "a")
 
@@ -97,8 +135,30 @@ class Tracker:
 
 
 def read_log(run_folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl."""
-    return [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    """The lines of a run's log.jsonl, but a last one that is being written. `UserError` for a damaged one."""
+    path = run_folder / "log.jsonl"
+    return [line for _, line in parsed_lines(read_file(path), path, LineForm)]
+
+
+def parsed_lines(data: bytes, path: Path, form: type[Form]) -> list[tuple[bytes, dict[str, Any]]]:
+    """(text, value) of the lines of a log.jsonl; a last line without its end, torn by a crash, is left out.
+
+    `UserError` naming the first other line that is damaged, or whose step does not follow the one before."""
+    *lines, _ = data.split(b"\n")
+    found: list[tuple[bytes, dict[str, Any]]] = []
+    for n, line in enumerate(lines, 1):
+        where, remedy = f"{path} line {n}", "remove that line from the log; the checkpoints are not affected"
+        try:
+            value = json_value(line.decode(), nan=True)  # a metric may be NaN
+        except ValueError as error:
+            raise UserError(f"{where} is damaged: {error}; {remedy}") from None
+        require_form(value, where, form, remedy)
+        if found and value["step"] <= found[-1][1]["step"]:
+            raise UserError(
+                f"{where} is damaged: its step {value['step']} comes after {found[-1][1]['step']}; {remedy}"
+            )
+        found.append((line, value))
+    return found
 
 
 def evaluations(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,16 +166,9 @@ def evaluations(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in log if "eval/mse" in line]
 
 
-def kept_lines(text: str, step: int) -> str:
-    """The intact lines of a log.jsonl that belong to steps 1…`step`; a line torn by a crash is dropped."""
-    kept = []
-    for line in text.splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    return "".join(kept)
+def kept_lines(data: bytes, path: Path, step: int) -> bytes:
+    """The lines of a log.jsonl that belong to steps 1…`step`; `UserError` as `parsed_lines`."""
+    return b"".join(text + b"\n" for text, line in parsed_lines(data, path, StepForm) if line["step"] <= step)
 
 
 def flat(line: dict[str, Any]) -> dict[str, Any]:
@@ -139,10 +192,7 @@ def _begin_wandb(run_folder: Path, config: WandbConfig, settings: dict[str, Any]
     file = run_folder / "wandb.json"
     if not file.exists():
         write_file(file, (json.dumps({"id": uuid.uuid4().hex[:8], "project": config.project}) + "\n").encode())
-    try:
-        identity = json.loads(file.read_text())["id"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged; delete it to start a new W&B run") from None
+    identity = read_json(file, WandbForm, "delete it to start a new W&B run")["id"]
     try:
         return wandb.init(
             project=config.project,

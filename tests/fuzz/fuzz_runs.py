@@ -104,7 +104,12 @@ def actions(top: str) -> dict[str, Any]:
     if top == "vlm":
         tuned = [*COMMANDS["stage_three"], "--stop-after", "3"]
         build = [*BUILDS["cache_fp16"][:-1], "fresh"]
-        return {"build": build, "act": _act("policy", "vlm"), "resume": tuned, "export": ["export", "stage_three", *OUT]}
+        return {
+            "build": build,
+            "act": _act("policy", "vlm"),
+            "resume": tuned,
+            "export": ["export", "stage_three", *OUT],
+        }
     return {**use, **({"lerobot": _lerobot} if top == "policy_lora" else {})}
 
 
