@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...common import fingerprint as fp
-from ...common.documents import Form, json_bytes, read_json, shown
+from ...common.documents import Form, json_bytes, read_json
 from ...common.files import new_folder, write_file
 from ...common.tensors import form_of, open_tensors, require_tensors
+from ...common.text import printable
 from ...errors import UserError
 from .checkpoint import tensors_sha256
 from .encoder import VisionLanguageEncoder
@@ -147,7 +148,7 @@ def put_weights(encoder: VisionLanguageEncoder, file: Path, identity: dict[str, 
         for name, form in stored.header.items():
             if name not in own or own[name].shape != form.shape or form.dtype != torch.float32:
                 raise UserError(
-                    f"{file} does not fit {encoder.spec.path}: {shown(name)} {form_of(form)}; give the VLM it was "
+                    f"{file} does not fit {encoder.spec.path}: {printable(name)[:120]} {form_of(form)}; give the VLM it was "
                     "trained on"
                 )
         weights = stored.load(stored.header)

@@ -28,7 +28,7 @@ class EncoderSpec:
     boundary: int | None = None  # n: hidden states that enter the last n blocks of the vision tower; None = features
 
     def __post_init__(self) -> None:
-        limits = {"resolution": 4096, "tokens": 65536, "boundary": 1024}
+        limits = {"resolution": 4096, "boundary": 1024}
         for name, most in limits.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:

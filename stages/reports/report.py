@@ -91,7 +91,7 @@ def read_run(path: Path) -> RunFacts:
     found = ck.checkpoints(path)
     state = read_json(found[-1] / "state.json", ck.StateForm) if found else {}
     policy = read_document(found[-1]) if found else {}
-    return RunFacts(path, whole_settings(read_settings(path)), log, state, policy, read_environment(path))
+    return RunFacts(path, whole_settings(read_settings(path, whole=False)), log, state, policy, read_environment(path))
 
 
 def log_data(run: RunFacts) -> PanelData:

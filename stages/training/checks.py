@@ -33,12 +33,12 @@ ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
 class EnvironmentForm(Form):
     """What `run_folder.environment` gives; earlier releases did not name the cache."""
 
-    begun: str
-    device: str
-    processes: Positive
-    python: str
-    system: str
-    packages: dict[str, str]
+    begun: str = ""
+    device: str = ""
+    processes: Positive = 1
+    python: str = ""
+    system: str = ""
+    packages: dict[str, str] = {}
     cuda: str = ""
     cache_fingerprint: dict[str, Any] = {}
 

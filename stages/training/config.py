@@ -252,15 +252,18 @@ class FinetuneConfig:
 LATER = ("select", "normalize", "action_frame")  # settings that runs of earlier releases do not have
 
 
-def read_settings(run: Path) -> dict[str, Any]:
-    """RUN/config.json as it is. `UserError`, naming file and setting, for what no training writes."""
+def read_settings(run: Path, whole: bool = True) -> dict[str, Any]:
+    """RUN/config.json as it is. `UserError`, naming file and setting, for what no training writes.
+
+    `whole`: settings must not lack but those that earlier releases did not have; to train by them."""
     path = run / "config.json"
     values = read_json(path)
     stage_three = values.pop("stage_three", None)
     from_mapping(TrainConfig, values, str(path))
     for group, found in (("", TrainConfig), ("loss.", LossConfig), ("optimizer.", OptimizerConfig)):
         inside = values.get(group.rstrip("."), {}) if group else values
-        if missing := [f.name for f in fields(found) if f.name not in inside and f.name not in LATER]:  # type: ignore[arg-type]
+        missing = [f.name for f in fields(found) if f.name not in inside and f.name not in LATER]  # type: ignore[arg-type]
+        if whole and missing:
             raise UserError(f"{path} is damaged: '{group}{missing[0]}' is missing; restore it from a copy")
     if stage_three is None:
         return values

@@ -60,11 +60,11 @@ class LineForm(StepForm):
 
     loss: Number
     mse: Number
-    drift: Number
-    scale: Number
-    mean_square: list[Number]
-    grad_norm: Number
-    lr: Number
+    drift: Number = 0.0
+    scale: Number = 0.0
+    mean_square: list[Number] = []  # one for each temperature
+    grad_norm: Number = 0.0
+    lr: Number = 0.0
     samples_per_second: Annotated[float, Field(gt=0)]
     wait_share: Annotated[float, Field(ge=0)]
     binds: str = "compute"
@@ -137,7 +137,10 @@ class Tracker:
 def read_log(run_folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log.jsonl, but a last one that is being written. `UserError` for a damaged one."""
     path = run_folder / "log.jsonl"
-    return [line for _, line in parsed_lines(read_file(path), path, LineForm)]
+    lines = [line for _, line in parsed_lines(read_file(path), path, LineForm)]
+    if len({len(line["mean_square"]) for line in lines if line.get("mean_square")}) > 1:
+        raise UserError(f"{path} is damaged: its lines have mean_square of several lengths; restore it from a copy")
+    return lines
 
 
 def parsed_lines(data: bytes, path: Path, form: type[Form]) -> list[tuple[bytes, dict[str, Any]]]:

@@ -19,6 +19,7 @@ from dvla.drifting.dit import dit_config
 from dvla.drifting.heads import head_dit
 from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
 from dvla.stages.policy import checkpoint as ck
+from dvla.stages.policy.document import FORMATS
 from dvla.stages.simulation.envs import Observation
 from support import vlm_samples
 
@@ -41,7 +42,25 @@ FOUR_STEPS: dict[str, Any] = {
 }
 
 
-def _robot() -> dict[str, object]:
+def make_document(
+    datasets: list[dict[str, Any]],
+    net: PolicyNetConfig = PolicyNetConfig(),
+    encoder: dict[str, Any] | None = None,
+    kind: str = "hybrid",
+    blind: bool = False,
+) -> dict[str, Any]:
+    """policy.json."""
+    return {
+        "format": FORMATS[0],
+        "net": dataclasses.asdict(net),
+        "encoder": encoder or {"spec": {"path": "vlm"}, "fingerprint": {}},
+        "datasets": datasets,
+        "loss": {"kind": kind, "sample_steps": 0},
+        "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0},
+    }
+
+
+def make_robot() -> dict[str, Any]:
     """A dataset of the policy's document: two views, three action dimensions."""
     actions = ActionMap(
         [FieldSpec(field="right_eef_pos_x"), FieldSpec(field="right_eef_pos_y"), FieldSpec(field="right_gripper_open")],
@@ -89,14 +108,8 @@ def make_run(
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     tensors = dict(net.state_dict())
-    document = {
-        "format": ck.POLICY_FORMATS[0],
-        "net": dataclasses.asdict(net.config),
-        "encoder": {"spec": spec, "fingerprint": fingerprint},
-        "datasets": [_robot()],
-        "loss": {"kind": kind, "sample_steps": 0},
-        "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0},
-    }
+    encoded = {"spec": spec, "fingerprint": fingerprint}
+    document = make_document([make_robot()], net.config, encoded, kind, blind)
     if lora is not None:
         add_lora(encoder, lora)
         for name, parameter in lora_parameters(encoder):
