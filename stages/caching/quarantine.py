@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ...cache.store.plan import BuildPlan
 from ...errors import UserError
+
+if TYPE_CHECKING:
+    from ...cache.store.plan import BuildPlan
 
 USUAL = "20%"  # that most builds may lose
 SHOWN = 3  # reasons
