@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ...cache.actions.action_map import MapForm
 from ...cache.actions.normalizer import HIGH, LOW
 from ...cache.actions.schemes import Scheme
 from ...cache.actions.statistics import StatisticsForm
+from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
-from ...common.documents import Form, read_json, require_form, shown
+from ...common.documents import Form, Positive, read_json, require_form, shown
 from ...drifting.config import DENOISING, LossConfig
 from ...drifting.policy_net import PolicyNetConfig
 from ...errors import UserError
@@ -42,11 +43,29 @@ class DatasetForm(Form):
     config: dict[str, Any] = {}
 
 
+class FingerprintForm(Form):
+    """What features depend on: it is compared with that of the VLM as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code_version: Positive = 1
+    vlm: str = ""
+    features: str = ""
+    tokens: Positive = 1
+    weights_sha256: str = ""
+    vision_config: dict[str, Any] = {}
+    resolution: Positive = 1
+    image_mean: list[float] = []
+    image_std: list[float] = []
+    dtype: str = ""
+    adapter: dict[str, Any] | None = None
+
+
 class EncoderForm(Form):
-    """The VLM: its settings, checked by `EncoderSpec`, and its fingerprint, which is compared as it is."""
+    """The VLM: its settings, checked by `EncoderSpec`, and its fingerprint."""
 
     spec: dict[str, Any]
-    fingerprint: dict[str, Any]
+    fingerprint: FingerprintForm
 
 
 class ConditionsForm(Form):
@@ -78,6 +97,7 @@ def read_document(folder: Path) -> dict[str, Any]:
             f"{folder} has policy format {shown(document.get('format'))}, this version reads up to {FORMATS[-1]}"
         )
     require_form(document, path, PolicyForm, "copy the checkpoint again")
+    from_mapping(EncoderSpec, document["encoder"]["spec"], f"{path}: encoder.spec")
     net, loss, datasets = net_config(document), loss_config(document), document["datasets"]
     said = any("normalize" in d or "action_frame" in d for d in datasets)
     names = [d["name"] for d in datasets]

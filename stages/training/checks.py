@@ -40,7 +40,7 @@ class EnvironmentForm(Form):
     system: str = ""
     packages: dict[str, str] = {}
     cuda: str = ""
-    cache_fingerprint: dict[str, Any] = {}
+    cache_fingerprint: str = ""
 
 
 def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
@@ -95,7 +95,7 @@ def fingerprint_of(run: str | None) -> str | None:
 def read_environment(run: Path) -> dict[str, Any]:
     """RUN/environment.json; empty where an earlier release began the run."""
     file = run / ENVIRONMENT
-    return read_json(file, EnvironmentForm, "restore it from a copy") if file.exists() else {}
+    return read_json(file, EnvironmentForm, "restore it from a copy") if file.exists() or file.is_symlink() else {}
 
 
 def _open(config: TrainConfig) -> Cache:

@@ -147,7 +147,7 @@ def digest(action: str, text: str) -> str:
     if action in ("act", "serve"):
         return text
     made: list[Any] = []
-    for run in ("stage_two", "stage_three", "fresh"):
+    for run in ("stage_two", "stage_three") if action == "resume" else ("fresh",):
         found = checkpoint.checkpoints(Path(run))
         if action in ("resume", "init", "finetune") and found and (Path(run) / "log.jsonl").is_file():
             made += [losses(Path(run)), *(sorted(_crcs(found[-1]).items()))]

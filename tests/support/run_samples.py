@@ -44,7 +44,7 @@ FOUR_STEPS: dict[str, Any] = {
 
 def make_document(
     datasets: list[dict[str, Any]],
-    net: PolicyNetConfig = PolicyNetConfig(),
+    net: PolicyNetConfig | None = None,
     encoder: dict[str, Any] | None = None,
     kind: str = "hybrid",
     blind: bool = False,
@@ -52,7 +52,7 @@ def make_document(
     """policy.json."""
     return {
         "format": FORMATS[0],
-        "net": dataclasses.asdict(net),
+        "net": dataclasses.asdict(net or PolicyNetConfig()),
         "encoder": encoder or {"spec": {"path": "vlm"}, "fingerprint": {}},
         "datasets": datasets,
         "loss": {"kind": kind, "sample_steps": 0},

@@ -16,15 +16,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import ConfigDict
 from rich.markup import escape
 
 from ....common import fingerprint as fp
-from ....common.documents import json_bytes, read_json
+from ....common.documents import Form, json_bytes, read_json
 from ....common.files import hold, write_file
 from ....common.progress import Progress
 from ....common.signals import terminable
 from ....common.text import duration
 from ....errors import UserError
+from ...policy.evaluation import read_summary
 from ...simulation.envs import check_environment
 from ..runner import Job, Running, announce, run_side_by_side, stop
 from .recipe import Recipe, cells, preparation, rows
@@ -112,7 +114,7 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
     }
     path = out / "recipe.json"
     if path.exists():
-        before = read_json(path)
+        before = read_json(path, RecipeForm, "choose another --out")
         known = before["rows"].keys() & settings["rows"].keys()
         was, now = (
             {
@@ -134,6 +136,15 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     write_file(path, json_bytes(settings))
     return settings
+
+
+class RecipeForm(Form):
+    """recipe.json: what is compared; the other keys are settings of the recipe."""
+
+    model_config = ConfigDict(extra="allow")
+
+    seeds: list[int]
+    rows: dict[str, dict[str, Any]]
 
 
 @contextlib.contextmanager
@@ -189,6 +200,6 @@ def outline(
 
 def _seconds(out: Path, cell: Job) -> float:
     """How long a finished cell's training and evaluations took."""
-    summaries = [read_json(path) for product in cell.products for path in [next(product.rglob("summary.json"))]]
+    summaries = [read_summary(next(product.rglob("summary.json")).parent) for product in cell.products]
     trained = [Path(command[-1]) for command in cell.commands if command[0] == "train"]
     return sum(s["seconds"] for s in summaries) + sum(map(training_seconds, trained))

@@ -23,9 +23,23 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_STATE
 
+from ....common.documents import read_json
+from ....common.text import printable
+from ....errors import UserError
 from ..observation import from_lerobot
 from ..policy import Policy
 from .config import TYPE, DvlaConfig
+
+
+def _read_config(path: str | Path) -> Any:
+    """config.json of an exported policy; `UserError` for what LeRobot cannot read."""
+    if (file := Path(path) / "config.json").parent.is_dir():
+        read_json(file, remedy="export the policy again")
+    try:
+        return PreTrainedConfig.from_pretrained(path)
+    except Exception as error:  # draccus raises many
+        reason = printable(" ".join(str(error).split()))[-120:]
+        raise UserError(f"{path}: LeRobot cannot read its config.json; export the policy again ({reason})") from None
 
 
 class DvlaPolicy(PreTrainedPolicy):
@@ -47,7 +61,7 @@ class DvlaPolicy(PreTrainedPolicy):
         cls, pretrained_name_or_path: str | Path, *, config: DvlaConfig | None = None, **_: Any
     ) -> DvlaPolicy:
         """Load what `dvla export --format lerobot` wrote, from a folder or the hub."""
-        config = config or PreTrainedConfig.from_pretrained(pretrained_name_or_path)
+        config = config or _read_config(pretrained_name_or_path)
         policy = Policy.from_pretrained(
             pretrained_name_or_path,
             dataset=config.dataset,
