@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
 
 from ...common.config import from_mapping
-from ...common.documents import Form
+from ...common.documents import Field, Form
 from ...errors import UserError, unknown
 from .rotations import WIDTH, from_quaternion, from_rot6d, require_rotations, to_quaternion, to_rot6d
 from .slots import ACTION_SCHEMA_VERSION, ROTATION_PREFIXES, SIX_D, SLOTS, UNIFIED_DIM, expand

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
 
-from ...common.documents import Form, Positive
+from ...common.documents import Field, Form, Positive
 from .slots import UNIFIED_DIM
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
 
-from ...common.documents import Form, read_json, require_file, require_form
+from ...common.documents import Field, Form, read_json, require_file, require_form
 from ...common.tensors import form_of, open_tensors, require_tensors
 from ...common.text import printable
 from ...errors import UserError
@@ -62,10 +61,8 @@ Channel = Annotated[list[Annotated[float, Field(ge=-1, le=1)]], Field(min_length
 Spread = Annotated[list[Annotated[float, Field(ge=1e-3, le=2)]], Field(min_length=3, max_length=3)]
 
 
-class Foreign(Form):
+class Foreign(Form, extra="ignore"):
     """A document that others write: unknown keys are theirs. A field that lacks has transformers' default."""
-
-    model_config = ConfigDict(extra="ignore")
 
 
 class TowerForm(Foreign):

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field
 from torch import nn
 
-from ...common.documents import Form, read_json
+from ...common.documents import Field, Form, read_json
 from ...common.tensors import open_tensors, require_tensors
 from ...errors import UserError
 from .encoder import VisionLanguageEncoder
@@ -35,10 +34,8 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 FUSED = "qkv"  # a layer of this name gives queries, keys and values, a third of its rows each
 
 
-class AdapterForm(Form):
+class AdapterForm(Form, extra="ignore"):
     """What of peft's adapter_config.json features depend on; other keys are peft's, which never reads the file here."""
-
-    model_config = ConfigDict(extra="ignore")
 
     peft_type: Literal["LORA"]
     r: Annotated[int, Field(ge=1, le=4096)]

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
-
 from ...common.documents import Form, json_bytes, read_json
 from ...common.files import write_file
 from ...errors import UserError
@@ -126,10 +124,8 @@ def cotrain(config: CotrainConfig, run: Callable[[list[str]], None], say: Callab
     return summary
 
 
-class DriftForm(Form):
+class DriftForm(Form, extra="ignore"):
     """What is read of the JSON of `dvla cache diff`."""
-
-    model_config = ConfigDict(extra="ignore")
 
     drifts: list[dict[str, Any]]
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
 from rich.markup import escape
 
-from ...common.documents import Form, json_bytes, read_json
+from ...common.documents import Field, Form, json_bytes, read_json
 from ...common.files import write_file
 from ...errors import UserError
 

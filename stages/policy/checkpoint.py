@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ...common.documents import Count, Crc32c, Form, json_bytes, read_file, read_json
+from ...common.documents import Count, Crc32c, Field, Form, json_bytes, read_file, read_json
 from ...common.files import crc32c, file_crc32c, write_file
 from ...common.hub import policy_snapshot
 from ...common.tensors import open_tensors, require_tensors

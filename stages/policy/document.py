@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
-
 from ...cache.actions.action_map import MapForm
 from ...cache.actions.normalizer import HIGH, LOW
 from ...cache.actions.schemes import Scheme
 from ...cache.actions.statistics import StatisticsForm
 from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
-from ...common.documents import Form, Positive, read_json, require_form, shown
+from ...common.documents import Field, Form, Positive, read_json, require_form, shown
 from ...drifting.config import DENOISING, LossConfig
 from ...drifting.policy_net import PolicyNetConfig
 from ...errors import UserError
@@ -43,10 +41,8 @@ class DatasetForm(Form):
     config: dict[str, Any] = {}
 
 
-class FingerprintForm(Form):
+class FingerprintForm(Form, extra="allow"):
     """What features depend on: it is compared with that of the VLM as it is."""
-
-    model_config = ConfigDict(extra="allow")
 
     code_version: Positive = 1
     vlm: str = ""

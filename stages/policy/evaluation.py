@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
-
-from ...common.documents import Form, Positive, read_json
+from ...common.documents import Field, Form, Positive, read_json
 from ...errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]

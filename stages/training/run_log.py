@@ -17,9 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
-
-from ...common.documents import Form, json_value, read_file, read_json, require_form
+from ...common.documents import Field, Form, json_value, read_file, read_json, require_form
 from ...common.files import write_file
 from ...common.packages import require_package
 from ...common.text import public
@@ -45,10 +43,8 @@ def require_wandb(config: WandbConfig) -> None:
 Number = Annotated[float, Field(allow_inf_nan=True)]
 
 
-class StepForm(Form):
+class StepForm(Form, extra="allow", allow_inf_nan=True):
     """What of a line a training that resumes must know."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
 
     step: Annotated[int, Field(ge=1, le=10**12)]
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pydantic import ConfigDict
 from rich.markup import escape
 
 from ....common import fingerprint as fp
@@ -138,10 +137,8 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
     return settings
 
 
-class RecipeForm(Form):
+class RecipeForm(Form, extra="allow"):
     """recipe.json: what is compared; the other keys are settings of the recipe."""
-
-    model_config = ConfigDict(extra="allow")
 
     seeds: list[int]
     rows: dict[str, dict[str, Any]]

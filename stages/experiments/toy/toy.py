@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 
 from ....common.documents import Form, Positive, json_bytes, read_file, read_json, require_file
 from ....common.files import write_file
@@ -193,10 +192,8 @@ def _bar(show: Progress, name: str, steps: list[int]) -> Iterator[Tick]:
         yield tick
 
 
-class ResultForm(Form):
+class ResultForm(Form, extra="allow"):
     """The numbers of one run; each kind has more of its own."""
-
-    model_config = ConfigDict(extra="allow")
 
     steps: Positive
     seconds: float
