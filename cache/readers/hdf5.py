@@ -46,7 +46,7 @@ def opened(path: Path, where: str) -> Iterator[h5py.File]:
     """The file, open for reading. `CorruptEpisode`, beginning with `where`, when it is not an HDF5 file, is cut short,
     or something of it cannot be read inside the block."""
     if not path.is_file():
-        raise CorruptEpisode(f"{where}: {path.name} is missing", "missing-file")
+        raise CorruptEpisode(f"{where}: {path.name} {absence(path) or 'is missing'}", "missing-file")
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file

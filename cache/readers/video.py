@@ -25,7 +25,7 @@ from ...common.mp4 import quiet_libav
 from ...errors import Note
 from .episode import CorruptEpisode
 from .images import check_size, renamed
-from .location import unreadable
+from .location import regular, unreadable
 
 DECODER_THREADS = 2  # per open file; a build decodes several files at once
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails  # video streams that are no recording
@@ -195,7 +195,7 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
     """Open `path`; any FFmpeg or file error inside the block becomes `CorruptEpisode`."""
     quiet_libav()
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # a title in Latin-1 is no damage
+        with av.open(str(regular(path)), metadata_errors="replace") as container:  # a title in Latin-1 is no damage
             # A stream whose codec is not known has no context.
             moving = [s for s in container.streams.video if s.codec_context and not s.disposition & _STILLS]
             if not moving:

@@ -16,6 +16,7 @@ from .documents import Line, Template, number, read_lines, read_rows, shown, who
 from .documents import field as whole_field
 
 _TEXT_COLUMNS = ("task", "__index_level_0__", "tasks", "instruction", "language_instruction", "task_description")
+_MOST_TIMES = 100  # that one episode is listed: each is compared with the others
 _NO_INSTRUCTIONS = ("valid", "invalid")  # GR00T's marks of an episode, kept among the tasks
 
 
@@ -220,6 +221,9 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
 def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], listing: Listing) -> None:
     """Keep the one entry of an episode. Several that differ in its length leave that to the rows, where not just one
     agrees with itself; several in different places damage it."""
+    if len(candidates) > _MOST_TIMES:
+        listing.damaged[episode] = "unusable-episode", f"it is listed {len(candidates)} times"
+        return
     readable = [(where, e) for where, e in candidates if isinstance(e, EpisodeEntry)]
     different = [e for i, (_, e) in enumerate(readable) if e not in [x for _, x in readable[:i]]]
     if len(different) == 1:

@@ -10,7 +10,6 @@ import bisect
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....common.text import first_line
+from ....common.documents import read_file, read_json
 from ....errors import Note, UserError
 from ..episode import CorruptEpisode
 from ..location import Location, absence
@@ -80,7 +79,7 @@ class Metadata:
         """sha256 hex over the two files that describe the dataset."""
         digest = hashlib.sha256()
         for name in DESCRIPTION:
-            data = (self.root / name).read_bytes()
+            data = read_file(self.root / name)
             digest.update(f"{name}:{len(data)};".encode() + data)
         return digest.hexdigest()
 
@@ -168,13 +167,7 @@ def _choose(root: Path, given: str) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}); copy the dataset again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; copy the dataset again")
-    return found
+    return read_json(path, remedy="copy the dataset again")
 
 
 def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:

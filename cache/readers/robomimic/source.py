@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ....common.documents import json_value
 from ....errors import Failed, Note, UserError
 from ..base import Source, choose_views, common, listing_hash, look_around, rare_cameras
 from ..config import DatasetConfig
@@ -56,7 +56,7 @@ _DEMO = re.compile(r".*?(\d{1,18})")
 _PARTS = re.compile(r"(\d{1,18})")
 _MUST_BE_JSON = ("ep_meta", "problem_info")  # RoboCasa's and LIBERO's, where the task text is
 _DOCUMENTS = (*_MUST_BE_JSON, "env_args", "metadata", "meta", "info")
-_GOAL = re.compile(r"\(:language\s+([^()]+)\)")
+_GOAL = re.compile(r"\(:language\s([^()]+)\)")
 _MAX_TEXTS = 1_000_000  # strings of a dataset, one per row
 _POSITION = re.compile(r"(?:.*[/_])?eef?_pos(?:ition)?")  # a column with the measured position
 
@@ -275,8 +275,8 @@ def _json(node: h5py.Group | h5py.Dataset, name: str, where: str, required: bool
     if name not in node.attrs:
         return {}
     try:
-        found = json.loads(text(node.attrs[name], f"{where}: attribute {name}"))
-    except (ValueError, RecursionError, CorruptEpisode) as error:
+        found = json_value(text(node.attrs[name], f"{where}: attribute {name}"), nan=True)
+    except (ValueError, CorruptEpisode) as error:
         if not required:
             return {}
         reason = error if isinstance(error, CorruptEpisode) else f"{where}: attribute {name} is not JSON"
