@@ -41,6 +41,7 @@ from ..hdf5 import (
     numbers,
     one_file,
     opened,
+    readable_group,
     success_of,
     text,
     texts,
@@ -205,7 +206,7 @@ class RobomimicSource(Source):
         """The file and the demo, open inside the block, and how messages about it begin."""
         where = self.where(episode_id)
         with opened(self._file, where) as file:
-            demo = find_group(file, f"data/{self._demos[episode_id]}", where)
+            demo = readable_group(file, f"data/{self._demos[episode_id]}", where)
             if not isinstance(demo, h5py.Group):
                 raise CorruptEpisode(f"{where}: data/{self._demos[episode_id]} is no group of a demo's arrays")
             yield file, demo, where
@@ -243,7 +244,7 @@ def _usual_demo(
     def look(number: int) -> tuple[list[str], dict[str, int]] | None:
         here = f"{where} episode {number}"
         with one_episode(here):
-            demo = find_group(data, demos[number], here)
+            demo = readable_group(data, demos[number], here)
             obs = find(demo, "obs", here) if has(demo, "obs") else None
             keys = [key for key in obs if is_images(find(obs, key, here))] if isinstance(obs, h5py.Group) else []
             return (keys, {c: math.prod(find_array(demo, c, here).shape[1:]) for c in columns}) if keys else None
@@ -262,8 +263,10 @@ def _usual_demo(
 
 def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:
     """Numbers per row of each array of the first demo, and of its observations, that is no image."""
-    demo = data.get(demos[min(demos)])
-    found = {name: demo[name] for name in demo} if isinstance(demo, h5py.Group) else {}
+    found: dict[str, Any] = {}
+    with contextlib.suppress(CorruptEpisode):
+        demo = readable_group(data, demos[min(demos)], str(data.file.filename))
+        found = {name: demo[name] for name in demo}
     if isinstance(obs := found.pop("obs", None), h5py.Group):
         found |= {f"obs/{name}": obs[name] for name in obs}
     arrays = {k: a for k, a in found.items() if isinstance(a, h5py.Dataset) and a.dtype.kind in "fiu" and a.ndim <= 2}
