@@ -154,7 +154,12 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, folder: int | None 
 
     `folder`: the handle of the directory that a relative path is in.
     """
-    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    try:
+        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(errno.EINVAL, "it is a socket, expected a file", str(path)) from None
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, expected a file", str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ def read_tasks(location: Location, listing: Listing) -> None:
     meta = location.root / "meta"
     for name in ("tasks.parquet", "tasks.jsonl"):
         path = meta / name
-        if path.is_file() or path.is_symlink():
+        if os.path.lexists(path):
             break
     else:
         listing.notes.append(Note("tasks-missing", "meta/ has no tasks file; the texts are those of the episode list"))
@@ -246,7 +247,7 @@ def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], 
 
 def _v2_lines(location: Location) -> list[Line]:
     path = location.root / "meta" / "episodes.jsonl"
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return []
     try:
         return read_lines(path)

@@ -10,6 +10,7 @@ import functools
 import glob
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ class Metadata:
         self.root, self.name = files.root, files.name
         self.repo = files.hub_id or path_or_repo
         info_path = self.root / "meta" / "info.json"
-        if not info_path.is_file() and not info_path.is_symlink():
+        if not os.path.lexists(info_path):
             raise UserError(f"{path_or_repo} is not a LeRobot dataset: it has no meta/info.json")
         try:
             self.info: dict[str, Any] = read_json(info_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -270,7 +271,7 @@ class LeRobotSource(Source):
     def _read_recording(self) -> None:
         """Task and initial states of a simulator's recording, from `meta/dvla.json` of `dvla data record`."""
         path = self.path / "meta" / "dvla.json"
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             found = read_json(path, _Recording, "record the dataset again")
             self.starts = {int(k): [float(x) for x in v] for k, v in found["starts"].items()}
             self.environment = found["environment"]
