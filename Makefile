@@ -106,6 +106,7 @@ site: $(STAMP)  ## build the documentation site in build/site, offline; warnings
 
 fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and read them (about an hour)
 	@$(VENV)/bin/python tests/fuzz/fuzz_readers.py --count 2000
+	@$(VENV)/bin/python tests/fuzz/fuzz_server.py --count 5000
 
 audit: $(STAMP)  ## check the pinned versions for known vulnerabilities (asks PyPI)
 	@$(UV)x pip-audit -r constraints.txt --no-deps --disable-pip
