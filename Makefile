@@ -124,10 +124,19 @@ pins: $(STAMP)  ## resolve both sets of versions anew from pyproject.toml; what 
 licenses: $(STAMP)  ## write docs/licenses.md: the license of every pinned package, as its metadata says
 	@$(VENV)/bin/python tests/project/test_licenses.py
 
-audit: $(STAMP)  ## check both sets of versions for known vulnerabilities (asks PyPI)
-	@for pins in constraints.txt constraints-py312.txt; do
-	  $(UV)x pip-audit -r "$$pins" --no-deps --disable-pip
+audit: $(STAMP)  ## check both sets of versions for known vulnerabilities (asks PyPI); what was not checked is an error, code 2
+	@found=0
+	for pins in constraints.txt constraints-py312.txt; do
+	  answer=$$($(UV)x pip-audit -r "$$pins" --no-deps --disable-pip 2>&1) && code=0 || code=$$?
+	  skipped=$$(grep -c 'could not be audited' <<< "$$answer" || true)
+	  if [ "$$skipped" != 0 ] || { [ "$$code" != 0 ] && ! grep -q 'known vulnerabilit' <<< "$$answer"; }; then
+	    echo "error: $$pins was not audited ($$skipped packages without advisories); run make audit where pypi.org can be reached" >&2
+	    exit 2
+	  fi
+	  echo "$$pins: $$answer"
+	  [ "$$code" = 0 ] || found=1
 	done
+	exit $$found
 
 wheel: $(STAMP)  ## build dist/dvla-*.whl
 	@rm -rf build

@@ -101,7 +101,12 @@ def test_the_file_holds_what_was_done_and_predicted(
     column, names = stored(done.path)
     expert = column["/action/eef_vel_x/expert"]
     assert sorted(expert) == list(range(T)) and np.allclose([expert[t] for t in range(T)], episode.action[:, 0])
-    assert column["/action/eef_vel_x/predicted"] == {0: 0, 2: 2, 4: 4, 6: 6} and sorted(column["/error"]) == [0, 2, 4, 6]
+    assert column["/action/eef_vel_x/predicted"] == {0: 0, 2: 2, 4: 4, 6: 6} and sorted(column["/error"]) == [
+        0,
+        2,
+        4,
+        6,
+    ]
     assert len(column) == 2 * 6 + 1 and not [name for name in column if "dropped" in name]  # these mean nothing
     assert {"/views/top", "/views/wrist", "/way/predicted"} <= names
 
