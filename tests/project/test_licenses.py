@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `make licenses` 
 from support.repository import CONSTRAINTS, ROOT, pins
 
 PAGE = ROOT / "docs" / "licenses.md"
-ALLOWED = set("0BSD Apache-2.0 BSD CC0-1.0 CNRI-Python ISC MIT MIT-0 MIT-CMU PSF-2.0 Zlib".split())  # permissive
-ALLOWED |= {"MPL-2.0"}  # files under it are used as they are
+ALLOWED = {"0BSD", "Apache-2.0", "BSD", "CC0-1.0", "CNRI-Python", "ISC", "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "Zlib"}
+ALLOWED |= {"MPL-2.0"}  # not permissive, but for changed files alone
 NVIDIA = "CUDA libraries of torch's wheels: redistribution under NVIDIA's terms; a CPU build of torch needs none"
 EXCEPTIONS = {  # neither, by name: why it may be a dependency all the same
     "pynput": "loaded by lerobot for its keyboard control, never by dvla; a library that can be replaced",
@@ -115,10 +115,11 @@ def page(licenses: set[tuple[str, str]]) -> str:
         [
             "# Licenses",
             "",
-            "dvla is Apache-2.0. It ships no other package: pip and uv fetch them, each under its own license. Below is every",
-            "package that `constraints.txt` or `constraints-py312.txt` pins, as its metadata says; `make licenses` writes this page,",
-            "and a test refuses a package whose license is neither permissive nor MPL-2.0, nor named with a reason. `deepspeed`",
-            "and `flash-attn` are not pinned: they are compiled against the torch that is there.",
+            "dvla is Apache-2.0. It ships no other package: pip and uv fetch them, each under its own license.",
+            "Below is every package that `constraints.txt` or `constraints-py312.txt` pins, as its metadata says.",
+            "`make licenses` writes this page, and a test refuses a package whose license is neither permissive",
+            "nor MPL-2.0, nor named with a reason. `deepspeed` and `flash-attn` are not pinned: they are compiled",
+            "against the torch that is there.",
             "",
             "| license | packages | names |",
             "|---|---|---|",
@@ -132,7 +133,7 @@ def page(licenses: set[tuple[str, str]]) -> str:
             "",
             "## Inside wheels",
             "",
-            "What a wheel bundles besides its own code matters to whoever passes on an environment or an image that holds it:",
+            "What a wheel bundles besides its own code matters to whoever passes on an environment or an image with it:",
             "",
             "| package | bundles |",
             "|---|---|",

@@ -1,4 +1,4 @@
-"""Both sets of versions hold what pyproject.toml asks for, on every Python it names; `make audit` passes over nothing."""
+"""Both sets of versions hold what pyproject.toml asks for, for every Python it names; `make audit` leaves none out."""
 
 from __future__ import annotations
 
