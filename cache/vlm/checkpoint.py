@@ -20,7 +20,6 @@ from ...common.text import printable
 from ...errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of stored weights
-TOKENIZER_CONFIG = "tokenizer_config.json"
 MOST_TEXT = 256 << 20  # bytes of a tokenizer's or processor's file; the largest have 35 MB
 Canonical = Callable[[str], str | None]
 
@@ -108,6 +107,13 @@ class StatisticsForm(Foreign):
 
     image_mean: Channel
     image_std: Spread
+
+
+class TokenizerForm(Foreign):
+    """What is read of tokenizer_config.json."""
+
+    tokenizer_class: str | None = None
+    auto_map: Any = None
 
 
 class IndexForm(Foreign):
@@ -216,6 +222,7 @@ def without_code(folder: Path) -> Iterator[None]:
 def load_tokenizer(folder: Path, path: str, rows: int) -> Any:
     """The checkpoint's tokenizer; `UserError` when none of its files exists, it needs code of its own, or it gives
     tokens that an embedding table of `rows` does not have."""
+    import transformers
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -224,9 +231,13 @@ def load_tokenizer(folder: Path, path: str, rows: int) -> Any:
     for file in sorted(folder.iterdir()):  # transformers reads several, and waits for a pipe
         if file.suffix in (".json", ".txt", ".jinja", ".model"):
             require_file(file, MOST_TEXT)
-    if (folder / TOKENIZER_CONFIG).exists():
-        read_json(folder / TOKENIZER_CONFIG)
+    file = folder / "tokenizer_config.json"
+    stored = read_json(file, TokenizerForm) if file.exists() else {}
     with without_code(folder):
+        name = (stored.get("tokenizer_class") or "").removesuffix("Fast")
+        # transformers 5 takes a generic tokenizer where it has no class of that name
+        if "auto_map" in stored and name and not any(hasattr(transformers, name + end) for end in ("", "Fast")):
+            raise ValueError(f"{file.name} names the class {name}")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         highest = max(tokenizer.get_vocab().values())
         empty, given = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("", "Open the drawer."))

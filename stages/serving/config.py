@@ -56,15 +56,15 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UserError(f"port {self.port}: must be 0 (any free one) to 65535")
-        for name, least in (
-            ("max_batch", 1),
-            ("max_wait_ms", 0),
-            ("max_clients", 1),
-            ("max_message_mib", 1 / 1024),
-            ("answer_timeout", 0.001),
+        for name, least, most in (
+            ("max_batch", 1, 4096),
+            ("max_wait_ms", 0, 60_000),
+            ("max_clients", 1, 65_536),
+            ("max_message_mib", 1 / 1024, 2048),
+            ("answer_timeout", 0.001, 86_400),
         ):
-            if not getattr(self, name) >= least:  # also where it is NaN
-                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {least}")
+            if not least <= getattr(self, name) <= most:  # also where it is NaN
+                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; must be {least} to {most}")
 
     @property
     def max_message(self) -> int:
