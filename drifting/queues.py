@@ -9,6 +9,7 @@ Letters: B observations, G noise samples, T action steps, K queues, Q chunks in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -78,8 +79,9 @@ class ChunkQueues:
             "chunks": torch.stack([self._chunks[key].cpu() for key in self._pushed]) if self._pushed else empty,
         }
 
-    def state_form(self, count: int) -> dict[str, Tensor]:
-        """What `state_dict` gives of `count` queues, on the meta device: names, shapes and types."""
+    def state_form(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `state_dict` gives of as many queues as `found` has keys, on the meta device: names, shapes, types."""
+        count = len(found["keys"]) if "keys" in found and found["keys"].ndim else 0
         with torch.device("meta"):
             keys, pushed = torch.empty(count, 3, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
             return {
@@ -90,7 +92,7 @@ class ChunkQueues:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state`; `UserError` for queues of another form, or a key or count that no queue has."""
-        for name, wanted in self.state_form(len(state["keys"])).items():
+        for name, wanted in self.state_form(state).items():
             if (state[name].shape, state[name].dtype) != (wanted.shape, wanted.dtype):
                 raise UserError(f"queues: {name} is {list(state[name].shape)}, expected {list(wanted.shape)}")
         keys = [tuple(key) for key in state["keys"].tolist()]

@@ -91,7 +91,8 @@ def _load_tower(encoder: VisionLanguageEncoder, folder: Path) -> None:
             require_tensors(file.header, {n: in_float32(p) for n, p in wanted.items()}, folder, "its tower")
         except UserError as error:
             raise UserError(
-                f"the tower in {folder} does not fit {encoder.spec.path}; give the checkpoint it was trained on ({error})"
+                f"the tower in {folder} does not fit {encoder.spec.path}; give the checkpoint it was trained on "
+                f"({error})"
             ) from None
         tensors = file.load(file.header)
     adapted = _tower_identity(tensors, encoder)
@@ -148,8 +149,8 @@ def put_weights(encoder: VisionLanguageEncoder, file: Path, identity: dict[str, 
         for name, form in stored.header.items():
             if name not in own or own[name].shape != form.shape or form.dtype != torch.float32:
                 raise UserError(
-                    f"{file} does not fit {encoder.spec.path}: {printable(name)[:120]} {form_of(form)}; give the VLM it was "
-                    "trained on"
+                    f"{file} does not fit {encoder.spec.path}: {printable(name)[:120]} {form_of(form)}; give "
+                    "the VLM it was trained on"
                 )
         weights = stored.load(stored.header)
     for name, weight in weights.items():

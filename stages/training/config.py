@@ -278,8 +278,8 @@ def read_settings(run: Path, whole: bool = True) -> dict[str, Any]:
     from_mapping(TrainConfig, values, str(path))
     for group, found in (("", TrainConfig), ("loss.", LossConfig), ("optimizer.", OptimizerConfig)):
         inside = values.get(group.rstrip("."), {}) if group else values
-        missing = [f.name for f in fields(found) if f.name not in inside and f.name not in LATER]  # type: ignore[arg-type]
-        if whole and missing:
+        names = [f.name for f in fields(found) if f.name not in LATER]  # type: ignore[arg-type]
+        if missing := [name for name in names if whole and name not in inside]:
             raise UserError(f"{path} is damaged: '{group}{missing[0]}' is missing; restore it from a copy")
     if stage_three is None:
         return values

@@ -290,8 +290,7 @@ def _restore(checkpoint: Path, shared: Replicas, step: int) -> None:
             raise UserError(f"{checkpoint}/optimizer.safetensors is damaged: {name} is nothing that {step} steps give")
     shared.load_moments(moments)
     if (queues := shared.session.queues) is not None:
-        form = lambda found: queues.state_form(len(found["keys"]) if getattr(found.get("keys"), "ndim", 0) else 0)  # noqa: E731
-        queues.load_state_dict(ck.load_tensors(checkpoint, "queues", form, "queues of its settings"))
+        queues.load_state_dict(ck.load_tensors(checkpoint, "queues", queues.state_form, "queues of its settings"))
 
 
 def save(session: Session, shared: Replicas, progress: Progress) -> None:
