@@ -11,7 +11,7 @@ from ...cache.actions.normalizer import HIGH, LOW
 from ...cache.actions.schemes import Scheme
 from ...cache.actions.statistics import StatisticsForm
 from ...cache.vlm.spec import EncoderSpec
-from ...common.config import from_mapping
+from ...common.config import from_document, from_mapping
 from ...common.documents import Field, Form, Positive, read_json, require_form, shown
 from ...drifting.config import DENOISING, LossConfig
 from ...drifting.policy_net import PolicyNetConfig
@@ -93,8 +93,9 @@ def read_document(folder: Path) -> dict[str, Any]:
             f"{folder} has policy format {shown(document.get('format'))}, this version reads up to {FORMATS[-1]}"
         )
     require_form(document, path, PolicyForm, "copy the checkpoint again")
-    from_mapping(EncoderSpec, document["encoder"]["spec"], f"{path}: encoder.spec")
-    net, loss, datasets = net_config(document), loss_config(document), document["datasets"]
+    from_document(EncoderSpec, document["encoder"]["spec"], path, "encoder.spec")
+    net, datasets = from_document(PolicyNetConfig, document["net"], path, "net"), document["datasets"]
+    loss = from_document(LossConfig, document.get("loss", {}), path, "loss")
     said = any("normalize" in d or "action_frame" in d for d in datasets)
     names = [d["name"] for d in datasets]
     wrong = [

@@ -11,7 +11,7 @@ from ...cache.actions.schemes import Frame, Scheme
 from ...cache.actions.selection import Selection
 from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
-from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
+from ...common.config import DEVICE, Option, apply, from_document, from_mapping, load_shipped, shipped
 from ...common.documents import Form, read_json, require_form
 from ...drifting.config import ONE_STEP, LossConfig
 from ...errors import UserError
@@ -275,7 +275,7 @@ def read_settings(run: Path, whole: bool = True) -> dict[str, Any]:
     path = run / "config.json"
     values = read_json(path)
     stage_three = values.pop("stage_three", None)
-    from_mapping(TrainConfig, values, str(path))
+    from_document(TrainConfig, values, path)
     for group, found in (("", TrainConfig), ("loss.", LossConfig), ("optimizer.", OptimizerConfig)):
         inside = values.get(group.rstrip("."), {}) if group else values
         names = [f.name for f in fields(found) if f.name not in LATER]  # type: ignore[arg-type]
@@ -285,7 +285,7 @@ def read_settings(run: Path, whole: bool = True) -> dict[str, Any]:
         return values
     require_form(stage_three, path, StageThreeForm)
     if stage_three["lora"] is not None:
-        from_mapping(LoraSpec, stage_three["lora"], f"{path}: stage_three.lora")
+        from_document(LoraSpec, stage_three["lora"], path, "stage_three.lora")
     return {**values, "stage_three": stage_three}
 
 

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from dvla.stages.policy import Policy, checkpoint  # noqa: E402
 from fixtures.make_landing import BUILDS, losses  # noqa: E402
 from fuzz.bounded import bounded, in_child, run_bounded, trials  # noqa: E402
-from fuzz.run_damage import COMMANDS, Damage, damage, make_sample, seen  # noqa: E402
+from fuzz.run_damage import COMMANDS, TOPS, Damage, damage, make_sample, seen  # noqa: E402
 
 # right: each command gave what it gives for the undamaged files; refused: one line, exit code 2; changed: another
 # result, from a value that nothing else vouches for; silent: another result although a checksum or the form of the
@@ -181,11 +181,17 @@ def run_actions(
         yield name, result, text, digest(name, text) if result == "right" else ""
 
 
-def fuzz(count: int, seed: int, where: Path, only: int | None = None) -> Iterator[Outcome]:
-    """The outcomes of `count` trials, in order; `where`: a folder for temporary files."""
+def fuzz(count: int, seed: int, where: Path, only: int | None = None, most: int = 3) -> Iterator[Outcome]:
+    """The outcomes of `count` trials, in order, each of at most `most` actions; `where`: a folder for temporary
+    files."""
     sample, folder = where / "sample", where / "damaged"
     sample.mkdir()
-    tops = ("stage_two", "stage_three", "policy", "policy_lora", "eval", "vlm")
+    numbers = range(count) if only is None else [only]
+    plans: dict[int, tuple[str, list[str]]] = {}  # number → the folder that is damaged, the actions
+    for number in numbers:
+        every = actions(top := random.Random(f"{seed} {number}").choice(TOPS))  # the first that `damage` draws
+        plans[number] = top, random.Random(f"{number} {seed}").sample(sorted(every), min(most, len(every)))
+    needed = {top: {name for of, names in plans.values() if of == top for name in names} for top in TOPS}
 
     def reference(send: Callable[[Any], None]) -> None:
         try:
@@ -193,7 +199,8 @@ def fuzz(count: int, seed: int, where: Path, only: int | None = None) -> Iterato
         except BaseException as error:
             send(repr(error))
             return
-        send({top: {n: (r, t, d) for n, r, t, d in run_actions(sample, folder, actions(top), None)} for top in tops})
+        own = {top: {n: a for n, a in actions(top).items() if n in names} for top, names in needed.items()}
+        send({top: {n: (r, t, d) for n, r, t, d in run_actions(sample, folder, of, None)} for top, of in own.items()})
 
     sound = next(in_child(reference), None)
     for top, found in sound.items() if isinstance(sound, dict) else ():
@@ -209,11 +216,9 @@ def fuzz(count: int, seed: int, where: Path, only: int | None = None) -> Iterato
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(sample, folder)
         announce(done := spoil())
-        top = done.file.partition("/")[0]
-        every = actions(top)
-        chosen = random.Random(f"{number} {seed}").sample(sorted(every), min(3, len(every)))
+        top, chosen = plans[number]
         out = Outcome(number, done)
-        for name, result, text, made in run_actions(sample, folder, {n: every[n] for n in chosen}, spoil):
+        for name, result, text, made in run_actions(sample, folder, {n: actions(top)[n] for n in chosen}, spoil):
             if result == "right" and made != sound[top][name][2]:
                 vouched = done.kind == "form" or not done.forged and done.file.startswith(CHECKED)
                 result, text = ("silent" if vouched else "changed"), f"another result: {text[-300:]}"
@@ -223,7 +228,6 @@ def fuzz(count: int, seed: int, where: Path, only: int | None = None) -> Iterato
                 break
         return out
 
-    numbers = range(count) if only is None else [only]
     for number, done, found in trials(numbers, trial, lambda found: found.result == "hang"):
         if isinstance(found, str):
             found = Outcome(number, done or Damage("", "none", ""), "hang" if found == "hang" else "died", found)
@@ -237,13 +241,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--actions", type=int, default=3, help="commands of a trial, at most")
     parser.add_argument("--only", type=int, help="this trial alone, with all that it gives")
     parser.add_argument("--out", type=Path, help="JSON lines to append to: what came of each trial")
     asked = parser.parse_args()
     prepare()
     counts, began, fast = Counter[str](), time.monotonic(), Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=fast if fast.is_dir() else None) as where:
-        for found in fuzz(asked.count, asked.seed, Path(where), asked.only):
+        for found in fuzz(asked.count, asked.seed, Path(where), asked.only, asked.actions):
             counts[found.result] += 1
             if asked.only is not None:
                 print(found.damage, found.result, found.text, sep="\n")

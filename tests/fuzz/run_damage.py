@@ -90,8 +90,8 @@ def make_sample(folder: Path) -> None:
 
 def damage(root: Path, rng: random.Random) -> Damage:
     """Damage one file below one of `TOPS` in `root`."""
-    files = sorted(p for top in TOPS for p in (root / top).rglob("*") if p.is_file())
     top = rng.choice(TOPS)
+    files = sorted(p for one in TOPS for p in (root / one).rglob("*") if p.is_file())
     mine = [p for p in files if p.relative_to(root).parts[0] == top]
     names = sorted({p.name for p in mine})
     path = rng.choice([p for p in mine if p.name == rng.choice(names)] or mine)

@@ -114,5 +114,5 @@ def test_offline_keeps_its_run_id_and_says_nothing(
     assert b"mean_square/1" in content and b"s3://host/bucket" in content and b"hunter2" not in content
     assert capfd.readouterr() == ("", "")
     (run / "wandb.json").write_text("{}")
-    with pytest.raises(UserError, match="wandb.json is damaged; delete it to start a new W&B run"):
+    with pytest.raises(UserError, match="wandb.json is damaged: .*; delete it to start a new W&B run"):
         Tracker(run, WandbConfig("offline"), settings, step=4)
