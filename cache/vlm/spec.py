@@ -9,6 +9,7 @@ from ...common.config import Option, configs_dir, from_mapping
 from ...common.documents import read_yaml
 from ...errors import UserError, unknown
 
+MOST_RESOLUTION = 4096  # pixels; attention over the patches of a larger one would fill any memory
 TARGETS = ("qv", "attention", "all-linear")
 
 
@@ -28,11 +29,8 @@ class EncoderSpec:
     boundary: int | None = None  # n: hidden states that enter the last n blocks of the vision tower; None = features
 
     def __post_init__(self) -> None:
-        limits = {"resolution": 4096, "boundary": 1024}
-        for name, most in limits.items():
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise UserError(f"{name} of the VLM is {value}; it must be 1 to {most}")
+        if not 1 <= self.resolution <= MOST_RESOLUTION:
+            raise UserError(f"resolution of the VLM is {self.resolution}; it must be 1 to {MOST_RESOLUTION}")
         other = self.tokens is not None or self.features != "merged" or self.depth != "vision"
         if self.boundary is not None and other:
             raise UserError(

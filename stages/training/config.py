@@ -259,13 +259,10 @@ class FinetuneConfig:
             raise UserError("train either LoRA or the full vision tower, not both")
 
 
-LATER = (
-    "select",
-    "normalize",
-    "action_frame",
-    "schedule",
-    "decay",
-)  # settings that runs of earlier releases do not have
+LATER = (  # settings that runs of earlier releases do not have
+    *("select", "normalize", "action_frame", "schedule", "decay", "order", "temperature", "weights", "unfreeze"),
+    *("strategy", "sample_steps"),
+)
 
 
 def read_settings(run: Path, whole: bool = True) -> dict[str, Any]:

@@ -152,16 +152,19 @@ def digest(action: str, text: str) -> str:
         if action in ("resume", "init", "finetune") and found and (Path(run) / "log.jsonl").is_file():
             made += [losses(Path(run)), *(sorted(_crcs(found[-1]).items()))]
     if action in ("export", "lerobot") and Path("out").is_dir():
-        made += sorted(_crcs(Path("out"), "policy.json").items())
+        document = json.loads((Path("out") / "policy.json").read_text())
+        del document["encoder"]["fingerprint"]  # whoever acts compares it with the VLM
+        made += [*sorted(_crcs(Path("out")).items()), *({**d, "config": None} for d in document.pop("datasets"))]
+        made.append(document)
     if action in ("build", "adapted") and (Path("fresh") / "manifest.json").is_file():
         made += [json.loads((Path("fresh") / "manifest.json").read_text())["files"]]
     return str(made)
 
 
-def _crcs(folder: Path, *more: str) -> dict[str, tuple[int, int]]:
+def _crcs(folder: Path) -> dict[str, tuple[int, int]]:
     from dvla.common.files import file_crc32c
 
-    return {p.name: file_crc32c(p) for p in [*folder.glob("*.safetensors"), *(folder / name for name in more)]}
+    return {p.name: file_crc32c(p) for p in folder.glob("*.safetensors")}
 
 
 def run_actions(

@@ -102,7 +102,7 @@ def _training(run: Path) -> dict[str, Any]:
 
 def training_seconds(run: Path) -> float:
     """Seconds that the steps of a run took, from its log and settings."""
-    config, seconds, before = read_settings(run), 0.0, 0
+    config, seconds, before = read_settings(run, whole=False), 0.0, 0
     for line in read_log(run):
         seconds += (line["step"] - before) * config["batch_size"] * config["accumulate"] / line["samples_per_second"]
         before = line["step"]
