@@ -13,8 +13,9 @@ from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
 from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
 from ...drifting.config import ONE_STEP, LossConfig
-from ...errors import UserError
+from ...errors import UserError, unknown
 
+TRACKERS = ("wandb", "tensorboard", "trackio")
 ALL = "*"  # in `normalize`: every dataset that is not named
 
 
@@ -110,10 +111,10 @@ class WandbConfig:
 
     mode: Annotated[
         Literal["online", "offline", "disabled"],
-        Option("--wandb-mode", help="Weights & Biases: online, offline or disabled; RUN/log.jsonl is always written."),
+        Option("--wandb-mode", help="Weights & Biases: online, offline or disabled."),
     ] = "disabled"
-    project: Annotated[str, Option("--wandb-project", help="Weights & Biases project.")] = "dvla"
-    name: str | None = None  # what W&B calls the run; None: the run folder's name
+    project: Annotated[str, Option("--wandb-project", help="Project in Weights & Biases and in trackio.")] = "dvla"
+    name: str | None = None  # what W&B and trackio call the run; None: the run folder's name
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,15 @@ class TrainConfig:
         Option("--strategy", help="Strategy on several devices (torchrun): ddp, fsdp2 or zero2."),
     ] = "ddp"
     panels: PanelConfig = field(default_factory=PanelConfig)  # RUN/panels: what is learned
-    wandb: WandbConfig = field(default_factory=WandbConfig)  # Weights & Biases, beside RUN/log.jsonl
+    trackers: Annotated[
+        tuple[str, ...],
+        Option(
+            "--tracker",
+            help="wandb, tensorboard or trackio, beside RUN/log.jsonl, which is always written; may be given several "
+            "times.",
+        ),
+    ] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)  # how Weights & Biases is used
 
     def __post_init__(self) -> None:
         counts = "steps batch_size accumulate draws negatives eval_batches save_every keep_last log_every threads"
@@ -218,6 +227,9 @@ class TrainConfig:
             require("each of loss.temperatures (of the drift)", value, above=0)
         if self.local_gib is not None:
             require("local_gib", self.local_gib, above=0)
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise unknown("tracker", name, TRACKERS)
         for name, value in self.dit.items():
             _check_dit(name, value)
         if self.alpha_max > 1 and self.loss.kind not in ONE_STEP:
