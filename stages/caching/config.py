@@ -13,6 +13,7 @@ from ...cache.store.feature_format import FeatureFormat, feature_format
 from ...cache.vlm.spec import EncoderSpec, encoder_spec
 from ...common.config import COUNT, DATASET_CONFIG, DEVICE, VLM_PATH, WORKERS, Option, require_ranges
 from ...errors import UserError
+from .quarantine import USUAL, most_allowed
 
 SHARD_NBYTES = 256 << 20  # default size of a shard: large enough to stream, small enough to redo
 SHARD_ROWS = 1 << 14  # and at most so many records, however small: each costs 16 bytes of index, in the last shard too
@@ -71,6 +72,16 @@ class BuildConfig:
     ] = ()
     augment: Annotated[int, Option("--augment", help="Augmented variants of every image."), Interval(ge=0, le=64)] = 0
     select: Selection = field(default_factory=Selection)  # which demonstrations
+    max_quarantine: Annotated[
+        str,
+        Option(
+            "--max-quarantine",
+            help="Most episodes that may be unusable, e.g. 5% or 12; above that the build does not finish.",
+        ),
+    ] = USUAL
+    allow_quarantine: Annotated[
+        bool, Option("--allow-quarantine", help="Finish however many episodes are unusable.")
+    ] = False
     mode: str = "new"  # new; append: new episodes in a new generation; update: whatever changed
     workers: WorkerSpec = field(default_factory=WorkerSpec)
 
@@ -155,6 +166,7 @@ def check_settings(config: BuildConfig) -> None:
         raise UserError(f"build mode '{config.mode}' is not one of new, append, update")
     if not config.sources and config.mode == "new":
         raise UserError("no source given; name at least one dataset folder or hub id")
+    most_allowed(config.max_quarantine, 1)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ ALL = "*"  # in `normalize`: every dataset that is not named
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to zero; EMA of the weights."""
+    """AdamW with linear warm-up, then a schedule of the rate; EMA of the weights."""
 
     lr: Annotated[float, Option("--lr", help="Peak learning rate of the policy."), Ge(0)] = 4e-4
     projector_lr_scale: Annotated[float, Ge(0)] = 0.5  # projector's rate = lr × this
@@ -44,6 +44,15 @@ class OptimizerConfig:
     weight_decay: Annotated[float, Ge(0)] = 1e-4  # on matrices; vectors have none
     betas: Annotated[tuple[float, float], Interval(ge=0, lt=1)] = (0.9, 0.95)
     warmup: Annotated[int, Ge(0)] = 500  # steps
+    schedule: Annotated[
+        Literal["cosine", "constant", "wsd"],
+        Option(
+            "--schedule",
+            help="Learning rate after warm-up: cosine to 0 at --steps, constant, or wsd (constant, then linear to 0 "
+            "over the last fifth, optimizer.decay).",
+        ),
+    ] = "cosine"
+    decay: Annotated[float, Interval(gt=0, le=1)] = 0.2  # share of the steps over which wsd decays, the last ones
     clip: Annotated[float, Gt(0)] = 1.0  # global gradient norm
     ema: Annotated[float, Interval(ge=0, lt=1)] = 0.9999  # decay, reached gradually: min(ema, (1+step)/(10+step))
 
