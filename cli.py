@@ -11,8 +11,8 @@ import typer
 
 from . import __version__
 from .common.console import console
-from .common.doctor import doctor_command
-from .common.faults import ended
+from .common.doctor.doctor import doctor_command
+from .common.doctor.faults import ended
 from .common.options import Command, run_command, with_options
 from .stages.caching import cli as caching
 from .stages.caching.transfer import cli as transfer

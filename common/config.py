@@ -19,6 +19,7 @@ from ..errors import UserError, unknown
 from .documents import read_yaml, shown
 
 T = TypeVar("T")
+SHORT = 100_000  # larger bounds are not shown where they do not matter
 # Marks of ranges that many settings have; the upper bounds only keep what cannot be meant from the machine.
 COUNT = Interval(ge=1, le=10**9)
 ANY_COUNT = Interval(ge=0, le=10**9)
@@ -103,8 +104,9 @@ def require(name: str, value: Any, *marks: Any) -> None:
     for place, number in numbers.items() if given else ():
         finite = not isinstance(number, float) or math.isfinite(number)
         if number is not None and not (finite and all(holds(number, bound) for _, holds, bound in given)):
+            near = math.inf if number > SHORT else SHORT
             option = next((f" ({mark.names[0]})" for mark in marks if isinstance(mark, Option)), "")
-            raise UserError(f"{place} is {shown(number)}; it must be {allowed(marks)}{option}")
+            raise UserError(f"{place} is {shown(number)}; it must be {allowed(marks, near)}{option}")
 
 
 def allowed(marks: Iterable[Any], most: float = math.inf) -> str:

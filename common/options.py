@@ -26,7 +26,7 @@ from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from ..errors import UserError
-from .config import DATASET_CONFIG, DEVICE, VLM_PATH, Option, allowed, hints_of, require
+from .config import DATASET_CONFIG, DEVICE, SHORT, VLM_PATH, Option, allowed, hints_of, require
 from .documents import parse_yaml, shown
 
 # Of click, or of the copy inside newer typers.
@@ -42,8 +42,6 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, e.g. --set optimizer.warmup=100; may be given several times."),
 ]
-
-SHORT = 100_000  # the largest bound of a range that --help shows
 
 Given = dict[str, Any]
 """Dotted name of a setting → value, of the options that were given (or have a default)."""

@@ -16,6 +16,13 @@ from ...common.console import table as grid
 from ...common.options import DatasetConfig, VlmPath, runner_of
 from ...errors import UserError
 
+FurtherTraining = Annotated[
+    str,
+    typer.Option(
+        "--train", help='Further options of every training, in one string, e.g. "--model-size base --steps 20000".'
+    ),
+]
+
 
 def ablate_command(
     recipe: Annotated[str, typer.Argument(help="Shipped recipe (configs/ablations) or YAML file.", show_default=False)],
@@ -37,19 +44,12 @@ def ablate_command(
         typer.Option("--episodes", help="Held-out initial states per task and seed; default: the recipe's."),
         COUNT,
     ] = None,
-    train: Annotated[
-        str,
-        typer.Option(
-            "--train", help='Further options of every training, in one string, e.g. "--model-size base --steps 20000".'
-        ),
-    ] = "",
+    train: FurtherTraining = "",
     jobs: Annotated[
         int, typer.Option("--jobs", help="Cells (a training and its evaluations) to run in parallel."), THREADS
     ] = 1,
     print_: Annotated[bool, typer.Option("--print", help="Show the cells and an estimate; run nothing.")] = False,
-    table: Annotated[
-        bool, typer.Option("--table", help="Rewrite table.md from what is finished, and print it; run nothing.")
-    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Rewrite and print table.md of what is finished.")] = False,
 ) -> None:
     """Train and evaluate every variant of a recipe with every seed, and tabulate the results.
 

@@ -94,7 +94,7 @@ def _typed(given: dict[str, str | list[str] | None]) -> list[str]:
 
 
 def fuzz(kind: str, count: int, seed: int, base: Path, where: Path, only: int | None = None) -> Iterator[Outcome]:
-    """The outcomes of `count` trials of a kind, in order; `base`: the samples, `where`: a folder for temporary files."""
+    """The outcomes of `count` trials of a kind, in order; `where`: a folder for temporary files."""
     folder = where / "trial"
 
     def trial(number: int, announce: Callable[[list[str]], None]) -> Outcome:

@@ -20,8 +20,23 @@ from typing import Any
 
 from fuzz.bounded import Hang, in_child
 
-MACHINES = ("full disk", "read-only disk", "small files", "nobody", "unreadable", "few files", "deleted folder", "closed pipe",
-    "full output", "no home", "read-only home", "no temp folder", "little memory", "closed input", "file for folder")  # fmt: skip
+MACHINES = (
+    "full disk",
+    "read-only disk",
+    "small files",
+    "nobody",
+    "unreadable",
+    "few files",
+    "deleted folder",
+    "closed pipe",
+    "full output",
+    "no home",
+    "read-only home",
+    "no temp folder",
+    "little memory",
+    "closed input",
+    "file for folder",
+)
 # What a command writes besides, so that there is something to refuse.
 WRITES: dict[str, list[str]] = {
     "cache status": ["--json", "new.json"],
@@ -56,8 +71,12 @@ def on_machine(machine: str, line: list[str], work: Path, rng: random.Random) ->
         for path in rng.sample(found := sorted(p for p in work.rglob("*") if not p.is_symlink()), min(len(found), 40)):
             path.chmod(0)
     if machine == "file for folder":
-        line = [f"words.txt/{w}" if w.startswith(("new", "data", "cache", "run", "policy")) and rng.random() < 0.6 and i > 1 else w
-            for i, w in enumerate(line)]  # fmt: skip
+        line = [
+            f"words.txt/{w}"
+            if w.startswith(("new", "data", "cache", "run", "policy")) and rng.random() < 0.6 and i > 1
+            else w
+            for i, w in enumerate(line)
+        ]
     before = {p for p in place.rglob("*")}
     try:
         pipes = [os.pipe() for _ in "oe"]
@@ -190,7 +209,7 @@ BREAK: dict[str, Callable[[random.Random, Path], None]] = {
     "read-only disk": lambda rng, place: None,
     "small files": lambda rng, place: resource.setrlimit(
         resource.RLIMIT_FSIZE, (rng.choice((0, 1, 4096, 50_000)), resource.RLIM_INFINITY)
-    ),  # fmt: skip
+    ),
     "nobody": _nobody,
     "unreadable": _nobody,
     "few files": _few_files,

@@ -13,8 +13,27 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-FILES = ("data", "cache", "cache2", "run", "tuned", "policy", "eval", "stats.json", "recipe.yaml", "ablation.yaml", "dataset.yaml",
-    "cluster.yaml", "slurm.yaml", "launch.sh", "token", "words.txt", "file.yaml", "file.sh", "empty.json")  # fmt: skip
+FILES = (
+    "data",
+    "cache",
+    "cache2",
+    "run",
+    "tuned",
+    "policy",
+    "eval",
+    "stats.json",
+    "recipe.yaml",
+    "ablation.yaml",
+    "dataset.yaml",
+    "cluster.yaml",
+    "slurm.yaml",
+    "launch.sh",
+    "token",
+    "words.txt",
+    "file.yaml",
+    "file.sh",
+    "empty.json",
+)
 CPU = {"--device": "cpu"}
 TRAIN: dict[str, Any] = {"--model-size": "tiny", "--steps": "1", "--batch-size": "2", **CPU}
 SMALL = ["threads=1", "holdout=0.0", "panels.every=0", "dit={width: 16, blocks: 1, heads: 2, horizon: 4}"]
@@ -47,9 +66,23 @@ LINES: dict[str, dict[str, Any]] = {
     "data video": {"source": "data", "--episode": "0", "--out": "new.mp4"},
     "demo": {"--out": "new"},
     "doctor": {},
-    "eval": {"policy": "expert", "--env": "toy/near", "--episodes": "1", "--image-size": "64", "--videos": "1", "--baselines": "none"},
+    "eval": {
+        "policy": "expert",
+        "--env": "toy/near",
+        "--episodes": "1",
+        "--image-size": "64",
+        "--videos": "1",
+        "--baselines": "none",
+    },
     "export": {"checkpoint": "policy", "--out": "new"},
-    "finetune": {"start": "tuned", "--out": "new", "--steps": "1", "--batch-size": "2", "--set": ["panels.every=0", "holdout=0.0"], **CPU},
+    "finetune": {
+        "start": "tuned",
+        "--out": "new",
+        "--steps": "1",
+        "--batch-size": "2",
+        "--set": ["panels.every=0", "holdout=0.0"],
+        **CPU,
+    },
     "launch": {"script": "torchrun", "--print": None, "command": ["--", "train", "--from-cache", "c", "--out", "r"]},
     "push": {"policy": "policy", "repo": "owner/name"},
     "report": {"run": "run", "--out": "new.html"},
@@ -58,7 +91,7 @@ LINES: dict[str, dict[str, Any]] = {
     "toy": {"--out": "new", "--quick": None},
     "train": {"--from-cache": "cache", "--out": "new", **TRAIN, "--set": SMALL},
     "vlm tiny": {"--out": "new"},
-}  # fmt: skip
+}
 
 
 def values_of(name: str, what: str) -> list[str]:
@@ -108,9 +141,21 @@ def write_samples(base: Path) -> None:
     run(["data", "stats", "data", "--out", "stats.json"])
     (base / "eval").mkdir()
     (base / "eval" / "summary.json").write_text('{"policy": "x", "tasks": {}, "seconds": 1.0, "settings": {}}')
-    recipe = {"steps": 2, "batch_size": 2, "model_size": "tiny", "threads": 1, "holdout": 0.0, "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]},
-        "dit": {"width": 16, "blocks": 1, "heads": 2, "horizon": 4}, "loss": {"kind": "hybrid", "temperatures": [0.02, 0.2]}, "panels": {"every": 0},
-        "masking": {"text": 0.1}, "weights": {"alpha": 0.5}, "normalize": {"alpha": "minmax"}, "unfreeze": {"dit": 1}}  # fmt: skip
+    recipe = {
+        "steps": 2,
+        "batch_size": 2,
+        "model_size": "tiny",
+        "threads": 1,
+        "holdout": 0.0,
+        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]},
+        "dit": {"width": 16, "blocks": 1, "heads": 2, "horizon": 4},
+        "loss": {"kind": "hybrid", "temperatures": [0.02, 0.2]},
+        "panels": {"every": 0},
+        "masking": {"text": 0.1},
+        "weights": {"alpha": 0.5},
+        "normalize": {"alpha": "minmax"},
+        "unfreeze": {"dit": 1},
+    }
     (base / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for name, file in {
         "ablation": "ablations/lambda",

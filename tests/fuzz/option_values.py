@@ -119,9 +119,34 @@ TEXTS = [
     "tiny",
     "-inf,1",
 ]
-PATHS = ["folder", "missing", "fifo", "socket", "loop", "empty.json", "words.txt", "words.txt/below", "/dev/zero", "/dev/full",
-    "/dev/null", "/proc/self/mem", "/root/none/x", "missing/deep/er", "data", "cache", "run", "file.yaml", "file.sh", "~/x", "dir.yaml",
-    "dir.sh", "fifo.yaml", "fifo.sh", "zero.yaml", "latin\udce9.yaml"]  # fmt: skip
+PATHS = [
+    "folder",
+    "missing",
+    "fifo",
+    "socket",
+    "loop",
+    "empty.json",
+    "words.txt",
+    "words.txt/below",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/null",
+    "/proc/self/mem",
+    "/root/none/x",
+    "missing/deep/er",
+    "data",
+    "cache",
+    "run",
+    "file.yaml",
+    "file.sh",
+    "~/x",
+    "dir.yaml",
+    "dir.sh",
+    "fifo.yaml",
+    "fifo.sh",
+    "zero.yaml",
+    "latin\udce9.yaml",
+]
 
 
 def hostile(rng: random.Random, what: str, sensible: list[str] | None = None) -> str:
@@ -163,12 +188,70 @@ SETTINGS: dict[str, Callable[[], list[str]]] = {"train": _training, "finetune": 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
 )
-RAW = [b"", b"\x00", b"\xff\xfe", b"a: 1\na: 2\n", b"- 1\n", b"5\n", b"{a: 1", BOMB.encode(), b"[" * 50_000, b"a: !!python/name:os.system\n",
-    b"? [1]\n: 2\n", b"1: 2\n", b"null: 1\n", b"2020-01-01: x\n", b"a: .nan\n", b"steps: " + b"9" * 5000 + b"\n", b"a: 1\n" * 2000,
-    b"\xef\xbb\xbfsteps: 3\n", "steps: 3\n".encode("utf-16"), b"%YAML 9.9\n---\na: 1\n", b"--- 1\n--- 2\n", b"<<: *x\n", b"\x1b[2J: 1\n"]  # fmt: skip
-ODD: list[Any] = [0, -1, 10**26, 2**63, 1e300, float("inf"), float("nan"), True, None, "", " ", "x" * 5000, "caf\x85", "1_000", "1e-4",
-    "nan", "inf", [], [[]], {}, {"x": 1}, [1, "a", None], "2020-01-01", "../..", "/dev/zero", "{0.__class__}", "--out x", "'", "\n", 0.5,
-    ["a"] * 1000, {"a": {"b": {"c": 1}}}, -0.0, 3.0, [0, 0], "yes", "\x1b[2J"]  # fmt: skip
+RAW = [
+    b"",
+    b"\x00",
+    b"\xff\xfe",
+    b"a: 1\na: 2\n",
+    b"- 1\n",
+    b"5\n",
+    b"{a: 1",
+    BOMB.encode(),
+    b"[" * 50_000,
+    b"a: !!python/name:os.system\n",
+    b"? [1]\n: 2\n",
+    b"1: 2\n",
+    b"null: 1\n",
+    b"2020-01-01: x\n",
+    b"a: .nan\n",
+    b"steps: " + b"9" * 5000 + b"\n",
+    b"a: 1\n" * 2000,
+    b"\xef\xbb\xbfsteps: 3\n",
+    "steps: 3\n".encode("utf-16"),
+    b"%YAML 9.9\n---\na: 1\n",
+    b"--- 1\n--- 2\n",
+    b"<<: *x\n",
+    b"\x1b[2J: 1\n",
+]
+ODD: list[Any] = [
+    0,
+    -1,
+    10**26,
+    2**63,
+    1e300,
+    float("inf"),
+    float("nan"),
+    True,
+    None,
+    "",
+    " ",
+    "x" * 5000,
+    "caf\x85",
+    "1_000",
+    "1e-4",
+    "nan",
+    "inf",
+    [],
+    [[]],
+    {},
+    {"x": 1},
+    [1, "a", None],
+    "2020-01-01",
+    "../..",
+    "/dev/zero",
+    "{0.__class__}",
+    "--out x",
+    "'",
+    "\n",
+    0.5,
+    ["a"] * 1000,
+    {"a": {"b": {"c": 1}}},
+    -0.0,
+    3.0,
+    [0, 0],
+    "yes",
+    "\x1b[2J",
+]
 # Command → lines with {file}, the document that is changed.
 DOCUMENTS: dict[str, list[list[str]]] = {
     "recipe": [
@@ -209,14 +292,12 @@ DOCUMENTS: dict[str, list[list[str]]] = {
             "--pilot",
             "2",
         ]
-    ],  # fmt: skip
-    "slurm": [
-        ["cache", "build", "data", "--slurm", "{file}", "--out", "new", "--vlm-path", "vlm", "--device", "cpu"]
-    ],  # fmt: skip
+    ],
+    "slurm": [["cache", "build", "data", "--slurm", "{file}", "--out", "new", "--vlm-path", "vlm", "--device", "cpu"]],
     "launch": [
         ["launch", "{file}", "--print", "--", "train", "--from-cache", "c", "--out", "r"],
         ["launch", "{file}", "--settings"],
-    ],  # fmt: skip
+    ],
 }
 
 

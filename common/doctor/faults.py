@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import UserError
-from .console import errors
-from .text import first_line, printable, public
+from ...errors import UserError
+from ..console import errors
+from ..text import first_line, printable, public
 
 INTERRUPTED, REFUSED, FAULT = 130, 2, 70  # exit codes; 70: EX_SOFTWARE, since 1 is what `verify` or `diff` found
 VARIABLE = "DVLA_TRACEBACK"  # set: the traceback of a fault is printed, as Python does
