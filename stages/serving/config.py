@@ -36,7 +36,7 @@ class ServeConfig:
     ] = "127.0.0.1"
     port: Annotated[int, Option("--port", help="Port; 0: any free one."), Interval(ge=0, le=65535)] = 8000
     max_batch: Annotated[
-        int, Option("--max-batch", help="Most requests in one forward pass."), Interval(ge=1, le=2**16)
+        int, Option("--max-batch", help="Most requests in one forward pass."), Interval(ge=1, le=4096)
     ] = 8
     max_wait_ms: Annotated[
         float,
@@ -47,7 +47,7 @@ class ServeConfig:
         int, Option("--max-clients", help="Most connections at a time."), Interval(ge=1, le=2**16)
     ] = 16
     max_message_mib: Annotated[
-        float, Option("--max-message-mib", help="Largest message in MiB."), Interval(ge=1 / 1024, le=2**16)
+        float, Option("--max-message-mib", help="Largest message in MiB."), Interval(ge=1 / 1024, le=2048)
     ] = 32.0
     execute: Annotated[
         int | None,
@@ -65,12 +65,10 @@ class ServeConfig:
     answer_timeout: Annotated[
         float, Option("--timeout", help="Seconds before a request is given up."), Interval(ge=0.001, le=86_400)
     ] = 30.0
-    send_timeout: Annotated[float, Interval(gt=0, le=86_400)] = (
-        10.0  # seconds after which a client that does not read is disconnected
-    )
-    ping_interval: Annotated[float, Interval(gt=0, le=86_400)] = (
-        20.0  # seconds between pings of a silent client, which has as long to answer
-    )
+    # seconds after which a client that does not read is disconnected
+    send_timeout: Annotated[float, Interval(gt=0, le=86_400)] = 10.0
+    # seconds between pings of a silent client, which has as long to answer
+    ping_interval: Annotated[float, Interval(gt=0, le=86_400)] = 20.0
 
     def __post_init__(self) -> None:
         require_ranges(self)
