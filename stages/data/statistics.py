@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
 
 from ...cache.actions.action_map import ActionMap
 from ...cache.actions.slots import ACTION_SCHEMA_VERSION, UNIFIED_DIM
 from ...cache.actions.statistics import QUANTILES, RunningStatistics, Statistics
 from ...cache.readers import Source
-from ...common.documents import Count, Form, Positive, read_json, require_form
+from ...common.documents import Count, Field, Form, Positive, read_json, require_form
 from ...common.files import write_file
 from ...common.progress import Progress
 from ...errors import Failed, UserError

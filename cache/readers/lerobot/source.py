@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
-from pydantic import Field
 
-from ....common.documents import Form, read_json
+from ....common.documents import Field, Form, read_json
 from ....errors import Failed, Note
 from ..base import Source
 from ..config import UNMAPPED, DatasetConfig
