@@ -27,6 +27,7 @@ from typer.models import OptionInfo
 
 from ..errors import UserError
 from .config import DATASET_CONFIG, DEVICE, SHORT, VLM_PATH, Option, allowed, hints_of, require
+from .doctor.faults import explained
 from .documents import parse_yaml, shown
 
 # Of click, or of the copy inside newer typers.
@@ -178,7 +179,7 @@ class Command(TyperCommand):
             values = ctx.params.get(parameter.name)
             for value in values if isinstance(values, (list, tuple)) else [values]:
                 if isinstance(value, (int, float)) and not abs(value) < 2**63:
-                    raise UserError(f"{max(parameter.opts, key=len)} {shown(value)}: give a finite number below 2^63")
+                    raise UserError(f"{max(parameter.opts, key=len)} is {shown(value)}; it must be a number below 2^63")
         return left
 
     def _parsed(self, ctx: Any, args: list[str]) -> list[str]:
@@ -205,7 +206,8 @@ class Command(TyperCommand):
 def run_command(command: Any, arguments: Sequence[str]) -> None:
     """Run a command line of `command`, the root of all commands.
 
-    Raises `UserError`, `KeyboardInterrupt` for Ctrl-C, and `SystemExit` with a command's own exit code.
+    Raises `UserError`, also for what the machine refused; `KeyboardInterrupt` for Ctrl-C; `SystemExit` with a command's
+    own exit code.
     """
     try:
         code = command.main(args=list(arguments), prog_name="dvla", standalone_mode=False)
@@ -220,6 +222,12 @@ def run_command(command: Any, arguments: Sequence[str]) -> None:
         if isinstance(abort.__cause__, EOFError):  # of a file: one of a terminal has no cause
             raise abort.__cause__ from None
         raise KeyboardInterrupt from None
+    except BrokenPipeError:  # whatever read the output has enough
+        raise
+    except Exception as error:
+        if line := explained(error):
+            raise UserError(line) from error
+        raise
     if code == 130:  # how newer typers report Ctrl-C
         raise KeyboardInterrupt
     if code:

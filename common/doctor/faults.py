@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -50,12 +51,14 @@ def ended(work: Callable[[], None]) -> int:
     except UserError as error:
         _tell(f"error: {public(str(error))}")
         return REFUSED
+    except OSError as error:  # of the output
+        _tell(f"error: {explained(error)}")
+        return REFUSED
     except Exception as error:
-        line = explained(error)
-        if line is None and os.environ.get(VARIABLE):
+        if os.environ.get(VARIABLE):
             raise
-        _tell(f"error: {line or _fault(error)}")
-        return FAULT if line is None else REFUSED
+        _tell(f"error: {_fault(error)}")
+        return FAULT
     finally:
         _release_output()
 
@@ -65,6 +68,8 @@ def explained(error: Exception) -> str | None:
     said = printable(public(first_line(error)))[:200]
     if isinstance(error, MemoryError) or any(x in str(error) for x in ("allocate memory", "out of memory")):
         return f"not enough memory ({said[:80]}); use a smaller batch or fewer workers, or close other programs"
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of a library in Rust
+        error = OSError(int(found[1]), os.strerror(int(found[1])))
     if not isinstance(error, OSError):
         return None
     remedy = REMEDIES.get(error.errno or 0, "")
