@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ...common import hub
 from ...common.files import crc32c, write_file
 from ...errors import UserError
 from .locations import BLOCK, Folder, Url, creating, errors
@@ -109,12 +110,29 @@ class Mirror:
 def fetch_manifest(place: Url) -> bytes:
     """The bytes of the manifest at `place`. `UserError` where there is none."""
     try:
-        with errors("read", place.url(MANIFEST)), place.open(MANIFEST) as file:
+        with errors("read", place.url(MANIFEST)), _repository(place), place.open(MANIFEST) as file:
             return file.read()
+    except _NoRepository as error:
+        raise UserError(f"no cache at {place.where}: {error}") from None
     except UserError as error:
         raise UserError(
             f"no finished cache at {place.where}: it has no {MANIFEST}, which is written last ({error})"
         ) from None
+
+
+class _NoRepository(UserError):
+    """A repository of the hub that cannot be read, so that nothing is known of its files."""
+
+
+@contextlib.contextmanager
+def _repository(place: Url) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's fsspec class makes a FileNotFoundError of what its client raises
+        causes = [found for found in (error, error.__cause__) if found and place.where.startswith(hub.DATASETS)]
+        if not (meant := next(filter(None, map(hub.meaning, causes)), "")):
+            raise
+        raise _NoRepository(meant) from None
 
 
 def require_inside(names: Iterable[str], url: str) -> None:
