@@ -14,6 +14,7 @@ of most users bring it along. What it does not see is checked here: duplicate ke
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -23,7 +24,9 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field as Field
+from pydantic import Strict as Strict
 
 from ..errors import UserError
 from .text import first_line, printable
@@ -39,6 +42,12 @@ class Form(BaseModel):
     """What a mapping must be: the fields' keys, no others, of exactly these types. A field with a default may lack."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class OpenForm(Form):
+    """The same, with any other keys besides."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -140,20 +149,24 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file of at most `most` bytes. `UserError` for any other, a pipe among them: no waiting."""
     path = Path(path)
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"cannot read {path}: it is {kind_of(found.st_mode)}, expected a file")
-            if found.st_size > most:
-                raise UserError(f"cannot read {path}: it has {found.st_size} bytes, expected at most {most}")
+        with open(open_regular(path), "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > most:
+                raise UserError(f"cannot read {path}: it has {size} bytes, expected at most {most}")
             return file.read(most + 1)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe at once that nobody writes to."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def open_regular(path: Path | str, flags: int = os.O_RDONLY, folder: int | None = None) -> int:
+    """A handle of a regular file, which is never waited for; `OSError` for a pipe, a device or anything else.
+
+    `folder`: the handle of the directory that a relative path is in.
+    """
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, expected a file", str(path))
+    return handle
 
 
 def kind_of(mode: int) -> str:
@@ -182,7 +195,9 @@ def _reason(error: ValidationError) -> str:
     first, *more = error.errors(include_url=False, include_context=False)
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     place = printable(place if len(place) <= 2 * SHOWN else f"…{place[-2 * SHOWN :]}")
-    message = re.sub(r"^Input should be ", "expected ", first["msg"]).replace("dictionary", "mapping")
+    message = re.sub(r"^Input should be |^String should (?=match)", "expected ", first["msg"]).replace(
+        "dictionary", "mapping"
+    )
     found = {"missing": "is missing", "extra_forbidden": "is no key of it"}.get(
         first["type"], f"is {shown(first['input'])}, {message}"
     )

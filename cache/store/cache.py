@@ -38,10 +38,12 @@ class Cache:
         self.path, self.fingerprint, self.manifest = path, fingerprint, manifest
         self.folder, self.mirror = folder, mirror
         files = self.shard_files()
-        self._summarize(tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"]))
+        self._summarize(tuple(CacheDataset(path, d["name"], files, manifest) for d in manifest["datasets"]))
 
     def _summarize(self, datasets: tuple[CacheDataset, ...]) -> None:
         self.datasets, manifest = datasets, self.manifest
+        if len({d.name for d in datasets}) < len(datasets) or len({d.text.shape[2] for d in datasets}) > 1:
+            raise UserError(f"{self.path} is damaged: its datasets do not belong together; rebuild the cache")
         self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
         self.variants, self.format = manifest["variants"], datasets[0].format
         self.text_width = datasets[0].text.shape[2]  # the same in all: one encoder made them
@@ -65,7 +67,7 @@ class Cache:
                 )
             mirror = Mirror(str(path), local, local_nbytes)
             manifest = read_manifest(mirror.folder)
-            cache = cls(mirror.folder, read_fingerprint(mirror.folder), manifest, None, mirror)
+            cache = cls(mirror.folder, read_fingerprint(mirror.folder, manifest), manifest, None, mirror)
             cache.opened = (str(path), Path(local).absolute(), local_nbytes)
             return cache
         path = Path(str(path).removeprefix("file://"))
@@ -73,7 +75,7 @@ class Cache:
             try:
                 manifest = read_manifest(path)
                 folder = Folder(path)
-                cache = cls(path, read_fingerprint(path), manifest, folder)
+                cache = cls(path, read_fingerprint(path, manifest), manifest, folder)
                 cache.opened = (path.absolute(),)
                 if folder.is_at(path) and read_manifest(path) == manifest:
                     return cache

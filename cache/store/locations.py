@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from ...common.documents import open_regular
 from ...common.files import crc32c, hold, publish, temporary_name
 from ...common.text import public
 from ...errors import UserError
@@ -88,7 +89,7 @@ class Folder(Place):
             file.close()
 
     def open(self, name: str) -> Any:
-        return open(self.path / name, "rb")
+        return open(open_regular(self.path / name), "rb")
 
     def names(self) -> list[str]:
         return os.listdir(self.path)
@@ -144,7 +145,7 @@ class Url(Place):
         return self._fs.open(path, "wb")
 
     def drop(self, name: str, file: Any) -> None:
-        if hasattr(file, "discard"):
+        with contextlib.suppress(Exception):  # of the package; the error that led here is the one to report
             file.discard()
 
     def open(self, name: str) -> Any:

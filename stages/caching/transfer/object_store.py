@@ -21,8 +21,9 @@ from typing import Any
 from ....cache.store.cache import Cache
 from ....cache.store.locations import BLOCK, Url, creating
 from ....cache.store.manifest import MANIFEST, parse_manifest
-from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote, require_inside
-from ....common.files import crc32c, write_file
+from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote
+from ....common.documents import open_regular, read_file
+from ....common.files import crc32c, file_crc32c, write_file
 from ....common.progress import Count
 from ....common.text import public
 from ....errors import UserError
@@ -58,7 +59,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
     root, files = cache.path, cache.manifest["files"]
     if url.startswith(HUB):
         return _push_to_hub(cache, url, private, progress)
-    data = (root / MANIFEST).read_bytes()
+    data = read_file(root / MANIFEST)
     place, mine = Url(url), f"{crc32c(data):08x}"
     if place.size(MANIFEST) is not None:
         if fetch_manifest(place) == data:
@@ -69,7 +70,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
         raise UserError(f"{url} holds files that are no cache ({names[0]}, …); choose another URL")
     if PUSHING in names:
         with place.open(PUSHING) as file:
-            if file.read().decode() != mine:
+            if file.read(len(mine) + 1) != mine.encode():
                 raise UserError(f"another cache is being pushed to {url}; choose another URL, or remove what is there")
     else:
         _put(place, PUSHING, mine.encode())
@@ -77,7 +78,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
     def send(name: str) -> bool:
         if place.size(name) == files[name]["bytes"]:
             return True  # an object appears when it is complete
-        with creating(place, name) as sink, open(root / name, "rb") as file:
+        with creating(place, name) as sink, open(open_regular(root / name), "rb") as file:
             while block := file.read(8 * BLOCK):
                 sink.write(block)
             if (sink.nbytes, sink.crc) != (files[name]["bytes"], files[name]["crc32c"]):
@@ -98,11 +99,10 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
     out, place = Path(out), Url(url)
     data = fetch_manifest(place)
     files = parse_manifest(data, url)["files"]
-    require_inside(files, url)
     marker, mine = out / PULLING, f"{crc32c(data):08x} {public(url)}\n".encode()
-    if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == data:
+    if (out / MANIFEST).is_file() and read_file(out / MANIFEST) == data:
         return Transfer(url, len(files), len(files), _total(files))
-    if out.exists() and not (marker.is_file() and marker.read_bytes().split()[:1] == mine.split()[:1]):
+    if out.exists() and not (marker.is_file() and read_file(marker).split()[:1] == mine.split()[:1]):
         raise UserError(f"{out} exists and is not an unfinished copy of {url}; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -112,9 +112,12 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
 
     def take(name: str) -> bool:
         path = out / name
-        if path.exists():  # it appeared complete
-            return True
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.exists() and file_crc32c(path) == (files[name]["bytes"], files[name]["crc32c"]):
+                return True
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; remove {out} and pull again") from None
         fetch_checked(place, name, files[name], path)
         return False
 

@@ -20,6 +20,7 @@ from ....cache.store.manifest import (
 from ....cache.store.writer import CacheWriter
 from ....cache.store.zarr_format import features_folder, scales_folder
 from ....common import fingerprint as fp
+from ....common.documents import open_regular
 from ..generations import generations, next_generation
 from ..sizes import plan_nbytes
 
@@ -141,10 +142,10 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
 def locked(path: Path) -> bool:
     """Whether a builder holds the cache's lock. Looking takes a shared lock for a moment."""
     try:
-        with open(path / ".lock", "rb") as file:
+        with open(open_regular(path / ".lock"), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # none, or no lock
+        return False
     return False

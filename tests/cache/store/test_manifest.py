@@ -72,13 +72,17 @@ def test_what_is_written_is_read(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        (FINGERPRINT, b"{", "fingerprint.json is damaged (JSONDecodeError"),
-        (FINGERPRINT, b"[]", "fingerprint.json is damaged (TypeError"),
-        (FINGERPRINT, b"{}", "fingerprint.json is damaged (KeyError"),
-        (FINGERPRINT, b'{"store": {"format": 2}}', "fingerprint.json is damaged (KeyError"),
+        (FINGERPRINT, b"{", "fingerprint.json is not valid JSON"),
+        (FINGERPRINT, b"[]", "fingerprint.json is damaged: it is [], expected a valid mapping"),
+        (FINGERPRINT, b"{}", "fingerprint.json is damaged: 'store' is missing"),
+        (FINGERPRINT, b'{"store": {"format": 2}}', "fingerprint.json is damaged: 'store.tokens' is missing"),
         (FINGERPRINT, b'{"store": {"format": 1}}', "has format 1, this version reads 2 and 3; rebuild it"),
-        (MANIFEST, b"{", "manifest.json is damaged (JSONDecodeError"),
-        (MANIFEST, b'{"format": 2, "complete": false, "files": {}}', "manifest.json is damaged (ValueError"),
+        (MANIFEST, b"{", "manifest.json is not valid JSON"),
+        (
+            MANIFEST,
+            b'{"format": 2, "complete": false, "files": {}}',
+            "manifest.json is damaged: 'complete' is False, expected True (and ",
+        ),
         (MANIFEST, b'{"format": 4}', "has format 4, this version reads 2 and 3; rebuild it"),
         (MANIFEST, None, "is incomplete (8 shards are finished); rerun the same `dvla cache build`"),
         (FINGERPRINT, None, "is not a dvla cache (it has no fingerprint.json)"),
@@ -101,5 +105,5 @@ def test_a_folder_that_is_no_readable_cache_is_refused(
 def test_a_damaged_commit_record_names_the_command_that_repairs_it(cache: Path) -> None:
     record = shard_commit(cache, synthetic.make_plan().tasks()[0])
     edit(record, lambda document: document["files"].update(x={"bytes": 1}))
-    with pytest.raises(UserError, match="missing or damaged; run `dvla cache repair`"):
+    with pytest.raises(UserError, match="is damaged: 'files.x.crc32c' is missing; run `dvla cache repair`"):
         read_commit(record)
