@@ -84,7 +84,11 @@ def names_full_disk(method: Method) -> Method:
             return method(self, *args, **kwargs)
         except OSError as error:
             if error.errno not in NO_ROOM:
-                raise
+                if not str(error.filename or "").startswith(f"{self.path}/"):
+                    raise  # of a source, perhaps
+                raise UserError(
+                    f"cannot write {error.filename}: {error.strerror}; remove what is in its place, then rerun"
+                ) from None
             free = shutil.disk_usage(self.path).free / 2**30
             raise UserError(
                 f"cannot write {self.path}: {error.strerror} ({free:.2f} GiB free); finished work is kept: "

@@ -96,6 +96,7 @@ class Commit(Form):
     files: dict[str, Entry]
     quarantined: list[Pair] = []
     attributes: dict[str, Any] = {}
+    crc32c: Crc32c | None = None  # of the rest; earlier releases wrote none
 
 
 class Keys(dict[str, Any]):
@@ -277,9 +278,21 @@ def scale_commit(root: Path) -> Path:
 
 def read_commit(record: Path) -> dict[str, Any]:
     """A commit record, see `Commit`. `UserError` when damaged."""
-    found = read_json(record, Commit, _REPAIR)
+    found: dict[str, Any] = read_json(record, Commit, _REPAIR)
     require_inside(found["files"], record)
+    rest = {key: value for key, value in found.items() if key != "crc32c"}
+    if found.get("crc32c") not in (None, _crc(rest)):
+        raise UserError(f"{record} is damaged: it is not what the build wrote; {_REPAIR}")
     return found
+
+
+def commit_document(files: Files, **more: Any) -> dict[str, Any]:
+    """The commit record of the files written; see `Commit`."""
+    return {"files": files, **more, "crc32c": _crc({"files": files, **more})}
+
+
+def _crc(document: dict[str, Any]) -> int:
+    return crc32c(fp.canonical(document).encode())
 
 
 def commit_records(path: Path) -> dict[Path, dict[str, Any] | None]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from ...common.files import crc32c, open_lock, write_file
 from ...errors import UserError
 from .locations import BLOCK, Folder, Url, creating, errors
-from .manifest import MANIFEST, Files, is_finished, parse_manifest
+from .manifest import MANIFEST, Files, has_size, is_finished, parse_manifest
 
 LOCKS = 256  # files that all processes together can download at the same time
 TABLE_THREADS = 8
@@ -68,14 +68,15 @@ class Mirror:
 
     def _fetch(self, name: str) -> None:
         path = self.folder / name
-        if path.exists():
-            return
         if name not in self._files:
             raise UserError(f"{self.place.where} does not list {name} in its manifest")
+        if has_size(path, self._files[name]):
+            return
         with self._lock(str(crc32c(name.encode()) % LOCKS)):
-            if path.exists():  # downloaded by another process meanwhile
+            if has_size(path, self._files[name]):  # downloaded by another process meanwhile
                 return
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with errors("write", str(path)):
+                path.parent.mkdir(parents=True, exist_ok=True)
             fetch_checked(self.place, name, self._files[name], path)
         if self._limit is not None and _is_shard(name):
             self._make_room(path)
@@ -100,7 +101,9 @@ class Mirror:
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         """A lock of one thread of one process."""
-        with open_lock(self._local / ".locks" / name) as file:
+        with errors("lock", str(path := self._local / ".locks" / name)):
+            file = open_lock(path)
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -25,6 +25,7 @@ from .manifest import (
     MANIFEST,
     QUARANTINE,
     Files,
+    commit_document,
     is_begun,
     is_committed,
     is_finished,
@@ -315,7 +316,7 @@ class CacheWriter:
 
     def _commit(self, record: Path, written: dict[Path, tuple[int, int]], **extra: Any) -> None:
         files = {path.relative_to(self.path).as_posix(): _entry(entry) for path, entry in written.items()}
-        write_file(record, json_bytes({"files": files, **extra}))
+        write_file(record, json_bytes(commit_document(files, **extra)))
 
 
 def _entry(written: tuple[int, int]) -> dict[str, int]:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ....cache.store.cache import Cache
+from ....cache.store.checksums import damaged_files, incomplete
 from ....cache.store.locations import BLOCK, Url, creating
-from ....cache.store.manifest import MANIFEST, parse_manifest
+from ....cache.store.manifest import MANIFEST, has_size, parse_manifest, read_fingerprint
 from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote
 from ....common.documents import open_regular, read_file
-from ....common.files import crc32c, file_crc32c, write_file
+from ....common.files import crc32c, write_file
 from ....common.progress import Count
 from ....common.text import public
 from ....errors import UserError
@@ -57,6 +58,8 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
             f"{url} is not a URL; give one like s3://bucket/cache or {HUB}owner/name (copy to a folder with cp)"
         )
     root, files = cache.path, cache.manifest["files"]
+    if lacking := incomplete(root, cache.manifest, cache.fingerprint):
+        raise UserError(f"run `dvla cache repair {root}` first: {': '.join(lacking[0])}")
     if url.startswith(HUB):
         return _push_to_hub(cache, url, private, progress)
     data = read_file(root / MANIFEST)
@@ -110,11 +113,14 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
 
+    reused: list[str] = []
+
     def take(name: str) -> bool:
         path = out / name
+        if has_size(path, files[name]):
+            reused.append(name)
+            return True
         try:
-            if path.exists() and file_crc32c(path) == (files[name]["bytes"], files[name]["crc32c"]):
-                return True
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; remove {out} and pull again") from None
@@ -122,6 +128,11 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
         return False
 
     found = _all(take, files, progress)
+    for name in damaged_files(out, {name: files[name] for name in reused}):
+        fetch_checked(place, name, files[name], out / name)
+        found -= 1
+    if lacking := incomplete(out, parse_manifest(data, url), read_fingerprint(out)):
+        raise UserError(f"{url} is no whole cache ({': '.join(lacking[0])}); repair the original and push it again")
     write_file(out / MANIFEST, data)
     marker.unlink()
     return Transfer(url, len(files), found, _total(files))
