@@ -210,11 +210,11 @@ def _damaged(where: Path | str, what: str, remedy: str) -> UserError:
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    values: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"the key {shown(key)} is given twice")
-        values[key] = value
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[Any] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} is given twice")
     return values
 
 

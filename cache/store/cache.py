@@ -14,7 +14,7 @@ from ...common.text import public, size
 from ...errors import UserError, unknown
 from ..actions.schemes import Scheme
 from .dataset import CacheDataset
-from .manifest import json_bytes, read_fingerprint, read_manifest
+from .manifest import json_bytes, manifest_bytes, parse_manifest, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
 from .samples import CacheSamples
 from .shard_reader import Folder, ShardFiles
@@ -73,11 +73,11 @@ class Cache:
         path = Path(str(path).removeprefix("file://"))
         for attempt in range(21):
             try:
-                manifest = read_manifest(path)
-                folder = Folder(path)
+                data = manifest_bytes(path)
+                manifest, folder = parse_manifest(data, path), Folder(path)
                 cache = cls(path, read_fingerprint(path, manifest), manifest, folder)
                 cache.opened = (path.absolute(),)
-                if folder.is_at(path) and read_manifest(path) == manifest:
+                if folder.is_at(path) and manifest_bytes(path) == data:
                     return cache
             except (UserError, OSError):  # no folder, or half of this and half of the next generation
                 # During the exchange of generations, neither may be at its place for a moment: try again.

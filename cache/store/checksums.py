@@ -57,8 +57,11 @@ def damaged_files(path: Path, files: Files, progress: Count | None = None) -> di
                 problems[name] = f"{nbytes} bytes, {entry['bytes']} were written"
             elif crc != entry["crc32c"]:
                 problems[name] = f"altered (crc32c {crc:08x}, {entry['crc32c']:08x} was written)"
-            elif (shard := _SHARD.fullmatch(name)) and (
-                found := _index_problem(path / name, document(path / shard["array"]))
+            elif (
+                name.endswith("/zarr.json")
+                and (found := _metadata_problem(path / name))
+                or (shard := _SHARD.fullmatch(name))
+                and (found := _index_problem(path / name, document(path / shard["array"])))
             ):
                 problems[name] = found
         done += entry["bytes"]
@@ -75,6 +78,16 @@ def _array_document(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def _metadata_problem(file: Path) -> str | None:
+    """What is wrong with the metadata of a group or array whose checksum is right, or None."""
+    try:
+        if read_json(file).get("node_type") != "group":
+            read_json(file, ArrayForm)
+        return None
+    except UserError as error:
+        return str(error)
+
+
 def _index_problem(path: Path, document: dict[str, Any] | None) -> str | None:
     """What is wrong with the index of a shard, or None.
 
@@ -83,7 +96,7 @@ def _index_problem(path: Path, document: dict[str, Any] | None) -> str | None:
     byte 0, and compressed ones are decoded.
     """
     if document is None:
-        return "the metadata of its array is damaged"
+        return None
     shard = document["chunk_grid"]["configuration"]["chunk_shape"]
     sharding = document["codecs"][0]["configuration"]
     chunk, names = sharding["chunk_shape"], [codec["name"] for codec in sharding["codecs"]]

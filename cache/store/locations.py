@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from ...common.documents import open_regular
+from ...common.documents import MOST_BYTES, open_regular
 from ...common.files import crc32c, hold, publish, temporary_name
 from ...common.text import public
 from ...errors import UserError
@@ -234,9 +234,12 @@ def creating(place: Place, name: str) -> Iterator[Sink]:
         place.end(name, file)
 
 
-def fetch(place: Place, name: str, scratch: Path, missing: str | None = None) -> tuple[BinaryIO, int, int | None]:
+def fetch(
+    place: Place, name: str, scratch: Path, missing: str | None = None, most: int = MOST_BYTES
+) -> tuple[BinaryIO, int, int | None]:
     """(seekable file, nbytes, crc32c or None) of a local file, or of an unnamed copy of a remote one in `scratch`.
 
+    `most`: the largest size in bytes; a remote one may go on for ever.
     `missing`: the message of the error when it cannot be read.
     """
     try:
@@ -250,6 +253,8 @@ def fetch(place: Place, name: str, scratch: Path, missing: str | None = None) ->
                 while block := file.read(BLOCK):
                     copy.write(block)
                     nbytes, crc = nbytes + len(block), crc32c(block, crc)
+                    if nbytes > most:
+                        raise UserError(f"{place.url(name)} has more than the {most} bytes that are expected")
             copy.flush()
             copy.seek(0)
             return copy, nbytes, crc

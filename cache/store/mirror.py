@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ...common.documents import MOST_BYTES
 from ...common.files import crc32c, open_lock, write_file
 from ...errors import UserError
 from .locations import BLOCK, Folder, Url, creating, errors
@@ -112,11 +113,14 @@ def fetch_manifest(place: Url) -> bytes:
     """The bytes of the manifest at `place`. `UserError` where there is none."""
     try:
         with errors("read", place.url(MANIFEST)), place.open(MANIFEST) as file:
-            return file.read()
+            data = file.read(MOST_BYTES + 1)
     except UserError as error:
         raise UserError(
             f"no finished cache at {place.where}: it has no {MANIFEST}, which is written last ({error})"
         ) from None
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{place.url(MANIFEST)} has more than {MOST_BYTES} bytes, which no manifest has")
+    return bytes(data)
 
 
 def fetch_checked(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
@@ -141,6 +145,8 @@ def _copy(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
             if not block:
                 break
             sink.write(block)
+            if sink.nbytes > entry["bytes"]:  # it may go on for ever
+                break
         if sink.nbytes != entry["bytes"] or sink.crc != entry["crc32c"]:
             raise UserError(
                 f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "

@@ -289,7 +289,7 @@ class Tars:
 
     def _load(self, name: str) -> _Tar:
         entry = self._entries[name]
-        file, nbytes, crc = fetch(self.place, name, self._scratch)
+        file, nbytes, crc = fetch(self.place, name, self._scratch, most=entry["filesize"])
         if isinstance(self.place, Folder) and self._check and name not in self._checked:  # a copy has its crc already
             nbytes, crc = file_crc32c(self.place.path / name)
         if nbytes != entry["filesize"]:

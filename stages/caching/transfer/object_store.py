@@ -20,7 +20,7 @@ from typing import Any
 
 from ....cache.store.cache import Cache
 from ....cache.store.checksums import damaged_files, incomplete
-from ....cache.store.locations import BLOCK, Url, creating
+from ....cache.store.locations import BLOCK, Url, creating, errors
 from ....cache.store.manifest import MANIFEST, has_size, parse_manifest, read_fingerprint
 from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote
 from ....common.documents import open_regular, read_file
@@ -81,7 +81,9 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
     def send(name: str) -> bool:
         if place.size(name) == files[name]["bytes"]:
             return True  # an object appears when it is complete
-        with creating(place, name) as sink, open(open_regular(root / name), "rb") as file:
+        with errors("read", str(root / name)):
+            file = open(open_regular(root / name), "rb")
+        with creating(place, name) as sink, file:
             while block := file.read(8 * BLOCK):
                 sink.write(block)
             if (sink.nbytes, sink.crc) != (files[name]["bytes"], files[name]["crc32c"]):

@@ -27,9 +27,9 @@ from ....cache.store.manifest import (
     commit_records,
     find_manifest,
     is_finished,
+    plan_of,
     read_commit,
     read_fingerprint,
-    read_plan,
     scale_commit,
     shard_commit,
     tables_commit,
@@ -101,7 +101,8 @@ def repair(
     or the VLM are not those of the cache (the differing fields are named), or while a builder runs.
     `TooManyQuarantined` as from a build, for one that it was to finish, unless `allow_quarantine`.
     """
-    plan, cached, finished = read_plan(path), read_fingerprint(path), is_finished(path)
+    cached, finished = read_fingerprint(path), is_finished(path)
+    plan = plan_of(cached, path / FINGERPRINT)
     with no_builder(path):
         found = _examine(path, plan, cached, progress)
         if found.intact:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ....cache.store.manifest import (
+    FINGERPRINT,
     find_manifest,
     has_size,
     is_begun,
+    plan_of,
     read_commit,
     read_fingerprint,
-    read_plan,
     shard_commit,
     tables_commit,
 )
@@ -75,7 +76,8 @@ def status(path: Path) -> list[CacheStatus]:
 
 def one_status(path: Path) -> CacheStatus:
     """The status of one folder, from its commit records and the sizes of its files."""
-    plan, document = read_plan(path), read_fingerprint(path)
+    document = read_fingerprint(path)
+    plan = plan_of(document, path / FINGERPRINT)
     manifest = find_manifest(path)
     written: dict[str, dict[str, int]] = manifest["files"] if manifest else {}
     missing = set() if manifest else set(CacheWriter(path, plan, None).missing())

@@ -17,10 +17,10 @@ from dvla.cache.store.manifest import (
     MANIFEST,
     find_manifest,
     manifest_document,
+    plan_of,
     read_commit,
     read_fingerprint,
     read_manifest,
-    read_plan,
     shard_commit,
 )
 from dvla.errors import UserError
@@ -63,7 +63,9 @@ def test_no_other_file_opens_them_by_name() -> None:
 def test_what_is_written_is_read(cache: Path) -> None:
     plan = synthetic.make_plan()
     manifest = read_manifest(cache)
-    assert read_plan(cache) == plan and manifest == Cache.open(cache).manifest == find_manifest(cache)
+    assert plan_of(read_fingerprint(cache), cache) == plan and manifest == Cache.open(cache).manifest == find_manifest(
+        cache
+    )
     quarantined = {d["name"]: d["quarantined"] for d in manifest["datasets"]}
     assert manifest_document(plan, read_fingerprint(cache), manifest["files"], quarantined) == manifest
     assert all(name in manifest["files"] for t in plan.tasks() for name in read_commit(shard_commit(cache, t))["files"])
@@ -97,7 +99,7 @@ def test_a_folder_that_is_no_readable_cache_is_refused(
     else:
         (cache / name).write_bytes(data)
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        read_plan(cache) if name == FINGERPRINT else read_manifest(cache)
+        plan_of(read_fingerprint(cache), cache) if name == FINGERPRINT else read_manifest(cache)
     assert str(cache) in str(error.value) and "\n" not in str(error.value)
     assert name != MANIFEST or find_manifest(cache) is None
 
