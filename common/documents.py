@@ -112,7 +112,7 @@ def parse_yaml(data: bytes | str, where: Path | str) -> Any:
 
     class Loader(yaml.SafeLoader):  # its own: constructors are registered on a class
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            _unique([(self.construct_object(key, deep=True), None) for key, _ in node.value if key.tag != _MERGE])
+            unique([(self.construct_object(key, deep=True), None) for key, _ in node.value if key.tag != _MERGE])
             return super().construct_mapping(node, deep)
 
     def as_text(loader: Any, node: Any) -> str:  # a date is text to everything here
@@ -122,7 +122,7 @@ def parse_yaml(data: bytes | str, where: Path | str) -> Any:
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = yaml.load(text, Loader)
-        _require_plain(value)
+        require_plain(value)
         return value
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
@@ -138,10 +138,10 @@ def json_bytes(document: Any, *, indent: int = 1, allow_nan: bool = True) -> byt
 def json_value(text: str, *, nan: bool = False) -> Any:
     """The value of JSON text. `ValueError`: not JSON, NaN (unless `nan`), a key twice, too deep, half a surrogate."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=None if nan else _not_a_number)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else _not_a_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    _require_plain(value, nan)
+    require_plain(value, nan)
     return value
 
 
@@ -162,7 +162,12 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, folder: int | None 
 
     `folder`: the handle of the directory that a relative path is in.
     """
-    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    try:
+        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(errno.EINVAL, "it is a socket, expected a file", str(path)) from None
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, expected a file", str(path))
@@ -209,12 +214,16 @@ def _damaged(where: Path | str, what: str, remedy: str) -> UserError:
     return UserError(f"{where} {what}" + (f"; {remedy}" if remedy else ""))
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def unique(pairs: list[tuple[Any, Any]], same: bool = False) -> dict[Any, Any]:
+    """A mapping of pairs; `ValueError` for a key given twice, with `same` unless its values are equal."""
     values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[Any] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} is given twice")
+    if len(values) == len(pairs):
+        return values
+    values = {}
+    for key, value in pairs:
+        if key in values and not (same and value == values[key]):
+            raise ValueError(f"the key {shown(key)} is given twice" + " with different values" * same)
+        values[key] = value
     return values
 
 
@@ -222,7 +231,7 @@ def _not_a_number(constant: str) -> float:
     raise ValueError(f"it holds {constant}, expected a finite number")
 
 
-def _require_plain(value: Any, nan: bool = False) -> None:
+def require_plain(value: Any, nan: bool = False) -> None:
     """`ValueError` for what no document may hold: see `json_value`."""
     level, parts = [value], 0
     for _ in range(MOST_DEPTH + 1):

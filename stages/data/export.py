@@ -18,6 +18,7 @@ from ...cache.readers import Source
 from ...cache.readers.episode import CorruptEpisode
 from ...cache.readers.episode_hdf5 import episode_files, read_attributes, write_episode
 from ...common import fingerprint
+from ...common.documents import json_value
 from ...common.files import hold, write_file
 from ...common.progress import Progress
 from ...errors import UserError, unknown
@@ -136,7 +137,7 @@ def _check_same(path: Path, source_hash: str, settings: dict[str, Any]) -> None:
     """`UserError` unless the file at `path` was exported from this episode with these settings."""
     try:
         attributes = read_attributes(path, str(path))
-        found = json.loads(attributes["settings"])
+        found = json_value(attributes["settings"])
         others = [name for name in settings if found[name] != settings[name]]
     except (CorruptEpisode, KeyError, ValueError, TypeError):
         raise UserError(

@@ -65,6 +65,8 @@ def trials(
             if isinstance(said, tuple) and said[0] == "announced":
                 announced = said[1]
                 continue
+            if isinstance(said, tuple) and said[0] == "broken":  # the fuzz itself
+                raise RuntimeError(f"{announced}: {said[1]}")
             if not isinstance(said, tuple) and done == len(batch):
                 continue
             yield todo.pop(0), announced, said[1] if isinstance(said, tuple) else said
@@ -86,7 +88,10 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
                     pipe.write(len(data).to_bytes(8, "big") + data)
                     pipe.flush()
 
-                work(send)
+                try:
+                    work(send)
+                except Exception:
+                    send(("broken", traceback.format_exc()))
         finally:
             os._exit(0)
     os.close(give)

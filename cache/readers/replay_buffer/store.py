@@ -7,7 +7,6 @@ files looks the same, which is why a reader is given their number. Letters: N ro
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ....common.documents import json_value
 from ....common.text import first_line
 from ....errors import UserError
 from ..archive import Archive, open_archive
@@ -66,10 +66,9 @@ class Group:
         which = next((m for m in METADATA if m in inside), METADATA[0])
         metadata = self.files.read(f"{self.folder}{name}/{which}", where)
         try:
-            return Array(
-                self, name, which, metadata, **(_parse_v2 if which == ".zarray" else _parse_v3)(json.loads(metadata))
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            parse = _parse_v2 if which == ".zarray" else _parse_v3
+            return Array(self, name, which, metadata, **parse(json_value(metadata.decode(), nan=True)))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = f"{where}: {name}/{which} does not describe an array of numbers ({str(error)[:_MAX_TEXT]})"
             raise CorruptEpisode(reason) from None
 
@@ -77,10 +76,10 @@ class Group:
         """What people wrote beside the group; {} where that cannot be read."""
         try:
             if ".zattrs" in self.files.entries(self.folder):
-                found = json.loads(self.files.read(f"{self.folder}.zattrs", ""))
+                found = json_value(self.files.read(f"{self.folder}.zattrs", "").decode(), nan=True)
             else:
-                found = json.loads(self.files.read(f"{self.folder}zarr.json", "")).get("attributes")
-        except (CorruptEpisode, ValueError, AttributeError, RecursionError):
+                found = json_value(self.files.read(f"{self.folder}zarr.json", "").decode(), nan=True).get("attributes")
+        except (CorruptEpisode, ValueError, AttributeError):
             return {}
         return found if isinstance(found, dict) else {}
 
