@@ -1,4 +1,4 @@
-"""What a cache's folder may hold in the place of its files: every document and table is refused or gives what it did."""
+"""What may lie in the place of a cache's files: every document and table is refused, or gives what it did."""
 
 from __future__ import annotations
 
