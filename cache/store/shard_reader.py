@@ -167,7 +167,10 @@ class ShardFiles:
             if known is not None and known[0] == size:
                 return OpenShard(handle, path, None, known[1])
             index = read_index(handle, where, chunks).astype(np.int64)  # 2**64-1 becomes -1
-            count = int((index[:, 0] >= 0).sum())
+            held = index[index[:, 0] >= 0]
+            if ((held[:, 0] > size) | (held[:, 1] < 0) | (held[:, 1] > size - held[:, 0])).any():
+                raise _damaged(where)  # before so much is read
+            count = len(held)
             plain = np.stack([np.arange(count) * record, np.full(count, record)], axis=1)
             if record and (index[count:] < 0).all() and (index[:count] == plain).all():
                 if len(self._plain) >= REMEMBERED:

@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dvla.cache.store.cache import Cache
 from dvla.cache.store.checksums import verify_checksums
+from dvla.cache.store.codec import Compression
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.manifest import plan_of, read_fingerprint, shard_commit, tables_commit
 from dvla.cache.store.plan import MOST_FRAMES
+from dvla.cache.store.shard_writer import index_nbytes
 from dvla.cache.store.writer import CacheWriter
+from dvla.common.files import crc32c
 from dvla.errors import UserError
 from dvla.stages.caching.transfer.object_store import pull_cache, push_cache
 from dvla.stages.caching.upkeep.status import status
@@ -170,8 +175,6 @@ def test_a_resumed_pull_takes_only_what_is_as_it_was_written(copy: Path, tmp_pat
     out = tmp_path / "pulled"
     pull_cache(f"local://{copy}", out)
     (out / "manifest.json").rename(tmp_path / "manifest.json")
-    from dvla.common.files import crc32c
-
     (out / ".pulling").write_text(f"{crc32c((copy / 'manifest.json').read_bytes()):08x} local://{copy}\n")
     data = (out / TABLE).read_bytes()
     (out / TABLE).write_bytes(b"\1" + data[1:])
@@ -192,3 +195,30 @@ def test_a_key_that_a_cache_lacks_is_a_line(copy: Path) -> None:
     attributes = Cache.open(copy).datasets[0].attributes
     with pytest.raises(UserError, match=r"alpha/zarr.json has no 'config', which this needs"):
         attributes["config"]
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 2**62), (1, 2**62), (1, 2**63), (0, 10**9)])
+def test_an_index_points_into_its_shard(tmp_path: Path, place: int, value: int) -> None:
+    """Of a compressed one as much is read as it says: its checksum is right."""
+    synthetic.build(tmp_path / "c", plan=synthetic.make_plan(format=FeatureFormat("float16", "zstd")))
+    file = tmp_path / "c" / SHARD
+    data = bytearray(file.read_bytes())
+    start = len(data) - index_nbytes(synthetic.SHARD)
+    data[start + 8 * place : start + 8 * place + 8] = value.to_bytes(8, "little")
+    data[-4:] = crc32c(bytes(data[start:-4])).to_bytes(4, "little")
+    file.write_bytes(data)
+    assert [p.split(":")[0] for p in verify_checksums(tmp_path / "c")] == [SHARD]
+    with pytest.raises(UserError, match="is damaged .truncated, or its index is wrong"):
+        read_all(tmp_path / "c")
+
+
+def test_a_record_that_would_grow_too_large_is_not_decompressed() -> None:
+    packed = Compression("zstd", 2).encode(np.zeros(1 << 20, np.int16))
+    for length in (0, 100, 1 << 20, (1 << 21) + 2):
+        with pytest.raises(ValueError, match=f"its header says {1 << 21} bytes, not {length}"):
+            Compression("zstd", 2).decode(packed, memoryview(bytearray(length)))
+    for size in (2, 300, 600, 70_000, 1 << 21):
+        values = np.random.default_rng(0).integers(0, 255, size // 2, np.int16)
+        target = bytearray(size)
+        Compression("zstd", 2).decode(Compression("zstd", 2).encode(values), memoryview(target))
+        assert target == values.tobytes()
