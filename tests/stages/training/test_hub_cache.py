@@ -1,4 +1,4 @@
-"""Training from a cache of the hub by its id, against a hub on this machine, with the hub's own client and fsspec class."""
+"""Training from a cache of the hub by its id: a hub on this machine, the hub's own client and fsspec class."""
 
 from __future__ import annotations
 
