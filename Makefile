@@ -108,8 +108,9 @@ site: $(STAMP)  ## build the documentation site in build/site, offline; warnings
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	echo build/site/index.html
 
-fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and read them (about an hour)
+fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and caches, and read them (over an hour)
 	@$(VENV)/bin/python tests/fuzz/fuzz_readers.py --count 2000
+	@$(VENV)/bin/python tests/fuzz/fuzz_caches.py --count 500
 	@$(VENV)/bin/python tests/fuzz/fuzz_server.py --count 5000
 
 pins: $(STAMP)  ## resolve both sets of versions anew from pyproject.toml; what is pinned stays (ARGS=--upgrade: the newest of all)

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic import Field as Field
+from pydantic import Strict as Strict
 
 from ..errors import UserError
 from .text import first_line, printable
@@ -41,6 +42,12 @@ class Form(BaseModel):
     """What a mapping must be: the fields' keys, no others, of exactly these types. A field with a default may lack."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class OpenForm(Form):
+    """The same, with any other keys besides."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -160,7 +167,7 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, folder: int | None 
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise OSError(errno.EINVAL, "it is a socket, expected a file", str(path)) from None
+        raise OSError(errno.EINVAL, "it is a socket or pipe, expected a file", str(path)) from None
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, expected a file", str(path))
@@ -204,7 +211,9 @@ def _reason(error: ValidationError) -> str:
     first, *more = error.errors(include_url=False, include_context=False)
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     place = printable(place if len(place) <= 2 * SHOWN else f"…{place[-2 * SHOWN :]}")
-    message = re.sub(r"^Input should be ", "expected ", first["msg"]).replace("dictionary", "mapping")
+    message = re.sub(r"^Input should be |^String should (?=match)", "expected ", first["msg"]).replace(
+        "dictionary", "mapping"
+    )
     found = {"missing": "is missing", "extra_forbidden": "is no key of it"}.get(
         first["type"], f"is {shown(first['input'])}, {message}"
     )
@@ -218,7 +227,10 @@ def _damaged(where: Path | str, what: str, remedy: str) -> UserError:
 
 def unique(pairs: list[tuple[Any, Any]], same: bool = False) -> dict[Any, Any]:
     """A mapping of pairs; `ValueError` for a key given twice, with `same` unless its values are equal."""
-    values: dict[Any, Any] = {}
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    values = {}
     for key, value in pairs:
         if key in values and not (same and value == values[key]):
             raise ValueError(f"the key {shown(key)} is given twice" + " with different values" * same)

@@ -15,13 +15,21 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from ...common.config import from_mapping
-from ...common.documents import Field, Form
+from ...common.documents import Field, Form, require_form
 from ...errors import UserError, unknown
 from .rotations import WIDTH, from_quaternion, from_rot6d, require_rotations, to_quaternion, to_rot6d
 from .slots import ACTION_SCHEMA_VERSION, ROTATION_PREFIXES, SIX_D, SLOTS, UNIFIED_DIM, expand
 
 MOST_NATIVE = 4096  # dimensions of a robot's vector
 NATIVE = ("native", "unit")  # entries of a FieldSpec that only name things
+
+
+class MapForm(Form):
+    """What `ActionMap.to_dict` makes."""
+
+    version: int
+    control_hz: Annotated[float, Field(gt=0, le=1e5)]
+    fields: Annotated[list[dict[str, Any]], Field(max_length=MOST_NATIVE)]
 
 
 @dataclass(frozen=True)
@@ -79,14 +87,6 @@ class FieldSpec:
     def width(self) -> int:
         """Native dimensions this entry consumes."""
         return self.drop or (WIDTH[self.rotation] if self.rotation else len(self.names))
-
-
-class MapForm(Form):
-    """What `ActionMap.to_dict` gives."""
-
-    version: int
-    control_hz: Annotated[float, Field(gt=0, le=1e5)]
-    fields: Annotated[list[dict[str, Any]], Field(max_length=MOST_NATIVE)]
 
 
 class ActionMap:
@@ -202,7 +202,8 @@ class ActionMap:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ActionMap:
-        """Inverse of `to_dict`; `UserError` for another action-schema version."""
+        """Inverse of `to_dict`; `UserError` for another action-schema version, and for what is no such map."""
+        require_form(values, "the map of its fields", MapForm)
         if values["version"] != ACTION_SCHEMA_VERSION:
             raise UserError(
                 f"action schema version {values['version']} was written by another release; "

@@ -238,7 +238,10 @@ def load_tokenizer(folder: Path, path: str, rows: int) -> Any:
         # transformers 5 takes a generic tokenizer where it has no class of that name
         if "auto_map" in stored and name and not any(hasattr(transformers, name + end) for end in ("", "Fast")):
             raise ValueError(f"{file.name} names the class {name}")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # transformers 5 stores their names, which 4 cannot read; tokenizer.json has the tokens themselves
+        named = transformers.__version__.startswith("4.") and isinstance(stored.get("extra_special_tokens"), list)
+        options = {"extra_special_tokens": {}} if named else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         highest = max(tokenizer.get_vocab().values())
         empty, given = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("", "Open the drawer."))
         if not given or highest >= rows or not (empty or isinstance(tokenizer.pad_token_id, int)):

@@ -65,6 +65,8 @@ def trials(
             if isinstance(said, tuple) and said[0] == "announced":
                 announced = said[1]
                 continue
+            if isinstance(said, tuple) and said[0] == "broken":  # the fuzz itself
+                raise RuntimeError(f"{announced}: {said[1]}")
             if not isinstance(said, tuple) and done == len(batch):
                 continue
             yield todo.pop(0), announced, said[1] if isinstance(said, tuple) else said
@@ -82,10 +84,14 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
             with open(give, "wb") as pipe:
 
                 def send(value: object) -> None:
-                    pickle.dump(value, pipe)
+                    data = pickle.dumps(value)
+                    pipe.write(len(data).to_bytes(8, "big") + data)
                     pipe.flush()
 
-                work(send)
+                try:
+                    work(send)
+                except Exception:
+                    send(("broken", traceback.format_exc()))
         finally:
             os._exit(0)
     os.close(give)
@@ -96,13 +102,22 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
                 os.waitpid(pid, 0)
                 yield "hang"
                 return
-            try:
-                yield pickle.load(pipe)
-            except (EOFError, pickle.UnpicklingError):
+            size = _exactly(pipe, 8)
+            data = _exactly(pipe, int.from_bytes(size, "big")) if len(size) == 8 else b""
+            if not data:
                 break
+            yield pickle.loads(data)
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         yield signal.Signals(os.WTERMSIG(status)).name
+
+
+def _exactly(pipe: io.FileIO, count: int) -> bytes:
+    """`count` bytes of a pipe, fewer where its other end was closed."""
+    data = bytearray()
+    while len(data) < count and (more := pipe.read(count - len(data))):
+        data += more
+    return bytes(data)
 
 
 def _limit() -> None:

@@ -636,7 +636,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(
         patch.setattr(Policy, "from_pretrained", lambda *_, **__: pytest.fail("loaded the policy"))
         refused(dvla("serve", run, "--host", "0.0.0.0"), "DVLA_TOKEN", "--token-file")
         refused(dvla("serve", run, "--token-file", tmp_path / "none"), "cannot read the token")
-        refused(dvla("serve", run, "--port", 70000), "port 70000")
+        refused(dvla("serve", run, "--port", 70000), "port is 70000; it must be")
         for option, value in (
             ("--max-batch", 0),
             ("--max-wait-ms", "inf"),
@@ -644,7 +644,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(
             ("--timeout", "nan"),
             ("--max-clients", 10**9),
         ):
-            refused(dvla("serve", run, option, value), "must be", " to ")
+            refused(dvla("serve", run, option, value), "it must be", option)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             refused(dvla("serve", run, "--port", taken.getsockname()[1]), "in use", "--port")
     refused(dvla("serve", tmp_path / "nothing", "--port", 0), "nothing")
