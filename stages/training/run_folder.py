@@ -24,6 +24,7 @@ from ...common.packages import version_of
 from ...common.text import public
 from ...errors import UserError
 from ..policy import checkpoint as ck
+from ..policy.robot import NOTED
 from .checks import ENVIRONMENT, fingerprint_of
 from .config import ALL, TrainConfig
 from .context import Session
@@ -172,8 +173,8 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
 
 
 def _meaning(document: dict[str, Any]) -> dict[str, Any]:
-    """policy.json without the dataset configs, which earlier releases did not store and whose maps are in it, too."""
-    datasets = [{k: v for k, v in d.items() if k != "config"} for d in document["datasets"]]
+    """policy.json without what earlier releases did not store, such as the dataset configs, whose maps are in it, too."""
+    datasets = [{k: v for k, v in d.items() if k not in NOTED} for d in document["datasets"]]
     return {**document, "datasets": datasets}
 
 
