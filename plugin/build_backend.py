@@ -19,7 +19,9 @@ NAME = "lerobot_policy_dvla"
 
 
 def metadata(version: str) -> dict[str, str]:
-    """Files of the distribution's folder `NAME-VERSION.dist-info`."""
+    """Files of the distribution's folder `NAME-VERSION.dist-info`.
+
+    No RECORD: with one, `uv sync` would remove a distribution that nothing asks for. So it warns and leaves it."""
     return {
         "METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {version}\n"
         "Summary: LeRobot's name for the policies of dvla, which installs it\nRequires-Dist: dvla\n",

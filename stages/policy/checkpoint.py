@@ -162,7 +162,7 @@ def require_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, to
 
 
 def policy_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The policy network's averaged tensors, without those of the adapter; model.safetensors of an export holds them."""
+    """The policy network's averaged tensors, without those of the adapter; in an export, model.safetensors."""
     stem = "ema" if "ema.safetensors" in read_json(folder / "state.json")["files"] else "model"
     return {n: t for n, t in load_tensors(folder, stem).items() if not n.startswith("adapter.")}
 

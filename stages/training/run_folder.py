@@ -173,7 +173,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
 
 
 def _meaning(document: dict[str, Any]) -> dict[str, Any]:
-    """policy.json without what earlier releases did not store, such as the dataset configs, whose maps are in it, too."""
+    """policy.json without what earlier releases did not store, as the dataset configs, whose maps are in it, too."""
     datasets = [{k: v for k, v in d.items() if k not in NOTED} for d in document["datasets"]]
     return {**document, "datasets": datasets}
 

@@ -1,4 +1,4 @@
-"""One chunk of actions into the next, where LeRobot plans in the background (`lerobot-rollout --inference.type=rtc`)."""
+"""One chunk of actions into the next, where `lerobot-rollout --inference.type=rtc` plans in the background."""
 
 from __future__ import annotations
 
