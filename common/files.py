@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 
 from ..errors import UserError
+from .documents import open_regular
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, used-up quota, limit of one file's size
@@ -51,10 +52,15 @@ def hold(file: IO[Any] | int, busy: str, still: Callable[[], bool] = lambda: Tru
         raise UserError(f"{busy}; wait for it to finish or stop it, then rerun")
 
 
+def open_lock(path: Path) -> BinaryIO:
+    """The file to lock, made where it is missing."""
+    return open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
 def lock_folder(path: Path) -> BinaryIO:
     """The lock of the cache at `path`, held until the file is closed; `UserError` when another process holds it."""
     try:
-        file = open(path / ".lock", "ab")
+        file = open_lock(path / ".lock")
     except OSError as error:
         raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
     try:  # another generation may have taken its place meanwhile
@@ -78,7 +84,11 @@ def names_full_disk(method: Method) -> Method:
             return method(self, *args, **kwargs)
         except OSError as error:
             if error.errno not in NO_ROOM:
-                raise
+                if not str(error.filename or "").startswith(f"{self.path}/"):
+                    raise  # of a source, perhaps
+                raise UserError(
+                    f"cannot write {error.filename}: {error.strerror}; remove what is in its place, then rerun"
+                ) from None
             free = shutil.disk_usage(self.path).free / 2**30
             raise UserError(
                 f"cannot write {self.path}: {error.strerror} ({free:.2f} GiB free); finished work is kept: "
@@ -130,14 +140,36 @@ def write_file(path: Path, data: bytes) -> tuple[int, int]:
             os.fsync(file.fileno())
         publish(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # already renamed unless something went wrong
+        discard(temporary)  # already renamed unless something went wrong
     return len(data), crc32c(data)
+
+
+def discard(temporary: Path) -> None:
+    """Remove a file that may be there; where that fails, the error that led here is the one to tell."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def write_output(path: Path, data: bytes, option: str = "--out") -> None:
+    """Write a file that `option` names, whole or not at all; into a device or a pipe directly.
+
+    `UserError` if it cannot be written.
+    """
+    try:
+        if path.is_file() or not path.exists():
+            write_file(Path(os.path.realpath(path)), data)
+            return
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            os.set_blocking(file.fileno(), True)  # a pipe that nobody reads is refused when it is opened
+            file.write(data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give another {option}") from None
 
 
 def file_crc32c(path: Path) -> tuple[int, int]:
     """(nbytes, crc32c) of a file, read in blocks."""
     crc, nbytes, buffer = 0, 0, np.empty(1 << 20, np.uint8)
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         while got := file.readinto(buffer.data):
             crc, nbytes = crc32c(buffer[:got], crc), nbytes + got
     return nbytes, crc

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from annotated_types import Ge
 
 from ...common.config import from_dotted
-from ...common.console import progress_bars, say, write_json
+from ...common.console import errors, progress_bars, say, write_json
 from ...common.options import Given, Json, Options
 from ...common.text import duration, size
 from ...errors import UserError, unknown
 from .config import BuildConfig, FeatureChoice, PilotConfig
+from .quarantine import TooManyQuarantined
 
 if TYPE_CHECKING:
     from .build import BuildReport
@@ -32,7 +36,8 @@ FEATURES = """choice.vlm choice.vlm_path choice.adapter choice.resolution choice
     frame_stride views augment"""
 RUNNING = """workers.count workers.scheduler workers.slurm batch_size shard_frames dataset_config device
     choice.features choice.depth choice.boundary"""
-BUILD = f"out sources {FEATURES} {SELECT} append update {RUNNING}"
+BUILD = f"""out sources {FEATURES} {SELECT} append update max_quarantine
+    allow_quarantine {RUNNING}"""
 PLAN = f"sources out {FEATURES} {SELECT} {RUNNING} append update pilot"
 
 
@@ -40,7 +45,7 @@ def _build_config(given: Given, choice: Given, sources: list[str] | None, append
     """The settings of a build that the options of `build` or `plan` give."""
     if append and update:
         raise UserError("--append and --update exclude each other: --update also adds new episodes")
-    chosen = FeatureChoice(**choice)
+    chosen = from_dotted(FeatureChoice, choice)
     mode = "append" if append else "update" if update else "new"
     made = {"sources": tuple(sources or ()), "encoder": chosen.spec(), "format": chosen.format(), "mode": mode}
     return from_dotted(BuildConfig, given | made)
@@ -60,12 +65,23 @@ def cache_build(
     from .build import build
 
     config = _build_config(given, choice, sources, append, update)
-    with progress_bars() as show:
+    with refusal(), progress_bars() as show:
         report = build(config, show, say)
     for line in build_lines(config, report):
         say(line)
     if report.lost:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def refusal() -> Iterator[None]:
+    """A build that lost too many episodes ends with exit code 1, and with their reasons below the message."""
+    try:
+        yield
+    except TooManyQuarantined as error:
+        for line in (str(error), *error.reasons):
+            errors.print(line, style="red", markup=False)
+        raise typer.Exit(1) from None
 
 
 def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
@@ -114,6 +130,7 @@ def cache_plan(
     frames: Annotated[
         int | None,
         typer.Option("--frames", help="With --cluster: number of frames, like these, to predict for."),
+        Ge(1),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -131,8 +148,6 @@ def cache_plan(
 
     if frames is not None and cluster is None:
         raise UserError("--frames needs --cluster; give both, or neither")
-    if frames is not None and frames < 1:
-        raise UserError(f"--frames {frames}: give at least 1")
     machines = None if cluster is None else read_cluster(cluster)
     settings = _pilot_config(pilot)
     with progress_bars() as show:
@@ -151,12 +166,9 @@ def _pilot_config(given: Given) -> PilotConfig:
     """The settings of `plan`'s own options, whose rates are a number or 'measured', and GB/s."""
     rate: Any = given.get("train_rate")
     measured = rate == "measured"
-    try:
-        rate = None if measured or rate is None else float(rate)
-    except ValueError:
-        raise UserError(f"--train-samples-per-second {rate}: give a number, or 'measured'") from None
     disk = None if "disk_rate" not in given else given["disk_rate"] * 1e9
-    return PilotConfig(**{**given, "train_rate": rate, "measure_model": measured, "disk_rate": disk})
+    rates = {"train_rate": None if measured else rate, "measure_model": measured, "disk_rate": disk}
+    return from_dotted(PilotConfig, given | rates, "plan")
 
 
 def _show_shares(shares: tuple[Share, ...]) -> None:
@@ -172,7 +184,7 @@ def _show_shares(shares: tuple[Share, ...]) -> None:
 def vlm_tiny(
     out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
     arch: Annotated[str, typer.Option("--arch", help="Architecture: qwen3vl or paligemma2.")] = "qwen3vl",
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of the weights.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the weights."), Ge(0)] = 0,
 ) -> None:
     """Make a checkpoint of the real architecture at toy width with random weights, offline: for demos and tests.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -18,6 +19,7 @@ import torch
 from ... import __version__
 from ...cache.actions.schemes import EARLIER
 from ...common import fingerprint as fp
+from ...common.config import from_mapping
 from ...common.documents import json_bytes, read_json
 from ...common.files import hold, write_file
 from ...common.packages import version_of
@@ -30,8 +32,9 @@ from .config import ALL, TrainConfig
 from .context import Session
 from .parallel.replicas import Replicas, place, unsharded
 from .parallel.world import World
-from .run_log import Tracker
+from .run_log import RunLog
 from .setup import banner, prepare, share_network, thaw
+from .step import learning_rate
 
 FREE = (
     "out",
@@ -47,6 +50,7 @@ FREE = (
     "keep_last",
     "keep_best",
     "panels",
+    "trackers",
     "wandb",
     "gradient_checkpointing",
     "compile",
@@ -99,11 +103,11 @@ def resume(session: Session, held: contextlib.ExitStack) -> tuple[Progress, Repl
     return progress, shared
 
 
-def open_log(session: Session, step: int) -> contextlib.AbstractContextManager[Tracker | None]:
+def open_log(session: Session, step: int) -> contextlib.AbstractContextManager[RunLog | None]:
     """The log of the run after `step` steps, in the process that writes it."""
     if not session.world.main:
         return contextlib.nullcontext()
-    return Tracker(Path(session.config.out), session.config.wandb, settings_of(session), step=step)
+    return RunLog(Path(session.config.out), session.config, settings_of(session), step=step, say=session.say)
 
 
 def settings_of(session: Session) -> dict[str, Any]:
@@ -142,8 +146,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         _make_folder(folder, settings, session)
         return Progress(), None
     saved = whole_settings(read_json(folder / "config.json"))
-    before, now = ({k: v for k, v in values.items() if k not in FREE} for values in (saved, settings))
-    if lines := fp.diff(before, now, was="run has", now="you requested"):
+    if lines := fp.diff(_fixed(saved), _fixed(settings), was="run has", now="you requested"):
         raise UserError(
             f"run {folder} has other settings: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings"
         )
@@ -156,6 +159,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         session.say(f"the cache was grown since: {folder} resumes with {session.cache.path}, which it was begun with")
     found = ck.latest_intact(folder)
     if found is None:
+        _replan(session, folder, saved, settings, 0)
         return Progress(), None
     checkpoint, state, complaints = found
     for line in complaints:
@@ -167,15 +171,48 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         raise UserError(
             f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}"
         )
+    _replan(session, folder, saved, settings, state["step"])
     session.say(f"resuming {folder} at step {state['step']} of {session.config.steps}")
     known = {f.name for f in dataclasses.fields(Progress)}
     return Progress(**{name: value for name, value in state.items() if name in known}), checkpoint
 
 
+def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must repeat. How many steps are planned is none of them, nor when wsd decays:
+    before that, its rates are those of a constant schedule."""
+    optimizer = {k: v for k, v in settings["optimizer"].items() if k != "decay"}
+    if optimizer["schedule"] != "cosine":
+        optimizer["schedule"] = "constant or wsd"
+    return {k: v for k, v in settings.items() if k not in (*FREE, "steps")} | {"optimizer": optimizer}
+
+
+def _replan(session: Session, folder: Path, saved: dict[str, Any], settings: dict[str, Any], done: int) -> None:
+    """Note in config.json the steps and the schedule of a run that has `done` steps, where they are others than it was
+    begun with, and say what becomes of the learning rate. `UserError` for fewer steps than are done."""
+    now = session.config
+    if now.steps < done:
+        raise UserError(f"run {folder} has done {done} steps; give --steps {done} or more, not {now.steps}")
+    if (saved["steps"], saved["optimizer"]) != (settings["steps"], settings["optimizer"]):
+        optimizer = from_mapping(type(now.optimizer), saved["optimizer"], f"{folder}/config.json: optimizer")
+        before = dataclasses.replace(now, steps=saved["steps"], optimizer=optimizer)
+        was, rate = learning_rate(done, before), learning_rate(done, now)
+        change = f"stays {rate:.3g}" if math.isclose(was, rate) else f"goes from {was:.3g} to {rate:.3g}"
+        session.say(
+            f"planned for {before.steps} steps ({optimizer.schedule}), now {now.steps} ({now.optimizer.schedule}): the "
+            f"learning rate of step {done + 1} {change}"
+        )
+    kept = {name: settings[name] for name in ("steps", "optimizer", "cache")}
+    if kept != {name: saved[name] for name in kept}:
+        write_file(folder / "config.json", json_bytes({**read_json(folder / "config.json"), **kept}))
+
+
 def _meaning(document: dict[str, Any]) -> dict[str, Any]:
-    """policy.json without what earlier releases did not store, as the dataset configs, whose maps are in it, too."""
+    """policy.json without what earlier releases did not store, as the dataset configs, whose maps are in it, too; and
+    without the place of the VLM, which is known by its fingerprint."""
     datasets = [{k: v for k, v in d.items() if k not in NOTED} for d in document["datasets"]]
-    return {**document, "datasets": datasets}
+    encoder = document["encoder"]
+    spec = {k: v for k, v in encoder["spec"].items() if k != "path"}
+    return {**document, "datasets": datasets, "encoder": {**encoder, "spec": spec}}
 
 
 def _lock(folder: Path, held: contextlib.ExitStack) -> None:

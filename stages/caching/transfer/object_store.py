@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ....cache.store.cache import Cache
-from ....cache.store.locations import BLOCK, Url, creating
-from ....cache.store.manifest import MANIFEST, parse_manifest
-from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote, require_inside
+from ....cache.store.checksums import damaged_files, incomplete
+from ....cache.store.locations import BLOCK, Url, creating, errors
+from ....cache.store.manifest import MANIFEST, has_size, parse_manifest, read_fingerprint
+from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote
+from ....common.documents import open_regular, read_file
 from ....common.files import crc32c, write_file
 from ....common.progress import Count
 from ....common.text import public
@@ -56,9 +58,11 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
             f"{url} is not a URL; give one like s3://bucket/cache or {HUB}owner/name (copy to a folder with cp)"
         )
     root, files = cache.path, cache.manifest["files"]
+    if lacking := incomplete(root, cache.manifest, cache.fingerprint):
+        raise UserError(f"run `dvla cache repair {root}` first: {': '.join(lacking[0])}")
     if url.startswith(HUB):
         return _push_to_hub(cache, url, private, progress)
-    data = (root / MANIFEST).read_bytes()
+    data = read_file(root / MANIFEST)
     place, mine = Url(url), f"{crc32c(data):08x}"
     if place.size(MANIFEST) is not None:
         if fetch_manifest(place) == data:
@@ -69,7 +73,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
         raise UserError(f"{url} holds files that are no cache ({names[0]}, …); choose another URL")
     if PUSHING in names:
         with place.open(PUSHING) as file:
-            if file.read().decode() != mine:
+            if file.read(len(mine) + 1) != mine.encode():
                 raise UserError(f"another cache is being pushed to {url}; choose another URL, or remove what is there")
     else:
         _put(place, PUSHING, mine.encode())
@@ -77,7 +81,9 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
     def send(name: str) -> bool:
         if place.size(name) == files[name]["bytes"]:
             return True  # an object appears when it is complete
-        with creating(place, name) as sink, open(root / name, "rb") as file:
+        with errors("read", str(root / name)):
+            file = open(open_regular(root / name), "rb")
+        with creating(place, name) as sink, file:
             while block := file.read(8 * BLOCK):
                 sink.write(block)
             if (sink.nbytes, sink.crc) != (files[name]["bytes"], files[name]["crc32c"]):
@@ -98,11 +104,10 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
     out, place = Path(out), Url(url)
     data = fetch_manifest(place)
     files = parse_manifest(data, url)["files"]
-    require_inside(files, url)
     marker, mine = out / PULLING, f"{crc32c(data):08x} {public(url)}\n".encode()
-    if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == data:
+    if (out / MANIFEST).is_file() and read_file(out / MANIFEST) == data:
         return Transfer(url, len(files), len(files), _total(files))
-    if out.exists() and not (marker.is_file() and marker.read_bytes().split()[:1] == mine.split()[:1]):
+    if out.exists() and not (marker.is_file() and read_file(marker).split()[:1] == mine.split()[:1]):
         raise UserError(f"{out} exists and is not an unfinished copy of {url}; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -110,15 +115,26 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
 
+    reused: list[str] = []
+
     def take(name: str) -> bool:
         path = out / name
-        if path.exists():  # it appeared complete
+        if has_size(path, files[name]):
+            reused.append(name)
             return True
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; remove {out} and pull again") from None
         fetch_checked(place, name, files[name], path)
         return False
 
     found = _all(take, files, progress)
+    for name in damaged_files(out, {name: files[name] for name in reused}):
+        fetch_checked(place, name, files[name], out / name)
+        found -= 1
+    if lacking := incomplete(out, parse_manifest(data, url), read_fingerprint(out)):
+        raise UserError(f"{url} is no whole cache ({': '.join(lacking[0])}); repair the original and push it again")
     write_file(out / MANIFEST, data)
     marker.unlink()
     return Transfer(url, len(files), found, _total(files))

@@ -15,7 +15,7 @@ def blend(actions: ActionMap, previous: torch.Tensor, chunk: torch.Tensor, delay
     """The new chunk [1,T,d] with its first `delay` steps those of `previous` [n,d], and a linear hand-over after them.
 
     Real-time chunking guides a denoising by the previous chunk; a policy of one forward pass has none to guide, so
-    chunks are mixed where they overlap. Rotations are mixed as unified ones (6D). Rows of zeros at the end of `previous`
+    chunks are mixed where they overlap, rotations as unified ones (6D). Rows of zeros at the end of `previous`
     are LeRobot's padding.
     """
     rows = previous.reshape(-1, previous.shape[-1]).to(chunk)

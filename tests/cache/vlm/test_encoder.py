@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dvla.cache.vlm import blocks as attention_module
 from dvla.cache.vlm import encoder as encoder_module
 from dvla.cache.vlm.adapter import save_adapter
+from dvla.cache.vlm.checkpoint import load_tokenizer
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, load_lora, lora_dropout, lora_parameters, merge_lora
 from dvla.cache.vlm.preprocess import ImageSpec, pad_to_square, preprocess
@@ -399,6 +400,15 @@ def test_code_of_a_checkpoint_is_never_run(copied, tmp_path, monkeypatch, file):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_tokenizer_saved_by_transformers_5_is_the_same(copied):
+    texts = ("push the ü button", "", "<|vision_start|>x<|im_end|>")
+    expected = [load_tokenizer(copied, str(copied))(text).input_ids for text in texts]
+    document = json.loads((copied / "tokenizer_config.json").read_text())
+    document["extra_special_tokens"] = document.pop("additional_special_tokens", None) or ["<|vision_start|>"]
+    (copied / "tokenizer_config.json").write_text(json.dumps(document))
+    assert [load_tokenizer(copied, str(copied))(text).input_ids for text in texts] == expected
+
+
 @pytest.mark.parametrize(
     "kind", ["missing shard", "truncated shard", "other model", "other sizes", "no config", "no tokenizer", "bad json"]
 )
@@ -561,7 +571,7 @@ def test_adapters_that_do_not_fit_are_refused(encoder, checkpoint, tmp_path):
     assert fresh.adapter is None
     with pytest.raises(UserError, match="give 1 to 3"):
         add_lora(fresh, LoraSpec(last_n_blocks=4))
-    with pytest.raises(UserError, match="rank"):
+    with pytest.raises(UserError, match="r is 0"):
         LoraSpec(r=0)
 
 
