@@ -28,8 +28,9 @@ UNTRAINABLE = "train it with `dvla train`: LeRobot's trainer cannot train this p
 @PreTrainedConfig.register_subclass(TYPE)
 @dataclass
 class DvlaConfig(PreTrainedConfig):
-    """config.json of an exported policy. The device is a GPU where there is one, unless it is given."""
+    """config.json of an exported policy."""
 
+    device: str | None = None  # None: a GPU where there is one
     action_feature_names: list[str] | None = None  # the robot's own, where known: `lerobot-rollout` orders by them
     dataset: str | None = None  # whose robot and normalization to use, where it was trained on several
     horizon: int = 16  # T, steps of a chunk
