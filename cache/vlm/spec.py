@@ -11,7 +11,6 @@ from ...common.config import COUNT, Option, configs_dir, from_mapping, require_r
 from ...common.documents import read_yaml
 from ...errors import UserError, unknown
 
-MOST_RESOLUTION = 4096  # pixels; attention over the patches of a larger one would fill any memory
 TARGETS = ("qv", "attention", "all-linear")
 
 
@@ -22,7 +21,7 @@ class EncoderSpec:
     path: str  # checkpoint folder or hub id
     vlm: Literal["qwen3vl", "paligemma2"] = "qwen3vl"  # architecture
     revision: str | None = None  # hub commit or tag
-    resolution: Annotated[int, Interval(ge=1, le=2**14)] = 448  # side of the square input, pixels
+    resolution: Annotated[int, Interval(ge=1, le=2**12)] = 448  # side of the square input, pixels
     features: Literal["merged", "patch"] = "merged"  # after the model's merger or projector; or before it
     tokens: Annotated[int | None, COUNT] = None  # averaged on the grid down to this many; None = all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # computation; auto: bfloat16 on CUDA, else float32
@@ -33,8 +32,6 @@ class EncoderSpec:
     )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.resolution <= MOST_RESOLUTION:
-            raise UserError(f"resolution of the VLM is {self.resolution}; it must be 1 to {MOST_RESOLUTION}")
         other = self.tokens is not None or self.features != "merged" or self.depth != "vision"
         if self.boundary is not None and other:
             raise UserError(

@@ -185,8 +185,13 @@ def load_tensors(
         return file.load(header)
 
 
-def policy_tensors(folder: Path, stem: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The policy network's tensors of "model" or "ema", as its own `expected`, without those of the adapter."""
+def policy_tensors(folder: Path, expected: Mapping[str, torch.Tensor], stem: str = "ema") -> dict[str, torch.Tensor]:
+    """The policy network's tensors, averaged ("ema") or raw ("model"), without those of the adapter; `UserError`
+    unless they are as `expected`.
+
+    The one file of an export holds averaged ones, ema.safetensors in those of earlier releases."""
+    if stem == "ema" and "ema.safetensors" not in read_json(folder / "state.json", StateForm)["files"]:
+        stem = "model"
     return load_tensors(folder, stem, lambda _: expected, skip=("adapter.",))
 
 

@@ -39,6 +39,8 @@ class DatasetForm(Form):
     normalize: Scheme = "std5"
     action_frame: Literal["chunk"] = "chunk"
     config: dict[str, Any] = {}
+    view_sizes: dict[str, Annotated[list[Positive], Field(min_length=2, max_length=2)]] = {}
+    source: str = ""
 
 
 class FingerprintForm(Form, extra="allow"):

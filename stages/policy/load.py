@@ -44,7 +44,7 @@ def load_net(document: Mapping[str, Any], folder: Path, stem: str = "ema") -> Po
     config = net_config(document)
     with torch.device("meta"):
         expected = PolicyNet(config).state_dict()
-    tensors = ck.policy_tensors(folder, stem, expected)
+    tensors = ck.policy_tensors(folder, expected, stem)
     net = PolicyNet(config)
     net.load_state_dict(tensors)
     return net

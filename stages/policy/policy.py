@@ -102,6 +102,13 @@ class Policy:
         policy.path = folder
         return policy
 
+    def to(self, device: torch.device | str) -> Policy:
+        """Move it to another device; returns itself."""
+        self.net.to(device)
+        self.encoder.to(device)
+        self._null, self._text = self._null.to(device), {}
+        return self
+
     def push_to_hub(self, repo: str, private: bool = True, evaluations: Sequence[str | Path] = ()) -> str:
         """Upload the policy, with a card, to "owner/name" of the hub, as `dvla push` does; returns its URL."""
         from .hub import push_policy  # which builds on this file

@@ -80,5 +80,5 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
                 f"train without --init: {different[0]} of dataset {dataset.name} in cache {cache.path} is not what "
                 f"{folder} was trained with, so its actions would mean something else"
             )
-    net.load_state_dict(ck.policy_tensors(folder, "ema", net.state_dict()))
+    net.load_state_dict(ck.policy_tensors(folder, net.state_dict()))
     say(f"starting from the averaged weights of {folder}")

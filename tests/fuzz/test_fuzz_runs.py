@@ -1,4 +1,5 @@
-"""A few seeded damages of runs, policies and VLM checkpoints: no traceback, hang or silent change, nothing half-written.
+"""A few seeded damages of runs, policies and VLM checkpoints: no traceback, hang or silent change, nothing
+half-written.
 
 `python tests/fuzz/fuzz_runs.py` does thousands; its counts are in docs/security.md.
 """

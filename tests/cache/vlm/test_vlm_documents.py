@@ -147,6 +147,6 @@ def test_fine_tuned_weights_are_those_that_their_identity_names(sound: Path, tmp
     if lora:
         for key, value in (("r", 10**6), ("use_dora", True), ("peft_type", "IA3"), ("lora_alpha", "x")):
             shutil.copytree(tmp_path / "adapter", tmp_path / key)
-            edit("adapter_config.json", lambda d, k=key, v=value: d.update({k: v}))(tmp_path / key)  # type: ignore[misc]
+            edit("adapter_config.json", lambda d, k=key, v=value: d.update({k: v}))(tmp_path / key)
             with pytest.raises(UserError, match=f"'{key}' is"):
                 load_adapter(load_encoder(spec), tmp_path / key)
