@@ -1,5 +1,4 @@
-"""Tensors: the device of a setting, and the one gate of every safetensors file, whose header is compared with what is
-expected before a tensor is loaded.
+"""The one gate of every safetensors file: its header is compared with what is expected before a tensor is loaded.
 
 safetensors itself refuses a header that does not fit the file's bytes, so no shape asks for memory the file lacks.
 """
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,14 +93,3 @@ def require_tensors(
 def form_of(tensor: torch.Tensor) -> str:
     """Type and shape in a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a `--device` setting; `UserError` for CUDA where there is none."""
-    if name not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", name):
-        raise UserError(f"device '{name}' is not one of auto, cpu, cuda, cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device '{name}': torch finds no CUDA device on this machine; run `dvla doctor`, or use cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

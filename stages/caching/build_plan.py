@@ -15,8 +15,8 @@ from ...cache.vlm.augment import AUGMENTATION_VERSION
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.load import load_encoder
 from ...common import fingerprint as fp
+from ...common.device import pick_device
 from ...common.progress import Progress
-from ...common.tensors import pick_device
 from .config import SHARD_NBYTES, SHARD_ROWS, BuildConfig
 from .generations import Earlier, require_only_new, same_features
 from .sources import Corpus, choose_episodes, open_sources, read_corpus, sources_to_append

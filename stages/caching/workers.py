@@ -174,7 +174,7 @@ def _load(job: Job) -> tuple[BuildPlan, VisionLanguageEncoder, dict[str, Source]
     from ...cache.readers import open_source
     from ...cache.store.cache import Cache
     from ...cache.vlm.load import load_encoder
-    from ...common.tensors import pick_device
+    from ...common.device import pick_device
 
     if not is_begun(job.path):
         raise UserError(

@@ -17,8 +17,8 @@ import torch
 from ...batch import FeatureBatch
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import encode_observations
+from ...common.device import pick_device
 from ...common.hashing import mix
-from ...common.tensors import pick_device
 from ...drifting.config import LossConfig
 from ...drifting.heads import generate
 from ...drifting.policy_net import PolicyNet

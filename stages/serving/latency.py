@@ -23,8 +23,8 @@ from ...cache.actions.statistics import Statistics
 from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import encoder_spec
 from ...common.console import table
+from ...common.device import pick_device
 from ...common.progress import Progress
-from ...common.tensors import pick_device
 from ...drifting.config import LossConfig
 from ...drifting.dit import dit_config
 from ...drifting.heads import generate, sample_steps

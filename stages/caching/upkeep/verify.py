@@ -20,8 +20,8 @@ from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.load import load_encoder, require_encoder
 from ....cache.vlm.spec import EncoderSpec
 from ....common.config import from_mapping
+from ....common.device import pick_device
 from ....common.progress import Progress
-from ....common.tensors import pick_device
 from ....common.text import in_megabytes
 from ....errors import UserError
 

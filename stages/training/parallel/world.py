@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ....common.tensors import pick_device
+from ....common.device import pick_device
 from ....errors import UserError
 
 T = TypeVar("T")
