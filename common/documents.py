@@ -160,7 +160,7 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, folder: int | None 
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        raise OSError(errno.EINVAL, "it is a socket, expected a file", str(path)) from None
+        raise OSError(errno.EINVAL, "it is a socket or pipe, expected a file", str(path)) from None
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, expected a file", str(path))

@@ -25,7 +25,7 @@ from ...common.documents import open_regular
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
-from .location import POINTER, absence
+from .location import POINTER, absence, leads_down
 
 SUFFIXES = (".zip", ".tar")
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|7z|rar)$", re.IGNORECASE)
@@ -75,7 +75,7 @@ class _Folder(Archive):
     def entries(self, folder: str = "") -> tuple[str, ...]:
         try:
             here = self.path / folder
-            return tuple(sorted(f"{p.name}/" if _leads_down(p) else p.name for p in here.iterdir()))
+            return tuple(sorted(f"{p.name}/" if leads_down(p) else p.name for p in here.iterdir()))
         except (FileNotFoundError, NotADirectoryError):
             return ()
         except OSError as error:
@@ -89,11 +89,6 @@ class _Folder(Archive):
             if data.startswith(POINTER):
                 raise CorruptEpisode(f"{where}: {name} {absence(self.path / name)}", "unreadable-file")
             return data
-
-
-def _leads_down(path: Path) -> bool:
-    """Whether it is a folder, and no link to one around it, in which everything would be found again."""
-    return path.is_dir() and not (path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()))
 
 
 class _Member(NamedTuple):

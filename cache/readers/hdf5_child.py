@@ -6,6 +6,7 @@ libhdf5 loops or crashes over some damaged files, which nothing in its own proce
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
@@ -68,7 +69,8 @@ class _Child:
     def stop(self) -> None:
         if self.process is not None and self.pid == os.getpid():
             self.process.kill()
-            self.process.communicate()
+            with contextlib.suppress(OSError, ValueError):
+                self.process.communicate()
         self.process = None
 
 

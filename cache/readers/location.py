@@ -29,6 +29,11 @@ def regular(path: Path) -> Path:
     return path
 
 
+def leads_down(path: Path) -> bool:
+    """Whether it is a folder, and no link to one around it, in which everything would be found again."""
+    return path.is_dir() and not (path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()))
+
+
 def unreadable(path: Path, kind: str, error: Exception | str) -> str:
     """Why a file could not be read as `kind` (e.g. "parquet"): one line that begins with its name.
 

@@ -140,7 +140,10 @@ def load_tokenizer(folder: Path, path: str) -> Any:
         # transformers 5 takes a generic tokenizer where it has no class of that name
         if "auto_map" in stored and name and not any(hasattr(transformers, name + end) for end in ("", "Fast")):
             raise ValueError(f"{file.name} names the class {name}")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # transformers 5 stores their names, which 4 cannot read; tokenizer.json has the tokens themselves
+        named = transformers.__version__.startswith("4.") and isinstance(stored.get("extra_special_tokens"), list)
+        options = {"extra_special_tokens": {}} if named else {}
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def image_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -18,7 +18,7 @@ from ...cache.readers import Source
 from ...cache.readers.episode import CorruptEpisode
 from ...cache.readers.episode_hdf5 import episode_files, read_attributes, write_episode
 from ...common import fingerprint
-from ...common.documents import json_value
+from ...common.documents import json_value, open_regular
 from ...common.files import hold, write_file
 from ...common.progress import Progress
 from ...errors import UserError, unknown
@@ -163,7 +163,7 @@ def _locked(out: Path, source: Source) -> Iterator[None]:
         raise UserError(f"{out} holds {what} ({', '.join(other[:3])}); choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / _LOCK, "ab")
+        lock = open(open_regular(out / _LOCK, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
     with lock:

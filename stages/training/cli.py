@@ -35,8 +35,8 @@ StopAfter = Annotated[
     int | None, typer.Option("--stop-after", help="Save and stop at this step; rerun without it to resume."), Ge(1)
 ]
 RUN_FOLDER = "Run folder; one with the same settings is resumed."
-LOOP = """seed threads precision compile {} log_every eval_every eval_batches save_every wandb.mode wandb.project set_
-    stop_after device"""
+LOOP = """seed threads precision compile {} log_every eval_every eval_batches save_every trackers wandb.mode
+    wandb.project set_ stop_after device"""
 TRAIN = f"""cache out init local dry_run recipe model_size loss_type steps batch_size accumulate draws optimizer.lr
     optimizer.schedule mask
     image_aug blind select.include select.exclude select.success_only select.drop_idle weight temperature normalize

@@ -26,8 +26,9 @@ from ...common.config import (
     shipped,
 )
 from ...drifting.config import ONE_STEP, LossConfig
-from ...errors import UserError
+from ...errors import UserError, unknown
 
+TRACKERS = ("wandb", "tensorboard", "trackio")
 ALL = "*"  # in `normalize`: every dataset that is not named
 
 
@@ -101,10 +102,10 @@ class WandbConfig:
 
     mode: Annotated[
         Literal["online", "offline", "disabled"],
-        Option("--wandb-mode", help="Weights & Biases: online, offline or disabled; RUN/log.jsonl is always written."),
+        Option("--wandb-mode", help="Weights & Biases: online, offline or disabled."),
     ] = "disabled"
-    project: Annotated[str, Option("--wandb-project", help="Weights & Biases project.")] = "dvla"
-    name: str | None = None  # what W&B calls the run; None: the run folder's name
+    project: Annotated[str, Option("--wandb-project", help="Project in Weights & Biases and in trackio.")] = "dvla"
+    name: str | None = None  # what W&B and trackio call the run; None: the run folder's name
 
 
 @dataclass(frozen=True)
@@ -199,12 +200,23 @@ class TrainConfig:
         Option("--strategy", help="Strategy on several devices (torchrun): ddp, fsdp2 or zero2."),
     ] = "ddp"
     panels: PanelConfig = field(default_factory=PanelConfig)  # RUN/panels: what is learned
-    wandb: WandbConfig = field(default_factory=WandbConfig)  # Weights & Biases, beside RUN/log.jsonl
+    trackers: Annotated[
+        tuple[str, ...],
+        Option(
+            "--tracker",
+            help="wandb, tensorboard or trackio, beside RUN/log.jsonl, which is always written; may be given several "
+            "times.",
+        ),
+    ] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)  # how Weights & Biases is used
 
     def __post_init__(self) -> None:
         require_ranges(self)
         if not self.loss.temperatures:
             raise UserError("loss.temperatures is empty; give at least one kernel width of the drift")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise unknown("tracker", name, TRACKERS)
         for name, value in self.dit.items():
             _check_dit(name, value)
         if self.alpha_max > 1 and self.loss.kind not in ONE_STEP:

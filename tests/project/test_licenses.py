@@ -133,7 +133,7 @@ def page(licenses: set[tuple[str, str]]) -> str:
             "",
             "## Inside wheels",
             "",
-            "What a wheel bundles besides its own code matters to whoever passes on an environment or an image with it:",
+            "What a wheel bundles besides its own code matters to whoever passes on an environment or image with it:",
             "",
             "| package | bundles |",
             "|---|---|",

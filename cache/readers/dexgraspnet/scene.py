@@ -96,7 +96,7 @@ def read_cloud(files: SceneFiles) -> Cloud:
 
     points, labels = np.concatenate([p.points for p in parts]), np.concatenate([p.labels for p in parts])
     normals, colors = joined("normals"), joined("colors")
-    order = np.arange(len(points))
+    order: np.ndarray = np.arange(len(points))
     if normals is not None:  # of the points in a cube one that has a normal is kept, where there is one
         order = np.argsort(~normals.any(axis=1), kind="stable")
         normals = np.where(normals.any(axis=1, keepdims=True), normals, np.array([0, 0, 1], np.float32))

@@ -6,8 +6,12 @@ files looks the same, which is why a reader is given their number. Letters: N ro
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import itertools
+import lzma
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,7 @@ _CODECS = frozenset((
 _MAX_CHUNK = 1 << 30  # bytes of a chunk or a row, unpacked
 _MAX_COUNT = 1 << 16  # chunks of a row
 _MAX_TEXT = 100  # characters quoted of what a file says
+_BLOCK = 1 << 20  # bytes unpacked at a time
 _MAX_GROWTH = 8  # times the bytes of a chunk before it was compressed
 
 
@@ -162,10 +167,9 @@ class Array:
             if len(data) < 16 or listed != len(data):
                 reason = f"{where}: {self.name}/{name} has {len(data)} bytes, its header says {listed}"
                 raise CorruptEpisode(reason, "unreadable-file")
-        if _claimed(codec, data) > _MAX_GROWTH * (self.chunk_nbytes + 1024):  # filters may have made it larger
-            reason = (
-                f"{where}: {self.name}/{name} claims {_claimed(codec, data):,} bytes of a chunk's {self.chunk_nbytes:,}"
-            )
+        most = _MAX_GROWTH * (self.chunk_nbytes + 1024)  # filters may have made it larger
+        if _claimed(codec, data) > most or _streams_beyond(codec, data, most):
+            reason = f"{where}: {self.name}/{name} unpacks to more than a chunk's {self.chunk_nbytes:,} bytes"
             raise CorruptEpisode(reason, "unreadable-file")
         return data
 
@@ -189,6 +193,33 @@ class Array:
         except Exception as error:  # codecs raise many types: RuntimeError, ValueError, zlib.error, EOFError, …
             reason = f"{where}: rows {start} to {stop - 1} of {self.name} cannot be decoded ({first_line(error)})"
             raise CorruptEpisode(reason, "unreadable-file") from None
+
+
+_STREAMS = {  # codec without a size in its header → its decoder, and how much it can make of a byte
+    "gzip": (lambda: zlib.decompressobj(32 + zlib.MAX_WBITS), 1032),
+    "zlib": (zlib.decompressobj, 1032),
+    "bz2": (bz2.BZ2Decompressor, 50_000),
+    "lzma": (lzma.LZMADecompressor, 10_000),
+}
+
+
+def _streams_beyond(codec: str, data: bytes, most: int) -> bool:
+    """Whether a compressed chunk unpacks to more than `most` bytes, tried where it could be more than is read."""
+    make, growth = _STREAMS.get(codec.removeprefix("numcodecs."), (None, 0))
+    if make is None or len(data) * growth <= _MAX_CHUNK:
+        return False
+    decoder: Any = make()
+    have = 0
+    with contextlib.suppress(zlib.error, OSError, EOFError, lzma.LZMAError):  # zarr says what is wrong
+        while have <= most:
+            block = decoder.decompress(data, _BLOCK)
+            data = getattr(decoder, "unconsumed_tail", b"")  # the others keep what is left themselves
+            if decoder.eof:  # another stream may follow
+                data, decoder = decoder.unused_data, make()
+            have += len(block)
+            if not block and not data:
+                break
+    return have > most
 
 
 def _claimed(codec: str, data: bytes) -> int:
