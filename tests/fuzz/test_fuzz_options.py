@@ -16,7 +16,7 @@ import pytest
 from fuzz.fuzz_options import FAULTS, KINDS
 from support.repository import ROOT
 
-COUNT = 20
+COUNT = 10
 
 
 @pytest.mark.slow
