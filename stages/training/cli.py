@@ -84,7 +84,7 @@ def train_command(
     given |= {"out": str(out or ""), "loss.kind": loss_type, "weights": _shares(weight)}
     given |= {"normalize": _schemes(normalize)}
     overrides = _overrides(given, mask, flash, set_)
-    if "init" in overrides:
+    if isinstance(overrides.get("init"), str):
         from .warm_start import settings_of_start
 
         overrides = {**settings_of_start(overrides["init"]), **overrides}
