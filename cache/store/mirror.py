@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ...common import hub
 from ...common.documents import MOST_BYTES
 from ...common.files import crc32c, file_crc32c, open_lock, write_file
 from ...errors import UserError
@@ -113,8 +114,10 @@ class Mirror:
 def fetch_manifest(place: Url) -> bytes:
     """The bytes of the manifest at `place`. `UserError` where there is none."""
     try:
-        with errors("read", place.url(MANIFEST)), place.open(MANIFEST) as file:
+        with errors("read", place.url(MANIFEST)), _repository(place), place.open(MANIFEST) as file:
             data = file.read(MOST_BYTES + 1)
+    except _NoRepository as error:
+        raise UserError(f"no cache at {place.where}: {error}") from None
     except UserError as error:
         raise UserError(
             f"no finished cache at {place.where}: it has no {MANIFEST}, which is written last ({error})"
@@ -122,6 +125,21 @@ def fetch_manifest(place: Url) -> bytes:
     if len(data) > MOST_BYTES:
         raise UserError(f"{place.url(MANIFEST)} has more than {MOST_BYTES} bytes, which no manifest has")
     return bytes(data)
+
+
+class _NoRepository(UserError):
+    """A repository of the hub that cannot be read, so that nothing is known of its files."""
+
+
+@contextlib.contextmanager
+def _repository(place: Url) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's fsspec class makes a FileNotFoundError of what its client raises
+        causes = [found for found in (error, error.__cause__) if found and place.where.startswith(hub.DATASETS)]
+        if not (meant := next(filter(None, map(hub.meaning, causes)), "")):
+            raise
+        raise _NoRepository(meant) from None
 
 
 def fetch_checked(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:

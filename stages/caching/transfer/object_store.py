@@ -25,12 +25,12 @@ from ....cache.store.manifest import MANIFEST, has_size, parse_manifest, read_fi
 from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote
 from ....common.documents import open_regular, read_file
 from ....common.files import crc32c, write_file
+from ....common.hub import DATASETS, dataset_url, hub_errors
 from ....common.progress import Count
 from ....common.text import public
 from ....errors import UserError
 from .card import cache_card
 
-HUB = "hf://datasets/"
 PUSHING, PULLING = ".pushing", ".pulling"
 THREADS = 8
 
@@ -48,19 +48,21 @@ class Transfer:
 def push_cache(path: Path | str, url: str, private: bool = True, progress: Count = lambda *_: None) -> Transfer:
     """Copy the finished cache at `path` to an fsspec URL (s3://…, gs://…) or a dataset repository of the hub.
 
-    A repository (hf://datasets/owner/name) is created if needed, `private` or not.
+    A repository ("owner/name", or hf://datasets/owner/name) is created if needed, `private` or not.
 
     `UserError` when `path` is no finished cache, another one lies at `url`, or a file cannot be written.
     """
-    cache = Cache.open(path)
+    cache, repo = Cache.open(path), dataset_url(url)
+    if repo is not None and "@" not in url and not Path(url).parent.exists():  # "backup/cache" may be meant as a folder
+        url = repo
     if not is_remote(url):
         raise UserError(
-            f"{url} is not a URL; give one like s3://bucket/cache or {HUB}owner/name (copy to a folder with cp)"
+            f"{url} is not a URL; give one like s3://bucket/cache or {DATASETS}owner/name (copy to a folder with cp)"
         )
     root, files = cache.path, cache.manifest["files"]
     if lacking := incomplete(root, cache.manifest, cache.fingerprint):
         raise UserError(f"run `dvla cache repair {root}` first: {': '.join(lacking[0])}")
-    if url.startswith(HUB):
+    if url.startswith(DATASETS):
         return _push_to_hub(cache, url, private, progress)
     data = read_file(root / MANIFEST)
     place, mine = Url(url), f"{crc32c(data):08x}"
@@ -97,11 +99,14 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
 
 
 def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> Transfer:
-    """Copy the cache at a URL into the folder `out`; every file is compared with the manifest's size and crc32c.
+    """Copy the cache at a URL, or "owner/name[@revision]" of the hub, into the folder `out`.
+
+    Every file is compared with the manifest's size and crc32c.
 
     `UserError` when none is there, a file is damaged, or `out` holds something else.
     """
-    out, place = Path(out), Url(url)
+    out, url = Path(out), dataset_url(url) or url
+    place = Url(url)
     data = fetch_manifest(place)
     files = parse_manifest(data, url)["files"]
     marker, mine = out / PULLING, f"{crc32c(data):08x} {public(url)}\n".encode()
@@ -142,9 +147,8 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
 
 def _push_to_hub(cache: Cache, url: str, private: bool, progress: Count) -> Transfer:
     """With the hub client's own resumable upload; the manifest and the card come last."""
-    from ....common.hub import hub_errors
-
-    repo, card = url.removeprefix(HUB), cache_card(cache, url).encode()
+    repo = url.removeprefix(DATASETS)
+    card = cache_card(cache, repo).encode()
     root, files = cache.path, cache.manifest["files"]
     with hub_errors(repo):
         from huggingface_hub import HfApi
