@@ -121,7 +121,7 @@ def parse_yaml(data: bytes | str, where: Path | str) -> Any:
     Loader.add_constructor("tag:yaml.org,2002:timestamp", as_text)
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        value = yaml.load(text, Loader)
+        value = Loader(text).get_single_data()
         require_plain(value)
         return value
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
