@@ -46,7 +46,10 @@ def _damage(root: Path, rng: random.Random) -> Mutation:
     name, how = path.relative_to(root).as_posix(), rng.random()
     if how < 0.12:
         return Mutation(name, _other_kind(path, files, rng))
-    change = _structured(path, rng) if how < 0.72 else None
+    try:
+        change = _structured(path, rng) if how < 0.72 else None
+    except Exception:  # it is none of its kind since the first damage
+        change = None
     what = change or rng.choice(ANY)(path, rng, files)
     sound = path.is_file() and rng.random() < 0.5 and _reseal(root, path, rng)
     return Mutation(name, what + ("; checksums made anew" if sound else ""), bool(sound))
