@@ -28,7 +28,15 @@ HUGE = (-1, 0, 1, 2, 10**6, 10**9, 2**31, 10**12, 2**62, 2**63 - 1)
 
 
 def damage(root: Path, rng: random.Random) -> Mutation:
-    """Damage one file below `root`."""
+    """Damage a file below `root`, now and then two."""
+    first = _damage(root, rng)
+    if rng.random() > 0.15:
+        return first
+    second = _damage(root, rng)
+    return Mutation(first.file, f"{first.what}; {second.file}: {second.what}", first.sound or second.sound)
+
+
+def _damage(root: Path, rng: random.Random) -> Mutation:
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != ".lock" and p.parent.name != ".locks")
     kinds: dict[str, list[Path]] = {}
     for path in files:
