@@ -103,7 +103,7 @@ def _prepare(
     )
     live = _features(config, cache, encoder)
     encoder.vision.recompute = config.train.gradient_checkpointing
-    net = load_net(document, ck.policy_tensors(start, "ema")).to(world.device)
+    net = load_net(document, ck.policy_tensors(start)).to(world.device)
     if config.lora is not None:
         add_lora(encoder, config.lora)
     elif config.full:
