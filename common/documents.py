@@ -193,7 +193,10 @@ def kind_of(mode: int) -> str:
 
 def shown(value: Any) -> str:
     """A value in a message: shortened, printable."""
-    text = f"a mapping of {len(value)} keys" if isinstance(value, dict) else repr(value)
+    try:
+        text = f"a mapping of {len(value)} keys" if isinstance(value, dict) else repr(value)
+    except ValueError:  # Python writes no more than 4300 digits
+        text = "a number of thousands of digits"
     text = f"a list of {len(value)} values" if isinstance(value, list) and len(text) > SHOWN else text
     text = printable(text).replace("\n", " ")
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from ...common import hub
 from ...common.documents import MOST_BYTES
-from ...common.files import crc32c, open_lock, write_file
+from ...common.files import crc32c, file_crc32c, open_lock, write_file
 from ...errors import UserError
 from .locations import BLOCK, Folder, Url, creating, errors
-from .manifest import MANIFEST, Files, has_size, is_finished, parse_manifest
+from .manifest import MANIFEST, Files, has_size, parse_manifest
 
+SMALL = 1 << 20  # bytes that are read at every opening
 LOCKS = 256  # files that all processes together can download at the same time
 TABLE_THREADS = 8
 ATTEMPTS = 3  # object stores fail now and then
@@ -51,7 +52,7 @@ class Mirror:
         try:
             (self._local / ".locks").mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if not is_finished(self.folder):
+            if not _is_copy(self.folder / MANIFEST, {"bytes": len(data), "crc32c": crc32c(data)}):
                 write_file(self.folder / MANIFEST, data)
         except OSError as error:
             raise UserError(
@@ -72,10 +73,10 @@ class Mirror:
         path = self.folder / name
         if name not in self._files:
             raise UserError(f"{self.place.where} does not list {name} in its manifest")
-        if has_size(path, self._files[name]):
+        if _is_copy(path, self._files[name]):
             return
         with self._lock(str(crc32c(name.encode()) % LOCKS)):
-            if has_size(path, self._files[name]):  # downloaded by another process meanwhile
+            if _is_copy(path, self._files[name]):  # downloaded by another process meanwhile
                 return
             with errors("write", str(path)):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +171,18 @@ def _copy(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
                 f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "
                 f"{entry['crc32c']:08x} were written; run `dvla cache verify` on the original, then push it again"
             )
+
+
+def _is_copy(path: Path, entry: Mapping[str, int]) -> bool:
+    """Whether a file was downloaded, and a small one or a document has not been changed since."""
+    if not has_size(path, entry):
+        return False
+    if entry["bytes"] > SMALL and path.suffix != ".json":
+        return True
+    try:
+        return file_crc32c(path) == (entry["bytes"], entry["crc32c"])
+    except OSError:
+        return False
 
 
 def _is_shard(name: str) -> bool:

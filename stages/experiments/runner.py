@@ -15,15 +15,24 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.markup import escape
 
-from ...common.documents import Field, Form, json_bytes, read_json
+from ...common.documents import Form, json_bytes, read_json
 from ...common.files import write_file
 from ...errors import UserError
 
 Command = tuple[str, ...]
+
+
+class _Progress(Form):
+    """progress.json: the commands, and the seconds of those that have finished."""
+
+    road: list[list[list[str]]]
+    seconds: dict[str, float]
+
+
 POLL = 0.5  # seconds between checks of the running jobs
 
 
@@ -210,18 +219,11 @@ def run_side_by_side(
         stop(running)
 
 
-class ProgressForm(Form):
-    """progress.json: the commands, and the seconds of those that are done."""
-
-    road: list[list[list[str]]]
-    seconds: dict[str, Annotated[float, Field(ge=0)]]
-
-
 def _progress(out: Path, jobs: Sequence[Job], what: str) -> dict[str, float]:
     """Seconds of the jobs finished before; makes the folder."""
     path = out / "progress.json"
     if path.exists():
-        before = read_json(path, ProgressForm, "choose another --out")
+        before = read_json(path, _Progress, f"delete it to begin the {what} anew")
         if before["road"] != _commands(jobs):
             raise UserError(f"{out} holds a {what} with other settings; choose another --out")
         return before["seconds"]

@@ -28,8 +28,16 @@ HUGE = (-1, 0, 1, 2, 10**6, 10**9, 2**31, 10**12, 2**62, 2**63 - 1)
 
 
 def damage(root: Path, rng: random.Random) -> Mutation:
-    """Damage one file below `root`."""
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != ".lock" and p.parent.name != ".locks")
+    """Damage a file below `root`, now and then two."""
+    first = _damage(root, rng)
+    if rng.random() > 0.15 or not _files(root):
+        return first
+    second = _damage(root, rng)
+    return Mutation(first.file, f"{first.what}; {second.file}: {second.what}", first.sound or second.sound)
+
+
+def _damage(root: Path, rng: random.Random) -> Mutation:
+    files = _files(root)
     kinds: dict[str, list[Path]] = {}
     for path in files:
         kinds.setdefault(_kind(path.relative_to(root)), []).append(path)
@@ -38,10 +46,17 @@ def damage(root: Path, rng: random.Random) -> Mutation:
     name, how = path.relative_to(root).as_posix(), rng.random()
     if how < 0.12:
         return Mutation(name, _other_kind(path, files, rng))
-    change = _structured(path, rng) if how < 0.72 else None
+    try:
+        change = _structured(path, rng) if how < 0.72 else None
+    except Exception:  # it is none of its kind since the first damage
+        change = None
     what = change or rng.choice(ANY)(path, rng, files)
     sound = path.is_file() and rng.random() < 0.5 and _reseal(root, path, rng)
     return Mutation(name, what + ("; checksums made anew" if sound else ""), bool(sound))
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.is_file() and p.name != ".lock" and p.parent.name != ".locks")
 
 
 def _kind(name: Path) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from support.repository import ROOT
 
-COUNT = 8
+COUNT = 6
 SAMPLES, FAULTS = 6, ("silent", "traceback", "hang", "memory", "died")
 
 

@@ -31,6 +31,24 @@ from ..runner import Job, Running, announce, run_side_by_side, stop
 from .recipe import Recipe, cells, preparation, rows
 from .table import training_seconds, write
 
+
+class _Begun(Form):
+    """recipe.json: a recipe with its rows spelled out."""
+
+    title: str = ""
+    environments: dict[str, int] = {}
+    record: str = ""
+    vlm: str | None = None
+    cache: str = ""
+    train: str = ""
+    eval: str = ""
+    blind: str | None = None
+    seeds: list[int] = []
+    episodes: int = 1
+    from_cache: str | None = None
+    rows: dict[str, dict[str, str | None]]
+
+
 PREPARED = ("data", "cache")  # what a new folder may hold already: demonstrations and a cache made by hand
 
 
@@ -113,7 +131,7 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
     }
     path = out / "recipe.json"
     if path.exists():
-        before = read_json(path, RecipeForm, "choose another --out")
+        before = read_json(path, _Begun, "choose another --out, or restore it")
         known = before["rows"].keys() & settings["rows"].keys()
         was, now = (
             {
@@ -135,13 +153,6 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     write_file(path, json_bytes(settings))
     return settings
-
-
-class RecipeForm(Form, extra="allow"):
-    """recipe.json: what is compared; the other keys are settings of the recipe."""
-
-    seeds: list[int]
-    rows: dict[str, dict[str, Any]]
 
 
 @contextlib.contextmanager

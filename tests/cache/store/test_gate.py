@@ -222,3 +222,17 @@ def test_a_record_that_would_grow_too_large_is_not_decompressed() -> None:
         target = bytearray(size)
         Compression("zstd", 2).decode(Compression("zstd", 2).encode(values), memoryview(target))
         assert target == values.tobytes()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "alpha/zarr.json", "alpha/episodes/id/c/0", "fingerprint.json"])
+def test_a_copy_of_a_remote_document_that_was_changed_is_fetched_again(copy: Path, tmp_path: Path, name: str) -> None:
+    url, local = f"local://{copy}", tmp_path / "local"
+    file = Cache.open(url, local=local).path / name
+    data = file.read_bytes()
+    file.write_bytes(data[:-2] + b"\1\1")
+    Cache.open(url, local=local)
+    assert file.read_bytes() == data
+    file.unlink()
+    os.mkfifo(file)
+    Cache.open(url, local=local)
+    assert file.read_bytes() == data
