@@ -111,6 +111,7 @@ site: $(STAMP)  ## build the documentation site in build/site, offline; warnings
 fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and caches, and read them (over an hour)
 	@$(VENV)/bin/python tests/fuzz/fuzz_readers.py --count 2000
 	@$(VENV)/bin/python tests/fuzz/fuzz_caches.py --count 500
+	@$(VENV)/bin/python tests/fuzz/fuzz_runs.py --count 500
 	@$(VENV)/bin/python tests/fuzz/fuzz_server.py --count 5000
 
 pins: $(STAMP)  ## resolve both sets of versions anew from pyproject.toml; what is pinned stays (ARGS=--upgrade: the newest of all)
