@@ -237,6 +237,10 @@ class CacheWriter:
         write_file(self.path / MANIFEST, json_bytes(manifest))
         return manifest
 
+    def quarantined(self) -> dict[str, set[tuple[int, str]]]:
+        """Each dataset's quarantined (episode, reason), once nothing is missing."""
+        return self._committed_work()[2]
+
     def _committed_work(self) -> tuple[Files, dict[str, dict[str, Any]], dict[str, set[tuple[int, str]]]]:
         """What the commit records hold: all files, and each dataset's attributes and quarantined (episode, reason)."""
         files: Files = read_commit(scale_commit(self.path))["files"] if self.plan.format.quantized else {}

@@ -30,7 +30,10 @@ def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> 
             )
         return folder
     if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise UserError(f"checkpoint folder {path} does not exist, and it is not a hub id of the form owner/name")
+        raise UserError(
+            f"checkpoint folder {path} does not exist, and it is not a hub id of the form owner/name; if the VLM "
+            "moved, give --vlm-path"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -33,6 +33,7 @@ from .calibration import POOLING_IMAGES, pilot_features
 from .config import BuildConfig, check_settings
 from .generations import Earlier, exchange, finish_exchange, next_generation, require_intact, require_same_start
 from .pipeline import Timing, run_unit
+from .quarantine import TooManyQuarantined, require_few
 from .sizes import require_room
 from .sources import Corpus, located, make_tables
 from .workers import run_with_workers
@@ -96,7 +97,7 @@ def build(
     """Build the cache, or resume one that was begun with the same settings. Corrupt episodes go to `quarantine.jsonl`.
 
     `UserError` for a missing source, a checkpoint that does not fit, a folder that holds something else, or a cache
-    begun with other settings (the differing fields are named).
+    begun with other settings (the differing fields are named). `TooManyQuarantined`, with everything committed.
     """
     began = time.perf_counter()
     check_settings(config)
@@ -126,6 +127,8 @@ def build(
             require_intact(earlier)
             require_same_start(target, {**found.fingerprint, "store": plan.document()})
         begun = CacheWriter(target, plan, None)
+        if not (config.allow_quarantine or begun.complete):
+            _warn(config, plan, say)
         todo, _ = _split(begun.missing(), found.corpora, plan, reused)
         require_room(plan, target, todo, begun.tables_missing())
         writer = stack.enter_context(CacheWriter.create_or_resume(target, found.fingerprint, plan))
@@ -136,6 +139,18 @@ def build(
     report.lost = tuple(d.name for d in Cache.open(config.out).datasets if d.quarantined.all())
     report.quarantined, report.seconds = manifest["quarantine_count"], time.perf_counter() - began
     return report
+
+
+def _warn(config: BuildConfig, plan: BuildPlan, say: Callable[[str], None]) -> None:
+    """Say before any image is encoded that the build will not finish: of some episodes the tables suffice to see it."""
+    try:
+        require_few(config.out, plan, {d.name: set(d.quarantined) for d in plan.datasets}, config.max_quarantine)
+    except TooManyQuarantined as error:
+        for line in (
+            "this build will not finish without --allow-quarantine, for lack of usable episodes:",
+            *error.reasons,
+        ):
+            say(line)
 
 
 def _split(
@@ -177,6 +192,8 @@ def _fill(
         for unit, timing in finished:
             report.timing.add(timing)
             shown.finish(unit)
+    if not (config.allow_quarantine or writer.complete):
+        require_few(writer.path, writer.plan, writer.quarantined(), config.max_quarantine)
     return writer.finish()
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...common.config import from_dotted
-from ...common.console import progress_bars, say, write_json
+from ...common.console import errors, progress_bars, say, write_json
 from ...common.options import Given, Json, Options
 from ...common.text import duration, size
 from ...errors import UserError, unknown
 from .config import BuildConfig, FeatureChoice, PilotConfig
+from .quarantine import TooManyQuarantined
 
 if TYPE_CHECKING:
     from .build import BuildReport
@@ -32,7 +35,8 @@ FEATURES = """choice.vlm choice.vlm_path choice.adapter choice.resolution choice
     frame_stride views augment"""
 RUNNING = """workers.count workers.scheduler workers.slurm batch_size shard_frames dataset_config device
     choice.features choice.depth choice.boundary"""
-BUILD = f"out sources {FEATURES} {SELECT} append update {RUNNING}"
+BUILD = f"""out sources {FEATURES} {SELECT} append update max_quarantine
+    allow_quarantine {RUNNING}"""
 PLAN = f"sources out {FEATURES} {SELECT} {RUNNING} append update pilot"
 
 
@@ -60,12 +64,23 @@ def cache_build(
     from .build import build
 
     config = _build_config(given, choice, sources, append, update)
-    with progress_bars() as show:
+    with refusal(), progress_bars() as show:
         report = build(config, show, say)
     for line in build_lines(config, report):
         say(line)
     if report.lost:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def refusal() -> Iterator[None]:
+    """A build that lost too many episodes ends with exit code 1, and with their reasons below the message."""
+    try:
+        yield
+    except TooManyQuarantined as error:
+        for line in (str(error), *error.reasons):
+            errors.print(line, style="red", markup=False)
+        raise typer.Exit(1) from None
 
 
 def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:

@@ -12,6 +12,7 @@ from ...cache.store.feature_format import FeatureFormat, feature_format
 from ...cache.vlm.spec import EncoderSpec, encoder_spec
 from ...common.config import DATASET_CONFIG, DEVICE, VLM_PATH, Option
 from ...errors import UserError
+from .quarantine import USUAL, most_allowed
 
 SHARD_NBYTES = 256 << 20  # default size of a shard: large enough to stream, small enough to redo
 SHARD_ROWS = 1 << 14  # and at most so many records, however small: each costs 16 bytes of index, in the last shard too
@@ -70,6 +71,16 @@ class BuildConfig:
     ] = ()
     augment: Annotated[int, Option("--augment", help="Augmented variants of every image.")] = 0
     select: Selection = field(default_factory=Selection)  # which demonstrations
+    max_quarantine: Annotated[
+        str,
+        Option(
+            "--max-quarantine",
+            help="Most episodes that may be unusable, e.g. 5% or 12; above that the build does not finish.",
+        ),
+    ] = USUAL
+    allow_quarantine: Annotated[
+        bool, Option("--allow-quarantine", help="Finish however many episodes are unusable.")
+    ] = False
     mode: str = "new"  # new; append: new episodes in a new generation; update: whatever changed
     workers: WorkerSpec = field(default_factory=WorkerSpec)
 
@@ -154,6 +165,7 @@ def check_settings(config: BuildConfig) -> None:
     ):
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: give at least 1")
+    most_allowed(config.max_quarantine, 1)
     if not 0 <= config.augment <= 64:
         raise UserError(f"--augment {config.augment}: give the number of augmented variants of each image, 0 to 64")
 

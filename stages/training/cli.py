@@ -34,11 +34,12 @@ StopAfter = Annotated[
 RUN_FOLDER = "Run folder; one with the same settings is resumed."
 LOOP = """seed threads precision compile {} log_every eval_every eval_batches save_every wandb.mode wandb.project set_
     stop_after device"""
-TRAIN = f"""cache out init local dry_run recipe model_size loss_type steps batch_size accumulate draws optimizer.lr mask
+TRAIN = f"""cache out init local dry_run recipe model_size loss_type steps batch_size accumulate draws optimizer.lr
+    optimizer.schedule mask
     image_aug blind select.include select.exclude select.success_only select.drop_idle weight temperature normalize
     action_frame order {LOOP.format("flash strategy")}"""
 FINETUNE = f"""out source vlm_mode lora adapter optimizer.vlm_lr_scale from_cache local vlm_path recipe steps batch_size
-    accumulate optimizer.lr mask {LOOP.format("flash")}"""
+    accumulate optimizer.lr optimizer.schedule mask {LOOP.format("flash")}"""
 
 
 def train_command(

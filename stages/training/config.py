@@ -20,7 +20,7 @@ ALL = "*"  # in `normalize`: every dataset that is not named
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to zero; EMA of the weights."""
+    """AdamW with linear warm-up, then a schedule of the rate; EMA of the weights."""
 
     lr: Annotated[float, Option("--lr", help="Peak learning rate of the policy.")] = 4e-4
     projector_lr_scale: float = 0.5  # projector's rate = lr × this
@@ -31,6 +31,15 @@ class OptimizerConfig:
     weight_decay: float = 1e-4  # on matrices; vectors have none
     betas: tuple[float, float] = (0.9, 0.95)
     warmup: int = 500  # steps
+    schedule: Annotated[
+        Literal["cosine", "constant", "wsd"],
+        Option(
+            "--schedule",
+            help="Learning rate after warm-up: cosine to 0 at --steps, constant, or wsd (constant, then linear to 0 "
+            "over the last fifth, optimizer.decay).",
+        ),
+    ] = "cosine"
+    decay: float = 0.2  # share of the steps over which wsd decays, the last ones
     clip: float = 1.0  # global gradient norm
     ema: float = 0.9999  # decay, reached gradually: min(ema, (1+step)/(10+step))
 
@@ -38,6 +47,7 @@ class OptimizerConfig:
         for name in ("lr", "projector_lr_scale", "vlm_lr_scale", "weight_decay", "warmup"):
             require(f"optimizer.{name}", getattr(self, name), at_least=0)
         require("optimizer.clip", self.clip, above=0)
+        require("optimizer.decay", self.decay, above=0, at_most=1)
         for step in self.vlm_lr_halved:
             require("each step of optimizer.vlm_lr_halved", step, at_least=1)
         for value in (*self.betas, self.ema):

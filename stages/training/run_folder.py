@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -18,6 +19,7 @@ import torch
 from ... import __version__
 from ...cache.actions.schemes import EARLIER
 from ...common import fingerprint as fp
+from ...common.config import from_mapping
 from ...common.documents import json_bytes, read_json
 from ...common.files import hold, write_file
 from ...common.packages import version_of
@@ -31,6 +33,7 @@ from .parallel.replicas import Replicas, place, unsharded
 from .parallel.world import World
 from .run_log import Tracker
 from .setup import banner, prepare, share_network, thaw
+from .step import learning_rate
 
 FREE = (
     "out",
@@ -141,8 +144,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         _make_folder(folder, settings, session)
         return Progress(), None
     saved = whole_settings(read_json(folder / "config.json"))
-    before, now = ({k: v for k, v in values.items() if k not in FREE} for values in (saved, settings))
-    if lines := fp.diff(before, now, was="run has", now="you requested"):
+    if lines := fp.diff(_fixed(saved), _fixed(settings), was="run has", now="you requested"):
         raise UserError(
             f"run {folder} has other settings: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings"
         )
@@ -155,6 +157,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         session.say(f"the cache was grown since: {folder} resumes with {session.cache.path}, which it was begun with")
     found = ck.latest_intact(folder)
     if found is None:
+        _replan(session, folder, saved, settings, 0)
         return Progress(), None
     checkpoint, state, complaints = found
     for line in complaints:
@@ -166,15 +169,48 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
         raise UserError(
             f"cache {session.config.cache} is not the one run {folder} was begun with: {'; '.join(lines[:6])}"
         )
+    _replan(session, folder, saved, settings, state["step"])
     session.say(f"resuming {folder} at step {state['step']} of {session.config.steps}")
     known = {f.name for f in dataclasses.fields(Progress)}
     return Progress(**{name: value for name, value in state.items() if name in known}), checkpoint
 
 
+def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must repeat. How many steps are planned is none of them, nor when wsd decays:
+    before that, its rates are those of a constant schedule."""
+    optimizer = {k: v for k, v in settings["optimizer"].items() if k != "decay"}
+    if optimizer["schedule"] != "cosine":
+        optimizer["schedule"] = "constant or wsd"
+    return {k: v for k, v in settings.items() if k not in (*FREE, "steps")} | {"optimizer": optimizer}
+
+
+def _replan(session: Session, folder: Path, saved: dict[str, Any], settings: dict[str, Any], done: int) -> None:
+    """Note in config.json the steps and the schedule of a run that has `done` steps, where they are others than it was
+    begun with, and say what becomes of the learning rate. `UserError` for fewer steps than are done."""
+    now = session.config
+    if now.steps < done:
+        raise UserError(f"run {folder} has done {done} steps; give --steps {done} or more, not {now.steps}")
+    if (saved["steps"], saved["optimizer"]) != (settings["steps"], settings["optimizer"]):
+        optimizer = from_mapping(type(now.optimizer), saved["optimizer"], f"{folder}/config.json: optimizer")
+        before = dataclasses.replace(now, steps=saved["steps"], optimizer=optimizer)
+        was, rate = learning_rate(done, before), learning_rate(done, now)
+        change = f"stays {rate:.3g}" if math.isclose(was, rate) else f"goes from {was:.3g} to {rate:.3g}"
+        session.say(
+            f"planned for {before.steps} steps ({optimizer.schedule}), now {now.steps} ({now.optimizer.schedule}): the "
+            f"learning rate of step {done + 1} {change}"
+        )
+    kept = {name: settings[name] for name in ("steps", "optimizer", "cache")}
+    if kept != {name: saved[name] for name in kept}:
+        write_file(folder / "config.json", json_bytes({**read_json(folder / "config.json"), **kept}))
+
+
 def _meaning(document: dict[str, Any]) -> dict[str, Any]:
-    """policy.json without the dataset configs, which earlier releases did not store and whose maps are in it, too."""
+    """policy.json without the dataset configs, which earlier releases did not store and whose maps are in it, too; and
+    without the place of the VLM, which is known by its fingerprint."""
     datasets = [{k: v for k, v in d.items() if k != "config"} for d in document["datasets"]]
-    return {**document, "datasets": datasets}
+    encoder = document["encoder"]
+    spec = {k: v for k, v in encoder["spec"].items() if k != "path"}
+    return {**document, "datasets": datasets, "encoder": {**encoder, "spec": spec}}
 
 
 def _lock(folder: Path, held: contextlib.ExitStack) -> None:

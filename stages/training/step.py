@@ -92,9 +92,17 @@ class StepDone:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Peak rate × linear warm-up × cosine decay, at `step` (0-based) of `config.steps`."""
-    warmup = max(1, min(config.optimizer.warmup, config.steps // 2))
-    return config.optimizer.lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    """Peak rate × linear warm-up × decay of the schedule, at `step` (0-based) of `config.steps`.
+
+    A cosine's warm-up is shorter in a short run. The rates of the other schedules, before a decay, are the same in
+    runs of any number of steps.
+    """
+    chosen, steps = config.optimizer, config.steps
+    warmup = max(1, min(chosen.warmup, steps // 2) if chosen.schedule == "cosine" else chosen.warmup)
+    rate = chosen.lr * min(1.0, (step + 1) / warmup)
+    if chosen.schedule == "cosine":
+        return rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rate * min(1.0, (steps - step) / max(1, round(chosen.decay * steps))) if chosen.schedule == "wsd" else rate
 
 
 def require_finite(

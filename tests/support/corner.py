@@ -52,7 +52,14 @@ class Corner:
             **{**self.encoder, **{name: changes.pop(name) for name in ("resolution", "tokens") if name in changes}},
         )
         sources = (str(self.source), *map(str, more)) if mode == "new" or not more else tuple(map(str, more))
-        settings = {"batch_size": 5, "shard_frames": SHARD, "device": "cpu", "mode": mode, **changes}
+        settings = {
+            "batch_size": 5,
+            "shard_frames": SHARD,
+            "device": "cpu",
+            "mode": mode,
+            "max_quarantine": "1",
+            **changes,
+        }
         return BuildConfig(sources, spec, out or self.out, **settings)
 
     def build(self, mode: str = "new", **settings: Any) -> BuildReport:

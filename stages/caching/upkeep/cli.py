@@ -10,6 +10,7 @@ import typer
 from ....common.console import console, errors, progress_bars, say
 from ....common.options import Device, Json, VlmPath
 from ....common.text import size
+from ..cli import refusal
 
 Moved = Annotated[
     list[str] | None,
@@ -119,15 +120,23 @@ def cache_diff(
         raise typer.Exit(1)
 
 
-def cache_repair(path: CachePath, source: Moved = None, vlm_path: VlmPath = None, device: Device = "auto") -> None:
+def cache_repair(
+    path: CachePath,
+    source: Moved = None,
+    vlm_path: VlmPath = None,
+    device: Device = "auto",
+    allow: Annotated[
+        bool, typer.Option("--allow-quarantine", help="Finish an unfinished build however many episodes are unusable.")
+    ] = False,
+) -> None:
     """Check every file, and rebuild what is damaged or missing with the cache's own settings.
 
     Example: dvla cache repair cache
     """
     from .repair import repair
 
-    with progress_bars() as show:
-        report = repair(path, tuple(source or ()), vlm_path, device, say, show)
+    with refusal(), progress_bars() as show:
+        report = repair(path, tuple(source or ()), vlm_path, device, say, show, allow)
     if report.intact:
         say(f"{path}: all files are intact")
         return

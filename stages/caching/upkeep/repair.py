@@ -50,6 +50,7 @@ from ..build_plan import make_fingerprint, make_plan
 from ..calibration import pilot_features
 from ..config import BuildConfig
 from ..generations import Earlier, generations
+from ..quarantine import USUAL, require_few
 from ..sources import Corpus, choose_episodes, make_tables, read_corpus
 from .garbage import no_builder
 from .verify import recorded_encoder
@@ -95,13 +96,15 @@ def repair(
     device: str = "auto",
     say: Callable[[str], None] = print,
     progress: Progress = lambda *_: None,
+    allow_quarantine: bool = False,
 ) -> RepairReport:
     """Find and rebuild what is damaged or missing in the cache at `path`; an interrupted build or repair is finished.
 
     `sources`, `vlm_path`: where they are now, if they moved. `UserError`, before anything is touched, when the sources
     or the VLM are not those of the cache (the differing fields are named), or while a builder runs.
+    `TooManyQuarantined` as from a build, for one that it was to finish, unless `allow_quarantine`.
     """
-    plan, cached = read_plan(path), read_fingerprint(path)
+    plan, cached, finished = read_plan(path), read_fingerprint(path), is_finished(path)
     with no_builder(path):
         found = _examine(path, plan, cached, progress)
         if found.intact:
@@ -122,6 +125,8 @@ def repair(
     with CacheWriter.create_or_resume(path, settings, plan) as writer:
         if job is not None:
             job.run(writer, progress)
+        if not (finished or allow_quarantine):
+            require_few(path, plan, writer.quarantined(), USUAL)
         manifest = writer.finish()
     other = tuple(name for name, entry in sorted(manifest["files"].items()) if found.written.get(name, entry) != entry)
     return RepairReport(found.damaged, found.shards, found.tables, other)

@@ -127,6 +127,7 @@ def run(vlm: Path, source: Path, out: Path, **changes: Any) -> BuildReport:
                 "batch_size": 8,
                 "shard_frames": 16,
                 "device": "cpu",
+                "allow_quarantine": True,
                 **changes,
             }
         )

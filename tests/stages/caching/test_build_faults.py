@@ -286,8 +286,10 @@ def test_workers_quarantine_as_one_process_does(zygote: Zygote, copy_of: Any, vl
         return with_column(table, "observation.images.front", pictures)
 
     rewrite(the_file(root, "data/*/*.parquet"), cut)
-    assert zygote.run(arguments=command(root, vlm, tmp_path / "one")) == 0, zygote.said
-    assert zygote.run(arguments=command(root, vlm, tmp_path / "two", "--workers", "2")) == 0, zygote.said
+    assert zygote.run(arguments=command(root, vlm, tmp_path / "one", "--max-quarantine", "50%")) == 0, zygote.said
+    assert zygote.run(arguments=command(root, vlm, tmp_path / "two", "--workers", "2", "--allow-quarantine")) == 0, (
+        zygote.said
+    )
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert "1 episodes in quarantine" in zygote.said and Cache.open(tmp_path / "two").datasets[
         0

@@ -174,7 +174,7 @@ def test_one_broken_camera_takes_the_observation_out(copy_of: Any, vlm: Path, ca
         return with_column(table, "observation.images.wrist", pictures)
 
     rewrite(the_file(root, "data/*/*.parquet"), cut)
-    report = build(configure(root, vlm, tmp_path / "cache"))
+    report = build(configure(root, vlm, tmp_path / "cache", max_quarantine="1"))
     ledger = [json.loads(line) for line in (tmp_path / "cache/quarantine.jsonl").read_text().splitlines()]
     assert (
         report.quarantined == 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemm
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common import fingerprint as fp
 from dvla.common.config import from_mapping
+from dvla.common.documents import read_json
 from dvla.errors import UserError
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
@@ -164,6 +166,25 @@ def test_full_resumes_exactly(recorded: Recorded, stage_two: Path, full: Full, t
     assert first.keys() == second.keys() and [n for n in first if not torch.equal(first[n], second[n])] == []
     with pytest.raises(UserError, match="has other settings: stage_three.full"):
         finetune(configure(recorded, stage_two, full.run), say=quiet)
+
+
+def test_a_moved_vlm_is_found_when_a_run_resumes(
+    recorded: Recorded, stage_two: Path, full: Full, vlm: Path, tmp_path: Path
+) -> None:
+    """By its fingerprint; another VLM is refused with what differs."""
+    moved, out = shutil.copytree(vlm, tmp_path / "moved"), tmp_path / "run"
+    finetune(configure(recorded, stage_two, out, full=True), say=quiet, stop_after=2)
+    config = configure(recorded, stage_two, out, full=True)
+    other = make_tiny_qwen3vl(tmp_path / "other", dataclasses.replace(TINY, seed=1))
+    with pytest.raises(
+        UserError, match=r"weights_sha256: it has \w+…, this VLM has \w+…; give that VLM's folder"
+    ) as error:
+        finetune(dataclasses.replace(config, vlm_path=str(other)), say=quiet)
+    assert "\n" not in str(error.value)
+    assert finetune(dataclasses.replace(config, vlm_path=str(moved)), say=quiet)[0].step == 4
+    first, second = tensors(out), tensors(full.run)
+    assert all(torch.equal(first[n], second[n]) for n in second)
+    assert read_json(ck.resolve(out) / "policy.json")["encoder"]["spec"]["path"] == str(moved)
 
 
 def test_only_what_is_trained_has_optimizer_state(

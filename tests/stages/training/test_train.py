@@ -145,7 +145,6 @@ def test_the_run_learns_and_is_whole(cache: Path, straight: Path) -> None:
         ({"seed": 1}, "seed"),
         ({"dit": {"horizon": 8}}, "dit.horizon"),
         ({"optimizer": {"lr": 2e-3, "warmup": 2}}, "optimizer.lr"),
-        ({"steps": 5}, "steps"),
         ({"blind": True}, "blind"),
     ],
 )
