@@ -10,7 +10,7 @@
 #: walltime=04:00:00    time limit of the job, which is requeued as often as needed
 #: notice=300           seconds before the walltime at which every process is told to stop
 #: job=dvla             name of the job
-#: port=29500           a free port on the first machine
+#: port=0               a free port on the first machine; 0: one chosen by the job's number
 #SBATCH --job-name={{job}}
 #SBATCH --partition={{partition}}
 #SBATCH --nodes={{nodes}}
@@ -24,8 +24,9 @@
 #SBATCH --output={{job}}-%j.log
 #SBATCH --signal=TERM@{{notice}}
 set -uo pipefail
+port={{port}}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT={{port}} OMP_NUM_THREADS=1
+export MASTER_ADDR MASTER_PORT=$((port ? port : 20000 + SLURM_JOB_ID % 10000)) OMP_NUM_THREADS=1
 # srun itself starts the processes: a launcher in between would receive the signal too, and end them before they save.
 srun --cpus-per-task={{cpus}} --wait=120 \
   bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"' - dvla {{command}}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ...common.config import configs_dir
 from ...common.signals import handled
+from ...common.text import slurm_errors
 from ...errors import UserError, unknown
 
 _SETTING = re.compile(r"#: (\w+)=(\S*)\s*(.*)")
@@ -131,10 +132,8 @@ def launch(script: str) -> int:
     if slurm:
         done = subprocess.run([program], input=script, text=True, stderr=subprocess.PIPE)
         if done.returncode:
-            reason = "; ".join(
-                line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if line.strip()
-            )
-            raise UserError(f"Slurm refused the job: {reason or f'exit code {done.returncode}'}; change it with --set")
+            reason = slurm_errors(done.stderr) or f"exit code {done.returncode}"
+            raise UserError(f"Slurm refused the job: {reason}; change it with --set")
         sys.stderr.write(done.stderr)
         return 0
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
