@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help venv system vulkan demo test lint fuzz docs site audit wheel clean-venv
+.PHONY: help venv system vulkan demo test slurm lint fuzz docs site audit wheel clean-venv
 
 VENV := .venv
 STAMP := $(VENV)/.dvla-installed
@@ -89,6 +89,12 @@ demo: system $(STAMP)  ## run all three stages on two simulated tasks, on a CPU,
 
 test: system $(STAMP)  ## run every test, in two processes (ARGS='-n 0 tests/drifting': some, in one)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+slurm: $(STAMP)  ## run dvla's jobs on a Slurm of this machine alone, as root (Debian's packages, 4 minutes)
+	@$(APT)
+	command -v slurmctld slurmd munged sinfo >/dev/null || apt "no Slurm" slurm-wlm
+	$(UV) pip install --quiet --python $(VENV)/bin/python -e ".[slurm]" -c constraints.txt
+	tests/support/one_node_slurm.sh $(VENV)/bin/python -m pytest -n 0 -v tests/stages/experiments/test_slurm.py
 
 lint: $(STAMP)  ## run ruff (rules and format), and mypy over the package
 	@$(VENV)/bin/ruff check .

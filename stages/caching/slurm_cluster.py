@@ -33,7 +33,7 @@ def slurm_cluster(file: str, jobs: int, stack: contextlib.ExitStack) -> Any:
         raise missing_package("dask-jobqueue", "--slurm", "slurm") from None
     arguments = read_yaml(Path(file))
     try:
-        cluster = SLURMCluster(**{"processes": 1, **arguments, "job_cls": _job_class()})
+        cluster = SLURMCluster(**{"processes": 1, **arguments, "job_cls": _job_class(SLURMCluster.job_cls)})
     except Exception as error:  # whatever dask and dask-jobqueue make of a value
         raise UserError(
             f"{file} does not describe a Slurm cluster: {first_line(error).split('. ')[0].rstrip(':')}; "
@@ -47,11 +47,10 @@ def slurm_cluster(file: str, jobs: int, stack: contextlib.ExitStack) -> Any:
     return cluster
 
 
-def _job_class() -> type:
-    from dask_jobqueue.slurm import SLURMJob
+def _job_class(base: type) -> type:
     from distributed.deploy.spec import ProcessInterface
 
-    class Job(SLURMJob):
+    class Job(base):  # type: ignore[misc]
         """A job that says why it was refused, instead of raising it where nobody hears it."""
 
         refusal: str | None = None

@@ -42,6 +42,8 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 seq -f "$folder/gpu%g" 0 $((cpus - 1)) | xargs touch
 echo "Name=gpu File=$folder/gpu[0-$((cpus - 1))]" > "$folder/gres.conf"
+# newer ones need cgroups for slurmd itself, which containers often lack; older ones do not know the word
+case $(slurmd -V) in *" 2"[0-3].*) ;; *) echo "CgroupPlugin=disabled" > "$folder/cgroup.conf" ;; esac
 head -c 1024 /dev/urandom > "$folder/munge.key"
 chmod 600 "$folder/munge.key"
 export SLURM_CONF=$folder/slurm.conf
@@ -49,15 +51,16 @@ end() {
   scancel --quiet --user=root 2> /dev/null || true
   for _ in $(seq 100); do [ -n "$(squeue --noheader 2> /dev/null)" ] || break; sleep 0.1; done
   for daemon in slurmd slurmctld munge; do
-    [ ! -e "$folder/$daemon.pid" ] || kill "$(cat "$folder/$daemon.pid")" 2> /dev/null || true
+    pid=$(cat "$folder/$daemon.pid" 2> /dev/null) || continue
+    kill "$pid" 2> /dev/null || true
+    for _ in $(seq 50); do [ -e "/proc/$pid/exe" ] || break; sleep 0.1; done
   done
   rm -rf "$folder"
 }
 trap end EXIT
 munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munge.pid" \
   --log-file="$folder/munge.log" --seed-file="$folder/munge.seed"
-slurmctld
-slurmd
+slurmctld && slurmd || { tail -n 5 "$folder"/slurm*.log >&2; exit 1; }
 for _ in $(seq 100); do
   [ "$(sinfo --noheader --format=%T 2> /dev/null)" != idle ] || { "${@:-bash}"; exit; }
   sleep 0.2

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from support import synthetic_cache as synthetic
 from support.cli_runner import until
 from support.vlm_samples import TINY
 
-STEPS = 700
+STEPS = 1200
 TRAINING = (
     f"--model-size tiny --steps {STEPS} --batch-size 2 --draws 2 --device cpu --eval-every 0 --log-every 50 "
-    "--set panels.share=0 --set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=2"
+    "--set dit.width=32 --set dit.blocks=1 --set dit.heads=2 --set dit.horizon=2"
 ).split()
 # `dvla` of the jobs: training takes 0.05 s a step or longer, so that it does not end before a walltime
 DVLA = f"""#!{sys.executable}
@@ -88,25 +89,30 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def test_a_training_resumes_after_its_walltime(dvla: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     """Told while it loads, and before the walltime of a minute, it is requeued until it is done: bit for bit the losses
-    of one that was not stopped. Another job in its folder is refused; a cancelled one stays so."""
+    of one that was not stopped."""
     synthetic.build(tmp_path / "cache")
-    job = submit(dvla, "walltime=00:01:00", "notice=30", out="run")
+    job = submit(dvla, "walltime=00:01:00", "notice=15", out="run")
     until(lambda: state(job)["JobState"] == "RUNNING", 60)
     ask("scancel", "--signal=TERM", job)
-    until(lambda: "step    50/" in log(job), 120)
-    second = submit(dvla, out="run")
-    until(lambda: state(second)["JobState"] == "FAILED", 60)
-    assert state(second)["ExitCode"] == "2:0" and "error: another process is training in run" in log(second)
-    until(lambda: state(job)["JobState"] == "COMPLETED", 300)
+    until(lambda: state(job)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"), 400)
+    assert state(job)["JobState"] == "COMPLETED", log(job)
     assert int(state(job)["Restarts"]) >= 2 and "resuming run at step" in log(job)
-    code, said = dvla("train", "--from-cache", "cache", "--out", "straight", *TRAINING)
-    assert code == 0, said
-    straight = dict(losses(tmp_path / "straight"))
-    assert dict(losses(tmp_path / "run")) == straight and len(straight) > STEPS / 50
-    third = submit(dvla, out="other")
-    until(lambda: state(third)["JobState"] == "RUNNING", 60)
-    ask("scancel", third)
-    until(lambda: state(third)["JobState"] == "CANCELLED", 60)
+    train = [sys.executable, "-m", "dvla.cli", "train", "--from-cache", "cache", "--out", "straight", *TRAINING]
+    assert subprocess.run(train, capture_output=True, timeout=300).returncode == 0
+    straight, stopped = dict(losses(tmp_path / "straight")), dict(losses(tmp_path / "run"))
+    assert stopped == straight and len(straight) > STEPS / 50
+
+
+def test_of_two_jobs_in_one_folder_one_is_refused(dvla: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """On one machine, where both need a port. The first one is cancelled, and stays so."""
+    synthetic.build(tmp_path / "cache")
+    first = submit(dvla, out="run")
+    until(lambda: re.search(r"step +50/", log(first)), 120)
+    second = submit(dvla, out="run")
+    until(lambda: state(second)["JobState"] == "FAILED", 120)
+    assert state(second)["ExitCode"] == "2:0" and "error: another process is training in run" in log(second)
+    ask("scancel", first)
+    until(lambda: state(first)["JobState"] == "CANCELLED", 60)
 
 
 def test_a_build_by_jobs(dvla: Callable[..., tuple[int, str]], recorded: dict[str, Path], tmp_path: Path) -> None:
@@ -114,6 +120,8 @@ def test_a_build_by_jobs(dvla: Callable[..., tuple[int, str]], recorded: dict[st
     their worker connects, end the build with one line."""
     from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 
+    if find_spec("dask_jobqueue") is None:
+        pytest.skip("needs dask-jobqueue (the extra slurm)")
     make_tiny_qwen3vl(tmp_path / "vlm", TINY)
     settings = {
         "cores": 1,
@@ -136,12 +144,12 @@ def test_a_build_by_jobs(dvla: Callable[..., tuple[int, str]], recorded: dict[st
     build += ["--batch-size", "1", "--shard-frames", "1", "--device", "cpu", "--out"]
     by_jobs = ["--slurm", "jobs.yaml", "--workers", "2"]
     for change, message in (
-        ({"queue": "nosuch"}, "Slurm refused a worker's job: invalid partition specified: nosuch"),
+        ({"queue": "nosuch"}, "error: Slurm refused a worker's job: invalid partition specified: nosuch"),
         ({"job_script_prologue": ["exit 3"]}, "Slurm jobs ended before their worker connected; see the log of job "),
     ):
         Path("jobs.yaml").write_text(json.dumps(settings | change))
         code, said = dvla(*build, "refused", *by_jobs)
-        assert code == 2 and said.count("\n") == 2 and f"error: {message}" in said, said
+        assert code == 2 and said.count("\n") == 2 and message in said, said
         assert not ask("squeue", "--noheader")
     Path("jobs.yaml").write_text(json.dumps(settings))
     with open("log", "w") as file:
