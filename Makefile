@@ -1,16 +1,17 @@
 # `make demo` and `make test` set everything up by themselves; `make` alone lists the targets.
-# Options: ARGS='…' for dvla demo or pytest, PYTHON=/path/to/python3.11 for the interpreter of .venv.
+# Options: ARGS='…' for dvla demo or pytest, PYTHON=/path/to/python3.12 for the interpreter of .venv.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help venv system vulkan demo test slurm lint fuzz docs site audit wheel clean-venv
+.PHONY: help venv system vulkan demo test test-fresh slurm lint fuzz docs site pins licenses audit wheel clean-venv
 
 VENV := .venv
 STAMP := $(VENV)/.dvla-installed
 IS_311 := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(IS_311)' 2>/dev/null && echo $$p && break; done)
+PINS = $$($(VENV)/bin/python -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-py312.txt")')
 UV = $(shell if uv --version >/dev/null 2>&1; then echo uv; else echo $(VENV)/bin/uv; fi)
 
 define NEED_PYTHON
@@ -37,9 +38,9 @@ endef
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
-venv: $(STAMP)  ## create or update .venv (pinned by constraints.txt)
+venv: $(STAMP)  ## create or update .venv (pinned by constraints.txt for Python 3.11, constraints-py312.txt for 3.12 and 3.13)
 
-$(STAMP): constraints.txt pyproject.toml
+$(STAMP): constraints.txt constraints-py312.txt pyproject.toml
 	@$(NEED_PYTHON)
 	$(APT)
 	uv=$(UV)
@@ -59,7 +60,7 @@ $(STAMP): constraints.txt pyproject.toml
 	  $(VENV)/bin/python -m pip install --quiet uv
 	fi
 	echo "installing dvla and its dependencies into $(VENV) (about 8 GB with torch's CUDA libraries)"
-	"$$uv" pip install --python $(VENV)/bin/python -e ".[lerobot,sim,dev]" -c constraints.txt
+	"$$uv" pip install --python $(VENV)/bin/python -e ".[lerobot,sim,dev]" -c "$(PINS)"
 	touch $@
 
 system:  ## install a headless rendering library (OSMesa or EGL) with apt-get if missing
@@ -90,10 +91,13 @@ demo: system $(STAMP)  ## run all three stages on two simulated tasks, on a CPU,
 test: system $(STAMP)  ## run every test, in two processes (ARGS='-n 0 tests/drifting': some, in one)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-fresh:  ## run the tests of the last commit with the other set of versions, in a bare Debian (as root; 12 GB; DIR=, ARGS=)
+	@.ci/test-fresh
+
 slurm: $(STAMP)  ## run dvla's jobs on a Slurm of this machine alone, as root (Debian's packages, 4 minutes)
 	@$(APT)
-	command -v slurmctld slurmd munged sinfo >/dev/null || apt "no Slurm" slurm-wlm
-	$(UV) pip install --quiet --python $(VENV)/bin/python -e ".[slurm]" -c constraints.txt
+	{ command -v slurmctld && command -v slurmd && command -v sinfo; } >/dev/null || apt "no Slurm" slurm-wlm
+	$(UV) pip install --quiet --python $(VENV)/bin/python -e ".[slurm]" -c "$(PINS)"
 	tests/support/one_node_slurm.sh $(VENV)/bin/python -m pytest -n 0 -v tests/stages/experiments/test_slurm.py
 
 lint: $(STAMP)  ## run ruff (rules and format), and mypy over the package
@@ -112,9 +116,34 @@ site: $(STAMP)  ## build the documentation site in build/site, offline; warnings
 
 fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and read them (about an hour)
 	@$(VENV)/bin/python tests/fuzz/fuzz_readers.py --count 2000
+	@$(VENV)/bin/python tests/fuzz/fuzz_server.py --count 5000
 
-audit: $(STAMP)  ## check the pinned versions for known vulnerabilities (asks PyPI)
-	@$(UV)x pip-audit -r constraints.txt --no-deps --disable-pip
+pins: $(STAMP)  ## resolve both sets of versions anew from pyproject.toml; what is pinned stays (ARGS=--upgrade: the newest of all)
+	@resolve() {
+	  local file=$$1 python=$$2 all=()
+	  for extra in $$3; do all+=(--extra "$$extra"); done
+	  $(UV) pip compile --quiet pyproject.toml "$${all[@]}" --python-version "$$python" --no-header --no-annotate $(ARGS) -o "$$file"
+	  sed -i "1i # Known-good versions for Python $$4 on Linux: all that dvla[$${3// /,}] installs. Made by: make pins" "$$file"
+	}
+	resolve constraints.txt 3.11.5 "lerobot sim maniskill aloha robosuite gs slurm rerun dev" 3.11
+	resolve constraints-py312.txt 3.12 "lerobot sim aloha robosuite gs slurm rerun dev" "3.12 and 3.13"
+
+licenses: $(STAMP)  ## write docs/licenses.md: the license of every pinned package, as its metadata says
+	@$(VENV)/bin/python tests/project/test_licenses.py
+
+audit: $(STAMP)  ## check both sets of versions for known vulnerabilities (asks PyPI); what was not checked is an error, code 2
+	@found=0
+	for pins in constraints.txt constraints-py312.txt; do
+	  answer=$$($(UV)x pip-audit -r "$$pins" --no-deps --disable-pip 2>&1) && code=0 || code=$$?
+	  skipped=$$(grep -c 'could not be audited' <<< "$$answer" || true)
+	  if [ "$$skipped" != 0 ] || { [ "$$code" != 0 ] && ! grep -q 'known vulnerabilit' <<< "$$answer"; }; then
+	    echo "error: $$pins was not audited ($$skipped packages without advisories); run make audit where pypi.org can be reached" >&2
+	    exit 2
+	  fi
+	  echo "$$pins: $$answer"
+	  [ "$$code" = 0 ] || found=1
+	done
+	exit $$found
 
 wheel: $(STAMP)  ## build dist/dvla-*.whl
 	@rm -rf build

@@ -10,11 +10,10 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .common.console import console, errors
-from .common.doctor import doctor_command
+from .common.console import console
+from .common.doctor.doctor import doctor_command
+from .common.doctor.faults import ended
 from .common.options import Command, run_command, with_options
-from .common.text import public
-from .errors import UserError
 from .stages.caching import cli as caching
 from .stages.caching.transfer import cli as transfer
 from .stages.caching.upkeep import cli as upkeep
@@ -110,16 +109,10 @@ def run(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: `UserError` is one line and exit code 2; Ctrl-C is exit code 130."""
+    """Entry point: whatever `run` raises is one line and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        errors.print(f"error: {public(str(error))}", style="red", markup=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted; rerun the same command to resume", style="yellow")
-        sys.exit(130)
+    if code := ended(lambda: run(sys.argv[1:])):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

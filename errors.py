@@ -27,7 +27,8 @@ class UserError(Exception):
     """Bad input. The message is one line: what was given, what is allowed, what to do. The CLI exits with 2."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]}…")  # it may quote a file
+        line = " ".join(message.splitlines())  # it may quote a file, whose name may hold anything
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}…")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from ..errors import UserError
 from .progress import Progress
 from .text import duration, printable
 
@@ -133,7 +132,7 @@ def write_json(file: Path | None, values: Any) -> None:
         if isinstance(values, list)
         else dataclasses.asdict(values)
     )
-    try:
-        file.write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; give another --json") from None
+    from .files import write_output  # and numpy with it
+
+    text = json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
+    write_output(file, text.encode(errors="backslashreplace"), "--json")

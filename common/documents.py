@@ -14,6 +14,7 @@ of most users bring it along. What it does not see is checked here: duplicate ke
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -23,7 +24,8 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field as Field
 
 from ..errors import UserError
 from .text import first_line, printable
@@ -103,7 +105,7 @@ def parse_yaml(data: bytes | str, where: Path | str) -> Any:
 
     class Loader(yaml.SafeLoader):  # its own: constructors are registered on a class
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            _unique([(self.construct_object(key, deep=True), None) for key, _ in node.value if key.tag != _MERGE])
+            unique([(self.construct_object(key, deep=True), None) for key, _ in node.value if key.tag != _MERGE])
             return super().construct_mapping(node, deep)
 
     def as_text(loader: Any, node: Any) -> str:  # a date is text to everything here
@@ -113,7 +115,7 @@ def parse_yaml(data: bytes | str, where: Path | str) -> Any:
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = yaml.load(text, Loader)
-        _require_plain(value)
+        require_plain(value)
         return value
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
@@ -129,10 +131,10 @@ def json_bytes(document: Any, *, indent: int = 1, allow_nan: bool = True) -> byt
 def json_value(text: str, *, nan: bool = False) -> Any:
     """The value of JSON text. `ValueError`: not JSON, NaN (unless `nan`), a key twice, too deep, half a surrogate."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=None if nan else _not_a_number)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else _not_a_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    _require_plain(value, nan)
+    require_plain(value, nan)
     return value
 
 
@@ -140,20 +142,29 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file of at most `most` bytes. `UserError` for any other, a pipe among them: no waiting."""
     path = Path(path)
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"cannot read {path}: it is {kind_of(found.st_mode)}, expected a file")
-            if found.st_size > most:
-                raise UserError(f"cannot read {path}: it has {found.st_size} bytes, expected at most {most}")
+        with open(open_regular(path), "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > most:
+                raise UserError(f"cannot read {path}: it has {size} bytes, expected at most {most}")
             return file.read(most + 1)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe at once that nobody writes to."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def open_regular(path: Path | str, flags: int = os.O_RDONLY, folder: int | None = None) -> int:
+    """A handle of a regular file, which is never waited for; `OSError` for a pipe, a device or anything else.
+
+    `folder`: the handle of the directory that a relative path is in.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(errno.EINVAL, "it is a socket or pipe, expected a file", str(path)) from None
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, expected a file", str(path))
+    return handle
 
 
 def kind_of(mode: int) -> str:
@@ -194,11 +205,12 @@ def _damaged(where: Path | str, what: str, remedy: str) -> UserError:
     return UserError(f"{where} {what}" + (f"; {remedy}" if remedy else ""))
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def unique(pairs: list[tuple[Any, Any]], same: bool = False) -> dict[Any, Any]:
+    """A mapping of pairs; `ValueError` for a key given twice, with `same` unless its values are equal."""
     values: dict[Any, Any] = {}
     for key, value in pairs:
-        if key in values:
-            raise ValueError(f"the key {shown(key)} is given twice")
+        if key in values and not (same and value == values[key]):
+            raise ValueError(f"the key {shown(key)} is given twice" + " with different values" * same)
         values[key] = value
     return values
 
@@ -207,7 +219,7 @@ def _not_a_number(constant: str) -> float:
     raise ValueError(f"it holds {constant}, expected a finite number")
 
 
-def _require_plain(value: Any, nan: bool = False) -> None:
+def require_plain(value: Any, nan: bool = False) -> None:
     """`ValueError` for what no document may hold: see `json_value`."""
     level, parts = [value], 0
     for _ in range(MOST_DEPTH + 1):

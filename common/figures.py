@@ -10,9 +10,11 @@ import itertools
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import unknown
+from .files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,6 +142,13 @@ def say_nothing(figure: Figure, why: str, style: Style) -> Figure:
     """An empty figure whose title gives the reason why nothing can be shown."""
     figure.set_size_inches(8, 0.8)
     return finish(figure, why, style)
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Write the figure as a PNG file, whole or not at all."""
+    out = io.BytesIO()
+    figure.savefig(out, dpi=dpi)
+    write_file(path, out.getvalue())
 
 
 def png(figure: Figure) -> bytes:

@@ -130,8 +130,30 @@ def write_file(path: Path, data: bytes) -> tuple[int, int]:
             os.fsync(file.fileno())
         publish(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # already renamed unless something went wrong
+        discard(temporary)  # already renamed unless something went wrong
     return len(data), crc32c(data)
+
+
+def discard(temporary: Path) -> None:
+    """Remove a file that may be there; where that fails, the error that led here is the one to tell."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def write_output(path: Path, data: bytes, option: str = "--out") -> None:
+    """Write a file that `option` names, whole or not at all; into a device or a pipe directly.
+
+    `UserError` if it cannot be written.
+    """
+    try:
+        if path.is_file() or not path.exists():
+            write_file(Path(os.path.realpath(path)), data)
+            return
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            os.set_blocking(file.fileno(), True)  # a pipe that nobody reads is refused when it is opened
+            file.write(data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give another {option}") from None
 
 
 def file_crc32c(path: Path) -> tuple[int, int]:

@@ -10,7 +10,7 @@ ROUNDS = 6  # Feistel rounds
 def mix(*words: np.ndarray | int) -> np.ndarray:
     """Hash integers (arrays broadcast) to uint64: splitmix64's finalizer (Steele, Lea, Flood 2014), once per word."""
     with np.errstate(over="ignore"):
-        h = np.zeros((), np.uint64)
+        h: np.ndarray = np.zeros((), np.uint64)
         for word in words:
             h = (h ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
             h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -11,6 +11,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from .files import discard
+
 
 def quiet_libav() -> None:
     """Silence FFmpeg's libraries except for fatal errors, and keep their log out of Python.
@@ -47,4 +49,4 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]
             container.mux(stream.encode())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)

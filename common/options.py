@@ -11,8 +11,8 @@ To add a setting, add a field with an `Option`; a command with --set takes it at
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
 import inspect
 import sys
 import types
@@ -23,10 +23,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 from ..errors import UserError
-from .config import DATASET_CONFIG, DEVICE, VLM_PATH, Option
-from .documents import parse_yaml
+from .config import DATASET_CONFIG, DEVICE, SHORT, VLM_PATH, Option, allowed, hints_of, require
+from .doctor.faults import explained
+from .documents import parse_yaml, shown
 
 # Of click, or of the copy inside newer typers.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -72,7 +74,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             return
         seen.add(name)
         if name not in groups:
-            placed.append(own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            annotation = _with_range(hints[name])
+            placed.append(own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
             return
         for setting in groups[name].order:
             if setting in own:
@@ -88,6 +91,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         place(name)
 
     def run(**values: Any) -> None:
+        for name in own.keys() - groups.keys():
+            marks = getattr(hints[name], "__metadata__", ())
+            require(next((m.default for m in marks if isinstance(m, OptionInfo)), name), values[name], *marks)
         given: dict[str, Given] = {name: {} for name in groups}
         for name, (group, setting) in settings.items():
             value = values.pop(name)
@@ -98,7 +104,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in placed}
     run.__signature__ = inspect.Signature(placed)  # type: ignore[attr-defined]
-    return run if groups else command
+    return run
 
 
 def _options_of(hint: Any) -> Options | None:
@@ -113,25 +119,31 @@ def _parameter(name: str, options: Options, setting: str) -> inspect.Parameter:
     if default is not inspect.Parameter.empty and (typing.get_origin(kind) is list or not options.defaults):
         default = False if kind is bool else None
     given: Any = kind | None if default is None else kind
-    annotation = Annotated[given, typer.Option(*option.names, help=option.help)]
+    annotation = _with_range(Annotated[given, typer.Option(*option.names, help=option.help), *hint.__metadata__])
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _with_range(hint: Any) -> Any:
+    """The annotation of an option for typer, whose help ends with the range that stands beside it."""
+    marks = getattr(hint, "__metadata__", ())
+    info, numbers = next((m for m in marks if isinstance(m, OptionInfo)), None), allowed(marks, SHORT)
+    if info is None or info.help is None or not numbers:
+        return hint
+    info = copy.copy(info)
+    info.help = f"{info.help[:-1]} ({numbers})."
+    return Annotated[hint.__origin__, info]
 
 
 def _setting(config: type, setting: str) -> tuple[Any, Any]:
     """(annotation, default) of a dotted setting; a default that is empty: it must be given."""
     group, _, rest = setting.partition(".")
-    hint = _hints(config)[group]
+    hint = hints_of(config)[group]
     if rest:
         return _setting(hint, rest)
     field = next(f for f in dataclasses.fields(config) if f.name == group)
     if field.default_factory is not dataclasses.MISSING:
         return hint, field.default_factory()
     return hint, inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-
-
-@functools.cache
-def _hints(config: type) -> dict[str, Any]:
-    return typing.get_type_hints(config, include_extras=True)
 
 
 def _type_of(hint: Any) -> Any:
@@ -158,7 +170,19 @@ class Command(TyperCommand):
     """A command that takes `--NAME=VALUE` as `--set NAME=VALUE` where it has --set and no option of that name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite such arguments before they are parsed."""
+        """Rewrite such arguments before they are parsed; refuse what no option can mean."""
+        for word in args:
+            if any("\ud800" <= letter <= "\udfff" for letter in word):  # bytes that are no UTF-8
+                raise UserError(f"{shown(word)} is not text in UTF-8; rename the file, or type it again")
+        left = self._parsed(ctx, args)
+        for parameter in self.params:
+            values = ctx.params.get(parameter.name)
+            for value in values if isinstance(values, (list, tuple)) else [values]:
+                if isinstance(value, (int, float)) and not abs(value) < 2**63:
+                    raise UserError(f"{max(parameter.opts, key=len)} is {shown(value)}; it must be a number below 2^63")
+        return left
+
+    def _parsed(self, ctx: Any, args: list[str]) -> list[str]:
         options = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
         if "--set" not in options:
             return super().parse_args(ctx, args)
@@ -182,7 +206,8 @@ class Command(TyperCommand):
 def run_command(command: Any, arguments: Sequence[str]) -> None:
     """Run a command line of `command`, the root of all commands.
 
-    Raises `UserError`, `KeyboardInterrupt` for Ctrl-C, and `SystemExit` with a command's own exit code.
+    Raises `UserError`, also for what the machine refused; `KeyboardInterrupt` for Ctrl-C; `SystemExit` with a command's
+    own exit code.
     """
     try:
         code = command.main(args=list(arguments), prog_name="dvla", standalone_mode=False)
@@ -193,8 +218,16 @@ def run_command(command: Any, arguments: Sequence[str]) -> None:
         message, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
         joined = f"{message} See" if message.endswith("?") else f"{message}; see"
         raise UserError(f"{joined} `{context.command_path if context else 'dvla'} --help`") from None
-    except typer.Abort:
+    except typer.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # of a file: one of a terminal has no cause
+            raise abort.__cause__ from None
         raise KeyboardInterrupt from None
+    except BrokenPipeError:  # whatever read the output has enough
+        raise
+    except Exception as error:
+        if line := explained(error):
+            raise UserError(line) from error
+        raise
     if code == 130:  # how newer typers report Ctrl-C
         raise KeyboardInterrupt
     if code:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval
 
 from ..errors import UserError, unknown
 
@@ -26,17 +28,20 @@ class LossConfig:
     """What stages two and three minimize."""
 
     kind: Literal["mse", "pure_drift", "hybrid", "flow", "diffusion"] = "hybrid"  # hybrid = mse + drift_weight · drift
-    sample_steps: int = 0  # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
-    drift_weight: float = 1.0  # λ of the hybrid; well below 0.1 regression merges modes (docs/toy.md)
-    temperatures: tuple[float, ...] = POLICY_TEMPERATURES  # of the drift: kernel widths, in units of the mean distance
-    floor: float = AFFINITY_FLOOR  # floor under the product of the two softmaxes
+    sample_steps: Annotated[int, Interval(ge=0, le=10_000)] = (
+        0  # passes per action; 0 = the kind's own: 1, flow 10, diffusion 100
+    )
+    drift_weight: Annotated[float, Ge(0)] = 1.0  # λ of the hybrid; well below 0.1 regression merges modes (docs/toy.md)
+    # of the drift: kernel widths, in units of the mean distance
+    temperatures: Annotated[tuple[float, ...], Gt(0)] = POLICY_TEMPERATURES
+    floor: Annotated[float, Ge(0)] = AFFINITY_FLOOR  # floor under the product of the two softmaxes
     distance: Literal["chunk", "step"] = "chunk"  # compare whole [T·d] chunks, or each step on its own
-    embodiments: int = 7  # E, groups with a distance scale of their own
-    neighbours: int = 0  # of older versions; must be 0
+    embodiments: Annotated[int, Interval(ge=1, le=2**16)] = 7  # E, groups with a distance scale of their own
+    neighbours: Annotated[int, Ge(0)] = 0  # of older versions; must be 0
     queue: Literal["none", "task", "global"] = (
         "none"  # ablation: earlier chunks of the same task, or of any, compared too
     )
-    queue_size: int = 64  # chunks kept per queue, expert and generated each
+    queue_size: Annotated[int, Interval(ge=1, le=2**20)] = 64  # chunks kept per queue, expert and generated each
 
     def __post_init__(self) -> None:
         if self.kind not in ONE_STEP + DENOISING:

@@ -6,9 +6,9 @@ Imports no numpy before it draws: the command line's help is made from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from ...errors import UserError
+from ...common.config import SHARE, require_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,14 +21,14 @@ class ConditionDropout:
     Null text and images are the cache's features of an empty instruction and of black frames; null proprio is zeros.
     """
 
-    text: float = 0.1  # probability
-    images: float = 0.1  # probability, all views of an observation together; 1.0 trains a blind policy
-    proprio: float = 0.1  # probability
+    text: Annotated[float, SHARE] = 0.1  # probability
+    images: Annotated[float, SHARE] = (
+        0.1  # probability, all views of an observation together; 1.0 trains a blind policy
+    )
+    proprio: Annotated[float, SHARE] = 0.1  # probability
 
     def __post_init__(self) -> None:
-        for name in ("text", "images", "proprio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"condition dropout of {name} is {getattr(self, name)}; give a probability, 0 to 1")
+        require_ranges(self)
 
     def draw(self, seed: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(text, images, proprio) bool [n]: what is dropped at these global positions."""

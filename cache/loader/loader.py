@@ -48,9 +48,10 @@ def gather(
     """
     dataset, row = np.asarray(dataset_ids, np.int64), np.asarray(frame_rows, np.int64)
     none = np.zeros(len(row), bool)
+    no_text, no_images, no_proprio = dropped or (none, none, none)
     assembler = Assembler(cache, len(row), horizon, features, pinned=False)
     try:
-        flat = assembler(Draws(dataset, row, *(dropped or (none,) * 3), np.zeros(len(row), np.int64)))
+        flat = assembler(Draws(dataset, row, no_text, no_images, no_proprio, np.zeros(len(row), np.int64)))
         return decoded(assembler.fields.batch(flat))
     finally:
         assembler.files.close()

@@ -12,7 +12,7 @@ from ...errors import UserError
 from .base import Source
 from .config import FORMATS, UNMAPPED, DatasetConfig
 from .faults import whole_dataset
-from .location import misplaced
+from .location import misplaced, require_dataset
 from .search import NoConfig, load_config
 from .tables import EpisodeTable
 
@@ -30,6 +30,7 @@ def open_source(
     missing, has no format that can be read, or the config does not describe it.
     """
     given = str(path_or_repo)
+    require_dataset(given)
     if isinstance(config, str):
         config = load_config(config)
     format = config.format if config and config.mapped else detect_format(given)
@@ -77,6 +78,7 @@ def _reader(format: str) -> _Reader:
 def detect_format(path_or_repo: str | Path) -> str:
     """The format of a dataset (a key of FORMATS), by its file names alone; `UserError` when it has none of them."""
     given = str(path_or_repo)
+    require_dataset(given)
     root = Path(given).expanduser()
     if root.is_file():
         names, look = [root.name], root.parent

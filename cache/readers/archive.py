@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ...common.documents import open_regular
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
-from .location import POINTER, absence
+from .location import POINTER, absence, leads_down
 
 SUFFIXES = (".zip", ".tar")
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|7z|rar)$", re.IGNORECASE)
@@ -73,14 +74,15 @@ def _compressed(path: Path) -> UserError:
 class _Folder(Archive):
     def entries(self, folder: str = "") -> tuple[str, ...]:
         try:
-            return tuple(sorted(f"{p.name}/" if p.is_dir() else p.name for p in (self.path / folder).iterdir()))
+            here = self.path / folder
+            return tuple(sorted(f"{p.name}/" if leads_down(p) else p.name for p in here.iterdir()))
         except (FileNotFoundError, NotADirectoryError):
             return ()
         except OSError as error:
             raise UserError(f"{self.path / folder} cannot be listed: {error.strerror or error}") from None
 
     def read(self, name: str, where: str) -> bytes:
-        with _reading(name, where), open(self.path / name, "rb") as file:
+        with _reading(name, where), open(open_regular(self.path / name), "rb") as file:
             data = file.read(MAX_MEMBER + 1)
             if len(data) > MAX_MEMBER:
                 raise ValueError(f"it is larger than {MAX_MEMBER >> 20} MiB")
@@ -110,7 +112,7 @@ class _Packed(Archive):
         member = self._index().get(folder, {}).get(base)
         if member is None:
             raise CorruptEpisode(f"{where}: {name} is missing", "missing-file")
-        with _reading(name, where), open(self.path, "rb") as file:
+        with _reading(name, where), open(open_regular(self.path), "rb") as file:
             if max(member.size, member.packed) > MAX_MEMBER or member.size > _MAX_RATIO * (member.packed + 1):
                 raise ValueError(f"its {member.packed:,} bytes claim to unpack to {member.size:,}")
             file.seek(member.offset)
@@ -139,7 +141,7 @@ class _Packed(Archive):
 
 class _Zip(_Packed):
     def members(self) -> Iterator[tuple[str, _Member | None]]:
-        with zipfile.ZipFile(self.path) as file:
+        with open(open_regular(self.path), "rb") as raw, zipfile.ZipFile(raw) as file:
             for info in file.infolist():
                 kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the writer was no Unix
                 if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -163,7 +165,7 @@ class _Zip(_Packed):
 
 class _Tar(_Packed):
     def members(self) -> Iterator[tuple[str, _Member | None]]:
-        with open(self.path, "rb") as raw:
+        with open(open_regular(self.path), "rb") as raw:
             if raw.read(5).startswith(_MAGIC):
                 raise _compressed(self.path)
             raw.seek(0)

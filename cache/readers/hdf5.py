@@ -23,6 +23,7 @@ from ...common.hub import hub_files
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
+from .hdf5_child import can_be_read
 from .labels import SUCCESS, truth
 from .location import Location, absence
 
@@ -38,6 +39,7 @@ _MEANINGS = (  # of what HDF5 says when it opens a file
     ("truncated file", "cannot be read as HDF5: it is cut short ({sizes} bytes); copy it again"),
     ("signature not found", "cannot be read as HDF5: it is another kind of file, or its beginning is damaged"),
 )
+_ENDLESS = "is damaged: reading it does not end, or ends the process; copy it again"
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)  # what h5py raises for damaged files
 
 
@@ -46,7 +48,9 @@ def opened(path: Path, where: str) -> Iterator[h5py.File]:
     """The file, open for reading. `CorruptEpisode`, beginning with `where`, when it is not an HDF5 file, is cut short,
     or something of it cannot be read inside the block."""
     if not path.is_file():
-        raise CorruptEpisode(f"{where}: {path.name} is missing", "missing-file")
+        raise CorruptEpisode(f"{where}: {path.name} {absence(path) or 'is missing'}", "missing-file")
+    if not can_be_read(path):
+        raise CorruptEpisode(f"{where}: {path.name} {_ENDLESS}", "unreadable-file")
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file
@@ -124,6 +128,14 @@ def find_group(group: h5py.Group, name: str, where: str) -> h5py.Group:
     if not isinstance(found, h5py.Group):
         raise CorruptEpisode(f"{where}: '{name}' is a dataset, not a group")
     return found
+
+
+def readable_group(group: h5py.Group, name: str, where: str) -> h5py.Group:
+    """As `find_group`, of a group whose members were looked at in a process of its own before: those of an episode."""
+    path = Path(group.file.filename)
+    if not can_be_read(path, f"{group.name.rstrip('/')}/{name}", below=True):
+        raise CorruptEpisode(f"{where}: '{name}' of {path.name} {_ENDLESS}", "unreadable-file")
+    return find_group(group, name, where)
 
 
 def find_array(group: h5py.Group, name: str, where: str) -> h5py.Dataset:

@@ -23,12 +23,13 @@ NAMES = (  # of task texts, the most telling first
 )
 VAGUE = ("task", "text", "goal", "description", "task_name")  # a text when there are several words, else a label
 _NUMBERED = re.compile(r"(.+?)_?\d+")  # DROID: language_instruction, language_instruction_2, language_instruction_3
+_LONGEST = 200  # characters of a name
 _MAX_DEPTH = 3  # of objects in each other
 
 
 def rank(name: str) -> tuple[int, str] | None:
     """Sort key of a field that may hold a task text, by its own name; None for a name that is not known for that."""
-    name = name.lower()
+    name = name[:_LONGEST].lower()  # the pattern takes the square of it
     found = _NUMBERED.fullmatch(name)
     for known in (name, found[1] if found else ""):
         if known in NAMES or known in VAGUE:

@@ -6,16 +6,32 @@ commit.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from ...common.documents import kind_of, open_regular
 from ...common.hub import HUB_ID, hub_files, snapshot, why
 from ...common.text import first_line
 from ...errors import UserError
 from .episode import CorruptEpisode
 
 POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def regular(path: Path) -> Path:
+    """The path of a regular file, for a library that opens it by name and would wait for a pipe; else `OSError`."""
+    if not stat.S_ISREG(mode := os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, expected a file", str(path))
+    return path
+
+
+def leads_down(path: Path) -> bool:
+    """Whether it is a folder, and no link to one around it, in which everything would be found again."""
+    return path.is_dir() and not (path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()))
 
 
 def unreadable(path: Path, kind: str, error: Exception | str) -> str:
@@ -28,7 +44,8 @@ def unreadable(path: Path, kind: str, error: Exception | str) -> str:
 
 
 def absence(path: Path) -> str:
-    """Why the content of a file was never fetched to here, with the remedy; "" where that is not so."""
+    """Why the content of a file was never fetched to here, with the remedy, or what stands in its place; "" where that
+    is not so."""
     try:
         if not path.exists():
             if path.is_symlink():
@@ -36,7 +53,9 @@ def absence(path: Path) -> str:
             if any(any(folder.glob("*.incomplete")) for folder in _download_folders(path)):
                 return "was not downloaded to its end; rerun hf download"
             return "is missing"
-        with open(path, "rb") as file:
+        if not stat.S_ISREG(mode := path.stat().st_mode):
+            return f"is {kind_of(mode)}, expected a file"
+        with open(open_regular(path), "rb") as file:
             if file.read(len(POINTER)) == POINTER:
                 return "is a Git LFS pointer, not the file itself; run git lfs pull in the dataset (or hf download)"
     except OSError:
@@ -79,6 +98,18 @@ def _download_folders(path: Path) -> Iterator[Path]:
         yield (root / ".cache/huggingface/download" / path.relative_to(root)).parent
         if root.parent.name == "snapshots":
             yield root.parent.parent / "blobs"
+
+
+def require_dataset(given: str) -> None:
+    """`UserError` for a path that is here and neither a folder nor a file, or that cannot be looked at."""
+    try:
+        mode = Path(given).expanduser().stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):  # it may be a hub id
+        return
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user's home
+        raise UserError(f"{given[:100]} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{given} is {kind_of(mode)}; give a dataset folder or file, or a hub id like owner/name")
 
 
 class Location:

@@ -8,6 +8,7 @@ pixels nor tone mapped. Letters: T frames of the episode, H × W image size.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import math
@@ -25,9 +26,14 @@ from ...common.mp4 import quiet_libav
 from ...errors import Note
 from .episode import CorruptEpisode
 from .images import check_size, renamed
-from .location import unreadable
+from .location import regular, unreadable
 
 DECODER_THREADS = 2  # per open file; a build decodes several files at once
+# Containers of recordings alone: a list of other files or addresses, as of HLS or ffconcat, is none.
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,ivf,h264,hevc,obu,gif,mxf,nut,mjpeg"
+)
+_ALLOWED = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails  # video streams that are no recording
 _UNTAGGED = (0, 2, 5, 6)  # color matrices that mean BT.601, which is also what libswscale takes without a tag
 _MATRICES = (*_UNTAGGED, 1, 4, 7, 9)  # those libswscale knows, by their numbers in H.273
@@ -195,7 +201,8 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
     """Open `path`; any FFmpeg or file error inside the block becomes `CorruptEpisode`."""
     quiet_libav()
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # a title in Latin-1 is no damage
+        # replace: a title in Latin-1 is no damage
+        with av.open(str(regular(path)), metadata_errors="replace", options=_ALLOWED) as container:
             # A stream whose codec is not known has no context.
             moving = [s for s in container.streams.video if s.codec_context and not s.disposition & _STILLS]
             if not moving:
@@ -207,6 +214,8 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
         raise CorruptEpisode(f"{where}: {path} is missing", "missing-file") from None
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, av.FFmpegError) and error.errno == errno.EINVAL:  # also for a format that is not allowed
+            reason = "it is damaged, or no recording"
         raise CorruptEpisode(f"{where}: {unreadable(path, 'video', reason)}", "unreadable-file") from None
 
 

@@ -183,6 +183,8 @@ class Url(Place):
         if not outcome:
             raise UserError(f"{self.where} has not answered for {PATIENCE:g} s; check the network, then rerun")
         done, value = outcome[0]
+        if not done and isinstance(value, Exception) and not isinstance(value, (UserError, OSError)):
+            raise UserError(f"{self.where}: {_reason(value)}; check its name and your credentials") from value
         if not done:
             raise value
         return value

@@ -127,13 +127,23 @@ def _without_code(folder: Path) -> Iterator[None]:
 
 def load_tokenizer(folder: Path, path: str) -> Any:
     """The checkpoint's tokenizer; `UserError` when none of its files exists, or it needs code of its own."""
+    import transformers
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in names):
         raise UserError(f"{path} has no tokenizer: none of {', '.join(names)} exists; copy the tokenizer's files there")
+    file = folder / "tokenizer_config.json"
     with _without_code(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        stored = read_json(file) if file.is_file() else {}
+        name = (stored.get("tokenizer_class") or "").removesuffix("Fast")
+        # transformers 5 takes a generic tokenizer where it has no class of that name
+        if "auto_map" in stored and name and not any(hasattr(transformers, name + end) for end in ("", "Fast")):
+            raise ValueError(f"{file.name} names the class {name}")
+        # transformers 5 stores their names, which 4 cannot read; tokenizer.json has the tokens themselves
+        named = transformers.__version__.startswith("4.") and isinstance(stored.get("extra_special_tokens"), list)
+        options = {"extra_special_tokens": {}} if named else {}
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def image_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ...common.config import Option, configs_dir, from_mapping
+from annotated_types import Ge, Gt, Interval
+
+from ...common.config import COUNT, Option, configs_dir, from_mapping, require_ranges
 from ...common.documents import read_yaml
 from ...errors import UserError, unknown
 
@@ -19,13 +21,15 @@ class EncoderSpec:
     path: str  # checkpoint folder or hub id
     vlm: Literal["qwen3vl", "paligemma2"] = "qwen3vl"  # architecture
     revision: str | None = None  # hub commit or tag
-    resolution: int = 448  # side of the square input, pixels
+    resolution: Annotated[int, Interval(ge=1, le=2**14)] = 448  # side of the square input, pixels
     features: Literal["merged", "patch"] = "merged"  # after the model's merger or projector; or before it
-    tokens: int | None = None  # averaged on the grid down to this many; None = all
+    tokens: Annotated[int | None, COUNT] = None  # averaged on the grid down to this many; None = all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # computation; auto: bfloat16 on CUDA, else float32
     depth: Literal["vision", "language"] = "vision"  # language: the language model's last hidden state
     adapters: tuple[str, ...] = ()  # folders of adapters that are merged into the weights, in this order
-    boundary: int | None = None  # n: hidden states that enter the last n blocks of the vision tower; None = features
+    boundary: Annotated[int | None, COUNT] = (
+        None  # n: hidden states that enter the last n blocks of the vision tower; None = features
+    )
 
     def __post_init__(self) -> None:
         other = self.tokens is not None or self.features != "merged" or self.depth != "vision"
@@ -59,9 +63,13 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
 class LoraSpec:
     """Size and place of the adapter."""
 
-    r: Annotated[int, Option("--lora-r", help="Rank of LoRA.")] = 16
-    alpha: Annotated[float, Option("--lora-alpha", help="Scale of LoRA: the update is scaled by alpha / r.")] = 32.0
-    dropout: Annotated[float, Option("--lora-dropout", help="Dropout on LoRA's input in training.")] = 0.0
+    r: Annotated[int, Option("--lora-r", help="Rank of LoRA."), Interval(ge=1, le=2**14)] = 16
+    alpha: Annotated[float, Option("--lora-alpha", help="Scale of LoRA: the update is scaled by alpha / r."), Gt(0)] = (
+        32.0
+    )
+    dropout: Annotated[
+        float, Option("--lora-dropout", help="Dropout on LoRA's input in training."), Interval(ge=0, lt=1)
+    ] = 0.0
     targets: Annotated[
         Literal["qv", "attention", "all-linear"],
         Option("--lora-targets", help="Layers that LoRA adapts: qv (queries and values), attention or all-linear."),
@@ -73,13 +81,10 @@ class LoraSpec:
             help="Adapt the last n vision blocks alone; default: all, or those above the cache's boundary.",
         ),
     ] = None
-    seed: int = 0  # of the random matrices A
+    seed: Annotated[int, Ge(0)] = 0  # of the random matrices A
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError(f"LoRA rank r is {self.r}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"LoRA dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_ranges(self)
         if self.targets not in TARGETS:
             raise unknown("LoRA target", self.targets, TARGETS)
 

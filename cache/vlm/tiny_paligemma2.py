@@ -105,15 +105,14 @@ def _config(spec: TinyPaliGemmaSpec, tokenizer: Any) -> Any:
         sliding_window=4096,
         initializer_range=spec.init_std,
     )
+    special: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}  # of the base class
     return PaliGemmaConfig(
         vision_config=vision,
         text_config=text,
         projection_dim=spec.out_width,
         hidden_size=spec.out_width,
         image_token_index=tokenizer.token_to_id(IMAGE_TOKEN),
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
+        **special,
         tie_word_embeddings=True,
     )
 

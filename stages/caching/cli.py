@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from annotated_types import Ge
 
 from ...common.config import from_dotted
 from ...common.console import errors, progress_bars, say, write_json
@@ -44,7 +45,7 @@ def _build_config(given: Given, choice: Given, sources: list[str] | None, append
     """The settings of a build that the options of `build` or `plan` give."""
     if append and update:
         raise UserError("--append and --update exclude each other: --update also adds new episodes")
-    chosen = FeatureChoice(**choice)
+    chosen = from_dotted(FeatureChoice, choice)
     mode = "append" if append else "update" if update else "new"
     made = {"sources": tuple(sources or ()), "encoder": chosen.spec(), "format": chosen.format(), "mode": mode}
     return from_dotted(BuildConfig, given | made)
@@ -129,6 +130,7 @@ def cache_plan(
     frames: Annotated[
         int | None,
         typer.Option("--frames", help="With --cluster: number of frames, like these, to predict for."),
+        Ge(1),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -146,8 +148,6 @@ def cache_plan(
 
     if frames is not None and cluster is None:
         raise UserError("--frames needs --cluster; give both, or neither")
-    if frames is not None and frames < 1:
-        raise UserError(f"--frames {frames}: give at least 1")
     machines = None if cluster is None else read_cluster(cluster)
     settings = _pilot_config(pilot)
     with progress_bars() as show:
@@ -166,12 +166,9 @@ def _pilot_config(given: Given) -> PilotConfig:
     """The settings of `plan`'s own options, whose rates are a number or 'measured', and GB/s."""
     rate: Any = given.get("train_rate")
     measured = rate == "measured"
-    try:
-        rate = None if measured or rate is None else float(rate)
-    except ValueError:
-        raise UserError(f"--train-samples-per-second {rate}: give a number, or 'measured'") from None
     disk = None if "disk_rate" not in given else given["disk_rate"] * 1e9
-    return PilotConfig(**{**given, "train_rate": rate, "measure_model": measured, "disk_rate": disk})
+    rates = {"train_rate": None if measured else rate, "measure_model": measured, "disk_rate": disk}
+    return from_dotted(PilotConfig, given | rates, "plan")
 
 
 def _show_shares(shares: tuple[Share, ...]) -> None:
@@ -187,7 +184,7 @@ def _show_shares(shares: tuple[Share, ...]) -> None:
 def vlm_tiny(
     out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
     arch: Annotated[str, typer.Option("--arch", help="Architecture: qwen3vl or paligemma2.")] = "qwen3vl",
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of the weights.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the weights."), Ge(0)] = 0,
 ) -> None:
     """Make a checkpoint of the real architecture at toy width with random weights, offline: for demos and tests.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from annotated_types import Gt, Interval
+
 from ...cache.actions.selection import Selection
 from ...cache.store.feature_format import FeatureFormat, feature_format
 from ...cache.vlm.spec import EncoderSpec, encoder_spec
-from ...common.config import DATASET_CONFIG, DEVICE, VLM_PATH, Option
+from ...common.config import COUNT, DATASET_CONFIG, DEVICE, VLM_PATH, WORKERS, Option, require_ranges
 from ...errors import UserError
 from .quarantine import USUAL, most_allowed
 
@@ -25,6 +26,7 @@ class WorkerSpec:
     count: Annotated[
         int,
         Option("--workers", help="Worker processes (with --slurm: jobs), one per GPU where there are GPUs; 0: none."),
+        WORKERS,
     ] = 0
     scheduler: Annotated[
         str | None, Option("--scheduler", help="Address of a running dask scheduler, e.g. tcp://host:8786.")
@@ -35,8 +37,7 @@ class WorkerSpec:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.count < 0:
-            raise UserError(f"--workers {self.count}: give the number of processes, 0 for none but this one")
+        require_ranges(self)
         if self.scheduler and self.slurm:
             raise UserError("--scheduler and --slurm exclude each other: give one")
         if self.scheduler and "://" not in self.scheduler:
@@ -56,20 +57,20 @@ class BuildConfig:
     encoder: EncoderSpec  # which VLM, at which resolution, how many tokens
     out: Annotated[Path, Option("--out", help="Cache folder; an unfinished one is resumed.")]
     # part of the fingerprint, since it changes the last bits; of all views, where these are encoded together
-    batch_size: Annotated[int, Option("--batch-size", help="Images per encoder call.")] = 64
+    batch_size: Annotated[int, Option("--batch-size", help="Images per encoder call."), COUNT] = 64
     shard_frames: Annotated[
-        int | None, Option("--shard-frames", help="Frames per shard file; default: about 256 MiB.")
+        int | None, Option("--shard-frames", help="Frames per shard file; default: about 256 MiB."), COUNT
     ] = None
     device: Annotated[str, DEVICE] = "auto"
     dataset_config: Annotated[str | None, DATASET_CONFIG] = None
     format: FeatureFormat = field(default_factory=FeatureFormat)  # 16 or 8 bit, compressed or not
     frame_stride: Annotated[
-        int, Option("--frame-stride", help="Store features of every n-th frame; actions and states of all.")
+        int, Option("--frame-stride", help="Store features of every n-th frame; actions and states of all."), COUNT
     ] = 1
     views: Annotated[
         tuple[str, ...], Option("--view", help="Camera to encode; may be given several times. Default: all.")
     ] = ()
-    augment: Annotated[int, Option("--augment", help="Augmented variants of every image.")] = 0
+    augment: Annotated[int, Option("--augment", help="Augmented variants of every image."), Interval(ge=0, le=64)] = 0
     select: Selection = field(default_factory=Selection)  # which demonstrations
     max_quarantine: Annotated[
         str,
@@ -83,6 +84,9 @@ class BuildConfig:
     ] = False
     mode: str = "new"  # new; append: new episodes in a new generation; update: whatever changed
     workers: WorkerSpec = field(default_factory=WorkerSpec)
+
+    def __post_init__(self) -> None:
+        require_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,14 @@ class FeatureChoice:
         Option("--adapter", help="Run or checkpoint of `dvla finetune` whose fine-tuned VLM encodes."),
     ] = None
     resolution: Annotated[
-        int | None, Option("--resolution", help="Side of the padded, resized image; default: the model's own.")
+        int | None,
+        Option("--resolution", help="Side of the padded, resized image; default: the model's own."),
+        Interval(ge=1, le=2**14),
     ] = None
     tokens: Annotated[
         int | None,
         Option("--tokens", help="Tokens per image, averaged on the grid (196, 49, 16 …); default: all."),
+        COUNT,
     ] = None
     features: Annotated[
         str | None,
@@ -127,6 +134,7 @@ class FeatureChoice:
             help="Store what enters the last n blocks of the vision tower, in place of features: for "
             "`dvla finetune --lora --from-cache`, which then runs those n blocks only.",
         ),
+        COUNT,
     ] = None
 
     dtype: Annotated[
@@ -158,24 +166,19 @@ def check_settings(config: BuildConfig) -> None:
         raise UserError(f"build mode '{config.mode}' is not one of new, append, update")
     if not config.sources and config.mode == "new":
         raise UserError("no source given; name at least one dataset folder or hub id")
-    for option, value in (
-        ("--batch-size", config.batch_size),
-        ("--shard-frames", config.shard_frames),
-        ("--frame-stride", config.frame_stride),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{option} {value}: give at least 1")
     most_allowed(config.max_quarantine, 1)
-    if not 0 <= config.augment <= 64:
-        raise UserError(f"--augment {config.augment}: give the number of augmented variants of each image, 0 to 64")
 
 
 @dataclass(frozen=True)
 class PilotConfig:
     """What `plan` needs besides the build's own settings."""
 
-    images: Annotated[int, Option("--pilot", help="Images to measure with, over all datasets and views.")] = 64
-    price: Annotated[float | None, Option("--price", help="Price in USD per hour of everything that builds.")] = None
+    images: Annotated[
+        int, Option("--pilot", help="Images to measure with, over all datasets and views."), Interval(ge=2, le=10**6)
+    ] = 64
+    price: Annotated[
+        float | None, Option("--price", help="Price in USD per hour of everything that builds."), Gt(0)
+    ] = None
     train_rate: Annotated[
         float | None,
         Option(
@@ -183,26 +186,20 @@ class PilotConfig:
             help="Samples/s of the policy alone, or 'measured': trained here for a moment.",
             type=str,
         ),
+        Gt(0),
     ] = None
     measure_model: bool = False  # measure that here
     model_size: Annotated[
         str, Option("--model-size", help="Size of the policy to measure: tiny, small, base or large.")
     ] = "base"
-    draws: Annotated[int, Option("--draws", help="Noise samples that share one observation.")] = 4
+    draws: Annotated[
+        int, Option("--draws", help="Noise samples that share one observation."), Interval(ge=1, le=2**16)
+    ] = 4
     disk_rate: Annotated[  # bytes/s
         float | None,
         Option("--disk-rate", help="Read rate in GB/s of the disk to train from; default: measured at --out."),
+        Gt(0),
     ] = None
 
     def __post_init__(self) -> None:
-        if self.images < 2:
-            raise UserError(f"--pilot {self.images}: give at least 2 images to measure with")
-        if self.draws < 1:
-            raise UserError(f"--draws {self.draws}: give at least 1 noise sample")
-        for option, value in (
-            ("--price", self.price),
-            ("--train-samples-per-second", self.train_rate),
-            ("--disk-rate", self.disk_rate),
-        ):
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{option}: {value:g} is not above 0")
+        require_ranges(self)

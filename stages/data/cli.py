@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from annotated_types import Ge, Interval
 
-from ...common.config import from_dotted
+from ...common.config import COUNT, from_dotted
 from ...common.console import console, errors, progress_bars, say
 from ...common.options import DatasetConfig, Given, Options
 from ...errors import UserError
@@ -67,7 +68,7 @@ def data_list(
 
 def data_show(
     source: Source,
-    episode: Annotated[int | None, typer.Option("--episode", help="Also show this episode.")] = None,
+    episode: Annotated[int | None, typer.Option("--episode", help="Also show this episode."), Ge(0)] = None,
     dataset_config: DatasetConfig = None,
 ) -> None:
     """Show what a dataset is, what each of its dimensions means, and one episode.
@@ -112,9 +113,10 @@ def data_check(
             "--episodes",
             help="Episodes whose frames are decoded, evenly spread; the tables of all are read. Default: 64.",
         ),
+        Ge(0),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Decode every frame of every episode.")] = False,
-    frames: Annotated[int, typer.Option("--frames", help="Frames to decode of each view of an episode.")] = 8,
+    frames: Annotated[int, typer.Option("--frames", help="Frames to decode of each view of an episode."), COUNT] = 8,
     out: Annotated[Path | None, typer.Option("--out", help="JSON report to write.")] = None,
     dataset_config: DatasetConfig = None,
 ) -> None:
@@ -139,9 +141,11 @@ def data_check(
 
 def data_video(
     source: Source,
-    episode: Annotated[int, typer.Option("--episode", help="Number of the episode.")],
+    episode: Annotated[int, typer.Option("--episode", help="Number of the episode."), Ge(0)],
     out: Annotated[Path, typer.Option("--out", "-o", help="mp4 file to write.")],
-    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second; default: as recorded.")] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", help="Frames per second; default: as recorded."), Interval(gt=0, le=1000)
+    ] = None,
     dataset_config: DatasetConfig = None,
 ) -> None:
     """Render an episode as a video: all views with instruction, time and action curves.

@@ -18,6 +18,7 @@ from ...cache.readers import Source
 from ...cache.readers.episode import CorruptEpisode
 from ...cache.readers.episode_hdf5 import episode_files, read_attributes, write_episode
 from ...common import fingerprint
+from ...common.documents import json_value, open_regular
 from ...common.files import hold, write_file
 from ...common.progress import Progress
 from ...errors import UserError, unknown
@@ -136,7 +137,7 @@ def _check_same(path: Path, source_hash: str, settings: dict[str, Any]) -> None:
     """`UserError` unless the file at `path` was exported from this episode with these settings."""
     try:
         attributes = read_attributes(path, str(path))
-        found = json.loads(attributes["settings"])
+        found = json_value(attributes["settings"])
         others = [name for name in settings if found[name] != settings[name]]
     except (CorruptEpisode, KeyError, ValueError, TypeError):
         raise UserError(
@@ -162,7 +163,7 @@ def _locked(out: Path, source: Source) -> Iterator[None]:
         raise UserError(f"{out} holds {what} ({', '.join(other[:3])}); choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / _LOCK, "ab")
+        lock = open(open_regular(out / _LOCK, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
     with lock:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from ...cache.actions.action_map import ActionMap
-from ...cache.actions.slots import ACTION_SCHEMA_VERSION
+from ...cache.actions.slots import ACTION_SCHEMA_VERSION, UNIFIED_DIM
 from ...cache.actions.statistics import QUANTILES, RunningStatistics, Statistics
 from ...cache.readers import Source
+from ...common.documents import Count, Field, Form, Positive, read_json, require_form
 from ...common.files import write_file
 from ...common.progress import Progress
 from ...errors import Failed, UserError
@@ -29,6 +30,53 @@ GRID = tuple((i + 0.5) / PARTS for i in range(PARTS))
 BATCH_ROWS = 16384
 
 Report = dict[str, Any]
+
+
+class _Entry(Form):
+    count: Positive
+    mean: float
+    std: Annotated[float, Field(ge=0)]
+    min: float
+    max: float
+    quantiles: Annotated[
+        dict[Literal[tuple(map(str, QUANTILES))], float],  # type: ignore[misc]
+        Field(min_length=len(QUANTILES)),
+    ]
+    grid: Annotated[list[float], Field(min_length=PARTS, max_length=PARTS)]
+
+
+class _Slot(_Entry):
+    slot: Annotated[int, Field(ge=0, lt=UNIFIED_DIM)]
+    unit: str
+
+
+class _Vector(Form):
+    unified: dict[str, _Slot]
+    native: dict[str, _Entry] = {}
+
+
+class _Refused(Form):
+    episode: Count
+    reason: str
+
+
+class _Dataset(Form):
+    name: str
+    config: str | None
+    control_hz: Annotated[float, Field(gt=0)]
+    episodes: Count
+    rows: Count
+    quarantined: list[_Refused]
+
+
+class _Report(Form):
+    """A report on disk."""
+
+    kind: str
+    action_schema: str | int
+    datasets: Annotated[list[_Dataset], Field(min_length=1)]
+    action: _Vector | None = None
+    state: _Vector | None = None
 
 
 def measure(source: Source, show: Progress) -> Report:
@@ -104,15 +152,10 @@ def _entries(running: RunningStatistics) -> list[dict[str, Any]]:
 
 def read_report(path: Path) -> Report:
     """A report that `write_report` wrote; `UserError` for another file."""
-    try:
-        report = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError:
-        report = None
+    report = read_json(path, Any)
     if not isinstance(report, dict) or report.get("kind") != KIND:
         raise UserError(f"{path} is not a report of this release's `dvla data stats --out`; measure the dataset again")
-    return report
+    return require_form(report, path, _Report, "measure the dataset again")
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -155,7 +198,7 @@ def merge_reports(reports: Sequence[Report]) -> Report:
         vectors = [r[what] for r in reports if what in r]
         if vectors:
             merged[what] = {
-                part: _merge_fields([v[part] for v in vectors]) for part in ("unified", "native")[: 1 + same]
+                part: _merge_fields([v.get(part, {}) for v in vectors]) for part in ("unified", "native")[: 1 + same]
             }
     return merged
 

@@ -16,6 +16,7 @@ from ...cache.actions.slots import SLOTS, unit_of
 from ...cache.readers import Source, detect_format, open_source
 from ...cache.readers.episode import CorruptEpisode, Episode
 from ...cache.readers.lerobot.documents import flat_names
+from ...cache.readers.location import leads_down
 from ...cache.readers.search import SAMPLED, NoConfig
 from ...common.progress import Progress
 from ...errors import Failed, UserError
@@ -69,7 +70,7 @@ def find_datasets(folders: Sequence[Path]) -> Iterator[Path]:
 def _datasets_below(folder: Path, depth: int) -> Iterator[Path]:
     try:
         below = folder.iterdir() if folder.is_dir() else ()
-        children = sorted(p for p in below if p.is_dir() and not p.name.startswith("."))
+        children = sorted(p for p in below if leads_down(p) and not p.name.startswith("."))
     except OSError:
         yield folder  # opening it says what is wrong
         return

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from annotated_types import Interval
 
+from ...common.config import COUNT, SEED, THREADS
 from ...common.console import console, progress_bars, say
 from ...common.console import table as grid
 from ...common.options import DatasetConfig, VlmPath, runner_of
 from ...errors import UserError
+
+FurtherTraining = Annotated[
+    str,
+    typer.Option(
+        "--train", help='Further options of every training, in one string, e.g. "--model-size base --steps 20000".'
+    ),
+]
 
 
 def ablate_command(
@@ -26,22 +35,21 @@ def ablate_command(
         typer.Option("--from-cache", help="Cache to train from, instead of recording demonstrations and building one."),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option("--seed", help="Random seed; may be given several times. Default: the recipe's.")
+        list[int] | None,
+        typer.Option("--seed", help="Random seed; may be given several times. Default: the recipe's."),
+        SEED,
     ] = None,
     episodes: Annotated[
-        int | None, typer.Option("--episodes", help="Held-out initial states per task and seed; default: the recipe's.")
+        int | None,
+        typer.Option("--episodes", help="Held-out initial states per task and seed; default: the recipe's."),
+        COUNT,
     ] = None,
-    train: Annotated[
-        str,
-        typer.Option(
-            "--train", help='Further options of every training, in one string, e.g. "--model-size base --steps 20000".'
-        ),
-    ] = "",
-    jobs: Annotated[int, typer.Option("--jobs", help="Cells (a training and its evaluations) to run in parallel.")] = 1,
+    train: FurtherTraining = "",
+    jobs: Annotated[
+        int, typer.Option("--jobs", help="Cells (a training and its evaluations) to run in parallel."), THREADS
+    ] = 1,
     print_: Annotated[bool, typer.Option("--print", help="Show the cells and an estimate; run nothing.")] = False,
-    table: Annotated[
-        bool, typer.Option("--table", help="Rewrite table.md from what is finished, and print it; run nothing.")
-    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Rewrite and print table.md of what is finished.")] = False,
 ) -> None:
     """Train and evaluate every variant of a recipe with every seed, and tabulate the results.
 
@@ -137,7 +145,9 @@ def cotrain_command(
         str | None, typer.Option("--retrain", help="Options of later `dvla train`; default: those of the first.")
     ] = None,
     rounds: Annotated[
-        int, typer.Option("--rounds", help="Rounds of fine-tuning the VLM and rebuilding the cache.")
+        int,
+        typer.Option("--rounds", help="Rounds of fine-tuning the VLM and rebuilding the cache."),
+        Interval(ge=1, le=1000),
     ] = 1,
     dataset_config: DatasetConfig = None,
 ) -> None:
@@ -167,7 +177,7 @@ def demo_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Run every command in two minutes, with no claim of success.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of recording, model and training.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of recording, model and training."), SEED] = 0,
 ) -> None:
     """Run the full pipeline here: record, cache, train, fine-tune with LoRA, evaluate.
 
@@ -188,7 +198,7 @@ def toy_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Run in about a minute, to show that it runs, not what drifting can do.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Random seed of data, initialization and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of data, initialization and noise."), SEED] = 0,
 ) -> None:
     """Show drifting where the answer is known: 2-D distributions, and two ways around an obstacle.
 

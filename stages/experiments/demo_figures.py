@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...common.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, finish, new_figure
+from ...common.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, finish, new_figure, save
 from ..training.run_log import evaluations, read_log
 
 COLORS = {"stage two": BLUE, "stage three": ORANGE, "expert": GREEN, "blind": GREY, "random": PURPLE}
@@ -20,7 +20,7 @@ def loss_figure(runs: dict[str, Path], path: Path) -> None:
         _curves(axis, lines, 0, BLUE, ORANGE, "")
         title = f"{name}: MSE {lines[0]['mse']:.4f} → {lines[-1]['mse']:.4f}"
         axis.set(title=title, xlabel="step", ylabel=UNIT, yscale="log")
-    finish(figure, "", LIGHT, "outside").savefig(path, dpi=120)
+    save(finish(figure, "", LIGHT, "outside"), path, 120)
 
 
 def switch_figure(before: Path, after: Path, path: Path) -> None:
@@ -40,7 +40,7 @@ def switch_figure(before: Path, after: Path, path: Path) -> None:
     compared = "not compared" if None in (cached, live) else f"{cached:.5f} from the cache, {live:.5f} live"
     title = f"The VLM returns at step {end}.\nLoss of one batch: {compared}"
     axis.set(title=title, xlabel="step", ylabel=UNIT, yscale="log")
-    finish(figure, "", LIGHT, "outside").savefig(path, dpi=120)
+    save(finish(figure, "", LIGHT, "outside"), path, 120)
 
 
 def _curves(axis: Any, lines: list[dict[str, Any]], offset: int, color: str, held_out_color: str, name: str) -> None:
@@ -78,4 +78,4 @@ def success_figure(stages: dict[str, dict[str, Any]], path: Path) -> None:
             xticks=range(len(bars)),
             xticklabels=list(bars),
         )
-    finish(figure, "", LIGHT).savefig(path, dpi=120)
+    save(finish(figure, "", LIGHT), path, 120)

@@ -29,7 +29,7 @@ from .load import load_net, load_policy_encoder, read_document
 from .observation import LEROBOT_STATE, Observation, as_observation, from_lerobot, require_views
 from .robot import RobotInterface, choose_dataset
 
-KEPT_TEXTS = 1024  # instructions whose embeddings a policy keeps: a server may meet any number
+KEPT_TEXTS = 64 << 20  # bytes of the instructions' embeddings that a policy keeps: a server may meet any number
 
 
 class Policy:
@@ -48,7 +48,8 @@ class Policy:
         self.net, self.encoder, self.robot, self.needs_images, self.seed = net, encoder, robot, sees, seed
         self.loss = loss or LossConfig()  # that it was trained with: says how the head samples
         self.path: Path | None = None  # of the policy directory it came from
-        self._text: dict[str, tuple[torch.Tensor, int]] = {}
+        self._text: dict[str, tuple[torch.Tensor, int]] = {}  # the latest used last
+        self._text_nbytes = 0
         self._null = encoder.null_image_features(len(robot.views))  # [V,K,D]
 
     def __repr__(self) -> str:
@@ -196,10 +197,12 @@ class Policy:
         return text, torch.arange(longest, device=text.device) < lengths
 
     def _embed(self, instruction: str) -> tuple[torch.Tensor, int]:
-        if instruction not in self._text:
-            if len(self._text) >= KEPT_TEXTS:
-                self._text.clear()
+        found = self._text.pop(instruction, None)
+        if found is None:
             embedding, length = self.encoder.encode_text([instruction])
-            rounded = embedding[0].to(torch.float16).to(embedding.dtype)  # as in the cache
-            self._text[instruction] = rounded, int(length[0])
-        return self._text[instruction]
+            found = embedding[0].to(torch.float16).to(embedding.dtype), int(length[0])  # rounded as in the cache
+            self._text_nbytes += found[0].nbytes
+        self._text[instruction] = found
+        while self._text_nbytes > KEPT_TEXTS and len(self._text) > 1:
+            self._text_nbytes -= self._text.pop(next(iter(self._text)))[0].nbytes
+        return found

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from annotated_types import Ge
 
+from ...common.config import COUNT
 from ...common.console import progress_bars, say
 from ...common.options import DatasetConfig, Device, VlmPath
 from ...common.text import size
@@ -22,7 +24,7 @@ def report_command(
     evaluation: Annotated[
         list[Path] | None, typer.Option("--eval", help="Folder of `dvla eval --out`; may be given several times.")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Most steps whose panels the page holds.")] = 12,
+    steps: Annotated[int, typer.Option("--steps", help="Most steps whose panels the page holds."), COUNT] = 12,
 ) -> None:
     """Write a run as one page that opens from disk.
 
@@ -59,8 +61,8 @@ def rerun_command(
     run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.", show_default=False)],
     source: Annotated[str, typer.Option("--source", help="Dataset folder or hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, ending in .rrd.")],
-    episode: Annotated[int, typer.Option("--episode", help="Number of the episode.")] = 0,
-    every: Annotated[int, typer.Option("--every", help="Predict at every n-th frame.")] = 1,
+    episode: Annotated[int, typer.Option("--episode", help="Number of the episode."), Ge(0)] = 0,
+    every: Annotated[int, typer.Option("--every", help="Predict at every n-th frame."), COUNT] = 1,
     dataset_config: DatasetConfig = None,
     vlm_path: VlmPath = None,
     device: Device = "auto",

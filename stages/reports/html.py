@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...common.figures import DARK, LIGHT, Style, png
-from ...common.files import write_file
+from ...common.files import write_output
 from ...errors import UserError
 
 if TYPE_CHECKING:
@@ -44,10 +44,7 @@ def write_page(path: Path, template: str, **values: Any) -> int:
     """Fill `templates/<template>` and write it; returns its bytes. `UserError` where that is impossible."""
     require_page(path)
     page = _environment().get_template(template).render(mark=MARK, **values).encode()
-    try:
-        write_file(path, page)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    write_output(path, page)
     return len(page)
 
 

@@ -25,6 +25,7 @@ from ...cache.readers import open_source
 from ...cache.readers.config import DatasetConfig
 from ...cache.readers.episode import CorruptEpisode, Episode
 from ...common.config import from_mapping
+from ...common.files import discard
 from ...common.packages import require_package
 from ...common.progress import Progress
 from ...errors import UserError
@@ -140,7 +141,7 @@ def _write(policy: Any, episode: Episode, episode_id: int, out: Path, every: int
         record.disconnect()
         os.replace(part, out)
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
     return RerunReport(out, episode.length, len(errors), float(np.mean(errors)))
 
 

@@ -76,6 +76,9 @@ class Batcher:
 
     def submit(self, observation: Observation) -> asyncio.Future[Answer]:
         """A future of the answer; it may be cancelled, or raise `UserError` (bad observation) or `PolicyFailed`."""
+        for _ in range(self._waiting.qsize()):  # drop the images of those whose client has given up
+            if not (request := self._waiting.get_nowait()).future.done():
+                self._waiting.put_nowait(request)
         future = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait(Request(observation, future))
         return future

@@ -40,12 +40,13 @@ def serve_command(
     from .server import PolicyServer, load_policy
 
     config = from_dotted(ServeConfig, given)
+    options = from_dotted(PolicyOptions, opened)
     token = read_token(token_file)
     with listen(config.host, config.port, token) as sock:
-        loaded = load_policy(policy, **opened)
+        loaded = load_policy(policy, **vars(options))
         server = PolicyServer(loaded, config, token, lambda line: errors.print(line, markup=False))
         say(_interface(policy, server.metadata))
-        seconds = server.warm_up(opened["compile"])
+        seconds = server.warm_up(options.compile)
         number = server.run(sock, lambda: say(_ready(sock, seconds, token)))
     answers = server.metrics.counts["requests"] + server.metrics.counts["queued"]
     say(f"ended: {answers} answer{'s' * (answers != 1)}")

@@ -31,7 +31,8 @@ class PolicyClient:
         headers = {"Authorization": f"Api-Key {token}"} if token else None
         try:
             url = f"ws://[{host}]:{port}" if ":" in host else f"ws://{host}:{port}"
-            self._connection = connect(url, additional_headers=headers, compression=None, max_size=None, proxy=None)
+            connecting = connect(url, additional_headers=headers, compression=None, max_size=None, proxy=None)
+            self._connection = connecting.__enter__()  # websockets is about to connect only here
         except (OSError, InvalidHandshake, InvalidURI) as error:
             raise UserError(f"cannot connect to the policy server at {self._where}: {error}") from None
         self.metadata: dict[str, Any] = self._receive()
@@ -46,8 +47,14 @@ class PolicyClient:
             "actions": the chunk [T, d] in the robot's units, or one action [d] if the server executes chunks; then also
             "chunk_left", the number of actions left before it needs new images.
         """
+        data, most = wire.pack(dict(observation)), self.metadata.get("max_message")
+        if most is not None and len(data) > most:
+            raise UserError(
+                f"an observation has {len(data)} bytes; the policy server at {self._where} takes {most}: send smaller "
+                "images, or give it a larger --max-message-mib"
+            )
         try:
-            self._connection.send(wire.pack(dict(observation)))
+            self._connection.send(data)
         except ConnectionClosed as error:
             raise self._closed(error) from None
         return self._receive()

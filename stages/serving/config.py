@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from ...common.config import DEVICE, SAMPLE_STEPS, VLM_PATH, Option
+from annotated_types import Ge, Interval
+
+from ...common.config import COUNT, DEVICE, SAMPLE_STEPS, STEPS, VLM_PATH, Option, require_ranges
 from ...errors import UserError
 
 DATASET = Option("--dataset", help="Dataset whose robot and normalization to use, of a policy trained on several.")
@@ -17,10 +19,10 @@ class PolicyOptions:
     """How a policy is opened for a server: arguments of `load_policy`."""
 
     dataset: Annotated[str | None, DATASET] = None
-    steps: Annotated[int | None, SAMPLE_STEPS] = None
+    steps: Annotated[int | None, SAMPLE_STEPS, STEPS] = None
     compile: Annotated[bool, COMPILE] = False
     blind: Annotated[bool, Option("--blind", help="Act with images blanked.")] = False
-    seed: Annotated[int, Option("--seed", help="Random seed of the noise.")] = 0
+    seed: Annotated[int, Option("--seed", help="Random seed of the noise."), Ge(0)] = 0
     vlm_path: Annotated[str | None, VLM_PATH] = None
     device: Annotated[str, DEVICE] = "auto"
 
@@ -32,16 +34,27 @@ class ServeConfig:
     host: Annotated[
         str, Option("--host", help="Interface to listen on; any address other than localhost needs a token.")
     ] = "127.0.0.1"
-    port: Annotated[int, Option("--port", help="Port; 0: any free one.")] = 8000
-    max_batch: Annotated[int, Option("--max-batch", help="Most requests in one forward pass.")] = 8
-    max_wait_ms: Annotated[float, Option("--max-wait-ms", help="Milliseconds that a request waits for others.")] = 2.0
-    max_clients: Annotated[int, Option("--max-clients", help="Most connections at a time.")] = 16
-    max_message_mib: Annotated[float, Option("--max-message-mib", help="Largest message in MiB.")] = 32.0
+    port: Annotated[int, Option("--port", help="Port; 0: any free one."), Interval(ge=0, le=65535)] = 8000
+    max_batch: Annotated[
+        int, Option("--max-batch", help="Most requests in one forward pass."), Interval(ge=1, le=4096)
+    ] = 8
+    max_wait_ms: Annotated[
+        float,
+        Option("--max-wait-ms", help="Milliseconds that a request waits for others."),
+        Interval(ge=0, le=60_000),
+    ] = 2.0
+    max_clients: Annotated[
+        int, Option("--max-clients", help="Most connections at a time."), Interval(ge=1, le=2**16)
+    ] = 16
+    max_message_mib: Annotated[
+        float, Option("--max-message-mib", help="Largest message in MiB."), Interval(ge=1 / 1024, le=2048)
+    ] = 32.0
     execute: Annotated[
         int | None,
         Option(
             "--execute", help="Answer with one action at a time and replan after n of a chunk; default: whole chunks."
         ),
+        COUNT,
     ] = None
     fields: Annotated[
         tuple[str, ...],
@@ -49,22 +62,16 @@ class ServeConfig:
             "--field", help="Another name of a field, e.g. images/front=observation/image; may be given several times."
         ),
     ] = ()
-    answer_timeout: Annotated[float, Option("--timeout", help="Seconds before a request is given up.")] = 30.0
-    send_timeout: float = 10.0  # seconds after which a client that does not read is disconnected
-    ping_interval: float = 20.0  # seconds between pings of a silent client, which has as long to answer
+    answer_timeout: Annotated[
+        float, Option("--timeout", help="Seconds before a request is given up."), Interval(ge=0.001, le=86_400)
+    ] = 30.0
+    # seconds after which a client that does not read is disconnected
+    send_timeout: Annotated[float, Interval(gt=0, le=86_400)] = 10.0
+    # seconds between pings of a silent client, which has as long to answer
+    ping_interval: Annotated[float, Interval(gt=0, le=86_400)] = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"port {self.port}: must be 0 (any free one) to 65535")
-        for name, least in (
-            ("max_batch", 1),
-            ("max_wait_ms", 0),
-            ("max_clients", 1),
-            ("max_message_mib", 1 / 1024),
-            ("answer_timeout", 0.001),
-        ):
-            if not getattr(self, name) >= least:  # also where it is NaN
-                raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {least}")
+        require_ranges(self)
 
     @property
     def max_message(self) -> int:
@@ -88,18 +95,23 @@ class LatencyConfig:
     model_size: Annotated[
         str, Option("--model-size", help="With random weights: tiny, small, base (the default) or large.")
     ] = "base"
-    views: Annotated[int, Option("--views", help="With random weights: number of cameras; default 2.")] = 2
-    steps: Annotated[int | None, SAMPLE_STEPS] = None
+    views: Annotated[
+        int, Option("--views", help="With random weights: number of cameras; default 2."), Interval(ge=1, le=64)
+    ] = 2
+    steps: Annotated[int | None, SAMPLE_STEPS, STEPS] = None
     batches: Annotated[
         tuple[int, ...],
         Option(
             "--batch-size",
             help="Observations per call; through the server: clients. May be given several times; default 1.",
         ),
+        Interval(ge=1, le=2**16),
     ] = (1,)
-    camera: tuple[int, int] = (480, 640)  # H, W of its images
-    warm_up: Annotated[int, Option("--warm-up", help="Untimed calls before the timed ones.")] = 5
-    repeats: Annotated[int, Option("--repeats", help="Timed calls.")] = 50
+    camera: Annotated[tuple[int, int], Interval(ge=1, le=2**14)] = (480, 640)  # H, W of its images
+    warm_up: Annotated[
+        int, Option("--warm-up", help="Untimed calls before the timed ones."), Interval(ge=0, le=10**6)
+    ] = 5
+    repeats: Annotated[int, Option("--repeats", help="Timed calls."), Interval(ge=1, le=10**6)] = 50
     device: Annotated[str, DEVICE] = "auto"
     compile: Annotated[bool, COMPILE] = False
     server: Annotated[
@@ -107,10 +119,6 @@ class LatencyConfig:
     ] = True
 
     def __post_init__(self) -> None:
-        for name in ("views", "repeats", "warm_up"):
-            if getattr(self, name) < (name != "warm_up"):
-                raise UserError(
-                    f"{name.replace('_', ' ')} is {getattr(self, name)}; must be at least {int(name != 'warm_up')}"
-                )
-        if not self.batches or min(self.batches) < 1 or min(self.camera) < 1:
-            raise UserError("batch sizes and the sides of an image must be at least 1")
+        require_ranges(self)
+        if not self.batches:
+            raise UserError("no --batch-size is given; give at least one")

@@ -45,6 +45,7 @@ from .session import Session
 
 FULL = 1013  # close code "try again later"
 CLOSING = 2.0  # seconds that a client has to answer a closing handshake
+QUIET = 60.0  # seconds between two lines about connections that could not be served
 
 
 class PolicyServer:
@@ -72,6 +73,7 @@ class PolicyServer:
         self._policy, self.config, self._token = policy, config, token
         self.metrics = Metrics()
         self._batcher = Batcher(policy, config.max_batch, config.max_wait_ms / 1e3, self.metrics, say)
+        self._say, self._said = say, -QUIET
         self._stopped = False
         self._wake: Callable[[], object] = lambda: None  # wakes the event loop, once there is one
         self.metadata = {
@@ -138,11 +140,13 @@ class PolicyServer:
         quiet = logging.getLogger("dvla.serve")  # malformed requests from others are not worth logging
         quiet.addHandler(logging.NullHandler())
         quiet.propagate = False
+        loop.set_exception_handler(lambda _, found: self._trouble(found["message"], found.get("exception")))
         self._wake = lambda: loop.call_soon_threadsafe(ended.set)
         if self._stopped:  # a signal may have come before there was a loop
             ended.set()
         work = asyncio.create_task(self._batcher.work())
         work.add_done_callback(lambda task: ended.set())
+        logging.getLogger("asyncio").addFilter(_unbroken)
         try:
             async with serve(
                 self._client,
@@ -162,9 +166,16 @@ class PolicyServer:
                 await ended.wait()
         finally:
             self._wake = lambda: None
+            logging.getLogger("asyncio").removeFilter(_unbroken)
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
+
+    def _trouble(self, what: str, error: BaseException | None) -> None:
+        """Say in a line what went wrong with a connection, unless that was done lately: others can cause it."""
+        if time.monotonic() - self._said >= QUIET:
+            self._said = time.monotonic()
+            self._say(" ".join(f"{what}: {error!r}".split())[:300])
 
     def _request(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response to an HTTP request; None begins a WebSocket."""
@@ -258,6 +269,15 @@ class PolicyServer:
         except PolicyFailed as error:
             counts["failed"] += 1
             return str(error)
+        except Exception as error:  # whatever it is, the client can ask for something else
+            counts["malformed"] += 1
+            self._trouble("a message could not be read", error)
+            return f"the message could not be read: {type(error).__name__}"
+
+
+def _unbroken(record: logging.LogRecord) -> bool:
+    """Leaves out what asyncio logs for each write to a socket that its client has closed."""
+    return not record.getMessage().startswith("socket.send() raised exception")
 
 
 def load_policy(path: Path, device: str, compile: bool = False, **options: Any) -> Policy:

@@ -24,6 +24,8 @@ except ImportError as error:
     raise missing_package(error.name or "websockets", "serving", "serve") from None
 
 NUMBERS = re.compile(r"[<>|=]?[biuf]\d{1,2}")
+LONGEST = 1 << 16  # values of a list, entries of a map; arrays are bytes
+MOST_PARTS = 1 << 20  # lists, maps and what they hold, of a message: an empty list is one byte of it and 56 in memory
 
 
 def pack(value: Any) -> bytes:
@@ -36,9 +38,24 @@ def pack(value: Any) -> bytes:
 
 def unpack(data: bytes) -> Any:
     """Inverse of `pack`; arrays are read-only. `UserError` for bytes that are not such a message."""
+    parts = 0
+
+    def counted(value: Any) -> Any:
+        nonlocal parts
+        parts += 1 + len(value)
+        if parts > MOST_PARTS:
+            raise UserError(f"a message holds more than {MOST_PARTS} values; send numbers as arrays")
+        return value
+
     try:
-        return msgpack.unpackb(data, object_hook=_decode)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        return msgpack.unpackb(
+            data,
+            object_hook=lambda value: _decode(counted(value)),
+            list_hook=counted,
+            max_array_len=LONGEST,
+            max_map_len=LONGEST,
+        )
+    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
         raise UserError(f"not a msgpack message: {_line(error)}") from None
 
 
@@ -64,7 +81,8 @@ def _decode(value: dict[Any, Any]) -> Any:
             )
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in value:
-        return _dtype(value).type(value.get(b"data"))
+        with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused where it matters
+            return _dtype(value).type(value.get(b"data"))
     return value
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ...common.config import from_dotted
+from ...common.config import COUNT, from_dotted
 from ...common.console import console, progress_bars, say
 from ...common.options import Given, Options
 from ...errors import UserError
@@ -56,7 +56,7 @@ def eval_command(
 
 def data_record(
     given: Annotated[Given, Options(RecordConfig, RECORD)],
-    episodes: Annotated[int, typer.Option("--episodes", help="Demonstrations to keep.")] = 50,
+    episodes: Annotated[int, typer.Option("--episodes", help="Demonstrations to keep."), COUNT] = 50,
 ) -> None:
     """Record a scripted expert as a LeRobot v3.0 dataset (mp4, two cameras).
 

@@ -23,7 +23,7 @@ from ...drifting.dit import dit_config
 from ...drifting.policy_net import PolicyNetConfig
 from ...errors import UserError
 from .config import ALL, TrainConfig
-from .run_log import require_wandb
+from .trackers.catalogue import require_trackers
 
 ABSOLUTE = "has a joint or a pose in both its actions and its state"
 ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
@@ -119,7 +119,7 @@ def require_trainable(config: TrainConfig, cache: Cache, live: bool = False) -> 
                 f"{embodiments - 1}"
             )
     _require_samples(config, cache, usable)
-    require_wandb(config.wandb)
+    require_trackers(config)
 
 
 def _require_samples(config: TrainConfig, cache: Cache, usable: list[np.ndarray]) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from annotated_types import Ge
 
 from ...cache.vlm.spec import LoraSpec
+from ...common.config import SHARE, from_dotted
 from ...common.console import progress_bars, say
 from ...common.options import Device, Given, Options, Set, VlmPath, parse_set
 from ...errors import UserError, unknown
@@ -24,16 +26,17 @@ Recipe = Annotated[
 MaskProb = Annotated[
     float | None,
     typer.Option("--cond-mask-prob", help="Condition dropout: probability of dropping text, images and state, each."),
+    SHARE,
 ]
 FlashAttention = Annotated[
     bool, typer.Option("--use-flash-attn", help="Use flash-attn in place of torch's own attention (dvla\\[gpu], CUDA).")
 ]
 StopAfter = Annotated[
-    int | None, typer.Option("--stop-after", help="Save and stop at this step; rerun without it to resume.")
+    int | None, typer.Option("--stop-after", help="Save and stop at this step; rerun without it to resume."), Ge(1)
 ]
 RUN_FOLDER = "Run folder; one with the same settings is resumed."
-LOOP = """seed threads precision compile {} log_every eval_every eval_batches save_every wandb.mode wandb.project set_
-    stop_after device"""
+LOOP = """seed threads precision compile {} log_every eval_every eval_batches save_every trackers wandb.mode
+    wandb.project set_ stop_after device"""
 TRAIN = f"""cache out init local dry_run recipe model_size loss_type steps batch_size accumulate draws optimizer.lr
     optimizer.schedule mask
     image_aug blind select.include select.exclude select.success_only select.drop_idle weight temperature normalize
@@ -153,7 +156,7 @@ def finetune_command(
     from .stage_three.finetune import finetune, finetune_config
 
     mode = _vlm_mode(vlm_mode, lora)
-    spec = LoraSpec(**adapter) if mode == "lora" else None
+    spec = from_dotted(LoraSpec, adapter, "LoRA") if mode == "lora" else None
     given |= {"out": str(out), "cache": from_cache, "device": device}
     overrides = (_dotted(load_recipe(recipe)) if recipe else {}) | _overrides(given, mask, flash, set_)
     config = finetune_config(start, tuple(source or ()), spec, overrides, vlm_path, mode == "full")

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval
 
 from ...cache.actions.schemes import Frame, Scheme
 from ...cache.actions.selection import Selection
 from ...cache.loader.dropout import ConditionDropout
 from ...cache.vlm.spec import LoraSpec
-from ...common.config import DEVICE, Option, apply, from_mapping, load_shipped, shipped
+from ...common.config import (
+    COUNT,
+    DEVICE,
+    SHARE,
+    THREADS,
+    Option,
+    apply,
+    from_mapping,
+    load_shipped,
+    require,
+    require_ranges,
+    shipped,
+)
 from ...drifting.config import ONE_STEP, LossConfig
-from ...errors import UserError
+from ...errors import UserError, unknown
 
+TRACKERS = ("wandb", "tensorboard", "trackio")
 ALL = "*"  # in `normalize`: every dataset that is not named
 
 
@@ -22,15 +36,15 @@ ALL = "*"  # in `normalize`: every dataset that is not named
 class OptimizerConfig:
     """AdamW with linear warm-up, then a schedule of the rate; EMA of the weights."""
 
-    lr: Annotated[float, Option("--lr", help="Peak learning rate of the policy.")] = 4e-4
-    projector_lr_scale: float = 0.5  # projector's rate = lr × this
+    lr: Annotated[float, Option("--lr", help="Peak learning rate of the policy."), Ge(0)] = 4e-4
+    projector_lr_scale: Annotated[float, Ge(0)] = 0.5  # projector's rate = lr × this
     vlm_lr_scale: Annotated[
-        float, Option("--vlm-lr-scale", help="The VLM's learning rate (LoRA or tower) as a share of --lr.")
+        float, Option("--vlm-lr-scale", help="The VLM's learning rate (LoRA or tower) as a share of --lr."), Ge(0)
     ] = 0.1
-    vlm_lr_halved: tuple[int, ...] = ()  # steps at each of which the VLM's rate is halved
-    weight_decay: float = 1e-4  # on matrices; vectors have none
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup: int = 500  # steps
+    vlm_lr_halved: Annotated[tuple[int, ...], Ge(1)] = ()  # steps at each of which the VLM's rate is halved
+    weight_decay: Annotated[float, Ge(0)] = 1e-4  # on matrices; vectors have none
+    betas: Annotated[tuple[float, float], Interval(ge=0, lt=1)] = (0.9, 0.95)
+    warmup: Annotated[int, Ge(0)] = 500  # steps
     schedule: Annotated[
         Literal["cosine", "constant", "wsd"],
         Option(
@@ -39,35 +53,12 @@ class OptimizerConfig:
             "over the last fifth, optimizer.decay).",
         ),
     ] = "cosine"
-    decay: float = 0.2  # share of the steps over which wsd decays, the last ones
-    clip: float = 1.0  # global gradient norm
-    ema: float = 0.9999  # decay, reached gradually: min(ema, (1+step)/(10+step))
+    decay: Annotated[float, Interval(gt=0, le=1)] = 0.2  # share of the steps over which wsd decays, the last ones
+    clip: Annotated[float, Gt(0)] = 1.0  # global gradient norm
+    ema: Annotated[float, Interval(ge=0, lt=1)] = 0.9999  # decay, reached gradually: min(ema, (1+step)/(10+step))
 
     def __post_init__(self) -> None:
-        for name in ("lr", "projector_lr_scale", "vlm_lr_scale", "weight_decay", "warmup"):
-            require(f"optimizer.{name}", getattr(self, name), at_least=0)
-        require("optimizer.clip", self.clip, above=0)
-        require("optimizer.decay", self.decay, above=0, at_most=1)
-        for step in self.vlm_lr_halved:
-            require("each step of optimizer.vlm_lr_halved", step, at_least=1)
-        for value in (*self.betas, self.ema):
-            require("each of optimizer.betas and optimizer.ema", value, at_least=0, below=1)
-
-
-def require(
-    name: str,
-    value: float,
-    *,
-    at_least: float = -math.inf,
-    above: float = -math.inf,
-    at_most: float = math.inf,
-    below: float = math.inf,
-) -> None:
-    """`UserError` for a number that is out of its range, or not finite."""
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    if not (math.isfinite(value) and at_least <= value <= at_most and above < value < below):
-        allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
-        raise UserError(f"{name} is {value}; it must be {allowed}")
+        require_ranges(self)
 
 
 def _check_dit(name: str, value: Any) -> None:
@@ -84,24 +75,25 @@ def _check_dit(name: str, value: Any) -> None:
     if isinstance(default, (int, float)) and (isinstance(value, bool) or not isinstance(value, (int, type(default)))):
         raise UserError(f"dit.{name} is {value!r}; it must be a {'whole ' * isinstance(default, int)}number")
     if isinstance(default, (int, float)):
-        require(f"dit.{name}", value, at_least=1 if isinstance(default, int) else 0)
+        require(f"dit.{name}", value, COUNT if isinstance(default, int) else Ge(0))
 
 
 @dataclass(frozen=True)
 class PanelConfig:
     """Panels of what is learned, drawn while training. They do not change what is learned."""
 
-    every: int = 500  # steps between most panels; others are 2.5 × as frequent or rarer, or at evaluations; 0 = none
-    share: float = 0.02  # of a run's time that they may take; panels that would take more are skipped; 1 = no limit
-    observations: int = 128  # held-out ones that they show, always the same
-    draws: int = 8  # chunks predicted for each
+    every: Annotated[int, Ge(0)] = (
+        500  # steps between most panels; others are 2.5 × as frequent or rarer, or at evaluations; 0 = none
+    )
+    share: Annotated[float, Interval(gt=0, le=1)] = (
+        0.02  # of a run's time that they may take; panels that would take more are skipped; 1 = no limit
+    )
+    observations: Annotated[int, Interval(ge=8, le=2**16)] = 128  # held-out ones that they show, always the same
+    draws: Annotated[int, Interval(ge=2, le=2**12)] = 8  # chunks predicted for each
     style: Literal["light", "dark"] = "light"
 
     def __post_init__(self) -> None:
-        require("panels.every", self.every, at_least=0)
-        require("panels.share", self.share, above=0, at_most=1)
-        require("panels.observations", self.observations, at_least=8)
-        require("panels.draws", self.draws, at_least=2)
+        require_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -110,10 +102,10 @@ class WandbConfig:
 
     mode: Annotated[
         Literal["online", "offline", "disabled"],
-        Option("--wandb-mode", help="Weights & Biases: online, offline or disabled; RUN/log.jsonl is always written."),
+        Option("--wandb-mode", help="Weights & Biases: online, offline or disabled."),
     ] = "disabled"
-    project: Annotated[str, Option("--wandb-project", help="Weights & Biases project.")] = "dvla"
-    name: str | None = None  # what W&B calls the run; None: the run folder's name
+    project: Annotated[str, Option("--wandb-project", help="Project in Weights & Biases and in trackio.")] = "dvla"
+    name: str | None = None  # what W&B and trackio call the run; None: the run folder's name
 
 
 @dataclass(frozen=True)
@@ -140,10 +132,10 @@ class TrainConfig:
     # of the network: all 128 slots, or those alone that the cache's robots use (an ablation)
     action_space: Literal["unified", "active"] = "unified"
     dit: dict[str, Any] = field(default_factory=dict)  # overrides of the size's DiT fields, e.g. {"horizon": 8}
-    steps: Annotated[int, Option("--steps", "--max-steps", help="Optimizer steps of the run.")] = 10_000
-    batch_size: Annotated[int, Option("--batch-size", help="Observations per batch and device.")] = 16
-    accumulate: Annotated[int, Option("--grad-accumulation", help="Batches per optimizer step.")] = 1
-    draws: Annotated[int, Option("--draws", help="Noise samples per observation.")] = 4  # G
+    steps: Annotated[int, Option("--steps", "--max-steps", help="Optimizer steps of the run."), Ge(1)] = 10_000
+    batch_size: Annotated[int, Option("--batch-size", help="Observations per batch and device."), COUNT] = 16
+    accumulate: Annotated[int, Option("--grad-accumulation", help="Batches per optimizer step."), COUNT] = 1
+    draws: Annotated[int, Option("--draws", help="Noise samples per observation."), COUNT] = 4  # G
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     masking: ConditionDropout = field(default_factory=ConditionDropout)
@@ -151,8 +143,10 @@ class TrainConfig:
         bool, Option("--image-aug", help="Train on the cache's augmented image variants in half of the samples.")
     ] = False
     temperature: Annotated[
-        float, Option("--temperature", help="Sample datasets in proportion to size^this: 1 by size, 0 uniformly.")
-    ] = 0.5
+        float,
+        Option("--temperature", help="Sample datasets in proportion to size^this: 1 by size, 0 uniformly."),
+        SHARE,
+    ] = 0.5  # the mixture exponent
     select: Selection = field(default_factory=Selection)  # which demonstrations of the cache
     weights: dict[str, float] = field(default_factory=dict)  # dataset → its share in [0, 1], in place of the above
     # dataset, or "*" for all others → how its actions and state are normalized, in place of its dataset config's
@@ -171,25 +165,29 @@ class TrainConfig:
     blind: Annotated[bool, Option("--blind", help="Train the proprioception-only baseline, with images blanked.")] = (
         False
     )
-    alpha_max: float = 1.0  # guidance scales are drawn from [1, this]; 1 = no guidance
-    negatives: int = 8  # unconditional negatives per observation when alpha_max > 1
-    unfreeze: dict[str, int] = field(default_factory=dict)  # prefix of parameter names → step from which they train
-    holdout: float = 0.05  # fraction of episodes kept for evaluation
+    alpha_max: Annotated[float, Ge(1)] = 1.0  # guidance scales are drawn from [1, this]; 1 = no guidance
+    negatives: Annotated[int, COUNT] = 8  # unconditional negatives per observation when alpha_max > 1
+    unfreeze: Annotated[dict[str, int], Ge(1)] = field(
+        default_factory=dict
+    )  # prefix of parameter names → step from which they train
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.05  # fraction of episodes kept for evaluation
     eval_every: Annotated[
-        int, Option("--eval-every", help="Steps between evaluations on held-out episodes; 0: never.")
+        int, Option("--eval-every", help="Steps between evaluations on held-out episodes; 0: never."), Ge(0)
     ] = 1000
-    eval_batches: Annotated[int, Option("--eval-batches", help="Batches of one evaluation.")] = 50
-    save_every: Annotated[int, Option("--save-every", help="Steps between checkpoints.")] = 1000
-    keep_last: int = 2  # newest checkpoints kept
+    eval_batches: Annotated[int, Option("--eval-batches", help="Batches of one evaluation."), COUNT] = 50
+    save_every: Annotated[int, Option("--save-every", help="Steps between checkpoints."), Ge(1)] = 1000
+    keep_last: Annotated[int, Ge(1)] = 2  # newest checkpoints kept
     keep_best: bool = True  # keep the one with the smallest held-out mse as well, saved when it is reached
-    log_every: Annotated[int, Option("--log-every", help="Steps between log lines.")] = 50
-    seed: Annotated[int, Option("--seed", help="Random seed: order of samples, noise, initialization.")] = 0
+    log_every: Annotated[int, Option("--log-every", help="Steps between log lines."), Ge(1)] = 50
+    seed: Annotated[int, Option("--seed", help="Random seed: order of samples, noise, initialization."), Ge(0)] = 0
     local: Annotated[
         str | None, Option("--local-cache", help="Folder for local copies of the parts read from a cache behind a URL.")
     ] = None
-    local_gib: float | None = None  # room for shards in it, GiB; None = as many as there are
-    threads: Annotated[int, Option("--num-workers", help="Loader threads.")] = 2
-    cpu_threads: int = 0  # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
+    local_gib: Annotated[float | None, Gt(0)] = None  # room for shards in it, GiB; None = as many as there are
+    threads: Annotated[int, Option("--num-workers", help="Loader threads."), THREADS] = 2
+    cpu_threads: Annotated[int, Interval(ge=0, le=1024)] = (
+        0  # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
+    )
     device: Annotated[str, DEVICE] = "auto"
     precision: Annotated[
         Literal["fp32", "bf16"], Option("--precision", help="Precision of the forward pass (autocast): fp32 or bf16.")
@@ -202,22 +200,23 @@ class TrainConfig:
         Option("--strategy", help="Strategy on several devices (torchrun): ddp, fsdp2 or zero2."),
     ] = "ddp"
     panels: PanelConfig = field(default_factory=PanelConfig)  # RUN/panels: what is learned
-    wandb: WandbConfig = field(default_factory=WandbConfig)  # Weights & Biases, beside RUN/log.jsonl
+    trackers: Annotated[
+        tuple[str, ...],
+        Option(
+            "--tracker",
+            help="wandb, tensorboard or trackio, beside RUN/log.jsonl, which is always written; may be given several "
+            "times.",
+        ),
+    ] = ()
+    wandb: WandbConfig = field(default_factory=WandbConfig)  # how Weights & Biases is used
 
     def __post_init__(self) -> None:
-        counts = "steps batch_size accumulate draws negatives eval_batches save_every keep_last log_every threads"
-        for name in counts.split():
-            require(name, getattr(self, name), at_least=1)
-        for name in ("eval_every", "cpu_threads", "seed"):
-            require(name, getattr(self, name), at_least=0)
-        require("alpha_max", self.alpha_max, at_least=1)
-        require("temperature (the mixture exponent)", self.temperature, at_least=0, at_most=1)
-        require("loss.drift_weight", self.loss.drift_weight, at_least=0)
-        require("loss.floor", self.loss.floor, at_least=0)
-        for value in self.loss.temperatures or (0.0,):
-            require("each of loss.temperatures (of the drift)", value, above=0)
-        if self.local_gib is not None:
-            require("local_gib", self.local_gib, above=0)
+        require_ranges(self)
+        if not self.loss.temperatures:
+            raise UserError("loss.temperatures is empty; give at least one kernel width of the drift")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise unknown("tracker", name, TRACKERS)
         for name, value in self.dit.items():
             _check_dit(name, value)
         if self.alpha_max > 1 and self.loss.kind not in ONE_STEP:
@@ -229,11 +228,6 @@ class TrainConfig:
             raise UserError(
                 f"action_space active needs a head that acts in one pass ({', '.join(ONE_STEP)}); a {self.loss.kind} "
                 "head reads all 128 slots"
-            )
-        if late := [name for name, step in self.unfreeze.items() if step < 1]:
-            raise UserError(
-                f"unfreeze of '{late[0]}' is at step {self.unfreeze[late[0]]}; it must be at least 1 (leave it out to "
-                "train from the start)"
             )
         if self.unfreeze and self.strategy == "zero2":
             raise UserError(
@@ -251,9 +245,10 @@ class FinetuneConfig:
     lora: LoraSpec | None = None  # None = the VLM stays frozen but live, or
     full: bool = False  # all of the vision tower is trained
     vlm_path: str | None = None  # where the VLM is now, if not where the cache was built from
-    memory_gib: float = 2.0  # room for decoded images
+    memory_gib: Annotated[float, Gt(0)] = 2.0  # room for decoded images
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         if self.full and self.lora is not None:
             raise UserError("train either LoRA or the full vision tower, not both")
 

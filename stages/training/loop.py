@@ -16,7 +16,7 @@ from .panels.data import PanelData
 from .panels.schedule import Panels
 from .parallel.replicas import Replicas
 from .run_folder import Progress, open_log, resume, save
-from .run_log import Tracker
+from .run_log import RunLog
 from .setup import kernel_threads, memory_errors, thaw
 from .step import StepDone, batch_loss, learning_rate, noise_generator, require_finite
 from .throughput import Meter
@@ -42,7 +42,7 @@ def _run(session: Session, progress: Progress, shared: Replicas, stop_after: int
         open_loader(session, split="train", start=progress.offset) as loader,
         signals() as stopped,
         kernel_threads(config.cpu_threads),
-        open_log(session, progress.step) as tracker,
+        open_log(session, progress.step) as run_log,
         memory_errors(world.device),
     ):
         meter = Meter(world, loader, config.batch_size * world.size)
@@ -59,9 +59,9 @@ def _run(session: Session, progress: Progress, shared: Replicas, stop_after: int
             if due or turn:
                 seen, record = evaluate(session, shared, progress, panels, turn, due)
             if due or step % config.log_every == 0 or step in (1, config.steps):
-                log(session, progress, done, meter, tracker, due)
+                log(session, progress, done, meter, run_log, due)
             if turn:
-                panels.draw(turn, seen, tracker)
+                panels.draw(turn, seen, run_log)
             ending = world.any(step == last or bool(stopped))  # read once: a signal after this line ends the next step
             if step % config.save_every == 0 or ending or record and config.keep_best:
                 save(session, shared, progress)
@@ -122,7 +122,7 @@ def evaluate(
 
 
 def log(
-    session: Session, progress: Progress, done: StepDone, meter: Meter, tracker: Tracker | None, evaluated: bool
+    session: Session, progress: Progress, done: StepDone, meter: Meter, run_log: RunLog | None, evaluated: bool
 ) -> None:
     """Write a line of log.jsonl, and show it. Every process must: means are over all of them."""
     parts = done.parts
@@ -138,6 +138,6 @@ def log(
         **(session.first if progress.step == 1 else {}),
         **({f"eval/{name}": v for name, v in progress.metrics.items()} if evaluated else {}),
     }
-    if tracker is not None:
-        tracker.log(line)
+    if run_log is not None:
+        run_log.log(line)
     session.on_log(line)

@@ -31,7 +31,7 @@ from .config import ALL, TrainConfig
 from .context import Session
 from .parallel.replicas import Replicas, place, unsharded
 from .parallel.world import World
-from .run_log import Tracker
+from .run_log import RunLog
 from .setup import banner, prepare, share_network, thaw
 from .step import learning_rate
 
@@ -49,6 +49,7 @@ FREE = (
     "keep_last",
     "keep_best",
     "panels",
+    "trackers",
     "wandb",
     "gradient_checkpointing",
     "compile",
@@ -101,11 +102,11 @@ def resume(session: Session, held: contextlib.ExitStack) -> tuple[Progress, Repl
     return progress, shared
 
 
-def open_log(session: Session, step: int) -> contextlib.AbstractContextManager[Tracker | None]:
+def open_log(session: Session, step: int) -> contextlib.AbstractContextManager[RunLog | None]:
     """The log of the run after `step` steps, in the process that writes it."""
     if not session.world.main:
         return contextlib.nullcontext()
-    return Tracker(Path(session.config.out), session.config.wandb, settings_of(session), step=step)
+    return RunLog(Path(session.config.out), session.config, settings_of(session), step=step, say=session.say)
 
 
 def settings_of(session: Session) -> dict[str, Any]:

@@ -1,60 +1,45 @@
-"""Where a run's numbers go: RUN/log.jsonl always, Weights & Biases when it is asked for.
-
-RUN/log.jsonl     one JSON object per logged step; needs nothing and no account
-RUN/wandb.json    the id of the W&B run, so that a resumed run continues in it
-RUN/wandb/        W&B's own files (offline: `wandb sync RUN/wandb/offline-run-*` uploads them later)
-"""
+"""Where a run's numbers go: RUN/log.jsonl always, one JSON object per logged step; trackers on request."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ...common.files import write_file
-from ...common.packages import require_package
-from ...common.text import public
 from ...errors import UserError
-from .config import WandbConfig
+from .config import TrainConfig
+from .trackers.base import flat
+from .trackers.catalogue import Trackers
 
 
-def require_wandb(config: WandbConfig) -> None:
-    """`UserError` when this machine cannot log in the mode that is asked for; call it before a run folder is made."""
-    if config.mode == "disabled":
-        return
-    require_package("wandb", f"W&B mode {config.mode}", "wandb", instead="train with --wandb-mode disabled")
-    if config.mode == "online":
-        import wandb
-
-        if not wandb.api.api_key:
-            raise UserError(
-                "W&B mode online needs an account and this machine is not logged in: run `wandb login`, or train with "
-                "--wandb-mode offline and `wandb sync` later"
-            )
-
-
-class Tracker:
+class RunLog:
     """The log of one run, opened after `step` steps of it are done. Close it, or use it as a context manager.
 
     Lines of log.jsonl that belong to later steps are cut off: a run that was killed after its newest checkpoint does
-    those steps again, and every step has one line. W&B keeps the first value, which is the same.
+    those steps again, and every step has one line.
 
-    `settings` are the run's, as saved in config.json; W&B gets them without passwords in addresses, and neither code,
-    git remote, host nor command line. Only the first rank makes a Tracker. `UserError` when W&B cannot begin."""
+    `settings` are the run's, as saved in config.json. Only the first rank makes a log. `UserError` when a tracker
+    cannot begin."""
 
-    def __init__(self, run_folder: Path, wandb: WandbConfig, settings: dict[str, Any], *, step: int) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        config: TrainConfig,
+        settings: dict[str, Any],
+        *,
+        step: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self._path = run_folder / "log.jsonl"
         run_folder.mkdir(parents=True, exist_ok=True)
         found = self._path.read_text() if self._path.exists() else ""
         if (kept := kept_lines(found, step)) != found:
             write_file(self._path, kept.encode())
-        self._run = None if wandb.mode == "disabled" else _begin_wandb(run_folder, wandb, settings)
+        self._trackers = Trackers(run_folder, config, settings, step, say)
         self._file = open(self._path, "a")
 
     def log(self, line: dict[str, Any]) -> None:
@@ -67,27 +52,19 @@ class Tracker:
                 f"cannot write {self._path}: {error.strerror or error}; the checkpoints are intact. Make room "
                 "and rerun the same command"
             ) from None
-        if self._run is not None:
-            self._run.log(flat(line), step=line["step"])
+        self._trackers.log(line["step"], flat(line))
 
     def images(self, step: int, images: dict[str, tuple[Path, str]]) -> None:
-        """name → (PNG file, caption) of `step` for W&B; without it the files are all there is."""
-        if self._run is not None:
-            from wandb import Image
-
-            self._run.log(
-                {name: Image(str(path), caption=caption) for name, (path, caption) in images.items()}, step=step
-            )
+        """name → (PNG file, caption) of `step` for the trackers; without any the files are all there is."""
+        self._trackers.images(step, images)
 
     def close(self, failed: bool = False) -> None:
-        """End the log; `failed` marks the W&B run as crashed."""
+        """End the log; `failed` marks the run as crashed."""
         with contextlib.suppress(OSError):  # the line that `log` could not write either
             self._file.close()
-        if self._run is not None:
-            self._run.finish(exit_code=int(failed))
-            self._run = None
+        self._trackers.close(failed)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(
@@ -116,55 +93,3 @@ def kept_lines(text: str, step: int) -> str:
         except (ValueError, KeyError, TypeError):
             continue
     return "".join(kept)
-
-
-def flat(line: dict[str, Any]) -> dict[str, Any]:
-    """A log line for W&B's charts: lists become "name/0", "name/1", …; numbers that are not finite are left out."""
-    out: dict[str, Any] = {}
-    for name, value in line.items():
-        for key, number in (
-            [(f"{name}/{i}", v) for i, v in enumerate(value)] if isinstance(value, list) else [(name, value)]
-        ):
-            if not isinstance(number, float) or math.isfinite(number):
-                out[key] = number
-    return out
-
-
-def _begin_wandb(run_folder: Path, config: WandbConfig, settings: dict[str, Any]) -> Any:
-    """The W&B run of this folder, new or resumed. Prints nothing."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no crash reports to its developers
-    require_wandb(config)
-    import wandb
-
-    file = run_folder / "wandb.json"
-    if not file.exists():
-        write_file(file, (json.dumps({"id": uuid.uuid4().hex[:8], "project": config.project}) + "\n").encode())
-    try:
-        identity = json.loads(file.read_text())["id"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged; delete it to start a new W&B run") from None
-    try:
-        return wandb.init(
-            project=config.project,
-            name=config.name or run_folder.resolve().name,
-            id=identity,
-            mode=config.mode,
-            dir=run_folder,
-            resume="allow" if config.mode == "online" else None,
-            config=public(settings),
-            save_code=False,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                show_warnings=False,
-                disable_git=True,
-                disable_code=True,
-                disable_job_creation=True,
-                x_disable_meta=True,
-                x_save_requirements=False,
-            ),
-        )
-    except wandb.Error as error:
-        raise UserError(
-            f"W&B did not start ({' '.join(str(error).split())}); train with --wandb-mode offline or disabled"
-        ) from None

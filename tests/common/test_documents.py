@@ -102,7 +102,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"12345")
     for name, most, reason in [
         ("pipe", 9, "it is a pipe, expected a file"),  # nobody writes to it: opening it would wait
-        ("", 9, "Is a directory"),
+        ("", 9, "it is a folder, expected a file"),
         ("missing", 9, "No such file"),
         ("x" * 300, 9, "File name too long"),
         ("a\x00b", 9, "null byte"),

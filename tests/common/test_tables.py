@@ -12,7 +12,7 @@ from dvla.cache.readers import open_source
 from dvla.cache.readers.search import config_names, load_config
 from dvla.common import console as console_module
 from dvla.common.console import console, table
-from dvla.common.doctor import Finding, doctor_table
+from dvla.common.doctor.doctor import Finding, doctor_table
 from dvla.stages.data import tables as data
 from dvla.stages.serving.latency import latency_table
 from dvla.stages.simulation.tables import success_table

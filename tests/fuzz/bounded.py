@@ -64,6 +64,8 @@ def trials(
             if isinstance(said, tuple) and said[0] == "announced":
                 announced = said[1]
                 continue
+            if isinstance(said, tuple) and said[0] == "broken":  # the fuzz itself
+                raise RuntimeError(f"{announced}: {said[1]}")
             if not isinstance(said, tuple) and done == len(batch):
                 continue
             yield todo.pop(0), announced, said[1] if isinstance(said, tuple) else said
@@ -84,7 +86,10 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
                     pickle.dump(value, pipe)
                     pipe.flush()
 
-                work(send)
+                try:
+                    work(send)
+                except Exception:
+                    send(("broken", traceback.format_exc()))
         finally:
             os._exit(0)
     os.close(give)

@@ -36,7 +36,7 @@ def fuzz(name: str, count: int, seed: int, where: Path, only: int | None = None)
     folder = sample.with_name(f"{name}.damaged")
 
     def trial(number: int, announce: Callable[[Mutation], None]) -> Outcome:
-        announce(mutation := damaged(sample, folder, f"{name} {seed} {number}"))
+        announce(mutation := damaged(sample, folder, f"{name} {seed} {number}", FORMATS[name].only))
         found = judge(examine(folder, dataset, number, mutation), sound, FORMATS[name])
         found.content = {}
         return found

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dvla.common.config import configs_dir
 from support import dex_samples, hdf5_samples, lerobot_samples, rlbench_samples, rlds_samples
 
 
@@ -22,6 +23,13 @@ def _lerobot(kind: str, version: str | None = None) -> Callable[[Path], str]:
         return "tiny"
 
     return write
+
+
+def _config(root: Path) -> str:
+    """Images in parquet, which take no time, with a dataset config beside them."""
+    name = _lerobot("image")(root)
+    shutil.copy(configs_dir() / "datasets" / "metaworld.yaml", root / name / "dvla.yaml")
+    return name
 
 
 def _robomimic(root: Path) -> str:
@@ -69,6 +77,7 @@ class Format:
     write: Callable[[Path], str]  # into an empty folder; returns the dataset's path below it
     metadata: tuple[str, ...] = ()  # patterns of names relative to that folder
     checked: tuple[str, ...] = ()  # of files that carry a checksum of their content
+    only: str = "*"  # pattern of the names of files that are damaged
 
     def vouched(self, name: str, sound: bool) -> bool:
         """Whether a change of this file must never give other rows or images without a word: it is metadata, or a
@@ -91,4 +100,5 @@ FORMATS = {
     "rlbench": Format(_rlbench, (), ("*.png",)),
     "dexwild": Format(_dexwild),
     "dexgraspnet": Format(_dexgraspnet, (), ("*.npz",)),
+    "config": Format(_config, only="dvla.yaml"),
 }

@@ -5,10 +5,13 @@ Each mutation is a function of the folder and a random generator; it says in wor
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
+import os
 import random
 import shutil
+import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +35,9 @@ class Mutation:
     sound: bool = False  # the file is a sound one of its kind afterwards: it says something else
 
 
-def mutate(root: Path, rng: random.Random) -> Mutation:
-    """Damage one file below `root`."""
-    files = sorted(p for p in root.rglob("*") if p.is_file())
+def mutate(root: Path, rng: random.Random, only: str = "*") -> Mutation:
+    """Damage one file below `root` whose name fits the pattern `only`."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and fnmatch.fnmatch(p.name, only))
     kinds: dict[str, list[Path]] = {}  # each kind of file is as likely as any other, however many there are
     for path in files:
         kinds.setdefault(f"{path.parent.name if path.suffix == '.parquet' else ''}{_kind(path)}", []).append(path)
@@ -134,6 +137,25 @@ def duplicate(path: Path, rng: random.Random, files: list[Path]) -> str:
     return f"copied to {copy.name}"
 
 
+def put_in_place(path: Path, rng: random.Random, files: list[Path]) -> str:
+    """Something that is no file in the place of a file, or of its folder."""
+    if rng.random() < 0.2 and not all(f.is_relative_to(path.parent) for f in files):
+        path = path.parent
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    what = rng.choice(tuple(SPECIAL))
+    SPECIAL[what](path)
+    return f"{path.name} replaced by {what}"
+
+
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "an empty device": lambda path: path.symlink_to("/dev/null"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link to its folder": lambda path: path.symlink_to("."),
+}
 Change = Callable[[Path, random.Random, list[Path]], str]
 ANY: tuple[Change, ...] = (
     flip_bits,
@@ -148,6 +170,7 @@ ANY: tuple[Change, ...] = (
     exchange,
     replace,
     duplicate,
+    put_in_place,
 )
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -224,6 +247,40 @@ def json_lines(path: Path, rng: random.Random) -> str:
         lines[at : at + 2] = ["".join(lines[at : at + 2])]
     path.write_text("\n".join(lines) + "\n")
     return what
+
+
+# --- YAML ---
+
+YAML = (
+    "*a", "&a [*a, *a]", "!!python/object/apply:os.system ['true']", "!!binary AAAA", "!!set {a}", "!!timestamp x",
+    "2020-01-01", "2020-01-01T25:61:61Z", ".nan", "-.inf", "0o17", "0x_", "1_000", "1e999", "~", "yes", "? [a]", "|",
+    "{<<: 1}", "\t- a", '"\\ud800"', "'", "\x00", "[" * DEEP, "a: b: c", "@", "%YAML 9.9",
+)  # fmt: skip
+
+
+def yaml_file(path: Path, rng: random.Random) -> str:
+    """One value of a dataset config replaced, as JSON can say it (which is YAML), or as only YAML can."""
+    import yaml
+
+    text = path.read_text()
+    how = rng.choice(("value", "value", "value", "raw", "raw", "laughs", "twice", "list"))
+    if how == "value":
+        changed, what = change_json(json.dumps(yaml.safe_load(text)), rng)
+        path.write_text(changed)
+        return what
+    lines = text.splitlines()
+    at = rng.randrange(len(lines))
+    if how == "raw":
+        lines[at] = lines[at].partition(":")[0] + f": {rng.choice(YAML)}"
+    elif how == "laughs":
+        lines += ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))]
+        lines[at] = lines[at].partition(":")[0] + ": *a9"
+    elif how == "twice":
+        lines.insert(at, lines[at])
+    else:
+        lines = ["- a"]
+    path.write_text("\n".join(lines))
+    return f"line {at}: {how}: {lines[min(at, len(lines) - 1)][:60]!r}"
 
 
 # --- parquet ----------------------------------------------------------------------------------------------------------
@@ -558,4 +615,5 @@ STRUCTURED: dict[str, Callable[[Path, random.Random], str]] = {
     ".mp4": video,
     ".pkl": pickled,
     ".xml": words,
+    ".yaml": yaml_file,
 }

@@ -142,8 +142,8 @@ def content_of(path: Path) -> Content:
     return found
 
 
-def damaged(sample: Path, folder: Path, seed: str) -> Mutation:
-    """`folder` becomes a copy of `sample` with one mutation; the same for the same seed."""
+def damaged(sample: Path, folder: Path, seed: str, only: str = "*") -> Mutation:
+    """`folder` becomes a copy of `sample` with one mutation of a file named as `only`; the same for the same seed."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(sample, folder)
-    return mutate(folder, random.Random(seed))
+    return mutate(folder, random.Random(seed), only)

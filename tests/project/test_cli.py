@@ -13,7 +13,7 @@ import typer
 
 from dvla import __version__, cli
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
-from dvla.common import doctor
+from dvla.common.doctor import doctor
 from dvla.stages.training.config import recipe_names
 from support import synthetic_cache as synthetic
 from support.cli_runner import Dvla, Result, refused
@@ -148,7 +148,10 @@ def test_unknown_names(dvla: Dvla, tmp_path: Path, cache: Path, recorded: dict[s
     refused(dvla(*train, "--model-size", "tyny"), "unknown DiT size 'tyny'", "did you mean 'tiny'")
     refused(dvla(*train, "--loss-type", "hybird"), "did you mean 'hybrid'")
     refused(dvla(*train, "--device", "gpu"), "device 'gpu' is not one of auto, cpu, cuda")
-    refused(dvla("finetune", out, "--source", "x", "--out", out, "--lora-targets", "all"), "unknown LoRA target 'all'")
+    refused(
+        dvla("finetune", out, "--source", "x", "--out", out, "--lora-targets", "all"),
+        "LoRA.targets: unknown value 'all'",
+    )
     assert not out.exists()
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from support.package_source import name_of, package_files
-from support.repository import ROOT
+from support.repository import ROOT, pins
 
 DOCKER = ROOT / "docker"
 IMAGES = ("base", "pretrain", "rlbench", "dexgrasp")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+PINNED = pins("constraints.txt")  # that of the images' Python
 OPTIONAL = "docker/IsaacGym_Preview_4_Package.tar.g[z]"  # the user brings it
 
 

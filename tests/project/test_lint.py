@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from support.repository import ROOT
+from support.repository import ROOT, pins
 
 
 def is_pinned(*packages: str) -> bool:
-    """Whether they are here in the versions of constraints.txt: with others, their own annotations may differ."""
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    """Whether they are here in the versions of this Python's constraints: those of others have other annotations."""
     here = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
-    return all(here.get(name, "").split("+")[0] == pins[name] for name in packages)
+    return all(here.get(name, "").split("+")[0] == pins()[name] for name in packages)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run(*arguments: Any) -> Result:
         monkeypatch.setattr(sys, "argv", ["dvla", *map(str, arguments)])
+        monkeypatch.setenv("DVLA_TRACEBACK", "1")  # an error that nobody foresaw fails the test
         capsys.readouterr()
         try:
             cli.main()

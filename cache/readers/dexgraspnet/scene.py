@@ -8,6 +8,7 @@ pose; the table's has z up; `cam0_wrt_table` leads from the one to the other.
 from __future__ import annotations
 
 import hashlib
+import math
 import tokenize
 import zipfile
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ....common.documents import open_regular
 from ....common.text import first_line
 from ..episode import CorruptEpisode
 from ..images import DAMAGE, check_size
+from ..location import regular
 from .mat_file import read_matrices
 
 CLOUD_VIEWS = 8  # of up to 256 depth images, chosen evenly: enough to see an object from all sides
 SPACING = 0.002  # m; one point is kept per cube of this size
 _STRIDE = 3  # pixels of a depth image between two points: 1.6 mm at 0.5 m
 _FAR = 1e3  # m
+_MOST = 1 << 29  # bytes of a file, or of an array unpacked
 _RIM = 0.01  # m of depth between neighbors: more is the rim of a surface
 _DAMAGE = (
     *DAMAGE,
@@ -92,7 +96,7 @@ def read_cloud(files: SceneFiles) -> Cloud:
 
     points, labels = np.concatenate([p.points for p in parts]), np.concatenate([p.labels for p in parts])
     normals, colors = joined("normals"), joined("colors")
-    order = np.arange(len(points))
+    order: np.ndarray = np.arange(len(points))
     if normals is not None:  # of the points in a cube one that has a normal is kept, where there is one
         order = np.argsort(~normals.any(axis=1), kind="stable")
         normals = np.where(normals.any(axis=1, keepdims=True), normals, np.array([0, 0, 1], np.float32))
@@ -120,7 +124,7 @@ def load_matrix(path: Path, several: bool = False) -> np.ndarray:
     """An .npy of one finite 4 × 4 matrix, or of `several`, as float64; else `CorruptEpisode`. Never unpickled."""
     try:
         # mapped: its header cannot promise more than there is
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        stored = np.load(regular(path), mmap_mode="r", allow_pickle=False)
         values = stored.astype(np.float64, casting="same_kind")
     except (*_DAMAGE, AttributeError) as error:  # an .npz under that name is no array
         raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
@@ -130,13 +134,29 @@ def load_matrix(path: Path, several: bool = False) -> np.ndarray:
     return values
 
 
-def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of the arrays `names` that an .npz has, never unpickled; `CorruptEpisode` when it cannot be read."""
+def load_arrays(path: Path, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """Those of the arrays `names` (none: all) that an .npz has, never unpickled; `CorruptEpisode` when it cannot be
+    read."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {n: archive[n] for n in names if n in archive.files}
-    except (*_DAMAGE, AttributeError) as error:  # a lone .npy under that name has no files
+        with open(open_regular(path), "rb") as file, zipfile.ZipFile(file) as archive:
+            members = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            wanted = [n for n in names or members if n in members]
+            return {name: _member(archive, members[name]) for name in wanted}
+    except _DAMAGE as error:
         raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
+
+
+def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    """One array of an .npz; `ValueError` where its header promises more than there is, or than is read at once."""
+    with archive.open(entry) as file:
+        major, _ = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > min(entry.file_size, _MOST):
+        raise ValueError(f"'{entry.filename}' claims {nbytes:,} bytes")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _from_depth(files: SceneFiles) -> list[Cloud]:
@@ -214,7 +234,7 @@ def _moved(cloud: Cloud, pose: np.ndarray) -> Cloud:
 
 def _image(path: Path, dimensions: int) -> np.ndarray:
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with open(open_regular(path), "rb") as file, Image.open(file, formats=("PNG",)) as image:
             check_size(image.height, image.width, _short(path))
             values = np.asarray(image.convert("RGB") if dimensions == 3 else image)
     except _DAMAGE as error:
@@ -227,7 +247,7 @@ def _image(path: Path, dimensions: int) -> np.ndarray:
 def _intrinsics(path: Path) -> tuple[np.ndarray, float]:
     """(camera matrix [3, 3] in pixels, units of depth per m)."""
     try:
-        found = read_matrices(path.read_bytes())
+        found = read_matrices(_read(path))
         matrix, factor = found["intrinsic_matrix"], float(found["factor_depth"].reshape(-1)[0])
     except _DAMAGE as error:
         raise CorruptEpisode(f"{_short(path)} cannot be read ({first_line(error)})", "unreadable-file") from None
@@ -241,13 +261,20 @@ def _hash(folder: Path, names: list[str]) -> str:
     for name in names:
         path = folder / name
         try:
-            data = path.read_bytes() if path.is_file() or not name.startswith("rgb/") else b""
+            data = _read(path) if path.is_file() or not name.startswith("rgb/") else b""
         except OSError as error:
             raise CorruptEpisode(
                 f"{_short(path)} cannot be read ({error.strerror or error})", "unreadable-file"
             ) from None
         digest.update(f"{name}:{len(data)};".encode() + data)
     return digest.hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    with open(open_regular(path), "rb") as file:
+        if len(data := file.read(_MOST + 1)) > _MOST:
+            raise OSError(f"it is larger than {_MOST >> 20} MiB")
+        return data
 
 
 def _short(path: Path) -> str:

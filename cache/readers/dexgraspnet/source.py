@@ -37,12 +37,12 @@ import functools
 import hashlib
 import math
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ....common.documents import read_file
 from ....errors import UserError
 from ..base import Source, choose_views, listing_hash
 from ..config import DatasetConfig
@@ -59,7 +59,8 @@ _TARGET, _OTHER, _TABLE = (235, 140, 60), (125, 150, 180), (215, 215, 215)  # co
 _POSE = {"point": (3,), "translation": (3,), "rotation": (3, 3)}  # arrays that every file needs → shape of one grasp
 _CELL = 0.008  # m, within which a grasp's point meets the cloud
 _SURELY_MANY = 64 << 10  # bytes: a file of this size holds more than GRASPS_PER_OBJECT grasps
-_NAMED = re.compile(r"<obj_id>\s*(\d+)\s*</obj_id>\s*<obj_name>\s*([^<]*?)\s*</obj_name>")
+_NAMED = re.compile(r"<obj_id>\s*(\d{1,9})\s*</obj_id>\s*<obj_name>([^<]*)</obj_name>")
+_MOST_TEXT = 1 << 24  # bytes of an annotation
 
 
 class DexGraspNetSource(Source):
@@ -230,21 +231,19 @@ def _grasp_files(folder: Path) -> dict[int, Path]:
 
 def _columns(path: Path) -> dict[str, int]:
     """Numbers per grasp of each array of a file of grasps."""
-    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.lib.npyio.NpzFile):
-            numbers = {name: arrays[name] for name in arrays.files if arrays[name].dtype.kind in "fiu"}
-            return {name: math.prod(values.shape[1:]) for name, values in numbers.items()}
+    with contextlib.suppress(CorruptEpisode):
+        numbers = {name: values for name, values in load_arrays(path).items() if values.dtype.kind in "fiu"}
+        return {name: math.prod(values.shape[1:]) for name, values in numbers.items()}
     return {}
 
 
 def _listed(path: Path) -> int:
     """Grasps listed of a file. Only a small one is opened for that; a damaged one counts as one, refused later."""
-    if path.stat().st_size >= _SURELY_MANY:
-        return GRASPS_PER_OBJECT
     try:
+        if path.stat().st_size >= _SURELY_MANY:
+            return GRASPS_PER_OBJECT
         return max(1, min(GRASPS_PER_OBJECT, len(load_arrays(path, ("point",)).get("point", ()))))
-    except (CorruptEpisode, TypeError):  # TypeError: a point without dimensions
+    except (CorruptEpisode, OSError, TypeError):  # TypeError: a point without dimensions
         return 1
 
 
@@ -252,11 +251,14 @@ def _object_names(folder: Path) -> dict[int, str]:
     """Object number → name, from the first annotation file that can be read: 011_banana.ply is "banana"."""
     for path in sorted(folder.glob("*.xml")):
         try:
-            found = _NAMED.findall(path.read_text(errors="replace"))
-        except OSError:
+            found = _NAMED.findall(read_file(path, _MOST_TEXT).decode(errors="replace"))
+        except UserError:
             continue
         if found:
-            return {int(number): re.sub(r"^\d+_|\.\w+$", "", name).replace("_", " ").strip() for number, name in found}
+            return {
+                int(number): re.sub(r"^\d+_|\.\w+$", "", name.strip()).replace("_", " ").strip()
+                for number, name in found
+            }
     return {}
 
 

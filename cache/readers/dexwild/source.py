@@ -42,7 +42,7 @@ from ....errors import Note, UserError, unknown
 from ..base import Source, choose_views, common, listing_hash, look_around, rare_cameras
 from ..config import DatasetConfig
 from ..episode import CorruptEpisode, View
-from ..hdf5 import SUFFIXES, find, find_array, find_group, opened, success_of, text
+from ..hdf5 import SUFFIXES, find, find_array, opened, readable_group, success_of, text
 from ..location import Location
 from ..search import Files, choose_config
 from ..tables import EpisodeTable, Rows
@@ -158,14 +158,14 @@ class DexWildSource(Source):
         with opened(path, where) as file:
             if name is None:
                 raise CorruptEpisode(f"{where}: {path.name} holds no group ep_0000, ep_0001, …")
-            yield find_group(file, name, where), f"{where} ({path.name} {name})"
+            yield readable_group(file, name, where), f"{where} ({path.name} {name})"
 
     def _columns(self, dataset: str) -> dict[str, int]:
         """Numbers per row of each stream of the first readable episode, its time left out."""
         widths: dict[str, int] = {}
         for path, name in ((p, n) for p, n in self._episodes.values() if n and not widths):
             with contextlib.suppress(CorruptEpisode), opened(path, dataset) as file:
-                group = find_group(file, name, dataset)
+                group = readable_group(file, name, dataset)
                 for stream in (s for s in group if s != "language" and not is_camera(group, s)):
                     with contextlib.suppress(CorruptEpisode):
                         widths[stream] = read_stream(group, stream, dataset).shape[1] - 1
@@ -181,7 +181,7 @@ class DexWildSource(Source):
             if name is None:
                 return None
             with opened(path, dataset) as file:
-                group = find_group(file, name, dataset)
+                group = readable_group(file, name, dataset)
                 cameras = [n for n in group if is_camera(group, n)]
                 streams.update(set(group) - set(cameras))
                 return {c: read_stream(group, c, dataset).shape[1] - 1 for c in wanted if c in group}, cameras

@@ -25,6 +25,9 @@ DAMAGE = (  # what PIL raises
 )
 MAX_SIDE = 8192  # pixels; an encoder pads an image to a square of its longer side
 MAX_ASPECT = 32  # longer side by shorter side
+# What is read where a format allows any: no program is run for them, as for EPS, nor other files opened.
+_PICTURES = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA", "JPEG2000", "AVIF")
+_SCAN, _MOST_SCANS = b"\xff\xda", 64  # of a progressive JPEG: each passes over all of the image, and may be a few bytes
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = (_JPEG, _PNG, b"RIFF", b"GIF8", b"BM")  # how encoded images begin
 _JPEG_ENDS = (b"", b"\xda", b"\xe1")  # the pixels begin, or EXIF or XMP
@@ -112,6 +115,8 @@ def decode(data: bytes, what: str, formats: tuple[str, ...] | None) -> np.ndarra
     """uint8 [H, W, 3] RGB of one image, as it is to be seen; `CorruptEpisode` when it is damaged, too large, or has one
     channel of more than 8 bits."""
     image = open_image(data, what, formats)
+    if image.info.get("progressive") and (scans := data.count(_SCAN)) > _MOST_SCANS:
+        raise CorruptEpisode(f"{what} is made of {scans} scans; at most {_MOST_SCANS} are read", "unreadable-file")
     try:
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
             image = image.convert("RGBA")  # else PIL warns
@@ -126,7 +131,7 @@ def decode(data: bytes, what: str, formats: tuple[str, ...] | None) -> np.ndarra
 def open_image(data: bytes, what: str, formats: tuple[str, ...] | None) -> Image.Image:
     """The image with only its header read; `CorruptEpisode` when that fails, it is too large, or it is no camera's."""
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=formats or _PICTURES)
     except DAMAGE:  # whose text can hold an address in memory, which differs from run to run
         allowed = "" if formats is None else f" ({', '.join(formats)})"
         raise CorruptEpisode(f"{what} is not an image{allowed}", "unreadable-file") from None
@@ -142,7 +147,7 @@ def open_image(data: bytes, what: str, formats: tuple[str, ...] | None) -> Image
 def is_depth_map(data: bytes) -> bool:
     """Whether an image has one channel of more than 8 bits, and so is no camera's."""
     try:
-        return _is_deep(Image.open(io.BytesIO(data)))
+        return _is_deep(Image.open(io.BytesIO(data), formats=_PICTURES))
     except DAMAGE:
         return False
 

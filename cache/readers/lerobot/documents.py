@@ -3,6 +3,7 @@ templates of paths. What cannot be used is a `ValueError` whose text completes "
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import math
@@ -14,13 +15,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ....common.documents import read_file, require_plain, unique
 from ....common.text import first_line
+from ....errors import UserError
 from ..location import unreadable
+from .parquet import DAMAGE, open_file
 
 _BIGGEST = 2**53  # whole numbers beyond it are no counts
 _BLANK = " \t\r\n\x00"  # what surrounds values; a crash can leave a tail of zero bytes
+_SKIPPED = re.compile(f"[{_BLANK}]*")
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,9 @@ class Line:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file."""
     try:
-        data = path.read_bytes()
-        text, _ = _decoded(data)
+        text, _ = _decoded(read_file(path))
         value = _one(text.strip(_BLANK))
-    except (OSError, ValueError) as error:
+    except (UserError, ValueError) as error:
         raise ValueError(unreadable(path, "JSON", error)) from None
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds {shown(value)}, expected a JSON object")
@@ -54,14 +57,14 @@ def read_lines(path: Path) -> list[Line]:
     """
     found: list[Line] = []
     try:
-        data = path.read_bytes()
+        data = read_file(path)
         for number, (text, is_utf8) in enumerate(_split(data), 1):
             found += _objects(f"meta/{path.name} line {number}", text, is_utf8)
         if any(line.value is None for line in found):
             found = _one_document(path, data) or found
         if found and all(line.value is None for line in found):
             raise ValueError(found[0].problem)
-    except (OSError, ValueError) as error:
+    except (UserError, ValueError) as error:
         raise ValueError(unreadable(path, "JSON lines", error)) from None
     return found
 
@@ -86,16 +89,16 @@ def _decoded(data: bytes) -> tuple[str, bool]:
 
 def _objects(where: str, text: str, is_utf8: bool) -> Iterator[Line]:
     """The objects in one line: usually one; two where a writer lost the line feed between them."""
-    rest = text.strip(_BLANK)
-    while rest:
+    text, at = text.strip(_BLANK), 0
+    while at < len(text):
         try:
-            value, end = _next(rest)
+            value, end = _next(text, at)
         except ValueError as error:
-            yield Line(where, None, f"cannot be read as JSON: {first_line(error)}", rest, not is_utf8)
+            yield Line(where, None, f"cannot be read as JSON: {first_line(error)}", text[at:], not is_utf8)
             return
-        line = _as_line(where, value, rest, not is_utf8)
+        line = _as_line(where, value, "" if isinstance(value, dict) else text[at:], not is_utf8)
         yield line
-        rest = rest[end:].strip(_BLANK) if line.value is not None else ""
+        at = _SKIPPED.match(text, end).end() if line.value is not None else len(text)  # type: ignore[union-attr]
 
 
 def _one_document(path: Path, data: bytes) -> list[Line]:
@@ -121,37 +124,30 @@ def _one(text: str) -> Any:
     return value
 
 
-def _next(text: str) -> tuple[Any, int]:
-    """The first JSON value of `text` and where it ends."""
+def _next(text: str, at: int = 0) -> tuple[Any, int]:
+    """The JSON value of `text` that begins at `at`, and where it ends."""
     try:
-        value, end = _DECODER.raw_decode(text)
+        value, end = _DECODER.raw_decode(text, at)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if "\\ud" in text[:end].lower():  # half of a pair of escapes cannot be written again
+    if "\\ud" in text[at:end].lower():  # half of a pair of escapes cannot be written again
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    require_plain(value, nan=True)
     return value, end
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        for key, value in pairs:
-            if value != values[key]:
-                raise ValueError(f"'{key}' is given twice with different values")
-    return values
-
-
-_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unique)  # not strict: a raw tab in a text is no damage
+# Not strict: a raw tab in a text is no damage.
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=functools.partial(unique, same=True))
 
 
 def read_rows(path: Path, root: Path, skip: str | None = None) -> list[Line]:
     """Every row of a parquet file, without the columns that begin with `skip`; `ValueError` when it cannot be read."""
     name = path.relative_to(root).as_posix()
     try:
-        with pq.ParquetFile(path) as file:
+        with open_file(path) as file:
             names = [n for n in file.schema_arrow.names if skip is None or not n.startswith(skip)]
             table = file.read(columns=names)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except DAMAGE as error:
         raise ValueError(unreadable(path, "parquet", error)) from None
     try:
         return [Line(f"{name} row {i}", row) for i, row in enumerate(table.to_pylist())]
@@ -216,6 +212,7 @@ def field(values: Mapping[str, Any], name: str) -> int:
 
 # --- templates --------------------------------------------------------------------------------------------------------
 
+_MOST_FIELDS = 8  # of a template: names are matched against it, in time that grows with their power
 _FIELD = re.compile(r"\{(\w+)(?::(0?\d{0,2})d?)?\}")
 
 
@@ -228,7 +225,10 @@ class Template:
             raise ValueError(f"is {shown(text)}, expected a path")
         text = text.replace("\\", "/")
         self.text, self._safe = text, set[str]()
-        for name, _ in _FIELD.findall(text):
+        fields = _FIELD.findall(text)
+        if len(fields) > _MOST_FIELDS:
+            raise ValueError(f"has {len(fields)} fields, expected at most {_MOST_FIELDS}")
+        for name, _ in fields:
             if name not in known:
                 raise ValueError(f"'{text}' has the field '{name}' (known: {', '.join(known)})")
         if re.search(r"[{}]", _FIELD.sub("", text)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from .documents import Line, Template, number, read_lines, read_rows, shown, who
 from .documents import field as whole_field
 
 _TEXT_COLUMNS = ("task", "__index_level_0__", "tasks", "instruction", "language_instruction", "task_description")
+_MOST_TIMES = 100  # that one episode is listed: each is compared with the others
 _NO_INSTRUCTIONS = ("valid", "invalid")  # GR00T's marks of an episode, kept among the tasks
 
 
@@ -73,7 +75,7 @@ def read_tasks(location: Location, listing: Listing) -> None:
     meta = location.root / "meta"
     for name in ("tasks.parquet", "tasks.jsonl"):
         path = meta / name
-        if path.is_file() or path.is_symlink():
+        if os.path.lexists(path):
             break
     else:
         listing.notes.append(Note("tasks-missing", "meta/ has no tasks file; the texts are those of the episode list"))
@@ -220,6 +222,9 @@ def read_episodes(location: Location, paths: Paths, is_v3: bool, total: int, lis
 def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], listing: Listing) -> None:
     """Keep the one entry of an episode. Several that differ in its length leave that to the rows, where not just one
     agrees with itself; several in different places damage it."""
+    if len(candidates) > _MOST_TIMES:
+        listing.damaged[episode] = "unusable-episode", f"it is listed {len(candidates)} times"
+        return
     readable = [(where, e) for where, e in candidates if isinstance(e, EpisodeEntry)]
     different = [e for i, (_, e) in enumerate(readable) if e not in [x for _, x in readable[:i]]]
     if len(different) == 1:
@@ -242,7 +247,7 @@ def _settle(episode: int, candidates: Sequence[tuple[str, EpisodeEntry | str]], 
 
 def _v2_lines(location: Location) -> list[Line]:
     path = location.root / "meta" / "episodes.jsonl"
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return []
     try:
         return read_lines(path)

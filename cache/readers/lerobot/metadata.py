@@ -10,24 +10,25 @@ import functools
 import glob
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ....errors import Kind, Note, UserError
 from ..episode import CorruptEpisode
 from ..images import choose_cameras
 from ..images.arrays import left_out
-from ..location import Location
+from ..location import Location, regular
 from ..search import BESIDE, NUMBERED
 from .documents import Template, flat_names, number, read_json, shown, whole
 from .listing import EpisodeEntry, Listing, Paths, is_instruction, read_episodes, read_tasks
 from .modality import Modality, read_modality
+from .parquet import DAMAGE
 from .presence import ANY_CHUNK, presence, recover_episodes
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -58,7 +59,7 @@ class Metadata:
         self.root, self.name = files.root, files.name
         self.repo = files.hub_id or path_or_repo
         info_path = self.root / "meta" / "info.json"
-        if not info_path.is_file() and not info_path.is_symlink():
+        if not os.path.lexists(info_path):
             raise UserError(f"{path_or_repo} is not a LeRobot dataset: it has no meta/info.json")
         try:
             self.info: dict[str, Any] = read_json(info_path)
@@ -199,8 +200,8 @@ class Metadata:
             return None
         ends = {self.episodes[e].data_path for e in (min(self.episodes), max(self.episodes))}
         try:
-            return {name for path in ends for name in pq.read_schema(self.root / path).names}
-        except (OSError, ValueError, pa.ArrowException):
+            return {name for path in ends for name in pq.read_schema(regular(self.root / path)).names}
+        except DAMAGE:
             return None
 
     def revision_hash(self) -> str:

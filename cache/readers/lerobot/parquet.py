@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +18,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..episode import CorruptEpisode
-from ..location import unreadable
+from ..location import regular, unreadable
 from ..tables import require_finite
 
 _IMAGE_ROWS = 32  # rows of images read at a time
+_MOST_ROWS = 1 << 24  # of a row group; writers end one at a million
+_MOST_BYTES = 1 << 29  # of a row group, unpacked, unless the file has a hundredth of that
+_MOST_SEEN = 4096
+_SEEN: set[tuple[Path, int, int]] = set()  # files whose claims were looked at: path, size, time
 _READ_BYTES = 1 << 20  # read ahead per column; without it a row group is read at once, and a file may be one row group
+
+
+DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # what pyarrow raises for damaged files
 
 
 @contextmanager
@@ -30,10 +39,36 @@ def opened(path: Path, where: str, buffer_size: int = 0) -> Iterator[pq.ParquetF
     A damaged file (no footer, cut off, flipped bytes) is a `CorruptEpisode`, now or while it is read.
     """
     try:
-        with pq.ParquetFile(path, buffer_size=buffer_size, pre_buffer=not buffer_size) as file:
+        with open_file(path, buffer_size=buffer_size, pre_buffer=not buffer_size) as file:
             yield file
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise CorruptEpisode(f"{where}: {unreadable(path, 'parquet', error)}", "unreadable-file") from None
+
+
+def open_file(path: Path, **options: Any) -> pq.ParquetFile:
+    """An open file; one of `DAMAGE` for what is none, and for one that claims more than it can hold."""
+    file = pq.ParquetFile(regular(path), **options)
+    found = os.stat(path)
+    version = path, found.st_size, found.st_mtime_ns
+    if version not in _SEEN:
+        try:
+            _require_possible(file.metadata)
+        except ValueError:
+            file.close()
+            raise
+        if len(_SEEN) >= _MOST_SEEN:
+            _SEEN.clear()
+        _SEEN.add(version)
+    return file
+
+
+def _require_possible(metadata: pq.FileMetaData) -> None:
+    """`ValueError` for a row group that unpacks to more than any writer puts into one."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        columns = map(group.column, range(group.num_columns if group.total_byte_size > _MOST_BYTES else 0))
+        packed = sum(column.total_compressed_size for column in columns)
+        if group.num_rows > _MOST_ROWS or group.total_byte_size > max(_MOST_BYTES, 100 * packed):
+            raise ValueError(f"a row group claims {group.num_rows:,} rows of {group.total_byte_size:,} bytes")
 
 
 # --- one episode ---

@@ -7,13 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ....errors import Note, UserError
 from ..location import Location, absence, unreadable
 from ..video import frames_listed
 from .listing import EpisodeEntry, Listing, Paths
+from .parquet import DAMAGE, open_file
 
 ANY_CHUNK = re.compile(r"\bchunk-\d+")  # a chunk's folder in a path
 
@@ -30,13 +29,13 @@ def recover_episodes(location: Location, paths: Paths, is_v3: bool, fps: float, 
     else:
         for name in names:
             fields = paths.data.match(name)
-            if not fields.get("episode_index", "").isdigit():
+            if not fields.get("episode_index", "").isdecimal():
                 raise UserError(f"{location.given}: {missing}, and {name} does not name its episode; fetch meta/ again")
             episode = int(fields["episode_index"])
             try:
-                with pq.ParquetFile(location.root / name) as file:
+                with open_file(location.root / name) as file:
                     listing.entries[episode] = paths.entry_v2(episode, file.metadata.num_rows, ())
-            except (OSError, ValueError, pa.ArrowException) as error:
+            except DAMAGE as error:
                 reason = unreadable(location.root / name, "parquet", error)
                 listing.damaged[episode] = "unreadable-file", reason
     count = len(listing.entries) + len(listing.damaged)
@@ -59,8 +58,9 @@ def _recover_v3(
     row = 0
     for name in names:
         try:
-            ids = pq.read_table(location.root / name, columns=["episode_index"])["episode_index"].to_numpy()
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            with open_file(location.root / name) as file:
+                ids = file.read(columns=["episode_index"])["episode_index"].to_numpy()
+        except DAMAGE as error:
             raise UserError(
                 f"{location.given}: {missing}, and {unreadable(location.root / name, 'parquet', error)}"
             ) from None

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pyarrow as pa
 
-from ....errors import Failed, Note, UserError
+from ....common.documents import Field, Form, read_json
+from ....errors import Failed, Note
 from ..base import Source
 from ..config import UNMAPPED, DatasetConfig
 from ..episode import CorruptEpisode, View
@@ -39,6 +41,21 @@ from .texts import instruction_of, text_columns
 
 _NUMBERS = re.compile(r"(float|u?int)\d+")  # dtypes of features
 _CHECKED = ("timestamp", "frame_index", "task_index")  # columns of every LeRobot table, by which its rows are checked
+
+
+class _Recording(Form):
+    """`meta/dvla.json`, which `dvla data record` writes."""
+
+    environment: str
+    starts: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], list[float]]  # episode → initial state
+    start_numbers: dict[str, int] = {}
+    split: str = ""
+    seed: int | None = None
+    noise: float = 0.0
+    observation_noise: float = 0.0
+    pixel_noise: float = 0.0
+    attempted: int = 0
+    succeeded: int = 0
 
 
 @dataclass(frozen=True)
@@ -253,14 +270,10 @@ class LeRobotSource(Source):
     def _read_recording(self) -> None:
         """Task and initial states of a simulator's recording, from `meta/dvla.json` of `dvla data record`."""
         path = self.path / "meta" / "dvla.json"
-        if not path.is_file():
-            return
-        try:
-            found = json.loads(path.read_text())
+        if os.path.lexists(path):
+            found = read_json(path, _Recording, "record the dataset again")
             self.starts = {int(k): [float(x) for x in v] for k, v in found["starts"].items()}
-            self.environment = str(found["environment"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); record the dataset again") from None
+            self.environment = found["environment"]
 
     def _entry(self, episode_id: int) -> EpisodeEntry:
         return self.meta.entry(episode_id, self.where(episode_id))

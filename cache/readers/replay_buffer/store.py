@@ -6,9 +6,12 @@ files looks the same, which is why a reader is given their number. Letters: N ro
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import itertools
-import json
+import lzma
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ....common.documents import json_value
 from ....common.text import first_line
 from ....errors import UserError
 from ..archive import Archive, open_archive
@@ -31,6 +35,7 @@ _CODECS = frozenset((
 _MAX_CHUNK = 1 << 30  # bytes of a chunk or a row, unpacked
 _MAX_COUNT = 1 << 16  # chunks of a row
 _MAX_TEXT = 100  # characters quoted of what a file says
+_BLOCK = 1 << 20  # bytes unpacked at a time
 _MAX_GROWTH = 8  # times the bytes of a chunk before it was compressed
 
 
@@ -66,10 +71,9 @@ class Group:
         which = next((m for m in METADATA if m in inside), METADATA[0])
         metadata = self.files.read(f"{self.folder}{name}/{which}", where)
         try:
-            return Array(
-                self, name, which, metadata, **(_parse_v2 if which == ".zarray" else _parse_v3)(json.loads(metadata))
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            parse = _parse_v2 if which == ".zarray" else _parse_v3
+            return Array(self, name, which, metadata, **parse(json_value(metadata.decode(), nan=True)))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = f"{where}: {name}/{which} does not describe an array of numbers ({str(error)[:_MAX_TEXT]})"
             raise CorruptEpisode(reason) from None
 
@@ -77,10 +81,10 @@ class Group:
         """What people wrote beside the group; {} where that cannot be read."""
         try:
             if ".zattrs" in self.files.entries(self.folder):
-                found = json.loads(self.files.read(f"{self.folder}.zattrs", ""))
+                found = json_value(self.files.read(f"{self.folder}.zattrs", "").decode(), nan=True)
             else:
-                found = json.loads(self.files.read(f"{self.folder}zarr.json", "")).get("attributes")
-        except (CorruptEpisode, ValueError, AttributeError, RecursionError):
+                found = json_value(self.files.read(f"{self.folder}zarr.json", "").decode(), nan=True).get("attributes")
+        except (CorruptEpisode, ValueError, AttributeError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -163,10 +167,9 @@ class Array:
             if len(data) < 16 or listed != len(data):
                 reason = f"{where}: {self.name}/{name} has {len(data)} bytes, its header says {listed}"
                 raise CorruptEpisode(reason, "unreadable-file")
-        if _claimed(codec, data) > _MAX_GROWTH * (self.chunk_nbytes + 1024):  # filters may have made it larger
-            reason = (
-                f"{where}: {self.name}/{name} claims {_claimed(codec, data):,} bytes of a chunk's {self.chunk_nbytes:,}"
-            )
+        most = _MAX_GROWTH * (self.chunk_nbytes + 1024)  # filters may have made it larger
+        if _claimed(codec, data) > most or _streams_beyond(codec, data, most):
+            reason = f"{where}: {self.name}/{name} unpacks to more than a chunk's {self.chunk_nbytes:,} bytes"
             raise CorruptEpisode(reason, "unreadable-file")
         return data
 
@@ -190,6 +193,33 @@ class Array:
         except Exception as error:  # codecs raise many types: RuntimeError, ValueError, zlib.error, EOFError, …
             reason = f"{where}: rows {start} to {stop - 1} of {self.name} cannot be decoded ({first_line(error)})"
             raise CorruptEpisode(reason, "unreadable-file") from None
+
+
+_STREAMS = {  # codec without a size in its header → its decoder, and how much it can make of a byte
+    "gzip": (lambda: zlib.decompressobj(32 + zlib.MAX_WBITS), 1032),
+    "zlib": (zlib.decompressobj, 1032),
+    "bz2": (bz2.BZ2Decompressor, 50_000),
+    "lzma": (lzma.LZMADecompressor, 10_000),
+}
+
+
+def _streams_beyond(codec: str, data: bytes, most: int) -> bool:
+    """Whether a compressed chunk unpacks to more than `most` bytes, tried where it could be more than is read."""
+    make, growth = _STREAMS.get(codec.removeprefix("numcodecs."), (None, 0))
+    if make is None or len(data) * growth <= _MAX_CHUNK:
+        return False
+    decoder: Any = make()
+    have = 0
+    with contextlib.suppress(zlib.error, OSError, EOFError, lzma.LZMAError):  # zarr says what is wrong
+        while have <= most:
+            block = decoder.decompress(data, _BLOCK)
+            data = getattr(decoder, "unconsumed_tail", b"")  # the others keep what is left themselves
+            if decoder.eof:  # another stream may follow
+                data, decoder = decoder.unused_data, make()
+            have += len(block)
+            if not block and not data:
+                break
+    return have > most
 
 
 def _claimed(codec: str, data: bytes) -> int:

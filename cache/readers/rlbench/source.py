@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ CAMERAS = ("front", "left_shoulder", "right_shoulder", "overhead", "wrist")  # o
 
 _IMAGE = re.compile(r"(?:rgb_)?([0-9]{1,9})\.png")
 _MAX_FRAMES = 100_000
+_MAX_COLUMN = 1 << 27  # bytes of a column of an episode
 _FORMATS = ("PNG",)
 
 
@@ -148,17 +149,19 @@ def _columns(places: Sequence[Place]) -> dict[str, int]:
     """Numbers per frame of each attribute of the first observation of the first readable episode."""
     for place in places:
         with contextlib.suppress(CorruptEpisode):
-            found = {name: _numbers(value) for name, value in _observations(place, "")[0].fields.items()}
-            return {name: value.size for name, value in found.items() if value is not None}
+            fields = _observations(place, "")[0].fields
+            found = zip(fields, _all_numbers(fields.values()))
+            return {name: value.size for name, value in found if value is not None}
     return {}
 
 
 def _column(observations: Sequence[Record], name: str, spot: str) -> np.ndarray:
     """One attribute of all observations, [T] or [T, ...]."""
-    found = [_numbers(o.fields.get(name)) for o in observations]
+    found = _all_numbers([o.fields.get(name) for o in observations])
     values, absent = [v for v in found if v is not None], [i for i, v in enumerate(found) if v is None]
     if not values:
-        known = sorted(n for n, v in observations[0].fields.items() if _numbers(v) is not None)
+        fields = observations[0].fields
+        known = sorted(n for n, v in zip(fields, _all_numbers(fields.values())) if v is not None)
         raise CorruptEpisode(f"{spot} has no numbers called '{name}' (it has {', '.join(known)[:200] or 'none'})")
     if absent:
         raise CorruptEpisode(f"{spot} has no '{name}' in frame {absent[0]}")
@@ -167,7 +170,15 @@ def _column(observations: Sequence[Record], name: str, spot: str) -> np.ndarray:
         raise CorruptEpisode(
             f"{spot}: '{name}' has shape {values[odd[0]].shape} in frame {odd[0]}, {values[0].shape} before"
         )
+    if len(values) * values[0].nbytes > _MAX_COLUMN:
+        raise CorruptEpisode(f"{spot}: '{name}' is {list(values[0].shape)} in each of {len(values)} frames")
     return np.stack(values)
+
+
+def _all_numbers(values: Collection[Any]) -> list[np.ndarray | None]:
+    """`_numbers` of each, found once of one that stands in many places."""
+    found = {key: _numbers(value) for key, value in {id(v): v for v in values}.items()}
+    return [found[id(v)] for v in values]
 
 
 def _numbers(value: Any) -> np.ndarray | None:
@@ -193,7 +204,7 @@ def _instruction(place: Place, where: str) -> str:
             texts = load_records(place.archive.read(member, spot), member, spot)
             if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
                 raise CorruptEpisode(f"{spot}: {member} holds no list of texts")
-            if said := next(filter(None, (t.strip() for t in texts)), ""):
+            if said := next(filter(None, (t.strip() for t in dict.fromkeys(texts))), ""):
                 return said
     return ""
 

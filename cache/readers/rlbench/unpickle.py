@@ -20,6 +20,7 @@ from .pickled_values import CALLS, RECORDS, TYPES, Damaged, Dtype, Name, Pickled
 __all__ = ["PickledArray", "Record", "load_records"]
 
 MAX_BYTES = 64 << 20  # an episode of 150 observations with camera matrices takes about 0.6 MB
+MAX_INT_KEYS = 10_000  # of all dictionaries: their hashes can be chosen to collide, those of texts cannot
 MAX_OPCODES = 4_000_000  # and 90,000 opcodes, each of which makes at most one object
 
 
@@ -44,9 +45,10 @@ class _Machine:
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
         self.encoded = 0  # bytes made from text so far
+        self.int_keys = self.attributes = 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
 
     def run(self) -> Any:
         """Interpret up to STOP; the value on top."""
@@ -94,7 +96,9 @@ class _Machine:
     # --- opcodes with more than one line ---
 
     def memoize(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
+        if index > len(self.memo):
+            raise Damaged("a memo out of order")
+        self.memo[index : index + 1] = [self.stack[-1]]
 
     def append(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
@@ -107,6 +111,9 @@ class _Machine:
             raise Damaged("items for what is no dictionary")
         if not all(type(k) in (str, int) for k in keys):  # a tuple may be nested as deep as the file is long
             raise Refused("has a dictionary with keys that are no text")
+        self.int_keys += sum(type(k) is int for k in keys)
+        if self.int_keys > MAX_INT_KEYS:
+            raise Refused(f"has more than {MAX_INT_KEYS:,} numbers as keys")
         self.stack[-1].update(zip(keys, items[1::2]))
 
     def name(self, module: Any, name: Any) -> None:
@@ -142,6 +149,9 @@ class _Machine:
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is Record:
+            self.attributes += len(state) if type(state) is dict else 0
+            if self.attributes > MAX_OPCODES:  # one large state, looked through for each of many records
+                raise Refused("sets more attributes than it has")
             if type(state) is not dict or target.fields or any(k.startswith("__") for k in state):
                 raise Refused(f"sets more than the attributes of {target.kind}")
             target.fields = state  # not a copy: a thousand records may share one large state

@@ -10,7 +10,6 @@ import bisect
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....common.text import first_line
+from ....common.documents import read_file, read_json
 from ....errors import Note, UserError
 from ..episode import CorruptEpisode
 from ..location import Location, absence
 
 DESCRIPTION = ("dataset_info.json", "features.json")
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # tfds' own, where a split names none
-_MAX_EPISODES = 10_000_000  # a list of ids is kept in memory; the largest corpora have a hundredth of that
+_MAX_EPISODES = 2_000_000  # a list of ids is kept in memory; the largest corpora have a quarter of that
+_MAX_SHARDS = 100_000
+_MANY, _SMALLEST = 10_000, 16  # records of a shard that its size must allow for, and bytes of the smallest one
 _MAX_NAME = 100  # characters
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
@@ -74,13 +75,24 @@ class Metadata:
             self.every |= dict(_flatten(_around(features), ""))
         self.shards = tuple(_shards(info, str(label), self.root / DESCRIPTION[0]))
         self._firsts = [s.first for s in self.shards]
+        self._require_possible()
+
+    def _require_possible(self) -> None:
+        """`UserError` for a shard that is too small to hold what is listed: its episodes would be looked for one by
+        one."""
+        for shard in (s for s in self.shards if s.length > _MANY):
+            with contextlib.suppress(OSError):
+                size = (self.root / shard.path).stat().st_size
+                if size < _SMALLEST * shard.length:
+                    listed = f"lists {shard.length:,} records in {size:,} bytes of {shard.path}"
+                    raise UserError(f"{self.root / DESCRIPTION[0]} {listed}; copy the dataset again")
 
     @property
     def revision_hash(self) -> str:
         """sha256 hex over the two files that describe the dataset."""
         digest = hashlib.sha256()
         for name in DESCRIPTION:
-            data = (self.root / name).read_bytes()
+            data = read_file(self.root / name)
             digest.update(f"{name}:{len(data)};".encode() + data)
         return digest.hexdigest()
 
@@ -168,13 +180,7 @@ def _choose(root: Path, given: str) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}); copy the dataset again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; copy the dataset again")
-    return found
+    return read_json(path, remedy="copy the dataset again")
 
 
 def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:
@@ -186,6 +192,8 @@ def _shards(info: dict[str, Any], name: str, path: Path) -> Iterator[Shard]:
     try:
         for split in info.get("splits") or ():
             lengths = [int(n) for n in split["shardLengths"]]
+            if len(lengths) > _MAX_SHARDS:
+                raise ValueError(f"{len(lengths):,} shards")
             digits = max(5, len(str(len(lengths))))
             for number, length in enumerate(lengths):
                 index, count = f"{number:0{digits}}", f"{len(lengths):0{digits}}"

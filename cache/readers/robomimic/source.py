@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ....common.documents import json_value
 from ....errors import Failed, Note, UserError
 from ..base import Source, choose_views, common, listing_hash, look_around, rare_cameras
 from ..config import DatasetConfig
@@ -41,6 +41,7 @@ from ..hdf5 import (
     numbers,
     one_file,
     opened,
+    readable_group,
     success_of,
     text,
     texts,
@@ -56,7 +57,7 @@ _DEMO = re.compile(r".*?(\d{1,18})")
 _PARTS = re.compile(r"(\d{1,18})")
 _MUST_BE_JSON = ("ep_meta", "problem_info")  # RoboCasa's and LIBERO's, where the task text is
 _DOCUMENTS = (*_MUST_BE_JSON, "env_args", "metadata", "meta", "info")
-_GOAL = re.compile(r"\(:language\s+([^()]+)\)")
+_GOAL = re.compile(r"\(:language\s([^()]+)\)")
 _MAX_TEXTS = 1_000_000  # strings of a dataset, one per row
 _POSITION = re.compile(r"(?:.*[/_])?eef?_pos(?:ition)?")  # a column with the measured position
 
@@ -205,7 +206,7 @@ class RobomimicSource(Source):
         """The file and the demo, open inside the block, and how messages about it begin."""
         where = self.where(episode_id)
         with opened(self._file, where) as file:
-            demo = find_group(file, f"data/{self._demos[episode_id]}", where)
+            demo = readable_group(file, f"data/{self._demos[episode_id]}", where)
             if not isinstance(demo, h5py.Group):
                 raise CorruptEpisode(f"{where}: data/{self._demos[episode_id]} is no group of a demo's arrays")
             yield file, demo, where
@@ -243,7 +244,7 @@ def _usual_demo(
     def look(number: int) -> tuple[list[str], dict[str, int]] | None:
         here = f"{where} episode {number}"
         with one_episode(here):
-            demo = find_group(data, demos[number], here)
+            demo = readable_group(data, demos[number], here)
             obs = find(demo, "obs", here) if has(demo, "obs") else None
             keys = [key for key in obs if is_images(find(obs, key, here))] if isinstance(obs, h5py.Group) else []
             return (keys, {c: math.prod(find_array(demo, c, here).shape[1:]) for c in columns}) if keys else None
@@ -262,8 +263,10 @@ def _usual_demo(
 
 def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:
     """Numbers per row of each array of the first demo, and of its observations, that is no image."""
-    demo = data.get(demos[min(demos)])
-    found = {name: demo[name] for name in demo} if isinstance(demo, h5py.Group) else {}
+    found: dict[str, Any] = {}
+    with contextlib.suppress(CorruptEpisode):
+        demo = readable_group(data, demos[min(demos)], str(data.file.filename))
+        found = {name: demo[name] for name in demo}
     if isinstance(obs := found.pop("obs", None), h5py.Group):
         found |= {f"obs/{name}": obs[name] for name in obs}
     arrays = {k: a for k, a in found.items() if isinstance(a, h5py.Dataset) and a.dtype.kind in "fiu" and a.ndim <= 2}
@@ -275,8 +278,8 @@ def _json(node: h5py.Group | h5py.Dataset, name: str, where: str, required: bool
     if name not in node.attrs:
         return {}
     try:
-        found = json.loads(text(node.attrs[name], f"{where}: attribute {name}"))
-    except (ValueError, RecursionError, CorruptEpisode) as error:
+        found = json_value(text(node.attrs[name], f"{where}: attribute {name}"), nan=True)
+    except (ValueError, CorruptEpisode) as error:
         if not required:
             return {}
         reason = error if isinstance(error, CorruptEpisode) else f"{where}: attribute {name} is not JSON"

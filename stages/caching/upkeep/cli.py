@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ....common.config import ANY_COUNT, COUNT
 from ....common.console import console, errors, progress_bars, say
 from ....common.options import Device, Json, VlmPath
 from ....common.text import size
@@ -21,7 +22,7 @@ CachePath = Annotated[Path, typer.Argument(help="Cache folder.", show_default=Fa
 
 def cache_verify(
     path: CachePath,
-    live: Annotated[int, typer.Option("--live", help="Frames to recompute with the live encoder.")] = 0,
+    live: Annotated[int, typer.Option("--live", help="Frames to recompute with the live encoder."), ANY_COUNT] = 0,
     source: Moved = None,
     vlm_path: VlmPath = None,
     device: Device = "auto",
@@ -99,7 +100,9 @@ def cache_inspect(
 def cache_diff(
     a: Annotated[Path, typer.Argument(help="Cache folder A.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Cache folder B.", show_default=False)],
-    samples: Annotated[int, typer.Option("--samples", help="Frames of each view whose features to compare.")] = 256,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Frames of each view whose features to compare."), COUNT
+    ] = 256,
     json: Json = None,
 ) -> None:
     """Compare two finished caches: settings, datasets, episodes, tables, sampled features.

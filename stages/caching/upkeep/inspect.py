@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ....cache.actions.statistics import Statistics
 from ....cache.loader.provenance import choice_of
 from ....cache.store.cache import Cache
 from ....cache.store.dataset import CacheDataset
+from ....common.files import write_output
 from ....errors import UserError
 from .status import summary
 
@@ -122,16 +124,14 @@ def norm_images(path: Path, out: Path) -> dict[Path, tuple[float, float]]:
     for file in files.values():
         if file.exists():
             raise UserError(f"{file} exists; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
     ranges = {}
     for d in cache.datasets:
         rows = shown_rows(d, SHOWN_FRAMES)
         for view in d.views:
             image, ranges[files[d.name, view]] = norm_strip(d, view, rows)
-            Image.fromarray(image).save(files[d.name, view])
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "png")
+            write_output(files[d.name, view], png.getvalue())
     return ranges
 
 

@@ -21,7 +21,7 @@ from ....cache.actions.rotations import WIDTH
 from ....cache.actions.slots import SLOTS
 from ....cache.readers import open_source
 from ....cache.readers.search import load_config
-from ....common.files import write_file
+from ....common.files import write_output
 from ....errors import UserError, unknown
 from .dataset import Dataset
 from .guesses import Target, guess
@@ -91,11 +91,7 @@ def write(request: Request, text: str, out: Path) -> None:
         trial = Path(folder) / out.name
         trial.write_text(text)
         open_source(request.source, load_config(trial))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
-    write_file(out, text.encode())
+    write_output(out, text.encode())
 
 
 class _Asker:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ....common.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, new_figure
+from ....common.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, new_figure, save
+from ....common.files import write_file
 from .data import NOISE, STEPS, modes
 from .tables import METRICS, label, over_seeds
 
@@ -51,7 +52,7 @@ def evolution_figure(plane: dict[str, dict[str, Any]], path: Path) -> None:
         " above each plot: sliced-Wasserstein distance to fresh data",
         fontsize=9,
     )
-    figure.savefig(path, dpi=75)
+    save(figure, path, 75)
 
 
 def evolution_gif(plane: dict[str, dict[str, Any]], recipe: str, path: Path) -> None:
@@ -73,7 +74,9 @@ def evolution_gif(plane: dict[str, dict[str, Any]], recipe: str, path: Path) -> 
         FigureCanvasAgg(figure).print_png(buffer)
         frames.append(Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=8))
     duration = [200] * (len(frames) - 1) + [2500]  # ms
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=True)
+    gif = io.BytesIO()
+    frames[0].save(gif, "gif", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=True)
+    write_file(path, gif.getvalue())
 
 
 def curve_figure(plane: dict[str, dict[str, Any]], path: Path) -> None:
@@ -100,7 +103,7 @@ def curve_figure(plane: dict[str, dict[str, Any]], path: Path) -> None:
         below.set(title="What training logs: log mean(F²)", xlabel="training step", ylabel=label)
     handles, names = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=90)
+    save(figure, path, 90)
 
 
 def _action_title(rows: list[dict[str, Any]]) -> str:
@@ -142,7 +145,7 @@ def action_figure(rows: list[dict[str, Any]], path: Path) -> None:
         "\n".join([*textwrap.wrap(_action_title(rows), 150), f"one demonstration per observation; {over_seeds(rows)}"]),
         fontsize=10,
     )
-    figure.savefig(path, dpi=90)
+    save(figure, path, 90)
 
 
 SHOWN = (
@@ -187,4 +190,4 @@ def sample_figure(actions: dict[str, list[dict[str, Any]]], path: Path) -> None:
         "percentages: over 64 held-out observations",
         fontsize=10,
     )
-    figure.savefig(path, dpi=80)
+    save(figure, path, 80)

@@ -26,7 +26,9 @@ ARROW: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "width
 def drifting_field(data: PanelData, style: Style = LIGHT) -> Figure:
     """A1: every prediction relative to its expert chunk (the star), and its drift; good: arrows to the star."""
     active = data.active[:, None]  # [N,1,T,128]
-    away = np.where(active, data.draws - data.target[:, None], 0).reshape(-1, data.active[0].size)  # [N·G,D]
+    away: np.ndarray = np.where(active, data.draws - data.target[:, None], 0).reshape(
+        -1, data.active[0].size
+    )  # [N·G,D]
     arrow = data.drift.sum(0).reshape(away.shape)  # [N·G,D]
     used = np.flatnonzero(data.active.any(0).ravel())
     away, arrow = away[:, used], arrow[:, used]

@@ -20,7 +20,7 @@ from ....cache.loader.sample import Sample
 from ....common.figures import png, style_named
 from ....common.files import write_file
 from ..context import Session
-from ..run_log import Tracker, read_log
+from ..run_log import RunLog, read_log
 from .catalogue import PANELS, Panel, due
 from .collect import collect
 from .data import PanelData
@@ -81,9 +81,9 @@ class Panels:
             self._looked = time.perf_counter() - began
             self._spent += 0.0 if evaluated else self._looked  # an evaluation needs them in any case
 
-    def draw(self, panels: list[Panel], seen: PanelData | None, tracker: Tracker | None) -> None:
-        """Draw `panels` from `seen`, write and log them; a failure is logged. `tracker`: None except on rank 0."""
-        if tracker is None or seen is None or not panels:
+    def draw(self, panels: list[Panel], seen: PanelData | None, run_log: RunLog | None) -> None:
+        """Draw `panels` from `seen`, write and log them; a failure is logged. `run_log`: None except on rank 0."""
+        if run_log is None or seen is None or not panels:
             return
         began = time.perf_counter()
         folder = panel_folder(Path(self.session.config.out), seen.step)
@@ -99,7 +99,7 @@ class Panels:
         try:
             write_file(folder / "findings.json", (json.dumps(findings, indent=1, ensure_ascii=False) + "\n").encode())
             files = {f"panels/{key} {PANELS[key].name}": (folder / f"{key}.png", x) for key, x in findings.items()}
-            tracker.images(seen.step, files)
+            run_log.images(seen.step, files)
         except Exception as error:
             self._failed("panels", seen.step, error)
         elapsed = time.perf_counter() - began

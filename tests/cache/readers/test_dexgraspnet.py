@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import io
 import re
 import shutil
 import struct
 import sys
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -297,6 +299,18 @@ def promising(path):
     table.write_bytes(re.sub(rb"\(4, 4\), }.{11}", b"(10000000000000,), }", table.read_bytes()))
 
 
+def bombed(path):
+    """An array of 800 GB in an .npz."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**11,)})
+    grasps_with(path)
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in {**members, "point.npy": file.getvalue()}.items():
+            new.writestr(name, data)
+
+
 def towering(path):
     """A header of 96 x 2^20 pixels."""
     image = path.parents[3] / "scenes/scene_0000/realsense/depth_gt/0000.png"
@@ -349,6 +363,7 @@ def towering(path):
             "camera_poses.npy cannot be read",
         ),
         (promising, "cam0_wrt_table.npy cannot be read .*mmap length"),
+        (bombed, r"005.npz cannot be read \('point.npy' claims 800,000,000,000 bytes\)"),
     ],
 )
 def test_a_damaged_file_is_one_line_and_costs_only_its_grasps(damaged, damage, message):

@@ -203,9 +203,10 @@ def test_revision_hash_and_starts(copy_of):
         and again.revision_hash != before
         and again.environment == "metaworld/push-v3"
     )
-    (root / "meta/dvla.json").write_text("{}")
-    with pytest.raises(UserError, match="dvla.json is damaged"):
-        _ = open_source(root).starts
+    for text in ("{}", '{"environment": 3, "starts": {}}', '{"environment": "x", "starts": {"-1": [0.5]}}'):
+        (root / "meta/dvla.json").write_text(text)
+        with pytest.raises(UserError, match="dvla.json is damaged.*; record the dataset again"):
+            open_source(root)
 
 
 # --- configs meet datasets -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -295,7 +296,14 @@ def test_resources_are_bounded():
     refused(b"\x80\x04})" + b"\x85" * 500_000 + b"Ns.", "keys that are no text")  # a key nested half a million deep
     load(b"\x80\x04)" + b"\x85" * 500_000 + b".")
     load(b"\x80\x04" + b"](" * 100_000 + b"e" * 100_000 + b".")
-    assert load(b"\x80\x04Nr\xff\xff\xff\xff.") is None  # memo number 4 billion: one entry
+    refused(b"\x80\x04Nr\xff\xff\xff\xff.", "a memo out of order")  # memo number 4 billion
+    begun = time.process_time()
+    keys = [b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(100_000)]  # one hash
+    refused(b"\x80\x04}(" + b"".join(keys[:9_000]) + b"u(" + b"".join(keys) + b"u.", "10,000 numbers as keys")
+    record = b"crlbench.backend.observation\nObservation\nq\x00)\x81"
+    state = b"}(" + b"".join(b"X\x04\x00\x00\x00%04xN" % i for i in range(20_000)) + b"uq\x01"
+    refused(b"\x80\x02" + record + state + b"b" + b"0h\x00)\x81h\x01b" * 5_000 + b".", "more attributes than it has")
+    assert time.process_time() - begun < 5
     text = b"X\x10\x27\x00\x00" + b"x" * 10_000 + b"q\x00X\x06\x00\x00\x00latin1q\x01c_codecs\nencode\nq\x02"
     refused(b"\x80\x02" + text + b"h\x02h\x00h\x01\x86R" * 100 + b".", "makes more bytes than it has")
     with pytest.MonkeyPatch.context() as patch:

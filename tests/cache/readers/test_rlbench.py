@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pickle
 import shutil
+import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from dvla.cache.readers import archive, open_source
+from dvla.cache.readers.episode import CorruptEpisode
 from dvla.cache.readers.rlbench.source import RlbenchSource
 from dvla.cache.readers.search import load_config
 from dvla.errors import UserError
@@ -28,6 +30,7 @@ from support.rlbench_samples import (
     picture,
     png,
     write_episode,
+    write_task,
     write_tree,
 )
 
@@ -218,3 +221,19 @@ def test_formats_are_told_apart(tree, tmp_path):
     assert not RlbenchSource.matches(["other.zip"], tmp_path) and not RlbenchSource.matches(
         ["train", "meta/info.json"], tmp_path
     )
+
+
+def test_what_stands_in_many_places_is_looked_at_once(tmp_path):
+    """One large value may be named by every observation, every attribute and every text."""
+    task = write_task(tmp_path / "rlbench", "close_jar", 1)
+    folder, begun = task / "all_variations/episodes/episode0", time.process_time()
+    rows = observations(2, seed=0)
+    large = np.zeros(2_000_000)
+    for row in rows:
+        row.gripper_pose = large
+    (folder / "low_dim_obs.pkl").write_bytes(dump(Demo([rows[0]] * 50 + [rows[1]] * 50)))
+    source = open_source(task, CONFIG)
+    with pytest.raises(CorruptEpisode, match=r"'gripper_pose' is \[2000000\] in each of 100 frames"):
+        source.table(0)
+    (folder / "variation_descriptions.pkl").write_bytes(dump([" " * 10_000_000] * 10_000 + ["close the jar"]))
+    assert source.instruction_of(0) == "close the jar" and time.process_time() - begun < 10

@@ -231,3 +231,20 @@ def test_a_narrow_video_is_refused_before_it_is_decoded(tmp_path):
     path = write_video(tmp_path / "x.mkv", planes, "gray", (400, 2))
     with pytest.raises(CorruptEpisode, match=r"x\.mkv is 2x400 pixels; at most 8192 a side and 32:1"):
         find_extent(path, TIMES, "e")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"ffconcat version 1.0\nfile x.mp4\n",  # itself, until no file can be opened any more
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nother.mp4\n#EXT-X-ENDLIST\n",
+        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    ],
+    ids=["ffconcat", "HLS", "SDP"],
+)
+def test_a_list_of_other_files_is_no_video(tmp_path, content):
+    write_h264(tmp_path / "other.mp4", images())
+    (tmp_path / "x.mp4").write_bytes(content)
+    with pytest.raises(CorruptEpisode, match=r"^e: x\.mp4 cannot be read as video") as error:
+        find_extent(tmp_path / "x.mp4", TIMES, "e")
+    assert "open files" not in str(error.value) and error.value.kind == "unreadable-file"

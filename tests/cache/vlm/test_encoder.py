@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dvla.cache.vlm import blocks as attention_module
 from dvla.cache.vlm import encoder as encoder_module
 from dvla.cache.vlm.adapter import save_adapter
+from dvla.cache.vlm.checkpoint import load_tokenizer
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, load_lora, lora_dropout, lora_parameters, merge_lora
 from dvla.cache.vlm.preprocess import ImageSpec, pad_to_square, preprocess
@@ -397,6 +398,15 @@ def test_code_of_a_checkpoint_is_never_run(copied, tmp_path, monkeypatch, file):
     with pytest.raises(UserError, match="never run|checkpoint; --vlm"):
         load_encoder(EncoderSpec(path=str(copied), resolution=R))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_saved_by_transformers_5_is_the_same(copied):
+    texts = ("push the ü button", "", "<|vision_start|>x<|im_end|>")
+    expected = [load_tokenizer(copied, str(copied))(text).input_ids for text in texts]
+    document = json.loads((copied / "tokenizer_config.json").read_text())
+    document["extra_special_tokens"] = document.pop("additional_special_tokens", None) or ["<|vision_start|>"]
+    (copied / "tokenizer_config.json").write_text(json.dumps(document))
+    assert [load_tokenizer(copied, str(copied))(text).input_ids for text in texts] == expected
 
 
 @pytest.mark.parametrize(

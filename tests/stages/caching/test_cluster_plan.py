@@ -110,4 +110,4 @@ def test_from_the_shell(dvla: Dvla, recorded: dict[str, Path], tmp_path: Path) -
         and found["cluster"]["model"] is None
     )
     refused(dvla(*options, "--frames", 10), "--frames needs --cluster")
-    refused(dvla(*options, "--cluster", "cluster", "--frames", 0), "--frames 0: give at least 1")
+    refused(dvla(*options, "--cluster", "cluster", "--frames", 0), "--frames is 0; it must be at least 1")

@@ -481,6 +481,17 @@ def test_statistics_refusals(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.Mon
     refused(dvla("stats", "--merge", tmp_path / "odd.json"), "odd.json is not a report")
     assert dvla("stats", root, "--out", out).code == 0
     before = out.read_bytes()
+    for change, place in (
+        (lambda r: r["action"]["unified"]["eef_vel_x"].update(slot=500), r"action.unified.eef_vel_x.slot"),
+        (lambda r: r["action"]["unified"]["eef_vel_x"]["grid"].pop(), r"action.unified.eef_vel_x.grid"),
+        (lambda r: r["state"]["native"].update(a=[]), "state.native.a"),
+        (lambda r: r.update(datasets=[]), "'datasets' is [], "),
+        (lambda r: r.update(more=1), "'more' is no key of it"),
+    ):
+        report = json.loads(before)
+        change(report)
+        (tmp_path / "odd.json").write_text(json.dumps(report))
+        refused(dvla("stats", "--merge", tmp_path / "odd.json"), "odd.json is damaged", place, "measure the dataset")
     refused(dvla("stats", root, "--out", out), f"{out} exists")
     refused(dvla("stats", root, "--merge", out), "dataset d is in more than one")
     assert out.read_bytes() == before

@@ -179,3 +179,10 @@ def test_pictures_that_are_not_what_their_view_says(demos, tmp_path, monkeypatch
     assert export(source, tmp_path / "out").quarantined == 1
     assert re.search(message, (tmp_path / "out" / "quarantine.jsonl").read_text())
     assert open_source(tmp_path / "out").episode_ids == (0, 10)
+
+
+def test_a_pipe_in_the_place_of_its_lock_is_not_waited_for(episode_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out/.lock")
+    with pytest.raises(UserError, match="cannot write to .*: it is a socket or pipe, expected a file"):
+        export(open_source(episode_folder), tmp_path / "out")

@@ -3,6 +3,7 @@ take is not asserted."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import time
@@ -94,13 +95,21 @@ def test_a_policy_marks_its_parts_and_acts_the_same(run: Path, blind: bool) -> N
 def test_a_policy_keeps_so_many_instructions_and_no_more(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dvla.stages.policy import policy as module
 
-    assert KEPT_TEXTS > 100
-    monkeypatch.setattr(module, "KEPT_TEXTS", 2)
     policy = Policy.from_pretrained(run, blind=True)
     expected, seen = policy.act_batch(observations(3)), observations(3)
-    for _ in range(2):
-        np.testing.assert_array_equal(policy.act_batch(seen), expected)
-        assert len(policy._text) <= 2
+    sizes = {name: embedding.nbytes for name, (embedding, _) in policy._text.items()}
+    assert list(sizes) == [one.instruction for one in seen] and sum(sizes.values()) == policy._text_nbytes
+    assert 1000 * max(sizes.values()) < KEPT_TEXTS
+    monkeypatch.setattr(module, "KEPT_TEXTS", sum(sizes.values()) - 1)
+    policy.act_batch([dataclasses.replace(seen[0], step=9)])  # the first is the latest used
+    policy.act_batch([dataclasses.replace(seen[0], instruction="grasp")])
+    assert (
+        set(policy._text) <= {seen[0].instruction, seen[2].instruction, "grasp"} and seen[0].instruction in policy._text
+    )
+    assert policy._text_nbytes == sum(e.nbytes for e, _ in policy._text.values()) < sum(sizes.values())
+    policy.act_batch([dataclasses.replace(seen[0], instruction="push the puck " * 20)])  # longer than all that is kept
+    assert len(policy._text) == 1
+    np.testing.assert_array_equal(policy.act_batch(seen), expected)
 
 
 # --- the measurement --------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def message(seen: Observation) -> dict[str, Any]:
 
 def raw(port: int, **options: Any) -> ClientConnection:
     """A connection whose metadata has been read."""
-    connection = connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None, proxy=None, **options)
+    address = f"ws://127.0.0.1:{port}"
+    connection = connect(address, compression=None, max_size=None, proxy=None, **options).__enter__()
     assert unpack(connection.recv())["robot"] == "toy"
     return connection
 
@@ -227,6 +228,15 @@ BAD: dict[str, tuple[Callable[[Observation], bytes | str], str]] = {
         "has 5 numbers; the robot's state has 3",
     ),
     "not finite": (lambda seen: pack({**message(seen), "state": np.full(3, np.nan)}), "not finite"),
+    "a number out of range": (
+        lambda seen: msgpack.packb({"state": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}),
+        "not a msgpack message: Python integer 300 out of bounds",
+    ),
+    "an infinite number": (
+        lambda seen: pack({**message(seen), "state": [0.0, 1e300, -float("inf")]}),
+        "has numbers that are not finite: right_eef_pos_y, right_gripper_open",
+    ),
+    "a long list": (lambda seen: msgpack.packb({"state": [0] * 70_000}), "exceeds max_array_len"),
     "pickle": (
         lambda seen: msgpack.packb(
             {**{"prompt": "x"}, "state": {b"__ndarray__": True, b"data": b"c", b"dtype": "|O", b"shape": [1]}}
@@ -269,6 +279,35 @@ def test_a_message_that_is_too_large_closes_its_connection_only(policy: Policy) 
         assert error.value.rcvd.code == 1009
         other.send(pack(message(seen)))
         assert isinstance(other.recv(10), bytes)
+
+
+def test_the_client_knows_what_is_too_large(policy: Policy) -> None:
+    seen = observations(1)[0]
+    large = {**message(seen), "images": {view: np.zeros((200, 200, 3), np.uint8) for view in VIEWS}}
+    with serving(policy, max_message_mib=1 / 16) as (_, port), PolicyClient(port=port) as client:
+        with pytest.raises(UserError, match=r"has 24\d{4} bytes; .* takes 65536: send smaller images, or") as error:
+            client.infer(large)
+        assert "\n" not in str(error.value)
+        client.infer(message(seen))
+
+
+def test_what_nobody_foresaw_is_a_line_for_the_client_and_one_for_the_log(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("of\nall things")
+
+    server, seen, said = PolicyServer(policy, ServeConfig(port=0)), observations(1)[0], []
+    server._say = said.append
+    with in_background(server) as port, raw(port) as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr("dvla.stages.serving.session.Session.ask", broken)
+            for _ in range(3):
+                connection.send(pack(message(seen)))
+                assert connection.recv(10) == "the message could not be read: ZeroDivisionError"
+        connection.send(pack(message(seen)))
+        assert isinstance(connection.recv(10), bytes)
+    assert said == ["a message could not be read: ZeroDivisionError('of\\nall things')"]
 
 
 def test_strangers_do_no_harm(plain_server: tuple[PolicyServer, int]) -> None:
@@ -597,8 +636,15 @@ def test_bad_options_are_refused_before_anything_is_loaded(
         patch.setattr(Policy, "from_pretrained", lambda *_, **__: pytest.fail("loaded the policy"))
         refused(dvla("serve", run, "--host", "0.0.0.0"), "DVLA_TOKEN", "--token-file")
         refused(dvla("serve", run, "--token-file", tmp_path / "none"), "cannot read the token")
-        refused(dvla("serve", run, "--port", 70000), "port 70000")
-        refused(dvla("serve", run, "--max-batch", 0), "max batch is 0")
+        refused(dvla("serve", run, "--port", 70000), "port is 70000; it must be")
+        for option, value in (
+            ("--max-batch", 0),
+            ("--max-wait-ms", "inf"),
+            ("--max-message-mib", "1e300"),
+            ("--timeout", "nan"),
+            ("--max-clients", 10**9),
+        ):
+            refused(dvla("serve", run, option, value), "it must be", option)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             refused(dvla("serve", run, "--port", taken.getsockname()[1]), "in use", "--port")
     refused(dvla("serve", tmp_path / "nothing", "--port", 0), "nothing")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,34 @@ def test_every_truncation_is_refused() -> None:
     for end in [*range(0, 60), len(data) // 2, len(data) - 1]:
         refusal(unpack, data[:end])
     refusal(unpack, data + b"\x00")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xdd" + (2**20).to_bytes(4, "big") + b"\x90" * 2**20,  # empty lists: a byte each, and 56 in memory
+        b"\xdd" + (2**20).to_bytes(4, "big") + b"\x80" * 2**20,
+        b"\xdc\xff\xff" + (b"\xdc\xff\xff" + b"\x90" * 65535) * 16,
+        (b"\xdd" + (2**24).to_bytes(4, "big")) * 500 + bytes(2**24),  # lists that claim more than there is
+        b"\xdf" + (2**17).to_bytes(4, "big") + b"".join(b"\xa7%07d\xc0" % i for i in range(2**17)),
+    ],
+    ids=["lists", "maps", "lists of lists", "claims", "keys"],
+)
+def test_a_message_does_not_multiply_in_memory(data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        refusal(unpack, data)
+        assert tracemalloc.get_traced_memory()[1] < 300 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "data, dtype", [(300, "|u1"), (-1, "|u1"), (2**64 - 1, "<i8"), (float("inf"), "<i4"), ("x", "<f4")]
+)
+def test_numbers_that_their_type_cannot_hold_are_refused(data: Any, dtype: str) -> None:
+    message = msgpack.packb({b"__npgeneric__": True, b"data": data, b"dtype": dtype})
+    assert "not a msgpack message" in refusal(unpack, message)
 
 
 def array_map(**changes: Any) -> bytes:

@@ -175,8 +175,9 @@ def test_the_command(world: list[dict[str, Any]], dvla: Dvla, tmp_path: Path) ->
     refused(dvla("eval", "expert", "--env", "toy/nea"), "did you mean 'toy/near'")
     refused(dvla("eval", "expert", "--compare", "expert", "--env", "toy/near"), "policy expert is given twice")
     refused(dvla("eval", "expert", "--env", "toy/near", "--env", "toy/near"), "environment toy/near is given twice")
-    refused(dvla("eval", "expert", "--env", "toy/near", "--episodes", "0"), "at least 1 of each")
-    refused(dvla("eval", "expert", "--env", "toy/near", "--sample-steps", "0"), "--sample-steps 0")
+    near = ("eval", "expert", "--env", "toy/near")
+    refused(dvla(*near, "--episodes", "0"), "episodes is 0; it must be at least 1 (--episodes)")
+    refused(dvla(*near, "--sample-steps", "0"), "sample_steps is 0; it must be at least 1", "--sample-steps")
     refused(dvla("eval", "expert", "--env", "toy/near", "--out", tmp_path / "out"), "exists")
 
 

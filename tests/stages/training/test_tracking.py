@@ -1,5 +1,5 @@
-"""Where a run's numbers go: one line per step in log.jsonl, also after a crash; W&B resumes its run and gets no
-secret."""
+"""Where a run's numbers go: one line per step in log.jsonl, also after a crash; trackers resume their run, have each
+step once, and get no secret."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 
 from dvla.errors import UserError
-from dvla.stages.training.config import WandbConfig
-from dvla.stages.training.run_log import Tracker, flat, kept_lines, require_wandb
+from dvla.stages.training.config import TrainConfig, WandbConfig
+from dvla.stages.training.run_log import RunLog, kept_lines
+from dvla.stages.training.trackers.base import flat
+from dvla.stages.training.trackers.catalogue import Trackers, require_trackers
 
-OFF = WandbConfig()
+
+def tracked(*trackers: str, mode: str = "disabled", project: str = "dvla", name: str | None = None) -> TrainConfig:
+    return TrainConfig("", "", trackers=trackers, wandb=WandbConfig(mode, project, name))
+
+
+OFF = tracked()
 
 
 def steps(run: Path) -> list[int]:
@@ -21,18 +28,18 @@ def steps(run: Path) -> list[int]:
 
 def test_one_line_per_step_also_after_a_crash(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with Tracker(run, OFF, {}, step=0) as tracker:
+    with RunLog(run, OFF, {}, step=0) as log:
         for step in (1, 50, 100, 150, 200):
-            tracker.log({"step": step, "loss": 1 / step})
+            log.log({"step": step, "loss": 1 / step})
             assert steps(run)[-1] == step  # on disk at once
     with open(run / "log.jsonl", "a") as file:
         file.write('{"step": 250, "lo')  # killed while it wrote
-    with Tracker(run, OFF, {}, step=100) as tracker:  # the newest checkpoint is step 100's
+    with RunLog(run, OFF, {}, step=100) as log:  # the newest checkpoint is step 100's
         assert steps(run) == [1, 50, 100]
-        tracker.log({"step": 120, "loss": 0.5})
+        log.log({"step": 120, "loss": 0.5})
     assert steps(run) == [1, 50, 100, 120]
     before = (run / "log.jsonl").stat().st_mtime_ns
-    Tracker(run, OFF, {}, step=120).close()  # a finished run is not rewritten
+    RunLog(run, OFF, {}, step=120).close()  # a finished run is not rewritten
     assert (run / "log.jsonl").stat().st_mtime_ns == before
     assert sorted(p.name for p in run.iterdir()) == ["log.jsonl"]
 
@@ -42,13 +49,13 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         pytest.raises(
             UserError, match=r"cannot write .*log.jsonl: No space left on device; the checkpoints are intact"
         ),
-        Tracker(tmp_path / "run", OFF, {}, step=0) as tracker,
+        RunLog(tmp_path / "run", OFF, {}, step=0) as log,
     ):
-        tracker._file.close()
-        tracker._file = open("/dev/full", "w")
-        tracker.log({"step": 1})
-    with Tracker(tmp_path / "run", OFF, {}, step=0) as tracker:
-        tracker.log({"step": 1})
+        log._file.close()
+        log._file = open("/dev/full", "w")
+        log.log({"step": 1})
+    with RunLog(tmp_path / "run", OFF, {}, step=0) as log:
+        log.log({"step": 1})
     assert steps(tmp_path / "run") == [1]
 
 
@@ -66,12 +73,16 @@ def test_lines_for_charts() -> None:
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    require_wandb(OFF)
-    for mode in ("online", "offline"):
-        with pytest.raises(
-            UserError, match=r"W&B mode .* which is not installed: pip install 'dvla\[wandb\]'"
-        ) as error:
-            Tracker(tmp_path / "run", WandbConfig(mode), {}, step=0)
+    require_trackers(OFF)
+    for config, words in (
+        (tracked(mode="online"), r"W&B mode online .* which is not installed: pip install 'dvla\[wandb\]'"),
+        (tracked("wandb", mode="offline"), "W&B mode offline needs the package wandb"),
+        (tracked("wandb"), "W&B mode online needs the package wandb"),
+        (tracked("tensorboard"), r"--tracker tensorboard .* pip install 'dvla\[tensorboard\]'"),
+        (tracked("trackio"), r"--tracker trackio .* pip install 'dvla\[trackio\]'"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            require_trackers(config)
         assert "\n" not in str(error.value)
 
 
@@ -81,7 +92,7 @@ def test_online_without_an_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(
         UserError, match="this machine is not logged in: run `wandb login`, or train with --wandb-mode offline"
     ):
-        require_wandb(WandbConfig("online"))
+        require_trackers(tracked("wandb"))
 
 
 def test_offline_keeps_its_run_id_and_says_nothing(
@@ -93,9 +104,9 @@ def test_offline_keeps_its_run_id_and_says_nothing(
     init = wandb.init
     monkeypatch.setattr(wandb, "init", lambda **options: begun.append(options) or init(**options))
     for start in (0, 2):
-        with Tracker(run, WandbConfig("offline", project="demo"), settings, step=start) as tracker:
+        with RunLog(run, tracked(mode="offline", project="demo"), settings, step=start) as log:
             for step in (start + 1, start + 2):
-                tracker.log({"step": step, "loss": 0.5, "mean_square": [1.0, 2.0]})
+                log.log({"step": step, "loss": 0.5, "mean_square": [1.0, 2.0]})
     identity = json.loads((run / "wandb.json").read_text())
     assert identity["project"] == "demo" and [options["id"] for options in begun] == [identity["id"]] * 2
     written = [*run.glob(f"wandb/offline-run-*/run-{identity['id']}.wandb")]
@@ -104,5 +115,110 @@ def test_offline_keeps_its_run_id_and_says_nothing(
     assert b"mean_square/1" in content and b"s3://host/bucket" in content and b"hunter2" not in content
     assert capfd.readouterr() == ("", "")
     (run / "wandb.json").write_text("{}")
-    with pytest.raises(UserError, match="wandb.json is damaged; delete it to start a new W&B run"):
-        Tracker(run, WandbConfig("offline"), settings, step=4)
+    with pytest.raises(UserError, match="wandb.json is damaged: 'id' is missing.*; delete it to start a new wandb run"):
+        RunLog(run, tracked(mode="offline"), settings, step=4)
+
+
+# --- TensorBoard and trackio ------------------------------------------------------------------------------------------
+
+SETTINGS = {"cache": "s3://key:hunter2-address@host/bucket", "optimizer": {"lr": 1e-3}}
+
+
+def crashed_and_resumed(run: Path, config: TrainConfig, image: Path) -> list[str]:
+    """Steps 1 to 4, of which the newest checkpoint has 2; then 3 to 5. What was said."""
+    said: list[str] = []
+    for start, stop in ((0, 4), (2, 5)):
+        with RunLog(run, config, SETTINGS, step=start, say=said.append) as log:
+            for step in range(start + 1, stop + 1):
+                log.log({"step": step, "loss": 1 / step, "mean_square": [0.5, float("inf")], "binds": "disk"})
+            log.images(stop, {"panels/A1 errors": (image, "they fall")})
+    assert steps(run) == [1, 2, 3, 4, 5]
+    return said
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    Image.new("RGBA", (8, 6), (200, 0, 0, 255)).save(tmp_path / "A1.png")
+    return tmp_path / "A1.png"
+
+
+def test_tensorboard_has_each_step_once(tmp_path: Path, image: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard", reason="dvla[tensorboard] is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert crashed_and_resumed(run, tracked("tensorboard"), image) == []
+    shown = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert shown.Tags()["scalars"] == ["loss", "mean_square/0"]
+    losses = shown.Scalars("loss")
+    assert len(losses) == 5 and {e.step: e.value for e in losses} == pytest.approx({n: 1 / n for n in range(1, 6)})
+    assert [(e.step, e.width, e.height) for e in shown.Images("panels/A1 errors")] == [(5, 8, 6)]
+    content = b"".join(p.read_bytes() for p in (run / "tensorboard").iterdir())
+    assert b"s3://host/bucket" in content and b"hunter2" not in content
+    assert capfd.readouterr().err == ""
+
+
+def test_trackio_has_each_step_once(
+    tmp_path: Path, image: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs whose folders have one name are two there."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("trackio", reason="dvla[trackio] is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    runs = [tmp_path / name / "run" for name in ("a", "b")]
+    for run in runs:
+        assert crashed_and_resumed(run, tracked("trackio", project="demo"), image) == []
+    ids = [json.loads((run / "trackio.json").read_text())["id"] for run in runs]
+    assert sorted(SQLiteStorage.get_runs("demo")) == sorted(f"run-{own}" for own in ids)
+    for own in ids:
+        logs = SQLiteStorage.get_logs("demo", f"run-{own}")
+        losses = {entry["step"]: entry["loss"] for entry in logs if "loss" in entry}
+        assert len([e for e in logs if "loss" in e]) == 5 and losses == pytest.approx({n: 1 / n for n in range(1, 6)})
+        assert [e["step"] for e in logs if "panels/A1 errors" in e] == [4, 5]
+    assert b"hunter2" not in b"".join(p.read_bytes() for p in (tmp_path / "trackio").rglob("*") if p.is_file())
+    assert capfd.readouterr() == ("", "")
+
+
+class Broken:
+    """A tracker whose folder went away."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def log(self, step: int, numbers: dict[str, object]) -> None:
+        self.calls.append(f"log {step}")
+        raise OSError(28, "No space\nleft")
+
+    def close(self, failed: bool) -> None:
+        self.calls.append(f"close {failed}")
+        raise ValueError
+
+
+def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    with RunLog(tmp_path / "run", OFF, {}, step=0, say=said.append) as log:
+        log._trackers._open["trackio"] = broken = Broken()
+        for step in (1, 2):
+            log.log({"step": step})
+    assert steps(tmp_path / "run") == [1, 2] and broken.calls == ["log 1", "close True"]
+    assert said == ["trackio failed and gets nothing more of this run: OSError: [Errno 28] No space"]
+
+
+def test_a_tracker_that_cannot_begin_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("database is locked\nby another")
+
+    monkeypatch.setattr("dvla.stages.training.trackers.catalogue.TrackioTracker", fail)
+    with pytest.raises(UserError, match=r"^trackio did not start \(database is locked\); train without --tracker trac"):
+        Trackers(tmp_path, tracked("trackio"), {}, 0, print)
+
+
+def test_unknown_trackers_and_the_old_options() -> None:
+    with pytest.raises(UserError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
+        tracked("tensorbord")
+    with pytest.raises(UserError, match="unknown tracker"):
+        TrainConfig("", "", trackers=("wandb", ""))

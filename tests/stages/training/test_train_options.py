@@ -306,7 +306,7 @@ def test_the_proposals_runs() -> None:
             "dit.embodiments is 4; it must be at least 5: cache .* holds embodiment number 4",
         ),
         ({"loss": {"embodiments": 2}}, "loss.embodiments is 2;"),
-        ({"holdout": 1.0}, "held-out fraction is 1.0"),
+        ({"holdout": 1.0}, "holdout is 1.0; it must be at least 0 and below 1"),
     ],
 )
 def test_what_the_cache_cannot_give(cache: Path, changes: dict[str, Any], message: str) -> None:

@@ -166,3 +166,23 @@ def test_a_flipped_bit_of_a_png_is_found_though_pillow_decodes_it() -> None:
         damaged[at] ^= 4
         with pytest.raises(CorruptEpisode, match="it is damaged: its checksum differs"):
             survey([("it", bytes(damaged))], None)
+
+
+def test_scans_that_pass_over_the_image_again_and_again_are_not_decoded():
+    data = encoded(RGB, "JPEG", progressive=True)
+    first, second = (data.find(b"\xff\xda", at) for at in (0, data.find(b"\xff\xda") + 2))
+    bomb = data[:second] + data[first:second] * 1000 + data[second:]
+    assert decode(data, "x", None).shape == RGB.shape
+    with pytest.raises(CorruptEpisode, match="x is made of 1010 scans; at most 64 are read"):
+        decode(bomb, "x", None)
+
+
+def test_no_program_is_run_for_an_image(monkeypatch):
+    """Pillow gives EPS to Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
+    data = encoded(RGB, "EPS")
+    for read in (lambda: decode(data, "x", None), lambda: survey([("x", data)], None)):
+        with pytest.raises(CorruptEpisode, match="^x is not an image"):
+            read()

@@ -88,6 +88,7 @@ def test_a_camera_that_is_not_read_is_named(tmp_path, dtype):
         ({"data_path": "data/{episode_index.__class__}.parquet"}, "has braces that are no field"),
         ({"data_path": "data/{episode_index:099999d}.parquet"}, "has braces that are no field"),
         ({"data_path": "data/{}.parquet"}, "has braces that are no field"),
+        ({"data_path": "data/{episode_index}" + "-{episode_index}" * 9}, "has 10 fields, expected at most 8"),
         ({"data_path": "data/{episode_index"}, "has braces that are no field"),
         ({"data_path": ["data"]}, r"is \['data'\], expected a path"),
         ({"data_path": "../data/episode_{episode_index:06d}.parquet"}, "leaves its folder"),

@@ -2,7 +2,9 @@
 
 import codecs
 import json
+import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -245,3 +247,44 @@ def test_no_list_and_no_data_is_one_line(tmp_path):
         path.unlink()
     with pytest.raises(UserError, match="episodes.jsonl is missing or empty, and no data file of it is here"):
         open_source(root)
+
+
+# --- more than a file honestly holds ---
+
+
+def test_many_objects_in_one_line_take_no_square_of_time(tmp_path):
+    root, begun = write_v2(tmp_path / "x"), time.process_time()
+    (root / "meta/tasks.jsonl").write_text('{"task_index": 0, "task": "push"}' * 60_000)
+    assert outcome(root) == good(0, 1, 2, text="push") and time.process_time() - begun < 8
+
+
+def test_an_episode_listed_many_times_takes_no_square_of_time(tmp_path):
+    root, begun = write_v2(tmp_path / "x"), time.process_time()
+    lines(root / EPISODES, [{"episode_index": 0, "tasks": [], "length": n} for n in range(20_000)])
+    assert outcome(root) == {0: "it is listed 20000 times"} and time.process_time() - begun < 8
+
+
+@pytest.mark.parametrize("text", ['{"a": ' * 100 + "1" + "}" * 100, "[" * 3000])
+def test_nesting_is_bounded(tmp_path, text):
+    root = write_v2(tmp_path / "x")
+    with (root / EPISODES).open("a") as file:
+        file.write(text + "\n")
+    found = outcome(root)
+    assert {e: found[e] for e in range(3)} == good(0, 1, 2) and "nested" in found.pop(3)
+
+
+def test_rows_that_are_claimed_are_not_read(tmp_path, monkeypatch):
+    from dvla.cache.readers.lerobot import parquet
+
+    root = write_v2(tmp_path / "x")
+    path = root / "data/chunk-000/episode_000001.parquet"
+    change_table(path, lambda t: pa.concat_tables([t] * 50))
+    monkeypatch.setattr(parquet, "_MOST_ROWS", 100)
+    monkeypatch.setattr(parquet, "_SEEN", set())
+    assert {e: r for e, r in outcome(root).items() if e != 1} == good(0, 2)
+    assert "a row group claims 300 rows of" in outcome(root)[1]
+    zeros = pa.table({"episode_index": np.zeros(100_000, np.int64), "zeros": np.zeros(100_000)})
+    pq.write_table(zeros, path, use_dictionary=False, compression="zstd")
+    monkeypatch.setattr(parquet, "_MOST_ROWS", 10**6)
+    monkeypatch.setattr(parquet, "_MOST_BYTES", 10)
+    assert "a row group claims 100,000 rows of" in outcome(root)[1]

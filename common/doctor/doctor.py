@@ -6,12 +6,15 @@ import importlib.util
 import platform
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from .console import console, table
-from .packages import version_of
+from ...errors import UserError
+from ..console import console, table
+from ..packages import version_of
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,37 @@ def doctor_table(findings: list[Finding]) -> Table:
     return table(("piece", "found", "without it", "to get it"), rows)
 
 
-def doctor_command() -> None:
+def doctor_command(
+    report: Annotated[
+        bool, typer.Option("--report", help="Write what a bug report needs, as Markdown, without secrets.")
+    ] = False,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="With --report: file to write; default: standard output.", show_default=False),
+    ] = None,
+) -> None:
     """Show what is installed, what each missing piece costs and how to get it.
 
     Exit code 1 when a required one is missing.
 
     Example: dvla doctor
+
+    Example: dvla doctor --report bug.md
     """
+    if report:
+        from .report import report as reported
+
+        text = reported()
+        if file is None:
+            print(text, end="")
+            return
+        from ..files import write_output
+
+        write_output(file, text.encode(), "file")
+        console.print(f"{file}: written; read it once more, then attach it to the issue", markup=False)
+        return
+    if file is not None:
+        raise UserError(f"{file}: a file is written with --report alone")
     findings = examine()
     console.print(doctor_table(findings))
     if any(f.required and f.found is None for f in findings):
