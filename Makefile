@@ -94,7 +94,7 @@ test: system $(STAMP)  ## run every test, in two processes (ARGS='-n 0 tests/dri
 test-fresh:  ## run the tests of the last commit with the other set of versions, in a bare Debian (as root; 12 GB; DIR=, ARGS=)
 	@.ci/test-fresh
 
-slurm: $(STAMP)  ## run dvla's jobs on a Slurm of this machine alone, as root (Debian's packages, 4 minutes)
+slurm: $(STAMP)  ## run dvla's jobs on a Slurm of this machine alone, as root (Debian's packages, 4 minutes or more)
 	@$(APT)
 	{ command -v slurmctld && command -v slurmd && command -v sinfo; } >/dev/null || apt "no Slurm" slurm-wlm
 	$(UV) pip install --quiet --python $(VENV)/bin/python -e ".[slurm]" -c "$(PINS)"

@@ -94,7 +94,7 @@ def test_a_training_resumes_after_its_walltime(dvla: Callable[..., tuple[int, st
     job = submit(dvla, "walltime=00:01:00", "notice=15", out="run")
     until(lambda: state(job)["JobState"] == "RUNNING", 60)
     ask("scancel", "--signal=TERM", job)
-    until(lambda: state(job)["JobState"] == "COMPLETED", 400)
+    until(lambda: state(job)["JobState"] == "COMPLETED", 900)
     assert int(state(job)["Restarts"]) >= 2 and "resuming run at step" in log(job)
     train = [sys.executable, "-m", "dvla.cli", "train", "--from-cache", "cache", "--out", "straight", *TRAINING]
     assert subprocess.run(train, capture_output=True, timeout=300).returncode == 0
