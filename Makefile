@@ -114,8 +114,9 @@ site: $(STAMP)  ## build the documentation site in build/site, offline; warnings
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	echo build/site/index.html
 
-fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and read them (about an hour)
+fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and caches, and read them (over an hour)
 	@$(VENV)/bin/python tests/fuzz/fuzz_readers.py --count 2000
+	@$(VENV)/bin/python tests/fuzz/fuzz_caches.py --count 500
 	@$(VENV)/bin/python tests/fuzz/fuzz_server.py --count 5000
 
 pins: $(STAMP)  ## resolve both sets of versions anew from pyproject.toml; what is pinned stays (ARGS=--upgrade: the newest of all)
@@ -125,8 +126,8 @@ pins: $(STAMP)  ## resolve both sets of versions anew from pyproject.toml; what 
 	  $(UV) pip compile --quiet pyproject.toml "$${all[@]}" --python-version "$$python" --no-header --no-annotate $(ARGS) -o "$$file"
 	  sed -i "1i # Known-good versions for Python $$4 on Linux: all that dvla[$${3// /,}] installs. Made by: make pins" "$$file"
 	}
-	resolve constraints.txt 3.11.5 "lerobot sim maniskill aloha robosuite gs slurm rerun dev" 3.11
-	resolve constraints-py312.txt 3.12 "lerobot sim aloha robosuite gs slurm rerun dev" "3.12 and 3.13"
+	resolve constraints.txt 3.11.5 "lerobot sim maniskill aloha robosuite gs slurm rerun tensorboard dev" 3.11
+	resolve constraints-py312.txt 3.12 "lerobot sim aloha robosuite gs slurm rerun tensorboard trackio dev" "3.12 and 3.13"
 
 licenses: $(STAMP)  ## write docs/licenses.md: the license of every pinned package, as its metadata says
 	@$(VENV)/bin/python tests/project/test_licenses.py

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic import Field as Field
+from pydantic import Strict as Strict
 
 from ..errors import UserError
 from .text import first_line, printable
@@ -41,6 +42,12 @@ class Form(BaseModel):
     """What a mapping must be: the fields' keys, no others, of exactly these types. A field with a default may lack."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class OpenForm(Form):
+    """The same, with any other keys besides."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -114,7 +121,7 @@ def parse_yaml(data: bytes | str, where: Path | str) -> Any:
     Loader.add_constructor("tag:yaml.org,2002:timestamp", as_text)
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        value = yaml.load(text, Loader)
+        value = Loader(text).get_single_data()
         require_plain(value)
         return value
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -145,7 +152,7 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         with open(open_regular(path), "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
                 raise UserError(f"cannot read {path}: it has {size} bytes, expected at most {most}")
-            return file.read(most + 1)
+            return file.read()  # not `most`, for which room would be taken
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -175,7 +182,10 @@ def kind_of(mode: int) -> str:
 
 def shown(value: Any) -> str:
     """A value in a message: shortened, printable."""
-    text = f"a mapping of {len(value)} keys" if isinstance(value, dict) else repr(value)
+    try:
+        text = f"a mapping of {len(value)} keys" if isinstance(value, dict) else repr(value)
+    except ValueError:  # Python writes no more than 4300 digits
+        text = "a number of thousands of digits"
     text = f"a list of {len(value)} values" if isinstance(value, list) and len(text) > SHOWN else text
     text = printable(text).replace("\n", " ")
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
@@ -193,7 +203,9 @@ def _reason(error: ValidationError) -> str:
     first, *more = error.errors(include_url=False, include_context=False)
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     place = printable(place if len(place) <= 2 * SHOWN else f"…{place[-2 * SHOWN :]}")
-    message = re.sub(r"^Input should be ", "expected ", first["msg"]).replace("dictionary", "mapping")
+    message = re.sub(r"^Input should be |^String should (?=match)", "expected ", first["msg"]).replace(
+        "dictionary", "mapping"
+    )
     found = {"missing": "is missing", "extra_forbidden": "is no key of it"}.get(
         first["type"], f"is {shown(first['input'])}, {message}"
     )
@@ -207,7 +219,10 @@ def _damaged(where: Path | str, what: str, remedy: str) -> UserError:
 
 def unique(pairs: list[tuple[Any, Any]], same: bool = False) -> dict[Any, Any]:
     """A mapping of pairs; `ValueError` for a key given twice, with `same` unless its values are equal."""
-    values: dict[Any, Any] = {}
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    values = {}
     for key, value in pairs:
         if key in values and not (same and value == values[key]):
             raise ValueError(f"the key {shown(key)} is given twice" + " with different values" * same)

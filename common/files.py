@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 
 from ..errors import UserError
+from .documents import open_regular
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, used-up quota, limit of one file's size
@@ -51,10 +52,15 @@ def hold(file: IO[Any] | int, busy: str, still: Callable[[], bool] = lambda: Tru
         raise UserError(f"{busy}; wait for it to finish or stop it, then rerun")
 
 
+def open_lock(path: Path) -> BinaryIO:
+    """The file to lock, made where it is missing."""
+    return open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
 def lock_folder(path: Path) -> BinaryIO:
     """The lock of the cache at `path`, held until the file is closed; `UserError` when another process holds it."""
     try:
-        file = open(path / ".lock", "ab")
+        file = open_lock(path / ".lock")
     except OSError as error:
         raise UserError(f"cannot write a cache at {path}: {error.strerror}; choose another --out") from None
     try:  # another generation may have taken its place meanwhile
@@ -78,7 +84,11 @@ def names_full_disk(method: Method) -> Method:
             return method(self, *args, **kwargs)
         except OSError as error:
             if error.errno not in NO_ROOM:
-                raise
+                if not str(error.filename or "").startswith(f"{self.path}/"):
+                    raise  # of a source, perhaps
+                raise UserError(
+                    f"cannot write {error.filename}: {error.strerror}; remove what is in its place, then rerun"
+                ) from None
             free = shutil.disk_usage(self.path).free / 2**30
             raise UserError(
                 f"cannot write {self.path}: {error.strerror} ({free:.2f} GiB free); finished work is kept: "
@@ -153,13 +163,14 @@ def write_output(path: Path, data: bytes, option: str = "--out") -> None:
             os.set_blocking(file.fileno(), True)  # a pipe that nobody reads is refused when it is opened
             file.write(data)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; give another {option}") from None
+        reason = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; give another {option}") from None
 
 
 def file_crc32c(path: Path) -> tuple[int, int]:
     """(nbytes, crc32c) of a file, read in blocks."""
     crc, nbytes, buffer = 0, 0, np.empty(1 << 20, np.uint8)
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         while got := file.readinto(buffer.data):
             crc, nbytes = crc32c(buffer[:got], crc), nbytes + got
     return nbytes, crc

@@ -11,6 +11,7 @@ from ..errors import UserError
 from .text import first_line
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
+DATASETS = "hf://datasets/"  # before the id, in the address of a dataset repository
 
 
 def policy_snapshot(repo: str) -> Path | None:
@@ -22,6 +23,12 @@ def policy_snapshot(repo: str) -> Path | None:
     if found is None or found[2] or ".." in repo:
         return None
     return snapshot(found[1], found[3], None, "model")
+
+
+def dataset_url(name: str) -> str | None:
+    """The address of "owner/name[@revision]" as a dataset of the hub; None for any other text, and for what exists."""
+    found = HUB_ID.fullmatch(name)
+    return None if found is None or found[2] or ".." in name or Path(name).exists() else DATASETS + name
 
 
 def hub_files(path_or_repo: str) -> list[str]:
@@ -57,9 +64,14 @@ def unreachable(repo: str, error: Exception) -> UserError:
 
 def why(error: Exception) -> str:
     """What an error of the hub's client means, and what to do; its first line often is only a number."""
+    said = first_line(error)
+    return f"{found} ({said})" if (found := meaning(error)) else said
+
+
+def meaning(error: BaseException) -> str:
+    """What an error that only the hub's client raises means, and what to do; empty for others."""
     from huggingface_hub import errors
 
-    said = first_line(error)
     known: tuple[tuple[type[Exception], str], ...] = (  # a subclass before the one it is made of
         (errors.GatedRepoError, "its owner grants access on request; ask on its page, then `hf auth login`"),
         (errors.RepositoryNotFoundError, "there is none of that name, or it is private; check it, or `hf auth login`"),
@@ -67,8 +79,10 @@ def why(error: Exception) -> str:
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and it is not in the cache"),
         (errors.LocalEntryNotFoundError, "it is not in the cache, and the hub cannot be reached"),
     )
-    meaning = next((text for kind, text in known if isinstance(error, kind)), "")
-    return f"{meaning} ({said})" if meaning else said
+    offline = (
+        "the hub cannot be reached; check the network" if re.search("Connect|Timeout", type(error).__name__) else ""
+    )
+    return next((text for kind, text in known if isinstance(error, kind)), offline)
 
 
 @contextlib.contextmanager

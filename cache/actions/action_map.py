@@ -10,16 +10,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from ...common.config import from_mapping
+from ...common.documents import Field, Form, require_form
 from ...errors import UserError, unknown
 from .rotations import WIDTH, from_quaternion, from_rot6d, require_rotations, to_quaternion, to_rot6d
 from .slots import ACTION_SCHEMA_VERSION, ROTATION_PREFIXES, SIX_D, SLOTS, UNIFIED_DIM, expand
 
 NATIVE = ("native", "unit")  # entries of a FieldSpec that only name things
+
+
+class MapForm(Form):
+    """What `ActionMap.to_dict` makes."""
+
+    version: int
+    control_hz: Annotated[float, Field(gt=0)] | None
+    fields: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,8 @@ class ActionMap:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ActionMap:
-        """Inverse of `to_dict`; `UserError` for another action-schema version."""
+        """Inverse of `to_dict`; `UserError` for another action-schema version, and for what is no such map."""
+        require_form(values, "the map of its fields", MapForm)
         if values["version"] != ACTION_SCHEMA_VERSION:
             raise UserError(
                 f"action schema version {values['version']} was written by another release; "

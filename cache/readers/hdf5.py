@@ -122,6 +122,15 @@ def find(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset:
     return here
 
 
+def members(group: h5py.Group) -> dict[str, h5py.Group | h5py.Dataset]:
+    """What of a group can be opened, by name; no link that leads out of the file is followed."""
+    found = {}
+    for name in group:
+        with contextlib.suppress(CorruptEpisode):
+            found[name] = find(group, name, "")
+    return found
+
+
 def find_group(group: h5py.Group, name: str, where: str) -> h5py.Group:
     """The group `name` of `group`; `CorruptEpisode` when it is absent or a dataset (whose rows it would list)."""
     found = find(group, name, where)

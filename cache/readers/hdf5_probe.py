@@ -76,6 +76,8 @@ def _describe(array) -> None:  # type: ignore[no-untyped-def]
     array.id.get_create_plist().get_nfilters(), array.is_virtual, array.id.get_space_status()
     if array.chunks and array.size:
         array.id.get_num_chunks()
+    if array.external or array.is_virtual:  # in other files, which are not read
+        return
     if h5py.check_string_dtype(array.dtype) is not None and array.shape is not None and array.size <= TEXTS:
         array[()]
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -34,6 +35,8 @@ _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,ivf,h264,hevc,obu,gif,mxf,nut,mjpeg"
 )
 _ALLOWED = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+# A title in Latin-1 is no damage; to PyAV 19 it never is.
+_LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails  # video streams that are no recording
 _UNTAGGED = (0, 2, 5, 6)  # color matrices that mean BT.601, which is also what libswscale takes without a tag
 _MATRICES = (*_UNTAGGED, 1, 4, 7, 9)  # those libswscale knows, by their numbers in H.273
@@ -201,8 +204,7 @@ def _opened(path: Path, where: str) -> Iterator[tuple[av.container.InputContaine
     """Open `path`; any FFmpeg or file error inside the block becomes `CorruptEpisode`."""
     quiet_libav()
     try:
-        # replace: a title in Latin-1 is no damage
-        with av.open(str(regular(path)), metadata_errors="replace", options=_ALLOWED) as container:
+        with av.open(str(regular(path)), options=_ALLOWED, **_LENIENT) as container:
             # A stream whose codec is not known has no context.
             moving = [s for s in container.streams.video if s.codec_context and not s.disposition & _STILLS]
             if not moving:

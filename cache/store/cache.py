@@ -14,7 +14,7 @@ from ...common.text import public, size
 from ...errors import UserError, unknown
 from ..actions.schemes import Scheme
 from .dataset import CacheDataset
-from .manifest import json_bytes, read_fingerprint, read_manifest
+from .manifest import json_bytes, manifest_bytes, parse_manifest, read_fingerprint, read_manifest
 from .mirror import Mirror, is_remote
 from .samples import CacheSamples
 from .shard_reader import Folder, ShardFiles
@@ -38,10 +38,12 @@ class Cache:
         self.path, self.fingerprint, self.manifest = path, fingerprint, manifest
         self.folder, self.mirror = folder, mirror
         files = self.shard_files()
-        self._summarize(tuple(CacheDataset(path, d["name"], files) for d in manifest["datasets"]))
+        self._summarize(tuple(CacheDataset(path, d["name"], files, manifest) for d in manifest["datasets"]))
 
     def _summarize(self, datasets: tuple[CacheDataset, ...]) -> None:
         self.datasets, manifest = datasets, self.manifest
+        if len({d.name for d in datasets}) < len(datasets) or len({d.text.shape[2] for d in datasets}) > 1:
+            raise UserError(f"{self.path} is damaged: its datasets do not belong together; rebuild the cache")
         self.tokens, self.width, self.frames = manifest["tokens"], manifest["width"], manifest["frames"]
         self.variants, self.format = manifest["variants"], datasets[0].format
         self.text_width = datasets[0].text.shape[2]  # the same in all: one encoder made them
@@ -65,17 +67,17 @@ class Cache:
                 )
             mirror = Mirror(str(path), local, local_nbytes)
             manifest = read_manifest(mirror.folder)
-            cache = cls(mirror.folder, read_fingerprint(mirror.folder), manifest, None, mirror)
+            cache = cls(mirror.folder, read_fingerprint(mirror.folder, manifest), manifest, None, mirror)
             cache.opened = (str(path), Path(local).absolute(), local_nbytes)
             return cache
         path = Path(str(path).removeprefix("file://"))
         for attempt in range(21):
             try:
-                manifest = read_manifest(path)
-                folder = Folder(path)
-                cache = cls(path, read_fingerprint(path), manifest, folder)
+                data = manifest_bytes(path)
+                manifest, folder = parse_manifest(data, path), Folder(path)
+                cache = cls(path, read_fingerprint(path, manifest), manifest, folder)
                 cache.opened = (path.absolute(),)
-                if folder.is_at(path) and read_manifest(path) == manifest:
+                if folder.is_at(path) and manifest_bytes(path) == data:
                     return cache
             except (UserError, OSError):  # no folder, or half of this and half of the next generation
                 # During the exchange of generations, neither may be at its place for a moment: try again.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from ...common.documents import read_json
 from ...common.files import file_crc32c
 from ...common.progress import Count
 from ...errors import UserError
 from .codec import Compression
-from .manifest import Files, read_manifest
+from .manifest import MANIFEST, Files, describes, plan_of, read_fingerprint, read_manifest
 from .shard_reader import ShardFiles
 from .shard_writer import index_nbytes
+from .zarr_format import ArrayForm, file_names
 
 _SHARD = re.compile(r"(?P<array>.+)/c(/\d+)+")
 
@@ -27,8 +28,19 @@ def verify_checksums(path: Path | str, progress: Count | None = None) -> list[st
 
     `progress(done bytes, all bytes)` is called after each file. `UserError` as `Cache.open`.
     """
-    problems = damaged_files(Path(path), read_manifest(Path(path))["files"], progress)
-    return [f"{name}: {problem}" for name, problem in problems.items()]
+    path = Path(path)
+    manifest, fingerprint = read_manifest(path), read_fingerprint(path)
+    problems = damaged_files(path, manifest["files"], progress)
+    return [f"{name}: {problem}" for name, problem in [*problems.items(), *incomplete(path, manifest, fingerprint)]]
+
+
+def incomplete(path: Path, manifest: dict[str, Any], fingerprint: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, problem) of what the manifest of a cache lists or says otherwise than a build of its fingerprint would."""
+    plan = plan_of(fingerprint, path)
+    wanted, listed = set(file_names(plan)), manifest["files"].keys()
+    found = [(name, f"{MANIFEST} does not list it") for name in sorted(wanted - listed)]
+    found += [(name, "it is no file of the cache, and listed") for name in sorted(listed - wanted)]
+    return found + ([] if describes(manifest, plan, fingerprint) else [(MANIFEST, "it is not what the build wrote")])
 
 
 def damaged_files(path: Path, files: Files, progress: Count | None = None) -> dict[str, str]:
@@ -45,8 +57,11 @@ def damaged_files(path: Path, files: Files, progress: Count | None = None) -> di
                 problems[name] = f"{nbytes} bytes, {entry['bytes']} were written"
             elif crc != entry["crc32c"]:
                 problems[name] = f"altered (crc32c {crc:08x}, {entry['crc32c']:08x} was written)"
-            elif (shard := _SHARD.fullmatch(name)) and (
-                found := _index_problem(path / name, document(path / shard["array"]))
+            elif (
+                name.endswith("/zarr.json")
+                and (found := _metadata_problem(path / name))
+                or (shard := _SHARD.fullmatch(name))
+                and (found := _index_problem(path / name, document(path / shard["array"])))
             ):
                 problems[name] = found
         done += entry["bytes"]
@@ -58,10 +73,19 @@ def damaged_files(path: Path, files: Files, progress: Count | None = None) -> di
 def _array_document(folder: Path) -> dict[str, Any] | None:
     """The metadata of the array in a folder; None where it is damaged, which its own checksum tells."""
     try:
-        document = json.loads((folder / "zarr.json").read_bytes())
-        return document if document["node_type"] == "array" else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(folder / "zarr.json", ArrayForm)
+    except UserError:
         return None
+
+
+def _metadata_problem(file: Path) -> str | None:
+    """What is wrong with the metadata of a group or array whose checksum is right, or None."""
+    try:
+        if read_json(file).get("node_type") != "group":
+            read_json(file, ArrayForm)
+        return None
+    except UserError as error:
+        return str(error)
 
 
 def _index_problem(path: Path, document: dict[str, Any] | None) -> str | None:
@@ -76,7 +100,9 @@ def _index_problem(path: Path, document: dict[str, Any] | None) -> str | None:
     shard = document["chunk_grid"]["configuration"]["chunk_shape"]
     sharding = document["codecs"][0]["configuration"]
     chunk, names = sharding["chunk_shape"], [codec["name"] for codec in sharding["codecs"]]
-    dtype, chunks = np.dtype(document["data_type"]), math.prod(shard) // math.prod(chunk)
+    dtype, (chunks, rest) = np.dtype(document["data_type"]), divmod(math.prod(shard), math.prod(chunk))
+    if rest or index_nbytes(chunks) > path.stat().st_size or names[1:] not in ([], ["zstd"], ["blosc"]):
+        return "the metadata of its array says other chunks"
     record, packed = math.prod(chunk) * dtype.itemsize, [n for n in names if n != "bytes"]
     try:
         opened = ShardFiles(limit=1).get(str(path), chunks, 0 if packed else record)
@@ -90,11 +116,11 @@ def _index_problem(path: Path, document: dict[str, Any] | None) -> str | None:
     in_order = (index[count:] == -1).all() and (index[:count, 0] == np.concatenate([[0], ends[:-1]])[:count]).all()
     if not packed or not in_order or ends[-1:].sum() + index_nbytes(chunks) != nbytes:
         return wrong
-    codec, target = Compression("zstd" if "zstd" in packed else "lz4", dtype.itemsize), memoryview(bytearray(record))
-    data = np.memmap(path, np.uint8, "r")
+    codec = Compression("zstd" if "zstd" in packed else "lz4", dtype.itemsize)
     try:
+        data, target = np.memmap(path, np.uint8, "r"), memoryview(bytearray(record))
         for offset, size in index[:count].tolist():
             codec.decode(bytes(data[offset : offset + size]), target)
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         return f"its index cuts a compressed chunk in two ({error})"
     return None

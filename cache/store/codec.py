@@ -83,6 +83,8 @@ class Compression:
             sizes = tuple(int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
             if sizes != (len(target), len(data)):
                 raise ValueError(f"its header says {sizes} bytes, plain and compressed, not {len(target), len(data)}")
+        elif (size := _zstd_nbytes(data)) != len(target):  # before as much is allocated
+            raise ValueError(f"its header says {size} bytes, not {len(target)}")
         try:
             plain = self._codec.decode(data)
         except Exception as error:  # numcodecs raises RuntimeError, ValueError and its own, by codec
@@ -91,3 +93,12 @@ class Compression:
         if len(view) != len(target):
             raise ValueError(f"{len(view)} bytes, {len(target)} expected")
         target[:] = view
+
+
+def _zstd_nbytes(data: bytes) -> int | None:
+    """The size that the header of a Zstandard frame says it has decompressed (RFC 8878); None where it says none."""
+    if len(data) < 6:
+        return None
+    single, kind = data[4] >> 5 & 1, data[4] >> 6
+    begin, length = 5 + (not single) + (0, 1, 2, 4)[data[4] & 3], (single, 2, 4, 8)[kind]
+    return int.from_bytes(data[begin : begin + length], "little") + 256 * (length == 2) if length else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,19 @@ from ..actions.slots import UNIFIED_DIM
 from ..actions.statistics import RunningStatistics, Statistics, statistics_of
 from .codec import dequantize, quantize
 from .feature_format import FeatureFormat
-from .manifest import read_attributes
 from .plan import EpisodePlan, array_name, require_names
 from .shard_reader import ShardFiles, advise_records, read_records
-from .zarr_format import Layout, features_folder, open_table, record_compression, scales_folder, table_layouts
+from .zarr_format import (
+    Layout,
+    features_folder,
+    open_table,
+    read_attributes,
+    record_compression,
+    scales_folder,
+    table_layouts,
+)
 
+SHARED = ("format", "tokens", "width", "shard_frames", "dtype", "frame_stride", "variants")  # with the manifest
 CHUNKS = 1024  # made relative at a time where all are
 
 
@@ -55,22 +63,25 @@ class CacheDataset:
     scheme: Scheme  # of normalization: the dataset config's, or what `normalize` was told
     horizon: int | None = None  # steps of chunks whose actions are relative to the state at their start; None: absolute
 
-    def __init__(self, root: Path, name: str, files: ShardFiles) -> None:
+    def __init__(self, root: Path, name: str, files: ShardFiles, manifest: Mapping[str, Any]) -> None:
         self.name, self.path, self._files = name, root / name, files
         self._shard_folders: dict[tuple[str, int, Callable[[Path, str, str], Path]], str] = {}
-        attributes = read_attributes(root, name)
+        require_names((name,))  # before it is part of a path
+        attributes = read_attributes(root, name, manifest)
         try:
-            self._describe(attributes)
+            self._describe(attributes, manifest)
             self._compression = record_compression(self.format)
-            channels = open_table(root / "channel_scale", ((self.width,), "float32")) if self.format.quantized else None
-            self._load(lambda table, layout: open_table(self.path / table, layout), channels)
+            channels = None
+            if self.format.quantized:
+                channels = open_table(root, "channel_scale", ((self.width,), "float32"), manifest)
+            self._load(lambda table, layout: open_table(root, f"{name}/{table}", layout, manifest), channels)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"dataset {self.path} of the cache is damaged ({type(error).__name__}: {error}); "
                 "run `dvla cache repair` on the cache"
             ) from None
 
-    def _describe(self, attributes: dict[str, Any]) -> None:
+    def _describe(self, attributes: dict[str, Any], manifest: Mapping[str, Any]) -> None:
         self.attributes = a = attributes
         self.views, self.instructions = tuple(a["views"]), tuple(a["instructions"])
         self.tokens, self.width = a["tokens"], a["width"]
@@ -80,10 +91,19 @@ class CacheDataset:
         self.embodiment_id, self.control_hz = a["embodiment"], a["control_hz"]
         self.scheme = a.get("config", {}).get("normalize") or "std5"
         self._episodes = len(a["source_hashes"])
-        counts = self.tokens, self.width, self.frames, self.shard_frames, self.frame_stride, self.variants + 1
-        if not self.views or any(type(n) is not int or n < 1 for n in counts):
-            raise ValueError(f"views {self.views}, counts {counts}")
         require_names((self.name, *self.views))
+        (listed,) = (d for d in manifest["datasets"] if d["name"] == self.name)
+        said = {**{key: manifest[key] for key in SHARED}, "views": listed["views"], "frames": listed["frames"]}
+        if different := [key for key, value in said.items() if a[key] != value]:
+            raise ValueError(f"its {different[0]} are {a[different[0]]}, the manifest has {said[different[0]]}")
+        hashes, kept = a.get("view_hashes", {}), a.get("kept")
+        counts = [self._episodes, *map(len, filter(None, hashes.values())), *([] if kept is None else [len(kept)])]
+        if listed["episodes"] != min(counts) or min(counts) != max(counts) or len(set(self.views)) < len(self.views):
+            raise ValueError(f"it lists {sorted(set(counts))} episodes, the manifest {listed['episodes']}")
+        if len(set(a["quarantined"])) != listed["quarantined"]:
+            raise ValueError(
+                f"{len(a['quarantined'])} episodes are quarantined, the manifest has {listed['quarantined']}"
+            )
 
     def _load(self, table: Callable[[str, Layout], np.ndarray], channels: np.ndarray | None) -> None:
         """Take in the tables by name and layout. Large ones stay memory-mapped; taking their rows is cheap."""
@@ -105,9 +125,12 @@ class CacheDataset:
         self.episode_observations = -(-self.episode_length // self.frame_stride)
         self._observed: np.ndarray | None = None  # [observations] int64 frames, where the build kept some only
         if "kept" in self.attributes:
+            episodes = zip(self.episode_length.tolist(), self.attributes["kept"], strict=True)
+            if any(end > length or first > end for length, kept in episodes for first, end in kept or ()):
+                raise ValueError("frames are kept that its episodes do not have")
             frames = [
                 EpisodePlan(0, length, "", "", kept=kept).observed(self.frame_stride)
-                for length, kept in zip(self.episode_length.tolist(), self.attributes["kept"], strict=True)
+                for length, kept in zip(self.episode_length.tolist(), self.attributes["kept"])
             ]
             self.episode_observations = np.array([len(f) for f in frames], np.int64)
             self._observed = np.concatenate(frames) + np.repeat(self.episode_start, self.episode_observations)
@@ -117,7 +140,13 @@ class CacheDataset:
     def _require_sense(self) -> None:
         """`ValueError` unless episodes, texts and their lengths point into the tables."""
         length, text = self.episode_length, self.episode_instruction
-        if length.min(initial=1) < 1 or (self.episode_start != np.cumsum(length) - length).any():
+        if len(set(self.episode_id.tolist())) < len(length):
+            raise ValueError("it lists an episode twice")
+        if (
+            length.min(initial=1) < 1
+            or length.max(initial=1) > self.frames
+            or (self.episode_start != np.cumsum(length) - length).any()
+        ):
             raise ValueError("its episodes do not follow each other")
         if length.sum() != self.frames:
             raise ValueError(f"its episodes have {length.sum()} frames, its tables {self.frames}")
@@ -125,6 +154,11 @@ class CacheDataset:
             raise ValueError(f"an episode has instruction {text.max()} of {len(self.text)}")
         if self.text_length.min(initial=0) < 0 or self.text_length.max(initial=0) > self.text.shape[1]:
             raise ValueError(f"an instruction has {self.text_length.max()} of {self.text.shape[1]} text tokens")
+        if self.null_text.shape[1] != self.text.shape[2]:
+            raise ValueError(f"its empty instruction has width {self.null_text.shape[1]}, text {self.text.shape[2]}")
+        for mask in ("action_mask", "proprio_mask"):
+            if getattr(self, mask).view(np.uint8).max() > 1:
+                raise ValueError(f"{mask} holds something else than true and false")
 
     @cached_property
     def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from ...common.documents import MOST_BYTES, open_regular
 from ...common.files import crc32c, hold, publish, temporary_name
 from ...common.text import public
 from ...errors import UserError
@@ -89,7 +90,7 @@ class Folder(Place):
             file.close()
 
     def open(self, name: str) -> Any:
-        return open(self.path / name, "rb")
+        return open(open_regular(self.path / name), "rb")
 
     def names(self) -> list[str]:
         return os.listdir(self.path)
@@ -148,7 +149,7 @@ class Url(Place):
         return self._fs.open(path, "wb")
 
     def drop(self, name: str, file: Any) -> None:
-        if hasattr(file, "discard"):
+        with contextlib.suppress(Exception):  # of the package; the error that led here is the one to report
             file.discard()
             with contextlib.suppress(AttributeError):  # memory://
                 file.closed = True  # or it would be flushed once more when it is collected
@@ -245,9 +246,12 @@ def creating(place: Place, name: str) -> Iterator[Sink]:
         place.end(name, file)
 
 
-def fetch(place: Place, name: str, scratch: Path, missing: str | None = None) -> tuple[BinaryIO, int, int | None]:
+def fetch(
+    place: Place, name: str, scratch: Path, missing: str | None = None, most: int = MOST_BYTES
+) -> tuple[BinaryIO, int, int | None]:
     """(seekable file, nbytes, crc32c or None) of a local file, or of an unnamed copy of a remote one in `scratch`.
 
+    `most`: the largest size in bytes; a remote one may go on for ever.
     `missing`: the message of the error when it cannot be read.
     """
     try:
@@ -261,6 +265,8 @@ def fetch(place: Place, name: str, scratch: Path, missing: str | None = None) ->
                 while block := file.read(BLOCK):
                     copy.write(block)
                     nbytes, crc = nbytes + len(block), crc32c(block, crc)
+                    if nbytes > most:
+                        raise UserError(f"{place.url(name)} has more than the {most} bytes that are expected")
             copy.flush()
             copy.seek(0)
             return copy, nbytes, crc

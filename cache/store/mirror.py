@@ -14,15 +14,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ...common.files import crc32c, write_file
+from ...common import hub
+from ...common.documents import MOST_BYTES
+from ...common.files import crc32c, file_crc32c, open_lock, write_file
 from ...errors import UserError
 from .locations import BLOCK, Folder, Url, creating, errors
-from .manifest import MANIFEST, Files, is_finished, parse_manifest
+from .manifest import MANIFEST, Files, has_size, parse_manifest
 
+SMALL = 1 << 20  # bytes that are read at every opening
 LOCKS = 256  # files that all processes together can download at the same time
 TABLE_THREADS = 8
 ATTEMPTS = 3  # object stores fail now and then
@@ -44,13 +47,12 @@ class Mirror:
         self.place, self._limit = Url(url), limit
         data = fetch_manifest(self.place)
         self._files: Files = parse_manifest(data, url)["files"]
-        require_inside(self._files, url)
         self._local = Path(local).expanduser()
         self.folder = self._local / f"{crc32c(data):08x}{len(data):08x}"
         try:
             (self._local / ".locks").mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if not is_finished(self.folder):
+            if not _is_copy(self.folder / MANIFEST, {"bytes": len(data), "crc32c": crc32c(data)}):
                 write_file(self.folder / MANIFEST, data)
         except OSError as error:
             raise UserError(
@@ -69,14 +71,15 @@ class Mirror:
 
     def _fetch(self, name: str) -> None:
         path = self.folder / name
-        if path.exists():
-            return
         if name not in self._files:
             raise UserError(f"{self.place.where} does not list {name} in its manifest")
+        if _is_copy(path, self._files[name]):
+            return
         with self._lock(str(crc32c(name.encode()) % LOCKS)):
-            if path.exists():  # downloaded by another process meanwhile
+            if _is_copy(path, self._files[name]):  # downloaded by another process meanwhile
                 return
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with errors("write", str(path)):
+                path.parent.mkdir(parents=True, exist_ok=True)
             fetch_checked(self.place, name, self._files[name], path)
         if self._limit is not None and _is_shard(name):
             self._make_room(path)
@@ -101,7 +104,9 @@ class Mirror:
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         """A lock of one thread of one process."""
-        with open(self._local / ".locks" / name, "ab") as file:
+        with errors("lock", str(path := self._local / ".locks" / name)):
+            file = open_lock(path)
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -109,21 +114,32 @@ class Mirror:
 def fetch_manifest(place: Url) -> bytes:
     """The bytes of the manifest at `place`. `UserError` where there is none."""
     try:
-        with errors("read", place.url(MANIFEST)), place.open(MANIFEST) as file:
-            return file.read()
+        with errors("read", place.url(MANIFEST)), _repository(place), place.open(MANIFEST) as file:
+            data = file.read(MOST_BYTES + 1)
+    except _NoRepository as error:
+        raise UserError(f"no cache at {place.where}: {error}") from None
     except UserError as error:
         raise UserError(
             f"no finished cache at {place.where}: it has no {MANIFEST}, which is written last ({error})"
         ) from None
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{place.url(MANIFEST)} has more than {MOST_BYTES} bytes, which no manifest has")
+    return bytes(data)
 
 
-def require_inside(names: Iterable[str], url: str) -> None:
-    """`UserError` for a name in the manifest of the cache at `url` that is outside its folder."""
-    for name in names:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise UserError(
-                f"the manifest of {url} names '{name}', which is outside the cache; it is damaged or malicious"
-            )
+class _NoRepository(UserError):
+    """A repository of the hub that cannot be read, so that nothing is known of its files."""
+
+
+@contextlib.contextmanager
+def _repository(place: Url) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's fsspec class makes a FileNotFoundError of what its client raises
+        causes = [found for found in (error, error.__cause__) if found and place.where.startswith(hub.DATASETS)]
+        if not (meant := next(filter(None, map(hub.meaning, causes)), "")):
+            raise
+        raise _NoRepository(meant) from None
 
 
 def fetch_checked(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
@@ -148,11 +164,25 @@ def _copy(place: Url, name: str, entry: Mapping[str, int], path: Path) -> None:
             if not block:
                 break
             sink.write(block)
+            if sink.nbytes > entry["bytes"]:  # it may go on for ever
+                break
         if sink.nbytes != entry["bytes"] or sink.crc != entry["crc32c"]:
             raise UserError(
                 f"{url} is damaged: {sink.nbytes} bytes with crc32c {sink.crc:08x}, {entry['bytes']} with "
                 f"{entry['crc32c']:08x} were written; run `dvla cache verify` on the original, then push it again"
             )
+
+
+def _is_copy(path: Path, entry: Mapping[str, int]) -> bool:
+    """Whether a file was downloaded, and a small one or a document has not been changed since."""
+    if not has_size(path, entry):
+        return False
+    if entry["bytes"] > SMALL and path.suffix != ".json":
+        return True
+    try:
+        return file_crc32c(path) == (entry["bytes"], entry["crc32c"])
+    except OSError:
+        return False
 
 
 def _is_shard(name: str) -> bool:

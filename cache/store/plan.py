@@ -6,15 +6,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from ...common.documents import Count, Field, Form, Positive, Strict
 from ...errors import UserError
 from .feature_format import FeatureFormat
 
 FORMAT = 2  # version of the layout of a cache
 KEPT_FORMAT = 3  # the same, of a cache without features of some frames: earlier releases would take wrong ones
+MOST_SHARDS = 4_000_000  # of a plan: each has a file of its own
+MOST_FRAMES = 2**40  # of an episode
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIANT = re.compile(r".*\.aug\d+")
 
@@ -29,6 +32,40 @@ def require_names(names: Iterable[object]) -> None:
             )
 
 
+Pair = Annotated[tuple[int, str], Strict(False)]  # (episode, why it is quarantined), a list in JSON
+Range = Annotated[tuple[Count, Count], Strict(False)]
+
+
+class _Episode(Form):
+    length: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
+    instruction: str
+    source_hash: str
+    view_hashes: list[str]
+    kept: list[Range] | None = None
+
+
+class _Dataset(Form):
+    views: list[str]
+    quarantined: list[Pair]
+    episodes: dict[str, _Episode]
+    episode_order: list[int]
+
+
+class Store(Form):
+    """What `BuildPlan.document` makes."""
+
+    format: int
+    tokens: Positive
+    width: Positive
+    shard_frames: Positive
+    dtype: str
+    compression: str
+    frame_stride: Positive
+    variants: Count
+    order: list[str]
+    datasets: dict[str, _Dataset]
+
+
 @dataclass(frozen=True)
 class EpisodePlan:
     """One episode that gets rows in the cache."""
@@ -39,6 +76,12 @@ class EpisodePlan:
     source_hash: str  # changes when the episode's source bytes change
     view_hashes: tuple[str, ...] = ()  # per view: changes when, and only when, the source of its features changes
     kept: tuple[tuple[int, int], ...] | None = None  # frames to train on, ranges [first, end); None: all
+
+    def observations(self, stride: int) -> int:
+        """How many frames `observed` gives, without listing them."""
+        if self.kept is None:
+            return -(-self.length // stride)
+        return max(1, sum(-(-end // stride) - -(-first // stride) for first, end in self.kept))
 
     def observed(self, stride: int) -> np.ndarray:
         """int64: the frames that have features, of every `stride`-th from the first; at least the first."""
@@ -72,8 +115,7 @@ class DatasetPlan:
 
     def observations(self, stride: int) -> np.ndarray:
         """`[episodes]` int64: rows of each episode that have features, every `stride`-th from its first."""
-        counts = (-(-e.length // stride) if e.kept is None else len(e.observed(stride)) for e in self.episodes)
-        return np.fromiter(counts, np.int64, len(self.episodes))
+        return np.fromiter((e.observations(stride) for e in self.episodes), np.int64, len(self.episodes))
 
     @cached_property
     def instructions(self) -> tuple[str, ...]:
@@ -131,8 +173,20 @@ class BuildPlan:
                     f"dataset '{dataset.name}' has no view, no readable episode, or an empty episode; "
                     "run `dvla data check` on it"
                 )
+            for e in dataset.episodes:
+                edges = [0, *(frame for span in e.kept or () for frame in span), e.length]
+                if edges != sorted(edges) or len(e.view_hashes) not in (0, len(dataset.views)):
+                    raise UserError(
+                        f"dataset '{dataset.name}' has no sense in the kept frames or hashes of episode {e.episode_id}"
+                    )
             if len({e.episode_id for e in dataset.episodes}) != len(dataset.episodes):
                 raise UserError(f"dataset '{dataset.name}' lists an episode id twice")
+        shards = sum(
+            len(d.views) * (self.variants + 1) * -(-int(d.observations(self.frame_stride).sum()) // self.shard_frames)
+            for d in self.datasets
+        )
+        if shards > MOST_SHARDS:
+            raise UserError(f"the plan has {shards} shards, at most {MOST_SHARDS} are possible; raise --shard-frames")
 
     def document(self) -> dict[str, Any]:
         """The plan's part of the fingerprint (key "store")."""
@@ -168,7 +222,13 @@ class BuildPlan:
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> BuildPlan:
-        """Inverse of `document`, also after a round trip through JSON."""
+        """Inverse of `document`, also after a round trip through JSON. `ValueError` for names that do not match."""
+        for what, listed, named in (
+            ("order", document["order"], document["datasets"]),
+            *((name, map(str, d["episode_order"]), d["episodes"]) for name, d in document["datasets"].items()),
+        ):
+            if sorted(listed) != sorted(named):
+                raise ValueError(f"the order of {what} is not that of its entries")
 
         def dataset(name: str) -> DatasetPlan:
             d = document["datasets"][name]

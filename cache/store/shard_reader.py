@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...common.documents import open_regular
 from ...common.files import crc32c
 from ...errors import UserError
 from .manifest import MANIFEST
@@ -32,7 +33,7 @@ class Folder:
         self.path, self.handle = path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._finalizer = weakref.finalize(self, os.close, self.handle)
         with contextlib.suppress(OSError):  # no manifest, or a file system without locks
-            held = os.open(MANIFEST, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.handle)
+            held = open_regular(MANIFEST, folder=self.handle)
             self._unlock = weakref.finalize(self, os.close, held)
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
@@ -50,7 +51,7 @@ def unread(path: Path) -> Iterator[bool]:
     if not (path / MANIFEST).is_file():
         yield True
         return
-    handle = os.open(path / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+    handle = open_regular(path / MANIFEST)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,8 +69,8 @@ def open_file(path: Path, folder: Folder | None = None) -> int:
     """Read-only handle of a shard, by way of `folder` where given. `UserError` naming the shard on failure."""
     try:
         if folder is not None:
-            return os.open(path.relative_to(folder.path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder.handle)
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return open_regular(path.relative_to(folder.path), folder=folder.handle)
+        return open_regular(path)
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}; run `dvla cache verify`") from None
 
@@ -166,7 +167,10 @@ class ShardFiles:
             if known is not None and known[0] == size:
                 return OpenShard(handle, path, None, known[1])
             index = read_index(handle, where, chunks).astype(np.int64)  # 2**64-1 becomes -1
-            count = int((index[:, 0] >= 0).sum())
+            held = index[index[:, 0] >= 0]
+            if ((held[:, 0] > size) | (held[:, 1] < 0) | (held[:, 1] > size - held[:, 0])).any():
+                raise _damaged(where)  # before so much is read
+            count = len(held)
             plain = np.stack([np.arange(count) * record, np.full(count, record)], axis=1)
             if record and (index[count:] < 0).all() and (index[:count] == plain).all():
                 if len(self._plain) >= REMEMBERED:

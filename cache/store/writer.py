@@ -8,7 +8,6 @@ the finished bytes depend neither on the order of the work nor on restarts. Layo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...common import fingerprint as fp
+from ...common.documents import read_json
 from ...common.files import file_crc32c, lock_folder, names_full_disk, publish, temporary_name, write_file
 from ...errors import Failed, UserError
 from .manifest import (
@@ -25,6 +25,7 @@ from .manifest import (
     MANIFEST,
     QUARANTINE,
     Files,
+    commit_document,
     is_begun,
     is_committed,
     is_finished,
@@ -41,6 +42,9 @@ from .plan import BuildPlan, DatasetTables, ShardTask
 from .shard_writer import ShardWriter
 from .validation import check_features, checked_arrays
 from .zarr_format import (
+    CHANNEL_NAMES,
+    CHANNELS,
+    ArrayForm,
     dataset_attributes,
     dataset_nodes,
     dimensions_of,
@@ -49,6 +53,8 @@ from .zarr_format import (
     record_compression,
     root_document,
     scales_folder,
+    shard_names,
+    table_names,
     write_table,
 )
 
@@ -113,11 +119,20 @@ class CacheWriter:
 
     def missing(self) -> list[ShardTask]:
         """The shards still to be written, in dataset, view, variant and row order."""
-        return [t for t in self.plan.tasks() if not is_committed(self.path, shard_commit(self.path, t))]
+        quantized = self.plan.format.quantized
+        return [
+            t
+            for t in self.plan.tasks()
+            if not is_committed(self.path, shard_commit(self.path, t), shard_names(t, quantized))
+        ]
 
     def tables_missing(self) -> list[str]:
         """The datasets whose tables are still to be written."""
-        return [d.name for d in self.plan.datasets if not is_committed(self.path, tables_commit(self.path, d.name))]
+        return [
+            d.name
+            for d in self.plan.datasets
+            if not is_committed(self.path, tables_commit(self.path, d.name), table_names(d))
+        ]
 
     @names_full_disk
     def write_shard(
@@ -177,10 +192,10 @@ class CacheWriter:
         """float32 [D] of an 8-bit cache, measured by the first call, before any shard; None of a 16-bit one."""
         if not self.plan.format.quantized:
             return None
-        folder = self.path / "channel_scale"
-        if not is_committed(self.path, scale_commit(self.path)):
-            self._commit(scale_commit(self.path), write_table(folder, measure().astype(np.float32), ("channel",)))
-        return np.array(open_table(folder, ((self.plan.width,), "float32")))
+        if not is_committed(self.path, scale_commit(self.path), CHANNEL_NAMES):
+            written = write_table(self.path / CHANNELS, measure().astype(np.float32), ("channel",))
+            self._commit(scale_commit(self.path), written)
+        return np.array(open_table(self.path, CHANNELS, ((self.plan.width,), "float32")))
 
     @names_full_disk
     def adopt(self, task: ShardTask, other: Path) -> None:
@@ -263,7 +278,7 @@ class CacheWriter:
         }
         contents = {f"{name}/zarr.json": json_bytes(document) for name, document in nodes.items()}
         nodes |= {
-            name.removesuffix("/zarr.json"): json.loads((self.path / name).read_bytes())
+            name.removesuffix("/zarr.json"): read_json(self.path / name, ArrayForm)
             for name in files
             if name.endswith("/zarr.json")
         }
@@ -301,7 +316,7 @@ class CacheWriter:
 
     def _commit(self, record: Path, written: dict[Path, tuple[int, int]], **extra: Any) -> None:
         files = {path.relative_to(self.path).as_posix(): _entry(entry) for path, entry in written.items()}
-        write_file(record, json_bytes({"files": files, **extra}))
+        write_file(record, json_bytes(commit_document(files, **extra)))
 
 
 def _entry(written: tuple[int, int]) -> dict[str, int]:

@@ -23,21 +23,23 @@ bytes and any Zarr library opens it:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from ...common.documents import Count, Field, Form, OpenForm, Positive, open_regular, parse_json
 from ...common.files import write_file
 from ...errors import UserError
 from ..actions.slots import UNIFIED_DIM
 from .codec import Compression
 from .feature_format import FeatureFormat
-from .manifest import json_bytes
-from .plan import BuildPlan, DatasetPlan, DatasetTables, array_name
-from .shard_writer import ShardWriter
+from .manifest import FINGERPRINT, QUARANTINE, Keys, json_bytes, read_document
+from .plan import BuildPlan, DatasetPlan, DatasetTables, Range, ShardTask, array_name
+from .shard_writer import ShardWriter, index_nbytes
 
 TABLE_CHUNK_NBYTES = 1 << 20  # inner chunk of a table: about 1 MiB of rows
 Layout = tuple[tuple[int | None, ...], str]  # of a table: shape (None: not known before it is read), dtype
@@ -53,6 +55,153 @@ _DIMENSIONS = {
     "text/embedding": ("instruction", "text_token", "text_channel"),
     "null_text": ("null_text_token", "text_channel"),
 }
+
+
+_REPAIR = "run `dvla cache repair` on the cache"
+
+
+class _Endian(Form):
+    endian: Literal["little"]
+
+
+class _Codec(Form):
+    name: str
+    configuration: dict[str, Any] = {}
+
+
+class _Sharding(Form):
+    chunk_shape: list[Positive]
+    codecs: Annotated[list[_Codec], Field(min_length=1, max_length=2)]
+    index_codecs: list[_Codec]
+    index_location: Literal["end"]
+
+
+class _Sharded(Form):
+    name: Literal["sharding_indexed"]
+    configuration: _Sharding
+
+
+class _Shape(Form):
+    chunk_shape: list[Positive]
+
+
+class _Grid(Form):
+    name: Literal["regular"]
+    configuration: _Shape
+
+
+class ArrayForm(Form):
+    """What `array_document` makes."""
+
+    zarr_format: Literal[3]
+    node_type: Literal["array"]
+    shape: Annotated[list[Positive], Field(min_length=1)]
+    data_type: Literal["float16", "float32", "float64", "int64", "int8", "uint8", "bool"]
+    fill_value: float | bool
+    attributes: dict[str, Any]
+    dimension_names: list[str]
+    chunk_grid: _Grid
+    chunk_key_encoding: _Codec
+    codecs: Annotated[list[_Sharded], Field(min_length=1, max_length=1)]
+    storage_transformers: list[_Codec] = []
+
+
+_Vector = Annotated[list[float], Field(min_length=UNIFIED_DIM, max_length=UNIFIED_DIM)]
+_Slots = list[Annotated[int, Field(ge=0, lt=UNIFIED_DIM)]]
+
+
+class _Statistics(Form):
+    mean: _Vector
+    std: _Vector
+    min: _Vector
+    max: _Vector
+    count: Positive
+    quantiles: dict[Annotated[str, Field(pattern=r"^0\.\d{1,6}$")], _Vector] = {}
+
+
+class Attributes(OpenForm):
+    """What `dataset_attributes` makes; "quarantined" comes last. A build adds what it read the dataset with."""
+
+    format: int
+    views: Annotated[list[str], Field(min_length=1)]
+    tokens: Positive
+    width: Positive
+    shard_frames: Positive
+    frames: Positive
+    frame_stride: Positive
+    variants: Count
+    dtype: str
+    compression: str
+    view_hashes: dict[str, list[str]] = {}
+    embodiment: Count
+    control_hz: Annotated[float, Field(gt=0)]
+    instructions: Annotated[list[str], Field(min_length=1)]
+    source_hashes: Annotated[list[str], Field(min_length=1)]
+    action_stats: _Statistics
+    proprio_stats: _Statistics
+    action_rotation: _Slots
+    proprio_rotation: _Slots
+    kept: list[list[Range] | None] | None = None
+    quarantined: list[int] = []
+    config: dict[str, Any] = {}
+    encoder: dict[str, Any] = {}
+    source: str = ""
+    license: str = ""
+    embodiment_name: str = ""
+    dataset_config: str = ""
+    selection: str = ""
+    starts: list[Any] = []
+    failed: list[int] = []
+    left_out: Count = 0
+
+
+class GroupForm(Form):
+    """What `group_document` makes of a dataset."""
+
+    zarr_format: Literal[3]
+    node_type: Literal["group"]
+    attributes: Attributes
+
+
+def read_attributes(path: Path, dataset: str, manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a finished cache records of a dataset besides its arrays. `UserError` as `read_document`."""
+    name = f"{dataset}/zarr.json"
+    found = parse_json(read_document(path, name, manifest), path / name, GroupForm, _REPAIR)["attributes"]
+    return Keys(found, path / name)
+
+
+def shard_names(task: ShardTask, quantized: bool) -> list[str]:
+    """The files of a shard, relative to the cache."""
+    names = [f"{task.dataset}/features/{task.array}/c/{task.index}/0/0"]
+    return [*names, *([f"{task.dataset}/scales/{task.array}/c/{task.index}/0"] if quantized else [])]
+
+
+def table_names(dataset: DatasetPlan) -> Iterator[str]:
+    """The files of a dataset's tables, relative to the cache."""
+    for name, (shape, _) in table_layouts(1, 1, 1, 1, 1, dataset.views).items():
+        yield from (f"{dataset.name}/{name}/zarr.json", f"{dataset.name}/{name}/c/{'/'.join('0' * len(shape))}")
+
+
+def file_names(plan: BuildPlan) -> Iterator[str]:
+    """The files of a finished cache that its manifest lists."""
+    yield from ("zarr.json", FINGERPRINT, QUARANTINE, *(CHANNEL_NAMES if plan.format.quantized else ()))
+    for task in plan.tasks():
+        yield from shard_names(task, plan.format.quantized)
+    for dataset in plan.datasets:
+        yield from table_names(dataset)
+        yield from (f"{name}/zarr.json" for name in node_names(dataset, plan))
+
+
+def node_names(dataset: DatasetPlan, plan: BuildPlan) -> Iterator[str]:
+    """The names of a dataset's groups and feature arrays."""
+    kinds = ("features", *(("scales",) if plan.format.quantized else ()))
+    yield from (dataset.name, *(f"{dataset.name}/{group}" for group in (*kinds, "episodes", "text", "null")))
+    arrays = [array_name(view, k) for view in dataset.views for k in range(plan.variants + 1)]
+    yield from (f"{dataset.name}/{kind}/{array}" for kind in kinds for array in arrays)
+
+
+CHANNELS = "channel_scale"  # the table of an 8-bit cache
+CHANNEL_NAMES = (f"{CHANNELS}/zarr.json", f"{CHANNELS}/c/0")
 
 
 def features_folder(root: Path, dataset: str, array: str) -> Path:
@@ -212,19 +361,35 @@ def write_table(folder: Path, values: np.ndarray, dimensions: tuple[str, ...]) -
     return written
 
 
-def open_table(folder: Path, layout: Layout) -> np.ndarray:
-    """The array that `write_table` wrote, memory-mapped read-only.
+def open_table(root: Path, name: str, layout: Layout, manifest: Mapping[str, Any] | None = None) -> np.ndarray:
+    """The array that `write_table` wrote to `root`/`name`, memory-mapped read-only.
 
-    `UserError` when it is missing, too short, or of another dtype or shape than `layout`: nothing else is mapped, for
-    the file may come from a stranger.
+    `UserError` when it is missing, of another size, or of another dtype or shape than `layout`: nothing else is mapped,
+    for the file may come from a stranger.
     """
+    where = root / name / "zarr.json"
+    document = parse_json(read_document(root, f"{name}/zarr.json", manifest), where, ArrayForm, _REPAIR)
+    shape = tuple(document["shape"])
     try:
-        document = json.loads((folder / "zarr.json").read_bytes())
-        shape = tuple(document["shape"])
         require_layout(shape, document["data_type"], layout)
-        return np.memmap(folder.joinpath("c", *["0"] * len(shape)), layout[1], "r", shape=shape)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"cannot read table {folder}: {error}; run `dvla cache verify` on the cache") from None
+        with open(open_regular(root.joinpath(name, "c", *["0"] * len(shape))), "rb") as file:
+            found, wanted = os.fstat(file.fileno()).st_size, _table_nbytes(document, np.dtype(layout[1]).itemsize)
+            if found != wanted:
+                raise ValueError(f"{found} bytes, {wanted} were written")
+            return np.memmap(file, layout[1], "r", shape=shape)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read table {root / name}: {reason}; run `dvla cache verify` on the cache") from None
+
+
+def _table_nbytes(document: dict[str, Any], itemsize: int) -> int:
+    """The size of a table's one shard. `ValueError` unless its chunks are blocks of rows."""
+    sharding, shape = document["codecs"][0]["configuration"], document["shape"]
+    chunk, shard = sharding["chunk_shape"], document["chunk_grid"]["configuration"]["chunk_shape"]
+    chunks = -(-shape[0] // chunk[0]) if chunk else 0
+    if not chunk or [chunks * chunk[0], *chunk[1:]] != shard or chunk[1:] != shape[1:] or len(sharding["codecs"]) != 1:
+        raise ValueError(f"it says chunks {chunk} in shards {shard}")
+    return math.prod(shard) * itemsize + index_nbytes(chunks)
 
 
 def table_layouts(

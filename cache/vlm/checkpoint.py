@@ -142,7 +142,7 @@ def load_tokenizer(folder: Path, path: str) -> Any:
             raise ValueError(f"{file.name} names the class {name}")
         # transformers 5 stores their names, which 4 cannot read; tokenizer.json has the tokens themselves
         named = transformers.__version__.startswith("4.") and isinstance(stored.get("extra_special_tokens"), list)
-        options = {"extra_special_tokens": {}} if named else {}
+        options: dict[str, Any] = {"extra_special_tokens": {}} if named else {}
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 

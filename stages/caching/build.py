@@ -28,6 +28,7 @@ from ...cache.vlm.pooling import pooling_error
 from ...common.files import lock_folder
 from ...common.progress import Progress
 from ...common.signals import terminable
+from ...errors import UserError
 from .build_plan import decide, open_all
 from .calibration import POOLING_IMAGES, pilot_features
 from .config import BuildConfig, check_settings
@@ -219,7 +220,8 @@ def _calibrate(
     def measured() -> np.ndarray:
         if reused.channels is not None:
             return reused.channels
-        assert pilot is not None  # scales are stored before any shard: where they are missing, all shards are
+        if pilot is None:  # scales are stored before any shard: where they are missing, so are all shards
+            raise UserError(f"run `dvla cache repair {writer.path}` first: its channel scales are damaged")
         return channel_scale(pilot)
 
     channels = writer.channel_scale(measured)

@@ -39,7 +39,7 @@ class _Entry(Form):
     min: float
     max: float
     quantiles: Annotated[
-        dict[Literal[tuple(map(str, QUANTILES))], float],  # type: ignore[misc]
+        dict[Literal[tuple(map(str, QUANTILES))], float],  # type: ignore[valid-type]
         Field(min_length=len(QUANTILES)),
     ]
     grid: Annotated[list[float], Field(min_length=PARTS, max_length=PARTS)]

@@ -14,6 +14,7 @@ import yaml
 
 from ... import __version__
 from ...common.config import from_mapping
+from ...common.hub import HUB_ID
 from ...common.text import markdown
 from ...drifting.heads import sample_steps
 from ...drifting.losses import LossConfig
@@ -36,15 +37,18 @@ def policy_card(
     Args:
         document: policy.json.
         state: state.json (step, held-out metrics).
-        repo: "owner/name" on the hub.
+        repo: "owner/name" on the hub, or the name of a folder.
         evaluations: summaries of `dvla eval`.
     """
     datasets, base = document["datasets"], document["encoder"]["spec"]["path"]
+    found = [HUB_ID.fullmatch(d.get("source", "")) for d in datasets]
+    sources = sorted({match[1] for match in found if match})  # on the hub
     head = {
-        "library_name": "dvla",
+        "library_name": "lerobot",
         "pipeline_tag": "robotics",
-        "tags": ["robotics", "vision-language-action", "drifting"],
+        "tags": ["lerobot", "robotics", "dvla", "vision-language-action", "drifting"],
         **license_of([d["license"] for d in datasets]),
+        **({"datasets": sources} if sources else {}),
         **({"base_model": base} if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else {}),
     }
     sections = [
@@ -87,6 +91,7 @@ def data_section(datasets: Sequence[Mapping[str, Any]]) -> str:
 
 def _use(datasets: Sequence[Mapping[str, Any]], repo: str) -> str:
     which = f", dataset={json.dumps(datasets[0]['name'])}" if len(datasets) > 1 else ""
+    chosen = f" --policy.dataset={json.dumps(datasets[0]['name'])}" if len(datasets) > 1 else ""
     views = "; ".join(markdown(f"{d['name']}: {', '.join(d['views'])}") for d in datasets)
     return f"""```python
 import dvla
@@ -96,7 +101,14 @@ policy = dvla.Policy.from_pretrained("{repo}"{which})
 actions = policy.act(images, "what to do", state)
 ```
 
-Views: {views}."""
+Views: {views}.
+
+With LeRobot, on a robot of the same kind and cameras of these names (`--rename_map` for others):
+
+```
+pip install "dvla[lerobot]"
+lerobot-rollout --policy.path={repo}{chosen} --task="what to do" --robot.type=…
+```"""
 
 
 def _training(document: Mapping[str, Any], state: Mapping[str, Any]) -> str:

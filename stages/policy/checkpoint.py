@@ -161,8 +161,12 @@ def require_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, to
         )
 
 
-def policy_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    """The policy network's tensors of "model" or "ema", without those of the adapter."""
+def policy_tensors(folder: Path, stem: str = "ema") -> dict[str, torch.Tensor]:
+    """The policy network's tensors, averaged ("ema") or raw ("model"), without those of the adapter.
+
+    The one file of an export holds averaged ones, ema.safetensors in those of earlier releases."""
+    if stem == "ema" and "ema.safetensors" not in read_json(folder / "state.json")["files"]:
+        stem = "model"
     return {n: t for n, t in load_tensors(folder, stem).items() if not n.startswith("adapter.")}
 
 

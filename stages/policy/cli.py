@@ -49,13 +49,13 @@ def export_command(
         list[str] | None,
         typer.Option(
             "--format",
-            help="Also write the network as one graph (torch-export, or onnx with dvla\\[onnx]), or lerobot, for "
-            "lerobot-eval; may be given several times.",
+            help="Also write the network as one graph: torch-export, or onnx with dvla\\[onnx]; may be given several "
+            "times. LeRobot loads every exported policy (lerobot is accepted and adds nothing).",
         ),
     ] = None,
     vlm_path: VlmPath = None,
 ) -> None:
-    """Write a trained policy as a folder for deployment.
+    """Write a trained policy as a folder for deployment, which LeRobot loads with --policy.path, too.
 
     It holds averaged weights, those of the VLM with LoRA merged, statistics and field maps; nothing of training.
 

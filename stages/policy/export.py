@@ -1,11 +1,12 @@
 """`dvla export`: a checkpoint as a folder for deployment, with what acting needs and nothing of training.
 
     OUT/policy.json             as in a checkpoint: network, field maps, normalization, encoder with its VLM's path
-        ema.safetensors         averaged weights of the policy
+        model.safetensors       averaged weights of the policy (ema.safetensors in earlier exports)
         vision.safetensors      after stage three: the weights of the vision tower that it changed, LoRA merged, float32
         policy.pt2, policy.onnx on request, with graph.json (graph.py)
-        config.json, policy_preprocessor.json … on request, for LeRobot (lerobot/)
-        state.json              step and results of the checkpoint, content hashes of the other files
+        state.json              step and results of the checkpoint, content hashes of the files above
+        config.json, policy_preprocessor.json, policy_postprocessor.json, by which LeRobot loads it (lerobot_files.py)
+        README.md               its card
 
 The frozen VLM itself is not copied: it is loaded from its path or from `vlm_path`, and its weights are checked.
 """
@@ -26,11 +27,12 @@ from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
 from ...common.documents import json_bytes, read_json
 from ...common.files import new_folder, write_file
-from ...common.packages import require_package
 from ...drifting.config import LossConfig
 from ...errors import UserError
 from . import checkpoint as ck
+from .card import policy_card
 from .graph import require_formats, write_graphs
+from .lerobot_files import lerobot_files
 from .load import load_net, load_policy_encoder, read_document
 
 LEROBOT = "lerobot"
@@ -58,7 +60,7 @@ def export_policy(
     """Write the checkpoint at `path` (see `checkpoint.resolve`) as the folder `out`, which appears only when complete.
 
     Args:
-        formats: graphs to add ("torch-export", "onnx"), and "lerobot" for the files that LeRobot loads a policy by.
+        formats: graphs to add ("torch-export", "onnx"); "lerobot" adds nothing, since every export is LeRobot's, too.
         vlm_path: where the VLM is, if not where the policy says; it is read only where it was fine-tuned.
 
     Raises:
@@ -72,10 +74,8 @@ def export_policy(
     loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
     graphs_asked = tuple(dict.fromkeys(f for f in formats if f != LEROBOT))
     require_formats(graphs_asked, loss.kind)
-    if LEROBOT in formats:
-        require_package("lerobot", f"--format {LEROBOT}", "lerobot")
-    tensors = {"ema": ck.policy_tensors(folder, "ema")}
-    net = load_net(document, tensors["ema"], folder)  # or what would be deployed is refused here
+    tensors = {"model": ck.policy_tensors(folder)}
+    net = load_net(document, tensors["model"], folder)  # or what would be deployed is refused here
     vision, document = _vision(folder, document, vlm_path)
     if vision is not None:
         tensors["vision"] = vision
@@ -83,14 +83,13 @@ def export_policy(
     graphs: dict[str, Any] = {"difference": {}}
     try:
         with new_folder(out) as part:
-            if LEROBOT in formats:
-                from .lerobot.config import write_lerobot  # slow to import, and LeRobot need not be installed
-
-                write_lerobot(document, part)
             if graphs_asked:
                 graphs = write_graphs(net, loss, graphs_asked, part)
                 write_file(part / "graph.json", json_bytes(graphs))
             ck.write_files(part, tensors, {"policy": document, "state": kept})
+            for name, content in lerobot_files(document).items():  # not among the hashes: they may be edited
+                write_file(part / name, json_bytes(content))
+            write_file(part / "README.md", policy_card(document, kept, out.name).encode())
             nbytes = sum(p.stat().st_size for p in part.iterdir())
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of the former
         raise UserError(

@@ -95,12 +95,19 @@ class Policy:
         robot = RobotInterface(choose_dataset(document["datasets"], dataset, environment))
         loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")  # older ones had one-step heads only
         loss = loss if steps is None else dataclasses.replace(loss, sample_steps=steps)
-        net = load_net(document, ck.policy_tensors(folder, "ema"))
+        net = load_net(document, ck.policy_tensors(folder))
         encoder = load_policy_encoder(folder, document, device, vlm_path)
         blind = blind or document["conditions"]["blind"]
         policy = cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed, loss=loss)
         policy.path = folder
         return policy
+
+    def to(self, device: torch.device | str) -> Policy:
+        """Move it to another device; returns itself."""
+        self.net.to(device)
+        self.encoder.to(device)
+        self._null, self._text = self._null.to(device), {}
+        return self
 
     def push_to_hub(self, repo: str, private: bool = True, evaluations: Sequence[str | Path] = ()) -> str:
         """Upload the policy, with a card, to "owner/name" of the hub, as `dvla push` does; returns its URL."""

@@ -13,12 +13,14 @@ from ...cache.actions.normalizer import Normalizer
 from ...cache.actions.schemes import EARLIER, FRAMES
 from ...cache.actions.statistics import Statistics
 from ...cache.store.dataset import CacheDataset
+from ...common.hub import HUB_ID
 from ...errors import UserError, unknown
 
 DESCRIBED = (  # attributes of a cache's dataset
     *("action_map", "state_map", "action_stats", "proprio_stats", "environment", "starts"),
     *("embodiment", "control_hz", "license", "dataset_config"),
 )
+NOTED = ("config", "view_sizes", "source")  # not written by every release; acting does without
 
 
 def describe_dataset(dataset: CacheDataset) -> dict[str, Any]:
@@ -29,7 +31,9 @@ def describe_dataset(dataset: CacheDataset) -> dict[str, Any]:
     described |= {f"{kind}_stats": stats.to_dict() for kind, stats in dataset.scale_statistics.items()}
     described |= {} if dataset.scheme == EARLIER else {"normalize": dataset.scheme}
     described |= {} if dataset.frame is None else {"action_frame": "chunk"}
-    described |= {"config": dataset.attributes["config"]} if "config" in dataset.attributes else {}
+    described |= {key: dataset.attributes[key] for key in NOTED if key in dataset.attributes}
+    if HUB_ID.fullmatch(described.get("source", "")) is None:
+        described.pop("source", None)  # a folder of some machine
     return {"name": dataset.name, "views": list(dataset.views), **described}
 
 

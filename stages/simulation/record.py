@@ -18,20 +18,18 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...common.files import hold
-from ...common.mp4 import quiet_libav
 from ...common.packages import require_package
 from ...common.progress import Count
 from ...errors import UserError
 from .config import RecordConfig
 from .envs import Environment, check_environment, make_environment
+from .lerobot_writer import LeRobotWriter
 
 MARKER = "dvla-recording.lock"  # a partial folder with this file was made by a recording and may be removed
-VIDEO_CRF = 14  # h264 constant quality: about 2 kB per 128 px frame, mean error 3 of 255
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,15 @@ def record(config: RecordConfig, on_progress: Count | None = None) -> RecordResu
         # This order imports LeRobot while the workers start.
         with (
             _demonstrations(config, limit) as attempts,
-            contextlib.closing(_Writer(config, partial / "dataset")) as writer,
+            contextlib.closing(_writer(config, partial / "dataset")) as writer,
         ):
             for demonstration in attempts:
                 attempted += 1
                 succeeded += demonstration.success
                 if demonstration.success or config.keep_failures:
-                    writer.add(demonstration)
+                    writer.add(
+                        demonstration.instruction, demonstration.images, demonstration.state, demonstration.action
+                    )
                     starts[len(starts)] = demonstration.start
                     vectors[len(vectors)] = list(demonstration.start_vector)
                     frames += len(demonstration.action)
@@ -247,57 +247,20 @@ def _attempt(config: RecordConfig, start: int) -> Demonstration:
     return demonstrate(_environment(config), start, config)
 
 
-class _Writer:
-    """LeRobot's dataset writer, given complete demonstrations."""
-
-    def __init__(self, config: RecordConfig, root: Path) -> None:
-        env = make_environment(config.env, config.split, config.seed, config.image_size, max_steps=config.max_steps)
+def _writer(config: RecordConfig, root: Path) -> LeRobotWriter:
+    env = make_environment(config.env, config.split, config.seed, config.image_size, max_steps=config.max_steps)
+    try:
         if env.unrecordable:
-            env.close()
             raise UserError(f"{config.env} cannot be recorded: {env.unrecordable}")
-        from datasets import disable_progress_bars
-        from lerobot.datasets.lerobot_dataset import LeRobotDataset
-        from lerobot.datasets.video_utils import StreamingVideoEncoder
-
-        disable_progress_bars()
-        quiet_libav()
-        shape = (config.image_size, config.image_size, 3)
-        features: dict[str, dict[str, Any]] = {
-            f"observation.images.{view}": {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
-            for view in env.views
-        }
-        for key, names in (("observation.state", env.state_names), ("action", env.action_names)):
-            features[key] = {"dtype": "float32", "shape": (len(names),), "names": list(names)}
-        self._dataset = LeRobotDataset.create(
-            f"dvla/{Path(config.out).name}",
+        return LeRobotWriter(
+            root,
+            name=Path(config.out).name,
             fps=int(env.control_hz),
-            features=features,
-            root=root,
-            use_videos=True,
             robot_type=env.robot_type,
-            vcodec="h264",
+            views={view: (config.image_size, config.image_size) for view in env.views},
+            state_names=env.state_names,
+            action_names=env.action_names,
+            longest=env.max_steps + config.extra_steps,
         )
-        # Frames go straight to encoder threads (no PNG files). LeRobot drops frames when its queue is full, so the
-        # queue holds a whole episode. `create` offers no quality setting, and its crf 30 blurs the small objects.
-        self._dataset._streaming_encoder = StreamingVideoEncoder(
-            int(env.control_hz), vcodec="h264", crf=VIDEO_CRF, queue_maxsize=env.max_steps + config.extra_steps + 1
-        )
+    finally:
         env.close()
-
-    def add(self, demonstration: Demonstration) -> None:
-        """Append one episode."""
-        for t in range(len(demonstration.action)):
-            frame = {f"observation.images.{view}": images[t] for view, images in demonstration.images.items()}
-            self._dataset.add_frame(
-                {
-                    **frame,
-                    "observation.state": demonstration.state[t],
-                    "action": demonstration.action[t],
-                    "task": demonstration.instruction,
-                }
-            )
-        self._dataset.save_episode()
-
-    def close(self) -> None:
-        """Write the footers, also after an error: LeRobot's destructor would do so in a folder already removed."""
-        self._dataset.finalize()

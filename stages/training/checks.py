@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ...cache.store.mirror import is_remote
 from ...cache.store.webdataset.cache import WebDatasetCache
 from ...cache.store.webdataset.tars import INDEX
 from ...common.documents import read_json
+from ...common.hub import dataset_url
 from ...common.packages import require_package
 from ...drifting.dit import dit_config
 from ...drifting.policy_net import PolicyNetConfig
@@ -30,9 +32,9 @@ ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
 
 
 def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
-    """The cache that `config` names, as its selection leaves it, its numbers as it says: a folder, a URL, or the folder
-    of its WebDataset export; `UserError` without one, for a dataset or episode that it does not hold, or where no
-    action can be relative.
+    """The cache that `config` names, as its selection leaves it, its numbers as it says: a folder, a URL, "owner/name"
+    of the hub, or the folder of its WebDataset export; `UserError` without one, for a dataset or episode that it does
+    not hold, or where no action can be relative.
 
     Where the folder `run` holds a run that was begun with an earlier generation of it, which `--append` has kept beside
     it, that generation.
@@ -51,7 +53,8 @@ def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
 
 def remarks(cache: Cache) -> list[str]:
     """What to know of the numbers before a run trains on them: what is far from all others, cut off or not relative."""
-    lines = []
+    mirror = cache.mirror
+    lines = [f"copies of what is read from {mirror.place.where} are kept in {mirror.folder.parent}"] if mirror else []
     for d in cache.datasets:
         ends = list(zip(*(x[d.used].tolist() for x in (d.episode_id, d.episode_start, d.episode_length))))
         for table, kind in (("action", "action"), ("state", "proprio")):
@@ -79,12 +82,23 @@ def fingerprint_of(run: str | None) -> str | None:
     return read_json(file).get("cache_fingerprint") if run and file.is_file() else None
 
 
+def _copies() -> Path:
+    """Where copies of what is read of the hub's caches are kept, unless --local-cache says another folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dvla", "caches")
+
+
 def _open(config: TrainConfig) -> Cache:
     if (Path(config.cache) / INDEX).is_file():
         return WebDatasetCache.open(config.cache)
+    url, limit = dataset_url(config.cache), None if config.local_gib is None else round(config.local_gib * 2**30)
+    if url is not None:
+        try:
+            return Cache.open(url, config.local or _copies(), limit)
+        except UserError as error:
+            raise UserError(f"there is no folder {config.cache}, and of the hub: {error}") from None
     if is_remote(config.cache) and config.local is None:
         raise UserError(f"{config.cache} is remote; give a folder for copies of what is read: --local-cache FOLDER")
-    return Cache.open(config.cache, config.local, None if config.local_gib is None else round(config.local_gib * 2**30))
+    return Cache.open(config.cache, config.local, limit)
 
 
 def require_trainable(config: TrainConfig, cache: Cache, live: bool = False) -> None:

@@ -116,7 +116,8 @@ class TrainConfig:
         str,
         Option(
             "--from-cache",
-            help="Folder of a cache or of its WebDataset export; or a cache's URL (s3://…), with --local-cache.",
+            help="Folder of a cache or of its WebDataset export; a cache of the hub, owner/name[@revision]; or a "
+            "cache's URL (s3://…), with --local-cache.",
         ),
     ]
     out: str  # run folder

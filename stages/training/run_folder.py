@@ -26,6 +26,7 @@ from ...common.packages import version_of
 from ...common.text import public
 from ...errors import UserError
 from ..policy import checkpoint as ck
+from ..policy.robot import NOTED
 from .checks import ENVIRONMENT, fingerprint_of
 from .config import ALL, TrainConfig
 from .context import Session
@@ -206,9 +207,9 @@ def _replan(session: Session, folder: Path, saved: dict[str, Any], settings: dic
 
 
 def _meaning(document: dict[str, Any]) -> dict[str, Any]:
-    """policy.json without the dataset configs, which earlier releases did not store and whose maps are in it, too; and
+    """policy.json without what earlier releases did not store, as the dataset configs, whose maps are in it, too; and
     without the place of the VLM, which is known by its fingerprint."""
-    datasets = [{k: v for k, v in d.items() if k != "config"} for d in document["datasets"]]
+    datasets = [{k: v for k, v in d.items() if k not in NOTED} for d in document["datasets"]]
     encoder = document["encoder"]
     spec = {k: v for k, v in encoder["spec"].items() if k != "path"}
     return {**document, "datasets": datasets, "encoder": {**encoder, "spec": spec}}

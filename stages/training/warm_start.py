@@ -81,7 +81,7 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
                 f"train without --init: {different[0]} of dataset {dataset.name} in cache {cache.path} is not what "
                 f"{folder} was trained with, so its actions would mean something else"
             )
-    tensors = ck.policy_tensors(folder, "ema")
+    tensors = ck.policy_tensors(folder)
     ck.require_tensors(tensors, net.state_dict(), folder)
     net.load_state_dict(tensors)
     say(f"starting from the averaged weights of {folder}")

@@ -25,6 +25,7 @@ from dvla.common.options import run_command
 from dvla.errors import UserError
 
 CPU_SECONDS = 10.0  # a command that computes for longer hangs
+WAIT_SECONDS = float(os.environ.get("FUZZ_WAIT", "40"))  # and one that takes so long, on a machine that may be busy
 MOST_NBYTES = 2 << 30  # resident
 BATCH = 40  # trials of one process
 WALL_SECONDS = 60.0  # without a word of it, on a machine that may be busy
@@ -33,7 +34,7 @@ command = typer.main.get_command(app)
 
 
 class Hang(BaseException):
-    """Too much time of the processor."""
+    """Too much time, of the processor or in waiting."""
 
 
 def trials(
@@ -83,7 +84,8 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
             with open(give, "wb") as pipe:
 
                 def send(value: object) -> None:
-                    pickle.dump(value, pipe)
+                    data = pickle.dumps(value)
+                    pipe.write(len(data).to_bytes(8, "big") + data)
                     pipe.flush()
 
                 try:
@@ -100,13 +102,22 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
                 os.waitpid(pid, 0)
                 yield "hang"
                 return
-            try:
-                yield pickle.load(pipe)
-            except (EOFError, pickle.UnpicklingError):
+            size = _exactly(pipe, 8)
+            data = _exactly(pipe, int.from_bytes(size, "big")) if len(size) == 8 else b""
+            if not data:
                 break
+            yield pickle.loads(data)
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         yield signal.Signals(os.WTERMSIG(status)).name
+
+
+def _exactly(pipe: io.FileIO, count: int) -> bytes:
+    """`count` bytes of a pipe, fewer where its other end was closed."""
+    data = bytearray()
+    while len(data) < count and (more := pipe.read(count - len(data))):
+        data += more
+    return bytes(data)
 
 
 def _limit() -> None:
@@ -122,10 +133,15 @@ def _limit() -> None:
 
 def run_bounded(arguments: list[str]) -> tuple[str, str]:
     """(outcome, what was printed or raised) of one command line."""
+    return bounded(lambda: run_command(command, arguments))
+
+
+def bounded(work: Callable[[], None]) -> tuple[str, str]:
+    """(outcome, what was printed or raised) of work that may hang, or raise anything."""
     printed = io.StringIO()
     try:
         with _watched() as others, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            run_command(command, arguments)
+            work()
     except UserError as error:
         text = str(error)
         if "\n" in text or not text:
@@ -152,7 +168,7 @@ def _of_memory(text: str) -> bool:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[list[str]]:
-    """Tracebacks of other threads; `Hang` after CPU_SECONDS of computing."""
+    """Tracebacks of other threads; `Hang` after CPU_SECONDS of computing, or WAIT_SECONDS."""
     others: list[str] = []
 
     def late(*_: object) -> None:
@@ -162,15 +178,17 @@ def _watched() -> Iterator[list[str]]:
         others.append("".join(traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback)))
 
     before, threading.excepthook = threading.excepthook, failed
-    old = signal.signal(signal.SIGPROF, late)
+    old = signal.signal(signal.SIGPROF, late), signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS, 1.0)  # again, for what waits for its threads on the way out
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     try:
         yield others
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, old)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGPROF, old[0]), signal.signal(signal.SIGALRM, old[1])
         threading.excepthook = before
 
 

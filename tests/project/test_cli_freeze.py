@@ -47,7 +47,8 @@ def _options(command: Callable[..., None]) -> Iterator[tuple[str, str]]:
         kind = hints[name].__origin__
         kind = next((a for a in typing.get_args(kind) if type(None) in typing.get_args(kind)), kind)
         default = "required" if parameter.default is parameter.empty else f"default {_plain(parameter.default)}"
-        yield " ".join(names), f"{getattr(kind, '__name__', kind) if not typing.get_args(kind) else kind}, {default}"
+        kind = str(kind).replace("pathlib._local.", "pathlib.") if typing.get_args(kind) else kind  # Python 3.13's name
+        yield " ".join(names), f"{getattr(kind, '__name__', kind)}, {default}"
 
 
 def _plain(default: Any) -> str:

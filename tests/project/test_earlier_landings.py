@@ -92,7 +92,7 @@ def test_a_policy_acts_as_it_did(landing: Path, name: str) -> None:
 def test_an_old_checkpoint_is_exported_as_it_was(landing: Path, dvla: Dvla) -> None:
     for run, policy in (("stage_two", "policy"), ("stage_three", "policy_lora")):
         succeeded(dvla("export", run, "--out", f"new_{policy}", "--vlm-path", "vlm"))
-        assert (landing / f"new_{policy}" / "ema.safetensors").read_bytes() == (
+        assert (landing / f"new_{policy}" / "model.safetensors").read_bytes() == (
             landing / policy / "ema.safetensors"
         ).read_bytes()
         again = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +30,17 @@ def picture(episode: int, frame: int, view: int, height: int, width: int) -> np.
     return np.stack([red, green, np.full_like(red, 12 * frame + 30 * view)], axis=-1).astype(np.uint8)
 
 
+def encoder(codec: str, **settings: Any) -> dict[str, Any]:
+    """The parameter of `LeRobotDataset.create` for video of `codec`, by either form that it has had."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    if "vcodec" in inspect.signature(LeRobotDataset.create).parameters:
+        return {"vcodec": codec}
+    from lerobot.configs.video import RGBEncoderConfig
+
+    return {"rgb_encoder": RGBEncoderConfig(vcodec=codec, **settings)}
+
+
 def record(root: Path, codec: str | None, one_file_per_episode: bool = False) -> Path:
     """Three episodes with lerobot's writer: video of `codec`, or PNG pictures in parquet when it is None."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -49,10 +62,14 @@ def record(root: Path, codec: str | None, one_file_per_episode: bool = False) ->
         root=root,
         robot_type="metaworld_sawyer",
         use_videos=codec is not None,
-        vcodec=codec or "h264",
+        **encoder(codec or "h264"),
     )
     if one_file_per_episode:  # megabytes after which lerobot begins a new file
-        dataset.meta.info |= {"data_files_size_in_mb": 1e-9, "video_files_size_in_mb": 1e-9}
+        for name in ("data_files_size_in_mb", "video_files_size_in_mb"):
+            if isinstance(dataset.meta.info, dict):
+                dataset.meta.info[name] = 1e-9
+            else:  # lerobot 0.6
+                setattr(dataset.meta.info, name, 1e-9)
     rng = np.random.default_rng(0)
     for episode, (length, task) in enumerate(zip(LENGTHS, TASKS, strict=True)):
         for frame in range(length):
@@ -89,7 +106,8 @@ def convert_to_v2(source: Path, root: Path, version: str = "v2.1") -> Path:
         "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
         "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4" if keys else None,
     }
-    tasks = [{"task_index": i, "task": t} for i, t in zip(texts["task_index"], texts["__index_level_0__"], strict=True)]
+    index = "task" if "task" in texts else "__index_level_0__"  # lerobot 0.6; earlier
+    tasks = [{"task_index": i, "task": t} for i, t in zip(texts["task_index"], texts[index], strict=True)]
     episodes = [{k: e[k] for k in ("episode_index", "tasks", "length")} for e in listed]
     (root / "meta/info.json").write_text(json.dumps(info))
     for name, lines in (("tasks", tasks), ("episodes", episodes)):

@@ -11,6 +11,7 @@ import torch
 
 from dvla.cache.actions.action_map import ActionMap, FieldSpec
 from dvla.cache.actions.statistics import RunningStatistics
+from dvla.cache.readers.search import load_config
 from dvla.cache.vlm.adapter import save_adapter, tower_parameters
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, lora_parameters
@@ -66,6 +67,21 @@ def _robot() -> dict[str, object]:
     }
 
 
+def so101() -> dict[str, object]:
+    """A dataset of an SO-101 arm with two cameras, as its config describes it."""
+    config, rng = load_config("so100"), np.random.default_rng(0)
+    fields, joints = ActionMap(config.action, 30.0), rng.uniform(-60, 60, (50, 6))
+    statistics = RunningStatistics()
+    statistics.update(fields.to_unified(joints))
+    stats, described = statistics.result().to_dict(), fields.to_dict()
+    return {
+        **_robot(),
+        **{"name": "pick", "action_map": described, "state_map": described, "control_hz": 30.0},
+        **{"action_stats": stats, "proprio_stats": stats, "view_sizes": {view: [48, 64] for view in VIEWS}},
+        "source": "someone/pick",
+    }
+
+
 def make_run(
     run: Path,
     vlm: Path,
@@ -75,6 +91,7 @@ def make_run(
     kind: str = "hybrid",
     tower: bool = False,
     below: tuple[str, ...] = (),
+    robot: dict[str, object] | None = None,
 ) -> Path:
     """A run with one checkpoint whose raw weights are not the averaged ones, on an encoder with the adapters `below`.
 
@@ -93,7 +110,7 @@ def make_run(
         "format": ck.POLICY_FORMATS[0],
         "net": dataclasses.asdict(net.config),
         "encoder": {"spec": spec, "fingerprint": fingerprint},
-        "datasets": [_robot()],
+        "datasets": [robot or _robot()],
         "loss": {"kind": kind, "sample_steps": 0},
         "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import zlib
@@ -17,6 +18,7 @@ from dvla.cache.store.codec import quantize
 from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, DatasetPlan, DatasetTables, EpisodePlan, ShardTask
 from dvla.cache.store.writer import CacheWriter, Features
+from dvla.common.files import crc32c
 from dvla.errors import Failed
 
 TOKENS, WIDTH, SHARD = 3, 8, 16
@@ -138,6 +140,17 @@ def build(
         for name in writer.tables_missing():
             writer.write_tables(name, make_tables(plan, name))
         writer.finish()
+
+
+def seal(path: Path) -> None:
+    """Write the manifest's checksums anew, as who changes a cache on purpose would."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in manifest["files"]:
+        if (path / name).is_file():
+            data = (path / name).read_bytes()
+            manifest["files"][name] = {"bytes": len(data), "crc32c": crc32c(data)}
+    manifest["bytes"] = sum(entry["bytes"] for entry in manifest["files"].values())
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ DAMAGE = (  # what PIL raises
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 MAX_SIDE = 8192  # pixels; an encoder pads an image to a square of its longer side
+MAX_PIXELS = 1 << 24  # a batch of such images takes 2 GB
 MAX_ASPECT = 32  # longer side by shorter side
 # What is read where a format allows any: no program is run for them, as for EPS, nor other files opened.
 _PICTURES = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA", "JPEG2000", "AVIF")
@@ -49,10 +50,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `c
 def check_size(height: int, width: int, what: str) -> None:
     """`CorruptEpisode` for a size that no camera has, before anything of that size is made."""
     short, long = sorted((height, width))
-    if not 0 < long <= MAX_SIDE or long > MAX_ASPECT * short:
-        raise CorruptEpisode(
-            f"{what} is {width}x{height} pixels; at most {MAX_SIDE} a side and {MAX_ASPECT}:1 are read"
-        )
+    if not 0 < long <= MAX_SIDE or long > MAX_ASPECT * short or long * short > MAX_PIXELS:
+        most = f"{MAX_SIDE} a side and {MAX_ASPECT}:1, {MAX_PIXELS >> 20} megapixels in all,"
+        raise CorruptEpisode(f"{what} is {width}x{height} pixels; at most {most} are read")
 
 
 def survey(stored: Iterable[tuple[str, Stored]], formats: tuple[str, ...] | None) -> tuple[int, int, int, str]:

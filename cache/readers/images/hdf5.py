@@ -16,7 +16,7 @@ import numpy as np
 from ....common.text import first_line
 from ....errors import Note, UserError
 from ..episode import CorruptEpisode, View
-from ..hdf5 import DAMAGE, find_array, opened
+from ..hdf5 import DAMAGE, find_array, members, opened
 from .arrays import BYTES, form_of, is_camera, left_out, range_of
 from .encoded import decode_all, is_encoded, renamed, survey
 
@@ -35,8 +35,8 @@ def is_images(node: h5py.Group | h5py.Dataset) -> bool:
 
 def left_out_of(group: h5py.Group | h5py.Dataset) -> Iterator[Note]:
     """What to say about members of a group that look like images and are no camera's."""
-    members = group.items() if isinstance(group, h5py.Group) else ()
-    arrays = ((name, node) for name, node in members if isinstance(node, h5py.Dataset) and node.shape)
+    found = members(group) if isinstance(group, h5py.Group) else {}
+    arrays = ((name, node) for name, node in found.items() if isinstance(node, h5py.Dataset) and node.shape)
     return (note for name, node in arrays if (note := left_out(name, node.shape, node.dtype)))
 
 
@@ -97,7 +97,12 @@ def read_images(
 
 def _holds_files(array: h5py.Dataset) -> bool:
     """Whether each row is an image file's bytes: of any length, or padded to one."""
-    if not len(array) or not (array.ndim == 1 and array.dtype.kind in "OSV" or _padded(array)):
+    if (
+        array.external
+        or array.is_virtual
+        or not len(array)
+        or not (array.ndim == 1 and array.dtype.kind in "OSV" or _padded(array))
+    ):
         return False
     return is_encoded(_bytes(array[0]))
 

@@ -20,7 +20,7 @@ from ....common.documents import read_file, require_plain, unique
 from ....common.text import first_line
 from ....errors import UserError
 from ..location import unreadable
-from .parquet import DAMAGE, open_file
+from .parquet import DAMAGE, open_file, require_texts
 
 _BIGGEST = 2**53  # whole numbers beyond it are no counts
 _BLANK = " \t\r\n\x00"  # what surrounds values; a crash can leave a tail of zero bytes
@@ -144,9 +144,10 @@ def read_rows(path: Path, root: Path, skip: str | None = None) -> list[Line]:
     """Every row of a parquet file, without the columns that begin with `skip`; `ValueError` when it cannot be read."""
     name = path.relative_to(root).as_posix()
     try:
-        with open_file(path) as file:
+        with open_file(path, texts=True) as file:
             names = [n for n in file.schema_arrow.names if skip is None or not n.startswith(skip)]
             table = file.read(columns=names)
+        require_texts(table)
     except DAMAGE as error:
         raise ValueError(unreadable(path, "parquet", error)) from None
     try:

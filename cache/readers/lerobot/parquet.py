@@ -25,7 +25,8 @@ _IMAGE_ROWS = 32  # rows of images read at a time
 _MOST_ROWS = 1 << 24  # of a row group; writers end one at a million
 _MOST_BYTES = 1 << 29  # of a row group, unpacked, unless the file has a hundredth of that
 _MOST_SEEN = 4096
-_SEEN: set[tuple[Path, int, int]] = set()  # files whose claims were looked at: path, size, time
+_MOST_TEXT = 1 << 28  # bytes of the texts of a table
+_SEEN: dict[tuple[Path, int, int], list[str]] = {}  # files whose claims were looked at → their columns of texts
 _READ_BYTES = 1 << 20  # read ahead per column; without it a row group is read at once, and a file may be one row group
 
 
@@ -33,33 +34,73 @@ DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)  # what pyarrow rais
 
 
 @contextmanager
-def opened(path: Path, where: str, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
-    """The open file, read by row groups or, with `buffer_size`, that many bytes at a time.
+def opened(path: Path, where: str, buffer_size: int = 0, texts: bool = False) -> Iterator[pq.ParquetFile]:
+    """The open file, read by row groups or, with `buffer_size`, that many bytes at a time; `texts` as `open_file`.
 
     A damaged file (no footer, cut off, flipped bytes) is a `CorruptEpisode`, now or while it is read.
     """
     try:
-        with open_file(path, buffer_size=buffer_size, pre_buffer=not buffer_size) as file:
+        with open_file(path, texts, buffer_size=buffer_size, pre_buffer=not buffer_size) as file:
             yield file
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CorruptEpisode(f"{where}: {unreadable(path, 'parquet', error)}", "unreadable-file") from None
 
 
-def open_file(path: Path, **options: Any) -> pq.ParquetFile:
-    """An open file; one of `DAMAGE` for what is none, and for one that claims more than it can hold."""
-    file = pq.ParquetFile(regular(path), **options)
-    found = os.stat(path)
+def open_file(path: Path, texts: bool = False, **options: Any) -> pq.ParquetFile:
+    """An open file; one of `DAMAGE` for what is none, and for one that claims more than it can hold.
+
+    `texts`: read as dictionaries, for `plain_texts` to look at: a text may be repeated in a million rows.
+    """
+    found = os.stat(regular(path))
     version = path, found.st_size, found.st_mtime_ns
-    if version not in _SEEN:
-        try:
-            _require_possible(file.metadata)
-        except ValueError:
-            file.close()
-            raise
-        if len(_SEEN) >= _MOST_SEEN:
-            _SEEN.clear()
-        _SEEN.add(version)
-    return file
+    names = _SEEN.get(version)
+    if names is None or not (texts and names):
+        file = pq.ParquetFile(path, **options)
+        if names is None:
+            names = _texts_of(file)
+            if len(_SEEN) >= _MOST_SEEN:
+                _SEEN.clear()
+            _SEEN[version] = names
+        if not (texts and names):
+            return file
+        file.close()
+    return pq.ParquetFile(path, read_dictionary=names, **options)
+
+
+def _texts_of(file: pq.ParquetFile) -> list[str]:
+    """Columns of texts and bytes, not in lists, of a file whose claims are possible; else closes it: `ValueError`."""
+    try:
+        _require_possible(file.metadata)
+        columns = [file.schema.column(i) for i in range(len(file.schema))]
+    except Exception:
+        file.close()
+        raise
+    flat = [c for c in columns if not c.max_repetition_level and c.path in file.schema_arrow.names]
+    names = [c.path for c in flat if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
+    return names if len(set(names)) == len(names) else []
+
+
+def require_texts(table: pa.Table | pa.RecordBatch) -> None:
+    """`ValueError` for a table whose texts, read as dictionaries, are too long."""
+    nbytes = sum(_text_nbytes(c) for column in table.columns for c in getattr(column, "chunks", [column]))
+    if nbytes > _MOST_TEXT:
+        raise ValueError(f"its texts have {nbytes:,} bytes, at most {_MOST_TEXT:,} are read")
+
+
+def plain_texts(table: Any) -> Any:
+    """The table or batch with its dictionaries resolved; `ValueError` as `require_texts`."""
+    if any(pa.types.is_dictionary(kind) for kind in table.schema.types):
+        require_texts(table)
+        for at, (name, kind) in enumerate(zip(table.schema.names, table.schema.types)):
+            if pa.types.is_dictionary(kind):
+                table = table.set_column(at, name, table.column(at).cast(kind.value_type))
+    return table
+
+
+def _text_nbytes(values: pa.Array) -> int:
+    if not pa.types.is_dictionary(values.type):
+        return 0
+    return pc.sum(pc.binary_length(values.dictionary).take(values.indices)).as_py() or 0
 
 
 def _require_possible(metadata: pq.FileMetaData) -> None:
@@ -104,10 +145,10 @@ def read_rows(at: RowsAt, columns: Sequence[str], where: str) -> tuple[pa.Table,
 
     `CorruptEpisode`, beginning with `where`, when the file cannot be read or lacks `episode_index`.
     """
-    with opened(at.path, where) as file:
+    with opened(at.path, where, texts=True) as file:
         names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in file.schema_arrow.names]
         groups = at.row_groups(file, where)
-        table = file.read_row_groups(groups, columns=names)
+        table = plain_texts(file.read_row_groups(groups, columns=names))
         if at.positions is not None:
             return table.take(at.order(file, groups)), at.positions[0]
         chosen = _numbers(table["episode_index"], where) == at.episode_id
@@ -295,7 +336,7 @@ def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str)
     contiguous, as lerobot writes them. `CorruptEpisode`, beginning with `where`, when the file cannot be read from here
     on; the episodes yielded before are sound.
     """
-    with opened(path, where, buffer_size=_READ_BYTES) as file:
+    with opened(path, where, buffer_size=_READ_BYTES, texts=True) as file:
         _require_episodes(file.schema_arrow, where)
         names = [c for c in dict.fromkeys([*columns, "episode_index"]) if c in file.schema_arrow.names]
         missing = _rows_per_episode(file, batch_rows, where)  # rows still to come
@@ -303,7 +344,7 @@ def stream_rows(path: Path, columns: Sequence[str], batch_rows: int, where: str)
         firsts: dict[int, int] = {}
         done = 0
         for batch in file.iter_batches(batch_rows, columns=names):
-            for episode_id, start, piece in _runs(batch, where):
+            for episode_id, start, piece in _runs(plain_texts(batch), where):
                 firsts.setdefault(episode_id, done + start)
                 pieces.setdefault(episode_id, []).append(piece)
                 missing[episode_id] -= piece.num_rows

@@ -38,6 +38,7 @@ from ..hdf5 import (
     find_array,
     find_group,
     has,
+    members,
     numbers,
     one_file,
     opened,
@@ -265,10 +266,9 @@ def _columns(data: h5py.Group, demos: Mapping[int, str]) -> dict[str, int]:
     """Numbers per row of each array of the first demo, and of its observations, that is no image."""
     found: dict[str, Any] = {}
     with contextlib.suppress(CorruptEpisode):
-        demo = readable_group(data, demos[min(demos)], str(data.file.filename))
-        found = {name: demo[name] for name in demo}
+        found = members(readable_group(data, demos[min(demos)], data.file.filename))
     if isinstance(obs := found.pop("obs", None), h5py.Group):
-        found |= {f"obs/{name}": obs[name] for name in obs}
+        found |= {f"obs/{name}": node for name, node in members(obs).items()}
     arrays = {k: a for k, a in found.items() if isinstance(a, h5py.Dataset) and a.dtype.kind in "fiu" and a.ndim <= 2}
     return {name: math.prod(a.shape[1:]) for name, a in arrays.items() if name not in ("rewards", "dones", "states")}
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ....common.documents import MOST_BYTES
 from ....errors import UserError
 from ..cache import Cache
 from ..dataset import CacheDataset
 from ..feature_format import FeatureFormat
 from ..locations import Folder, Place, fetch
-from ..manifest import FINGERPRINT, MANIFEST, require_format
+from ..manifest import FINGERPRINT, MANIFEST, Keys, parse_fingerprint, parse_manifest
 from ..plan import require_names
 from ..shard_reader import ShardFiles
-from ..zarr_format import Layout, features_folder, require_layout
-from .tars import EXPORT_FORMAT, INDEX, META, Entry, Tars, field_name, open_place, require_entry, sample_key
+from ..zarr_format import Attributes, Layout, features_folder, require_layout
+from .tars import INDEX, META, Entry, Tars, field_name, open_place, parse_index, sample_key
 
 
 class WebDatasetCache(Cache):
@@ -34,10 +34,9 @@ class WebDatasetCache(Cache):
         self.index = index["dvla"]
         self.shards, quarantine = index["shardlist"], self.index["quarantine"]
         self.tars = Tars(place, [self.index["meta"], *self.shards, *quarantine], scratch, check)
-        self.fingerprint, self.manifest = (
-            self.tars.json(META, f"cache/store.{name}") for name in (FINGERPRINT, MANIFEST)
-        )
-        require_format(self.manifest["format"], place.where)
+        where = f"{place.url(META)}: cache/store"
+        self.fingerprint = parse_fingerprint(self.tars.document(META, f"cache/store.{FINGERPRINT}"), where)
+        self.manifest = parse_manifest(self.tars.document(META, f"cache/store.{MANIFEST}"), where)
         quantized = FeatureFormat(self.manifest["dtype"]).quantized
         channels = self.tars.array(META, "cache/store.channel_scale.npy") if quantized else None
         datasets = []
@@ -45,7 +44,7 @@ class WebDatasetCache(Cache):
         for name in names:
             shards, apart = ([e for e in tars if e["dataset"] == name] for tars in (self.shards, quarantine))
             views = self.index["views"][name]
-            datasets.append(WebDatasetDataset(self.path, name, self.tars, views, channels, shards, apart))
+            datasets.append(WebDatasetDataset(self, name, views, channels, shards, apart))
         self._summarize(tuple(datasets))
 
     @classmethod
@@ -71,14 +70,15 @@ class WebDatasetDataset(CacheDataset):
 
     def __init__(
         self,
-        root: Path,
+        cache: WebDatasetCache,
         name: str,
-        tars: Tars,
         views: Mapping[str, str],
         channels: np.ndarray | None,
         shards: Sequence[Entry],
         quarantine: Sequence[Entry],
     ) -> None:
+        tars = cache.tars
+
         def table(path: str, layout: Layout) -> np.ndarray:
             group, _, view = path.partition("/")
             field = f"null.{views[view]}" if group == "null" else path.replace("/", ".")
@@ -86,8 +86,11 @@ class WebDatasetDataset(CacheDataset):
             require_layout(found.shape, found.dtype.name, layout)
             return found
 
-        self.name, self.path, self._tars, self._labels = name, root / name, tars, views
-        self._describe(tars.json(META, f"{name}/tables.json"))
+        self.name, self.path, self._tars, self._labels = name, cache.path / name, tars, views
+        attributes = tars.json(META, f"{name}/tables.json", Attributes)
+        self._describe(Keys(attributes, f"{cache.place.url(META)}: {name}/tables.json"), cache.manifest)
+        if views.keys() != set(self.views) or len(set(views.values())) < len(views):
+            raise ValueError(f"the index has the views {sorted(views)} of {name}, its tables {sorted(self.views)}")
         self._load(table, channels)
         # Of usable and quarantined episodes: tars, samples up to the end of each, samples before each episode
         self._kinds = []
@@ -144,17 +147,4 @@ def read_index(place: Place, scratch: Path) -> dict[str, Any]:
         "finish the export, or give its folder or URL",
     )
     with file:
-        try:
-            index = json.loads(file.read())
-            version = index["dvla"]["export"]
-            if version == EXPORT_FORMAT:
-                for entry in (index["dvla"]["meta"], *index["shardlist"], *index["dvla"]["quarantine"]):
-                    require_entry(entry)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{place.url(INDEX)} is not the index of a dvla export ({type(error).__name__}: {error}); export the "
-                "cache again"
-            ) from None
-    if version != EXPORT_FORMAT:
-        raise UserError(f"{place.url(INDEX)} has export format {version}, not {EXPORT_FORMAT}; export the cache again")
-    return index
+        return parse_index(file.read(MOST_BYTES + 1), place.url(INDEX))

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
+import math
 import os
 import re
 import tarfile
@@ -35,10 +35,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 
+from ....common.documents import MOST_BYTES, Count, Crc32c, Field, Form, parse_json, require_form
 from ....common.files import file_crc32c
 from ....errors import UserError
 from ..locations import Folder, Place, Url, creating, fetch
@@ -46,17 +47,51 @@ from ..locations import Folder, Place, Url, creating, fetch
 INDEX, META, EXPORT_FORMAT = "index.json", "_meta.tar", 1
 Entry = dict[str, Any]  # of a tar: url, nsamples, filesize, crc32c
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # of a file beside the index, also within a command
+_NO_SENSE = "export the cache again"
 
 
-def require_entry(entry: Entry) -> Entry:
-    """An entry of an index that somebody else may have written. `ValueError` unless it is one of a tar beside the
-    index: its name becomes part of paths, URLs and commands."""
-    if not (isinstance(name := entry["url"], str) and _PLAIN.fullmatch(name) and name.endswith(".tar")):
-        raise ValueError(f"{name!r} does not name a tar beside the index")
-    for key in ("nsamples", "filesize", "crc32c"):
-        if type(entry[key]) is not int or entry[key] < 0:
-            raise ValueError(f"{key} of {name} is {entry[key]!r}, not a number of 0 or more")
-    return entry
+class TarEntry(Form):
+    """A tar beside the index: its name becomes part of paths, URLs and commands."""
+
+    url: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.tar$")]
+    nsamples: Count
+    filesize: Count
+    crc32c: Crc32c
+    dataset: str = ""  # of observations
+
+
+class Claim(Form):
+    """Whose export it is."""
+
+    export: int
+    cache: str
+    shard_nbytes: Count
+
+
+class _Own(Claim):
+    meta: TarEntry
+    quarantine: list[TarEntry]
+    views: dict[str, dict[str, str]]
+
+
+class _Index(Form):
+    kind: Annotated[str, Field(alias="__kind__")] = ""
+    wids_version: int
+    shardlist: list[TarEntry]
+    dvla: _Own
+
+
+def parse_index(data: bytes, where: str) -> dict[str, Any]:
+    """The index of an export in `data`. `UserError` naming `where` when it is damaged or of another format."""
+    index: dict[str, Any] = parse_json(data, where, remedy=_NO_SENSE)
+    version = require_form(index.get("dvla"), where, dict[str, Any], _NO_SENSE).get("export")
+    if type(version) is int and version != EXPORT_FORMAT:
+        raise UserError(f"{where} has export format {version}, not {EXPORT_FORMAT}; export the cache again")
+    require_form(index, where, _Index, _NO_SENSE)
+    names = [e["url"] for e in (index["dvla"]["meta"], *index["shardlist"], *index["dvla"]["quarantine"])]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where} is damaged: it lists a tar twice; {_NO_SENSE}")
+    return index
 
 
 def labels(views: Sequence[str]) -> dict[str, str]:
@@ -98,7 +133,7 @@ def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     if version not in read:
         raise ValueError(f"npy version {version}")
     shape, fortran, dtype = read[version](file)
-    if fortran or dtype.kind not in "biuf" or file.tell() != len(header):
+    if fortran or dtype.kind not in "biuf" or file.tell() != len(header) or min(shape, default=1) < 0:
         raise ValueError("not a plain array")
     return dtype, shape
 
@@ -205,17 +240,20 @@ class Tars:
         start = os.pread(opened.file.fileno(), min(nbytes, 10), offset)
         begin = 10 + int.from_bytes(start[8:10], "little")  # the header of version 1, as written by `npy`
         dtype, shape = self._header(tar, member, opened, offset, begin)
-        if begin + int(np.prod(shape)) * dtype.itemsize != nbytes:
+        if begin + math.prod(shape) * dtype.itemsize != nbytes or not math.prod(shape):
             raise self.damaged(tar, f"{member} holds {nbytes} bytes for {dtype} {list(shape)}")
         return np.memmap(opened.file, dtype, "r", offset + begin, shape)
 
-    def json(self, tar: str, member: str) -> Any:
-        """The document in a JSON member."""
+    def document(self, tar: str, member: str) -> bytes:
+        """The text of a JSON member."""
         opened, offset, nbytes = self._member(tar, member)
-        try:
-            return json.loads(os.pread(opened.file.fileno(), nbytes, offset))
-        except ValueError as error:
-            raise self.damaged(tar, f"{member}: {error}") from None
+        if nbytes > MOST_BYTES:
+            raise self.damaged(tar, f"{member} has {nbytes} bytes")
+        return os.pread(opened.file.fileno(), nbytes, offset)
+
+    def json(self, tar: str, member: str, form: Any) -> Any:
+        """The document in a JSON member, which has `form`."""
+        return parse_json(self.document(tar, member), f"{self.place.url(tar)}: {member}", form, _NO_SENSE)
 
     def fetch(self, tar: str) -> None:
         """Copy a tar onto this machine if it is remote, and index its members."""
@@ -251,7 +289,7 @@ class Tars:
 
     def _load(self, name: str) -> _Tar:
         entry = self._entries[name]
-        file, nbytes, crc = fetch(self.place, name, self._scratch)
+        file, nbytes, crc = fetch(self.place, name, self._scratch, most=entry["filesize"])
         if isinstance(self.place, Folder) and self._check and name not in self._checked:  # a copy has its crc already
             nbytes, crc = file_crc32c(self.place.path / name)
         if nbytes != entry["filesize"]:
@@ -261,6 +299,9 @@ class Tars:
         self._checked.add(name)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                return _Tar(file, {m.name: (m.offset_data, m.size) for m in tar if m.isreg()})
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise self.damaged(name, str(error)) from None
+                members = [(m.name, (m.offset_data, m.size)) for m in tar if m.isreg()]
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
+            raise self.damaged(name, " ".join(str(error).split()) or "its headers make no sense") from None
+        if len(dict(members)) < len(members) or any(size < 0 or at + size > nbytes for _, (at, size) in members):
+            raise self.damaged(name, "its members are not all in it, or one is there twice")
+        return _Tar(file, dict(members))

@@ -8,14 +8,14 @@ from ....cache.store.cache import Cache
 from ...policy.card import data_section, front_matter, license_of
 
 
-def cache_card(cache: Cache, url: str) -> str:
-    """README.md of a cache on the hub."""
+def cache_card(cache: Cache, repo: str) -> str:
+    """README.md of a cache on the hub, "owner/name"."""
     attributes = [{"license": "", "control_hz": 0.0, **d.attributes, "name": d.name} for d in cache.datasets]
     encoder = cache.fingerprint.get("encoder", {})
     head = {"tags": ["robotics", "dvla", "feature-cache"], **license_of([a["license"] for a in attributes])}
     return "\n".join(
         [
-            f"{front_matter(head)}# {url.rsplit('/', 1)[-1]}",
+            f"{front_matter(head)}# {repo.rsplit('/', 1)[-1]}",
             "",
             f"Features of a frozen vision-language model ({encoder.get('vlm', 'unnamed')}, "
             f"{encoder.get('features', 'features')}, {cache.tokens} tokens of width {cache.width} per image) and "
@@ -27,8 +27,8 @@ def cache_card(cache: Cache, url: str) -> str:
             "## Use",
             "",
             "```",
-            f"dvla cache pull {url} --out cache",
-            "dvla train --from-cache cache --out run",
+            f"dvla train --from-cache {repo} --out run",
+            f"dvla cache pull {repo} --out cache",
             "```",
             "",
         ]

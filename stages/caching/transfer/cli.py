@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ....common.console import progress_bars, say
+from ....common.hub import DATASETS
 from ....common.options import Public
 from ....common.text import in_megabytes, size
 
@@ -17,7 +18,7 @@ def cache_push(
     url: Annotated[
         str,
         typer.Argument(
-            help="URL to copy to: s3://bucket/cache, gs://…, or hf://datasets/owner/name.", show_default=False
+            help="URL to copy to, s3://bucket/cache or gs://…; or owner/name of the hub.", show_default=False
         ),
     ],
     public: Public = False,
@@ -31,13 +32,17 @@ def cache_push(
     with progress_bars() as show:
         done = push_cache(path, url, not public, in_megabytes(show, "push"))
     say(f"{done.where}: {done.files} files, {size(done.nbytes)}, {done.found} reused")
-    say(f"next: dvla train --from-cache {done.where} --local-cache FOLDER --out runs/base, or dvla cache pull")
+    named = done.where.removeprefix(DATASETS)
+    copies = "" if named != done.where else " --local-cache FOLDER"
+    say(f"next: dvla train --from-cache {named}{copies} --out runs/base, or dvla cache pull")
 
 
 def cache_pull(
     url: Annotated[
         str,
-        typer.Argument(help="URL of a cache: s3://, gs://, https://, hf://datasets/owner/name.", show_default=False),
+        typer.Argument(
+            help="URL of a cache, s3://, gs:// or https://; or owner/name[@revision] of the hub.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Cache folder to create; an unfinished one is resumed.")],
 ) -> None:

@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from ....cache.store.cache import Cache
-from ....cache.store.locations import BLOCK, Url, creating
-from ....cache.store.manifest import MANIFEST, parse_manifest
-from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote, require_inside
+from ....cache.store.checksums import damaged_files, incomplete
+from ....cache.store.locations import BLOCK, Url, creating, errors
+from ....cache.store.manifest import MANIFEST, has_size, parse_manifest, read_fingerprint
+from ....cache.store.mirror import fetch_checked, fetch_manifest, is_remote
+from ....common.documents import open_regular, read_file
 from ....common.files import crc32c, write_file
+from ....common.hub import DATASETS, dataset_url, hub_errors
 from ....common.progress import Count
 from ....common.text import public
 from ....errors import UserError
 from .card import cache_card
 
-HUB = "hf://datasets/"
 PUSHING, PULLING = ".pushing", ".pulling"
 THREADS = 8
 
@@ -46,19 +48,23 @@ class Transfer:
 def push_cache(path: Path | str, url: str, private: bool = True, progress: Count = lambda *_: None) -> Transfer:
     """Copy the finished cache at `path` to an fsspec URL (s3://…, gs://…) or a dataset repository of the hub.
 
-    A repository (hf://datasets/owner/name) is created if needed, `private` or not.
+    A repository ("owner/name", or hf://datasets/owner/name) is created if needed, `private` or not.
 
     `UserError` when `path` is no finished cache, another one lies at `url`, or a file cannot be written.
     """
-    cache = Cache.open(path)
+    cache, repo = Cache.open(path), dataset_url(url)
+    if repo is not None and "@" not in url and not Path(url).parent.exists():  # "backup/cache" may be meant as a folder
+        url = repo
     if not is_remote(url):
         raise UserError(
-            f"{url} is not a URL; give one like s3://bucket/cache or {HUB}owner/name (copy to a folder with cp)"
+            f"{url} is not a URL; give one like s3://bucket/cache or {DATASETS}owner/name (copy to a folder with cp)"
         )
     root, files = cache.path, cache.manifest["files"]
-    if url.startswith(HUB):
+    if lacking := incomplete(root, cache.manifest, cache.fingerprint):
+        raise UserError(f"run `dvla cache repair {root}` first: {': '.join(lacking[0])}")
+    if url.startswith(DATASETS):
         return _push_to_hub(cache, url, private, progress)
-    data = (root / MANIFEST).read_bytes()
+    data = read_file(root / MANIFEST)
     place, mine = Url(url), f"{crc32c(data):08x}"
     if place.size(MANIFEST) is not None:
         if fetch_manifest(place) == data:
@@ -69,7 +75,7 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
         raise UserError(f"{url} holds files that are no cache ({names[0]}, …); choose another URL")
     if PUSHING in names:
         with place.open(PUSHING) as file:
-            if file.read().decode() != mine:
+            if file.read(len(mine) + 1) != mine.encode():
                 raise UserError(f"another cache is being pushed to {url}; choose another URL, or remove what is there")
     else:
         _put(place, PUSHING, mine.encode())
@@ -77,7 +83,9 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
     def send(name: str) -> bool:
         if place.size(name) == files[name]["bytes"]:
             return True  # an object appears when it is complete
-        with creating(place, name) as sink, open(root / name, "rb") as file:
+        with errors("read", str(root / name)):
+            file = open(open_regular(root / name), "rb")
+        with creating(place, name) as sink, file:
             while block := file.read(8 * BLOCK):
                 sink.write(block)
             if (sink.nbytes, sink.crc) != (files[name]["bytes"], files[name]["crc32c"]):
@@ -91,18 +99,20 @@ def push_cache(path: Path | str, url: str, private: bool = True, progress: Count
 
 
 def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> Transfer:
-    """Copy the cache at a URL into the folder `out`; every file is compared with the manifest's size and crc32c.
+    """Copy the cache at a URL, or "owner/name[@revision]" of the hub, into the folder `out`.
+
+    Every file is compared with the manifest's size and crc32c.
 
     `UserError` when none is there, a file is damaged, or `out` holds something else.
     """
-    out, place = Path(out), Url(url)
+    out, url = Path(out), dataset_url(url) or url
+    place = Url(url)
     data = fetch_manifest(place)
     files = parse_manifest(data, url)["files"]
-    require_inside(files, url)
     marker, mine = out / PULLING, f"{crc32c(data):08x} {public(url)}\n".encode()
-    if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == data:
+    if (out / MANIFEST).is_file() and read_file(out / MANIFEST) == data:
         return Transfer(url, len(files), len(files), _total(files))
-    if out.exists() and not (marker.is_file() and marker.read_bytes().split()[:1] == mine.split()[:1]):
+    if out.exists() and not (marker.is_file() and read_file(marker).split()[:1] == mine.split()[:1]):
         raise UserError(f"{out} exists and is not an unfinished copy of {url}; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -110,15 +120,26 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
 
+    reused: list[str] = []
+
     def take(name: str) -> bool:
         path = out / name
-        if path.exists():  # it appeared complete
+        if has_size(path, files[name]):
+            reused.append(name)
             return True
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; remove {out} and pull again") from None
         fetch_checked(place, name, files[name], path)
         return False
 
     found = _all(take, files, progress)
+    for name in damaged_files(out, {name: files[name] for name in reused}):
+        fetch_checked(place, name, files[name], out / name)
+        found -= 1
+    if lacking := incomplete(out, parse_manifest(data, url), read_fingerprint(out)):
+        raise UserError(f"{url} is no whole cache ({': '.join(lacking[0])}); repair the original and push it again")
     write_file(out / MANIFEST, data)
     marker.unlink()
     return Transfer(url, len(files), found, _total(files))
@@ -126,9 +147,8 @@ def pull_cache(url: str, out: Path | str, progress: Count = lambda *_: None) -> 
 
 def _push_to_hub(cache: Cache, url: str, private: bool, progress: Count) -> Transfer:
     """With the hub client's own resumable upload; the manifest and the card come last."""
-    from ....common.hub import hub_errors
-
-    repo, card = url.removeprefix(HUB), cache_card(cache, url).encode()
+    repo = url.removeprefix(DATASETS)
+    card = cache_card(cache, repo).encode()
     root, files = cache.path, cache.manifest["files"]
     with hub_errors(repo):
         from huggingface_hub import HfApi

@@ -10,7 +10,6 @@ refused.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ import numpy as np
 from ....cache.store.cache import Cache
 from ....cache.store.dataset import CacheDataset
 from ....cache.store.locations import Place, creating, errors, fetch
-from ....cache.store.manifest import commit_records, json_bytes
-from ....cache.store.plan import BuildPlan, ShardTask
+from ....cache.store.manifest import commit_records, json_bytes, plan_of
+from ....cache.store.plan import BuildPlan, Pair, ShardTask
 from ....cache.store.webdataset.cache import WebDatasetCache, WebDatasetDataset, read_index
 from ....cache.store.webdataset.samples import (
     BLOCK_NBYTES,
@@ -37,14 +36,16 @@ from ....cache.store.webdataset.tars import (
     EXPORT_FORMAT,
     INDEX,
     META,
+    Claim,
     Entry,
+    TarEntry,
     labels,
     open_place,
-    require_entry,
     write_tar,
 )
 from ....cache.store.writer import CacheWriter, Features
 from ....common import fingerprint as fp
+from ....common.documents import MOST_BYTES, parse_json
 from ....common.progress import Progress
 from ....errors import UserError, unknown
 
@@ -151,13 +152,10 @@ def _write_json(place: Place, name: str, document: dict[str, Any]) -> None:
         sink.write(json_bytes(document))
 
 
-def _read(place: Place, name: str) -> dict[str, Any]:
+def _read(place: Place, name: str, form: Any) -> dict[str, Any]:
     file, _, _ = fetch(place, name, Path("."))
     with file:
-        try:
-            return dict(json.loads(file.read()))
-        except (ValueError, TypeError):
-            raise UserError(f"{place.url(name)} is damaged; remove it and rerun") from None
+        return parse_json(file.read(MOST_BYTES + 1), place.url(name), form, "remove it and rerun")
 
 
 def _finished(place: Place, claim: dict[str, Any]) -> dict[str, Entry]:
@@ -171,8 +169,8 @@ def _finished(place: Place, claim: dict[str, Any]) -> dict[str, Entry]:
         mine = index["dvla"]
         entries = [mine.get("meta"), *index.get("shardlist", []), *mine.get("quarantine", [])]
     elif CLAIM in names:
-        mine = _read(place, CLAIM)
-        entries = [_read(place, n) for n in names if n.startswith(".") and n.endswith(".tar.json")]
+        mine = _read(place, CLAIM, Claim)
+        entries = [_read(place, n, TarEntry) for n in names if n.startswith(".") and n.endswith(".tar.json")]
     elif names:
         raise UserError(f"{place.where} holds other files ({', '.join(sorted(names)[:3])}); choose another --out")
     else:
@@ -184,11 +182,7 @@ def _finished(place: Place, claim: dict[str, Any]) -> dict[str, Entry]:
         raise UserError(f"{place.where} holds an export {what}; choose another --out, or remove it")
     if INDEX not in names and CLAIM not in names:
         _write_json(place, CLAIM, claim)
-    with _sense(place.where):
-        return {
-            e["url"]: {key: e[key] for key in ("url", "nsamples", "filesize", "crc32c")}
-            for e in map(require_entry, entries)
-        }
+    return {e["url"]: {key: e[key] for key in ("url", "nsamples", "filesize", "crc32c")} for e in entries}
 
 
 def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -> ExchangeReport:
@@ -203,10 +197,9 @@ def import_cache(source: str, out: Path, progress: Progress = lambda *_: None) -
         raise UserError(f"cannot write a cache at {out}: {error.strerror}; choose another --out") from None
     exported = WebDatasetCache.open(source, out.absolute().parent, check=True)
     report = ExchangeReport(str(out))
-    with _sense(source):
-        plan = BuildPlan.from_document(exported.fingerprint["store"])
-        settings = {key: value for key, value in exported.fingerprint.items() if key != "store"}
-        ledger = exported.tars.json(META, "cache/store.quarantine.json")
+    plan = plan_of(exported.fingerprint, source)
+    settings = {key: value for key, value in exported.fingerprint.items() if key != "store"}
+    ledger = exported.tars.json(META, "cache/store.quarantine.json", dict[str, list[Pair]])
     with _sense(source), CacheWriter.create_or_resume(out, settings, plan) as writer:
         order = [d.name for d in plan.datasets]
         missing = sorted(writer.missing(), key=lambda t: (order.index(t.dataset), t.index))  # each tar is fetched once

@@ -18,7 +18,7 @@ import numpy as np
 
 from ....cache.actions.selection import Selection
 from ....cache.loader.provenance import sources_of
-from ....cache.store.checksums import damaged_files
+from ....cache.store.checksums import damaged_files, incomplete
 from ....cache.store.codec import channel_scale
 from ....cache.store.manifest import (
     FINGERPRINT,
@@ -27,18 +27,16 @@ from ....cache.store.manifest import (
     commit_records,
     find_manifest,
     is_finished,
-    manifest_document,
-    read_attributes,
+    plan_of,
     read_commit,
     read_fingerprint,
-    read_plan,
     scale_commit,
     shard_commit,
     tables_commit,
 )
 from ....cache.store.plan import BuildPlan, units
 from ....cache.store.writer import CacheWriter
-from ....cache.store.zarr_format import open_table, write_table
+from ....cache.store.zarr_format import CHANNELS, open_table, read_attributes, write_table
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....common import fingerprint as fp
 from ....common.files import file_crc32c
@@ -55,7 +53,6 @@ from ..sources import Corpus, choose_episodes, make_tables, read_corpus
 from .garbage import no_builder
 from .verify import recorded_encoder
 
-CHANNELS = "channel_scale"  # the channel scales of an 8-bit cache
 PLACES = ("source", "encoder", "config")  # attributes that are kept: folders that moved, or views named now
 NEEDED = (*PLACES, "views")  # attributes of a dataset that say how it was built
 
@@ -104,7 +101,8 @@ def repair(
     or the VLM are not those of the cache (the differing fields are named), or while a builder runs.
     `TooManyQuarantined` as from a build, for one that it was to finish, unless `allow_quarantine`.
     """
-    plan, cached, finished = read_plan(path), read_fingerprint(path), is_finished(path)
+    cached, finished = read_fingerprint(path), is_finished(path)
+    plan = plan_of(cached, path / FINGERPRINT)
     with no_builder(path):
         found = _examine(path, plan, cached, progress)
         if found.intact:
@@ -156,7 +154,7 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
         )
     agrees = (
         manifest is not None
-        and _describes(manifest, plan, cached)
+        and not incomplete(path, manifest, cached)
         and all(manifest["files"].get(n) == e for n, e in committed.items())
     )
     if not agrees and is_finished(path):
@@ -182,16 +180,6 @@ def _examine(path: Path, plan: BuildPlan, cached: dict[str, Any], progress: Prog
         channels,
         agrees and not (damaged or shards or tables or channels),
     )
-
-
-def _describes(manifest: dict[str, Any], plan: BuildPlan, cached: dict[str, Any]) -> bool:
-    """Whether what the manifest says of the cache is so."""
-    try:
-        quarantined = {d["name"]: d["quarantined"] for d in manifest["datasets"]}
-        expected = manifest_document(plan, cached, manifest["files"], quarantined)
-    except (KeyError, TypeError):
-        return False
-    return all(manifest.get(key) == value for key, value in expected.items())
 
 
 def _attributes_agree(path: Path, file: Path, record: dict[str, Any], damaged: dict[str, str], agrees: bool) -> bool:
@@ -305,7 +293,7 @@ def _channels(
     entry = found.written.get(name)
     for folder in generations(path):
         if entry and (folder / name).exists() and file_crc32c(folder / name) == (entry["bytes"], entry["crc32c"]):
-            return np.array(open_table(folder / CHANNELS, ((plan.width,), "float32")))
+            return np.array(open_table(folder, CHANNELS, ((plan.width,), "float32")))
     scales = channel_scale(pilot_features(corpora, plan, encoder))
     with tempfile.TemporaryDirectory() as scratch:
         written = write_table(Path(scratch) / CHANNELS, scales, ("channel",))[Path(scratch) / name]

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ....cache.store.manifest import (
+    FINGERPRINT,
     find_manifest,
     has_size,
     is_begun,
+    plan_of,
     read_commit,
     read_fingerprint,
-    read_plan,
     shard_commit,
     tables_commit,
 )
 from ....cache.store.writer import CacheWriter
 from ....cache.store.zarr_format import features_folder, scales_folder
 from ....common import fingerprint as fp
+from ....common.documents import open_regular
 from ..generations import generations, next_generation
 from ..sizes import plan_nbytes
 
@@ -74,7 +76,8 @@ def status(path: Path) -> list[CacheStatus]:
 
 def one_status(path: Path) -> CacheStatus:
     """The status of one folder, from its commit records and the sizes of its files."""
-    plan, document = read_plan(path), read_fingerprint(path)
+    document = read_fingerprint(path)
+    plan = plan_of(document, path / FINGERPRINT)
     manifest = find_manifest(path)
     written: dict[str, dict[str, int]] = manifest["files"] if manifest else {}
     missing = set() if manifest else set(CacheWriter(path, plan, None).missing())
@@ -141,10 +144,10 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
 def locked(path: Path) -> bool:
     """Whether a builder holds the cache's lock. Looking takes a shared lock for a moment."""
     try:
-        with open(path / ".lock", "rb") as file:
+        with open(open_regular(path / ".lock"), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # none, or no lock
+        return False
     return False

@@ -1,13 +1,11 @@
-"""A dvla policy's configuration in LeRobot: `config.json` of an exported policy, its processors, and writing both."""
+"""A dvla policy's configuration in LeRobot: `config.json` of an exported policy, and its processors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
     DeviceProcessorStep,
@@ -16,16 +14,15 @@ from lerobot.processor import (
 )
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
 from lerobot.utils.constants import (
-    ACTION,
-    OBS_IMAGES,
-    OBS_STATE,
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
     POLICY_PREPROCESSOR_DEFAULT_NAME,
 )
 
-from ..robot import RobotInterface
+from ....common.device import pick_device
+from ....errors import UserError
+from ..lerobot_files import TYPE
 
-TYPE = "dvla"
+UNTRAINABLE = "train it with `dvla train`: LeRobot's trainer cannot train this policy"
 
 
 @PreTrainedConfig.register_subclass(TYPE)
@@ -33,6 +30,8 @@ TYPE = "dvla"
 class DvlaConfig(PreTrainedConfig):
     """config.json of an exported policy."""
 
+    device: str | None = None  # None: a GPU where there is one
+    action_feature_names: list[str] | None = None  # the robot's own, where known: `lerobot-rollout` orders by them
     dataset: str | None = None  # whose robot and normalization to use, where it was trained on several
     horizon: int = 16  # T, steps of a chunk
     n_action_steps: int | None = None  # of them executed before the next forward pass; None: all
@@ -40,6 +39,7 @@ class DvlaConfig(PreTrainedConfig):
     push_to_hub: bool = False  # `dvla push` does that
 
     def __post_init__(self) -> None:
+        self.device = self.device or str(pick_device("auto"))
         super().__post_init__()
         if self.n_action_steps is not None and not 1 <= self.n_action_steps <= self.horizon:
             raise ValueError(
@@ -59,7 +59,7 @@ class DvlaConfig(PreTrainedConfig):
         return None
 
     def get_optimizer_preset(self) -> Any:
-        raise NotImplementedError("LeRobot's trainer cannot train this policy; use `dvla train`")
+        raise UserError(UNTRAINABLE)
 
     def get_scheduler_preset(self) -> None:
         return None
@@ -87,28 +87,6 @@ def make_dvla_pre_post_processors(
         to_output=transition_to_policy_action,
     )
     return before, after
-
-
-def write_lerobot(document: dict[str, Any], folder: Path, side: int = 224) -> None:
-    """Write config.json and the processors of a policy into an existing folder.
-
-    A policy of several datasets gets the first one's robot; `--policy.dataset=NAME` chooses another. `side`: image size
-    that is declared; any is accepted."""
-    robot = RobotInterface(document["datasets"][0])
-    views = () if document["conditions"]["blind"] else robot.views
-    inputs = {f"{OBS_IMAGES}.{view}": PolicyFeature(FeatureType.VISUAL, (3, side, side)) for view in views}
-    inputs[OBS_STATE] = PolicyFeature(FeatureType.STATE, (len(robot.state_map.field_names),))
-    outputs = {ACTION: PolicyFeature(FeatureType.ACTION, (len(robot.action_map.field_names),))}
-    config = DvlaConfig(
-        input_features=inputs,
-        output_features=outputs,
-        device="cpu",
-        horizon=document["net"]["dit"]["horizon"],
-        dataset=robot.name if len(document["datasets"]) > 1 else None,
-    )
-    config._save_pretrained(folder)  # `save_pretrained` would make a folder
-    for pipeline in make_dvla_pre_post_processors(config):
-        pipeline.save_pretrained(folder)
 
 
 def __getattr__(name: str) -> Any:

@@ -50,7 +50,7 @@ def finetune_config(
     vlm_path: str | None = None,
     full: bool = False,
 ) -> FinetuneConfig:
-    """Settings of the run that `start` belongs to, with dotted `overrides` (None = keep)."""
+    """Settings of the run that `start` belongs to, with dotted `overrides`."""
     folder = ck.resolve(start)
     run_folder = folder.parent.parent
     if not (run_folder / "config.json").is_file():
@@ -103,7 +103,7 @@ def _prepare(
     )
     live = _features(config, cache, encoder)
     encoder.vision.recompute = config.train.gradient_checkpointing
-    net = load_net(document, ck.policy_tensors(start, "ema")).to(world.device)
+    net = load_net(document, ck.policy_tensors(start)).to(world.device)
     if config.lora is not None:
         add_lora(encoder, config.lora)
     elif config.full:

@@ -5,10 +5,12 @@ import os
 import signal
 import stat
 
+import h5py
 import pytest
 
 from dvla.cache.readers import open_source
 from dvla.cache.readers.archive import open_archive
+from dvla.cache.readers.config import UNMAPPED
 from dvla.errors import Failed, UserError
 from support import hdf5_samples, lerobot_written, rlbench_samples
 from support.dex_samples import write_dexgraspnet
@@ -122,3 +124,21 @@ def test_a_link_to_a_folder_around_it_is_followed_nowhere(tmp_path):
     (tmp_path / "rlbench_2").mkdir()
     (tmp_path / "rlbench_2" / "close_jar").symlink_to(root)
     assert len(open_source(tmp_path / "rlbench_2" / "close_jar").episode_ids) == 2
+
+
+@pytest.mark.parametrize("form", ["a link", "values"])
+def test_other_files_that_an_hdf5_file_names_are_not_opened(tmp_path, form):
+    """As a link to one, or as where the values of a dataset are."""
+    path = hdf5_samples.write_robomimic(tmp_path / "image.hdf5")
+    os.mkfifo(tmp_path / "pipe")
+    with h5py.File(path, "a") as file:
+        for name in ("more",) if form == "a link" else ("obs/more_image", "more"):
+            for demo in file["data"].values():
+                if form == "a link":
+                    demo[name] = h5py.ExternalLink("pipe", "/")
+                else:
+                    demo.create_dataset(name, (4,), "S4", external=[(str(tmp_path / "pipe"), 0, 16)])
+    source = open_source(path, unmapped=True)
+    assert not [e for e in source.episode_ids if isinstance(source.attempt(source.load, e), Failed)]
+    assert source.notes() == () and [source.success_of(e) for e in source.episode_ids] == [None] * 3
+    assert all(open_source(path, UNMAPPED).columns_of(e) for e in source.episode_ids)

@@ -17,10 +17,10 @@ from dvla.cache.store.manifest import (
     MANIFEST,
     find_manifest,
     manifest_document,
+    plan_of,
     read_commit,
     read_fingerprint,
     read_manifest,
-    read_plan,
     shard_commit,
 )
 from dvla.errors import UserError
@@ -63,7 +63,9 @@ def test_no_other_file_opens_them_by_name() -> None:
 def test_what_is_written_is_read(cache: Path) -> None:
     plan = synthetic.make_plan()
     manifest = read_manifest(cache)
-    assert read_plan(cache) == plan and manifest == Cache.open(cache).manifest == find_manifest(cache)
+    assert plan_of(read_fingerprint(cache), cache) == plan and manifest == Cache.open(cache).manifest == find_manifest(
+        cache
+    )
     quarantined = {d["name"]: d["quarantined"] for d in manifest["datasets"]}
     assert manifest_document(plan, read_fingerprint(cache), manifest["files"], quarantined) == manifest
     assert all(name in manifest["files"] for t in plan.tasks() for name in read_commit(shard_commit(cache, t))["files"])
@@ -72,13 +74,17 @@ def test_what_is_written_is_read(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        (FINGERPRINT, b"{", "fingerprint.json is damaged (JSONDecodeError"),
-        (FINGERPRINT, b"[]", "fingerprint.json is damaged (TypeError"),
-        (FINGERPRINT, b"{}", "fingerprint.json is damaged (KeyError"),
-        (FINGERPRINT, b'{"store": {"format": 2}}', "fingerprint.json is damaged (KeyError"),
+        (FINGERPRINT, b"{", "fingerprint.json is not valid JSON"),
+        (FINGERPRINT, b"[]", "fingerprint.json is damaged: it is [], expected a valid mapping"),
+        (FINGERPRINT, b"{}", "fingerprint.json is damaged: 'store' is missing"),
+        (FINGERPRINT, b'{"store": {"format": 2}}', "fingerprint.json is damaged: 'store.tokens' is missing"),
         (FINGERPRINT, b'{"store": {"format": 1}}', "has format 1, this version reads 2 and 3; rebuild it"),
-        (MANIFEST, b"{", "manifest.json is damaged (JSONDecodeError"),
-        (MANIFEST, b'{"format": 2, "complete": false, "files": {}}', "manifest.json is damaged (ValueError"),
+        (MANIFEST, b"{", "manifest.json is not valid JSON"),
+        (
+            MANIFEST,
+            b'{"format": 2, "complete": false, "files": {}}',
+            "manifest.json is damaged: 'complete' is False, expected True (and ",
+        ),
         (MANIFEST, b'{"format": 4}', "has format 4, this version reads 2 and 3; rebuild it"),
         (MANIFEST, None, "is incomplete (8 shards are finished); rerun the same `dvla cache build`"),
         (FINGERPRINT, None, "is not a dvla cache (it has no fingerprint.json)"),
@@ -93,7 +99,7 @@ def test_a_folder_that_is_no_readable_cache_is_refused(
     else:
         (cache / name).write_bytes(data)
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        read_plan(cache) if name == FINGERPRINT else read_manifest(cache)
+        plan_of(read_fingerprint(cache), cache) if name == FINGERPRINT else read_manifest(cache)
     assert str(cache) in str(error.value) and "\n" not in str(error.value)
     assert name != MANIFEST or find_manifest(cache) is None
 
@@ -101,5 +107,5 @@ def test_a_folder_that_is_no_readable_cache_is_refused(
 def test_a_damaged_commit_record_names_the_command_that_repairs_it(cache: Path) -> None:
     record = shard_commit(cache, synthetic.make_plan().tasks()[0])
     edit(record, lambda document: document["files"].update(x={"bytes": 1}))
-    with pytest.raises(UserError, match="missing or damaged; run `dvla cache repair`"):
+    with pytest.raises(UserError, match="is damaged: 'files.x.crc32c' is missing; run `dvla cache repair`"):
         read_commit(record)

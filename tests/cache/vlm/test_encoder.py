@@ -571,7 +571,7 @@ def test_adapters_that_do_not_fit_are_refused(encoder, checkpoint, tmp_path):
     assert fresh.adapter is None
     with pytest.raises(UserError, match="give 1 to 3"):
         add_lora(fresh, LoraSpec(last_n_blocks=4))
-    with pytest.raises(UserError, match="rank"):
+    with pytest.raises(UserError, match="r is 0"):
         LoraSpec(r=0)
 
 

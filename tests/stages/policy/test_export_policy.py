@@ -34,12 +34,14 @@ from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy import export as export_module
 from dvla.stages.policy import graph as policy_graph
 from dvla.stages.policy.export import export_policy
+from dvla.stages.policy.lerobot_files import NAMES
 from dvla.stages.policy.policy import Policy
 from support.cli_runner import Dvla, refused
 from support.policy_samples import ALPHA, NOISE, make_batch, make_net
 from support.run_samples import TINY, make_run, observations
 
 LORA = LoraSpec(r=2, alpha=4.0, targets="all-linear")
+FILES = {"policy.json", "model.safetensors", "state.json", "README.md", *NAMES}
 ROUNDING = 2e-3  # of the actions' spread: a merged weight rounds otherwise, and features are rounded to float16
 
 
@@ -79,7 +81,7 @@ def test_without_lora_it_acts_alike_to_the_bit(
         patch.setattr(export_module, "load_policy_encoder", lambda *_: pytest.fail("read the VLM"))
         done = export_policy(run, tmp_path / "deep" / "policy")
     shutil.rmtree(run)
-    assert (done.step, done.merged, files(done.path)) == (7, 0, {"policy.json", "ema.safetensors", "state.json"})
+    assert (done.step, done.merged, files(done.path)) == (7, 0, FILES)
     policy = Policy.from_pretrained(done.path)
     assert policy.needs_images is not blind and expected.shape == (3, 4, 3)
     np.testing.assert_array_equal(policy.act_batch(observations()), expected)
@@ -102,8 +104,8 @@ def test_with_what_fine_tuning_changed_it_acts_alike(
     trained = lora_parameters(checkpoint.encoder) if lora else tower_parameters(checkpoint.encoder)
     assert len(weights) == done.merged == len(list(trained)) / (2 if lora else 1)
     assert all(t.dtype == torch.float32 and "lora" not in name for name, t in weights.items())
-    assert files(done.path) == {"policy.json", "ema.safetensors", "vision.safetensors", "state.json"}
-    assert not any(name.startswith("adapter.") for name in load_file(done.path / "ema.safetensors"))
+    assert files(done.path) == {*FILES, "vision.safetensors"}
+    assert not any(name.startswith("adapter.") for name in load_file(done.path / "model.safetensors"))
     policy.encoder.vision.load_state_dict(
         load_encoder(policy.encoder.spec).vision.state_dict()
     )  # the base model's again
@@ -128,11 +130,11 @@ def test_an_export_can_be_exported(
     adapted: Path, vlms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(vlms["qwen3vl"].parent)  # a relative path of the VLM becomes absolute
-    first = export_policy(adapted, tmp_path / "first", vlm_path="qwen")
+    first = export_policy(adapted, tmp_path / "first" / "p", vlm_path="qwen")
     monkeypatch.chdir(tmp_path)
-    second = export_policy(first.path, tmp_path / "second")
-    assert {f: (tmp_path / "first" / f).read_bytes() for f in files(first.path)} == {
-        f: (tmp_path / "second" / f).read_bytes() for f in files(second.path)
+    second = export_policy(first.path, tmp_path / "second" / "p")
+    assert {f: (first.path / f).read_bytes() for f in files(first.path)} == {
+        f: (second.path / f).read_bytes() for f in files(second.path)
     }
     assert (first.vlm, second.merged) == (str(vlms["qwen3vl"]), first.merged)
     assert np.isfinite(Policy.from_pretrained(second.path).act_batch(observations())).all()

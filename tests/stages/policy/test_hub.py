@@ -103,7 +103,8 @@ def test_the_card_names_licenses_results_and_limits(vlm: Path, hub: Path, tmp_pa
     run = make_run(tmp_path / "run", vlm)
     assert dvla("push", str(run), REPO, "--eval", str(tmp_path / "eval")).code == 0
     card = (hub / REPO / "README.md").read_text()
-    assert front(card)["license"] == "mit" and front(card)["library_name"] == "dvla"
+    assert front(card)["license"] == "mit" and front(card)["library_name"] == "lerobot"
+    assert {"lerobot", "robotics", "dvla"} <= set(front(card)["tags"]) and "datasets" not in front(card)
     assert "| metaworld/push-v3 | 75 % | 50 % – 90 % | 100 % | 0 % | 25 % | 20 |" in card
     assert "mse 0.5" in card and "| toy | mit | 20 |" in card and "Non-commercial" not in card
 
@@ -119,6 +120,8 @@ def test_the_card_names_licenses_results_and_limits(vlm: Path, hub: Path, tmp_pa
         "made from grasps, whose license forbids commercial use" in card and "**No license is stated** for lost" in card
     )
     assert "No held-out error was measured" in card and "No closed-loop success was measured" in card
+    known = {**document["datasets"][0], "source": "someone/pick/train@main"}
+    assert front(policy_card({**document, "datasets": [known, other]}, state, REPO))["datasets"] == ["someone/pick"]
     namespace: dict[str, Any] = {}
     code = card.split("```python\n")[1].split("```")[0]
     with pytest.raises(UserError, match="no policy of that name"):  # the lines compile, and ask the hub

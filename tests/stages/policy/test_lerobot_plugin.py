@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 import torch
 
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
+from dvla.errors import UserError
+from dvla.stages.policy.lerobot_files import NAMES
 from dvla.stages.policy.policy import Policy
 from dvla.stages.simulation.envs import Observation
 from support.cli_runner import Dvla, refused
+from support.lerobot_plugins import site
 from support.run_samples import TINY, VIEWS, make_run
 
 pytest.importorskip("lerobot", reason="needs lerobot (the extra lerobot)")
@@ -87,8 +91,9 @@ def test_lerobot_loads_it_and_it_acts_as_ours(exported: Path) -> None:
     del batch[names[1]]
     with pytest.raises(Exception, match=f"observation.images.{VIEWS[1]} is missing.*--rename_map"):
         policy.reset() or policy.select_action(before(dict(batch)))
-    with pytest.raises(NotImplementedError, match="dvla train"):
-        policy.forward({})
+    for train in (lambda: policy.forward({}), policy.get_optim_params, config.get_optimizer_preset):
+        with pytest.raises(UserError, match="dvla train"):
+            train()
 
 
 class Toy(gymnasium.Env):
@@ -128,11 +133,10 @@ class Toy(gymnasium.Env):
         return np.zeros((48, 48, 3), np.uint8)
 
 
-def test_lerobot_eval_runs_it(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def toy() -> str:
+    """The type of an environment of LeRobot's with `Toy` in it."""
     from lerobot.envs.configs import EnvConfig
-    from lerobot.scripts.lerobot_eval import eval_main
 
     keys = {
         "pixels/top": "observation.images.top",
@@ -158,32 +162,71 @@ def test_lerobot_eval_runs_it(
             return {}
 
     gymnasium.register(ToyConfig.gym_id, entry_point=Toy, max_episode_steps=3)
+    return "dvla_toy"
+
+
+@pytest.mark.parametrize("discovered", [[], ["--env.discover_packages_path=dvla.stages.policy.lerobot"]])
+def test_lerobot_eval_runs_it(
+    exported: Path, toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, discovered: list[str]
+) -> None:
+    """By the distribution `lerobot_policy_dvla`, and by the option that earlier releases needed."""
+    from lerobot.configs.default import EvalConfig
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    if not discovered:
+        for path in site(tmp_path / "site")[:2]:
+            monkeypatch.syspath_prepend(path)
+        monkeypatch.setattr("sys.excepthook", sys.excepthook)  # put back what the plug-in replaces
+        monkeypatch.setattr("support.so101_standin.put_in", lambda put: None)
+        register_third_party_plugins()
+        assert "lerobot_policy_dvla" in sys.modules
+    from lerobot.scripts.lerobot_eval import eval_main
+
     renamed = json.dumps({"observation.images.top": f"observation.images.{VIEWS[0]}"})
     monkeypatch.setattr(
         "sys.argv",
         [
             "lerobot-eval",
-            "--env.discover_packages_path=dvla.stages.policy.lerobot",
+            *discovered,
             f"--policy.path={exported}",
             "--policy.n_action_steps=2",
-            "--env.type=dvla_toy",
+            f"--env.type={toy}",
             "--eval.n_episodes=3",
             "--eval.batch_size=2",
             f"--rename_map={renamed}",
             f"--output_dir={tmp_path}",
+            *(["--eval.use_async_envs=false"] if hasattr(EvalConfig, "use_async_envs") else []),
         ],
     )
     eval_main()
     assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["pc_success"] == 100.0
 
 
+def test_its_files_are_those_that_lerobot_would_write(exported: Path, tmp_path: Path) -> None:
+    """They are written without LeRobot, for every version of it: names and forms are its own."""
+    from lerobot.configs.policies import PreTrainedConfig
+
+    from dvla.stages.policy import lerobot as lerobot_plugin
+
+    config = PreTrainedConfig.from_pretrained(exported)
+    config.save_pretrained(tmp_path)
+    for pipeline in lerobot_plugin.make_dvla_pre_post_processors(lerobot_plugin.DvlaConfig(device="cpu")):
+        pipeline.save_pretrained(tmp_path)
+    for name in NAMES:
+        ours, theirs = (json.loads((folder / name).read_text()) for folder in (exported, tmp_path))
+        assert ours.items() <= {**theirs, "device": None}.items() if name == "config.json" else ours == theirs
+
+
 def test_from_the_command_line(run: Path, tmp_path: Path, dvla: Dvla) -> None:
-    done = dvla("export", str(run), "--out", str(tmp_path / "policy"), "--format", "lerobot")
-    assert done.code == 0
-    config = json.loads((tmp_path / "policy" / "config.json").read_text())
-    assert config["type"] == "dvla" and config["output_features"]["action"]["shape"] == [3]
-    assert {"policy_preprocessor.json", "policy_postprocessor.json", "policy.json"} <= {
-        p.name for p in (tmp_path / "policy").iterdir()
-    }
-    Policy.from_pretrained(tmp_path / "policy")  # still one of ours
-    refused(dvla("export", str(run), "--out", str(tmp_path / "x"), "--format", "lerobto"), "did you mean 'lerobot'?")
+    """Every export is LeRobot's; the format that earlier releases wanted for it is accepted."""
+    for format in ([], ["--format", "lerobot"]):
+        out = tmp_path / f"policy{len(format)}"
+        assert dvla("export", str(run), "--out", str(out), *format).code == 0
+        config = json.loads((out / "config.json").read_text())
+        assert config["type"] == "dvla" and config["output_features"]["action"]["shape"] == [3]
+        assert {*NAMES, "policy.json", "model.safetensors", "README.md"} <= {p.name for p in out.iterdir()}
+        for name in NAMES:  # people edit them, for example n_action_steps
+            (out / name).write_text((out / name).read_text() + " ")
+        Policy.from_pretrained(out)  # still one of ours
+    refused(dvla("export", str(run), "--out", str(tmp_path / "x"), "--format", "lerobto"), "unknown format 'lerobto'")
+    refused(dvla("report", str(tmp_path / "policy0"), "--out", str(tmp_path / "page.html")), "policy0")

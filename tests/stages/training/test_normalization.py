@@ -60,6 +60,7 @@ def attributes(folder: Path, **changes: Any) -> None:
     group = json.loads((folder / "zarr.json").read_text())
     group["attributes"] |= changes
     (folder / "zarr.json").write_text(json.dumps(group))
+    synthetic.seal(folder.parent)
 
 
 def test_a_scheme_for_all_or_for_one_dataset(own: Path) -> None:

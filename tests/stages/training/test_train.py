@@ -160,6 +160,7 @@ def test_another_cache_at_the_same_place_is_refused(cache: Path, tmp_path: Path)
     fingerprint = read_json(copy / "fingerprint.json")
     fingerprint["encoder"]["resolution"] = 224
     (copy / "fingerprint.json").write_text(json.dumps(fingerprint))
+    synthetic.seal(copy)
     with pytest.raises(UserError, match=r"not the one run .* was begun with.*resolution.*448.*224"):
         train(configure(copy, tmp_path / "run"), say=quiet)
 

@@ -140,7 +140,7 @@ def test_one_channel_of_more_bits_is_a_depth_map(image, kind):
             read(encoded(image, kind))
 
 
-@pytest.mark.parametrize("size", [(24_000, 1), (1, 24_000), (8_193, 500), (20, 650)])
+@pytest.mark.parametrize("size", [(24_000, 1), (1, 24_000), (8_193, 500), (20, 650), (8_000, 3_000)])
 def test_impossible_sizes_are_refused_before_decoding(size):
     data = encoded(Image.new("1", size))
     with pytest.raises(CorruptEpisode, match=rf"x is {size[0]}x{size[1]} pixels; at most 8192 a side and 32:1"):

@@ -11,7 +11,7 @@ import pytest
 
 from dvla.cache.readers import open_source
 from dvla.errors import Failed, UserError
-from support.lerobot_written import LENGTHS, change_table, lines, write_v2, write_v3
+from support.lerobot_written import LENGTHS, change_info, change_table, info, lines, write_v2, write_v3
 
 EPISODES = "meta/episodes.jsonl"
 
@@ -280,7 +280,7 @@ def test_rows_that_are_claimed_are_not_read(tmp_path, monkeypatch):
     path = root / "data/chunk-000/episode_000001.parquet"
     change_table(path, lambda t: pa.concat_tables([t] * 50))
     monkeypatch.setattr(parquet, "_MOST_ROWS", 100)
-    monkeypatch.setattr(parquet, "_SEEN", set())
+    monkeypatch.setattr(parquet, "_SEEN", {})
     assert {e: r for e, r in outcome(root).items() if e != 1} == good(0, 2)
     assert "a row group claims 300 rows of" in outcome(root)[1]
     zeros = pa.table({"episode_index": np.zeros(100_000, np.int64), "zeros": np.zeros(100_000)})
@@ -288,3 +288,25 @@ def test_rows_that_are_claimed_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "_MOST_ROWS", 10**6)
     monkeypatch.setattr(parquet, "_MOST_BYTES", 10)
     assert "a row group claims 100,000 rows of" in outcome(root)[1]
+
+
+@pytest.mark.parametrize("file", ["meta/tasks.parquet", "data/chunk-000/file-000.parquet"])
+def test_a_text_in_every_row_takes_no_memory(tmp_path, file):
+    """A dictionary holds it once; in the rows it would be a terabyte."""
+    root = write_v3(tmp_path / "x", tasks=[""])
+    table = pq.read_table(root / file)
+    rows = 1_000_000 if "tasks" in file else table.num_rows
+    text = "x" * (1_000_000 if "tasks" in file else 40_000_000)
+    said = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([text]))
+    if "tasks" in file:
+        table = pa.table({"task_index": range(rows), "task": said})
+        pq.write_table(table, root / file)
+        with pytest.raises(
+            UserError, match="tasks.parquet cannot be read as parquet .its texts have 1,000,000,000,000 b"
+        ):
+            open_source(root)
+        return
+    pq.write_table(table.append_column("language_instruction", said), root / file)
+    change_info(root, features={**info("v3.0")["features"], "language_instruction": {"dtype": "string", "shape": [1]}})
+    reasons = outcome(root)
+    assert all("its texts have 600,000,000 bytes" in reason for reason in reasons.values()), reasons
