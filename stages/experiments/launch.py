@@ -86,8 +86,8 @@ def render(text: str, command: Sequence[str], given: Mapping[str, str]) -> str:
     walltime, notice = _seconds(values.get("walltime", "")), values.get("notice", "")
     if walltime is not None and notice.isdigit() and walltime <= int(notice):
         raise UserError(
-            f"walltime={values['walltime']} is {walltime} s, and the job is told to stop {notice} s before it ends: give a "
-            "longer one, or a shorter --set notice=SECONDS"
+            f"walltime={values['walltime']} is {walltime} s, and the job is told to stop {notice} s before it ends: "
+            "give a longer one, or a shorter --set notice=SECONDS"
         )
     lines = [line for line in text.splitlines() if not _SETTING.fullmatch(line.rstrip())]
     # Not jinja2: shell code is full of {# and {% (as in ${#array[@]}), which it would read as its own.
@@ -97,7 +97,7 @@ def render(text: str, command: Sequence[str], given: Mapping[str, str]) -> str:
 
 
 def _seconds(walltime: str) -> int | None:
-    """Seconds of a Slurm time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for anything else (sbatch judges it)."""
+    """Seconds of a Slurm time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for others, which sbatch judges."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", walltime)
     if not found:
         return None

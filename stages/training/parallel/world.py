@@ -127,7 +127,8 @@ def join(device: str) -> Iterator[World]:
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(
-                f"the processes of the run cannot meet at {where}: {first_line(error).split('. ')[0]}; launch with another port"
+                f"the processes of the run cannot meet at {where}: {first_line(error).split('. ')[0]}; launch with "
+                "another port"
             ) from None
     try:
         yield World(picked, dist.get_rank(), dist.get_world_size(), launched=True)

@@ -162,7 +162,8 @@ else:                                          # MinIO's S3 server over a local 
     juicefs, meta = ["juicefs", "--quiet"], f"sqlite3://{scratch}/meta.db"
     subprocess.run([*juicefs, "format", "--storage=file", f"--bucket={scratch}/blobs", meta, "store"], check=True)
     options = ["--multi-buckets", "--no-usage-report", f"--cache-dir={scratch}/blocks", f"--log={scratch}/log"]
-    gateway = subprocess.Popen([*juicefs, "gateway", *options, "--metrics=127.0.0.1:0", meta, f"127.0.0.1:{port}"], stdout=2)
+    options += ["--metrics=127.0.0.1:0", meta, f"127.0.0.1:{port}"]
+    gateway = subprocess.Popen([*juicefs, "gateway", *options], stdout=2)
     held.callback(gateway.kill)
 for _ in range(200):
     with socket.socket() as asking:

@@ -89,7 +89,7 @@ def test_slurm_needs_slurm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_what_slurm_refuses_is_one_line(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said = "sbatch: error: invalid partition specified: gpus\nsbatch: error: Batch job submission failed: Invalid partition"
+    said = "sbatch: error: invalid partition specified: gpus\nsbatch: error: Batch job submission failed: Invalid"
     program(tmp_path, "sbatch", f"printf '{said}' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     message = "error: Slurm refused the job: invalid partition specified: gpus; Batch job submission failed: Invalid"
@@ -124,7 +124,8 @@ def program(folder: Path, name: str, body: str) -> None:
 @pytest.mark.parametrize("how", ["finished", "failed", "walltime", "loading", "cancelled"])
 def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: str, how: str) -> None:
     """Against stand-ins for Slurm's programs. Before the walltime Slurm tells the step alone, which ends as dvla does
-    after SIGTERM, with 130, or with 143 while it still loads; a job that somebody cancelled is told as a whole, and must not come back."""
+    after SIGTERM, with 130, or with 143 while it still loads; a job that somebody cancelled is told as a whole,
+    and must not come back."""
     programs = tmp_path / "bin"
     program(
         programs,
