@@ -370,7 +370,7 @@ def test_the_command(grid: Path, dvla: Dvla, tmp_path: Path) -> None:
         and not grid.exists()
     )
     refused(dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--table"), "holds no results")
-    refused(dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--jobs", "0"), "--jobs 0")
+    refused(dvla("ablate", tmp_path / "r.yaml", "--out", grid, "--jobs", "0"), "--jobs is 0")
     done = dvla("ablate", tmp_path / "r.yaml", "--out", grid)
     assert done.code == 0 and "table.md" in done.out and "two" in done.out
     (grid / "table.md").unlink()

@@ -167,7 +167,7 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path, dvla: Dvla) -> None:
     (tmp_path / "mine.html").write_text("<p>my thesis</p>")
     refused(dvla("report", run, "-o", tmp_path / "mine.html"), "was not written by dvla")
     assert (tmp_path / "mine.html").read_text() == "<p>my thesis</p>"
-    refused(dvla("report", run, "-o", tmp_path / "no" / "such" / "r.html", "--steps", "0"), "--steps 0")
+    refused(dvla("report", run, "-o", tmp_path / "no" / "such" / "r.html", "--steps", "0"), "--steps is 0")
     (tmp_path / "again.html").write_text(f"<!doctype html>\n{MARK}\n")
     require_page(tmp_path / "again.html")
 

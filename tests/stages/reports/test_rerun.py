@@ -125,7 +125,7 @@ def test_what_is_refused(dvla: Dvla, tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused(dvla(*common, "-o", tmp_path / "e.mp4"), "ends in .rrd")
     (tmp_path / "there.rrd").write_text("mine")
     refused(dvla(*common, "-o", tmp_path / "there.rrd"), "exists; choose another name")
-    refused(dvla(*common, "-o", tmp_path / "e.rrd", "--every", "0"), "--every 0")
+    refused(dvla(*common, "-o", tmp_path / "e.rrd", "--every", "0"), "--every is 0")
     refused(dvla(*common, "-o", tmp_path / "e.rrd", "--episode", "99"), "has no episode 99")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dvla\[rerun\]'"):
