@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
 LONGEST = 1000  # characters of a message
+_LONG_WORD = re.compile(r"(\S{120})\S{120,}(\S{60})")
 SHOWN_NAMES = 120  # characters of a list of allowed names in a message
 # What is wrong, in one word; `dvla data check` names its findings after it.
 Kind = Literal[
@@ -28,6 +30,7 @@ class UserError(Exception):
 
     def __init__(self, message: str = "") -> None:
         line = " ".join(message.splitlines())  # it may quote a file, whose name may hold anything
+        line = _LONG_WORD.sub(r"\1…\2", line)
         super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}…")
 
 

@@ -116,16 +116,14 @@ def allowed(marks: Iterable[Any], most: float = math.inf) -> str:
 
 
 def from_dotted(cls: type[T], values: Mapping[str, Any], where: str = "settings") -> T:
-    """`from_mapping` of dotted names: {"optimizer.lr": 1e-4}. None: not given."""
+    """`from_mapping` of dotted names: {"optimizer.lr": 1e-4}."""
     return from_mapping(cls, apply({}, values), where)
 
 
 def apply(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with dotted `overrides` ("optimizer.lr": 1e-4) put in; those that are None are not given."""
+    """`values` with dotted `overrides` ("optimizer.lr": 1e-4) put in."""
     out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
     for key, value in overrides.items():
-        if value is None:
-            continue
         *groups, name = key.split(".")
         node = out
         for part in groups:

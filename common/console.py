@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import sys
 import time
@@ -30,6 +31,10 @@ class _Console(Console):
         super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **how)
 
 
+# A closed standard stream is opened on nothing, before a file of ours takes its number.
+for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, open(os.devnull, _mode))
 console = _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 170)
 errors = _Console(stderr=True, highlight=False, soft_wrap=True)
 

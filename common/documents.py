@@ -152,7 +152,7 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         with open(open_regular(path), "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
                 raise UserError(f"cannot read {path}: it has {size} bytes, expected at most {most}")
-            return file.read(most + 1)
+            return file.read()  # not `most`, for which room would be taken
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -182,7 +182,10 @@ def kind_of(mode: int) -> str:
 
 def shown(value: Any) -> str:
     """A value in a message: shortened, printable."""
-    text = f"a mapping of {len(value)} keys" if isinstance(value, dict) else repr(value)
+    try:
+        text = f"a mapping of {len(value)} keys" if isinstance(value, dict) else repr(value)
+    except ValueError:  # Python writes no more than 4300 digits
+        text = "a number of thousands of digits"
     text = f"a list of {len(value)} values" if isinstance(value, list) and len(text) > SHOWN else text
     text = printable(text).replace("\n", " ")
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

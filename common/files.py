@@ -163,7 +163,8 @@ def write_output(path: Path, data: bytes, option: str = "--out") -> None:
             os.set_blocking(file.fileno(), True)  # a pipe that nobody reads is refused when it is opened
             file.write(data)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; give another {option}") from None
+        reason = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; give another {option}") from None
 
 
 def file_crc32c(path: Path) -> tuple[int, int]:

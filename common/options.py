@@ -179,7 +179,7 @@ class Command(TyperCommand):
             values = ctx.params.get(parameter.name)
             for value in values if isinstance(values, (list, tuple)) else [values]:
                 if isinstance(value, (int, float)) and not abs(value) < 2**63:
-                    raise UserError(f"{max(parameter.opts, key=len)} is {shown(value)}; it must be a number below 2^63")
+                    raise UserError(f"{parameter.opts[0]} is {shown(value)}; it must be a number below 2^63")
         return left
 
     def _parsed(self, ctx: Any, args: list[str]) -> list[str]:

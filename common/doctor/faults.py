@@ -27,6 +27,7 @@ REMEDIES = {
     errno.EACCES: "change its permissions, or choose another",
     errno.EPERM: "change its permissions, or choose another",
     errno.EISDIR: "give a file",
+    errno.EEXIST: "remove it, or choose another",
     errno.ENOTDIR: "a part of its path is a file; choose another",
     errno.ELOOP: "links point at each other; choose another",
     errno.ENAMETOOLONG: "choose a shorter one",
@@ -40,6 +41,7 @@ REMEDIES = {
 def ended(work: Callable[[], None]) -> int:
     """The exit code of a command: 0, or after one line on standard error that of what `work` raised."""
     try:
+        os.getcwd()  # where it was removed, libraries end the process in their own words
         work()
         sys.stdout.flush()
         return 0
@@ -74,10 +76,10 @@ def explained(error: Exception) -> str | None:
         return None
     remedy = REMEDIES.get(error.errno or 0, "")
     if error.errno == errno.ENOENT and error.filename is None:
-        remedy = "was the working directory removed? Change to another"
-    what = (
-        f"{public(os.fsdecode(error.filename))}: {error.strerror}" if isinstance(error.filename, (str, bytes)) else said
-    )
+        remedy = "the working directory was removed: change to another"
+    what = error.strerror or said
+    if isinstance(error.filename, (str, bytes, os.PathLike)):
+        what = f"{public(os.fsdecode(error.filename))}: {what}"
     return f"{what}; {remedy}" if remedy else what
 
 

@@ -119,8 +119,9 @@ def scrubbed(text: str, environment: Mapping[str, str] = os.environ) -> str:
     text = _ASSIGNED.sub(r"\1…", public(text))
     for secret in _SECRETS:
         text = secret.sub("…", text)
-    text = text.replace(str(Path.home()), "~") if len(str(Path.home())) > 1 else text
-    text = re.sub(r"(?:/home|/Users|/export/home)/[^/\s'\":|]+|(?<![\w.])/root\b", "~", text)
+    home = os.path.expanduser("~")
+    homes = rf"{re.escape(home if len(home) > 1 else '/root')}|/root|(?:/home|/Users|/export/home)/[^/\s'\":|]+"
+    text = re.sub(rf"(?<![\w.~-])(?:{homes})(?![\w-])", "~", text)
     with contextlib.suppress(KeyError, OSError):  # a user without a name
         text = _without(text, getpass.getuser(), "USER")
     host = socket.gethostname()

@@ -166,8 +166,12 @@ def _pilot_config(given: Given) -> PilotConfig:
     """The settings of `plan`'s own options, whose rates are a number or 'measured', and GB/s."""
     rate: Any = given.get("train_rate")
     measured = rate == "measured"
+    try:
+        rate = None if measured or rate is None else float(rate)
+    except ValueError:
+        raise UserError(f"--train-samples-per-second {rate}: give a number, or 'measured'") from None
     disk = None if "disk_rate" not in given else given["disk_rate"] * 1e9
-    rates = {"train_rate": None if measured else rate, "measure_model": measured, "disk_rate": disk}
+    rates = {"train_rate": rate, "measure_model": measured, "disk_rate": disk}
     return from_dotted(PilotConfig, given | rates, "plan")
 
 

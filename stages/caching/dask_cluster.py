@@ -53,7 +53,7 @@ def client_of(spec: WorkerSpec) -> Iterator[Any]:
             cluster = _cluster(spec, stack)
             try:
                 client = stack.enter_context(Client(cluster, timeout=30, set_as_default=False))
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: no such kind of address
                 raise UserError(
                     f"cannot connect to a dask scheduler at {spec.scheduler} ({error}); start one with `dask scheduler`"
                 ) from None

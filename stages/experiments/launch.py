@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.config import configs_dir
+from ...common.documents import read_file, shown
 from ...common.signals import handled
+from ...common.text import printable
 from ...errors import UserError, unknown
 
 _SETTING = re.compile(r"#: (\w+)=(\S*)\s*(.*)")
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 _VALUE = re.compile(r"[\w.:/@+-]+")
+MOST_BYTES = 2**20  # of a script
 TRAINING = ("train", "finetune")
 
 
@@ -48,9 +51,9 @@ def read_script(name_or_file: str) -> str:
     else:
         raise unknown("launch script", name_or_file, scripts())
     try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
+        return read_file(file, MOST_BYTES).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read {file}: it is not text in UTF-8, expected a shell script") from None
 
 
 def settings_of(text: str) -> dict[str, Setting]:
@@ -90,6 +93,8 @@ def _check_command(text: str, command: Sequence[str]) -> None:
     """`UserError` unless the script of `text` can run `dvla COMMAND…`."""
     if not command:
         raise UserError("no command to launch; give it after --: dvla launch torchrun -- train --from-cache C --out R")
+    if unprintable := [word for word in command if printable(word) != word]:
+        raise UserError(f"{shown(unprintable[0])} in the command holds control characters; leave them out")
     builds_cache = "--workers {{" in text
     if builds_cache and list(command[:2]) != ["cache", "build"]:
         raise UserError(f"this script builds a cache: begin the command with cache build; given: {shlex.join(command)}")

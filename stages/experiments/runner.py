@@ -19,11 +19,20 @@ from typing import Any
 
 from rich.markup import escape
 
-from ...common.documents import json_bytes, read_json
+from ...common.documents import Form, json_bytes, read_json
 from ...common.files import write_file
 from ...errors import UserError
 
 Command = tuple[str, ...]
+
+
+class _Progress(Form):
+    """progress.json: the commands, and the seconds of those that have finished."""
+
+    road: list[list[list[str]]]
+    seconds: dict[str, float]
+
+
 POLL = 0.5  # seconds between checks of the running jobs
 
 
@@ -214,8 +223,8 @@ def _progress(out: Path, jobs: Sequence[Job], what: str) -> dict[str, float]:
     """Seconds of the jobs finished before; makes the folder."""
     path = out / "progress.json"
     if path.exists():
-        before = read_json(path)
-        if before.get("road") != _commands(jobs):
+        before = read_json(path, _Progress, f"delete it to begin the {what} anew")
+        if before["road"] != _commands(jobs):
             raise UserError(f"{out} holds a {what} with other settings; choose another --out")
         return before["seconds"]
     if out.exists() and any(out.iterdir()):

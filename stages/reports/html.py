@@ -31,6 +31,8 @@ def require_page(path: Path) -> None:
         raise UserError(f"{path}: give a name that ends in .html")
     if not path.exists():
         return
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} exists and is no file; choose another name")
     try:
         with open(path, "rb") as file:
             mine = MARK.encode() in file.read(200)

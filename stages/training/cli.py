@@ -84,7 +84,7 @@ def train_command(
     given |= {"out": str(out or ""), "loss.kind": loss_type, "weights": _shares(weight)}
     given |= {"normalize": _schemes(normalize)}
     overrides = _overrides(given, mask, flash, set_)
-    if "init" in overrides:
+    if isinstance(overrides.get("init"), str):
         from .warm_start import settings_of_start
 
         overrides = {**settings_of_start(overrides["init"]), **overrides}
@@ -169,8 +169,8 @@ def _overrides(given: Given, mask: float | None, flash: bool, set_: list[str] | 
     """The settings that a command's options give; those of --set come last and win."""
     given = given | {"attention": "flash" if flash else None}
     given |= dict.fromkeys(("masking.text", "masking.images", "masking.proprio"), mask)
-    given |= parse_set(set_)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
+    found = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v is not None}
+    return found | parse_set(set_)
 
 
 def _vlm_mode(given: str | None, lora: bool | None) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import typer
+from annotated_types import Ge, Interval
 
 from dvla.common.config import Option, from_dotted
 from dvla.common.options import Command, Given, Options, Set, parse_set, run_command, with_options
@@ -16,7 +17,7 @@ from dvla.errors import UserError
 
 @dataclass(frozen=True)
 class Engine:
-    power: Annotated[float, Option("--power", help="Power in kW.")] = 55.0
+    power: Annotated[float, Option("--power", help="Power in kW."), Interval(ge=0, le=10**6)] = 55.0
     fuel: Annotated[Literal["petrol", "diesel"], Option("--fuel", help="Fuel: petrol or diesel.")] = "petrol"
 
 
@@ -38,6 +39,9 @@ def make(
     car: Annotated[Given, Options(Car, "engine.power who name seats other.fuel extras folder electric")],
     other: Annotated[Given, Options(Engine)],
     who: Annotated[str, typer.Option("--who", help="Driver.")] = "nobody",
+    age: Annotated[int | None, typer.Option("--age", help="Age of the driver."), Interval(ge=18, le=120)] = None,
+    height: Annotated[float, typer.Option("--height", help="Height in m.")] = 1.8,
+    sizes: Annotated[list[int] | None, typer.Option("--size", help="Sizes."), Ge(0)] = None,
 ) -> None:
     """Make a car."""
     SEEN[:] = car, other, who
@@ -69,10 +73,31 @@ def test_options_have_names_defaults_and_order() -> None:
         ["--extra"],
         ["--folder"],
         ["--electric"],
+        ["--age"],
+        ["--height"],
+        ["--size"],
     ]
-    assert [o.default for o in options] == [55.0, "nobody", None, 4, "petrol", None, None, False]
-    assert [o.required for o in options] == [False, False, True, *[False] * 5]
+    assert [o.default for o in options] == [55.0, "nobody", None, 4, "petrol", None, None, False, None, 1.8, None]
+    assert [o.required for o in options] == [False, False, True, *[False] * 8]
     assert options[3].help == "Seats."
+    assert options[0].help == "Power in kW (at least 0)."
+    assert options[8].help == "Age of the driver (at least 18 and at most 120)."
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--age", "17"], "--age is 17; it must be at least 18 and at most 120"),
+        (["--size", "1", "--size", "-2"], "--size\\[1\\] is -2; it must be at least 0"),
+        (["--height", "nan"], "--height is nan; it must be a number below 2.63"),
+        (["--seats", "1" + "0" * 26], "--seats is 10+; it must be a number below 2.63"),
+        (["--who", "caf\udce9"], r"'caf\\udce9' is not text in UTF-8"),
+        (["--bogus=\udce9"], "is not text in UTF-8"),
+    ],
+)
+def test_numbers_and_texts_that_no_option_can_mean(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ran("make", "-n", "Ada", *words)
 
 
 def test_a_command_is_given_its_settings() -> None:

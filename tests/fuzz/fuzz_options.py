@@ -72,6 +72,8 @@ def drawn(rng: random.Random, kind: str, work: Path) -> tuple[list[str], str]:
         extra = rng.choice([["--set", f"{name}={value}"], [f"--{name}={value}"]])
         if rng.random() < 0.1:
             extra = ["--set", hostile(rng, "any")]
+        if command == "launch":  # what follows its "--" is another command
+            return [*words, *extra, *_typed(given)], ""
         return [*words, *_typed(given), *extra], ""
     for name, what in rng.sample(options_of(command), min(len(options_of(command)), rng.choice((1, 1, 1, 2)))):
         if what == "bool":

@@ -41,6 +41,7 @@ NUMBERS = [
     "+5",
     "0x10",
     "0b11",
+    "0x" + "f" * 5000,
     "٣",
     "1,5",
     "5%",
@@ -176,7 +177,7 @@ def _training() -> list[str]:
     from dvla.stages.training.config import TrainConfig
 
     own = [*_settings(TrainConfig), *(f"dit.{name}" for name in _settings(DiTConfig))]
-    return [name for name in own if name not in ("cache", "out")] + ["unfreeze.dit", "weights.alpha", "normalize.alpha"]
+    return [*own, "unfreeze.dit", "weights.alpha", "normalize.alpha"]
 
 
 def _launching() -> list[str]:

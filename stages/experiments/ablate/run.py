@@ -19,7 +19,7 @@ from typing import Any
 from rich.markup import escape
 
 from ....common import fingerprint as fp
-from ....common.documents import json_bytes, read_json
+from ....common.documents import Form, json_bytes, read_json
 from ....common.files import hold, write_file
 from ....common.progress import Progress
 from ....common.signals import terminable
@@ -29,6 +29,24 @@ from ...simulation.envs import check_environment
 from ..runner import Job, Running, announce, run_side_by_side, stop
 from .recipe import Recipe, cells, preparation, rows
 from .table import training_seconds, write
+
+
+class _Begun(Form):
+    """recipe.json: a recipe with its rows spelled out."""
+
+    title: str = ""
+    environments: dict[str, int] = {}
+    record: str = ""
+    vlm: str | None = None
+    cache: str = ""
+    train: str = ""
+    eval: str = ""
+    blind: str | None = None
+    seeds: list[int] = []
+    episodes: int = 1
+    from_cache: str | None = None
+    rows: dict[str, dict[str, str | None]]
+
 
 PREPARED = ("data", "cache")  # what a new folder may hold already: demonstrations and a cache made by hand
 
@@ -112,7 +130,7 @@ def begin(recipe: Recipe, out: Path, from_cache: str | None) -> dict[str, Any]:
     }
     path = out / "recipe.json"
     if path.exists():
-        before = read_json(path)
+        before = read_json(path, _Begun, "choose another --out, or restore it")
         known = before["rows"].keys() & settings["rows"].keys()
         was, now = (
             {

@@ -50,7 +50,7 @@ def finetune_config(
     vlm_path: str | None = None,
     full: bool = False,
 ) -> FinetuneConfig:
-    """Settings of the run that `start` belongs to, with dotted `overrides` (None = keep)."""
+    """Settings of the run that `start` belongs to, with dotted `overrides`."""
     folder = ck.resolve(start)
     run_folder = folder.parent.parent
     if not (run_folder / "config.json").is_file():

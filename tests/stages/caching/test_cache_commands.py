@@ -252,7 +252,7 @@ def test_diff_names_episodes_and_unsampled_changes(
         lambda d, v, row, variant=0: feature(d, v, row, variant) + np.float16((d, row) == ("beta", 50)),
     )
     synthetic.build(tmp_path / "one")
-    refused(dvla("cache", "diff", whole, tmp_path / "one", "--samples", 0), "at least 1 frame")
+    refused(dvla("cache", "diff", whole, tmp_path / "one", "--samples", 0), "--samples is 0; it must be at least 1")
     found = dvla("cache", "diff", whole, tmp_path / "one", "--samples", 1000)
     assert found.code == 1 and [line.split()[1] for line in found.out.splitlines() if "differs" in line] == ["top"]
     few = dvla(
@@ -539,11 +539,11 @@ def test_plan_without_pooling_or_stride(dvla: Dvla, recorded: dict[str, Path], v
         and "tables" in result.out
     )
     for wrong, words in (
-        (("--pilot", 1), "--pilot 1"),
+        (("--pilot", 1), "it must be at least 2 (--pilot)"),
         (("--price", -1), "--price"),
         (("--train-samples-per-second", "fast"), "a number, or 'measured'"),
-        (("--frame-stride", 0), "--frame-stride 0"),
-        (("--json", tmp_path / "none" / "p.json"), "cannot write"),
+        (("--frame-stride", 0), "it must be at least 1 (--frame-stride)"),
+        (("--json", tmp_path / "p.json" / "none"), "cannot write"),
         (("--dtype", "int4"), "unknown --dtype"),
         (("--model-size", "huge", "--train-samples-per-second", "measured"), "DiT size"),
     ):

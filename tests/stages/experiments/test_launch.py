@@ -56,6 +56,11 @@ def test_every_script_is_one_a_shell_reads(name: str, dvla: Dvla) -> None:
 
 def test_refusals(dvla: Dvla, tmp_path: Path) -> None:
     refused(dvla("launch", "torchrnu", "--", *TRAIN), "unknown launch script 'torchrnu'; did you mean 'torchrun'?")
+    os.mkfifo(tmp_path / "pipe.sh")
+    refused(dvla("launch", tmp_path / "pipe.sh", "--settings"), "it is a pipe, expected a file")
+    (tmp_path / "latin.sh").write_bytes(b"#: a=1 caf\xe9\n")
+    refused(dvla("launch", tmp_path / "latin.sh", "--settings"), "it is not text in UTF-8")
+    refused(dvla("launch", "torchrun", "--print", "--", *TRAIN, "--port=\x1b[2J"), "holds control characters")
     refused(dvla("launch", "torchrun", "--set", "procesess=2", "--", *TRAIN), "did you mean 'processes'?")
     refused(dvla("launch", "torchrun", "--set", "processes=two", "--", *TRAIN), "give a whole number")
     refused(dvla("launch", "torchrun-nodes", "--set", "head=a; rm -rf /", "--", *TRAIN), "use only letters, digits and")
