@@ -152,7 +152,7 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         with open(open_regular(path), "rb") as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
                 raise UserError(f"cannot read {path}: it has {size} bytes, expected at most {most}")
-            return file.read(most + 1)
+            return file.read()  # not `most`, for which room would be taken
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 

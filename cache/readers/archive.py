@@ -8,6 +8,7 @@ in memory for a few archives at a time, no file stays open between calls, and al
 from __future__ import annotations
 
 import functools
+import os
 import re
 import stat
 import struct
@@ -83,9 +84,9 @@ class _Folder(Archive):
 
     def read(self, name: str, where: str) -> bytes:
         with _reading(name, where), open(open_regular(self.path / name), "rb") as file:
-            data = file.read(MAX_MEMBER + 1)
-            if len(data) > MAX_MEMBER:
+            if os.fstat(file.fileno()).st_size > MAX_MEMBER:
                 raise ValueError(f"it is larger than {MAX_MEMBER >> 20} MiB")
+            data = file.read()
             if data.startswith(POINTER):
                 raise CorruptEpisode(f"{where}: {name} {absence(self.path / name)}", "unreadable-file")
             return data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import tokenize
 import zipfile
 from dataclasses import dataclass
@@ -272,9 +273,9 @@ def _hash(folder: Path, names: list[str]) -> str:
 
 def _read(path: Path) -> bytes:
     with open(open_regular(path), "rb") as file:
-        if len(data := file.read(_MOST + 1)) > _MOST:
+        if os.fstat(file.fileno()).st_size > _MOST:
             raise OSError(f"it is larger than {_MOST >> 20} MiB")
-        return data
+        return file.read()
 
 
 def _short(path: Path) -> str:
