@@ -118,6 +118,7 @@ fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and caches,
 	@$(VENV)/bin/python tests/fuzz/fuzz_readers.py --count 2000
 	@$(VENV)/bin/python tests/fuzz/fuzz_caches.py --count 500
 	@$(VENV)/bin/python tests/fuzz/fuzz_server.py --count 5000
+	@$(VENV)/bin/python tests/fuzz/fuzz_options.py --count 2000
 
 pins: $(STAMP)  ## resolve both sets of versions anew from pyproject.toml; what is pinned stays (ARGS=--upgrade: the newest of all)
 	@resolve() {
