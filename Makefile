@@ -117,6 +117,7 @@ site: $(STAMP)  ## build the documentation site in build/site, offline; warnings
 fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and caches, and read them (over an hour)
 	@$(VENV)/bin/python tests/fuzz/fuzz_readers.py --count 2000
 	@$(VENV)/bin/python tests/fuzz/fuzz_caches.py --count 500
+	@$(VENV)/bin/python tests/fuzz/fuzz_runs.py --count 500
 	@$(VENV)/bin/python tests/fuzz/fuzz_server.py --count 5000
 	@$(VENV)/bin/python tests/fuzz/fuzz_options.py --count 2000
 

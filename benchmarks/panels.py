@@ -71,7 +71,7 @@ def look(cache: Path, run: Path, name: str) -> PanelData:
     if not found or read_json(found[-1] / "state.json")["step"] < config.steps:
         train(config, lambda line: print(name, line["step"], line["loss"]))
     folder = ck.resolve(run)
-    net = load_net(read_json(folder / "policy.json"), ck.policy_tensors(folder))
+    net = load_net(read_json(folder / "policy.json"), folder)
     data = collect(Session(config, Cache.open(cache), net, {}), config.steps)
     data.log = read_log(run)
     return data

@@ -81,6 +81,14 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
     return cls(**kwargs)
 
 
+def from_document(cls: type[T], values: Mapping[str, Any], path: Path, place: str = "settings") -> T:
+    """`from_mapping` of what a file says; the error begins with its path."""
+    try:
+        return from_mapping(cls, values, place)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
     """The annotations of a dataclass, with what is `Annotated`."""

@@ -174,6 +174,17 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, folder: int | None 
     return handle
 
 
+def require_file(path: Path, most: int = MOST_BYTES) -> None:
+    """`UserError` unless another library may read this file: a regular one of at most `most` bytes."""
+    try:
+        os.close(open_regular(path))
+        size = os.stat(path).st_size
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if size > most:
+        raise UserError(f"cannot read {path}: it has {size} bytes, expected at most {most}")
+
+
 def kind_of(mode: int) -> str:
     """What a path is that is no regular file, in words, of its `st_mode`."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}

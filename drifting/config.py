@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -21,6 +22,14 @@ an observation's samples to its expert. With one expert chunk and a few samples 
 inexact (docs/results.md)."""
 DIFFUSION_STEPS = 100
 """Noise levels of the diffusion head, as in Diffusion Policy."""
+
+
+def require_range(what: str, config: object, most: Mapping[str, int]) -> None:
+    """`UserError` naming the first field of a config that is below 1 or above the `most` given for it; None passes."""
+    for name, limit in most.items():
+        value = getattr(config, name)
+        if value is not None and not 1 <= value <= limit:
+            raise UserError(f"{what} {name} is {value}; it must be 1 to {limit}")
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.kind not in ONE_STEP + DENOISING:
             raise unknown("loss kind", str(self.kind), ONE_STEP + DENOISING)
-        most = {"flow": None, "diffusion": DIFFUSION_STEPS}.get(self.kind, 1)
-        if self.sample_steps < 0 or most is not None and self.sample_steps > most:
-            allowed = "0 (the kind's own) or more" if most is None else f"0 (the kind's own) to {most}"
-            raise UserError(f"sample_steps is {self.sample_steps}; of a {self.kind} head it must be {allowed}")
+        most = {"flow": 1000, "diffusion": DIFFUSION_STEPS}.get(self.kind, 1)
+        if not 0 <= self.sample_steps <= most:
+            raise UserError(
+                f"sample_steps is {self.sample_steps}; of a {self.kind} head it must be 0 (the kind's own) to {most}"
+            )
         if self.queue not in ("none", "task", "global"):
             raise unknown("queue", str(self.queue), ("none", "task", "global"))
         if self.neighbours < 0 or self.queue_size < 1:

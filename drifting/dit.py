@@ -20,9 +20,16 @@ from torch import Tensor, nn
 
 from ..errors import UserError, unknown
 from .attention import Attend, Kernel, kernel, sdpa
+from .config import require_range
 
 FOURIER_FEATURES = 64  # features of the control frequency and of the guidance scale
 FRONT_LAYERS = 2  # blocks with cross-attention in the "front" variant
+
+
+MOST = {  # of each number of a DiT, beyond which it is a mistake and would only fill the memory
+    **{"width": 16384, "blocks": 512, "heads": 512, "mlp_ratio": 64, "horizon": 4096, "noise_dim": 4096},
+    **{"action_dim": 4096, "proprio_dim": 4096, "embodiments": 4096},
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,11 @@ class DiTConfig:
     denoising: bool = False  # input is noisy actions at a time of their own (heads.head_dit)
 
     def __post_init__(self) -> None:
+        require_range("DiT", self, MOST)
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise UserError(f"DiT width {self.width} with {self.heads} heads: width/heads must be an even whole number")
+        if not 0 <= self.skip_std < 100:  # NaN, too
+            raise UserError(f"DiT skip_std is {self.skip_std}; it must be 0 to 100")
         if self.cross_attention not in ("all", "front"):
             raise unknown("cross_attention", str(self.cross_attention), ("all", "front"))
         if self.denoising and self.noise_dim != self.action_dim:

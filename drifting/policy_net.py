@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..batch import UNIFIED_DIM, FeatureBatch
 from ..errors import UserError
+from .config import require_range
 from .dit import FOURIER_FEATURES, Context, DiTConfig, DriftingDiT, fourier
 
 
@@ -27,6 +28,11 @@ class PolicyNetConfig:
     slots: tuple[int, ...] = ()  # of the 128, ascending: all that the generator reads and gives (an ablation); () = all
 
     def __post_init__(self) -> None:
+        require_range("network", self, {n: 65536 for n in ("feature_width", "text_width", "max_views", "max_frames")})
+        if list(self.slots) != sorted({s for s in self.slots if 0 <= s < UNIFIED_DIM}):
+            raise UserError(
+                f"network slots are {list(self.slots)[:9]}; they must be ascending, of 0 to {UNIFIED_DIM - 1}"
+            )
         if self.slots and (
             len(self.slots) != self.dit.action_dim or len(self.slots) != self.dit.proprio_dim or self.dit.denoising
         ):

@@ -9,12 +9,14 @@ Letters: B observations, G noise samples, T action steps, K queues, Q chunks in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..batch import UNIFIED_DIM, FeatureBatch
+from ..errors import UserError
 from .config import LossConfig
 
 _MIX = -7046029254386353131  # 2^64 / golden ratio as a signed number: consecutive multiples of it look random
@@ -77,12 +79,25 @@ class ChunkQueues:
             "chunks": torch.stack([self._chunks[key].cpu() for key in self._pushed]) if self._pushed else empty,
         }
 
+    def state_form(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `state_dict` gives of as many queues as `found` has keys, on the meta device: names, shapes, types."""
+        count = len(found["keys"]) if "keys" in found and found["keys"].ndim else 0
+        with torch.device("meta"):
+            keys, pushed = torch.empty(count, 3, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+            return {
+                "keys": keys,
+                "pushed": pushed,
+                "chunks": torch.empty(count, 2, self.size, self.horizon, UNIFIED_DIM),
+            }
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state`; ValueError for queues of another size or horizon."""
-        given, wanted = tuple(state["chunks"].shape[1:]), (2, self.size, self.horizon, UNIFIED_DIM)
-        if given != wanted:
-            raise ValueError(f"queues: expected chunks {wanted}, got {given}")
+        """Continue from `state`; `UserError` for queues of another form, or a key or count that no queue has."""
+        for name, wanted in self.state_form(state).items():
+            if (state[name].shape, state[name].dtype) != (wanted.shape, wanted.dtype):
+                raise UserError(f"queues: {name} is {list(state[name].shape)}, expected {list(wanted.shape)}")
         keys = [tuple(key) for key in state["keys"].tolist()]
+        if len(set(keys)) < len(keys) or not bool((state["pushed"] >= 1).all()):
+            raise UserError("queues: a key is given twice, or a queue is empty")
         self._pushed = dict(zip(keys, state["pushed"].tolist()))
         self._chunks = {
             key: chunks.to(self.device, torch.float32, copy=True) for key, chunks in zip(keys, state["chunks"])

@@ -20,6 +20,7 @@ from ...errors import UserError, unknown
 from .rotations import WIDTH, from_quaternion, from_rot6d, require_rotations, to_quaternion, to_rot6d
 from .slots import ACTION_SCHEMA_VERSION, ROTATION_PREFIXES, SIX_D, SLOTS, UNIFIED_DIM, expand
 
+MOST_NATIVE = 4096  # dimensions of a robot's vector
 NATIVE = ("native", "unit")  # entries of a FieldSpec that only name things
 
 
@@ -27,8 +28,8 @@ class MapForm(Form):
     """What `ActionMap.to_dict` makes."""
 
     version: int
-    control_hz: Annotated[float, Field(gt=0)] | None
-    fields: list[dict[str, Any]]
+    control_hz: Annotated[float, Field(gt=0, le=1e5)]
+    fields: Annotated[list[dict[str, Any]], Field(max_length=MOST_NATIVE)]
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class FieldSpec:
             raise UserError(f"'native' names {len(self.native)} dimensions of an entry that has {self.width}")
         if self.prefix not in ROTATION_PREFIXES:
             raise unknown("rotation prefix", self.prefix, ROTATION_PREFIXES)
-        if self.drop is not None and self.drop < 1:
-            raise UserError(f"'drop: {self.drop}': give the number of dimensions to drop, at least 1")
+        if self.drop is not None and not 1 <= self.drop <= MOST_NATIVE:
+            raise UserError(f"'drop: {self.drop}': give the number of dimensions to drop, 1 to {MOST_NATIVE}")
         if self.scale == 0 or not np.isfinite([self.scale, self.offset, self.fill]).all():
             raise UserError(f"scale {self.scale}, offset {self.offset}, fill {self.fill}: must be finite, scale not 0")
         if not self.names and (self.scale, self.offset, self.delta) != (1.0, 0.0, False) or self.drop and self.legacy:

@@ -49,7 +49,7 @@ SIX_D = frozenset(SLOTS[f"{p}_{i}"] for p in ROTATION_PREFIXES for i in range(6)
 
 def expand(pattern: str) -> list[str]:
     """`"arm_joint_{0..2}_pos"` → the three names; a name without a range stands for itself."""
-    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
+    found = re.fullmatch(r"(.*)\{(\d{1,3})\.\.(\d{1,3})\}(.*)", pattern)
     if not found:
         return [pattern]
     head, first, last, tail = found.groups()

@@ -10,12 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from ...common.documents import Field, Form, Positive
+from .slots import UNIFIED_DIM
+
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 BLOCK = 2048  # rows of a buffer; ranks of quantiles are off by at most log2(rows / BLOCK) / (2 · BLOCK)
+
+
+Values = Annotated[list[float], Field(min_length=UNIFIED_DIM, max_length=UNIFIED_DIM)]
+
+
+class StatisticsForm(Form):
+    """What `Statistics.to_dict` gives of unified vectors."""
+
+    mean: Values
+    std: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=UNIFIED_DIM, max_length=UNIFIED_DIM)]
+    min: Values
+    max: Values
+    count: Positive
+    quantiles: dict[Annotated[str, Field(pattern=r"^0\.[0-9]{1,20}$")], Values] = {}
 
 
 @dataclass(frozen=True)

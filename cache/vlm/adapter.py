@@ -7,19 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ...common import fingerprint as fp
-from ...common.documents import json_bytes, read_json
+from ...common.documents import Form, json_bytes, read_json
 from ...common.files import new_folder, write_file
+from ...common.tensors import form_of, open_tensors, require_tensors
+from ...common.text import printable
 from ...errors import UserError
 from .checkpoint import tensors_sha256
 from .encoder import VisionLanguageEncoder
 from .lora import load_lora, merge_lora, write_lora
 
 IDENTITY, TOWER = "identity.json", "tower.safetensors"
+
+
+class BaseForm(Form):
+    """The weights that an adapter belongs to."""
+
+    vlm: str
+    weights_sha256: str
+    adapter: dict[str, Any] | None
+
+
+class IdentityForm(Form):
+    """identity.json."""
+
+    base: BaseForm
+    adapter: dict[str, Any]
 
 
 def tower_parameters(encoder: VisionLanguageEncoder) -> Iterator[tuple[str, nn.Parameter]]:
@@ -52,30 +68,43 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
         raise UserError(
             f"adapter {folder}, which these features of {encoder.spec.path} need, is missing; restore that checkpoint"
         )
-    if (folder / IDENTITY).is_file():
-        lines = fp.diff(adapter_document(folder)["base"], base_identity(encoder), "adapter has", "this VLM has")
+    identity = adapter_document(folder) if (folder / IDENTITY).exists() else None
+    if identity is not None:
+        lines = fp.diff(identity["base"], base_identity(encoder), "adapter has", "this VLM has")
         if lines:
             raise UserError(
                 f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; "
                 "give that VLM's folder"
             )
-    if not (folder / TOWER).is_file():
+    if (folder / TOWER).exists():
+        _load_tower(encoder, folder)
+    else:
         load_lora(encoder, folder, trainable=False)
-        return
-    try:
-        tensors = load_file(folder / TOWER)
-    except SafetensorError as error:
-        raise UserError(f"{folder / TOWER} is damaged ({error}); copy the checkpoint again") from None
+    if identity is not None and identity["adapter"] != encoder.adapted():
+        raise UserError(f"the weights in {folder} are not those that its {IDENTITY} names; copy the checkpoint again")
+
+
+def _load_tower(encoder: VisionLanguageEncoder, folder: Path) -> None:
     wanted = dict(tower_parameters(encoder))
-    if tensors.keys() != wanted.keys() or any(tensors[name].shape != p.shape for name, p in wanted.items()):
-        raise UserError(
-            f"the tower in {folder} does not fit {encoder.spec.path}; give the checkpoint it was trained on"
-        )
+    with open_tensors(folder / TOWER, "copy the checkpoint again") as file:
+        try:
+            require_tensors(file.header, {n: in_float32(p) for n, p in wanted.items()}, folder, "its tower")
+        except UserError as error:
+            raise UserError(
+                f"the tower in {folder} does not fit {encoder.spec.path}; give the checkpoint it was trained on "
+                f"({error})"
+            ) from None
+        tensors = file.load(file.header)
     adapted = _tower_identity(tensors, encoder)
     with torch.no_grad():
         for name, p in wanted.items():
             p.copy_(tensors[name])
     encoder.merged_adapter = adapted
+
+
+def in_float32(parameter: torch.Tensor) -> torch.Tensor:
+    """The form of a parameter whose fine-tuned values are stored in float32, on the meta device."""
+    return torch.empty(parameter.shape, device="meta")
 
 
 def merge_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
@@ -87,7 +116,7 @@ def merge_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
 
 def adapter_document(folder: Path) -> dict[str, Any]:
     """identity.json: "base", the weights it was trained on, and "adapter", its entry in a fingerprint. `UserError`."""
-    return read_json(folder / IDENTITY)
+    return read_json(folder / IDENTITY, IdentityForm, "copy the checkpoint again")
 
 
 def base_identity(encoder: VisionLanguageEncoder) -> dict[str, Any]:
@@ -109,20 +138,21 @@ def changed_weights(encoder: VisionLanguageEncoder, base: VisionLanguageEncoder)
 
 
 @torch.no_grad()
-def put_weights(
-    encoder: VisionLanguageEncoder, weights: dict[str, torch.Tensor], identity: dict[str, Any], where: str
-) -> None:
-    """Put `changed_weights` of the file `where` into a base model, in its own dtype.
+def put_weights(encoder: VisionLanguageEncoder, file: Path, identity: dict[str, Any] | None) -> None:
+    """Put `changed_weights` that a safetensors file holds into a base model, in its own dtype.
 
     `identity`: `adapted()` of the encoder they come from, for the fingerprint. `UserError` naming the first weight that
     the model lacks or has in another shape.
     """
     own = dict(encoder.vision.named_parameters())
-    for name, weight in weights.items():
-        if name not in own or own[name].shape != weight.shape:
-            raise UserError(
-                f"{where} does not fit {encoder.spec.path}: {name} {list(weight.shape)}; give the VLM it was trained on"
-            )
+    with open_tensors(file, "copy the checkpoint again") as stored:
+        for name, form in stored.header.items():
+            if name not in own or own[name].shape != form.shape or form.dtype != torch.float32:
+                raise UserError(
+                    f"{file} does not fit {encoder.spec.path}: {printable(name)[:120]} {form_of(form)}; give "
+                    "the VLM it was trained on"
+                )
+        weights = stored.load(stored.header)
     for name, weight in weights.items():
         own[name].copy_(weight)
     encoder.merged_adapter = identity

@@ -16,11 +16,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import nn
 
+from ...common.documents import Field, Form, read_json
+from ...common.tensors import open_tensors, require_tensors
 from ...errors import UserError
 from .encoder import VisionLanguageEncoder
 from .spec import LoraSpec
@@ -28,7 +30,25 @@ from .spec import LoraSpec
 if TYPE_CHECKING:
     from peft import PeftModel
 
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # as peft has them
 FUSED = "qkv"  # a layer of this name gives queries, keys and values, a third of its rows each
+
+
+class AdapterForm(Form, extra="ignore"):
+    """What of peft's adapter_config.json features depend on; other keys are peft's, which never reads the file here."""
+
+    peft_type: Literal["LORA"]
+    r: Annotated[int, Field(ge=1, le=4096)]
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias: Literal["none"] = "none"
+    use_rslora: Literal[False] = False
+    use_dora: Literal[False] = False
+    fan_in_fan_out: Literal[False] = False
+    rank_pattern: Annotated[dict[str, int], Field(max_length=0)] = {}
+    alpha_pattern: Annotated[dict[str, float], Field(max_length=0)] = {}
+    modules_to_save: None = None
+    layer_replication: None = None
 
 
 def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
@@ -90,32 +110,51 @@ def write_lora(encoder: VisionLanguageEncoder, folder: Path) -> None:
 
 def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: bool = True) -> None:
     """Load the adapter in `folder` into `encoder.vision`. `UserError` when missing, damaged or of another model."""
-    from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
+    from peft import LoraConfig, get_peft_model
 
     _require_none(encoder)
     folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).exists():
             raise UserError(f"{folder} holds no LoRA adapter: {name} is missing; give an adapter's folder")
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as f:
-            stored = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-    except SafetensorError as error:
-        file = folder / "adapter_model.safetensors"
-        raise UserError(f"{file} is damaged ({error}); copy the checkpoint again") from None
-    modules = dict(encoder.vision.named_modules())
-    for name, shape in stored.items():
-        layer, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
-        linear = modules.get(layer)
-        wanted = getattr(linear, "in_features", None) if kind == "A.weight" else getattr(linear, "out_features", None)
-        if wanted is None or wanted != shape[1 if kind == "A.weight" else 0]:
+    config = read_json(folder / CONFIG, AdapterForm, "copy the checkpoint again")
+    linear = {name: m for name, m in encoder.vision.named_modules() if isinstance(m, nn.Linear)}
+    with open_tensors(folder / WEIGHTS, "copy the checkpoint again") as file:
+        layers = sorted({_layer_of(name) for name in file.header} & linear.keys())
+        form = {}
+        for layer in layers:
+            a, b = ((config["r"], linear[layer].in_features), (linear[layer].out_features, config["r"]))
+            form |= {
+                f"{PREFIX}{layer}.lora_{kind}.weight": torch.empty(s, device="meta") for kind, s in zip("AB", (a, b))
+            }
+        try:
+            require_tensors(file.header, form, folder, "LoRA of this VLM")
+        except UserError as error:
             raise UserError(
-                f"the adapter in {folder} does not fit this model: {name} {list(shape)}; "
-                "give the checkpoint it was trained on"
-            )
-    encoder.set_adapter(PeftModel.from_pretrained(encoder.vision, str(folder), is_trainable=trainable))
+                f"the adapter in {folder} does not fit this model: {error}; give the checkpoint it was trained on"
+            ) from None
+        stored = file.load(file.header)
+    if not layers:
+        raise UserError(f"{folder / WEIGHTS} is damaged: it adapts no layer; copy the checkpoint again")
+    with torch.random.fork_rng(devices=[]):
+        made = LoraConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config.get("lora_dropout", 0.0),
+            bias="none",
+            target_modules=layers,
+        )
+        encoder.set_adapter(get_peft_model(encoder.vision, made))
+    with torch.no_grad():
+        for name, p in lora_parameters(encoder):
+            p.copy_(stored[PREFIX + name.replace(".default.", ".")])
+            p.requires_grad_(trainable)
     encoder.vision.eval()
+
+
+def _layer_of(name: str) -> str:
+    """The layer that a stored matrix adapts."""
+    return name.removeprefix(PREFIX).rpartition(".lora_")[0]
 
 
 def merge_lora(encoder: VisionLanguageEncoder) -> None:

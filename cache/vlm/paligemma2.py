@@ -21,14 +21,15 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...common.documents import shown
 from ...errors import UserError
 from . import checkpoint
 from .blocks import attention, through
@@ -218,37 +219,52 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGem
     checkpoint.require_model_type(folder, spec.path, spec.vlm, "gemma2", "text_config")
     config = copy.deepcopy(checkpoint.load_config(folder))
     image = ImageSpec(spec.resolution, config.vision_config.patch_size, 1, 1, *checkpoint.image_statistics(folder))
-    tensors = checkpoint.read_tensors(folder, needed, "PaliGemma 2", EMBEDDING_NAME)
+    if config.vision_config.hidden_size % config.vision_config.num_attention_heads:
+        raise UserError(f"{folder}/config.json is damaged: vision_config.hidden_size is no multiple of its heads")
+    config.vision_config.vision_use_head = False
+    modules: dict[str, nn.Module] = {}  # on the meta device
+
+    def expected(header: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        table = header[EMBEDDING_NAME]
+        with checkpoint.without_code(folder), torch.device("meta"):
+            modules["vision"] = PaliGemmaVision(config.vision_config, table.shape[1])
+            if reads_language:
+                modules["language"] = _language(config.text_config)
+        own = {LANGUAGE_PREFIX + n: t for n, t in modules["language"].state_dict().items()} if reads_language else {}
+        return modules["vision"].state_dict() | own | {EMBEDDING_NAME: table}
+
+    tensors = checkpoint.read_tensors(folder, needed, "PaliGemma 2", EMBEDDING_NAME, expected)
     weights = {"sha256": checkpoint.tensors_sha256(tensors), "config": _config_identity(config, reads_language)}
     embedding = tensors.pop(EMBEDDING_NAME)
-
-    config.vision_config.vision_use_head = False
-    with torch.device("meta"):
-        vision = PaliGemmaVision(config.vision_config, embedding.shape[1])
+    vision = cast(PaliGemmaVision, modules["vision"])
     checkpoint.assign_tensors(
         vision, {n: t for n, t in tensors.items() if n.startswith(VISION_PREFIXES)}, device, dtype, spec.path
     )
     vision.rebuild_buffers(device)
     checkpoint.require_filled(vision)
-    language = _load_language(config.text_config, tensors, device, dtype, spec.path) if reads_language else None
-    return PaliGemma2Encoder(
-        spec, image, vision, embedding, checkpoint.load_tokenizer(folder, spec.path), weights, language=language
-    )
+    language: Any = modules.get("language")
+    if language is not None:
+        own = {n.removeprefix(LANGUAGE_PREFIX): t for n, t in tensors.items() if n.startswith(LANGUAGE_PREFIX)}
+        checkpoint.assign_tensors(language, own, device, dtype, spec.path)
+        buffers = type(language.rotary_emb)(config=config.text_config)  # in no state dict
+        language.rotary_emb = buffers.to(device)
+        checkpoint.require_filled(language)
+    tokenizer = checkpoint.load_tokenizer(folder, spec.path, len(embedding))
+    if reads_language and not isinstance(tokenizer.bos_token, str):
+        raise UserError(f"{folder} is damaged: its tokenizer has no bos_token, with which every prompt begins")
+    return PaliGemma2Encoder(spec, image, vision, embedding, tokenizer, weights, language=language)
 
 
-def _load_language(
-    config: Any, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str
-) -> nn.Module:
+def _language(config: Any) -> nn.Module:
+    """Gemma 2 of this config without its embedding table: prompts are looked up in the encoder's."""
     from transformers import Gemma2Model
 
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"text_config has rotary positions of type {shown(rope)}; PaliGemma 2 has the default ones")
     config._attn_implementation = "eager"  # the only one in transformers that always soft-caps Gemma 2's logits
-    with torch.device("meta"):
-        language = Gemma2Model(config)
-    del language.embed_tokens  # prompts are looked up in the encoder's table
-    own = {n.removeprefix(LANGUAGE_PREFIX): t for n, t in tensors.items() if n.startswith(LANGUAGE_PREFIX)}
-    checkpoint.assign_tensors(language, own, device, dtype, path)
-    language.rotary_emb = type(language.rotary_emb)(config=config).to(device)  # its buffers are in no state dict
-    checkpoint.require_filled(language)
+    language = Gemma2Model(config)
+    del language.embed_tokens
     return language
 
 

@@ -12,14 +12,24 @@ blocks into its first language layers; these are not cached, and their mergers a
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ...errors import UserError
 from . import checkpoint
 from .encoder import VisionLanguageEncoder
 from .preprocess import ImageSpec
-from .qwen3vl_tower import PositionTables, embed_patches, position_tables, rotary_frequencies, run_blocks
+from .qwen3vl_tower import (
+    ROTARY_BASE,
+    PositionTables,
+    embed_patches,
+    position_tables,
+    rotary_base,
+    rotary_frequencies,
+    run_blocks,
+)
 from .spec import EncoderSpec, LoraLayers
 
 VISION_PREFIX = "model.visual."
@@ -84,23 +94,37 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VL
     config = copy.deepcopy(checkpoint.load_config(folder).vision_config)
     sides = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     image = ImageSpec(spec.resolution, *sides, *checkpoint.image_statistics(folder))
-    tensors = checkpoint.read_tensors(folder, canonical, "Qwen3-VL", EMBEDDING_NAME)
+    width, heads, side = config.hidden_size, config.num_heads, int(config.num_position_embeddings**0.5)
+    if width % (4 * heads) or side**2 != config.num_position_embeddings:
+        raise UserError(
+            f"{folder}/config.json is damaged: vision_config has width {width} for {heads} heads (expected a multiple "
+            f"of 4 × heads) and {config.num_position_embeddings} positions (expected a square number)"
+        )
+    config.deepstack_visual_indexes = []
+    with checkpoint.without_code(folder), torch.device("meta"):
+        vision = Qwen3VLVisionModel(config)
+
+    def expected(header: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        table = torch.empty(len(header[EMBEDDING_NAME]), config.out_hidden_size, device="meta")
+        return {VISION_PREFIX + name: t for name, t in vision.state_dict().items()} | {EMBEDDING_NAME: table}
+
+    tensors = checkpoint.read_tensors(folder, canonical, "Qwen3-VL", EMBEDDING_NAME, expected)
+    base = rotary_base(config)
     weights = {
         "sha256": checkpoint.tensors_sha256(tensors),
-        "config": {name: getattr(config, name) for name in CONFIG_FIELDS.split()},
+        "config": {name: getattr(config, name) for name in CONFIG_FIELDS.split()}
+        | ({} if base == ROTARY_BASE else {"rope_theta": base}),  # no release has another
     }
     embedding = tensors.pop(EMBEDDING_NAME)
-
-    config.deepstack_visual_indexes = []
-    with torch.device("meta"):
-        vision = Qwen3VLVisionModel(config)
     checkpoint.assign_tensors(
         vision, {name.removeprefix(VISION_PREFIX): t for name, t in tensors.items()}, device, dtype, spec.path
     )
     for name, _ in list(vision.rotary_pos_emb.named_buffers()):  # the only buffers; they are in no state dict
         setattr(vision.rotary_pos_emb, name, rotary_frequencies(config).to(device))
     checkpoint.require_filled(vision)
-    return Qwen3VLEncoder(spec, image, vision, embedding, checkpoint.load_tokenizer(folder, spec.path), weights)
+    return Qwen3VLEncoder(
+        spec, image, vision, embedding, checkpoint.load_tokenizer(folder, spec.path, len(embedding)), weights
+    )
 
 
 def canonical(name: str) -> str | None:

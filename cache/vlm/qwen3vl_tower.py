@@ -16,7 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...common.documents import shown
+from ...errors import UserError
 from .blocks import attention, through
+
+ROTARY_BASE = 10000.0
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,20 @@ class PositionTables:
     merge_order: torch.Tensor  # [S] int64, its inverse
 
 
+def rotary_base(config: Any) -> float:
+    """The base of the rotary angles; only transformers 5 has it in the config. `UserError` for what is none."""
+    found = getattr(config, "rope_parameters", None) or {}
+    base = found.get("rope_theta", ROTARY_BASE) if isinstance(found, dict) else None
+    if isinstance(base, bool) or not isinstance(base, (int, float)) or not 1 < base <= 1e12:
+        raise UserError(
+            f"vision_config.rope_parameters is {shown(found)}; its rope_theta must be above 1, at most 1e12"
+        )
+    return float(base)
+
+
 def rotary_frequencies(config: Any) -> torch.Tensor:
-    """[E/4] float32: base^(-2i/(E/2)), for rows and columns. Only transformers 5 has the base in the config."""
-    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    """[E/4] float32: base^(-2i/(E/2)), for rows and columns."""
+    base = rotary_base(config)
     half = config.hidden_size // config.num_heads // 2
     return 1.0 / base ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
 

@@ -21,7 +21,7 @@ class EncoderSpec:
     path: str  # checkpoint folder or hub id
     vlm: Literal["qwen3vl", "paligemma2"] = "qwen3vl"  # architecture
     revision: str | None = None  # hub commit or tag
-    resolution: Annotated[int, Interval(ge=1, le=2**14)] = 448  # side of the square input, pixels
+    resolution: Annotated[int, Interval(ge=1, le=2**12)] = 448  # side of the square input, pixels
     features: Literal["merged", "patch"] = "merged"  # after the model's merger or projector; or before it
     tokens: Annotated[int | None, COUNT] = None  # averaged on the grid down to this many; None = all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # computation; auto: bfloat16 on CUDA, else float32

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.documents import json_bytes, read_json
+from ...common.documents import Form, json_bytes, read_json
 from ...common.files import write_file
 from ...errors import UserError
 from ..training.run_log import evaluations, read_log
@@ -124,13 +124,19 @@ def cotrain(config: CotrainConfig, run: Callable[[list[str]], None], say: Callab
     return summary
 
 
+class DriftForm(Form, extra="ignore"):
+    """What is read of the JSON of `dvla cache diff`."""
+
+    drifts: list[dict[str, Any]]
+
+
 def summarize(config: CotrainConfig, seconds: dict[str, float]) -> dict[str, Any]:
     """What the loop measured: held-out errors of every run in their order, and the feature changes of every round."""
     runs = ["train-0", *(f"{kind}-{n}" for n in range(1, config.rounds + 1) for kind in ("lora", "train"))]
     return {
         "seconds": seconds,
         "held_out_mse": {name: _held_out(config.out / name) for name in runs},
-        "drift": [read_json(config.out / f"drift-{n}.json")["drifts"] for n in range(1, config.rounds + 1)],
+        "drift": [read_json(config.out / f"drift-{n}.json", DriftForm)["drifts"] for n in range(1, config.rounds + 1)],
     }
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.store.manifest import read_manifest
-from ...common.documents import json_bytes, read_json
+from ...common.documents import json_bytes
 from ...common.files import write_file
+from ..policy.evaluation import read_summary
 from ..simulation.envs import check_environment
 from ..training.run_log import read_log
 from .demo_figures import loss_figure, success_figure, switch_figure
@@ -149,8 +150,8 @@ def demo(
     summary = summarize(out, seconds, seed)
     write_file(out / "summary.json", json_bytes(summary))
     stages = {
-        "stage two": read_json(out / "eval2" / "summary.json"),
-        "stage three": read_json(out / "eval3" / "summary.json"),
+        "stage two": read_summary(out / "eval2"),
+        "stage three": read_summary(out / "eval3"),
     }
     loss_figure({"stage two": out / "stage2", "stage three (LoRA)": out / "stage3"}, out / "loss.png")
     switch_figure(out / "stage2", out / "stage3", out / "switch.png")
@@ -189,8 +190,7 @@ def summarize(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]
     """`summary.json`: `tasks` is the result after stage three, `stages` has it after both."""
     manifest = read_manifest(out / "cache")
     stages = {
-        name: read_json(out / folder / "summary.json")["tasks"]
-        for name, folder in (("stage_two", "eval2"), ("stage_three", "eval3"))
+        name: read_summary(out / folder)["tasks"] for name, folder in (("stage_two", "eval2"), ("stage_three", "eval3"))
     }
     logs = {name: read_log(out / folder) for name, folder in (("stage_two", "stage2"), ("stage_three", "stage3"))}
     return {

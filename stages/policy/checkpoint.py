@@ -18,19 +18,48 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ...common.documents import json_bytes, read_json
+from ...common.documents import Count, Crc32c, Field, Form, json_bytes, read_file, read_json
 from ...common.files import crc32c, file_crc32c, write_file
 from ...common.hub import policy_snapshot
+from ...common.tensors import open_tensors, require_tensors
 from ...errors import UserError
 
 _STEP = re.compile(r"step-(\d{8})")
-POLICY_FORMATS = (1, 2)  # 2: says how its datasets are normalized, which releases that read 1 alone would not see
+Entry = Annotated[list[Count], Field(min_length=2, max_length=2)]  # size in bytes, crc32c
+
+
+class Best(Form):
+    """The evaluation with the smallest error."""
+
+    step: Count
+    mse: float
+
+
+class StateForm(Form):
+    """state.json; an exported policy's has the step and the metrics alone, and earlier releases' no `crc32c`."""
+
+    files: dict[str, Entry]
+    step: Count
+    metrics: dict[str, float] = {}
+    offset: Count = 0
+    first_loss: float | None = None
+    loss: float | None = None
+    best: Best | None = None
+    processes: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    crc32c: Crc32c = 0
+
+
+READ = (  # files of a checkpoint or policy that are read
+    *("policy.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors", "queues.safetensors"),
+    *("vision.safetensors", "adapter/identity.json", "adapter/tower.safetensors"),
+    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -110,21 +139,23 @@ def load_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint after checking it and every file's size and crc32c; `UserError` naming the damaged
     one. Checkpoints of earlier releases have no checksum of state.json itself."""
     file = folder / "state.json"
-    state = read_json(file)
-    try:
-        own = state.pop("crc32c", None)
-        files = {Path(name): (nbytes, crc) for name, (nbytes, crc) in state["files"].items()}
-        if own not in (None, _own_crc32c(state)):
-            raise ValueError("its checksum differs")
-        if any(name.is_absolute() or ".." in name.parts for name in files):
-            raise ValueError("it names a file outside the folder")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error})") from None
+    state = read_json(file, StateForm)
+    own, files = state.pop("crc32c", None), state["files"]
+    if own not in (None, _own_crc32c(state)):
+        raise UserError(f"{file} is damaged (its checksum differs)")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+        raise UserError(f"{file} is damaged (it names a file outside the folder)")
+    named = _STEP.fullmatch(folder.name) if folder.parent.name == "checkpoints" else None
+    if named and int(named[1]) != state["step"]:
+        raise UserError(f"{folder} is damaged (its state.json is of step {state['step']})")
+    for name in READ:
+        if name not in files and ((folder / name).exists() or name == "policy.json"):
+            raise UserError(f"{folder / name} is not listed in state.json; copy the checkpoint again")
     for name, (nbytes, crc) in files.items():
         try:
             found = file_crc32c(folder / name)
-        except OSError as error:
-            raise UserError(f"{folder / name}: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {folder / name}: {getattr(error, 'strerror', None) or error}") from None
         if found != (nbytes, crc):
             how = f"{found[0]} of {nbytes} bytes" if found[0] != nbytes else "its checksum differs"
             raise UserError(f"{folder / name} is damaged ({how})")
@@ -136,38 +167,32 @@ def _own_crc32c(state: dict[str, Any]) -> int:
     return crc32c(json_bytes(state))
 
 
-def load_tensors(folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    """The tensors of one safetensors file of a checkpoint."""
-    try:
-        return load_file(folder / f"{stem}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder / stem}.safetensors: {error}") from None
+def load_tensors(
+    folder: Path,
+    stem: str,
+    expected: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+    what: str = "the weights of its network",
+    skip: tuple[str, ...] = (),
+) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors file of a checkpoint, once its header has the names, shapes and types that
+    `expected(header)` gives. `UserError` otherwise, and for values that are not finite.
+
+    `skip`: how names begin that are left out."""
+    path = folder / f"{stem}.safetensors"
+    with open_tensors(path, "copy the checkpoint again") as file:
+        header = {name: tensor for name, tensor in file.header.items() if not name.startswith(skip)}
+        require_tensors(header, expected(header), path, what)
+        return file.load(header)
 
 
-def require_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: Path | str) -> None:
-    """`UserError` unless weights have the names and shapes of the network `expected`, and finite values."""
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} belongs to no part of it" for name in found if name not in expected]
-    wrong += [
-        f"{name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    wrong += [f"{name} is not finite" for name, t in found.items() if t.is_floating_point() and not t.isfinite().all()]
-    if wrong:
-        raise UserError(
-            f"{where} does not hold the weights of its network: {wrong[0]}"
-            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-        )
-
-
-def policy_tensors(folder: Path, stem: str = "ema") -> dict[str, torch.Tensor]:
-    """The policy network's tensors, averaged ("ema") or raw ("model"), without those of the adapter.
+def policy_tensors(folder: Path, expected: Mapping[str, torch.Tensor], stem: str = "ema") -> dict[str, torch.Tensor]:
+    """The policy network's tensors, averaged ("ema") or raw ("model"), without those of the adapter; `UserError`
+    unless they are as `expected`.
 
     The one file of an export holds averaged ones, ema.safetensors in those of earlier releases."""
-    if stem == "ema" and "ema.safetensors" not in read_json(folder / "state.json")["files"]:
+    if stem == "ema" and "ema.safetensors" not in read_json(folder / "state.json", StateForm)["files"]:
         stem = "model"
-    return {n: t for n, t in load_tensors(folder, stem).items() if not n.startswith("adapter.")}
+    return load_tensors(folder, stem, lambda _: expected, skip=("adapter.",))
 
 
 def latest_intact(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
@@ -196,7 +221,10 @@ def resolve(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Pat
     """
     given, path = str(path), Path(path)
     if path.name == "best" and path.is_file():
-        path = path.with_name(path.read_text().strip())
+        name = read_file(path, most=100).decode(errors="replace").strip()
+        if not _STEP.fullmatch(name):
+            raise UserError(f"{path} is damaged: it names no checkpoint; give one, e.g. {path.parent}/step-00001000")
+        path = path.with_name(name)
     if any((path / name).is_file() for name in ("policy.json", "state.json")):
         load_state(path)
         return path

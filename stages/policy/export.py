@@ -13,7 +13,7 @@ The frozen VLM itself is not copied: it is loaded from its path or from `vlm_pat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ...cache.vlm.adapter import changed_weights
+from ...cache.vlm.adapter import changed_weights, in_float32
 from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
 from ...common.documents import json_bytes, read_json
 from ...common.files import new_folder, write_file
-from ...drifting.config import LossConfig
 from ...errors import UserError
 from . import checkpoint as ck
 from .card import policy_card
+from .document import loss_config, read_document
 from .graph import require_formats, write_graphs
 from .lerobot_files import lerobot_files
-from .load import load_net, load_policy_encoder, read_document
+from .load import load_net, load_policy_encoder
 
 LEROBOT = "lerobot"
 
@@ -70,12 +70,12 @@ def export_policy(
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; choose another --out or remove it")
     folder = ck.resolve(path, say)
-    document, state = read_document(folder), read_json(folder / "state.json")
-    loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
+    document, state = read_document(folder), read_json(folder / "state.json", ck.StateForm)
+    loss = loss_config(document)
     graphs_asked = tuple(dict.fromkeys(f for f in formats if f != LEROBOT))
     require_formats(graphs_asked, loss.kind)
-    tensors = {"model": ck.policy_tensors(folder)}
-    net = load_net(document, tensors["model"], folder)  # or what would be deployed is refused here
+    net = load_net(document, folder)  # or what would be deployed is refused here
+    tensors = {"model": dict(net.state_dict())}
     vision, document = _vision(folder, document, vlm_path)
     if vision is not None:
         tensors["vision"] = vision
@@ -100,6 +100,10 @@ def export_policy(
     )
 
 
+def _fine_tuned(header: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: in_float32(tensor) for name, tensor in header.items()}
+
+
 def _vision(
     folder: Path, document: dict[str, Any], vlm_path: str | None
 ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
@@ -112,7 +116,7 @@ def _vision(
         spec["path"] = str(local.absolute())
     document = {**document, "encoder": {**encoder, "spec": spec}}
     if (folder / "vision.safetensors").is_file():  # it was exported before
-        return ck.load_tensors(folder, "vision"), document
+        return ck.load_tensors(folder, "vision", _fine_tuned, "weights of a vision tower"), document
     if not ((folder / "adapter").is_dir() or spec.get("adapters")):
         return None, document
     exact = {**spec, "dtype": "float32"}

@@ -14,8 +14,10 @@ from ...common.files import write_file
 from ...common.hub import hub_errors
 from ...errors import UserError
 from .card import policy_card
+from .checkpoint import StateForm
+from .document import read_document
+from .evaluation import read_summary
 from .export import export_policy
-from .load import read_document
 
 
 def push_policy(
@@ -40,11 +42,11 @@ def push_policy(
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"'{repo}' is not a repository of the hub; give owner/name")
-    summaries = [read_json(Path(folder) / "summary.json") for folder in evaluations]
+    summaries = [read_summary(Path(folder)) for folder in evaluations]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "policy"
         export_policy(path, folder, formats, vlm_path, say)
-        document, state = read_document(folder), read_json(folder / "state.json")
+        document, state = read_document(folder), read_json(folder / "state.json", StateForm)
         base = document["encoder"]["spec"]["path"]
         if Path(base).expanduser().exists():
             say(f"the policy names its VLM as the folder {base}: users of {repo} give their own with vlm_path")

@@ -14,10 +14,10 @@ from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.load import load_encoder, require_encoder
 from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_mapping
-from ...common.documents import read_json
-from ...drifting.policy_net import PolicyNet, PolicyNetConfig
+from ...drifting.policy_net import PolicyNet
 from ...errors import UserError
 from . import checkpoint as ck
+from .document import net_config, read_document
 
 
 def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
@@ -38,22 +38,14 @@ def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
     return dataclasses.replace(spec, **given, adapters=(*spec.adapters, str((folder / "adapter").resolve())))
 
 
-def read_document(folder: Path) -> dict[str, Any]:
-    """policy.json of a checkpoint or an exported folder; `UserError` for one of another version."""
-    document = read_json(folder / "policy.json")
-    if document.get("format") not in ck.POLICY_FORMATS:
-        newest = ck.POLICY_FORMATS[-1]
-        raise UserError(f"{folder} has policy format {document.get('format')}, this version reads up to {newest}")
-    return document
-
-
-def load_net(
-    document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: Path | str = "the checkpoint"
-) -> PolicyNet:
-    """The network that policy.json describes, with these weights (`checkpoint.policy_tensors`); `UserError`, which
-    begins with `where`, unless they are its own and finite."""
-    net = PolicyNet(from_mapping(PolicyNetConfig, document["net"], "policy.json"))
-    ck.require_tensors(tensors, net.state_dict(), where)
+def load_net(document: Mapping[str, Any], folder: Path, stem: str = "ema") -> PolicyNet:
+    """The network that policy.json describes, with the weights "ema" or "model" of a checkpoint. `UserError`, before
+    memory is asked for, unless they are its own; and where they are not finite."""
+    config = net_config(document)
+    with torch.device("meta"):
+        expected = PolicyNet(config).state_dict()
+    tensors = ck.policy_tensors(folder, expected, stem)
+    net = PolicyNet(config)
     net.load_state_dict(tensors)
     return net
 
@@ -69,8 +61,14 @@ def load_policy_encoder(
     encoder = load_encoder(spec, device)
     fingerprint, vision = document["encoder"]["fingerprint"], folder / "vision.safetensors"
     if vision.is_file():  # of an exported policy: the weights that fine-tuning changed
-        put_weights(encoder, ck.load_tensors(folder, "vision"), fingerprint["adapter"], str(vision))
+        put_weights(encoder, vision, fingerprint.get("adapter"))
     require_encoder(encoder, fingerprint, f"checkpoint {folder}")
+    net = net_config(document)
+    if (net.feature_width, net.text_width or net.feature_width) != (encoder.width, encoder.text_width):
+        raise UserError(
+            f"{folder}/policy.json is damaged: its network reads features of width {net.feature_width}, this VLM gives "
+            f"{encoder.width} (text: {net.text_width or net.feature_width}, {encoder.text_width})"
+        )
     if (folder / "adapter").is_dir():
         load_adapter(encoder, folder / "adapter")
     return encoder

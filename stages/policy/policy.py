@@ -17,7 +17,6 @@ import torch
 from ...batch import FeatureBatch
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import encode_observations
-from ...common.config import from_mapping
 from ...common.device import pick_device
 from ...common.hashing import mix
 from ...drifting.config import LossConfig
@@ -25,7 +24,8 @@ from ...drifting.heads import generate
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError
 from . import checkpoint as ck
-from .load import load_net, load_policy_encoder, read_document
+from .document import loss_config, read_document
+from .load import load_net, load_policy_encoder
 from .observation import LEROBOT_STATE, Observation, as_observation, from_lerobot, require_views
 from .robot import RobotInterface, choose_dataset
 
@@ -93,9 +93,9 @@ class Policy:
         folder = ck.resolve(path)
         document = read_document(folder)
         robot = RobotInterface(choose_dataset(document["datasets"], dataset, environment))
-        loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")  # older ones had one-step heads only
+        loss = loss_config(document)
         loss = loss if steps is None else dataclasses.replace(loss, sample_steps=steps)
-        net = load_net(document, ck.policy_tensors(folder))
+        net = load_net(document, folder)
         encoder = load_policy_encoder(folder, document, device, vlm_path)
         blind = blind or document["conditions"]["blind"]
         policy = cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed, loss=loss)

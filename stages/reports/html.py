@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...common.documents import open_regular, read_file
 from ...common.figures import DARK, LIGHT, Style, png
 from ...common.files import write_output
 from ...errors import UserError
@@ -29,15 +30,14 @@ def require_page(path: Path) -> None:
     """`UserError` where no page can be written; pages of this package are replaced, other files are not."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{path}: give a name that ends in .html")
-    if not path.exists():
-        return
-    if not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} exists and is no file; choose another name")
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             mine = MARK.encode() in file.read(200)
-    except OSError as error:
-        raise UserError(f"{path} cannot be replaced ({error.strerror}); choose another name") from None
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be replaced ({reason}); choose another name") from None
     if not mine:
         raise UserError(f"{path} exists and was not written by dvla; choose another name")
 
@@ -91,7 +91,7 @@ def image_uri(image: Image.Image, kind: Literal["png", "jpeg"], **how: Any) -> s
 
 def file_uri(path: Path) -> str:
     """An image or video file as a data URI."""
-    return data_uri(path.read_bytes(), TYPES[path.suffix.lower()])
+    return data_uri(read_file(path), TYPES[path.suffix.lower()])
 
 
 def picture(draw: Callable[[Style], Figure]) -> dict[str, Any]:

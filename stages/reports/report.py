@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ import numpy as np
 
 from ... import __version__
 from ...cache.actions.slots import EMBODIMENTS
-from ...common.documents import read_json
+from ...common.documents import read_file, read_json
 from ...common.figures import LIGHT, Style, finish, new_figure
-from ...common.text import public
+from ...common.text import first_line, printable, public
 from ...drifting.metrics import METRICS
 from ...errors import UserError
 from ..policy import checkpoint as ck
+from ..policy.document import read_document
+from ..policy.evaluation import read_summary
+from ..training.checks import read_environment
+from ..training.config import read_settings
 from ..training.panels.catalogue import PANELS
 from ..training.panels.data import PanelData
 from ..training.panels.schedule import panel_steps
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MOST_PICTURE, MOST_PIXELS = 64 << 20, 1 << 26  # bytes of a file, pixels of an image
 MAX_VIDEO = 6 << 20  # bytes of a video that is embedded
 SOURCE = ("name", "license", "views", "control_hz", "environment", "dataset_config", "action_map", "state_map")
 TITLES = {"mse": "MSE", "mae": "MAE", "correlation": "correlation", "coverage": "coverage, %", "nl2": "NL2"}
@@ -77,15 +83,15 @@ class RunFacts:
 
 def read_run(path: Path) -> RunFacts:
     """The run at `path`; `UserError` when there is none, or it has logged nothing yet."""
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         raise UserError(f"{path} is not a run folder of `dvla train` or `dvla finetune` (it has no config.json)")
-    log = read_log(path) if (path / "log.jsonl").is_file() else []
+    log = read_log(path) if (path / "log.jsonl").exists() else []
     if not log:
         raise UserError(f"run {path} has logged nothing yet; wait for its first line")
     found = ck.checkpoints(path)
-    state, policy = (read_json(found[-1] / name) if found else {} for name in ("state.json", "policy.json"))
-    environment = read_json(path / "environment.json") if (path / "environment.json").is_file() else {}
-    return RunFacts(path, whole_settings(read_json(path / "config.json")), log, state, policy, environment)
+    state = read_json(found[-1] / "state.json", ck.StateForm) if found else {}
+    policy = read_document(found[-1]) if found else {}
+    return RunFacts(path, whole_settings(read_settings(path, whole=False)), log, state, policy, read_environment(path))
 
 
 def log_data(run: RunFacts) -> PanelData:
@@ -246,8 +252,8 @@ def _drawn(run: Path) -> list[tuple[int, Path, dict[str, str]]]:
     """(step, folder, panel → its title) of every step after which panels were drawn."""
     found = []
     for step, folder in panel_steps(run):
-        if (folder / "findings.json").is_file():
-            titles = read_json(folder / "findings.json")
+        if (folder / "findings.json").exists():
+            titles = read_json(folder / "findings.json", dict[str, str], "remove that folder to leave its panels out")
             kept = {k: v for k, v in titles.items() if k in PANELS and (folder / f"{k}.png").is_file()}
             found.append((step, folder, kept))
     return found
@@ -255,11 +261,7 @@ def _drawn(run: Path) -> list[tuple[int, Path, dict[str, str]]]:
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
     """What `dvla eval --out` wrote, for the macro `evaluation`. `UserError` for a folder without an evaluation."""
-    if not (folder / "summary.json").is_file():
-        raise UserError(f"{folder} holds no evaluation (no summary.json); give the folder of `dvla eval --out`")
-    summary = read_json(folder / "summary.json")
-    if not isinstance(summary.get("tasks"), dict):
-        raise UserError(f"{folder}/summary.json was not written by `dvla eval`")
+    summary = read_summary(folder)
     tasks, videos, notes = [], [], []
     baselines = [b for b in ("expert", "random", "blind") if any(b in entry for entry in summary["tasks"].values())]
     for name, entry in summary["tasks"].items():
@@ -294,10 +296,19 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _still(path: Path) -> str:
-    """A video's still as JPEG: a quarter of the PNG."""
+    """A video's still as JPEG: a quarter of the PNG. `UserError` for what is no image."""
     from PIL import Image
 
-    return image_uri(Image.open(path).convert("RGB"), "jpeg", quality=82)
+    data = read_file(path, MOST_PICTURE)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            return image_uri(image.convert("RGB"), "jpeg", quality=82)
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged ({printable(first_line(error))[:100]}); remove it to leave it out"
+        ) from None
 
 
 def speed_figure(log: Sequence[dict[str, Any]], style: Style = LIGHT) -> Figure:

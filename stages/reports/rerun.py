@@ -85,7 +85,7 @@ def write_rerun(
 def _own_map(run: str, source: str) -> DatasetConfig | None:
     """The map with which the run's dataset of this name was read; None where the run has none."""
     from ..policy.checkpoint import resolve
-    from ..policy.load import read_document
+    from ..policy.document import read_document
 
     try:
         datasets = read_document(resolve(run, lambda _: None))["datasets"]

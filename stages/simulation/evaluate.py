@@ -19,7 +19,7 @@ from ...common.documents import json_bytes
 from ...common.files import new_folder, write_file
 from ...common.progress import Progress
 from ..policy import checkpoint as ck
-from ..policy.load import read_document
+from ..policy.document import read_document
 from ..policy.policy import Policy
 from ..policy.robot import RobotInterface, choose_dataset
 from .config import EvalConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from ...cache.store.manifest import find_manifest
 from ...cache.store.mirror import is_remote
 from ...cache.store.webdataset.cache import WebDatasetCache
 from ...cache.store.webdataset.tars import INDEX
-from ...common.documents import read_json
+from ...common.documents import Form, Positive, read_json
 from ...common.hub import dataset_url
 from ...common.packages import require_package
 from ...drifting.dit import dit_config
@@ -29,6 +30,19 @@ from .trackers.catalogue import require_trackers
 
 ABSOLUTE = "has a joint or a pose in both its actions and its state"
 ENVIRONMENT = "environment.json"  # of a run folder: what it was begun in
+
+
+class EnvironmentForm(Form):
+    """What `run_folder.environment` gives; earlier releases did not name the cache."""
+
+    begun: str = ""
+    device: str = ""
+    processes: Positive = 1
+    python: str = ""
+    system: str = ""
+    packages: dict[str, str] = {}
+    cuda: str = ""
+    cache_fingerprint: str = ""
 
 
 def open_cache(config: TrainConfig, run: str | None = None) -> Cache:
@@ -78,8 +92,13 @@ def _generation(config: TrainConfig, run: str | None) -> Cache:
 
 def fingerprint_of(run: str | None) -> str | None:
     """The fingerprint of the cache that the run in a folder was begun with; None where none is recorded."""
-    file = Path(run or "", ENVIRONMENT)
-    return read_json(file).get("cache_fingerprint") if run and file.is_file() else None
+    return read_environment(Path(run)).get("cache_fingerprint") if run else None
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """RUN/environment.json; empty where an earlier release began the run."""
+    file = run / ENVIRONMENT
+    return read_json(file, EnvironmentForm, "restore it from a copy") if file.exists() or file.is_symlink() else {}
 
 
 def _copies() -> Path:

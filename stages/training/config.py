@@ -19,12 +19,14 @@ from ...common.config import (
     THREADS,
     Option,
     apply,
+    from_document,
     from_mapping,
     load_shipped,
     require,
     require_ranges,
     shipped,
 )
+from ...common.documents import Form, read_json, require_form
 from ...drifting.config import ONE_STEP, LossConfig
 from ...errors import UserError, unknown
 
@@ -252,6 +254,41 @@ class FinetuneConfig:
         require_ranges(self)
         if self.full and self.lora is not None:
             raise UserError("train either LoRA or the full vision tower, not both")
+
+
+LATER = (  # settings that runs of earlier releases do not have
+    *("select", "normalize", "action_frame", "schedule", "decay", "order", "temperature", "weights", "unfreeze"),
+    *("strategy", "sample_steps", "trackers"),
+)
+
+
+def read_settings(run: Path, whole: bool = True) -> dict[str, Any]:
+    """RUN/config.json as it is. `UserError`, naming file and setting, for what no training writes.
+
+    `whole`: settings must not lack but those that earlier releases did not have; to train by them."""
+    path = run / "config.json"
+    values = read_json(path)
+    stage_three = values.pop("stage_three", None)
+    from_document(TrainConfig, values, path)
+    for group, found in (("", TrainConfig), ("loss.", LossConfig), ("optimizer.", OptimizerConfig)):
+        inside = values.get(group.rstrip("."), {}) if group else values
+        names = [f.name for f in fields(found) if f.name not in LATER]  # type: ignore[arg-type]
+        if missing := [name for name in names if whole and name not in inside]:
+            raise UserError(f"{path} is damaged: '{group}{missing[0]}' is missing; restore it from a copy")
+    if stage_three is None:
+        return values
+    require_form(stage_three, path, StageThreeForm)
+    if stage_three["lora"] is not None:
+        from_document(LoraSpec, stage_three["lora"], path, "stage_three.lora")
+    return {**values, "stage_three": stage_three}
+
+
+class StageThreeForm(Form):
+    """What config.json says of stage three besides the settings."""
+
+    start: str
+    lora: dict[str, Any] | None
+    full: bool = False
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -20,15 +20,16 @@ from ... import __version__
 from ...cache.actions.schemes import EARLIER
 from ...common import fingerprint as fp
 from ...common.config import from_mapping
-from ...common.documents import json_bytes, read_json
+from ...common.documents import json_bytes
 from ...common.files import hold, write_file
 from ...common.packages import version_of
 from ...common.text import public
 from ...errors import UserError
 from ..policy import checkpoint as ck
+from ..policy.document import read_document
 from ..policy.robot import NOTED
 from .checks import ENVIRONMENT, fingerprint_of
-from .config import ALL, TrainConfig
+from .config import ALL, TrainConfig, read_settings
 from .context import Session
 from .parallel.replicas import Replicas, place, unsharded
 from .parallel.world import World
@@ -97,7 +98,7 @@ def resume(session: Session, held: contextlib.ExitStack) -> tuple[Progress, Repl
     thaw(session.parameters(), session.config.unfreeze, progress.step)
     shared = share_network(session)
     if checkpoint is not None:
-        _restore(checkpoint, shared)
+        _restore(checkpoint, shared, progress.step)
     for line in banner(session):
         session.say(line)
     return progress, shared
@@ -128,8 +129,8 @@ def _begin(session: Session) -> tuple[Progress, Path | None]:
     progress.processes = now
     if checkpoint is None:
         return progress, None
-    stored, parameters = ck.load_tensors(checkpoint, "model"), session.parameters()
-    ck.require_tensors(stored, parameters, checkpoint / "model.safetensors")
+    parameters = session.parameters()
+    stored = ck.load_tensors(checkpoint, "model", lambda _: parameters)
     for name, parameter in parameters.items():
         place(parameter, stored[name])
     if before != now:
@@ -145,7 +146,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
     if not (folder / "config.json").exists():
         _make_folder(folder, settings, session)
         return Progress(), None
-    saved = whole_settings(read_json(folder / "config.json"))
+    saved = whole_settings(read_settings(folder))
     if lines := fp.diff(_fixed(saved), _fixed(settings), was="run has", now="you requested"):
         raise UserError(
             f"run {folder} has other settings: {'; '.join(lines[:6])}. Choose another --out, or repeat its settings"
@@ -165,7 +166,7 @@ def _find(session: Session) -> tuple[Progress, Path | None]:
     for line in complaints:
         session.say(line)
     document = _meaning(json.loads(json.dumps(session.document)))
-    begun = _filled(_meaning(read_json(checkpoint / "policy.json")), document)
+    begun = _filled(_meaning(read_document(checkpoint)), document)
     lines = fp.diff(begun, document, "run has", "the cache has")
     if lines:
         raise UserError(
@@ -203,7 +204,7 @@ def _replan(session: Session, folder: Path, saved: dict[str, Any], settings: dic
         )
     kept = {name: settings[name] for name in ("steps", "optimizer", "cache")}
     if kept != {name: saved[name] for name in kept}:
-        write_file(folder / "config.json", json_bytes({**read_json(folder / "config.json"), **kept}))
+        write_file(folder / "config.json", json_bytes({**read_settings(folder), **kept}))
 
 
 def _meaning(document: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def whole_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 def as_begun(config: TrainConfig) -> TrainConfig:
     """`config`, or the run's own normalization where an earlier release began the run in `config.out`."""
     saved = Path(config.out) / "config.json"
-    if config.normalize or not saved.is_file() or "normalize" in read_json(saved):
+    if config.normalize or not saved.is_file() or "normalize" in read_settings(saved.parent):
         return config
     return dataclasses.replace(config, normalize={ALL: EARLIER})
 
@@ -276,15 +277,22 @@ def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _restore(checkpoint: Path, shared: Replicas) -> None:
-    """Load a checkpoint's averaged weights and AdamW's state; `_begin` has loaded the weights."""
-    stored = ck.load_tensors(checkpoint, "ema")
-    ck.require_tensors(stored, shared.session.parameters(), checkpoint / "ema.safetensors")
+def _restore(checkpoint: Path, shared: Replicas, step: int) -> None:
+    """Load the averaged weights, AdamW's state and the queues of a checkpoint after `step` steps; `_begin` has loaded
+    the weights."""
+    parameters = shared.session.parameters()
+    stored = ck.load_tensors(checkpoint, "ema", lambda _: parameters)
     for name, tensor in shared.ema.items():
         place(tensor, stored[name])
-    shared.load_moments(ck.load_tensors(checkpoint, "optimizer"))
-    if shared.session.queues is not None:
-        shared.session.queues.load_state_dict(ck.load_tensors(checkpoint, "queues"))
+    own = "AdamW's state of its network"
+    moments = ck.load_tensors(checkpoint, "optimizer", lambda found: shared.moments_form(found, step), own)
+    for name, tensor in moments.items():
+        counts = name.endswith(":step") and not (1 <= float(tensor) <= step and float(tensor).is_integer())
+        if counts or name.endswith(":exp_avg_sq") and bool((tensor < 0).any()):
+            raise UserError(f"{checkpoint}/optimizer.safetensors is damaged: {name} is nothing that {step} steps give")
+    shared.load_moments(moments)
+    if (queues := shared.session.queues) is not None:
+        queues.load_state_dict(ck.load_tensors(checkpoint, "queues", queues.state_form, "queues of its settings"))
 
 
 def save(session: Session, shared: Replicas, progress: Progress) -> None:

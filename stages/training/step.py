@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -70,6 +71,11 @@ def batch_loss(
             queues=queues,
             reduce=world.total if world.size > 1 else None,
         )
+
+
+def unqueued(config: TrainConfig) -> TrainConfig:
+    """The settings without queues of earlier chunks, for a look at the loss outside the loop, where none are filled."""
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, queue="none"))
 
 
 def predict(session: Session, batch: FeatureBatch, noise: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,12 @@ from ...cache.store.cache import Cache
 from ...cache.vlm.adapter import adapter_document
 from ...cache.vlm.load import encoder_differences
 from ...common import fingerprint as fp
-from ...common.documents import read_json
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError
 from ..policy import checkpoint as ck
-from ..policy.load import read_document
+from ..policy.document import read_document
 from ..policy.robot import describe_dataset
-from .config import ALL, TrainConfig
+from .config import ALL, TrainConfig, read_settings
 
 
 def settings_of_start(checkpoint: str | Path) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def settings_of_start(checkpoint: str | Path) -> dict[str, Any]:
     folder = ck.resolve(checkpoint, lambda _: None)
     settings, kept = folder.parent.parent / "config.json", meaning_of(read_document(folder))
     if settings.is_file():
-        kept |= {k: v for k, v in read_json(settings).items() if k in ("model_size", "dit", "action_space")}
+        kept |= {k: v for k, v in read_settings(settings.parent).items() if k in ("model_size", "dit", "action_space")}
     return kept
 
 
@@ -81,7 +80,5 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
                 f"train without --init: {different[0]} of dataset {dataset.name} in cache {cache.path} is not what "
                 f"{folder} was trained with, so its actions would mean something else"
             )
-    tensors = ck.policy_tensors(folder)
-    ck.require_tensors(tensors, net.state_dict(), folder)
-    net.load_state_dict(tensors)
+    net.load_state_dict(ck.policy_tensors(folder, net.state_dict()))
     say(f"starting from the averaged weights of {folder}")

@@ -127,7 +127,7 @@ def test_resume_is_exact(tmp_path) -> None:
         for a, b in zip(first.draw(batch), second.draw(batch)):
             assert torch.equal(a, b)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
-    with pytest.raises(ValueError, match="expected chunks"):
+    with pytest.raises(UserError, match="chunks is .* expected"):
         ChunkQueues(TASK, T + 1).load_state_dict(first.state_dict())
 
 

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "stages/serving": {"stages/policy"},
     "stages/reports": {"stages/training", "stages/policy"},
     "stages/caching": {"stages/reports", "stages/training", "stages/policy"},
-    "stages/experiments": {"stages/simulation", "stages/training"},
+    "stages/experiments": {"stages/policy", "stages/simulation", "stages/training"},
 }
 # Part of the package → what each of its rooms may use besides.
 OPEN: dict[str, set[str]] = {

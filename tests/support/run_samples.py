@@ -20,6 +20,7 @@ from dvla.drifting.dit import dit_config
 from dvla.drifting.heads import head_dit
 from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
 from dvla.stages.policy import checkpoint as ck
+from dvla.stages.policy.document import FORMATS
 from dvla.stages.simulation.envs import Observation
 from support import vlm_samples
 
@@ -42,7 +43,25 @@ FOUR_STEPS: dict[str, Any] = {
 }
 
 
-def _robot() -> dict[str, object]:
+def make_document(
+    datasets: list[dict[str, Any]],
+    net: PolicyNetConfig | None = None,
+    encoder: dict[str, Any] | None = None,
+    kind: str = "hybrid",
+    blind: bool = False,
+) -> dict[str, Any]:
+    """policy.json."""
+    return {
+        "format": FORMATS[0],
+        "net": dataclasses.asdict(net or PolicyNetConfig()),
+        "encoder": encoder or {"spec": {"path": "vlm"}, "fingerprint": {}},
+        "datasets": datasets,
+        "loss": {"kind": kind, "sample_steps": 0},
+        "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0},
+    }
+
+
+def make_robot() -> dict[str, Any]:
     """A dataset of the policy's document: two views, three action dimensions."""
     actions = ActionMap(
         [FieldSpec(field="right_eef_pos_x"), FieldSpec(field="right_eef_pos_y"), FieldSpec(field="right_gripper_open")],
@@ -75,7 +94,7 @@ def so101() -> dict[str, object]:
     statistics.update(fields.to_unified(joints))
     stats, described = statistics.result().to_dict(), fields.to_dict()
     return {
-        **_robot(),
+        **make_robot(),
         **{"name": "pick", "action_map": described, "state_map": described, "control_hz": 30.0},
         **{"action_stats": stats, "proprio_stats": stats, "view_sizes": {view: [48, 64] for view in VIEWS}},
         "source": "someone/pick",
@@ -106,14 +125,8 @@ def make_run(
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     tensors = dict(net.state_dict())
-    document = {
-        "format": ck.POLICY_FORMATS[0],
-        "net": dataclasses.asdict(net.config),
-        "encoder": {"spec": spec, "fingerprint": fingerprint},
-        "datasets": [robot or _robot()],
-        "loss": {"kind": kind, "sample_steps": 0},
-        "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0},
-    }
+    encoded = {"spec": spec, "fingerprint": fingerprint}
+    document = make_document([robot or make_robot()], net.config, encoded, kind, blind)
     if lora is not None:
         add_lora(encoder, lora)
         for name, parameter in lora_parameters(encoder):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dvla.cache.actions.action_map import ActionMap, FieldSpec
 from dvla.cache.actions.statistics import RunningStatistics
 from dvla.cache.store.codec import quantize
 from dvla.cache.store.feature_format import FeatureFormat
@@ -23,8 +24,9 @@ from dvla.errors import Failed
 
 TOKENS, WIDTH, SHARD = 3, 8, 16
 FINGERPRINT = {"encoder": {"resolution": 448, "weights": "abc"}, "prompt": "do {instruction}"}
+MAP = ActionMap([FieldSpec(fields=("eef_pos_x", "eef_pos_y", "eef_pos_z")), FieldSpec(field="gripper_open")], 30.0)
 DESCRIPTION = {
-    "state_map": {},
+    "state_map": MAP.to_dict(),
     "environment": None,
     "starts": [],
     "license": "mit",
@@ -101,7 +103,7 @@ def make_tables(plan: BuildPlan, name: str) -> DatasetTables:
         null_features={view: half(TOKENS, WIDTH) for view in dataset.views},
         embodiment=1 if name == "alpha" else 4,
         control_hz=30.0 if name == "alpha" else 15.0,
-        attributes={"licence": "mit", "action_map": {"name": name}, **DESCRIPTION},
+        attributes={"licence": "mit", "action_map": MAP.to_dict(), **DESCRIPTION},
     )
 
 

@@ -25,6 +25,7 @@ from ....common.progress import Progress
 from ....common.signals import terminable
 from ....common.text import duration
 from ....errors import UserError
+from ...policy.evaluation import read_summary
 from ...simulation.envs import check_environment
 from ..runner import Job, Running, announce, run_side_by_side, stop
 from .recipe import Recipe, cells, preparation, rows
@@ -207,6 +208,6 @@ def outline(
 
 def _seconds(out: Path, cell: Job) -> float:
     """How long a finished cell's training and evaluations took."""
-    summaries = [read_json(path) for product in cell.products for path in [next(product.rglob("summary.json"))]]
+    summaries = [read_summary(next(product.rglob("summary.json")).parent) for product in cell.products]
     trained = [Path(command[-1]) for command in cell.commands if command[0] == "train"]
     return sum(s["seconds"] for s in summaries) + sum(map(training_seconds, trained))

@@ -9,10 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from ....common.console import markdown_table
-from ....common.documents import json_bytes, read_json
+from ....common.documents import json_bytes
 from ....common.files import write_file
 from ....common.text import duration
+from ...policy.evaluation import read_summary
 from ...simulation.rollout import wilson_interval
+from ...training.config import read_settings
 from ...training.run_log import evaluations, read_log
 from .recipe import REFERENCES, Recipe, cache_of, rows, slug
 
@@ -58,9 +60,7 @@ def _by_seed(recipe: Recipe, folder: Path, name: str) -> dict[int, Path]:
 def _row(recipe: Recipe, evaluations: dict[int, Path], runs: dict[int, Path]) -> dict[str, Any] | None:
     """One row, over the seeds whose evaluation is finished; None where there is none."""
     summaries = {
-        seed: read_json(folder / "summary.json")
-        for seed, folder in evaluations.items()
-        if (folder / "summary.json").exists()
+        seed: read_summary(folder) for seed, folder in evaluations.items() if (folder / "summary.json").exists()
     }
     if not summaries:
         return None
@@ -102,7 +102,7 @@ def _training(run: Path) -> dict[str, Any]:
 
 def training_seconds(run: Path) -> float:
     """Seconds that the steps of a run took, from its log and settings."""
-    config, seconds, before = read_json(run / "config.json"), 0.0, 0
+    config, seconds, before = read_settings(run, whole=False), 0.0, 0
     for line in read_log(run):
         seconds += (line["step"] - before) * config["batch_size"] * config["accumulate"] / line["samples_per_second"]
         before = line["step"]

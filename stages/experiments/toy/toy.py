@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....common.documents import json_bytes, read_json
+from ....common.documents import Form, Positive, json_bytes, read_file, read_json, require_file
 from ....common.files import write_file
 from ....common.progress import Progress
 from ....drifting.config import POLICY_TEMPERATURES
@@ -174,7 +174,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or check that it holds this very toy."""
     path, wanted = out / "settings.json", json_bytes({"toy": settings})
     if path.exists():
-        if path.read_bytes() != wanted:
+        if read_file(path) != wanted:
             raise UserError(f"{out} holds a toy with other settings; choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds other files; choose another --out")
@@ -190,6 +190,13 @@ def _bar(show: Progress, name: str, steps: list[int]) -> Iterator[Tick]:
             show(name, before + step, sum(steps))
 
         yield tick
+
+
+class ResultForm(Form, extra="allow"):
+    """The numbers of one run; each kind has more of its own."""
+
+    steps: Positive
+    seconds: float
 
 
 def _run(out: Path, name: str, train: Callable[[Tick], dict[str, Any]], tick: Tick) -> dict[str, Any]:
@@ -209,8 +216,9 @@ def _run(out: Path, name: str, train: Callable[[Tick], dict[str, Any]], tick: Ti
         plain = {key: value for key, value in result.items() if key not in tensors}
         # The numbers come last: a run that has them is complete.
         write_file(numbers, json_bytes({**plain, "seconds": time.perf_counter() - began}))
-    result = read_json(numbers)
+    result = read_json(numbers, ResultForm, f"delete {numbers} and rerun the command")
     tick(result["steps"])
+    require_file(arrays)
     try:
         with np.load(arrays, allow_pickle=False) as stored:
             return {**result, **stored}

@@ -24,12 +24,25 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from ....common.documents import read_json
+from ....common.text import printable
 from ....errors import UserError
 from ..lerobot_files import TYPE, native_names
 from ..observation import from_lerobot
 from ..policy import Policy
 from .config import UNTRAINABLE, DvlaConfig
 from .overlap import blend
+
+
+def _read_config(path: str, revision: str | None) -> Any:
+    """config.json of an exported policy; `UserError` for what LeRobot cannot read."""
+    if (file := Path(path) / "config.json").parent.is_dir():
+        read_json(file, remedy="export the policy again")
+    try:
+        return PreTrainedConfig.from_pretrained(path, revision=revision)
+    except Exception as error:  # draccus raises many
+        reason = printable(" ".join(str(error).split()))[-120:]
+        raise UserError(f"{path}: LeRobot cannot read its config.json; export the policy again ({reason})") from None
 
 
 class DvlaPolicy(PreTrainedPolicy):
@@ -64,7 +77,7 @@ class DvlaPolicy(PreTrainedPolicy):
 
         `UserError` for another robot: its actions have other names in another order, or are of another width."""
         path = str(pretrained_name_or_path)
-        config = config or PreTrainedConfig.from_pretrained(path, revision=revision)
+        config = config or _read_config(path, revision)
         policy = Policy.from_pretrained(
             f"{path}@{revision}" if revision and not Path(path).exists() else path,
             dataset=config.dataset,

@@ -126,6 +126,18 @@ class Replicas:
             {f"{name}:{kind}": state[p][kind] for name, p in self.named.items() if p in state for kind in MOMENTS}
         )
 
+    def moments_form(self, found: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """What AdamW's state must be after `step` steps, by name, shape and type: of every parameter of the policy that
+        was trained from the start; of others (LoRA, those thawed later) all or nothing, as `found`."""
+        later = ("adapter.", *self.session.config.unfreeze)
+        held = {
+            name: p
+            for name, p in self.named.items()
+            if step and not name.startswith(later) or any(f"{name}:{kind}" in found for kind in MOMENTS)
+        }
+        one = torch.empty((), device="meta")
+        return {f"{name}:{kind}": one if kind == "step" else p for name, p in held.items() for kind in MOMENTS}
+
     def load_moments(self, stored: Mapping[str, Tensor]) -> None:
         """Continue from the state that `moments` gave."""
         for name, p in self.named.items():

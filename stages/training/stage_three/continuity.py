@@ -16,7 +16,7 @@ from ....common.text import wrapped
 from ....drifting.policy_net import PolicyNet
 from ....errors import UserError
 from ..config import FinetuneConfig
-from ..step import batch_loss, noise_generator
+from ..step import batch_loss, noise_generator, unqueued
 from .split import SplitFeatures, same_samples
 
 MAX_JUMP = 0.02  # relative difference of the first cached and live loss beyond which the features are not the same
@@ -83,8 +83,10 @@ def compare(
         cached = gather(cache, ids, rows, horizon).to(device)
         again = live(gather(cache, ids, rows, horizon, features=False).to(device))
 
+    plain = unqueued(config.train)
+
     def loss(batch: FeatureBatch) -> float:
-        return batch_loss(net, batch, config.train, noise_generator(config.train.seed, 0, 2)).total.item()
+        return batch_loss(net, batch, plain, noise_generator(config.train.seed, 0, 2)).total.item()
 
     seen = cached.token_mask[..., None]
     error = (cached.tokens.float() - again.tokens.float()).masked_fill(~seen, 0)  # [B,L,D]

@@ -23,14 +23,14 @@ from ....cache.vlm.load import require_encoder
 from ....cache.vlm.lora import add_lora, lora_dropout, lora_parameters
 from ....cache.vlm.spec import LoraSpec
 from ....common.config import apply, from_mapping
-from ....common.documents import read_json
 from ....common.hashing import mix
 from ....drifting.config import DENOISING
 from ....errors import UserError
 from ...policy import checkpoint as ck
-from ...policy.load import load_net, load_policy_encoder, read_document
+from ...policy.document import read_document
+from ...policy.load import load_net, load_policy_encoder
 from ..checks import open_cache, require_trainable
-from ..config import FinetuneConfig, TrainConfig
+from ..config import FinetuneConfig, TrainConfig, read_settings
 from ..context import Features, Session, TrainReport
 from ..loop import run
 from ..parallel.world import World, join
@@ -55,7 +55,7 @@ def finetune_config(
     run_folder = folder.parent.parent
     if not (run_folder / "config.json").is_file():
         raise UserError(f"{folder} is not inside a run folder of `dvla train` (no config.json two levels up)")
-    values = read_json(run_folder / "config.json")
+    values = read_settings(run_folder)
     if "stage_three" in values:
         raise UserError(
             f"{run_folder} is a stage-three run; start from its stage-two run {values['stage_three']['start']}, "
@@ -103,7 +103,7 @@ def _prepare(
     )
     live = _features(config, cache, encoder)
     encoder.vision.recompute = config.train.gradient_checkpointing
-    net = load_net(document, ck.policy_tensors(start)).to(world.device)
+    net = load_net(document, start).to(world.device)
     if config.lora is not None:
         add_lora(encoder, config.lora)
     elif config.full:

@@ -14,7 +14,7 @@ from ....cache.loader.loader import gather
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....common.text import size, wrapped
 from ..context import Session
-from ..step import batch_loss, noise_generator
+from ..step import batch_loss, noise_generator, unqueued
 
 
 class SavedTensors:
@@ -72,6 +72,6 @@ def _activations(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarr
     given = gather(session.cache, ids, rows, session.net.config.dit.horizon, features=not session.live)
     with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda x: x):
         batch = session.features(given.to(session.world.device))
-        result = batch_loss(session.net, batch, session.config, noise_generator(session.config.seed, 0, 2))
+        result = batch_loss(session.net, batch, unqueued(session.config), noise_generator(session.config.seed, 0, 2))
     del result
     return kept.nbytes

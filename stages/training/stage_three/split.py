@@ -24,11 +24,10 @@ from ....cache.store.cache import Cache
 from ....cache.store.dataset import CacheDataset
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.load import require_encoder
-from ....common.documents import read_json
 from ....errors import UserError
 from ...policy import checkpoint as ck
 from ..checks import open_cache
-from ..config import FinetuneConfig
+from ..config import FinetuneConfig, read_settings
 
 
 class SplitFeatures:
@@ -128,7 +127,7 @@ def _split(cache: Cache, features: SplitFeatures, ids: np.ndarray, rows: np.ndar
 
 def _run_cache(config: FinetuneConfig) -> Cache | None:
     """The cache of features that the run was trained on; None where it is gone."""
-    settings = read_json(ck.resolve(config.start).parent.parent / "config.json")
+    settings = read_settings(ck.resolve(config.start).parent.parent)
     try:
         found = open_cache(dataclasses.replace(config.train, cache=settings["cache"]))
     except UserError:

@@ -187,10 +187,11 @@ if (out.parent.parent / "wait").exists():
     time.sleep(60)
 if words[0] == "train":
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps({"batch_size": 8, "accumulate": 1}))
+    (out / "config.json").write_text(json.dumps({"cache": "c", "out": "o", "batch_size": 8, "accumulate": 1}))
     with open(out / "log.jsonl", "w") as log:
         for step, held_out in ((1, {}), (10, {"eval/mse": 0.5})):
-            log.write(json.dumps({"step": step, "samples_per_second": 16.0, "loss": 1.0, **held_out}) + "\\n")
+            line = {"step": step, "samples_per_second": 16.0, "loss": 1.0, "mse": 1.0, "wait_share": 0.0, **held_out}
+            log.write(json.dumps(line) + "\\n")
 elif words[0] == "eval":
     seed = int(words[words.index("--seed") + 1])
     wins = {"mse": 0, "flow-10": 4, "flow-1": 2, "blind": 1, "expert": 5, "random": 0, "more": 5}

@@ -81,7 +81,7 @@ def test_what_the_hub_does_not_have(
         Policy.from_pretrained("me/none")
     run = make_run(tmp_path / "run", vlm)
     refused(dvla("push", str(run), "no-owner"), "'no-owner' is not a repository of the hub; give owner/name")
-    refused(dvla("push", str(run), REPO, "--eval", str(tmp_path / "none")), "cannot read")
+    refused(dvla("push", str(run), REPO, "--eval", str(tmp_path / "none")), "holds no evaluation")
 
     def no_token(*_: Any, **__: Any) -> None:
         raise RuntimeError("401 Client Error\nsecond line")

@@ -26,6 +26,7 @@ from dvla.stages.training.panels.catalogue import PANELS
 from support import panel_samples as samples
 from support.cli_runner import Dvla, refused
 from support.html_links import Links
+from support.run_samples import make_document, make_robot
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "<script>alert(1)</script>"
@@ -40,14 +41,15 @@ def write_run(folder: Path, *, worse: bool = False, **settings: Any) -> Path:
     lines = [{"samples_per_second": 100.0, "wait_share": 0.1, "binds": "disk", **line} for line in samples.log(worse)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     datasets = [
-        {"name": name, "embodiment": body, "views": ["top"], "license": "mit", "control_hz": 10.0}
+        {**make_robot(), "name": name, "embodiment": body, "views": ["top"], "control_hz": 10.0}
         for name, body in zip(samples.DATASETS, samples.EMBODIMENTS)
     ]
+    encoder = {"spec": {"path": "vlm"}, "fingerprint": {"vlm": "an eye"}}
     ck.save_checkpoint(
         folder,
         1200,
         {},
-        {"policy": {"encoder": {"fingerprint": {"vlm": "an eye"}}, "datasets": datasets}, "state": {"step": 1200}},
+        {"policy": make_document(datasets, encoder=encoder), "state": {"step": 1200}},
         1,
     )
     for step, keys in ((200, ("A2",)), (500, ("A1", "B1")), (1000, ("A1", "A2", "B1"))):

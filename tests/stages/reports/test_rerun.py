@@ -141,7 +141,7 @@ def test_a_run_carries_its_own_map(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "one": [{"name": "a", "config": stored}],
     }
     monkeypatch.setattr("dvla.stages.policy.checkpoint.resolve", lambda run, say: run)
-    monkeypatch.setattr("dvla.stages.policy.load.read_document", lambda run: {"datasets": documents[run]})
+    monkeypatch.setattr("dvla.stages.policy.document.read_document", lambda run: {"datasets": documents[run]})
     (tmp_path / "cubes").mkdir()
     assert rerun_export._own_map("run", str(tmp_path / "cubes")) == mine
     assert rerun_export._own_map("run", "owner/cubes@main") == mine

@@ -419,10 +419,11 @@ def test_drift_of_features(cache: Path, loop: Loop, dvla: Any) -> None:
 
 
 def test_training_goes_on_from_stage_three(recorded: Recorded, loop: Loop, tmp_path: Path) -> None:
-    start = ck.policy_tensors(ck.resolve(loop.three), "ema")
+    start = load_file(ck.resolve(loop.three) / "ema.safetensors")
+    start = {name: tensor for name, tensor in start.items() if not name.startswith("adapter.")}
     said: list[str] = []
     train(going_on(loop.cache, tmp_path / "still", loop.three, steps=1, optimizer={"lr": 0.0}), say=said.append)
-    still = ck.policy_tensors(ck.resolve(tmp_path / "still"), "model")
+    still = load_file(ck.resolve(tmp_path / "still") / "model.safetensors")
     assert all(torch.equal(still[n], start[n]) for n in start) and said[0].startswith(
         "starting from the averaged weights of "
     )

@@ -59,11 +59,21 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert steps(tmp_path / "run") == [1]
 
 
-def test_kept_lines_drop_what_is_no_line() -> None:
-    assert (
-        kept_lines('{"step": 1}\nnot json\n[1]\n{"loss": 2}\n{"step": 2}\n{"step": 3}\n', 2)
-        == '{"step": 1}\n{"step": 2}\n'
-    )
+def test_a_torn_last_line_is_dropped_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    whole = b'{"step": 1, "loss": NaN}\n{"step": 2}\n'
+    assert kept_lines(whole + b'{"step": 3}\n{"st', path, 2) == whole
+    for line, said in {
+        b"not json": "Expecting value",
+        b"[1]": "valid dictionary|mapping",
+        b'{"loss": 2}': "'step' is missing",
+        b'{"step": 1}': "its step 1 comes after 2",
+        b'{"step": "3"}': "'step' is '3'",
+        b"\xff": "utf-8",
+        b"[" * 3000: "nested too deeply",
+    }.items():
+        with pytest.raises(UserError, match=f"log.jsonl line 3 .*({said})"):
+            kept_lines(whole + line + b'\n{"step": 4}\n', path, 2)
 
 
 def test_lines_for_charts() -> None:

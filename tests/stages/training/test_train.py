@@ -230,7 +230,7 @@ def test_weights_that_are_not_the_networks_are_refused(
             save_file(stored, file)
             state["files"][file.name] = list(file_crc32c(file))
         (folder / "state.json").write_bytes(json_bytes(state))
-    refused = "does not hold the weights of its network"
+    refused = "does not hold the weights of its network|is not finite"
     with pytest.raises(UserError, match=refused):
         train(configure(cache, run, steps=4), say=quiet)
     with pytest.raises(UserError, match=refused):

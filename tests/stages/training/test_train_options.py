@@ -73,7 +73,7 @@ def test_a_network_of_the_slots_in_use(cache: Path, tmp_path: Path) -> None:
         for stop in stops:
             report = train_module.train(config, say=lambda _: None, stop_after=stop)
         folder = ck.resolve(tmp_path / name)
-        runs[name] = load_net(read_json(folder / "policy.json"), ck.policy_tensors(folder, "model")), report.loss
+        runs[name] = load_net(read_json(folder / "policy.json"), folder, "model"), report.loss
     few, whole = runs["few"][0], runs["all"][0]
     assert few.config.slots == used and few.config.dit.action_dim == len(used) and not whole.config.slots
     assert sum(p.numel() for p in few.parameters()) < sum(p.numel() for p in whole.parameters())
