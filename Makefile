@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help venv system vulkan demo test test-fresh lint fuzz docs site pins licenses audit wheel clean-venv
+.PHONY: help venv system vulkan demo test test-fresh slurm lint fuzz docs site pins licenses audit wheel clean-venv
 
 VENV := .venv
 STAMP := $(VENV)/.dvla-installed
@@ -94,6 +94,12 @@ test: system $(STAMP)  ## run every test, in two processes (ARGS='-n 0 tests/dri
 test-fresh:  ## run the tests of the last commit with the other set of versions, in a bare Debian (as root; 12 GB; DIR=, ARGS=)
 	@.ci/test-fresh
 
+slurm: $(STAMP)  ## run dvla's jobs on a Slurm of this machine alone, as root (Debian's packages, 4 minutes or more)
+	@$(APT)
+	{ command -v slurmctld && command -v slurmd && command -v sinfo; } >/dev/null || apt "no Slurm" slurm-wlm
+	$(UV) pip install --quiet --python $(VENV)/bin/python -e ".[slurm]" -c "$(PINS)"
+	tests/support/one_node_slurm.sh $(VENV)/bin/python -m pytest -n 0 -v tests/stages/experiments/test_slurm.py
+
 lint: $(STAMP)  ## run ruff (rules and format), and mypy over the package
 	@$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -113,6 +119,7 @@ fuzz: $(STAMP)  ## damage datasets of every format, 2000 times each, and caches,
 	@$(VENV)/bin/python tests/fuzz/fuzz_caches.py --count 500
 	@$(VENV)/bin/python tests/fuzz/fuzz_runs.py --count 500
 	@$(VENV)/bin/python tests/fuzz/fuzz_server.py --count 5000
+	@$(VENV)/bin/python tests/fuzz/fuzz_options.py --count 2000
 
 pins: $(STAMP)  ## resolve both sets of versions anew from pyproject.toml; what is pinned stays (ARGS=--upgrade: the newest of all)
 	@resolve() {

@@ -69,7 +69,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "settings
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected a mapping of {cls.__name__} fields, got {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints = hints_of(cls)
+    hints = hints_of(cls)  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             raise UserError(f"{where}: {unknown('setting', shown(key).strip(_QUOTES), fields)}")
@@ -97,7 +97,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 def require_ranges(settings: Any) -> None:
     """`UserError` for a number of a dataclass out of its range, where it was not made by `from_mapping`."""
-    for name, hint in hints_of(type(settings)).items():
+    for name, hint in hints_of(type(settings)).items():  # type: ignore[arg-type]
         require(name, getattr(settings, name), *getattr(hint, "__metadata__", ()))
 
 
@@ -208,8 +208,8 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
             value = float(value)
     if not isinstance(hint, type) or not isinstance(value, hint) or hint is int and isinstance(value, bool):
         raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {shown(value)}")
-    if hint is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value}; it must be a finite number")
-    if hint is int and abs(value) >= 2**63:
+    if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{where} is {shown(value)}; it must be below 2^63")
     return value

@@ -93,7 +93,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         for name in own.keys() - groups.keys():
             marks = getattr(hints[name], "__metadata__", ())
-            require(next((m.default for m in marks if isinstance(m, OptionInfo)), name), values[name], *marks)
+            require(str(next((m.default for m in marks if isinstance(m, OptionInfo)), name)), values[name], *marks)
         given: dict[str, Given] = {name: {} for name in groups}
         for name, (group, setting) in settings.items():
             value = values.pop(name)
@@ -129,8 +129,8 @@ def _with_range(hint: Any) -> Any:
     info, numbers = next((m for m in marks if isinstance(m, OptionInfo)), None), allowed(marks, SHORT)
     if info is None or info.help is None or not numbers:
         return hint
-    info = copy.copy(info)
-    info.help = f"{info.help[:-1]} ({numbers})."
+    text, info = info.help, copy.copy(info)
+    info.help = f"{text[:-1]} ({numbers})."
     return Annotated[hint.__origin__, info]
 
 

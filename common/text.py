@@ -41,6 +41,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def slurm_errors(text: str) -> str:
+    """What Slurm's commands report as errors in their output, on one line; empty where they report none.
+
+    >>> slurm_errors("sbatch: error: invalid partition specified: a\\nsbatch: error: Batch job submission failed")
+    'invalid partition specified: a; Batch job submission failed'
+    """
+    return "; ".join(re.findall(r"(?m)^s\w+: (?:error|fatal): (.+?)\.?\s*$", text))
+
+
 def wrapped(text: str, indent: str = "  ", width: int = 80) -> str:
     """The text in indented lines of at most `width` columns, broken between words."""
     wrapper = textwrap.TextWrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ...common.config import Option
+from ...common.documents import json_value, read_file
 from ...errors import UserError, unknown
 
 INCLUDE, EXCLUDE = "--include-episodes", "--exclude-episodes"
@@ -347,9 +348,9 @@ def _pin(item: str) -> str:
 
 def _bytes(file: str, option: str) -> bytes:
     try:
-        return Path(file).expanduser().read_bytes()
-    except OSError as error:
-        raise UserError(f"{option} {file}: cannot read this file ({error.strerror or error})") from None
+        return read_file(Path(file).expanduser())
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def _content(file: str, digest: str, option: str) -> Any:
@@ -365,6 +366,6 @@ def _content(file: str, digest: str, option: str) -> Any:
 
 def _loaded(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: this is not JSON; {GRAMMAR}") from None
+        return json_value(text)
+    except ValueError as error:
+        raise UserError(f"{where}: this is not JSON ({error}); {GRAMMAR}") from None

@@ -19,6 +19,7 @@ from ...errors import UserError
 
 BLOCK = 1 << 20  # bytes copied at a time
 PATIENCE = 60.0  # seconds
+OBJECT_STORES = {"s3", "gs", "abfs", "oss"}  # their folders are names only; making one would create a missing bucket
 T = TypeVar("T")
 
 
@@ -135,30 +136,37 @@ class Url(Place):
                 f"{self.where}: {_reason(error)}; give a folder, an fsspec URL whose package is installed "
                 "(s3fs for s3://, gcsfs for gs://), or pipe:COMMAND with {name}"
             ) from None
+        protocol = self._fs.protocol
+        self._has_folders = OBJECT_STORES.isdisjoint({protocol} if isinstance(protocol, str) else protocol)
         logger = logging.getLogger(type(self._fs).__module__.partition(".")[0])
         if not logger.handlers:
             logger.addHandler(logging.NullHandler())  # gcsfs logs what it raises with its traceback
 
     def begin(self, name: str) -> Any:
         path = f"{self._path}/{name}"
-        self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if self._has_folders:
+            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         return self._fs.open(path, "wb")
 
     def drop(self, name: str, file: Any) -> None:
         with contextlib.suppress(Exception):  # of the package; the error that led here is the one to report
             file.discard()
+            with contextlib.suppress(AttributeError):  # memory://
+                file.closed = True  # or it would be flushed once more when it is collected
 
     def open(self, name: str) -> Any:
         return _Patient(self._within(lambda: self._fs.open(f"{self._path}/{name}", "rb")), self)
 
     def names(self) -> list[str]:
         self._fs.invalidate_cache()
-        found = self._within(lambda: self._fs.ls(self._path, detail=False) if self._fs.isdir(self._path) else [])
+        with errors("list", self.where):
+            found = self._within(lambda: self._fs.ls(self._path, detail=False) if self._fs.isdir(self._path) else [])
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
 
     def size(self, name: str) -> int | None:
         path = f"{self._path}/{name}"
-        return self._within(lambda: self._fs.size(path) if self._fs.exists(path) else None)
+        with errors("look up", self.url(name)):
+            return self._within(lambda: self._fs.size(path) if self._fs.exists(path) else None)
 
     def _within(self, call: Callable[[], T]) -> T:
         """`call()`; `UserError` when that takes longer than `PATIENCE`. A stalled one stays behind in its thread."""
@@ -183,7 +191,9 @@ class Url(Place):
         return value
 
     def remove(self, name: str) -> None:
-        self._fs.rm(f"{self._path}/{name}")
+        # not rm(): s3fs has it delete lists of objects, which needs a header that some servers miss (Content-MD5)
+        with errors("delete", self.url(name)):
+            self._within(lambda: self._fs.rm_file(f"{self._path}/{name}"))
 
 
 class _Patient(contextlib.AbstractContextManager[Any]):
@@ -272,7 +282,15 @@ def errors(verb: str, url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # OSError, and each fsspec package has its own
-        raise UserError(f"cannot {verb} {url}: {_reason(error)}") from None
+        remedy = (
+            "; check your credentials, and that they may list the bucket"
+            if isinstance(error, PermissionError) and "://" in url
+            else ""
+        )
+        reason = _reason(error)
+        if isinstance(error, FileNotFoundError) and url.endswith(reason):
+            reason = "it does not exist"
+        raise UserError(f"cannot {verb} {url}: {reason}{remedy}") from None
 
 
 def _reason(error: Exception) -> str:

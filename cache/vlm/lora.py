@@ -121,7 +121,7 @@ def load_lora(encoder: VisionLanguageEncoder, folder: Path | str, trainable: boo
     linear = {name: m for name, m in encoder.vision.named_modules() if isinstance(m, nn.Linear)}
     with open_tensors(folder / WEIGHTS, "copy the checkpoint again") as file:
         layers = sorted({_layer_of(name) for name in file.header} & linear.keys())
-        form = {}
+        form: dict[str, torch.Tensor] = {}
         for layer in layers:
             a, b = ((config["r"], linear[layer].in_features), (linear[layer].out_features, config["r"]))
             form |= {

@@ -1,6 +1,6 @@
 """The dask cluster behind a build with many processes: on this machine, of a running scheduler, or of Slurm jobs.
 
-Only this module and workers.py import dask (its `distributed`).
+Only this module, slurm_cluster.py and workers.py import dask (its `distributed`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import os
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...common.documents import read_yaml
-from ...common.packages import missing_package
-from ...common.signals import handled
 from ...errors import UserError
+from .slurm_cluster import slurm_cluster, watched
 
 if TYPE_CHECKING:
     from .config import WorkerSpec
@@ -57,6 +54,8 @@ def client_of(spec: WorkerSpec) -> Iterator[Any]:
                 raise UserError(
                     f"cannot connect to a dask scheduler at {spec.scheduler} ({error}); start one with `dask scheduler`"
                 ) from None
+            if spec.slurm:
+                stack.enter_context(watched(cluster, client, max(1, spec.count)))
         if spec.scheduler:
             try:
                 client.wait_for_workers(1, timeout=WAIT_SECONDS)
@@ -74,22 +73,7 @@ def _cluster(spec: WorkerSpec, stack: contextlib.ExitStack) -> Any:
     if spec.scheduler:
         return spec.scheduler
     if spec.slurm:
-        try:
-            # its import sets a handler with which Ctrl-C would end the build with code 0
-            with handled(signal.default_int_handler, (signal.SIGINT,)):
-                from dask_jobqueue import SLURMCluster
-        except ImportError:
-            raise missing_package("dask-jobqueue", "--slurm", "slurm") from None
-        try:
-            cluster = stack.enter_context(SLURMCluster(**{"processes": 1, **read_yaml(Path(spec.slurm))}))
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{spec.slurm} does not describe a Slurm cluster: {error}; see configs/launch/slurm.yaml"
-            ) from None
-        jobs = max(1, spec.count)
-        # unlike scale(), it resubmits a job that reached its time limit
-        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)
-        return cluster
+        return slurm_cluster(spec.slurm, max(1, spec.count), stack)
     return _local_cluster(spec.count, stack)
 
 
@@ -163,7 +147,7 @@ def _same_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "asyncio")]
+    loggers = [logging.getLogger(name) for name in ("distributed", "tornado", "tornado.application", "asyncio")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from ...common.config import configs_dir
 from ...common.documents import read_file, shown
 from ...common.signals import handled
-from ...common.text import printable
+from ...common.text import printable, slurm_errors
 from ...errors import UserError, unknown
 
 _SETTING = re.compile(r"#: (\w+)=(\S*)\s*(.*)")
@@ -82,11 +83,27 @@ def render(text: str, command: Sequence[str], given: Mapping[str, str]) -> str:
             raise UserError(f"{name}={value!r}: give a whole number, as in {name}={known[name].default}")
     _check_command(text, command)
     values = {name: setting.default for name, setting in known.items()} | dict(given) | {"command": shlex.join(command)}
+    walltime, notice = _seconds(values.get("walltime", "")), values.get("notice", "")
+    if walltime is not None and notice.isdigit() and walltime <= int(notice):
+        raise UserError(
+            f"walltime={values['walltime']} is {walltime} s, and the job is told to stop {notice} s before it ends: "
+            "give a longer one, or a shorter --set notice=SECONDS"
+        )
     lines = [line for line in text.splitlines() if not _SETTING.fullmatch(line.rstrip())]
     # Not jinja2: shell code is full of {# and {% (as in ${#array[@]}), which it would read as its own.
     for missing in {found[1] for line in lines for found in _PLACE.finditer(line)} - values.keys():
         raise UserError(f"the script uses {{{{{missing}}}}} but has no line '#: {missing}=…' for it; add one")
     return _PLACE.sub(lambda found: values[found[1]], "\n".join(lines)) + "\n"
+
+
+def _seconds(walltime: str) -> int | None:
+    """Seconds of a Slurm time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for others, which sbatch judges."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", walltime)
+    if not found:
+        return None
+    days, *numbers = (int(number or 0) for number in found.groups())
+    units = (3600, 60, 1) if found[1] or found[4] else (60, 1, 0)
+    return 86400 * days + sum(number * unit for number, unit in zip(numbers, units))
 
 
 def _check_command(text: str, command: Sequence[str]) -> None:
@@ -109,13 +126,20 @@ def _check_command(text: str, command: Sequence[str]) -> None:
 
 
 def launch(script: str) -> int:
-    """Run a rendered script, or submit it if it is a Slurm job; returns the exit code. `UserError` without sbatch."""
+    """Run a rendered script, or submit it if it is a Slurm job; returns the exit code.
+
+    `UserError` without sbatch, or when it refuses the job."""
     slurm = "\n#SBATCH " in script
     program = "sbatch" if slurm else "bash"
     if shutil.which(program) is None:
         raise UserError(f"{program} is not installed; show the script with --print, or run this where {program} is")
     if slurm:
-        return subprocess.run([program], input=script, text=True).returncode
+        done = subprocess.run([program], input=script, text=True, stderr=subprocess.PIPE)
+        if done.returncode:
+            reason = slurm_errors(done.stderr) or f"exit code {done.returncode}"
+            raise UserError(f"Slurm refused the job: {reason}; change it with --set")
+        sys.stderr.write(done.stderr)
+        return 0
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()

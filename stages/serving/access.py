@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...common.documents import read_file
 from ...errors import UserError
 
 TOKEN_VARIABLE = "DVLA_TOKEN"
@@ -28,10 +29,9 @@ def read_token(file: Path | None) -> str | None:
             return None
     else:
         try:
-            token, where = file.read_text().strip(), str(file)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text"
-            raise UserError(f"cannot read the token in {file}: {reason}") from None
+            token, where = read_file(file, most=2**16).decode().strip(), str(file)
+        except UnicodeDecodeError:
+            raise UserError(f"cannot read {file}: the token in it is not text") from None
     if not re.fullmatch(r"[!-~]+", token) or len(token) < SHORTEST:  # the value is not shown: it may be the token
         raise UserError(
             f"the token in {where} must be one word of at least {SHORTEST} ASCII characters; make one with: "

