@@ -216,6 +216,7 @@ def fuzz(count: int, seed: int, where: Path, only: int | None = None, most: int 
         def spoil() -> Damage:
             return damage(folder, random.Random(f"{seed} {number}"))
 
+        os.chdir("/")
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(sample, folder)
         announce(done := spoil())

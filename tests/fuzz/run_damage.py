@@ -279,7 +279,8 @@ def _tensors(path: Path, rng: random.Random) -> tuple[str, str]:
     else:
         tensors = {}
     save_file({n: t.contiguous() for n, t in tensors.items()}, path)
-    values = how in ("other values", "huge values", "exchanged", "negative")
+    turned = how == "turned" and tensors[name].shape == old.shape  # a square matrix
+    values = turned or how in ("other values", "huge values", "exchanged", "negative")
     return f"{name} {how}", "value" if values else "form"
 
 
