@@ -152,6 +152,8 @@ def put_weights(encoder: VisionLanguageEncoder, file: Path, identity: dict[str, 
                     f"{file} does not fit {encoder.spec.path}: {printable(name)[:120]} {form_of(form)}; give "
                     "the VLM it was trained on"
                 )
+        if not stored.header:
+            raise UserError(f"{file} is damaged: it holds no weight; copy the checkpoint again")
         weights = stored.load(stored.header)
     for name, weight in weights.items():
         own[name].copy_(weight)

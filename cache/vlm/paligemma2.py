@@ -231,7 +231,8 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGem
             if reads_language:
                 modules["language"] = _language(config.text_config)
         own = {LANGUAGE_PREFIX + n: t for n, t in modules["language"].state_dict().items()} if reads_language else {}
-        return modules["vision"].state_dict() | own | {EMBEDDING_NAME: table}
+        rows = torch.empty(config.text_config.vocab_size, table.shape[1], device="meta")
+        return modules["vision"].state_dict() | own | {EMBEDDING_NAME: rows}
 
     tensors = checkpoint.read_tensors(folder, needed, "PaliGemma 2", EMBEDDING_NAME, expected)
     weights = {"sha256": checkpoint.tensors_sha256(tensors), "config": _config_identity(config, reads_language)}

@@ -91,7 +91,8 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VL
 
     folder = checkpoint.checkpoint_folder(spec.path, spec.revision, canonical)
     checkpoint.require_model_type(folder, spec.path, spec.vlm, "qwen3_vl")
-    config = copy.deepcopy(checkpoint.load_config(folder).vision_config)
+    whole = checkpoint.load_config(folder)
+    config, rows = copy.deepcopy(whole.vision_config), whole.text_config.vocab_size
     sides = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     image = ImageSpec(spec.resolution, *sides, *checkpoint.image_statistics(folder))
     width, heads, side = config.hidden_size, config.num_heads, int(config.num_position_embeddings**0.5)
@@ -105,7 +106,7 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VL
         vision = Qwen3VLVisionModel(config)
 
     def expected(header: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        table = torch.empty(len(header[EMBEDDING_NAME]), config.out_hidden_size, device="meta")
+        table = torch.empty(rows, config.out_hidden_size, device="meta")
         return {VISION_PREFIX + name: t for name, t in vision.state_dict().items()} | {EMBEDDING_NAME: table}
 
     tensors = checkpoint.read_tensors(folder, canonical, "Qwen3-VL", EMBEDDING_NAME, expected)

@@ -101,6 +101,8 @@ def export_policy(
 
 
 def _fine_tuned(header: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not header:
+        raise UserError("vision.safetensors is damaged: it holds no weight; copy the checkpoint again")
     return {name: in_float32(tensor) for name, tensor in header.items()}
 
 

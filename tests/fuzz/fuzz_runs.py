@@ -154,6 +154,7 @@ def digest(action: str, text: str) -> str:
     if action in ("export", "lerobot") and Path("out").is_dir():
         document = json.loads((Path("out") / "policy.json").read_text())
         del document["encoder"]["fingerprint"]  # whoever acts compares it with the VLM
+        del document["conditions"]["masking"]  # a record that nothing acts on
         made += [*sorted(_crcs(Path("out")).items()), *({**d, "config": None} for d in document.pop("datasets"))]
         made.append(document)
     if action in ("build", "adapted") and (Path("fresh") / "manifest.json").is_file():

@@ -111,6 +111,16 @@ def test_weights_of_another_form_are_refused(
         load_encoder(EncoderSpec(str(folder), resolution=64))
 
 
+def test_an_embedding_table_has_the_rows_of_its_vocabulary(sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "vlm")
+    name = "model.language_model.embed_tokens.weight"
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(file)
+    save_file(tensors | {name: torch.cat([tensors[name]] * 2)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="do not fit its config.*embed_tokens"):
+        load_encoder(EncoderSpec(str(folder), resolution=64))
+
+
 def test_other_rotary_positions_are_another_fingerprint(sound: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(sound, tmp_path / "vlm")
     own = load_encoder(EncoderSpec(str(folder), resolution=64)).fingerprint()

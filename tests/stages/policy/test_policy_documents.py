@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dvla.cache.vlm.spec import LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.documents import json_bytes
 from dvla.common.files import crc32c, file_crc32c
@@ -20,6 +21,7 @@ from dvla.errors import UserError
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.document import read_document
 from dvla.stages.policy.evaluation import read_summary
+from dvla.stages.policy.export import export_policy
 from dvla.stages.policy.policy import Policy
 from support.run_samples import TINY, make_document, make_robot, make_run
 
@@ -112,6 +114,17 @@ def test_forged_weights_are_refused_before_they_are_used(tmp_path: Path, vlm: Pa
     save_file(tensors, file)
     forge(folder)
     Policy.from_pretrained(folder, device="cpu")
+
+
+def test_an_empty_file_of_fine_tuned_weights_is_refused(tmp_path: Path, vlm: Path) -> None:
+    folder = ck.resolve(make_run(tmp_path / "run", vlm, lora=LoraSpec(r=2)))
+    export_policy(folder, tmp_path / "policy", say=lambda _: None)
+    save_file({}, tmp_path / "policy" / "vision.safetensors")
+    forge(tmp_path / "policy")
+    for use in (Policy.from_pretrained, lambda path: export_policy(path, tmp_path / "again", say=lambda _: None)):
+        with pytest.raises(UserError, match="it holds no weight"):
+            use(tmp_path / "policy")
+    assert not (tmp_path / "again").exists()
 
 
 def _pipe(folder: Path, name: str) -> None:
