@@ -402,11 +402,11 @@ def test_code_of_a_checkpoint_is_never_run(copied, tmp_path, monkeypatch, file):
 
 def test_a_tokenizer_saved_by_transformers_5_is_the_same(copied):
     texts = ("push the ü button", "", "<|vision_start|>x<|im_end|>")
-    expected = [load_tokenizer(copied, str(copied))(text).input_ids for text in texts]
+    expected = [load_tokenizer(copied, str(copied), 10**6)(text).input_ids for text in texts]
     document = json.loads((copied / "tokenizer_config.json").read_text())
     document["extra_special_tokens"] = document.pop("additional_special_tokens", None) or ["<|vision_start|>"]
     (copied / "tokenizer_config.json").write_text(json.dumps(document))
-    assert [load_tokenizer(copied, str(copied))(text).input_ids for text in texts] == expected
+    assert [load_tokenizer(copied, str(copied), 10**6)(text).input_ids for text in texts] == expected
 
 
 @pytest.mark.parametrize(
