@@ -225,7 +225,7 @@ def run_command(command: Any, arguments: Sequence[str]) -> None:
     except BrokenPipeError:  # whatever read the output has enough
         raise
     except Exception as error:
-        if line := explained(error):
+        if not isinstance(error, UserError) and (line := explained(error)):
             raise UserError(line) from error
         raise
     if code == 130:  # how newer typers report Ctrl-C

@@ -227,7 +227,7 @@ def test_leading_shapes_and_rotation_slots():
         ({"field": "arm_joint_0_pos", "scale": 0.0}, "scale not 0"),
         ({}, "exactly one of"),
         ({"field": "arm_joint_0_pos", "drop": 1}, "exactly one of"),
-        ({"drop": 0}, "at least 1"),
+        ({"drop": 0}, "1 to 4096"),
         ({"drop": 1, "scale": 2.0}, "only"),
         ({"rotation": "quat_xyzw", "prefix": "eef_angel"}, "did you mean 'eef_angle'"),
         ({"rotation": "quat_xyzw", "scale": 2.0}, "only"),

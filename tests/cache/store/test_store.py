@@ -96,7 +96,7 @@ def test_reader_gives_the_same_arrays(whole: Path) -> None:
         np.testing.assert_array_equal(stored.null_features[0], tables.null_features[dataset.views[0]])
         assert stored.instructions == dataset.instructions and stored.views == dataset.views
         assert [stored.instructions[i] for i in stored.episode_instruction] == [e.instruction for e in dataset.episodes]
-        assert stored.attributes["action_map"] == {"name": dataset.name}
+        assert stored.attributes["action_map"] == synthetic.MAP.to_dict()
         for row in (0, 15, 16, dataset.frames - 1):
             np.testing.assert_array_equal(
                 stored.feature(dataset.views[0], row), synthetic.feature(dataset.name, dataset.views[0], row)

@@ -85,7 +85,7 @@ def test_datasets_tables_and_attributes(backend: tuple[str, Cache]) -> None:
         assert d.episode_id.tolist() == [e.episode_id for e in expected.episodes]
         assert d.episode_length.tolist() == [e.length for e in expected.episodes]
         assert [d.instructions[i] for i in d.episode_instruction] == [e.instruction for e in expected.episodes]
-        assert d.attributes["action_map"] == {"name": d.name} and d.attributes["source_hashes"] == [
+        assert d.attributes["action_map"] == synthetic.MAP.to_dict() and d.attributes["source_hashes"] == [
             e.source_hash for e in expected.episodes
         ]
         assert (d.embodiment_id, d.control_hz) == (tables.embodiment, tables.control_hz)

@@ -289,7 +289,7 @@ def test_success_only_where_nothing_says_so_is_refused(corner: Corner) -> None:
         (("--exclude-episodes", "0-"), ("no episode of data is left",)),
         (("--include-episodes", "2-0"), ("reversed",)),
         (("--include-episodes", "grab=0"), ("unknown dataset", "grab")),
-        (("--include-episodes", "none.json"), ("cannot read this file",)),
+        (("--include-episodes", "none.json"), ("cannot read none.json",)),
         (("--success-only",), ("no demonstration says",)),
     ],
 )

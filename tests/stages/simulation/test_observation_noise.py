@@ -81,5 +81,5 @@ def test_a_recording_has_noise_on_observations_alone_and_says_so(tmp_path):
         np.testing.assert_array_equal(rows[name]["action"], rows["clean"]["action"])
     np.testing.assert_array_equal(rows["noisy"]["observation.state"], rows["again"]["observation.state"])
     assert (rows["noisy"]["observation.state"] != rows["clean"]["observation.state"]).any()
-    with pytest.raises(UserError, match="observation_noise must be 0 or more"):
+    with pytest.raises(UserError, match="observation_noise is -1; it must be at least 0"):
         record(RecordConfig(REACH, 1, tmp_path / "bad", observation_noise=-1))

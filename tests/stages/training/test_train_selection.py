@@ -175,7 +175,7 @@ def test_a_run_without_a_selection_stores_none(corner: Corner, tmp_path: Path) -
         (("--include-episodes", "0-1", "--exclude-episodes", "0"), ("both name episode 0",)),
         (("--exclude-episodes", "0-"), ("no episode of data is left",)),
         (("--include-episodes", "x"), ("'x' is no id",)),
-        (("--include-episodes", "a.json"), ("cannot read this file",)),
+        (("--include-episodes", "a.json"), ("cannot read a.json",)),
         (("--include-episodes", '{"a--b": [[0, 3]]}'), ("dvla cache build",)),
         (("--success-only",), ("marks no demonstration as failed",)),
     ],
