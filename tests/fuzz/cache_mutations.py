@@ -16,12 +16,11 @@ import socket
 import struct
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dvla.common.files import crc32c
-from fuzz.mutations import ANY, Mutation, change_json, json_lines
+from fuzz.mutations import ANY, Mutation, change_json, json_lines, places_of
 
 OFTEN = ("manifest.json", "fingerprint.json", "index.json", "attributes", ".tar", "tables")
 HUGE = (-1, 0, 1, 2, 10**6, 10**9, 2**31, 10**12, 2**62, 2**63 - 1)
@@ -84,14 +83,7 @@ def _structured(path: Path, rng: random.Random) -> str | None:
 def _own_json(text: str, rng: random.Random) -> tuple[str, str]:
     """A change that only a cache's documents invite: sizes, dtypes, names, keys."""
     document = json.loads(text)
-    places: list[tuple[Any, Any]] = []
-
-    def walk(value: Any) -> None:
-        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-            places.append((value, key))
-            walk(value[key])
-
-    walk(document)
+    places = places_of(document)
     if not places:
         return text, "nothing"
     wanted = rng.choice((int, str, list, dict))

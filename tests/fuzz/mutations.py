@@ -188,17 +188,18 @@ def odd_value(rng: random.Random, old: Any) -> str:
     return rng.choice(rng.choice((numbers, texts, other)))
 
 
+def places_of(value: Any) -> list[tuple[Any, Any]]:
+    """(mapping or list, key in it) of every value inside a document, outer ones first."""
+    found: list[tuple[Any, Any]] = []
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        found += [(value, key), *places_of(value[key])]
+    return found
+
+
 def change_json(text: str, rng: random.Random) -> tuple[str, str]:
     """(the document with one change, what it was)."""
     document = json.loads(text)
-    places: list[tuple[Any, Any]] = []
-
-    def walk(value: Any) -> None:
-        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-            places.append((value, key))
-            walk(value[key])
-
-    walk(document)
+    places = places_of(document)
     if not places:
         return odd_value(rng, document), "replaced as a whole"
     parent, key = rng.choice(places)

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from support.repository import ROOT
+from fuzz.short_form import run_fuzz
 
 COUNT = 6
 SAMPLES, FAULTS = 6, ("silent", "traceback", "hang", "memory", "died")
@@ -20,10 +17,7 @@ SAMPLES, FAULTS = 6, ("silent", "traceback", "hang", "memory", "died")
 
 @pytest.mark.slow
 def test_a_damaged_cache_is_right_or_refused(tmp_path: Path) -> None:
-    """In a process of its own: it forks, and this one has threads."""
-    command = [sys.executable, "tests/fuzz/fuzz_caches.py", "--count", str(COUNT), "--seed", "7"]
-    done = subprocess.run([*command, "--out", tmp_path / "all"], cwd=ROOT, capture_output=True, text=True)
-    found = [json.loads(line) for line in (tmp_path / "all").read_text().splitlines()]
+    done, found = run_fuzz("fuzz_caches.py", tmp_path, "--count", str(COUNT), "--seed", "7")
     faults = [
         f"{x['sample']} {x['index']} {x['file']}: {x['what']}\n{x['text']}" for x in found if x["result"] in FAULTS
     ]

@@ -5,26 +5,20 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fuzz.fuzz_samples import FORMATS
+from fuzz.short_form import run_fuzz
 from fuzz.trial import FAULTS
-from support.repository import ROOT
 
 COUNT = 16
 
 
 @pytest.mark.slow
 def test_damage_costs_episodes_only(tmp_path: Path) -> None:
-    """In a process of its own: it forks, and this one has threads."""
-    command = [sys.executable, "tests/fuzz/fuzz_readers.py", "--count", str(COUNT), "--seed", "7"]
-    done = subprocess.run([*command, "--out", tmp_path / "all"], cwd=ROOT, capture_output=True, text=True)
-    found = [json.loads(line) for line in (tmp_path / "all").read_text().splitlines()]
+    done, found = run_fuzz("fuzz_readers.py", tmp_path, "--count", str(COUNT), "--seed", "7")
     faults = [
         f"{x['format']} {x['index']} {x['file']}: {x['what']}\n{x['text']}" for x in found if x["result"] in FAULTS
     ]

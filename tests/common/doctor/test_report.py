@@ -26,7 +26,7 @@ def test_the_report(dvla: Dvla, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("HF_HOME", "/home/ada/hf")
     planted = f"""Traceback (most recent call last):
-  File "/home/ada/work/x.py", line 1, in <module>
+  File "/home/ada/code/x.py", line 1, in <module>
   File "/home/bob/y.py", line 2, in <module>
 s3://AKIAABCDEFGHIJKLMNOP:hunter2@bucket/x?sig=abc for ada on gpu7 and gpu7.lab.example, plain-words-of-ada's
 Authorization: Bearer {KEY} token={TOKEN} password: "hunter3" api_key=abcdef ada@lab.example
@@ -43,7 +43,7 @@ KeyError: 'observation.state'"""
         "| transformers |",
         "| OMP_NUM_THREADS | 3 |",
         "| HF_HOME | ~/hf |",
-        '"~/work/x.py", line 1',
+        '"~/code/x.py", line 1',
         "KeyError: 'observation.state'",
         "s3://bucket/x for USER on HOST and HOST",
     ):

@@ -41,11 +41,11 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 def frame_of(episode: int, t: int, rng: np.random.Generator) -> dict[str, Any]:
     y, x = np.mgrid[0:SIDE, 0:SIDE]
-    picture = np.stack([(4 * x + 9 * t) % 256, 4 * y, np.full_like(x, 30 * t)], -1).astype(np.uint8)
+    image = np.stack([(4 * x + 9 * t) % 256, 4 * y, np.full_like(x, 30 * t)], -1).astype(np.uint8)
     deep = (1000 + 10 * x + t).astype(np.uint16)[..., None]
     return {
         **{key: rng.normal(size=4).astype(np.float32) for key in ("observation.state", "action")},
-        **{f"observation.images.{view}": picture for view in ("front", "wrist")},
+        **{f"observation.images.{view}": image for view in ("front", "wrist")},
         **{f"observation.images.{view}_depth": deep for view in ("front", "wrist")},
         **{"intervention": np.array([t == 2]), "next.done": np.array([t == LENGTHS[episode] - 1])},
         "note": "as recorded",
