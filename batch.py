@@ -81,15 +81,20 @@ class FeatureBatch:
         horizon: int,
         embodiment: int,
         control_hz: float,
+        visible: torch.Tensor | None = None,
     ) -> FeatureBatch:
-        """Observations of one robot whose actions are to be predicted (zeros here): `tokens` [B, V, P, D], every one
-        visible; `action_mask` [128] or [B, 128]. Checked."""
+        """Observations of one robot whose actions are to be predicted (zeros here): `tokens` [B, V, P, D], of which the
+        first `visible` [B] int64 of each view can be seen (None: all); `action_mask` [128] or [B, 128]. Checked."""
         b, device = len(tokens), tokens.device
         zero = torch.zeros(b, dtype=torch.int64, device=device)
         view_id = torch.arange(tokens.shape[1], device=device).repeat_interleave(tokens.shape[2]).repeat(b, 1)
+        token_mask = torch.ones_like(view_id, dtype=torch.bool)
+        if visible is not None:
+            place = torch.arange(tokens.shape[2], device=device).repeat(tokens.shape[1])  # [L], in its view
+            token_mask = place < visible.to(device)[:, None]
         return cls(
             tokens=tokens.flatten(1, 2),
-            token_mask=torch.ones_like(view_id, dtype=torch.bool),
+            token_mask=token_mask,
             view_id=view_id,
             frame_id=torch.zeros_like(view_id),
             text=text.to(tokens.dtype),

@@ -178,11 +178,16 @@ class Assembler:
             values = source.null_text if hidden else source.text[i]  # [≤Lt, Dt]
             text[at, : len(values)], text[at, len(values) :] = values, 0
         if self.views:
-            self._fill_tokens(storage, source, where, draws)
+            self._fill_tokens(storage, source, where, draws, episode)
 
-    def _fill_tokens(self, storage: Storage, source: CacheDataset, where: np.ndarray, draws: Draws) -> None:
+    def _fill_tokens(
+        self, storage: Storage, source: CacheDataset, where: np.ndarray, draws: Draws, episode: np.ndarray
+    ) -> None:
         views, p, hidden = self.views, self.cache.tokens, draws.no_images
-        storage.arrays["token_mask"][where] = np.repeat(np.arange(views), p) < len(source.views)  # [L]
+        visible = np.where(hidden, source.null_visible, source.visible[source.episode_instruction[episode]])  # [n]
+        real = np.arange(p) < visible[:, None]  # [n, P]
+        real = real[:, None] & (np.arange(views) < len(source.views))[:, None]  # [n, V, P]
+        storage.arrays["token_mask"][where] = real.reshape(len(where), -1)  # [n, L]
         null, null_scale = source.null_records if hidden.any() else (None, None)
         fields: list[tuple[np.ndarray, np.ndarray | None]] = []
         fields.append((storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null))  # [B, V, P, D]

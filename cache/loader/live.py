@@ -19,17 +19,19 @@ from ..vlm.encoder import VisionLanguageEncoder
 from ..vlm.observations import encode_observations
 
 
-def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache) -> FeatureBatch:
-    """The batch with tokens [B,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras."""
+def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache, visible: Sequence[int]) -> FeatureBatch:
+    """The batch with tokens [B,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras; of each
+    record the first `visible` [B] tokens are real."""
     counts = torch.tensor([len(cache.datasets[d].views) for d in batch.dataset.tolist()], device=tokens.device)
     view = torch.arange(tokens.shape[1], device=counts.device).repeat_interleave(tokens.shape[2])  # [V·K]
     view_id = view.repeat(len(tokens), 1)  # [B,V·K]
+    place = torch.arange(tokens.shape[2], device=tokens.device).repeat(tokens.shape[1])  # [V·K], in its record
     return batch.replace(
         tokens=tokens.flatten(1, 2),
         text=batch.text.to(tokens.dtype),
         view_id=view_id,
         frame_id=torch.zeros_like(view_id),
-        token_mask=view_id < counts[:, None],
+        token_mask=(view_id < counts[:, None]) & (place < torch.tensor(visible, device=tokens.device)[:, None]),
     )
 
 
@@ -79,7 +81,8 @@ class LiveFeatures:
             )
             own = next(live) if null is None else null  # [v,K,D]
             tokens.append(F.pad(own, (0, 0, 0, 0, 0, most - len(own))))  # [V,K,D], zeros where there is no camera
-        return with_tokens(batch, torch.stack(tokens), cache)
+        visible = [encoder.visible("" if dropped else self._instruction(d, row)) for d, row, dropped, _ in rows]
+        return with_tokens(batch, torch.stack(tokens), cache, visible)
 
     def frame(self, dataset: int, row: int, view: int) -> np.ndarray:
         """uint8 [H, W, 3]: the source image behind one row of the cache."""

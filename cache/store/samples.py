@@ -56,7 +56,7 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
         observation = at - int(self.episode_ends[k]) + int(source.observation_ends[episode])
         row = int(source.frame_of(np.array([observation]))[0])
         return {
-            **self._vision(source, row),
+            **self._vision(source, row, int(source.episode_instruction[episode])),
             **self._language(source, int(source.episode_instruction[episode])),
             **self._motion(source, row, int(source.episode_start[episode] + source.episode_length[episode])),
             "embodiment": torch.tensor(source.embodiment_id),
@@ -65,7 +65,7 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
             "frame_index": torch.tensor(row),
         }
 
-    def _vision(self, source: Any, row: int) -> dict[str, torch.Tensor]:
+    def _vision(self, source: Any, row: int, instruction: int) -> dict[str, torch.Tensor]:
         """Features of all views, 8-bit ones decoded; views that this dataset lacks are zeros, masked."""
         p = source.tokens
         tokens = np.zeros((self._views * p, source.width), np.float16)  # [L, D]
@@ -74,7 +74,8 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
         view_id = torch.arange(self._views).repeat_interleave(p)  # [L]
         return {
             "tokens": torch.from_numpy(tokens),
-            "token_mask": view_id < len(source.views),
+            "token_mask": (view_id < len(source.views))
+            & (torch.arange(len(view_id)) % p < int(source.visible[instruction])),
             "view_id": view_id,
             "frame_id": torch.zeros_like(view_id),
         }

@@ -42,7 +42,13 @@ class SplitFeatures:
         assert cache.boundary is not None
         self.encoder, self._cache, self._n = encoder, cache, cache.boundary
         self._null = [
-            encoder.encode_upper(torch.from_numpy(d.null_features).to(encoder.device), self._n).half().to(encoder.dtype)
+            encoder.encode_upper(
+                torch.from_numpy(d.null_features).to(encoder.device),
+                self._n,
+                torch.full((len(d.views),), d.null_visible, device=encoder.device),
+            )
+            .half()
+            .to(encoder.dtype)
             for d in cache.datasets
         ]  # [V,K,D] each
 
@@ -57,6 +63,7 @@ class SplitFeatures:
         dropped = np.zeros(len(batch), bool) if no_images is None else no_images
         hidden = batch.tokens.unflatten(1, (-1, self._cache.tokens))  # [B,V,S,C]
         seen = batch.token_mask.unflatten(1, (-1, self._cache.tokens))[..., 0]  # [B,V] there is such a camera
+        lengths = batch.token_mask.unflatten(1, (-1, self._cache.tokens)).sum(-1)  # [B,V] real tokens of each record
         seen = seen & ~torch.from_numpy(dropped).to(device)[:, None]
         shape = (*seen.shape, encoder.tokens, encoder.width)
         tokens = torch.zeros(shape, dtype=encoder.dtype, device=device)  # [B,V,K,D]
@@ -64,8 +71,17 @@ class SplitFeatures:
             null = self._null[int(batch.dataset[i])]
             tokens[i, : len(null)] = null
         if bool(seen.any()):
-            tokens[seen] = encoder.encode_upper(hidden[seen], self._n)  # [P,K,D]
-        return with_tokens(batch, tokens, self._cache)
+            tokens[seen] = encoder.encode_upper(hidden[seen], self._n, lengths[seen])  # [P,K,D]
+        visible = [encoder.visible("" if gone else text) for text, gone in zip(self._instructions(batch), dropped)]
+        return with_tokens(batch, tokens, self._cache, visible)
+
+    def _instructions(self, batch: FeatureBatch) -> list[str]:
+        """Of each sample's episode."""
+        found = []
+        for d, row in zip(batch.dataset.tolist(), batch.frame_index.tolist()):
+            table = self._cache.datasets[d]
+            found.append(table.instructions[int(table.episode_instruction[table.episode_of(np.array([row]))[0]])])
+        return found
 
 
 def split_features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncoder) -> SplitFeatures:
