@@ -88,18 +88,24 @@ class FeatureBatch:
         embodiment: int,
         control_hz: float,
         frames: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
         past: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> FeatureBatch:
-        """Observations of one robot whose actions are to be predicted (zeros here): `tokens` [B, H·V, P, D], those of
-        the `frames` [B, H] bool visible (None: of the only one); `action_mask` [128] or [B, 128]; `past`: (states
-        [B, Hp, 128], which of them there are [B, Hp] bool). Checked."""
+        """Observations of one robot whose actions are to be predicted (zeros here): `tokens` [B, H·V, P, D], of which
+        those of the `frames` [B, H] bool (None: of the only one), and of each view the first `visible` [B] int64 (None:
+        all), can be seen; `action_mask` [128] or [B, 128]; `past`: (states [B, Hp, 128], [B, Hp] bool which of them
+        there are). Checked."""
         b, device = len(tokens), tokens.device
         zero = torch.zeros(b, dtype=torch.int64, device=device)
         frames = torch.ones(b, 1, dtype=torch.bool, device=device) if frames is None else frames
         frame_id, view_id = places(frames.shape[1], tokens.shape[1] // frames.shape[1], tokens.shape[2], device)  # [L]
+        token_mask = frames[:, frame_id]
+        if visible is not None:
+            place = torch.arange(tokens.shape[2], device=device).repeat(tokens.shape[1])  # [L], in its view
+            token_mask = token_mask & (place < visible.to(device)[:, None])
         return cls(
             tokens=tokens.flatten(1, 2),
-            token_mask=frames[:, frame_id],
+            token_mask=token_mask,
             view_id=view_id.repeat(b, 1),
             frame_id=frame_id.repeat(b, 1),
             text=text.to(tokens.dtype),

@@ -193,12 +193,18 @@ class Assembler:
             values = source.null_text if hidden else source.text[i]  # [≤Lt, Dt]
             text[at, : len(values)], text[at, len(values) :] = values, 0
         if self.views:
-            self._fill_tokens(storage, source, where, draws)
+            self._fill_tokens(storage, source, where, draws, episode)
 
-    def _fill_tokens(self, storage: Storage, source: CacheDataset, where: np.ndarray, draws: Draws) -> None:
+    def _fill_tokens(
+        self, storage: Storage, source: CacheDataset, where: np.ndarray, draws: Draws, episode: np.ndarray
+    ) -> None:
         views, p, hidden, frames = self.views, self.cache.tokens, draws.no_images, len(self.history.frames)
         rows, there = source.earlier(draws.row, self.history.frames)  # [n, H]
-        storage.arrays["token_mask"][where] = there[:, self._frame_id] & (self._view_id < len(source.views))  # [n, L]
+        visible = np.where(hidden, source.null_visible, source.visible[source.episode_instruction[episode]])  # [n]
+        real = np.arange(p) < visible[:, None]  # [n, P]
+        real = real[:, None] & (np.arange(views) < len(source.views))[:, None]  # [n, V, P]
+        real = there[:, :, None, None] & real[:, None]  # [n, H, V, P]
+        storage.arrays["token_mask"][where] = real.reshape(len(where), -1)  # [n, L]
         null, null_scale = source.null_records if hidden.any() else (None, None)
         fields: list[tuple[np.ndarray, np.ndarray | None]] = []
         # [B·H, V, P, D]

@@ -20,18 +20,21 @@ from ..vlm.encoder import VisionLanguageEncoder
 from ..vlm.observations import encode_observations
 
 
-def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache, frames: np.ndarray) -> FeatureBatch:
+def with_tokens(
+    batch: FeatureBatch, tokens: torch.Tensor, cache: Cache, visible: Sequence[int], frames: np.ndarray
+) -> FeatureBatch:
     """The batch with tokens [B,H,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras or an
-    episode has no such frame (`frames` [B,H] bool)."""
+    episode has no such frame (`frames` [B,H] bool); of each record the first `visible` [B] tokens are real."""
     counts = torch.tensor([len(cache.datasets[d].views) for d in batch.dataset.tolist()], device=tokens.device)
     frame_id, view_id = places(*tokens.shape[1:4], device=tokens.device)  # [L]
-    there = torch.from_numpy(frames).to(tokens.device)[:, frame_id]  # [B,L]
+    place = torch.arange(tokens.shape[3], device=tokens.device).repeat(len(view_id) // tokens.shape[3])  # in its record
+    there = torch.from_numpy(frames).to(tokens.device)[:, frame_id] & (view_id < counts[:, None])  # [B,L]
     return batch.replace(
         tokens=tokens.flatten(1, 3),
         text=batch.text.to(tokens.dtype),
         view_id=view_id.repeat(len(tokens), 1),
         frame_id=frame_id.repeat(len(tokens), 1),
-        token_mask=there & (view_id < counts[:, None]),
+        token_mask=there & (place < torch.tensor(visible, device=tokens.device)[:, None]),
     )
 
 
@@ -103,7 +106,8 @@ class LiveFeatures:
             for exists in exist:
                 own = none if not exists else next(live) if null is None else null  # [v,K,D]
                 tokens.append(F.pad(own, (0, 0, 0, 0, 0, most - len(own))))  # [V,K,D], zeros where there is no camera
-        return with_tokens(batch, torch.stack(tokens).unflatten(0, there.shape), cache, there)
+        visible = [encoder.visible("" if gone else self._instruction(d, row[0])) for d, row, _, gone, _ in drawn]
+        return with_tokens(batch, torch.stack(tokens).unflatten(0, there.shape), cache, visible, there)
 
     def frame(self, dataset: int, row: int, view: int) -> np.ndarray:
         """uint8 [H, W, 3]: the source image behind one row of the cache."""

@@ -60,6 +60,8 @@ class CacheDataset:
     text_length: np.ndarray  # [n] int64
     null_text: np.ndarray  # [Lt0, Dt] float16
     null_features: np.ndarray  # [views, tokens, D] float16
+    visible: np.ndarray  # [n] int64: how many tokens of a record, the first, are real with each instruction
+    null_visible: int  # and how many of the null features
     channel_scale: np.ndarray | None  # [D] float32, of 8-bit features only
     scheme: Scheme  # of normalization: the dataset config's, or what `normalize` was told
     horizon: int | None = None  # steps of chunks whose actions are relative to the state at their start; None: absolute
@@ -120,6 +122,9 @@ class CacheDataset:
         self.text, self.text_length = np.asarray(tables["text/embedding"]), np.array(tables["text/length"])
         self.channel_scale = None if channels is None else np.array(channels)
         self.null_features = np.stack([tables[f"null/{view}"] for view in self.views])
+        count = len(self.instructions)
+        self.visible = np.array(self.attributes.get("visible") or [self.tokens] * count, np.int64)
+        self.null_visible = self.attributes.get("null_visible") or self.tokens
         self._require_sense()
         self.quarantined = np.isin(self.episode_id, self.attributes["quarantined"])
         self.used = np.ones(len(self.episode_id), bool)
@@ -155,6 +160,8 @@ class CacheDataset:
             raise ValueError(f"an episode has instruction {text.max()} of {len(self.text)}")
         if self.text_length.min(initial=0) < 0 or self.text_length.max(initial=0) > self.text.shape[1]:
             raise ValueError(f"an instruction has {self.text_length.max()} of {self.text.shape[1]} text tokens")
+        if len(self.visible) != len(self.instructions) or max(self.null_visible, *self.visible) > self.tokens:
+            raise ValueError(f"of {self.tokens} tokens {self.visible.tolist()[:9]} are visible")
         if self.null_text.shape[1] != self.text.shape[2]:
             raise ValueError(f"its empty instruction has width {self.null_text.shape[1]}, text {self.text.shape[2]}")
         for mask in ("action_mask", "proprio_mask"):

@@ -60,7 +60,7 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
         observation = at - int(self.episode_ends[k]) + int(source.observation_ends[episode])
         row = int(source.frame_of(np.array([observation]))[0])
         return {
-            **self._vision(source, row),
+            **self._vision(source, row, int(source.episode_instruction[episode])),
             **self._language(source, int(source.episode_instruction[episode])),
             **self._motion(source, row, int(source.episode_start[episode] + source.episode_length[episode])),
             **self._past(source, row),
@@ -70,17 +70,20 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
             "frame_index": torch.tensor(row),
         }
 
-    def _vision(self, source: Any, row: int) -> dict[str, torch.Tensor]:
+    def _vision(self, source: Any, row: int, instruction: int) -> dict[str, torch.Tensor]:
         """Features of all frames and views, 8-bit ones decoded; frames that the episode and views that this dataset
         lacks are zeros, masked."""
         (rows,), (there,) = source.earlier(np.array([row]), self.history.frames)  # [H] each
-        frame_id, view_id = places(len(rows), self._views, source.tokens)  # [L]
-        tokens = np.zeros((len(rows), self._views, source.tokens, source.width), np.float16)  # [H, V, P, D]
+        p = source.tokens
+        frame_id, view_id = places(len(rows), self._views, p)  # [L]
+        tokens = np.zeros((len(rows), self._views, p, source.width), np.float16)  # [H, V, P, D]
         for v, view in enumerate(source.views):
             tokens[there, v] = source.features(view, rows[there])
         return {
             "tokens": torch.from_numpy(tokens.reshape(len(view_id), -1)),
-            "token_mask": torch.from_numpy(there)[frame_id] & (view_id < len(source.views)),
+            "token_mask": torch.from_numpy(there)[frame_id]
+            & (view_id < len(source.views))
+            & (torch.arange(len(view_id)) % p < int(source.visible[instruction])),
             "view_id": view_id,
             "frame_id": frame_id,
         }

@@ -142,6 +142,8 @@ class Attributes(OpenForm):
     action_rotation: _Slots
     proprio_rotation: _Slots
     kept: list[list[Range] | None] | None = None
+    visible: list[Positive] | None = None
+    null_visible: Positive | None = None
     quarantined: list[int] = []
     config: dict[str, Any] = {}
     encoder: dict[str, Any] = {}

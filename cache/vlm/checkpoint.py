@@ -24,8 +24,10 @@ MOST_TEXT = 256 << 20  # bytes of a tokenizer's or processor's file; the largest
 Canonical = Callable[[str], str | None]
 
 
-def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> Path:
-    """The local folder of a checkpoint; of a hub id, only the needed files are downloaded, unless cached."""
+def checkpoint_folder(path: str, revision: str | None, needed: Callable[[Path], Canonical]) -> Path:
+    """The local folder of a checkpoint; of a hub id, only the needed files are downloaded, unless cached.
+
+    `needed`: from a folder with its config, which tensors."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -44,7 +46,7 @@ def checkpoint_folder(path: str, revision: str | None, canonical: Canonical) -> 
     try:
         small = ["*.json", "*.txt", "*.jinja"]
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=small))
-        files = sorted(set(_tensor_files(folder, canonical).values())) or ["model.safetensors"]
+        files = sorted(set(_tensor_files(folder, needed(folder)).values())) or ["model.safetensors"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=small + files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split()).split(". ")[0][:100]

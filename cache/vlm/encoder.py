@@ -14,12 +14,15 @@ checkpoint is read, so a file that holds only language layers may be missing. Al
 so that every block makes one attention call.
 
 An observation is what a robot sees at one moment: an image of each view, and the instruction. With `depth: vision` its
-views are encoded separately from each other and from the text. With `depth: language` the features of a view depend on
-the other views and on the instruction, so all of an observation is encoded together (`by_observation`).
+views are encoded separately from each other and from the text. With `depth: language` the features are hidden states of
+the language model (`layers`), of its image tokens or of everything from them on (`keep`), or of query tokens after the
+prompt (`queries`). `reads` says what a view's features depend on then; where that is the whole observation, its views
+are encoded together. A record has room for `prompt_tokens` tokens after the image's: of its tokens only the first
+`visible(instruction)` are real, the others are zeros.
 
-With a `boundary` n the encoder stops before the last n blocks of its vision tower and returns the hidden states [S,C]
-that enter them, from which `encode_upper` makes the features: where only those blocks are trained, everything below
-them is computed once.
+With a `boundary` n the encoder stops before the last n blocks of its vision tower, or of its language layers, and
+returns the hidden states that enter them, from which `encode_upper` makes the features: where only those blocks are
+trained, everything below them is computed once.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -76,12 +79,15 @@ class VisionLanguageEncoder(nn.Module):
         self.merged_adapter: dict[str, Any] | None = None  # identity of an adapter merged into the weights
         self.vision.recompute = False  # gradient checkpointing of its blocks
         self.set_adapter(None)
-        if spec.boundary is not None and not 1 <= spec.boundary <= self.blocks:
+        check_pooling(self.image_tokens, self.native_tokens)
+
+    def require_boundary(self, most: int, of: str) -> None:
+        """`UserError` unless the boundary leaves out 1 to `most` blocks `of` some stack."""
+        if self.spec.boundary is not None and not 1 <= self.spec.boundary <= most:
             raise UserError(
-                f"--boundary {spec.boundary}: give the number of last blocks to leave out, 1 to {self.blocks}, "
-                "of this vision tower"
+                f"--boundary {self.spec.boundary}: give the number of last blocks to leave out, 1 to {most}, of this "
+                f"{of}"
             )
-        check_pooling(self.tokens, self.native_tokens)
 
     # --- what a family implements ------------------------------------------------------------------------------------
 
@@ -127,9 +133,18 @@ class VisionLanguageEncoder(nn.Module):
         return adapter_identity(self.adapter) | ({"on": self.merged_adapter} if self.merged_adapter else {})
 
     @property
+    def reads(self) -> Literal["image", "instruction", "observation"]:
+        """What the features of a view depend on: its image; also the instruction; also the other views."""
+        return "image"
+
+    @property
     def by_observation(self) -> bool:
-        """Whether features of a view depend on the other views and on the instruction."""
-        return self.spec.depth == "language"
+        """Whether all views of an observation are encoded together."""
+        return self.reads == "observation"
+
+    def visible(self, instruction: str) -> int:
+        """How many of a record's tokens, the first, are real for this instruction."""
+        return self.tokens
 
     @property
     def of_patches(self) -> bool:
@@ -150,18 +165,35 @@ class VisionLanguageEncoder(nn.Module):
     def at_boundary(self, n: int) -> VisionLanguageEncoder:
         """The same encoder, on the same weights, stopped before its last n blocks."""
         lower = copy.copy(self)
-        lower.spec = dataclasses.replace(self.spec, boundary=n, tokens=None, features="merged", depth="vision")
+        lower.spec = dataclasses.replace(self.spec, boundary=n, tokens=None, features="merged", keep=None)
         return lower
 
     @property
-    def tokens(self) -> int:
-        """K, tokens of one image: the model's own, or fewer when they are pooled."""
+    def image_tokens(self) -> int:
+        """Tokens of one image in each layer: the model's own, or fewer when they are pooled."""
         return self.native_tokens if self.spec.tokens is None else self.spec.tokens
+
+    @property
+    def pools(self) -> bool:
+        """Whether tokens of an image are averaged."""
+        return self.image_tokens < self.native_tokens
+
+    @property
+    def parts(self) -> int:
+        """Layers that features are made of."""
+        return 1
+
+    @property
+    def tokens(self) -> int:
+        """K, tokens of one view's record."""
+        return self.image_tokens * (self.parts if self.spec.layers_as == "tokens" else 1)
 
     @property
     def width(self) -> int:
         """D, width of image features; of hidden states with a boundary."""
-        return self.vision_width if self.of_patches else self.text_width
+        if self.of_patches:
+            return self.vision_width
+        return self.text_width * (self.parts if self.spec.layers_as == "width" else 1)
 
     @property
     def text_width(self) -> int:
@@ -177,18 +209,38 @@ class VisionLanguageEncoder(nn.Module):
         """Of the computation and of all features returned."""
         return next(self.vision.parameters()).dtype
 
-    def encode_images(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """uint8 RGB [N,H,W,3] -> features [N,K,D]. Builds a graph only for weights that require gradients."""
+    def encode_images(self, images: torch.Tensor | np.ndarray, instruction: str = "") -> torch.Tensor:
+        """uint8 RGB [N,H,W,3] of one view, with one instruction -> features [N,K,D].
+
+        Builds a graph only for weights that require gradients."""
         return self(preprocess(images, self.image, self.device))
 
-    def encode_upper(self, hidden: torch.Tensor, n: int) -> torch.Tensor:
-        """Hidden states [N,S,C] that enter the last n blocks, from `at_boundary(n)` -> features [N,K,D]."""
+    def encode_upper(self, hidden: torch.Tensor, n: int, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [N,S,C] that enter the last n blocks, from `at_boundary(n)` -> features [N,K,D].
+
+        `visible` [N] int64: how many tokens of each record are real, where that differs."""
         features = self.vision_upper(self.from_rows(hidden.to(self.dtype)), self.blocks - n)  # [N,K',D]
         return average_pool(features, self.tokens)  # [N,K,D]
 
     def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
         """Images of each view, uint8 RGB [N,H,W,3], and their one instruction -> features [N,V,K,D]."""
-        return torch.stack([self.encode_images(view) for view in views], 1)
+        return torch.stack([self.encode_images(view, instruction) for view in views], 1)
+
+    def arrange(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Features [N,K,D] of each layer -> [N,K,n·D], or [N,K·n,D] with the layers of a token beside each other."""
+        if len(layers) == 1:
+            return layers[0]
+        return (
+            torch.cat(list(layers), -1)
+            if self.spec.layers_as == "width"
+            else torch.stack(list(layers), 2).flatten(1, 2)
+        )
+
+    def of_image(self, features: torch.Tensor) -> torch.Tensor:
+        """The image's tokens of features [N,K,D], layers side by side: [N,K',n·D]."""
+        if self.spec.layers_as == "tokens" and self.parts > 1:
+            features = features.unflatten(1, (-1, self.parts)).flatten(2)
+        return features[:, : self.image_tokens]
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch rows [N,S,F] from `preprocess` -> features [N,K,D]; hidden states [N,S,C] with a boundary."""

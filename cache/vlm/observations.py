@@ -49,16 +49,17 @@ def encoder_calls(
 ) -> list[EncoderCall]:
     """Group images uint8 [H,W,3] of each view of observations into calls of at most `most` images (None: no limit).
 
-    Images of one size share a call. Where all views of an observation are encoded together, observations share one when
-    their image sizes and their instruction are equal.
+    Images of one size share a call, where features depend on the instruction those with the same. Where all views of an
+    observation are encoded together, observations share one when their image sizes and their instruction are equal.
     """
     groups: dict[tuple[str, tuple[tuple[int, ...], ...]], list[tuple[int, int]]] = {}
     for i, (views, instruction) in enumerate(zip(images, instructions)):
         if encoder.by_observation:
             groups.setdefault((instruction, tuple(image.shape for image in views)), []).append((i, 0))
             continue
+        read = "" if encoder.reads == "image" else instruction
         for v, image in enumerate(views):
-            groups.setdefault(("", (image.shape,)), []).append((i, v))
+            groups.setdefault((read, (image.shape,)), []).append((i, v))
     calls = []
     for (instruction, sizes), members in groups.items():
         step = len(members) if most is None else max(1, most // len(sizes))

@@ -22,7 +22,7 @@ import copy
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -140,6 +140,11 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
         super().__init__(*args)
         self.language = language
         self.text_scale = self.text_width**0.5
+        self.require_boundary(self.blocks, "vision tower")
+
+    @property
+    def reads(self) -> Literal["image", "instruction", "observation"]:
+        return "image" if self.language is None else "observation"
 
     @property
     def blocks(self) -> int:
@@ -156,13 +161,13 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
         hidden = self.vision.upper(hidden, begin)  # [N,S,C]
         return hidden if self.spec.features == "patch" else self.vision.multi_modal_projector.linear(hidden)  # [N,S,D]
 
-    def encode_images(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def encode_images(self, images: torch.Tensor | np.ndarray, instruction: str = "") -> torch.Tensor:
         if self.language is not None:
             raise UserError(
                 "use encode_observation, or depth vision: depth language makes features of all views of a frame and "
                 "the instruction together, not of single images"
             )
-        return super().encode_images(images)
+        return super().encode_images(images, instruction)
 
     def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
         """As `VisionLanguageEncoder`. `UserError` when views and prompt exceed the model's context."""
@@ -214,7 +219,7 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> PaliGem
 
     reads_language = spec.depth == "language"
     needed = functools.partial(canonical, language=reads_language)
-    folder = checkpoint.checkpoint_folder(spec.path, spec.revision, needed)
+    folder = checkpoint.checkpoint_folder(spec.path, spec.revision, lambda _: needed)
     checkpoint.require_model_type(folder, spec.path, spec.vlm, "paligemma")
     checkpoint.require_model_type(folder, spec.path, spec.vlm, "gemma2", "text_config")
     config = copy.deepcopy(checkpoint.load_config(folder))

@@ -25,22 +25,55 @@ class EncoderSpec:
     features: Literal["merged", "patch"] = "merged"  # after the model's merger or projector; or before it
     tokens: Annotated[int | None, COUNT] = None  # averaged on the grid down to this many; None = all
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # computation; auto: bfloat16 on CUDA, else float32
-    depth: Literal["vision", "language"] = "vision"  # language: the language model's last hidden state
+    depth: Literal["vision", "language"] = "vision"  # language: hidden states of the language model
+    layers: Annotated[tuple[int, ...], Interval(ge=1, le=1024)] = ()  # of the language model, as `hidden_states` counts
+    deepstack: bool = False  # depth vision of qwen3vl: also what it feeds into its first language layers
+    layers_as: Literal["width", "tokens"] = "width"  # several layers: side by side in the width, or as tokens
+    keep: Literal["image", "all"] | None = None  # depth language: image tokens, or also those after them; None: usual
+    prompt_tokens: Annotated[int, COUNT] = 32  # room for the tokens after the image's
+    queries: Annotated[int | None, Interval(ge=1, le=4096)] = None  # query tokens at the end: they alone are kept
     adapters: tuple[str, ...] = ()  # folders of adapters that are merged into the weights, in this order
     boundary: Annotated[int | None, COUNT] = (
-        None  # n: hidden states that enter the last n blocks of the vision tower; None = features
+        None  # n: hidden states that enter the last n blocks of the tower, or of the language layers; None = features
     )
 
     def __post_init__(self) -> None:
-        other = self.tokens is not None or self.features != "merged" or self.depth != "vision"
-        if self.boundary is not None and other:
+        if self.boundary is not None:
+            self._check_boundary()
+        if list(self.layers) != sorted(set(self.layers)):
+            raise UserError(f"layers {list(self.layers)}: give each once, the first ones first, as --layers 8,16,24")
+        if self.depth == "language":
+            self._check_language()
+            return
+        others = {"layers": self.layers, "keep": self.keep, "queries": self.queries}
+        if given := [name for name, value in others.items() if value]:
+            raise UserError(f"{given[0]} is a setting of depth language; give --depth language, or leave it out")
+        if self.deepstack and (self.vlm != "qwen3vl" or self.features != "merged"):
             raise UserError(
-                "leave out tokens, features patch and depth language: a boundary stops inside the vision tower, before "
-                "features are made; the fine-tuned policy has these settings"
+                f"layers deepstack needs qwen3vl with features merged; given: {self.vlm} with features {self.features}"
             )
-        if self.depth == "language" and (self.vlm != "paligemma2" or self.features != "merged"):
+
+    def _check_boundary(self) -> None:
+        if self.tokens is not None or self.features != "merged" or self.keep or self.deepstack:
             raise UserError(
-                f"depth language needs paligemma2 with features merged; given: {self.vlm} with features {self.features}"
+                "leave out tokens, features patch, keep and layers deepstack: a boundary stops before features are "
+                "made; the fine-tuned policy has these settings"
+            )
+        if self.depth == "language" and (self.vlm != "qwen3vl" or len(self.layers) > 1):
+            raise UserError(
+                f"a boundary with depth language needs qwen3vl and one layer; given: {self.vlm}, layers "
+                f"{list(self.layers)}"
+            )
+
+    def _check_language(self) -> None:
+        if self.features != "merged" or self.deepstack:
+            raise UserError(
+                "depth language needs features merged, without layers deepstack: the language model reads both"
+            )
+        if self.queries and (self.vlm != "qwen3vl" or self.keep or self.tokens):
+            raise UserError(
+                "pool queries:N keeps the query tokens alone, of qwen3vl: leave out --keep and --tokens (in PaliGemma "
+                "2 image tokens attend to what follows, so queries would change them)"
             )
 
 

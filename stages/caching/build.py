@@ -213,9 +213,10 @@ def _calibrate(
     """
     plan = writer.plan
     pilot = pilot_features(corpora, plan, encoder) if config.format.quantized and missing else None
-    if encoder.tokens < encoder.native_tokens and missing:
-        few = pilot_features(corpora, plan, encoder.unpooled(), POOLING_IMAGES)
-        report.pooled = pooling_error(few, encoder.tokens)
+    if encoder.pools and missing:
+        full = encoder.unpooled()
+        few = full.of_image(pilot_features(corpora, plan, full, POOLING_IMAGES))
+        report.pooled = pooling_error(few, encoder.image_tokens)
 
     def measured() -> np.ndarray:
         if reused.channels is not None:

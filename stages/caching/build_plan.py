@@ -58,7 +58,7 @@ def decide(
 
     `UserError` for changes that the mode of building refuses, and for observations longer than the encoder's context.
     """
-    corpora = [read_corpus(source, encoder.by_observation, progress) for source in sources]
+    corpora = [read_corpus(source, encoder.reads, progress) for source in sources]
     plan = make_plan(config, [c.plan for c in corpora], encoder)
     fingerprint = make_fingerprint(encoder, corpora, config)
     unchanged = earlier is not None and not fp.diff(earlier.fingerprint, {**fingerprint, "store": plan.document()})

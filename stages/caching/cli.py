@@ -35,7 +35,8 @@ SELECT = "select.include select.exclude select.success_only select.drop_idle"
 FEATURES = """choice.vlm choice.vlm_path choice.adapter choice.resolution choice.tokens choice.dtype choice.compression
     frame_stride views augment"""
 RUNNING = """workers.count workers.scheduler workers.slurm batch_size shard_frames dataset_config device
-    choice.features choice.depth choice.boundary"""
+    choice.features choice.depth choice.layers choice.layers_as choice.keep choice.pool choice.prompt_tokens
+    choice.boundary"""
 BUILD = f"""out sources {FEATURES} {SELECT} append update max_quarantine
     allow_quarantine {RUNNING}"""
 PLAN = f"sources out {FEATURES} {SELECT} {RUNNING} append update pilot"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Gt, Interval
 
@@ -123,16 +123,50 @@ class FeatureChoice:
         str | None,
         Option(
             "--depth",
-            help="Depth of the features. vision: each image for itself. language (paligemma2): the language model's "
-            "last hidden state of all views of a frame and the instruction, which condition dropout cannot remove.",
+            help="Depth of the features. vision: each image for itself. language: hidden states of the language model, "
+            "which has read the images and the instruction; condition dropout cannot remove that.",
         ),
+    ] = None
+    layers: Annotated[
+        str | None,
+        Option(
+            "--layers",
+            "--layer",
+            help="Layers of the language model, 16 or 8,16,24 (default: 4/7 of them, of paligemma2 the last); or "
+            "deepstack: with depth vision, also what qwen3vl feeds into its first language layers.",
+        ),
+    ] = None
+    layers_as: Annotated[
+        str | None,
+        Option("--layers-as", help="Several layers: side by side in the width (default), or as tokens."),
+    ] = None
+    keep: Annotated[
+        str | None,
+        Option(
+            "--keep",
+            help="Tokens to keep with depth language: image, or all from the image on, the instruction's too "
+            "(default of qwen3vl: all, of paligemma2: image).",
+        ),
+    ] = None
+    pool: Annotated[
+        str | None,
+        Option(
+            "--pool",
+            help="queries:N: with depth language, N query tokens are read after the prompt and kept alone. (--tokens "
+            "averages on the image's grid.)",
+        ),
+    ] = None
+    prompt_tokens: Annotated[
+        int | None,
+        Option("--prompt-tokens", help="Room for tokens after the image's with --keep all; default 32."),
+        COUNT,
     ] = None
     boundary: Annotated[
         int | None,
         Option(
             "--boundary",
-            help="Store what enters the last n blocks of the vision tower, in place of features: for "
-            "`dvla finetune --lora --from-cache`, which then runs those n blocks only.",
+            help="Store what enters the last n blocks of the vision tower, or with depth language the last n language "
+            "layers, in place of features: for `dvla finetune --lora --from-cache`, which then runs those n only.",
         ),
         COUNT,
     ] = None
@@ -148,7 +182,9 @@ class FeatureChoice:
         """The encoder. `UserError` for an unknown model, or settings that exclude each other."""
         if self.adapter and self.vlm:
             raise UserError("--adapter brings the VLM that it was trained in; leave --vlm out")
-        changes = {name: getattr(self, name) for name in ("resolution", "tokens", "features", "depth", "boundary")}
+        same = "resolution tokens features depth boundary layers_as keep prompt_tokens"
+        changes: dict[str, Any] = {name: getattr(self, name) for name in same.split()}
+        changes |= {"queries": _queries(self.pool)} | _layers(self.layers)
         if self.adapter:
             from ..policy.load import adapted_spec  # and torch with it
 
@@ -158,6 +194,28 @@ class FeatureChoice:
     def format(self) -> FeatureFormat:
         """How they are stored. `UserError` for an unknown name."""
         return feature_format(self.dtype, self.compression)
+
+
+def _layers(given: str | None) -> dict[str, Any]:
+    """The settings of the encoder that "16", "8,16,24" or "deepstack" mean. `UserError` for anything else."""
+    if given is None:
+        return {}
+    if given == "deepstack":
+        return {"deepstack": True}
+    numbers = given.split(",")
+    if not all(n.strip().isdecimal() and len(n) < 6 for n in numbers):
+        raise UserError(f"--layers {given}: give numbers of language layers, as 16 or 8,16,24, or deepstack")
+    return {"layers": tuple(int(n) for n in numbers)}
+
+
+def _queries(given: str | None) -> int | None:
+    """How many query tokens "queries:N" means. `UserError` for anything else."""
+    if given is None:
+        return None
+    kind, _, count = given.partition(":")
+    if kind != "queries" or not count.isdecimal() or not 1 <= len(count) < 6:
+        raise UserError(f"--pool {given}: give queries:N, as queries:64; --tokens N averages on the image's grid")
+    return int(count)
 
 
 def check_settings(config: BuildConfig) -> None:

@@ -74,7 +74,8 @@ def run_unit(
     seen = plan.views if encoder.by_observation else (unit.tasks[0].view,)
     scales = None if channels is None else torch.from_numpy(channels).to(encoder.device)
     with contextlib.ExitStack() as stack:
-        decoder = _Decoder(source, plan, writer.plan, unit, seen, max(1, batch_size // len(seen)), earlier)
+        size, own = max(1, batch_size // len(seen)), encoder.reads == "image"
+        decoder = _Decoder(source, plan, writer.plan, unit, seen, size, earlier, own)
         stack.callback(decoder.close)
         writings = [_Writing(writer, task) for task in unit.tasks]
         for writing in writings:
@@ -254,8 +255,10 @@ class _Decoder(_Worker):
         seen: Sequence[str],
         size: int,
         earlier: Earlier,
+        own: bool,
     ) -> None:
-        self._source, self._plan, self._build, self._unit = source, plan, build, unit
+        """`own`: the plan has the hash of each view's images alone."""
+        self._own, self._source, self._plan, self._build, self._unit = own, source, plan, build, unit
         self._seen, self._size, self._earlier = seen, size, earlier
         super().__init__("dvla-decode")
 
@@ -313,17 +316,24 @@ class _Decoder(_Worker):
     def _images(self, entry: EpisodePlan, frames: np.ndarray) -> Iterator[list[np.ndarray]]:
         """uint8 [n,H,W,3] of each view seen, of `frames` (ascending) of an episode, n ≤ the size of a batch.
 
-        Only these views' files are opened; the plan has the hashes of the others.
+        Only these views' files are opened where the plan has the hashes of the others.
         """
-        others = dict(zip(self._plan.views, entry.view_hashes))
-        episode = self._source.load(entry.episode_id, self._seen, others)
+        if self._own:
+            others = dict(zip(self._plan.views, entry.view_hashes))
+            episode = self._source.load(entry.episode_id, self._seen, others)
+        else:
+            episode = self._source.load(entry.episode_id)
         if episode.source_hash != entry.source_hash:
             raise UserError(
                 f"{self._source.path}: episode {entry.episode_id} changed during the build; rerun the same command "
                 "when nothing writes to the dataset"
             )
         first, wanted = int(frames[0]), np.isin(np.arange(frames[0], frames[-1] + 1), frames).tolist()
-        images = [compress(view.frames(first, first + len(wanted)), wanted) for view in episode.views]
+        images = [
+            compress(view.frames(first, first + len(wanted)), wanted)
+            for view in episode.views
+            if view.name in self._seen
+        ]
         while (blocks := [list(islice(each, self._size)) for each in images])[0]:
             yield [np.stack(block) for block in blocks]
 

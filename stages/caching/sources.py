@@ -145,9 +145,9 @@ def choose_episodes(sources: Sequence[Source], selection: Selection, earlier: Ma
         raise UserError("--success-only: no demonstration says whether it succeeded; leave it out")
 
 
-def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Corpus:
+def read_corpus(source: Source, reads: str, progress: Progress) -> Corpus:
     """Tables and plan of a source. What cannot be loaded is quarantined by name, and nothing else is lost.
-    `by_observation`: the encoder's; what a view's features depend on, and so when they have to be made again."""
+    `reads`: the encoder's; what a view's features depend on, and so when they have to be made again."""
     episodes: list[EpisodePlan] = []
     failed: list[Failed] = []
     unsuccessful: list[int] = []
@@ -157,11 +157,7 @@ def read_corpus(source: Source, by_observation: bool, progress: Progress) -> Cor
         if isinstance(episode, Failed):
             failed.append(episode)
         else:
-            hashes = (
-                (_observation_hash(episode),) * len(episode.views)
-                if by_observation
-                else tuple(v.sha256 for v in episode.views)
-            )
+            hashes = _view_hashes(episode, reads)
             source.choice.require_frames(number, episode.length, source.name)
             episodes.append(EpisodePlan(number, episode.length, episode.instruction, episode.source_hash, hashes))
             actions.append(source.action_map.to_unified(episode.action))
@@ -202,10 +198,14 @@ def _ranges(kept: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple(zip(edges[::2], edges[1::2]))
 
 
-def _observation_hash(episode: Episode) -> str:
-    """sha256 hex over what an observation is made of: the views in their order with their images, the instruction."""
+def _view_hashes(episode: Episode, reads: str) -> tuple[str, ...]:
+    """sha256 hex of each view over what its features depend on, `VisionLanguageEncoder.reads`: its images, also the
+    instruction, also the other views in their order."""
+    if reads == "image":
+        return tuple(view.sha256 for view in episode.views)
     views = [[view.name, view.sha256] for view in episode.views]
-    return hashlib.sha256(json.dumps([views, episode.instruction]).encode()).hexdigest()
+    seen: list[object] = [views] * len(views) if reads == "observation" else list(views)
+    return tuple(hashlib.sha256(json.dumps([each, episode.instruction]).encode()).hexdigest() for each in seen)
 
 
 def located(spec: EncoderSpec) -> EncoderSpec:
@@ -236,6 +236,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
         "encoder": dataclasses.asdict(located(encoder.spec)),
         "starts": [starts[e.episode_id] for e in plan.episodes if e.episode_id in starts],
         **({"failed": list(corpus.failed)} if corpus.failed else {}),
+        **_visible(encoder, plan.instructions),
     }
     return DatasetTables(
         action=corpus.action,
@@ -255,6 +256,12 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
         control_hz=source.control_hz,
         attributes=attributes,
     )
+
+
+def _visible(encoder: VisionLanguageEncoder, instructions: Sequence[str]) -> dict[str, Any]:
+    """How many tokens of a record are real for each instruction and for none, where some are not."""
+    found, none = [encoder.visible(text) for text in instructions], encoder.visible("")
+    return {} if {*found, none} == {encoder.tokens} else {"visible": found, "null_visible": none}
 
 
 def _with_views(path: str, source: Source, views: Sequence[str]) -> Source:

@@ -180,6 +180,7 @@ class Policy:
             horizon=self.net.config.dit.horizon,
             embodiment=robot.embodiment,
             control_hz=robot.control_hz,
+            visible=self._visible([o.instruction for o in observations]),
         )
         mark("state")
         return batch
@@ -193,6 +194,12 @@ class Policy:
         images = [[o.images[view] for view in self.robot.views] for o in observations]
         found = encode_observations(self.encoder, images, [o.instruction for o in observations])
         return torch.stack(found).to(torch.float16).to(self.encoder.dtype)
+
+    def _visible(self, instructions: Sequence[str]) -> torch.Tensor | None:
+        """int64 [N]: how many of the tokens of a view are real for each instruction; None: all of them."""
+        if self.encoder.reads != "instruction":
+            return None
+        return torch.tensor([self.encoder.visible(text if self.needs_images else "") for text in instructions])
 
     def _texts(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(embeddings [N,Lt,Dt], mask [N,Lt] bool), padded to the longest."""

@@ -132,7 +132,7 @@ def _measure(
         min(disk.read_warm, pilot.disk_rate or math.inf),
         model,
         relative_error(features, plan.format, channels),
-        pooled_away(looks, encoder) if encoder.tokens < encoder.native_tokens else None,
+        pooled_away(looks, encoder) if encoder.pools else None,
         stride_change(looks, encoder) if plan.frame_stride > 1 else None,
     )
     progress("pilot: done", 4, 4)
@@ -182,7 +182,8 @@ def _encode(
 def pooled_away(looks: Sequence[Look], encoder: VisionLanguageEncoder) -> float:
     """`pooling_error` of a few images."""
     first = [dataclasses.replace(look, images=look.images[:1], instructions=look.instructions[:1]) for look in looks]
-    return pooling_error(_few(first, encoder.unpooled()), encoder.tokens)
+    full = encoder.unpooled()
+    return pooling_error(full.of_image(_few(first, full)), encoder.image_tokens)
 
 
 def stride_change(looks: Sequence[Look], encoder: VisionLanguageEncoder) -> float | None:

@@ -226,7 +226,7 @@ class _Job:
         opened = sources_of(described, tuple(sources))  # type: ignore[arg-type]
         choose_episodes(opened, Selection(), cached)
         encoder = recorded_encoder(next(iter(attributes.values())), vlm_path, device, say)
-        corpora = tuple(read_corpus(source, encoder.by_observation, progress) for source in opened)
+        corpora = tuple(read_corpus(source, encoder.reads, progress) for source in opened)
         config = BuildConfig(
             tuple(sources),
             encoder.spec,

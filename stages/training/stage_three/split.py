@@ -43,7 +43,13 @@ class SplitFeatures:
         assert cache.boundary is not None
         self.encoder, self._cache, self._n, self.history = encoder, cache, cache.boundary, history
         self._null = [
-            encoder.encode_upper(torch.from_numpy(d.null_features).to(encoder.device), self._n).half().to(encoder.dtype)
+            encoder.encode_upper(
+                torch.from_numpy(d.null_features).to(encoder.device),
+                self._n,
+                torch.full((len(d.views),), d.null_visible, device=encoder.device),
+            )
+            .half()
+            .to(encoder.dtype)
             for d in cache.datasets
         ]  # [V,K,D] each
 
@@ -56,11 +62,9 @@ class SplitFeatures:
         loader has read the variants it drew."""
         encoder, device = self.encoder, batch.tokens.device
         dropped = np.zeros(len(batch), bool) if no_images is None else no_images
-        views = max(len(d.views) for d in self._cache.datasets)
-        hidden = batch.tokens.unflatten(1, (-1, views, self._cache.tokens))  # [B,H,V,S,C]
-        there = batch.token_mask.unflatten(1, (-1, views, self._cache.tokens))[
-            ..., 0
-        ]  # [B,H,V] such a frame and camera
+        parts = -1, max(len(d.views) for d in self._cache.datasets), self._cache.tokens
+        hidden, mask = (x.unflatten(1, parts) for x in (batch.tokens, batch.token_mask))  # [B,H,V,S,C], [B,H,V,S]
+        there, lengths = mask[..., 0], mask.sum(-1)  # [B,H,V]: whether there is such an image, its real tokens
         seen = there & ~torch.from_numpy(dropped).to(device)[:, None, None]
         shape = (*seen.shape, encoder.tokens, encoder.width)
         tokens = torch.zeros(shape, dtype=encoder.dtype, device=device)  # [B,H,V,K,D]
@@ -68,8 +72,17 @@ class SplitFeatures:
             null = self._null[int(batch.dataset[i])]
             tokens[i, there[i, :, 0], : len(null)] = null
         if bool(seen.any()):
-            tokens[seen] = encoder.encode_upper(hidden[seen], self._n)  # [P,K,D]
-        return with_tokens(batch, tokens, self._cache, there[..., 0].cpu().numpy())
+            tokens[seen] = encoder.encode_upper(hidden[seen], self._n, lengths[seen])  # [P,K,D]
+        visible = [encoder.visible("" if gone else text) for text, gone in zip(self._instructions(batch), dropped)]
+        return with_tokens(batch, tokens, self._cache, visible, there[..., 0].cpu().numpy())
+
+    def _instructions(self, batch: FeatureBatch) -> list[str]:
+        """Of each sample's episode."""
+        found = []
+        for d, row in zip(batch.dataset.tolist(), batch.frame_index.tolist()):
+            table = self._cache.datasets[d]
+            found.append(table.instructions[int(table.episode_instruction[table.episode_of(np.array([row]))[0]])])
+        return found
 
 
 def split_features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncoder) -> SplitFeatures:

@@ -223,8 +223,8 @@ def test_language_depth_pools_and_takes_cameras_of_any_size_but_not_single_image
         whole.require_fits(511, ["push", "push " * 20])
     whole.require_fits(500, ["push", "push " * 20])
     plain.require_fits(5000, ["push"])
-    for bad in ({"vlm": "qwen3vl"}, {"features": "patch"}):
-        with pytest.raises(UserError, match="depth language needs paligemma2"):
+    for bad in ({"features": "patch"}, {"deepstack": True}):
+        with pytest.raises(UserError, match="depth language needs features merged"):
             spec_of(checkpoint, depth="language", **bad)
 
 

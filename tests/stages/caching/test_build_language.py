@@ -368,11 +368,11 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
     )
     refused(
         dvla("cache", "build", *options, "--features", "patch", "--out", out),
-        "depth language needs paligemma2 with features merged",
+        "depth language needs features merged",
     )
     refused(
-        dvla("cache", "build", source, "--vlm", "qwen3vl", "--depth", "language", "--out", out),
-        "depth language needs paligemma2",
+        dvla("cache", "build", *options, "--pool", "queries:4", "--out", out),
+        "pool queries:N",
     )
     refused(dvla("cache", "build", *options, "--depth", "deep", "--out", out), "unknown value 'deep'")
     assert not out.exists()

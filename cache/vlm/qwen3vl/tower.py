@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...common.documents import shown
-from ...errors import UserError
-from .blocks import attention, through
+from ....common.documents import shown
+from ....errors import UserError
+from ..blocks import attention, through
 
 ROTARY_BASE = 10000.0
 
