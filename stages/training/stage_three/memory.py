@@ -24,11 +24,12 @@ class SavedTensors:
         self.nbytes, self._seen = 0, {storage(p) for p in parameters}
 
     def count(self, x: torch.Tensor) -> torch.Tensor:
-        """A hook for `saved_tensors_hooks`; returns the tensor unchanged."""
+        """A hook for `saved_tensors_hooks`; returns the tensor's values, outside the graph: a saved output that leads
+        back to the function that saved it would keep the whole graph alive."""
         if storage(x) not in self._seen:
             self._seen.add(storage(x))
             self.nbytes += x.untyped_storage().nbytes()
-        return x
+        return x.detach()
 
 
 def storage(x: torch.Tensor) -> int:
