@@ -11,9 +11,15 @@ from ...errors import UserError
 
 def compile_blocks(net: PolicyNet) -> None:
     """`torch.compile` every transformer block in place: one compilation serves all, and parameters keep their names."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++")):
+    if next(net.parameters()).device.type == "cuda":  # Triton builds launchers in C
+        what, found, names = "C", os.environ.get("CC", "gcc"), ("cc", "clang")
+    else:
+        what, found, names = "C++", os.environ.get("CXX", "g++"), ("c++", "clang++")
+    if not any(shutil.which(name) for name in (found, *names)):
+        usual = names[-1].replace("clang", "g" if what == "C++" else "gcc")
         raise UserError(
-            "install a C++ compiler (g++ or clang++; on Debian: apt install g++), which compile needs, or leave it out"
+            f"install a {what} compiler ({usual} or {names[-1]}; on Debian: apt install {usual}), which compile needs, "
+            "or leave it out"
         )
     for block in net.dit.blocks:
         block.compile()

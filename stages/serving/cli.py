@@ -112,3 +112,6 @@ def latency_command(
     )
     console.print(latency_table(report))
     write_json(json, report)
+    if "server_failed" in report:
+        errors.print(f"the rows of the server are missing: {report['server_failed']}", style="red", markup=False)
+        raise typer.Exit(1)

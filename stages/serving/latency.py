@@ -29,6 +29,7 @@ from ...drifting.config import LossConfig
 from ...drifting.dit import dit_config
 from ...drifting.heads import generate, sample_steps
 from ...drifting.policy_net import PolicyNet, PolicyNetConfig
+from ...errors import UserError
 from ..policy.compile import compile_blocks
 from ..policy.observation import Observation
 from ..policy.policy import Policy
@@ -40,6 +41,7 @@ INSTRUCTION = "pick up the red cube and put it into the bowl"
 WORDS = 16  # Lt without a tokenizer
 TOKENS = 196  # K without a VLM: Qwen3-VL's of a 448 × 448 image
 PERCENTILES = (50, 90, 99)
+PATIENCE = 3600.0  # seconds for an answer: a full-size VLM on a CPU takes minutes
 WHOLE, SERVED, NEW_TEXT = "total, Policy.act_batch", "through the server", "a new instruction's text"
 NAMES = {  # marks → rows, in the order of the table; images of an encoder without `preprocessing` are one row
     "preprocessing": "images: preprocessing",
@@ -78,7 +80,12 @@ def measure(config: LatencyConfig, show: Progress = lambda name, done, total: No
         "picture": list(config.camera),
     }
     rows = [row for n in config.batches for row in _time_policy(policy, config, n, show)]
-    return about | {"rows": rows + (_time_server(policy, config, show) if config.server else [])}
+    if config.server:
+        try:
+            rows += _time_server(policy, config, show)
+        except (UserError, OSError) as error:  # what was measured is shown all the same
+            about["server_failed"] = str(error)
+    return about | {"rows": rows}
 
 
 def latency_table(report: dict[str, Any]) -> Table:
@@ -235,13 +242,19 @@ def _time_server(policy: Policy, config: LatencyConfig, show: Progress) -> list[
 
     server = PolicyServer(
         policy,
-        ServeConfig(port=0, max_batch=max(config.batches), max_clients=max(config.batches), max_message_mib=1024.0),
+        ServeConfig(
+            port=0,
+            max_batch=max(config.batches),
+            max_clients=max(config.batches),
+            max_message_mib=1024.0,
+            answer_timeout=PATIENCE,
+        ),
     )
     server.warm_up()
 
     def client(seen: Observation, name: str, shown: Progress) -> list[float]:
         seconds = []
-        with PolicyClient(port=port) as connection:
+        with PolicyClient(port=port, timeout=PATIENCE) as connection:
             for counts in _repeated(config, name, shown):
                 began = time.perf_counter()
                 connection.infer({"images": seen.images, "state": seen.state, "prompt": seen.instruction})

@@ -14,7 +14,7 @@ from .config import EvalConfig, RecordConfig
 from .tables import success_table
 
 EVAL = """environments out compare episodes baselines blind replan sample_steps max_steps image_size seed workers videos
-    vlm_path"""
+    device vlm_path"""
 RECORD = """env out episodes image_size noise observation_noise pixel_noise extra_steps max_steps seed workers"""
 
 

@@ -11,6 +11,7 @@ from annotated_types import Interval
 from ...common.config import (
     ANY_COUNT,
     COUNT,
+    DEVICE,
     SAMPLE_STEPS,
     SEED,
     STEPS,
@@ -55,6 +56,7 @@ class EvalConfig:
     videos: Annotated[int, Option("--videos", help="Episodes recorded as videos per task."), ANY_COUNT] = 10
     vlm_path: Annotated[str | None, VLM_PATH] = None
     sample_steps: Annotated[int | None, SAMPLE_STEPS, STEPS] = None
+    device: Annotated[str, DEVICE] = "auto"  # of the policies
 
     def __post_init__(self) -> None:
         from .envs import check_environment

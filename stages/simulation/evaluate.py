@@ -167,6 +167,7 @@ def make_policy(config: EvalConfig, environment: str, policy: str, blind: bool) 
     return Policy.from_pretrained(
         policy,
         environment=environment,
+        device=config.device,
         blind=blind,
         seed=config.seed,
         vlm_path=config.vlm_path,

@@ -24,11 +24,12 @@ class SavedTensors:
         self.nbytes, self._seen = 0, {storage(p) for p in parameters}
 
     def count(self, x: torch.Tensor) -> torch.Tensor:
-        """A hook for `saved_tensors_hooks`; returns the tensor unchanged."""
+        """A hook for `saved_tensors_hooks`; returns the tensor's values, outside the graph: a saved output that leads
+        back to the function that saved it would keep the whole graph alive."""
         if storage(x) not in self._seen:
             self._seen.add(storage(x))
             self.nbytes += x.untyped_storage().nbytes()
-        return x
+        return x.detach()
 
 
 def storage(x: torch.Tensor) -> int:
@@ -69,7 +70,8 @@ def live_memory(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarra
 def _activations(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarray, rows: np.ndarray) -> int:
     """Bytes that the forward pass of these samples keeps."""
     kept = SavedTensors([*session.net.parameters(), *encoder.parameters()])
-    given = gather(session.cache, ids, rows, session.net.config.dit.horizon, features=not session.live)
+    horizon, history = session.net.config.dit.horizon, session.config.past
+    given = gather(session.cache, ids, rows, horizon, features=not session.live, history=history)
     with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda x: x):
         batch = session.features(given.to(session.world.device))
         result = batch_loss(session.net, batch, unqueued(session.config), noise_generator(session.config.seed, 0, 2))

@@ -23,7 +23,7 @@ from dvla.stages.policy.stopwatch import PARTS, Stopwatch
 from dvla.stages.serving import latency
 from dvla.stages.serving.config import LatencyConfig
 from dvla.stages.serving.latency import NAMES, NEW_TEXT, SERVED, WHOLE, measure
-from support.cli_runner import Dvla, refused
+from support.cli_runner import Dvla, argv, refused
 from support.run_samples import TINY, make_run, observations
 
 QUICK: dict[str, Any] = {"warm_up": 1, "repeats": 2, "camera": (48, 64), "device": "cpu"}
@@ -227,3 +227,17 @@ def test_wrong_options_are_refused(run: Path, dvla: Dvla) -> None:
     refused(dvla("bench", "latency", "--image-size", "640"), "--image-size 640")
     refused(dvla("bench", "latency", "--model-size", "tinny", "--device", "cpu"), "did you mean 'tiny'")
     refused(dvla("bench", "latency", run.parent / "none"), "none")
+
+
+def test_rows_are_shown_although_the_server_fails(
+    dvla: Dvla, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise UserError("the port is taken")
+
+    monkeypatch.setattr(latency, "_time_server", failing)
+    result = dvla(
+        "bench", "latency", run, *argv("--repeats 1 --warm-up 0 --image-size 32x32 --json"), tmp_path / "out.json"
+    )
+    assert result.code == 1 and "DiT" in result.out and "the port is taken" in result.err
+    assert json.loads((tmp_path / "out.json").read_text())["rows"]
