@@ -56,7 +56,7 @@ def refused(result: Result, *words: str) -> None:
     assert result.code == 2, result
     lines = result.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err
-    assert not [line for line in result.out.splitlines() if not line.startswith("loading ")]
+    assert not [line for line in result.out.splitlines() if not line.startswith(("loading ", "loaded "))]
     assert "Traceback" not in result.err
     for word in words:
         assert word in lines[0], lines[0]
