@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ....common.console import console, say, table
-from ....common.text import duration, size
+from ....common.text import duration, size, wrapped
 from .forecast import Forecast
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def show_forecast(f: Forecast) -> None:
         style=None if f.fits else "red",
     )
     if f.features:
-        say(f"  {f.features}: {f.tokens[0]} tokens of {f.tokens[1]} a view")
+        say(wrapped(f"{f.features}: {f.tokens[0]} tokens of {f.tokens[1]} a view"))
     if f.prompt:
         say(f"  room for {f.prompt[1]} tokens after the image's; the longest prompt here has {f.prompt[0]}")
     if f.reads != "image":

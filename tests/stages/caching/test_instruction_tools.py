@@ -67,7 +67,7 @@ def test_plan_says_what_is_encoded(dvla: Dvla, recorded: dict[str, Path], vlm: P
     assert (queries.tokens, queries.prompt, queries.reads) == ((3, 64), None, "instruction")
     both = argv(f"{recorded['image']} --vlm-path {vlm} --depth language --resolution 64 --device cpu --pilot 6 --out")
     shown = dvla("cache", "plan", *both, tmp_path / "c", *argv(f"--layers 2,4 --prompt-tokens {ROOM}"))
-    assert shown.code == 0 and "language layers 2, 4 in the width, image and prompt tokens" in shown.out
+    assert shown.code == 0 and "language layers 2, 4 side by side, image and prompt tokens" in shown.out
     assert f"room for {ROOM} tokens after the image's; the longest prompt here has {longest(vlm)}" in shown.out
     assert "another instruction means encoding an episode again" in shown.out
     plain = dvla("cache", "plan", *argv(f"{recorded['image']} --vlm-path {vlm} --resolution 64 --pilot 6 --out"), "c")
@@ -94,7 +94,7 @@ def test_status_inspect_and_card_name_the_settings(dvla: Dvla, cache: Path, tmp_
         text = " ".join((page.read_text() if page.exists() else result.out).split())
         assert result.code == 0 and (page.exists() or all(word in text for word in words)), text
     assert "layers_as" in page.read_text() and "language" in page.read_text()
-    assert "language layers 2, 3 in the tokens, image and prompt tokens, 88 of width 64" in cache_card(
+    assert "language layers 2, 3 as tokens, image and prompt tokens, 88 of width 64" in cache_card(
         Cache.open(cache), "me/cache"
     )
 
@@ -171,7 +171,7 @@ def test_words() -> None:
     language = {"features": "merged", "depth": "language", "layers": [16], "keep": "all", "layers_as": "width"}
     assert features_in_words({"features": "patch"}) == "patch tokens"
     assert features_in_words({"features": "merged", "layers": "deepstack", "layers_as": "width"}) == (
-        "merged tokens and DeepStack's as width"
+        "merged tokens and DeepStack's side by side"
     )
     assert features_in_words(language) == "language layer 16, image and prompt tokens"
     assert features_in_words(language | {"queries": 64}) == "language layer 16, 64 query tokens"
