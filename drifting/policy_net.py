@@ -1,7 +1,7 @@
 """PolicyNet: the trained part of the policy: projects cached or live VLM features to the DiT's width, generates.
 
-Letters: B observations, L vision tokens, Lt text tokens, S = L+Lt, D feature width of the VLM, Dt width of its text
-features, W width of the DiT, G noise samples, T action steps."""
+Letters: B observations, L vision tokens of all frames, Lt text tokens, Hp past states, S = L+Lt+Hp, D feature width of
+the VLM, Dt width of its text features, W width of the DiT, G noise samples, T action steps."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ class PolicyNetConfig:
     dit: DiTConfig = field(default_factory=DiTConfig)  # the generator
     max_views: int = 8  # distinct cameras (view_id < max_views)
     max_frames: int = 8  # distinct frame offsets (frame_id < max_frames)
+    past_states: int = 0  # Hp, states before the current one, as tokens of the context
     slots: tuple[int, ...] = ()  # of the 128, ascending: all that the generator reads and gives (an ablation); () = all
 
     def __post_init__(self) -> None:
         require_range("network", self, {n: 65536 for n in ("feature_width", "text_width", "max_views", "max_frames")})
+        if not 0 <= self.past_states < self.max_frames:
+            raise UserError(f"network past_states is {self.past_states}; it must be 0 to {self.max_frames - 1}")
         if list(self.slots) != sorted({s for s in self.slots if 0 <= s < UNIFIED_DIM}):
             raise UserError(
                 f"network slots are {list(self.slots)[:9]}; they must be ascending, of 0 to {UNIFIED_DIM - 1}"
@@ -70,6 +73,10 @@ class PolicyNet(nn.Module):
             nn.init.zeros_(linear.get_parameter("bias"))
         for embedding in (self.camera_embed, self.time_embed):
             nn.init.normal_(embedding.weight, std=0.02)
+        if config.past_states:  # last, so that all others begin as they do without
+            self.proj_past = nn.Sequential(nn.Linear(config.dit.proprio_dim, w), nn.LayerNorm(w))
+            self.past_embed = nn.Embedding(config.past_states, w)
+            nn.init.normal_(self.past_embed.weight, std=0.02)
 
     def encode(self, batch: FeatureBatch) -> Context:
         """The context of every observation. Masked tokens are replaced by zero before anything reads them."""
@@ -93,7 +100,18 @@ class PolicyNet(nn.Module):
         seen, words = sequence.split([l, batch.text.shape[1]], dim=1)
         sequence = torch.cat([seen + place, words + order], dim=1)  # [B,S,W]
         proprio = batch.proprio[:, self.slots] if self.config.slots else batch.proprio  # [B,128], or those of the slots
+        if batch.past_proprio is not None and batch.past_mask is not None:
+            sequence = torch.cat([sequence, self._past(batch.past_proprio, batch.past_mask).to(sequence.dtype)], dim=1)
+            mask = torch.cat([mask, batch.past_mask], dim=1)
         return Context(sequence, mask, pooled, batch.embodiment, proprio, batch.control_hz, batch.action_mask)
+
+    def _past(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Tokens [B,Hp,W] of past states [B,Hp,128]; masked ones are replaced by zero before anything reads them."""
+        if states.shape[1] != self.config.past_states:
+            raise ValueError(f"past_proprio: expected {self.config.past_states} states, got {states.shape[1]}")
+        states = states[..., self.slots] if self.config.slots else states
+        projected = self.proj_past(states.masked_fill(~mask[..., None], 0).to(self.text_position.weight.dtype))
+        return projected + self.past_embed.weight
 
     def decode(
         self,

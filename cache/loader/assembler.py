@@ -4,8 +4,8 @@ Ownership of buffers: each batch lives in one storage, and a storage goes back t
 any more. So a batch, or any view of one of its fields, may be kept for any time and is never overwritten; a loop that
 drops each batch runs in a few storages. All fields lie in one flat buffer, so that one copy takes a batch to a device.
 
-Letters: B batch, V views, P tokens per view, L = V·P, D width, Lt text tokens, Dt their width, T horizon, n samples
-of one dataset.
+Letters: B batch, H frames of a sample, V views, P tokens per view, L = H·V·P, D width, Lt text tokens, Dt their width,
+T horizon, Hp past states, n samples of one dataset.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import weakref
 import numpy as np
 import torch
 
-from ...batch import UNIFIED_DIM, FeatureBatch, Layout, layout
+from ...batch import UNIFIED_DIM, FeatureBatch, Layout, layout, places
 from ..actions.chunk_frame import ChunkFrame
+from ..actions.history import NO_HISTORY, History
 from ..actions.normalizer import Normalizer
 from ..store.cache import Cache
 from ..store.codec import dequantize
@@ -50,7 +51,7 @@ class Fields:
 class Storage:
     """One batch's memory.
 
-    `arrays`: the fields by name; `records`, `scales` [B·V]: where each frame's features of each view, and their token
+    `arrays`: the fields by name; `records`, `scales` [B·H·V]: where each frame's features of each view, and their token
     scales, go. `awaited`: whoever copies it to a device keeps it until that is over."""
 
     def __init__(self, fields: Fields, slots: int, pinned: bool, awaited: bool) -> None:
@@ -121,15 +122,24 @@ class Assembler:
     """Fills storages of one geometry from the cache; shared by the loader's threads."""
 
     def __init__(
-        self, cache: Cache, batch_size: int, horizon: int, features: bool, pinned: bool, awaited: bool = False
+        self,
+        cache: Cache,
+        batch_size: int,
+        horizon: int,
+        features: bool,
+        pinned: bool,
+        awaited: bool = False,
+        history: History = NO_HISTORY,
     ) -> None:
-        self.cache, self.horizon, self._memory = cache, horizon, (pinned, awaited)
+        self.cache, self.horizon, self.history, self._memory = cache, horizon, history, (pinned, awaited)
         self.views = max(len(d.views) for d in cache.datasets) if features else 0
-        b, length, width = batch_size, self.views * cache.tokens, cache.width
+        frames = len(history.frames)
+        self._frame_id, self._view_id = (x.numpy() for x in places(frames, self.views, cache.tokens))  # [L]
+        b, length, width = batch_size, len(self._view_id), cache.width
         text = max(max(d.text.shape[1], len(d.null_text)) for d in cache.datasets), cache.text_width
         stored = getattr(torch, cache.format.zarr_dtype) if features else torch.float16
-        self.slots, self.quantized = b * self.views, features and cache.format.quantized
-        self.fields = Fields(layout(b, length, width, text, horizon, stored, self.quantized))
+        self.slots, self.quantized = b * frames * self.views, features and cache.format.quantized
+        self.fields = Fields(layout(b, length, width, text, horizon, stored, self.quantized, len(history.states)))
         self._tables = [
             (_Table(d.action, d.action_normalizer, d.frame, d.proprio), _Table(d.proprio, d.proprio_normalizer))
             for d in cache.datasets
@@ -146,7 +156,7 @@ class Assembler:
             storage = Storage(self.fields, self.slots, *self._memory)
         out = storage.arrays
         out["dataset"][:], out["frame_index"][:] = draws.dataset, draws.row
-        out["view_id"][:], out["frame_id"][:] = np.repeat(np.arange(self.views), self.cache.tokens), 0  # [L]
+        out["view_id"][:], out["frame_id"][:] = self._view_id, self._frame_id
         if self.quantized:
             out["channel_scale"][:] = self.cache.datasets[0].channel_scale
         for d in _values(draws.dataset):
@@ -170,6 +180,11 @@ class Assembler:
         tables[0].write(out["action"], where, np.minimum(step, end[:, None] - 1), inside)
         tables[1].write(out["proprio"], where, row, ~draws.no_proprio)
         out["step_mask"][where] = inside
+        if past := self.history.states:
+            rows, there = source.earlier(row, past, features=False)  # [n, Hp]
+            there &= ~draws.no_proprio[:, None]
+            tables[1].write(out["past_proprio"], where, rows, there)
+            out["past_mask"][where] = there
 
         instruction, text = source.episode_instruction[episode], out["text"]
         length = np.where(draws.no_text, len(source.null_text), source.text_length[instruction])
@@ -183,29 +198,35 @@ class Assembler:
     def _fill_tokens(
         self, storage: Storage, source: CacheDataset, where: np.ndarray, draws: Draws, episode: np.ndarray
     ) -> None:
-        views, p, hidden = self.views, self.cache.tokens, draws.no_images
+        views, p, hidden, frames = self.views, self.cache.tokens, draws.no_images, len(self.history.frames)
+        rows, there = source.earlier(draws.row, self.history.frames)  # [n, H]
         visible = np.where(hidden, source.null_visible, source.visible[source.episode_instruction[episode]])  # [n]
         real = np.arange(p) < visible[:, None]  # [n, P]
         real = real[:, None] & (np.arange(views) < len(source.views))[:, None]  # [n, V, P]
+        real = there[:, :, None, None] & real[:, None]  # [n, H, V, P]
         storage.arrays["token_mask"][where] = real.reshape(len(where), -1)  # [n, L]
         null, null_scale = source.null_records if hidden.any() else (None, None)
         fields: list[tuple[np.ndarray, np.ndarray | None]] = []
-        fields.append((storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null))  # [B, V, P, D]
+        # [B·H, V, P, D]
+        fields.append((storage.arrays["tokens"].reshape(-1, views, p, self.cache.width), null))
         if self.quantized:
-            fields.append((storage.arrays["token_scale"].reshape(-1, views, p), null_scale))  # [B, V, P]
-        for array, nulls in fields:
+            fields.append((storage.arrays["token_scale"].reshape(-1, views, p), null_scale))  # [B·H, V, P]
+        slot = where[:, None] * frames + np.arange(frames)  # [n, H] in B·H
+        for array, nulls in fields:  # padding and what is missing are masked: but no remains of another batch
             if len(source.views) < views:
-                array[where, len(source.views) :] = 0  # padding, masked: but no remains of another batch
+                array[slot, len(source.views) :] = 0
+            if not there.all():
+                array[slot[~there]] = 0
             if nulls is not None:
-                array[where[hidden], : len(source.views)] = nulls
+                array[slot[there & hidden[:, None]], : len(source.views)] = nulls
         for k in _values(draws.variant[~hidden]):
-            mine = ~hidden & (draws.variant == k)
-            rows, slots = draws.row[mine], where[mine] * views
+            mine = there & (~hidden & (draws.variant == k))[:, None]  # [n, H]
+            read, slots = rows[mine], slot[mine] * views
             for v, view in enumerate(source.views):
                 at = (slots + v).tolist()
                 source.read_features(
                     view,
-                    rows,
+                    read,
                     [storage.records[i] for i in at],
                     self.files,
                     scales=[storage.scales[i] for i in at] if self.quantized else (),

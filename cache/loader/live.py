@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...batch import FeatureBatch
+from ...batch import FeatureBatch, places
 from ...errors import UserError
+from ..actions.history import NO_HISTORY, History
 from ..readers import Source
 from ..readers.episode import Episode
 from ..readers.faults import whole_dataset
@@ -19,20 +20,32 @@ from ..vlm.encoder import VisionLanguageEncoder
 from ..vlm.observations import encode_observations
 
 
-def with_tokens(batch: FeatureBatch, tokens: torch.Tensor, cache: Cache, visible: Sequence[int]) -> FeatureBatch:
-    """The batch with tokens [B,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras; of each
-    record the first `visible` [B] tokens are real."""
+def with_tokens(
+    batch: FeatureBatch, tokens: torch.Tensor, cache: Cache, visible: Sequence[int], frames: np.ndarray
+) -> FeatureBatch:
+    """The batch with tokens [B,H,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras or an
+    episode has no such frame (`frames` [B,H] bool); of each record the first `visible` [B] tokens are real."""
     counts = torch.tensor([len(cache.datasets[d].views) for d in batch.dataset.tolist()], device=tokens.device)
-    view = torch.arange(tokens.shape[1], device=counts.device).repeat_interleave(tokens.shape[2])  # [V·K]
-    view_id = view.repeat(len(tokens), 1)  # [B,V·K]
-    place = torch.arange(tokens.shape[2], device=tokens.device).repeat(tokens.shape[1])  # [V·K], in its record
+    frame_id, view_id = places(*tokens.shape[1:4], device=tokens.device)  # [L]
+    place = torch.arange(tokens.shape[3], device=tokens.device).repeat(len(view_id) // tokens.shape[3])  # in its record
+    there = torch.from_numpy(frames).to(tokens.device)[:, frame_id] & (view_id < counts[:, None])  # [B,L]
     return batch.replace(
-        tokens=tokens.flatten(1, 2),
+        tokens=tokens.flatten(1, 3),
         text=batch.text.to(tokens.dtype),
-        view_id=view_id,
-        frame_id=torch.zeros_like(view_id),
-        token_mask=(view_id < counts[:, None]) & (place < torch.tensor(visible, device=tokens.device)[:, None]),
+        view_id=view_id.repeat(len(tokens), 1),
+        frame_id=frame_id.repeat(len(tokens), 1),
+        token_mask=there & (place < torch.tensor(visible, device=tokens.device)[:, None]),
     )
+
+
+def frames_of(cache: Cache, batch: FeatureBatch, history: History) -> tuple[np.ndarray, np.ndarray]:
+    """(rows int64 [B,H], bool [B,H]) of the frames of a batch's samples, as `CacheDataset.earlier` gives them."""
+    shape = len(batch), len(history.frames)
+    rows, there = np.empty(shape, np.int64), np.empty(shape, bool)
+    dataset, row = batch.dataset.cpu().numpy(), batch.frame_index.cpu().numpy()
+    for d in np.unique(dataset).tolist():
+        rows[dataset == d], there[dataset == d] = cache.datasets[d].earlier(row[dataset == d], history.frames)
+    return rows, there
 
 
 class LiveFeatures:
@@ -43,9 +56,14 @@ class LiveFeatures:
     """
 
     def __init__(
-        self, encoder: VisionLanguageEncoder, cache: Cache, sources: Sequence[Source], memory_gib: float = 2.0
+        self,
+        encoder: VisionLanguageEncoder,
+        cache: Cache,
+        sources: Sequence[Source],
+        memory_gib: float = 2.0,
+        history: History = NO_HISTORY,
     ) -> None:
-        self.encoder, self._cache = encoder, cache
+        self.encoder, self._cache, self._history = encoder, cache, history
         self._sources = tuple(sources)
         self._episodes: dict[tuple[int, int], Episode] = {}
         self._decoded: dict[tuple[int, int, int], np.ndarray] = {}
@@ -54,7 +72,7 @@ class LiveFeatures:
     def __call__(
         self, batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
     ) -> FeatureBatch:
-        """`batch` (made without features, tokens [B,0,D]) with live tokens [B,V·K,D].
+        """`batch` (made without features, tokens [B,0,D]) with live tokens [B,H·V·K,D].
 
         `no_images` [B] bool (None: none): the cache's null image features take the place of these images. `variant` [B]
         int64 (None: zeros): the augmented variant of each image, 0 = the image itself. Features that depend on the
@@ -63,8 +81,14 @@ class LiveFeatures:
         cache, encoder, b = self._cache, self.encoder, len(batch)
         hidden = np.zeros(b, bool) if no_images is None else no_images
         variants = np.zeros(b, np.int64) if variant is None else variant
-        rows = list(zip(batch.dataset.tolist(), batch.frame_index.tolist(), hidden.tolist(), variants.tolist()))
-        seen = [(d, row, range(len(cache.datasets[d].views)), k) for d, row, dropped, k in rows if not dropped]
+        rows, there = frames_of(cache, batch, self._history)  # [B,H]
+        drawn = list(zip(batch.dataset.tolist(), rows.tolist(), there.tolist(), hidden.tolist(), variants.tolist()))
+        seen = [
+            (d, row, range(len(cache.datasets[d].views)), k)
+            for d, frames, exist, dropped, k in drawn
+            for row, exists in zip(frames, exist)
+            if exists and not dropped
+        ]
         live = iter(
             encode_observations(
                 encoder,
@@ -74,15 +98,16 @@ class LiveFeatures:
             )
         )
         most = max(len(d.views) for d in cache.datasets)
-        tokens = []
-        for d, _, dropped, _ in rows:
+        tokens, none = [], torch.zeros(most, encoder.tokens, encoder.width, dtype=encoder.dtype, device=encoder.device)
+        for d, _, exist, dropped, _ in drawn:
             null = (
                 torch.from_numpy(cache.datasets[d].null_features).to(encoder.device, encoder.dtype) if dropped else None
             )
-            own = next(live) if null is None else null  # [v,K,D]
-            tokens.append(F.pad(own, (0, 0, 0, 0, 0, most - len(own))))  # [V,K,D], zeros where there is no camera
-        visible = [encoder.visible("" if dropped else self._instruction(d, row)) for d, row, dropped, _ in rows]
-        return with_tokens(batch, torch.stack(tokens), cache, visible)
+            for exists in exist:
+                own = none if not exists else next(live) if null is None else null  # [v,K,D]
+                tokens.append(F.pad(own, (0, 0, 0, 0, 0, most - len(own))))  # [V,K,D], zeros where there is no camera
+        visible = [encoder.visible("" if gone else self._instruction(d, row[0])) for d, row, _, gone, _ in drawn]
+        return with_tokens(batch, torch.stack(tokens).unflatten(0, there.shape), cache, visible, there)
 
     def frame(self, dataset: int, row: int, view: int) -> np.ndarray:
         """uint8 [H, W, 3]: the source image behind one row of the cache."""

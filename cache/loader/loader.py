@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,8 +17,10 @@ import torch
 
 from ...batch import FeatureBatch
 from ...errors import UserError
+from ..actions.history import ALONE, NO_HISTORY, History
 from ..store.cache import Cache
 from ..store.dataset import CacheDataset
+from ..store.samples import require_history
 from ..vlm.augment import draw_variants
 from .assembler import Assembler, decoded
 from .dropout import NO_DROPOUT, ConditionDropout
@@ -40,6 +42,7 @@ def gather(
     *,
     dropped: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     features: bool = True,
+    history: History = NO_HISTORY,
 ) -> FeatureBatch:
     """The batch of chosen frames, made by the loader's own code: `dataset_ids`, `frame_rows` int64 [B].
 
@@ -49,7 +52,7 @@ def gather(
     dataset, row = np.asarray(dataset_ids, np.int64), np.asarray(frame_rows, np.int64)
     none = np.zeros(len(row), bool)
     no_text, no_images, no_proprio = dropped or (none, none, none)
-    assembler = Assembler(cache, len(row), horizon, features, pinned=False)
+    assembler = Assembler(cache, len(row), horizon, features, pinned=False, history=history)
     try:
         flat = assembler(Draws(dataset, row, no_text, no_images, no_proprio, np.zeros(len(row), np.int64)))
         return decoded(assembler.fields.batch(flat))
@@ -109,6 +112,9 @@ class Loader:
             by episode id; "all" takes every one. Quarantined episodes are never sampled.
         mixture_exponent, weights: the share of a dataset is ∝ sampling_weight · size^exponent, or what `weights`
             (dataset → share) says; see order.py.
+        history: offsets in frames of the images of a sample, 0 (the current one) first, as (0, -4, -8). Those before
+            its episode's start, or without features, are zeros and masked.
+        proprio_history: the same of the state; earlier ones are `past_proprio`.
         features: False gives tokens [B, 0, D], for a live encoder.
         augment: half of the observations show one of the cache's augmented variants (`UserError` when it has none;
             without `features` any variant goes).
@@ -142,12 +148,16 @@ class Loader:
         augment: bool = False,
         order: Order = "global",
         device: torch.device | str | None = None,
+        history: Sequence[int] = ALONE,
+        proprio_history: Sequence[int] = ALONE,
     ) -> None:
         if min(batch_size, horizon, threads, prefetch, world_size) < 1 or not 0 <= rank < world_size or start < 0:
             raise UserError(
                 f"batch size {batch_size}, horizon {horizon}, threads {threads}, prefetch {prefetch} must "
                 f"be at least 1, rank {rank} below world size {world_size}, start {start} at least 0"
             )
+        past = History(tuple(history), tuple(proprio_history))
+        require_history(cache, past)
         if augment and features:
             require_variants(cache)
         self._variants = 0 if not augment else cache.variants if features else LIVE_VARIANTS
@@ -166,11 +176,11 @@ class Loader:
         target = torch.device(device or "cpu")
         copied = target.type == "cuda"
         self._assemble = Assembler(
-            cache, batch_size, horizon, features, pinned=copied or torch.cuda.is_available(), awaited=copied
+            cache, batch_size, horizon, features, copied or torch.cuda.is_available(), awaited=copied, history=past
         )
         self._ahead = None
         if order == "block" and features:
-            self._ahead = ReadAhead(cache, self.order, self._assemble.files, self._draws_at, self._mine)
+            self._ahead = ReadAhead(cache, self.order, self._assemble.files, self._draws_at, self._mine, past.frames)
         offsets = itertools.count(start, self._global_batch)
         self._batches = Prefetch(
             self._flat, self._assemble.fields, offsets, threads=threads, ahead=prefetch, device=target

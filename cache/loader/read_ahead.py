@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from ...errors import UserError
+from ..actions.history import ALONE
 from ..store.cache import Cache
 from ..store.shard_reader import ShardFiles
 from .order import BLOCK, Blocks, SampleOrder
@@ -41,7 +42,8 @@ def blocks_of(cache: Cache, quotas: np.ndarray) -> list[Blocks]:
 class ReadAhead:
     """Brings the windows of an order's samples into memory, and shards of a remote cache onto this machine.
 
-    `draws_at(position [n])` says what is read there; `mine(position [n])` bool, which positions this process reads."""
+    `draws_at(position [n])` says what is read there, with the frames at `offsets` from each; `mine(position [n])` bool,
+    which positions this process reads."""
 
     def __init__(
         self,
@@ -50,8 +52,10 @@ class ReadAhead:
         files: ShardFiles,
         draws_at: Callable[[np.ndarray], Draws],
         mine: Callable[[np.ndarray], np.ndarray],
+        offsets: tuple[int, ...] = ALONE,
     ) -> None:
         self._cache, self._order, self._files, self._draws_at, self._mine = cache, order, files, draws_at, mine
+        self._offsets = offsets
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dvla-ahead")
         self._windows: list[OrderedDict[int, list[Future[None]]]] = [OrderedDict() for _ in cache.datasets]
         self._lock = threading.Lock()
@@ -83,12 +87,17 @@ class ReadAhead:
             known[first] = [
                 self._threads.submit(self._advise, d, view, rows, k)
                 for k in np.unique(draws.variant).tolist()
-                for rows in self._by_shard(d, np.unique(draws.row[draws.variant == k]))
+                for rows in self._by_shard(d, self._frames(d, draws.row[draws.variant == k]))
                 for view in self._cache.datasets[d].views
             ]
             while len(known) > KEPT:
                 known.popitem(last=False)
         return known[first]
+
+    def _frames(self, d: int, rows: np.ndarray) -> np.ndarray:
+        """The frames that samples at `rows` read, ascending."""
+        rows, there = self._cache.datasets[d].earlier(rows, self._offsets)
+        return np.unique(rows[there])
 
     def _by_shard(self, d: int, rows: np.ndarray) -> list[np.ndarray]:
         """Frames `rows`, ascending, split where another shard begins."""

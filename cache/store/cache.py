@@ -12,6 +12,7 @@ from typing import Any
 from ...common.files import crc32c
 from ...common.text import public, size
 from ...errors import UserError, unknown
+from ..actions.history import ALONE, History
 from ..actions.schemes import Scheme
 from .dataset import CacheDataset
 from .manifest import json_bytes, manifest_bytes, parse_manifest, read_fingerprint, read_manifest
@@ -106,9 +107,11 @@ class Cache:
         schemes = tuple((d.scheme, d.horizon) for d in self.datasets)
         return _reopen, (type(self), self.opened, crc32c(json_bytes(self.manifest)), schemes)
 
-    def dataset(self, *, horizon: int = 16) -> CacheSamples:
+    def dataset(
+        self, *, horizon: int = 16, history: tuple[int, ...] = ALONE, proprio_history: tuple[int, ...] = ALONE
+    ) -> CacheSamples:
         """Its observations as a map-style dataset for `torch.utils.data.DataLoader`; `dvla.Loader` is much faster."""
-        return CacheSamples(self, horizon)
+        return CacheSamples(self, horizon, History(tuple(history), tuple(proprio_history)))
 
     def named(self, name: str) -> CacheDataset:
         """The dataset of that name; `UserError` with the nearest name otherwise."""

@@ -12,6 +12,7 @@ import torch
 
 from ...errors import UserError, unknown
 from ..actions.chunk_frame import ChunkFrame
+from ..actions.history import ALONE
 from ..actions.normalizer import Normalizer
 from ..actions.schemes import Scheme
 from ..actions.slots import UNIFIED_DIM
@@ -276,6 +277,21 @@ class CacheDataset:
             at = np.minimum(np.searchsorted(self._observed, rows), len(self._observed) - 1)
             return self._observed[at] == rows
         return (rows - self.episode_start[self.episode_of(rows)]) % self.frame_stride == 0
+
+    def earlier(
+        self, rows: np.ndarray, offsets: tuple[int, ...], features: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(frames int64 [n, H] at `offsets` [H] ≤ 0 from the frames `rows` [n], bool [n, H]: which of them the episode
+        has, with features where these are asked for); in the place of others stand those of `rows`."""
+        there = np.ones((len(rows), len(offsets)), bool)
+        if offsets == ALONE:
+            return rows[:, None], there
+        at = rows[:, None] + np.array(offsets)
+        there = at >= self.episode_start[self.episode_of(rows)][:, None]
+        at = np.where(there, at, rows[:, None])
+        if features:
+            there &= self.has_features(at.reshape(-1)).reshape(at.shape) | (np.array(offsets) == 0)
+        return np.where(there, at, rows[:, None]), there
 
     def samples(self, episodes: np.ndarray) -> np.ndarray:
         """int64: the observations to train on, as frames, of the episodes at these positions of the table, in order;

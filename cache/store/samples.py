@@ -1,6 +1,7 @@
 """The observations of a cache as a map-style dataset, for `torch.utils.data.DataLoader`.
 
-Letters: L vision tokens of all views, D their width, Lt text tokens, Dt their width, T action steps, E episodes.
+Letters: H frames of a sample, L vision tokens of all frames and views, D their width, Lt text tokens, Dt their width,
+T action steps, Hp past states, E episodes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ...batch import places
 from ...errors import UserError
+from ..actions.history import NO_HISTORY, History
 from ..actions.slots import UNIFIED_DIM
 
 
@@ -26,11 +29,12 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
     episode.
     """
 
-    def __init__(self, cache: Any, horizon: int = 16) -> None:
+    def __init__(self, cache: Any, horizon: int = 16, history: History = NO_HISTORY) -> None:
         """`cache`: a `Cache`, which builds on this file."""
         if horizon < 1:
             raise UserError(f"horizon {horizon}: give at least 1 action step")
-        self.cache, self.horizon = cache, horizon
+        require_history(cache, history)
+        self.cache, self.horizon, self.history = cache, horizon, history
         usable = [np.flatnonzero(~d.quarantined) for d in cache.datasets]
         self._dataset = np.repeat(np.arange(len(usable)), [len(e) for e in usable])  # [E]
         self._episode = np.concatenate(usable)  # [E], position in its dataset's table
@@ -59,6 +63,7 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
             **self._vision(source, row, int(source.episode_instruction[episode])),
             **self._language(source, int(source.episode_instruction[episode])),
             **self._motion(source, row, int(source.episode_start[episode] + source.episode_length[episode])),
+            **self._past(source, row),
             "embodiment": torch.tensor(source.embodiment_id),
             "control_hz": torch.tensor(source.control_hz, dtype=torch.float32),
             "dataset": torch.tensor(number),
@@ -66,18 +71,21 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
         }
 
     def _vision(self, source: Any, row: int, instruction: int) -> dict[str, torch.Tensor]:
-        """Features of all views, 8-bit ones decoded; views that this dataset lacks are zeros, masked."""
+        """Features of all frames and views, 8-bit ones decoded; frames that the episode and views that this dataset
+        lacks are zeros, masked."""
+        (rows,), (there,) = source.earlier(np.array([row]), self.history.frames)  # [H] each
         p = source.tokens
-        tokens = np.zeros((self._views * p, source.width), np.float16)  # [L, D]
+        frame_id, view_id = places(len(rows), self._views, p)  # [L]
+        tokens = np.zeros((len(rows), self._views, p, source.width), np.float16)  # [H, V, P, D]
         for v, view in enumerate(source.views):
-            tokens[v * p : (v + 1) * p] = source.feature(view, row)
-        view_id = torch.arange(self._views).repeat_interleave(p)  # [L]
+            tokens[there, v] = source.features(view, rows[there])
         return {
-            "tokens": torch.from_numpy(tokens),
-            "token_mask": (view_id < len(source.views))
+            "tokens": torch.from_numpy(tokens.reshape(len(view_id), -1)),
+            "token_mask": torch.from_numpy(there)[frame_id]
+            & (view_id < len(source.views))
             & (torch.arange(len(view_id)) % p < int(source.visible[instruction])),
             "view_id": view_id,
-            "frame_id": torch.zeros_like(view_id),
+            "frame_id": frame_id,
         }
 
     def _language(self, source: Any, instruction: int) -> dict[str, torch.Tensor]:
@@ -102,3 +110,21 @@ class CacheSamples(Dataset[dict[str, torch.Tensor]]):
             "action_mask": torch.from_numpy(source.action_mask.copy()),
             "step_mask": torch.arange(self.horizon) < stop - row,
         }
+
+    def _past(self, source: Any, row: int) -> dict[str, torch.Tensor]:
+        """Normalized earlier states, where the history has some."""
+        if not self.history.states:
+            return {}
+        (rows,), (there,) = source.earlier(np.array([row]), self.history.states, features=False)  # [Hp] each
+        states = source.proprio_normalizer.normalize(source.proprio[rows]) * there[:, None]
+        return {"past_proprio": torch.from_numpy(states), "past_mask": torch.from_numpy(there)}
+
+
+def require_history(cache: Any, history: History) -> None:
+    """`UserError` for frames that a cache cannot hold: it has every so many of an episode."""
+    stride = max(d.frame_stride for d in cache.datasets)
+    if wrong := [offset for offset in history.frames if offset % stride]:
+        raise UserError(
+            f"history reaches {-wrong[0]} frames back, and cache {cache.path} holds every {stride}th frame "
+            f"(--frame-stride); give multiples of {stride}"
+        )

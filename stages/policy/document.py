@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ...cache.actions.action_map import MapForm
+from ...cache.actions.history import MOST, history_of
 from ...cache.actions.normalizer import HIGH, LOW
 from ...cache.actions.schemes import Scheme
 from ...cache.actions.statistics import StatisticsForm
@@ -17,7 +18,8 @@ from ...drifting.config import DENOISING, LossConfig
 from ...drifting.policy_net import PolicyNetConfig
 from ...errors import UserError
 
-FORMATS = (1, 2)  # 2: says how its datasets are normalized, which releases that read 1 alone would not see
+# 2: says how its datasets are normalized, which releases that read 1 alone would not see; 3: sees earlier frames
+FORMATS = (1, 2, 3)
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -77,12 +79,14 @@ class ConditionsForm(Form):
 class PolicyForm(Form):
     """policy.json; earlier releases had no `loss`."""
 
-    format: Literal[1, 2]
+    format: Literal[1, 2, 3]
     net: dict[str, Any]
     encoder: EncoderForm
     datasets: Annotated[list[DatasetForm], Field(min_length=1)]
     loss: dict[str, Any] = {}
     conditions: ConditionsForm
+    history: Annotated[list[int], Field(min_length=1, max_length=MOST)] = [0]
+    proprio_history: Annotated[list[int], Field(min_length=1, max_length=MOST)] = [0]
     selection: dict[str, str] = {}
 
 
@@ -99,9 +103,18 @@ def read_document(folder: Path) -> dict[str, Any]:
     net, datasets = from_document(PolicyNetConfig, document["net"], path, "net"), document["datasets"]
     loss = from_document(LossConfig, document.get("loss", {}), path, "loss")
     said = any("normalize" in d or "action_frame" in d for d in datasets)
+    try:
+        history = history_of(document)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     names = [d["name"] for d in datasets]
     wrong = [
-        (said != (document["format"] == 2), "its format does not fit how its datasets are normalized"),
+        (
+            document["format"] != (3 if history else 2 if said else 1),
+            "its format does not fit its history, or how its datasets are normalized",
+        ),
+        (len(history.states) != net.past_states, "net.past_states is not the number of past states"),
+        (len(history.frames) > net.max_frames, "net.max_frames is below the number of frames"),
         (net.dit.denoising != (loss.kind in DENOISING), f"loss.kind is {loss.kind}, net.dit.denoising another head's"),
         (len(set(names)) < len(names), "two of its datasets have the same name"),
     ]

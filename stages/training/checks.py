@@ -17,6 +17,7 @@ from ...cache.loader.select import select
 from ...cache.store.cache import Cache
 from ...cache.store.manifest import find_manifest
 from ...cache.store.mirror import is_remote
+from ...cache.store.samples import require_history
 from ...cache.store.webdataset.cache import WebDatasetCache
 from ...cache.store.webdataset.tars import INDEX
 from ...common.documents import Form, Positive, read_json
@@ -139,6 +140,13 @@ def require_trainable(config: TrainConfig, cache: Cache, live: bool = False) -> 
             f"the horizon is {dit.horizon} steps and the longest episode of {cache.path} has {longest} frames; give a "
             "shorter one, e.g. --set dit.horizon=8"
         )
+    require_history(cache, config.past)
+    for name, offsets in (("history", config.history), ("proprio_history", config.proprio_history)):
+        if -min(offsets) >= longest:
+            raise UserError(
+                f"{name} reaches {-min(offsets)} frames back and the longest episode of {cache.path} has {longest}; "
+                f"give offsets down to {1 - longest}"
+            )
     views, embodiments = max(len(d.views) for d in cache.datasets), 1 + max(d.embodiment_id for d in cache.datasets)
     if views > PolicyNetConfig.max_views:
         raise UserError(

@@ -40,7 +40,7 @@ LOOP = """seed threads precision compile {} log_every eval_every eval_batches sa
 TRAIN = f"""cache out init local dry_run recipe model_size loss_type steps batch_size accumulate draws optimizer.lr
     optimizer.schedule mask
     image_aug blind select.include select.exclude select.success_only select.drop_idle weight temperature normalize
-    action_frame order {LOOP.format("flash strategy")}"""
+    action_frame history proprio_history order {LOOP.format("flash strategy")}"""
 FINETUNE = f"""out source vlm_mode lora adapter optimizer.vlm_lr_scale from_cache local vlm_path recipe steps batch_size
     accumulate optimizer.lr optimizer.schedule mask {LOOP.format("flash")}"""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from ...cache.actions.history import ALONE, OFFSET, History, parse_offsets
 from ...cache.actions.schemes import Frame, Scheme
 from ...cache.actions.selection import Selection
 from ...cache.loader.dropout import ConditionDropout
@@ -161,6 +162,16 @@ class TrainConfig:
             help="Frame of actions: absolute, or chunk (joints and poses relative to the state at a chunk's start).",
         ),
     ] = "absolute"
+    history: Annotated[
+        tuple[int, ...],
+        Option("--history", help="Frames that the policy sees, as offsets from the current one: 0,-4,-8.", type=str),
+        OFFSET,
+    ] = ALONE
+    proprio_history: Annotated[
+        tuple[int, ...],
+        Option("--proprio-history", help="The same of the robot's state: 0,-1,-2.", type=str),
+        OFFSET,
+    ] = ALONE
     order: Annotated[
         Literal["global", "block", "sequential"],
         Option("--order", help="Order of samples: global shuffle, block shuffle (slow disks) or sequential."),
@@ -215,6 +226,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_ranges(self)
+        _ = self.past  # its offsets are checked
         if not self.loss.temperatures:
             raise UserError("loss.temperatures is empty; give at least one kernel width of the drift")
         for name in self.trackers:
@@ -237,6 +249,11 @@ class TrainConfig:
                 "strategy zero2 cannot unfreeze parameters later, since its shards are laid out once; use ddp or fsdp2"
             )
 
+    @property
+    def past(self) -> History:
+        """The offsets of its frames and states. `UserError` for some that cannot be."""
+        return History(self.history, self.proprio_history)
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -258,7 +275,7 @@ class FinetuneConfig:
 
 LATER = (  # settings that runs of earlier releases do not have
     *("select", "normalize", "action_frame", "schedule", "decay", "order", "temperature", "weights", "unfreeze"),
-    *("strategy", "sample_steps", "trackers"),
+    *("strategy", "sample_steps", "trackers", "history", "proprio_history"),
 )
 
 
@@ -308,7 +325,14 @@ def train_config(recipe: str | None, overrides: dict[str, Any]) -> TrainConfig:
     for key in overrides:
         if key not in known and (found := [f"{group}.{key}" for group, names in groups.items() if key in names]):
             raise UserError(f"unknown setting '{key}'; did you mean '{found[0]}'?")
-    values = apply(load_recipe(recipe) if recipe else {}, overrides)
+    values = with_offsets(apply(load_recipe(recipe) if recipe else {}, overrides))
     if isinstance(values.get("normalize"), str):  # one for all, as a dataset config says it
         values["normalize"] = {ALL: values["normalize"]}
     return from_mapping(TrainConfig, values, "training settings")
+
+
+def with_offsets(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the offsets of a history as lists, which a command line gives as text."""
+    return values | {
+        name: parse_offsets(values[name], name) for name in ("history", "proprio_history") if name in values
+    }

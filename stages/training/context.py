@@ -131,4 +131,6 @@ def open_loader(session: Session, split: Split, start: int = 0, alone: bool = Fa
         augment=config.image_aug and training,
         order=config.order if training else "global",
         device=session.world.device,
+        history=config.history,
+        proprio_history=config.proprio_history,
     )

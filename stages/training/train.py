@@ -63,7 +63,10 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
         used = np.any([mask for d in cache.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)  # [128]
         slots = tuple(np.flatnonzero(used).tolist())
         dit = dataclasses.replace(dit, action_dim=len(slots), proprio_dim=len(slots))
-    return PolicyNet(PolicyNetConfig(feature_width=cache.width, text_width=text_width, dit=dit, slots=slots))
+    past = len(config.past.states)
+    return PolicyNet(
+        PolicyNetConfig(feature_width=cache.width, text_width=text_width, dit=dit, slots=slots, past_states=past)
+    )
 
 
 def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[str, Any]:
@@ -72,9 +75,13 @@ def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[s
     chosen = {d.name: (str(choice_of(cache, d.name)), d.attributes.get("selection", "")) for d in cache.datasets}
     selection = {name: "; then ".join(filter(None, words)) for name, words in chosen.items() if any(words)}
     datasets = [describe_dataset(d) for d in cache.datasets]
+    shape, history = dataclasses.asdict(net.config), config.past.to_document()
+    if not net.config.past_states:  # as earlier releases, which know no such field, read it
+        del shape["past_states"]
+    said = any("normalize" in d or "action_frame" in d for d in datasets)
     return {
-        "format": 2 if any("normalize" in d or "action_frame" in d for d in datasets) else 1,
-        "net": dataclasses.asdict(net.config),
+        "format": 3 if history else 2 if said else 1,
+        "net": shape,
         "encoder": encoder,
         "datasets": datasets,
         "loss": {"kind": config.loss.kind, "sample_steps": config.loss.sample_steps},  # how the head samples
@@ -83,5 +90,6 @@ def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[s
             "masking": dataclasses.asdict(config.masking),
             "alpha_max": config.alpha_max,
         },
+        **history,
         **({"selection": selection} if selection else {}),  # options by which demonstrations were chosen, by dataset
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...cache.actions.history import history_of
 from ...cache.actions.schemes import EARLIER
 from ...cache.store.cache import Cache
 from ...cache.vlm.adapter import adapter_document
@@ -15,14 +16,14 @@ from ...common import fingerprint as fp
 from ...drifting.policy_net import PolicyNet
 from ...errors import UserError
 from ..policy import checkpoint as ck
-from ..policy.document import read_document
+from ..policy.document import net_config, read_document
 from ..policy.robot import describe_dataset
 from .config import ALL, TrainConfig, read_settings
 
 
 def settings_of_start(checkpoint: str | Path) -> dict[str, Any]:
-    """What training from a checkpoint keeps, so that it need not be repeated: what its actions mean and, of a run's,
-    the network's settings."""
+    """What training from a checkpoint keeps, so that it need not be repeated: what its actions mean, what it sees and,
+    of a run's, the network's settings."""
     folder = ck.resolve(checkpoint, lambda _: None)
     settings, kept = folder.parent.parent / "config.json", meaning_of(read_document(folder))
     if settings.is_file():
@@ -31,11 +32,14 @@ def settings_of_start(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def meaning_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The normalization and frame of a policy.json's actions, as settings of a run."""
+    """The normalization and frame of a policy.json's actions, and its history, as settings of a run."""
     found = {d["name"]: d.get("normalize", EARLIER) for d in document["datasets"]}
     schemes = set(found.values())
     relative = any(d.get("action_frame") == "chunk" for d in document["datasets"])
+    past = history_of(document)
     return {
+        "history": list(past.frames),
+        "proprio_history": list(past.proprio),
         "normalize": {ALL: schemes.pop()} if len(schemes) == 1 else found,
         "action_frame": "chunk" if relative else "absolute",
     }
@@ -61,11 +65,12 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
             f"blind is {str(config.blind).lower()}, but {folder} was trained with blind "
             f"{str(document['conditions']['blind']).lower()}; use the same, or train without --init"
         )
-    lines = fp.diff(dataclasses.asdict(net.config), document["net"], was="you requested", now="the policy has")
+    own = dataclasses.asdict(net_config(document))
+    lines = fp.diff(dataclasses.asdict(net.config), own, was="you requested", now="the policy has")
     if lines:
         raise UserError(
-            f"leave out --model-size and dit, which are the policy's: the network of {folder} differs: "
-            f"{'; '.join(lines[:6])}"
+            "leave out --model-size, dit and --proprio-history, which are the policy's: the network of "
+            f"{folder} differs: {'; '.join(lines[:6])}"
         )
     stored = {d["name"]: d for d in document["datasets"]}
     for dataset in cache.datasets:
@@ -80,5 +85,7 @@ def start_from(config: TrainConfig, cache: Cache, net: PolicyNet, say: Callable[
                 f"train without --init: {different[0]} of dataset {dataset.name} in cache {cache.path} is not what "
                 f"{folder} was trained with, so its actions would mean something else"
             )
+    if (before := history_of(document).frames) != config.history:
+        say(f"frames at offsets {list(config.history)} take the place of those the policy saw, {list(before)}")
     net.load_state_dict(ck.policy_tensors(folder, net.state_dict()))
     say(f"starting from the averaged weights of {folder}")

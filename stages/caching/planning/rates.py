@@ -5,6 +5,7 @@ Letters: n records, K tokens, D width, B observations, V views.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -104,8 +105,11 @@ def _measure(work: Path, plan: BuildPlan, codes: np.ndarray, scales: np.ndarray 
 
 
 def model_rate(size: str, draws: int, views: int, plan: BuildPlan, device: torch.device) -> float:
-    """Observations/s of training steps (forward, loss, backward, AdamW) of a policy on random features in memory."""
-    config = TrainConfig("", "", model_size=size, batch_size=16 if device.type == "cuda" else 2, draws=draws)
+    """Observations/s of training steps (forward, loss, backward, AdamW) of a policy on random features in memory: on a
+    GPU of its batch size and in bfloat16, as one trains there."""
+    config = TrainConfig("", "", model_size=size, batch_size=2, draws=draws)
+    if device.type == "cuda":
+        config = dataclasses.replace(config, batch_size=256, precision="bf16")
     net = PolicyNet(PolicyNetConfig(feature_width=plan.width, dit=dit_config(size))).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.optimizer.lr)
     batch = random_batch(config.batch_size, views, plan.tokens, plan.width, net.config.dit.horizon).to(device)

@@ -80,8 +80,9 @@ def compare(
             return None
         cached, again = found
     else:
-        cached = gather(cache, ids, rows, horizon).to(device)
-        again = live(gather(cache, ids, rows, horizon, features=False).to(device))
+        history = config.train.past
+        cached = gather(cache, ids, rows, horizon, history=history).to(device)
+        again = live(gather(cache, ids, rows, horizon, features=False, history=history).to(device))
 
     plain = unqueued(config.train)
 

@@ -30,7 +30,7 @@ from ...policy import checkpoint as ck
 from ...policy.document import read_document
 from ...policy.load import load_net, load_policy_encoder
 from ..checks import open_cache, require_trainable
-from ..config import FinetuneConfig, TrainConfig, read_settings
+from ..config import FinetuneConfig, TrainConfig, read_settings, with_offsets
 from ..context import Features, Session, TrainReport
 from ..loop import run
 from ..parallel.world import World, join
@@ -62,8 +62,8 @@ def finetune_config(
             "or rerun the command that began it to resume it"
         )
     values |= meaning_of(read_document(folder))
-    settings = apply({**values, "unfreeze": {}, "init": None}, overrides)  # whose steps were stage two's
-    for name in ("model_size", "dit", "normalize", "action_frame"):
+    settings = with_offsets(apply({**values, "unfreeze": {}, "init": None}, overrides))  # whose steps were stage two's
+    for name in ("model_size", "dit", "normalize", "action_frame", "history", "proprio_history"):
         if settings[name] != values[name]:
             raise UserError(
                 f"{name} is {settings[name]}, but fine-tuning keeps the policy of {run_folder}, whose {name} is "
@@ -175,7 +175,7 @@ def _features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncod
     require_encoder(encoder, cache.fingerprint["encoder"], f"cache {cache.path}")
     sources = sources_of(cache, config.sources)
     require_sources(cache, sources)
-    return LiveFeatures(encoder, cache, sources, config.memory_gib)
+    return LiveFeatures(encoder, cache, sources, config.memory_gib, config.train.past)
 
 
 def _mixed(features: Features, config: TrainConfig, world: World) -> Features:

@@ -70,7 +70,8 @@ def live_memory(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarra
 def _activations(session: Session, encoder: VisionLanguageEncoder, ids: np.ndarray, rows: np.ndarray) -> int:
     """Bytes that the forward pass of these samples keeps."""
     kept = SavedTensors([*session.net.parameters(), *encoder.parameters()])
-    given = gather(session.cache, ids, rows, session.net.config.dit.horizon, features=not session.live)
+    horizon, history = session.net.config.dit.horizon, session.config.past
+    given = gather(session.cache, ids, rows, horizon, features=not session.live, history=history)
     with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda x: x):
         batch = session.features(given.to(session.world.device))
         result = batch_loss(session.net, batch, unqueued(session.config), noise_generator(session.config.seed, 0, 2))

@@ -4,8 +4,8 @@ What enters them does not depend on what is learned in them, so features and gra
 tower, up to the float16 of the cache. No image is read; condition dropout and augmented variants are the loader's, as
 in stage two.
 
-Letters: B samples, V views, S patches of one image, C vision width, K tokens of one image, D feature width, P images of
-one call.
+Letters: B samples, H frames of a sample, V views, S patches of one image, C vision width, K tokens of one image,
+D feature width, P images of one call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ....batch import FeatureBatch
+from ....cache.actions.history import NO_HISTORY, History
 from ....cache.loader.live import LiveFeatures, with_tokens
 from ....cache.loader.loader import gather, require_variants
 from ....cache.loader.provenance import sources_of
@@ -38,9 +39,9 @@ class SplitFeatures:
     """
 
     @torch.no_grad()
-    def __init__(self, encoder: VisionLanguageEncoder, cache: Cache) -> None:
+    def __init__(self, encoder: VisionLanguageEncoder, cache: Cache, history: History = NO_HISTORY) -> None:
         assert cache.boundary is not None
-        self.encoder, self._cache, self._n = encoder, cache, cache.boundary
+        self.encoder, self._cache, self._n, self.history = encoder, cache, cache.boundary, history
         self._null = [
             encoder.encode_upper(
                 torch.from_numpy(d.null_features).to(encoder.device),
@@ -55,25 +56,25 @@ class SplitFeatures:
     def __call__(
         self, batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
     ) -> FeatureBatch:
-        """`batch` of hidden states, tokens [B,V·S,C], with live tokens [B,V·K,D].
+        """`batch` of hidden states, tokens [B,H·V·S,C], with live tokens [B,H·V·K,D].
 
         `no_images` [B] bool (None: none): the null features take the place of these images. `variant` is unused: the
         loader has read the variants it drew."""
         encoder, device = self.encoder, batch.tokens.device
         dropped = np.zeros(len(batch), bool) if no_images is None else no_images
-        hidden = batch.tokens.unflatten(1, (-1, self._cache.tokens))  # [B,V,S,C]
-        seen = batch.token_mask.unflatten(1, (-1, self._cache.tokens))[..., 0]  # [B,V] there is such a camera
-        lengths = batch.token_mask.unflatten(1, (-1, self._cache.tokens)).sum(-1)  # [B,V] real tokens of each record
-        seen = seen & ~torch.from_numpy(dropped).to(device)[:, None]
+        parts = -1, max(len(d.views) for d in self._cache.datasets), self._cache.tokens
+        hidden, mask = (x.unflatten(1, parts) for x in (batch.tokens, batch.token_mask))  # [B,H,V,S,C], [B,H,V,S]
+        there, lengths = mask[..., 0], mask.sum(-1)  # [B,H,V]: whether there is such an image, its real tokens
+        seen = there & ~torch.from_numpy(dropped).to(device)[:, None, None]
         shape = (*seen.shape, encoder.tokens, encoder.width)
-        tokens = torch.zeros(shape, dtype=encoder.dtype, device=device)  # [B,V,K,D]
+        tokens = torch.zeros(shape, dtype=encoder.dtype, device=device)  # [B,H,V,K,D]
         for i in np.flatnonzero(dropped).tolist():
             null = self._null[int(batch.dataset[i])]
-            tokens[i, : len(null)] = null
+            tokens[i, there[i, :, 0], : len(null)] = null
         if bool(seen.any()):
             tokens[seen] = encoder.encode_upper(hidden[seen], self._n, lengths[seen])  # [P,K,D]
         visible = [encoder.visible("" if gone else text) for text, gone in zip(self._instructions(batch), dropped)]
-        return with_tokens(batch, tokens, self._cache, visible)
+        return with_tokens(batch, tokens, self._cache, visible, there[..., 0].cpu().numpy())
 
     def _instructions(self, batch: FeatureBatch) -> list[str]:
         """Of each sample's episode."""
@@ -96,7 +97,7 @@ def split_features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguage
     require_encoder(encoder.at_boundary(cache.boundary), cache.fingerprint["encoder"], f"cache {cache.path}")
     if config.train.image_aug:
         require_variants(cache)
-    return SplitFeatures(encoder, cache)
+    return SplitFeatures(encoder, cache, config.train.past)
 
 
 def above_boundary(config: FinetuneConfig, cache: Cache) -> FinetuneConfig:
@@ -128,17 +129,18 @@ def same_samples(
         kept = [d in same and _has(found.datasets[same[d]], row) for d, row in zip(ids.tolist(), rows.tolist())]
         if any(kept):
             ids, rows = ids[kept], rows[kept]
-            cached = gather(found, np.array([same[d] for d in ids.tolist()]), rows, horizon).to(device)
+            other = np.array([same[d] for d in ids.tolist()])
+            cached = gather(found, other, rows, horizon, history=features.history).to(device)
             return cached, _split(cache, features, ids, rows, horizon)
     if not config.sources:
         return None
-    live = LiveFeatures(encoder, cache, sources_of(cache, config.sources), config.memory_gib)
-    cached = live(gather(cache, ids, rows, horizon, features=False).to(device))
+    live = LiveFeatures(encoder, cache, sources_of(cache, config.sources), config.memory_gib, features.history)
+    cached = live(gather(cache, ids, rows, horizon, features=False, history=features.history).to(device))
     return cached, _split(cache, features, ids, rows, horizon)
 
 
 def _split(cache: Cache, features: SplitFeatures, ids: np.ndarray, rows: np.ndarray, horizon: int) -> FeatureBatch:
-    return features(gather(cache, ids, rows, horizon).to(features.encoder.device))
+    return features(gather(cache, ids, rows, horizon, history=features.history).to(features.encoder.device))
 
 
 def _run_cache(config: FinetuneConfig) -> Cache | None:

@@ -136,6 +136,30 @@ def test_verify_sees_other_features_and_damage(cache: Path, tmp_path: Path, monk
     assert check.relative > TOLERANCE["float16"] and "live features of 12 frames differ" in problems[0]
 
 
+def test_verify_allows_bfloat16_its_rounding_and_no_more(
+    recorded: Recorded, vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bfloat16 encoder that sums otherwise, here one in float32, is fine; another normalization of images is not."""
+    config = configure(recorded["image"], vlm, tmp_path / "cache")
+    build(dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, dtype="bfloat16")))
+    load = verify_module.load_encoder
+    monkeypatch.setattr(
+        verify_module, "load_encoder", lambda *args, **kwargs: load(*args, dtype=torch.float32, **kwargs)
+    )
+    problems, check = verify(tmp_path / "cache", live=8, device="cpu")
+    assert problems == [] and check is not None and check.relative > TOLERANCE["float16"]
+
+    def other_statistics(*args: Any, **kwargs: Any) -> Any:
+        encoder = load(*args, **kwargs)
+        encoder.image = dataclasses.replace(encoder.image, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+        return encoder
+
+    monkeypatch.setattr(verify_module, "load_encoder", other_statistics)
+    monkeypatch.setattr(verify_module, "require_encoder", lambda *_: None)
+    problems, _ = verify(tmp_path / "cache", live=8, device="cpu")
+    assert "live features of 8 frames differ" in problems[0] and "bfloat16" in problems[0]
+
+
 def test_verify_refuses_another_vlm_or_source(recorded: Recorded, cache: Path, tmp_path: Path) -> None:
     other = make_tiny_qwen3vl(tmp_path / "other", dataclasses.replace(TINY, seed=1))
     with pytest.raises(UserError, match="belongs to another VLM than .*other: .*weights"):

@@ -461,7 +461,7 @@ def test_what_does_not_go_on(
         with pytest.raises(UserError, match=message):
             train(going_on(from_cache, tmp_path / "run", init), say=quiet)
     with pytest.raises(
-        UserError, match="leave out --model-size and dit, .*: dit.width: you requested 64, the policy has 32"
+        UserError, match="leave out --model-size, dit and .*: dit.width: you requested 64, the policy has 32"
     ):
         train(
             going_on(
@@ -469,7 +469,7 @@ def test_what_does_not_go_on(
             ),
             say=quiet,
         )
-    with pytest.raises(UserError, match="leave out --model-size and dit, .* differs: dit"):
+    with pytest.raises(UserError, match="leave out --model-size, dit and .* differs: dit"):
         train(going_on(loop.cache, tmp_path / "run", loop.three, loss={"kind": "flow"}), say=quiet)
     with pytest.raises(UserError, match="blind is true, but .* was trained with blind false"):
         train(going_on(loop.cache, tmp_path / "run", loop.three, blind=True), say=quiet)

@@ -43,6 +43,7 @@ SETTINGS = {
 }
 THAW = {"unfreeze": {"dit.blocks.1": 2}, "eval_every": 0}
 QUEUES = {"loss": {"queue": "task", "queue_size": 3}, "eval_every": 0, "accumulate": 2}
+PAST = {"history": [0, -3], "proprio_history": [0, -1], "accumulate": 2, "eval_every": 0}
 RUNS: dict[str, dict[str, Any]] = {  # in two processes; the same name in ONE: in one process
     "ddp": {"accumulate": 2},
     "fsdp2": {"accumulate": 2, "strategy": "fsdp2"},
@@ -54,6 +55,7 @@ RUNS: dict[str, dict[str, Any]] = {  # in two processes; the same name in ONE: i
     "still": {"steps": 1, "eval_every": 1, "optimizer": {"lr": 0.0}},
     "flow": {"loss": {"kind": "flow"}, "steps": 2},
     "foreign": {},
+    "history": PAST,
     "moved": {"steps": 6, "stop_after": 2, "eval_every": 0},
 }
 if find_spec("deepspeed"):
@@ -62,6 +64,7 @@ ONE: dict[str, dict[str, Any]] = {
     "ddp": {"batch_size": 8, "accumulate": 2},
     "thaw": {"batch_size": 8, **THAW},
     "queues": {"batch_size": 8, **QUEUES},
+    "history": {"batch_size": 8, **PAST},
     "still": {"steps": 1, "eval_every": 1, "optimizer": {"lr": 0.0}},
 }
 
@@ -112,6 +115,7 @@ def reports(runs: Path, name: str) -> list[dict[str, Any]]:
         ("thaw", "thaw"),
         ("thaw-fsdp2", "thaw"),
         ("queues", "queues"),
+        ("history", "history"),
         ("zero2", "ddp"),
     ],
 )
