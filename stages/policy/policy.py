@@ -259,6 +259,11 @@ class Policy:
         """Native states [n,ds] → normalized [n,128]."""
         return torch.from_numpy(self.robot.proprio(states)).to(self.encoder.device)
 
+    def require_fits(self, instruction: str) -> None:
+        """`UserError` for an instruction longer than what the encoder reads beside the images."""
+        if self.needs_images:
+            self.encoder.require_fits(len(self.robot.views), [instruction])
+
     def _visible(self, instructions: Sequence[str]) -> torch.Tensor | None:
         """int64 [N]: how many of the tokens of a view are real for each instruction; None: all of them."""
         if self.encoder.reads != "instruction":
