@@ -38,8 +38,8 @@ class ObservationReader:
     ) -> None:
         """`views`: those the policy uses (none if it is blind).
 
-        `fields`: "native=theirs"; `UserError` for any other form. `require_fits`: `UserError` for an instruction that the
-        policy's encoder cannot read, which would fail the requests of others in its batch.
+        `fields`: "native=theirs"; `UserError` for any other form. `require_fits`: `UserError` for an instruction that
+        the policy's encoder cannot read, which would fail the requests of others in its batch.
         """
         self._require_fits = require_fits
         self._views, self._state_names = tuple(views), tuple(state_names)
