@@ -55,7 +55,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def in_two_processes(jobs: list[dict[str, Any]]) -> None:
     """Run this script on `jobs` in two processes, started by torchrun; the answers to a job are in OUT.report."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, __file__, json.dumps(jobs)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
