@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import resource
+from pathlib import Path
 
 import torch
 
 from ..errors import UserError
+from .text import size
 
 
 def pick_device(name: str) -> torch.device:
@@ -26,3 +29,16 @@ def pick_device(name: str) -> torch.device:
             raise UserError(f"device '{name}': this machine has {count} CUDA devices, cuda:0 to cuda:{count - 1}")
         torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most, libraries included."""
+    status = Path("/proc/self/status")  # getrusage counts what the parent had before it
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def peak_line() -> str:
+    """The memory that this process has held at most, on its GPU too, for people."""
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return f"peak memory of this process: {size(peak_memory())}" + (f", {size(on_gpu)} on its GPU" if on_gpu else "")

@@ -182,9 +182,11 @@ def read_tensors(
 def assign_tensors(
     module: torch.nn.Module, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: str
 ) -> None:
-    """Replace a module's meta tensors by `tensors`, one for each; `UserError` when they do not fit its config."""
+    """Replace a module's meta tensors by `tensors`, one for each; `UserError` when they do not fit its config.
+
+    Takes them out of `tensors`, so that none is in memory twice."""
     try:
-        state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+        state = {name: tensors.pop(name).to(device=device, dtype=dtype) for name in list(tensors)}
         module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]

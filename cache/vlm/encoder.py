@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...common.text import size
 from ...errors import UserError
 from .checkpoint import tensors_sha256
 from .pooling import average_pool, check_pooling
@@ -97,6 +98,11 @@ class VisionLanguageEncoder(nn.Module):
         raise NotImplementedError
 
     @property
+    def language_layers(self) -> int:
+        """Number of layers of the language model that are read."""
+        return 0
+
+    @property
     def vision_width(self) -> int:
         """C, width of the tokens before the projection."""
         raise NotImplementedError
@@ -121,6 +127,13 @@ class VisionLanguageEncoder(nn.Module):
         """`UserError` when so many views and one of these instructions exceed the model's context."""
 
     # --- what all share -----------------------------------------------------------------------------------------------
+
+    def contents(self) -> str:
+        """What was read of the checkpoint, and its bytes in memory, for people."""
+        layers, text = self.language_layers, self.weights["config"].get("text", {})
+        of = f"{layers} of {text['num_hidden_layers']} language layers, " if layers else ""
+        tensors = (*self.parameters(), self.embedding)
+        return f"{of}{self.blocks} vision blocks: {size(sum(t.nbytes for t in tensors))}"
 
     def set_adapter(self, adapter: PeftModel | None) -> None:
         """Remember peft's wrapper without registering it: its modules are those of `vision`."""

@@ -25,7 +25,8 @@ def load_encoder(
 ) -> VisionLanguageEncoder:
     """Load the vision part, the embedding table and the tokenizer of `spec.path`, frozen and in eval mode.
 
-    `dtype` overrides `spec.dtype`. `say` gets a line before the work begins, which takes minutes for a large model.
+    `dtype` overrides `spec.dtype`. `say` gets a line before the work begins, which takes minutes for a large model,
+    and one of what was read.
     `UserError` when the checkpoint is missing, incomplete, damaged or of another architecture, when the resolution or
     tokens do not fit its patches, or when an adapter was trained on other weights.
     """
@@ -43,6 +44,7 @@ def load_encoder(
     encoder = families[spec.vlm](spec, device, dtype).requires_grad_(False).eval()
     for folder in spec.adapters:
         adapters.merge_adapter(encoder, folder)
+    say(f"loaded {encoder.contents()}")
     return encoder
 
 

@@ -151,6 +151,10 @@ class PaliGemma2Encoder(VisionLanguageEncoder):
         return len(self.vision.siglip.encoder.layers)
 
     @property
+    def language_layers(self) -> int:
+        return 0 if self.language is None else len(self.language.layers)
+
+    @property
     def vision_width(self) -> int:
         return self.vision.multi_modal_projector.linear.in_features
 

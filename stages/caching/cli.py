@@ -87,6 +87,8 @@ def refusal() -> Iterator[None]:
 
 def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
     """What a build made, and the next command."""
+    from ...common.device import peak_line  # and torch with it
+
     timing, out = report.timing, config.out
     rate = "already complete" if report.complete_before else "nothing to encode"
     if timing.images:
@@ -94,6 +96,7 @@ def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
     lines = [
         f"{out}: {report.frames} frames, {size(report.bytes)}, {report.quarantined} episodes in quarantine",
         f"{report.resumed_shards} shards reused; {report.seconds:.1f} s, {rate}",
+        peak_line(),
     ]
     if report.previous:
         copied = f"{report.adopted_shards} shards reused unchanged, {timing.reused} images copied"

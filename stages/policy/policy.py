@@ -195,6 +195,11 @@ class Policy:
         found = encode_observations(self.encoder, images, [o.instruction for o in observations])
         return torch.stack(found).to(torch.float16).to(self.encoder.dtype)
 
+    def require_fits(self, instruction: str) -> None:
+        """`UserError` for an instruction longer than what the encoder reads beside the images."""
+        if self.needs_images:
+            self.encoder.require_fits(len(self.robot.views), [instruction])
+
     def _visible(self, instructions: Sequence[str]) -> torch.Tensor | None:
         """int64 [N]: how many of the tokens of a view are real for each instruction; None: all of them."""
         if self.encoder.reads != "instruction":

@@ -6,7 +6,6 @@ The pilot trains a network of the run's own shape with the run's own step for a 
 from __future__ import annotations
 
 import dataclasses
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import yaml
 
 from ...cache.loader.sample import Sample
 from ...common.console import say
+from ...common.device import peak_memory
 from ...common.progress import Count
 from ...common.text import duration, size, wrapped
 from .checks import open_cache, require_trainable
@@ -92,8 +92,7 @@ def _pilot(session: Session, progress: Count) -> DryRun:
         _wait(world)
         elapsed, waited = time.perf_counter() - began, loader.wait_seconds - waited
     copied = copy_seconds(done.nbytes, world.device) * PILOT_STEPS * config.accumulate
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated(world.device) if cuda else resident
+    peak = torch.cuda.max_memory_allocated(world.device) if cuda else peak_memory()
     return DryRun(
         config,
         str(world.device),

@@ -87,6 +87,10 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
         return len(self.vision.blocks)
 
     @property
+    def language_layers(self) -> int:
+        return 0 if self._prompt is None else len(self.language.layers)
+
+    @property
     def vision_width(self) -> int:
         return self.vision.config.hidden_size
 
@@ -307,7 +311,7 @@ def load(spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Qwen3VL
         identity["text"] = text_identity(whole.text_config)
     weights = {"sha256": checkpoint.tensors_sha256(tensors), "config": identity}
     embedding = tensors.pop(EMBEDDING_NAME)
-    named = {_module_name(name): tensor for name, tensor in tensors.items()}
+    named = {_module_name(name): tensors.pop(name) for name in list(tensors)}
     checkpoint.assign_tensors(vision, named, device, dtype, spec.path)
     for name, _ in list(vision.rotary_pos_emb.named_buffers()):  # the only buffers; they are in no state dict
         setattr(vision.rotary_pos_emb, name, rotary_frequencies(config).to(device))

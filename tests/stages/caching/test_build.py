@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -85,7 +86,8 @@ def cache(recorded: Recorded, vlm: Path, tmp_path_factory: pytest.TempPathFactor
         said.append,
     )
     assert (report.frames, report.timing.images, report.quarantined) == (FRAMES, 2 * FRAMES, 0)
-    assert said == [f"loading Qwen3-VL from {vlm}"] and not report.complete_before
+    assert said[0] == f"loading Qwen3-VL from {vlm}" and re.fullmatch(r"loaded 2 vision blocks: [\d.]+ KiB", said[1])
+    assert len(said) == 2 and not report.complete_before
     cameras = [name for name in shown if name.endswith(": images")]
     assert len(cameras) == 2 and all(name.startswith("h264/") for name in cameras)
     for name in cameras:  # each camera counts its own images, and never backwards
