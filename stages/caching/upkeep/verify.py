@@ -113,6 +113,7 @@ def verify(
     if check.relative > allowed:
         problems.append(
             f"live features of {count} frames differ by {check.relative:.2g} of their RMS; {cache.format.dtype} of a "
-            f"{cache.fingerprint['encoder']['dtype']} encoder allows {allowed:.2g}: the cache comes from other weights, preprocessing or hardware"
+            f"{cache.fingerprint['encoder']['dtype']} encoder allows {allowed:.2g}: the cache comes from other "
+            "weights, preprocessing or hardware"
         )
     return problems, check
