@@ -160,6 +160,12 @@ class VisionLanguageEncoder(nn.Module):
         return self.tokens
 
     @property
+    def language_blocks(self) -> int:
+        """Number of language layers, which follow the vision tower; 0 with depth vision."""
+        language = getattr(self.vision, "language", None)
+        return 0 if language is None else len(language.layers)
+
+    @property
     def of_patches(self) -> bool:
         """Whether the output has one vision-tower token per patch."""
         return self.spec.features == "patch" or self.spec.boundary is not None

@@ -132,9 +132,10 @@ class LoraSpec:
         int | None,
         Option(
             "--lora-last-blocks",
-            help="Adapt the last n vision blocks alone; default: all, or those above the cache's boundary.",
+            help="Adapt the last n blocks, of vision tower and language layers together; default: those above the "
+            "cache's boundary, the language layers with depth language, else the vision tower.",
         ),
-    ] = None
+    ] = None  # None: the vision tower's
     seed: Annotated[int, Ge(0)] = 0  # of the random matrices A
 
     def __post_init__(self) -> None:
@@ -145,10 +146,10 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class LoraLayers:
-    """Where LoRA can go in a family's `vision`, as regular expressions over module names."""
+    """Where LoRA can go in a family's tower or language model, as regular expressions over names in `vision`."""
 
     block: str  # prefix of a block's layers, "{n}" for its number
     query_value: str  # linear layers of its attention that give queries and values
     attention: str  # all linear layers of its attention
     mlp: str  # and of its MLP
-    projection: str  # after the blocks
+    projection: str  # from the tower into the language model's width

@@ -12,7 +12,7 @@ Letters: H, W image size, ds native state width.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,19 @@ LONGEST_PROMPT = 4096  # characters
 class ObservationReader:
     """Turns clients' messages into observations for one policy."""
 
-    def __init__(self, views: Sequence[str], state_names: Sequence[str], fields: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        views: Sequence[str],
+        state_names: Sequence[str],
+        fields: Sequence[str] = (),
+        require_fits: Callable[[str], None] = lambda prompt: None,
+    ) -> None:
         """`views`: those the policy uses (none if it is blind).
 
-        `fields`: "native=theirs"; `UserError` for any other form.
+        `fields`: "native=theirs"; `UserError` for any other form. `require_fits`: `UserError` for an instruction that
+        the policy's encoder cannot read, which would fail the requests of others in its batch.
         """
+        self._require_fits = require_fits
         self._views, self._state_names = tuple(views), tuple(state_names)
         native = [*(f"images/{view}" for view in views), "state", "prompt"]
         self._keys: dict[str, tuple[str, ...]] = {name: (name,) for name in native}
@@ -58,11 +66,21 @@ class ObservationReader:
             raise UserError(f"'{self._keys['prompt'][0]}' has {len(text)} characters; at most {LONGEST_PROMPT}")
         return text
 
-    def observation(self, message: Mapping[Any, Any], start: int = 0, step: int = 0) -> Observation:
-        """The policy's observation. `UserError` naming what is missing or wrong."""
+    def brings_frame(self, message: Mapping[Any, Any]) -> bool:
+        """Whether a message has an image or a state."""
+        known = {key for name, keys in self._keys.items() if name != "prompt" for key in keys}
+        return not known.isdisjoint(flatten(message))
+
+    def observation(
+        self, message: Mapping[Any, Any], start: int = 0, step: int = 0, otherwise: str | None = None
+    ) -> Observation:
+        """The policy's observation; `otherwise` is its instruction where the message has none. `UserError` naming what
+        is missing or wrong."""
         found, prompt = flatten(message), self.prompt(message)
+        prompt = otherwise if prompt is None else prompt
         if prompt is None:
             self._value(found, self._keys["prompt"][0], "text")
+        self._require_fits(str(prompt))
         images = {view: self._image(found, self._keys[f"images/{view}"][0]) for view in self._views}
         return Observation(images, str(prompt), self._state(found), start, step)
 

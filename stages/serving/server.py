@@ -68,7 +68,10 @@ class PolicyServer:
                 f"--execute {config.execute}: a chunk of this policy has {self.horizon} steps; give 1 to {self.horizon}"
             )
         self._reader = ObservationReader(
-            robot.views if policy.needs_images else (), robot.state_map.field_names, config.fields
+            robot.views if policy.needs_images else (),
+            robot.state_map.field_names,
+            config.fields,
+            policy.require_fits,
         )
         self._policy, self.config, self._token = policy, config, token
         self.metrics = Metrics()
@@ -90,6 +93,8 @@ class PolicyServer:
             "horizon": self.horizon,
             "control_hz": robot.control_hz,
             "execute": config.execute,
+            "history": list(policy.history.frames),  # offsets in control steps of the frames that it sees
+            "proprio_history": list(policy.history.proprio),
             "max_message": config.max_message,
         }
 
@@ -107,9 +112,19 @@ class PolicyServer:
             [
                 [Observation(images, text, state)] * size
                 for size in dict.fromkeys((most, min(2, most), 1))
-                for text in ("go", "go on, and do what a longer sentence says")
+                for text in ("go", self._longer("go on, and do what a longer sentence says"))
             ]
         )
+
+    def _longer(self, text: str) -> str:
+        """As much of `text`, which may be one word, as the policy's encoder has room for."""
+        while " " in text:
+            try:
+                self._policy.require_fits(text)
+                break
+            except UserError:
+                text = text.rpartition(" ")[0]
+        return text
 
     def run(self, sock: socket.socket, ready: Callable[[], None] = lambda: None) -> int | None:
         """Serve until `stop` or a signal, whose number is returned; connections are then closed (1001, going away).
@@ -208,7 +223,7 @@ class PolicyServer:
             return
         self.metrics.clients += 1
         session, gone, before = (
-            Session(self._reader, self.config.execute),
+            Session(self._reader, self.config.execute, self._policy.history),
             asyncio.create_task(connection.wait_closed()),
             None,
         )

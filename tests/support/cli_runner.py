@@ -52,7 +52,7 @@ def argv(line: str) -> list[str]:
 
 
 def refused(result: Result, *words: str) -> None:
-    """Exit code 2, one line on standard error with all `words`; on standard output at most what was being loaded."""
+    """Exit code 2, one line on standard error with all `words`; on standard output at most what is loaded."""
     assert result.code == 2, result
     lines = result.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err

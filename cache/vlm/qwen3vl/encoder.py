@@ -63,7 +63,11 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
     language layers, with depth language."""
 
     lora_layers = LoraLayers(
-        r"blocks\.({n})\.", r"attn\.qkv", r"attn\.(qkv|proj)", r"mlp\.linear_fc[12]", r"merger\.linear_fc[12]"
+        r"blocks\.({n})\.",
+        r"attn\.qkv",
+        r"attn\.(qkv|proj)",
+        r"mlp\.linear_fc[12]",
+        r"merger\.linear_fc[12]|deepstack_merger_list\.\d+\.linear_fc[12]",
     )
 
     _prompt: ChatPrompt | None = None

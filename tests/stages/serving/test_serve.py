@@ -270,6 +270,26 @@ def test_bad_messages_are_answered_in_one_line(
     assert server.metrics.counts["malformed"] == before + 2
 
 
+def test_an_instruction_too_long_for_the_encoder_is_its_sender_s_alone(policy: Policy) -> None:
+    """It is refused before it shares a forward pass with others, and none is needed to start."""
+    encoder = copy.copy(policy.encoder)
+
+    def require_fits(views: int, instructions: Sequence[str]) -> None:
+        if max(map(len, instructions)) > 6:
+            raise UserError("the prompt is too long; give --prompt-tokens")
+
+    encoder.require_fits = require_fits
+    narrow = copy.copy(policy)
+    narrow.encoder = encoder
+    seen = observations(1)[0]
+    server = PolicyServer(narrow, ServeConfig(port=0))
+    server.warm_up()
+    with in_background(server) as port, PolicyClient(port=port) as client:
+        with pytest.raises(UserError, match="--prompt-tokens"):
+            client.infer({**message(seen), "prompt": "push the puck"})
+        assert client.infer({**message(seen), "prompt": "push"})["actions"].ndim == 2
+
+
 def test_a_message_that_is_too_large_closes_its_connection_only(policy: Policy) -> None:
     seen = observations(1)[0]
     with serving(policy, max_message_mib=1 / 16) as (_, port), raw(port) as other:
