@@ -232,7 +232,9 @@ def main() -> None:
     if args.vlm_path:
         print(f"{machine(args.device)}, transformers {transformers.__version__}, {args.dtype}, batch {args.batch}")
         head += " transformers: images/s | dvla: images/s | × transformers |"
-        rows = {name: text + measure(args, name, SETTINGS[name]) for name, text in rows.items()}
+        for name, text in rows.items():
+            rows[name] = text + measure(args, name, SETTINGS[name])
+            print(rows[name], flush=True)
     else:
         rows |= {f"PaliGemma 2, {n}": row(f"PaliGemma 2, {n}", paligemma2(s, 16)) for n, s in GEMMA_SETTINGS.items()}
     print("\n" + head + "\n" + "|---" * head.count(" |") + "|")
