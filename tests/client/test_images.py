@@ -27,7 +27,7 @@ def camera(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def on_the_server(image: np.ndarray) -> np.ndarray:
-    square = preprocess.pad_to_square(torch.from_numpy(image)[None]).permute(0, 3, 1, 2)
+    square = preprocess.pad_to_square(torch.from_numpy(image.copy())[None]).permute(0, 3, 1, 2)
     return preprocess.resize(square, SIDE)[0].permute(1, 2, 0).numpy()
 
 
