@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ... import __version__
+from ...cache.vlm.spec import features_in_words
 from ...common.config import from_mapping
 from ...common.hub import HUB_ID
 from ...common.text import markdown
@@ -115,7 +116,7 @@ def _training(document: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     made = document["encoder"]["fingerprint"]
     tuned = "fine-tuned: its changed weights are in this repository" if made.get("adapter") else "frozen"
     lines = [
-        f"- step {state.get('step', '?')}, features: {made.get('features', '?')} tokens, {made.get('tokens', '?')} per "
+        f"- step {state.get('step', '?')}, features: {features_in_words(made)}, {made.get('tokens', '?')} per "
         f"image, resolution {made.get('resolution', '?')}",
         f"- the VLM was {tuned}",
         *(f"- of the demonstrations of {name}: `{chosen}`" for name, chosen in document.get("selection", {}).items()),

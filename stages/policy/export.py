@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ...cache.actions.history import history_of
 from ...cache.vlm.adapter import changed_weights, in_float32
 from ...cache.vlm.load import load_encoder
 from ...cache.vlm.spec import EncoderSpec
@@ -84,7 +85,7 @@ def export_policy(
     try:
         with new_folder(out) as part:
             if graphs_asked:
-                graphs = write_graphs(net, loss, graphs_asked, part)
+                graphs = write_graphs(net, loss, graphs_asked, part, len(history_of(document).frames))
                 write_file(part / "graph.json", json_bytes(graphs))
             ck.write_files(part, tensors, {"policy": document, "state": kept})
             for name, content in lerobot_files(document).items():  # not among the hashes: they may be edited

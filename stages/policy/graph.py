@@ -4,8 +4,9 @@ A graph computes what `PolicyNet` does with a one-step head, and is checked agai
 proprioception and noise in, an action chunk out. The VLM is not in it, nor is normalization: `graph_inputs` makes its
 inputs from a `FeatureBatch`, and policy.json beside it holds field maps, statistics, scheme and frame of the actions.
 
-Letters: B observations, G noise samples, T action steps, n noise entries, L vision tokens of all views, Lt text tokens,
-D feature width, Dt width of text features. B, G, L and Lt are free in a graph, each at least 1.
+Letters: B observations, G noise samples, T action steps, n noise entries, L vision tokens of all frames and views,
+Lt text tokens, Hp past states, D feature width, Dt width of text features. B, G, L and Lt are free in a graph, each at
+least 1.
 """
 
 from __future__ import annotations
@@ -56,13 +57,16 @@ class PolicyGraph(nn.Module):
         embodiment: Tensor,
         control_hz: Tensor,
         alpha: Tensor,
+        frame_id: Tensor | None = None,
+        past_proprio: Tensor | None = None,
+        past_mask: Tensor | None = None,
     ) -> Tensor:
         unread = tokens.new_zeros(0)  # a one-step head reads neither actions nor their masks
         batch = FeatureBatch(
             tokens=tokens,
             token_mask=token_mask,
             view_id=view_id,
-            frame_id=torch.zeros_like(view_id),
+            frame_id=torch.zeros_like(view_id) if frame_id is None else frame_id,
             text=text,
             text_mask=text_mask,
             proprio=proprio,
@@ -73,6 +77,8 @@ class PolicyGraph(nn.Module):
             control_hz=control_hz,
             dataset=unread,
             frame_index=unread,
+            past_proprio=past_proprio,
+            past_mask=past_mask,
         )
         return generate(self.net, self.net.encode(batch), noise, alpha, self.loss)  # [B,G,T,128]
 
@@ -91,9 +97,16 @@ def require_formats(formats: Sequence[str], kind: str) -> None:
             require_package(library, f"--format {name}", "onnx", instead="use --format torch-export")
 
 
-def input_shapes(net: PolicyNet) -> dict[str, tuple[str, tuple[str | int, ...]]]:
-    """Name → (dtype, shape) of a graph's inputs, letters for what is free."""
+Shapes = dict[str, tuple[str, tuple[str | int, ...]]]
+
+
+def input_shapes(net: PolicyNet, frames: int = 1) -> Shapes:
+    """Name → (dtype, shape) of a graph's inputs, letters for what is free. `frames`: how many the policy sees."""
     c = net.config
+    past: Shapes = {"frame_id": ("int64", ("B", "L"))} if frames > 1 else {}
+    if c.past_states:
+        past |= {"past_proprio": ("float32", ("B", c.past_states, UNIFIED_DIM))}
+        past |= {"past_mask": ("bool", ("B", c.past_states))}
     return {
         "noise": ("float32", ("B", "G", c.dit.horizon, c.dit.noise_dim)),  # standard normal
         "tokens": ("float32", ("B", "L", c.feature_width)),
@@ -105,11 +118,14 @@ def input_shapes(net: PolicyNet) -> dict[str, tuple[str, tuple[str | int, ...]]]
         "embodiment": ("int64", ("B",)),
         "control_hz": ("float32", ("B",)),
         "alpha": ("float32", ("B",)),  # guidance scale; 1 where a policy acts
+        **past,
     }
 
 
 def graph_inputs(batch: FeatureBatch, noise: Tensor, alpha: Tensor) -> dict[str, Tensor]:
-    """A graph's inputs for observations of one frame: noise [B,G,T,n], guidance scales [B]."""
+    """A graph's inputs for observations, with the frames and states of a history where they have them: noise [B,G,T,n],
+    guidance scales [B]."""
+    past = {} if batch.past_proprio is None else {n: getattr(batch, n) for n in ("past_proprio", "past_mask")}
     return {
         "noise": noise,
         "tokens": batch.tokens.float(),
@@ -121,26 +137,31 @@ def graph_inputs(batch: FeatureBatch, noise: Tensor, alpha: Tensor) -> dict[str,
         "embodiment": batch.embodiment,
         "control_hz": batch.control_hz,
         "alpha": alpha,
+        **({"frame_id": batch.frame_id} if bool(batch.frame_id.any()) else {}),
+        **past,
     }
 
 
-def write_graphs(net: PolicyNet, loss: LossConfig, formats: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Write the graphs of `formats` into `folder`; returns the content of graph.json.
+def write_graphs(
+    net: PolicyNet, loss: LossConfig, formats: Sequence[str], folder: Path, frames: int = 1
+) -> dict[str, Any]:
+    """Write the graphs of `formats` into `folder`; returns the content of graph.json. `frames`: how many it sees.
 
     Each is checked against `net` on the CPU in float32. `UserError` where it differs, or torch cannot make it.
     """
     graph = PolicyGraph(net.float().cpu().eval().requires_grad_(False), loss).eval()
-    shapes = input_shapes(net)
+    shapes = input_shapes(net, frames)
     free = {letter: torch.export.Dim(letter, min=1) for letter in ("B", "G", "L", "Lt")}
     dynamic = {
         name: {i: free[size] for i, size in enumerate(shape) if size in free} for name, (_, shape) in shapes.items()
     }
     with _quiet():
-        program = torch.export.export(graph, (), _example(net, *SIZES[0]), dynamic_shapes=dynamic, strict=False)
+        example = _example(net, shapes, frames, *SIZES[0])
+        program = torch.export.export(graph, (), example, dynamic_shapes=dynamic, strict=False)
         errors = {}
         for name in formats:
             run = (_torch_export if name == "torch-export" else _onnx)(program, folder / FILES[name], tuple(shapes))
-            errors[name] = _difference(net, graph, run)
+            errors[name] = _difference(graph, run, lambda *size: _example(net, shapes, frames, *size))
             if not errors[name] <= TOLERANCE:
                 raise UserError(
                     f"nothing was written: with the installed libraries, actions of the {name} graph differ from the "
@@ -191,11 +212,11 @@ def _onnx(program: Any, file: Path, names: Sequence[str]) -> Run:
 
 
 @torch.no_grad()
-def _difference(net: PolicyNet, graph: PolicyGraph, run: Run) -> float:
+def _difference(graph: PolicyGraph, run: Run, example: Callable[..., dict[str, Tensor]]) -> float:
     """Largest difference of an entry over the root mean square of the network's output, over all `SIZES`."""
     worst = 0.0
     for seed, size in enumerate(SIZES):
-        inputs = _example(net, *size, seed=seed)
+        inputs = example(*size, seed)
         expected, found = graph(**inputs), run(inputs)
         if found.shape != expected.shape:
             return float("inf")
@@ -203,10 +224,12 @@ def _difference(net: PolicyNet, graph: PolicyGraph, run: Run) -> float:
     return worst
 
 
-def _example(net: PolicyNet, b: int, g: int, l: int, lt: int, seed: int = 0) -> dict[str, Tensor]:
+def _example(
+    net: PolicyNet, shapes: Shapes, frames: int, b: int, g: int, l: int, lt: int, seed: int = 0
+) -> dict[str, Tensor]:
     """Random inputs of these sizes, some of their tokens hidden."""
     generator, config = torch.Generator().manual_seed(seed), net.config
-    below = {"view_id": config.max_views, "embodiment": config.dit.embodiments}
+    below = {"view_id": config.max_views, "embodiment": config.dit.embodiments, "frame_id": frames}
 
     def draw(name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
         if dtype == "bool":
@@ -220,5 +243,5 @@ def _example(net: PolicyNet, b: int, g: int, l: int, lt: int, seed: int = 0) -> 
     sizes = {"B": b, "G": g, "L": l, "Lt": lt}
     return {
         name: draw(name, dtype, tuple(size if isinstance(size, int) else sizes[size] for size in shape))
-        for name, (dtype, shape) in input_shapes(net).items()
+        for name, (dtype, shape) in shapes.items()
     }

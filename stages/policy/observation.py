@@ -1,20 +1,41 @@
 """What a policy sees of its environment at one step, also as torch tensors and in LeRobot's form.
 
-Letters: H, W image size, ds native state width, B observations.
+Letters: H, W image size (or H frames), Hp past states, V views, K tokens of one image, D feature width, ds native state
+width, B observations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import UserError, unknown
 
+if TYPE_CHECKING:
+    import torch
 LEROBOT_IMAGES, LEROBOT_STATE = "observation.images.", "observation.state"  # LeRobot's names
 OVERSHOOT = 0.1  # by which resampling may leave [0, 1]
+
+
+@dataclass(eq=False)
+class Step:
+    """What is kept of a control step for later ones (history.py)."""
+
+    images: Mapping[str, np.ndarray]  # until they are encoded; empty where none were taken
+    state: np.ndarray  # [ds]
+    features: torch.Tensor | None = None  # [V,K,D]
+    instruction: str = ""  # that the features were made with
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps that a policy sees at one step; None for those that were not pushed."""
+
+    frames: tuple[Step | None, ...]  # [H], the current one first
+    states: tuple[Step | None, ...]  # [Hp]
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,8 @@ class Observation:
     state: np.ndarray  # [ds] float32, native units of `Environment.state_names`
     start: int = 0  # which initial state of the split this episode began from
     step: int = 0  # control steps since reset; (start, step) keys a policy's noise, whatever the batch
+    # steps before this one (`Past.push`), for a policy with a history; None: it sees none
+    window: Window | None = field(default=None, repr=False, compare=False)
 
 
 def as_image(value: Any, view: str) -> np.ndarray:

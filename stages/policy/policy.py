@@ -1,7 +1,8 @@
 """Policy: images, instruction and state in, native actions out, in one forward pass, or in several with a denoising
 head.
 
-Letters: N observations, T action steps, d native action width, V views, H, W image size.
+Letters: N observations, T action steps, d native action width, V views, H frames (or image height), W image width,
+Hp past states, K tokens of one image, D feature width.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from ...batch import FeatureBatch
+from ...cache.actions.history import NO_HISTORY, History, history_of
 from ...cache.vlm.encoder import VisionLanguageEncoder
 from ...cache.vlm.observations import encode_observations
 from ...common.device import pick_device
@@ -25,8 +27,9 @@ from ...drifting.policy_net import PolicyNet
 from ...errors import UserError
 from . import checkpoint as ck
 from .document import loss_config, read_document
+from .history import Past
 from .load import load_net, load_policy_encoder
-from .observation import LEROBOT_STATE, Observation, as_observation, from_lerobot, require_views
+from .observation import LEROBOT_STATE, Observation, Step, Window, as_observation, from_lerobot, require_views
 from .robot import RobotInterface, choose_dataset
 
 KEPT_TEXTS = 64 << 20  # bytes of the instructions' embeddings that a policy keeps: a server may meet any number
@@ -44,13 +47,17 @@ class Policy:
         sees: bool = True,
         seed: int = 0,
         loss: LossConfig | None = None,
+        history: History = NO_HISTORY,
     ) -> None:
         self.net, self.encoder, self.robot, self.needs_images, self.seed = net, encoder, robot, sees, seed
         self.loss = loss or LossConfig()  # that it was trained with: says how the head samples
+        self.history = history  # what it sees besides the current step
         self.path: Path | None = None  # of the policy directory it came from
         self._text: dict[str, tuple[torch.Tensor, int]] = {}  # the latest used last
         self._text_nbytes = 0
         self._null = encoder.null_image_features(len(robot.views))  # [V,K,D]
+        self._episode = self._step = 0  # of `act`, where it has a history
+        self._pasts: dict[int, Past] = {}  # of each robot
 
     def __repr__(self) -> str:
         views = ", ".join(self.robot.views) if self.needs_images else "none (blind)"
@@ -98,7 +105,8 @@ class Policy:
         net = load_net(document, folder)
         encoder = load_policy_encoder(folder, document, device, vlm_path)
         blind = blind or document["conditions"]["blind"]
-        policy = cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed, loss=loss)
+        history = history_of(document)
+        policy = cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed, loss=loss, history=history)
         policy.path = folder
         return policy
 
@@ -122,6 +130,9 @@ class Policy:
     def act(self, images: Mapping[str, Any], instruction: str | None = None, state: Any = None) -> np.ndarray:
         """The native action chunk [T,d] float32 for one observation.
 
+        A policy with a history sees the steps before, too: call this or `observe` once at every control step, and
+        `reset` when an episode begins. Steps that it was not shown are masked.
+
         Args:
             images: view name → uint8 [H,W,3] or floating [3,H,W] in [0,1], as arrays or tensors. Or, alone, an
                 observation dict of LeRobot (`observation.images.<view>`, `observation.state`, `task`); one with a
@@ -132,19 +143,39 @@ class Policy:
         Raises:
             UserError: a view is missing, or an image or the state has another form.
         """
+        actions = self.act_batch(self._seen(images, instruction, state))
+        return actions if instruction is None and np.ndim(images[LEROBOT_STATE]) > 1 else actions[0]
+
+    def observe(self, images: Mapping[str, Any], instruction: str | None = None, state: Any = None) -> None:
+        """Show a control step that no action is asked at to a policy with a history; arguments as of `act`."""
+        self._seen(images, instruction, state)
+
+    def reset(self) -> None:
+        """Begin a new episode: forget the steps that `act` and `observe` were given."""
+        self._episode, self._step, self._pasts = self._episode + (self._step > 0), 0, {}
+
+    def _seen(self, images: Mapping[str, Any], instruction: str | None, state: Any) -> list[Observation]:
+        """The observations of one control step, with what its history sees of earlier ones."""
         views, state_names = self.robot.views if self.needs_images else (), self.robot.state_map.field_names
         if instruction is not None and state is not None:
-            return self.act_batch([as_observation(images, instruction, state, views, state_names)])[0]
-        if instruction is not None or state is not None:
+            found = [as_observation(images, instruction, state, views, state_names)]
+        elif instruction is not None or state is not None:
             raise UserError("give images, instruction and state, or one observation dict of LeRobot alone")
-        actions = self.act_batch(from_lerobot(images, views, state_names))
-        return actions if np.ndim(images[LEROBOT_STATE]) > 1 else actions[0]
+        else:
+            found = from_lerobot(images, views, state_names)
+        if not self.history:
+            return found
+        now = [dataclasses.replace(o, start=self._episode, step=self._step) for o in found]
+        self._step += 1
+        return [self._pasts.setdefault(i, Past(self.history)).push(o) for i, o in enumerate(now)]
 
     @torch.inference_mode()
     def act_batch(
         self, observations: Sequence[Observation], mark: Callable[[str], None] = lambda part: None
     ) -> np.ndarray:
         """N observations → native action chunks [N,T,d] float32. Noise depends on (seed, start, step) only.
+
+        Of earlier steps it sees those in an observation's `window`, which `Past.push` gives it.
 
         `mark` is called with the name of each part when it ends (`stopwatch.PARTS`), to time it."""
         batch = self._batch(observations, mark)
@@ -167,7 +198,8 @@ class Policy:
         self, observations: Sequence[Observation], mark: Callable[[str], None] = lambda part: None
     ) -> FeatureBatch:
         robot, device = self.robot, self.encoder.device
-        tokens = self._tokens(observations)  # [N,V,K,D]
+        windows = [o.window or Past(self.history).window(o) for o in observations]
+        tokens, frames = self._tokens(windows, [o.instruction for o in observations])  # [N,H·V,K,D], [N,H]
         mark("pictures")
         text, text_mask = self._texts([o.instruction for o in observations])
         mark("text")
@@ -175,25 +207,57 @@ class Policy:
             tokens,
             text,
             text_mask,
-            torch.from_numpy(robot.proprio(np.stack([o.state for o in observations]))).to(device),  # [N,128]
+            self._proprio(np.stack([o.state for o in observations])),  # [N,128]
             torch.from_numpy(robot.action_map.mask).to(device),
             horizon=self.net.config.dit.horizon,
             embodiment=robot.embodiment,
             control_hz=robot.control_hz,
+            frames=frames,
+            past=self._past(windows) if self.history.states else None,
             visible=self._visible([o.instruction for o in observations]),
         )
         mark("state")
         return batch
 
-    def _tokens(self, observations: Sequence[Observation]) -> torch.Tensor:
-        """Features [N,V,K,D] of the images, rounded as cached ones are; null features for a blind policy."""
+    def _tokens(self, windows: Sequence[Window], instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features [N,H·V,K,D] of the images, rounded as cached ones are, null features for a blind policy; bool [N,H]
+        which frames there are)."""
+        views, device = self.robot.views, self.encoder.device
         if not self.needs_images:
-            return self._null.expand(len(observations), -1, -1, -1)
-        for observation in observations:
-            require_views(self.robot.views, observation.images)
-        images = [[o.images[view] for view in self.robot.views] for o in observations]
-        found = encode_observations(self.encoder, images, [o.instruction for o in observations])
-        return torch.stack(found).to(torch.float16).to(self.encoder.dtype)
+            there = torch.tensor([[step is not None for step in w.frames] for w in windows], device=device)
+            return self._null.repeat(len(windows), there.shape[1], 1, 1), there
+        waiting: dict[int, tuple[Step, str]] = {}
+        for window, instruction in zip(windows, instructions):
+            if (now := window.frames[0]) is not None and now.features is None:
+                require_views(views, now.images)
+            for step in window.frames:
+                if step is not None and step.features is None and step.images.keys() >= set(views):
+                    waiting.setdefault(id(step), (step, instruction))
+        images = [[step.images[view] for view in views] for step, _ in waiting.values()]
+        found = encode_observations(self.encoder, images, [instruction for _, instruction in waiting.values()])
+        for (step, instruction), features in zip(waiting.values(), found):
+            step.features, step.images = features.to(torch.float16).to(self.encoder.dtype), {}
+            step.instruction = instruction
+        reads, none = self.encoder.reads != "image", torch.zeros_like(self._null)
+        shown = [
+            [None if s is None or reads and s.instruction != text else s.features for s in window.frames]
+            for window, text in zip(windows, instructions)
+        ]
+        tokens = [torch.cat([none if f is None else f.to(device) for f in row]) for row in shown]  # [H·V,K,D] each
+        return torch.stack(tokens), torch.tensor([[f is not None for f in row] for row in shown], device=device)
+
+    def _past(self, windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalized states [N,Hp,128], bool [N,Hp]) of earlier steps."""
+        there = np.array([[step is not None for step in w.states] for w in windows])
+        rows = [[step or w.frames[0] for step in w.states] for w in windows]
+        states = np.array([[step.state for step in row if step is not None] for row in rows])  # [N,Hp,ds]
+        proprio = self._proprio(states.reshape(-1, states.shape[-1])).unflatten(0, there.shape)
+        mask = torch.from_numpy(there).to(proprio.device)
+        return proprio * mask[..., None], mask
+
+    def _proprio(self, states: np.ndarray) -> torch.Tensor:
+        """Native states [n,ds] → normalized [n,128]."""
+        return torch.from_numpy(self.robot.proprio(states)).to(self.encoder.device)
 
     def require_fits(self, instruction: str) -> None:
         """`UserError` for an instruction longer than what the encoder reads beside the images."""

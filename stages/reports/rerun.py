@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...cache.actions.action_map import ActionMap
+from ...cache.actions.history import NO_HISTORY
 from ...cache.actions.slots import SLOTS
 from ...cache.loader.provenance import name_at
 from ...cache.readers import open_source
@@ -147,29 +148,24 @@ def _write(policy: Any, episode: Episode, episode_id: int, out: Path, every: int
 
 def _frames(policy: Any, episode: Episode, every: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray | None]]:
     """(image of each view, predicted chunk [H,d] or None) of every frame, in order."""
+    from ..policy.history import Past
     from ..policy.observation import Observation
 
-    streams = {view.name: view.frames() for view in episode.views}
+    streams, past = {view.name: view.frames() for view in episode.views}, Past(getattr(policy, "history", NO_HISTORY))
     waiting: list[dict[str, np.ndarray]] = []
+    seen: dict[int, Observation] = {}  # step → what is asked there
     for step in range(episode.length):
-        waiting.append({name: next(stream) for name, stream in streams.items()})
+        images = {name: next(stream) for name, stream in streams.items()}
+        shown = {v: images[v] for v in policy.robot.views if v in images}
+        observation = past.push(Observation(shown, episode.instruction, episode.state[step], step=step))
+        waiting.append(images)
+        if step % every == 0:
+            seen[step] = observation
         if len(waiting) < BATCH * every and step + 1 < episode.length:
             continue
-        first = step + 1 - len(waiting)
-        asked = [i for i in range(len(waiting)) if (first + i) % every == 0]
-        seen = [
-            Observation(
-                {v: waiting[i][v] for v in policy.robot.views if v in waiting[i]},
-                episode.instruction,
-                episode.state[first + i],
-                start=0,
-                step=first + i,
-            )
-            for i in asked
-        ]
-        chunks = dict(zip(asked, policy.act_batch(seen))) if seen else {}
-        yield from ((images, chunks.get(i)) for i, images in enumerate(waiting))
-        waiting = []
+        chunks = dict(zip(seen, policy.act_batch(list(seen.values())))) if seen else {}
+        yield from ((images, chunks.get(at)) for at, images in enumerate(waiting, step + 1 - len(waiting)))
+        waiting, seen = [], {}
 
 
 def _trajectory(fields: ActionMap, actions: np.ndarray) -> np.ndarray | None:

@@ -41,7 +41,8 @@ class PolicyClient:
         """Send an observation, receive actions.
 
         Args:
-            observation: `{"images": {view: uint8 [H, W, 3]}, "state": [ds], "prompt": text}`.
+            observation: `{"images": {view: uint8 [H, W, 3]}, "state": [ds], "prompt": text}`; for a policy with a
+                history also "step", the control step of the episode, where not every step is sent.
 
         Returns:
             "actions": the chunk [T, d] in the robot's units, or one action [d] if the server executes chunks; then also
@@ -58,6 +59,10 @@ class PolicyClient:
         except ConnectionClosed as error:
             raise self._closed(error) from None
         return self._receive()
+
+    def observe(self, observation: Mapping[str, Any]) -> None:
+        """Send the frame of a control step that no action is asked at, to a policy with a history (`metadata`)."""
+        self.infer({**observation, "act": False})
 
     def reset(self) -> None:
         """Begin a new episode: the rest of the last chunk is dropped."""

@@ -38,8 +38,8 @@ class ObservationReader:
     ) -> None:
         """`views`: those the policy uses (none if it is blind).
 
-        `fields`: "native=theirs"; `UserError` for any other form. `require_fits`: `UserError` for an instruction that the
-        policy's encoder cannot read, which would fail the requests of others in its batch.
+        `fields`: "native=theirs"; `UserError` for any other form. `require_fits`: `UserError` for an instruction that
+        the policy's encoder cannot read, which would fail the requests of others in its batch.
         """
         self._require_fits = require_fits
         self._views, self._state_names = tuple(views), tuple(state_names)
@@ -66,9 +66,18 @@ class ObservationReader:
             raise UserError(f"'{self._keys['prompt'][0]}' has {len(text)} characters; at most {LONGEST_PROMPT}")
         return text
 
-    def observation(self, message: Mapping[Any, Any], start: int = 0, step: int = 0) -> Observation:
-        """The policy's observation. `UserError` naming what is missing or wrong."""
+    def brings_frame(self, message: Mapping[Any, Any]) -> bool:
+        """Whether a message has an image or a state."""
+        known = {key for name, keys in self._keys.items() if name != "prompt" for key in keys}
+        return not known.isdisjoint(flatten(message))
+
+    def observation(
+        self, message: Mapping[Any, Any], start: int = 0, step: int = 0, otherwise: str | None = None
+    ) -> Observation:
+        """The policy's observation; `otherwise` is its instruction where the message has none. `UserError` naming what
+        is missing or wrong."""
         found, prompt = flatten(message), self.prompt(message)
+        prompt = otherwise if prompt is None else prompt
         if prompt is None:
             self._value(found, self._keys["prompt"][0], "text")
         self._require_fits(str(prompt))

@@ -93,6 +93,8 @@ class PolicyServer:
             "horizon": self.horizon,
             "control_hz": robot.control_hz,
             "execute": config.execute,
+            "history": list(policy.history.frames),  # offsets in control steps of the frames that it sees
+            "proprio_history": list(policy.history.proprio),
             "max_message": config.max_message,
         }
 
@@ -221,7 +223,7 @@ class PolicyServer:
             return
         self.metrics.clients += 1
         session, gone, before = (
-            Session(self._reader, self.config.execute),
+            Session(self._reader, self.config.execute, self._policy.history),
             asyncio.create_task(connection.wait_closed()),
             None,
         )

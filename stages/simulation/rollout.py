@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...cache.actions.history import NO_HISTORY, History
 from ...common.progress import Count
 from ...errors import UserError
+from ..policy.history import Past, asked_later
 from .envs import Environment, Observation, Split, check_environment, make_environment, opens_alone
 
 
@@ -26,6 +28,7 @@ class Policy(Protocol):
     """What `rollout` needs of a policy. To make an episode independent of its batch, draw noise from (start, step)."""
 
     needs_images: bool  # False: observations come without images, nothing is rendered
+    # It may have a `history`; then its observations come with their `window`.
 
     def act_batch(self, observations: Sequence[Observation]) -> np.ndarray:
         """Action chunks `[N, T, d]` float32 in native units for N observations of one task."""
@@ -180,6 +183,7 @@ class _Episode:
     env: Environment
     observation: Observation
     recorded: bool
+    past: Past
     frames: list[np.ndarray] = field(default_factory=list)
     success: bool = False
     done: bool = False
@@ -217,6 +221,7 @@ class _Runner:
     def run(self, starts: Sequence[int], on_episode: Callable[[], None]) -> list[EpisodeResult]:
         """One episode from each initial state, in lock-step; finished ones leave the batch."""
         config, images = self._config, self._policy.needs_images
+        history: History = getattr(self._policy, "history", NO_HISTORY)
         while len(self._environments) < len(starts):
             self._environments.append(
                 make_environment(
@@ -224,10 +229,11 @@ class _Runner:
                 )
             )
         episodes = [
-            _Episode(env, env.reset(start, images), start in self._recorded)
+            _Episode(env, env.reset(start, images), start in self._recorded, Past(history))
             for env, start in zip(self._environments, starts)
         ]
         for episode in episodes:
+            episode.observation = episode.past.push(episode.observation)
             episode.record()
         active = episodes
         while active:
@@ -235,8 +241,8 @@ class _Runner:
             executed = chunks[:, : config.replan]
             for episode, chunk in zip(active, executed):
                 episode.policy_seconds += seconds / len(active)
-                for i, action in enumerate(chunk):
-                    self._step(episode, action, render=images and i == len(chunk) - 1)
+                for i, action in enumerate(chunk, 1):
+                    self._step(episode, action, render=images and asked_later(history, i, len(chunk)))
                     if episode.done:
                         on_episode()
                         break
@@ -261,7 +267,8 @@ class _Runner:
 
     def _step(self, episode: _Episode, action: np.ndarray, render: bool) -> None:
         result = episode.env.step(action, render)
-        episode.observation, episode.done, episode.success = result.observation, result.done, result.success
+        episode.observation = episode.past.push(result.observation)
+        episode.done, episode.success = result.done, result.success
         episode.steps += 1
         episode.return_ += result.reward
         if result.done or episode.steps % self._config.video_frames_every == 0:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dvla.cache.actions.action_map import ActionMap, FieldSpec
+from dvla.cache.actions.history import NO_HISTORY, History
 from dvla.cache.actions.statistics import RunningStatistics
 from dvla.cache.readers.search import load_config
 from dvla.cache.vlm.adapter import save_adapter, tower_parameters
@@ -49,15 +50,17 @@ def make_document(
     encoder: dict[str, Any] | None = None,
     kind: str = "hybrid",
     blind: bool = False,
+    history: History = NO_HISTORY,
 ) -> dict[str, Any]:
     """policy.json."""
     return {
-        "format": FORMATS[0],
+        "format": FORMATS[-1 if history else 0],
         "net": dataclasses.asdict(net or PolicyNetConfig()),
         "encoder": encoder or {"spec": {"path": "vlm"}, "fingerprint": {}},
         "datasets": datasets,
         "loss": {"kind": kind, "sample_steps": 0},
         "conditions": {"blind": blind, "masking": {}, "alpha_max": 1.0},
+        **history.to_document(),
     }
 
 
@@ -111,6 +114,7 @@ def make_run(
     tower: bool = False,
     below: tuple[str, ...] = (),
     robot: dict[str, object] | None = None,
+    history: History = NO_HISTORY,
 ) -> Path:
     """A run with one checkpoint whose raw weights are not the averaged ones, on an encoder with the adapters `below`.
 
@@ -121,12 +125,12 @@ def make_run(
     fingerprint, spec = encoder.fingerprint(), dataclasses.asdict(encoder.spec)
     torch.manual_seed(0)
     dit = head_dit(dit_config("tiny", width=32, blocks=2, heads=2, horizon=4), kind)
-    net = PolicyNet(PolicyNetConfig(feature_width=encoder.width, dit=dit))
+    net = PolicyNet(PolicyNetConfig(feature_width=encoder.width, dit=dit, past_states=len(history.states)))
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     tensors = dict(net.state_dict())
     encoded = {"spec": spec, "fingerprint": fingerprint}
-    document = make_document([robot or make_robot()], net.config, encoded, kind, blind)
+    document = make_document([robot or make_robot()], net.config, encoded, kind, blind, history)
     if lora is not None:
         add_lora(encoder, lora)
         for name, parameter in lora_parameters(encoder):

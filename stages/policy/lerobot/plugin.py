@@ -15,6 +15,7 @@ Letters: B robots, H, W image size, ds state width, T steps of a chunk, d action
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from ....common.documents import read_json
 from ....common.text import printable
 from ....errors import UserError
+from ..history import Past
 from ..lerobot_files import TYPE, native_names
-from ..observation import from_lerobot
+from ..observation import Observation, from_lerobot
 from ..policy import Policy
 from .config import UNTRAINABLE, DvlaConfig
 from .overlap import blend
@@ -62,6 +64,7 @@ class DvlaPolicy(PreTrainedPolicy):
         self._episode = 0
         self._chunk: deque[torch.Tensor] = deque()
         self._step = 0
+        self._pasts: dict[int, Past] = {}  # of each robot
 
     @classmethod
     def from_pretrained(
@@ -99,13 +102,15 @@ class DvlaPolicy(PreTrainedPolicy):
         raise UserError(UNTRAINABLE)
 
     def supports_rtc(self) -> bool:
-        """Whether `lerobot-rollout --inference.type=rtc` may plan in the background: see `blend`."""
-        return True
+        """Whether `lerobot-rollout --inference.type=rtc` may plan in the background: see `blend`. Not with a history,
+        since only some of the frames come here then."""
+        return not self._policy.history
 
     def reset(self) -> None:
         """Begin a new episode of every robot."""
         self._episode, self._step = self._episode + 1, 0
         self._chunk.clear()
+        self._pasts.clear()
 
     def predict_action_chunk(
         self,
@@ -117,18 +122,16 @@ class DvlaPolicy(PreTrainedPolicy):
     ) -> torch.Tensor:
         """Images [B,3,H,W] in [0,1], state [B,ds], "task" a text for each → native actions [B,T,d] float32.
 
-        The noise depends on the robot's place in the batch, the episode and the step.
+        The noise depends on the robot's place in the batch, the episode and the step. Called by itself, it is not shown
+        the frames in between, so a policy with a history sees the current one alone.
 
         Args:
             inference_delay, prev_chunk_left_over: steps that will have passed when the chunk is used, and the actions
                 [n,d] that follow meanwhile, where LeRobot plans in the background."""
         policy = self._policy
-        views = policy.robot.views if policy.needs_images else ()
-        observations = [
-            dataclasses.replace(seen, start=self._episode * 4096 + i, step=self._step)
-            for i, seen in enumerate(from_lerobot(batch, views, policy.robot.state_map.field_names))
-        ]
-        chunk = torch.from_numpy(policy.act_batch(observations)).to(batch[OBS_STATE].device)
+        if policy.history:
+            warnings.warn("this policy sees earlier frames, and is asked without them: use select_action", stacklevel=2)
+        chunk = self._predict(self._observations(batch), batch)
         if prev_chunk_left_over is not None:
             rtc = getattr(self.config, "rtc_config", None)  # what `lerobot-rollout` asks for
             chunk = blend(policy.robot.action_map, prev_chunk_left_over, chunk, inference_delay, rtc)
@@ -137,11 +140,28 @@ class DvlaPolicy(PreTrainedPolicy):
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> torch.Tensor:
         """The next action of every robot [B,d]; a forward pass when the chunk is used up."""
+        history, observations = self._policy.history, []
+        if history:  # which may see any step later
+            found = enumerate(self._observations(batch))
+            observations = [self._pasts.setdefault(i, Past(history)).push(seen) for i, seen in found]
         if not self._chunk:
             steps = self.config.n_action_steps or self.config.horizon
-            self._chunk.extend(self.predict_action_chunk(batch)[:, :steps].transpose(0, 1))  # steps times [B,d]
+            chunk = self._predict(observations, batch) if history else self.predict_action_chunk(batch)
+            self._chunk.extend(chunk[:, :steps].transpose(0, 1))  # steps times [B,d]
         self._step += 1
         return self._chunk.popleft()
+
+    def _observations(self, batch: dict[str, Any]) -> list[Observation]:
+        policy = self._policy
+        views = policy.robot.views if policy.needs_images else ()
+        return [
+            dataclasses.replace(seen, start=self._episode * 4096 + i, step=self._step)
+            for i, seen in enumerate(from_lerobot(batch, views, policy.robot.state_map.field_names))
+        ]
+
+    def _predict(self, observations: list[Observation], batch: dict[str, Any]) -> torch.Tensor:
+        """Native actions [B,T,d], where the batch is."""
+        return torch.from_numpy(self._policy.act_batch(observations)).to(batch[OBS_STATE].device)
 
 
 def _require_robot(config: DvlaConfig, policy: Policy, dataset_meta: Any) -> None:

@@ -28,6 +28,9 @@ from dvla.stages.caching.config import BuildConfig
 from dvla.stages.caching.upkeep.verify import TOLERANCE
 from dvla.stages.policy import checkpoint as ck
 from dvla.stages.policy.document import read_document
+from dvla.stages.policy.history import Past
+from dvla.stages.policy.observation import Observation
+from dvla.stages.policy.policy import Policy
 from dvla.stages.training.config import TrainConfig, train_config
 from dvla.stages.training.stage_three.finetune import finetune, finetune_config
 from dvla.stages.training.stage_three.split import SplitFeatures
@@ -224,6 +227,36 @@ def test_live_features_are_the_cached_ones(caches: dict[str, Path], recorded: di
             assert torch.equal(getattr(cached, name), getattr(other, name)), name
         assert_close(cached.tokens, other.tokens, cached.token_mask)
         assert not other.tokens[~cached.token_mask].any()
+
+
+def test_a_policy_acts_on_what_it_was_trained_on(
+    caches: dict[str, Path], stage_two: Path, recorded: dict[str, Path]
+) -> None:
+    """Shown an episode step by step, its batch is the loader's."""
+    policy, cache = Policy.from_pretrained(stage_two, device="cpu"), Cache.open(caches["plain"])
+    (source,) = sources_of(cache, (str(recorded["h264"]),))
+    live, table = (
+        LiveFeatures(load_encoder(EncoderSpec(str(vlm_of(stage_two)), **TINY)), cache, [source]),
+        cache.datasets[0],
+    )
+    episode, past = source.load(int(table.episode_id[0])), Past(policy.history)
+    for step in range(7):
+        images = {view: live.frame(0, step, v) for v, view in enumerate(table.views)}
+        seen = past.push(Observation(images, episode.instruction, episode.state[step], step=step))
+        if step not in (0, 1, 4, 6):
+            continue
+        expected = gather(cache, np.array([0]), np.array([step]), 4, history=HISTORY)
+        with torch.inference_mode():
+            found = policy._batch([seen])
+        for name in ("token_mask", "view_id", "frame_id", "past_mask"):
+            assert torch.equal(getattr(expected, name), getattr(found, name)), (step, name)
+        for name in ("proprio", "past_proprio"):
+            torch.testing.assert_close(getattr(expected, name), getattr(found, name), atol=1e-6, rtol=0)
+        assert_close(expected.tokens, found.tokens, expected.token_mask)
+
+
+def vlm_of(run: Path) -> str:
+    return read_document(ck.resolve(run))["encoder"]["spec"]["path"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "split"])
