@@ -39,10 +39,7 @@ def _batches(place: Place) -> tuple[int, ...]:
 def _rows(config: LatencyConfig) -> str:
     """p50/p99 ms of every part."""
     report = measure(config)
-    rows = [
-        f"{row['part']}{(' × %d' % row['batch']) * (row['batch'] > 1)} {row['p50']:.2f}/{row['p99']:.2f}"
-        for row in report["rows"]
-    ]
+    rows = [f"{row['part']}, batch {row['batch']}: {row['p50']:.2f}/{row['p99']:.2f}" for row in report["rows"]]
     kind = Failed if "server_failed" in report else Number
     return kind(f"p50/p99 ms: {'; '.join(rows)}{'; server: ' * (kind is Failed)}{report.get('server_failed', '')}")
 
