@@ -57,13 +57,15 @@ section() {  # section NAME SECONDS: as long as there is time
 }
 
 chosen=" ${SECTIONS:-core steps commands encoder build loader latency finetune ranks} "
-section prepare 120 > "$OUT/prepare.log" 2>&1 &     # on the CPU, beside the first sections
-prepare=$!
+prepare=
+if [[ "$chosen" =~ (encoder|build|latency|finetune) ]]; then     # on the CPU, beside the first sections
+  section prepare 120 > "$OUT/prepare.log" 2>&1 &
+  prepare=$!
+fi
 for each in $limits; do
   case "$chosen" in *" ${each%:*} "*) section "${each%:*}" "${each#*:}" ;; esac
 done
-wait "$prepare"
-cat "$OUT/prepare.log"
+[ -z "$prepare" ] || { wait "$prepare"; cat "$OUT/prepare.log"; }
 cat "$WORK"/trace-*.txt > "$OUT/traces.txt" 2>/dev/null
 
 count() { grep -c "^$1" "$OUT/gpu_check.log"; }
