@@ -1,7 +1,7 @@
 """Items of the check: what is run, where and how large, and the line that each prints.
 
 A section is a module. Its items are functions in their order: `@item("its name")`. What an item returns is its line: a
-text (PASS), or `Number`, `Failed` or `Skipped` of one; an exception is a failure like any other, and the next item runs.
+text (PASS), or a `Number` or `Failed`; it may raise `Skipped`. An exception is a failure, and the next item runs.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ ITEMS: list[tuple[str, str, bool, Callable[..., Any], Callable[[Place], Iterable
 def item(
     name: str, cuda: bool = False, each: Callable[[Place], Iterable[Any]] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function of a `Place` an item; `cuda`: only with a GPU; `each`: once for each of these values, which is its
-    second argument and takes the place of {} in the name."""
+    """Make a function of a `Place` an item; `cuda`: only with a GPU; `each`: once for each of these values, which is
+    its second argument and takes the place of {} in the name."""
 
     def register(work: Callable[..., Any]) -> Callable[..., Any]:
         ITEMS.append((work.__module__, name, cuda, work, each))

@@ -87,7 +87,8 @@ class LiveFeatures:
 
         `no_images` [B] bool (None: none): the cache's null image features take the place of these images. `variant` [B]
         int64 (None: zeros): the augmented variant of each image, 0 = the image itself. `images`: what `decode` gave for
-        this batch; others are decoded here. Features that depend on the instruction do so whether or not the text is dropped, as in the cache.
+        this batch; others are decoded here. Features that depend on the instruction do so whether or not the text is
+        dropped, as in the cache.
         """
         cache, encoder, b = self._cache, self.encoder, len(batch)
         hidden = np.zeros(b, bool) if no_images is None else no_images
