@@ -39,7 +39,7 @@ class StandIn:
     """What a build needs of a vision-language encoder."""
 
     reads, by_observation, pools = "image", False, False
-    tokens, native_tokens, width, device = 1, 1, 4, torch.device("cpu")
+    tokens, native_tokens, width, image_span, device = 1, 1, 4, (0, 1, 1), torch.device("cpu")
 
     def __init__(self, spec: Any) -> None:
         self.spec = spec
