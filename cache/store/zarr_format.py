@@ -144,6 +144,7 @@ class Attributes(OpenForm):
     kept: list[list[Range] | None] | None = None
     visible: list[Positive] | None = None
     null_visible: Positive | None = None
+    image_tokens: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = None
     quarantined: list[int] = []
     config: dict[str, Any] = {}
     encoder: dict[str, Any] = {}

@@ -198,6 +198,11 @@ class VisionLanguageEncoder(nn.Module):
         return self.image_tokens < self.native_tokens
 
     @property
+    def image_span(self) -> tuple[int, int, int]:
+        """(first, count, each): where in a record the tokens of the image are, `each` of as many layers in turn."""
+        return 0, self.image_tokens, self.parts if self.spec.layers_as == "tokens" else 1
+
+    @property
     def parts(self) -> int:
         """Layers that features are made of."""
         return 1

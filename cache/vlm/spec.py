@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -90,6 +91,26 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
     if "path" not in values:
         raise UserError(f"model '{model}' has no default checkpoint; give the folder (--vlm-path DIR)")
     return from_mapping(EncoderSpec, values, where=f"model {model}")
+
+
+def features_in_words(found: Mapping[str, Any]) -> str:
+    """Which features the encoder of a fingerprint gives.
+
+    >>> features_in_words({"depth": "language", "layers": [8, 16], "layers_as": "width", "keep": "image"})
+    'language layers 8, 16 side by side, image tokens'
+    """
+    kind = "hidden states" if found.get("features") == "hidden" else f"{found.get('features', '?')} tokens"
+    how = "as tokens" if found.get("layers_as") == "tokens" else "side by side"
+    if found.get("layers") == "deepstack":
+        return f"{kind} and DeepStack's {how}"
+    if found.get("depth") != "language":
+        return kind
+    layers = found.get("layers") or ["last"]
+    several = f"s {', '.join(map(str, layers))} {how}" if len(layers) > 1 else f" {layers[0]}"
+    if "boundary" in found:
+        return f"hidden states below the last {found['boundary']} layers up to language layer{several}"
+    kept = "image and prompt tokens" if found.get("keep") == "all" else "image tokens"
+    return f"language layer{several}, {f'{n} query tokens' if (n := found.get('queries')) else kept}"
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,12 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
     def width(self) -> int:
         return super().width if self.spec.boundary is None or self._prompt is None else self.text_width
 
+    @property
+    def image_span(self) -> tuple[int, int, int]:
+        if self._prompt is not None and self.spec.boundary is not None:
+            return len(self.prompt.prefix), self.native_tokens, 1
+        return (0, 0, 1) if self.spec.queries else super().image_span
+
     def visible(self, instruction: str) -> int:
         if self.reads == "image" or self.spec.queries and self.spec.boundary is None:
             return self.tokens

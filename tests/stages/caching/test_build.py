@@ -297,7 +297,7 @@ def test_a_build_that_lost_every_episode_says_so_first(copy_of: Any, vlm: Path, 
     where = ("--vlm", "tiny_qwen3vl", "--vlm-path", vlm, "--device", "cpu", "--out", tmp_path / "cache")
     for _ in range(2):  # a second time it is complete, and still without anything
         done = dvla("cache", "build", tmp_path / "image", *where, "--allow-quarantine")
-        lines = [line for line in done.out.splitlines() if not line.startswith(("loading ", "image/"))]
+        lines = [line for line in done.out.splitlines() if not line.startswith(("loading ", "loaded ", "image/"))]
         assert done.code == 1 and lines[0].startswith("no episode of image could be read"), done
         assert not any(line.startswith("next:") for line in lines) and "quarantine.jsonl" in done.out
 
@@ -497,7 +497,7 @@ def test_a_jump_of_the_loss_stops_before_training(
     def wrong(*arguments: Any) -> Any:
         encoder = load(*arguments)
         encode = encoder.encode_images
-        monkeypatch.setattr(encoder, "encode_images", lambda pictures: 0.8 * encode(pictures))
+        monkeypatch.setattr(encoder, "encode_images", lambda *given: 0.8 * encode(*given))
         return encoder
 
     monkeypatch.setattr(finetune_module, "load_policy_encoder", wrong)

@@ -660,6 +660,9 @@ def test_forecasts_fit_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: p
     )
     forecasts = [forecast(plan, found, free=1, memory=m, price=36.0, draws=16) for m in (0, 10**14)]
     forecasts.append(dataclasses.replace(forecasts[0], boundary=12, quarantined=123))
+    words = "language layers 8, 16, 24 side by side, image and prompt tokens"
+    told = {"features": words, "tokens": (228, 6144), "prompt": (4096, 4096), "reads": "observation"}
+    forecasts.append(dataclasses.replace(forecasts[0], **told))
     for f in forecasts:
         show_forecast(f)
     show_cluster(cluster_forecast(work_of(forecasts[0], 10**8, None), read_cluster("cluster"), model=123.4))
