@@ -26,8 +26,9 @@ def with_tokens(
     """The batch with tokens [B,H,V,K,D] of samples of `cache`, zeros where a dataset has fewer than V cameras or an
     episode has no such frame (`frames` [B,H] bool); of each record the first `visible` [B] tokens are real."""
     counts = torch.tensor([len(cache.datasets[d].views) for d in batch.dataset.tolist()], device=tokens.device)
-    frame_id, view_id = places(*tokens.shape[1:4], device=tokens.device)  # [L]
-    place = torch.arange(tokens.shape[3], device=tokens.device).repeat(len(view_id) // tokens.shape[3])  # in its record
+    _, h, v, k, _ = tokens.shape
+    frame_id, view_id = places(h, v, k, tokens.device)  # [L]
+    place = torch.arange(k, device=tokens.device).repeat(h * v)  # [L], in its record
     there = torch.from_numpy(frames).to(tokens.device)[:, frame_id] & (view_id < counts[:, None])  # [B,L]
     return batch.replace(
         tokens=tokens.flatten(1, 3),

@@ -162,11 +162,20 @@ class CacheDataset:
             raise ValueError(f"an instruction has {self.text_length.max()} of {self.text.shape[1]} text tokens")
         if len(self.visible) != len(self.instructions) or max(self.null_visible, *self.visible) > self.tokens:
             raise ValueError(f"of {self.tokens} tokens {self.visible.tolist()[:9]} are visible")
+        first, count, layers = self.image_tokens
+        if first + count * layers > self.tokens or not layers:
+            raise ValueError(f"its image has tokens {first} to {first + count * layers} of {self.tokens}")
         if self.null_text.shape[1] != self.text.shape[2]:
             raise ValueError(f"its empty instruction has width {self.null_text.shape[1]}, text {self.text.shape[2]}")
         for mask in ("action_mask", "proprio_mask"):
             if getattr(self, mask).view(np.uint8).max() > 1:
                 raise ValueError(f"{mask} holds something else than true and false")
+
+    @property
+    def image_tokens(self) -> tuple[int, int, int]:
+        """(first, count, each): where in a record the tokens of the image are, `each` of as many layers in turn."""
+        first, count, layers = self.attributes.get("image_tokens") or (0, self.tokens, 1)
+        return first, count, layers
 
     @cached_property
     def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:

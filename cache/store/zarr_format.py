@@ -8,7 +8,7 @@ bytes and any Zarr library opens it:
     <dataset>/features/<view>/c/<shard>/0/0 [observations, tokens, width] float16, int8, or uint8 holding float8_e4m3fn;
                                             one inner chunk = one observation = one frame in `frame_stride`, or of
                                             those the frames that the attribute "kept" names by episode
-                                            (with a boundary: hidden states of the vision tower, one token per patch)
+                                            (with a boundary: hidden states, of the vision tower one token per patch)
     <dataset>/features/<view>.aug<k>/…      the same images in their k-th augmented variant, k = 1 … variants
     <dataset>/scales/<view>[.aug<k>]/c/<shard>/0  [observations, tokens] float32, of 8-bit features
     channel_scale                           [width] float32, of 8-bit features
@@ -144,6 +144,7 @@ class Attributes(OpenForm):
     kept: list[list[Range] | None] | None = None
     visible: list[Positive] | None = None
     null_visible: Positive | None = None
+    image_tokens: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = None
     quarantined: list[int] = []
     config: dict[str, Any] = {}
     encoder: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Fine-tuned encoder weights (LoRA or full tower): save, load, merge."""
+"""Fine-tuned encoder weights (LoRA, or all between pixels and features): save, load, merge."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ class IdentityForm(Form):
     adapter: dict[str, Any]
 
 
-def tower_parameters(encoder: VisionLanguageEncoder) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of everything in `encoder.vision` that features depend on, so no projection of patches."""
+def tower_parameters(encoder: VisionLanguageEncoder, language: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of everything in `encoder.vision` that features depend on, so no projection of patches; its
+    `language` layers, or none of them."""
     projection = encoder.lora_layers.projection.split(r"\.")[0] + "."
-    unused = (projection,) if encoder.spec.features == "patch" else ()
+    unused = (projection,) * (encoder.spec.features == "patch") + ("language.",) * (not language)
     return ((name, p) for name, p in encoder.vision.named_parameters() if not name.startswith(unused))
 
 
@@ -74,7 +75,7 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
         if lines:
             raise UserError(
                 f"the adapter in {folder} was trained on another VLM than {encoder.spec.path}: {'; '.join(lines[:6])}; "
-                "give that VLM's folder"
+                "give that VLM's folder, and the depth and layers of the run"
             )
     if (folder / TOWER).exists():
         _load_tower(encoder, folder)
@@ -85,8 +86,9 @@ def load_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
 
 
 def _load_tower(encoder: VisionLanguageEncoder, folder: Path) -> None:
-    wanted = dict(tower_parameters(encoder))
     with open_tensors(folder / TOWER, "copy the checkpoint again") as file:
+        whole = any(name.startswith("language.") for name in file.header)  # earlier releases left these layers alone
+        wanted = dict(tower_parameters(encoder, whole))
         try:
             require_tensors(file.header, {n: in_float32(p) for n, p in wanted.items()}, folder, "its tower")
         except UserError as error:

@@ -66,6 +66,12 @@ class Foreign(Form, extra="ignore"):
     """A document that others write: unknown keys are theirs. A field that lacks has transformers' default."""
 
 
+class RotaryForm(Foreign):
+    """How positions turn, as transformers 5 writes it."""
+
+    rope_theta: Annotated[float, Field(gt=1, le=1e12)] = 1e4
+
+
 class TowerForm(Foreign):
     """What is read of a vision or language model's config, in any family."""
 
@@ -91,6 +97,7 @@ class TowerForm(Foreign):
     layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     rope_theta: Annotated[float, Field(gt=0, le=1e12)] = 1e4
+    rope_parameters: RotaryForm | None = None
     hidden_act: str = ""
     hidden_activation: str = ""
     deepstack_visual_indexes: Annotated[list[Annotated[int, Field(ge=0, le=1024)]], Field(max_length=64)] = []

@@ -160,6 +160,12 @@ class VisionLanguageEncoder(nn.Module):
         return self.tokens
 
     @property
+    def language_blocks(self) -> int:
+        """Number of language layers, which follow the vision tower; 0 with depth vision."""
+        language = getattr(self.vision, "language", None)
+        return 0 if language is None else len(language.layers)
+
+    @property
     def of_patches(self) -> bool:
         """Whether the output has one vision-tower token per patch."""
         return self.spec.features == "patch" or self.spec.boundary is not None
@@ -190,6 +196,11 @@ class VisionLanguageEncoder(nn.Module):
     def pools(self) -> bool:
         """Whether tokens of an image are averaged."""
         return self.image_tokens < self.native_tokens
+
+    @property
+    def image_span(self) -> tuple[int, int, int]:
+        """(first, count, each): where in a record the tokens of the image are, `each` of as many layers in turn."""
+        return 0, self.image_tokens, self.parts if self.spec.layers_as == "tokens" else 1
 
     @property
     def parts(self) -> int:

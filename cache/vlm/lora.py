@@ -1,11 +1,15 @@
-"""LoRA on the vision part of an encoder, through peft: add, save, load, merge.
+"""LoRA on an encoder, its vision part or its language layers, through peft: add, save, load, merge.
 
 The target "qv" adapts queries and values of each block's attention. In Qwen3-VL these are one fused layer `qkv` with
 the keys: one matrix A serves both, and the rows of B that would change the keys stay zero. "attention" adapts every
 linear layer of the attention: `qkv` and `proj`, in PaliGemma 2 `q_proj`, `k_proj`, `v_proj` and `out_proj`.
-"all-linear" adds both MLP layers of each block and those of the merger or projector, unless features are taken before
-it. The patch convolution and the position embedding are never adapted. B starts at zero, so that features equal the
-base model's exactly.
+"all-linear" adds the MLP layers of each block and those of the merger or projector, DeepStack's among them, unless
+features are taken before them. The patch convolution and the position embedding are never adapted. B starts at zero, so
+that features equal the base model's exactly.
+
+`last_n_blocks` counts from the top of the whole stack: vision blocks, the projections, and with depth language the
+layers of the language model. Where it reaches no vision block, the projections of a language model's input lie below it
+and stay as they are. Without it LoRA is in the vision tower.
 
 On disk an adapter has peft's own format (adapter_config.json, adapter_model.safetensors), so peft loads it without
 this package.
@@ -25,13 +29,20 @@ from ...common.documents import Field, Form, read_json
 from ...common.tensors import open_tensors, require_tensors
 from ...errors import UserError
 from .encoder import VisionLanguageEncoder
-from .spec import LoraSpec
+from .spec import LoraLayers, LoraSpec
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # as peft has them
 FUSED = "qkv"  # a layer of this name gives queries, keys and values, a third of its rows each
+LANGUAGE = LoraLayers(  # of both families
+    r"language\.layers\.({n})\.",
+    r"self_attn\.(q|v)_proj",
+    r"self_attn\.(q|k|v|o)_proj",
+    r"mlp\.(gate|up|down)_proj",
+    "",
+)
 
 
 class AdapterForm(Form, extra="ignore"):
@@ -54,7 +65,7 @@ class AdapterForm(Form, extra="ignore"):
 def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
     """Add a fresh adapter to `encoder.vision`, in place. Only its matrices require gradients afterwards.
 
-    `UserError` when `last_n_blocks` does not fit the tower; `ValueError` when the encoder already has an adapter.
+    `UserError` when `last_n_blocks` does not fit the stack; `ValueError` when the encoder already has an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -167,15 +178,28 @@ def merge_lora(encoder: VisionLanguageEncoder) -> None:
 
 def _target_pattern(spec: LoraSpec, encoder: VisionLanguageEncoder) -> str:
     """A regular expression over module names of `encoder.vision` (peft matches it in full)."""
-    depth, layers = encoder.blocks, encoder.lora_layers
-    last = depth if spec.last_n_blocks is None else spec.last_n_blocks
-    if not 1 <= last <= depth:
-        raise UserError(f"last_n_blocks is {last}, but the vision tower has {depth} blocks; give 1 to {depth}")
-    block = layers.block.replace("{n}", "|".join(str(i) for i in range(depth - last, depth)))
-    if spec.targets in ("qv", "attention"):
-        return f"{block}{layers.query_value if spec.targets == 'qv' else layers.attention}"
-    inside = f"{block}({layers.attention}|{layers.mlp})"
-    return inside if encoder.spec.features == "patch" else f"{inside}|{layers.projection}"
+    vision, language, last = encoder.blocks, encoder.language_blocks, spec.last_n_blocks
+    count = vision + language
+    if last is not None and not 1 <= last <= count:
+        layers = f"{vision} blocks" + (f" and the language model {language} layers" if language else "")
+        raise UserError(f"last_n_blocks is {last}, but the vision tower has {layers}; give 1 to {count}")
+    chosen = range(vision) if last is None else range(count - last, count)
+    found = [
+        _inside(layers, spec.targets, numbers)
+        for layers, numbers in (
+            (encoder.lora_layers, [i for i in chosen if i < vision]),
+            (LANGUAGE, [i - vision for i in chosen if i >= vision]),
+        )
+        if numbers
+    ]
+    projected = encoder.spec.features != "patch" and (language == 0 or chosen[0] < vision)
+    return "|".join(found + [encoder.lora_layers.projection] * (spec.targets == "all-linear" and projected))
+
+
+def _inside(layers: LoraLayers, targets: str, numbers: list[int]) -> str:
+    """A regular expression over the linear layers of these blocks."""
+    inside = {"qv": layers.query_value, "attention": layers.attention}.get(targets, f"{layers.attention}|{layers.mlp}")
+    return f"{layers.block.replace('{n}', '|'.join(map(str, numbers)))}({inside})"
 
 
 def _require_adapter(encoder: VisionLanguageEncoder) -> PeftModel:

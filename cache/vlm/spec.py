@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -92,6 +93,26 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
     return from_mapping(EncoderSpec, values, where=f"model {model}")
 
 
+def features_in_words(found: Mapping[str, Any]) -> str:
+    """Which features the encoder of a fingerprint gives.
+
+    >>> features_in_words({"depth": "language", "layers": [8, 16], "layers_as": "width", "keep": "image"})
+    'language layers 8, 16 side by side, image tokens'
+    """
+    kind = "hidden states" if found.get("features") == "hidden" else f"{found.get('features', '?')} tokens"
+    how = "as tokens" if found.get("layers_as") == "tokens" else "side by side"
+    if found.get("layers") == "deepstack":
+        return f"{kind} and DeepStack's {how}"
+    if found.get("depth") != "language":
+        return kind
+    layers = found.get("layers") or ["last"]
+    several = f"s {', '.join(map(str, layers))} {how}" if len(layers) > 1 else f" {layers[0]}"
+    if "boundary" in found:
+        return f"hidden states below the last {found['boundary']} layers up to language layer{several}"
+    kept = "image and prompt tokens" if found.get("keep") == "all" else "image tokens"
+    return f"language layer{several}, {f'{n} query tokens' if (n := found.get('queries')) else kept}"
+
+
 @dataclass(frozen=True)
 class LoraSpec:
     """Size and place of the adapter."""
@@ -111,9 +132,10 @@ class LoraSpec:
         int | None,
         Option(
             "--lora-last-blocks",
-            help="Adapt the last n vision blocks alone; default: all, or those above the cache's boundary.",
+            help="Adapt the last n blocks, of vision tower and language layers together; default: those above the "
+            "cache's boundary, the language layers with depth language, else the vision tower.",
         ),
-    ] = None
+    ] = None  # None: the vision tower's
     seed: Annotated[int, Ge(0)] = 0  # of the random matrices A
 
     def __post_init__(self) -> None:
@@ -124,10 +146,10 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class LoraLayers:
-    """Where LoRA can go in a family's `vision`, as regular expressions over module names."""
+    """Where LoRA can go in a family's tower or language model, as regular expressions over names in `vision`."""
 
     block: str  # prefix of a block's layers, "{n}" for its number
     query_value: str  # linear layers of its attention that give queries and values
     attention: str  # all linear layers of its attention
     mlp: str  # and of its MLP
-    projection: str  # after the blocks
+    projection: str  # from the tower into the language model's width

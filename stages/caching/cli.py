@@ -96,7 +96,6 @@ def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
     lines = [
         f"{out}: {report.frames} frames, {size(report.bytes)}, {report.quarantined} episodes in quarantine",
         f"{report.resumed_shards} shards reused; {report.seconds:.1f} s, {rate}",
-        peak_line(),
     ]
     if report.previous:
         copied = f"{report.adopted_shards} shards reused unchanged, {timing.reused} images copied"
@@ -109,7 +108,7 @@ def build_lines(config: BuildConfig, report: BuildReport) -> list[str]:
         lines.append(f"pooled to {config.encoder.tokens} tokens: relative error {report.pooled:.2g}")
     if report.quarantined:
         lines.append(f"see {out}/quarantine.jsonl for the reasons")
-    lines += report.remarks
+    lines += [peak_line(), *report.remarks]
     if report.lost:
         return [f"no episode of {', '.join(report.lost)} could be read; run `dvla data check` on it", *lines]
     split = config.encoder.boundary is not None

@@ -237,6 +237,7 @@ def make_tables(corpus: Corpus, encoder: VisionLanguageEncoder) -> DatasetTables
         "starts": [starts[e.episode_id] for e in plan.episodes if e.episode_id in starts],
         **({"failed": list(corpus.failed)} if corpus.failed else {}),
         **_visible(encoder, plan.instructions),
+        **({} if encoder.image_span == (0, encoder.tokens, 1) else {"image_tokens": list(encoder.image_span)}),
     }
     return DatasetTables(
         action=corpus.action,

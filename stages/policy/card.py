@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from ... import __version__
+from ...cache.actions.history import history_of
+from ...cache.vlm.spec import features_in_words
 from ...common.config import from_mapping
 from ...common.hub import HUB_ID
 from ...common.text import markdown
@@ -65,12 +67,13 @@ def policy_card(
 def _description(document: Mapping[str, Any], base: str) -> str:
     dit = document["net"]["dit"]
     loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
-    steps = sample_steps(loss)
+    steps, past = sample_steps(loss), history_of(document)
+    seen = f" It sees frames at offsets {list(past.frames)} and states at {list(past.proprio)}, in control steps."
     return (
         f"A vision-language-action policy of dvla {__version__}: a DiT of {dit['blocks']} blocks of width "
         f"{dit['width']} that turns features of {markdown(base)}, the instruction and the robot's state into "
         f"{dit['horizon']} actions, in {steps} forward pass{'es' if steps > 1 else ''} ({loss.kind} head)."
-    )
+    ) + seen * bool(past)
 
 
 def data_section(datasets: Sequence[Mapping[str, Any]]) -> str:
@@ -115,7 +118,7 @@ def _training(document: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     made = document["encoder"]["fingerprint"]
     tuned = "fine-tuned: its changed weights are in this repository" if made.get("adapter") else "frozen"
     lines = [
-        f"- step {state.get('step', '?')}, features: {made.get('features', '?')} tokens, {made.get('tokens', '?')} per "
+        f"- step {state.get('step', '?')}, features: {features_in_words(made)}, {made.get('tokens', '?')} per "
         f"image, resolution {made.get('resolution', '?')}",
         f"- the VLM was {tuned}",
         *(f"- of the demonstrations of {name}: `{chosen}`" for name, chosen in document.get("selection", {}).items()),

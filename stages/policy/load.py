@@ -34,7 +34,7 @@ def adapted_spec(checkpoint: str | Path, **overrides: Any) -> EncoderSpec:
     spec = from_mapping(EncoderSpec, read_document(folder)["encoder"]["spec"], "policy.json")
     given = {name: value for name, value in overrides.items() if value is not None}
     if "boundary" in given:  # tokens and their kind are made above it
-        given = {"tokens": None, "features": "merged", **given}
+        given = {"tokens": None, "features": "merged", "keep": None, **given}
     return dataclasses.replace(spec, **given, adapters=(*spec.adapters, str((folder / "adapter").resolve())))
 
 

@@ -126,8 +126,8 @@ def require_trainable(config: TrainConfig, cache: Cache, live: bool = False) -> 
     each step, so the cache need not hold augmented ones, nor features at all."""
     if cache.boundary is not None and not live:
         raise UserError(
-            f"cache {cache.path} holds no features but what enters the last {cache.boundary} blocks of the tower "
-            "(--boundary), for `dvla finetune --lora --from-cache`; to train from features build one without --boundary"
+            f"cache {cache.path} holds no features but what enters the last {cache.boundary} blocks (--boundary), for "
+            "`dvla finetune --lora --from-cache`; to train from features build one without --boundary"
         )
     if config.image_aug and not live:
         require_variants(cache)

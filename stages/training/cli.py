@@ -125,8 +125,8 @@ def finetune_command(
         str | None,
         typer.Option(
             "--vlm-mode",
-            help="Train in the VLM: lora in its vision tower (the default), the full tower, "
-            "or nothing (frozen, but live).",
+            help="Train in the VLM: lora (the default), full (all between pixels and features), or nothing (frozen, "
+            "but live).",
         ),
     ] = None,
     lora: Annotated[
@@ -137,7 +137,7 @@ def finetune_command(
         typer.Option(
             "--from-cache",
             help="The run's cache, if it moved; or one built with "
-            "--boundary n, above which only the last n vision blocks run.",
+            "--boundary n, above which only the last n blocks run.",
         ),
     ] = None,
     vlm_path: VlmPath = None,

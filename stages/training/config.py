@@ -263,14 +263,14 @@ class FinetuneConfig:
     sources: tuple[str, ...]  # the dataset folders or hub ids behind the cache
     train: TrainConfig  # settings of the loop; cache, network and horizon are the start's own
     lora: LoraSpec | None = None  # None = the VLM stays frozen but live, or
-    full: bool = False  # all of the vision tower is trained
+    full: bool = False  # all of the vision tower is trained, and the language layers where features come from these
     vlm_path: str | None = None  # where the VLM is now, if not where the cache was built from
     memory_gib: Annotated[float, Gt(0)] = 2.0  # room for decoded images
 
     def __post_init__(self) -> None:
         require_ranges(self)
         if self.full and self.lora is not None:
-            raise UserError("train either LoRA or the full vision tower, not both")
+            raise UserError("train either LoRA or the full VLM, not both")
 
 
 LATER = (  # settings that runs of earlier releases do not have
@@ -306,6 +306,7 @@ class StageThreeForm(Form):
     start: str
     lora: dict[str, Any] | None
     full: bool = False
+    language: bool = False  # whether a full training includes language layers
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -38,12 +38,16 @@ Content = dict[int, str]  # episode → digest of its rows, text and features
 class StandIn:
     """What a build needs of a vision-language encoder."""
 
-    by_observation, tokens, native_tokens, width, device = False, 1, 1, 4, torch.device("cpu")
+    reads, by_observation, pools = "image", False, False
+    tokens, native_tokens, width, device = 1, 1, 4, torch.device("cpu")
 
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 
     def require_fits(self, views: int, instructions: Sequence[str]) -> None: ...
+
+    def visible(self, instruction: str) -> int:
+        return self.tokens
 
     def fingerprint(self) -> dict[str, Any]:
         return {"vlm": "checksums"}

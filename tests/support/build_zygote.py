@@ -136,7 +136,7 @@ class Zygote:
         """Exit code, negative for a signal; what it said, but for what it loads, is in `said`."""
         code = self._ask(wait=pid)
         self._builds.remove(pid)
-        self.said = re.sub(r"(?m)^loading .*\n", "", (self._folder / "log").read_text())
+        self.said = re.sub(r"(?m)^(loading|loaded) .*\n", "", (self._folder / "log").read_text())
         return code
 
     def run(self, **ask: Any) -> int:

@@ -52,11 +52,11 @@ def argv(line: str) -> list[str]:
 
 
 def refused(result: Result, *words: str) -> None:
-    """Exit code 2, one line on standard error with all `words`; on standard output at most what was being loaded."""
+    """Exit code 2, one line on standard error with all `words`; on standard output at most what is loaded."""
     assert result.code == 2, result
     lines = result.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err
-    assert not [line for line in result.out.splitlines() if not line.startswith("loading ")]
+    assert not [line for line in result.out.splitlines() if not line.startswith(("loading ", "loaded "))]
     assert "Traceback" not in result.err
     for word in words:
         assert word in lines[0], lines[0]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.stages.caching.build import BuildReport, build
 from dvla.stages.caching.config import BuildConfig
-from support.lerobot_samples import LENGTHS, rewrite, the_file, with_column
+from support.lerobot_samples import LENGTHS, rewrite, text_column, the_file, with_column
 
 SHARD = 8
 
@@ -102,10 +102,9 @@ def other_instruction(root: Path) -> None:
     """Of episode 1 alone: "open the oven" in place of "open the drawer"."""
     file = root / "meta/tasks.parquet"
     table = pq.read_table(file)
-    texts = [t.replace("drawer", "oven") for t in table["__index_level_0__"].to_pylist()]
-    pq.write_table(
-        table.set_column(table.column_names.index("__index_level_0__"), "__index_level_0__", pa.array(texts)), file
-    )
+    name = text_column(table)
+    texts = [t.replace("drawer", "oven") for t in table[name].to_pylist()]
+    pq.write_table(table.set_column(table.column_names.index(name), name, pa.array(texts)), file)
     episodes = the_file(root, "meta/episodes/*/*.parquet")
     listed = pq.read_table(episodes)
     tasks = [[t.replace("drawer", "oven") for t in row] for row in listed["tasks"].to_pylist()]

@@ -55,9 +55,9 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def in_two_processes(jobs: list[dict[str, Any]]) -> None:
     """Run this script on `jobs` in two processes, started by torchrun; the answers to a job are in OUT.report."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ["--standalone", "--local-addr=localhost", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, __file__, json.dumps(jobs)],
+        [sys.executable, "-m", "torch.distributed.run", *options, __file__, json.dumps(jobs)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -41,6 +41,11 @@ def encoder(codec: str, **settings: Any) -> dict[str, Any]:
     return {"rgb_encoder": RGBEncoderConfig(vcodec=codec, **settings)}
 
 
+def text_column(tasks: Any) -> str:
+    """Where the texts are in what was read of meta/tasks.parquet: lerobot 0.6 names the column, earlier ones did not."""
+    return "task" if "task" in (tasks if isinstance(tasks, dict) else tasks.column_names) else "__index_level_0__"
+
+
 def record(root: Path, codec: str | None, one_file_per_episode: bool = False) -> Path:
     """Three episodes with lerobot's writer: video of `codec`, or PNG pictures in parquet when it is None."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -106,8 +111,7 @@ def convert_to_v2(source: Path, root: Path, version: str = "v2.1") -> Path:
         "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
         "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4" if keys else None,
     }
-    index = "task" if "task" in texts else "__index_level_0__"  # lerobot 0.6; earlier
-    tasks = [{"task_index": i, "task": t} for i, t in zip(texts["task_index"], texts[index], strict=True)]
+    tasks = [{"task_index": i, "task": t} for i, t in zip(texts["task_index"], texts[text_column(texts)], strict=True)]
     episodes = [{k: e[k] for k in ("episode_index", "tasks", "length")} for e in listed]
     (root / "meta/info.json").write_text(json.dumps(info))
     for name, lines in (("tasks", tasks), ("episodes", episodes)):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,6 +77,7 @@ def render(
     vtkLogger.SetStderrVerbosity(vtkLogger.VERBOSITY_OFF)  # it would report each display that it tries in vain
     cloud = pyvista.PolyData(np.ascontiguousarray(points, np.float32))
     with _ONE_AT_A_TIME:
+        _prefer_egl_without_x()
         plotter: Any = pyvista.Plotter(off_screen=True, window_size=[SIZE, SIZE], lighting=None)
         try:
             _require_opengl(type(plotter.render_window).__name__)
@@ -105,17 +108,25 @@ def _image(plotter: Any, actor: Any, camera: Camera, spacing: float) -> np.ndarr
     return np.ascontiguousarray(plotter.screenshot(return_img=True, transparent_background=False)[..., :3])
 
 
+def _prefer_egl_without_x() -> None:
+    """VTK asks X for a display first, and crashes without X's libraries: then it is told to try EGL, and OSMesa next."""
+    if sys.platform == "linux" and not (_loads("libX11.so.6") and _loads("libXcursor.so.1")):
+        os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
+
+
 def _require_opengl(window: str) -> None:
     """VTK ends the process when it falls back to OSMesa and that is not there; this is asked before it draws."""
-    if window != "vtkOSOpenGLRenderWindow":
+    if window != "vtkOSOpenGLRenderWindow" or any(map(_loads, ("libOSMesa.so", "libOSMesa.so.8", "libOSMesa.so.6"))):
         return
-    for name in ("libOSMesa.so", "libOSMesa.so.8", "libOSMesa.so.6"):
-        try:
-            ctypes.CDLL(name)
-            return
-        except OSError:
-            continue
     raise UserError(
         "there is no OpenGL to render point clouds with: neither a display nor EGL nor OSMesa can be used; install "
         "one, e.g. apt-get install libegl1 libgl1-mesa-dri, or libosmesa6"
     )
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

@@ -80,13 +80,15 @@ def meta_samples(cache: Cache, files: Files) -> Iterator[dict[str, Any]]:
 
 def _row_document(d: CacheDataset, episode: int, row: int) -> dict[str, Any]:
     """The facts about one observation that other tools need."""
+    text = int(d.episode_instruction[episode])
     return {
         "dataset": d.name,
         "episode_id": int(d.episode_id[episode]),
         "step": row - int(d.episode_start[episode]),
         "row": row,
         "timestamp": float(d.timestamp[row]),
-        "instruction": d.instructions[int(d.episode_instruction[episode])],
+        "instruction": d.instructions[text],
+        **({"visible": int(d.visible[text])} if "visible" in d.attributes else {}),  # tokens that are real, the first
         "control_hz": d.control_hz,
         "embodiment": d.embodiment_id,
         "embodiment_name": d.attributes.get("embodiment_name"),

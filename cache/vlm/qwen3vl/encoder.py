@@ -63,7 +63,11 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
     language layers, with depth language."""
 
     lora_layers = LoraLayers(
-        r"blocks\.({n})\.", r"attn\.qkv", r"attn\.(qkv|proj)", r"mlp\.linear_fc[12]", r"merger\.linear_fc[12]"
+        r"blocks\.({n})\.",
+        r"attn\.qkv",
+        r"attn\.(qkv|proj)",
+        r"mlp\.linear_fc[12]",
+        r"merger\.linear_fc[12]|deepstack_merger_list\.\d+\.linear_fc[12]",
     )
 
     _prompt: ChatPrompt | None = None
@@ -177,6 +181,12 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
     @property
     def width(self) -> int:
         return super().width if self.spec.boundary is None or self._prompt is None else self.text_width
+
+    @property
+    def image_span(self) -> tuple[int, int, int]:
+        if self._prompt is not None and self.spec.boundary is not None:
+            return len(self.prompt.prefix), self.native_tokens, 1
+        return (0, 0, 1) if self.spec.queries else super().image_span
 
     def visible(self, instruction: str) -> int:
         if self.reads == "image" or self.spec.queries and self.spec.boundary is None:

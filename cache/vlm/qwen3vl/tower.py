@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ....common.documents import shown
-from ....errors import UserError
 from ..blocks import attention, through
 
 ROTARY_BASE = 10000.0
@@ -36,14 +34,8 @@ class PositionTables:
 
 
 def rotary_base(config: Any) -> float:
-    """The base of the rotary angles; only transformers 5 has it in the config. `UserError` for what is none."""
-    found = getattr(config, "rope_parameters", None) or {}
-    base = found.get("rope_theta", ROTARY_BASE) if isinstance(found, dict) else None
-    if isinstance(base, bool) or not isinstance(base, (int, float)) or not 1 < base <= 1e12:
-        raise UserError(
-            f"vision_config.rope_parameters is {shown(found)}; its rope_theta must be above 1, at most 1e12"
-        )
-    return float(base)
+    """The base of the rotary angles; only transformers 5 has it in the config."""
+    return float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", ROTARY_BASE))
 
 
 def rotary_frequencies(config: Any) -> torch.Tensor:

@@ -92,6 +92,10 @@ class Forecast:
     train_binds: str  # the bottleneck: reading or model
     break_even_epoch: int | None  # the first after which the cache has cost no more than a live encoder; None: never
     cluster: Any = None  # of `--cluster`: what it would take there (a `ClusterForecast`)
+    features: str = ""  # which, in words
+    tokens: tuple[int, int] = (0, 0)  # of one view, and their width
+    prompt: tuple[int, int] | None = None  # tokens after the image's: of the longest instruction, and room for them
+    reads: str = "image"  # what a view's features depend on: image, instruction (too) or observation (all of it)
     # n, where the hidden states before the last n blocks are stored, not features: `train_samples` is by reading alone
     boundary: int | None = None
 

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ....cache.vlm.augment import augment
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.observations import encoder_calls, require_finite
 from ....cache.vlm.pooling import pooling_error
+from ....cache.vlm.spec import features_in_words
 from ....common.progress import Progress
 from ....errors import Failed, UserError
 from ..build_plan import decide, make_plan, open_all
@@ -80,9 +81,24 @@ def plan_build(
         price=pilot.price,
         changed=changed,
     )
+    result = dataclasses.replace(result, **_features(plan, encoder))
     if config.encoder.boundary is None:
         return result
     return dataclasses.replace(result, boundary=config.encoder.boundary, break_even_epoch=None)
+
+
+def _features(plan: BuildPlan, encoder: VisionLanguageEncoder) -> dict[str, Any]:
+    """What a forecast says of the features themselves."""
+    texts = [text for dataset in plan.datasets for text in dataset.instructions]
+    unused = min(plan.tokens - encoder.visible(text) for text in texts)
+    first, count, layers = encoder.image_span
+    room = (plan.tokens - first) // layers - count if count else 0
+    return {
+        "features": features_in_words(encoder.fingerprint()),
+        "tokens": (plan.tokens, plan.width),
+        "prompt": (room - unused // layers, room) if room else None,
+        "reads": encoder.reads,
+    }
 
 
 def _planned(

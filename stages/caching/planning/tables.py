@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ....common.console import console, say, table
-from ....common.text import duration, size
+from ....common.text import duration, size, wrapped
 from .forecast import Forecast
 
 if TYPE_CHECKING:
@@ -45,6 +45,13 @@ def show_forecast(f: Forecast) -> None:
         f"cache: {size(f.bytes)}, {size(f.free_bytes)} are free{'' if f.fits else ': it does not fit'}",
         style=None if f.fits else "red",
     )
+    if f.features:
+        say(wrapped(f"{f.features}: {f.tokens[0]} tokens of {f.tokens[1]} a view"))
+    if f.prompt:
+        say(f"  room for {f.prompt[1]} tokens after the image's; the longest prompt here has {f.prompt[0]}")
+    if f.reads != "image":
+        also = "" if f.reads == "instruction" else " or a changed view"
+        say(f"  another instruction{also} means encoding an episode again")
     packed = f", {m.compression:.2f}x compressed" if m.compression != 1 else ""
     say(f"  {f.observations} observations of {size(f.bytes_per_sample)} (all views){packed}")
     if f.quarantined:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .... import __version__
 from ....cache.loader.provenance import choice_of
 from ....cache.store.cache import Cache
+from ....cache.vlm.spec import features_in_words
 from ...policy.card import data_section, front_matter, license_of
 
 
@@ -18,7 +19,7 @@ def cache_card(cache: Cache, repo: str) -> str:
             f"{front_matter(head)}# {repo.rsplit('/', 1)[-1]}",
             "",
             f"Features of a frozen vision-language model ({encoder.get('vlm', 'unnamed')}, "
-            f"{encoder.get('features', 'features')}, {cache.tokens} tokens of width {cache.width} per image) and "
+            f"{features_in_words(encoder)}, {cache.tokens} of width {cache.width} per image) and "
             f"unified actions of {cache.frames} frames: a cache of dvla {__version__}, in Zarr v3.",
             "",
             data_section(attributes),

@@ -178,10 +178,11 @@ def _features(
         one, two = (d.features(view, r[part], variant).astype(np.float32) for d, r in ((x, rows), (y, others)))
         norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)  # [n,K]
         cosine = (one * two).sum(-1) / np.maximum(norms, 1e-30)  # [n,K]
+        real = one.any(-1) | two.any(-1)  # [n,K]; the others are room that a prompt leaves
         sums += (
             np.square(one - two).sum(dtype=np.float64),
             np.square(one).sum(dtype=np.float64),
-            cosine.sum(dtype=np.float64),
-            cosine.size,
+            cosine[real].sum(dtype=np.float64),
+            real.sum(),
         )
     return ArrayDiff(x.name, array, len(rows), equal, _relative(sums[0], sums[1])), sums

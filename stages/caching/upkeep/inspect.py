@@ -1,4 +1,4 @@
-"""`dvla cache inspect`: what is in a finished cache. n frames, K tokens of an image, S side of a square token grid."""
+"""`dvla cache inspect`: what is in a finished cache. n frames, K tokens of a view, S side of a square token grid."""
 
 from __future__ import annotations
 
@@ -142,13 +142,18 @@ def shown_rows(d: CacheDataset, count: int) -> np.ndarray:
 
 
 def norm_strip(d: CacheDataset, view: str, rows: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """Token norms of frames `rows` side by side, dark to bright, uint8 [H,W,3], and (smallest, largest norm)."""
+    """Norms of the image's tokens (of query tokens where these are kept alone) of frames `rows` side by side, dark to
+    bright, uint8 [H,W,3], and (smallest, largest norm)."""
     from matplotlib import colormaps
 
     norms = np.linalg.norm(d.features(view, rows).astype(np.float32), axis=-1)  # [n,K]
+    first, count, layers = d.image_tokens
+    if count:
+        norms = norms[:, first : first + count * layers]
     low, high = (float(norms.min()), float(norms.max())) if norms.size else (0.0, 0.0)
-    side = math.isqrt(d.tokens)
-    grid = norms.reshape(len(rows), *((side, side) if side * side == d.tokens else (1, d.tokens)))  # [n,S,S]
+    shape = (side, side) if (side := math.isqrt(count)) ** 2 == count > 0 else (1, norms.shape[1] // layers)  # S, S
+    grid = norms.reshape(len(rows), *shape, layers).transpose(0, 3, 1, 2)  # [n,layers,S,S]
+    grid = grid.reshape(len(rows), layers * shape[0], shape[1])  # layers below each other
     scaled = (grid - low) / max(high - low, 1e-12)
     tiles = [np.kron(frame, np.ones((CELL, CELL))) for frame in scaled]
     strips = [(colormaps["viridis"](tile)[..., :3] * 255).astype(np.uint8) for tile in tiles]

@@ -126,7 +126,8 @@ def one_status(path: Path) -> CacheStatus:
 def summary(document: dict[str, Any]) -> dict[str, Any]:
     """A fingerprint in a few fields; the weights by the first digits of their hash."""
     encoder, store = document.get("encoder", {}), document["store"]
-    short = {name: encoder[name] for name in ("vlm", "features", "boundary", "resolution") if name in encoder}
+    names = ("vlm", "features", "depth", "layers", "layers_as", "keep", "queries", "boundary", "resolution")
+    short = {name: encoder[name] for name in names if name in encoder}
     weights = encoder.get("weights_sha256", encoder.get("weights"))
     return {
         **short,

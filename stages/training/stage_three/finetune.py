@@ -1,4 +1,4 @@
-"""Stage three: a stage-two policy is trained on live features, with LoRA in the vision tower or all of it trained.
+"""Stage three: a stage-two policy is trained on live features, with LoRA in the VLM or all of it trained.
 
 The loop, the step and the checkpoints are stage two's (loop.py); only the features differ.
 """
@@ -102,12 +102,11 @@ def _prepare(
         start, _in_float32(document) if config.full else document, world.device, config.vlm_path
     )
     live = _features(config, cache, encoder)
+    config, language = _adapted_layers(config, encoder)
     encoder.vision.recompute = config.train.gradient_checkpointing
     net = load_net(document, start).to(world.device)
     if config.lora is not None:
         add_lora(encoder, config.lora)
-    elif config.full:
-        encoder.vision.requires_grad_(True)
     continuity = compare(net, cache, live, config)
     first = require_no_jump(continuity, cache, say)
     spec = dataclasses.replace(encoder.spec, dtype=document["encoder"]["spec"].get("dtype", "auto"))
@@ -124,9 +123,10 @@ def _prepare(
         on_log=on_log,
         say=say,
         world=world,
-        stage_three={"start": config.start, "lora": lora, **({"full": True} if config.full else {})},
+        stage_three={"start": config.start, "lora": lora, **({"full": True} if config.full else {})}
+        | ({"language": True} if config.full and language else {}),
     )
-    _train_tower(session, config, encoder)
+    _train_tower(session, config, encoder, language)
     session.say(live_memory(session, encoder, *(column[:2] for column in spread(cache, 32))))
     return session, continuity
 
@@ -139,7 +139,7 @@ def _open(config: FinetuneConfig, start: Path, document: dict[str, Any]) -> Cach
     require_trainable(config.train, cache, live=True)
     if config.full and cache.boundary is not None:
         raise UserError(
-            "--vlm-mode full trains all blocks of the vision tower; use --vlm-mode lora, or the cache that the policy "
+            "--vlm-mode full trains all blocks; use --vlm-mode lora, or the cache that the policy "
             f"was trained from: cache {cache.path} holds what enters the last {cache.boundary} blocks (--boundary)"
         )
     if document["net"]["dit"].get("denoising", False) != (kind in DENOISING):
@@ -149,14 +149,32 @@ def _open(config: FinetuneConfig, start: Path, document: dict[str, Any]) -> Cach
     return cache
 
 
-def _train_tower(session: Session, config: FinetuneConfig, encoder: VisionLanguageEncoder) -> None:
-    """Make LoRA, or all of the vision tower, trained parameters of the session."""
+def _adapted_layers(config: FinetuneConfig, encoder: VisionLanguageEncoder) -> tuple[FinetuneConfig, bool]:
+    """(config with the number of blocks that LoRA is in, whether a full training includes language layers): as in the
+    run that is resumed. A new one has LoRA in the language layers, where features come from these: the vision tower
+    below them then needs no backward pass."""
+    folder, begun, language = Path(config.train.out), None, bool(encoder.language_blocks)
+    if (folder / "config.json").is_file():
+        begun = read_settings(folder).get("stage_three")
+    language = language and (begun is None or begun.get("language", False))
+    if config.lora is None or config.lora.last_n_blocks is not None:
+        return config, language
+    last = encoder.language_blocks or None
+    if begun is not None and begun["lora"] is not None:
+        last = begun["lora"].get("last_n_blocks")
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, last_n_blocks=last)), language
+
+
+def _train_tower(session: Session, config: FinetuneConfig, encoder: VisionLanguageEncoder, language: bool) -> None:
+    """Make LoRA, or all of the VLM (its `language` layers or none of them), trained parameters of the session."""
     lora, seed, rank = config.lora, config.train.seed, session.world.rank
     if lora is not None and lora.dropout:
         session.learning = lambda at: lora_dropout(encoder, int(mix(seed, 10, at, rank)) >> 1)
     if lora is None and not config.full:
         return
-    session.adapter = dict(tower_parameters(encoder) if config.full else lora_parameters(encoder))
+    session.adapter = dict(tower_parameters(encoder, language) if config.full else lora_parameters(encoder))
+    for p in session.adapter.values():
+        p.requires_grad_(True)
     session.save_adapter = lambda folder: save_adapter(encoder, folder)
     policy, tower, trained = (
         sum(p.numel() for p in parameters)
@@ -164,7 +182,7 @@ def _train_tower(session: Session, config: FinetuneConfig, encoder: VisionLangua
     )
     session.say(
         f"training {policy:,} parameters of the policy and {trained:,} {'' if config.full else 'of LoRA '}"
-        f"in a vision tower of {tower:,}"
+        f"in a vision tower {'and language layers ' if encoder.language_blocks else ''}of {tower:,}"
     )
 
 

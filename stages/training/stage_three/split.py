@@ -1,11 +1,12 @@
-"""Stage three on a split cache (`dvla cache build --boundary n`): of the vision tower only the last n blocks run.
+"""Stage three on a split cache (`dvla cache build --boundary n`): of the vision tower, or with depth language of the
+language layers, only the last n run.
 
 What enters them does not depend on what is learned in them, so features and gradients are those of the fully live
-tower, up to the float16 of the cache. No image is read; condition dropout and augmented variants are the loader's, as
-in stage two.
+VLM, up to the float16 of the cache. No image is read; condition dropout and augmented variants are the loader's, as in
+stage two.
 
-Letters: B samples, H frames of a sample, V views, S patches of one image, C vision width, K tokens of one image,
-D feature width, P images of one call.
+Letters: B samples, H frames of a sample, V views, S tokens of a record of hidden states, C their width, K tokens of a
+view's features, D feature width, P records of one call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ....cache.store.cache import Cache
 from ....cache.store.dataset import CacheDataset
 from ....cache.vlm.encoder import VisionLanguageEncoder
 from ....cache.vlm.load import require_encoder
+from ....common import fingerprint as fp
 from ....errors import UserError
 from ...policy import checkpoint as ck
 from ..checks import open_cache
@@ -88,16 +90,33 @@ class SplitFeatures:
 def split_features(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncoder) -> SplitFeatures:
     """Features of the policy's `encoder` on the split cache. `UserError` when the two do not belong together, or for
     augmentation without augmented variants in the cache."""
-    if encoder.by_observation:
-        raise UserError(
-            f"fine-tune {config.start} on a cache of its features: it was trained on features of depth language, and "
-            f"cache {cache.path} stops inside the vision tower (--boundary)"
-        )
     assert cache.boundary is not None  # a split cache
+    _require_settings(config, cache, encoder)
     require_encoder(encoder.at_boundary(cache.boundary), cache.fingerprint["encoder"], f"cache {cache.path}")
     if config.train.image_aug:
         require_variants(cache)
     return SplitFeatures(encoder, cache, config.train.past)
+
+
+def _require_settings(config: FinetuneConfig, cache: Cache, encoder: VisionLanguageEncoder) -> None:
+    """`UserError` naming the settings that differ between the split cache and the policy's features, or those for which
+    there is no boundary."""
+    spec = encoder.spec
+    if encoder.parts > 1 or spec.depth == "language" and spec.vlm != "qwen3vl":
+        several = f"layers {'deepstack' if spec.deepstack else list(spec.layers)}" if encoder.parts > 1 else spec.vlm
+        raise UserError(
+            f"leave --from-cache {cache.path} out: its boundary needs features of one layer, in the language model of "
+            f"qwen3vl's; {config.start} has depth {spec.depth}, {several}"
+        )
+    names = ["depth", "layers", "queries", "prompt_tokens", "resolution"]
+    has, wants = (
+        {name: found[name] for name in names if name in found}
+        for found in ({"depth": "vision"} | cache.fingerprint["encoder"], {"depth": "vision"} | encoder.fingerprint())
+    )
+    lines = fp.diff(has, wants, was="cache has", now="policy has")
+    if lines and cache.fingerprint["encoder"]["vlm"] == spec.vlm:
+        shown = "; ".join(lines[:1] if has["depth"] != wants["depth"] else lines)  # the others follow from it
+        raise UserError(f"build a split cache with the settings of {config.start} ({cache.path}: {shown})")
 
 
 def above_boundary(config: FinetuneConfig, cache: Cache) -> FinetuneConfig:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import io
+import os
 import re
 import shutil
 import struct
@@ -246,7 +247,11 @@ def test_without_opengl_there_is_a_message_and_no_crash(monkeypatch):
     def absent(name):
         raise OSError(name)
 
+    monkeypatch.setenv("VTK_DEFAULT_OPENGL_WINDOW", "")
+    monkeypatch.delenv("VTK_DEFAULT_OPENGL_WINDOW")
     monkeypatch.setattr(ctypes, "CDLL", absent)
+    point_render._prefer_egl_without_x()
+    assert os.environ["VTK_DEFAULT_OPENGL_WINDOW"] == "vtkEGLRenderWindow"
     point_render._require_opengl("vtkEGLRenderWindow")
     with pytest.raises(UserError, match="no OpenGL to render point clouds with.*apt-get install"):
         point_render._require_opengl("vtkOSOpenGLRenderWindow")

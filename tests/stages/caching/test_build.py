@@ -20,12 +20,15 @@ from safetensors.torch import load_file, save_file
 from dvla.cache.loader.loader import gather
 from dvla.cache.readers import open_source
 from dvla.cache.store.cache import Cache
+from dvla.cache.store.codec import channel_scale
+from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, lora_parameters
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.config import from_mapping
 from dvla.errors import UserError
+from dvla.stages.caching import build as build_module
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
 from dvla.stages.caching.upkeep import verify as verify_module
@@ -138,6 +141,17 @@ def test_verify_sees_other_features_and_damage(cache: Path, tmp_path: Path, monk
     assert check.relative > TOLERANCE["float16"] and "live features of 12 frames differ" in problems[0]
 
 
+def test_verify_allows_what_storing_these_features_costs(
+    recorded: Recorded, vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scales were measured where a channel was almost still: it uses up the range of the others."""
+    still = np.where(np.arange(32) == 3, 0.03, 1.0).astype(np.float32)
+    monkeypatch.setattr(build_module, "channel_scale", lambda features: channel_scale(features) * still)
+    build(configure(recorded["image"], vlm, tmp_path / "cache", format=FeatureFormat("int8")))
+    problems, check = verify(tmp_path / "cache", live=8, device="cpu")
+    assert problems == [] and check is not None and check.relative > TOLERANCE["int8"]
+
+
 def test_verify_allows_bfloat16_its_rounding_and_no_more(
     recorded: Recorded, vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +197,7 @@ from pathlib import Path
 import peft, pyarrow.parquet, av, transformers.models.qwen3_vl.modeling_qwen3_vl
 from transformers import AutoConfig, AutoTokenizer
 from dvla.cache.vlm.spec import EncoderSpec
+from dvla.stages.caching import build as build_module
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
 
@@ -282,7 +297,7 @@ def test_a_build_that_lost_every_episode_says_so_first(copy_of: Any, vlm: Path, 
     where = ("--vlm", "tiny_qwen3vl", "--vlm-path", vlm, "--device", "cpu", "--out", tmp_path / "cache")
     for _ in range(2):  # a second time it is complete, and still without anything
         done = dvla("cache", "build", tmp_path / "image", *where, "--allow-quarantine")
-        lines = [line for line in done.out.splitlines() if not line.startswith(("loading ", "image/"))]
+        lines = [line for line in done.out.splitlines() if not line.startswith(("loading ", "loaded ", "image/"))]
         assert done.code == 1 and lines[0].startswith("no episode of image could be read"), done
         assert not any(line.startswith("next:") for line in lines) and "quarantine.jsonl" in done.out
 
@@ -482,7 +497,7 @@ def test_a_jump_of_the_loss_stops_before_training(
     def wrong(*arguments: Any) -> Any:
         encoder = load(*arguments)
         encode = encoder.encode_images
-        monkeypatch.setattr(encoder, "encode_images", lambda pictures: 0.8 * encode(pictures))
+        monkeypatch.setattr(encoder, "encode_images", lambda *given: 0.8 * encode(*given))
         return encoder
 
     monkeypatch.setattr(finetune_module, "load_policy_encoder", wrong)

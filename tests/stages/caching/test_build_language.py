@@ -285,7 +285,7 @@ def test_append_encodes_new_episodes_as_the_plan_said(corner: Corner, changes: d
         and verify_checksums(corner.out) == []
     )
     problems, check = verify(corner.out, live=6, device="cpu")
-    assert problems == [] and check.relative <= TOLERANCE["int8" if changes else "float16"]
+    assert problems == [] and check.relative <= (3e-2 if changes else TOLERANCE["float16"])
     again = plan_build(config, PilotConfig(images=4))
     assert again.pictures == 0 and {s.kind: s.pictures for s in again.shares}["adopted"] == versions * V * sum(rows)
 

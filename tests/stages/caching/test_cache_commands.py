@@ -660,6 +660,9 @@ def test_forecasts_fit_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: p
     )
     forecasts = [forecast(plan, found, free=1, memory=m, price=36.0, draws=16) for m in (0, 10**14)]
     forecasts.append(dataclasses.replace(forecasts[0], boundary=12, quarantined=123))
+    words = "language layers 8, 16, 24 side by side, image and prompt tokens"
+    told = {"features": words, "tokens": (228, 6144), "prompt": (4096, 4096), "reads": "observation"}
+    forecasts.append(dataclasses.replace(forecasts[0], **told))
     for f in forecasts:
         show_forecast(f)
     show_cluster(cluster_forecast(work_of(forecasts[0], 10**8, None), read_cluster("cluster"), model=123.4))
@@ -676,6 +679,7 @@ def test_the_closing_lines_of_a_build(tmp_path: Path) -> None:
     lines = build_lines(config, report)
     assert "709 images/s, bottleneck: encoding" in lines[1] and lines[3] == "previous generation: caches/droid.gen-12"
     assert max(map(len, [*again, *lines])) <= 80, max(lines, key=len)
+    assert lines[-2].startswith("peak memory of this process: ")
 
 
 # --- room -------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_a_torn_last_line_is_dropped_and_no_other(tmp_path: Path) -> None:
         b'{"step": 1}': "its step 1 comes after 2",
         b'{"step": "3"}': "'step' is '3'",
         b"\xff": "utf-8",
-        b"[" * 3000: "nested too deeply",
+        b"[" * 3000 + b"]" * 3000: "nested",
     }.items():
         with pytest.raises(UserError, match=f"log.jsonl line 3 .*({said})"):
             kept_lines(whole + line + b'\n{"step": 4}\n', path, 2)

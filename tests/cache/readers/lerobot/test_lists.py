@@ -264,7 +264,7 @@ def test_an_episode_listed_many_times_takes_no_square_of_time(tmp_path):
     assert outcome(root) == {0: "it is listed 20000 times"} and time.process_time() - begun < 8
 
 
-@pytest.mark.parametrize("text", ['{"a": ' * 100 + "1" + "}" * 100, "[" * 3000])
+@pytest.mark.parametrize("text", ['{"a": ' * 100 + "1" + "}" * 100, "[" * 3000 + "]" * 3000, "[" * 10**6])
 def test_nesting_is_bounded(tmp_path, text):
     root = write_v2(tmp_path / "x")
     with (root / EPISODES).open("a") as file:
