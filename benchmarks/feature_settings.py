@@ -146,9 +146,8 @@ def main() -> None:
         print(
             f"{machine(args.device)}; {args.vlm_path or 'a random toy'}: {total} language layers, {args.images} images"
         )
-        print(
-            "\n| features | tokens × width | KiB, fp16 | int8 | error of int8 | fp8 | pooling | text | red disc | named |"
-        )
+        head = "features | tokens × width | KiB, fp16 | int8 | error of int8 | fp8 | pooling | text | red disc | named"
+        print(f"\n| {head} |")
         print("|---" * 10 + "|")
         for name, changes in settings(total).items():
             encoder = load_encoder(dataclasses.replace(spec, **changes), args.device)
