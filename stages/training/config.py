@@ -139,9 +139,7 @@ class TrainConfig:
     action_space: Literal["unified", "active"] = "unified"
     dit: dict[str, Any] = field(default_factory=dict)  # overrides of the size's DiT fields, e.g. {"horizon": 8}
     steps: Annotated[int, Option("--steps", "--max-steps", help="Optimizer steps of the run."), Ge(1)] = 10_000
-    batch_size: Annotated[
-        int, Option("--batch-size", help="Observations per batch and device; default 16, on CUDA 256."), COUNT
-    ] = 16
+    batch_size: Annotated[int, Option("--batch-size", help="Observations per batch and device."), COUNT] = 16
     accumulate: Annotated[int, Option("--grad-accumulation", help="Batches per optimizer step."), COUNT] = 1
     draws: Annotated[int, Option("--draws", help="Noise samples per observation."), COUNT] = 4  # G
     loss: LossConfig = field(default_factory=LossConfig)
@@ -202,19 +200,18 @@ class TrainConfig:
         str | None, Option("--local-cache", help="Folder for local copies of the parts read from a cache behind a URL.")
     ] = None
     local_gib: Annotated[float | None, Gt(0)] = None  # room for shards in it, GiB; None = as many as there are
-    threads: Annotated[int, Option("--num-workers", help="Loader threads; default 2, on CUDA 8."), THREADS] = 2
+    threads: Annotated[int, Option("--num-workers", help="Loader threads."), THREADS] = 2
     cpu_threads: Annotated[int, Interval(ge=0, le=1024)] = (
         0  # of torch's CPU kernels; 0 = torch's choice. Small networks are fastest with 1
     )
     device: Annotated[str, DEVICE] = "auto"
     precision: Annotated[
-        Literal["fp32", "bf16"],
-        Option("--precision", help="Precision of the forward pass (autocast): fp32, on CUDA bf16."),
+        Literal["fp32", "bf16"], Option("--precision", help="Precision of the forward pass (autocast): fp32 or bf16.")
     ] = "fp32"
     gradient_checkpointing: bool = False  # recompute the VLM's blocks in the backward pass (stage three): less memory
     compile: Annotated[
         bool,
-        Option("--compile", help="Compile the network with torch.compile; on CUDA the default (--set compile=false)."),
+        Option("--compile", help="Compile the network with torch.compile."),
     ] = False
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"  # kernel of the attention; the network is the same
     strategy: Annotated[
