@@ -38,7 +38,8 @@ def float16_later(features: torch.Tensor, what: str) -> Callable[[], np.ndarray]
         largest = found[1].item()
         if not np.isfinite(largest) or largest > float(np.finfo(np.float16).max):
             raise UserError(
-                f"{what}: the encoder returned {largest:g}, which float16 cannot hold; check the weights and their dtype"
+                f"{what}: the encoder returned {largest:g}, which float16 cannot hold; check the weights and their "
+                "dtype"
             )
         return found[0].numpy()
 

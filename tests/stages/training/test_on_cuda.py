@@ -79,7 +79,8 @@ def test_one_kernel_resumes_exactly() -> None:
     def begun(device: str) -> tuple[Session, Replicas]:
         torch.manual_seed(0)
         config = TrainConfig("", "", batch_size=2, draws=2)
-        session = Session(config, None, PolicyNet(PolicyNetConfig(feature_width=8, dit=shape)), {})  # type: ignore[arg-type]
+        net = PolicyNet(PolicyNetConfig(feature_width=8, dit=shape))
+        session = Session(config, None, net, {})  # type: ignore[arg-type]
         session.world = World(torch.device(device))
         shared = Replicas(session)
         session.world = shared.world = World()
