@@ -7,7 +7,8 @@
 
 Measured: from uint8 images of 448 × 448 in memory to features on the device. transformers: its processor and its own
 forward, cut to the layers that are asked for (as GR00T does), with `sdpa`. dvla: `encode_images`. Both run in one
-process, in turn, on the same weights, and must agree to rounding.
+process, in turn, on the same weights, and must agree to rounding. On a CPU one thread works, and its own time counts
+(images per core-second), so that others on the machine disturb little.
 
 Computed: floating-point operations by the formulas below from the model's sizes, compared with what torch counts in a
 forward when one is run. Seconds of an image are the larger of operations / (40 % of the peak) and bytes / bandwidth;
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,8 +198,9 @@ def measure(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> st
             encoder.encode_images(images[:1], TEXT)
         plain.features(images[:1])
         for _, side in turns(sides, args.repeats):
+            began = time.process_time()
             taken, found[side] = timed(encoder.device, lambda: sides[side](images))
-            seconds[side].append(taken)
+            seconds[side].append(time.process_time() - began if encoder.device.type == "cpu" else taken)
     rms = compare(encoder, found["dvla"], found["transformers"])
     prompt = len(encoder.prompt.prefix) + len(encoder.prompt.suffix(TEXT)) if settings.get("layers") else 0
     counted, formula = counter.get_total_flops(), qwen3vl(settings, prompt).operations
@@ -225,6 +228,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     head = "| setting | GFLOP an image | weights, GB | moved, GB an image | H200, computed: images/s |"
@@ -232,7 +236,9 @@ def main() -> None:
     if args.vlm_path:
         print(f"{machine(args.device)}, transformers {transformers.__version__}, {args.dtype}, batch {args.batch}")
         head += " transformers: images/s | dvla: images/s | × transformers |"
-        rows = {name: text + measure(args, name, SETTINGS[name]) for name, text in rows.items()}
+        for name, text in rows.items():
+            rows[name] = text + measure(args, name, SETTINGS[name])
+            print(rows[name], flush=True)
     else:
         rows |= {f"PaliGemma 2, {n}": row(f"PaliGemma 2, {n}", paligemma2(s, 16)) for n, s in GEMMA_SETTINGS.items()}
     print("\n" + head + "\n" + "|---" * head.count(" |") + "|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -60,7 +61,7 @@ class History:
 NO_HISTORY = History()
 
 
-def history_of(document: dict[str, Any]) -> History:
+def history_of(document: Mapping[str, Any]) -> History:
     """What `History.to_document` gave; earlier releases know the current frame only."""
     return History(*(tuple(document.get(name, ALONE)) for name in ("history", "proprio_history")))
 

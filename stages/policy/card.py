@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ... import __version__
+from ...cache.actions.history import history_of
 from ...cache.vlm.spec import features_in_words
 from ...common.config import from_mapping
 from ...common.hub import HUB_ID
@@ -66,12 +67,13 @@ def policy_card(
 def _description(document: Mapping[str, Any], base: str) -> str:
     dit = document["net"]["dit"]
     loss = from_mapping(LossConfig, document.get("loss", {}), "policy.json")
-    steps = sample_steps(loss)
+    steps, past = sample_steps(loss), history_of(document)
+    seen = f" It sees frames at offsets {list(past.frames)} and states at {list(past.proprio)}, in control steps."
     return (
         f"A vision-language-action policy of dvla {__version__}: a DiT of {dit['blocks']} blocks of width "
         f"{dit['width']} that turns features of {markdown(base)}, the instruction and the robot's state into "
         f"{dit['horizon']} actions, in {steps} forward pass{'es' if steps > 1 else ''} ({loss.kind} head)."
-    )
+    ) + seen * bool(past)
 
 
 def data_section(datasets: Sequence[Mapping[str, Any]]) -> str:

@@ -1,32 +1,16 @@
-"""`--device`, where there are GPUs: pretended."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import os
+from pathlib import Path
 
-from dvla.common.device import pick_device
-from dvla.errors import UserError
-
-
-@pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Two GPUs, and what is asked of cuDNN's attention."""
-    asked: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
-    return asked
+from dvla.common.device import peak_line, peak_memory
+from dvla.common.text import size
 
 
-def test_a_gpu_that_is_not_there_is_refused(two_gpus: list[bool]) -> None:
-    with pytest.raises(UserError, match="cuda:0 to cuda:1"):
-        pick_device("cuda:7")
-    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
-
-
-def test_cudnn_attention_is_off_on_a_gpu(two_gpus: list[bool]) -> None:
-    pick_device("cpu")
-    assert two_gpus == []
-    pick_device("cuda")
-    assert two_gpus == [False]
+def test_peak_memory() -> None:
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = peak_memory()
+    assert 0.9 * now < peak < 100 * now  # statm counts late
+    assert peak_line() == f"peak memory of this process: {size(peak_memory())}"

@@ -34,6 +34,7 @@ from websockets.sync.client import ClientConnection, connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dvla.cache.actions.history import History  # noqa: E402
 from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl  # noqa: E402
 from dvla.stages.serving.wire import pack, unpack  # noqa: E402
 from support.run_samples import TINY, make_run, observations  # noqa: E402
@@ -69,7 +70,8 @@ class Server:
 @contextlib.contextmanager
 def server(where: Path) -> Iterator[Server]:
     """A server of a tiny policy, whose files are in `where`."""
-    run, log = make_run(where / "run", make_tiny_qwen3vl(where / "vlm", TINY)), where / "log"
+    history, log = History((0, -2, -5), (0, -1)), where / "log"
+    run = make_run(where / "run", make_tiny_qwen3vl(where / "vlm", TINY), history=history)
     command = [sys.executable, "-m", "dvla.cli", "serve", str(run), "--port", "0", "--device", "cpu"]
     with open(log, "wb") as out:
         environment = {**os.environ, "COLUMNS": "500", "OMP_NUM_THREADS": "1"}
@@ -144,7 +146,9 @@ def damaged(rng: random.Random) -> bytes:
     sound: dict[Any, Any] = {**SOUND, "images": dict(SOUND["images"])}
     if kind < 3:
         value = rng.choice((array, generic, nested, lambda r: r.choice(NUMBERS), lambda r: r.choice(OTHERS)))(rng)
-        key = rng.choice(("state", "prompt", "images", "reset", "front", "observation", 7, b"x", "images/front"))
+        key = rng.choice(
+            ("state", "prompt", "images", "reset", "act", "step", "front", "observation", 7, b"x", "images/front")
+        )
         if key == "state" and rng.random() < 0.5:
             value = [*SOUND["state"][:2].tolist(), value]
         if key == "front":

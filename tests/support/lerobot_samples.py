@@ -42,7 +42,7 @@ def encoder(codec: str, **settings: Any) -> dict[str, Any]:
 
 
 def text_column(tasks: Any) -> str:
-    """Where the texts are in what was read of meta/tasks.parquet: lerobot 0.6 names the column, earlier ones did not."""
+    """Where the texts are in what was read of meta/tasks.parquet: lerobot 0.6 names the column, older ones did not."""
     return "task" if "task" in (tasks if isinstance(tasks, dict) else tasks.column_names) else "__index_level_0__"
 
 

@@ -679,6 +679,7 @@ def test_the_closing_lines_of_a_build(tmp_path: Path) -> None:
     lines = build_lines(config, report)
     assert "709 images/s, bottleneck: encoding" in lines[1] and lines[3] == "previous generation: caches/droid.gen-12"
     assert max(map(len, [*again, *lines])) <= 80, max(lines, key=len)
+    assert lines[-2].startswith("peak memory of this process: ")
 
 
 # --- room -------------------------------------------------------------------------------------------------------------

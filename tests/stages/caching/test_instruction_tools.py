@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def longest(vlm: Path) -> int:
 
 
 def test_plan_says_what_is_encoded(dvla: Dvla, recorded: dict[str, Path], vlm: Path, tmp_path: Path) -> None:
-    found = plan_build(configure(recorded["image"], vlm, tmp_path / "cache"))
+    said: list[str] = []
+    found = plan_build(configure(recorded["image"], vlm, tmp_path / "cache"), say=said.append)
+    assert re.fullmatch(r"loaded 2 of 4 language layers, 2 vision blocks: [\d.]+ KiB", said[1])
     assert found.tokens == (K + ROOM, 64) and found.prompt == (longest(vlm), ROOM) and found.reads == "instruction"
     assert found.bytes_per_sample == pytest.approx(V * (K + ROOM) * 64 * 2, rel=0.2)
     image = plan_build(configure(recorded["image"], vlm, tmp_path / "cache", keep="image"))

@@ -185,7 +185,7 @@ def test_features_and_gradients_are_those_of_the_live_layers(
         if name != "tokens" and getattr(bare, name) is not None:
             torch.testing.assert_close(getattr(batches[0], name), getattr(batches[1], name), rtol=0, atol=0)
     first, second = (batch.tokens.masked_fill(~batch.token_mask[..., None], 0) for batch in batches)
-    assert torch.equal(first, batches[0].tokens)  # beyond an instruction's tokens there are zeros
+    assert torch.equal(first, batches[0].tokens) and torch.equal(second, batches[1].tokens)  # zeros beyond the prompt
     assert (first - second).square().mean().sqrt() < TOLERANCE["float16"] * first.square().mean().sqrt()
     assert abs(losses[0] - losses[1]) < 1e-3 * abs(losses[0])
     assert (gradients[0] - gradients[1]).norm() < 2e-3 * gradients[0].norm()

@@ -3,6 +3,7 @@ be."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -175,29 +176,37 @@ def test_recipes_give_offsets_as_lists_or_text(tmp_path: Path) -> None:
 
 # --- with a live VLM -------------------------------------------------------------------------------------------------
 
-TINY = {"resolution": 64, "dtype": "float32"}
+TINY: dict[str, Any] = {"resolution": 64, "dtype": "float32"}
+SPECS: dict[str, dict[str, Any]] = {
+    "plain": TINY,
+    "split": {**TINY, "boundary": 1},
+    "language": {**TINY, "depth": "language"},
+}
 
 
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_qwen3vl(tmp_path_factory.mktemp("vlm") / "tiny", vlm_samples.TINY)
+    return make_tiny_qwen3vl(
+        tmp_path_factory.mktemp("vlm") / "tiny", dataclasses.replace(vlm_samples.TINY, text_layers=2)
+    )
 
 
 @pytest.fixture(scope="module")
 def caches(recorded: dict[str, Path], vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, made = tmp_path_factory.mktemp("caches"), {}
-    for name, spec in (("plain", {}), ("split", {"boundary": 1})):
-        made[name] = folder / name
-        spec = EncoderSpec(str(vlm), **TINY, **spec)
+    for name, settings in SPECS.items():
+        made[name], spec = folder / name, EncoderSpec(str(vlm), **settings)
         build(BuildConfig((str(recorded["h264"]),), spec, made[name], batch_size=8, shard_frames=32, device="cpu"))
     return made
 
 
 @pytest.fixture(scope="module")
-def stage_two(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("two") / "run"
-    train(configure(caches["plain"], out, **PAST, holdout=0.0, eval_every=0, steps=2), say=quiet)
-    return out
+def stage_two(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, made = tmp_path_factory.mktemp("two"), {}
+    for name in ("plain", "language"):
+        made[name] = folder / name
+        train(configure(caches[name], made[name], **PAST, holdout=0.0, eval_every=0, steps=2), say=quiet)
+    return made
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> None:
@@ -205,40 +214,41 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> None:
     assert difference.square().mean().sqrt() <= TOLERANCE["float16"] * a.float()[mask].square().mean().sqrt()
 
 
-def test_live_features_are_the_cached_ones(caches: dict[str, Path], recorded: dict[str, Path], vlm: Path) -> None:
-    """Also where images are dropped, and above a boundary."""
-    encoder = load_encoder(EncoderSpec(str(vlm), **TINY))
-    cache, split = Cache.open(caches["plain"]), Cache.open(caches["split"])
-    rows, ids = np.array([0, 1, 3, 9, 20]), np.zeros(5, np.int64)
+@pytest.mark.parametrize("kind", ["plain", "language"])
+def test_live_features_are_the_cached_ones(
+    caches: dict[str, Path], recorded: dict[str, Path], vlm: Path, kind: str
+) -> None:
+    """Also where images are dropped, where tokens after the instruction are none, and above a boundary."""
+    encoder, cache = load_encoder(EncoderSpec(str(vlm), **SPECS[kind])), Cache.open(caches[kind])
+    rows, ids, none = np.array([0, 1, 3, 9, 20]), np.zeros(5, np.int64), np.zeros(5, bool)
     dropped = np.array([False, False, True, False, True])
-    none = np.zeros(5, bool)
-    cached = gather(cache, ids, rows, 4, dropped=(none, dropped, none), history=HISTORY)
+    how: dict[str, Any] = {"dropped": (none, dropped, none), "history": HISTORY}
+    cached = gather(cache, ids, rows, 4, **how)
     with torch.inference_mode():
         given = gather(cache, ids, rows, 4, features=False, history=HISTORY)
-        live = LiveFeatures(encoder, cache, sources_of(cache, (str(recorded["h264"]),)), history=HISTORY)(
-            given, dropped
-        )
-        above = SplitFeatures(encoder, split, HISTORY)(
-            gather(split, ids, rows, 4, dropped=(none, dropped, none), history=HISTORY), dropped
-        )
-    assert not cached.token_mask.all() and cached.token_mask[3:].all()
-    for other in (live, above):
+        sources = sources_of(cache, (str(recorded["h264"]),))
+        found = [LiveFeatures(encoder, cache, sources, history=HISTORY)(given, dropped)]
+        if kind == "plain":
+            split = Cache.open(caches["split"])
+            found.append(SplitFeatures(encoder, split, HISTORY)(gather(split, ids, rows, 4, **how), dropped))
+    frames = cached.token_mask.unflatten(1, (3, -1)).any(-1)
+    assert frames.tolist() == [[True, False, False]] * 2 + [[True, True, False]] + [[True] * 3] * 2
+    assert cached.token_mask[3:].all() == (kind == "plain")
+    for other in found:
         for name in ("token_mask", "view_id", "frame_id", "past_proprio", "past_mask"):
             assert torch.equal(getattr(cached, name), getattr(other, name)), name
         assert_close(cached.tokens, other.tokens, cached.token_mask)
         assert not other.tokens[~cached.token_mask].any()
 
 
+@pytest.mark.parametrize("kind", ["plain", "language"])
 def test_a_policy_acts_on_what_it_was_trained_on(
-    caches: dict[str, Path], stage_two: Path, recorded: dict[str, Path]
+    caches: dict[str, Path], stage_two: dict[str, Path], recorded: dict[str, Path], kind: str
 ) -> None:
     """Shown an episode step by step, its batch is the loader's."""
-    policy, cache = Policy.from_pretrained(stage_two, device="cpu"), Cache.open(caches["plain"])
+    policy, cache = Policy.from_pretrained(stage_two[kind], device="cpu"), Cache.open(caches[kind])
     (source,) = sources_of(cache, (str(recorded["h264"]),))
-    live, table = (
-        LiveFeatures(load_encoder(EncoderSpec(str(vlm_of(stage_two)), **TINY)), cache, [source]),
-        cache.datasets[0],
-    )
+    live, table = LiveFeatures(policy.encoder, cache, [source]), cache.datasets[0]
     episode, past = source.load(int(table.episode_id[0])), Past(policy.history)
     for step in range(7):
         images = {view: live.frame(0, step, v) for v, view in enumerate(table.views)}
@@ -255,22 +265,19 @@ def test_a_policy_acts_on_what_it_was_trained_on(
         assert_close(expected.tokens, found.tokens, expected.token_mask)
 
 
-def vlm_of(run: Path) -> str:
-    return read_document(ck.resolve(run))["encoder"]["spec"]["path"]
-
-
 @pytest.mark.parametrize("kind", ["plain", "split"])
 def test_fine_tuning_keeps_the_history(
-    caches: dict[str, Path], stage_two: Path, recorded: dict[str, Path], tmp_path: Path, kind: str
+    caches: dict[str, Path], stage_two: dict[str, Path], recorded: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     """It starts at the loss where stage two ended, LoRA learns, and the policy it writes has the same history."""
     changes = {"out": str(tmp_path / "lora"), "steps": 4, "cache": str(caches[kind])}
-    config = finetune_config(stage_two, (str(recorded["h264"]),), LoraSpec(r=2, alpha=4.0), changes)
+    start = stage_two["plain"]
+    config = finetune_config(start, (str(recorded["h264"]),), LoraSpec(r=2, alpha=4.0), changes)
     assert config.train.past == HISTORY
     report, continuity = finetune(config, say=quiet)
     assert report.step == 4 and continuity is not None and continuity.jump < 1e-3
     assert history_of(read_document(ck.resolve(tmp_path / "lora"))) == HISTORY
     for other in ("0", "0,-1"):
         with pytest.raises(UserError, match="history is .* whose history is .*: leave history out"):
-            finetune_config(stage_two, (), None, {**changes, "history": other})
-    assert finetune_config(stage_two, (), None, {**changes, "history": "0,-2,-5"}).train.past == HISTORY
+            finetune_config(start, (), None, {**changes, "history": other})
+    assert finetune_config(start, (), None, {**changes, "history": "0,-2,-5"}).train.past == HISTORY
