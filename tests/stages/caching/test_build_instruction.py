@@ -17,8 +17,8 @@ from dvla.cache.readers import open_source
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.spec import EncoderSpec
-from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
+from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
