@@ -18,7 +18,9 @@ from dvla.stages.policy.policy import Policy
 def test_texts_have_few_lengths_on_a_gpu(device: str, length: int) -> None:
     words = {"go": 2, "pick it up": 5}
     policy: Any = SimpleNamespace(
-        encoder=SimpleNamespace(device=torch.device(device)), _embed=lambda text: (torch.ones(8, 3), words[text])
+        encoder=SimpleNamespace(device=torch.device(device)),
+        without=(),
+        _embed=lambda text: (torch.ones(8, 3), words[text]),
     )
     text, mask = Policy._texts(policy, list(words))
     assert text.shape == (2, length, 3) and mask.sum(1).tolist() == [2, 5] and mask[:, :2].all()
