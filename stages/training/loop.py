@@ -135,6 +135,7 @@ def log(
         "mean_square": numbers[3:],
         "grad_norm": done.norm,
         "lr": done.rate,
+        **({"layer_weights": shares} if (shares := session.net.layer_weights) else {}),  # of the VLM, in their mix
         **meter.line(done.nbytes),
         **(session.first if progress.step == 1 else {}),
         **({f"eval/{name}": v for name, v in progress.metrics.items()} if evaluated else {}),
