@@ -4,9 +4,10 @@
     python benchmarks/wire.py --policy runs/demo      # a trained policy; without it random weights
 
 The server is a process of its own on this machine, so the network's own time is not in it: at 100 Mbit/s, 1 MB takes
-80 ms. Times of client and server are the processor's, medians; the round trip is the shortest. Images are synthetic: smooth areas, edges, and a sensor's noise, which compress about as a camera's do. Actions
-of every form are compared with those for images as they are taken, with the same noise; the spread is the standard
-deviation of each dimension over all requests.
+80 ms. Times of client and server are the processor's, medians; the round trip is the shortest. Images are synthetic:
+smooth areas, edges, and a sensor's noise, which compress about as a camera's do. Actions of every form are compared
+with those for images as they are taken, with the same noise; the spread is the standard deviation of each dimension
+over all requests.
 """
 
 from __future__ import annotations

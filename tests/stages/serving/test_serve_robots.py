@@ -100,7 +100,7 @@ def test_settings_of_images_are_checked() -> None:
             dvla.PolicyClient(**settings)  # type: ignore[arg-type]
 
 
-# --- images that are none -----------------------------------------------------------------------------------------------
+# --- images that are none ---------------------------------------------------------------------------------------------
 
 
 def encoded(form: str = "JPEG", size: tuple[int, int] = (90, 70), **options: Any) -> bytes:
@@ -150,7 +150,7 @@ def test_any_size_is_padded_and_gray_has_three_channels() -> None:
     assert found.images["front"].shape == (50, 30, 3) and found.images["front"].dtype == np.uint8
 
 
-# --- other names --------------------------------------------------------------------------------------------------------
+# --- other names ------------------------------------------------------------------------------------------------------
 
 FRONT, WRIST = SEEN.images["front"], SEEN.images["wrist"]
 NAMES: dict[str, dict[str, Any]] = {
@@ -197,7 +197,7 @@ def test_a_task_that_is_no_text_is_not_the_prompt() -> None:
     assert reader.observation({"state": [0, 0, 0], "task": 3}, otherwise="go").instruction == "go"
 
 
-# --- limits -------------------------------------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 def test_limits_are_the_data_s() -> None:
@@ -241,7 +241,7 @@ def test_the_server_limits(policy: Policy) -> None:
         assert (client.infer(message(state=[0, 50, 0]))["actions"] == 9).all()  # only as an option
 
 
-# --- a control loop -----------------------------------------------------------------------------------------------------
+# --- a control loop ---------------------------------------------------------------------------------------------------
 
 
 def test_a_robot_at_50_hz(port: int) -> None:
