@@ -140,6 +140,12 @@ def require_model_type(folder: Path, path: str, vlm: str, wanted: str, part: str
         raise UserError(f"{path} is a '{found}' checkpoint; --vlm {vlm} needs {where} '{wanted}'")
 
 
+def require_layer(layer: int, total: int, where: str) -> None:
+    """`UserError` for a layer that the language model `where` does not have."""
+    if layer > total:
+        raise UserError(f"--layers {layer}: give layers 1 to {total} of the language model of {where}")
+
+
 def read_tensors(
     folder: Path,
     canonical: Canonical,

@@ -98,11 +98,6 @@ class VisionLanguageEncoder(nn.Module):
         raise NotImplementedError
 
     @property
-    def language_layers(self) -> int:
-        """Number of layers of the language model that are read."""
-        return 0
-
-    @property
     def vision_width(self) -> int:
         """C, width of the tokens before the projection."""
         raise NotImplementedError
@@ -124,7 +119,16 @@ class VisionLanguageEncoder(nn.Module):
         return hidden
 
     def require_fits(self, views: int, instructions: Sequence[str]) -> None:
-        """`UserError` when so many views and one of these instructions exceed the model's context."""
+        """`UserError` when so many views and one of these instructions exceed the model's context, or a record."""
+
+    def require_room(self, instruction: str, after: int) -> None:
+        """`UserError` when a record has no room for so many tokens `after` the image's."""
+        if after > self.spec.prompt_tokens and (self.room or self.spec.boundary is not None):
+            raise UserError(
+                f"the prompt of {short(instruction)} has {after} tokens, a record has room for "
+                f"{self.spec.prompt_tokens}; build the cache with --prompt-tokens {after} or more, or give a shorter "
+                "instruction"
+            )
 
     # --- what all share -----------------------------------------------------------------------------------------------
 
@@ -160,8 +164,8 @@ class VisionLanguageEncoder(nn.Module):
         return self.tokens
 
     @property
-    def language_blocks(self) -> int:
-        """Number of language layers, which follow the vision tower; 0 with depth vision."""
+    def language_layers(self) -> int:
+        """Number of layers read of the language model, `vision.language.layers`; 0 with depth vision."""
         language = getattr(self.vision, "language", None)
         return 0 if language is None else len(language.layers)
 
@@ -200,7 +204,7 @@ class VisionLanguageEncoder(nn.Module):
     @property
     def image_span(self) -> tuple[int, int, int]:
         """(first, count, each): where in a record the tokens of the image are, `each` of as many layers in turn."""
-        return 0, self.image_tokens, self.parts if self.spec.layers_as == "tokens" else 1
+        return 0, self.image_tokens, self.each
 
     @property
     def parts(self) -> int:
@@ -208,9 +212,19 @@ class VisionLanguageEncoder(nn.Module):
         return 1
 
     @property
+    def each(self) -> int:
+        """Tokens of a record for each token of the sequence: as many as layers, where these are tokens."""
+        return self.parts if self.spec.layers_as == "tokens" else 1
+
+    @property
+    def room(self) -> int:
+        """Tokens of the sequence that a record has room for after the image's."""
+        return self.spec.prompt_tokens if self.reads == "instruction" and not self.spec.queries else 0
+
+    @property
     def tokens(self) -> int:
         """K, tokens of one view's record."""
-        return self.image_tokens * (self.parts if self.spec.layers_as == "tokens" else 1)
+        return (self.image_tokens + self.room) * self.each
 
     @property
     def width(self) -> int:
@@ -244,7 +258,7 @@ class VisionLanguageEncoder(nn.Module):
 
         `visible` [N] int64: how many tokens of each record are real, where that differs."""
         features = self.vision_upper(self.from_rows(hidden.to(self.dtype)), self.blocks - n)  # [N,K',D]
-        return average_pool(features, self.tokens)  # [N,K,D]
+        return average_pool(features, self.image_tokens)  # [N,K,D]
 
     def encode_observation(self, views: Sequence[torch.Tensor | np.ndarray], instruction: str) -> torch.Tensor:
         """Images of each view, uint8 RGB [N,H,W,3], and their one instruction -> features [N,V,K,D]."""
@@ -270,11 +284,11 @@ class VisionLanguageEncoder(nn.Module):
         """Patch rows [N,S,F] from `preprocess` -> features [N,K,D]; hidden states [N,S,C] with a boundary."""
         if self.spec.boundary is not None:
             return self.to_rows(self.vision_lower(patches, self.blocks - self.spec.boundary))  # [N,S,C]
-        return average_pool(self.vision_features(patches), self.tokens)  # [N,K,D]
+        return self.arrange([average_pool(layer, self.image_tokens) for layer in self.vision_features(patches)])
 
-    def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
-        """Normalized patch rows [N,S,F] -> features before pooling [N,K,D], row by row."""
-        return self.vision_upper(self.vision_lower(patches, self.blocks), self.blocks)  # [N,K,D]
+    def vision_features(self, patches: torch.Tensor) -> list[torch.Tensor]:
+        """Normalized patch rows [N,S,F] -> features before pooling [N,K,D], row by row, of each layer of the tower."""
+        return [self.vision_upper(self.vision_lower(patches, self.blocks), self.blocks)]  # [N,K,D]
 
     def encode_text(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Instructions -> (embeddings [n,Lt,Dt] padded with zeros, lengths [n] int64), on the encoder's device.
@@ -319,6 +333,11 @@ class VisionLanguageEncoder(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "adapter": self.adapted(),
         }
+
+
+def short(instruction: str) -> str:
+    """An instruction for messages, in quotes."""
+    return f"'{instruction[:60]}…'" if len(instruction) > 60 else f"'{instruction}'"
 
 
 def adapter_identity(adapter: PeftModel) -> dict[str, Any]:

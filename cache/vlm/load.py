@@ -31,7 +31,7 @@ def load_encoder(
     tokens do not fit its patches, or when an adapter was trained on other weights.
     """
     from . import adapter as adapters  # they import this module
-    from . import paligemma2
+    from .paligemma2 import encoder as paligemma2
     from .qwen3vl import encoder as qwen3vl
 
     families = {"qwen3vl": qwen3vl.load, "paligemma2": paligemma2.load}

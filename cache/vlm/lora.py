@@ -178,7 +178,7 @@ def merge_lora(encoder: VisionLanguageEncoder) -> None:
 
 def _target_pattern(spec: LoraSpec, encoder: VisionLanguageEncoder) -> str:
     """A regular expression over module names of `encoder.vision` (peft matches it in full)."""
-    vision, language, last = encoder.blocks, encoder.language_blocks, spec.last_n_blocks
+    vision, language, last = encoder.blocks, encoder.language_layers, spec.last_n_blocks
     count = vision + language
     if last is not None and not 1 <= last <= count:
         layers = f"{vision} blocks" + (f" and the language model {language} layers" if language else "")

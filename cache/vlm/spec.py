@@ -12,6 +12,7 @@ from ...common.config import COUNT, Option, configs_dir, from_mapping, require_r
 from ...common.documents import read_yaml
 from ...errors import UserError, unknown
 
+PROMPT_TOKENS = 32
 TARGETS = ("qv", "attention", "all-linear")
 
 
@@ -31,7 +32,7 @@ class EncoderSpec:
     deepstack: bool = False  # depth vision of qwen3vl: also what it feeds into its first language layers
     layers_as: Literal["width", "tokens"] = "width"  # several layers: side by side in the width, or as tokens
     keep: Literal["image", "all"] | None = None  # depth language: image tokens, or also those after them; None: usual
-    prompt_tokens: Annotated[int, COUNT] = 32  # room for the tokens after the image's
+    prompt_tokens: Annotated[int, COUNT] = PROMPT_TOKENS  # room for the tokens after the image's
     queries: Annotated[int | None, Interval(ge=1, le=4096)] = None  # query tokens at the end: they alone are kept
     adapters: tuple[str, ...] = ()  # folders of adapters that are merged into the weights, in this order
     boundary: Annotated[int | None, COUNT] = (
@@ -43,6 +44,14 @@ class EncoderSpec:
             self._check_boundary()
         if list(self.layers) != sorted(set(self.layers)):
             raise UserError(f"layers {list(self.layers)}: give each once, the first ones first, as --layers 8,16,24")
+        if self.layers_as == "tokens" and len(self.layers) < 2 and not self.deepstack:
+            raise UserError("layers-as tokens needs several layers, as --layers 8,16,24 or deepstack")
+        keeps = self.keep or ("all" if self.vlm == "qwen3vl" else "image")
+        if self.prompt_tokens != PROMPT_TOKENS and (self.depth, keeps) != ("language", "all"):
+            raise UserError(
+                f"prompt-tokens {self.prompt_tokens} needs depth language with keep all; given: depth {self.depth}, "
+                f"keep {keeps} of {self.vlm}"
+            )
         if self.depth == "language":
             self._check_language()
             return

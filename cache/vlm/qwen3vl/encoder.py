@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from ....errors import UserError
 from .. import checkpoint
-from ..encoder import VisionLanguageEncoder
+from ..encoder import VisionLanguageEncoder, short
 from ..pooling import average_pool
 from ..preprocess import ImageSpec, preprocess
 from ..spec import EncoderSpec, LoraLayers
@@ -87,10 +87,6 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
         return len(self.vision.blocks)
 
     @property
-    def language_layers(self) -> int:
-        return 0 if self._prompt is None else len(self.language.layers)
-
-    @property
     def vision_width(self) -> int:
         return self.vision.config.hidden_size
 
@@ -111,11 +107,11 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
             return self.to_rows(hidden)  # [N,S,C]
         return self._merged(self.vision.merger, hidden)  # [N,K,D]
 
-    def vision_features(self, patches: torch.Tensor) -> torch.Tensor:
+    def vision_features(self, patches: torch.Tensor) -> list[torch.Tensor]:
         if not self.spec.deepstack:
             return super().vision_features(patches)
         merged, inner = self._tower(patches)
-        return torch.cat([merged, *inner], -1)  # [N,K,n·D]
+        return [merged, *inner]  # [N,K,D] each
 
     def _tower(self, patches: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Patch rows [N,S,F] -> (merged tokens [N,K,D], those of the DeepStack mergers)."""
@@ -170,13 +166,10 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
 
     @property
     def tokens(self) -> int:
-        if self._prompt is None:
-            return super().tokens
         queries = self.spec.queries or 0
-        room = 0 if self.reads == "image" else self.spec.prompt_tokens
-        if self.spec.boundary is not None:
-            return len(self.prompt.prefix) + self.native_tokens + room + queries
-        return (queries or self.image_tokens + room) * (self.parts if self.spec.layers_as == "tokens" else 1)
+        if self._prompt is not None and self.spec.boundary is not None:
+            return len(self.prompt.prefix) + self.native_tokens + self.spec.prompt_tokens + queries
+        return queries * self.each or super().tokens
 
     @property
     def width(self) -> int:
@@ -192,28 +185,22 @@ class Qwen3VLEncoder(VisionLanguageEncoder):
         if self.reads == "image" or self.spec.queries and self.spec.boundary is None:
             return self.tokens
         unused = self.spec.prompt_tokens - len(self.prompt.suffix(instruction))
-        several = self.parts if self.spec.layers_as == "tokens" and self.spec.boundary is None else 1
-        return self.tokens - unused * several
+        return self.tokens - unused * self.each
 
     def require_fits(self, views: int, instructions: Sequence[str]) -> None:
         if self._prompt is None or self.reads == "image":
             return
         longest = max(instructions, key=lambda text: len(self.prompt.suffix(text)))
         after = len(self.prompt.suffix(longest))
-        short = f"'{longest[:60]}…'" if len(longest) > 60 else f"'{longest}'"
         total = len(self.prompt.prefix) + self.native_tokens + after + (self.spec.queries or 0)
         most = self.language.context
         if total > most:
             raise UserError(
-                f"an image of {self.native_tokens} tokens with the prompt of {short} has {total} tokens, this language "
-                f"model's context {most} (max_position_embeddings); use a shorter instruction or a smaller resolution"
+                f"an image of {self.native_tokens} tokens with the prompt of {short(longest)} has {total} tokens, this "
+                f"language model's context {most} (max_position_embeddings); use a shorter instruction or a smaller "
+                "resolution"
             )
-        roomy = self.spec.queries and self.spec.boundary is None
-        if after > self.spec.prompt_tokens and not roomy:
-            raise UserError(
-                f"the prompt of {short} has {after} tokens, a record has room for {self.spec.prompt_tokens}; build "
-                f"the cache with --prompt-tokens {after} or more, or give a shorter instruction"
-            )
+        self.require_room(longest, after)
 
     def encode_images(self, images: torch.Tensor | np.ndarray, instruction: str = "") -> torch.Tensor:
         patches = preprocess(images, self.image, self.device)  # [N,S,F]
@@ -333,10 +320,13 @@ def _counts(spec: EncoderSpec, config: Any, where: str) -> tuple[int, int]:
     """(language layers, DeepStack mergers) that features need. `UserError` for a layer that the model does not have."""
     total, inner = config.text_config.num_hidden_layers, len(config.vision_config.deepstack_visual_indexes)
     if spec.depth == "vision":
+        if spec.deepstack and not inner:
+            raise UserError(
+                f"--layers deepstack: {where} has no such layers (vision_config.deepstack_visual_indexes is empty)"
+            )
         return 0, inner if spec.deepstack else 0
     last = spec.layers[-1] if spec.layers else max(1, round(total * 4 / 7))
-    if last > total:
-        raise UserError(f"--layers {last}: give layers 1 to {total} of the language model of {where}")
+    checkpoint.require_layer(last, total, where)
     return last, min(inner, last)
 
 

@@ -153,13 +153,13 @@ def _adapted_layers(config: FinetuneConfig, encoder: VisionLanguageEncoder) -> t
     """(config with the number of blocks that LoRA is in, whether a full training includes language layers): as in the
     run that is resumed. A new one has LoRA in the language layers, where features come from these: the vision tower
     below them then needs no backward pass."""
-    folder, begun, language = Path(config.train.out), None, bool(encoder.language_blocks)
+    folder, begun, language = Path(config.train.out), None, bool(encoder.language_layers)
     if (folder / "config.json").is_file():
         begun = read_settings(folder).get("stage_three")
     language = language and (begun is None or begun.get("language", False))
     if config.lora is None or config.lora.last_n_blocks is not None:
         return config, language
-    last = encoder.language_blocks or None
+    last = encoder.language_layers or None
     if begun is not None and begun["lora"] is not None:
         last = begun["lora"].get("last_n_blocks")
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, last_n_blocks=last)), language
@@ -182,7 +182,7 @@ def _train_tower(session: Session, config: FinetuneConfig, encoder: VisionLangua
     )
     session.say(
         f"training {policy:,} parameters of the policy and {trained:,} {'' if config.full else 'of LoRA '}"
-        f"in a vision tower {'and language layers ' if encoder.language_blocks else ''}of {tower:,}"
+        f"in a vision tower {'and language layers ' if encoder.language_layers else ''}of {tower:,}"
     )
 
 

@@ -96,7 +96,7 @@ def test_deepstack_mergers_are_projections(checkpoint: Path) -> None:
     encoder = load(checkpoint, deepstack=True)
     add_lora(encoder, LoraSpec(r=2, targets="all-linear", last_n_blocks=1))
     assert places(encoder) == {"blocks.2": 4} | PROJECTIONS
-    assert encoder.language_blocks == 0
+    assert encoder.language_layers == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"queries": 4}, {"layers": (2, LAYERS)}, {"keep": "image", "tokens": 1}])

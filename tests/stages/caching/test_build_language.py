@@ -22,7 +22,7 @@ from dvla.cache.store.feature_format import FeatureFormat
 from dvla.cache.store.plan import BuildPlan, ShardTask, Unit, units
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.observations import encode_observations, encoder_calls
-from dvla.cache.vlm.paligemma2 import PaliGemma2Encoder
+from dvla.cache.vlm.paligemma2.encoder import PaliGemma2Encoder
 from dvla.cache.vlm.spec import EncoderSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.errors import UserError
