@@ -175,7 +175,7 @@ def _train_tower(session: Session, config: FinetuneConfig, encoder: VisionLangua
     session.adapter = dict(tower_parameters(encoder, language) if config.full else lora_parameters(encoder))
     for p in session.adapter.values():
         p.requires_grad_(True)
-    session.save_adapter = lambda folder: save_adapter(encoder, folder)
+    session.save_adapter = lambda folder: save_adapter(encoder, folder, language)
     policy, tower, trained = (
         sum(p.numel() for p in parameters)
         for parameters in (session.net.parameters(), encoder.vision.parameters(), session.adapter.values())
