@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help venv system vulkan demo test test-fresh slurm lint fuzz docs site pins licenses audit wheel clean-venv
+.PHONY: help venv system vulkan demo test test-fresh slurm lint fuzz docs site pins licenses audit wheel gpu-check gpu-bundle clean-venv
 
 VENV := .venv
 STAMP := $(VENV)/.dvla-installed
@@ -153,6 +153,12 @@ wheel: $(STAMP)  ## build dist/dvla-*.whl
 	$(UV) build --quiet --wheel --python $(VENV)/bin/python --out-dir dist
 	rm -rf build
 	ls dist/*.whl
+
+gpu-check: $(STAMP)  ## check and measure everything on this machine's GPU, 8 minutes (DRY=1: toy size on a CPU; SECTIONS="core steps")
+	@PY=$(CURDIR)/$(VENV)/bin/python OUT=$(CURDIR)/build/gpu-check WORK=$(CURDIR)/build/gpu-check/work benchmarks/gpu_check.sh
+
+gpu-bundle: $(STAMP)  ## make build/gpu-bundle.tar: the last commit's gpu-check for a machine without a network, below 60 MB
+	@benchmarks/gpu_check/bundle.sh build/gpu-bundle $(CURDIR)/$(VENV)/bin/python $(UV)
 
 clean-venv:  ## remove .venv
 	@rm -rf $(VENV)

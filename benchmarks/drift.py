@@ -3,8 +3,9 @@
     python benchmarks/drift.py                                  # base size, 2 observations × 4 noise samples, CPU
     python benchmarks/drift.py --device cuda --batch 64 --precision bf16 --compile --repeats 20
 
-Random weights and random observations of two 196-token cameras and 16 words. The sides of every table run in turn in
-this process, after one unmeasured run each. A ratio is the median over the repeats (min – max).
+Random weights and random observations of two 196-token cameras and 16 words. A training step is the product's: noise,
+forward, loss, backward, clip, AdamW, averaged weights. The sides of every table run in turn in this process, after one
+unmeasured run each. A ratio is the median over the repeats (min – max).
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from functools import partial
 
 import torch
 from measuring import machine, ratios, spread, wait_for
+from resident import Resident
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dvla.batch import FeatureBatch, random_batch
 from dvla.drifting.attention import kernel
 from dvla.drifting.config import TEMPERATURES, LossConfig
-from dvla.drifting.dit import SIZES, build_dit, dit_config, parameter_counts, set_attention
+from dvla.drifting.dit import SIZES, build_dit, dit_config, parameter_counts
 from dvla.drifting.field import drifting_field
-from dvla.drifting.heads import generate, head_dit, head_loss
+from dvla.drifting.heads import generate, head_dit
 from dvla.drifting.losses import policy_loss
 from dvla.drifting.policy_net import PolicyNet, PolicyNetConfig
 from dvla.errors import UserError
@@ -40,7 +42,7 @@ def observations(count: int, horizon: int, device: torch.device) -> FeatureBatch
 
 
 class Setup:
-    """A network of one variant and what its training step needs."""
+    """A network of one variant, and its training step."""
 
     def __init__(self, args: argparse.Namespace, kind: str = "hybrid", **dit: str) -> None:
         self.device, self.config = torch.device(args.device), LossConfig(kind=kind)
@@ -51,25 +53,15 @@ class Setup:
             with torch.no_grad():
                 for parameter in self.net.parameters():  # at initialisation the blocks' gates are zero
                     parameter.add_(0.02 * torch.randn_like(parameter))
-        set_attention(self.net, args.attention)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else None
         self.batch = observations(args.batch, shape.horizon, self.device)
         self.noise = torch.randn(args.batch, args.draws, shape.horizon, shape.noise_dim, device=self.device)
         self.alpha = torch.ones(args.batch, device=self.device)
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-5, fused=True)
-        if args.compile:
-            self.net.compile()
+        settings = {"precision": args.precision, "compile": args.compile, "attention": args.attention}
+        self.step = Resident(self.net, self.batch, draws=args.draws, loss=self.config, **settings)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-    def step(self) -> None:
-        """Forward, loss, backward, AdamW."""
-        with self.autocast():
-            loss = head_loss(self.net, self.batch, self.config, noise=self.noise, alpha=self.alpha)
-        loss.total.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def action(self, steps: int | None = None) -> Callable[[], None]:
         """One chunk for one observation, from its features."""
@@ -233,7 +225,7 @@ def measure_sharing(args: argparse.Namespace) -> None:
         with setup.autocast():
             out = setup.net(batch, noise, alpha)
         out.float().square().mean().backward()
-        setup.optimizer.zero_grad(set_to_none=True)
+        setup.net.zero_grad(set_to_none=True)
         return out.detach().float()
 
     sides = {
@@ -301,8 +293,11 @@ def main() -> None:
         parser.error(str(error))
     print(machine(args.device))
     print_parameters(args.size)
-    for part in args.part:
-        PARTS[part](args)
+    try:
+        for part in args.part:
+            PARTS[part](args)
+    except UserError as error:  # settings that a run refuses
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

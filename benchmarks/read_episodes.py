@@ -11,6 +11,7 @@ images with PyAV, file by file, front to back: the cost of decoding alone.
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import statistics
 import tempfile
@@ -36,10 +37,15 @@ CAMERAS = ("front", "wrist")
 SAMPLE = 97  # every so many frames, one is compared pixel by pixel
 
 
-def record(root: Path, size: int, episodes: int, frames: int, codec: str) -> None:
+def record(root: Path, size: int, episodes: int, frames: int, codec: str, noise: float = 3.0) -> None:
     """With lerobot's own writer: a moving texture with a little noise, two cameras, 7-d state and action."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    encoding: dict[str, object] = {"vcodec": codec}
+    if "vcodec" not in inspect.signature(LeRobotDataset.create).parameters:  # from 0.6 on
+        from lerobot.configs.video import RGBEncoderConfig
+
+        encoding = {"rgb_encoder": RGBEncoderConfig(vcodec=codec)}
     vector = {"dtype": "float32", "shape": (7,), "names": [f"joint_{i}" for i in range(7)]}
     features = {"observation.state": vector, "action": vector}
     features |= {
@@ -51,7 +57,7 @@ def record(root: Path, size: int, episodes: int, frames: int, codec: str) -> Non
         for c in CAMERAS
     }
     dataset = LeRobotDataset.create(
-        "dvla/bench", fps=FPS, features=features, root=root, robot_type="bench", vcodec=codec, image_writer_threads=2
+        "dvla/bench", fps=FPS, features=features, root=root, robot_type="bench", image_writer_threads=2, **encoding
     )
     rng = np.random.default_rng(0)
     coarse = rng.uniform(40, 215, (len(CAMERAS), 17, 17, 3))
@@ -67,7 +73,7 @@ def record(root: Path, size: int, episodes: int, frames: int, codec: str) -> Non
             at = [(7 * episode + 2 * frame) % size, (13 * episode + frame) % size]
             images = {
                 f"observation.images.{name}": np.clip(
-                    t[at[0] : at[0] + size, at[1] : at[1] + size] + rng.normal(0, 3, (size, size, 1)), 0, 255
+                    t[at[0] : at[0] + size, at[1] : at[1] + size] + rng.normal(0, noise, (size, size, 1)), 0, 255
                 ).astype(np.uint8)
                 for name, t in zip(CAMERAS, textures)
             }

@@ -161,7 +161,8 @@ class Bench:
             with torch.no_grad():
                 found = encode_observations(self.encoder, list(zip(*views)), ["move"] * len(rows))
             none = np.zeros(len(rows), np.int64)
-            batch = with_tokens(batch, torch.stack(found), self.cache)
+            visible, there = [self.encoder.visible("move")] * len(rows), np.ones((len(rows), 1), bool)
+            batch = with_tokens(batch, torch.stack(found)[:, None], self.cache, visible, there)
             return Sample(batch, Draws(none, rows, none, none, none, none), 0, len(rows))
 
         items = iter(loader)

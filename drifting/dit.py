@@ -280,6 +280,8 @@ class DriftingDiT(nn.Module):
         noise = noise.to(self.skip.weight.dtype)  # [B,G,T,64]
         shared = self.modulation(F.silu(self.condition(context, alpha, time))).unflatten(2, (7, -1))  # [B,1 or G,7,W]
         sequence = torch.cat([self.null_token.expand(b, -1, -1).to(context.sequence.dtype), context.sequence], dim=1)
+        if sequence.is_cuda and torch.is_autocast_enabled("cuda"):
+            sequence = sequence.to(torch.get_autocast_dtype("cuda"))  # once, and not again in every block
         mask = F.pad(context.mask, (1, 0), value=True)  # [B,1+L]
         attend = self.attention(None, t), self.attention(mask, g * t)
         rotation = rope(t, self.config.width // self.config.heads, noise.device)  # [T,h/2] each

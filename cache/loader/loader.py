@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -122,6 +122,7 @@ class Loader:
             shuffles runs of neighbors and the observations in a window of many runs, and reads each window ahead,
             front to back; "sequential" is the datasets' own order, one after the other, over and over, without a
             mixture. Each gives every observation of a dataset once per epoch of it.
+        ahead: called by the reading threads with what is drawn for a batch to come; a sample carries what it returns.
         device: where batches come (None: the CPU, in pinned memory where there is a CUDA device: copy with
             `non_blocking=True` on the stream that is current when the batch is dropped), 8-bit tokens decoded there. To
             a CUDA device the next batch is copied on a stream of its own while one is in use.
@@ -150,6 +151,7 @@ class Loader:
         device: torch.device | str | None = None,
         history: Sequence[int] = ALONE,
         proprio_history: Sequence[int] = ALONE,
+        ahead: Callable[[Draws], Any] | None = None,
     ) -> None:
         if min(batch_size, horizon, threads, prefetch, world_size) < 1 or not 0 <= rank < world_size or start < 0:
             raise UserError(
@@ -171,6 +173,7 @@ class Loader:
         self.order = SampleOrder(self.sizes, shares, seed, order, blocks_of(cache, quotas(shares)))
         self._drawn: OrderedDict[int, Draws] = OrderedDict()
         self._draw_lock = threading.Lock()
+        self._make_ahead, self._made_ahead = ahead, dict[int, Any]()  # by offset
         self._start = self._offset = start
 
         target = torch.device(device or "cpu")
@@ -198,7 +201,7 @@ class Loader:
     def __next__(self) -> Sample:
         batch, offset = next(self._batches), self._offset
         self._offset += self._global_batch
-        return Sample(batch, self.draws(offset), offset, self._offset)
+        return Sample(batch, self.draws(offset), offset, self._offset, self._made_ahead.pop(offset, None))
 
     @property
     def wait_seconds(self) -> float:
@@ -237,7 +240,10 @@ class Loader:
         """The flat buffer of this rank's batch at `offset`."""
         if self._ahead is not None:
             self._ahead.need(self._positions(offset))
-        return self._assemble(self.draws(offset))
+        drawn = self.draws(offset)
+        if self._make_ahead is not None:
+            self._made_ahead[offset] = self._make_ahead(drawn)
+        return self._assemble(drawn)
 
     def _positions(self, offset: int) -> np.ndarray:
         """Positions [B] of this rank's part of the global batch at `offset`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,3 +36,4 @@ class Sample:
     drawn: Draws  # [B] each, already applied to `batch` (without features: except to the images)
     offset: int  # of the first observation of the global batch
     next_offset: int  # of the first one after it: a checkpoint stores it, and `Loader(start=…)` resumes there exactly
+    ahead: Any = None  # what `Loader(ahead=…)` has made of `drawn`

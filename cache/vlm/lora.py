@@ -18,11 +18,13 @@ this package.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...common.documents import Field, Form, read_json
@@ -81,9 +83,26 @@ def add_lora(encoder: VisionLanguageEncoder, spec: LoraSpec) -> None:
         torch.manual_seed(spec.seed)
         encoder.set_adapter(get_peft_model(encoder.vision, config))
     encoder.vision.eval()  # dropout works in `lora_dropout` only
+    if encoder.device.type == "cuda":
+        without_copies(encoder)
     for name, p in lora_parameters(encoder) if spec.targets == "qv" else ():
         if f".{FUSED}.lora_B." in name:
             p.register_hook(_without_keys)
+
+
+def without_copies(encoder: VisionLanguageEncoder) -> None:
+    """Multiply in the tower's own dtype, as autocast would: peft copies the input of every adapted layer to the float32
+    of the matrices, and the backward pass keeps that copy."""
+    from peft.tuners.lora import LoraLayer
+
+    def rounded(matrix: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, matrix.weight.to(x.dtype))
+
+    for layer in encoder.vision.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                matrix.forward = functools.partial(rounded, matrix)  # type: ignore[method-assign]
 
 
 def _without_keys(gradient: torch.Tensor) -> torch.Tensor:

@@ -102,6 +102,13 @@ def encoder_spec(model: str, **overrides: Any) -> EncoderSpec:
     return from_mapping(EncoderSpec, values, where=f"model {model}")
 
 
+def layers_of(found: Mapping[str, Any]) -> tuple[int, str]:
+    """(how many layers the features of an encoder's fingerprint are made of, where they are: width or tokens)."""
+    layers, inner = found.get("layers") or (), found.get("vision_config", {}).get("deepstack_visual_indexes", ())
+    count = 1 + len(inner) if layers == "deepstack" else max(1, len(layers))
+    return count, found.get("layers_as", "width") if count > 1 else "width"
+
+
 def features_in_words(found: Mapping[str, Any]) -> str:
     """Which features the encoder of a fingerprint gives.
 

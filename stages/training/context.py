@@ -14,8 +14,9 @@ import torch
 
 from ...batch import FeatureBatch
 from ...cache.loader.dropout import NO_DROPOUT
+from ...cache.loader.live import Images
 from ...cache.loader.loader import Loader, Split
-from ...cache.loader.sample import Sample
+from ...cache.loader.sample import Draws, Sample
 from ...cache.store.cache import Cache
 from ...drifting.config import LossConfig
 from ...drifting.policy_net import PolicyNet
@@ -25,15 +26,23 @@ from .parallel.world import ALONE, World
 
 
 class Features(Protocol):
-    """A loader's batch → one with features: null ones where `no_images` [B] bool, else of the `variant` [B] int64."""
+    """A loader's batch → one with features: null ones where `no_images` [B] bool, else of the `variant` [B] int64;
+    `images`: those that were decoded ahead."""
 
     def __call__(
-        self, batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+        self,
+        batch: FeatureBatch,
+        no_images: np.ndarray | None = None,
+        variant: np.ndarray | None = None,
+        images: Images | None = None,
     ) -> FeatureBatch: ...
 
 
 def cached_features(
-    batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+    batch: FeatureBatch,
+    no_images: np.ndarray | None = None,
+    variant: np.ndarray | None = None,
+    images: Images | None = None,
 ) -> FeatureBatch:
     """Stage two: the loader has read the features, or the null ones, already."""
     return batch
@@ -63,6 +72,7 @@ class Session:
     document: dict[str, Any]  # what policy.json holds
     features: Features = cached_features
     live: bool = False  # `features` computes them, so the loader skips them
+    decode: Callable[[Draws], Images] | None = None  # images for `features`, by the loader's threads
     stage_three: dict[str, Any] | None = None  # settings besides `config` that must not change on resume
     save_adapter: Callable[[Path], None] | None = None
     # around features and loss of the sample at an offset
@@ -83,7 +93,7 @@ class Session:
 
     def batch(self, sample: Sample) -> FeatureBatch:
         """The sample's batch with features: the loader's own (stage two) or those of the live VLM (stage three)."""
-        return self.features(sample.batch, sample.drawn.no_images, sample.drawn.variant)
+        return self.features(sample.batch, sample.drawn.no_images, sample.drawn.variant, sample.ahead)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """All trained parameters by their name in a checkpoint."""
@@ -133,4 +143,5 @@ def open_loader(session: Session, split: Split, start: int = 0, alone: bool = Fa
         device=session.world.device,
         history=config.history,
         proprio_history=config.proprio_history,
+        ahead=session.decode,
     )

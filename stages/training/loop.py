@@ -18,7 +18,7 @@ from .parallel.replicas import Replicas
 from .run_folder import Progress, open_log, resume, save
 from .run_log import RunLog
 from .setup import kernel_threads, memory_errors, thaw
-from .step import StepDone, batch_loss, learning_rate, noise_generator, require_finite
+from .step import StepDone, batch_loss, learning_rate, noise_generator, on_host, require_finite
 from .throughput import Meter
 from .validation import held_out_metrics
 
@@ -94,18 +94,19 @@ def train_step(session: Session, shared: Replicas, samples: Iterator[Sample], st
     for k in range(config.accumulate):
         sample = next(samples)
         noise = noise_generator(config.seed, step * config.accumulate + k, 0, world.device)
-        with session.learning(sample.offset), shared.batch(last=k == config.accumulate - 1):
+        last = k == config.accumulate - 1
+        with session.learning(sample.offset), shared.batch(last):
             batch = session.batch(sample)
             result = batch_loss(shared.module, batch, config, noise, world, session.queues)
             shared.backward(result.total / config.accumulate)
-        value = result.total.item()
+        value, *norm = on_host(result.total, *([shared.clip(config.optimizer.clip)] if last else []))
         mine += value / config.accumulate
         suspect = batch if suspect is None or not math.isfinite(value) else suspect
-    norm, [loss] = shared.clip(config.optimizer.clip), world.mean(mine)
-    require_finite(session, step, loss, norm, suspect, mine)
+    [loss] = world.mean(mine)
+    require_finite(session, step, loss, norm[0], suspect, mine)
     shared.step()
     shared.average(min(config.optimizer.ema, (2 + step) / (11 + step)))
-    return StepDone(loss, norm, rate, result, batch.tokens.nbytes + batch.text.nbytes, sample.next_offset)
+    return StepDone(loss, norm[0], rate, result, batch.tokens.nbytes + batch.text.nbytes, sample.next_offset)
 
 
 def evaluate(
@@ -126,7 +127,7 @@ def log(
 ) -> None:
     """Write a line of log.jsonl, and show it. Every process must: means are over all of them."""
     parts = done.parts
-    numbers = session.world.mean(*(x.item() for x in (parts.mse, parts.drift, parts.scale, *parts.mean_square)))
+    numbers = session.world.mean(*on_host(parts.mse, parts.drift, parts.scale, *parts.mean_square))
     line = {
         "step": progress.step,
         "loss": done.loss,
@@ -134,6 +135,7 @@ def log(
         "mean_square": numbers[3:],
         "grad_norm": done.norm,
         "lr": done.rate,
+        **({"layer_weights": shares} if (shares := session.net.layer_weights) else {}),  # of the VLM, in their mix
         **meter.line(done.nbytes),
         **(session.first if progress.step == 1 else {}),
         **({f"eval/{name}": v for name, v in progress.metrics.items()} if evaluated else {}),

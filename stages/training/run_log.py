@@ -35,6 +35,7 @@ class LineForm(StepForm):
     drift: Number = 0.0
     scale: Number = 0.0
     mean_square: list[Number] = []  # one for each temperature
+    layer_weights: list[Number] = []  # one for each layer of the VLM, where the policy mixes several
     grad_norm: Number = 0.0
     lr: Number = 0.0
     samples_per_second: Annotated[float, Field(gt=0)]

@@ -111,6 +111,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return rate * min(1.0, (steps - step) / max(1, round(chosen.decay * steps))) if chosen.schedule == "wsd" else rate
 
 
+def on_host(*values: torch.Tensor) -> list[float]:
+    """Single numbers, read at once: a GPU is waited for at every reading."""
+    return torch.stack([x.detach().to(values[0].device, torch.float64) for x in values]).tolist()
+
+
 def require_finite(
     session: Session, step: int, loss: float, norm: float, suspect: FeatureBatch | None, mine: float
 ) -> None:

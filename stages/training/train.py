@@ -16,6 +16,7 @@ import torch
 
 from ...cache.loader.provenance import choice_of
 from ...cache.store.cache import Cache
+from ...cache.vlm.spec import layers_of
 from ...drifting.dit import dit_config
 from ...drifting.heads import head_dit
 from ...drifting.policy_net import PolicyNet, PolicyNetConfig
@@ -63,9 +64,17 @@ def policy_net(config: TrainConfig, cache: Cache) -> PolicyNet:
         used = np.any([mask for d in cache.datasets for mask in (d.action_mask, d.proprio_mask)], axis=0)  # [128]
         slots = tuple(np.flatnonzero(used).tolist())
         dit = dataclasses.replace(dit, action_dim=len(slots), proprio_dim=len(slots))
-    past = len(config.past.states)
+    count, how = layers_of(cache.fingerprint["encoder"])
     return PolicyNet(
-        PolicyNetConfig(feature_width=cache.width, text_width=text_width, dit=dit, slots=slots, past_states=past)
+        PolicyNetConfig(
+            feature_width=cache.width,
+            text_width=text_width,
+            dit=dit,
+            layers=count,
+            layers_as=how,
+            past_states=len(config.past.states),
+            slots=slots,
+        )
     )
 
 
@@ -75,9 +84,10 @@ def policy_document(net: PolicyNet, cache: Cache, config: TrainConfig) -> dict[s
     chosen = {d.name: (str(choice_of(cache, d.name)), d.attributes.get("selection", "")) for d in cache.datasets}
     selection = {name: "; then ".join(filter(None, words)) for name, words in chosen.items() if any(words)}
     datasets = [describe_dataset(d) for d in cache.datasets]
-    shape, history = dataclasses.asdict(net.config), config.past.to_document()
-    if not net.config.past_states:  # as earlier releases, which know no such field, read it
-        del shape["past_states"]
+    history = config.past.to_document()
+    # as earlier releases, which know no such fields, read it
+    unused = ["past_states"] * (not net.config.past_states) + ["layers", "layers_as"] * (net.config.layers == 1)
+    shape = {name: value for name, value in dataclasses.asdict(net.config).items() if name not in unused}
     said = any("normalize" in d or "action_frame" in d for d in datasets)
     return {
         "format": 3 if history else 2 if said else 1,

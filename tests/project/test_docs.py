@@ -178,6 +178,7 @@ def test_benchmarks_have_the_options_that_pages_name() -> None:
 def test_benchmarks_can_be_imported() -> None:
     """What they use of the package is where they look for it; their numbers come from runs by hand."""
     names = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py"))]
+    names += [f"gpu_check.{path.stem}" for path in sorted((ROOT / "benchmarks" / "gpu_check").glob("*.py"))]
     code = f"import importlib, sys; sys.path.insert(0, 'benchmarks'); [importlib.import_module(n) for n in {names!r}]"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

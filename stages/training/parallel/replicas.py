@@ -108,7 +108,7 @@ class Replicas:
                 for name, p in self.named.items():
                     p.copy_(raw[name])
 
-    def clip(self, limit: float) -> float:
+    def clip(self, limit: float) -> Tensor:
         """Average the adapter's gradients and clip all to a global norm of `limit`; returns the norm before."""
         adapter = [p for p in self.session.adapter.values() if p.requires_grad]  # in the VLM, outside the module
         if self.world.size > 1 and adapter:
@@ -117,7 +117,7 @@ class Replicas:
             for p, grad in zip(adapter, (flat / self.world.size).split([p.numel() for p in adapter])):
                 p.grad = grad.view_as(p)
         norm = nn.utils.clip_grad_norm_(self.named.values(), limit)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's state, unsharded, by name. Every process must call it."""

@@ -58,10 +58,12 @@ class Zero2(Replicas):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)  # the loop has divided by the number of batches
 
-    def clip(self, limit: float) -> float:
+    def clip(self, limit: float) -> Tensor:
         """The norm before; the engine scales the gradients in its step."""
         norm = float(self.optimizer.scaled_global_norm())
-        return norm if norm >= 0 else float("nan")  # it says −1 of one that is not finite
+        return torch.tensor(
+            norm if norm >= 0 else float("nan"), dtype=torch.float64
+        )  # it says −1 of none that is finite
 
     def step(self) -> None:
         self._engine.step()

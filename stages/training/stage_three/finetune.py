@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ....batch import FeatureBatch
-from ....cache.loader.live import LiveFeatures
+from ....cache.loader.live import Images, LiveFeatures
 from ....cache.loader.provenance import require_sources, sources_of
 from ....cache.store.cache import Cache
 from ....cache.vlm.adapter import save_adapter, tower_parameters
@@ -119,6 +119,7 @@ def _prepare(
         {**policy_document(net, cache, config.train), "encoder": own},
         features=_mixed(live, config.train, world) if config.full else live,
         live=cache.boundary is None,
+        decode=live.decode if isinstance(live, LiveFeatures) else None,
         first=first,
         on_log=on_log,
         say=say,
@@ -200,10 +201,13 @@ def _mixed(features: Features, config: TrainConfig, world: World) -> Features:
     """A tower in float32 computes in the settings' precision; others have a dtype of their own."""
 
     def mixed(
-        batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+        batch: FeatureBatch,
+        no_images: np.ndarray | None = None,
+        variant: np.ndarray | None = None,
+        images: Images | None = None,
     ) -> FeatureBatch:
         with autocast(config, world.device):
-            return features(batch, no_images, variant)
+            return features(batch, no_images, variant, images)
 
     return mixed
 

@@ -19,7 +19,7 @@ import torch
 
 from ....batch import FeatureBatch
 from ....cache.actions.history import NO_HISTORY, History
-from ....cache.loader.live import LiveFeatures, with_tokens
+from ....cache.loader.live import Images, LiveFeatures, with_tokens
 from ....cache.loader.loader import gather, require_variants
 from ....cache.loader.provenance import sources_of
 from ....cache.store.cache import Cache
@@ -56,12 +56,16 @@ class SplitFeatures:
         ]  # [V,K,D] each
 
     def __call__(
-        self, batch: FeatureBatch, no_images: np.ndarray | None = None, variant: np.ndarray | None = None
+        self,
+        batch: FeatureBatch,
+        no_images: np.ndarray | None = None,
+        variant: np.ndarray | None = None,
+        images: Images | None = None,
     ) -> FeatureBatch:
         """`batch` of hidden states, tokens [B,H·V·S,C], with live tokens [B,H·V·K,D].
 
-        `no_images` [B] bool (None: none): the null features take the place of these images. `variant` is unused: the
-        loader has read the variants it drew."""
+        `no_images` [B] bool (None: none): the null features take the place of these images. `variant` and
+        `images` are unused: the loader has read the variants it drew."""
         encoder, device = self.encoder, batch.tokens.device
         dropped = np.zeros(len(batch), bool) if no_images is None else no_images
         parts = -1, max(len(d.views) for d in self._cache.datasets), self._cache.tokens

@@ -17,6 +17,7 @@ from dvla.cache.actions.history import MOST, NO_HISTORY, History, history_of, pa
 from dvla.cache.loader.dropout import ConditionDropout
 from dvla.cache.loader.loader import Loader, gather
 from dvla.cache.store.cache import Cache
+from dvla.cache.store.dataset import CacheDataset
 from dvla.drifting.policy_net import PolicyNetConfig
 from dvla.errors import UserError
 from support import synthetic_cache as synthetic
@@ -39,9 +40,10 @@ def offsets(cache: Cache) -> tuple[int, ...]:
 
 
 def copies(loader: Loader, count: int) -> list[dict[str, torch.Tensor]]:
+    """Of its next batches, each dropped before the next one, so that their memory is used again."""
     with loader:
-        taken = [s.batch for s in itertools.islice(loader, count)]
-    return [{n: v.clone() for n in FIELDS if (v := getattr(b, n)) is not None} for b in taken]
+        taken = (s.batch for s in itertools.islice(loader, count))
+        return [{n: v.clone() for n in FIELDS if (v := getattr(b, n)) is not None} for b in taken]
 
 
 def load(cache: Cache, count: int = 12, **how: Any) -> list[dict[str, torch.Tensor]]:
@@ -135,6 +137,23 @@ def test_ranks_threads_and_resume_change_nothing(cache: Cache, order: str) -> No
             if name != "channel_scale":
                 assert torch.equal(torch.cat([h[step][name] for h in halves]), value), name
             assert step < 3 or torch.equal(later[step - 3][name], value), name
+
+
+def test_windows_are_read_ahead_with_their_history(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: set[tuple[str, int]] = set()
+    real = CacheDataset.advise
+
+    def advise(self: CacheDataset, view: str, rows: np.ndarray, *how: Any) -> None:
+        advised.update((self.name, row) for row in rows.tolist())
+        real(self, view, rows, *how)
+
+    monkeypatch.setattr(CacheDataset, "advise", advise)
+    for name in ("RUN_NBYTES", "WINDOW_NBYTES", "GROUP"):  # windows of eight frames
+        monkeypatch.setattr(f"dvla.cache.loader.read_ahead.{name}", 1)
+    for batch in load(cache, 1, batch_size=2, prefetch=1, threads=1, order="block", history=offsets(cache)):
+        for d, row in zip(batch["dataset"].tolist(), batch["frame_index"].tolist()):
+            rows, there = cache.datasets[d].earlier(np.array([row]), offsets(cache))
+            assert {(cache.datasets[d].name, r) for r in rows[there].tolist()} <= advised
 
 
 def test_the_map_style_dataset_holds_the_same(cache: Cache) -> None:

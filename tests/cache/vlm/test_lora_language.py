@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dvla.cache.vlm.adapter import load_adapter, save_adapter, tower_parameters
 from dvla.cache.vlm.load import load_encoder
-from dvla.cache.vlm.lora import add_lora, lora_dropout, lora_parameters, merge_lora
+from dvla.cache.vlm.lora import add_lora, lora_dropout, lora_parameters, merge_lora, without_copies
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
 from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(checkpoint: Path, **settings: Any) -> Any:
     language = {"depth": "language", "layers": (LAYERS,)} if "deepstack" not in settings else {}
-    return load_encoder(EncoderSpec(str(checkpoint), resolution=64, dtype="float32", **{**language, **settings}))
+    return load_encoder(EncoderSpec(str(checkpoint), resolution=64, **{"dtype": "float32", **language, **settings}))
 
 
 def trained(encoder: Any, spec: LoraSpec) -> torch.Tensor:
@@ -258,3 +258,30 @@ def test_a_tower_that_an_earlier_release_wrote(gemma: Path, tmp_path: Path) -> N
     fresh = load_gemma(gemma)
     load_adapter(fresh, tmp_path / "tower")
     assert torch.equal(*(e.encode_observation([IMAGES], TEXT) for e in (encoder, fresh)))
+
+
+def test_matrices_multiply_in_the_dtype_of_the_tower(checkpoint: Path) -> None:
+    """As on a GPU: features and gradients are peft's up to bfloat16's rounding, and no float32 copy of an input is
+    kept."""
+    found, kept = {}, {}
+    for plain in (True, False):
+        encoder, sizes = load(checkpoint, dtype="bfloat16"), []
+        add_lora(encoder, LoraSpec(r=4, targets="all-linear"))
+        if not plain:
+            without_copies(encoder)
+        for i, (_, p) in enumerate(lora_parameters(encoder)):
+            p.data.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        parameters = [p for _, p in lora_parameters(encoder)]
+        assert {p.dtype for p in parameters} == {torch.float32}
+
+        def note(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(x.numel() * (x.dtype == torch.float32))
+            return x.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            features = encoder.encode_images(IMAGES, TEXT)
+        gradients = torch.autograd.grad(features.float().square().sum(), parameters)
+        found[plain], kept[plain] = [features, *gradients], sum(sizes)
+    for ours, peft in zip(found[False], found[True]):
+        assert ours.dtype == peft.dtype and (ours - peft).float().norm() <= 0.05 * peft.float().norm()
+    assert kept[False] < 0.75 * kept[True]  # the rest is the tower's own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ from dvla.cache.readers import open_source
 from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.spec import EncoderSpec
+from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
 from dvla.stages.caching.upkeep.verify import verify
+from dvla.stages.policy.graph import require_formats
+from dvla.stages.training.config import TrainConfig
+from dvla.stages.training.run_log import read_log
+from dvla.stages.training.train import train
 from support.cli_runner import Dvla, argv, refused
 from support.corner import Corner, other_instruction
 from support.lerobot_samples import LENGTHS, VIEWS
@@ -111,9 +117,25 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
         dvla("cache", "build", *options, *argv("--layers 2,3 --tokens 1 --dtype int8"), "--out", out),
         "encoder.layers[1]: cache has 4, you requested 3",
     )
-    small = ("--set", "dit={width: 32, blocks: 1, heads: 2, horizon: 4}", "--set", "eval_every=0")
-    trained = dvla(*argv(f"train --from-cache {out} --out {tmp_path / 'run'} --recipe tiny --steps 2"), *small)
+    small = (
+        "--set",
+        "dit={width: 32, blocks: 1, heads: 2, horizon: 4}",
+        "--set",
+        "eval_every=0",
+        "--optimizer.warmup=1",
+    )
+    trained = dvla(*argv(f"train --from-cache {out} --out {tmp_path / 'run'} --recipe tiny --steps 3"), *small)
     assert trained.code == 0, trained
+    net = json.loads((tmp_path / "run/checkpoints/step-00000003/policy.json").read_text())["net"]
+    assert (net["layers"], net["layers_as"], net["feature_width"]) == (2, "width", 128)
+    shares = read_log(tmp_path / "run")[-1]["layer_weights"]
+    assert len(shares) == 2 and sum(shares) == pytest.approx(1) and shares[0] != shares[1]
+    other = dvla("cache", "build", *options, *argv(f"--layers 2,3 --tokens 1 --dtype int8 --out {tmp_path / 'other'}"))
+    assert other.code == 0, other
+    refused(
+        dvla(*argv(f"train --from-cache {tmp_path / 'other'} --out {tmp_path / 'again'} --init {tmp_path / 'run'}")),
+        "layers[1]: the cache has 3, the policy saw 4",
+    )
     policy = Policy.from_pretrained(tmp_path / "run")
     episode = open_source(str(source)).load(0)
     images = {view.name: next(view.frames(0, 1)) for view in episode.views}
@@ -123,3 +145,52 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
     assert np.isfinite(blind.act(images, episode.instruction, episode.state[0])).all()
     with pytest.raises(UserError, match="prompt-tokens"):
         policy.act(images, "push the puck " * 20, episode.state[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vlm": "paligemma2", "depth": "language", "keep": "all", "layers": (1, 2), "tokens": 4, "prompt_tokens": 16},
+        {"vlm": "paligemma2", "depth": "language", "layers": (1, 2), "layers_as": "tokens", "tokens": 4},
+        {"vlm": "qwen3vl", "deepstack": True, "layers_as": "tokens", "tokens": 1},
+    ],
+)
+def test_layers_through_a_cache_a_policy_and_an_export(
+    recorded: dict[str, Path], vlm: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    from dvla.stages.policy.export import export_policy
+    from dvla.stages.policy.policy import Policy
+
+    folder, side = vlm, 64
+    if settings["vlm"] == "paligemma2":
+        folder, side = make_tiny_paligemma2(tmp_path / "vlm", TinyPaliGemmaSpec(image_size=56, vocabulary=600)), 56
+    spec = EncoderSpec(str(folder), resolution=side, dtype="float32", **settings)
+    source, out = str(recorded["image"]), tmp_path / "cache"
+    build(BuildConfig((source,), spec, out, batch_size=8, device="cpu", frame_stride=2))
+    problems, check = verify(out, live=4, device="cpu")
+    assert problems == [] and check is not None
+    dit = {"width": 32, "blocks": 1, "heads": 2, "horizon": 4}
+    config = TrainConfig(
+        str(out), str(tmp_path / "run"), steps=2, batch_size=4, model_size="tiny", dit=dit, eval_every=0, device="cpu"
+    )
+    train(config, say=print)
+    policy = Policy.from_pretrained(tmp_path / "run", device="cpu")
+    assert policy.net.config.layers == policy.encoder.parts > 1
+    exported = export_policy(tmp_path / "run", tmp_path / "export", formats(), say=print)
+    assert all(difference < 1e-3 for difference in exported.differences.values())
+    episode = open_source(source).load(0)
+    images = {view.name: next(view.frames(0, 1)) for view in episode.views}
+    first, second = (
+        p.act(images, episode.instruction, episode.state[0])
+        for p in (policy, Policy.from_pretrained(tmp_path / "export", device="cpu"))
+    )
+    assert np.array_equal(first, second)
+
+
+def formats() -> tuple[str, ...]:
+    """The graphs whose libraries are here."""
+    try:
+        require_formats(["onnx"], "hybrid")
+    except UserError:
+        return ("torch-export",)
+    return "torch-export", "onnx"

@@ -294,10 +294,12 @@ def test_augmented_and_masked_fine_tuning_resumes_exactly(
     settings = {"image_aug": True, "masking.images": 0.4, "masking.text": 0.4, "masking.proprio": 0.4}
     call = LiveFeatures.__call__
 
-    def noted(self: Any, batch: Any, dropped: np.ndarray | None = None, variant: np.ndarray | None = None) -> Any:
+    def noted(
+        self: Any, batch: Any, dropped: np.ndarray | None = None, variant: np.ndarray | None = None, *images: Any
+    ) -> Any:
         if variant is not None and len(batch) == 4:
             seen.setdefault(run, []).append((variant.tolist(), dropped.tolist()))
-        return call(self, batch, dropped, variant)
+        return call(self, batch, dropped, variant, *images)
 
     monkeypatch.setattr(LiveFeatures, "__call__", noted)
     for run, stops in (("straight", (None,)), ("resumed", (2, None)), ("plain", (None,))):
