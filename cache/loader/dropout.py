@@ -30,6 +30,11 @@ class ConditionDropout:
     def __post_init__(self) -> None:
         require_ranges(self)
 
+    @property
+    def always(self) -> ConditionDropout:
+        """Of conditions that training always dropped alone: a policy never saw them, so it acts without them, too."""
+        return ConditionDropout(float(self.text == 1), float(self.images == 1), float(self.proprio == 1))
+
     def draw(self, seed: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(text, images, proprio) bool [n]: what is dropped at these global positions."""
         from ...common.hashing import uniform

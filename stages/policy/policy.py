@@ -8,7 +8,7 @@ Hp past states, K tokens of one image, D feature width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,11 @@ class Policy:
         seed: int = 0,
         loss: LossConfig | None = None,
         history: History = NO_HISTORY,
+        without: Collection[str] = (),
     ) -> None:
-        self.net, self.encoder, self.robot, self.needs_images, self.seed = net, encoder, robot, sees, seed
+        self.net, self.encoder, self.robot, self.seed = net, encoder, robot, seed
+        self.without = without  # of text, images and proprio: what gives way to its null embedding, as in training
+        self.needs_images = sees and "images" not in without
         self.loss = loss or LossConfig()  # that it was trained with: says how the head samples
         self.history = history  # what it sees besides the current step
         self.path: Path | None = None  # of the policy directory it came from
@@ -106,7 +109,17 @@ class Policy:
         encoder = load_policy_encoder(folder, document, device, vlm_path)
         blind = blind or document["conditions"]["blind"]
         history = history_of(document)
-        policy = cls(net.to(device).eval(), encoder, robot, sees=not blind, seed=seed, loss=loss, history=history)
+        without = {name for name, share in document["conditions"]["masking"].items() if share == 1}
+        policy = cls(
+            net.to(device).eval(),
+            encoder,
+            robot,
+            sees=not blind,
+            seed=seed,
+            loss=loss,
+            history=history,
+            without=without,
+        )
         policy.path = folder
         return policy
 
@@ -252,12 +265,13 @@ class Policy:
         rows = [[step or w.frames[0] for step in w.states] for w in windows]
         states = np.array([[step.state for step in row if step is not None] for row in rows])  # [N,Hp,ds]
         proprio = self._proprio(states.reshape(-1, states.shape[-1])).unflatten(0, there.shape)
-        mask = torch.from_numpy(there).to(proprio.device)
+        mask = torch.from_numpy(there & ("proprio" not in self.without)).to(proprio.device)
         return proprio * mask[..., None], mask
 
     def _proprio(self, states: np.ndarray) -> torch.Tensor:
-        """Native states [n,ds] → normalized [n,128]."""
-        return torch.from_numpy(self.robot.proprio(states)).to(self.encoder.device)
+        """Native states [n,ds] → normalized [n,128]; zeros for a policy without proprioception."""
+        found = torch.from_numpy(self.robot.proprio(states)).to(self.encoder.device)
+        return torch.zeros_like(found) if "proprio" in self.without else found
 
     def require_fits(self, instruction: str) -> None:
         """`UserError` for an instruction longer than what the encoder reads beside the images."""
@@ -272,7 +286,7 @@ class Policy:
 
     def _texts(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(embeddings [N,Lt,Dt], mask [N,Lt] bool), padded to the longest."""
-        found = [self._embed(instruction) for instruction in instructions]
+        found = [self._embed("" if "text" in self.without else instruction) for instruction in instructions]
         longest = max(length for _, length in found)
         text = torch.nn.utils.rnn.pad_sequence([e[:longest] for e, _ in found], batch_first=True)
         text = torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class LeRobotWriter:
 
 def _create(queue: int, **how: Any) -> Any:
     """LeRobot's dataset of video that is encoded while frames arrive; `queue` of them may wait."""
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)  # a page on FFmpeg, for a decoder not used
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     if "rgb_encoder" in inspect.signature(LeRobotDataset.create).parameters:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ...batch import FeatureBatch
-from ...cache.loader.dropout import NO_DROPOUT
 from ...cache.loader.live import Images
 from ...cache.loader.loader import Loader, Split
 from ...cache.loader.sample import Draws, Sample
@@ -118,9 +117,9 @@ def open_loader(session: Session, split: Split, start: int = 0, alone: bool = Fa
     """This process's samples; `alone`: those it would have if there were no other.
 
     Only the training split has condition dropout and augmentation, and the mixture of datasets; the others have every
-    observation equally often. The images of a blind policy are always dropped."""
+    observation equally often. What training always drops, and a blind policy's images, are dropped in all of them."""
     config, training = session.config, split == "train"
-    dropout = config.masking if training else NO_DROPOUT
+    dropout = config.masking if training else config.masking.always
     if config.blind:
         dropout = dataclasses.replace(dropout, images=1.0)
     return Loader(

@@ -20,6 +20,9 @@ import numpy as np
 import torch
 
 from dvla.cache.store.cache import Cache
+from dvla.cache.vlm.encoder import VisionLanguageEncoder
+from dvla.cache.vlm.preprocess import ImageSpec
+from dvla.cache.vlm.spec import EncoderSpec
 from dvla.stages.caching import build_plan
 from fuzz.bounded import run_bounded
 from fuzz.fuzz_samples import Format
@@ -35,19 +38,16 @@ COMMANDS = (("data", "show"), ("data", "check", "--all"), ("cache", "build", "--
 Content = dict[int, str]  # episode → digest of its rows, text and features
 
 
-class StandIn:
-    """What a build needs of a vision-language encoder."""
+class StandIn(VisionLanguageEncoder):
+    """A vision-language encoder of one token of four numbers, without a network."""
 
-    reads, by_observation, pools = "image", False, False
-    tokens, native_tokens, width, device = 1, 1, 4, torch.device("cpu")
+    image_tokens, native_tokens, tokens, width = 1, 1, 1, 4  # type: ignore[assignment]
 
-    def __init__(self, spec: Any) -> None:
-        self.spec = spec
+    def __init__(self, spec: EncoderSpec) -> None:
+        image = ImageSpec(1, 1, 1, 1, (0.5,) * 3, (0.5,) * 3)
+        super().__init__(spec, image, torch.nn.Linear(1, 1), torch.zeros(1, 4), None, {})
 
     def require_fits(self, views: int, instructions: Sequence[str]) -> None: ...
-
-    def visible(self, instruction: str) -> int:
-        return self.tokens
 
     def fingerprint(self) -> dict[str, Any]:
         return {"vlm": "checksums"}
@@ -61,7 +61,7 @@ class StandIn:
         return torch.tensor(found).swapaxes(0, 1)[:, :, None]
 
     def null_image_features(self, views: int) -> torch.Tensor:
-        return torch.zeros(views, 1, self.width)
+        return torch.zeros(views, 1, 4)
 
 
 def _numbers(data: bytes) -> list[float]:

@@ -5,7 +5,7 @@ and one for each combination of the values of its `axes`. Everything lies in one
 
     OUT/recipe.json                           what the folder was begun with
     OUT/data/<task>  OUT/vlm-<arch>           demonstrations; toy VLM, where the recipe asks for one
-    OUT/cache  OUT/cache-<variant>            feature caches; a variant that changes features has its own
+    OUT/cache  OUT/cache-<variant>            feature caches; variants that change features have their own
     OUT/runs/<variant>-<seed>                 training runs
     OUT/eval/<variant>-<seed>                 evaluations; also references-<seed> (expert, random) and blind-<seed>
     OUT/logs/<cell>.log                       output of the commands
@@ -182,9 +182,11 @@ def preparation(recipe: Recipe, out: Path, workers: int) -> list[Job]:
 
 
 def cache_of(recipe: Recipe, out: Path, name: str) -> Path:
-    """The cache that a row is trained from."""
-    variant = rows(recipe)[name]
-    return out / (f"cache-{slug(name)}" if variant.cache or variant.vlm else "cache")
+    """The cache that a row is trained from, shared by rows with the same cache options and named after the first."""
+    table = rows(recipe)
+    own = table[name].cache, table[name].vlm
+    first = next(row for row, variant in table.items() if (variant.cache, variant.vlm) == own)
+    return out / (f"cache-{slug(first)}" if any(own) else "cache")
 
 
 def cells(recipe: Recipe, out: Path, from_cache: str | None = None) -> list[Job]:

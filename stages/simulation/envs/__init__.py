@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ....errors import UserError, unknown
 from ...policy.observation import Observation
-from . import aloha, isaac, maniskill, metaworld, metaworld_two_ways, rlbench, robosuite
+from . import aloha, isaac, maniskill, metaworld, metaworld_two_balls, metaworld_two_ways, rlbench, robosuite
 from .base import SPLITS, Environment, Setup, Split, StepResult
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 # Each has NAMES of its tasks, require() that raises if its simulator is missing, and make(setup).
-ADAPTERS = (metaworld, metaworld_two_ways, maniskill, aloha, robosuite, rlbench, isaac)
+ADAPTERS = (metaworld, metaworld_two_ways, metaworld_two_balls, maniskill, aloha, robosuite, rlbench, isaac)
 
 
 def environment_names() -> tuple[str, ...]:

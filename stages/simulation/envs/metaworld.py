@@ -81,6 +81,7 @@ CAMERAS: dict[str, tuple[str, tuple[slice, slice]]] = {
     "corner2": ("corner2", (slice(None, None, -1), slice(None, None, -1))),
     "gripper": ("gripperPOV", (slice(None), slice(None))),
 }
+GAIN = 10.0  # of the experts of our own tasks: action per meter
 CORNER2_POSITION = (0.75, 0.075, 0.7)  # meters; as in LeRobot's Meta-World environment and datasets
 
 
@@ -168,6 +169,11 @@ class MetaWorldEnvironment(Environment):
                 warnings.simplefilter("ignore")  # the experts exceed [-1, 1] on purpose and warn about it
                 action = expert.get_action(self._obs)
             yield action
+
+    def _toward(self, place: np.ndarray) -> np.ndarray:
+        """The action straight to a position at full speed, slower at the end; the fingers stay open."""
+        step = GAIN * (place - self._obs[:3])
+        return np.append(step / max(1.0, float(np.abs(step).max())), -1.0)
 
     def _random_vector(self) -> np.ndarray:
         """Replaces Meta-World's own sampling. A vector belongs to one split by its checksum, so splits share none."""

@@ -31,7 +31,6 @@ GOAL_RADIUS = 0.035  # of the red ball that marks the goal
 PUCK = (0.3, 0.6, 0.015)  # out of the way
 ASIDE = 0.14  # |x| of the two ways
 BESIDE, BEHIND = 0.67, 0.85  # y where the hand must have that x; y where the wall has been passed
-GAIN = 10.0  # of the expert: action per metre
 
 
 class TwoWays(MetaWorldEnvironment):
@@ -78,11 +77,6 @@ class TwoWays(MetaWorldEnvironment):
                 yield self._toward(place)
         while True:
             yield self._toward(np.array([goal[0], goal[1], HAND[2]]))
-
-    def _toward(self, place: np.ndarray) -> np.ndarray:
-        """Straight to a position at full speed, slower at the end; the fingers stay open."""
-        step = GAIN * (place - self._obs[:3])
-        return np.append(step / max(1.0, float(np.abs(step).max())), -1.0)
 
 
 make = TwoWays

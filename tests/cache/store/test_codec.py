@@ -307,6 +307,7 @@ def test_held_out_images_are_never_augmented(cache: Cache) -> None:
             "seed": 3,
             "image_aug": cache.variants > 0,
             "threads": 1,
+            "masking": {"text": 1.0, "images": 0.5, "proprio": 0.0},
         },
     )
     session = SimpleNamespace(
@@ -320,6 +321,9 @@ def test_held_out_images_are_never_augmented(cache: Cache) -> None:
     for split in ("train", "eval"):
         with open_loader(session, split) as loader:
             used[split] = set(np.concatenate([loader.draws(6 * step).variant for step in range(50)]).tolist())
+            drawn = loader.draws(300)
+            # What training always drops is dropped when it is evaluated, too.
+            assert drawn.no_text.all() and drawn.no_images.any() == (split == "train") and not drawn.no_proprio.any()
             if split == "eval":
                 batch = decoded(next(loader).batch)
                 for b, (d, row) in enumerate(zip(batch.dataset.tolist(), batch.frame_index.tolist())):

@@ -112,10 +112,11 @@ def test_what_the_tables_tell_is_said_before_anything_is_encoded(corner: Corner)
     said: list[str] = []
     with pytest.raises(TooManyQuarantined):
         build(corner.config(max_quarantine="0"), say=said.append)
-    assert said[1].startswith("this build will not finish without --allow-quarantine") and "'action' is nan" in said[2]
+    assert ["load" in line for line in said] == [True, True, False, False]
+    assert said[2].startswith("this build will not finish without --allow-quarantine") and "'action' is nan" in said[3]
     said.clear()
     build(corner.config(allow_quarantine=True), say=said.append)
-    assert len(said) == 1
+    assert len(said) == 2
 
 
 def test_all_of_them(corner: Corner) -> None:

@@ -22,6 +22,7 @@ from dvla.stages.experiments.ablate import run as module
 from dvla.stages.experiments.ablate.recipe import (
     Recipe,
     Variant,
+    cache_of,
     cells,
     load_ablation,
     preparation,
@@ -111,6 +112,17 @@ def test_axes_are_combined() -> None:
     ]
     build = shlex.join(preparation(recipe, Path("o"), 1)[-1].commands[0])
     assert "--vlm tiny_paligemma2 --vlm-path o/vlm-paligemma2 --tokens 4 --out o/cache-g-4-other-vlm" in build
+
+
+def test_rows_that_differ_in_training_alone_share_a_cache() -> None:
+    small, other = "--tokens 4", "--loss-type mse"
+    table = {"a": Variant(cache=small), "b": Variant(cache=small, train=other), "c": Variant(cache="--tokens 1")}
+    recipe = dataclasses.replace(RECIPE, variants={"plain": Variant(train=other), **table})
+    assert [cache_of(recipe, Path("o"), name).name for name in recipe.variants] == [
+        *("cache", "cache-a", "cache-a", "cache-c")
+    ]
+    built = [job.name for job in preparation(recipe, Path("o"), 1) if job.commands[0][0] == "cache"]
+    assert built == ["cache", "cache-a", "cache-c"]
 
 
 def test_cells_follow_the_seeds() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dvla.cache.actions.action_map import ActionMap, FieldSpec
+from dvla.cache.actions.history import History
 from dvla.cache.readers.config import DatasetConfig
 from dvla.cache.readers.episode import Episode, View
 from dvla.errors import UserError
@@ -109,6 +110,27 @@ def test_the_file_holds_what_was_done_and_predicted(
     ]
     assert len(column) == 2 * 6 + 1 and not [name for name in column if "dropped" in name]  # these mean nothing
     assert {"/views/top", "/views/wrist", "/way/predicted"} <= names
+
+
+def test_a_policy_with_a_history_sees_the_frames_before(episode: Episode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those at which nothing is asked."""
+    monkeypatch.setattr(rerun_export, "BATCH", 2)
+    asked = []
+
+    class Remembering(Known):
+        history = History((0, -1, -4), (0, -3))
+
+        def act_batch(self, observations: list) -> np.ndarray:
+            for o in observations:
+                asked.append(o.step)
+                for step, before in zip((o.step, o.step - 1, o.step - 4), o.window.frames, strict=True):
+                    assert (before is None) == (step < 0) and (before is None or (before.images["wrist"] == step).all())
+                (state,) = o.window.states
+                assert state is None if o.step < 3 else (state.state == episode.state[o.step - 3]).all()
+            return super().act_batch(observations)
+
+    frames = list(rerun_export._frames(Remembering(), episode, 2))
+    assert asked == [0, 2, 4, 6] and [chunk is not None for _, chunk in frames] == [i % 2 == 0 for i in range(T)]
 
 
 def test_a_trajectory_of_velocities_is_in_meters() -> None:

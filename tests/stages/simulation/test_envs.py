@@ -20,6 +20,7 @@ from dvla.errors import UserError
 from dvla.stages.simulation.config import RecordConfig
 from dvla.stages.simulation.envs import Observation, environment_names, make_environment, mujoco_render
 from dvla.stages.simulation.envs import metaworld as adapter
+from dvla.stages.simulation.envs.metaworld_two_balls import HIDDEN, SHOWN
 from dvla.stages.simulation.film import LABEL_HEIGHT, write_grids
 from dvla.stages.simulation.record import MARKER, record
 from dvla.stages.simulation.rollout import (
@@ -364,6 +365,74 @@ def test_both_ways_are_shown_from_the_same_start(push):
     assert_disjoint([vector for vector, *_ in places.values()], [vector[:-1] for vector in vectors])
     env.close()
     unseen.close()
+
+
+COLOR, MEMORY = "metaworld/reach-ball-by-color", "metaworld/reach-ball-from-memory"
+
+
+def episode(env, start: int, aim=None, waits: int = 0) -> tuple[list[Observation], bool, bool]:
+    """(observations, solved, touched the wrong ball) of the expert, or of a hand that waits, then moves to `aim`."""
+    seen = [env.reset(start)]
+    while True:
+        action = env.expert_action() if aim is None else env._toward(aim if env.steps >= waits else env._obs[:3])
+        result = env.step(action)
+        seen.append(result.observation)
+        if result.done:
+            return seen, result.success, bool(result.info["touched"])
+
+
+@pytest.mark.parametrize("name", [COLOR, MEMORY])
+def test_one_of_two_balls(push, name):
+    env = make_environment(name, image_size=SIZE, render=False, max_steps=45)
+    for start in range(4):
+        _, solved, touched = episode(env, start)
+        assert solved and not touched
+        *_, solved, touched = episode(env, start, env._balls[1 - env._right])
+        assert touched and not solved
+    # Whoever has been at the wrong ball has failed, also when the right one is reached afterwards.
+    env.reset(0)
+    for aim in (env._balls[1 - env._right], env._balls[env._right]):
+        for _ in range(35):
+            result = env.step(env._toward(aim))
+    assert not result.success and np.linalg.norm(env._sim.tcp_center - env._balls[env._right]) < 0.06
+    # Any four initial states in a row have the right ball on the left twice, and twice on the right.
+    rights = [(env.reset(start), env._right)[1] for start in range(12)]
+    assert {sum(rights[at : at + 4]) for at in (0, 4, 8)} == {2}
+    held_out, train = make_environment(name, "eval", render=False), []
+    for start in range(12):
+        env.reset(start)
+        train.append(env.start_vector)
+    evaluation = [(held_out.reset(start), held_out.start_vector)[1] for start in range(12)]
+    assert len(set(train)) == len(set(evaluation)) == 12
+    assert_disjoint([v[:6] for v in train], [v[:6] for v in evaluation])
+    env.close()
+    held_out.close()
+
+
+def test_neither_the_image_nor_the_instruction_says_which_ball(push):
+    env = make_environment(COLOR, image_size=SIZE)
+    seen = [(env.reset(start), env._right) for start in range(4)]
+    assert [o.instruction for o, _ in seen] == 2 * ["reach the green ball", "reach the blue ball"]
+    assert [right for _, right in seen] == [0, 1, 1, 0]  # the same instruction, either side
+    for one, other in ((0, 1), (2, 3)):  # the same image, either instruction and side
+        np.testing.assert_array_equal(seen[one][0].state, seen[other][0].state)
+        for view in env.views:
+            np.testing.assert_array_equal(seen[one][0].images[view], seen[other][0].images[view])
+    assert (seen[0][0].images["corner2"] != seen[2][0].images["corner2"]).any()
+    env.close()
+
+
+def test_no_image_from_which_the_hand_moves_says_which_ball(push):
+    env = make_environment(MEMORY, image_size=SIZE)
+    (left, *_), (right, *_) = episode(env, 0), episode(env, 1)
+    for step in range(SHOWN + HIDDEN + 1):
+        same = all((left[step].images[view] == right[step].images[view]).all() for view in env.views)
+        assert same == (step >= SHOWN)
+        np.testing.assert_array_equal(left[step].state, right[step].state)
+        assert np.abs(left[step].state[:3] - left[0].state[:3]).max() < 5e-3  # the expert waits
+    assert (left[SHOWN].images["corner2"] != left[SHOWN + HIDDEN].images["corner2"]).any()  # it is told when to move
+    assert np.abs(left[SHOWN + HIDDEN + 4].state - right[SHOWN + HIDDEN + 4].state).max() > 0.02
+    env.close()
 
 
 def test_images_continue_after_another_library_shut_down_egl() -> None:
