@@ -117,13 +117,8 @@ def test_from_the_command_line_to_a_policy(dvla: Dvla, recorded: dict[str, Path]
         dvla("cache", "build", *options, *argv("--layers 2,3 --tokens 1 --dtype int8"), "--out", out),
         "encoder.layers[1]: cache has 4, you requested 3",
     )
-    small = (
-        "--set",
-        "dit={width: 32, blocks: 1, heads: 2, horizon: 4}",
-        "--set",
-        "eval_every=0",
-        "--optimizer.warmup=1",
-    )
+    small = ("--set", "dit={width: 32, blocks: 1, heads: 2, horizon: 4}", *argv("--set eval_every=0"))
+    small += ("--optimizer.warmup=1",)
     trained = dvla(*argv(f"train --from-cache {out} --out {tmp_path / 'run'} --recipe tiny --steps 3"), *small)
     assert trained.code == 0, trained
     net = json.loads((tmp_path / "run/checkpoints/step-00000003/policy.json").read_text())["net"]
