@@ -39,11 +39,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # as peft has them
 FUSED = "qkv"  # a layer of this name gives queries, keys and values, a third of its rows each
 LANGUAGE = LoraLayers(  # of both families
-    r"language\.layers\.({n})\.",
-    r"self_attn\.(q|v)_proj",
-    r"self_attn\.(q|k|v|o)_proj",
-    r"mlp\.(gate|up|down)_proj",
-    "",
+    r"language\.layers\.({n})\.", r"self_attn\.(q|v)_proj", r"self_attn\.(q|k|v|o)_proj", r"mlp\.(gate|up|down)_proj"
 )
 
 

@@ -5,7 +5,7 @@ Letters: n observations of one call, V views, K tokens of one image, D feature w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,32 @@ from .encoder import VisionLanguageEncoder
 
 def to_float16(features: torch.Tensor, what: str) -> np.ndarray:
     """Features [..., K, D] as float16 numpy. `UserError` naming the largest value when it does not fit."""
-    largest = features.abs().max().item() if features.numel() else 0.0
-    if not np.isfinite(largest) or largest > float(np.finfo(np.float16).max):
-        raise UserError(
-            f"{what}: the encoder returned {largest:g}, which float16 cannot hold; check the weights and their dtype"
-        )
-    return features.detach().to("cpu", torch.float16).numpy()
+    return float16_later(features, what)()
+
+
+def float16_later(features: torch.Tensor, what: str) -> Callable[[], np.ndarray]:
+    """`to_float16` in two parts: from a GPU the copy is begun here, and only the call of what is returned waits for it,
+    so that the GPU has more to do meanwhile."""
+    found = [features.detach().half(), features.abs().max() if features.numel() else torch.zeros(())]
+    copied = None
+    if features.is_cuda:
+        there = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in found]
+        found = [host.copy_(x, non_blocking=True) for host, x in zip(there, found)]
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(features.device))
+
+    def fetch() -> np.ndarray:
+        if copied is not None:
+            copied.synchronize()
+        largest = found[1].item()
+        if not np.isfinite(largest) or largest > float(np.finfo(np.float16).max):
+            raise UserError(
+                f"{what}: the encoder returned {largest:g}, which float16 cannot hold; check the weights and their "
+                "dtype"
+            )
+        return found[0].numpy()
+
+    return fetch
 
 
 def require_finite(features: torch.Tensor, what: str) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
@@ -29,11 +30,12 @@ from ...cache.store.plan import BuildPlan, DatasetPlan, EpisodePlan, ShardTask, 
 from ...cache.store.writer import CacheWriter, Features
 from ...cache.vlm.augment import frame_keys
 from ...cache.vlm.encoder import VisionLanguageEncoder
-from ...cache.vlm.observations import augmented, require_finite, to_float16
+from ...cache.vlm.observations import augmented, float16_later, require_finite
 from ...errors import Failed, UserError
 from .generations import Earlier
 
 QUEUED_BATCHES = 4  # decoded batches that may wait for the encoder, and encoded ones for the disk
+LATE = {"cuda": 1}  # batches whose features are fetched when the encoder has others to work on, by device
 
 
 @dataclass
@@ -178,12 +180,24 @@ def _encode(
     scales: torch.Tensor | None,
     timing: Timing,
 ) -> Iterator[Sequence[Features | Failed]]:
-    """What each shard of the unit stores of the decoder's batches; failures pass through."""
+    """What each shard of the unit stores of the decoder's batches; failures pass through. From a GPU the features of a
+    batch are fetched when it has the next one to work on."""
     stream, wanted = iter(decoder), [seen.index(task.view) for task in unit.tasks]
+    encoded: deque[list[Callable[[], Features]]] = deque()
+
+    def fetched(left: int) -> Iterator[list[Features]]:
+        while len(encoded) > left:
+            began = time.perf_counter()
+            batch = [fetch() for fetch in encoded.popleft()]
+            timing.encode += time.perf_counter() - began
+            yield batch
+
     while True:
         began = time.perf_counter()
         item = next(stream, None)
         timing.decode_wait += time.perf_counter() - began
+        if not isinstance(item, _Images):
+            yield from fetched(0)
         if item is None:
             return
         if isinstance(item, Failed):
@@ -193,10 +207,10 @@ def _encode(
             yield item.records
         else:
             began = time.perf_counter()
-            batch = _encode_batch(encoder, item, wanted, scales, build, unit.name)
+            encoded.append(_encode_batch(encoder, item, wanted, scales, build, unit.name))
             timing.encode += time.perf_counter() - began
             timing.images += sum(map(len, item.views))
-            yield batch
+            yield from fetched(LATE.get(encoder.device.type, 0))
 
 
 def _encode_batch(
@@ -206,21 +220,23 @@ def _encode_batch(
     scales: torch.Tensor | None,
     build: BuildPlan,
     what: str,
-) -> list[Features]:
-    """What each of the `wanted` views (numbers in the batch) stores: float16 [n,K,D], or (codes, token scales)."""
+) -> list[Callable[[], Features]]:
+    """What gives, for each of the `wanted` views (numbers in the batch), what it stores: float16 [n,K,D], or (codes,
+    token scales)."""
     with torch.inference_mode():
         views = [augmented(images, keys, encoder.device) for images, keys in zip(batch.views, batch.keys)]
         features = encoder.encode_observation(views, batch.instruction)  # [n,V,K,D]
         return [_stored(features[:, v].contiguous(), scales, build, what) for v in wanted]
 
 
-def _stored(features: torch.Tensor, scales: torch.Tensor | None, build: BuildPlan, what: str) -> Features:
-    """Features [n,K,D] of one view as they are written."""
+def _stored(features: torch.Tensor, scales: torch.Tensor | None, build: BuildPlan, what: str) -> Callable[[], Features]:
+    """What gives features [n,K,D] of one view as they are written."""
     if scales is None:
-        return to_float16(features, what)
+        return float16_later(features, what)
     require_finite(features, what)
     codes, scale = quantize(features, scales, build.format.dtype)
-    return codes.cpu().numpy(), scale.cpu().numpy()
+    stored = codes.cpu().numpy(), scale.cpu().numpy()
+    return lambda: stored
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

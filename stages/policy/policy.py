@@ -196,7 +196,8 @@ class Policy:
         noise = torch.stack([self._noise(o, (config.horizon, config.noise_dim)) for o in observations])  # [N,T,n]
         device = batch.tokens.device
         alpha = torch.ones(len(observations), device=device)  # [N]
-        out = generate(self.net, self.net.encode(batch), noise[:, None].to(device), alpha, self.loss)  # [N,1,T,128]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = generate(self.net, self.net.encode(batch), noise[:, None].to(device), alpha, self.loss)  # [N,1,T,128]
         mark("dit")
         state = np.stack([o.state for o in observations])  # [N,ds]
         actions = self.robot.actions(out[:, 0].float().cpu().numpy(), state)  # [N,T,d]
@@ -285,9 +286,11 @@ class Policy:
         return torch.tensor([self.encoder.visible(text if self.needs_images else "") for text in instructions])
 
     def _texts(self, instructions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embeddings [N,Lt,Dt], mask [N,Lt] bool), padded to the longest."""
+        """(embeddings [N,Lt,Dt], mask [N,Lt] bool), padded to the longest; on a GPU to a multiple of 16, since kernels
+        are chosen, or compiled, for each length."""
         found = [self._embed("" if "text" in self.without else instruction) for instruction in instructions]
         longest = max(length for _, length in found)
+        longest += -longest % 16 if self.encoder.device.type == "cuda" else 0
         text = torch.nn.utils.rnn.pad_sequence([e[:longest] for e, _ in found], batch_first=True)
         text = torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1]))
         lengths = torch.tensor([[length] for _, length in found], device=text.device)

@@ -32,6 +32,8 @@ from ...drifting.config import ONE_STEP, LossConfig
 from ...errors import UserError, unknown
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
+# Where neither command line nor recipe gives them, on CUDA; elsewhere they are as below.
+ON_CUDA: dict[str, Any] = {"batch_size": 256, "threads": 8, "precision": "bf16", "compile": True}
 ALL = "*"  # in `normalize`: every dataset that is not named
 
 
@@ -207,7 +209,10 @@ class TrainConfig:
         Literal["fp32", "bf16"], Option("--precision", help="Precision of the forward pass (autocast): fp32 or bf16.")
     ] = "fp32"
     gradient_checkpointing: bool = False  # recompute the VLM's blocks in the backward pass (stage three): less memory
-    compile: Annotated[bool, Option("--compile", help="Compile the network with torch.compile.")] = False
+    compile: Annotated[
+        bool,
+        Option("--compile", help="Compile the network with torch.compile."),
+    ] = False
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"  # kernel of the attention; the network is the same
     strategy: Annotated[
         Literal["ddp", "fsdp2", "zero2"],
@@ -329,7 +334,28 @@ def train_config(recipe: str | None, overrides: dict[str, Any]) -> TrainConfig:
     values = with_offsets(apply(load_recipe(recipe) if recipe else {}, overrides))
     if isinstance(values.get("normalize"), str):  # one for all, as a dataset config says it
         values["normalize"] = {ALL: values["normalize"]}
-    return from_mapping(TrainConfig, values, "training settings")
+    defaults = device_defaults(values.get("device", "auto"), values.get("out", ""))
+    return from_mapping(TrainConfig, defaults | values, "training settings")
+
+
+def device_defaults(device: str, out: str) -> dict[str, Any]:
+    """The settings of `ON_CUDA` for a run on `device`, which its config.json will hold.
+
+    A run that is there already, in `out`, keeps those that it had from a default, of whichever device."""
+    if out and (Path(out) / "config.json").is_file():
+        begun = read_settings(Path(out), whole=False)
+        plain = {f.name: f.default for f in fields(TrainConfig)}
+        return {name: begun[name] for name, value in ON_CUDA.items() if begun.get(name) in (plain[name], value)}
+    import torch  # which a look at the settings alone does not need
+
+    from ..policy.compile import missing_compiler
+
+    if not isinstance(device, str) or not (device.startswith("cuda") or device == "auto" and torch.cuda.is_available()):
+        return {}
+    able = {"compile": not missing_compiler("cuda")}
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        able["precision"] = False
+    return {name: value for name, value in ON_CUDA.items() if able.get(name, True)}
 
 
 def with_offsets(values: dict[str, Any]) -> dict[str, Any]:

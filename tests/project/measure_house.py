@@ -19,7 +19,7 @@ from support.package_source import arrows_between, circles, package_files  # noq
 WIDE = 120  # columns
 LONG = 60  # lines of a function
 MOST_FILES = 16  # of one folder
-MOST_LINES = 49_800  # of the package, formatted; 47,800 before the language layers, the history of frames, GPU work
+MOST_LINES = 50_100  # of the package, formatted; 47,800 before the language layers, the history of frames, GPU work
 
 
 def tracked(root: Path) -> list[Path]:

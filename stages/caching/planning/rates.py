@@ -25,7 +25,7 @@ from ....cache.store.zarr_format import record_compression
 from ....drifting.dit import dit_config
 from ....drifting.policy_net import PolicyNet, PolicyNetConfig
 from ....errors import UserError
-from ...training.config import TrainConfig
+from ...training.config import ON_CUDA, TrainConfig
 from ...training.step import batch_loss, noise_generator
 from ..sizes import existing_folder, free_nbytes
 
@@ -109,7 +109,7 @@ def model_rate(size: str, draws: int, views: int, plan: BuildPlan, device: torch
     GPU of its batch size and in bfloat16, as one trains there."""
     config = TrainConfig("", "", model_size=size, batch_size=2, draws=draws)
     if device.type == "cuda":
-        config = dataclasses.replace(config, batch_size=256, precision="bf16")
+        config = dataclasses.replace(config, batch_size=ON_CUDA["batch_size"], precision=ON_CUDA["precision"])
     net = PolicyNet(PolicyNetConfig(feature_width=plan.width, dit=dit_config(size))).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.optimizer.lr)
     batch = random_batch(config.batch_size, views, plan.tokens, plan.width, net.config.dit.horizon).to(device)

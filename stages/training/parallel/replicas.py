@@ -64,7 +64,9 @@ class Replicas:
         self.share()
         self.named: dict[str, nn.Parameter] = session.parameters()  # after sharing, which may replace them
         config = session.config.optimizer
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.named, config), lr=config.lr, betas=config.betas)
+        self.fused = self.world.device.type == "cuda"  # one kernel for all parameters
+        groups = parameter_groups(self.named, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=self.fused)
         self.ema = {name: p.detach().clone() for name, p in self.named.items()}  # averaged weights
 
     def share(self) -> None:
@@ -145,7 +147,8 @@ class Replicas:
                 state = {kind: torch.zeros_like(p) for kind in MOMENTS[1:]}
                 for kind, target in state.items():
                     place(target, stored[f"{name}:{kind}"])
-                self.optimizer.state[p] = {"step": stored[f"{name}:step"].clone(), **state}
+                step = stored[f"{name}:step"].to(p.device if self.fused else "cpu", copy=True)
+                self.optimizer.state[p] = {"step": step, **state}
 
 
 class Shards(Replicas):

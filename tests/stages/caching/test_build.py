@@ -29,6 +29,7 @@ from dvla.cache.vlm.tiny_qwen3vl import make_tiny_qwen3vl
 from dvla.common.config import from_mapping
 from dvla.errors import UserError
 from dvla.stages.caching import build as build_module
+from dvla.stages.caching import pipeline
 from dvla.stages.caching.build import build
 from dvla.stages.caching.config import BuildConfig
 from dvla.stages.caching.upkeep import verify as verify_module
@@ -244,10 +245,13 @@ def test_killed_and_resumed_equals_uninterrupted(recorded: Recorded, vlm: Path, 
         assert tree(out) == expected
 
 
+@pytest.mark.parametrize("late", [0, 2])
 def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(
-    recorded: Recorded, copy_of: Any, vlm: Path, tmp_path: Path
+    recorded: Recorded, copy_of: Any, vlm: Path, tmp_path: Path, late: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`late`: batches whose features are fetched later, as a GPU's are."""
     root = copy_of("image")
+    monkeypatch.setitem(pipeline.LATE, "cpu", late)
 
     def change(table: Any) -> Any:
         pictures = table["observation.images.front"].to_pylist()
@@ -263,6 +267,7 @@ def test_corrupt_episodes_are_quarantined_and_nothing_else_is_lost(
     assert "image 5 of 'observation.images.front'" in ledger[0]["reason"]
     assert "column 'action' is nan" in ledger[1]["reason"]
 
+    monkeypatch.setitem(pipeline.LATE, "cpu", 0)
     build(configure(recorded["image"], vlm, tmp_path / "whole"))
     damaged, whole = (Cache.open(tmp_path / name).datasets[0] for name in ("damaged", "whole"))
     assert damaged.episode_id.tolist() == [0, 1] and damaged.quarantined.tolist() == [False, True]
