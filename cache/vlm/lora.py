@@ -21,7 +21,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ def without_copies(encoder: VisionLanguageEncoder) -> None:
     of the matrices, and the backward pass keeps that copy."""
     from peft.tuners.lora import LoraLayer
 
-    def rounded(matrix: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def rounded(matrix: Any, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, matrix.weight.to(x.dtype))
 
     for layer in encoder.vision.modules():
