@@ -95,8 +95,8 @@ def without_copies(encoder: VisionLanguageEncoder) -> None:
     of the matrices, and the backward pass keeps that copy."""
     from peft.tuners.lora import LoraLayer
 
-    def rounded(matrix: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, matrix.weight.to(x.dtype))
+    def rounded(matrix: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, matrix.get_parameter("weight").to(x.dtype))
 
     for layer in encoder.vision.modules():
         if isinstance(layer, LoraLayer):

@@ -27,6 +27,7 @@ def check(tmp_path: Path, **settings: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_sections_without_a_recording(tmp_path: Path) -> None:
     code, said = check(tmp_path, SECTIONS="core loader", RECORDING=str(tmp_path))
     found = [match.groups() for match in map(LINE.match, said.splitlines()) if match]
