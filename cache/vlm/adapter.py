@@ -46,14 +46,16 @@ def tower_parameters(encoder: VisionLanguageEncoder, language: bool = True) -> I
     return ((name, p) for name, p in encoder.vision.named_parameters() if not name.startswith(unused))
 
 
-def save_adapter(encoder: VisionLanguageEncoder, folder: Path | str) -> None:
-    """Write the encoder's adapter, or its tower where it has none, into a new `folder`. `UserError` when it exists."""
+def save_adapter(encoder: VisionLanguageEncoder, folder: Path | str, language: bool = True) -> None:
+    """Write the encoder's adapter, or its tower where it has none (with its `language` layers or without), into a new
+    `folder`. `UserError` when it exists."""
     with new_folder(Path(folder)) as part:
         if encoder.adapter is not None:
             write_lora(encoder, part)
             adapted = encoder.adapted()
         else:
-            tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in tower_parameters(encoder)}
+            found = tower_parameters(encoder, language)
+            tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in found}
             save_file(tensors, part / TOWER)
             adapted = _tower_identity(tensors, encoder)
         write_file(part / IDENTITY, json_bytes({"base": base_identity(encoder), "adapter": adapted}))

@@ -21,7 +21,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +39,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # as peft has them
 FUSED = "qkv"  # a layer of this name gives queries, keys and values, a third of its rows each
 LANGUAGE = LoraLayers(  # of both families
-    r"language\.layers\.({n})\.",
-    r"self_attn\.(q|v)_proj",
-    r"self_attn\.(q|k|v|o)_proj",
-    r"mlp\.(gate|up|down)_proj",
-    "",
+    r"language\.layers\.({n})\.", r"self_attn\.(q|v)_proj", r"self_attn\.(q|k|v|o)_proj", r"mlp\.(gate|up|down)_proj"
 )
 
 
@@ -95,8 +91,8 @@ def without_copies(encoder: VisionLanguageEncoder) -> None:
     of the matrices, and the backward pass keeps that copy."""
     from peft.tuners.lora import LoraLayer
 
-    def rounded(matrix: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, matrix.get_parameter("weight").to(x.dtype))
+    def rounded(matrix: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, matrix.weight.to(x.dtype))
 
     for layer in encoder.vision.modules():
         if isinstance(layer, LoraLayer):

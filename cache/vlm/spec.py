@@ -168,4 +168,4 @@ class LoraLayers:
     query_value: str  # linear layers of its attention that give queries and values
     attention: str  # all linear layers of its attention
     mlp: str  # and of its MLP
-    projection: str  # from the tower into the language model's width
+    projection: str = ""  # from the tower into the language model's width

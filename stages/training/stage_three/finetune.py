@@ -154,10 +154,9 @@ def _adapted_layers(config: FinetuneConfig, encoder: VisionLanguageEncoder) -> t
     """(config with the number of blocks that LoRA is in, whether a full training includes language layers): as in the
     run that is resumed. A new one has LoRA in the language layers, where features come from these: the vision tower
     below them then needs no backward pass."""
-    folder, begun, language = Path(config.train.out), None, bool(encoder.language_layers)
-    if (folder / "config.json").is_file():
-        begun = read_settings(folder).get("stage_three")
-    language = language and (begun is None or begun.get("language", False))
+    out = Path(config.train.out)
+    begun = read_settings(out).get("stage_three") if (out / "config.json").is_file() else None
+    language = encoder.language_layers > 0 and (begun is None or begun.get("language", False))
     if config.lora is None or config.lora.last_n_blocks is not None:
         return config, language
     last = encoder.language_layers or None
@@ -176,7 +175,7 @@ def _train_tower(session: Session, config: FinetuneConfig, encoder: VisionLangua
     session.adapter = dict(tower_parameters(encoder, language) if config.full else lora_parameters(encoder))
     for p in session.adapter.values():
         p.requires_grad_(True)
-    session.save_adapter = lambda folder: save_adapter(encoder, folder)
+    session.save_adapter = lambda folder: save_adapter(encoder, folder, language)
     policy, tower, trained = (
         sum(p.numel() for p in parameters)
         for parameters in (session.net.parameters(), encoder.vision.parameters(), session.adapter.values())

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dvla.cache.vlm.adapter import load_adapter, save_adapter, tower_parameters
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, lora_dropout, lora_parameters, merge_lora, without_copies
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
+from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
 from support.vlm_samples import smooth_images
@@ -185,6 +187,77 @@ def test_refused(checkpoint: Path) -> None:
     for last in (0, LAYERS + BLOCKS + 1):
         with pytest.raises(UserError, match="3 blocks and the language model 4 layers; give 1 to 7"):
             add_lora(load(checkpoint), LoraSpec(last_n_blocks=last))
+
+
+# --- PaliGemma 2 ------------------------------------------------------------------------------------------------------
+
+GEMMA = TinyPaliGemmaSpec(
+    vision_depth=2, vision_width=32, vision_heads=2, image_size=56, out_width=64, text_layers=3, vocabulary=600
+)
+SIGLIP_BLOCK = "vision_tower.vision_model.encoder.layers"
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_paligemma2(tmp_path_factory.mktemp("vlm") / "gemma", GEMMA)
+
+
+def load_gemma(folder: Path, **settings: Any) -> Any:
+    spec = {"vlm": "paligemma2", "resolution": 56, "dtype": "float32", "depth": "language", **settings}
+    return load_encoder(EncoderSpec(str(folder), **spec))
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep": "all"}, {"layers": (1, 2)}])
+@pytest.mark.parametrize(
+    "targets, last, wanted",
+    [
+        ("qv", 1, {"language": 2}),
+        ("attention", None, {SIGLIP_BLOCK: 8}),
+        ("all-linear", 2, {"language": 14}),
+        ("all-linear", None, {SIGLIP_BLOCK: 12, "multi_modal_projector": 1}),
+    ],
+)
+def test_in_gemmas_layers(
+    gemma: Path, tmp_path: Path, settings: dict[str, Any], targets: str, last: int | None, wanted: dict[str, int]
+) -> None:
+    """All of it learns, with gradient checkpointing the same; saved and merged it gives the same features."""
+    encoder = load_gemma(gemma, **settings)
+    add_lora(encoder, LoraSpec(r=2, alpha=8, targets=targets, last_n_blocks=last))
+    found: dict[str, int] = {}
+    for name, p in lora_parameters(encoder):
+        place = next(part for part in ("language", SIGLIP_BLOCK, "multi_modal_projector") if name.startswith(part))
+        found[place] = found.get(place, 0) + ("lora_A" in name)
+        with torch.no_grad():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    assert found == wanted
+    gradients = []
+    for recompute in (False, True):
+        encoder.vision.recompute = recompute
+        encoder.zero_grad(set_to_none=True)
+        features = encoder.encode_observation([IMAGES, IMAGES], TEXT)
+        features.square().mean().backward()
+        gradients.append([p.grad for _, p in lora_parameters(encoder)])
+    assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(*gradients, strict=True))
+    save_adapter(encoder, tmp_path / "lora")
+    fresh = load_gemma(gemma, **settings)
+    before = fresh.encode_observation([IMAGES, IMAGES], TEXT)
+    load_adapter(fresh, tmp_path / "lora")
+    assert torch.equal(fresh.encode_observation([IMAGES, IMAGES], TEXT), features) and not torch.equal(before, features)
+    merge_lora(fresh)
+    torch.testing.assert_close(fresh.encode_observation([IMAGES, IMAGES], TEXT), features.detach(), rtol=0, atol=1e-3)
+
+
+def test_a_tower_that_an_earlier_release_wrote(gemma: Path, tmp_path: Path) -> None:
+    """It trained SigLIP and the projector alone, and stored no language layer."""
+    encoder = load_gemma(gemma)
+    with torch.no_grad():
+        for name, p in tower_parameters(encoder, language=False):
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    save_adapter(encoder, tmp_path / "tower", language=False)
+    assert not any("language" in name for name in load_file(tmp_path / "tower" / "tower.safetensors"))
+    fresh = load_gemma(gemma)
+    load_adapter(fresh, tmp_path / "tower")
+    assert torch.equal(*(e.encode_observation([IMAGES], TEXT) for e in (encoder, fresh)))
 
 
 def test_matrices_multiply_in_the_dtype_of_the_tower(checkpoint: Path) -> None:

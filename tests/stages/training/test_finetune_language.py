@@ -23,6 +23,7 @@ from dvla.cache.store.cache import Cache
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, lora_parameters
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec
+from dvla.cache.vlm.tiny_paligemma2 import TinyPaliGemmaSpec, make_tiny_paligemma2
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.common.config import from_mapping
 from dvla.errors import UserError
@@ -34,6 +35,7 @@ from dvla.stages.policy.export import export_policy
 from dvla.stages.policy.load import adapted_spec
 from dvla.stages.policy.policy import Policy
 from dvla.stages.training.config import TrainConfig
+from dvla.stages.training.stage_three import finetune as finetune_module
 from dvla.stages.training.stage_three.finetune import finetune, finetune_config
 from dvla.stages.training.stage_three.split import SplitFeatures
 from dvla.stages.training.step import batch_loss, noise_generator
@@ -381,6 +383,77 @@ def test_all_of_the_vlm(source: str, stage_two: Path, vlm: Path, tmp_path: Path)
     same_as_live(out, build_again(source, out, tmp_path / "cache"))
     export_policy(out, tmp_path / "policy", say=quiet)
     assert_same_actions(*(acted(Policy.from_pretrained(p), source) for p in (tmp_path / "policy", out)))
+
+
+# --- PaliGemma 2 ------------------------------------------------------------------------------------------------------
+
+GEMMA = TinyPaliGemmaSpec(
+    vision_depth=2, vision_width=32, vision_heads=2, image_size=56, out_width=64, text_layers=2, vocabulary=600
+)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> EncoderSpec:
+    folder = make_tiny_paligemma2(tmp_path_factory.mktemp("vlm") / "gemma", GEMMA)
+    return EncoderSpec(str(folder), vlm="paligemma2", resolution=56, dtype="float32", depth="language")
+
+
+@pytest.fixture(scope="module")
+def gemma_two(source: str, gemma: EncoderSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage two on features of all views together."""
+    folder = tmp_path_factory.mktemp("gemma")
+    return trained(made(source, dataclasses.replace(gemma, tokens=4), folder / "cache"), folder / "two")
+
+
+def test_gemmas_layers_learn(source: str, gemma_two: Path, tmp_path: Path) -> None:
+    """And return in a cache and an export."""
+    run = tmp_path / "three"
+    for stop in (2, None):
+        continuity = finetune(configure(gemma_two, run), say=quiet, stop_after=stop)[1]
+        assert continuity is not None and continuity.difference <= TOLERANCE["float16"]
+    assert adapted(run) == {"language.layers.0", "language.layers.1"}
+    finetune(configure(gemma_two, tmp_path / "straight"), say=quiet)
+    assert same_tensors(run, tmp_path / "straight")
+    same_as_live(run, build_again(source, run, tmp_path / "again"))
+    export_policy(run, tmp_path / "policy", say=quiet)
+    assert_same_actions(*(acted(Policy.from_pretrained(p), source) for p in (tmp_path / "policy", run)))
+
+
+def test_features_of_gemma_with_the_prompts_tokens(source: str, gemma: EncoderSpec, tmp_path: Path) -> None:
+    spec = dataclasses.replace(gemma, keep="all", layers=(1, 2))
+    two = trained(made(source, spec, tmp_path / "cache"), tmp_path / "two")
+    finetune(configure(two, tmp_path / "three", steps=2), say=quiet)
+    same_as_live(tmp_path / "three", build_again(source, tmp_path / "three", tmp_path / "again"))
+    with pytest.raises(UserError, match="its boundary needs .* has depth language, layers"):
+        finetune(configure(two, tmp_path / "no", cache=str(lower_of(source, gemma, tmp_path))), say=quiet)
+
+
+def lower_of(source: str, gemma: EncoderSpec, folder: Path) -> Path:
+    """A split cache of PaliGemma's tower."""
+    return made(source, dataclasses.replace(gemma, depth="vision", boundary=1), folder / "split")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_runs_of_earlier_releases_resume_as_they_were(
+    source: str, gemma_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """With LoRA in SigLIP alone, or all of SigLIP trained, under an unchanged Gemma."""
+
+    def config(name: str) -> Any:
+        return configure(gemma_two, tmp_path / name, None if full else LORA, full)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_module, "_adapted_layers", lambda config, encoder: (config, False))
+        finetune(config("straight"), say=quiet)
+        finetune(config("resumed"), say=quiet, stop_after=2)
+    begun = json.loads((tmp_path / "resumed" / "config.json").read_text())["stage_three"]
+    assert "language" not in begun and (full or begun["lora"]["last_n_blocks"] is None)
+    finetune(config("resumed"), say=quiet)
+    assert same_tensors(tmp_path / "straight", tmp_path / "resumed")
+    assert not any("language" in part for part in adapted(tmp_path / "resumed"))
+    stored = [ck.resolve(tmp_path / name) / "adapter" / "identity.json" for name in ("straight", "resumed")]
+    assert stored[0].read_bytes() == stored[1].read_bytes()
+    same_as_live(tmp_path / "resumed", build_again(source, tmp_path / "resumed", tmp_path / "again"))
 
 
 # --- refusals and commands --------------------------------------------------------------------------------------------
