@@ -105,7 +105,8 @@ lint: $(STAMP)  ## run ruff (rules and format), and mypy over the package
 	$(VENV)/bin/ruff format --check .
 	mkdir -p $(VENV)/mypy
 	ln -sfn "$(CURDIR)" $(VENV)/mypy/dvla     # the root folder is the package dvla
-	MYPYPATH=$(VENV)/mypy $(VENV)/bin/mypy --cache-dir $(VENV)/mypy/cache -p dvla
+	ln -sfn "$(CURDIR)/client/dvla_client" $(VENV)/mypy/dvla_client
+	MYPYPATH=$(VENV)/mypy $(VENV)/bin/mypy --cache-dir $(VENV)/mypy/cache -p dvla -p dvla_client
 
 docs: $(STAMP)  ## regenerate docs/cli.md from the commands' help
 	@$(VENV)/bin/python -m typer dvla.cli utils docs --name dvla --title "Command line" --output docs/cli.md

@@ -176,6 +176,13 @@ class ActionMap:
             native[..., source] = fill
         return native.astype(np.float32)
 
+    def bounds(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Native (low, high) float64 [d] of unified bounds [128]; NaN for dimensions of rotations and dropped ones."""
+        ends = np.full((2, self.native_dim), np.nan)
+        unified = np.stack([low, high]).astype(np.float64)[:, self._slots]
+        ends[:, self._columns] = np.sort((unified - self._offset) / self._gain, axis=0)
+        return ends[0], ends[1]
+
     def hand_pose(self, native: np.ndarray) -> np.ndarray:
         """Pose [..., 7] of the one (or right) end effector, float64: x y z in m, quaternion xyzw.
 

@@ -174,8 +174,7 @@ class CacheDataset:
     @property
     def image_tokens(self) -> tuple[int, int, int]:
         """(first, count, each): where in a record the tokens of the image are, `each` of as many layers in turn."""
-        first, count, layers = self.attributes.get("image_tokens") or (0, self.tokens, 1)
-        return first, count, layers
+        return tuple(self.attributes.get("image_tokens") or (0, self.tokens, 1))  # type: ignore[return-value]
 
     @cached_property
     def null_records(self) -> tuple[np.ndarray, np.ndarray | None]:

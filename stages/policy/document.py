@@ -10,7 +10,7 @@ from ...cache.actions.action_map import MapForm
 from ...cache.actions.history import MOST, history_of
 from ...cache.actions.normalizer import HIGH, LOW
 from ...cache.actions.schemes import Scheme
-from ...cache.actions.statistics import StatisticsForm
+from ...cache.actions.statistics import StatisticsForm, Values
 from ...cache.vlm.spec import EncoderSpec
 from ...common.config import from_document, from_mapping
 from ...common.documents import Field, Form, Positive, read_json, require_form, shown
@@ -43,6 +43,7 @@ class DatasetForm(Form):
     config: dict[str, Any] = {}
     view_sizes: dict[str, Annotated[list[Positive], Field(min_length=2, max_length=2)]] = {}
     source: str = ""
+    action_step: Values | None = None
 
 
 class FingerprintForm(Form, extra="allow"):

@@ -20,7 +20,8 @@ DESCRIBED = (  # attributes of a cache's dataset
     *("action_map", "state_map", "action_stats", "proprio_stats", "environment", "starts"),
     *("embodiment", "control_hz", "license", "dataset_config"),
 )
-NOTED = ("config", "view_sizes", "source")  # not written by every release; acting does without
+NOTED = ("config", "view_sizes", "source", "action_step")  # not written by every release; acting does without
+LOOKED_AT = 256  # episodes whose actions tell the largest step
 
 
 def describe_dataset(dataset: CacheDataset) -> dict[str, Any]:
@@ -32,9 +33,21 @@ def describe_dataset(dataset: CacheDataset) -> dict[str, Any]:
     described |= {} if dataset.scheme == EARLIER else {"normalize": dataset.scheme}
     described |= {} if dataset.frame is None else {"action_frame": "chunk"}
     described |= {key: dataset.attributes[key] for key in NOTED if key in dataset.attributes}
+    described["action_step"] = _largest_step(dataset).tolist()
     if HUB_ID.fullmatch(described.get("source", "")) is None:
         described.pop("source", None)  # a folder of some machine
     return {"name": dataset.name, "views": list(dataset.views), **described}
+
+
+def _largest_step(dataset: CacheDataset) -> np.ndarray:
+    """float64 [128]: the largest change of an action from one frame to the next, in episodes spread over the data."""
+    largest = np.zeros(dataset.action.shape[1])
+    episodes = np.flatnonzero(~dataset.quarantined)
+    for i in episodes[:: -(-len(episodes) // LOOKED_AT) or 1]:
+        start = int(dataset.episode_start[i])
+        steps = np.abs(np.diff(dataset.action[start : start + int(dataset.episode_length[i])], axis=0))
+        largest = np.maximum(largest, steps.max(axis=0, initial=0))
+    return largest
 
 
 class RobotInterface:
@@ -45,14 +58,13 @@ class RobotInterface:
         self.starts: list[list[float]] = values["starts"]  # initial states of the training episodes, where simulated
         self.embodiment, self.control_hz = int(values["embodiment"]), float(values["control_hz"])
         self.action_map, self.state_map = (ActionMap.from_dict(values[k]) for k in ("action_map", "state_map"))
+        self.action_stats, self.state_stats = (
+            Statistics.from_dict(values[f"{k}_stats"]) for k in ("action", "proprio")
+        )
+        self.action_step: list[float] | None = values.get("action_step")  # unified, the largest; None: not known
         self._action, self._state = (
-            Normalizer(
-                Statistics.from_dict(values[stats]),
-                fields.mask,
-                fields.rotation_slots,
-                values.get("normalize", EARLIER),
-            )
-            for stats, fields in (("action_stats", self.action_map), ("proprio_stats", self.state_map))
+            Normalizer(stats, fields.mask, fields.rotation_slots, values.get("normalize", EARLIER))
+            for stats, fields in ((self.action_stats, self.action_map), (self.state_stats, self.state_map))
         )
         masks = ((m.mask, m.rotation_slots) for m in (self.action_map, self.state_map))
         shared, rotation = (a & b for a, b in zip(*masks))
@@ -60,6 +72,7 @@ class RobotInterface:
         if frame not in FRAMES:
             raise unknown("action_frame", frame, FRAMES)
         self._frame = ChunkFrame(shared, rotation) if frame == "chunk" else None
+        self.relative = self._frame.plain if self._frame else np.zeros(0, int)  # slots of actions that add to the state
 
     def proprio(self, state: np.ndarray) -> np.ndarray:
         """Native state [N,ds] → [N,128] normalized."""

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import socket
 
 
-SERVE = """host port token_file execute fields max_batch max_wait_ms max_clients max_message_mib answer_timeout"""
+SERVE = (
+    """host port token_file execute fields max_batch max_wait_ms max_clients max_message_mib answer_timeout limits"""
+)
 OPENED = """dataset steps compile blind seed vlm_path device"""
 LATENCY = """policy batches random.model_size random.views random.vlm vlm_path image_size repeats warm_up server dataset
     steps compile device"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
@@ -62,6 +62,14 @@ class ServeConfig:
             "--field", help="Another name of a field, e.g. images/front=observation/image; may be given several times."
         ),
     ] = ()
+    limits: Annotated[
+        Literal["off", "clip", "stop"],
+        Option(
+            "--limits",
+            help="Actions beyond the range or largest step of the data: clip them, or stop: refuse; either refuses "
+            "states far outside the data. Default: off.",
+        ),
+    ] = "off"
     answer_timeout: Annotated[
         float, Option("--timeout", help="Seconds before a request is given up."), Interval(ge=0.001, le=86_400)
     ] = 30.0

@@ -29,8 +29,11 @@ import numpy as np
 from websockets.asyncio.server import Request, Response, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
+from dvla_client import ClientError, Limits
+
 from ... import __version__
 from ...batch import UNIFIED_DIM
+from ...cache.vlm.preprocess import PADDING_RULE
 from ...common.signals import handled
 from ...errors import UserError
 from ..policy.compile import compile_blocks
@@ -39,7 +42,8 @@ from ..policy.policy import Policy
 from .access import allowed, listen, names_this_machine
 from .batcher import Batcher, PolicyFailed
 from .config import ServeConfig
-from .fields import ObservationReader
+from .fields import ENCODINGS, ObservationReader
+from .limits import describe_limits
 from .metrics import Metrics
 from .session import Session
 
@@ -67,11 +71,13 @@ class PolicyServer:
             raise UserError(
                 f"--execute {config.execute}: a chunk of this policy has {self.horizon} steps; give 1 to {self.horizon}"
             )
+        views = list(robot.views) if policy.needs_images else []
+        state, actions = list(robot.state_map.field_names), list(robot.action_map.field_names)
+        about = {"state": state, "actions": actions, "limits": describe_limits(robot)}
+        self._limits = None if config.limits == "off" else Limits(about, config.limits)
+        checked = {} if self._limits is None else {"require_state": self._limits.require_state}
         self._reader = ObservationReader(
-            robot.views if policy.needs_images else (),
-            robot.state_map.field_names,
-            config.fields,
-            policy.require_fits,
+            views, state, config.fields, policy.require_fits, most=config.max_message, **checked
         )
         self._policy, self.config, self._token = policy, config, token
         self.metrics = Metrics()
@@ -83,9 +89,9 @@ class PolicyServer:
             "server": "dvla",
             "version": __version__,
             "robot": robot.name,
-            "views": list(robot.views) if policy.needs_images else [],
-            "state": list(robot.state_map.field_names),
-            "actions": list(robot.action_map.field_names),
+            "views": views,
+            **about,
+            "images": {"side": policy.encoder.image.resolution, "padding": PADDING_RULE, "encodings": list(ENCODINGS)},
             "state_names": list(robot.state_map.native_names),  # the robot's own, with its units
             "state_units": list(robot.state_map.native_units),
             "action_names": list(robot.action_map.native_names),
@@ -277,8 +283,9 @@ class PolicyServer:
             found = future.result()
             counts["requests"] += 1
             timing |= {"infer_ms": found.infer * 1e3, "queue_ms": found.queue * 1e3, "batch": found.size}
-            return wire.pack(session.answer(asked, found.actions) | {"server_timing": timing})
-        except UserError as error:
+            actions = found.actions if self._limits is None else self._limits.chunk(found.actions)
+            return wire.pack(session.answer(asked, actions) | {"server_timing": timing})
+        except (UserError, ClientError) as error:
             counts["malformed"] += 1
             return " ".join(str(error).split())
         except PolicyFailed as error:

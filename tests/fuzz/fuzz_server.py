@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import random
 import re
@@ -29,6 +30,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from PIL import Image
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -122,6 +124,25 @@ def generic(rng: random.Random) -> Any:
     }
 
 
+def image_file(rng: random.Random) -> Any:
+    """Bytes of a JPEG, WebP or other file, sound or damaged, of a size that its header may lie about."""
+    file, size = io.BytesIO(), rng.choice(((64, 64), (1, 1), (90, 70), (1, 64), (3000, 2000)))
+    form = rng.choice(("JPEG", "JPEG", "WEBP", "PNG", "GIF"))
+    Image.new(rng.choice(("RGB", "L")), size, 7).save(file, form)
+    data = bytearray(file.getvalue())
+    for _ in range(rng.choice((0, 1, 1, 5))):
+        at = rng.randrange(len(data))
+        change = rng.randrange(3)
+        if change == 0:
+            data[at] = rng.choice((0, 0x7F, 0xD8, 0xDA, 0xFF))
+        elif change == 1:
+            del data[at : at + rng.choice((1, 100, 10**6))]
+            data = data or bytearray(1)
+        else:
+            data[at:at] = rng.randbytes(rng.choice((1, 40))) * rng.choice((1, 500))
+    return bytes(data)
+
+
 def nested(rng: random.Random) -> Any:
     """Deep, long or wide."""
     depth = rng.choice((4, 100, 510, 600, 5000))
@@ -140,14 +161,38 @@ def nested(rng: random.Random) -> Any:
     return value
 
 
+def packed(value: Any) -> Any:
+    """An array's map."""
+    return msgpack.unpackb(pack(value), strict_map_key=False)
+
+
 def damaged(rng: random.Random) -> bytes:
     """A message: a sound one whose values or bytes are others."""
     kind = rng.randrange(6)
     sound: dict[Any, Any] = {**SOUND, "images": dict(SOUND["images"])}
     if kind < 3:
-        value = rng.choice((array, generic, nested, lambda r: r.choice(NUMBERS), lambda r: r.choice(OTHERS)))(rng)
+        value = rng.choice(
+            (array, generic, nested, image_file, lambda r: r.choice(NUMBERS), lambda r: r.choice(OTHERS))
+        )(rng)
+        if isinstance(value, bytes) and rng.random() < 0.8:
+            return msgpack.packb({**sound, "images": dict.fromkeys(SOUND["images"], value)}, default=packed)
         key = rng.choice(
-            ("state", "prompt", "images", "reset", "act", "step", "front", "observation", 7, b"x", "images/front")
+            (
+                "state",
+                "prompt",
+                "images",
+                "reset",
+                "act",
+                "step",
+                "front",
+                "observation",
+                7,
+                b"x",
+                "images/front",
+                "task",
+                "image",
+                "d",
+            )
         )
         if key == "state" and rng.random() < 0.5:
             value = [*SOUND["state"][:2].tolist(), value]
@@ -155,7 +200,7 @@ def damaged(rng: random.Random) -> bytes:
             sound["images"]["front"] = value
         else:
             sound[key] = value
-        return msgpack.packb(sound, default=lambda x: msgpack.unpackb(pack(x), strict_map_key=False))
+        return msgpack.packb(sound, default=packed)
     if kind == 3:
         return rng.randbytes(rng.choice((0, 1, 2, 9, 100, 4000)))
     if kind == 4:  # headers that claim more than there is

@@ -97,7 +97,7 @@ FENCES = {
     "jinja2": {"stages/reports/html.py"},
     "rerun": {"stages/reports/rerun.py"},
     "websockets": {"stages/serving/"},
-    "msgpack": {"stages/serving/"},
+    "dvla_client": {"stages/serving/"},
 }
 # Modules through which pure mathematics could reach a file, the network or another process.
 IO_MODULES = {
@@ -239,6 +239,19 @@ def test_fences(library: str) -> None:
     assert users == inside, f"{library} is imported outside its fence"
     without = {f for f in FENCES[library] if not any(user.startswith(f) for user in users)}
     assert not without, f"{library} is not imported there any more; take the entry out"
+
+
+def test_the_client_is_a_package_of_its_own() -> None:
+    """It is installed on robots without dvla: itself, the standard library and four small packages, nothing else."""
+    files = sorted((ROOT / "client" / "dvla_client").glob("*.py"))
+    assert {"client.py", "loop.py", "wire.py"} <= {file.name for file in files}
+    allowed = {*sys.stdlib_module_names, "numpy", "websockets", "msgpack", "PIL"}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, file
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1 or node.level == 0 and (node.module or "").split(".")[0] in allowed, file
 
 
 def test_drifting_does_no_io() -> None:

@@ -52,6 +52,8 @@ def test_lerobot_finds_what_it_installs(built: Path, tmp_path: Path, kind: str) 
     assert found["lerobot_policy_dvla"].version == found["dvla"].version
     if kind == ".":
         assert (tmp_path / "lerobot_policy_dvla/policy_server.py").is_file() and (tmp_path / "dvla/cli.py").is_file()
+        assert (tmp_path / "dvla_client/loop.py").is_file() and (tmp_path / "dvla_client/py.typed").is_file()
+        assert not (tmp_path / "client").exists() and not (tmp_path / "dvla/client").exists()
         assert not (tmp_path / "plugin").exists() and not (tmp_path / "dvla/plugin").exists()
 
 

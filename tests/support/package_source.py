@@ -23,7 +23,7 @@ class Import(NamedTuple):
 def package_files(root: Path = ROOT) -> tuple[Path, ...]:
     """Every Python file of the package, from the list of packages in pyproject.toml."""
     packages = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = [root.joinpath(*name.split(".")[1:]) for name in packages]
+    folders = [root.joinpath(*name.split(".")[1:]) for name in packages if name.split(".")[0] == "dvla"]
     return tuple(p for folder in folders for p in sorted(folder.glob("*.py")))
 
 

@@ -115,12 +115,13 @@ def make_run(
     below: tuple[str, ...] = (),
     robot: dict[str, object] | None = None,
     history: History = NO_HISTORY,
+    resolution: int | None = None,
 ) -> Path:
     """A run with one checkpoint whose raw weights are not the averaged ones, on an encoder with the adapters `below`.
 
     With LoRA, or with a vision tower that was trained as a whole (`tower`).
     """
-    resolution = {"qwen3vl": 64, "paligemma2": 56}[arch]
+    resolution = resolution or {"qwen3vl": 64, "paligemma2": 56}[arch]
     encoder = load_encoder(EncoderSpec(str(vlm), vlm=arch, resolution=resolution, dtype="float32", adapters=below))
     fingerprint, spec = encoder.fingerprint(), dataclasses.asdict(encoder.spec)
     torch.manual_seed(0)

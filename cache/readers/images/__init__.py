@@ -4,7 +4,7 @@ FFmpeg and Pillow do). One channel of more than 8 bits, or of floats, is a depth
 
 from .arrays import ArrayForm, channels_of
 from .cameras import choose_cameras
-from .encoded import DAMAGE, Stored, check_size, decode, decode_all, is_turned, renamed, survey
+from .encoded import DAMAGE, Stored, check_size, decode, decode_all, is_turned, open_image, renamed, survey
 
 __all__ = [
     "DAMAGE",
@@ -16,6 +16,7 @@ __all__ = [
     "decode",
     "decode_all",
     "is_turned",
+    "open_image",
     "renamed",
     "survey",
 ]

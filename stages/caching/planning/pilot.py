@@ -89,10 +89,9 @@ def plan_build(
 
 def _features(plan: BuildPlan, encoder: VisionLanguageEncoder) -> dict[str, Any]:
     """What a forecast says of the features themselves."""
-    texts = [text for dataset in plan.datasets for text in dataset.instructions]
-    unused = min(plan.tokens - encoder.visible(text) for text in texts)
+    unused = plan.tokens - max(encoder.visible(text) for dataset in plan.datasets for text in dataset.instructions)
     first, count, layers = encoder.image_span
-    room = (plan.tokens - first) // layers - count if count else 0
+    room = count and (plan.tokens - first) // layers - count
     return {
         "features": features_in_words(encoder.fingerprint()),
         "tokens": (plan.tokens, plan.width),

@@ -50,8 +50,7 @@ def show_forecast(f: Forecast) -> None:
     if f.prompt:
         say(f"  room for {f.prompt[1]} tokens after the image's; the longest prompt here has {f.prompt[0]}")
     if f.reads != "image":
-        also = "" if f.reads == "instruction" else " or a changed view"
-        say(f"  another instruction{also} means encoding an episode again")
+        say(f"  another {'instruction' if f.reads == 'instruction' else f.reads} means encoding an episode again")
     packed = f", {m.compression:.2f}x compressed" if m.compression != 1 else ""
     say(f"  {f.observations} observations of {size(f.bytes_per_sample)} (all views){packed}")
     if f.quarantined:

@@ -64,7 +64,7 @@ def test_plan_says_what_is_encoded(dvla: Dvla, recorded: dict[str, Path], vlm: P
     assert re.fullmatch(r"loaded 2 of 4 language layers, 2 vision blocks: [\d.]+ KiB", said[1])
     assert found.tokens == (K + ROOM, 64) and found.prompt == (longest(vlm), ROOM) and found.reads == "instruction"
     assert found.bytes_per_sample == pytest.approx(V * (K + ROOM) * 64 * 2, rel=0.2)
-    image = plan_build(configure(recorded["image"], vlm, tmp_path / "cache", keep="image"))
+    image = plan_build(configure(recorded["image"], vlm, tmp_path / "cache", keep="image", prompt_tokens=32))
     assert (image.tokens, image.prompt, image.reads) == ((K, 64), None, "image")
     queries = plan_build(configure(recorded["image"], vlm, tmp_path / "cache", queries=3))
     assert (queries.tokens, queries.prompt, queries.reads) == ((3, 64), None, "instruction")
