@@ -74,18 +74,3 @@ def ratios(place: Place) -> str:
         f"× LoRA-live: {shown}; LoRA-split × LoRA-live with the same blocks {last:.2f} (aim 4); cached × frozen-live "
         f"{rates.get(bench.CACHED, float('nan')) / frozen:.1f} (aim 20)"
     )
-
-
-@item("LoRA without copies of its input in float32", cuda=True)
-def lora_memory(place: Place) -> str:
-    """What the backward pass of one adapted layer keeps, beside its input."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    layer = torch.nn.ModuleDict({"q": torch.nn.Linear(1024, 1024, device=place.device, dtype=torch.bfloat16)})
-    layer.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(target_modules=["q"]), layer, autocast_adapter_dtype=False)
-    x = torch.randn(32 * 784, 1024, device=place.device, dtype=torch.bfloat16, requires_grad=True)
-    place.reset_peak()
-    before = torch.cuda.memory_allocated()
-    layer["q"](x).float().square().mean().backward()
-    return Number(f"{(torch.cuda.max_memory_allocated() - before) / x.nbytes:.1f} × the input at most")

@@ -66,7 +66,8 @@ def size(place: Place) -> str:
 def network(place: Place, device: torch.device | str | None = None) -> PolicyNet:
     """With gates that are open: an untrained network's are shut, so that its blocks do nothing."""
     torch.manual_seed(0)
-    net = PolicyNet(PolicyNetConfig(feature_width=width(place), dit=dit_config(size(place))))
+    shape = dit_config(size(place), **place.size({}, {"width": 64, "blocks": 2, "heads": 2}))
+    net = PolicyNet(PolicyNetConfig(feature_width=width(place), dit=shape))
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

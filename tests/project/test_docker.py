@@ -276,3 +276,15 @@ def test_missing_isaac_gym_is_said_in_one_line() -> None:
     assert (
         OPTIONAL in copied("dexgrasp") and len(copied("dexgrasp")) > 1
     )  # a COPY of which nothing matches fails without a reason
+
+
+def test_the_image_gets_every_folder_of_the_package() -> None:
+    """Those of pyproject.toml's packages, through .dockerignore and into the image."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    inside = {name.split(".")[1] for name in setuptools["packages"] if name.startswith("dvla.")}
+    folders = inside | {folder.split("/")[0] for folder in setuptools["package-dir"].values() if folder != "."}
+    copied = {line for line in (ROOT / "docker/Dockerfile.base").read_text().splitlines() if line.startswith("COPY")}
+    allowed = set((ROOT / ".dockerignore").read_text().split())
+    assert "client" in folders
+    for folder in folders:
+        assert f"COPY {folder} {folder}" in copied and f"!{folder}" in allowed, folder

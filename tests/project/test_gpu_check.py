@@ -27,6 +27,7 @@ def check(tmp_path: Path, **settings: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_sections_without_a_recording(tmp_path: Path) -> None:
     code, said = check(tmp_path, SECTIONS="core loader", RECORDING=str(tmp_path))
     found = [match.groups() for match in map(LINE.match, said.splitlines()) if match]
@@ -67,7 +68,7 @@ def test_no_item_stops_the_others(items: ModuleType, tmp_path: Path, capsys: pyt
     said = [line.partition("  [")[0] for line in capsys.readouterr().out.splitlines()]
     assert said == [
         "PASS core/first  fine",
-        "FAIL core/second  ValueError: of no use (test_gpu_check.py:54)",
+        f"FAIL core/second  ValueError: of no use (test_gpu_check.py:{fails.__code__.co_firstlineno + 1})",
         "SKIP core/third  an earlier item has not made the thing",
         "SKIP core/fourth  needs CUDA",
         "NUM  core/of 1  1 s",

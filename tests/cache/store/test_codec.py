@@ -314,6 +314,7 @@ def test_held_out_images_are_never_augmented(cache: Cache) -> None:
         config=config,
         cache=cache,
         live=False,
+        decode=None,
         world=ALONE,
         net=SimpleNamespace(config=SimpleNamespace(dit=SimpleNamespace(horizon=4))),
     )
