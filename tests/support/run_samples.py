@@ -44,6 +44,24 @@ FOUR_STEPS: dict[str, Any] = {
 }
 
 
+# Of a training of four steps with evaluation and several checkpoints.
+EVALUATED: dict[str, Any] = {
+    "model_size": "tiny",
+    "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
+    "steps": 4,
+    "batch_size": 4,
+    "draws": 2,
+    "holdout": 0.3,
+    "eval_every": 2,
+    "eval_batches": 2,
+    "save_every": 2,
+    "log_every": 1,
+    "threads": 1,
+    "device": "cpu",
+    "optimizer": {"lr": 1e-3, "warmup": 2},
+}
+
+
 def make_document(
     datasets: list[dict[str, Any]],
     net: PolicyNetConfig | None = None,

@@ -39,24 +39,10 @@ from dvla.stages.training.train import train
 from support import synthetic_cache as synthetic
 from support import vlm_samples
 from support.cli_runner import Dvla, refused
+from support.run_samples import EVALUATED
 
 PAST = {"history": [0, -2, -5], "proprio_history": [0, -1]}
 HISTORY = History((0, -2, -5), (0, -1))
-SETTINGS = {
-    "model_size": "tiny",
-    "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
-    "steps": 4,
-    "batch_size": 4,
-    "draws": 2,
-    "holdout": 0.3,
-    "eval_every": 2,
-    "eval_batches": 2,
-    "save_every": 2,
-    "log_every": 1,
-    "threads": 1,
-    "device": "cpu",
-    "optimizer": {"lr": 1e-3, "warmup": 2},
-}
 
 
 def quiet(*_: Any) -> None:
@@ -64,7 +50,7 @@ def quiet(*_: Any) -> None:
 
 
 def configure(cache: Path | str, out: Path, **changes: Any) -> TrainConfig:
-    return from_mapping(TrainConfig, {"cache": str(cache), "out": str(out), **SETTINGS, **changes})
+    return from_mapping(TrainConfig, {"cache": str(cache), "out": str(out), **EVALUATED, **changes})
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:

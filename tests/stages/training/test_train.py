@@ -35,23 +35,10 @@ from dvla.stages.training.setup import memory_errors
 from dvla.stages.training.step import learning_rate
 from dvla.stages.training.train import policy_net, train
 from support import synthetic_cache as synthetic
+from support.run_samples import EVALUATED
 
 STEMS = ("model", "ema", "optimizer")
-SETTINGS = {
-    "model_size": "tiny",
-    "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
-    "steps": 4,
-    "batch_size": 4,
-    "draws": 2,
-    "holdout": 0.3,
-    "eval_every": 2,
-    "eval_batches": 2,
-    "save_every": 1,
-    "log_every": 1,
-    "threads": 1,
-    "device": "cpu",
-    "optimizer": {"lr": 1e-3, "warmup": 2},
-}
+SETTINGS = {**EVALUATED, "save_every": 1}
 
 
 def quiet(*_: Any) -> None:

@@ -25,22 +25,9 @@ from dvla.stages.training.parallel.world import ENVIRONMENT, World, join
 from dvla.stages.training.train import train
 from support import synthetic_cache as synthetic
 from support.distributed_runs import in_two_processes
+from support.run_samples import EVALUATED
 
-SETTINGS = {
-    "model_size": "tiny",
-    "dit": {"width": 32, "blocks": 2, "heads": 2, "horizon": 4},
-    "steps": 4,
-    "batch_size": 4,
-    "draws": 2,
-    "holdout": 0.3,
-    "eval_every": 2,
-    "eval_batches": 3,
-    "save_every": 1,
-    "log_every": 1,
-    "threads": 1,
-    "device": "cpu",
-    "optimizer": {"lr": 1e-3, "warmup": 2},
-}
+SETTINGS = {**EVALUATED, "dit": {**EVALUATED["dit"], "blocks": 2}, "eval_batches": 3, "save_every": 1}
 THAW = {"unfreeze": {"dit.blocks.1": 2}, "eval_every": 0}
 QUEUES = {"loss": {"queue": "task", "queue_size": 3}, "eval_every": 0, "accumulate": 2}
 PAST = {"history": [0, -3], "proprio_history": [0, -1], "accumulate": 2, "eval_every": 0}

@@ -25,23 +25,10 @@ from support.cli_runner import Dvla, refused
 from support.corner import Corner, other_instruction
 from support.lerobot_samples import LENGTHS
 from support.pauses import KEPT, marked, with_pause
+from support.run_samples import EVALUATED
 from support.vlm_samples import TINY
 
-SETTINGS: dict[str, Any] = {
-    "model_size": "tiny",
-    "dit": {"width": 32, "blocks": 1, "heads": 2, "horizon": 4},
-    "steps": 4,
-    "batch_size": 4,
-    "draws": 2,
-    "holdout": 0.3,
-    "eval_every": 2,
-    "eval_batches": 2,
-    "save_every": 2,
-    "log_every": 1,
-    "threads": 1,
-    "device": "cpu",
-    "panels": {"every": 0},
-}
+SETTINGS: dict[str, Any] = {**EVALUATED, "optimizer": {}, "panels": {"every": 0}}
 
 
 @pytest.fixture(scope="module")
