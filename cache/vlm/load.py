@@ -32,7 +32,7 @@ def load_encoder(
     """
     from . import adapter as adapters  # they import this module
     from .paligemma2 import encoder as paligemma2
-    from .qwen3vl import encoder as qwen3vl
+    from .qwen3vl import load as qwen3vl
 
     families = {"qwen3vl": qwen3vl.load, "paligemma2": paligemma2.load}
     if spec.vlm not in families:

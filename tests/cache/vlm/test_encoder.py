@@ -20,7 +20,7 @@ from dvla.cache.vlm.checkpoint import load_tokenizer
 from dvla.cache.vlm.load import load_encoder
 from dvla.cache.vlm.lora import add_lora, load_lora, lora_dropout, lora_parameters, merge_lora
 from dvla.cache.vlm.preprocess import ImageSpec, pad_to_square, preprocess
-from dvla.cache.vlm.qwen3vl.encoder import EMBEDDING_NAME
+from dvla.cache.vlm.qwen3vl.load import EMBEDDING_NAME
 from dvla.cache.vlm.spec import EncoderSpec, LoraSpec, encoder_spec
 from dvla.cache.vlm.tiny_qwen3vl import TinySpec, make_tiny_qwen3vl
 from dvla.errors import UserError
