@@ -102,7 +102,7 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def require_sound(robot: Robot, ticks: int) -> None:
-    """Every tick has its own action or none, and is counted once; at the end the robot is told to hold."""
+    """Every tick has its own action or none, and is counted once; at the end the robot holds."""
     report, log = robot.report, robot.log
     assert len(log) == ticks + 1 and log[-1] is None
     assert all(value is None or value == tick for tick, value in enumerate(log[:-1]))

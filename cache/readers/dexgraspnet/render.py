@@ -109,7 +109,7 @@ def _image(plotter: Any, actor: Any, camera: Camera, spacing: float) -> np.ndarr
 
 
 def _prefer_egl_without_x() -> None:
-    """VTK asks X for a display first, and crashes without X's libraries: then it is told to try EGL, then OSMesa."""
+    """VTK asks X for a display first, and crashes without X's libraries: then EGL is asked for, and after it OSMesa."""
     if sys.platform == "linux" and not (_loads("libX11.so.6") and _loads("libXcursor.so.1")):
         os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
 

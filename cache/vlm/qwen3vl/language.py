@@ -17,7 +17,7 @@ Letters: N images, S tokens of the sequence, K image tokens of a square, D width
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ..blocks import through
 from ..checkpoint import without_code
 
 PLACEHOLDER = "{instruction}"
+KEPT = 256  # instructions whose token ids are remembered: acting and training ask for them at every step
 TEXT_FIELDS = (
     "head_dim hidden_act hidden_size intermediate_size num_attention_heads num_hidden_layers num_key_value_heads "
     "rms_norm_eps"
@@ -128,8 +129,12 @@ class ChatPrompt:
         return self._ids(self.before)
 
     def suffix(self, instruction: str) -> list[int]:
-        """Token ids after the image's."""
-        return self._ids(self.after.replace(PLACEHOLDER, instruction))
+        """Token ids after the image's; not to be changed, since those of the last instructions are remembered."""
+        return self._suffix(instruction)
+
+    @functools.cached_property
+    def _suffix(self) -> Callable[[str], list[int]]:
+        return functools.lru_cache(KEPT)(lambda text: self._ids(self.after.replace(PLACEHOLDER, text)))
 
     def queries(self, count: int) -> list[int]:
         """Token ids of query tokens: ordinary ones, always the same, so that their embeddings are of a usual kind."""

@@ -171,3 +171,14 @@ def test_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="chat template"):
         load(bare)
     assert np.isfinite(load(checkpoint).encode_images(smooth_images(1, R, R, 0), "").detach().numpy()).all()
+
+
+def test_an_instruction_is_tokenized_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acting asks for its length and its ids at every step."""
+    encoder, asked = load(checkpoint), []
+    ids = type(encoder.prompt)._ids
+    monkeypatch.setattr(type(encoder.prompt), "_ids", lambda self, text: asked.append(text) or ids(self, text))
+    for _ in range(3):
+        assert encoder.visible(TEXT) == encoder.visible(TEXT)
+        encoder.require_fits(1, [TEXT])
+    assert sum(TEXT in text for text in asked) == 1

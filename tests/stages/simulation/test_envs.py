@@ -430,7 +430,9 @@ def test_no_image_from_which_the_hand_moves_says_which_ball(push):
         assert same == (step >= SHOWN)
         np.testing.assert_array_equal(left[step].state, right[step].state)
         assert np.abs(left[step].state[:3] - left[0].state[:3]).max() < 5e-3  # the expert waits
-    assert (left[SHOWN].images["corner2"] != left[SHOWN + HIDDEN].images["corner2"]).any()  # it is told when to move
+    assert (
+        left[SHOWN].images["corner2"] != left[SHOWN + HIDDEN].images["corner2"]
+    ).any()  # the state says when to move
     assert np.abs(left[SHOWN + HIDDEN + 4].state - right[SHOWN + HIDDEN + 4].state).max() > 0.02
     env.close()
 
